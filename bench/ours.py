@@ -1,0 +1,73 @@
+"""duoserve as the benches run it, in a worker: ``python bench/ours.py``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Figures, Round, serve
+from machine import ForeignCpu, disk_bytes_read, drop_from_page_cache, memory_bytes, reset_peak_memory
+
+from duoserve import MoEModel, SamplingParams
+
+
+class Duoserve:
+    """``MoEModel`` with a policy and a number of slots, timed from outside through its token stream."""
+
+    def load(self, folder: str, *, policy: str, slots: int, max_context: int, cache: str) -> None:
+        """Packs the experts into ``cache`` where they are not yet."""
+        self._model = MoEModel.from_pretrained(
+            folder, device="cpu", policy=policy, expert_slots=slots, max_context=max_context, cache_dir=cache
+        )
+        self._files = [path for path in Path(cache).rglob("*") if path.is_file()]
+
+    def round(self, prompt: list[int], forced: list[int] | None, new_tokens: int, cold: bool) -> Round:
+        """The engine follows its own tokens; whether they equal ``forced`` is for the caller to check."""
+        del forced
+        if cold:
+            drop_from_page_cache(self._files)  # its direct reads leave nothing there, but packing them did
+        figures, foreign = Figures(), ForeignCpu()
+        with foreign.measure():
+            for step, (seconds, read, token) in enumerate(self._steps(prompt, new_tokens)):
+                figures.add(seconds, read, token)
+                if step == 0:
+                    figures.prefill_stats = self._model.stats.to_dict()
+        figures.stats = self._model.stats.to_dict()
+        figures.foreign_cpu = foreign.share
+        return asdict(figures)
+
+    def _steps(self, prompt: list[int], new_tokens: int) -> Iterator[tuple[float, int, int]]:
+        """Per token: seconds and disk bytes until its text came out of the stream, and the token."""
+        params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        pieces = self._model.stream(prompt, params)
+        for _ in range(new_tokens):
+            read, start = disk_bytes_read(), time.perf_counter()
+            piece = next(pieces)
+            yield time.perf_counter() - start, disk_bytes_read() - read, int(piece)
+        if rest := list(pieces):
+            raise ValueError(f"{new_tokens} tokens were asked for, and {rest} came on top")
+
+    def logits(self, token_ids: list[int], out: str) -> None:
+        """Leaves the float32 logits [T, V] of one prefill in the file ``out``."""
+        torch.save(self._model.forward(token_ids), out)
+
+    def close(self) -> None:
+        """Ends the copy threads, which would keep the process alive."""
+        self._model.close()
+
+    def footprint(self, folder: str, prompt: list[int], new_tokens: int, **options: Any) -> dict[str, int]:
+        """Bytes by which loading and one request raised this fresh process: its peak, and what stays, anonymous."""
+        before = memory_bytes()
+        reset_peak_memory()
+        self.load(folder, **options)
+        self.round(prompt, None, new_tokens, cold=True)
+        after = memory_bytes()
+        return {"peak": after["peak_rss"] - before["rss"], "anonymous": after["anonymous"] - before["anonymous"]}
+
+
+if __name__ == "__main__":
+    serve(Duoserve)

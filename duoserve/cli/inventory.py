@@ -1,0 +1,79 @@
+"""What a checkpoint consists of and what of it fits where, from its config and headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from duoserve.cli.opening import OpenedModel
+
+EXPERTS, OTHER = "experts", "other"
+# The first word found in a tensor's name says what it is part of; a router is called gate in checkpoints.
+PARTS = {
+    "embed_tokens": "embeddings",
+    "lm_head": "head",
+    ".self_attn.": "attention",
+    "norm": "norms",
+    ".gate.": "router",
+    ".router.": "router",
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How many experts ``memory_bytes`` of slots hold, and which share of all experts (0 to 1) that is."""
+
+    memory_bytes: int
+    slots: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Bytes are those on disk; ``slot_bytes`` is one expert in a slot, padded. Parameters count elements."""
+
+    bytes_by_part: dict[str, int]
+    expert_bytes: int
+    slot_bytes: int
+    total_experts: int
+    active_experts: int
+    parameters: int
+    active_parameters: int
+    fits: list[Fit]
+
+
+def take_inventory(model: OpenedModel) -> Inventory:
+    """Sums up every tensor that the architecture asks for."""
+    config = model.config
+    names_of_experts = [model.family.expert_names(expert) for expert in model.experts]
+    parts = dict.fromkeys((name for names in names_of_experts for name in names), EXPERTS)
+    shapes = model.family.tensor_shapes(config)
+    by_part = dict.fromkeys(["embeddings", "attention", "norms", "router", EXPERTS, "head", OTHER], 0)
+    for name in shapes:
+        by_part[parts.get(name) or _part(name)] += model.checkpoint.tensors[name].nbytes
+    parameters = sum(map(prod, shapes.values()))
+    total, active = len(model.experts), config.num_layers * config.top_k
+    per_expert = sum(prod(shapes[name]) for name in names_of_experts[0])
+    slot_bytes = model.layout(config.dtype).slot_bytes
+    return Inventory(
+        bytes_by_part={part: nbytes for part, nbytes in by_part.items() if nbytes},
+        expert_bytes=by_part[EXPERTS] // total,
+        slot_bytes=slot_bytes,
+        total_experts=total,
+        active_experts=active,
+        parameters=parameters,
+        active_parameters=parameters - (total - active) * per_expert,
+        fits=what_fits(slot_bytes, total, least=min(config.top_k + 1, total)),
+    )
+
+
+def what_fits(slot_bytes: int, total: int, least: int) -> list[Fit]:
+    """From the fewest slots that work, over the powers of two between, to a slot for every expert."""
+    low, high = least * slot_bytes, total * slot_bytes
+    between = [1 << n for n in range(low.bit_length(), high.bit_length()) if low < 1 << n < high]
+    slots = {nbytes: nbytes // slot_bytes for nbytes in dict.fromkeys((low, *between, high))}
+    return [Fit(nbytes, count, count / total) for nbytes, count in slots.items()]
+
+
+def _part(name: str) -> str:
+    return next((part for word, part in PARTS.items() if word in name), OTHER)

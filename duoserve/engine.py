@@ -1,0 +1,155 @@
+"""Prefill once, decode until done.
+
+T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from duoserve.config import ModelConfig, Phase
+from duoserve.errors import RequestError
+from duoserve.kv_cache import PagedKVCache, SequenceKV
+from duoserve.metrics import Meter
+from duoserve.models.batch import Batch
+from duoserve.models.transformer import Transformer
+from duoserve.sampling import Sampler, SamplingParams
+
+
+class StepScheduler(Protocol):
+    """What the engine needs of the scheduler: to be told where a forward pass begins and ends."""
+
+    def begin(self, phase: Phase, num_tokens: int) -> None: ...
+
+    def end(self) -> None: ...
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt on its way. ``finish_reason`` is None while it runs, then "stop" or "length"."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    output_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    kv: SequenceKV = field(default_factory=SequenceKV)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of context that the request may come to need."""
+        return len(self.prompt_ids) + self.params.max_tokens
+
+    def finish(self, reason: str) -> None:
+        """Ends the request before its next token."""
+        self.finish_reason = reason
+
+
+class Engine:
+    """Runs requests on one model. Not thread-safe: one call at a time."""
+
+    def __init__(
+        self, model: Transformer, config: ModelConfig, scheduler: StepScheduler, cache: PagedKVCache, meter: Meter
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._scheduler = scheduler
+        self._cache = cache
+        self._meter = meter
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, int]]:
+        """Yields each new token with its request, as many requests at a time as the KV cache holds.
+
+        Raises RequestError before any work when a request cannot be served, CopyError when an expert cannot be brought.
+        """
+        for request in requests:
+            self._check(request.prompt_ids, request.params.max_tokens)
+        self._meter.begin_request()
+        try:
+            for group in self._groups(requests):
+                for produced in self._serve(group):
+                    with self._meter.idle():
+                        yield produced
+        finally:
+            self._meter.end_request()
+
+    def forward(self, token_ids: Sequence[int]) -> Tensor:
+        """One prefill of ``token_ids``: float32 logits [T, V] of every position."""
+        self._check(token_ids, 0)
+        kv = SequenceKV()
+        self._meter.begin_request()
+        try:
+            self._cache.reserve(kv, len(token_ids))
+            self._meter.prompt(len(token_ids))
+            return self._step(Phase.PREFILL, self._cache.batch([(kv, token_ids)]), rows=None)
+        finally:
+            self._cache.release(kv)
+            self._meter.end_request()
+
+    def _check(self, token_ids: Sequence[int], max_tokens: int) -> None:
+        vocab, room = self._config.vocab_size, self._cache.num_tokens
+        if not token_ids:
+            raise RequestError("the prompt is empty: give at least one token")
+        bad = next((t for t in token_ids if not 0 <= t < vocab), None)
+        if bad is not None:
+            raise RequestError(f"token id {bad} lies outside the vocabulary, 0..{vocab - 1}")
+        if len(token_ids) + max_tokens > room:
+            raise RequestError(
+                f"{len(token_ids)} prompt tokens and max_tokens={max_tokens} exceed the context of {room} tokens: "
+                "lower max_tokens, shorten the prompt, or load the model with a larger max_context"
+            )
+
+    def _groups(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
+        """The requests in order, cut where the KV cache would run over."""
+        group: list[Request] = []
+        used = 0
+        for request in requests:
+            need = self._cache.whole_pages(request.num_tokens)
+            if group and used + need > self._cache.num_tokens:
+                yield group
+                group, used = [], 0
+            group.append(request)
+            used += need
+        yield group
+
+    def _serve(self, requests: list[Request]) -> Iterator[tuple[Request, int]]:
+        samplers = {request: Sampler(request.params, self._config.vocab_size) for request in requests}
+        try:
+            for request in requests:
+                self._cache.reserve(request.kv, request.num_tokens)
+                self._meter.prompt(len(request.prompt_ids))
+            phase, fresh = Phase.PREFILL, [(request, request.prompt_ids) for request in requests]
+            while fresh:
+                batch = self._cache.batch([(request.kv, tokens) for request, tokens in fresh])
+                logits_BV = self._step(phase, batch, batch.last_rows)
+                for (request, _), logits_V in zip(fresh, logits_BV, strict=True):
+                    yield request, self._sample(request, samplers[request], logits_V)
+                running = [request for request, _ in fresh if request.finish_reason is None]
+                phase, fresh = Phase.DECODE, [(request, request.output_ids[-1:]) for request in running]
+        finally:
+            for request in requests:
+                self._cache.release(request.kv)
+
+    @torch.inference_mode()
+    def _step(self, phase: Phase, batch: Batch, rows: list[int] | None) -> Tensor:
+        with self._meter.compute():
+            self._scheduler.begin(phase, len(batch.token_ids_T))
+            try:
+                return self._model(batch, rows)
+            finally:
+                self._scheduler.end()
+
+    def _sample(self, request: Request, sampler: Callable[[Tensor, Sequence[int]], int], logits_V: Tensor) -> int:
+        with self._meter.compute():
+            token = sampler(logits_V, request.prompt_ids + request.output_ids)
+        request.output_ids.append(token)
+        self._meter.token(request)
+        if token in self._config.eos_token_ids and not request.params.ignore_eos:
+            request.finish("stop")
+        elif len(request.output_ids) >= request.params.max_tokens:
+            request.finish("length")
+        return token

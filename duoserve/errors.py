@@ -1,0 +1,35 @@
+"""Every error that duoserve raises on purpose. A message says what happened, with the numbers, and what to change."""
+
+from __future__ import annotations
+
+
+class DuoServeError(Exception):
+    """Base of all errors raised by duoserve."""
+
+
+class ConfigError(DuoServeError):
+    """A value of ``config.json`` or of an engine option is missing, unsupported or out of range."""
+
+
+class CheckpointError(DuoServeError):
+    """A checkpoint file or tensor is missing, malformed, or not what the architecture needs."""
+
+
+class MemoryBudgetError(DuoServeError):
+    """The memory that was allowed cannot hold what must be in it."""
+
+
+class CopyError(DuoServeError):
+    """An expert could not be brought into its slot."""
+
+
+class RequestError(DuoServeError):
+    """A prompt or a sampling parameter cannot be served."""
+
+
+class ClosedError(DuoServeError):
+    """The model, store or engine was used after ``close()``."""
+
+
+class IntegrityError(DuoServeError):
+    """An invariant of the slot bookkeeping is broken: a bug in duoserve, never the user's doing."""

@@ -1,0 +1,160 @@
+"""Copies of experts into slots, with priorities and tickets: what every engine offers, and the one of host threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection
+from typing import Protocol
+
+from duoserve.errors import ClosedError, ConfigError, CopyError
+from duoserve.experts.layout import ExpertId
+from duoserve.experts.slots import SlotPool
+from duoserve.experts.store import ExpertStore
+from duoserve.experts.tickets import Priority, Ticket, TicketQueue, TicketState
+
+__all__ = ["CopyEngine", "CopyListener", "Priority", "ThreadedCopyEngine", "Ticket", "TicketState"]
+
+# Told of every successful copy: when it was asked for and when it had arrived (seconds on the engine's clock), and its
+# bytes. The wake-up of a copy thread is thus part of the copy: the lane is busy while a copy is outstanding.
+CopyListener = Callable[[float, float, int], None]
+
+
+class CopyEngine(Protocol):
+    """Brings experts into slots. Demands go before prefetches, oldest first; a running copy is never interrupted.
+
+    The caller sees to it that a slot is written by one ticket at a time and read by nobody meanwhile.
+    """
+
+    def now(self) -> float:
+        """Seconds on the clock of this engine's tickets."""
+        ...
+
+    def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
+        """Asks for a copy of ``expert`` into ``slot``; ClosedError after close()."""
+        ...
+
+    def promote(self, ticket: Ticket) -> None:
+        """Turns a queued prefetch into the last of the demands; does nothing for any other ticket."""
+        ...
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """True if the ticket was still queued; it is CANCELLED then. False changes nothing."""
+        ...
+
+    def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
+        """Blocks until one of ``tickets`` is finished, then returns all finished ones in the order given.
+
+        Empty for no tickets. A failed copy does not raise here: look at ``state`` and ``error``.
+        """
+        ...
+
+    def settle(self) -> None:
+        """Brings the states of tickets up to ``now()`` in an engine that has no threads of its own."""
+        ...
+
+    def close(self) -> None:
+        """Cancels what is queued and waits for what is running; idempotent."""
+        ...
+
+
+class ThreadedCopyEngine(CopyEngine):
+    """Worker threads that read from ``store`` into ``pool``, one expert each at a time; use it from any thread.
+
+    Whatever a read raises becomes its ticket's ``error``, and the thread goes on. ``on_copied`` runs in the worker,
+    before the ticket is DONE. ConfigError for less than one thread.
+    """
+
+    def __init__(
+        self, store: ExpertStore, pool: SlotPool, num_threads: int = 2, on_copied: CopyListener | None = None
+    ) -> None:
+        if num_threads < 1:
+            raise ConfigError(f"copy_threads is {num_threads}, but at least 1 thread has to copy")
+        self._store = store
+        self._pool = pool
+        self._on_copied = on_copied
+        self._queue = TicketQueue()
+        self._closed = False
+        lock = threading.Lock()
+        self._queued = threading.Condition(lock)  # a ticket can be taken, or the engine closes
+        self._finished = threading.Condition(lock)  # a ticket has finished
+        self._threads = [
+            threading.Thread(target=self._work, name=f"duoserve-copy-{i}", daemon=True) for i in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def now(self) -> float:
+        """Seconds of ``time.perf_counter``."""
+        return time.perf_counter()
+
+    def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
+        """As in CopyEngine."""
+        ticket = Ticket(expert, slot, priority, self._store.layout.slot_bytes, self.now())
+        with self._queued:
+            if self._closed:
+                raise ClosedError(f"a copy of expert {expert.layer}/{expert.expert} was asked for after close()")
+            self._queue.push(ticket)
+            self._queued.notify()
+        return ticket
+
+    def promote(self, ticket: Ticket) -> None:
+        """As in CopyEngine."""
+        with self._queued:
+            self._queue.promote(ticket)
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """As in CopyEngine."""
+        with self._finished:
+            if not self._queue.discard(ticket):
+                return False
+            ticket.cancel(self.now())
+            self._finished.notify_all()
+            return True
+
+    def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
+        """As in CopyEngine."""
+        with self._finished:
+            while not (finished := [ticket for ticket in tickets if ticket.finished]) and tickets:
+                self._finished.wait()
+            return finished
+
+    def settle(self) -> None:
+        """Nothing: the threads keep the tickets' states."""
+
+    def close(self) -> None:
+        """As in CopyEngine; ends the threads and wakes every waiter."""
+        with self._queued:
+            self._closed = True
+            while (ticket := self._queue.pop()) is not None:
+                ticket.cancel(self.now())
+            self._queued.notify_all()
+            self._finished.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (ticket := self._take()) is not None:
+            error = self._copy(ticket)
+            with self._finished:
+                ticket.finish(self.now(), error)
+                self._finished.notify_all()
+
+    def _take(self) -> Ticket | None:
+        """The next ticket, RUNNING; blocks while there is none. None once the engine is closed."""
+        with self._queued:
+            while (ticket := self._queue.pop()) is None:
+                if self._closed:
+                    return None
+                self._queued.wait()
+            ticket.start(self.now())
+            return ticket
+
+    def _copy(self, ticket: Ticket) -> CopyError | None:
+        try:
+            self._store.read(ticket.expert, self._pool.row(ticket.slot))
+            if self._on_copied is not None:
+                self._on_copied(ticket.issued_at, self.now(), ticket.nbytes)
+        except BaseException as error:  # whatever it is: a thread that ends here leaves its waiters waiting for ever
+            return ticket.failure(error)
+        return None

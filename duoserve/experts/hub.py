@@ -1,0 +1,74 @@
+"""From what a user calls a model to a folder on this machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from duoserve.errors import CheckpointError
+from duoserve.experts.shards import CONFIG_FILE
+
+EMBEDDED = "bard"
+EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "assets" / EMBEDDED
+
+# A closed list: no pickle and no Python reaches the disk. What is ignored are the same weights in other formats.
+_ALLOWED_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_IGNORED_FILES = ["*/*", "consolidated*"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+def resolve(model: str | Path, *, revision: str | None = None, offline: bool = False) -> Path:
+    """The folder of a model: a folder with config.json, ``"bard"`` (the embedded model) or a hub id, ``"owner/name"``.
+
+    A hub id is downloaded to huggingface_hub's cache, or with ``offline`` only looked up there; ``revision`` is its
+    branch, tag or commit. ``Path("bard")`` and ``"./bard"`` are folders. CheckpointError says what was not found.
+    """
+    if model == EMBEDDED:
+        return _checked(EMBEDDED_FOLDER, f"the embedded model {EMBEDDED!r} is not part of this installation")
+    folder = Path(model).expanduser()
+    if folder.exists() or isinstance(model, Path) or not _HUB_ID.fullmatch(model):
+        return _checked(folder, f"{str(model)!r} is no folder here, no hub id (owner/name) and not {EMBEDDED!r}")
+    return _checked(_download(model, revision, offline), f"the hub's {model} is no model that duoserve can load")
+
+
+def _checked(folder: Path, fault: str) -> Path:
+    if not folder.is_dir():
+        kind = "a file, not a folder" if folder.exists() else "missing"
+        raise CheckpointError(f"{fault}: {folder} is {kind}; give the folder that holds {CONFIG_FILE} and the weights")
+    if not (folder / CONFIG_FILE).exists():
+        raise CheckpointError(f"{folder}: has no {CONFIG_FILE}; give the folder that save_pretrained or the hub wrote")
+    return folder
+
+
+def _download(model: str, revision: str | None, offline: bool) -> Path:
+    try:
+        folder = snapshot_download(
+            model,
+            revision=revision,
+            local_files_only=offline,
+            allow_patterns=_ALLOWED_FILES,
+            ignore_patterns=_IGNORED_FILES,
+        )
+    except Exception as error:  # whatever the hub's transport raises: requests or httpx, by its version
+        raise CheckpointError(f"{model}: {_remedy(error, revision)} ({type(error).__name__}: {error})") from error
+    return Path(folder)
+
+
+def _remedy(error: Exception, revision: str | None) -> str:
+    if isinstance(error, GatedRepoError):
+        return "the hub gives it only to those who accepted its terms; do so on its page, then `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "neither a folder here nor a model on the hub; check the name, or `hf auth login` if it is private"
+    if isinstance(error, RevisionNotFoundError):
+        return f"the hub has the model, but no revision {revision!r}; check the branch, tag or commit"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "no folder here, not in the hub's cache, and the hub was not reached; download it once while online"
+    return "the download failed; try again, or give a folder that has the files"

@@ -1,0 +1,98 @@
+"""What a pack is on disk: a folder with ``experts.pack`` (rows of experts) and ``pack.json`` (what the rows are)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from duoserve.errors import CheckpointError
+from duoserve.experts.layout import ExpertId, ExpertLayout
+from duoserve.experts.strict_json import read_object
+
+PACK_FILE = "experts.pack"
+HEADER_FILE = "pack.json"
+FORMAT_VERSION = 1
+# What weights may be, by torch's names: in a checkpoint, in a pack, in a slot.
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32)}
+_MAX_HEADER_BYTES = 65536
+_REMEDY = "delete the folder and pack the checkpoint again"
+
+
+@dataclass(frozen=True)
+class PackHeader:
+    """``experts.pack`` holds num_layers * num_experts rows of ``slot_bytes`` bytes each, layer by layer.
+
+    ``dtype`` is a torch dtype's name ("bfloat16"); ``hidden`` and ``intermediate`` count elements; ``fingerprint`` is
+    the checkpoint's. Two packs with equal headers are interchangeable.
+    """
+
+    format_version: int
+    fingerprint: str
+    dtype: str
+    hidden: int
+    intermediate: int
+    num_layers: int
+    num_experts: int
+    slot_bytes: int
+
+    @classmethod
+    def for_layout(cls, layout: ExpertLayout, num_layers: int, num_experts: int, fingerprint: str) -> PackHeader:
+        """The header of a pack whose rows have ``layout``."""
+        return cls(
+            format_version=FORMAT_VERSION,
+            fingerprint=fingerprint,
+            dtype=str(layout.dtype).removeprefix("torch."),
+            hidden=layout.hidden,
+            intermediate=layout.intermediate,
+            num_layers=num_layers,
+            num_experts=num_experts,
+            slot_bytes=layout.slot_bytes,
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        """The size that ``experts.pack`` must have."""
+        return self.num_layers * self.num_experts * self.slot_bytes
+
+    def offset(self, expert: ExpertId) -> int:
+        """Byte offset of an expert's row in ``experts.pack``."""
+        return (expert.layer * self.num_experts + expert.expert) * self.slot_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``pack.json`` holds."""
+        return asdict(self)
+
+
+def read_pack_header(folder: Path) -> PackHeader:
+    """The checked header of the pack in ``folder``; CheckpointError: it is missing, malformed or of another version."""
+    path = folder / HEADER_FILE
+    raw = read_object(path, _MAX_HEADER_BYTES)
+    if raw.get("format_version") != FORMAT_VERSION:  # looked at first: another version may have other fields
+        found = raw.get("format_version")
+        raise CheckpointError(f"{path}: format_version is {found!r}, this duoserve reads {FORMAT_VERSION}; {_REMEDY}")
+    _check_fields(raw, path)
+    header = PackHeader(**raw)
+    layout = ExpertLayout(DTYPES[header.dtype], header.hidden, header.intermediate)
+    if header.slot_bytes != layout.slot_bytes:
+        raise CheckpointError(
+            f"{path}: slot_bytes is {header.slot_bytes}, but an expert of hidden {header.hidden}, intermediate "
+            f"{header.intermediate} in {header.dtype} takes {layout.slot_bytes}; {_REMEDY}"
+        )
+    return header
+
+
+def _check_fields(raw: dict[str, Any], path: Path) -> None:
+    wanted = {field.name for field in fields(PackHeader)}
+    if raw.keys() != wanted:
+        odd = sorted(raw.keys() ^ wanted)
+        raise CheckpointError(f"{path}: has to hold exactly {sorted(wanted)}, wrong are {odd}; {_REMEDY}")
+    for name in sorted(wanted - {"fingerprint", "dtype"}):
+        if type(raw[name]) is not int or raw[name] < 1:
+            raise CheckpointError(f"{path}: {name} is {raw[name]!r}, but must be a positive integer; {_REMEDY}")
+    if not isinstance(raw["fingerprint"], str):
+        raise CheckpointError(f"{path}: fingerprint is {raw['fingerprint']!r}, but must be text; {_REMEDY}")
+    if raw["dtype"] not in list(DTYPES):  # a list: the value may be unhashable
+        raise CheckpointError(f"{path}: dtype is {raw['dtype']!r}, supported are {', '.join(DTYPES)}; {_REMEDY}")

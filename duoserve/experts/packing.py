@@ -1,0 +1,181 @@
+"""From checkpoint tensors to packed experts: one row at a time, or all of them into a pack on disk.
+
+P = 2 projections (gate, up), H hidden, I expert intermediate, B bytes of a row.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from duoserve.errors import CheckpointError, CopyError
+from duoserve.experts.checkpoint import Checkpoint
+from duoserve.experts.layout import ROW_ALIGNMENT, ExpertId, ExpertLayout
+from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE, PackHeader
+
+LOCK_FILE = ".lock"
+
+
+class ExpertNames(NamedTuple):
+    """Checkpoint names of one expert's tensors: ``gate`` and ``up`` [I, H], ``down`` [H, I]."""
+
+    gate: str
+    up: str
+    down: str
+
+
+class ExpertReader(Protocol):
+    """What ``write_pack`` needs of an ExpertStore."""
+
+    @property
+    def layout(self) -> ExpertLayout:
+        """The layout of the rows."""
+
+    def read(self, expert: ExpertId, row_B: Tensor) -> None:
+        """Fills a uint8 CPU row [slot_bytes], 4096-aligned."""
+
+
+class CheckpointStore:
+    """An ExpertStore that packs each expert when it is read, straight from the checkpoint's tensors.
+
+    The checkpoint stays its opener's: ``close`` leaves it open. Thread-safe.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layout: ExpertLayout, names: Callable[[ExpertId], ExpertNames]) -> None:
+        self.layout = layout
+        self._checkpoint = checkpoint
+        self._names = names
+
+    def read(self, expert: ExpertId, row_B: Tensor) -> None:
+        """Fills a uint8 CPU row [slot_bytes], converting to the layout's dtype; the padding becomes zero.
+
+        CopyError names the expert, the file and the offset.
+        """
+        names = self._names(expert)
+        weights = self.layout.weights(row_B[None])
+        w13_IPH = weights.w13_SNH[0].view(self.layout.intermediate, 2, self.layout.hidden)
+        self._fill(expert, names.gate, w13_IPH[:, 0])
+        self._fill(expert, names.up, w13_IPH[:, 1])
+        self._fill(expert, names.down, weights.w2_SHI[0])
+        row_B[w13_IPH.nbytes : self.layout.w2_offset].zero_()
+        row_B[self.layout.payload_bytes :].zero_()
+
+    def fingerprint(self) -> str:
+        """The checkpoint's."""
+        return self._checkpoint.fingerprint()
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def _fill(self, expert: ExpertId, name: str, out: Tensor) -> None:
+        try:
+            self._checkpoint.read_into(name, out)
+        except CheckpointError as error:
+            info = self._checkpoint.tensors.get(name)
+            place = f", {info.file} from byte {info.offset}" if info else ""
+            raise CopyError(f"expert {expert.expert} of layer {expert.layer}{place}: {error}") from error
+
+
+def pack_path(checkpoint: Checkpoint, layout: ExpertLayout, cache_dir: str | Path | None = None) -> Path:
+    """The folder for a checkpoint's pack, which need not exist: ``<cache>/packs/<fingerprint>-<dtype>``.
+
+    The cache is ``cache_dir``, or ``$DUOSERVE_CACHE``, or ``~/.cache/duoserve``.
+    """
+    default = os.environ.get("DUOSERVE_CACHE") or Path.home() / ".cache" / "duoserve"
+    dtype = str(layout.dtype).removeprefix("torch.")
+    return Path(cache_dir or default) / "packs" / f"{checkpoint.fingerprint()}-{dtype}"
+
+
+def write_pack(
+    store: ExpertReader, experts: Sequence[ExpertId], path: Path, fingerprint: str, progress: bool = False
+) -> None:
+    """Packs ``experts`` (at least one) into the folder ``path``: PACK_FILE with their rows, HEADER_FILE.
+
+    The pack has one layer more than the highest among ``experts``, and likewise experts per layer; rows of experts that
+    are not among them are zero. It appears whole or not at all, also when several processes write it at once.
+    ``progress`` forces the progress bar, which else shows on a terminal only. CheckpointError: the disk is full, fails.
+    """
+    layers, numbers = (max(ids) + 1 for ids in zip(*experts, strict=True))
+    header = PackHeader.for_layout(store.layout, layers, numbers, fingerprint)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _check_space(path, header.total_bytes)
+        with tempfile.TemporaryDirectory(dir=path, prefix=".packing-") as scratch:
+            with _synced(Path(scratch, PACK_FILE)) as file:
+                _write_rows(store, sorted(experts), header, file, progress)
+            with _synced(Path(scratch, HEADER_FILE)) as file:
+                file.write(json.dumps(header.to_dict(), indent=2).encode())
+            _publish(Path(scratch), path)
+    except OSError as error:
+        raise CheckpointError(_disk_failure(path, header.total_bytes, error)) from error
+
+
+def _check_space(folder: Path, nbytes: int) -> None:
+    if shutil.disk_usage(folder).free < nbytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _disk_failure(path: Path, nbytes: int, error: OSError) -> str:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"{path}: the pack cannot be written ({error}); choose another cache folder (DUOSERVE_CACHE)"
+    free = shutil.disk_usage(path).free
+    return (
+        f"{path}: the disk is full: the pack takes {nbytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
+        "make room, or choose another cache folder (DUOSERVE_CACHE)"
+    )
+
+
+@contextmanager
+def _synced(path: Path) -> Iterator[BinaryIO]:
+    """A new file whose bytes are on the disk when the block ends."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_rows(
+    store: ExpertReader, experts: Sequence[ExpertId], header: PackHeader, file: BinaryIO, progress: bool
+) -> None:
+    row_B = _aligned_row(header.slot_bytes)
+    row = row_B.numpy().data
+    for expert in tqdm(experts, desc="packing experts", unit="expert", disable=False if progress else None):
+        store.read(expert, row_B)
+        file.seek(header.offset(expert))
+        file.write(row)
+
+
+def _aligned_row(nbytes: int) -> Tensor:
+    memory = torch.empty(nbytes + ROW_ALIGNMENT, dtype=torch.uint8)
+    start = -memory.data_ptr() % ROW_ALIGNMENT
+    return memory[start : start + nbytes]
+
+
+def _publish(scratch: Path, folder: Path) -> None:
+    """Moves the two files of a finished pack into place, one process at a time."""
+    with (folder / LOCK_FILE).open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        (folder / HEADER_FILE).unlink(missing_ok=True)  # a crash in between may leave no header, never a wrong one
+        (scratch / PACK_FILE).replace(folder / PACK_FILE)
+        (scratch / HEADER_FILE).replace(folder / HEADER_FILE)
+        _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -1,0 +1,85 @@
+"""Files read by position: never mapped, so that a file cut short under us is an error and not a SIGBUS."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from duoserve.errors import CheckpointError, ClosedError
+
+
+class PositionalFile:
+    """A regular file, open for reading at any offset from any thread (no shared file position).
+
+    ``size`` is in bytes, as it was on opening.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens ``path``; CheckpointError if that fails or it is no regular file."""
+        self.path = path
+        try:
+            # Non-blocking, or a named pipe would hang the open; regular files do not mind.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path}: is missing; finish the download, or give the folder that has it") from error
+        except (OSError, ValueError) as error:  # ValueError: a name that the file system cannot have
+            raise CheckpointError(f"{path}: cannot be opened ({error})") from error
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise CheckpointError(f"{path}: is not a regular file")
+        self.size = status.st_size
+        self._modified_ns = status.st_mtime_ns
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fills ``buffer`` (writable bytes) from byte ``offset``; CheckpointError: short read, or the file changed."""
+        if self._fd < 0:
+            raise ClosedError(f"{self.path}: read after close()")
+        try:
+            self._check_unchanged()
+            self._read_all(buffer, offset)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: reading at byte {offset} failed ({error})") from error
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """``nbytes`` bytes from byte ``offset``; errors as in ``read_into``."""
+        data = bytearray(nbytes)
+        self.read_into(memoryview(data), offset)
+        return bytes(data)
+
+    def close(self) -> None:
+        """Idempotent; no read may be under way."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _check_unchanged(self) -> None:
+        now = os.fstat(self._fd)
+        if (now.st_size, now.st_mtime_ns) != (self.size, self._modified_ns):
+            raise CheckpointError(
+                f"{self.path}: changed after it was opened ({self.size} bytes then, {now.st_size} now); "
+                "load the model again"
+            )
+
+    def _read_all(self, buffer: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{self.path}: ends after {done} of the {len(buffer)} bytes wanted at byte {offset}; "
+                    "the file is truncated, download it again"
+                )
+            done += count
+
+
+def read_capped(path: Path, max_bytes: int) -> bytes:
+    """A whole small file; CheckpointError when it has more than ``max_bytes`` bytes."""
+    file = PositionalFile(path)
+    try:
+        if file.size > max_bytes:
+            raise CheckpointError(f"{path}: {file.size} bytes, more than the {max_bytes} that such a file may have")
+        return file.read(0, file.size)
+    finally:
+        file.close()

@@ -1,0 +1,110 @@
+"""Where packed experts wait before they are copied into slots: in host RAM, on disk, or some in each.
+
+B bytes of one row, N rows.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from duoserve.errors import ClosedError, MemoryBudgetError
+from duoserve.experts.layout import ROW_ALIGNMENT, ExpertId, ExpertLayout
+
+
+class ExpertStore(Protocol):
+    """A source of packed experts."""
+
+    layout: ExpertLayout
+
+    def read(self, expert: ExpertId, row_B: Tensor) -> None:
+        """Fills ``row_B``, a contiguous uint8 CPU row [slot_bytes] on a 4096-byte boundary; safe from many threads.
+
+        CopyError names the expert, the file and the offset when the bytes cannot be had; ClosedError after close().
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives back files and memory; idempotent."""
+        ...
+
+
+class HostStore(ExpertStore):
+    """Packed rows of some experts in RAM, filled from ``source`` at construction; ``source`` stays the caller's."""
+
+    def __init__(self, source: ExpertStore, experts: Sequence[ExpertId], progress: bool = False) -> None:
+        self.layout = source.layout
+        self._index = {expert: index for index, expert in enumerate(experts)}
+        rows_NB = aligned_rows(len(experts), self.layout.slot_bytes)
+        for expert, row_B in zip(
+            tqdm(experts, desc="experts to RAM", unit="expert", disable=not progress), rows_NB, strict=True
+        ):
+            source.read(expert, row_B)
+        self._rows_NB: Tensor | None = rows_NB
+
+    def has(self, expert: ExpertId) -> bool:
+        """Whether this expert's row is in RAM."""
+        return expert in self._index
+
+    def read(self, expert: ExpertId, row_B: Tensor) -> None:
+        """Copies the expert's row into ``row_B``; KeyError for an expert that was not asked for at construction."""
+        rows_NB = self._rows_NB
+        if rows_NB is None:
+            raise ClosedError(f"expert {expert.layer}/{expert.expert} was read from RAM after close()")
+        # Not Tensor.copy_: it splits a large row over a team of threads of its own for each calling thread, and those
+        # would take the cores from the computation. Both release the GIL.
+        np.copyto(row_B.numpy(), rows_NB[self._index[expert]].numpy())
+
+    def close(self) -> None:
+        """Gives the RAM back as soon as no read uses it; idempotent."""
+        self._rows_NB = None
+
+
+class TieredStore(ExpertStore):
+    """Host RAM for the experts it has, ``disk`` for the others; owns both."""
+
+    def __init__(self, host: HostStore, disk: ExpertStore) -> None:
+        if host.layout != disk.layout:
+            raise ValueError(f"the tiers hold different rows: {host.layout} in RAM, {disk.layout} on disk")
+        self.layout = disk.layout
+        self._host = host
+        self._disk = disk
+
+    def read(self, expert: ExpertId, row_B: Tensor) -> None:
+        """Fills ``row_B`` from the fastest tier that has the expert; errors are that tier's."""
+        tier: ExpertStore = self._host if self._host.has(expert) else self._disk
+        tier.read(expert, row_B)
+
+    def close(self) -> None:
+        """Closes both tiers; idempotent."""
+        self._host.close()
+        self._disk.close()
+
+
+def aligned_rows(n: int, row_bytes: int) -> Tensor:
+    """Zeroed uint8 memory [n, row_bytes], every row page-aligned, every page backed; ``row_bytes`` % 4096 is 0.
+
+    The memory lives as long as a tensor that views it. MemoryBudgetError when the system refuses it.
+    """
+    if row_bytes % ROW_ALIGNMENT:
+        raise ValueError(f"rows of {row_bytes} bytes cannot all start on a multiple of {ROW_ALIGNMENT} bytes")
+    nbytes = n * row_bytes
+    if nbytes == 0:
+        return torch.empty((n, row_bytes), dtype=torch.uint8)
+    try:
+        # Private, for the default (shared) would be charged to tmpfs and keep transparent huge pages away.
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise MemoryBudgetError(
+            f"{n} rows of {row_bytes} bytes need {nbytes} bytes of RAM, which the system refused ({error}); "
+            "give the experts fewer slots or less host memory"
+        ) from error
+    flat_B = torch.frombuffer(memory, dtype=torch.uint8)
+    flat_B[:: mmap.PAGESIZE] = 0  # a page is there only once it was written to: better now than in mid-request
+    return flat_B.view(n, row_bytes)

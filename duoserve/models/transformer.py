@@ -1,0 +1,52 @@
+"""The decoder that every family builds: embedding, layers of attention and experts, norm, head.
+
+T new tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from duoserve import kernels
+from duoserve.models.batch import Batch
+from duoserve.models.layers import RMSNorm, Rope
+
+Attention = Callable[[Tensor, tuple[Tensor, Tensor], Batch], Tensor]
+FeedForward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """Pre-norm residual layer: attention, then the experts (or a dense feed-forward)."""
+
+    attention_norm: RMSNorm
+    attention: Attention
+    ffn_norm: RMSNorm
+    ffn: FeedForward
+
+    def __call__(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        x_TH = x_TH + self.attention(self.attention_norm(x_TH), rope, batch)
+        return x_TH + self.ffn(self.ffn_norm(x_TH))
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """``embed_VH`` and ``head_VH`` may be the same tensor (a tied head)."""
+
+    embed_VH: Tensor
+    rope: Rope
+    layers: tuple[DecoderLayer, ...]
+    norm: RMSNorm
+    head_VH: Tensor
+
+    def __call__(self, batch: Batch, rows: list[int] | None = None) -> Tensor:
+        """Float32 logits [T, V] of the batch's new tokens, or of ``rows`` of them only."""
+        x_TH = self.embed_VH[batch.token_ids_T]
+        rope = self.rope.table(batch.positions_T, like=x_TH)
+        for layer in self.layers:
+            x_TH = layer(x_TH, rope, batch)
+        x_TH = self.norm(x_TH if rows is None else x_TH[rows])
+        return kernels.linear(x_TH, self.head_VH).float()

@@ -1,0 +1,247 @@
+"""``MoEModel``: the public face. A checkpoint goes in, text comes out; what moves in between is the scheduler's affair.
+
+T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from duoserve.config import EngineConfig, ModelConfig
+from duoserve.engine import Request
+from duoserve.errors import ClosedError, RequestError
+from duoserve.experts.budget import MemoryPlan
+from duoserve.loading import Runtime, engine_config, load
+from duoserve.metrics import Stats
+from duoserve.sampling import SamplingParams
+from duoserve.scheduling.policies import Policy
+from duoserve.text import IncrementalDecoder, StopStrings, Text
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a prompt became. ``text`` is None when the checkpoint has no tokenizer; ``finish_reason`` is "stop" (end of
+    text or a stop string) or "length"; ``stats`` covers the call that made it.
+    """
+
+    text: str | None
+    token_ids: list[int]
+    finish_reason: str
+    stats: Stats
+
+
+class MoEModel:
+    """A Mixture-of-Experts model with some of its experts in fast memory. Make one with :meth:`from_pretrained`.
+
+    One request runs at a time: other threads wait their turn. Use it as a context manager, or call :meth:`close`.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._turn = threading.Lock()
+        self._serving_thread: int | None = None
+        self._closed = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        expert_memory: int | str | None = None,
+        expert_slots: int | str | None = None,
+        memory: int | str | None = None,
+        host_memory: int | str = "auto",
+        policy: str | Policy = "auto",
+        predictor: None = None,
+        max_context: int | None = None,
+        copy_threads: int = 2,
+        cache_dir: str | Path | None = None,
+    ) -> MoEModel:
+        """Loads a folder, a hub id, or an embedded model ("bard").
+
+        At most one of these bounds fast memory: ``expert_slots`` (a count, or a share of all experts such as "25%"),
+        ``expert_memory`` (the slot pool) or ``memory`` (everything: slots, dense weights, KV cache, workspace); with none
+        of them, as many experts as comfortably fit. Memory is bytes or text such as "4GiB". ``host_memory`` bounds the
+        packed experts that wait in RAM; the others stay on disk ("auto" on a CPU: all of them).
+        ``policy`` is a name or a :class:`Policy`; ``max_context`` counts tokens over all running sequences;
+        ``cache_dir`` is where a packed copy of the experts is made on first use.
+
+        Raises ConfigError, CheckpointError or MemoryBudgetError before anything large is allocated.
+        """
+        config = engine_config(
+            device=device,
+            dtype=dtype,
+            expert_memory=expert_memory,
+            expert_slots=expert_slots,
+            memory=memory,
+            host_memory=host_memory,
+            max_context=max_context,
+            copy_threads=copy_threads,
+        )
+        return cls(load(model, config, policy, cache_dir))
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's hyper-parameters."""
+        return self._runtime.config
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """What the memory was divided into when the model was loaded."""
+        return self._runtime.plan
+
+    @property
+    def policy(self) -> str:
+        """The name of the policy in force."""
+        return self._runtime.policy.name
+
+    @property
+    def stats(self) -> Stats:
+        """Figures of the last call, or of the running one so far."""
+        return self._runtime.meter.snapshot()
+
+    @overload
+    def generate(self, prompt: str, params: SamplingParams | None = None, **changes: Any) -> Completion: ...
+
+    @overload
+    def generate(self, prompt: Sequence[int], params: SamplingParams | None = None, **changes: Any) -> Completion: ...
+
+    @overload
+    def generate(
+        self, prompt: Sequence[str] | Sequence[Sequence[int]], params: SamplingParams | None = None, **changes: Any
+    ) -> list[Completion]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        **changes: Any,
+    ) -> Completion | list[Completion]:
+        """Completes one prompt (text or token ids), or a list of prompts in shared passes over the experts.
+
+        ``changes`` override fields of ``params``. Raises RequestError for what cannot be served, CopyError when an
+        expert cannot be brought; the model stays usable after either.
+        """
+        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
+        prompts: Sequence[Any] = [prompt] if single else prompt
+        settings = _settings(params, changes)
+        requests = [Request(self._encode(one), settings) for one in prompts]
+        writers = {request: _Writer(self._runtime.text, settings.stop) for request in requests}
+        if requests:
+            for request, token in self._run(requests):
+                writers[request].push(request, token)
+        stats = self.stats
+        done = [Completion(writers[r].finish(r), r.output_ids, r.finish_reason or "length", stats) for r in requests]
+        return done[0] if single else done
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **changes: Any) -> Iterator[str]:
+        """Completes one prompt, yielding text as soon as it is certain; needs a tokenizer."""
+        settings = _settings(params, changes)
+        if self._runtime.text is None:
+            raise RequestError("stream() yields text, but this checkpoint has no tokenizer.json: use generate()")
+        request = Request(self._encode(prompt), settings)
+        return self._stream(request, _Writer(self._runtime.text, settings.stop))
+
+    def _stream(self, request: Request, writer: _Writer) -> Iterator[str]:
+        for _, token in self._run([request]):
+            if piece := writer.push(request, token):
+                yield piece
+        if piece := writer.rest(request):
+            yield piece
+
+    def forward(self, token_ids: Sequence[int]) -> Tensor:
+        """One prefill: float32 logits [T, V] of every position."""
+        with self._my_turn():
+            return self._runtime.engine.forward(token_ids)
+
+    def close(self) -> None:
+        """Releases threads, files and memory; calling it again does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._runtime.close()
+
+    def __enter__(self) -> MoEModel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _run(self, requests: list[Request]) -> Iterator[tuple[Request, int]]:
+        with self._my_turn():
+            yield from self._runtime.engine.generate(requests)
+
+    @contextmanager
+    def _my_turn(self) -> Iterator[None]:
+        if self._closed:
+            raise ClosedError("this model was closed; load it again with MoEModel.from_pretrained")
+        if self._serving_thread == threading.get_ident():
+            raise RequestError("this thread's earlier stream is still open: exhaust it or call its close() first")
+        with self._turn:
+            self._serving_thread = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._serving_thread = None
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self._runtime.text is None:
+            raise RequestError("the prompt is text, but this checkpoint has no tokenizer.json: give token ids")
+        return self._runtime.text.encode(prompt)
+
+
+class _Writer:
+    """Turns one request's tokens into text and ends the request at a stop string."""
+
+    def __init__(self, text: Text | None, stop: Sequence[str]) -> None:
+        self._decoder = None if text is None else IncrementalDecoder(text)
+        self._stop = StopStrings(stop)
+        self._pieces: list[str] = []
+        if stop and text is None:
+            raise RequestError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
+
+    def push(self, request: Request, token: int) -> str:
+        """The text that became certain with ``token``."""
+        if self._decoder is None:
+            return ""
+        return self._write(request, self._stop.push(self._decoder.push(token)))
+
+    def rest(self, request: Request) -> str:
+        """What was held back, once no token will follow."""
+        if self._decoder is None or self._stop.found:
+            return ""
+        certain = self._stop.push(self._decoder.flush())
+        return self._write(request, certain if self._stop.found else certain + self._stop.flush())
+
+    def finish(self, request: Request) -> str | None:
+        """The whole text, or None without a tokenizer."""
+        self.rest(request)
+        return None if self._decoder is None else "".join(self._pieces)
+
+    def _write(self, request: Request, piece: str) -> str:
+        if self._stop.found:
+            request.finish("stop")
+        self._pieces.append(piece)
+        return piece
+
+
+def _settings(params: SamplingParams | None, changes: dict[str, Any]) -> SamplingParams:
+    known = SamplingParams.__dataclass_fields__
+    unknown = [name for name in changes if name not in known]
+    if unknown:
+        raise RequestError(f"unknown sampling parameter {unknown[0]!r}; known are {', '.join(known)}")
+    return replace(params or SamplingParams(), **changes)

@@ -1,0 +1,156 @@
+"""From the logits of one position to the next token: what a request may ask for, and the draw itself.
+
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duoserve.errors import DuoServeError, IntegrityError, RequestError
+
+MAX_STOPS = 4
+GREEDY_BELOW = 1e-6  # float32 logits of ordinary size differ by more than this, so the limit has been reached
+SEEDS = (-(2**63), 2**64 - 1)  # what torch.Generator takes
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue one prompt. Every value is checked here; a refusal is a ``RequestError``.
+
+    ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1 are off.
+    ``stop`` is one string or several and is kept as a tuple. Without a ``seed`` each request draws anew.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: Sequence[str] = ()
+    seed: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", _checked_stops(self.stop))
+        _check_integer("max_tokens", self.max_tokens, 1, None)
+        _check_integer("top_k", self.top_k, 0, None)
+        if self.seed is not None:
+            _check_integer("seed", self.seed, *SEEDS)
+        _check_number("temperature", self.temperature, 0.0, 100.0)
+        _check_number("top_p", self.top_p, 0.0, 1.0)
+        _check_number("min_p", self.min_p, 0.0, 1.0)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature < GREEDY_BELOW
+
+
+def _check_integer(name: str, value: int, low: int, high: int | None) -> None:
+    allowed = f"an integer of at least {low}" if high is None else f"an integer in {low}..{high}"
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise RequestError(f"{name} is {value!r}, but must be {allowed}")
+
+
+def _check_number(name: str, value: float, low: float, high: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value <= high:  # NaN fails every comparison
+        raise RequestError(f"{name} is {value!r}, but must be a number in {low:g}..{high:g}")
+
+
+def _checked_stops(stop: object) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, (tuple, list)) else (None,)
+    if len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise RequestError(f"stop is {stop!r}, but must be at most {MAX_STOPS} non-empty strings")
+    return stops
+
+
+class Sampler:
+    """Draws the tokens of one request. Its random numbers are its own, so requests cannot disturb each other."""
+
+    def __init__(self, params: SamplingParams, vocab_size: int) -> None:
+        self.params = params
+        self.vocab_size = vocab_size
+        self._random = torch.Generator()
+        if params.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(params.seed)
+
+    def __call__(self, logits_V: Tensor, context: Sequence[int]) -> int:
+        """The token that follows ``context`` (prompt and output so far), from its float32 logits on any device.
+
+        Raises ``DuoServeError`` when a logit is NaN or infinite: that is the model's fault, not the request's.
+        """
+        if logits_V.shape != (self.vocab_size,):
+            raise IntegrityError(f"logits have shape {tuple(logits_V.shape)}, the vocabulary {self.vocab_size} entries")
+        scores_V = logits_V.detach().float().cpu()
+        _check_finite(scores_V, position=len(context))
+        scores_V = penalize_repetition(scores_V, context, self.params.repetition_penalty)
+        if self.params.greedy:
+            return int(scores_V.argmax())  # the lowest id of those that tie
+        probs_V = truncate(scores_V, self.params).softmax(-1)
+        return int(torch.multinomial(probs_V, 1, generator=self._random))
+
+
+def _check_finite(scores_V: Tensor, position: int) -> None:
+    bad = len(scores_V) - int(scores_V.isfinite().sum())
+    if bad:
+        raise DuoServeError(
+            f"the model produced non-finite logits ({bad} of {len(scores_V)}) for token {position} of the sequence: "
+            "a weight or an activation is NaN or too large for its dtype"
+        )
+
+
+def penalize_repetition(scores_V: Tensor, context: Sequence[int], penalty: float) -> Tensor:
+    """Divides the positive and multiplies the negative scores of the tokens in ``context``, each once."""
+    if penalty == 1.0:
+        return scores_V
+    head = len(scores_V)  # which may have fewer rows than the embedding
+    seen = torch.tensor(sorted({token for token in context if token < head}), dtype=torch.int64)
+    old = scores_V[seen]
+    return scores_V.index_copy(0, seen, torch.where(old < 0, old * penalty, old / penalty))
+
+
+def truncate(scores_V: Tensor, params: SamplingParams) -> Tensor:
+    """Scores at ``params.temperature``, with -inf where top-k, then top-p, then min-p rule a token out.
+
+    The most likely token always stays. The maximum is 0, so no temperature can overflow.
+    """
+    scores_V = (scores_V - scores_V.max()) / params.temperature
+    if params.top_k:
+        scores_V = keep_top_k(scores_V, params.top_k)
+    if params.top_p < 1.0:
+        scores_V = keep_top_p(scores_V, params.top_p)
+    if params.min_p > 0.0:
+        scores_V = keep_min_p(scores_V, params.min_p)
+    return scores_V
+
+
+def keep_top_k(scores_V: Tensor, k: int) -> Tensor:
+    """The k highest scores, and all that tie with the last of them."""
+    kth = scores_V.topk(min(k, len(scores_V))).values[-1]
+    return scores_V.masked_fill(scores_V < kth, -math.inf)
+
+
+def keep_top_p(scores_V: Tensor, p: float) -> Tensor:
+    """The fewest most likely tokens whose probabilities reach ``p``; of those that tie, the lowest ids."""
+    order = scores_V.argsort(descending=True, stable=True)
+    probs = scores_V[order].softmax(-1, dtype=torch.float64)
+    before = probs.cumsum(-1) - probs
+    out = before >= p
+    out[0] = False
+    return scores_V.index_fill(0, order[out], -math.inf)
+
+
+def keep_min_p(scores_V: Tensor, min_p: float) -> Tensor:
+    """The tokens at least ``min_p`` times as likely as the most likely one."""
+    return scores_V.masked_fill(scores_V < scores_V.max() + math.log(min_p), -math.inf)

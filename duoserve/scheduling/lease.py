@@ -1,0 +1,141 @@
+"""The experts of one layer on their way through the slots."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from duoserve.errors import ClosedError, IntegrityError
+from duoserve.experts.copy_engine import Priority, Ticket
+from duoserve.experts.layout import ExpertId
+from duoserve.scheduling.plan import LayerPlan
+from duoserve.scheduling.residency import Residency
+from duoserve.scheduling.source import Lease, ReadyExpert
+from duoserve.scheduling.spaces import Space
+
+
+class SlotLease(Lease):
+    """Carries out the plan of one layer.
+
+    A wanted expert is missing until it has a slot, then loading, arrived (and held from here on), computing, retired.
+    """
+
+    def __init__(self, residency: Residency, space: Space, plan: LayerPlan) -> None:
+        self._residency = residency
+        self._space = space
+        self._plan = plan
+        self._missing = deque(plan.demand)
+        self._prefetch = deque(plan.prefetch)
+        self._loading: dict[ExpertId, Ticket] = {}
+        self._arrived: list[ReadyExpert] = []
+        self._computing: list[ReadyExpert] = []
+        self.complete = False  # every wanted expert has been handed out and retired
+
+    def start(self, wanted: Sequence[int]) -> int:
+        """Holds what is READY, hastens what is on its way, asks for what is missing; returns how many are READY."""
+        self._claim(wanted)
+        num_ready = len(self._arrived)
+        self._space.enter(self._plan)
+        self._fill()
+        return num_ready
+
+    @property
+    def layer(self) -> int:
+        """The layer whose experts these are."""
+        return self._plan.layer
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is held and nothing is waited for: at the end, or when closed."""
+        return not (self._missing or self._loading or self._arrived or self._computing)
+
+    def close(self) -> None:
+        """Takes back all holds; copies that are still under way turn into guesses. Idempotent."""
+        if self.complete:
+            return
+        self._retire([*self._computing, *self._arrived])
+        for expert in self._loading:
+            self._residency.disown(expert)
+        self._missing.clear()
+        self._prefetch.clear()
+        self._loading, self._arrived, self._computing = {}, [], []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> list[ReadyExpert]:
+        done, self._computing = self._computing, []
+        self._retire(done)
+        self._fill()
+        if self._loading and not self._arrived:
+            self._collect()
+        while self._must_wait():
+            self._residency.wait(self._awaited())
+            self._collect()
+            self._fill()
+        if not self._arrived:
+            self.complete = True
+            raise StopIteration
+        self._computing, self._arrived = self._arrived, []
+        return self._computing
+
+    def _claim(self, wanted: Sequence[int]) -> None:
+        demanded = set(self._plan.demand)
+        for number in wanted:
+            if number not in demanded:
+                expert = ExpertId(self._plan.layer, number)
+                slot = self._residency.use(expert)
+                if slot is None:
+                    self._loading[expert] = self._residency.hasten(expert)
+                else:
+                    self._arrived.append(ReadyExpert(number, slot))
+
+    def _fill(self) -> None:
+        """Asks for as many copies as can have a slot: first what is missing here, then what is planned ahead."""
+        while self._missing and (slot := self._space.take()) is not None:
+            expert = ExpertId(self._plan.layer, self._missing.popleft())
+            self._loading[expert] = self._residency.load(expert, slot, Priority.DEMAND)
+        while self._prefetch and not self._missing and (slot := self._space.spare()) is not None:
+            self._residency.load(self._prefetch.popleft(), slot, Priority.PREFETCH)
+
+    def _collect(self) -> None:
+        """Holds what has arrived; raises the error of a copy that is needed and has failed."""
+        failed: list[Ticket] = []
+        for ticket in self._residency.collect():
+            if self._loading.pop(ticket.expert, None) is None:
+                continue
+            slot = self._residency.use(ticket.expert)
+            if slot is None:
+                failed.append(ticket)
+            else:
+                self._arrived.append(ReadyExpert(ticket.expert.expert, slot))
+        if failed:
+            raise failed[0].error or ClosedError("the copy engine was closed while a layer waited for its experts")
+
+    def _must_wait(self) -> bool:
+        if self._arrived:
+            return bool(self._loading) and not self._plan.overlap
+        return bool(self._loading or self._missing)
+
+    def _awaited(self) -> list[Ticket]:
+        """The copies of this layer; where all slots are taken by guesses that run, those."""
+        awaited = list(self._loading.values()) or self._residency.under_way()
+        if not awaited:
+            raise IntegrityError(f"layer {self._plan.layer} needs a slot, but none is free, idle or on its way")
+        return awaited
+
+    def _retire(self, batch: Sequence[ReadyExpert]) -> None:
+        # The most wanted last, so that it counts as used last.
+        for expert, slot in reversed(batch):
+            self._residency.release(self._plan.layer, slot)
+            self._space.retire(expert, slot)

@@ -1,0 +1,59 @@
+"""What prefetched copies have come to, and with that what each copied byte was good for."""
+
+from __future__ import annotations
+
+from duoserve.experts.layout import ExpertId
+from duoserve.metrics import Meter
+
+
+class Ledger:
+    """Follows each prefetch from a guess to its use.
+
+    A copy is a *guess* from its prefetch until a layer asks for its expert. A guess that arrives before that is
+    *unused*: its bytes count as ``prefetched_useful`` once it is asked for, as ``wasted`` if it is given up first.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._late: set[ExpertId] = set()
+        self.guesses: dict[ExpertId, None] = {}  # under way, oldest first
+        self.unused: dict[ExpertId, int] = {}  # arrived, oldest first, and their bytes
+
+    def guess(self, expert: ExpertId) -> None:
+        """A copy that nobody has asked for (any more) is under way."""
+        self._late.discard(expert)
+        self.guesses[expert] = None
+
+    def asked_under_way(self, expert: ExpertId) -> bool:
+        """A layer asks for an expert on its way: whether that was a guess."""
+        if expert not in self.guesses:
+            return False
+        del self.guesses[expert]
+        self._late.add(expert)
+        return True
+
+    def arrived(self, expert: ExpertId, nbytes: int) -> None:
+        """A copy has been made."""
+        if expert in self.guesses:
+            del self.guesses[expert]
+            self.unused[expert] = nbytes
+        elif expert in self._late:
+            self._late.discard(expert)
+            self._meter.count_bytes("prefetched_late", nbytes)
+        else:
+            self._meter.count_bytes("demanded", nbytes)
+
+    def dropped(self, expert: ExpertId) -> None:
+        """A copy has failed or was cancelled."""
+        self.guesses.pop(expert, None)
+        self._late.discard(expert)
+
+    def used(self, expert: ExpertId) -> None:
+        """A layer asks for an expert that is READY."""
+        if expert in self.unused:
+            self._meter.count_bytes("prefetched_useful", self.unused.pop(expert))
+
+    def given_up(self, expert: ExpertId) -> None:
+        """A READY expert loses its slot."""
+        if expert in self.unused:
+            self._meter.count_bytes("wasted", self.unused.pop(expert))

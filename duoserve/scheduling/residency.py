@@ -1,0 +1,148 @@
+"""Who is in which slot and what is on its way: the slot table, the pool and the copy engine, kept in step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from operator import attrgetter
+
+from duoserve.experts.copy_engine import CopyEngine, Priority, Ticket, TicketState
+from duoserve.experts.layout import ExpertId
+from duoserve.experts.slots import SlotPool, SlotTable
+from duoserve.metrics import Meter
+from duoserve.scheduling.ledger import Ledger
+
+
+class Residency:
+    """The hands of the scheduler: nothing else changes what is in the slots. It decides nothing.
+
+    ``table``, ``ledger``, ``slots`` and ``idle`` are for others to read only.
+    """
+
+    def __init__(self, table: SlotTable, pool: SlotPool, engine: CopyEngine, meter: Meter, num_layers: int) -> None:
+        self.table = table
+        self.ledger = Ledger(meter)
+        self.slots: list[dict[int, int]] = [{} for _ in range(num_layers)]  # by layer: expert -> slot, arrived or not
+        self.idle: list[dict[int, int]] = [{} for _ in range(num_layers)]  # by layer: see IdleSlots
+        self._pool = pool
+        self._engine = engine
+        self._meter = meter
+        self._copies: dict[ExpertId, Ticket] = {}  # not collected yet, oldest first
+        self._uses = 0
+
+    def load(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
+        """Starts a copy into an EMPTY slot; a prefetch is a guess."""
+        self.table.begin_load(expert, slot)
+        try:
+            ticket = self._engine.submit(expert, slot, priority)
+        except BaseException:
+            self.table.abort_load(slot)
+            raise
+        self._copies[expert] = ticket
+        self.slots[expert.layer][expert.expert] = slot
+        if priority is Priority.PREFETCH:
+            self.ledger.guess(expert)
+        return ticket
+
+    def collect(self) -> list[Ticket]:
+        """Takes note of the copies that have finished, well or not, and returns them in the order they did."""
+        if not self._copies:
+            return []
+        self._engine.settle()
+        finished = [ticket for ticket in self._copies.values() if ticket.finished]
+        finished.sort(key=attrgetter("finished_at"))
+        for ticket in finished:
+            self._note(ticket)
+        return finished
+
+    def wait(self, tickets: Collection[Ticket]) -> None:
+        """Stalls until one of ``tickets`` has finished."""
+        with self._meter.stall():
+            self._engine.wait(tickets)
+
+    def under_way(self) -> list[Ticket]:
+        """The copies that have not been collected, oldest first."""
+        return list(self._copies.values())
+
+    def use(self, expert: ExpertId) -> int | None:
+        """Holds a READY expert for the layer that asks for it and returns its slot; None if it is not READY."""
+        slot = self.slots[expert.layer].get(expert.expert)
+        if slot is None or expert in self._copies:
+            return None
+        self.table.hold(slot)
+        self.idle[expert.layer].pop(slot, None)
+        self.ledger.used(expert)
+        return slot
+
+    def release(self, layer: int, slot: int) -> None:
+        """Takes back the hold of ``use`` on an expert of ``layer``."""
+        self.table.unhold(slot)
+        self._rest(layer, slot)
+
+    def hasten(self, expert: ExpertId) -> Ticket:
+        """The copy, under way, of an expert that a layer asks for; it is behind no guess any more."""
+        ticket = self._copies[expert]
+        if self.ledger.asked_under_way(expert):
+            self._engine.promote(ticket)
+        return ticket
+
+    def disown(self, expert: ExpertId) -> None:
+        """Nobody waits for this copy any more: it is cancelled or, when it runs already, a mere guess."""
+        self.ledger.guess(expert)
+        self.cancel(expert)
+
+    def cancel(self, expert: ExpertId) -> int | None:
+        """Cancels a copy that is still queued and returns the slot that this frees, else None."""
+        ticket = self._copies[expert]
+        if not self._engine.cancel(ticket):
+            return None
+        self._note(ticket)
+        return ticket.slot
+
+    def free(self, slot: int) -> int:
+        """Gives up the expert in a READY slot that nobody holds, and returns the slot."""
+        expert = self.table.expert_in(slot)
+        self.table.evict(slot)
+        assert expert is not None
+        del self.idle[expert.layer][slot]
+        self.ledger.given_up(expert)
+        self._vacate(expert, slot)
+        return slot
+
+    def drain(self) -> None:
+        """Cancels what is queued and waits for what runs: every slot is EMPTY or READY then."""
+        for expert in list(self._copies):
+            self.disown(expert)
+        while self._copies:
+            self.wait(self.under_way())
+            self.collect()
+
+    def empty_slot(self) -> int | None:
+        """An EMPTY slot, None if there is none."""
+        empty = self.table.empty_slots()
+        return empty[0] if empty else None
+
+    def filled(self) -> list[int]:
+        """How many slots each layer fills, copies under way included."""
+        return list(map(len, self.slots))
+
+    def _note(self, ticket: Ticket) -> None:
+        """Brings the books up to date with a finished copy."""
+        expert, slot = ticket.expert, ticket.slot
+        del self._copies[expert]
+        if ticket.state is TicketState.DONE:
+            self.table.finish_load(slot)
+            self.ledger.arrived(expert, ticket.nbytes)
+            self._rest(expert.layer, slot)
+        else:
+            self.table.abort_load(slot)
+            self.ledger.dropped(expert)
+            self._vacate(expert, slot)
+
+    def _rest(self, layer: int, slot: int) -> None:
+        """The slot is idle from now on."""
+        self._uses += 1
+        self.idle[layer][slot] = self._uses
+
+    def _vacate(self, expert: ExpertId, slot: int) -> None:
+        del self.slots[expert.layer][expert.expert]
+        self._pool.scrub(slot)

@@ -1,0 +1,172 @@
+"""What moves when: the scheduler asks the pure parts of its policy for plans and carries them out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+from tqdm import tqdm
+
+from duoserve.config import Phase
+from duoserve.errors import ClosedError, IntegrityError, MemoryBudgetError
+from duoserve.experts.copy_engine import CopyEngine, Priority
+from duoserve.experts.layout import ExpertId
+from duoserve.experts.slots import SlotPool, SlotTable
+from duoserve.metrics import Meter
+from duoserve.scheduling.decode import plan_decode
+from duoserve.scheduling.lease import SlotLease
+from duoserve.scheduling.plan import BEFORE_FIRST, LayerPlan, LayerView, ModelShape, PrefillMode
+from duoserve.scheduling.policies import Policy
+from duoserve.scheduling.prefill import plan_prefill, ring_size
+from duoserve.scheduling.residency import Residency
+from duoserve.scheduling.source import ExpertSource
+from duoserve.scheduling.spaces import Cache, Ring, Scratch, Space
+
+# Copies in the queue while all experts are loaded: enough for every copy thread to have its next one waiting.
+LOAD_AHEAD = 16
+
+
+class _Pass(NamedTuple):
+    """A forward pass that has begun."""
+
+    phase: Phase
+    num_tokens: int
+    space: Space
+
+
+class Scheduler(ExpertSource):
+    """Brings experts into slots for one forward pass at a time: ``begin``, ``acquire`` layer by layer, ``end``.
+
+    It alone changes ``table``, ``pool`` and ``engine`` (which ``close`` closes). ``moe_layers`` are the layers that
+    have experts, in order; all of them by default. MemoryBudgetError if ``policy`` wants all experts resident and the
+    slots are fewer. Not thread-safe.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        *,
+        table: SlotTable,
+        pool: SlotPool,
+        engine: CopyEngine,
+        policy: Policy,
+        top_k: int,
+        num_layers: int,
+        num_experts: int,
+        meter: Meter,
+        moe_layers: Sequence[int] | None = None,
+    ) -> None:
+        self._shape = ModelShape(num_experts, top_k, tuple(range(num_layers) if moe_layers is None else moe_layers))
+        self._policy = policy
+        self._num_slots = table.num_slots
+        if policy.all_resident and table.num_slots < self._shape.total_experts:
+            raise MemoryBudgetError(
+                f"policy {policy.name!r} keeps all {self._shape.total_experts} experts in slots "
+                f"({len(self._shape.layers)} layers x {num_experts}), but there are {table.num_slots} slots: "
+                "give the experts more memory or choose another policy"
+            )
+        self._engine = engine
+        self._meter = meter
+        self._residency = Residency(table, pool, engine, meter, num_layers)
+        self._cache = Cache(self._residency, self._shape, policy.eviction)
+        self._pass: _Pass | None = None
+        self._lease: SlotLease | None = None
+        self._closed = False
+
+    def begin(self, phase: Phase, num_tokens: int) -> None:
+        """A forward pass of ``num_tokens`` tokens begins. ClosedError after ``close``."""
+        self._check_open()
+        if self._pass is not None:
+            raise IntegrityError("a forward pass began before the last one ended")
+        self._pass = _Pass(phase, num_tokens, self._open_space(phase))
+        try:
+            self._open_lease(self._pass, BEFORE_FIRST, ())
+        except BaseException:
+            self.end()
+            raise
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> SlotLease:
+        """See ExpertSource: what is missing has been asked for, as far as there are slots, when this returns."""
+        self._check_open()
+        if self._pass is None:
+            raise IntegrityError(f"layer {layer} asked for experts outside of a forward pass")
+        if self._lease is not None and not self._lease.idle:
+            raise IntegrityError(f"layer {layer} asked for experts while another lease was open")
+        lease, num_ready = self._open_lease(self._pass, layer, experts)
+        self._meter.hit(self._pass.phase, num_ready)
+        self._meter.miss(self._pass.phase, len(experts) - num_ready)
+        return lease
+
+    def end(self) -> None:
+        """The forward pass has ended, well or not: no slot is held any more.
+
+        Copies ahead of the next pass go on. After a pass that did not come to the end of its last layer all copies are
+        cancelled or waited for, so that every slot is EMPTY or READY. Does nothing outside of a pass.
+        """
+        lease, self._lease, self._pass = self._lease, None, None
+        if lease is not None:
+            lease.close()
+            if not (lease.complete and lease.layer == self._shape.layers[-1]):
+                self._residency.drain()
+
+    def load_all(self, progress: bool = False) -> None:
+        """Brings every expert into a slot, as far as there are slots; CopyError if one cannot be read."""
+        table = self._residency.table
+        absent = [expert for expert in self._shape.experts(self._shape.layers) if table.slot_of(expert) < 0]
+        loads = deque(zip(absent, table.empty_slots(), strict=False))
+        try:
+            with tqdm(total=len(loads), desc="experts to slots", unit="expert", disable=not progress) as bar:
+                self._load(loads, bar)
+        except BaseException:
+            self._residency.drain()
+            raise
+
+    def close(self) -> None:
+        """Ends the pass and closes the copy engine; idempotent."""
+        self._closed = True
+        self.end()
+        self._engine.close()
+        self._residency.collect()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the scheduler was used after close()")
+
+    def _load(self, loads: deque[tuple[ExpertId, int]], bar: tqdm[NoReturn]) -> None:
+        while loads or self._residency.under_way():
+            while loads and len(self._residency.under_way()) < LOAD_AHEAD:
+                self._residency.load(*loads.popleft(), Priority.DEMAND)
+            self._residency.wait(self._residency.under_way())
+            for ticket in self._residency.collect():
+                if ticket.error is not None:
+                    raise ticket.error
+                bar.update()
+
+    def _open_space(self, phase: Phase) -> Space:
+        if phase is Phase.PREFILL and self._policy.prefill is PrefillMode.OVERLAP:
+            return self._open_ring()
+        return self._cache if self._policy.keeps else Scratch(self._residency)
+
+    def _open_ring(self) -> Ring:
+        """A ring of EMPTY slots, for which the least valuable experts are given up where there are too few."""
+        self._residency.drain()
+        size = ring_size(self._num_slots, self._shape.total_experts - sum(self._residency.filled()))
+        while len(self._residency.table.empty_slots()) < size:
+            self._cache.give_up(BEFORE_FIRST)
+        return Ring(self._residency, self._shape, size)
+
+    def _open_lease(self, run: _Pass, layer: int, wanted: Sequence[int]) -> tuple[SlotLease, int]:
+        self._residency.collect()
+        lease = self._lease = SlotLease(self._residency, run.space, self._plan(run, layer, wanted))
+        return lease, lease.start(wanted)
+
+    def _plan(self, run: _Pass, layer: int, wanted: Sequence[int]) -> LayerPlan:
+        slots = self._residency.slots
+        if self._policy.looks_ahead(run.phase):
+            present = {other: frozenset(slots[other]) for other in self._shape.layers}
+        else:
+            present = {layer: frozenset(slots[layer])} if layer != BEFORE_FIRST else {}
+        view = LayerView(layer, tuple(wanted), present, run.num_tokens, run.space.ring_view(layer))
+        if run.phase is Phase.PREFILL:
+            return plan_prefill(self._policy.prefill, view, self._shape)
+        return plan_decode(self._policy.decode, view, self._shape)

@@ -1,0 +1,103 @@
+"""When two lanes were busy: how long copies ran, and for how much of that the compute lane was busy too.
+
+All times are seconds on one clock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+
+Interval = tuple[float, float]
+
+# Intervals kept before the older half is folded into sums. A copy that runs while this many others come and go would
+# lose the part of it that was folded away, which is why the number is generous.
+FOLD_AT = 4096
+
+
+class Timeline:
+    """Busy time of the copy lane and of both lanes at once since ``start``, in bounded memory; for any thread."""
+
+    def __init__(self, start: float) -> None:
+        self._lock = threading.Lock()
+        self._copies: list[Interval] = []  # as they were added
+        self._computes: list[Interval] = []  # disjoint, in order
+        self._computing_since: float | None = None
+        self._folded_until = start
+        self._transfer = 0.0
+        self._overlap = 0.0
+
+    def add_copy(self, start: float, stop: float) -> None:
+        """A copy ran from ``start`` to ``stop``; copies may overlap and come in any order."""
+        with self._lock:
+            self._add(self._copies, start, stop)
+
+    def start_compute(self, now: float) -> None:
+        """The compute lane is busy from ``now`` on."""
+        with self._lock:
+            self._computing_since = now
+
+    def stop_compute(self, now: float) -> None:
+        """The compute lane is idle from ``now`` on."""
+        with self._lock:
+            if self._computing_since is not None:
+                self._add(self._computes, self._computing_since, now)
+            self._computing_since = None
+
+    def totals(self, until: float) -> tuple[float, float]:
+        """Seconds before ``until`` in which copies ran, and in which both lanes were busy."""
+        with self._lock:
+            copies = _clip(_merge(self._copies), float("-inf"), until)
+            computing = [] if self._computing_since is None else [(self._computing_since, until)]
+            overlap = _common_seconds(copies, self._computes + computing)
+            return self._transfer + _seconds_in(copies), self._overlap + overlap
+
+    def _add(self, lane: list[Interval], start: float, stop: float) -> None:
+        if stop > self._folded_until:
+            lane.append((max(start, self._folded_until), stop))
+        if len(lane) >= FOLD_AT:
+            self._fold(sorted(stop for _, stop in lane)[FOLD_AT // 2])
+
+    def _fold(self, until: float) -> None:
+        """Turns what happened before ``until`` into sums."""
+        if self._computing_since is not None and self._computing_since < until:
+            self._computes.append((self._computing_since, until))
+            self._computing_since = until
+        copies = _clip(_merge(self._copies), float("-inf"), until)
+        self._transfer += _seconds_in(copies)
+        self._overlap += _common_seconds(copies, self._computes)
+        self._copies = _clip(self._copies, until, float("inf"))
+        self._computes = _clip(self._computes, until, float("inf"))
+        self._folded_until = until
+
+
+def _merge(intervals: Iterable[Interval]) -> list[Interval]:
+    """The same points as disjoint intervals, in order."""
+    merged: list[Interval] = []
+    for start, stop in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _clip(intervals: Iterable[Interval], start: float, stop: float) -> list[Interval]:
+    clipped = ((max(a, start), min(b, stop)) for a, b in intervals)
+    return [(a, b) for a, b in clipped if a < b]
+
+
+def _seconds_in(intervals: Iterable[Interval]) -> float:
+    return sum(stop - start for start, stop in intervals)
+
+
+def _common_seconds(left: Sequence[Interval], right: Sequence[Interval]) -> float:
+    """Seconds that two ordered lists of disjoint intervals have in common."""
+    common, i, j = 0.0, 0, 0
+    while i < len(left) and j < len(right):
+        common += max(0.0, min(left[i][1], right[j][1]) - max(left[i][0], right[j][0]))
+        if left[i][1] < right[j][1]:
+            i += 1
+        else:
+            j += 1
+    return common

@@ -1,0 +1,249 @@
+"""The memory plan: its arithmetic, its caps, and refusals whose figures work when they are given back."""
+
+import re
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from duoserve.config import EngineConfig
+from duoserve.errors import ConfigError, MemoryBudgetError
+from duoserve.experts.budget import MemoryPlan, format_bytes, parse_bytes, plan_memory, slot_count
+from duoserve.experts.layout import ExpertLayout
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of ``plan_memory``, with bard-like defaults: 48 experts of 393216 bytes."""
+
+    hidden: int = 256
+    num_layers: int = 6
+    num_experts: int = 8
+    top_k: int = 2
+    dense: int = 3_000_000
+    kv: int = 500_000
+    workspace: int = 1_000_000
+    available: int = GIB
+    needs_all: bool = False
+
+    @property
+    def total(self) -> int:
+        return self.num_layers * self.num_experts
+
+    @property
+    def layout(self) -> ExpertLayout:
+        return ExpertLayout(torch.bfloat16, self.hidden, 256)
+
+    def plan(self, wanted: EngineConfig) -> MemoryPlan:
+        return plan_memory(
+            layout=self.layout,
+            num_layers=self.num_layers,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            dense_bytes=self.dense,
+            kv_bytes=self.kv,
+            workspace_bytes=self.workspace,
+            wanted=wanted,
+            available_bytes=self.available,
+            needs_all=self.needs_all,
+        )
+
+
+BARD = Case()
+ROW = BARD.layout.slot_bytes
+FIXED = BARD.dense + BARD.kv + BARD.workspace
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("4GiB", 4 * GIB),
+        ("500MB", 500_000_000),
+        (" 1.5 gib ", 3 * GIB // 2),
+        ("0", 0),
+        ("17", 17),
+        ("17b", 17),
+        ("2kB", 2000),
+        ("2KiB", 2048),
+        ("1TiB", 2**40),
+        (12, 12),
+    ],
+)
+def test_parse_bytes(text, nbytes):
+    assert parse_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        "",
+        "GiB",
+        "4G",
+        "-1GiB",
+        "4 GiB GiB",
+        "nan",
+        "inf",
+        "1e9",
+        "٤GiB",
+        "0x10",
+        "9" * 5000,
+        "9999999TiB",
+        -1,
+        1.5,
+        True,
+    ],
+)
+def test_parse_bytes_refuses_nonsense_with_examples(nonsense):
+    with pytest.raises(ConfigError, match=r"not an amount of memory.*'4GiB'"):
+        parse_bytes(nonsense)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (5 * GIB // 2, "2.50 GiB"), (2**41, "2.00 TiB")],
+)
+def test_format_bytes(nbytes, text):
+    assert format_bytes(nbytes) == text
+
+
+@given(st.integers(0, 2**45))
+def test_format_bytes_parses_back_to_within_a_hundredth(nbytes):
+    assert parse_bytes(format_bytes(nbytes)) == pytest.approx(nbytes, rel=0.006)
+
+
+@pytest.mark.parametrize(("slots", "count"), [("25%", 12), ("100 %", 48), ("12.5%", 6), ("1%", 0), (7, 7)])
+def test_slot_count(slots, count):
+    assert slot_count(slots, 48) == count
+
+
+@pytest.mark.parametrize("nonsense", ["0%", "101%", "%", "-5%", "7", "nan%", 2.5, True])
+def test_slot_count_refuses_nonsense(nonsense):
+    with pytest.raises(ConfigError, match="a share of all experts such as '25%'"):
+        slot_count(nonsense, 48)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "slots"),
+    [
+        (EngineConfig(expert_slots=7), 7),
+        (EngineConfig(expert_slots="25%"), 12),
+        (EngineConfig(expert_slots=10_000), 48),
+        (EngineConfig(expert_memory=7 * ROW + ROW - 1), 7),
+        (EngineConfig(expert_memory=GIB), 48),
+        (EngineConfig(memory=FIXED + 5 * ROW), 5),
+        (EngineConfig(memory=100 * GIB), 48),
+        (EngineConfig(), 48),
+    ],
+)
+def test_each_knob_gives_its_slots(wanted, slots):
+    plan = BARD.plan(wanted)
+    assert plan.num_slots == slots
+    assert plan.total_bytes == slots * ROW + FIXED
+
+
+def test_without_a_knob_a_fifth_of_the_free_ram_is_left():
+    available = 2 * (FIXED + 4 * ROW)
+    for host_memory in (None, ROW):
+        plan = replace(BARD, available=available).plan(EngineConfig(host_memory=host_memory))
+        used = plan.total_bytes + plan.host_bytes
+        assert used <= 0.8 * available < used + ROW
+
+
+@pytest.mark.parametrize(("host_memory", "rows"), [(None, 0), (ROW - 1, 0), (5 * ROW + 1, 5), (GIB, 48)])
+def test_host_memory_holds_whole_rows_and_no_more_than_there_are(host_memory, rows):
+    plan = BARD.plan(EngineConfig(expert_slots=12, host_memory=host_memory))
+    assert (plan.host_experts, plan.host_bytes) == (rows, rows * ROW)
+
+
+def test_no_rows_wait_when_every_expert_has_a_slot():
+    assert BARD.plan(EngineConfig(host_memory=GIB)).host_experts == 0
+
+
+def test_host_rows_and_slots_share_the_ram():
+    room = replace(BARD, available=FIXED + 20 * ROW)
+    assert room.plan(EngineConfig(expert_slots=12, host_memory=8 * ROW)).host_experts == 8
+    with pytest.raises(MemoryBudgetError, match="lower expert_slots to at most 11"):
+        room.plan(EngineConfig(expert_slots=12, host_memory=9 * ROW))
+
+
+def test_a_resident_policy_needs_a_slot_for_every_expert():
+    every = replace(BARD, needs_all=True)
+    assert every.plan(EngineConfig()).num_slots == 48
+    with pytest.raises(MemoryBudgetError, match=r"47 slots, but 48 are needed \(6 layers x 8 experts, all resident\)"):
+        every.plan(EngineConfig(expert_slots=47))
+
+
+def test_refusal_shows_the_arithmetic():
+    with pytest.raises(MemoryBudgetError) as caught:
+        BARD.plan(EngineConfig(memory=5_000_000))
+    for part in ("memory=5000000 bytes (4.77 MiB) gives 1 slots", "3 are needed (top-2 and one prefetch)",
+                 "3 slots x 393216 bytes (384.00 KiB)", "dense weights 3000000 bytes", "KV cache 500000 bytes",
+                 "workspace 1000000 bytes", "raise memory to at least 5679648 bytes"):  # fmt: skip
+        assert part in str(caught.value)
+
+
+def test_describe_adds_up():
+    lines = BARD.plan(EngineConfig(expert_slots=12, host_memory=5 * ROW)).describe()
+    squeezed = [" ".join(line.split()) for line in lines]
+    assert squeezed[0] == "expert slots 4.50 MiB (12 slots x 393216 B, 25.0% of 48 experts)"
+    assert squeezed[4] == "total 8.79 MiB"
+    assert squeezed[5] == "in host RAM 1.88 MiB (5 experts x 393216 B)"
+
+
+SIZES = st.integers(0, 20_000_000)
+CASES = st.builds(
+    Case,
+    hidden=st.sampled_from([64, 256, 300]),
+    num_layers=st.integers(1, 6),
+    num_experts=st.integers(2, 8),
+    top_k=st.integers(1, 2),
+    dense=SIZES,
+    kv=SIZES,
+    workspace=SIZES,
+    available=st.integers(0, 90_000_000),
+    needs_all=st.booleans(),
+)
+KNOBS = st.one_of(
+    st.just({}),
+    st.builds(lambda n: {"expert_slots": n}, st.integers(-1, 60)),
+    st.builds(lambda n: {"expert_memory": n}, SIZES),
+    st.builds(lambda n: {"memory": n}, st.integers(0, 90_000_000)),
+)
+HOST = st.none() | SIZES
+RAM_FLOOR = re.compile(r"at least (\d+) bytes of RAM must be free")
+REMEDY = re.compile(r"(raise|lower|set) (expert_slots|expert_memory|memory) to at (?:least|most) (\d+)")
+
+
+def refusal(case: Case, knobs: dict[str, int], host_memory: int | None) -> str | None:
+    """The message, or None for a plan, whose promises are checked."""
+    try:
+        plan = case.plan(EngineConfig(**knobs, host_memory=host_memory))
+    except MemoryBudgetError as error:
+        return str(error)
+    assert min(case.top_k + 1, case.total) <= plan.num_slots <= case.total
+    assert plan.total_bytes + plan.host_bytes <= case.available
+    assert plan.total_bytes <= knobs.get("memory", case.available)
+    assert plan.num_slots * plan.slot_bytes <= knobs.get("expert_memory", case.available)
+    return None
+
+
+@settings(max_examples=400, deadline=None)
+@given(CASES, KNOBS, HOST)
+def test_following_the_advice_succeeds_and_its_figure_is_exact(case, knobs, host_memory):
+    message = refusal(case, knobs, host_memory)
+    if message and (floor := RAM_FLOOR.search(message)):
+        assert case.available < int(floor[1])
+        case = replace(case, available=int(floor[1]))
+        message = refusal(case, knobs, host_memory)
+        assert not (message and RAM_FLOOR.search(message))
+    if message is None:
+        return
+    verb, knob, figure = REMEDY.search(message).groups()
+    assert refusal(case, {knob: int(figure)}, host_memory) is None
+    step = 1 if knob == "expert_slots" or verb != "lower" else case.layout.slot_bytes
+    beyond = int(figure) + (step if verb == "lower" else -step)
+    assert refusal(case, {knob: beyond}, host_memory) is not None

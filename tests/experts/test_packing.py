@@ -1,0 +1,248 @@
+"""Packing: rows are the checkpoint's weights bit for bit; a pack appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from duoserve.errors import CheckpointError, CopyError
+from duoserve.experts.checkpoint import Checkpoint
+from duoserve.experts.disk_store import DiskStore
+from duoserve.experts.layout import ExpertId, ExpertLayout
+from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE, read_pack_header
+from duoserve.experts.packing import LOCK_FILE, CheckpointStore, pack_path, write_pack
+from duoserve.experts.store import ExpertStore, aligned_rows
+from duoserve.models.mixtral import expert_names
+from tests.checkpoints import save_mixtral
+from tests.fakes import ArrayStore
+
+EXPERTS = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)]
+KINDS: dict[str, dict[str, Any]] = {
+    "single float32": {"dtype": torch.float32},
+    "sharded bfloat16": {"dtype": torch.bfloat16, "shard": "20KB"},
+    "odd width float16": {"dtype": torch.float16, "intermediate_size": 11},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_mixtral(tmp_path_factory.mktemp("saved"), **KINDS[request.param])
+
+
+def open_store(folder: Path, dtype: torch.dtype | None = None) -> CheckpointStore:
+    checkpoint = Checkpoint.open(folder)
+    stored = checkpoint.tensors["lm_head.weight"].dtype
+    layout = ExpertLayout(dtype or stored, checkpoint.config["hidden_size"], checkpoint.config["intermediate_size"])
+    return CheckpointStore(checkpoint, layout, expert_names)
+
+
+def read_row(store: ExpertStore, expert: ExpertId) -> Tensor:
+    """The row of an expert, read over a row full of NaN."""
+    row_B = aligned_rows(1, store.layout.slot_bytes)[0].fill_(0xFF)
+    store.read(expert, row_B)
+    return row_B
+
+
+def expected_row(folder: Path, layout: ExpertLayout, expert: ExpertId) -> bytes:
+    """The row by the words of the design, from the tensors as the safetensors library reads them."""
+    tensors = {name: t.to(layout.dtype) for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    prefix = f"model.layers.{expert.layer}.block_sparse_moe.experts.{expert.expert}"
+    w1, w2, w3 = (tensors[f"{prefix}.w{i}.weight"] for i in (1, 2, 3))
+    rows = [row for pair in zip(w1, w3, strict=True) for row in pair]
+    w13 = b"".join(row.view(torch.uint8).numpy().tobytes() for row in rows)
+    down = w2.view(torch.uint8).numpy().tobytes()
+    return (w13.ljust(-(-len(w13) // 256) * 256, b"\0") + down).ljust(layout.slot_bytes, b"\0")
+
+
+def test_rows_are_the_weights_bit_for_bit(folder: Path) -> None:
+    store = open_store(folder)
+    for expert in (EXPERTS[0], EXPERTS[13], EXPERTS[-1]):
+        assert read_row(store, expert).numpy().tobytes() == expected_row(folder, store.layout, expert)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_converted_to_the_layouts_dtype(folder: Path, dtype: torch.dtype) -> None:
+    store = open_store(folder, dtype)
+    assert read_row(store, EXPERTS[9]).numpy().tobytes() == expected_row(folder, store.layout, EXPERTS[9])
+
+
+def test_many_threads_may_read_at_once(folder: Path) -> None:
+    store = open_store(folder)
+    rows = {expert: read_row(store, expert) for expert in EXPERTS}
+    wrong: list[ExpertId] = []
+
+    def work(experts: list[ExpertId]) -> None:
+        wrong.extend(expert for expert in experts if not torch.equal(read_row(store, expert), rows[expert]))
+
+    threads = [threading.Thread(target=work, args=(EXPERTS[i:] + EXPERTS[:i],)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_failed_read_names_expert_file_and_offset(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    store = open_store(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    info = checkpoint.tensors[expert_names(ExpertId(2, 5)).gate]
+    checkpoint.close()
+    os.truncate(info.file, info.offset)
+    with pytest.raises(CopyError, match=f"expert 5 of layer 2, {info.file} from byte {info.offset}: .*changed after"):
+        read_row(store, ExpertId(2, 5))
+
+
+def test_an_expert_that_the_checkpoint_lacks_is_named(folder: Path) -> None:
+    with pytest.raises(CopyError, match=r"expert 8 of layer 2: .*has no tensor '.*experts\.8\.w1\.weight'"):
+        read_row(open_store(folder), ExpertId(2, 8))
+
+
+# Packs
+
+
+def packed(path: Path, store: ArrayStore) -> bool:
+    """Whether ``path`` is a whole pack of ``store``: its header, its rows, and no other file but the lock."""
+    rows = b"".join(store.row(expert).numpy().tobytes() for expert in store.experts)
+    header = read_pack_header(path)
+    assert header.total_bytes == len(rows)
+    assert sorted(p.name for p in path.iterdir()) == sorted([LOCK_FILE, PACK_FILE, HEADER_FILE])
+    return header.fingerprint == fingerprint_of(store) and (path / PACK_FILE).read_bytes() == rows
+
+
+def fingerprint_of(store: ArrayStore) -> str:
+    return str(store.row(store.experts[0])[:8].tolist())
+
+
+def pack(store: ArrayStore, path: Path) -> None:
+    write_pack(store, store.experts, path, fingerprint_of(store))
+
+
+def test_a_pack_holds_every_row_in_order(tmp_path: Path) -> None:
+    store = ArrayStore(num_layers=3, num_experts=5)
+    write_pack(store, store.experts[::-1], tmp_path / "new" / "pack", fingerprint_of(store))
+    assert packed(tmp_path / "new" / "pack", store)
+    assert store.reads == store.experts  # so that both files are read and written from front to back
+
+
+def test_a_pack_of_a_checkpoint_is_what_a_disk_store_reads(folder: Path, tmp_path: Path) -> None:
+    store = open_store(folder)
+    write_pack(store, EXPERTS, tmp_path, store.fingerprint())
+    disk = DiskStore(tmp_path, store.layout, 3, 8, store.fingerprint())
+    assert all(torch.equal(read_row(disk, expert), read_row(store, expert)) for expert in EXPERTS)
+    disk.close()
+
+
+def test_a_pack_with_gaps_keeps_its_places(tmp_path: Path) -> None:
+    """A model's first layers may be dense, and then have no experts."""
+    store = ArrayStore(num_layers=2, num_experts=3)
+    write_pack(store, store.experts[3:], tmp_path, "f")
+    row_bytes = store.layout.slot_bytes
+    content = (tmp_path / PACK_FILE).read_bytes()
+    assert content[: 3 * row_bytes] == bytes(3 * row_bytes)
+    assert content[3 * row_bytes :] == b"".join(store.row(e).numpy().tobytes() for e in store.experts[3:])
+
+
+def test_packing_again_replaces_the_pack(tmp_path: Path) -> None:
+    old, new = ArrayStore(seed=1), ArrayStore(seed=2)
+    pack(old, tmp_path)
+    pack(new, tmp_path)
+    assert packed(tmp_path, new)
+
+
+def test_a_failed_packing_leaves_the_old_pack_and_no_rubbish(tmp_path: Path) -> None:
+    old, failing = ArrayStore(seed=1), ArrayStore(seed=2, fail_reads=[5], error=lambda: CopyError("injected"))
+    pack(old, tmp_path)
+    with pytest.raises(CopyError, match="injected"):
+        pack(failing, tmp_path)
+    assert packed(tmp_path, old)
+
+
+def test_too_small_a_disk_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 95, 5))
+    store = ArrayStore()
+    with pytest.raises(CheckpointError, match=r"the disk is full: the pack takes 0\.00 GiB, 0\.00 GiB are free; make"):
+        pack(store, tmp_path)
+    assert not store.reads and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [(errno.ENOSPC, "the disk is full: the pack takes"), (errno.EIO, "the pack cannot be written .*Input/output")],
+)
+def test_a_disk_that_fails_leaves_no_rubbish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str
+) -> None:
+    def fails(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}: {message}.*DUOSERVE_CACHE"):
+        pack(ArrayStore(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_packs_written_at_once_do_not_mix(tmp_path: Path) -> None:
+    stores = [ArrayStore(seed=seed) for seed in range(6)]
+    threads = [threading.Thread(target=pack, args=(store, tmp_path)) for store in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(packed(tmp_path, store) for store in stores) == 1
+
+
+def test_the_lock_keeps_two_packs_from_mixing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second pack is finished while the first stands between its two renames, the worst moment there is."""
+    first, second = ArrayStore(seed=1), ArrayStore(seed=2)
+    replace: Callable[[Path, Path], Path] = Path.replace
+    late = threading.Thread(target=pack, args=(second, tmp_path))
+
+    def replace_slowly(source: Path, target: Path) -> Path:
+        moved = replace(source, target)
+        if target.name == PACK_FILE and not late.ident:
+            late.start()
+            late.join(0.3)
+        return moved
+
+    monkeypatch.setattr(Path, "replace", replace_slowly)
+    pack(first, tmp_path)
+    late.join()
+    assert packed(tmp_path, second)
+
+
+@pytest.mark.parametrize(("forced", "shown"), [(True, True), (False, False)])
+def test_the_progress_bar_shows_off_a_terminal_only_when_forced(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], forced: bool, shown: bool
+) -> None:
+    store = ArrayStore()
+    write_pack(store, store.experts, tmp_path, "f", progress=forced)
+    assert ("packing experts" in capfd.readouterr().err) is shown
+
+
+def test_the_pack_path_tells_checkpoints_and_dtypes_apart(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(folder)
+    layout = ExpertLayout(torch.bfloat16, 32, 24)
+    name = f"{checkpoint.fingerprint()}-bfloat16"
+    assert pack_path(checkpoint, layout, tmp_path) == tmp_path / "packs" / name
+    monkeypatch.setenv("DUOSERVE_CACHE", str(tmp_path / "env"))
+    assert pack_path(checkpoint, layout, None) == tmp_path / "env" / "packs" / name
+    monkeypatch.delenv("DUOSERVE_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert pack_path(checkpoint, layout) == tmp_path / ".cache" / "duoserve" / "packs" / name
+    assert pack_path(checkpoint, ExpertLayout(torch.float32, 32, 24)).name.endswith("-float32")
+    checkpoint.close()

@@ -1,0 +1,155 @@
+"""The reference ops against float64 formulas written out here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from duoserve import kernels
+from duoserve.experts.layout import ExpertLayout
+from duoserve.kernels import matmul
+
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+dtypes = st.sampled_from(list(TOLERANCE))
+
+
+def assert_close(ours: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    """Relative norm against the float64 truth; NaN never passes."""
+    error = (ours.double() - truth).norm() / truth.norm().clamp_min(1e-30)
+    assert error <= TOLERANCE[dtype], f"relative error {error:.2e} in {dtype}"
+
+
+@given(rows=st.integers(1, 40), k=st.integers(1, 96), n=st.integers(1, 80), dtype=dtypes, seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_linear(rows: int, k: int, n: int, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, w = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
+    out = kernels.linear(x, w)
+    assert out.dtype == dtype
+    assert_close(out, x.double() @ w.double().T, dtype)
+
+
+def test_linear_widens_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "WIDEN_ELEMENTS", 64)
+    monkeypatch.setattr(matmul, "has_native_matmul", lambda dtype: False)
+    x, w = torch.randn(9, 20).bfloat16(), torch.randn(31, 20).bfloat16()
+    assert_close(kernels.linear(x, w), x.double() @ w.double().T, torch.bfloat16)
+
+
+@given(
+    tokens=st.integers(1, 30),
+    experts=st.integers(1, 12),
+    data=st.data(),
+    dtype=dtypes,
+    hidden=st.sampled_from([8, 24]),
+    inter=st.sampled_from([1, 8, 11, 96]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_layer_of_experts(
+    tokens: int, experts: int, data: st.DataObject, dtype: torch.dtype, hidden: int, inter: int
+) -> None:
+    """Slots permuted and poisoned, experts computed in any order, against a dense float64 double loop."""
+    top_k = data.draw(st.integers(1, experts))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    layout = ExpertLayout(dtype, hidden, inter)
+    pool = torch.full((experts + 2, layout.slot_bytes), 0xFF, dtype=torch.uint8)
+    slots = data.draw(st.permutations(range(experts + 2)))[:experts]
+    w13, w2 = torch.randn(experts, 2 * inter, hidden).to(dtype), torch.randn(experts, hidden, inter).to(dtype)
+    weights = layout.weights(pool)
+    for expert, slot in enumerate(slots):
+        weights.w13_SNH[slot], weights.w2_SHI[slot] = w13[expert], w2[expert]
+    x = torch.randn(tokens, hidden).to(dtype)
+    topk_weights, topk_ids = kernels.router_topk(torch.randn(tokens, experts), top_k)
+
+    plan = kernels.route_plan(topk_ids)
+    y = torch.full((tokens * top_k, hidden), float("nan"), dtype=dtype)
+    for expert in data.draw(st.permutations(plan.by_demand())):
+        start, stop = plan.rows(expert)
+        rows = plan.order_N[start:stop]
+        kernels.moe_down(kernels.moe_up(x, weights, slots[expert], rows, top_k), weights, slots[expert], rows, y)
+    out = kernels.moe_combine(y.view(tokens, top_k, hidden), topk_weights)
+
+    truth = torch.zeros(tokens, hidden, dtype=torch.float64)
+    for t in range(tokens):
+        for j in range(top_k):
+            e = topk_ids[t, j]
+            up = w13[e].double() @ x[t].double()
+            act = torch.nn.functional.silu(up[0::2]) * up[1::2]
+            truth[t] += topk_weights[t, j].double() * (w2[e].double() @ act)
+    assert out.dtype == dtype
+    # Three roundings to the dtype lie on the way (up, activation, down) beside the result's own.
+    assert ((out.double() - truth).norm() / truth.norm()) <= 3 * TOLERANCE[dtype]
+
+
+@given(tokens=st.integers(1, 50), experts=st.integers(1, 16), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_route_plan_is_a_stable_sort(tokens: int, experts: int, data: st.DataObject) -> None:
+    top_k = data.draw(st.integers(1, experts))
+    ids = torch.tensor([data.draw(st.permutations(range(experts)))[:top_k] for _ in range(tokens)])
+    plan = kernels.route_plan(ids)
+    flat = ids.flatten().tolist()
+    assert plan.order_N.tolist() == sorted(range(len(flat)), key=lambda n: (flat[n], n))
+    assert plan.experts == tuple(sorted(set(flat)))
+    for expert in plan.experts:
+        start, stop = plan.rows(expert)
+        assert all(flat[n] == expert for n in plan.order_N[start:stop].tolist())
+        assert stop - start == flat.count(expert)
+    counts = [flat.count(expert) for expert in plan.by_demand()]
+    assert counts == sorted(counts, reverse=True)
+
+
+@given(
+    new=st.integers(1, 20),
+    past=st.integers(0, 20),
+    groups=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
+    window=st.one_of(st.none(), st.integers(1, 30)),
+)
+@settings(max_examples=80, deadline=None)
+def test_attention(new: int, past: int, groups: tuple[int, int], window: int | None) -> None:
+    heads, kv_heads = groups
+    torch.manual_seed(new * 31 + past)
+    q = torch.randn(new, heads, 16)
+    k, v = torch.randn(new + past, kv_heads, 16), torch.randn(new + past, kv_heads, 16)
+    out = kernels.attention(q, k, v, 0.25, window)
+    truth = torch.zeros(new, heads, 16, dtype=torch.float64)
+    for t in range(new):
+        stop = past + t + 1
+        start = 0 if window is None else max(0, stop - window)
+        for h in range(heads):
+            g = h * kv_heads // heads
+            scores = (k[start:stop, g].double() @ q[t, h].double()) * 0.25
+            truth[t, h] = scores.softmax(0) @ v[start:stop, g].double()
+    assert_close(out, truth, torch.float32)
+
+
+def test_rope_rotates_each_pair_by_its_angle() -> None:
+    positions = torch.tensor([0, 1, 5, 1000])
+    x = torch.randn(4, 3, 8)
+    out = kernels.apply_rope(x, *kernels.rope_table(positions, 8, 100.0, torch.float32))
+    for t, position in enumerate(positions.tolist()):
+        for i in range(4):
+            angle = torch.tensor(position / 100.0 ** (2 * i / 8), dtype=torch.float64)
+            turn = torch.polar(torch.tensor(1.0, dtype=torch.float64), angle)
+            z = torch.complex(x[t, :, i].double(), x[t, :, i + 4].double()) * turn
+            torch.testing.assert_close(out[t, :, i].double(), z.real, atol=2e-4, rtol=0)
+            torch.testing.assert_close(out[t, :, i + 4].double(), z.imag, atol=2e-4, rtol=0)
+
+
+@given(dtype=dtypes, width=st.integers(1, 300), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_rms_norm(dtype: torch.dtype, width: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, weight = torch.randn(5, width).to(dtype), torch.randn(width).to(dtype)
+    truth = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    assert ((kernels.rms_norm(x, weight, 1e-5).double() - truth).norm() / truth.norm()) <= 2 * TOLERANCE[dtype]
+
+
+def test_router_weights_are_a_renormalized_softmax() -> None:
+    logits = torch.randn(50, 8).bfloat16()
+    weights, ids = kernels.router_topk(logits, 3)
+    probs = logits.double().softmax(-1).gather(1, ids)
+    torch.testing.assert_close(weights.double(), probs / probs.sum(-1, keepdim=True), atol=1e-6, rtol=0)
+    assert (weights.diff() <= 0).all()

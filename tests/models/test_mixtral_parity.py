@@ -1,0 +1,61 @@
+"""Mixtral against transformers' MixtralForCausalLM on checkpoints that transformers saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from duoserve import MoEModel, SamplingParams
+from tests.checkpoints import reference_greedy, reference_logits, save_mixtral, to_hub_dialect
+
+PROMPT = [(7 * i * i + 3 * i) % 95 + 1 for i in range(40)]
+BARD = Path(__file__).parents[2] / "duoserve/assets/bard"
+
+CASES = {
+    "plain": {},
+    "multi_head": {"num_key_value_heads": 4},
+    "multi_query": {"num_key_value_heads": 1},
+    "own_head_dim": {"head_dim": 12, "num_attention_heads": 6, "num_key_value_heads": 3},
+    "tied": {"tie_word_embeddings": True},
+    "sliding_window": {"sliding_window": 9},
+    "window_longer_than_prompt": {"sliding_window": 64},
+    "hub_dialect": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rms_norm_eps": 1e-6},
+    "many_shards": {"shard": "20KB", "num_local_experts": 5, "num_experts_per_tok": 3},
+    "top_1_odd_width": {"num_experts_per_tok": 1, "intermediate_size": 11},
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = save_mixtral(tmp_path_factory.mktemp(request.param), **CASES[request.param])
+    return to_hub_dialect(made) if request.param == "hub_dialect" else made
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    assert ours.dtype == torch.float32 and ours.isfinite().all()
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def test_logits_and_greedy_tokens_equal_those_of_transformers(folder: Path) -> None:
+    with MoEModel.from_pretrained(folder, dtype="float32") as model:
+        assert relative_error(model.forward(PROMPT), reference_logits(folder, PROMPT)) <= 1e-5
+        out = model.generate(PROMPT, SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True))
+    assert out.token_ids == reference_greedy(folder, PROMPT, 64)
+
+
+def test_decode_gives_the_logits_of_prefill(folder: Path) -> None:
+    """Teacher forcing: the greedy token after every prefix is the argmax of that prefix's last logits."""
+    with MoEModel.from_pretrained(folder, dtype="float32") as model:
+        out = model.generate(PROMPT[:5], SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True))
+        logits_TV = model.forward(PROMPT[:5] + out.token_ids[:-1])
+    assert logits_TV[4:].argmax(-1).tolist() == out.token_ids
+
+
+def test_bard_equals_transformers() -> None:
+    prompt = [0, *((37 * i) % 2000 + 2 for i in range(300))]
+    with MoEModel.from_pretrained("bard", dtype="float32", max_context=1024) as model:
+        assert relative_error(model.forward(prompt), reference_logits(BARD, prompt)) <= 1e-5
+        out = model.generate(prompt[:20], SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True))
+    assert out.token_ids == reference_greedy(BARD, prompt[:20], 64)

@@ -1,0 +1,134 @@
+"""A scheduler over a virtual link, and a consumer that computes on the same clock."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from duoserve.config import Phase
+from duoserve.experts.copy_engine import Priority, Ticket, TicketState
+from duoserve.experts.layout import ExpertId
+from duoserve.experts.slots import SlotPool, SlotState, SlotTable
+from duoserve.experts.virtual import VirtualClock, VirtualCopyEngine
+from duoserve.metrics import Meter, Stats
+from duoserve.scheduling.policies import Policy, get_policy
+from duoserve.scheduling.scheduler import Scheduler
+from tests.fakes import SMALL, ArrayStore
+
+Routing = Sequence[Sequence[int]]  # by layer: the experts that are wanted, the most wanted first
+
+
+class Batch(NamedTuple):
+    """What a lease handed out, and when."""
+
+    at: float
+    layer: int
+    experts: list[int]
+
+
+class RecordingEngine(VirtualCopyEngine):
+    """Remembers every ticket."""
+
+    def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
+        ticket = super().submit(expert, slot, priority)
+        self.tickets = [*getattr(self, "tickets", []), ticket]
+        return ticket
+
+
+class Rig:
+    """Layers of ``experts`` each over ``slots`` slots; a copy takes ``copy_s``, unless a list says how long each."""
+
+    def __init__(
+        self,
+        policy: str | Policy = "lru",
+        *,
+        layers: int = 4,
+        experts: int = 8,
+        top_k: int = 2,
+        slots: int = 8,
+        copy_s: float = 1.0,
+        shuffle: int | None = None,
+        store: ArrayStore | None = None,
+        moe_layers: Sequence[int] | None = None,
+    ) -> None:
+        self.clock = VirtualClock()
+        self.meter = Meter(lambda: self.clock.now)
+        self.table = SlotTable(layers, experts, slots)
+        self.store = store or ArrayStore(SMALL, layers, experts)
+        pool = SlotPool(slots, SMALL, poison=True)
+        rng = None if shuffle is None else random.Random(shuffle)
+        self.engine = RecordingEngine(
+            self.clock, lambda _: copy_s, self.store, pool, shuffle=rng, on_copied=self.meter.copied
+        )
+        self.engine.tickets = []
+        self.pool = pool
+        self.num_layers = layers
+        self.num_experts = experts
+        self.scheduler = Scheduler(
+            table=self.table,
+            pool=pool,
+            engine=self.engine,
+            policy=get_policy(policy) if isinstance(policy, str) else policy,
+            top_k=top_k,
+            num_layers=layers,
+            num_experts=experts,
+            meter=self.meter,
+            moe_layers=moe_layers,
+        )
+
+    def run(
+        self,
+        phase: Phase,
+        routing: Routing,
+        *,
+        tokens: int = 1,
+        attention_s: float = 0.0,
+        expert_s: float = 0.0,
+        look: Callable[[Batch], None] = lambda _: None,
+    ) -> list[Batch]:
+        """One forward pass; ``look`` is called with each batch before it is computed."""
+        batches: list[Batch] = []
+        with self.meter.compute():
+            self.scheduler.begin(phase, tokens)
+            try:
+                for layer, wanted in enumerate(routing):
+                    self.clock.advance(attention_s)
+                    with self.scheduler.acquire(layer, wanted) as lease:
+                        for ready in lease:
+                            batches.append(Batch(self.clock.now, layer, [one.expert for one in ready]))
+                            look(batches[-1])
+                            self.clock.advance(expert_s * len(ready))
+            finally:
+                self.scheduler.end()
+        self.table.check_integrity()
+        return batches
+
+    def prefill(self, routing: Routing | None = None, *, tokens: int = 1000, **times: float) -> list[Batch]:
+        """A long prompt, which wants every expert unless ``routing`` says otherwise."""
+        every = [list(range(self.num_experts))] * self.num_layers
+        return self.run(Phase.PREFILL, routing or every, tokens=tokens, **times)  # type: ignore[arg-type]
+
+    def decode(self, routing: Routing, **times: float) -> list[Batch]:
+        """One token."""
+        return self.run(Phase.DECODE, routing, **times)  # type: ignore[arg-type]
+
+    def resident(self) -> set[ExpertId]:
+        """The experts that are READY."""
+        return {expert for _, expert in self.table.ready()}
+
+    def num_states(self, state: SlotState) -> int:
+        """How many slots are in this state."""
+        return sum(self.table.state(slot) is state for slot in range(self.table.num_slots))
+
+    def num_holds(self) -> int:
+        """Holds over all slots."""
+        return sum(self.table.holds(slot) for slot in range(self.table.num_slots))
+
+    def done(self) -> list[Ticket]:
+        """The copies that were made, in the order in which they were finished."""
+        made = [ticket for ticket in self.engine.tickets if ticket.state is TicketState.DONE]
+        return sorted(made, key=lambda ticket: ticket.finished_at or 0.0)
+
+    def stats(self) -> Stats:
+        return self.meter.snapshot()

@@ -1,0 +1,275 @@
+"""The rules of the house that a parser can check, on the tree as it stands, and proof that each check bites.
+
+FLOORS is the house from the ground up. A file imports from duoserve only what stands above it in this table, so there
+can be no cycle. A new file gets its place here, after all that it imports.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+FLOORS = """
+F0  errors  config  timeline  metrics
+F1  kernels/weights  kernels/routing  kernels/matmul  kernels/reference  kernels/__init__
+F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safetensors_header  experts/shards
+    experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/packing  experts/host_ram
+    experts/budget  experts/store  experts/disk_store  experts/slots  experts/tickets  experts/copy_engine
+    experts/virtual
+F3  scheduling/__init__  scheduling/source  scheduling/plan  scheduling/prefill  scheduling/decode
+    scheduling/eviction  scheduling/policies  scheduling/ledger  scheduling/residency  scheduling/spaces
+    scheduling/lease  scheduling/scheduler
+F4  models/__init__  models/batch  models/config_fields  models/layers  models/attention  models/moe
+    models/transformer  models/mixtral  models/registry
+F5  sampling  text  kv_cache  engine  loading  moe_model  __init__
+F6  cli/options  cli/opening  cli/inventory  cli/generate  cli/info  cli/pack  cli/app  cli/__init__
+"""
+FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]
+RANK = {name: rank for rank, name in enumerate(FILES)}
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_LINES = 400
+KERNELS_MAY_IMPORT = {"torch", "triton", *sys.stdlib_module_names}
+PICKLES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+UNPICKLERS = {"torch.load", "numpy.load"}
+MAPPERS = {
+    "torch.from_file",
+    "torch.UntypedStorage.from_file",
+    "numpy.memmap",
+    "numpy.lib.format.open_memmap",
+    "safetensors.safe_open",
+    "safetensors.torch.load_file",
+    "safetensors.torch.load_model",
+}
+IMPORTERS = {"importlib.import_module", "__import__"}
+ANONYMOUS_MAPS = "experts/store"
+
+
+@dataclass(frozen=True)
+class Imported:
+    """One name that an import statement brings: ``module`` as written, ``name`` None for ``import module``."""
+
+    module: str
+    name: str | None
+    alias: str
+    node: ast.stmt
+
+    @property
+    def package(self) -> str:
+        return self.module.partition(".")[0]
+
+    @property
+    def origin(self) -> str:
+        return self.module if self.name is None else f"{self.module}.{self.name}"
+
+    @property
+    def target(self) -> str:
+        """The file of the house that the import runs, as named in FLOORS."""
+        for dotted in (self.origin, self.module):
+            path = "/".join(dotted.split(".")[1:])
+            for name in (path, f"{path}/__init__".lstrip("/")):
+                if name in RANK:
+                    return name
+        return self.origin
+
+
+def violations(root: Path) -> list[str]:
+    """What breaks a rule in ``root``/duoserve: "file:line: rule"."""
+    package = root / "duoserve"
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        name = str(path.relative_to(package).with_suffix(""))
+        tree = ast.parse(path.read_text(), str(path))
+        rules = [order, place, kernel_imports, unsafe_imports, unsafe_uses]
+        faults = [fault for rule in rules for fault in rule(name, tree)]
+        found += [f"{path.relative_to(root)}:{line}: {message}" for line, message in faults]
+    return found
+
+
+Faults = Iterator[tuple[int, str]]
+
+
+def order(name: str, tree: ast.Module) -> Faults:
+    """Imports only from what stands above in FLOORS."""
+    if name not in RANK:
+        yield 1, "has no place in FLOORS of tests/test_floors.py"
+        return
+    for imported in imports(tree):
+        if imported.package == "duoserve" and RANK.get(imported.target, len(RANK)) >= RANK[name]:
+            yield imported.node.lineno, f"imports {imported.target}, which does not stand above it in FLOORS"
+
+
+def place(name: str, tree: ast.Module) -> Faults:
+    """Imports of the package are absolute statements of the module itself, never hidden in a function or condition."""
+    for imported in imports(tree):
+        if imported.package == "" or (imported.package == "duoserve" and imported.node not in tree.body):
+            yield imported.node.lineno, "imports from duoserve otherwise than absolutely and at the top"
+    for line, used in uses(tree):
+        if used in IMPORTERS:
+            yield line, f"imports through {used}"
+
+
+def kernel_imports(name: str, tree: ast.Module) -> Faults:
+    """Kernels know torch, triton, each other and the errors."""
+    for imported in imports(tree) if name.startswith("kernels/") else ():
+        near = imported.target == "errors" or imported.target.startswith("kernels/")
+        if not (near if imported.package == "duoserve" else imported.package in KERNELS_MAY_IMPORT):
+            yield imported.node.lineno, f"a kernel imports {imported.origin}"
+
+
+def unsafe_imports(name: str, tree: ast.Module) -> Faults:
+    """No pickle; no memory maps but the anonymous ones that slots are made of."""
+    for imported in imports(tree):
+        if imported.package in PICKLES or imported.origin in UNPICKLERS:
+            yield imported.node.lineno, f"imports {imported.origin}, which runs code from files"
+        if imported.origin in MAPPERS or (imported.package == "mmap" and name != ANONYMOUS_MAPS):
+            yield imported.node.lineno, f"imports {imported.origin}: model files are never mapped"
+
+
+def unsafe_uses(name: str, tree: ast.Module) -> Faults:
+    """The same for what is reached through a module that may be imported."""
+    for line, used in uses(tree):
+        if used in UNPICKLERS:
+            yield line, f"uses {used}, which runs code from files"
+        if used in MAPPERS:
+            yield line, f"uses {used}: model files are never mapped"
+    known = aliases(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and dotted(node.func, known) == "mmap.mmap" and not is_anonymous(node):
+            yield node.lineno, "maps a file: model files are never mapped"
+
+
+def is_anonymous(mapping: ast.Call) -> bool:
+    return bool(mapping.args) and ast.unparse(mapping.args[0]) == "-1"
+
+
+def imports(tree: ast.Module) -> Iterator[Imported]:
+    """Every name that any import statement brings; a relative import has the module ""."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Imported(alias.name, None, alias.asname or alias.name.partition(".")[0], node)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                module = "" if node.level else str(node.module)
+                yield Imported(module, alias.name, alias.asname or alias.name, node)
+
+
+def aliases(tree: ast.Module) -> dict[str, str]:
+    """What a name in the file stands for: ``np`` -> ``numpy``."""
+    plain = {i.alias: i.origin for i in imports(tree)}
+    return plain | {i.alias: i.alias for i in imports(tree) if i.name is None and i.alias == i.package}
+
+
+def dotted(node: ast.expr, known: dict[str, str]) -> str:
+    """``np.memmap`` as ``numpy.memmap``; "" for what is no chain of names."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id, node.id)
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value, known)}.{node.attr}"
+    return ""
+
+
+def uses(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Every name or attribute that is read, by its full name: what is not called now may be called later."""
+    known = aliases(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Name, ast.Attribute)):
+            yield node.lineno, dotted(node, known)
+
+
+def test_the_house_keeps_its_rules():
+    assert violations(ROOT) == []
+
+
+def test_the_table_lists_no_file_that_is_gone():
+    assert [name for name in RANK if not (ROOT / "duoserve" / f"{name}.py").exists()] == []
+
+
+def test_the_readmes_map_shows_every_file():
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in RANK if f"{name.rpartition('/')[2]}.py" not in readme] == []
+
+
+def test_no_file_is_longer_than_400_lines():
+    files = [path for folder in ("duoserve", "tests", "bench") for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 50
+    assert [str(path) for path in files if len(path.read_text().splitlines()) > MAX_LINES] == []
+
+
+def test_the_reference_kernels_import_without_triton():
+    code = "import sys; sys.modules['triton'] = None; import duoserve.kernels.reference"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+PLANTED = [
+    (
+        "experts/slots",
+        "from duoserve.models.mixtral import parse_config",
+        "imports models/mixtral, which does not stand",
+    ),
+    ("experts/slots", "from duoserve.models import mixtral", "imports models/mixtral, which does not stand"),
+    ("experts/slots", "import duoserve.engine", "imports engine, which does not stand"),
+    ("experts/store", "from duoserve.experts.slots import SlotPool", "imports experts/slots, which does not stand"),
+    ("engine", "from duoserve import MoEModel", "imports __init__, which does not stand"),
+    ("engine", "from duoserve import engine", "imports engine, which does not stand"),
+    ("models/moe", "from duoserve.nowhere import x", "imports duoserve.nowhere.x, which does not stand"),
+    ("kernels/new", "", "has no place in FLOORS"),
+    ("engine", "def f():\n    from duoserve import errors", "otherwise than absolutely and at the top"),
+    (
+        "engine",
+        "try:\n    import duoserve.errors\nexcept ImportError: pass",
+        "otherwise than absolutely and at the top",
+    ),
+    ("engine", "from .errors import DuoServeError", "otherwise than absolutely and at the top"),
+    (
+        "engine",
+        "import importlib as il\nil.import_module('duoserve.cli')",
+        "imports through importlib.import_module",
+    ),
+    ("engine", "m = __import__('duoserve')", "imports through __import__"),
+    ("kernels/routing", "import numpy", "a kernel imports numpy"),
+    ("kernels/routing", "def f():\n    import einops", "a kernel imports einops"),
+    ("kernels/routing", "from duoserve.config import Phase", "a kernel imports duoserve.config.Phase"),
+    ("engine", "import pickle", "imports pickle, which runs code"),
+    ("engine", "from torch import load", "imports torch.load, which runs code"),
+    ("engine", "import torch as t\nt.load('x')", "uses torch.load, which runs code"),
+    ("engine", "import torch.nn\ntorch.load('x')", "uses torch.load, which runs code"),
+    ("engine", "import mmap", "imports mmap: model files are never mapped"),
+    ("experts/store", "import mmap\nmmap.mmap(fd, 9)", "maps a file"),
+    ("engine", "from safetensors import safe_open", "imports safetensors.safe_open: model files"),
+    ("engine", "import numpy as np\nread = np.memmap", "uses numpy.memmap: model files"),
+]
+
+
+@pytest.mark.parametrize(("name", "code", "message"), PLANTED)
+def test_a_planted_violation_is_found(tmp_path, name, code, message):
+    path = tmp_path / "duoserve" / f"{name}.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(code)
+    found = violations(tmp_path)
+    assert any(message in fault for fault in found), found
+
+
+INNOCENT = [
+    ("experts/slots", "from duoserve.kernels import ExpertWeights\nfrom duoserve.experts import layout"),
+    ("experts/store", "import mmap\nmmap.mmap(-1, 4096)"),
+    ("kernels/matmul", "import torch.nn.functional as F\nimport math\nfrom duoserve.errors import DuoServeError"),
+    ("text", "from tokenizers import Tokenizer\nTokenizer.from_file('x')"),
+    ("cli/app", "from duoserve.cli import generate, info\nimport json\njson.load(open('x'))"),
+]
+
+
+@pytest.mark.parametrize(("name", "code"), INNOCENT)
+def test_the_innocent_are_let_go(tmp_path, name, code):
+    path = tmp_path / "duoserve" / f"{name}.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(code)
+    assert violations(tmp_path) == []

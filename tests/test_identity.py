@@ -1,0 +1,82 @@
+"""The promise: bitwise the output of the all-resident run, whatever the policy, slots, tier and order of arrival."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from duoserve import MoEModel, SamplingParams
+from duoserve.experts.slots import SlotPool
+from duoserve.experts.store import ExpertStore
+from duoserve.experts.virtual import VirtualClock, VirtualCopyEngine
+from tests.assembly import assembled, tokens_of
+from tests.checkpoints import save_mixtral
+
+STREAMING = ("on-demand", "layer-prefetch", "lru")
+PROMPT = [(11 * i * i + 5 * i) % 95 + 1 for i in range(30)]
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+SHARES = {"top_k + 1": 3, "a quarter": 6, "half": 12, "all": 24}
+
+
+@dataclass(eq=False)
+class Outcome:
+    logits_TV: Tensor
+    tokens: list[int]
+    batch_tokens: list[list[int]]
+
+    def same_bits(self, other: Outcome) -> bool:
+        same_logits = torch.equal(self.logits_TV.view(torch.int32), other.logits_TV.view(torch.int32))
+        return same_logits and self.tokens == other.tokens and self.batch_tokens == other.batch_tokens
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_mixtral(tmp_path_factory.mktemp("identity"), dtype=request.param)
+
+
+@pytest.fixture(scope="module")
+def truth(folder: Path) -> Outcome:
+    with MoEModel.from_pretrained(folder, policy="resident") as model:
+        return outcome(model)
+
+
+def outcome(model: MoEModel) -> Outcome:
+    prompts = [PROMPT[:7], PROMPT, PROMPT[3:4]]
+    first = model.generate(PROMPT, GREEDY).token_ids
+    batch = [done.token_ids for done in model.generate(prompts, GREEDY)]
+    return Outcome(model.forward(PROMPT + first), first, batch)
+
+
+@pytest.mark.parametrize("host_memory", ["auto", "1GiB", "20KiB"], ids=["disk", "ram", "ram_and_disk"])
+@pytest.mark.parametrize("slots", SHARES.values(), ids=SHARES)
+@pytest.mark.parametrize("policy", STREAMING)
+def test_real_copies(  # noqa: PLR0917
+    policy: str, slots: int, host_memory: str, folder: Path, truth: Outcome, tmp_path: Path
+) -> None:
+    with MoEModel.from_pretrained(
+        folder, policy=policy, expert_slots=slots, host_memory=host_memory, cache_dir=tmp_path
+    ) as model:
+        assert model.policy == policy and model.memory.num_slots == slots
+        assert outcome(model).same_bits(truth)
+        assert model.stats.bytes.total > 0 or slots == 24
+
+
+@given(policy=st.sampled_from(STREAMING), slots=st.integers(3, 24), seed=st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_any_order_of_arrival(policy: str, slots: int, seed: int, folder: Path, truth: Outcome) -> None:
+    """A virtual link completes copies in an order drawn by ``seed``; slots are poisoned."""
+
+    def virtual(store: ExpertStore, pool: SlotPool) -> VirtualCopyEngine:
+        return VirtualCopyEngine(VirtualClock(), lambda nbytes: 1e-3, store, pool, shuffle=random.Random(seed))
+
+    with assembled(folder, policy, slots, virtual) as engine:
+        assert tokens_of(engine, PROMPT, GREEDY) == truth.tokens
+        logits_TV = engine.forward(PROMPT + truth.tokens)
+    assert torch.equal(logits_TV.view(torch.int32), truth.logits_TV.view(torch.int32))

@@ -1,0 +1,223 @@
+"""The public face on a small checkpoint: what users call, what they are refused, and that the figures add up."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from duoserve import (
+    ClosedError,
+    ConfigError,
+    MemoryBudgetError,
+    MoEModel,
+    RequestError,
+    SamplingParams,
+)
+from duoserve.config import Phase
+from duoserve.engine import Request
+from tests.checkpoints import save_mixtral
+
+PROMPT = [5, 9, 2, 40, 41, 7]
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_mixtral(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def model(folder: Path, tmp_path: Path) -> Iterator[MoEModel]:
+    with MoEModel.from_pretrained(folder, expert_slots="25%", cache_dir=tmp_path) as model:
+        yield model
+
+
+def test_stats_count_every_expert_and_every_byte(model: MoEModel) -> None:
+    stats = model.generate(PROMPT, GREEDY).stats
+    assert (stats.prompt_tokens, stats.output_tokens, len(stats.itl_s)) == (6, 8, 7)
+    decode = stats.hits[Phase.DECODE.value] + stats.misses[Phase.DECODE.value]
+    assert decode == 7 * 3 * 2  # steps x layers x top-k
+    assert stats.misses[Phase.DECODE.value] > 0 and stats.hits[Phase.DECODE.value] > 0
+    assert stats.bytes.demanded >= stats.misses[Phase.DECODE.value] * model.memory.slot_bytes
+    assert stats.bytes.total % model.memory.slot_bytes == 0
+
+
+def test_a_list_gives_what_each_prompt_gives_alone(model: MoEModel) -> None:
+    prompts = [PROMPT, PROMPT[:1], PROMPT[::-1]]
+    together = model.generate(prompts, GREEDY)
+    assert [done.token_ids for done in together] == [model.generate(p, GREEDY).token_ids for p in prompts]
+    assert model.generate([], GREEDY) == []
+
+
+def test_more_prompts_than_the_kv_cache_holds_run_in_turns(folder: Path) -> None:
+    with MoEModel.from_pretrained(folder, max_context=128) as model:
+        done = model.generate([PROMPT] * 5, SamplingParams(max_tokens=50, temperature=0.0, ignore_eos=True))
+    assert [len(d.token_ids) for d in done] == [50] * 5 and len({tuple(d.token_ids) for d in done}) == 1
+
+
+def test_seeded_sampling_repeats_and_depends_on_the_seed(model: MoEModel) -> None:
+    def draw(seed: int) -> list[int]:
+        return model.generate(PROMPT, max_tokens=12, temperature=1.0, seed=seed, ignore_eos=True).token_ids
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_the_end_of_text_token_stops(model: MoEModel) -> None:
+    free = model.generate(PROMPT, max_tokens=30, temperature=1.0, seed=3, ignore_eos=True)
+    held = model.generate(PROMPT, max_tokens=30, temperature=1.0, seed=3)
+    cut = free.token_ids.index(1) + 1 if 1 in free.token_ids else 30
+    assert held.token_ids == free.token_ids[:cut]
+    assert held.finish_reason == ("stop" if 1 in free.token_ids else "length")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changes", "message"),
+    [
+        ([[]], {}, "the prompt is empty"),
+        ([96], {}, r"token id 96 lies outside the vocabulary, 0\.\.95"),
+        ([-1], {}, "token id -1"),
+        ([1] * 300, {}, r"300 prompt tokens and max_tokens=8 exceed the context of 256 tokens"),
+        ([1], {"max_tokens": 500}, "lower max_tokens"),
+        ("To be", {}, "no tokenizer.json: give token ids"),
+        ([1], {"stop": ("x",)}, "stop strings need a tokenizer"),
+        ([1], {"temperatur": 1.0}, "unknown sampling parameter 'temperatur'"),
+    ],
+)
+def test_bad_requests_are_refused_and_the_next_one_runs(
+    model: MoEModel, prompt: list[int] | str, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        model.generate(prompt, GREEDY, **changes)
+    assert len(model.generate(PROMPT, GREEDY).token_ids) == 8
+
+
+def test_stream_without_a_tokenizer_says_so(model: MoEModel) -> None:
+    with pytest.raises(RequestError, match="use generate"):
+        model.stream(PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"expert_slots": 2}, MemoryBudgetError, "3"),
+        ({"expert_slots": "0%"}, ConfigError, "expert_slots"),
+        ({"expert_slots": 4, "memory": "1GiB"}, ConfigError, "expert_slots and memory exclude each other"),
+        ({"expert_memory": "9 lightyears"}, ConfigError, "not an amount of memory"),
+        ({"policy": "clairvoyant"}, ConfigError, "lru"),
+        ({"policy": "resident", "expert_slots": 6}, MemoryBudgetError, "24"),
+        ({"device": "abacus"}, ConfigError, "abacus"),
+        ({"dtype": "int3"}, ConfigError, "float16"),
+        ({"max_context": 0}, ConfigError, "max_context is 0"),
+        ({"copy_threads": 0}, ConfigError, "copy_threads"),
+    ],
+)
+def test_bad_options_are_refused(
+    folder: Path, options: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        MoEModel.from_pretrained(folder, **options)
+
+
+def test_memory_bounds_everything(folder: Path, tmp_path: Path) -> None:
+    with MoEModel.from_pretrained(folder, memory="70MiB", max_context=64, cache_dir=tmp_path) as model:
+        assert model.memory.total_bytes <= 70 << 20
+        assert model.memory.num_slots == 24  # all of this small model fits
+    with pytest.raises(MemoryBudgetError, match="raise memory"):
+        MoEModel.from_pretrained(folder, memory="1MiB")
+
+
+def test_after_close_everything_is_refused_and_released(folder: Path, tmp_path: Path) -> None:
+    before = threading.active_count()
+    model = MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path)
+    assert threading.active_count() > before
+    model.close()
+    model.close()
+    assert threading.active_count() == before
+    with pytest.raises(ClosedError, match="was closed"):
+        model.generate(PROMPT, GREEDY)
+
+
+def test_threads_take_turns(model: MoEModel) -> None:
+    alone = model.generate(PROMPT, GREEDY).token_ids
+    results: list[list[int]] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(model.generate(PROMPT, GREEDY).token_ids)) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [alone] * 4
+
+
+def test_compute_and_stall_add_up_to_the_wall_time(tmp_path: Path) -> None:
+    """Wide enough that wake-ups of threads are small; compute has timers of its own, so that a gap would show."""
+    wide = save_mixtral(tmp_path / "wide", hidden_size=256, intermediate_size=1024, head_dim=64)
+    with MoEModel.from_pretrained(wide, expert_slots="25%", cache_dir=tmp_path) as model:
+        model.generate(PROMPT, GREEDY)
+        stats = model.generate(PROMPT * 8, GREEDY, max_tokens=30).stats
+    assert stats.compute_s + stats.stall_s == pytest.approx(stats.wall_s, rel=0.05)
+    # The copy lane ends when the bytes are there; the waiting thread still has to be woken, once a stall.
+    assert stats.compute_s + stats.transfer_s - stats.overlap_s == pytest.approx(stats.wall_s, rel=0.1)
+    assert 0 < stats.overlap_s <= min(stats.compute_s, stats.transfer_s)
+    assert stats.ttft_s is not None and stats.tpot_s is not None
+    assert stats.ttft_s + sum(stats.itl_s) == pytest.approx(stats.wall_s, rel=0.05)
+
+
+def test_a_slow_reader_of_a_stream_costs_no_wall_time(model: MoEModel) -> None:
+    requests = [Request(PROMPT, GREEDY)]
+    engine = model._runtime.engine
+    began = time.perf_counter()
+    for _ in engine.generate(requests):
+        time.sleep(0.02)
+    elapsed = time.perf_counter() - began
+    assert elapsed - model.stats.wall_s == pytest.approx(8 * 0.02, rel=0.5)
+    assert max(model.stats.itl_s) < elapsed - 8 * 0.02
+
+
+class TestBard:
+    """The embedded model, as a newcomer would use it."""
+
+    @pytest.fixture(scope="class")
+    def bard(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MoEModel]:
+        with MoEModel.from_pretrained("bard", expert_slots="25%", cache_dir=tmp_path_factory.mktemp("packs")) as model:
+            yield model
+
+    def test_stream_yields_what_generate_returns(self, bard: MoEModel) -> None:
+        params = SamplingParams(max_tokens=40, temperature=0.8, seed=4)
+        whole = bard.generate("ROMEO.\n", params)
+        assert "".join(bard.stream("ROMEO.\n", params)) == whole.text
+        assert whole.text and whole.text.isprintable() is False  # it has lines
+
+    def test_a_stop_string_ends_the_text_before_it(self, bard: MoEModel) -> None:
+        params = SamplingParams(max_tokens=40, temperature=0.0)
+        text = bard.generate("To be, or", params).text
+        assert text is not None
+        stop = text[10:13]
+        held = bard.generate("To be, or", params, stop=stop)
+        assert held.text == text[: text.index(stop)] and held.finish_reason == "stop"
+        assert "".join(bard.stream("To be, or", params, stop=stop)) == held.text
+
+    def test_an_abandoned_stream_leaves_the_model_usable(self, bard: MoEModel) -> None:
+        stream = bard.stream("To be, or", max_tokens=40)
+        next(stream)
+        with pytest.raises(RequestError, match="earlier stream is still open"):
+            bard.generate("To be, or")
+        stream.close()
+        assert bard.generate("To be, or", max_tokens=3).token_ids
+
+    def test_it_predicts_shakespeare(self, bard: MoEModel) -> None:
+        """A model that learnt nothing gives log2(2048) = 11 bits a token; bard gives well below half of that."""
+        text = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
+        runtime_text = bard._runtime.text
+        assert runtime_text is not None
+        ids = torch.tensor(runtime_text.encode(text))
+        logits_TV = bard.forward(ids.tolist())
+        nats = torch.nn.functional.cross_entropy(logits_TV[:-1], ids[1:])
+        assert nats.item() / 0.6931 < 6.0
