@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -13,19 +14,21 @@ from torch import Tensor
 from duoserve.config import EngineConfig, ModelConfig
 from duoserve.engine import Engine
 from duoserve.errors import ConfigError
-from duoserve.experts.budget import MemoryPlan, parse_bytes, plan_memory
+from duoserve.experts.budget import MemoryPlan, plan_memory
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.copy_engine import CopyEngine, ThreadedCopyEngine
 from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.host_ram import available_bytes
 from duoserve.experts.hub import resolve
 from duoserve.experts.layout import ExpertId, ExpertLayout
-from duoserve.experts.pack_format import HEADER_FILE
+from duoserve.experts.pack_format import DTYPES, HEADER_FILE
 from duoserve.experts.packing import CheckpointStore, pack_path, write_pack
 from duoserve.experts.slots import SlotPool, SlotTable
 from duoserve.experts.store import ExpertStore, HostStore, TieredStore
+from duoserve.experts.strict_json import read_object
 from duoserve.kv_cache import PagedKVCache, kv_bytes_per_token
 from duoserve.metrics import Meter
+from duoserve.models.config_fields import Fields
 from duoserve.models.registry import Family, family_of
 from duoserve.scheduling.policies import Policy, get_policy
 from duoserve.scheduling.scheduler import Scheduler
@@ -35,8 +38,7 @@ from duoserve.text import Text
 WORKSPACE_BYTES = 64 << 20
 # A context worth having by default; a model's own maximum may cost more memory than its experts.
 DEFAULT_MAX_CONTEXT = 4096
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MAX_GENERATION_CONFIG_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -56,78 +58,49 @@ class Runtime:
         self._open.close()
 
 
-def engine_config(
-    *,
-    device: str,
-    dtype: str,
-    expert_memory: int | str | None,
-    expert_slots: int | str | None,
-    memory: int | str | None,
-    host_memory: int | str,
-    max_context: int | None,
-    copy_threads: int,
-) -> EngineConfig:
-    """The options of ``from_pretrained``, with text such as "4GiB" turned into bytes; ConfigError for nonsense."""
+@dataclass(frozen=True)
+class _Model:
+    """A checkpoint that has been checked, and how its experts will be packed."""
 
-    def in_bytes(value: int | str | None) -> int | None:
-        return None if value is None else parse_bytes(value)
+    checkpoint: Checkpoint
+    family: Family
+    config: ModelConfig
+    layout: ExpertLayout
+    max_context: int
 
-    return EngineConfig(
-        device=device,
-        dtype=dtype,
-        expert_memory=in_bytes(expert_memory),
-        expert_slots=expert_slots,
-        memory=in_bytes(memory),
-        host_memory=None if host_memory == "auto" else in_bytes(host_memory),
-        max_context=max_context,
-        copy_threads=copy_threads,
-    )
+    @property
+    def experts(self) -> list[ExpertId]:
+        """All experts, layer by layer."""
+        shape = self.config
+        return [ExpertId(layer, expert) for layer in range(shape.num_layers) for expert in range(shape.num_experts)]
+
+    def read(self, name: str) -> Tensor:
+        """A dense tensor, in the dtype that is computed in."""
+        return self.checkpoint.read(name, self.layout.dtype)
 
 
 def load(model: str | Path, wanted: EngineConfig, policy: str | Policy, cache_dir: str | Path | None) -> Runtime:
     """Opens a checkpoint and makes it ready to run; whatever was opened is closed again when that fails."""
     _check_device(wanted.device)
+    named = _named_policy(policy)
     with ExitStack() as opened:
-        checkpoint = opened.enter_context(closing(Checkpoint.open(resolve(model))))
-        family = family_of(checkpoint.config)
-        config = family.parse_config(checkpoint.config)
-        checkpoint.check(family.tensor_shapes(config))
-        dtype = _dtype(wanted.dtype, config)
-        layout = ExpertLayout(dtype, config.hidden_size, config.expert_intermediate_size)
-        max_context = wanted.max_context or min(config.max_position_embeddings, DEFAULT_MAX_CONTEXT)
-        plan = plan_memory(
-            layout=layout,
-            num_layers=config.num_layers,
-            num_experts=config.num_experts,
-            top_k=config.top_k,
-            dense_bytes=_dense_bytes(family, config, dtype),
-            kv_bytes=max_context * kv_bytes_per_token(config, dtype),
-            workspace_bytes=WORKSPACE_BYTES,
-            wanted=wanted,
-            available_bytes=available_bytes(),
-            needs_all=policy == "resident",
-        )
-        chosen = _choose_policy(policy, plan, config)
-        source = CheckpointStore(checkpoint, layout, family.expert_names)
-        store = _slow_tier(source, plan, config, pack_path(checkpoint, layout, cache_dir), opened)
-        meter = Meter()
-        pool = SlotPool(plan.num_slots, layout)
-        copies = opened.enter_context(
-            closing(ThreadedCopyEngine(store, pool, wanted.copy_threads, on_copied=meter.copied))
-        )
-        scheduler = make_scheduler(config, pool, copies, chosen, meter)
-        opened.callback(scheduler.close)
+        found = _inspect(opened.enter_context(closing(Checkpoint.open(resolve(model)))), wanted)
+        plan = _plan(found, wanted, needs_all=named is not None and named.all_resident)
+        chosen = named or get_policy("resident" if plan.num_slots == plan.total_experts else "lru")
+        store = _slow_tier(found, plan, cache_dir, opened)
+        meter, pool = Meter(), SlotPool(plan.num_slots, found.layout)
+        copies = ThreadedCopyEngine(store, pool, wanted.copy_threads, on_copied=meter.copied)
+        scheduler = opened.enter_context(closing(make_scheduler(found.config, pool, copies, chosen, meter)))
         if chosen.all_resident:
-            scheduler.load_all(progress=True)
-        transformer = family.build(config, lambda name: checkpoint.read(name, dtype), scheduler, pool.weights)
-        engine = Engine(transformer, config, scheduler, PagedKVCache(config, max_context, dtype), meter)
-        text = Text.load(checkpoint.folder)
-        return Runtime(config, plan, chosen, text, engine, meter, opened.pop_all())
+            scheduler.load_all(progress=sys.stderr.isatty())
+        transformer = found.family.build(found.config, found.read, scheduler, pool.weights)
+        cache = PagedKVCache(found.config, found.max_context, found.layout.dtype)
+        engine = Engine(transformer, found.config, scheduler, cache, meter)
+        text = Text.load(found.checkpoint.folder)
+        return Runtime(found.config, plan, chosen, text, engine, meter, opened.pop_all())
 
 
-def make_scheduler(
-    config: ModelConfig, pool: SlotPool, copies: CopyEngine, policy: Policy, meter: Meter
-) -> Scheduler:
+def make_scheduler(config: ModelConfig, pool: SlotPool, copies: CopyEngine, policy: Policy, meter: Meter) -> Scheduler:
     """A scheduler over an empty pool."""
     return Scheduler(
         table=SlotTable(config.num_layers, config.num_experts, pool.num_slots),
@@ -146,6 +119,34 @@ def _check_device(device: str) -> None:
         raise ConfigError(f"device={device!r} is not supported yet: use 'cpu' or 'auto'")
 
 
+def _named_policy(policy: str | Policy) -> Policy | None:
+    """The policy that was asked for, None for "auto"."""
+    if isinstance(policy, Policy):
+        return policy
+    return None if policy == "auto" else get_policy(policy)
+
+
+def _inspect(checkpoint: Checkpoint, wanted: EngineConfig) -> _Model:
+    """Reads the config and compares the tensors with what its architecture needs."""
+    family = family_of(checkpoint.config)
+    config = family.parse_config(checkpoint.config)
+    checkpoint.check(family.tensor_shapes(config))
+    layout = ExpertLayout(_dtype(wanted.dtype, config), config.hidden_size, config.expert_intermediate_size)
+    max_context = wanted.max_context or min(config.max_position_embeddings, DEFAULT_MAX_CONTEXT)
+    return _Model(checkpoint, family, _with_end_tokens(config, checkpoint.folder), layout, max_context)
+
+
+def _with_end_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
+    """generation_config.json, where there is one, knows the tokens that end a text better than config.json."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return config
+    raw = read_object(path, MAX_GENERATION_CONFIG_BYTES)
+    if raw.get("eos_token_id") is None:
+        return config
+    return replace(config, eos_token_ids=Fields(raw, where=path.name).token_ids("eos_token_id", 0))
+
+
 def _dtype(name: str, config: ModelConfig) -> torch.dtype:
     if name == "auto":
         return config.dtype
@@ -154,34 +155,46 @@ def _dtype(name: str, config: ModelConfig) -> torch.dtype:
     return DTYPES[name]
 
 
-def _dense_bytes(family: Family, config: ModelConfig, dtype: torch.dtype) -> int:
+def _plan(found: _Model, wanted: EngineConfig, needs_all: bool) -> MemoryPlan:
+    config, dtype = found.config, found.layout.dtype
+    return plan_memory(
+        layout=found.layout,
+        num_layers=config.num_layers,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        dense_bytes=_dense_bytes(found),
+        kv_bytes=found.max_context * kv_bytes_per_token(config, dtype),
+        workspace_bytes=WORKSPACE_BYTES,
+        wanted=wanted,
+        available_bytes=available_bytes(),
+        needs_all=needs_all,
+    )
+
+
+def _dense_bytes(found: _Model) -> int:
     """Bytes of everything that is not a routed expert."""
-    elements = sum(prod(shape) for shape in family.tensor_shapes(config).values())
-    per_expert = 3 * config.hidden_size * config.expert_intermediate_size
-    return (elements - per_expert * config.num_layers * config.num_experts) * dtype.itemsize
+    experts = {name for expert in found.experts for name in found.family.expert_names(expert)}
+    shapes = found.family.tensor_shapes(found.config)
+    return sum(prod(shape) for name, shape in shapes.items() if name not in experts) * found.layout.dtype.itemsize
 
 
-def _choose_policy(policy: str | Policy, plan: MemoryPlan, config: ModelConfig) -> Policy:
-    if isinstance(policy, Policy):
-        return policy
-    fits = plan.num_slots == config.num_layers * config.num_experts
-    return get_policy(("resident" if fits else "lru") if policy == "auto" else policy)
-
-
-def _slow_tier(
-    source: CheckpointStore, plan: MemoryPlan, config: ModelConfig, pack: Path, opened: ExitStack
-) -> ExpertStore:
+def _slow_tier(found: _Model, plan: MemoryPlan, cache_dir: str | Path | None, opened: ExitStack) -> ExpertStore:
     """Where experts wait: the checkpoint itself when each is read but once, else RAM, else the pack on disk."""
-    experts = [ExpertId(layer, e) for layer in range(config.num_layers) for e in range(config.num_experts)]
-    if plan.num_slots == len(experts):
+    source = CheckpointStore(found.checkpoint, found.layout, found.family.expert_names)
+    if plan.num_slots == plan.total_experts:
         return source
-    if plan.host_experts >= len(experts):
-        return HostStore(source, experts, progress=True)
-    fingerprint = source.fingerprint()
-    if not (pack / HEADER_FILE).exists():
-        write_pack(source, experts, pack, fingerprint)
-    disk = DiskStore(pack, layout=source.layout, num_layers=config.num_layers, num_experts=config.num_experts, fingerprint=fingerprint)
+    if plan.host_experts == plan.total_experts:
+        return HostStore(source, found.experts, progress=sys.stderr.isatty())
+    disk = _open_pack(source, found, pack_path(found.checkpoint, found.layout, cache_dir))
     opened.callback(disk.close)
     if plan.host_experts == 0:
         return disk
-    return TieredStore(HostStore(disk, experts[: plan.host_experts], progress=True), disk)
+    return TieredStore(HostStore(disk, found.experts[: plan.host_experts], progress=sys.stderr.isatty()), disk)
+
+
+def _open_pack(source: CheckpointStore, found: _Model, folder: Path) -> DiskStore:
+    """The checkpoint's pack, which is made on first use."""
+    fingerprint = found.checkpoint.fingerprint()
+    if not (folder / HEADER_FILE).exists():
+        write_pack(source, found.experts, folder, fingerprint)
+    return DiskStore(folder, source.layout, found.config.num_layers, found.config.num_experts, fingerprint)

@@ -13,14 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
 
-import torch
 from torch import Tensor
 
 from duoserve.config import EngineConfig, ModelConfig
 from duoserve.engine import Request
 from duoserve.errors import ClosedError, RequestError
-from duoserve.experts.budget import MemoryPlan
-from duoserve.loading import Runtime, engine_config, load
+from duoserve.experts.budget import MemoryPlan, parse_bytes
+from duoserve.loading import Runtime, load
 from duoserve.metrics import Stats
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
@@ -54,7 +53,7 @@ class MoEModel:
         self._closed = False
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # noqa: PLR0913 - each is a knob that users turn by name
         cls,
         model: str | Path,
         *,
@@ -73,25 +72,25 @@ class MoEModel:
         """Loads a folder, a hub id, or an embedded model ("bard").
 
         At most one of these bounds fast memory: ``expert_slots`` (a count, or a share of all experts such as "25%"),
-        ``expert_memory`` (the slot pool) or ``memory`` (everything: slots, dense weights, KV cache, workspace); with none
-        of them, as many experts as comfortably fit. Memory is bytes or text such as "4GiB". ``host_memory`` bounds the
+        ``expert_memory`` (the slot pool) or ``memory`` (slots, dense weights, KV cache and workspace); with none of
+        them, as many experts as comfortably fit. Memory is bytes or text such as "4GiB". ``host_memory`` bounds the
         packed experts that wait in RAM; the others stay on disk ("auto" on a CPU: all of them).
         ``policy`` is a name or a :class:`Policy`; ``max_context`` counts tokens over all running sequences;
         ``cache_dir`` is where a packed copy of the experts is made on first use.
 
         Raises ConfigError, CheckpointError or MemoryBudgetError before anything large is allocated.
         """
-        config = engine_config(
+        wanted = EngineConfig(
             device=device,
             dtype=dtype,
-            expert_memory=expert_memory,
+            expert_memory=_bytes(expert_memory),
             expert_slots=expert_slots,
-            memory=memory,
-            host_memory=host_memory,
+            memory=_bytes(memory),
+            host_memory=None if host_memory == "auto" else _bytes(host_memory),
             max_context=max_context,
             copy_threads=copy_threads,
         )
-        return cls(load(model, config, policy, cache_dir))
+        return cls(load(model, wanted, policy, cache_dir))
 
     @property
     def config(self) -> ModelConfig:
@@ -237,6 +236,10 @@ class _Writer:
             request.finish("stop")
         self._pieces.append(piece)
         return piece
+
+
+def _bytes(size: int | str | None) -> int | None:
+    return None if size is None else parse_bytes(size)
 
 
 def _settings(params: SamplingParams | None, changes: dict[str, Any]) -> SamplingParams:

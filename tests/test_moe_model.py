@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -74,6 +75,16 @@ def test_the_end_of_text_token_stops(model: MoEModel) -> None:
     cut = free.token_ids.index(1) + 1 if 1 in free.token_ids else 30
     assert held.token_ids == free.token_ids[:cut]
     assert held.finish_reason == ("stop" if 1 in free.token_ids else "length")
+
+
+def test_generation_config_says_which_tokens_end_a_text(tmp_path: Path) -> None:
+    folder = save_mixtral(tmp_path / "model")
+    with MoEModel.from_pretrained(folder) as model:
+        third = model.generate(PROMPT, GREEDY).token_ids[2]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, third]}))
+    with MoEModel.from_pretrained(folder) as model:
+        done = model.generate(PROMPT, GREEDY, ignore_eos=False)
+    assert done.finish_reason == "stop" and done.token_ids[-1] == third and len(done.token_ids) <= 3
 
 
 @pytest.mark.parametrize(

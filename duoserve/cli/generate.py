@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     prompt = _stdin() if args.prompt is None else args.prompt
     with MoEModel.from_pretrained(args.model, **{name: getattr(args, name) for name in LOADING}) as model:
         if args.json:
-            print(json.dumps(_report(args.model, model, prompt, params), ensure_ascii=False))
+            print(json.dumps(_report(args.model, model, prompt, params)))
         else:
             _stream(model, prompt, params)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -105,6 +106,9 @@ def aligned_rows(n: int, row_bytes: int) -> Tensor:
             f"{n} rows of {row_bytes} bytes need {nbytes} bytes of RAM, which the system refused ({error}); "
             "give the experts fewer slots or less host memory"
         ) from error
+    with suppress(OSError):  # a kernel without huge pages
+        # Direct reads pin every page that they write to: in huge ones they were measured 2.5 times as fast.
+        memory.madvise(mmap.MADV_HUGEPAGE)
     flat_B = torch.frombuffer(memory, dtype=torch.uint8)
     flat_B[:: mmap.PAGESIZE] = 0  # a page is there only once it was written to: better now than in mid-request
     return flat_B.view(n, row_bytes)

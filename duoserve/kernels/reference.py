@@ -1,7 +1,8 @@
 """The PyTorch spec of every op, which is also what runs on a CPU. Imports without triton.
 
-T tokens, K top-k, E experts, S slots, H hidden, I expert intermediate, N = T * K routed rows; in attention H query heads,
-G KV heads, D head dimension, C context tokens. Sums are made in at least float32; results come in the input's dtype.
+T tokens, K top-k, E experts, S slots, H hidden, I expert intermediate, N = T * K routed rows; in attention H query
+heads, G KV heads, D head dimension, C context tokens. Sums are made in at least float32; results come in the input's
+dtype.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def apply_rope(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
 def attention(q_THD: Tensor, k_CGD: Tensor, v_CGD: Tensor, scale: float, window: int | None) -> Tensor:
     """Causal grouped-query attention of the last T of C positions -> [T, H, D].
 
-    Each position sees itself and what lies before it, at most ``window`` positions in all. Source: Vaswani et al. (2017),
-    Ainslie et al. (2023), Beltagy et al. (2020).
+    Each position sees itself and what lies before it, at most ``window`` positions in all. Source: Vaswani et al.
+    (2017), Ainslie et al. (2023), Beltagy et al. (2020).
     """
     num_new, num_context = len(q_THD), len(k_CGD)
     if window is not None and num_new == 1 and num_context > window:

@@ -30,7 +30,7 @@ class GroupedQueryAttention:
 
     def __call__(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         qkv_THD = kernels.linear(x_TH, self.qkv_weight).view(len(x_TH), -1, self.head_dim)
-        q_THD, k_TGD, v_TGD = torch.split(qkv_THD, (self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        q_THD, k_TGD, v_TGD = torch.split(qkv_THD, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         q_THD, k_TGD = kernels.apply_rope(q_THD, *rope), kernels.apply_rope(k_TGD, *rope)
         batch.kv.append(self.layer, k_TGD, v_TGD)
         attended = [self._attend(i, q_THD[start:stop], batch) for i, (start, stop) in enumerate(batch.spans)]

@@ -19,6 +19,19 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+def mapping_flags(address: int) -> list[str]:
+    """The VmFlags of the mapping that ``address`` lies in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(" ")
+        if "-" in name:
+            first, last = (int(part, 16) for part in name.split("-"))
+            inside = first <= address < last
+        elif inside and name == "VmFlags:":
+            return rest.split()
+    raise AssertionError(f"{address:#x} is not mapped")
+
+
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_aligned_rows_are_zeroed_and_each_starts_on_a_page(n: int) -> None:
     rows_NB = aligned_rows(n, 12288)
@@ -36,6 +49,13 @@ def test_aligned_rows_are_backed_at_once_and_given_back_with_the_last_view() -> 
     del view_B
     gc.collect()
     assert resident_bytes() - before < 16 * MIB
+
+
+def test_aligned_rows_ask_for_huge_pages() -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this kernel has no transparent huge pages")
+    rows_NB = aligned_rows(8, MIB)
+    assert "hg" in mapping_flags(rows_NB.data_ptr())
 
 
 def test_aligned_rows_that_could_not_all_be_aligned_are_refused() -> None:
