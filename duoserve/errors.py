@@ -33,3 +33,7 @@ class ClosedError(DuoServeError):
 
 class IntegrityError(DuoServeError):
     """An invariant of the slot bookkeeping is broken: a bug in duoserve, never the user's doing."""
+
+
+class KernelError(DuoServeError, ValueError):
+    """A kernel was given operands that it cannot compute with: a dtype, shape, stride, alignment or device."""

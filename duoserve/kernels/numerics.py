@@ -1,0 +1,30 @@
+"""What the Triton kernels share: conversion to a storage dtype that is right in the interpreter too."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``): pass it to them as ``INTERPRET``."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def to_dtype(x_f32, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """Rounds float32 to ``dtype``, to nearest even.
+
+    A GPU does so by itself; the interpreter truncates to bfloat16, so there the rounding is done on the bits.
+    """
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x_f32.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        # Rounding would carry a NaN's mantissa over into an infinity or a zero.
+        rounded = tl.where(x_f32 != x_f32, (bits >> 16) | 0x40, rounded)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x_f32.to(dtype)
