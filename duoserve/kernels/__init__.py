@@ -12,12 +12,13 @@ from duoserve.kernels.reference import (
     route_plan,
     router_topk,
 )
-from duoserve.kernels.routing import RoutePlan
+from duoserve.kernels.routing import RoutePlan, Work
 from duoserve.kernels.weights import ExpertWeights
 
 __all__ = [
     "ExpertWeights",
     "RoutePlan",
+    "Work",
     "apply_rope",
     "attention",
     "linear",

@@ -1,6 +1,6 @@
 """The PyTorch spec of every op, which is also what runs on a CPU. Imports without triton.
 
-T tokens, K top-k, E experts, S slots, H hidden, I expert intermediate, N = T * K routed rows; in attention H query
+T tokens, K top-k, E experts, S slots, H hidden, I expert intermediate, N = T * K routed rows, R rows of one expert; in attention H query
 heads, G KV heads, D head dimension, C context tokens. Sums are made in at least float32; results come in the input's
 dtype.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from duoserve.kernels.matmul import linear
-from duoserve.kernels.routing import RoutePlan
+from duoserve.kernels.routing import RoutePlan, Work
 from duoserve.kernels.weights import ExpertWeights
 
 __all__ = [
@@ -93,27 +93,54 @@ def router_topk(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return weights_TK / weights_TK.sum(-1, keepdim=True), ids_TK
 
 
-def route_plan(topk_ids_TK: Tensor) -> RoutePlan:
-    """Sorts the N routed rows stably by expert; see :class:`RoutePlan`."""
-    sorted_ids_N, order_N = topk_ids_TK.flatten().sort(stable=True)
-    experts, counts = torch.unique_consecutive(sorted_ids_N, return_counts=True)
-    starts = (0, *counts.cumsum(0).tolist())
-    return RoutePlan(order_N, tuple(experts.tolist()), starts, topk_ids_TK.shape[1])
+def route_plan(topk_ids_TK: Tensor, slots_E: Tensor) -> RoutePlan:
+    """Sorts the N routed rows stably by expert and lists the experts by whether they have a slot: see RoutePlan.
 
-
-def moe_up(x_TH: Tensor, weights: ExpertWeights, slot: int, rows_R: Tensor, top_k: int) -> Tensor:
-    """``silu(x w1^T) * (x w3^T)`` of one expert's routed rows -> [R, I].
-
-    ``rows_R`` are flat positions ``token * K + j``; the weights' gate and up rows are interleaved.
+    ``topk_ids_TK`` is int32 or int64, ``slots_E`` int32 with -1 for an expert in no slot. An id outside 0..E-1 names
+    no expert: its row sorts last and no op computes it.
     """
-    x_RH = x_TH if len(x_TH) == len(rows_R) == 1 else x_TH[rows_R // top_k]
-    up_RI2 = linear(x_RH, weights.w13_SNH[slot]).view(len(rows_R), -1, 2)
-    return F.silu(up_RI2[..., 0]) * up_RI2[..., 1]
+    num_experts = len(slots_E)
+    ids_N = topk_ids_TK.flatten()
+    ids_N = ids_N.where((ids_N >= 0) & (ids_N < num_experts), num_experts)
+    order_N = ids_N.argsort(stable=True).int()
+    counts_E = ids_N.bincount(minlength=num_experts + 1)[:num_experts]
+    starts_E1 = F.pad(counts_E.cumsum(0), (1, 0)).int()
+    resident = _work_list((counts_E > 0) & (slots_E >= 0), slots_E)
+    missing = _work_list((counts_E > 0) & (slots_E < 0), slots_E.clamp_max(-1))
+    return RoutePlan(order_N, starts_E1, resident, missing, topk_ids_TK.shape[1])
 
 
-def moe_down(act_RI: Tensor, weights: ExpertWeights, slot: int, rows_R: Tensor, y_NH: Tensor) -> None:
-    """Writes ``act w2^T`` of one expert, unweighted, to the rows' places in ``y_NH`` [T * K, H]."""
-    y_NH[rows_R] = linear(act_RI, weights.w2_SHI[slot])
+def _work_list(chosen_E: Tensor, slots_E: Tensor) -> Work:
+    """The chosen experts and their slots, ascending, then -1."""
+    experts = chosen_E.nonzero().flatten()
+    unused = (0, len(chosen_E) - len(experts))
+    return Work(
+        experts_W=F.pad(experts.int(), unused, value=-1),
+        slots_W=F.pad(slots_E[experts], unused, value=-1),
+        count_1=slots_E.new_tensor([len(experts)]),
+    )
+
+
+def moe_up(x_TH: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, act_NI: Tensor) -> None:
+    """``silu(x w1^T) * (x w3^T)`` for the rows of each expert in ``work``, into their sorted rows of ``act_NI``.
+
+    The weights' gate and up rows are interleaved; other rows of ``act_NI`` stay as they are. Source: SwiGLU, Shazeer
+    (2020).
+    """
+    for expert, slot in work.pairs():
+        start, stop = plan.rows(expert)
+        x_RH = x_TH
+        if not len(x_TH) == stop - start == 1:
+            x_RH = x_TH.index_select(0, plan.order_N[start:stop] // plan.top_k)
+        up_RI2 = linear(x_RH, weights.w13_SNH[slot]).view(stop - start, -1, 2)
+        torch.mul(F.silu(up_RI2[..., 0]), up_RI2[..., 1], out=act_NI[start:stop])
+
+
+def moe_down(act_NI: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, y_NH: Tensor) -> None:
+    """Writes ``act w2^T`` of each expert in ``work``, unweighted, to its rows' places ``token * K + j`` in ``y_NH``."""
+    for expert, slot in work.pairs():
+        start, stop = plan.rows(expert)
+        y_NH.index_copy_(0, plan.order_N[start:stop].long(), linear(act_NI[start:stop], weights.w2_SHI[slot]))
 
 
 def moe_combine(y_TKH: Tensor, topk_weights_TK: Tensor) -> Tensor:

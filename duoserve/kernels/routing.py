@@ -1,34 +1,71 @@
-"""The routing plan: which rows go to which expert, as plain data that every kernel of a layer reads.
+"""The routing plan: which rows go to which expert and where the experts are, as plain data on the device.
 
-T tokens, K top-k, E experts, N = T * K routed rows.
+T tokens, K top-k, E experts, N = T * K routed rows, W = E entries of a work list.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Work:
+    """The experts that one launch computes, and the slots that they are in.
+
+    ``experts_W`` and ``slots_W`` (int32) count to ``count_1`` (int32 [1], on the device), the entries after it are -1.
+    Experts ascend. A slot of -1 is an expert that is in no slot: only ops that say so take it.
+    """
+
+    experts_W: Tensor
+    slots_W: Tensor
+    count_1: Tensor
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[int, int]], device: torch.device | str = "cpu") -> Work:
+        """The work list of (expert, slot) ``pairs`` that the host knows, in ascending order of the experts."""
+        sorted_pairs = sorted(pairs)
+        table_2W = torch.tensor(sorted_pairs, dtype=torch.int32).view(-1, 2).T.contiguous().to(device)
+        count_1 = torch.tensor([len(sorted_pairs)], dtype=torch.int32).to(device)
+        return cls(table_2W[0], table_2W[1], count_1)
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """The (expert, slot) pairs on the host. Waits for the device."""
+        count = int(self.count_1)
+        return list(zip(self.experts_W[:count].tolist(), self.slots_W[:count].tolist(), strict=True))
 
 
 @dataclass(frozen=True)
 class RoutePlan:
     """The routed rows of one layer, stably sorted by expert.
 
-    ``order_N`` (int64) holds flat positions ``token * K + j``: rows ``starts[g] : starts[g + 1]`` of it belong to
-    ``experts[g]``, whose ids ascend. ``top_k`` is K.
+    ``order_N`` (int32) holds flat positions ``token * K + j``; rows ``starts_E1[e] : starts_E1[e + 1]`` of it belong
+    to expert ``e``. Rows from ``starts_E1[E]`` on name no expert (a routed id outside 0..E-1, such as -1 for padding)
+    and are computed by no op. ``resident`` and ``missing`` list the experts that have rows, by whether they had a slot
+    when the plan was made; ``top_k`` is K.
     """
 
     order_N: Tensor
-    experts: tuple[int, ...]
-    starts: tuple[int, ...]
+    starts_E1: Tensor
+    resident: Work
+    missing: Work
     top_k: int
 
+    @cached_property
+    def starts(self) -> list[int]:
+        """``starts_E1`` on the host. Waits for the device once."""
+        starts: list[int] = self.starts_E1.tolist()
+        return starts
+
     def rows(self, expert: int) -> tuple[int, int]:
-        """The half-open range of sorted rows that belong to ``expert``; raises ValueError when it has none."""
-        group = self.experts.index(expert)
-        return self.starts[group], self.starts[group + 1]
+        """The half-open range of sorted rows that belong to ``expert``, read on the host."""
+        return self.starts[expert], self.starts[expert + 1]
 
     def by_demand(self) -> list[int]:
-        """The experts, those with most rows first; ties in order of their ids."""
+        """The experts that have rows, those with most first; ties in order of their ids. Read on the host."""
         counts = [stop - start for start, stop in zip(self.starts, self.starts[1:], strict=False)]
-        return [expert for _, expert in sorted(zip(counts, self.experts, strict=True), key=lambda ce: (-ce[0], ce[1]))]
+        return sorted((e for e, count in enumerate(counts) if count), key=lambda e: (-counts[e], e))

@@ -1,17 +1,19 @@
 """The MoE block: router -> acquire -> kernels.
 
-T tokens, K top-k, E experts, H hidden.
+T tokens, K top-k, E experts, H hidden, I expert intermediate, N = T * K routed rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from duoserve import kernels
-from duoserve.kernels import ExpertWeights, RoutePlan
-from duoserve.scheduling.source import ExpertSource, ReadyExpert
+from duoserve.kernels import ExpertWeights, Work
+from duoserve.scheduling.source import ExpertSource
 
 
 @dataclass(frozen=True)
@@ -30,16 +32,17 @@ class MoEBlock:
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         topk_weights_TK, topk_ids_TK = kernels.router_topk(kernels.linear(x_TH, self.router_EH), self.top_k)
-        plan = kernels.route_plan(topk_ids_TK)
+        plan = kernels.route_plan(topk_ids_TK, self._unknown_slots_E)
+        act_NI = x_TH.new_empty(topk_ids_TK.numel(), self.weights.w2_SHI.shape[2])
         y_NH = x_TH.new_empty(topk_ids_TK.numel(), x_TH.shape[1])
         with self.source.acquire(self.layer, plan.by_demand()) as lease:
             for ready in lease:
-                for one in ready:
-                    self._compute(one, x_TH, plan, y_NH)
+                work = Work.of(ready, x_TH.device)
+                kernels.moe_up(x_TH, self.weights, plan, work, act_NI)
+                kernels.moe_down(act_NI, self.weights, plan, work, y_NH)
         return kernels.moe_combine(y_NH.view(*topk_ids_TK.shape, -1), topk_weights_TK)
 
-    def _compute(self, one: ReadyExpert, x_TH: Tensor, plan: RoutePlan, y_NH: Tensor) -> None:
-        start, stop = plan.rows(one.expert)
-        rows_R = plan.order_N[start:stop]
-        act_RI = kernels.moe_up(x_TH, self.weights, one.slot, rows_R, plan.top_k)
-        kernels.moe_down(act_RI, self.weights, one.slot, rows_R, y_NH)
+    @cached_property
+    def _unknown_slots_E(self) -> Tensor:
+        """The lease says where the experts are, batch by batch; the plan is made before."""
+        return torch.full((len(self.router_EH),), -1, dtype=torch.int32, device=self.router_EH.device)
