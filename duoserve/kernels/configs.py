@@ -1,0 +1,77 @@
+"""Which tiles each GEMM runs with: one table, one function that chooses, nothing tuned at run time.
+
+T tokens, K top-k, E experts. A tile is BN weight rows by BT routed rows, BK of the inner dimension at a time. The rows
+are untuned starting points until ``bench/`` has measured them on a GPU; their reasons say what they rest on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+SMALL, MEDIUM, LARGE, HUGE = 16, 64, 128, 256  # BT of the four shape classes
+INTERPRETER = 0  # the "architecture" of Triton's interpreter
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tile sizes and launch options of one GEMM; ``tma`` reads weights through a tensor descriptor."""
+
+    block_n: int
+    block_t: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    ctas_per_sm: int
+    reason: str
+    tma: bool = False
+    group_t: int = 8  # tiles of routed rows that share a band of weights, so that both stay in the L2 cache
+
+
+# 16-bit weights by TMA into wgmma: 64 weight rows are the least that wgmma takes.
+_SM90 = {
+    SMALL: GemmConfig(64, 16, 64, 4, 4, 4, "decode: narrow tiles even out the last wave, 10 KB a stage, 4 CTAs", True),
+    MEDIUM: GemmConfig(128, 64, 64, 4, 4, 2, "still bound by memory: 24 KB a stage, 2 CTAs", True),
+    LARGE: GemmConfig(128, 128, 64, 4, 4, 1, "64 K accumulators in 4 warps leave registers for one CTA", True),
+    HUGE: GemmConfig(128, 256, 64, 8, 4, 1, "bound by wgmma: the widest tile that does not spill", True),
+}
+# mma.sync with cp.async: 64 KB of shared memory or less a CTA, so that sm_86 and sm_89 (100 KB) take them too.
+_SM80 = {
+    SMALL: GemmConfig(64, 16, 64, 4, 4, 2, "decode: as on sm_90, 40 KB"),
+    MEDIUM: GemmConfig(64, 64, 64, 4, 3, 2, "48 KB, 2 CTAs hide each other's epilogue"),
+    LARGE: GemmConfig(128, 128, 32, 8, 4, 1, "128 accumulators a thread would spill with 4 warps; 64 KB"),
+    HUGE: GemmConfig(128, 128, 32, 8, 4, 1, "a 256-wide tile leaves sm_86 no stages"),
+}
+# 32-bit weights multiply on the FMA units, in full precision: small tiles, bound by instructions.
+_FP32 = {
+    SMALL: GemmConfig(64, 16, 32, 4, 3, 2, "FMA: 8 accumulators a thread"),
+    MEDIUM: GemmConfig(64, 64, 32, 8, 3, 1, "FMA: 16 accumulators a thread"),
+    LARGE: GemmConfig(64, 64, 32, 8, 3, 1, "FMA: wider tiles gain nothing"),
+    HUGE: GemmConfig(64, 64, 32, 8, 3, 1, "FMA: wider tiles gain nothing"),
+}
+
+
+def shape_class(num_tokens: int, top_k: int, num_experts: int) -> int:
+    """BT for so many routed rows: near the mean rows of an expert, and no more than the tokens can fill."""
+    mean_rows = num_tokens * top_k / num_experts
+    if num_tokens <= SMALL or mean_rows <= SMALL / 2:
+        return SMALL
+    if mean_rows <= MEDIUM * 0.75:
+        return MEDIUM
+    return LARGE if mean_rows <= LARGE * 1.5 else HUGE
+
+
+def gemm_config(dtype: torch.dtype, arch: int, block_t: int, tma_fits: bool = True) -> GemmConfig:
+    """The tiles of ``moe_up`` and ``moe_down`` for weights and activations of ``dtype``.
+
+    ``arch`` is 10 * major + minor of the compute capability or INTERPRETER; ``block_t`` comes from ``shape_class``;
+    ``tma_fits`` says that strides and addresses are multiples of 16 bytes, as a descriptor needs. Every row adds up
+    its inner dimension in the same order whatever BT is, so all rows of one (dtype, arch) are batch-invariant.
+    """
+    if dtype == torch.float32:
+        return _FP32[block_t]
+    if arch < 90 or arch // 10 == 12:  # consumer Blackwell has mma.sync and 100 KB of shared memory
+        return _SM80[block_t]
+    config = _SM90[block_t]
+    return config if tma_fits else replace(config, tma=False)
