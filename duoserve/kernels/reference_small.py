@@ -126,7 +126,7 @@ def _descending(scores_TE: Tensor) -> Tensor:
 
 def _only_best_groups(choice_TE: Tensor, n_group: int, topk_group: int, best: int) -> Tensor:
     """-inf for every expert outside the ``topk_group`` groups whose ``best`` highest scores have the largest sum."""
-    grouped_TNE = choice_TE.view(len(choice_TE), n_group, -1)
+    grouped_TNE = choice_TE.view(len(choice_TE), n_group, choice_TE.shape[1] // n_group)
     group_scores_TN = grouped_TNE.topk(best, dim=-1).values.sum(-1)
     chosen_TN = torch.zeros_like(group_scores_TN, dtype=torch.bool)
     chosen_TN.scatter_(1, _descending(group_scores_TN)[:, :topk_group], True)
