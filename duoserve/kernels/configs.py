@@ -29,6 +29,17 @@ class GemmConfig:
     group_t: int = 8  # tiles of routed rows that share a band of weights, so that both stay in the L2 cache
 
 
+@dataclass(frozen=True)
+class GemvConfig:
+    """Tile sizes and launch options of one matrix-vector kernel."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    reason: str
+
+
 # 16-bit weights by TMA into wgmma: 64 weight rows are the least that wgmma takes.
 _SM90 = {
     SMALL: GemmConfig(64, 16, 64, 4, 4, 4, "decode: narrow tiles even out the last wave, 10 KB a stage, 4 CTAs", True),
@@ -75,3 +86,17 @@ def gemm_config(dtype: torch.dtype, arch: int, block_t: int, tma_fits: bool = Tr
         return _SM80[block_t]
     config = _SM90[block_t]
     return config if tma_fits else replace(config, tma=False)
+
+
+def gemv_config(dtype: torch.dtype, arch: int, inner: int) -> GemvConfig:
+    """The tiles of ``moe_gemv_up`` (``inner`` is H) and ``moe_gemv_down`` (I), on every ``arch`` so far.
+
+    BK is the widest of up to 512 that divides ``inner``, so that no load has a mask; where none from 128 on does,
+    256 with masks. Stages make up for a narrow BK: 14 to 16 KB of loads are under way in every CTA.
+    """
+    del arch
+    exact = [block_k for block_k in (512, 256, 128) if inner % block_k == 0]
+    block_k = exact[0] if exact else 256
+    block_n = 4 if dtype == torch.float32 else 8
+    num_stages = {512: 3, 256: 5, 128: 8}[block_k]
+    return GemvConfig(block_n, block_k, 4, num_stages, "8 to 32 sums a thread, 16-byte loads, 16 KB under way")

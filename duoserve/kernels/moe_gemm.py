@@ -186,6 +186,19 @@ def moe_down(
 
 def check_operands(weights: ExpertWeights, plan: RoutePlan, work: Work) -> tuple[int, int]:
     """Weights, plan and work fit each other; returns H and I."""
+    for name, tensor in (("order_N", plan.order_N), ("starts_E1", plan.starts_E1), ("experts_W", work.experts_W)):
+        check_tensor(name, tensor, (None,), (torch.int32,))
+    check_tensor("slots_W", work.slots_W, tuple(work.experts_W.shape), (torch.int32,))
+    check_tensor("count_1", work.count_1, (1,), (torch.int32,))
+    check_contiguous(order_N=plan.order_N, starts_E1=plan.starts_E1, experts_W=work.experts_W, slots_W=work.slots_W)
+    check_one_device(
+        weights=weights.w13_SNH, order_N=plan.order_N, starts_E1=plan.starts_E1, slots_W=work.slots_W, count=work.count_1
+    )
+    return check_weights(weights)
+
+
+def check_weights(weights: ExpertWeights) -> tuple[int, int]:
+    """Both matrices fit each other and the kernels; returns H and I."""
     w13, w2 = weights.w13_SNH, weights.w2_SHI
     check_tensor("w13_SNH", w13, (None, None, None), FLOATS)
     num_slots, two_inter, hidden = w13.shape
@@ -193,12 +206,7 @@ def check_operands(weights: ExpertWeights, plan: RoutePlan, work: Work) -> tuple
     for name, w in (("w13_SNH", w13), ("w2_SHI", w2)):
         require(w.stride()[1:] == (w.shape[2], 1), f"the rows of {name} must lie one after another in a slot")
         require(w.shape[1] * w.shape[2] < 2**31, f"an expert's {name} has 2^31 elements or more")
-    for name, tensor in (("order_N", plan.order_N), ("starts_E1", plan.starts_E1), ("experts_W", work.experts_W)):
-        check_tensor(name, tensor, (None,), (torch.int32,))
-    check_tensor("slots_W", work.slots_W, tuple(work.experts_W.shape), (torch.int32,))
-    check_tensor("count_1", work.count_1, (1,), (torch.int32,))
-    check_contiguous(order_N=plan.order_N, starts_E1=plan.starts_E1, experts_W=work.experts_W, slots_W=work.slots_W)
-    check_one_device(w13_SNH=w13, w2_SHI=w2, order_N=plan.order_N, starts_E1=plan.starts_E1, slots_W=work.slots_W)
+    check_one_device(w13_SNH=w13, w2_SHI=w2)
     require(two_inter % 2 == 0, f"w13_SNH has {two_inter} rows; gate and up rows come in pairs")
     return hidden, two_inter // 2
 

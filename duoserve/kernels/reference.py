@@ -143,6 +143,28 @@ def moe_down(act_NI: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work
         y_NH.index_copy_(0, plan.order_N[start:stop].long(), linear(act_NI[start:stop], weights.w2_SHI[slot]))
 
 
+def moe_gemv_up(x_1H: Tensor, weights: ExpertWeights, slots_K: Tensor, act_KI: Tensor) -> None:
+    """``silu(x w1^T) * (x w3^T)`` of the K experts in ``slots_K``, one token, into the rows of ``act_KI`` [K, I]."""
+    for j, slot in enumerate(slots_K.tolist()):
+        up_1I2 = F.linear(x_1H.float(), weights.w13_SNH[slot].float()).view(1, -1, 2)
+        act_KI[j] = (F.silu(up_1I2[..., 0]) * up_1I2[..., 1])[0]
+
+
+def moe_gemv_down(  # noqa: PLR0913, PLR0917
+    act_KI: Tensor,
+    weights: ExpertWeights,
+    slots_K: Tensor,
+    topk_weights_1K: Tensor,
+    shared_1H: Tensor | None,
+    out_1H: Tensor,
+) -> None:
+    """``out = sum_j weight_j * act_j w2_j^T + shared`` in float32, rounded once: one token's down and combine."""
+    total_1H = torch.zeros_like(out_1H, dtype=torch.float32)
+    for j, slot in enumerate(slots_K.tolist()):
+        total_1H += topk_weights_1K[:, j] * F.linear(act_KI[j : j + 1].float(), weights.w2_SHI[slot].float())
+    out_1H.copy_(total_1H if shared_1H is None else total_1H + shared_1H.float())
+
+
 def moe_combine(y_TKH: Tensor, topk_weights_TK: Tensor) -> Tensor:
     """``sum_j weight_j * y_j`` -> [T, H], in float32 and in the order of j, so that no arrival order shows."""
     out_TH = y_TKH[:, 0].float() * topk_weights_TK[:, :1]
