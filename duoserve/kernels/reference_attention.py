@@ -1,0 +1,120 @@
+"""The PyTorch spec of attention, which is also what runs on a CPU. No triton.
+
+T new tokens, C context tokens, B sequences, H query heads, G KV heads, D head dimension, P pages, S tokens a page, M
+pages a sequence may have; in multi-head latent attention L latent and R rotary dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(
+    q_THD: Tensor, k_CGD: Tensor, v_CGD: Tensor, scale: float, window: int | None, sinks_H: Tensor | None = None
+) -> Tensor:
+    """Causal grouped-query attention of the last T of C positions -> [T, H, D].
+
+    Each position sees itself and what lies before it, at most ``window`` positions in all. A sink is one more logit of
+    its head (not scaled) that takes its share of the softmax and adds nothing. Values may be narrower than keys: the
+    output has their width. Source: Vaswani et al. (2017), Ainslie et al. (2023), Beltagy et al. (2020); sinks: Xiao et
+    al. (2024) as in gpt-oss.
+    """
+    num_new, num_context = len(q_THD), len(k_CGD)
+    if window is not None and num_new == 1 and num_context > window:
+        k_CGD, v_CGD, num_context = k_CGD[-window:], v_CGD[-window:], window
+    windowed = window is not None and num_context > window
+    plain_causal = num_new == num_context and not windowed and sinks_H is None
+    mask = None
+    if num_new > 1 and not plain_causal:
+        mask = _visible(num_new, num_context, window, q_THD.device)
+    if sinks_H is not None:
+        k_CGD, v_CGD = F.pad(k_CGD, (0, 0, 0, 0, 0, 1)), F.pad(v_CGD, (0, 0, 0, 0, 0, 1))
+        mask = _with_sinks(mask, sinks_H, num_new, num_context, q_THD.dtype)
+    out_HTD = F.scaled_dot_product_attention(
+        q_THD.transpose(0, 1)[None],
+        k_CGD.transpose(0, 1)[None],
+        v_CGD.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=plain_causal and num_new > 1,
+        scale=scale,
+        enable_gqa=q_THD.shape[1] != k_CGD.shape[1],
+    )[0]
+    return out_HTD.transpose(0, 1)
+
+
+def _visible(num_new: int, num_context: int, window: int | None, device: torch.device) -> Tensor:
+    """True where query row t may see context column c, [T, C]."""
+    age_TC = torch.arange(num_context - num_new, num_context, device=device)[:, None] - torch.arange(
+        num_context, device=device
+    )
+    return (age_TC >= 0) & (age_TC < (window or num_context))
+
+
+def _with_sinks(
+    visible_TC: Tensor | None, sinks_H: Tensor, num_new: int, num_context: int, dtype: torch.dtype
+) -> Tensor:
+    """What to add to the scores, [H, T, C + 1]: the sinks in a last column, whose key and value are zero."""
+    added_HTC = torch.zeros((len(sinks_H), num_new, num_context + 1), dtype=dtype, device=sinks_H.device)
+    added_HTC[..., -1] = sinks_H[:, None]
+    if visible_TC is not None:
+        added_HTC[..., :-1].masked_fill_(~visible_TC, float("-inf"))
+    return added_HTC
+
+
+def decode_attention(
+    q_BHD: Tensor,
+    k_pages_PSGD: Tensor,
+    v_pages_PSGD: Tensor,
+    page_table_BM: Tensor,
+    lengths_B: Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """One new token of each sequence over the paged KV cache, its own keys and values included -> [B, H, D].
+
+    Token c of sequence b is row ``c % S`` of page ``page_table_BM[b, c // S]``; ``lengths_B`` counts the tokens (int32
+    or int64, like the table). A length of 0 gives zeros: that is how a padded batch marks its padding. ``attention``
+    has the formula.
+    """
+    out_BHD = torch.zeros((*q_BHD.shape[:2], v_pages_PSGD.shape[-1]), dtype=q_BHD.dtype, device=q_BHD.device)
+    for sequence, length in enumerate(lengths_B.tolist()):
+        if length:
+            rows_C = _rows(page_table_BM[sequence], length, k_pages_PSGD.shape[1])
+            k_CGD, v_CGD = k_pages_PSGD.flatten(0, 1)[rows_C], v_pages_PSGD.flatten(0, 1)[rows_C]
+            out_BHD[sequence] = attention(q_BHD[sequence][None], k_CGD, v_CGD, scale, window, sinks_H)[0]
+    return out_BHD
+
+
+def _rows(pages_M: Tensor, length: int, page_tokens: int) -> Tensor:
+    """The cache rows of a sequence's ``length`` tokens, in order."""
+    tokens_C = torch.arange(length, device=pages_M.device)
+    return pages_M[tokens_C // page_tokens].long() * page_tokens + tokens_C % page_tokens
+
+
+def mla_decode_attention(
+    q_latent_BHL: Tensor,
+    q_rope_BHR: Tensor,
+    latent_pages_PSW: Tensor,
+    page_table_BM: Tensor,
+    lengths_B: Tensor,
+    scale: float,
+) -> Tensor:
+    """Multi-head latent attention of one new token of each sequence, in absorbed form -> [B, H, L].
+
+    A row of the cache is ``[latent L | rotated key R]``, W = L + R wide, and serves all heads: ``score = (q_latent .
+    latent + q_rope . key) * scale``, ``out = softmax(score) latent``. The caller has multiplied the queries by the key
+    half of ``kv_b_proj`` and multiplies the output by its value half. Table and lengths as in ``decode_attention``.
+    Source: DeepSeek-AI (2024a).
+    """
+    num_latent = q_latent_BHL.shape[-1]
+    q_BHW = torch.cat((q_latent_BHL, q_rope_BHR), dim=-1).float()
+    out_BHL = torch.zeros_like(q_latent_BHL)
+    for sequence, length in enumerate(lengths_B.tolist()):
+        if length:
+            rows_C = _rows(page_table_BM[sequence], length, latent_pages_PSW.shape[1])
+            keys_C1W = latent_pages_PSW.flatten(0, 1)[rows_C][:, None].float()
+            out_BHL[sequence] = attention(q_BHW[sequence][None], keys_C1W, keys_C1W[..., :num_latent], scale, None)[0]
+    return out_BHL
