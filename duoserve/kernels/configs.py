@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from duoserve.kernels.weights import FP8_BLOCK, MXFP4_GROUP, ExpertFormat
+
 SMALL, MEDIUM, LARGE, HUGE = 16, 64, 128, 256  # BT of the four shape classes
 INTERPRETER = 0  # the "architecture" of Triton's interpreter
 
@@ -61,6 +63,19 @@ _FP32 = {
     LARGE: GemmConfig(64, 64, 32, 8, 3, 1, "FMA: wider tiles gain nothing"),
     HUGE: GemmConfig(64, 64, 32, 8, 3, 1, "FMA: wider tiles gain nothing"),
 }
+# Decoded in registers, which then feed wgmma or mma; sums and scaled sums together take twice the accumulators.
+_QUANTIZED_SM90 = {
+    SMALL: GemmConfig(64, 16, 128, 4, 4, 4, "decode: 8 KB of int4 or 12 KB of bytes a stage, 4 CTAs"),
+    MEDIUM: GemmConfig(128, 64, 128, 8, 3, 1, "32 + 32 sums a thread and a K of 128 spill in 4 warps"),
+    LARGE: GemmConfig(128, 128, 128, 8, 3, 1, "64 + 64 sums a thread in 8 warps"),
+    HUGE: GemmConfig(128, 128, 128, 8, 3, 1, "a 256-wide tile would spill with two sets of sums"),
+}
+_QUANTIZED_SM80 = {
+    SMALL: GemmConfig(64, 16, 64, 4, 4, 2, "decode: 4 KB of weights or less a stage"),
+    MEDIUM: GemmConfig(64, 64, 64, 4, 3, 2, "16 + 16 sums a thread"),
+    LARGE: GemmConfig(128, 64, 64, 8, 3, 1, "16 + 16 sums a thread; weights decoded once for 64 rows"),
+    HUGE: GemmConfig(128, 128, 64, 8, 3, 1, "32 + 32 sums a thread; 48 KB with bytes"),
+}
 
 
 def shape_class(num_tokens: int, top_k: int, num_experts: int) -> int:
@@ -73,19 +88,35 @@ def shape_class(num_tokens: int, top_k: int, num_experts: int) -> int:
     return LARGE if mean_rows <= LARGE * 1.5 else HUGE
 
 
-def gemm_config(dtype: torch.dtype, arch: int, block_t: int, tma_fits: bool = True) -> GemmConfig:
-    """The tiles of ``moe_up`` and ``moe_down`` for weights and activations of ``dtype``.
+def gemm_config(
+    dtype: torch.dtype,
+    arch: int,
+    block_t: int,
+    tma_fits: bool = True,
+    format: ExpertFormat = ExpertFormat.FLOAT,
+    group: int = 0,
+) -> GemmConfig:
+    """The tiles of ``moe_up`` and ``moe_down`` for activations of ``dtype`` and weights of ``format``.
 
     ``arch`` is 10 * major + minor of the compute capability or INTERPRETER; ``block_t`` comes from ``shape_class``;
     ``tma_fits`` says that strides and addresses are multiples of 16 bytes, as a descriptor needs. Every row adds up
     its inner dimension in the same order whatever BT is, so all rows of one (dtype, arch) are batch-invariant.
     """
+    no_wgmma = arch < 90 or arch // 10 == 12  # consumer Blackwell has mma.sync and 100 KB of shared memory
     if dtype == torch.float32:
-        return _FP32[block_t]
-    if arch < 90 or arch // 10 == 12:  # consumer Blackwell has mma.sync and 100 KB of shared memory
-        return _SM80[block_t]
-    config = _SM90[block_t]
-    return config if tma_fits else replace(config, tma=False)
+        config = _FP32[block_t]
+    elif format is ExpertFormat.FLOAT:
+        config = (_SM80 if no_wgmma else _SM90)[block_t]
+    else:
+        config = (_QUANTIZED_SM80 if no_wgmma else _QUANTIZED_SM90)[block_t]
+    config = config if tma_fits else replace(config, tma=False)
+    return replace(config, block_k=_block_k(format, group) or config.block_k)
+
+
+def _block_k(format: ExpertFormat, group: int) -> int | None:
+    """What a step must be because its sums have one scale each; None where any will do."""
+    fixed = {ExpertFormat.INT4: group, ExpertFormat.MXFP4: MXFP4_GROUP, ExpertFormat.FP8: FP8_BLOCK}
+    return fixed.get(format)
 
 
 def gemv_config(dtype: torch.dtype, arch: int, inner: int) -> GemvConfig:

@@ -8,7 +8,6 @@ the left operand of the product, so that the side which tensor cores want wide i
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -16,13 +15,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from duoserve.kernels.checks import check_contiguous, check_one_device, check_tensor, require
+from duoserve.kernels.checks import require
 from duoserve.kernels.configs import INTERPRETER, GemmConfig, gemm_config, shape_class
+from duoserve.kernels.dequant import codes_of, decode_e2m1, decode_fp8, decode_int4, e8m0
+from duoserve.kernels.moe_checks import check_operands, check_rows, tma_fits
 from duoserve.kernels.numerics import interpreting, to_dtype
 from duoserve.kernels.routing import RoutePlan, Work
-from duoserve.kernels.weights import ExpertWeights
+from duoserve.kernels.weights import ExpertWeights, Matrix
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED_CTAS = 3  # enough to show a mistake in the persistent loop
 
 
@@ -45,15 +45,54 @@ def _place_in_expert(tile, num_t, num_n, GROUP_T: tl.constexpr):
 
 
 @triton.jit
+def _decode(tile, z_at, dtype: tl.constexpr, FORMAT: tl.constexpr, FP8_HARDWARE: tl.constexpr, INTERPRET: tl.constexpr):
+    """A tile of weights as stored, in ``dtype`` and without its scales."""
+    if FORMAT == "int8":
+        return tile.to(tl.float32 if INTERPRET else dtype)
+    elif FORMAT == "fp8":
+        return decode_fp8(tile, dtype, FP8_HARDWARE, INTERPRET)
+    elif FORMAT == "int4":
+        return decode_int4(codes_of(tile, tile.shape[0], tile.shape[1] * 2), tl.load(z_at), dtype, INTERPRET)
+    elif FORMAT == "mxfp4":
+        return decode_e2m1(codes_of(tile, tile.shape[0], tile.shape[1] * 2), dtype, INTERPRET)
+    else:
+        return tile
+
+
+@triton.jit
+def _scale_columns(n, UP: tl.constexpr, FORMAT: tl.constexpr):
+    """Where row n's scales are: a column of [G, N], or a block row of fp8, where gate and up rows take turns."""
+    if FORMAT == "fp8":
+        return n // 256 * 2 + n % 2 if UP else n // 128
+    else:
+        return n
+
+
+@triton.jit
+def _dot(w_tile, x_tile, acc, INTERPRET: tl.constexpr):
+    if INTERPRET:  # which multiplies only float32 rightly
+        return tl.dot(w_tile.to(tl.float32), x_tile.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(w_tile, x_tile, acc, input_precision="ieee")
+
+
+@triton.jit
 def _product(
     x,
     x_rows,
     w,
+    scales,
+    zeros,
     slot,
     slot_stride,
+    scales_stride,
+    zeros_stride,
     first_n,
     N,
     D,
+    UP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    FP8_HARDWARE: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -63,27 +102,48 @@ def _product(
 ):
     """``W x^T`` in float32 [BN, BT] for BN weight rows from ``first_n`` on and the rows of x at ``x_rows``.
 
-    Weight rows past N and unused x rows are some row that exists: their results are never stored.
+    Weight rows past N and unused x rows are some row that exists: their results are never stored. Of grouped formats a
+    step is one group, and its sums are scaled before they are added.
     """
+    PER_BYTE: tl.constexpr = 2 if (FORMAT == "int4") | (FORMAT == "mxfp4") else 1
+    GROUPED: tl.constexpr = (FORMAT != "float") & (FORMAT != "int8")
     k = tl.arange(0, BK)
     x_at = x + x_rows.to(tl.int64)[None, :] * D + k[:, None]
+    n = tl.minimum(first_n + tl.arange(0, BN), N - 1)
+    b = tl.arange(0, BK // PER_BYTE)
     if not TMA:
-        n = tl.minimum(first_n + tl.arange(0, BN), N - 1)
-        w_at = w + slot.to(tl.int64) * slot_stride + n[:, None] * D + k[None, :]
+        w_at = w + slot.to(tl.int64) * slot_stride + n[:, None] * (D // PER_BYTE) + b[None, :]
+    s_at = scales
+    z_at = zeros
+    if FORMAT != "float":
+        s_at = (
+            scales
+            + slot.to(tl.int64) * scales_stride
+            + _scale_columns(n, UP, FORMAT) * (tl.cdiv(D, BK) if FORMAT == "fp8" else 1)
+        )
+    if FORMAT == "int4":
+        z_at = zeros + slot.to(tl.int64) * zeros_stride + n
     acc = tl.zeros((BN, BT), tl.float32)
     for first_k in range(0, D, BK):
         left = D - first_k
         x_tile = tl.load(x_at) if EVEN else tl.load(x_at, mask=k[:, None] < left, other=0.0)
         if TMA:
-            w_tile = w.load([slot, first_n, first_k]).reshape(BN, BK)
+            w_tile = w.load([slot, first_n, first_k // PER_BYTE]).reshape(BN, BK // PER_BYTE)
         else:
-            w_tile = tl.load(w_at) if EVEN else tl.load(w_at, mask=k[None, :] < left, other=0.0)
-            w_at += BK
+            w_tile = tl.load(w_at) if EVEN else tl.load(w_at, mask=b[None, :] < left, other=0)
+            w_at += BK // PER_BYTE
         x_at += BK
-        if INTERPRET:  # which multiplies only float32 rightly
-            acc = tl.dot(w_tile.to(tl.float32), x_tile.to(tl.float32), acc, input_precision="ieee")
+        w_tile = _decode(w_tile, z_at, x.dtype.element_ty, FORMAT, FP8_HARDWARE, INTERPRET)
+        if GROUPED:
+            scale = e8m0(tl.load(s_at)) if FORMAT == "mxfp4" else tl.load(s_at).to(tl.float32)
+            acc += _dot(w_tile, x_tile, tl.zeros((BN, BT), tl.float32), INTERPRET) * scale[:, None]
+            s_at += 1 if FORMAT == "fp8" else N
+            if FORMAT == "int4":
+                z_at += N
         else:
-            acc = tl.dot(w_tile, x_tile, acc, input_precision="ieee")
+            acc = _dot(w_tile, x_tile, acc, INTERPRET)
+    if FORMAT == "int8":
+        acc *= tl.load(s_at)[:, None]
     return acc
 
 
@@ -99,6 +159,8 @@ def _silu_up(acc, BN: tl.constexpr, BT: tl.constexpr):
 def moe_gemm_kernel(
     x,
     w,
+    scales,
+    zeros,
     order_R,
     starts_E1,
     experts_W,
@@ -107,11 +169,15 @@ def moe_gemm_kernel(
     out,
     num_slots,
     slot_stride,
+    scales_stride,
+    zeros_stride,
     N,
     D,
     num_rows,
     TOP_K: tl.constexpr,
     UP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    FP8_HARDWARE: tl.constexpr,
     WP: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
@@ -140,7 +206,29 @@ def moe_gemm_kernel(
         used = rows < last
         order = tl.load(order_R + rows, mask=used, other=0)
         x_rows = order // TOP_K if UP else tl.minimum(rows, num_rows - 1)
-        acc = _product(x, x_rows, w, slot, slot_stride, n * BN, N, D, BN, BT, BK, TMA, EVEN, INTERPRET)
+        acc = _product(
+            x,
+            x_rows,
+            w,
+            scales,
+            zeros,
+            slot,
+            slot_stride,
+            scales_stride,
+            zeros_stride,
+            n * BN,
+            N,
+            D,
+            UP,
+            FORMAT,
+            FP8_HARDWARE,
+            BN,
+            BT,
+            BK,
+            TMA,
+            EVEN,
+            INTERPRET,
+        )
         acc = tl.where(there, acc, float("nan"))  # an expert in no slot must be heard of
         if UP:
             result = _silu_up(acc, BN, BT)
@@ -162,13 +250,14 @@ def moe_up(
 ) -> None:
     """``silu(x w1^T) * (x w3^T)`` for the rows of each expert in ``work``, into their sorted rows of ``act_RI``.
 
-    Other rows of ``act_RI`` are not touched; an expert without a slot gives NaN. float32, float16 or bfloat16, all
-    operands alike; sums in float32. ``config`` is the table's unless given. KernelError for operands that do not fit.
+    Other rows of ``act_RI`` are not touched; an expert without a slot gives NaN. Activations are float32, float16 or
+    bfloat16, and so are FLOAT weights; sums are float32. ``config`` is the table's unless given. KernelError for
+    operands that do not fit.
     """
     hidden, inter = check_operands(weights, plan, work)
-    check_rows("x_TH", x_TH, (len(plan.order_N) // plan.top_k, hidden), weights.w13_SNH)
-    check_rows("act_RI", act_RI, (len(plan.order_N), inter), weights.w13_SNH)
-    _launch(x_TH, weights.w13_SNH, plan, work, act_RI, config, up=True)
+    check_rows("x_TH", x_TH, (len(plan.order_N) // plan.top_k, hidden), weights)
+    check_rows("act_RI", act_RI, (len(plan.order_N), inter), weights, like=x_TH)
+    _launch(x_TH, weights.w13, plan, work, act_RI, config)
 
 
 def moe_down(
@@ -179,49 +268,9 @@ def moe_down(
     Other rows of ``y_RH`` are not touched. Dtypes, ``config`` and errors as in ``moe_up``.
     """
     hidden, inter = check_operands(weights, plan, work)
-    check_rows("act_RI", act_RI, (len(plan.order_N), inter), weights.w2_SHI)
-    check_rows("y_RH", y_RH, (len(plan.order_N), hidden), weights.w2_SHI)
-    _launch(act_RI, weights.w2_SHI, plan, work, y_RH, config, up=False)
-
-
-def check_operands(weights: ExpertWeights, plan: RoutePlan, work: Work) -> tuple[int, int]:
-    """Weights, plan and work fit each other; returns H and I."""
-    for name, tensor in (("order_N", plan.order_N), ("starts_E1", plan.starts_E1), ("experts_W", work.experts_W)):
-        check_tensor(name, tensor, (None,), (torch.int32,))
-    check_tensor("slots_W", work.slots_W, tuple(work.experts_W.shape), (torch.int32,))
-    check_tensor("count_1", work.count_1, (1,), (torch.int32,))
-    check_contiguous(order_N=plan.order_N, starts_E1=plan.starts_E1, experts_W=work.experts_W, slots_W=work.slots_W)
-    check_one_device(
-        weights=weights.w13_SNH, order_N=plan.order_N, starts_E1=plan.starts_E1, slots_W=work.slots_W, count=work.count_1
-    )
-    return check_weights(weights)
-
-
-def check_weights(weights: ExpertWeights) -> tuple[int, int]:
-    """Both matrices fit each other and the kernels; returns H and I."""
-    w13, w2 = weights.w13_SNH, weights.w2_SHI
-    check_tensor("w13_SNH", w13, (None, None, None), FLOATS)
-    num_slots, two_inter, hidden = w13.shape
-    check_tensor("w2_SHI", w2, (num_slots, hidden, two_inter // 2), (w13.dtype,))
-    for name, w in (("w13_SNH", w13), ("w2_SHI", w2)):
-        require(w.stride()[1:] == (w.shape[2], 1), f"the rows of {name} must lie one after another in a slot")
-        require(w.shape[1] * w.shape[2] < 2**31, f"an expert's {name} has 2^31 elements or more")
-    check_one_device(w13_SNH=w13, w2_SHI=w2)
-    require(two_inter % 2 == 0, f"w13_SNH has {two_inter} rows; gate and up rows come in pairs")
-    return hidden, two_inter // 2
-
-
-def check_rows(name: str, rows: Tensor, shape: tuple[int, int], w: Tensor) -> None:
-    """A matrix of activations that goes with the weights ``w``."""
-    check_tensor(name, rows, shape, (w.dtype,))
-    check_contiguous(**{name: rows})
-    check_one_device(**{name: rows, "weights": w})
-
-
-def tma_fits(w: Tensor) -> bool:
-    """Whether a tensor descriptor can read ``w``: its address and strides are multiples of 16 bytes."""
-    strides = (w.stride(0), w.stride(1))
-    return w.data_ptr() % 16 == 0 and all(stride * w.element_size() % 16 == 0 for stride in strides)
+    check_rows("act_RI", act_RI, (len(plan.order_N), inter), weights)
+    check_rows("y_RH", y_RH, (len(plan.order_N), hidden), weights, like=act_RI)
+    _launch(act_RI, weights.w2, plan, work, y_RH, config)
 
 
 @cache
@@ -234,26 +283,28 @@ def machine(device: torch.device) -> tuple[int, int]:
     return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
-def _launch(
-    x: Tensor, w: Tensor, plan: RoutePlan, work: Work, out: Tensor, config: GemmConfig | None, *, up: bool
-) -> None:
-    num_slots, N, D = w.shape
-    num_rows, max_items = len(plan.order_N), len(work.experts_W)
+def choose_config(x: Tensor, matrix: Matrix, plan: RoutePlan) -> GemmConfig:
+    """The table's row for these operands."""
     num_experts = len(plan.starts_E1) - 1
+    block_t = shape_class(len(plan.order_N) // plan.top_k, plan.top_k, num_experts)
+    arch, _ = machine(x.device)
+    return gemm_config(x.dtype, arch, block_t, tma_fits(matrix.data_SNB), matrix.format, matrix.group)
+
+
+def _launch(x: Tensor, matrix: Matrix, plan: RoutePlan, work: Work, out: Tensor, config: GemmConfig | None) -> None:
+    w, scales, zeros = matrix.data_SNB, matrix.scales_SGN, matrix.zeros_SGN
+    num_slots, N, _ = w.shape
+    num_rows, max_items = len(plan.order_N), len(work.experts_W)
     if num_rows == 0 or max_items == 0 or num_slots == 0:
         return
     arch, num_sms = machine(w.device)
-    if config is None:
-        block_t = shape_class(num_rows // plan.top_k, plan.top_k, num_experts)
-        config = gemm_config(w.dtype, arch, block_t, tma_fits(w))
+    config = config or choose_config(x, matrix, plan)
     most_tiles = triton.cdiv(N, config.block_n) * (num_rows // config.block_t + min(max_items, num_rows))
-    weights: Any = w
-    if config.tma:
-        require(tma_fits(w), "a tensor descriptor needs addresses and strides in multiples of 16 bytes")
-        weights = TensorDescriptor(w, list(w.shape), list(w.stride()), [1, config.block_n, config.block_k])
     moe_gemm_kernel[(min(most_tiles, num_sms * config.ctas_per_sm),)](
         x,
-        weights,
+        descriptor(matrix, config) if config.tma else w,
+        x if scales is None else scales,
+        x if zeros is None else zeros,
         plan.order_N,
         plan.starts_E1,
         work.experts_W,
@@ -262,19 +313,31 @@ def _launch(
         out,
         num_slots,
         w.stride(0),
+        0 if scales is None else scales.stride(0),
+        0 if zeros is None else zeros.stride(0),
         N,
-        D,
+        matrix.inner,
         num_rows,
         TOP_K=plan.top_k,
-        UP=up,
+        UP=matrix.interleaved,
+        FORMAT=matrix.format.value,
+        FP8_HARDWARE=arch >= 89,
         WP=max(16, triton.next_power_of_2(max_items)),
         BN=config.block_n,
         BT=config.block_t,
         BK=config.block_k,
         GROUP_T=config.group_t,
         TMA=config.tma,
-        EVEN=D % config.block_k == 0,
+        EVEN=matrix.inner % config.block_k == 0,
         INTERPRET=interpreting(),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+def descriptor(matrix: Matrix, config: GemmConfig) -> TensorDescriptor:
+    """How TMA reads tiles [1, BN, BK] of the weights from the slots."""
+    w = matrix.data_SNB
+    require(tma_fits(w), "a tensor descriptor needs addresses and strides in multiples of 16 bytes")
+    columns = config.block_k // (2 if matrix.format.packs_two else 1)
+    return TensorDescriptor(w, list(w.shape), list(w.stride()), [1, config.block_n, columns])

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from duoserve.kernels.checks import check_contiguous, check_one_device, check_tensor, require
 from duoserve.kernels.configs import GemvConfig, gemv_config
-from duoserve.kernels.moe_gemm import check_rows, check_weights, machine
+from duoserve.kernels.moe_checks import check_rows, check_weights
+from duoserve.kernels.moe_gemm import machine
 from duoserve.kernels.numerics import interpreting, to_dtype
-from duoserve.kernels.weights import ExpertWeights
+from duoserve.kernels.weights import ExpertFormat, ExpertWeights
 
 
 @triton.jit
@@ -107,10 +108,10 @@ def moe_gemv_up(
 
     A slot that does not exist gives NaN. float32, float16 or bfloat16, all alike; KernelError for what does not fit.
     """
-    hidden, inter = check_weights(weights)
+    hidden, inter = _check_float(weights)
     check_slots(slots_K, weights.w13_SNH)
-    check_rows("x_1H", x_1H, (1, hidden), weights.w13_SNH)
-    check_rows("act_KI", act_KI, (len(slots_K), inter), weights.w13_SNH)
+    check_rows("x_1H", x_1H, (1, hidden), weights)
+    check_rows("act_KI", act_KI, (len(slots_K), inter), weights)
     w = weights.w13_SNH
     if not inter or not len(slots_K):
         return
@@ -133,7 +134,7 @@ def moe_gemv_up(
     )
 
 
-def moe_gemv_down(  # noqa: PLR0913, PLR0917
+def moe_gemv_down(
     act_KI: Tensor,
     weights: ExpertWeights,
     slots_K: Tensor,
@@ -146,16 +147,16 @@ def moe_gemv_down(  # noqa: PLR0913, PLR0917
 
     Slots, dtypes and errors as in ``moe_gemv_up``.
     """
-    hidden, inter = check_weights(weights)
+    hidden, inter = _check_float(weights)
     w = weights.w2_SHI
     check_slots(slots_K, w)
-    check_rows("act_KI", act_KI, (len(slots_K), inter), w)
-    check_rows("out_1H", out_1H, (1, hidden), w)
+    check_rows("act_KI", act_KI, (len(slots_K), inter), weights)
+    check_rows("out_1H", out_1H, (1, hidden), weights)
     check_tensor("topk_weights_1K", topk_weights_1K, (1, len(slots_K)), (torch.float32,))
     check_contiguous(topk_weights_1K=topk_weights_1K)
     check_one_device(topk_weights_1K=topk_weights_1K, weights=w)
     if shared_1H is not None:
-        check_rows("shared_1H", shared_1H, (1, hidden), w)
+        check_rows("shared_1H", shared_1H, (1, hidden), weights)
     config = config or gemv_config(w.dtype, machine(w.device)[0], inter)
     moe_gemv_down_kernel[(triton.cdiv(hidden, config.block_n),)](
         act_KI,
@@ -177,6 +178,13 @@ def moe_gemv_down(  # noqa: PLR0913, PLR0917
         INTERPRET=interpreting(),
         num_warps=config.num_warps,
     )
+
+
+def _check_float(weights: ExpertWeights) -> tuple[int, int]:
+    """Quantized weights of one token go through the GEMMs: decoding without tensor cores is slower than memory."""
+    is_float = weights.format is ExpertFormat.FLOAT
+    require(is_float, f"one token's {weights.format.value} experts are computed by moe_up and moe_down")
+    return check_weights(weights)
 
 
 def check_slots(slots_K: Tensor, w: Tensor) -> None:

@@ -24,7 +24,7 @@ def to_dtype(x_f32, dtype: tl.constexpr, INTERPRET: tl.constexpr):
         bits = x_f32.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         # Rounding would carry a NaN's mantissa over into an infinity or a zero.
-        rounded = tl.where(x_f32 != x_f32, (bits >> 16) | 0x40, rounded)
+        rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, (bits >> 16) | 0x40, rounded)
         return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x_f32.to(dtype)

@@ -1,8 +1,8 @@
 """The PyTorch spec of every op, which is also what runs on a CPU. Imports without triton.
 
-T tokens, K top-k, E experts, S slots, H hidden, I expert intermediate, N = T * K routed rows, R rows of one expert; in attention H query
-heads, G KV heads, D head dimension, C context tokens. Sums are made in at least float32; results come in the input's
-dtype.
+T tokens, K top-k, E experts, S slots, H hidden, I expert intermediate, N = T * K routed rows, R rows of one expert;
+in attention H query heads, G KV heads, D head dimension, C context tokens. Sums are made in at least float32; results
+come in the input's dtype.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from duoserve.kernels.matmul import linear
+from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.routing import RoutePlan, Work
 from duoserve.kernels.weights import ExpertWeights
 
@@ -132,15 +133,20 @@ def moe_up(x_TH: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, ac
         x_RH = x_TH
         if not len(x_TH) == stop - start == 1:
             x_RH = x_TH.index_select(0, plan.order_N[start:stop] // plan.top_k)
-        up_RI2 = linear(x_RH, weights.w13_SNH[slot]).view(stop - start, -1, 2)
+        up_RI2 = _linear(x_RH, dense(weights.w13, slot)).view(stop - start, -1, 2)
         torch.mul(F.silu(up_RI2[..., 0]), up_RI2[..., 1], out=act_NI[start:stop])
+
+
+def _linear(x_RK: Tensor, w_NK: Tensor) -> Tensor:
+    """As ``linear``; decoded weights are float32, whatever ``x_RK`` is."""
+    return linear(x_RK, w_NK) if x_RK.dtype == w_NK.dtype else F.linear(x_RK.float(), w_NK).to(x_RK.dtype)
 
 
 def moe_down(act_NI: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, y_NH: Tensor) -> None:
     """Writes ``act w2^T`` of each expert in ``work``, unweighted, to its rows' places ``token * K + j`` in ``y_NH``."""
     for expert, slot in work.pairs():
         start, stop = plan.rows(expert)
-        y_NH.index_copy_(0, plan.order_N[start:stop].long(), linear(act_NI[start:stop], weights.w2_SHI[slot]))
+        y_NH.index_copy_(0, plan.order_N[start:stop].long(), _linear(act_NI[start:stop], dense(weights.w2, slot)))
 
 
 def moe_gemv_up(x_1H: Tensor, weights: ExpertWeights, slots_K: Tensor, act_KI: Tensor) -> None:
@@ -150,7 +156,7 @@ def moe_gemv_up(x_1H: Tensor, weights: ExpertWeights, slots_K: Tensor, act_KI: T
         act_KI[j] = (F.silu(up_1I2[..., 0]) * up_1I2[..., 1])[0]
 
 
-def moe_gemv_down(  # noqa: PLR0913, PLR0917
+def moe_gemv_down(
     act_KI: Tensor,
     weights: ExpertWeights,
     slots_K: Tensor,

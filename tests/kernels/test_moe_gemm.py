@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duoserve.errors import KernelError
-from duoserve.kernels import RoutePlan, Work, moe_gemm, reference
+from duoserve.kernels import RoutePlan, Work, moe_checks, moe_gemm, reference
 from duoserve.kernels.configs import HUGE, LARGE, MEDIUM, SMALL, GemmConfig, gemm_config, shape_class
 from tests.kernels.common import DEVICE, DTYPES, assert_close, assert_same_bits
 from tests.kernels.experts_case import Case, cases, make_case
@@ -37,7 +37,7 @@ def down(case: Case, act: torch.Tensor, works: list[Work], config: GemmConfig | 
 def test_both_gemms_against_float64(case: Case, tiny: bool, tma: bool) -> None:
     """Also in two launches, with unused rows, untouched rows, canary slots and the twin."""
     weights = case.pool.weights
-    tma = tma and moe_gemm.tma_fits(weights.w13_SNH) and moe_gemm.tma_fits(weights.w2_SHI)
+    tma = tma and moe_checks.tma_fits(weights.w13_SNH) and moe_checks.tma_fits(weights.w2_SHI)
     config = replace(TINY, tma=tma) if tiny else None
     dtype, computed, count = case.x_TH.dtype, case.computed, len(case.computed)
     act = up(case, [case.all_work], config)
@@ -76,7 +76,9 @@ def test_a_row_alone_has_the_bits_it_has_in_a_batch(dtype: torch.dtype, tma: boo
     y = down(case, act, [case.all_work], config).view(21, 2, -1)
     for token in (0, 13, 20):
         ids = case.ids_TK[token : token + 1]
-        alone = replace(case, x_TH=case.x_TH[token : token + 1], ids_TK=ids, plan=reference.route_plan(ids, case.slots_E))
+        alone = replace(
+            case, x_TH=case.x_TH[token : token + 1], ids_TK=ids, plan=reference.route_plan(ids, case.slots_E)
+        )
         its_act = up(alone, [alone.all_work], config)
         assert_same_bits(down(alone, its_act, [alone.all_work], config), y[token])
 

@@ -30,7 +30,7 @@ def slots_of(case: Case) -> torch.Tensor:
     seed=st.integers(0, 999),
 )
 @settings(max_examples=20, deadline=None)
-def test_one_token_against_float64(  # noqa: PLR0917
+def test_one_token_against_float64(
     top_k: int, hidden: int, inter: int, dtype: torch.dtype, tiny: bool, has_shared: bool, seed: int
 ) -> None:
     case = make_case(1, top_k, 4, hidden, inter, dtype, seed=seed)
@@ -98,11 +98,11 @@ def test_wrong_operands_are_refused() -> None:
     slots, act, out = slots_of(case), poisoned(2, 32, dtype=torch.float16), poisoned(1, 32, dtype=torch.float16)
     scale = torch.ones(1, 2, device=DEVICE)
     weights = case.pool.weights
-    with pytest.raises(KernelError, match="slots_K is torch.int64"):
+    with pytest.raises(KernelError, match="slots_K is"):
         moe_gemv.moe_gemv_up(case.x_TH, weights, slots.long(), act)
     with pytest.raises(KernelError, match="x_1H has shape"):
         moe_gemv.moe_gemv_up(case.x_TH.repeat(2, 1), weights, slots, act)
-    with pytest.raises(KernelError, match="topk_weights_1K is torch.float16"):
+    with pytest.raises(KernelError, match="topk_weights_1K is"):
         moe_gemv.moe_gemv_down(act, weights, slots, scale.half(), None, out)
-    with pytest.raises(KernelError, match="shared_1H is torch.float32"):
+    with pytest.raises(KernelError, match="shared_1H is"):
         moe_gemv.moe_gemv_down(act, weights, slots, scale, out.float(), out)

@@ -41,7 +41,7 @@ def test_linear_widens_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
     inter=st.sampled_from([1, 8, 11, 96]),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_layer_of_experts(  # noqa: PLR0917
+def test_a_layer_of_experts(
     tokens: int, experts: int, data: st.DataObject, dtype: torch.dtype, hidden: int, inter: int
 ) -> None:
     """Slots permuted and poisoned, experts computed in any order, against a dense float64 double loop."""

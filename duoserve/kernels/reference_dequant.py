@@ -1,0 +1,51 @@
+"""The quantized formats decoded in PyTorch, exactly as their specifications say.
+
+N rows of a matrix, D its inner dimension, G groups of D.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from duoserve.kernels.weights import FP8_BLOCK, ExpertFormat, Matrix
+
+# e2m1: sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0, section 5.3.3)
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def dense(matrix: Matrix, slot: int) -> Tensor:
+    """The weights [N, D] in ``slot``: FLOAT as they are, the others in float32, where every value is exact."""
+    data_NB = matrix.data_SNB[slot]
+    if matrix.format is ExpertFormat.FLOAT or matrix.scales_SGN is None:
+        return data_NB
+    scales = matrix.scales_SGN[slot]
+    if matrix.format is ExpertFormat.INT8:
+        return data_NB.float() * scales[0][:, None]
+    if matrix.format is ExpertFormat.FP8:
+        return data_NB.view(torch.float8_e4m3fn).float() * _block_scales(scales, matrix)
+    codes_ND = unpack(data_NB)
+    if matrix.format is ExpertFormat.MXFP4:
+        values_ND = torch.tensor(E2M1, device=data_NB.device)[codes_ND.long()]
+        return values_ND * _per_element(scales.view(torch.float8_e8m0fnu).float(), matrix.group)
+    assert matrix.zeros_SGN is not None
+    offset_ND = codes_ND.float() - _per_element(matrix.zeros_SGN[slot].float(), matrix.group)
+    return offset_ND * _per_element(scales.float(), matrix.group)
+
+
+def unpack(bytes_NB: Tensor) -> Tensor:
+    """Two 4-bit codes of every byte, the low one first: uint8 [N, D]."""
+    return torch.stack((bytes_NB & 15, bytes_NB >> 4), dim=-1).flatten(1)
+
+
+def _per_element(values_GN: Tensor, group: int) -> Tensor:
+    return values_GN.T.repeat_interleave(group, dim=1)
+
+
+def _block_scales(scales: Tensor, matrix: Matrix) -> Tensor:
+    """The scale of every element [N, D] of 128 x 128 blocks."""
+    _, num_rows, num_columns = matrix.data_SNB.shape
+    rows = torch.arange(num_rows, device=scales.device)
+    rows = rows // 2 // FP8_BLOCK * 2 + rows % 2 if matrix.interleaved else rows // FP8_BLOCK
+    columns = torch.arange(num_columns, device=scales.device) // FP8_BLOCK
+    return scales[rows][:, columns]
