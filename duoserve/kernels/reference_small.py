@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 Scoring = Literal["softmax", "sigmoid", "softmax_of_topk"]
+# Up to so many scores (a decode step's), sorting them all costs less than finding out which rows have equals.
+SORT_ELEMENTS = 4096
 
 
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -108,18 +110,32 @@ def router_topk(
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E.float()
     if n_group > 1:
         choice_TE = _only_best_groups(choice_TE, n_group, topk_group, best=2 if scoring == "sigmoid" else 1)
-    ids_TK = _descending(choice_TE)[:, :top_k]
+    ids_TK = _best(choice_TE, top_k)
     if scoring == "softmax_of_topk":
         weights_TK = logits.gather(1, ids_TK).softmax(-1)
     else:
         weights_TK = (logits.softmax(-1) if scoring == "softmax" else scores_TE).gather(1, ids_TK)
         if renormalize:
-            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + (1e-20 if scoring == "sigmoid" else 0.0))
-    return (weights_TK * scale).to(round_to).float(), ids_TK
+            total_T1 = weights_TK.sum(-1, keepdim=True)
+            weights_TK = weights_TK / (total_T1 + 1e-20 if scoring == "sigmoid" else total_T1)
+    return (weights_TK if scale == 1.0 else weights_TK * scale).to(round_to).float(), ids_TK
 
 
-def _descending(scores_TE: Tensor) -> Tensor:
-    """The ids from the highest score to the lowest; of equal ones the lowest id first."""
+def _best(scores_TE: Tensor, count: int) -> Tensor:
+    """The ids [T, count] of the highest scores in descending order; of equal ones the lowest id first.
+
+    ``topk`` is faster than a stable sort but leaves the order of equals open, so rows with equals (or NaN) are sorted.
+    """
+    if scores_TE.numel() <= SORT_ELEMENTS:
+        return _sorted(scores_TE)[:, :count]
+    values, ids = scores_TE.topk(min(count + 1, scores_TE.shape[1]), dim=-1)
+    tied_T = ~(values[:, :-1] > values[:, 1:]).all(-1)
+    ids[tied_T] = _sorted(scores_TE[tied_T])[:, : ids.shape[1]]
+    return ids[:, :count]
+
+
+def _sorted(scores_TE: Tensor) -> Tensor:
+    """All ids from the highest score to the lowest; of equal ones the lowest id first."""
     ids_TE: Tensor = scores_TE.sort(dim=-1, descending=True, stable=True).indices
     return ids_TE
 
@@ -129,7 +145,7 @@ def _only_best_groups(choice_TE: Tensor, n_group: int, topk_group: int, best: in
     grouped_TNE = choice_TE.view(len(choice_TE), n_group, choice_TE.shape[1] // n_group)
     group_scores_TN = grouped_TNE.topk(best, dim=-1).values.sum(-1)
     chosen_TN = torch.zeros_like(group_scores_TN, dtype=torch.bool)
-    chosen_TN.scatter_(1, _descending(group_scores_TN)[:, :topk_group], True)
+    chosen_TN.scatter_(1, _best(group_scores_TN, topk_group), True)
     return grouped_TNE.masked_fill(~chosen_TN[..., None], float("-inf")).flatten(-2)
 
 

@@ -112,6 +112,14 @@ def test_of_equal_scores_the_lowest_id_wins(levels: int, data: st.DataObject) ->
             assert ids[0].tolist() == best(logits[0].tolist(), top_k)
 
 
+def test_the_twins_two_ways_to_choose_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randint(-9, 9, (200, 16)).float() * torch.randint(1, 99, (200, 1))
+    logits[7, 3] = float("nan")
+    by_sorting = reference.router_topk(logits, 4)[1]
+    monkeypatch.setattr(reference, "SORT_ELEMENTS", 0)
+    assert reference.router_topk(logits, 4)[1].tolist() == by_sorting.tolist()
+
+
 def test_all_equal() -> None:
     logits = torch.zeros(2, 64, device=DEVICE)
     for route in (router_topk, reference.router_topk):
