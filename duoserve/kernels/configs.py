@@ -74,8 +74,17 @@ _QUANTIZED_SM80 = {
     SMALL: GemmConfig(64, 16, 64, 4, 4, 2, "decode: 4 KB of weights or less a stage"),
     MEDIUM: GemmConfig(64, 64, 64, 4, 3, 2, "16 + 16 sums a thread"),
     LARGE: GemmConfig(128, 64, 64, 8, 3, 1, "16 + 16 sums a thread; weights decoded once for 64 rows"),
-    HUGE: GemmConfig(128, 128, 64, 8, 3, 1, "32 + 32 sums a thread; 48 KB with bytes"),
+    HUGE: GemmConfig(128, 64, 64, 8, 3, 1, "with 128 rows an int4 group of 128 spills"),
 }
+
+
+def takes_gemv(num_tokens: int, format: ExpertFormat, invariant: bool) -> bool:
+    """Whether a step goes through the matrix-vector kernels.
+
+    They are for one token, and for weights that need no decoding, which is too slow without tensor cores. They sum in
+    another order than the GEMMs, so ``invariant`` (a row has the same bits alone and in any batch) does without them.
+    """
+    return num_tokens == 1 and format is ExpertFormat.FLOAT and not invariant
 
 
 def shape_class(num_tokens: int, top_k: int, num_experts: int) -> int:
@@ -110,7 +119,11 @@ def gemm_config(
     else:
         config = (_QUANTIZED_SM80 if no_wgmma else _QUANTIZED_SM90)[block_t]
     config = config if tma_fits else replace(config, tma=False)
-    return replace(config, block_k=_block_k(format, group) or config.block_k)
+    block_k = _block_k(format, group) or config.block_k
+    # A narrow step brings few bytes, so more of them are under way (and ptxas, which would spill to fit two CTAs, does
+    # not try).
+    more = 2 if format is not ExpertFormat.FLOAT and block_k == MXFP4_GROUP else 0
+    return replace(config, block_k=block_k, num_stages=config.num_stages + more)
 
 
 def _block_k(format: ExpertFormat, group: int) -> int | None:

@@ -100,26 +100,18 @@ def route_plan(topk_ids_TK: Tensor, slots_E: Tensor) -> RoutePlan:
     ``topk_ids_TK`` is int32 or int64, ``slots_E`` int32 with -1 for an expert in no slot. An id outside 0..E-1 names
     no expert: its row sorts last and no op computes it.
     """
-    num_experts = len(slots_E)
+    num_experts, device = len(slots_E), slots_E.device
     ids_N = topk_ids_TK.flatten()
-    ids_N = ids_N.where((ids_N >= 0) & (ids_N < num_experts), num_experts)
-    order_N = ids_N.argsort(stable=True).int()
-    counts_E = ids_N.bincount(minlength=num_experts + 1)[:num_experts]
-    starts_E1 = F.pad(counts_E.cumsum(0), (1, 0)).int()
-    resident = _work_list((counts_E > 0) & (slots_E >= 0), slots_E)
-    missing = _work_list((counts_E > 0) & (slots_E < 0), slots_E.clamp_max(-1))
-    return RoutePlan(order_N, starts_E1, resident, missing, topk_ids_TK.shape[1])
-
-
-def _work_list(chosen_E: Tensor, slots_E: Tensor) -> Work:
-    """The chosen experts and their slots, ascending, then -1."""
-    experts = chosen_E.nonzero().flatten()
-    unused = (0, len(chosen_E) - len(experts))
-    return Work(
-        experts_W=F.pad(experts.int(), unused, value=-1),
-        slots_W=F.pad(slots_E[experts], unused, value=-1),
-        count_1=slots_E.new_tensor([len(experts)]),
-    )
+    # Every id that names no expert becomes E, in two cheap steps.
+    sorted_ids_N, order_N = ids_N.clamp(-1, num_experts).remainder(num_experts + 1).sort(stable=True)
+    bounds_E1 = torch.arange(num_experts + 1, dtype=ids_N.dtype, device=device)
+    starts_E1 = torch.searchsorted(sorted_ids_N, bounds_E1, out_int32=True)
+    starts, slots = starts_E1.tolist(), slots_E.tolist()
+    present = [expert for expert in range(num_experts) if starts[expert + 1] > starts[expert]]
+    resident = [(expert, slots[expert]) for expert in present if slots[expert] >= 0]
+    missing = [(expert, -1) for expert in present if slots[expert] < 0]
+    works = Work.lists([resident, missing], num_experts, device)
+    return RoutePlan(order_N.int(), starts_E1, works[0], works[1], topk_ids_TK.shape[1])
 
 
 def moe_up(x_TH: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, act_NI: Tensor) -> None:

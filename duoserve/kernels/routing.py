@@ -5,7 +5,7 @@ T tokens, K top-k, E experts, N = T * K routed rows, W = E entries of a work lis
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,9 +29,21 @@ class Work:
     def of(cls, pairs: Iterable[tuple[int, int]], device: torch.device | str = "cpu") -> Work:
         """The work list of (expert, slot) ``pairs`` that the host knows, in ascending order of the experts."""
         sorted_pairs = sorted(pairs)
-        table_2W = torch.tensor(sorted_pairs, dtype=torch.int32).view(-1, 2).T.contiguous().to(device)
-        count_1 = torch.tensor([len(sorted_pairs)], dtype=torch.int32).to(device)
-        return cls(table_2W[0], table_2W[1], count_1)
+        return cls.lists([sorted_pairs], len(sorted_pairs), device)[0]
+
+    @classmethod
+    def lists(
+        cls, works: Sequence[Sequence[tuple[int, int]]], num_entries: int, device: torch.device | str
+    ) -> list[Work]:
+        """Work lists of ``num_entries`` entries each, from pairs in ascending order of the experts, in one transfer."""
+        rows = []
+        for pairs in works:
+            unused = [-1] * (num_entries - len(pairs))
+            rows += [*(expert for expert, _ in pairs), *unused, *(slot for _, slot in pairs), *unused, len(pairs)]
+        table = torch.tensor(rows, dtype=torch.int32, device=device)
+        size = 2 * num_entries + 1
+        parts = [table[start : start + size] for start in range(0, len(rows), size)]
+        return [cls(part[:num_entries], part[num_entries:-1], part[-1:]) for part in parts]
 
     def pairs(self) -> list[tuple[int, int]]:
         """The (expert, slot) pairs on the host. Waits for the device."""

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from duoserve.errors import KernelError
 from duoserve.kernels import RoutePlan, Work, moe_checks, moe_gemm, reference
-from duoserve.kernels.configs import HUGE, LARGE, MEDIUM, SMALL, GemmConfig, gemm_config, shape_class
+from duoserve.kernels.configs import HUGE, LARGE, MEDIUM, SMALL, GemmConfig, gemm_config, shape_class, takes_gemv
+from duoserve.kernels.weights import ExpertFormat
 from tests.kernels.common import DEVICE, DTYPES, assert_close, assert_same_bits
 from tests.kernels.experts_case import Case, cases, make_case
 
@@ -83,6 +84,21 @@ def test_a_row_alone_has_the_bits_it_has_in_a_batch(dtype: torch.dtype, tma: boo
         assert_same_bits(down(alone, its_act, [alone.all_work], config), y[token])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_shape_class_gives_a_row_the_same_bits(dtype: torch.dtype) -> None:
+    """What makes the whole table batch-invariant. The interpreter's products promise no such thing."""
+    case = make_case(300, 2, 4, 512, 384, dtype, away=0.0)
+    arch, _ = moe_gemm.machine(case.x_TH.device)
+    configs = [gemm_config(dtype, arch, block_t) for block_t in (SMALL, MEDIUM, LARGE, HUGE)]
+    acts = [up(case, [case.all_work], config) for config in configs]
+    ys = [down(case, acts[0], [case.all_work], config) for config in configs]
+    for act, y in zip(acts[1:], ys[1:], strict=True):
+        assert_same_bits(act, acts[0])
+        assert_same_bits(y, ys[0])
+
+
 def test_neither_slots_nor_tile_order_nor_descriptors_change_bits() -> None:
     case, moved = (make_case(50, 2, 4, 96, 64, torch.float16, away=0.0) for _ in range(2))
     moved.slots_E = case.slots_E.roll(1)
@@ -110,6 +126,13 @@ def test_an_expert_without_a_slot_is_not_silent() -> None:
 def test_nothing_to_do_touches_nothing() -> None:
     case = make_case(3, 1, 2, 32, 32, torch.float32, away=0.0)
     assert bool(up(case, [case.plan.missing, Work.of([], DEVICE)]).isnan().all())
+
+
+def test_only_a_token_alone_takes_the_matrix_vector_kernels() -> None:
+    assert takes_gemv(1, ExpertFormat.FLOAT, invariant=False)
+    assert not takes_gemv(2, ExpertFormat.FLOAT, invariant=False)
+    assert not takes_gemv(1, ExpertFormat.INT4, invariant=False)
+    assert not takes_gemv(1, ExpertFormat.FLOAT, invariant=True)
 
 
 def test_shape_classes() -> None:
