@@ -39,6 +39,7 @@ WORKSPACE_BYTES = 64 << 20
 # A context worth having by default; a model's own maximum may cost more memory than its experts.
 DEFAULT_MAX_CONTEXT = 4096
 MAX_GENERATION_CONFIG_BYTES = 1 << 20
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ def _inspect(checkpoint: Checkpoint, wanted: EngineConfig) -> _Model:
     """Reads the config and compares the tensors with what its architecture needs."""
     family = family_of(checkpoint.config)
     config = family.parse_config(checkpoint.config)
+    if HEAD in checkpoint.tensors:  # a head of its own is used even where the config calls it tied
+        config = replace(config, tie_word_embeddings=False)
     checkpoint.check(family.tensor_shapes(config))
     layout = ExpertLayout(_dtype(wanted.dtype, config), config.hidden_size, config.expert_intermediate_size)
     max_context = wanted.max_context or min(config.max_position_embeddings, DEFAULT_MAX_CONTEXT)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,9 +149,12 @@ def test_after_close_everything_is_refused_and_released(folder: Path, tmp_path: 
     before = threading.active_count()
     model = MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path)
     assert threading.active_count() > before
+    model.generate(PROMPT, GREEDY)
+    slots = weakref.ref(model._runtime.engine._model.layers[0].ffn.weights.w13_SNH)
     model.close()
     model.close()
-    assert threading.active_count() == before
+    gc.collect()
+    assert threading.active_count() == before and slots() is None
     with pytest.raises(ClosedError, match="was closed"):
         model.generate(PROMPT, GREEDY)
 
@@ -192,43 +197,44 @@ def test_a_slow_reader_of_a_stream_costs_no_wall_time(model: MoEModel) -> None:
     assert max(model.stats.itl_s) < elapsed - 8 * 0.02
 
 
-class TestBard:
-    """The embedded model, as a newcomer would use it."""
+@pytest.fixture(scope="module")
+def bard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MoEModel]:
+    with MoEModel.from_pretrained("bard", expert_slots="25%", cache_dir=tmp_path_factory.mktemp("packs")) as model:
+        yield model
 
-    @pytest.fixture(scope="class")
-    def bard(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MoEModel]:
-        with MoEModel.from_pretrained("bard", expert_slots="25%", cache_dir=tmp_path_factory.mktemp("packs")) as model:
-            yield model
 
-    def test_stream_yields_what_generate_returns(self, bard: MoEModel) -> None:
-        params = SamplingParams(max_tokens=40, temperature=0.8, seed=4)
-        whole = bard.generate("ROMEO.\n", params)
-        assert "".join(bard.stream("ROMEO.\n", params)) == whole.text
-        assert whole.text and whole.text.isprintable() is False  # it has lines
+def test_bard_streams_what_generate_returns(bard: MoEModel) -> None:
+    params = SamplingParams(max_tokens=40, temperature=0.8, seed=4)
+    whole = bard.generate("ROMEO.\n", params)
+    assert "".join(bard.stream("ROMEO.\n", params)) == whole.text
+    assert whole.text and whole.text.isprintable() is False  # it has lines
 
-    def test_a_stop_string_ends_the_text_before_it(self, bard: MoEModel) -> None:
-        params = SamplingParams(max_tokens=40, temperature=0.0)
-        text = bard.generate("To be, or", params).text
-        assert text is not None
-        stop = text[10:13]
-        held = bard.generate("To be, or", params, stop=stop)
-        assert held.text == text[: text.index(stop)] and held.finish_reason == "stop"
-        assert "".join(bard.stream("To be, or", params, stop=stop)) == held.text
 
-    def test_an_abandoned_stream_leaves_the_model_usable(self, bard: MoEModel) -> None:
-        stream = bard.stream("To be, or", max_tokens=40)
-        next(stream)
-        with pytest.raises(RequestError, match="earlier stream is still open"):
-            bard.generate("To be, or")
-        stream.close()
-        assert bard.generate("To be, or", max_tokens=3).token_ids
+def test_a_stop_string_ends_the_text_before_it(bard: MoEModel) -> None:
+    params = SamplingParams(max_tokens=40, temperature=0.0)
+    text = bard.generate("To be, or", params).text
+    assert text is not None
+    stop = text[10:13]
+    held = bard.generate("To be, or", params, stop=stop)
+    assert held.text == text[: text.index(stop)] and held.finish_reason == "stop"
+    assert "".join(bard.stream("To be, or", params, stop=stop)) == held.text
 
-    def test_it_predicts_shakespeare(self, bard: MoEModel) -> None:
-        """A model that learnt nothing gives log2(2048) = 11 bits a token; bard gives well below half of that."""
-        text = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
-        runtime_text = bard._runtime.text
-        assert runtime_text is not None
-        ids = torch.tensor(runtime_text.encode(text))
-        logits_TV = bard.forward(ids.tolist())
-        nats = torch.nn.functional.cross_entropy(logits_TV[:-1], ids[1:])
-        assert nats.item() / 0.6931 < 6.0
+
+def test_an_abandoned_stream_leaves_the_model_usable(bard: MoEModel) -> None:
+    stream = bard.stream("To be, or", max_tokens=40)
+    next(stream)
+    with pytest.raises(RequestError, match="earlier stream is still open"):
+        bard.generate("To be, or")
+    stream.close()
+    assert bard.generate("To be, or", max_tokens=3).token_ids
+
+
+def test_it_predicts_shakespeare(bard: MoEModel) -> None:
+    """A model that learnt nothing gives log2(2048) = 11 bits a token; bard gives well below half of that."""
+    text = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
+    runtime_text = bard._runtime.text
+    assert runtime_text is not None
+    ids = torch.tensor(runtime_text.encode(text))
+    logits_TV = bard.forward(ids.tolist())
+    nats = torch.nn.functional.cross_entropy(logits_TV[:-1], ids[1:])
+    assert nats.item() / 0.6931 < 6.0
