@@ -193,7 +193,7 @@ def _slots_given(smallest: MemoryPlan, wanted: EngineConfig, available: int) -> 
 def _too_few(smallest: MemoryPlan, why: str, slots: int, wanted: EngineConfig, available: int) -> str:
     """What was given, what is needed, and the figure that would do."""
     least, pool = smallest.num_slots, smallest.num_slots * smallest.slot_bytes
-    short = f"{max(0, slots)} slots, but {least} are needed ({why})"
+    short = f"{max(0, slots)} of the {least} slots that are needed ({why})"
     if wanted.expert_slots is not None:
         return f"expert_slots={wanted.expert_slots} gives {short}: raise expert_slots to at least {least}"
     if wanted.expert_memory is not None:
