@@ -89,7 +89,7 @@ class MemoryPlan:
         """Slots per expert, 0 to 1."""
         return self.num_slots / self.total_experts
 
-    def describe(self) -> list[str]:
+    def __str__(self) -> str:
         """The arithmetic, a line for each part."""
         slots = f"{self.num_slots} slots x {self.slot_bytes} B, {self.share:.1%} of {self.total_experts} experts"
         parts = [
@@ -101,7 +101,7 @@ class MemoryPlan:
         ]
         if self.host_experts:
             parts.append(("in host RAM", self.host_bytes, f"  ({self.host_experts} experts x {self.slot_bytes} B)"))
-        return [f"{name:<14}{format_bytes(nbytes):>12}{note}" for name, nbytes, note in parts]
+        return "\n".join(f"{name:<14}{format_bytes(nbytes):>12}{note}" for name, nbytes, note in parts)
 
 
 def plan_memory(  # noqa: PLR0913

@@ -188,8 +188,8 @@ def test_refusal_shows_the_arithmetic():
         assert part in str(caught.value)
 
 
-def test_describe_adds_up():
-    lines = BARD.plan(EngineConfig(expert_slots=12, host_memory=5 * ROW)).describe()
+def test_as_text_it_adds_up():
+    lines = str(BARD.plan(EngineConfig(expert_slots=12, host_memory=5 * ROW))).splitlines()
     squeezed = [" ".join(line.split()) for line in lines]
     assert squeezed[0] == "expert slots 4.50 MiB (12 slots x 393216 B, 25.0% of 48 experts)"
     assert squeezed[4] == "total 8.79 MiB"
