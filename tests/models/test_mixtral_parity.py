@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from duoserve import MoEModel, SamplingParams
-from tests.checkpoints import reference_greedy, reference_logits, save_mixtral, to_hub_dialect
+from tests.checkpoints import BARD, reference_greedy, reference_logits, save_mixtral, to_hub_dialect
 
 PROMPT = [(7 * i * i + 3 * i) % 95 + 1 for i in range(40)]
-BARD = Path(__file__).parents[2] / "duoserve/assets/bard"
 
 CASES = {
     "plain": {},

@@ -211,8 +211,9 @@ def test_misuse_is_a_bug_that_shows() -> None:
     with pytest.raises(IntegrityError, match="outside of a forward pass"):
         rig.scheduler.acquire(0, [1])
     rig.scheduler.begin(Phase.DECODE, 1)
-    with pytest.raises(IntegrityError, match="before the last one ended"):
-        rig.scheduler.begin(Phase.DECODE, 1)
+    for call in (lambda: rig.scheduler.begin(Phase.DECODE, 1), rig.scheduler.load_all):
+        with pytest.raises(IntegrityError, match="before the last forward pass ended"):
+            call()
     rig.scheduler.acquire(0, [1])
     with pytest.raises(IntegrityError, match="another lease was open"):
         rig.scheduler.acquire(1, [1])
