@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from duoserve.kernels.matmul import linear
+from duoserve.kernels.matmul import has_native_matmul, linear
 from duoserve.kernels.routing import RoutePlan
 from duoserve.kernels.weights import ExpertWeights
 
@@ -63,6 +63,9 @@ def attention(q_THD: Tensor, k_CGD: Tensor, v_CGD: Tensor, scale: float, window:
     mask_TC = None
     if num_new > 1 and not plain_causal:
         mask_TC = _visible(num_new, num_context, window, q_THD.device)
+    dtype = q_THD.dtype
+    if num_new == 1 and not has_native_matmul(dtype):  # a third of the time of one query in half precision
+        q_THD, k_CGD, v_CGD = q_THD.float(), k_CGD.float(), v_CGD.float()
     out_HTD = F.scaled_dot_product_attention(
         q_THD.transpose(0, 1)[None],
         k_CGD.transpose(0, 1)[None],
@@ -72,7 +75,7 @@ def attention(q_THD: Tensor, k_CGD: Tensor, v_CGD: Tensor, scale: float, window:
         scale=scale,
         enable_gqa=q_THD.shape[1] != k_CGD.shape[1],
     )[0]
-    return out_HTD.transpose(0, 1)
+    return out_HTD.transpose(0, 1).to(dtype)
 
 
 def _visible(num_new: int, num_context: int, window: int | None, device: torch.device) -> Tensor:
