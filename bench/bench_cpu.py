@@ -117,8 +117,10 @@ def disk_contestants(run: Run) -> list[Contestant]:
     ]
 
 
-def measure_group(run: Run, contestants: Sequence[Contestant]) -> dict[str, list[Round]]:
+def measure_rounds(run: Run, contestants: Sequence[Contestant]) -> dict[str, list[Round]]:
     """The rounds of every contestant whose engine takes part, in turn, after a warm-up round that is discarded.
+
+    All take turns in one circle, so that a minute in which the machine is slow falls on all alike.
 
     Each leaves its logits of the whole sequence in ``run.scratch``.
     """
@@ -185,12 +187,13 @@ def measure_footprint(run: Run) -> dict[str, int]:
 def measure(run: Run, scratch_bytes: int) -> dict[str, Any]:
     """All raw figures of a run."""
     busy_before = foreign_cpu(1.0)
-    rounds = {
-        "resident": measure_group(run, resident_contestants(run)),
-        "disk": measure_group(run, disk_contestants(run)),
-    }
+    resident, disk = resident_contestants(run), disk_contestants(run)
+    rounds = measure_rounds(run, [*resident, *disk])
     return {
-        "rounds": rounds,
+        "rounds": {
+            "resident": {c.name: rounds[c.name] for c in resident if c.name in rounds},
+            "disk": {c.name: rounds[c.name] for c in disk if c.name in rounds},
+        },
         "token_ids": run.token_ids,
         "routing": run.routing,
         "ceilings": measure_ceilings(run, scratch_bytes),
@@ -232,7 +235,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="the checkpoint's folder, made if missing (default: in the cache)")
     parser.add_argument("--quick", action="store_true", help="a tiny model: a check of the bench, no figures")
     parser.add_argument("--json", type=Path, help="write all rounds and the summary to this file")
-    parser.add_argument("--rounds", type=int, default=3, help="measured rounds of each engine (default 3)")
+    parser.add_argument("--rounds", type=int, default=7, help="measured rounds of each engine (default 7)")
     parser.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="threads (default 2)")
     parser.add_argument("--engines", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), help="what to measure")
     return parser.parse_args()

@@ -1,8 +1,8 @@
 """What every bench shares: workers in subprocesses, interleaved rounds, summaries and verdicts.
 
 Each engine lives in a worker of its own, so that no engine's memory, threads or files disturb another. Only one
-worker works at a time and an idle one sleeps: ``WORKER_ENV`` keeps OpenMP threads from spinning while they wait, for
-every engine alike.
+worker works at a time. OpenMP keeps its defaults, as users have them: its threads spin for some milliseconds after an
+operation and then sleep, so an idle worker takes no time from another.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ from typing import Any
 import torch
 
 WORKER_ENV = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "GOMP_SPINCOUNT": "0",
-    "KMP_BLOCKTIME": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,15 @@ from duoserve import MoEModel, SamplingParams
 class Duoserve:
     """``MoEModel`` with a policy and a number of slots, timed from outside through its token stream."""
 
+    def __init__(self) -> None:
+        self._opened = ExitStack()
+
     def load(self, folder: str, *, policy: str, slots: int, max_context: int, cache: str) -> None:
         """Packs the experts into ``cache`` where they are not yet."""
-        self._model = MoEModel.from_pretrained(
+        model = MoEModel.from_pretrained(
             folder, device="cpu", policy=policy, expert_slots=slots, max_context=max_context, cache_dir=cache
         )
+        self._model = self._opened.enter_context(model)
         self._files = [path for path in Path(cache).rglob("*") if path.is_file()]
 
     def round(self, prompt: list[int], forced: list[int] | None, new_tokens: int, cold: bool) -> Round:
@@ -57,7 +62,7 @@ class Duoserve:
 
     def close(self) -> None:
         """Ends the copy threads, which would keep the process alive."""
-        self._model.close()
+        self._opened.close()
 
     def footprint(self, folder: str, prompt: list[int], new_tokens: int, **options: Any) -> dict[str, int]:
         """Bytes by which loading and one request raised this fresh process: its peak, and what stays, anonymous."""

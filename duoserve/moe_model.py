@@ -16,7 +16,7 @@ from typing import Any, overload
 from torch import Tensor
 
 from duoserve.config import EngineConfig, ModelConfig
-from duoserve.engine import Request
+from duoserve.engine import Engine, Request
 from duoserve.errors import ClosedError, RequestError
 from duoserve.experts.budget import MemoryPlan, parse_bytes
 from duoserve.loading import Runtime, load
@@ -47,10 +47,9 @@ class MoEModel:
     """
 
     def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+        self._open_runtime: Runtime | None = runtime
         self._turn = threading.Lock()
         self._serving_thread: int | None = None
-        self._closed = False
 
     @classmethod
     def from_pretrained(  # noqa: PLR0913 - each is a knob that users turn by name
@@ -163,14 +162,14 @@ class MoEModel:
 
     def forward(self, token_ids: Sequence[int]) -> Tensor:
         """One prefill: float32 logits [T, V] of every position."""
-        with self._my_turn():
-            return self._runtime.engine.forward(token_ids)
+        with self._my_turn() as engine:
+            return engine.forward(token_ids)
 
     def close(self) -> None:
         """Releases threads, files and memory; calling it again does nothing."""
-        if not self._closed:
-            self._closed = True
-            self._runtime.close()
+        runtime, self._open_runtime = self._open_runtime, None
+        if runtime is not None:
+            runtime.close()
 
     def __enter__(self) -> MoEModel:
         return self
@@ -178,20 +177,24 @@ class MoEModel:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
+    @property
+    def _runtime(self) -> Runtime:
+        if self._open_runtime is None:
+            raise ClosedError("this model was closed; load it again with MoEModel.from_pretrained")
+        return self._open_runtime
+
     def _run(self, requests: list[Request]) -> Iterator[tuple[Request, int]]:
-        with self._my_turn():
-            yield from self._runtime.engine.generate(requests)
+        with self._my_turn() as engine:
+            yield from engine.generate(requests)
 
     @contextmanager
-    def _my_turn(self) -> Iterator[None]:
-        if self._closed:
-            raise ClosedError("this model was closed; load it again with MoEModel.from_pretrained")
+    def _my_turn(self) -> Iterator[Engine]:
         if self._serving_thread == threading.get_ident():
             raise RequestError("this thread's earlier stream is still open: exhaust it or call its close() first")
         with self._turn:
             self._serving_thread = threading.get_ident()
             try:
-                yield
+                yield self._runtime.engine
             finally:
                 self._serving_thread = None
 

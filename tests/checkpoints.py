@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
+import duoserve
+
+BARD = Path(duoserve.__file__).parent / "assets/bard"
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,

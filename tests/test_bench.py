@@ -33,7 +33,7 @@ def run_quick(folder: Path, *options: str) -> dict[str, Any]:
     out = folder / "result.json"
     command = [sys.executable, str(BENCH / "bench_cpu.py"), "--quick", "--rounds", "1", "--threads", "1"]
     files = ["--folder", str(folder / "mixtral"), "--json", str(out)]
-    done = subprocess.run([*command, *files, *options], capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run([*command, *files, *options], capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())
 

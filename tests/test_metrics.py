@@ -104,6 +104,19 @@ def test_sequences_in_a_batch_are_timed_apart(clock: Clock, meter: Meter) -> Non
     assert (stats.ttft_s, stats.itl_s, stats.output_tokens) == (1.5, [2, 2, 2, 2], 6)
 
 
+def test_a_slow_caller_costs_the_request_nothing(clock: Clock, meter: Meter) -> None:
+    meter.begin_request()
+    for _ in range(3):
+        clock.advance(1)
+        meter.token()
+        with meter.idle():
+            clock.advance(50)
+            assert meter.snapshot().wall_s < 50
+    meter.end_request()
+    stats = meter.snapshot()
+    assert (stats.wall_s, stats.ttft_s, stats.itl_s) == (3.0, 1.0, [1.0, 1.0])
+
+
 def test_hit_rates(meter: Meter) -> None:
     assert meter.snapshot().hit_rate() is None
     meter.hit(Phase.PREFILL, 3)

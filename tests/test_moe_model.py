@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +24,8 @@ from duoserve import (
 )
 from duoserve.config import Phase
 from duoserve.engine import Request
-from tests.checkpoints import save_mixtral
+from duoserve.text import Text
+from tests.checkpoints import BARD, save_mixtral
 
 PROMPT = [5, 9, 2, 40, 41, 7]
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
@@ -147,9 +151,12 @@ def test_after_close_everything_is_refused_and_released(folder: Path, tmp_path: 
     before = threading.active_count()
     model = MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path)
     assert threading.active_count() > before
+    model.generate(PROMPT, GREEDY)
+    slots = weakref.ref(model._runtime.engine._model.layers[0].ffn.weights.w13_SNH)
     model.close()
     model.close()
-    assert threading.active_count() == before
+    gc.collect()
+    assert threading.active_count() == before and slots() is None
     with pytest.raises(ClosedError, match="was closed"):
         model.generate(PROMPT, GREEDY)
 
@@ -192,43 +199,60 @@ def test_a_slow_reader_of_a_stream_costs_no_wall_time(model: MoEModel) -> None:
     assert max(model.stats.itl_s) < elapsed - 8 * 0.02
 
 
-class TestBard:
-    """The embedded model, as a newcomer would use it."""
+@pytest.fixture(scope="module")
+def bard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MoEModel]:
+    with MoEModel.from_pretrained("bard", expert_slots="25%", cache_dir=tmp_path_factory.mktemp("packs")) as model:
+        yield model
 
-    @pytest.fixture(scope="class")
-    def bard(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MoEModel]:
-        with MoEModel.from_pretrained("bard", expert_slots="25%", cache_dir=tmp_path_factory.mktemp("packs")) as model:
-            yield model
 
-    def test_stream_yields_what_generate_returns(self, bard: MoEModel) -> None:
-        params = SamplingParams(max_tokens=40, temperature=0.8, seed=4)
-        whole = bard.generate("ROMEO.\n", params)
-        assert "".join(bard.stream("ROMEO.\n", params)) == whole.text
-        assert whole.text and whole.text.isprintable() is False  # it has lines
+def test_bard_streams_what_generate_returns(bard: MoEModel) -> None:
+    params = SamplingParams(max_tokens=40, temperature=0.8, seed=4)
+    whole = bard.generate("ROMEO.\n", params)
+    assert "".join(bard.stream("ROMEO.\n", params)) == whole.text
+    assert whole.text and whole.text.isprintable() is False  # it has lines
 
-    def test_a_stop_string_ends_the_text_before_it(self, bard: MoEModel) -> None:
-        params = SamplingParams(max_tokens=40, temperature=0.0)
-        text = bard.generate("To be, or", params).text
-        assert text is not None
-        stop = text[10:13]
-        held = bard.generate("To be, or", params, stop=stop)
-        assert held.text == text[: text.index(stop)] and held.finish_reason == "stop"
-        assert "".join(bard.stream("To be, or", params, stop=stop)) == held.text
 
-    def test_an_abandoned_stream_leaves_the_model_usable(self, bard: MoEModel) -> None:
-        stream = bard.stream("To be, or", max_tokens=40)
-        next(stream)
-        with pytest.raises(RequestError, match="earlier stream is still open"):
-            bard.generate("To be, or")
-        stream.close()
-        assert bard.generate("To be, or", max_tokens=3).token_ids
+def test_a_stop_string_ends_the_text_before_it(bard: MoEModel) -> None:
+    params = SamplingParams(max_tokens=40, temperature=0.0)
+    text = bard.generate("To be, or", params).text
+    assert text is not None
+    stop = text[10:13]
+    held = bard.generate("To be, or", params, stop=stop)
+    assert held.text == text[: text.index(stop)] and held.finish_reason == "stop"
+    assert "".join(bard.stream("To be, or", params, stop=stop)) == held.text
 
-    def test_it_predicts_shakespeare(self, bard: MoEModel) -> None:
-        """A model that learnt nothing gives log2(2048) = 11 bits a token; bard gives well below half of that."""
-        text = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
-        runtime_text = bard._runtime.text
-        assert runtime_text is not None
-        ids = torch.tensor(runtime_text.encode(text))
-        logits_TV = bard.forward(ids.tolist())
-        nats = torch.nn.functional.cross_entropy(logits_TV[:-1], ids[1:])
-        assert nats.item() / 0.6931 < 6.0
+
+def test_an_abandoned_stream_leaves_the_model_usable(bard: MoEModel) -> None:
+    stream = bard.stream("To be, or", max_tokens=40)
+    next(stream)
+    with pytest.raises(RequestError, match="earlier stream is still open"):
+        bard.generate("To be, or")
+    stream.close()
+    assert bard.generate("To be, or", max_tokens=3).token_ids
+
+
+# From Macbeth, which bard was not trained on.
+HELD_OUT = """\
+MACBETH.
+She should have died hereafter;
+There would have been a time for such a word.--
+To-morrow, and to-morrow, and to-morrow,
+Creeps in this petty pace from day to day,
+To the last syllable of recorded time;
+And all our yesterdays have lighted fools
+The way to dusty death. Out, out, brief candle!
+Life's but a walking shadow; a poor player,
+That struts and frets his hour upon the stage,
+And then is heard no more: it is a tale
+Told by an idiot, full of sound and fury,
+Signifying nothing.
+"""
+
+
+def test_bard_predicts_a_play_it_has_not_seen(bard: MoEModel) -> None:
+    """In bits per byte: 8 knows nothing, about 4.5 only how frequent letters are, bard about 2 over whole plays."""
+    text = Text.load(BARD)
+    assert text is not None
+    ids = torch.tensor([0, *text.encode(HELD_OUT)])
+    nats = torch.nn.functional.cross_entropy(bard.forward(ids.tolist())[:-1], ids[1:], reduction="sum").item()
+    assert nats / math.log(2) / len(HELD_OUT.encode()) < 2.5

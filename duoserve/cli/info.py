@@ -8,9 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from duoserve.cli.inventory import Inventory, take_inventory
-from duoserve.cli.opening import OpenedModel, opened
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser
 from duoserve.experts.budget import format_bytes
+from duoserve.models.opened import OpenedModel, opened
 
 EXAMPLES = """\
   duoserve info bard

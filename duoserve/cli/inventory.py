@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from duoserve.cli.opening import OpenedModel
+from duoserve.models.opened import OpenedModel
 
 EXPERTS, OTHER = "experts", "other"
 # The first word found in a tensor's name says what it is part of; a router is called gate in checkpoints.

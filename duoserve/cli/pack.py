@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from duoserve.cli.opening import OpenedModel, opened
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_dtype, add_parser
 from duoserve.errors import CheckpointError
 from duoserve.experts.budget import format_bytes
@@ -13,6 +12,7 @@ from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.layout import ExpertLayout
 from duoserve.experts.pack_format import DTYPES
 from duoserve.experts.packing import CheckpointStore, pack_path, write_pack
+from duoserve.models.opened import OpenedModel, opened
 
 EXAMPLES = """\
   duoserve pack bard

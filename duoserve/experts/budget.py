@@ -89,7 +89,7 @@ class MemoryPlan:
         """Slots per expert, 0 to 1."""
         return self.num_slots / self.total_experts
 
-    def describe(self) -> list[str]:
+    def __str__(self) -> str:
         """The arithmetic, a line for each part."""
         slots = f"{self.num_slots} slots x {self.slot_bytes} B, {self.share:.1%} of {self.total_experts} experts"
         parts = [
@@ -101,7 +101,7 @@ class MemoryPlan:
         ]
         if self.host_experts:
             parts.append(("in host RAM", self.host_bytes, f"  ({self.host_experts} experts x {self.slot_bytes} B)"))
-        return [f"{name:<14}{format_bytes(nbytes):>12}{note}" for name, nbytes, note in parts]
+        return "\n".join(f"{name:<14}{format_bytes(nbytes):>12}{note}" for name, nbytes, note in parts)
 
 
 def plan_memory(  # noqa: PLR0913
@@ -193,7 +193,7 @@ def _slots_given(smallest: MemoryPlan, wanted: EngineConfig, available: int) -> 
 def _too_few(smallest: MemoryPlan, why: str, slots: int, wanted: EngineConfig, available: int) -> str:
     """What was given, what is needed, and the figure that would do."""
     least, pool = smallest.num_slots, smallest.num_slots * smallest.slot_bytes
-    short = f"{max(0, slots)} slots, but {least} are needed ({why})"
+    short = f"{max(0, slots)} of the {least} slots that are needed ({why})"
     if wanted.expert_slots is not None:
         return f"expert_slots={wanted.expert_slots} gives {short}: raise expert_slots to at least {least}"
     if wanted.expert_memory is not None:

@@ -155,6 +155,7 @@ def _write_rows(
         store.read(expert, row_B)
         file.seek(header.offset(expert))
         file.write(row)
+    file.truncate(header.total_bytes)
 
 
 def _aligned_row(nbytes: int) -> Tensor:

@@ -21,7 +21,7 @@ WIDEN_ELEMENTS = 1 << 20
 @cache
 def has_native_matmul(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of ``dtype`` in hardware."""
-    if dtype == torch.float32:
+    if dtype in (torch.float32, torch.float64):
         return True
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     names = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}[dtype]

@@ -75,9 +75,7 @@ class Scheduler(ExpertSource):
 
     def begin(self, phase: Phase, num_tokens: int) -> None:
         """A forward pass of ``num_tokens`` tokens begins. ClosedError after ``close``."""
-        self._check_open()
-        if self._pass is not None:
-            raise IntegrityError("a forward pass began before the last one ended")
+        self._check_between_passes("a forward pass began")
         self._pass = _Pass(phase, num_tokens, self._open_space(phase))
         try:
             self._open_lease(self._pass, BEFORE_FIRST, ())
@@ -111,6 +109,7 @@ class Scheduler(ExpertSource):
 
     def load_all(self, progress: bool = False) -> None:
         """Brings every expert into a slot, as far as there are slots; CopyError if one cannot be read."""
+        self._check_between_passes("all experts were asked for")
         table = self._residency.table
         absent = [expert for expert in self._shape.experts(self._shape.layers) if table.slot_of(expert) < 0]
         loads = deque(zip(absent, table.empty_slots(), strict=False))
@@ -132,6 +131,11 @@ class Scheduler(ExpertSource):
         if self._closed:
             raise ClosedError("the scheduler was used after close()")
 
+    def _check_between_passes(self, event: str) -> None:
+        self._check_open()
+        if self._pass is not None:
+            raise IntegrityError(f"{event} before the last forward pass ended")
+
     def _load(self, loads: deque[tuple[ExpertId, int]], bar: tqdm[NoReturn]) -> None:
         while loads or self._residency.under_way():
             while loads and len(self._residency.under_way()) < LOAD_AHEAD:
@@ -151,7 +155,7 @@ class Scheduler(ExpertSource):
         """A ring of EMPTY slots, for which the least valuable experts are given up where there are too few."""
         self._residency.drain()
         size = ring_size(self._num_slots, self._shape.total_experts - sum(self._residency.filled()))
-        while len(self._residency.table.empty_slots()) < size:
+        for _ in range(size - len(self._residency.table.empty_slots())):
             self._cache.give_up(BEFORE_FIRST)
         return Ring(self._residency, self._shape, size)
 

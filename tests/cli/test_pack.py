@@ -3,11 +3,11 @@
 import torch
 
 from duoserve.cli import pack
-from duoserve.cli.opening import opened
 from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.packing import CheckpointStore
 from duoserve.experts.store import aligned_rows
+from duoserve.models.opened import opened
 
 
 def test_the_pack_holds_the_experts_of_the_checkpoint(duoserve, model_folder, tmp_path):

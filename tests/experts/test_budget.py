@@ -173,21 +173,23 @@ def test_host_rows_and_slots_share_the_ram():
 def test_a_resident_policy_needs_a_slot_for_every_expert():
     every = replace(BARD, needs_all=True)
     assert every.plan(EngineConfig()).num_slots == 48
-    with pytest.raises(MemoryBudgetError, match=r"47 slots, but 48 are needed \(6 layers x 8 experts, all resident\)"):
+    with pytest.raises(
+        MemoryBudgetError, match=r"47 of the 48 slots that are needed \(6 layers x 8 experts, all resident\)"
+    ):
         every.plan(EngineConfig(expert_slots=47))
 
 
 def test_refusal_shows_the_arithmetic():
     with pytest.raises(MemoryBudgetError) as caught:
         BARD.plan(EngineConfig(memory=5_000_000))
-    for part in ("memory=5000000 bytes (4.77 MiB) gives 1 slots", "3 are needed (top-2 and one prefetch)",
+    for part in ("memory=5000000 bytes (4.77 MiB) gives 1 of the 3", "slots that are needed (top-2 and one prefetch)",
                  "3 slots x 393216 bytes (384.00 KiB)", "dense weights 3000000 bytes", "KV cache 500000 bytes",
                  "workspace 1000000 bytes", "raise memory to at least 5679648 bytes"):  # fmt: skip
         assert part in str(caught.value)
 
 
-def test_describe_adds_up():
-    lines = BARD.plan(EngineConfig(expert_slots=12, host_memory=5 * ROW)).describe()
+def test_as_text_it_adds_up():
+    lines = str(BARD.plan(EngineConfig(expert_slots=12, host_memory=5 * ROW))).splitlines()
     squeezed = [" ".join(line.split()) for line in lines]
     assert squeezed[0] == "expert slots 4.50 MiB (12 slots x 393216 B, 25.0% of 48 experts)"
     assert squeezed[4] == "total 8.79 MiB"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from duoserve import MoEModel, SamplingParams
-from tests.checkpoints import reference_greedy, reference_logits, save_mixtral, to_hub_dialect
+from tests.checkpoints import BARD, reference_greedy, reference_logits, save_mixtral, to_hub_dialect
 
 PROMPT = [(7 * i * i + 3 * i) % 95 + 1 for i in range(40)]
-BARD = Path(__file__).parents[2] / "duoserve/assets/bard"
 
 CASES = {
     "plain": {},
@@ -51,6 +51,14 @@ def test_decode_gives_the_logits_of_prefill(folder: Path) -> None:
         out = model.generate(PROMPT[:5], SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True))
         logits_TV = model.forward(PROMPT[:5] + out.token_ids[:-1])
     assert logits_TV[4:].argmax(-1).tolist() == out.token_ids
+
+
+def test_a_head_of_its_own_beats_a_config_that_calls_it_tied(tmp_path: Path) -> None:
+    folder = save_mixtral(tmp_path / "model", tie_word_embeddings=False)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with MoEModel.from_pretrained(folder, dtype="float32") as model:
+        assert relative_error(model.forward(PROMPT), reference_logits(folder, PROMPT)) <= 1e-5
 
 
 def test_bard_equals_transformers() -> None:

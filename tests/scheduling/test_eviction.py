@@ -52,6 +52,14 @@ def test_quotas_keep_what_a_cycle_over_the_layers_would_lose(slots: int) -> None
     assert hit_rates[1] is not None and hit_rates[1] > 0.65 * slots / 16
 
 
+def test_a_layer_that_is_at_its_quota_replaces_its_own() -> None:
+    rig = Rig(layers=2, slots=4)
+    rig.decode([[0, 1], [0, 1]])
+    rig.decode([[0, 1], []])  # now the experts of layer 1 are those not used for longest
+    rig.decode([[2], []])
+    assert rig.resident() == {(0, 0), (0, 2), (1, 0), (1, 1)}
+
+
 def test_the_most_wanted_outlives_the_others() -> None:
     rig = Rig(layers=1, slots=3)
     rig.decode([[4, 6, 2]])

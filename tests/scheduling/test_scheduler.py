@@ -163,11 +163,22 @@ class TestLayerPrefetch:
         rig.decode([[], []])
         assert rig.stats().bytes.wasted == (len(rig.done()) - 3 - len(rig.resident())) * ONE
 
-    def test_guesses_never_keep_a_demand_waiting_for_ever(self) -> None:
-        rig = Rig("layer-prefetch", layers=3, slots=2)
-        rig.scheduler.begin(Phase.PREFILL, 1)  # both slots go to guesses for layer 0, of which one runs
-        with rig.scheduler.acquire(2, [5, 6]) as lease:
-            assert [one.expert for ready in lease for one in ready] == [5, 6]
+    @pytest.mark.parametrize("later", [0.0, 9.0], ids=["queued", "arrived"])
+    def test_guesses_make_way_for_a_demand(self, later: float) -> None:
+        rig = Rig("layer-prefetch", slots=2)
+        rig.scheduler.begin(Phase.PREFILL, 1)
+        for wanted in ([0, 1], [2]):  # the same layer again, when guesses for the next are in both slots
+            with rig.scheduler.acquire(0, wanted) as lease:
+                assert [one.expert for ready in lease for one in ready] == wanted
+            rig.clock.advance(later)
+        rig.scheduler.end()
+
+    def test_a_guess_that_is_wanted_is_one_no_more(self) -> None:
+        rig = Rig("layer-prefetch", slots=16)
+        rig.scheduler.begin(Phase.DECODE, 1)
+        rig.scheduler.acquire(0, [5, 6])
+        promoted = [t.expert for t in rig.engine.tickets if t.priority is Priority.DEMAND]
+        assert promoted == [ExpertId(0, 5), ExpertId(0, 6)]
         rig.scheduler.end()
 
 
@@ -200,8 +211,9 @@ def test_misuse_is_a_bug_that_shows() -> None:
     with pytest.raises(IntegrityError, match="outside of a forward pass"):
         rig.scheduler.acquire(0, [1])
     rig.scheduler.begin(Phase.DECODE, 1)
-    with pytest.raises(IntegrityError, match="before the last one ended"):
-        rig.scheduler.begin(Phase.DECODE, 1)
+    for call in (lambda: rig.scheduler.begin(Phase.DECODE, 1), rig.scheduler.load_all):
+        with pytest.raises(IntegrityError, match="before the last forward pass ended"):
+            call()
     rig.scheduler.acquire(0, [1])
     with pytest.raises(IntegrityError, match="another lease was open"):
         rig.scheduler.acquire(1, [1])

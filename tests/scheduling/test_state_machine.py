@@ -6,20 +6,13 @@ Nothing may be lost, owned twice, evicted while held, or read before it is READY
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from duoserve.config import Phase
 from duoserve.errors import ClosedError, CopyError
@@ -36,9 +29,12 @@ from tests.fakes import ArrayStore
 LAYERS, EXPERTS, TOP_K = 3, 4, 2
 TINY = ExpertLayout(torch.bfloat16, hidden=32, intermediate=16)  # one page
 POISON = 0xFF
-WANTED = st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=EXPERTS, unique=True)
+
+PHASE = st.sampled_from(Phase)
 TOKENS = st.sampled_from([1, 2, 100])
-EXPERT = st.builds(ExpertId, st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1))
+LAYER = st.integers(0, LAYERS - 1)
+WANTED = st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=EXPERTS, unique=True)
+EXPERT = st.builds(ExpertId, LAYER, st.integers(0, EXPERTS - 1))
 
 
 class ConsumerError(Exception):
@@ -46,18 +42,22 @@ class ConsumerError(Exception):
 
 
 class Slots(RuleBasedStateMachine):
-    """Over a virtual link that completes copies in any order."""
+    """Over a virtual link that completes copies in any order.
+
+    The rules have no preconditions: whether a lease is at its end is up to the threads of the subclass, and hypothesis
+    wants the same choices to lead to the same rules.
+    """
 
     def make_engine(self, seed: int) -> CopyEngine:
         return VirtualCopyEngine(self.clock, lambda _: 1.0, self.store, self.pool, shuffle=random.Random(seed))
 
     @initialize(policy=st.sampled_from(sorted(POLICIES)), slots=st.integers(TOP_K + 1, 12), seed=st.integers(0, 99))
     def build(self, policy: str, slots: int, seed: int) -> None:
-        slots = LAYERS * EXPERTS if policy == "resident" else slots
+        num_slots = LAYERS * EXPERTS if policy == "resident" else slots
         self.clock = VirtualClock()
         self.store = ArrayStore(TINY, LAYERS, EXPERTS)
-        self.pool = SlotPool(slots, TINY, poison=True)
-        self.table = SlotTable(LAYERS, EXPERTS, slots)
+        self.pool = SlotPool(num_slots, TINY, poison=True)
+        self.table = SlotTable(LAYERS, EXPERTS, num_slots)
         self.engine = self.make_engine(seed)
         self.scheduler = Scheduler(
             table=self.table,
@@ -69,98 +69,87 @@ class Slots(RuleBasedStateMachine):
             num_experts=EXPERTS,
             meter=Meter(),
         )
-        self.in_pass = False
+        self.was_broken = False
         self.closed = False
-        self.layer = -1
+        self.in_pass = False
+        self.layer = -1  # of the last lease
+        self.exhausted = False  # whether that came to its end
         self.lease: Lease | None = None
         self.batches: Iterator[list[ReadyExpert]] = iter(())
         self.batch: list[ReadyExpert] = []  # what the consumer computes on
-        self.wanted: set[int] = set()  # what the lease still owes
+        self.owed: set[int] = set()  # what the lease has yet to hand out
 
-    def open(self) -> bool:
-        return not self.closed
+    @rule(phase=PHASE, tokens=TOKENS, asked=st.lists(st.tuples(LAYER, WANTED), min_size=1, max_size=6))
+    def steps(self, phase: Phase, tokens: int, asked: list[tuple[int, list[int]]]) -> None:
+        """The next things that a model would do, but for the order of the layers."""
+        for layer, wanted in asked:
+            if self.lease is not None:
+                self.next_batch()
+            elif self.in_pass:
+                self.acquire(layer, wanted)
+            elif not self.closed:
+                self.scheduler.begin(phase, tokens)
+                self.in_pass, self.layer = True, -1
+            self.nothing_is_lost_or_stale()
 
-    @precondition(lambda self: self.open() and not self.in_pass)
-    @rule(phase=st.sampled_from(Phase), tokens=TOKENS)
-    def begin(self, phase: Phase, tokens: int) -> None:
-        self.scheduler.begin(phase, tokens)
-        self.in_pass, self.layer = True, -1
-
-    @precondition(lambda self: self.in_pass and self.lease is None and self.layer < LAYERS - 1)
-    @rule(wanted=WANTED)
-    def acquire(self, wanted: list[int]) -> None:
-        self.layer += 1
-        self.lease = self.scheduler.acquire(self.layer, wanted).__enter__()
-        self.batches, self.wanted = iter(self.lease), set(wanted)
-
-    @precondition(lambda self: self.lease is not None)
-    @rule()
-    def next_batch(self) -> None:
-        self.check_batch()
-        try:
-            self.batch = next(self.batches)
-        except StopIteration:
-            assert not self.wanted
-            self.leave(None)
-        except CopyError as error:
-            assert self.store.fail_on
-            self.leave(error)
-        else:
-            self.check_batch()
-            self.wanted -= {one.expert for one in self.batch}
-
-    @precondition(lambda self: self.lease is not None)
-    @rule(error=st.sampled_from([None, ConsumerError()]))
-    def leave(self, error: Exception | None) -> None:
-        assert self.lease is not None
-        self.lease.__exit__(type(error) if error else None, error, None)
-        self.lease, self.batch, self.wanted = None, [], set()
-        assert self.holds() == 0
-
-    @precondition(lambda self: self.in_pass)
-    @rule()
-    def end(self) -> None:
-        broken = self.layer < LAYERS - 1 or self.lease is not None
-        self.scheduler.end()
-        self.in_pass, self.lease, self.batch = False, None, []
-        assert self.holds() == 0
-        if broken:
-            assert SlotState.LOADING not in self.states()
-
-    @precondition(lambda self: self.open() and not self.in_pass)
-    @rule(phase=st.sampled_from(Phase), tokens=TOKENS, routing=st.lists(WANTED, min_size=LAYERS, max_size=LAYERS))
+    @rule(phase=PHASE, tokens=TOKENS, routing=st.lists(WANTED, min_size=LAYERS, max_size=LAYERS))
     def whole_pass(self, phase: Phase, tokens: int, routing: list[list[int]]) -> None:
-        self.begin(phase, tokens)
-        for wanted in routing:
-            self.acquire(wanted)
+        self.end()
+        if self.closed:
+            return
+        self.scheduler.begin(phase, tokens)
+        self.in_pass = True
+        for layer, wanted in enumerate(routing):
+            self.acquire(layer, wanted)
             while self.lease is not None:
                 self.next_batch()
                 self.nothing_is_lost_or_stale()
         self.end()
 
-    @precondition(lambda self: self.open() and not self.in_pass)
+    @rule(fails=st.booleans())
+    def leave(self, fails: bool) -> None:
+        """The consumer leaves the lease early, with an exception of its own or without."""
+        error = ConsumerError() if fails else None
+        if self.lease is not None:
+            self.lease.__exit__(type(error) if error else None, error, None)
+        self.lease, self.batch = None, []
+        assert self.num_holds() == 0
+
+    @rule()
+    def end(self) -> None:
+        was_open = self.lease is not None
+        self.scheduler.end()
+        assert self.num_holds() == 0
+        if self.in_pass and (was_open or not (self.exhausted and self.layer == LAYERS - 1)):
+            assert not self.is_loading()
+        self.in_pass, self.lease, self.batch = False, None, []
+
     @rule()
     def load_all(self) -> None:
+        if self.in_pass or self.closed:
+            return
         try:
             self.scheduler.load_all()
         except CopyError:
-            assert self.store.fail_on
-        assert SlotState.LOADING not in self.states()
+            assert self.was_broken
+        assert not self.is_loading()
 
     @rule(experts=st.sets(EXPERT, max_size=3))
     def break_reads(self, experts: set[ExpertId]) -> None:
         self.store.fail_on = experts
+        self.was_broken |= bool(experts)  # a copy may fail long before somebody hears of it
 
     @rule(seconds=st.sampled_from([0.5, 1.0, 3.0]))
     def time_passes(self, seconds: float) -> None:
         self.clock.advance(seconds)
 
-    @precondition(lambda self: self.open())
-    @rule()
-    def close(self) -> None:
+    @rule(chance=st.integers(1, 12))
+    def close(self, chance: int) -> None:
+        if chance < 12:  # it must be rare, for not much happens after it
+            return
         self.scheduler.close()
         self.closed, self.in_pass, self.lease, self.batch = True, False, None, []
-        assert SlotState.LOADING not in self.states() and self.holds() == 0
+        assert self.num_holds() == 0 and not self.is_loading()
         with pytest.raises(ClosedError):
             self.scheduler.begin(Phase.DECODE, 1)
 
@@ -168,12 +157,31 @@ class Slots(RuleBasedStateMachine):
     def nothing_is_lost_or_stale(self) -> None:
         self.table.check_integrity()
         self.check_batch()
-        for slot, state in enumerate(self.states()):
-            expert = self.table.expert_in(slot)
+        for slot in range(self.table.num_slots):
+            expert, state = self.table.expert_in(slot), self.table.state(slot)
             if state is SlotState.READY:
                 assert expert is not None and torch.equal(self.pool.row(slot), self.store.row(expert))
             elif state is SlotState.EMPTY:
                 assert bool((self.pool.row(slot) == POISON).all())
+
+    def acquire(self, layer: int, wanted: list[int]) -> None:
+        self.lease = self.scheduler.acquire(layer, wanted).__enter__()
+        self.batches, self.owed = iter(self.lease), set(wanted)
+        self.layer, self.exhausted = layer, False
+
+    def next_batch(self) -> None:
+        self.check_batch()
+        try:
+            self.batch = next(self.batches)
+        except StopIteration:
+            assert not self.owed
+            self.exhausted = True
+            self.leave(fails=False)
+        except CopyError:
+            assert self.was_broken
+            self.leave(fails=True)
+        self.check_batch()
+        self.owed -= {one.expert for one in self.batch}
 
     def check_batch(self) -> None:
         """What the consumer computes on is what it asked for, held, and all there."""
@@ -181,15 +189,15 @@ class Slots(RuleBasedStateMachine):
             assert self.table.expert_in(slot) == (self.layer, expert) and self.table.holds(slot) == 1
             assert torch.equal(self.pool.row(slot), self.store.row(ExpertId(self.layer, expert)))
 
-    def states(self) -> Sequence[SlotState]:
-        return [self.table.state(slot) for slot in range(self.table.num_slots)]
+    def is_loading(self) -> bool:
+        return any(self.table.state(slot) is SlotState.LOADING for slot in range(self.table.num_slots))
 
-    def holds(self) -> int:
+    def num_holds(self) -> int:
         return sum(self.table.holds(slot) for slot in range(self.table.num_slots))
 
     def teardown(self) -> None:
         if hasattr(self, "scheduler"):
-            self.scheduler.close()
+            self.close(chance=12)
             self.nothing_is_lost_or_stale()
 
 
@@ -204,7 +212,7 @@ CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
 def test_any_course_of_events() -> None:
-    limits = settings(max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=CHECKS)
+    limits = settings(max_examples=150, stateful_step_count=30, deadline=None, suppress_health_check=CHECKS)
     run_state_machine_as_test(Slots, settings=limits)
 
 
