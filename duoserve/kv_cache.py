@@ -1,6 +1,7 @@
 """Paged KV cache: one buffer of pages a layer, lent to sequences.
 
-L layers, R = pages * page size rows, T new tokens, C context tokens, G KV heads, D head dimension.
+L layers, P pages, S tokens a page, B sequences, M pages of the longest, T new tokens, C context tokens, G KV heads, D
+head dimension.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from duoserve.config import ModelConfig
 from duoserve.errors import MemoryBudgetError
+from duoserve.kernels import context_rows
 from duoserve.models.batch import Batch
 
 PAGE_TOKENS = 64
@@ -36,9 +38,9 @@ class PagedKVCache:
 
     def __init__(self, config: ModelConfig, max_tokens: int, dtype: torch.dtype) -> None:
         self.num_pages = -(-max_tokens // PAGE_TOKENS)
-        shape = (config.num_layers, self.num_pages * PAGE_TOKENS, config.num_kv_heads, config.head_dim)
-        self.k_LRGD = torch.empty(shape, dtype=dtype)
-        self.v_LRGD = torch.empty(shape, dtype=dtype)
+        shape = (config.num_layers, self.num_pages, PAGE_TOKENS, config.num_kv_heads, config.head_dim)
+        self.k_LPSGD = torch.empty(shape, dtype=dtype)
+        self.v_LPSGD = torch.empty(shape, dtype=dtype)
         self._free = list(range(self.num_pages))
 
     @property
@@ -72,42 +74,44 @@ class PagedKVCache:
         """A forward pass over each sequence's new tokens, for which it must have pages; advances their lengths."""
         token_ids: list[int] = []
         positions: list[int] = []
-        spans, stores = [], []
+        spans, rows = [], []
         for sequence, tokens in new_tokens:
+            new = range(sequence.length, sequence.length + len(tokens))
             spans.append((len(token_ids), len(token_ids) + len(tokens)))
             token_ids += tokens
-            positions += range(sequence.length, sequence.length + len(tokens))
+            positions += new
+            rows += [sequence.pages[at // PAGE_TOKENS] * PAGE_TOKENS + at % PAGE_TOKENS for at in new]
             sequence.length += len(tokens)
-            stores.append(self._rows(sequence))
-        new_rows = [rows[-(stop - start) :] for rows, (start, stop) in zip(stores, spans, strict=True)]
-        kv = BatchKV(self, torch.cat(new_rows), [_as_slice(rows) for rows in stores])
+        sequences = [sequence for sequence, _ in new_tokens]
+        kv = BatchKV(
+            cache=self,
+            rows_T=torch.tensor(rows),
+            page_table_BM=_page_table(sequences),
+            lengths_B=torch.tensor([sequence.length for sequence in sequences], dtype=torch.int32),
+        )
         return Batch(torch.tensor(token_ids), torch.tensor(positions), tuple(spans), kv)
 
-    def _rows(self, sequence: SequenceKV) -> Tensor:
-        """The buffer rows [C] of a sequence's tokens, in order."""
-        starts = torch.tensor(sequence.pages)[:, None] * PAGE_TOKENS
-        return (starts + torch.arange(PAGE_TOKENS)).flatten()[: sequence.length]
 
-
-def _as_slice(rows_C: Tensor) -> Tensor | slice:
-    """The same rows as a slice when they are adjacent, so that reading them copies nothing."""
-    first, last = int(rows_C[0]), int(rows_C[-1])
-    adjacent = last - first + 1 == len(rows_C) and bool((rows_C.diff() == 1).all())
-    return slice(first, last + 1) if adjacent else rows_C
+def _page_table(sequences: Seq[SequenceKV]) -> Tensor:
+    """The pages [B, M] of each sequence, int32, -1 after its last."""
+    longest = max(len(sequence.pages) for sequence in sequences)
+    pages = [sequence.pages + [-1] * (longest - len(sequence.pages)) for sequence in sequences]
+    return torch.tensor(pages, dtype=torch.int32)
 
 
 @dataclass(frozen=True)
 class BatchKV:
-    """The KV store of one forward pass: where its new tokens go, and which rows each sequence reads."""
+    """The KV store of one forward pass: where its new tokens go, and which pages each sequence reads."""
 
     cache: PagedKVCache
-    new_rows_T: Tensor
-    context_rows: list[Tensor | slice]
+    rows_T: Tensor
+    page_table_BM: Tensor
+    lengths_B: Tensor
 
-    def append(self, layer: int, k_TGD: Tensor, v_TGD: Tensor) -> None:
-        self.cache.k_LRGD[layer][self.new_rows_T] = k_TGD
-        self.cache.v_LRGD[layer][self.new_rows_T] = v_TGD
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.cache.k_LPSGD[layer], self.cache.v_LPSGD[layer]
 
     def context(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
-        rows = self.context_rows[sequence]
-        return self.cache.k_LRGD[layer][rows], self.cache.v_LRGD[layer][rows]
+        rows_C = context_rows(self.page_table_BM[sequence], int(self.lengths_B[sequence]), PAGE_TOKENS)
+        k_PSGD, v_PSGD = self.pages(layer)
+        return k_PSGD.flatten(0, 1)[rows_C], v_PSGD.flatten(0, 1)[rows_C]

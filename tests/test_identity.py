@@ -57,9 +57,7 @@ def outcome(model: MoEModel) -> Outcome:
 @pytest.mark.parametrize("host_memory", ["auto", "1GiB", "20KiB"], ids=["disk", "ram", "ram_and_disk"])
 @pytest.mark.parametrize("slots", SHARES.values(), ids=SHARES)
 @pytest.mark.parametrize("policy", STREAMING)
-def test_real_copies(  # noqa: PLR0917
-    policy: str, slots: int, host_memory: str, folder: Path, truth: Outcome, tmp_path: Path
-) -> None:
+def test_real_copies(policy: str, slots: int, host_memory: str, folder: Path, truth: Outcome, tmp_path: Path) -> None:
     with MoEModel.from_pretrained(
         folder, policy=policy, expert_slots=slots, host_memory=host_memory, cache_dir=tmp_path
     ) as model:

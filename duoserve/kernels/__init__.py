@@ -1,28 +1,23 @@
 """The public ops. Every model computes through these names; this file alone decides what runs them.
 
-Tensors on a GPU go to Triton, others to the twins in ``reference``. With ``DUOSERVE_KERNELS=triton`` all of them go to
-Triton, which on a CPU means its interpreter (``TRITON_INTERPRET=1``): slow, but a check of the kernels in a model.
-
-T tokens, K top-k, E experts, H hidden, I expert intermediate, N = T * K routed rows.
+Operands on a GPU go to Triton, others to the twins in ``reference``, whose signatures and docstrings the ops have. With
+``DUOSERVE_KERNELS=triton`` all go to Triton, which on a CPU means its interpreter (``TRITON_INTERPRET=1``): slow, but a
+check of the kernels in a model.
 """
 
 from __future__ import annotations
 
 import os
-from types import ModuleType
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar, cast
 
 from torch import Tensor
 
 from duoserve.kernels import reference
-from duoserve.kernels.reference import (
-    apply_rope,
-    attention,
-    linear,
-    moe_combine,
-    rms_norm,
-    rope_table,
-    router_topk,
-)
+from duoserve.kernels.matmul import linear
+from duoserve.kernels.paging import context_rows
+from duoserve.kernels.reference import apply_rope, attention, rope_table
 from duoserve.kernels.routing import RoutePlan, Work
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights
 
@@ -31,9 +26,13 @@ __all__ = [
     "ExpertWeights",
     "RoutePlan",
     "Work",
+    "add_rms_norm",
     "apply_rope",
     "attention",
+    "context_rows",
+    "decode_attention",
     "linear",
+    "mla_decode_attention",
     "moe_combine",
     "moe_down",
     "moe_gemv_down",
@@ -41,58 +40,44 @@ __all__ = [
     "moe_up",
     "rms_norm",
     "rope_table",
+    "rope_write_kv",
     "route_plan",
     "router_topk",
 ]
 
+_Operands = ParamSpec("_Operands")
+_Result = TypeVar("_Result")
 _TRITON_ON_CPU = os.environ.get("DUOSERVE_KERNELS") == "triton"
 
 
-def _ops(operand: Tensor) -> ModuleType:
-    """The module that computes with ``operand``."""
-    if operand.is_cuda or _TRITON_ON_CPU:
-        # The extra `triton`: a CPU does without it, and without the second that its import takes.
-        from duoserve.kernels import triton_ops  # noqa: PLC0415
+def _dispatched(twin: Callable[_Operands, _Result]) -> Callable[_Operands, _Result]:
+    """The op of ``twin``'s name: in Triton where its first operand is on a GPU, else ``twin`` itself."""
 
-        return triton_ops
-    return reference
+    @wraps(twin)
+    def op(*operands: _Operands.args, **options: _Operands.kwargs) -> _Result:
+        on_gpu = cast("Tensor", operands[0]).is_cuda
+        return (_in_triton(twin) if on_gpu or _TRITON_ON_CPU else twin)(*operands, **options)
 
-
-def route_plan(topk_ids_TK: Tensor, slots_E: Tensor) -> RoutePlan:
-    """The routed rows sorted stably by expert, and the experts by whether they have a slot: see RoutePlan.
-
-    ``topk_ids_TK`` is int32 or int64; ``slots_E`` int32, -1 for an expert in no slot. An id outside 0..E-1 names no
-    expert: its row sorts last and no op computes it.
-    """
-    plan: RoutePlan = _ops(topk_ids_TK).route_plan(topk_ids_TK, slots_E)
-    return plan
+    return op
 
 
-def moe_up(x_TH: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, act_NI: Tensor) -> None:
-    """``silu(x w1^T) * (x w3^T)`` for the rows of each expert in ``work``, into their sorted rows of ``act_NI``.
+def _in_triton(twin: Callable[_Operands, _Result]) -> Callable[_Operands, _Result]:
+    # The extra `triton`: a CPU does without it, and without the second that its import takes.
+    from duoserve.kernels import triton_ops  # noqa: PLC0415
 
-    Other rows are not touched. SwiGLU: Shazeer (2020).
-    """
-    _ops(x_TH).moe_up(x_TH, weights, plan, work, act_NI)
-
-
-def moe_down(act_NI: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, y_NH: Tensor) -> None:
-    """Writes ``act w2^T`` of each expert in ``work``, unweighted, to its rows' places ``token * K + j`` in ``y_NH``."""
-    _ops(act_NI).moe_down(act_NI, weights, plan, work, y_NH)
+    kernel: Callable[_Operands, _Result] = getattr(triton_ops, twin.__name__)
+    return kernel
 
 
-def moe_gemv_up(x_1H: Tensor, weights: ExpertWeights, slots_K: Tensor, act_KI: Tensor) -> None:
-    """``moe_up`` of one token's K experts, which are in ``slots_K`` (int32); FLOAT weights only."""
-    _ops(x_1H).moe_gemv_up(x_1H, weights, slots_K, act_KI)
-
-
-def moe_gemv_down(
-    act_KI: Tensor,
-    weights: ExpertWeights,
-    slots_K: Tensor,
-    topk_weights_1K: Tensor,
-    shared_1H: Tensor | None,
-    out_1H: Tensor,
-) -> None:
-    """One token's ``sum_j weight_j * act_j w2_j^T + shared``, rounded once: ``moe_down`` and ``moe_combine`` in one."""
-    _ops(act_KI).moe_gemv_down(act_KI, weights, slots_K, topk_weights_1K, shared_1H, out_1H)
+route_plan = _dispatched(reference.route_plan)
+moe_up = _dispatched(reference.moe_up)
+moe_down = _dispatched(reference.moe_down)
+moe_combine = _dispatched(reference.moe_combine)
+moe_gemv_up = _dispatched(reference.moe_gemv_up)
+moe_gemv_down = _dispatched(reference.moe_gemv_down)
+router_topk = _dispatched(reference.router_topk)
+rms_norm = _dispatched(reference.rms_norm)
+add_rms_norm = _dispatched(reference.add_rms_norm)
+rope_write_kv = _dispatched(reference.rope_write_kv)
+decode_attention = _dispatched(reference.decode_attention)
+mla_decode_attention = _dispatched(reference.mla_decode_attention)

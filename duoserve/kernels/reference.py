@@ -1,8 +1,7 @@
 """The PyTorch spec of every op, which is also what runs on a CPU. Imports without triton.
 
 T tokens, K top-k, E experts, S slots, H hidden, I expert intermediate, N = T * K routed rows, R rows of one expert. The
-small ops and attention have files of their own. Sums are made in at least float32; results
-come in the input's dtype.
+small ops and attention have files of their own. Sums are made in at least float32; results come in the input's dtype.
 """
 
 from __future__ import annotations
@@ -35,6 +34,8 @@ __all__ = [
     "mla_decode_attention",
     "moe_combine",
     "moe_down",
+    "moe_gemv_down",
+    "moe_gemv_up",
     "moe_up",
     "rms_norm",
     "rope_table",
@@ -75,13 +76,7 @@ def moe_up(x_TH: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, ac
         x_RH = x_TH
         if not len(x_TH) == stop - start == 1:
             x_RH = x_TH.index_select(0, plan.order_N[start:stop] // plan.top_k)
-        up_RI2 = _linear(x_RH, dense(weights.w13, slot)).view(stop - start, -1, 2)
-        torch.mul(F.silu(up_RI2[..., 0]), up_RI2[..., 1], out=act_NI[start:stop])
-
-
-def _linear(x_RK: Tensor, w_NK: Tensor) -> Tensor:
-    """As ``linear``; decoded weights are float32, whatever ``x_RK`` is."""
-    return linear(x_RK, w_NK) if x_RK.dtype == w_NK.dtype else F.linear(x_RK.float(), w_NK).to(x_RK.dtype)
+        _swiglu(x_RH, dense(weights.w13, slot), act_NI[start:stop])
 
 
 def moe_down(act_NI: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, y_NH: Tensor) -> None:
@@ -92,10 +87,12 @@ def moe_down(act_NI: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work
 
 
 def moe_gemv_up(x_1H: Tensor, weights: ExpertWeights, slots_K: Tensor, act_KI: Tensor) -> None:
-    """``silu(x w1^T) * (x w3^T)`` of the K experts in ``slots_K``, one token, into the rows of ``act_KI`` [K, I]."""
+    """``moe_up`` of one token's K experts, which are in ``slots_K`` (int32), into the rows of ``act_KI`` [K, I].
+
+    FLOAT weights only.
+    """
     for j, slot in enumerate(slots_K.tolist()):
-        up_1I2 = F.linear(x_1H.float(), weights.w13_SNH[slot].float()).view(1, -1, 2)
-        act_KI[j] = (F.silu(up_1I2[..., 0]) * up_1I2[..., 1])[0]
+        _swiglu(x_1H, dense(weights.w13, slot), act_KI[j : j + 1])
 
 
 def moe_gemv_down(
@@ -106,8 +103,20 @@ def moe_gemv_down(
     shared_1H: Tensor | None,
     out_1H: Tensor,
 ) -> None:
-    """``out = sum_j weight_j * act_j w2_j^T + shared`` in float32, rounded once: one token's down and combine."""
-    total_1H = torch.zeros_like(out_1H, dtype=torch.float32)
-    for j, slot in enumerate(slots_K.tolist()):
-        total_1H += topk_weights_1K[:, j] * F.linear(act_KI[j : j + 1].float(), weights.w2_SHI[slot].float())
-    out_1H.copy_(total_1H if shared_1H is None else total_1H + shared_1H.float())
+    """``out_1H = sum_j weight_j * act_j w2_j^T + shared`` of one token: ``moe_down`` and ``moe_combine`` in one.
+
+    FLOAT weights only. Triton rounds once at the end, this twin also each product, as the two ops do.
+    """
+    products = [_linear(act_KI[j : j + 1], dense(weights.w2, slot)) for j, slot in enumerate(slots_K.tolist())]
+    out_1H.copy_(moe_combine(torch.stack(products, dim=1), topk_weights_1K, shared_1H))
+
+
+def _swiglu(x_RH: Tensor, w13_NH: Tensor, act_RI: Tensor) -> None:
+    """``silu(gate) * up`` into ``act_RI``."""
+    up_RI2 = _linear(x_RH, w13_NH).view(len(x_RH), -1, 2)
+    torch.mul(F.silu(up_RI2[..., 0]), up_RI2[..., 1], out=act_RI)
+
+
+def _linear(x_RK: Tensor, w_NK: Tensor) -> Tensor:
+    """As ``linear``; decoded weights are float32, whatever ``x_RK`` is."""
+    return linear(x_RK, w_NK) if x_RK.dtype == w_NK.dtype else F.linear(x_RK.float(), w_NK).to(x_RK.dtype)

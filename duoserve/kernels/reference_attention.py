@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from duoserve.kernels.matmul import has_native_matmul
+from duoserve.kernels.paging import context_rows
 
 
 def attention(
@@ -87,16 +88,10 @@ def decode_attention(
     out_BHD = torch.zeros((*q_BHD.shape[:2], v_pages_PSGD.shape[-1]), dtype=q_BHD.dtype, device=q_BHD.device)
     for sequence, length in enumerate(lengths_B.tolist()):
         if length:
-            rows_C = _rows(page_table_BM[sequence], length, k_pages_PSGD.shape[1])
+            rows_C = context_rows(page_table_BM[sequence], length, k_pages_PSGD.shape[1])
             k_CGD, v_CGD = k_pages_PSGD.flatten(0, 1)[rows_C], v_pages_PSGD.flatten(0, 1)[rows_C]
             out_BHD[sequence] = attention(q_BHD[sequence][None], k_CGD, v_CGD, scale, window, sinks_H)[0]
     return out_BHD
-
-
-def _rows(pages_M: Tensor, length: int, page_tokens: int) -> Tensor:
-    """The cache rows of a sequence's ``length`` tokens, in order."""
-    tokens_C = torch.arange(length, device=pages_M.device)
-    return pages_M[tokens_C // page_tokens].long() * page_tokens + tokens_C % page_tokens
 
 
 def mla_decode_attention(
@@ -119,7 +114,7 @@ def mla_decode_attention(
     out_BHL = torch.zeros_like(q_latent_BHL)
     for sequence, length in enumerate(lengths_B.tolist()):
         if length:
-            rows_C = _rows(page_table_BM[sequence], length, latent_pages_PSW.shape[1])
+            rows_C = context_rows(page_table_BM[sequence], length, latent_pages_PSW.shape[1])
             keys_C1W = latent_pages_PSW.flatten(0, 1)[rows_C][:, None].float()
             out_BHL[sequence] = attention(q_BHW[sequence][None], keys_C1W, keys_C1W[..., :num_latent], scale, None)[0]
     return out_BHL

@@ -1,8 +1,26 @@
 """The ops in Triton, under the names of their twins. Imports triton: ``kernels/__init__`` alone imports this, late."""
 
-from duoserve.kernels.moe_fill import moe_down_fill, moe_up_fill
+from duoserve.kernels.attention_gqa import decode_attention
+from duoserve.kernels.attention_mla import mla_decode_attention
+from duoserve.kernels.combine import moe_combine
 from duoserve.kernels.moe_gemm import moe_down, moe_up
 from duoserve.kernels.moe_gemv import moe_gemv_down, moe_gemv_up
+from duoserve.kernels.norm import add_rms_norm, rms_norm
+from duoserve.kernels.rope import rope_write_kv
 from duoserve.kernels.route import route_plan
+from duoserve.kernels.router import router_topk
 
-__all__ = ["moe_down", "moe_down_fill", "moe_gemv_down", "moe_gemv_up", "moe_up", "moe_up_fill", "route_plan"]
+__all__ = [
+    "add_rms_norm",
+    "decode_attention",
+    "mla_decode_attention",
+    "moe_combine",
+    "moe_down",
+    "moe_gemv_down",
+    "moe_gemv_up",
+    "moe_up",
+    "rms_norm",
+    "rope_write_kv",
+    "route_plan",
+    "router_topk",
+]

@@ -31,12 +31,23 @@ class GroupedQueryAttention:
     def __call__(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         qkv_THD = kernels.linear(x_TH, self.qkv_weight).view(len(x_TH), -1, self.head_dim)
         q_THD, k_TGD, v_TGD = torch.split(qkv_THD, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        q_THD, k_TGD = kernels.apply_rope(q_THD, *rope), kernels.apply_rope(k_TGD, *rope)
-        batch.kv.append(self.layer, k_TGD, v_TGD)
-        attended = [self._attend(i, q_THD[start:stop], batch) for i, (start, stop) in enumerate(batch.spans)]
-        return kernels.linear(torch.cat(attended) if len(attended) > 1 else attended[0], self.o_weight)
+        q_THD = kernels.rope_write_kv(q_THD, k_TGD, v_TGD, *rope, *batch.kv.pages(self.layer), batch.kv.rows_T)
+        attended_THD = self._attend_one_each(q_THD, batch) if batch.is_decode else self._attend(q_THD, batch)
+        return kernels.linear(attended_THD.reshape(len(x_TH), -1), self.o_weight)
 
-    def _attend(self, sequence: int, q_THD: Tensor, batch: Batch) -> Tensor:
-        k_CGD, v_CGD = batch.kv.context(self.layer, sequence)
-        out_THD = kernels.attention(q_THD, k_CGD, v_CGD, self.head_dim**-0.5, self.window)
-        return out_THD.reshape(len(q_THD), -1)
+    def _attend_one_each(self, q_BHD: Tensor, batch: Batch) -> Tensor:
+        kv = batch.kv
+        table, lengths = kv.page_table_BM, kv.lengths_B
+        return kernels.decode_attention(q_BHD, *kv.pages(self.layer), table, lengths, self._scale, self.window)
+
+    def _attend(self, q_THD: Tensor, batch: Batch) -> Tensor:
+        contexts = [batch.kv.context(self.layer, sequence) for sequence in range(len(batch.spans))]
+        attended = [
+            kernels.attention(q_THD[start:stop], *context, self._scale, self.window)
+            for context, (start, stop) in zip(contexts, batch.spans, strict=True)
+        ]
+        return torch.cat(attended) if len(attended) > 1 else attended[0]
+
+    @property
+    def _scale(self) -> float:
+        return float(self.head_dim**-0.5)

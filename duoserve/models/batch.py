@@ -1,6 +1,7 @@
 """The tokens of one forward pass: new tokens of one or more sequences, laid end to end.
 
-T new tokens of all sequences, C context tokens of one (its new ones included), G KV heads, D head dimension.
+T new tokens of all sequences, B sequences, C context tokens of one (its new ones included), G KV heads, D head
+dimension, P pages, S tokens a page, M pages of the longest sequence.
 """
 
 from __future__ import annotations
@@ -12,10 +13,22 @@ from torch import Tensor
 
 
 class KVStore(Protocol):
-    """Keys and values of the batch's sequences: what attention needs of a KV cache."""
+    """Keys and values of the batch's sequences: what attention needs of a paged KV cache."""
 
-    def append(self, layer: int, k_TGD: Tensor, v_TGD: Tensor) -> None:
-        """Stores the new tokens' keys and values of one layer."""
+    @property
+    def rows_T(self) -> Tensor:
+        """The cache row ``page * S + place`` of every new token, int64."""
+
+    @property
+    def page_table_BM(self) -> Tensor:
+        """The pages of every sequence in order, int32; what lies past a sequence's pages is not read."""
+
+    @property
+    def lengths_B(self) -> Tensor:
+        """Tokens of context of every sequence, its new ones included, int32."""
+
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, of all sequences, each [P, S, G, D]."""
 
     def context(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         """Keys and values [C, G, D] of one sequence of the batch, its new tokens included."""
@@ -29,6 +42,11 @@ class Batch:
     positions_T: Tensor
     spans: tuple[tuple[int, int], ...]
     kv: KVStore
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence has one new token, so that row b is sequence b's."""
+        return len(self.token_ids_T) == len(self.spans)
 
     @property
     def last_rows(self) -> list[int]:

@@ -19,6 +19,12 @@ class RMSNorm:
     def __call__(self, x_TH: Tensor) -> Tensor:
         return kernels.rms_norm(x_TH, self.weight_H, self.eps)
 
+    def after_adding(self, delta_TH: Tensor | None, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """``x + delta``, normed and as it is; no delta is zero."""
+        if delta_TH is None:
+            return self(x_TH), x_TH
+        return kernels.add_rms_norm(delta_TH, x_TH, self.weight_H, self.eps)
+
 
 @dataclass(frozen=True)
 class Rope:

@@ -27,9 +27,13 @@ class DecoderLayer:
     ffn_norm: RMSNorm
     ffn: FeedForward
 
-    def __call__(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        x_TH = x_TH + self.attention(self.attention_norm(x_TH), rope, batch)
-        return x_TH + self.ffn(self.ffn_norm(x_TH))
+    def __call__(
+        self, delta_TH: Tensor | None, x_TH: Tensor, rope: tuple[Tensor, Tensor], batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """Takes and gives the residual in two parts, ``delta + x``: the next norm adds them, in one op with itself."""
+        normed_TH, x_TH = self.attention_norm.after_adding(delta_TH, x_TH)
+        normed_TH, x_TH = self.ffn_norm.after_adding(self.attention(normed_TH, rope, batch), x_TH)
+        return self.ffn(normed_TH), x_TH
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,10 @@ class Transformer:
         """Float32 logits [T, V] of the batch's new tokens, or of ``rows`` of them only."""
         x_TH = self.embed_VH[batch.token_ids_T]
         rope = self.rope.table(batch.positions_T, like=x_TH)
+        delta_TH = None
         for layer in self.layers:
-            x_TH = layer(x_TH, rope, batch)
-        x_TH = self.norm(x_TH if rows is None else x_TH[rows])
-        return kernels.linear(x_TH, self.head_VH).float()
+            delta_TH, x_TH = layer(delta_TH, x_TH, rope, batch)
+        if rows is not None:
+            delta_TH, x_TH = None if delta_TH is None else delta_TH[rows], x_TH[rows]
+        normed_TH, _ = self.norm.after_adding(delta_TH, x_TH)
+        return kernels.linear(normed_TH, self.head_VH).float()

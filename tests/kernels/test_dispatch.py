@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from inspect import signature
+from pathlib import Path
+
 import pytest
 import torch
 
-from duoserve import kernels
+from duoserve import MoEModel, SamplingParams, kernels
 from duoserve.kernels import reference, triton_ops
 from tests.kernels.common import DEVICE, assert_close, poisoned
 from tests.kernels.experts_case import make_case
 
 
 def test_a_cpu_computes_by_the_twins_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.zeros(1)
-    assert kernels._ops(x) is reference
+    y_TKH, weights_TK = torch.ones(1, 1, 4), torch.full((1, 1), 2.0)
+    monkeypatch.setattr(triton_ops, "moe_combine", lambda *_: "by triton")
+    monkeypatch.setattr(kernels, "_TRITON_ON_CPU", False)
+    assert torch.equal(kernels.moe_combine(y_TKH, weights_TK), torch.full((1, 4), 2.0))
     monkeypatch.setattr(kernels, "_TRITON_ON_CPU", True)
-    assert kernels._ops(x) is triton_ops
+    assert kernels.moe_combine(y_TKH, weights_TK) == "by triton"
+
+
+def test_every_op_in_triton_has_its_twin_s_name_and_signature() -> None:
+    for name in triton_ops.__all__:
+        ours, twin = (list(signature(getattr(m, name)).parameters.values()) for m in (triton_ops, reference))
+        assert [(p.name.rpartition("_")[0] or p.name, p.default) for p in ours[: len(twin)]] == [
+            (p.name.rpartition("_")[0] or p.name, p.default) for p in twin
+        ]
+        assert all(p.default is not p.empty for p in ours[len(twin) :]), f"{name} needs more than its twin"
+        assert getattr(kernels, name).__wrapped__ is getattr(reference, name)
 
 
 def test_a_layer_by_its_public_names_agrees_with_the_twins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,3 +51,17 @@ def test_a_layer_by_its_public_names_agrees_with_the_twins(monkeypatch: pytest.M
         assert_close(ours, theirs.double(), torch.float16, roundings=3)
     y, out = results[0]
     assert_close(out, y.double().sum(0, keepdim=True), torch.float16, roundings=3)
+
+
+def test_bard_writes_the_same_by_every_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A whole model, from prompt to text, in the interpreter: the tokens of the CPU path in float32."""
+    params = SamplingParams(max_tokens=4, temperature=0.0)
+    written = []
+    for triton_on_cpu in (False, True):
+        monkeypatch.setattr(kernels, "_TRITON_ON_CPU", triton_on_cpu)
+        with MoEModel.from_pretrained(
+            "bard", device="cpu", dtype="float32", expert_slots="25%", cache_dir=tmp_path
+        ) as model:
+            written.append(model.generate("To be, or", params).token_ids)
+    assert written[0] == written[1]
+    assert len(written[0]) == 4
