@@ -34,10 +34,10 @@ def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float
 
 
 def rope_table(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, 1, D/2] of ``position / theta^(2i/D)``, computed in float32, given in ``dtype``."""
+    """Cosines and sines [T, 1, D/2] of ``position / theta^(2i/D)``: float32, rounded to values of ``dtype``."""
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_T.device) / head_dim)
     angles_TD = positions_T.float()[:, None, None] * inverse
-    return angles_TD.cos().to(dtype), angles_TD.sin().to(dtype)
+    return angles_TD.cos().to(dtype).float(), angles_TD.sin().to(dtype).float()
 
 
 def apply_rope(x_THD: Tensor, cos_T1R: Tensor, sin_T1R: Tensor, interleaved: bool = False) -> Tensor:
@@ -51,8 +51,8 @@ def apply_rope(x_THD: Tensor, cos_T1R: Tensor, sin_T1R: Tensor, interleaved: boo
     cos, sin = cos_T1R.float(), sin_T1R.float()
     low, high = (turned_THR[..., 0::2], turned_THR[..., 1::2]) if interleaved else turned_THR.chunk(2, dim=-1)
     pair = (low * cos - high * sin, high * cos + low * sin)
-    out_THR = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    return torch.cat((out_THR.to(x_THD.dtype), rest), dim=-1)
+    out_THR = (torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)).to(x_THD.dtype)
+    return torch.cat((out_THR, rest), dim=-1) if rest.shape[-1] else out_THR
 
 
 def rope_write_kv(
@@ -71,10 +71,14 @@ def rope_write_kv(
     Token t goes to row ``rows_T[t]`` = page * S + place (int64); a negative row stores nothing, which is how a padded
     batch marks its padding. No two tokens may name one row. ``apply_rope`` has the formula.
     """
-    kept_T = rows_T >= 0
-    k_pages_PSGD.flatten(0, 1)[rows_T[kept_T]] = apply_rope(k_TGD, cos_T1R, sin_T1R, interleaved)[kept_T]
-    v_pages_PSGD.flatten(0, 1)[rows_T[kept_T]] = v_TGD[kept_T]
-    return apply_rope(q_THD, cos_T1R, sin_T1R, interleaved)
+    turned_TND = apply_rope(torch.cat((q_THD, k_TGD), dim=1), cos_T1R, sin_T1R, interleaved)
+    q_THD, k_TGD = turned_TND[:, : q_THD.shape[1]], turned_TND[:, q_THD.shape[1] :]
+    if len(rows_T) and int(rows_T.min()) < 0:
+        kept_T = rows_T >= 0
+        k_TGD, v_TGD, rows_T = k_TGD[kept_T], v_TGD[kept_T], rows_T[kept_T]
+    k_pages_PSGD.flatten(0, 1).index_copy_(0, rows_T, k_TGD)
+    v_pages_PSGD.flatten(0, 1).index_copy_(0, rows_T, v_TGD)
+    return q_THD
 
 
 def router_topk(

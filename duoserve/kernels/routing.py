@@ -18,12 +18,14 @@ class Work:
     """The experts that one launch computes, and the slots that they are in.
 
     ``experts_W`` and ``slots_W`` (int32) count to ``count_1`` (int32 [1], on the device), the entries after it are -1.
-    Experts ascend. A slot of -1 is an expert that is in no slot: only ops that say so take it.
+    Experts ascend. A slot of -1 is an expert that is in no slot: only ops that say so take it. ``host_pairs`` are the
+    entries where the host has made the list.
     """
 
     experts_W: Tensor
     slots_W: Tensor
     count_1: Tensor
+    host_pairs: Sequence[tuple[int, int]] | None = None
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[int, int]], device: torch.device | str = "cpu") -> Work:
@@ -41,12 +43,13 @@ class Work:
             unused = [-1] * (num_entries - len(pairs))
             rows += [*(expert for expert, _ in pairs), *unused, *(slot for _, slot in pairs), *unused, len(pairs)]
         table = torch.tensor(rows, dtype=torch.int32, device=device)
-        size = 2 * num_entries + 1
-        parts = [table[start : start + size] for start in range(0, len(rows), size)]
-        return [cls(part[:num_entries], part[num_entries:-1], part[-1:]) for part in parts]
+        parts = iter(table.split([num_entries, num_entries, 1] * len(works)))
+        return [cls(*fields, pairs) for *fields, pairs in zip(parts, parts, parts, works, strict=True)]
 
-    def pairs(self) -> list[tuple[int, int]]:
-        """The (expert, slot) pairs on the host. Waits for the device."""
+    def pairs(self) -> Sequence[tuple[int, int]]:
+        """The (expert, slot) pairs on the host. Waits for the device unless the host has made the list."""
+        if self.host_pairs is not None:
+            return self.host_pairs
         count = int(self.count_1)
         return list(zip(self.experts_W[:count].tolist(), self.slots_W[:count].tolist(), strict=True))
 
