@@ -43,8 +43,8 @@ class Work:
             unused = [-1] * (num_entries - len(pairs))
             rows += [*(expert for expert, _ in pairs), *unused, *(slot for _, slot in pairs), *unused, len(pairs)]
         table = torch.tensor(rows, dtype=torch.int32, device=device)
-        parts = iter(table.split([num_entries, num_entries, 1] * len(works)))
-        return [cls(*fields, pairs) for *fields, pairs in zip(parts, parts, parts, works, strict=True)]
+        parts = iter(torch.split_with_sizes(table, [num_entries, num_entries, 1] * len(works)))
+        return [cls(*fields) for fields in zip(parts, parts, parts, works, strict=True)]
 
     def pairs(self) -> Sequence[tuple[int, int]]:
         """The (expert, slot) pairs on the host. Waits for the device unless the host has made the list."""
