@@ -31,6 +31,10 @@ class ExpertStore(Protocol):
         """
         ...
 
+    def host_row(self, expert: ExpertId) -> Tensor | None:
+        """The expert's row where it lies in RAM, the same as long as the store is open; None if it must be read."""
+        return None
+
     def close(self) -> None:
         """Gives back files and memory; idempotent."""
         ...
@@ -62,6 +66,11 @@ class HostStore(ExpertStore):
         # would take the cores from the computation. Both release the GIL.
         np.copyto(row_B.numpy(), rows_NB[self._index[expert]].numpy())
 
+    def host_row(self, expert: ExpertId) -> Tensor | None:
+        """As in ExpertStore."""
+        rows_NB = self._rows_NB
+        return None if rows_NB is None or expert not in self._index else rows_NB[self._index[expert]]
+
     def close(self) -> None:
         """Gives the RAM back as soon as no read uses it; idempotent."""
         self._rows_NB = None
@@ -81,6 +90,10 @@ class TieredStore(ExpertStore):
         """Fills ``row_B`` from the fastest tier that has the expert; errors are that tier's."""
         tier: ExpertStore = self._host if self._host.has(expert) else self._disk
         tier.read(expert, row_B)
+
+    def host_row(self, expert: ExpertId) -> Tensor | None:
+        """As in ExpertStore."""
+        return self._host.host_row(expert)
 
     def close(self) -> None:
         """Closes both tiers; idempotent."""

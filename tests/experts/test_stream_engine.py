@@ -1,0 +1,172 @@
+"""Copies on the lanes of a device that does everything as late, and in as odd an order, as the marks allow."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from duoserve.errors import ClosedError, ConfigError
+from duoserve.experts.copy_engine import Priority, Ticket, TicketState
+from duoserve.experts.layout import ExpertId
+from duoserve.experts.slots import SlotPool
+from duoserve.experts.stream_engine import StreamCopyEngine
+from duoserve.experts.streams import Lane
+from tests.fake_streams import FakeStreams
+from tests.fakes import SMALL, ArrayStore
+
+DEMAND, PREFETCH = Priority
+EXPERTS = [ExpertId(0, e) for e in range(8)]
+PIECE = 4096  # a third of an expert
+
+
+class PartlyInRam(ArrayStore):
+    """An ArrayStore of which the experts ``in_ram`` need not be read."""
+
+    def __init__(self, in_ram: Collection[ExpertId], **options: object) -> None:
+        super().__init__(num_layers=1, num_experts=len(EXPERTS), **options)  # type: ignore[arg-type]
+        self.in_ram = in_ram
+
+    def host_row(self, expert: ExpertId) -> Tensor | None:
+        return self.row(expert) if expert in self.in_ram else None
+
+
+class Rig:
+    """An engine over poisoned slots; ``kernel`` reads a slot on the compute lane when its turn comes."""
+
+    def __init__(self, store: ArrayStore, seed: int = 0, num_slots: int = 3, num_threads: int = 2) -> None:
+        self.store = store
+        self.streams = FakeStreams(random.Random(seed))
+        self.pool = SlotPool(num_slots, SMALL, poison=True)
+        self.copied: list[tuple[float, float, int]] = []
+        self.stalls: list[float] = []
+        self.engine = StreamCopyEngine(
+            store,
+            self.pool,
+            self.streams,
+            num_threads=num_threads,
+            piece_bytes=PIECE,
+            on_copied=lambda *copy: self.copied.append(copy),
+            on_stalled=self.stalls.append,
+        )
+        self.wrong: list[int] = []
+        self.reads = 0
+
+    def kernel(self, slot: int, expert: ExpertId) -> None:
+        def read() -> None:
+            self.reads += 1
+            if not torch.equal(self.pool.row(slot), self.store.row(expert)):
+                self.wrong.append(slot)
+
+        self.streams.run(read)
+
+    def bring(self, ticket: Ticket) -> None:
+        while not ticket.finished:
+            assert self.engine.wait([ticket]) == [ticket]
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    made = Rig(PartlyInRam(in_ram=EXPERTS[:4]))
+    yield made
+    made.engine.close()
+
+
+@given(data=st.data(), seed=st.integers(0, 10_000), in_ram=st.sets(st.sampled_from(EXPERTS)))
+@settings(max_examples=60, deadline=None)
+def test_kernels_read_what_was_asked_for(data: st.DataObject, seed: int, in_ram: set[ExpertId]) -> None:
+    """Slots are used again and again while the device is far behind: no copy too early, no kernel too early."""
+    rig = Rig(PartlyInRam(in_ram), seed)
+    steps = data.draw(
+        st.lists(st.tuples(st.sampled_from(EXPERTS), st.integers(0, 2), st.sampled_from(Priority)), max_size=25)
+    )
+    for expert, slot, priority in steps:
+        ticket = rig.engine.submit(expert, slot, priority)
+        if priority is PREFETCH and data.draw(st.booleans()):
+            rig.engine.promote(ticket)
+        if data.draw(st.integers(0, 4)) == 0 and rig.engine.cancel(ticket):
+            assert ticket.state is TicketState.CANCELLED
+            continue
+        rig.bring(ticket)
+        assert ticket.state is TicketState.DONE
+        for _ in range(data.draw(st.integers(1, 2))):
+            rig.kernel(slot, expert)
+        rig.engine.released([slot])
+    rig.streams.finish()
+    rig.engine.close()
+    assert not rig.wrong
+    done = rig.reads > 0
+    assert bool(rig.copied) is done and all(begin <= end for begin, end, _ in rig.copied)
+    assert all(seconds >= 0 for seconds in rig.stalls)
+
+
+def test_a_demand_in_ram_is_enqueued_by_the_one_who_asks(rig: Rig) -> None:
+    ticket = rig.engine.submit(EXPERTS[0], 0, DEMAND)
+    assert ticket.state is TicketState.RUNNING, "a thread had to be waited for"
+    rig.bring(ticket)
+    rig.kernel(0, EXPERTS[0])
+    rig.streams.finish()
+    assert rig.reads == 1 and not rig.wrong and not rig.store.reads
+
+
+def test_the_host_waits_for_no_copy_that_is_enqueued(rig: Rig) -> None:
+    never = rig.streams.mark(Lane.COMPUTE)  # passed only when the compute lane gets its turn
+    rig.engine.released([0])
+    ticket = rig.engine.submit(EXPERTS[1], 0, DEMAND)
+    rig.engine._streams.passed = lambda mark: False  # type: ignore[method-assign]
+    assert rig.engine.wait([ticket]) == [ticket]
+    assert never.passed_at is None, "the device was made to work"
+    del rig.engine._streams.passed
+
+
+def test_few_pieces_of_a_prefetch_stand_on_the_lane() -> None:
+    class Counting(FakeStreams):
+        most = pieces = 0
+
+        def copy(self, lane: Lane, target_B: Tensor, source_B: Tensor) -> None:
+            assert len(target_B) <= PIECE
+            self._enqueue(lane, lambda: self._made(target_B, source_B))
+            Counting.pieces += 1
+            Counting.most = max(Counting.most, Counting.pieces)
+
+        def _made(self, target_B: Tensor, source_B: Tensor) -> None:
+            Counting.pieces -= 1
+            target_B.copy_(source_B)
+
+    store, pool = PartlyInRam(EXPERTS), SlotPool(3, SMALL, poison=True)
+    engine = StreamCopyEngine(store, pool, Counting(random.Random(0)), num_threads=1, piece_bytes=PIECE)
+    ticket = engine.submit(EXPERTS[5], 2, PREFETCH)
+    while not ticket.finished:
+        engine.wait([ticket])
+    engine.close()
+    assert Counting.most == 2
+    assert torch.equal(pool.row(2), store.row(EXPERTS[5]))
+
+
+def test_a_failed_read_ends_its_ticket_and_nothing_else() -> None:
+    rig = Rig(PartlyInRam(in_ram=(), fail_on=[EXPERTS[6]]))
+    bad, good = (rig.engine.submit(EXPERTS[number], slot, DEMAND) for slot, number in enumerate((6, 7)))
+    rig.bring(bad)
+    rig.bring(good)
+    assert (bad.state, good.state) == (TicketState.FAILED, TicketState.DONE)
+    assert "expert 0/6" in str(bad.error)
+    rig.engine.close()
+
+
+def test_after_close_nothing_can_be_asked_for(rig: Rig) -> None:
+    ticket = rig.engine.submit(EXPERTS[5], 1, DEMAND)
+    rig.engine.close()
+    assert ticket.finished
+    with pytest.raises(ClosedError, match="after close"):
+        rig.engine.submit(EXPERTS[0], 0, DEMAND)
+    rig.engine.close()
+
+
+def test_it_takes_at_least_a_thread() -> None:
+    with pytest.raises(ConfigError, match="copy_threads is 0"):
+        Rig(PartlyInRam(in_ram=()), num_threads=0)
