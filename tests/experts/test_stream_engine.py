@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Collection, Iterator
 
 import pytest
@@ -16,9 +17,9 @@ from duoserve.experts.copy_engine import Priority, Ticket, TicketState
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.stream_engine import StreamCopyEngine
-from duoserve.experts.streams import Lane
+from duoserve.experts.streams import Lane, Mark
 from tests.fake_streams import FakeStreams
-from tests.fakes import SMALL, ArrayStore
+from tests.fakes import PATIENCE_S, SMALL, ArrayStore
 
 DEMAND, PREFETCH = Priority
 EXPERTS = [ExpertId(0, e) for e in range(8)]
@@ -146,6 +147,28 @@ def test_few_pieces_of_a_prefetch_stand_on_the_lane() -> None:
     engine.close()
     assert Counting.most == 2
     assert torch.equal(pool.row(2), store.row(EXPERTS[5]))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_prefetch_that_is_promoted_half_way_arrives_whole(seed: int) -> None:
+    class Promoting(FakeStreams):
+        def wait(self, mark: Mark) -> None:
+            assert asked.wait(PATIENCE_S)
+            engine.promote(ticket)
+            super().wait(mark)
+
+    store, pool, asked = PartlyInRam(EXPERTS), SlotPool(3, SMALL, poison=True), threading.Event()
+    streams = Promoting(random.Random(seed))
+    engine = StreamCopyEngine(store, pool, streams, num_threads=1, piece_bytes=PIECE)
+    ticket = engine.submit(EXPERTS[5], 2, PREFETCH)
+    asked.set()
+    while not ticket.finished:
+        engine.wait([ticket])
+    read: list[bool] = []
+    streams.run(lambda: read.append(torch.equal(pool.row(2), store.row(EXPERTS[5]))))
+    streams.finish()
+    engine.close()
+    assert ticket.priority is DEMAND and read == [True]
 
 
 def test_a_failed_read_ends_its_ticket_and_nothing_else() -> None:
