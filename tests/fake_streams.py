@@ -11,6 +11,8 @@ from torch import Tensor
 
 from duoserve.experts.streams import Lane, Mark, Streams
 
+CHANGE_OF_MIND = 0.2  # how likely another lane comes first at a step: a lane may starve for long
+
 
 class FakeMark(Mark):
     """``passed_at`` is the number of the step that passed it."""
@@ -30,6 +32,7 @@ class FakeStreams(Streams):
         self._rng = rng
         self._host_computes = host_computes
         self._lanes: dict[Lane, deque[Callable[[], bool]]] = {lane: deque() for lane in Lane}
+        self._order = list(Lane)
         self._steps = 0
         self._lock = threading.RLock()
 
@@ -91,10 +94,10 @@ class FakeStreams(Streams):
     def _step(self) -> bool:
         """Runs the head of some lane; False when every lane is empty or held back."""
         self._steps += 1
-        lanes = [lane for lane in self._lanes.values() if lane]
-        self._rng.shuffle(lanes)
-        for lane in lanes:
-            if lane[0]():
-                lane.popleft()
+        if self._rng.random() < CHANGE_OF_MIND:
+            self._rng.shuffle(self._order)
+        for lane in self._order:
+            if self._lanes[lane] and self._lanes[lane][0]():
+                self._lanes[lane].popleft()
                 return True
         return False
