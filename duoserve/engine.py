@@ -139,7 +139,7 @@ class Engine:
         with self._meter.compute():
             self._scheduler.begin(phase, len(batch.token_ids_T))
             try:
-                return self._model(batch, rows)
+                return self._model(batch, rows).cpu()
             finally:
                 self._scheduler.end()
 

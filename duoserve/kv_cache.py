@@ -34,13 +34,16 @@ class SequenceKV:
 
 
 class PagedKVCache:
-    """Pages for ``max_tokens`` tokens of context over all sequences, allocated once."""
+    """Pages on ``device`` for ``max_tokens`` tokens of context over all sequences, allocated once."""
 
-    def __init__(self, config: ModelConfig, max_tokens: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, max_tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
         self.num_pages = -(-max_tokens // PAGE_TOKENS)
         shape = (config.num_layers, self.num_pages, PAGE_TOKENS, config.num_kv_heads, config.head_dim)
-        self.k_LPSGD = torch.empty(shape, dtype=dtype)
-        self.v_LPSGD = torch.empty(shape, dtype=dtype)
+        self.k_LPSGD = torch.empty(shape, dtype=dtype, device=device)
+        self.v_LPSGD = torch.empty(shape, dtype=dtype, device=device)
+        self._device = device
         self._free = list(range(self.num_pages))
 
     @property
@@ -85,18 +88,22 @@ class PagedKVCache:
         sequences = [sequence for sequence, _ in new_tokens]
         kv = BatchKV(
             cache=self,
-            rows_T=torch.tensor(rows),
-            page_table_BM=_page_table(sequences),
-            lengths_B=torch.tensor([sequence.length for sequence in sequences], dtype=torch.int32),
+            rows_T=self._on_device(rows, torch.int64),
+            page_table_BM=self._on_device(_page_table(sequences), torch.int32),
+            lengths_B=self._on_device([sequence.length for sequence in sequences], torch.int32),
+            contexts=tuple(context_rows(sequence.pages, sequence.length, PAGE_TOKENS) for sequence in sequences),
         )
-        return Batch(torch.tensor(token_ids), torch.tensor(positions), tuple(spans), kv)
+        tokens_T, positions_T = (self._on_device(values, torch.int64) for values in (token_ids, positions))
+        return Batch(tokens_T, positions_T, tuple(spans), kv)
+
+    def _on_device(self, values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self._device)
 
 
-def _page_table(sequences: Seq[SequenceKV]) -> Tensor:
-    """The pages [B, M] of each sequence, int32, -1 after its last."""
+def _page_table(sequences: Seq[SequenceKV]) -> list[list[int]]:
+    """The pages [B][M] of each sequence, -1 after its last."""
     longest = max(len(sequence.pages) for sequence in sequences)
-    pages = [sequence.pages + [-1] * (longest - len(sequence.pages)) for sequence in sequences]
-    return torch.tensor(pages, dtype=torch.int32)
+    return [sequence.pages + [-1] * (longest - len(sequence.pages)) for sequence in sequences]
 
 
 @dataclass(frozen=True)
@@ -107,11 +114,12 @@ class BatchKV:
     rows_T: Tensor
     page_table_BM: Tensor
     lengths_B: Tensor
+    contexts: tuple[slice | Tensor, ...]
 
     def pages(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.cache.k_LPSGD[layer], self.cache.v_LPSGD[layer]
 
     def context(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
-        rows_C = context_rows(self.page_table_BM[sequence], int(self.lengths_B[sequence]), PAGE_TOKENS)
+        rows_C = self.contexts[sequence]
         k_PSGD, v_PSGD = self.pages(layer)
         return k_PSGD.flatten(0, 1)[rows_C], v_PSGD.flatten(0, 1)[rows_C]

@@ -184,6 +184,11 @@ class Meter:
         """Notes that a copy ran from ``started`` to ``finished``; its bytes are counted when their use is known."""
         self._timeline.add_copy(started, finished)
 
+    def stalled(self, seconds: float) -> None:
+        """Notes that the device, not the host, waited for a copy within ``compute()``."""
+        self._stats.compute_s -= seconds
+        self._stats.stall_s += seconds
+
     def hit(self, phase: Phase, n: int = 1) -> None:
         """Counts ``n`` experts that were READY when their layer asked for them."""
         if n:

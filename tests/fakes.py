@@ -12,7 +12,8 @@ from torch import Tensor
 
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE, PackHeader
-from duoserve.experts.store import ExpertStore, aligned_rows
+from duoserve.experts.rows import aligned_rows
+from duoserve.experts.store import ExpertStore
 
 PATIENCE_S = 10.0  # how long a test waits for another thread before it fails; never spent when all is well
 SMALL = ExpertLayout(torch.bfloat16, hidden=64, intermediate=32)  # slot_bytes is 12288, three pages

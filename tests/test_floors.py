@@ -24,15 +24,16 @@ F1  kernels/checks  kernels/weights  kernels/routing  kernels/matmul  kernels/pa
     kernels/combine  kernels/router  kernels/norm  kernels/rope  kernels/attention_gqa  kernels/attention_mla
     kernels/triton_ops  kernels/__init__
 F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safetensors_header  experts/shards
-    experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/packing  experts/host_ram
-    experts/budget  experts/store  experts/disk_store  experts/slots  experts/tickets  experts/copy_engine
-    experts/virtual
+    experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/rows  experts/pinned
+    experts/store  experts/packing  experts/host_ram  experts/device  experts/budget  experts/disk_store
+    experts/slots  experts/tickets  experts/copy_engine  experts/virtual  experts/streams  experts/cuda_streams
+    experts/stream_engine
 F3  scheduling/__init__  scheduling/source  scheduling/plan  scheduling/prefill  scheduling/decode
     scheduling/eviction  scheduling/policies  scheduling/ledger  scheduling/residency  scheduling/spaces
     scheduling/lease  scheduling/scheduler
 F4  models/__init__  models/batch  models/config_fields  models/layers  models/attention  models/moe
     models/transformer  models/mixtral  models/registry  models/opened
-F5  sampling  text  kv_cache  engine  loading  moe_model  __init__
+F5  sampling  text  kv_cache  engine  placement  loading  moe_model  __init__
 F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/app  cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]
@@ -54,7 +55,7 @@ MAPPERS = {
 }
 LAZY = {("kernels/__init__", "kernels/triton_ops")}  # the one import that waits until it is asked for: an extra
 IMPORTERS = {"importlib.import_module", "__import__"}
-ANONYMOUS_MAPS = "experts/store"
+ANONYMOUS_MAPS = "experts/rows"
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ PLANTED = [
     ("engine", "import torch as t\nt.load('x')", "uses torch.load, which runs code"),
     ("engine", "import torch.nn\ntorch.load('x')", "uses torch.load, which runs code"),
     ("engine", "import mmap", "imports mmap: model files are never mapped"),
-    ("experts/store", "import mmap\nmmap.mmap(fd, 9)", "maps a file"),
+    ("experts/rows", "import mmap\nmmap.mmap(fd, 9)", "maps a file"),
     ("engine", "from safetensors import safe_open", "imports safetensors.safe_open: model files"),
     ("engine", "import numpy as np\nread = np.memmap", "uses numpy.memmap: model files"),
 ]
@@ -271,7 +272,7 @@ def test_a_planted_violation_is_found(tmp_path, name, code, message):
 
 INNOCENT = [
     ("experts/slots", "from duoserve.kernels import ExpertWeights\nfrom duoserve.experts import layout"),
-    ("experts/store", "import mmap\nmmap.mmap(-1, 4096)"),
+    ("experts/rows", "import mmap\nmmap.mmap(-1, 4096)"),
     ("kernels/matmul", "import torch.nn.functional as F\nimport math\nfrom duoserve.errors import DuoServeError"),
     ("text", "from tokenizers import Tokenizer\nTokenizer.from_file('x')"),
     ("cli/app", "from duoserve.cli import generate, info\nimport json\njson.load(open('x'))"),

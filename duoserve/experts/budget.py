@@ -55,6 +55,28 @@ def slot_count(slots: int | str, total_experts: int) -> int:
 
 
 @dataclass(frozen=True)
+class FreeMemory:
+    """Bytes that may still be taken where the slots are, and in the RAM behind; None there: the slots are in RAM."""
+
+    device_bytes: int
+    host_bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What the memory of the slots is called."""
+        return "RAM" if self.host_bytes is None else "GPU memory"
+
+    @property
+    def waiting_bytes(self) -> int:
+        """RAM for experts that wait, where nobody said how much: behind a GPU what is comfortable, else none."""
+        return 0 if self.host_bytes is None else int(self.host_bytes * COMFORTABLE)
+
+    def taken(self, plan: MemoryPlan) -> int:
+        """How much of ``device_bytes`` the plan takes: on a CPU the rows that wait lie there too."""
+        return plan.total_bytes + (plan.host_bytes if self.host_bytes is None else 0)
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """What memory holds once the model is loaded: counts of experts, and bytes.
 
@@ -115,19 +137,22 @@ def plan_memory(  # noqa: PLR0913
     workspace_bytes: int,
     wanted: EngineConfig,
     available_bytes: int,
+    host_available_bytes: int | None = None,
     needs_all: bool = False,
 ) -> MemoryPlan:
-    """Slots from ``expert_slots``, ``expert_memory`` or ``memory``, else as many as fit in 80 % of the free RAM.
+    """Slots from ``expert_slots``, ``expert_memory`` or ``memory``, else as many as fit in 80 % of what is free.
 
     ``num_layers`` counts MoE layers, ``num_experts`` experts a layer; ``needs_all`` asks for a slot for each of them.
-    Raises MemoryBudgetError, with the arithmetic and the figure that would do, below ``top_k`` + 1 slots (all, with
-    ``needs_all``) and above the ``available_bytes`` of RAM.
+    ``available_bytes`` are free where the slots are; ``host_available_bytes`` are free in RAM where that is another
+    memory, and None on a CPU. Raises MemoryBudgetError, with the arithmetic and the figure that would do, below
+    ``top_k`` + 1 slots (all, with ``needs_all``) and above what is free.
     """
+    free = FreeMemory(available_bytes, host_available_bytes)
     total = num_layers * num_experts
     least = total if needs_all else min(top_k + 1, total)
     smallest = MemoryPlan(
         num_slots=least,
-        host_experts=_host_experts(wanted, layout, least, total),
+        host_experts=_host_experts(wanted, layout, least, total, free),
         total_experts=total,
         slot_bytes=layout.slot_bytes,
         dense_bytes=dense_bytes,
@@ -135,24 +160,25 @@ def plan_memory(  # noqa: PLR0913
         workspace_bytes=workspace_bytes,
     )
     why = f"{num_layers} layers x {num_experts} experts, all resident" if needs_all else f"top-{top_k} and one prefetch"
-    _check_smallest_fits(smallest, why, available_bytes)
-    slots = _slots_given(smallest, wanted, available_bytes)
+    _check_smallest_fits(smallest, why, free)
+    slots = _slots_given(smallest, wanted, free)
     if slots < least:
-        raise MemoryBudgetError(_too_few(smallest, why, slots, wanted, available_bytes))
+        raise MemoryBudgetError(_too_few(smallest, why, slots, wanted, free))
     slots = min(slots, total)
-    plan = replace(smallest, num_slots=slots, host_experts=_host_experts(wanted, layout, slots, total))
-    if _ram(plan) > available_bytes:
-        raise MemoryBudgetError(_too_much(plan, smallest, wanted, available_bytes))
+    plan = replace(smallest, num_slots=slots, host_experts=_host_experts(wanted, layout, slots, total, free))
+    if free.taken(plan) > free.device_bytes:
+        raise MemoryBudgetError(_too_much(plan, smallest, wanted, free))
+    if free.host_bytes is not None and plan.host_bytes > free.host_bytes:
+        raise MemoryBudgetError(
+            f"{plan.host_experts} experts x {_exact(plan.slot_bytes)} = {_exact(plan.host_bytes)} of host memory, but "
+            f"{_exact(free.host_bytes)} of RAM are free: lower host_memory to at most {_exact(free.host_bytes)}"
+        )
     return plan
 
 
-def _host_experts(wanted: EngineConfig, layout: ExpertLayout, slots: int, total: int) -> int:
-    return 0 if slots >= total else min((wanted.host_memory or 0) // layout.slot_bytes, total)
-
-
-def _ram(plan: MemoryPlan) -> int:
-    """On a CPU the device's memory and the host's are the same RAM."""
-    return plan.total_bytes + plan.host_bytes
+def _host_experts(wanted: EngineConfig, layout: ExpertLayout, slots: int, total: int, free: FreeMemory) -> int:
+    waiting_bytes = free.waiting_bytes if wanted.host_memory is None else wanted.host_memory
+    return 0 if slots >= total else min(waiting_bytes // layout.slot_bytes, total)
 
 
 def _exact(nbytes: int) -> str:
@@ -168,15 +194,15 @@ def _terms(plan: MemoryPlan) -> str:
     )
 
 
-def _check_smallest_fits(smallest: MemoryPlan, why: str, available: int) -> None:
-    if _ram(smallest) > available:
+def _check_smallest_fits(smallest: MemoryPlan, why: str, free: FreeMemory) -> None:
+    if (needed := free.taken(smallest)) > free.device_bytes:
         raise MemoryBudgetError(
-            f"at least {_ram(smallest)} bytes of RAM must be free ({format_bytes(_ram(smallest))}: {_terms(smallest)}; "
-            f"slots for {why}), but {_exact(available)} are: free some, or lower max_context or host_memory"
+            f"at least {needed} bytes of {free.name} must be free ({format_bytes(needed)}: {_terms(smallest)}; "
+            f"slots for {why}), but {_exact(free.device_bytes)} are: free some, or lower max_context or host_memory"
         )
 
 
-def _slots_given(smallest: MemoryPlan, wanted: EngineConfig, available: int) -> int:
+def _slots_given(smallest: MemoryPlan, wanted: EngineConfig, free: FreeMemory) -> int:
     """The slots that the one knob in use asks for; it may be fewer than none."""
     if wanted.expert_slots is not None:
         return slot_count(wanted.expert_slots, smallest.total_experts)
@@ -184,13 +210,13 @@ def _slots_given(smallest: MemoryPlan, wanted: EngineConfig, available: int) -> 
         return wanted.expert_memory // smallest.slot_bytes
     if wanted.memory is not None:
         return (wanted.memory - smallest.fixed_bytes) // smallest.slot_bytes
-    room = int(available * COMFORTABLE) - smallest.fixed_bytes
+    room = int(free.device_bytes * COMFORTABLE) - smallest.fixed_bytes
     if room >= smallest.total_experts * smallest.slot_bytes:
         return smallest.total_experts
-    return (room - smallest.host_bytes) // smallest.slot_bytes
+    return (room + smallest.total_bytes - free.taken(smallest)) // smallest.slot_bytes
 
 
-def _too_few(smallest: MemoryPlan, why: str, slots: int, wanted: EngineConfig, available: int) -> str:
+def _too_few(smallest: MemoryPlan, why: str, slots: int, wanted: EngineConfig, free: FreeMemory) -> str:
     """What was given, what is needed, and the figure that would do."""
     least, pool = smallest.num_slots, smallest.num_slots * smallest.slot_bytes
     short = f"{max(0, slots)} of the {least} slots that are needed ({why})"
@@ -202,17 +228,19 @@ def _too_few(smallest: MemoryPlan, why: str, slots: int, wanted: EngineConfig, a
     if wanted.memory is not None:
         given, enough = f"memory={_exact(wanted.memory)}", _exact(smallest.total_bytes)
         return f"{given} gives {short}: {_terms(smallest)}; raise memory to at least {enough}"
-    given = f"80 % of the {_exact(available)} of free RAM"
+    given = f"80 % of the {_exact(free.device_bytes)} of free {free.name}"
     return f"{given} gives {short}: {_terms(smallest)}; to use more of it, set expert_slots to at least {least}"
 
 
-def _too_much(plan: MemoryPlan, smallest: MemoryPlan, wanted: EngineConfig, available: int) -> str:
+def _too_much(plan: MemoryPlan, smallest: MemoryPlan, wanted: EngineConfig, free: FreeMemory) -> str:
     """The plan's arithmetic, what is free, and the most that would fit."""
-    fits = (available - smallest.fixed_bytes - smallest.host_bytes) // plan.slot_bytes
+    room = free.device_bytes - (free.taken(smallest) - smallest.total_bytes)
+    fits = (room - smallest.fixed_bytes) // plan.slot_bytes
     if wanted.expert_slots is not None:
         remedy = f"lower expert_slots to at most {fits}"
     elif wanted.expert_memory is not None:
         remedy = f"lower expert_memory to at most {_exact(fits * plan.slot_bytes)}"
     else:
-        remedy = f"lower memory to at most {_exact(available - smallest.host_bytes)}"
-    return f"{_terms(plan)} = {_exact(_ram(plan))}, but {_exact(available)} of RAM are free: {remedy}"
+        remedy = f"lower memory to at most {_exact(room)}"
+    needed, given = _exact(free.taken(plan)), _exact(free.device_bytes)
+    return f"{_terms(plan)} = {needed}, but {given} of {free.name} are free: {remedy}"

@@ -20,7 +20,8 @@ from torch import Tensor
 from duoserve.errors import CheckpointError, ClosedError, CopyError
 from duoserve.experts.layout import ROW_ALIGNMENT, ExpertId, ExpertLayout
 from duoserve.experts.pack_format import PACK_FILE, PackHeader, read_pack_header
-from duoserve.experts.store import ExpertStore, aligned_rows
+from duoserve.experts.rows import aligned_rows
+from duoserve.experts.store import ExpertStore
 
 # Like os.preadv: descriptor, buffers, byte offset -> bytes read.
 ReadAt = Callable[[int, list[memoryview], int], int]

@@ -24,6 +24,7 @@ from duoserve.errors import CheckpointError, CopyError
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.layout import ROW_ALIGNMENT, ExpertId, ExpertLayout
 from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE, PackHeader
+from duoserve.experts.store import ExpertStore
 
 LOCK_FILE = ".lock"
 
@@ -47,7 +48,7 @@ class ExpertReader(Protocol):
         """Fills a uint8 CPU row [slot_bytes], 4096-aligned."""
 
 
-class CheckpointStore:
+class CheckpointStore(ExpertStore):
     """An ExpertStore that packs each expert when it is read, straight from the checkpoint's tensors.
 
     The checkpoint stays its opener's: ``close`` leaves it open. Thread-safe.

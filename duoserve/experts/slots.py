@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from duoserve.errors import IntegrityError
+from duoserve.experts.device import CPU, new_rows
 from duoserve.experts.layout import ExpertId, ExpertLayout
-from duoserve.experts.store import aligned_rows
 
 _POISON = 0xFF  # sixteen or thirty-two set bits are a NaN in bfloat16, float16 and float32
 
@@ -191,15 +191,15 @@ class SlotTable:
 
 
 class SlotPool:
-    """The memory of the slots: uint8 rows [S, slot_bytes], each on a page boundary, allocated and touched at once.
+    """The memory of the slots: uint8 rows [S, slot_bytes] on ``device``, allocated at once.
 
-    With ``poison`` every byte that no copy has written reads as NaN, which shows a kernel that read too early.
-    MemoryBudgetError when the memory cannot be had.
+    On a CPU each row lies on a page boundary and has been touched. With ``poison`` every byte that no copy has written
+    reads as NaN, which shows a kernel that read too early. MemoryBudgetError when the memory cannot be had.
     """
 
-    def __init__(self, num_slots: int, layout: ExpertLayout, poison: bool = False) -> None:
+    def __init__(self, num_slots: int, layout: ExpertLayout, poison: bool = False, device: torch.device = CPU) -> None:
         self.num_slots = num_slots
-        self.rows_SB = aligned_rows(num_slots, layout.slot_bytes)
+        self.rows_SB = new_rows(num_slots, layout.slot_bytes, device)
         self.weights = layout.weights(self.rows_SB)
         self._poison = poison
         if poison:

@@ -5,18 +5,17 @@ B bytes of one row, N rows.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from duoserve.errors import ClosedError, MemoryBudgetError
-from duoserve.experts.layout import ROW_ALIGNMENT, ExpertId, ExpertLayout
+from duoserve.errors import ClosedError
+from duoserve.experts.layout import ExpertId, ExpertLayout
+from duoserve.experts.pinned import pin, unpin
+from duoserve.experts.rows import aligned_rows
 
 
 class ExpertStore(Protocol):
@@ -41,9 +40,14 @@ class ExpertStore(Protocol):
 
 
 class HostStore(ExpertStore):
-    """Packed rows of some experts in RAM, filled from ``source`` at construction; ``source`` stays the caller's."""
+    """Packed rows of some experts in RAM, filled from ``source`` at construction; ``source`` stays the caller's.
 
-    def __init__(self, source: ExpertStore, experts: Sequence[ExpertId], progress: bool = False) -> None:
+    ``pinned`` has the rows page-locked for a GPU, where the system allows it.
+    """
+
+    def __init__(
+        self, source: ExpertStore, experts: Sequence[ExpertId], progress: bool = False, pinned: bool = False
+    ) -> None:
         self.layout = source.layout
         self._index = {expert: index for index, expert in enumerate(experts)}
         rows_NB = aligned_rows(len(experts), self.layout.slot_bytes)
@@ -52,6 +56,7 @@ class HostStore(ExpertStore):
         ):
             source.read(expert, row_B)
         self._rows_NB: Tensor | None = rows_NB
+        self._pinned = pinned and pin(rows_NB)
 
     def has(self, expert: ExpertId) -> bool:
         """Whether this expert's row is in RAM."""
@@ -73,7 +78,9 @@ class HostStore(ExpertStore):
 
     def close(self) -> None:
         """Gives the RAM back as soon as no read uses it; idempotent."""
-        self._rows_NB = None
+        rows_NB, self._rows_NB = self._rows_NB, None
+        if rows_NB is not None and self._pinned:
+            unpin(rows_NB)
 
 
 class TieredStore(ExpertStore):
@@ -99,29 +106,3 @@ class TieredStore(ExpertStore):
         """Closes both tiers; idempotent."""
         self._host.close()
         self._disk.close()
-
-
-def aligned_rows(n: int, row_bytes: int) -> Tensor:
-    """Zeroed uint8 memory [n, row_bytes], every row page-aligned, every page backed; ``row_bytes`` % 4096 is 0.
-
-    The memory lives as long as a tensor that views it. MemoryBudgetError when the system refuses it.
-    """
-    if row_bytes % ROW_ALIGNMENT:
-        raise ValueError(f"rows of {row_bytes} bytes cannot all start on a multiple of {ROW_ALIGNMENT} bytes")
-    nbytes = n * row_bytes
-    if nbytes == 0:
-        return torch.empty((n, row_bytes), dtype=torch.uint8)
-    try:
-        # Private, for the default (shared) would be charged to tmpfs and keep transparent huge pages away.
-        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except (OSError, OverflowError) as error:
-        raise MemoryBudgetError(
-            f"{n} rows of {row_bytes} bytes need {nbytes} bytes of RAM, which the system refused ({error}); "
-            "give the experts fewer slots or less host memory"
-        ) from error
-    with suppress(OSError):  # a kernel without huge pages
-        # Direct reads pin every page that they write to: in huge ones they were measured 2.5 times as fast.
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    flat_B = torch.frombuffer(memory, dtype=torch.uint8)
-    flat_B[:: mmap.PAGESIZE] = 0  # a page is there only once it was written to: better now than in mid-request
-    return flat_B.view(n, row_bytes)

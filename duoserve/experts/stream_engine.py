@@ -13,8 +13,10 @@ from torch import Tensor
 from duoserve.errors import ClosedError, ConfigError, CopyError
 from duoserve.experts.copy_engine import CopyEngine, CopyListener
 from duoserve.experts.layout import ExpertId
+from duoserve.experts.pinned import pin, unpin
+from duoserve.experts.rows import aligned_rows
 from duoserve.experts.slots import SlotPool
-from duoserve.experts.store import ExpertStore, aligned_rows
+from duoserve.experts.store import ExpertStore
 from duoserve.experts.streams import Lane, Mark, Streams
 from duoserve.experts.tickets import Priority, Ticket, TicketQueue
 
@@ -36,8 +38,8 @@ class StreamCopyEngine(CopyEngine):
 
     A demand for an expert that lies in host RAM is enqueued by ``submit`` itself, on a lane of its own. ``num_threads``
     threads carry out all else: prefetches from RAM, of which at most PIECES_IN_FLIGHT pieces of ``piece_bytes`` stand
-    on their lane at a time, and reads from the disk, through a page-locked row for each thread (``new_rows`` makes
-    them). A copy into a slot starts after the kernels that ``released`` it. ``wait`` makes the compute lane wait, and
+    on their lane at a time, and reads from the disk, through a row of their own, page-locked if ``pinned``. A copy into
+    a slot starts after the kernels that ``released`` it. ``wait`` makes the compute lane wait, and
     the host only for copies that no thread has enqueued yet.
     """
 
@@ -49,7 +51,7 @@ class StreamCopyEngine(CopyEngine):
         *,
         num_threads: int = 2,
         piece_bytes: int = PIECE_BYTES,
-        new_rows: Callable[[int, int], Tensor] = aligned_rows,
+        pinned: bool = False,
         on_copied: CopyListener | None = None,
         on_stalled: StallListener | None = None,
     ) -> None:
@@ -71,10 +73,11 @@ class StreamCopyEngine(CopyEngine):
         lock = threading.RLock()
         self._queued = threading.Condition(lock)  # a ticket can be taken, or the engine closes
         self._changed = threading.Condition(lock)  # a ticket has been enqueued or has finished
-        staging_NB = new_rows(num_threads, store.layout.slot_bytes)
+        self._staging_NB = aligned_rows(num_threads, store.layout.slot_bytes)
+        self._pinned = pinned and pin(self._staging_NB)
         self._threads = [
             threading.Thread(target=self._work, args=(row_B,), name=f"duoserve-copy-{i}", daemon=True)
-            for i, row_B in enumerate(staging_NB)
+            for i, row_B in enumerate(self._staging_NB)
         ]
         for thread in self._threads:
             thread.start()
@@ -153,6 +156,9 @@ class StreamCopyEngine(CopyEngine):
         for arrival in [*self._arrivals.values(), *self._unreported]:
             self._streams.wait(arrival.end)
         self.settle()
+        if self._pinned:
+            unpin(self._staging_NB)
+            self._pinned = False
 
     def _enqueue_at_once(self, ticket: Ticket) -> bool:
         """Enqueues a demand whose expert lies in RAM; False for any other ticket."""

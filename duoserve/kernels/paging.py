@@ -1,16 +1,20 @@
-"""Where a sequence's tokens are in a paged cache. C context tokens, M pages a sequence may have."""
+"""Where a sequence's tokens are in a paged cache. C context tokens."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def context_rows(pages_M: Tensor, length: int, page_tokens: int) -> Tensor | slice:
-    """The cache rows of a sequence's ``length`` tokens, in order; a slice, which copies nothing, where they adjoin."""
-    pages = pages_M[: -(-length // page_tokens)].tolist()
-    first = pages[0] * page_tokens
-    if pages == list(range(pages[0], pages[0] + len(pages))):
-        return slice(first, first + length)
-    tokens_C = torch.arange(length, device=pages_M.device)
-    return pages_M[tokens_C // page_tokens].long() * page_tokens + tokens_C % page_tokens
+def context_rows(pages: Sequence[int], length: int, page_tokens: int) -> Tensor | slice:
+    """The cache rows [C] of a sequence's ``length`` tokens, in order, from its pages on the host.
+
+    A slice, by which a tensor is read without a copy, where the pages adjoin; else int64 on the CPU.
+    """
+    used = list(pages[: -(-length // page_tokens)])
+    if used == list(range(used[0], used[0] + len(used))):
+        return slice(used[0] * page_tokens, used[0] * page_tokens + length)
+    starts_M1 = torch.tensor(used)[:, None] * page_tokens
+    return (starts_M1 + torch.arange(page_tokens)).flatten()[:length]

@@ -88,7 +88,7 @@ def decode_attention(
     out_BHD = torch.zeros((*q_BHD.shape[:2], v_pages_PSGD.shape[-1]), dtype=q_BHD.dtype, device=q_BHD.device)
     for sequence, length in enumerate(lengths_B.tolist()):
         if length:
-            rows_C = context_rows(page_table_BM[sequence], length, k_pages_PSGD.shape[1])
+            rows_C = context_rows(page_table_BM[sequence].tolist(), length, k_pages_PSGD.shape[1])
             k_CGD, v_CGD = k_pages_PSGD.flatten(0, 1)[rows_C], v_pages_PSGD.flatten(0, 1)[rows_C]
             out_BHD[sequence] = attention(q_BHD[sequence][None], k_CGD, v_CGD, scale, window, sinks_H)[0]
     return out_BHD
@@ -114,7 +114,7 @@ def mla_decode_attention(
     out_BHL = torch.zeros_like(q_latent_BHL)
     for sequence, length in enumerate(lengths_B.tolist()):
         if length:
-            rows_C = context_rows(page_table_BM[sequence], length, latent_pages_PSW.shape[1])
+            rows_C = context_rows(page_table_BM[sequence].tolist(), length, latent_pages_PSW.shape[1])
             keys_C1W = latent_pages_PSW.flatten(0, 1)[rows_C][:, None].float()
             out_BHL[sequence] = attention(q_BHW[sequence][None], keys_C1W, keys_C1W[..., :num_latent], scale, None)[0]
     return out_BHL

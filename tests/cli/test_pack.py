@@ -6,7 +6,7 @@ from duoserve.cli import pack
 from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.packing import CheckpointStore
-from duoserve.experts.store import aligned_rows
+from duoserve.experts.rows import aligned_rows
 from duoserve.models.opened import opened
 
 

@@ -18,7 +18,7 @@ from duoserve.errors import CheckpointError, ClosedError, CopyError
 from duoserve.experts.disk_store import DiskStore, ReadAt
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE
-from duoserve.experts.store import aligned_rows
+from duoserve.experts.rows import aligned_rows
 from tests.fakes import SMALL, ArrayStore, Gate, save_pack
 
 FINGERPRINT = "f" * 64

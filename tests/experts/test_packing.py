@@ -21,7 +21,8 @@ from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE, read_pack_header
 from duoserve.experts.packing import LOCK_FILE, CheckpointStore, pack_path, write_pack
-from duoserve.experts.store import ExpertStore, aligned_rows
+from duoserve.experts.rows import aligned_rows
+from duoserve.experts.store import ExpertStore
 from duoserve.models.mixtral import expert_names
 from tests.checkpoints import save_mixtral
 from tests.fakes import ArrayStore

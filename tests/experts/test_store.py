@@ -9,7 +9,8 @@ import torch
 
 from duoserve.errors import ClosedError, MemoryBudgetError
 from duoserve.experts.layout import ExpertId, ExpertLayout
-from duoserve.experts.store import HostStore, TieredStore, aligned_rows
+from duoserve.experts.rows import aligned_rows
+from duoserve.experts.store import HostStore, TieredStore
 from tests.fakes import SMALL, ArrayStore
 
 MIB = 1 << 20

@@ -1,0 +1,49 @@
+"""Where fast memory is: the device, how much of it is free, and rows on it. N rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from duoserve.errors import ConfigError, MemoryBudgetError
+from duoserve.experts.host_ram import available_bytes
+from duoserve.experts.rows import aligned_rows
+
+CPU = torch.device("cpu")
+
+
+def resolve(name: str) -> torch.device:
+    """The device that ``name`` means: "auto" is a GPU where there is one. ConfigError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r} is no device: use 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name!r} is not supported: use 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    if device.type == "cpu":
+        return CPU
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = torch.cuda.current_device() if found and device.index is None else device.index or 0
+    if index >= found:
+        raise ConfigError(f"device={name!r} was asked for, but torch finds {found} CUDA devices: use 'auto' or 'cpu'")
+    return torch.device("cuda", index)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that this process may still take on ``device``."""
+    return available_bytes() if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[0])
+
+
+def new_rows(n: int, row_bytes: int, device: torch.device) -> Tensor:
+    """Zeroed uint8 memory [n, row_bytes] on ``device``; MemoryBudgetError when it cannot be had."""
+    if device.type == "cpu":
+        return aligned_rows(n, row_bytes)
+    try:
+        return torch.zeros((n, row_bytes), dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        raise MemoryBudgetError(
+            f"{n} rows of {row_bytes} bytes need {n * row_bytes} bytes on {device}, which it refused ({error}); "
+            "give the experts fewer slots"
+        ) from error

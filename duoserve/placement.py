@@ -1,0 +1,119 @@
+"""What of a model goes where: on which device, in which dtype, and where the experts wait that have no slot."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from duoserve.config import EngineConfig, ModelConfig
+from duoserve.errors import ConfigError
+from duoserve.experts.budget import MemoryPlan, plan_memory
+from duoserve.experts.copy_engine import CopyEngine, ThreadedCopyEngine
+from duoserve.experts.cuda_streams import CudaStreams
+from duoserve.experts.device import CPU, free_bytes, resolve
+from duoserve.experts.disk_store import DiskStore
+from duoserve.experts.pack_format import DTYPES, HEADER_FILE
+from duoserve.experts.packing import CheckpointStore, pack_path, write_pack
+from duoserve.experts.slots import SlotPool
+from duoserve.experts.store import ExpertStore, HostStore, TieredStore
+from duoserve.experts.stream_engine import StreamCopyEngine
+from duoserve.kv_cache import PagedKVCache, kv_bytes_per_token
+from duoserve.metrics import Meter
+from duoserve.models.opened import OpenedModel
+
+# Activations, float32 copies of a block of weights (on a CPU), and what the allocator keeps between passes.
+WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+# A context worth having by default; a model's own maximum may cost more memory than its experts.
+DEFAULT_MAX_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A model, the device that computes it, the dtype of its weights, and the tokens that its KV cache holds."""
+
+    found: OpenedModel
+    device: torch.device
+    dtype: torch.dtype
+    max_context: int
+
+    @classmethod
+    def of(cls, found: OpenedModel, wanted: EngineConfig) -> Placement:
+        """As ``wanted``, where it says so; ConfigError for a device or dtype that cannot be had."""
+        max_context = wanted.max_context or min(found.config.max_position_embeddings, DEFAULT_MAX_CONTEXT)
+        return cls(found, resolve(wanted.device), _dtype(wanted.dtype, found.config), max_context)
+
+    def plan(self, wanted: EngineConfig, needs_all: bool) -> MemoryPlan:
+        """How memory is divided; MemoryBudgetError when it cannot work."""
+        config = self.found.config
+        return plan_memory(
+            layout=self.found.layout(self.dtype),
+            num_layers=config.num_layers,
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            dense_bytes=self.found.dense_bytes(self.dtype),
+            kv_bytes=PagedKVCache.whole_pages(self.max_context) * kv_bytes_per_token(config, self.dtype),
+            workspace_bytes=WORKSPACE_BYTES[self.device.type],
+            wanted=wanted,
+            available_bytes=free_bytes(self.device),
+            host_available_bytes=free_bytes(CPU) if self._on_gpu else None,
+            needs_all=needs_all,
+        )
+
+    def read(self, name: str) -> Tensor:
+        """A dense tensor by its name in the checkpoint."""
+        return self.found.checkpoint.read(name, dtype=self.dtype).to(self.device)
+
+    def slow_tier(self, plan: MemoryPlan, cache_dir: str | Path | None, held: ExitStack) -> ExpertStore:
+        """Where experts wait: the checkpoint itself when each is read but once, else RAM, else the pack on disk."""
+        found = self.found
+        in_ram = partial(HostStore, progress=sys.stderr.isatty(), pinned=self._on_gpu)
+        source = CheckpointStore(found.checkpoint, found.layout(self.dtype), found.family.expert_names)
+        if plan.num_slots == plan.total_experts:
+            return source
+        if plan.host_experts == plan.total_experts:
+            return held.enter_context(closing(in_ram(source, found.experts)))
+        disk = held.enter_context(closing(_open_pack(source, found, cache_dir)))
+        if plan.host_experts == 0:
+            return disk
+        return held.enter_context(closing(TieredStore(in_ram(disk, found.experts[: plan.host_experts]), disk)))
+
+    def copy_engine(self, store: ExpertStore, pool: SlotPool, num_threads: int, meter: Meter) -> CopyEngine:
+        """Threads that read into RAM, or the copy lanes of a GPU."""
+        if not self._on_gpu:
+            return ThreadedCopyEngine(store, pool, num_threads, on_copied=meter.copied)
+        return StreamCopyEngine(
+            store,
+            pool,
+            CudaStreams(self.device),
+            num_threads=num_threads,
+            pinned=True,
+            on_copied=meter.copied,
+            on_stalled=meter.stalled,
+        )
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def _dtype(name: str, config: ModelConfig) -> torch.dtype:
+    if name == "auto":
+        return config.dtype
+    if name not in DTYPES:
+        raise ConfigError(f"dtype={name!r} is not supported: use 'auto', {', '.join(map(repr, DTYPES))}")
+    return DTYPES[name]
+
+
+def _open_pack(source: CheckpointStore, found: OpenedModel, cache_dir: str | Path | None) -> DiskStore:
+    """The checkpoint's pack, which is made on first use."""
+    folder = pack_path(found.checkpoint, source.layout, cache_dir)
+    fingerprint = source.fingerprint()
+    if not (folder / HEADER_FILE).exists():
+        write_pack(source, found.experts, folder, fingerprint)
+    return DiskStore(folder, source.layout, found.config.num_layers, found.config.num_experts, fingerprint)
