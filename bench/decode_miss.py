@@ -14,7 +14,6 @@ from duoserve.kernels.moe_fill import moe_down_fill, moe_up_fill
 from duoserve.kernels.moe_gemm import moe_down, moe_up
 from duoserve.kernels.routing import Work
 
-ALLOWANCE_US = 8.0  # beyond the time of the link
 MAX_MISSES, HOST_BYTES = 16, 400_000_000
 
 

@@ -12,7 +12,7 @@ Work = Callable[[], object]
 
 # The clock starts behind a kernel that idles for some 0.1 ms, so that the launch of what is timed is over by then.
 PAUSE_CYCLES = 200_000
-LONG_PAUSE_CYCLES = 4_000_000  # 2 ms: for work that is launched piece by piece
+LONG_PAUSE_CYCLES = 20_000_000  # 10 ms: for work that is launched piece by piece
 SECONDS = 0.12  # of replays a figure
 MIN_ROUNDS, MAX_ROUNDS = 7, 40
 

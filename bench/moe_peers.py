@@ -71,7 +71,7 @@ def _combined(y_RH: Tensor, order_R: Tensor, step: Step) -> Tensor:
 
 
 def transformers_experts(step: Step, weights: PeerWeights, implementation: str) -> Any:
-    """transformers' experts module with these weights; ImportError where transformers is not installed."""
+    """The experts module of transformers with these weights; ImportError where it is not installed."""
     from transformers import Qwen3MoeConfig  # noqa: PLC0415 (may be missing)
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts  # noqa: PLC0415
 
