@@ -1,6 +1,6 @@
 """A result of ``bench_kernels`` as Markdown: ``python bench/kernel_report.py RESULT.json [--short]``.
 
-``--short`` leaves out the kernels by themselves.
+``--short`` leaves out the kernels by themselves and the list of targets.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ NOTHING_MEASURED = "**No CUDA GPU was found: nothing was measured. Floors and ta
 
 
 def render(result: Result, short: bool = False) -> str:
-    """The whole report; ``short``: without the kernels by themselves."""
-    parts = [warnings(result), conditions(result), ceilings(result), layers(result), peers(result)]
-    parts += [beside(result), "" if short else single_kernels(result), verdicts(result), checks(result)]
+    """The whole report; ``short``: without the kernels by themselves and the list of targets."""
+    parts = [warnings(result), conditions(result), ceilings(result), layers(result), peers(result), beside(result)]
+    parts += [checks(result)] if short else [single_kernels(result), verdicts(result), checks(result)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -192,7 +192,7 @@ def main() -> None:
     """Prints the report of a result file, whole or partial."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, help="what bench_kernels.py --json wrote")
-    parser.add_argument("--short", action="store_true", help="without the kernels by themselves")
+    parser.add_argument("--short", action="store_true", help="without the kernels by themselves and the targets")
     args = parser.parse_args()
     result: dict[str, Any] = json.loads(args.result.read_text())
     print(render(result, args.short))

@@ -83,12 +83,23 @@ class Corner:
         return f"masks: {config.block_k} does not divide {self.inner}" if self.inner % config.block_k else None
 
     def gemm_neighbours(self, config: GemmConfig) -> Iterator[GemmConfig]:
-        """Rows that can run and differ from ``config`` in one field."""
-        return (row for row in _neighbours(config, self.gemm_space()) if not self.gemm_fault(row))
+        """Rows that can run and differ from ``config`` in one field, and by fewer CTAs or stages where it must be."""
+        fitted = (self._fitted(row) for row in _neighbours(config, self.gemm_space()))
+        return (row for row in fitted if row and row != config)
 
     def gemv_neighbours(self, config: GemvConfig) -> Iterator[GemvConfig]:
         """As ``gemm_neighbours``."""
         return (row for row in _neighbours(config, GEMV_SPACE) if not self.gemv_fault(row))
+
+    def _fitted(self, row: GemmConfig) -> GemmConfig | None:
+        """``row`` with as many of its CTAs, and of its stages, as there is room for."""
+        space = self.gemm_space()
+        stages, ctas = ([n for n in space[name] if n <= getattr(row, name)] for name in ("num_stages", "ctas_per_sm"))
+        for num_stages, ctas_per_sm in itertools.product(reversed(stages), reversed(ctas)):
+            fewer = replace(row, num_stages=num_stages, ctas_per_sm=ctas_per_sm)
+            if not self.gemm_fault(fewer):
+                return fewer
+        return None
 
 
 def gemm_rows(corner: Corner, group: int = 0) -> list[GemmConfig]:
