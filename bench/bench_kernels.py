@@ -79,9 +79,10 @@ class Bench:
     def run(self, parts: list[Part]) -> None:
         """Facts and ceilings first; a part that fails is noted, and the next runs in a fresh process."""
         quick, started = self.result["quick"], time.perf_counter()
-        self.result |= self._call("facts", {}) or {}
-        self.result["ceilings"] = self._call("ceilings", {"quick": quick})
-        for part in parts:
+        facts = self._call("facts", {})
+        self.result |= facts or {}
+        self.result["ceilings"] = facts and self._call("ceilings", {"quick": quick})
+        for part in parts if facts else []:  # a worker that cannot even say where it is will measure nothing
             self._measure(part, {**part.arguments, "quick": quick})
             self.result["seconds"] = time.perf_counter() - started
             self.save()

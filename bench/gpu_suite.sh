@@ -3,6 +3,7 @@
 #
 # The kernel tests on the GPU first, then the kernel bench, within nine minutes. The bench's JSON and Markdown and the
 # tests' log go to $OUT (bench/results without one), a short table to the terminal. duoserve need not be installed.
+# Where the tree has no .git, DUOSERVE_COMMIT says which commit it is of.
 # Exit status: 0 all passed; 1 a test or a part of the bench failed, or the tests could not run; 2 Python or torch is
 # missing; 3 there is no CUDA GPU.
 set -uo pipefail

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 
 import torch
 from harness import interleave
@@ -17,6 +18,12 @@ SECONDS = 0.12  # of replays a figure
 MIN_ROUNDS, MAX_ROUNDS = 7, 40
 
 
+@cache
+def _warm_up_stream() -> torch.cuda.Stream:
+    """One for all: the allocator keeps memory apart by stream."""
+    return torch.cuda.Stream()
+
+
 class Replay:
     """``steps``, one after another, as one CUDA graph."""
 
@@ -24,12 +31,12 @@ class Replay:
 
     def __init__(self, steps: Sequence[Work]) -> None:
         self.num_steps = len(steps)
-        stream = torch.cuda.Stream()
+        self._steps = steps  # a graph knows addresses only: what lies there must live as long
+        stream = _warm_up_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles, opens handles and fills workspaces: none of it may be captured
             for step in steps:
                 step()
-        torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             for step in steps:
@@ -61,7 +68,7 @@ Timed = Replay | Queued
 
 def captured(steps: Sequence[Work]) -> Timed:
     """A graph where the steps allow it, else the steps as they are; the result's type says which."""
-    with suppress(RuntimeError):
+    with suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream()):  # a failed capture leaves its own
         return Replay(steps)
     torch.cuda.synchronize()
     return Queued(steps)

@@ -39,7 +39,7 @@ def render(result: Result, short: bool = False) -> str:
 
 def warnings(result: Result) -> str:
     """What was not measured and why, first and in bold."""
-    if result["gpu"] is None:
+    if result["gpu"] is None and all(part["status"] == "not measured" for part in result["parts"]):
         return NOTHING_MEASURED
     found = ["this is `--quick`, tiny experts: it checks the bench and measures nothing"] if result["quick"] else []
     for part in result["parts"]:

@@ -211,6 +211,7 @@ def _row(
     times = times_us(contestants)
     peers = {
         name: {
+            "rounds_us": theirs,
             "us": asdict(Summary.of(theirs)),
             "ratio": asdict(Summary.of_pairs(theirs, times[OURS])),
             "graph": isinstance(contestants[name], Replay),

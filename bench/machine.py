@@ -68,7 +68,8 @@ def _commit() -> str | None:
         commit = git("rev-parse", "--short=12", "HEAD")
         changed = git("status", "--porcelain", "--", "duoserve", "bench/*.py")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        said = os.environ.get("DUOSERVE_COMMIT")  # a copy of the tree may travel without its history
+        return said and f"{said} as DUOSERVE_COMMIT says"
     return commit + (" with uncommitted changes" if changed else "")
 
 

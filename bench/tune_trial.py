@@ -10,7 +10,7 @@ import torch
 from gpu_ceilings import gpu_facts
 from gpu_timing import Replay, times_us
 from harness import Summary
-from moe_operands import Buffers, Pool, Step
+from moe_operands import POOL_BYTES, Buffers, Pool, Step
 from moe_paths import ROUNDING_ERROR, relative_error
 from moe_shapes import MoEShape
 from torch import Tensor
@@ -28,7 +28,7 @@ class Trial:
     """One layer and its operands; ``times`` has the present row's microseconds, from every comparison with it."""
 
     def __init__(self, shape: MoEShape, tokens: int, format: str, device: str = "cuda") -> None:
-        self.pool = Pool(shape, format, device)
+        self.pool = Pool(shape, format, device, POOL_BYTES)
         l2_bytes = gpu_facts()["l2_bytes"]
         self.steps = [(step, route_plan(step.ids_TK, step.slots_E)) for step in self.pool.steps(tokens, l2_bytes)]
         self.single = self.pool.steps(1, l2_bytes) if format == "bf16" else []

@@ -22,6 +22,7 @@ sys.path.append(str(BENCH))
 
 import attention_ops  # noqa: E402 (the benches are no package)
 import bench_kernels  # noqa: E402
+import gpu_timing  # noqa: E402
 import kernel_report  # noqa: E402
 import kernel_targets  # noqa: E402
 import kernel_worker  # noqa: E402
@@ -208,6 +209,19 @@ def test_a_part_that_fails_is_written_and_the_others_run(tmp_path: Path, monkeyp
     assert len(result["parts"]) == len(bench_kernels.all_parts())
 
 
+def test_a_worker_that_cannot_start_is_no_missing_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dead(BrokenWorker):
+        def call(self, method: str, **_: object) -> dict[str, Any]:
+            raise WorkerError("the worker of the kernels died with exit status 1")
+
+    monkeypatch.setattr(bench_kernels, "new_worker", Dead)
+    result = bench_kernels.conditions(quick=False)
+    bench_kernels.Bench(result, None, deadline=math.inf).run(bench_kernels.all_parts())
+    assert [(part["name"], part["status"]) for part in result["parts"]] == [("facts", "failed")]
+    text = kernel_report.render(result)
+    assert "died with exit status 1" in text and "nothing was measured" not in text
+
+
 def test_no_part_begins_after_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_kernels, "new_worker", BrokenWorker)
     result = bench_kernels.conditions(quick=True)
@@ -219,8 +233,8 @@ def test_no_part_begins_after_the_time(tmp_path: Path, monkeypatch: pytest.Monke
 class Still:
     """Runs its first step once."""
 
-    def __init__(self, steps: Sequence[Any]) -> None:
-        self.num_steps = len(steps)
+    def __init__(self, steps: Sequence[Any], name: str = "") -> None:
+        self.num_steps, self.name = len(steps), name
         steps[0]()
 
 
@@ -275,10 +289,31 @@ def test_the_ops_of_a_decode_step_run(parts: kernel_worker.KernelBench, monkeypa
     assert kernel_targets.plan_name(16) in {row["what"] for row in found["rows"]}
 
 
+def test_nan_never_passes() -> None:
+    assert not moe_paths.Check("any", math.nan, 1.0).passed and moe_paths.Check("any", 1.0, 1.0).passed
+    assert math.isnan(moe_paths.relative_error(torch.tensor([1.0, math.nan]), torch.ones(2)))
+
+
+def test_contestants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def microseconds(timed: Still) -> float:
+        order.append(timed.name)
+        return 30_000.0
+
+    monkeypatch.setattr(gpu_timing, "microseconds", microseconds)
+    slow, fast = Still([lambda: None], "slow"), Still([lambda: None] * 9, "fast")
+    times = gpu_timing.times_us({"slow": slow, "fast": fast})
+    assert order[:6] == ["slow", "slow", "fast", "fast", "slow", "fast"]
+    assert len(times["slow"]) == len(times["fast"]) == gpu_timing.MIN_ROUNDS
+    assert gpu_timing.rounds_for(1.0) == gpu_timing.MAX_ROUNDS
+
+
 def test_steps_pass_the_cache_three_times() -> None:
     shape = moe_shapes.MoEShape("any", 128, 128, 8, 2)
     pool = Pool(shape, "bf16", "cpu", pool_bytes=3_000_000)
     assert sorted(pool.slots_LE.flatten().tolist()) == list(range(len(pool.rows_SB))) and len(pool.slots_LE) > 2
+    assert (pool.slots_LE.flatten().diff() != 1).sum() > len(pool.rows_SB) / 2, "slots in order show no indirection"
     l2_bytes = 4_000_000
     steps = pool.steps(2, l2_bytes)
     assert len(steps) * shape.mean_experts(2) * pool.expert_bytes >= 3 * l2_bytes

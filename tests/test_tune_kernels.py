@@ -6,8 +6,10 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import torch
 from duoserve.kernels import configs
 from duoserve.kernels.configs import HUGE, LARGE, MEDIUM, SMALL, GemmConfig, GemvConfig, gemm_config, gemv_config
 from duoserve.kernels.weights import ExpertFormat
+from tests.kernels.common import DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
@@ -22,6 +25,8 @@ sys.path.append(str(BENCH))
 
 import tune_kernels  # noqa: E402 (the benches are no package)
 import tune_space  # noqa: E402
+import tune_trial  # noqa: E402
+from moe_shapes import MoEShape  # noqa: E402
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 FORMATS = [(ExpertFormat.FLOAT, 0), (ExpertFormat.FP8, 0), (ExpertFormat.INT4, 128), (ExpertFormat.INT8, 0)]
@@ -101,6 +106,33 @@ def test_the_search_climbs_down_to_the_best_row() -> None:
     assert stopped.best == present and not stopped.finished and stopped.tried == 0
     text = tune_kernels.entry("both", corner, found, 50.0)["text"]
     assert "40 us, present row 50 us (1.25x;" in text and "\nSMALL: GemmConfig(128, 16," in text
+
+
+class Still:
+    """Runs its first step once."""
+
+    def __init__(self, steps: Sequence[Any]) -> None:
+        self.num_steps = len(steps)
+        steps[0]()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="Triton's interpreter stands in for a GPU here")
+@pytest.mark.parametrize(("format", "ops"), [("bf16", (*tune_kernels.GEMMS, *tune_kernels.GEMVS)), ("int4", ("both",))])
+def test_a_row_is_tried_and_one_that_computes_nothing_is_none(
+    monkeypatch: pytest.MonkeyPatch, format: str, ops: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(tune_trial, "Replay", Still)
+    monkeypatch.setattr(tune_trial, "times_us", lambda them: {n: [4.0 if n == "present" else 3.0] for n in them})
+    monkeypatch.setattr(tune_trial, "gpu_facts", lambda: {"l2_bytes": 1})
+    monkeypatch.setattr(tune_trial, "POOL_BYTES", 1)
+    trial = tune_trial.Trial(MoEShape("any", 128, 128, 4, 2), 3, format, "cpu")
+    shares = {op: trial.share_of(op) for op in ops}
+    for op, share in shares.items():
+        present = trial.present(op)
+        assert share(replace(present, num_warps=8)) == 0.75 and trial.times[op] == [4.0, 4.0]
+    for name in ("moe_up", "moe_down", "moe_gemv_up", "moe_gemv_down"):
+        monkeypatch.setattr(tune_trial, name, lambda *operands: None)
+    assert [share(trial.present(op)) for op, share in shares.items()] == [math.inf] * len(ops)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
