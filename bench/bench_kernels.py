@@ -25,6 +25,7 @@ import torch
 from harness import Worker, WorkerError
 from kernel_report import render
 from machine import machine_facts, versions
+from moe_peers import others_installed
 from moe_shapes import CASES, QWEN3, LayerCase
 
 BENCH = Path(__file__).resolve().parent
@@ -140,7 +141,7 @@ def conditions(quick: bool) -> Result:
         "versions": versions(),
         "gpu": None,
         "ceilings": None,
-        "others": {},
+        "others": others_installed(),
         "parts": [],
         "seconds": 0.0,
     }

@@ -17,7 +17,7 @@ from gpu_timing import Queued, Replay, Timed, captured, times_us
 from harness import Summary, serve
 from moe_operands import POOL_BYTES, Buffers, Pool, Step, bytes_of
 from moe_paths import Check, against_truth, check_layer, layer, one_token_layer
-from moe_peers import PeerWeights, others_installed, peer_layer, peer_names
+from moe_peers import PeerWeights, peer_layer, peer_names
 from moe_shapes import QWEN3, SHAPES, small
 from op_cases import OpCase, Source
 from small_ops import small_builders
@@ -52,8 +52,8 @@ class KernelBench:
         """Nothing outlives the process."""
 
     def facts(self) -> dict[str, Any]:
-        """The device, and what is known of peers that have no adapter."""
-        return {"gpu": gpu_facts(), "others": others_installed()}
+        """The device."""
+        return {"gpu": gpu_facts()}
 
     def ceilings(self, quick: bool) -> dict[str, Any]:
         """Rates of this device."""

@@ -5,7 +5,7 @@ T tokens, K top-k, E experts, H hidden, I expert intermediate, R = T * K routed 
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 Layer = Callable[[], Tensor]
 
-# Packages with kernels for the same layer. The bench says whether they are there; it has no adapter for them.
-OTHERS = {"moe-ops": "moe_ops", "grouped-nf4-gemm": "grouped_nf4_gemm"}
+# Packages with kernels for the same layer, in formats of their own. The bench says whether they are there, no more.
+OTHERS = ("moe-ops", "grouped-nf4-gemm")
 BATCHED_MM_TOKENS = 16  # it copies a whole expert for every routed row
 
 
@@ -110,7 +110,11 @@ def peer_layer(name: str, step: Step, weights: PeerWeights) -> Layer:
 
 def others_installed() -> dict[str, str]:
     """What is said of the packages that the bench knows by name only."""
-    return {
-        name: "installed, but this bench has no adapter for it" if importlib.util.find_spec(module) else "not installed"
-        for name, module in OTHERS.items()
-    }
+    return {name: _installed(name) for name in OTHERS}
+
+
+def _installed(name: str) -> str:
+    try:
+        return f"{importlib.metadata.version(name)} is installed, but this bench has no adapter for it"
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
