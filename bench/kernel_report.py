@@ -149,7 +149,8 @@ def _floor(result: Result, row: Row) -> str:
         return "-"
     if "link_bytes" in row:
         return f"{_number(link_us(result, row))} (link)"
-    return _number(rates.floor_us(row["nbytes"], row["flop"])) if row["nbytes"] or row["flop"] else "-"
+    launch, floor = result["ceilings"]["empty_kernel_us"], rates.floor_us(row["nbytes"], row["flop"])
+    return f"{_number(launch)} (a launch)" if floor < launch else _number(floor)
 
 
 def verdicts(result: Result) -> str:

@@ -168,6 +168,11 @@ def test_the_report_hides_no_failure() -> None:
     assert "| moe_up " not in kernel_report.render(result, short=True)
 
 
+def test_what_moves_next_to_nothing_is_held_against_a_launch() -> None:
+    part = measured_part("small ops", "small ops", measured_row("route_plan", 3.7, nbytes=96))
+    assert "| route_plan | 3.7 (3.33-4.07) | 1.5 (a launch)" in kernel_report.render(measured_result("H100", part))
+
+
 def test_quick_figures_are_held_against_nothing() -> None:
     part = measured_part("layers", "Qwen3-30B-A3B bf16, 1 token", measured_row("layer", 3.0, nbytes=10))
     result = measured_result("NVIDIA H100", part) | {"quick": True}
