@@ -61,7 +61,8 @@ def all_parts() -> list[Part]:
         if (cases[0].shape, cases[0].format) == (QWEN3, "bf16"):
             parts += [layer_part(case, "indirection", "indirection") for case in cases if case.tokens != 4]
     parts += [Part("small ops", "small ops", "small_ops"), Part("attention", "attention", "attention")]
-    return [*parts, Part("miss", f"{QWEN3.name} bf16", "miss", {"model": QWEN3.name})]
+    misses = [Part("miss", f"{QWEN3.name} {f}", "miss", {"model": QWEN3.name, "format": f}) for f in ("bf16", "int4")]
+    return [*parts, *misses]
 
 
 def new_worker() -> Worker:

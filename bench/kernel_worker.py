@@ -93,16 +93,17 @@ class KernelBench:
         work = {"nbytes": bytes_of(steps, pool.expert_bytes), "flop": pool.shape.flop(tokens)}
         return {"rows": [_row("slot indirection", ways, **work)], "checks": _as_dicts(checks)}
 
-    def miss(self, model: str, quick: bool) -> dict[str, Any]:
-        """One missing expert of one token: read through, and copied before the launch."""
-        pool = self._pool_of(model, "bf16", quick)
+    def miss(self, model: str, format: str, quick: bool) -> dict[str, Any]:
+        """One missing expert of one token: read through, and copied before the launch by an engine or a kernel."""
+        pool = self._pool_of(model, format, quick)
         miss = Miss(pool, pool.steps(1, gpu_facts()["l2_bytes"])[0])
         checks = miss.checks()
         _must_pass(checks)
-        numbers = range(len(miss.works))
+        numbers = range(miss.count)
         ways: dict[str, Timed] = {
             OURS: Queued([lambda n=n: miss.read_through(n) for n in numbers]),
             "copy, then launch": Queued([lambda n=n: miss.copy_then_launch(n) for n in numbers]),
+            "page_gather, then launch": Queued([lambda n=n: miss.gather_then_launch(n) for n in numbers]),
         }
         row = _row("one decode miss", ways, link_bytes=pool.expert_bytes)
         self._pool = None  # its slots now hold other experts

@@ -281,9 +281,11 @@ def test_a_wrong_kernel_is_not_timed(parts: kernel_worker.KernelBench, monkeypat
 def test_indirection_and_the_miss_run(parts: kernel_worker.KernelBench) -> None:
     found = parts.indirection("Qwen3-30B-A3B", "bf16", 3, quick=True)
     assert "contiguous weights" in found["rows"][0]["peers"]
-    found = parts.miss("Qwen3-30B-A3B", quick=True)
-    assert found["rows"][0]["link_bytes"] == moe_shapes.MoEShape("", 128, 128, 4, 2).expert_bytes("bf16")
-    assert [check["passed"] for check in found["checks"]] == [True, True]
+    for format in ("bf16", "int4"):
+        found = parts.miss("Qwen3-30B-A3B", format, quick=True)
+        assert found["rows"][0]["link_bytes"] == moe_shapes.MoEShape("", 128, 128, 4, 2).expert_bytes(format)
+        assert [check["passed"] for check in found["checks"]] == [True] * 4
+        assert found["rows"][0]["peers"].keys() == {"copy, then launch", "page_gather, then launch"}
 
 
 def test_the_ops_of_a_decode_step_run(parts: kernel_worker.KernelBench, monkeypatch: pytest.MonkeyPatch) -> None:
