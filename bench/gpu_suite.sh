@@ -11,8 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3}
 out=${OUT:-bench/results}
-tests_seconds=${TESTS_SECONDS:-230}
-bench_seconds=${BENCH_SECONDS:-230} # after which no part is begun; the last may take until the timeout
+tests_seconds=${TESTS_SECONDS:-220}
+bench_seconds=${BENCH_SECONDS:-225} # after which no part is begun; the last may take until the timeout
 bench_timeout=$((bench_seconds + 50))
 unset TRITON_INTERPRET # which a shell may have left: it would put the kernels on the CPU
 
