@@ -7,15 +7,18 @@ from types import ModuleType
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duoserve.errors import KernelError
 from duoserve.kernels import Work, moe_fill, moe_gemm, reference, reference_copies
 from duoserve.kernels.configs import GemmConfig
-from duoserve.kernels.host_rows import HostRows
+from duoserve.kernels.host_rows import HostRows, offset_in_row
+from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat
-from tests.kernels.common import DEVICE, DTYPES, assert_same_bits
+from tests.kernels.common import DEVICE, DTYPES, POISON, assert_same_bits
 from tests.kernels.experts_case import FLOAT, FORMATS, Case, cases, layer, make_case
 from tests.kernels.host_case import Away
 from tests.kernels.quantized_case import LAYOUTS
@@ -67,14 +70,64 @@ def test_fill_of_quantized_experts(form: tuple[ExpertFormat, int], data: st.Data
     check_fill(data.draw(cases(st.sampled_from(DTYPES), form, tokens=(1, 7, 17))))
 
 
-# More than one tile of weights in a block of scales, more than one block or several groups, and more scales than are
-# copied at a time.
+@triton.jit
+def fill_one_tile_kernel(
+    address_1,
+    w,
+    scales,
+    zeros,
+    w_from,
+    scales_from,
+    zeros_from,
+    slot,
+    slot_stride,
+    scales_stride,
+    zeros_stride,
+    first_n,
+    N,
+    D,
+    UP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr,
+):
+    address = tl.load(address_1)
+    moe_fill._fill_tile(
+        address, w, scales, zeros, w_from, scales_from, zeros_from, slot, slot_stride, scales_stride, zeros_stride,
+        first_n, N, D, UP, FORMAT, GROUP, BN, 512,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_tile_brings_all_that_its_product_reads(form: tuple[ExpertFormat, int]) -> None:
+    """A race that the interpreter would not see: a CTA that needs what another brings.
+
+    1056 columns have more groups of 32 than are copied at a time.
+    """
+    hidden, inter = (160, 160) if form[0] in (ExpertFormat.FP8, ExpertFormat.INT8) else (128, 128)
+    hidden = 1056 if form == (ExpertFormat.INT4, 32) else hidden
+    case = make_case(1, 1, 1, hidden, inter, torch.float16, form, away=1.0)
+    slot, weights = int(case.slots_E[0]), case.pool.weights
+    source = Away(case).source
+    for matrix, truth_ND in ((weights.w13, case.w13_ENH[0]), (weights.w2, case.w2_EHI[0])):
+        offsets = [offset_in_row(part, weights) for part in matrix.parts] + [0, 0]
+        parts, strides = matrix.parts + [matrix.data_SNB] * 2, [part.stride(0) for part in matrix.parts] + [0, 0]
+        for first_n in range(0, len(truth_ND), 64):
+            case.pool.rows_SB[slot] = POISON
+            fill_one_tile_kernel[(1,)](
+                source.addresses_E, *parts[:3], *offsets[:3], slot, *strides[:3], first_n, len(truth_ND), matrix.inner,
+                matrix.interleaved, matrix.format.value, matrix.group, 64,
+            )  # fmt: skip
+            assert torch.equal(dense(matrix, slot)[first_n : first_n + 64], truth_ND[first_n : first_n + 64])
+
+
+# More than one tile of weights in a block of scales, more than one block or several groups.
 @pytest.mark.parametrize(
     ("form", "hidden", "inter"),
     [
         (FLOAT, 40, 96),
         ((ExpertFormat.INT8, 0), 136, 72),
-        ((ExpertFormat.INT4, 32), 1056, 32),
+        ((ExpertFormat.INT4, 32), 96, 64),
         ((ExpertFormat.FP8, 0), 144, 144),
         ((ExpertFormat.MXFP4, 0), 96, 96),
     ],
