@@ -19,7 +19,7 @@ from duoserve.kernels.checks import require
 from duoserve.kernels.configs import INTERPRETER, GemmConfig, gemm_config, shape_class
 from duoserve.kernels.dequant import codes_of, decode_e2m1, decode_fp8, decode_int4, e8m0
 from duoserve.kernels.moe_checks import check_operands, check_rows, tma_fits
-from duoserve.kernels.numerics import interpreting, to_dtype
+from duoserve.kernels.numerics import full_float32, interpreting, to_dtype
 from duoserve.kernels.routing import RoutePlan, Work
 from duoserve.kernels.weights import ExpertWeights, Matrix
 
@@ -113,7 +113,8 @@ def _product(
     n = tl.minimum(first_n + tl.arange(0, BN), N - 1)
     b = tl.arange(0, BK // PER_BYTE)
     if not TMA:
-        w_at = w + slot.to(tl.int64) * slot_stride + n[:, None] * (D // PER_BYTE) + b[None, :]
+        row = D if PER_BYTE == 1 else tl.multiple_of(D // 2, 16)  # groups of 32 or more have 16 bytes or more
+        w_at = w + slot.to(tl.int64) * slot_stride + n[:, None] * row + b[None, :]
     s_at = scales
     z_at = zeros
     if FORMAT != "float":
@@ -135,6 +136,8 @@ def _product(
             w_at += BK // PER_BYTE
         x_at += BK
         w_tile = _decode(w_tile, z_at, x.dtype.element_ty, FORMAT, FP8_HARDWARE, INTERPRET)
+        if (FORMAT != "float") & (x.dtype.element_ty == tl.float32) & (not INTERPRET):
+            w_tile = full_float32(w_tile)
         if GROUPED:
             scale = e8m0(tl.load(s_at)) if FORMAT == "mxfp4" else tl.load(s_at).to(tl.float32)
             acc += matrix_product(w_tile, x_tile, tl.zeros((BN, BT), tl.float32), INTERPRET) * scale[:, None]
@@ -333,6 +336,7 @@ def _launch(x: Tensor, matrix: Matrix, plan: RoutePlan, work: Work, out: Tensor,
         INTERPRET=interpreting(),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.max_registers,
     )
 
 
