@@ -27,7 +27,7 @@ INTERPRETED_CTAS = 3  # enough to show a mistake in the persistent loop
 
 
 @triton.jit
-def item_tiles(experts_W, starts_E1, count, items, num_n, BT: tl.constexpr):
+def _item_tiles(experts_W, starts_E1, count, items, num_n, BT: tl.constexpr):
     """How many tiles each entry of the work list has."""
     experts = tl.load(experts_W + items, mask=items < count, other=0)
     rows = tl.load(starts_E1 + experts + 1) - tl.load(starts_E1 + experts)
@@ -69,7 +69,7 @@ def _scale_columns(n, UP: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def matrix_product(w_tile, x_tile, acc, INTERPRET: tl.constexpr):
+def _matrix_product(w_tile, x_tile, acc, INTERPRET: tl.constexpr):
     """``acc + w_tile x_tile``, float32 in full precision."""
     if INTERPRET:  # which multiplies only float32 rightly
         return tl.dot(w_tile.to(tl.float32), x_tile.to(tl.float32), acc, input_precision="ieee")
@@ -78,7 +78,7 @@ def matrix_product(w_tile, x_tile, acc, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def _product(
+def product(
     x,
     x_rows,
     w,
@@ -140,23 +140,56 @@ def _product(
             w_tile = full_float32(w_tile)
         if GROUPED:
             scale = e8m0(tl.load(s_at)) if FORMAT == "mxfp4" else tl.load(s_at).to(tl.float32)
-            acc += matrix_product(w_tile, x_tile, tl.zeros((BN, BT), tl.float32), INTERPRET) * scale[:, None]
+            acc += _matrix_product(w_tile, x_tile, tl.zeros((BN, BT), tl.float32), INTERPRET) * scale[:, None]
             s_at += 1 if FORMAT == "fp8" else N
             if FORMAT == "int4":
                 z_at += N
         else:
-            acc = matrix_product(w_tile, x_tile, acc, INTERPRET)
+            acc = _matrix_product(w_tile, x_tile, acc, INTERPRET)
     if FORMAT == "int8":
         acc *= tl.load(s_at)[:, None]
     return acc
 
 
 @triton.jit
-def silu_up(acc, BN: tl.constexpr, BT: tl.constexpr):
+def _silu_up(acc, BN: tl.constexpr, BT: tl.constexpr):
     """``silu(gate) * up`` [BN / 2, BT] of interleaved gate and up rows."""
     pairs = tl.permute(tl.reshape(acc, (BN // 2, 2, BT)), (0, 2, 1))
     gate, up = tl.split(pairs)
     return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def store_rows(
+    out,
+    acc,
+    first_n,
+    rows,
+    order,
+    used,
+    N,
+    UP: tl.constexpr,
+    BN: tl.constexpr,
+    BT: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Writes the sums [BN, BT] of weight rows from ``first_n`` on.
+
+    UP: SwiGLU of them, to the sorted ``rows``. Else as they are, to the places ``order`` where the rows were unsorted.
+    """
+    if UP:
+        result = _silu_up(acc, BN, BT)
+        columns = first_n // 2 + tl.arange(0, BN // 2)
+        width = N // 2
+        out_rows = rows
+    else:
+        result = acc
+        columns = first_n + tl.arange(0, BN)
+        width = N
+        out_rows = order
+    at = out + out_rows.to(tl.int64)[None, :] * width + columns[:, None]
+    mask = used[None, :] & (columns < width)[:, None]
+    tl.store(at, to_dtype(result, out.dtype.element_ty, INTERPRET), mask=mask)
 
 
 @triton.jit
@@ -194,7 +227,7 @@ def moe_gemm_kernel(
     """``moe_up`` (UP) or ``moe_down``: each CTA takes every so-many-th tile of all experts in the work list."""
     items = tl.arange(0, WP)
     num_n = tl.cdiv(N, BN)
-    tiles = item_tiles(experts_W, starts_E1, tl.load(count_1), items, num_n, BT)
+    tiles = _item_tiles(experts_W, starts_E1, tl.load(count_1), items, num_n, BT)
     ends = tl.cumsum(tiles, axis=0)
     for tile in range(tl.program_id(0), tl.sum(tiles, axis=0), tl.num_programs(0)):
         item = tl.sum((ends <= tile).to(tl.int32), axis=0)
@@ -210,7 +243,7 @@ def moe_gemm_kernel(
         used = rows < last
         order = tl.load(order_R + rows, mask=used, other=0)
         x_rows = order // TOP_K if UP else tl.minimum(rows, num_rows - 1)
-        acc = _product(
+        acc = product(
             x,
             x_rows,
             w,
@@ -234,19 +267,7 @@ def moe_gemm_kernel(
             INTERPRET,
         )
         acc = tl.where(there, acc, float("nan"))  # an expert in no slot must be heard of
-        if UP:
-            result = silu_up(acc, BN, BT)
-            columns = n * (BN // 2) + tl.arange(0, BN // 2)
-            width = N // 2
-            out_rows = rows
-        else:
-            result = acc
-            columns = n * BN + tl.arange(0, BN)
-            width = N
-            out_rows = order
-        at = out + out_rows.to(tl.int64)[None, :] * width + columns[:, None]
-        mask = used[None, :] & (columns < width)[:, None]
-        tl.store(at, to_dtype(result, out.dtype.element_ty, INTERPRET), mask=mask)
+        store_rows(out, acc, n * BN, rows, order, used, N, UP, BN, BT, INTERPRET)
 
 
 def moe_up(
