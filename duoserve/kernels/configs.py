@@ -81,13 +81,6 @@ _FP32 = {
     LARGE: GemmConfig(64, 64, 32, 8, 3, 1, "FMA: wider tiles gain nothing"),
     HUGE: GemmConfig(64, 64, 32, 8, 3, 1, "FMA: wider tiles gain nothing"),
 }
-# Decoded to 32 bits: the steps are as wide as the format's groups, so two stages are what 100 KB hold.
-_QUANTIZED_FP32 = {
-    SMALL: GemmConfig(64, 16, 32, 4, 2, 2, "FMA: 8 accumulators and as many sums a thread"),
-    MEDIUM: GemmConfig(64, 64, 32, 8, 2, 1, "FMA: 16 accumulators and as many sums a thread"),
-    LARGE: GemmConfig(64, 64, 32, 8, 2, 1, "FMA: wider tiles gain nothing"),
-    HUGE: GemmConfig(64, 64, 32, 8, 2, 1, "FMA: wider tiles gain nothing"),
-}
 # Decoded in registers, which then feed wgmma or mma; sums and scaled sums together take twice the accumulators.
 _QUANTIZED_SM90 = {
     SMALL: GemmConfig(64, 16, 128, 4, 4, 3, "decode: 8 KB of int4 or 12 KB of bytes a stage; fp8 spills in 128 registers", True),
@@ -138,22 +131,24 @@ def gemm_config(
     """
     no_wgmma = arch < 90 or arch // 10 == 12  # consumer Blackwell has mma.sync and 100 KB of shared memory
     if dtype == torch.float32:
-        config = (_FP32 if format is ExpertFormat.FLOAT else _QUANTIZED_FP32)[block_t]
+        config = _FP32[block_t]
     elif format is ExpertFormat.FLOAT:
         config = (_SM80 if no_wgmma else _SM90)[block_t]
     else:
         config = (_QUANTIZED_SM80 if no_wgmma else _QUANTIZED_SM90)[block_t]
     config = config if tma_fits else replace(config, tma=False)
-    block_k = _block_k(format, group) or config.block_k
+    if dtype == torch.float32:  # a step's products are unrolled: a group of 128 would spill
+        return config
+    block_k = scale_group(format, group) or config.block_k
     # A narrow step brings few bytes, so more of them are under way.
     more = 2 if format is not ExpertFormat.FLOAT and block_k == MXFP4_GROUP else 0
     return replace(config, block_k=block_k, num_stages=config.num_stages + more)
 
 
-def _block_k(format: ExpertFormat, group: int) -> int | None:
-    """What a step must be because its sums have one scale each; None where any will do."""
+def scale_group(format: ExpertFormat, group: int) -> int:
+    """How many weights of a row have one scale, and no step takes more; 0 where that limits no step."""
     fixed = {ExpertFormat.INT4: group, ExpertFormat.MXFP4: MXFP4_GROUP, ExpertFormat.FP8: FP8_BLOCK}
-    return fixed.get(format)
+    return fixed.get(format, 0)
 
 
 def gemv_config(dtype: torch.dtype, arch: int, inner: int) -> GemvConfig:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -31,13 +31,15 @@ from duoserve.kernels import (
     router,
 )
 from duoserve.kernels.configs import HUGE, LARGE, MEDIUM, SMALL, GemmConfig, GemvConfig, gemm_config, gemv_config
+from duoserve.kernels.host_rows import HostRows
 from duoserve.kernels.weights import ExpertFormat, QuantizedLayout
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 NUM_SMS = 132
 NUM_SLOTS = 64
-TOP_K, EXPERTS = 8, 128
+TOP_K, EXPERTS = 8, 128  # Qwen3-30B-A3B, as are the sizes
+HIDDEN, INTER = 2048, 768
 TOKENS = {SMALL: 16, MEDIUM: 512, LARGE: 2048, HUGE: 8192}  # of each shape class with TOP_K of EXPERTS
 FORMATS = (
     (ExpertFormat.FLOAT, 0),
@@ -69,13 +71,12 @@ class Gemm:
     group: int
     block_t: int
     tma: bool = True
-    hidden: int = 2048
-    inter: int = 768
+    inter: int = INTER
 
     def __str__(self) -> str:
         shape = (
             "up" if self.up else "down", NAMES[self.dtype], self.format.value, self.group or "",
-            self.block_t, "" if self.tma else "pointers", "" if self.inter == 768 else self.inter,
+            self.block_t, "" if self.tma else "pointers",
         )  # fmt: skip
         return "-".join(str(part) for part in shape if part)
 
@@ -84,15 +85,18 @@ class Gemm:
         return gemm_config(self.dtype, arch, self.block_t, self.tma, self.format, self.group)
 
     def __call__(self, arch: int) -> None:
+        self.launch(None if self.tma else self.config(arch))
+
+    def launch(self, config: GemmConfig | None) -> None:
+        """With another row, unless ``config`` is None."""
         tokens = TOKENS[self.block_t]
         rows_RI = torch.empty(tokens * TOP_K, self.inter, dtype=self.dtype)
-        weights, plan = expert_weights(self.dtype, self.format, self.group, self.hidden, self.inter), routing(tokens)
-        config = None if self.tma else self.config(arch)
+        weights, plan = expert_weights(self.dtype, self.format, self.group, HIDDEN, self.inter), routing(tokens)
         if self.up:
-            x_TH = torch.empty(tokens, self.hidden, dtype=self.dtype)
+            x_TH = torch.empty(tokens, HIDDEN, dtype=self.dtype)
             moe_gemm.moe_up(x_TH, weights, plan, plan.resident, rows_RI, config)
         else:
-            y_RH = torch.empty(tokens * TOP_K, self.hidden, dtype=self.dtype)
+            y_RH = torch.empty(tokens * TOP_K, HIDDEN, dtype=self.dtype)
             moe_gemm.moe_down(rows_RI, weights, plan, plan.resident, y_RH, config)
 
 
@@ -130,28 +134,29 @@ class Fill:
 
     up: bool
     dtype: torch.dtype
+    format: ExpertFormat
+    group: int
     tokens: int
-    hidden: int = 2048
-    inter: int = 768
 
     def __str__(self) -> str:
-        return f"fill-{'up' if self.up else 'down'}-{NAMES[self.dtype]}-{self.tokens}"
+        parts = "fill", "up" if self.up else "down", NAMES[self.dtype], self.format.value, self.group or "", self.tokens
+        return "-".join(str(part) for part in parts if part)
 
     def config(self, arch: int) -> GemmConfig:
         """The row, as the op chooses it."""
-        return moe_fill.fill_config(self.dtype, arch, self.tokens)
+        return moe_fill.fill_config(self.dtype, arch, self.tokens, self.format, self.group)
 
     def __call__(self, arch: int) -> None:
         del arch
-        weights = expert_weights(self.dtype, ExpertFormat.FLOAT, 0, self.hidden, self.inter)
-        plan, addresses_E = routing(self.tokens), torch.empty(EXPERTS, dtype=torch.int64)
-        rows_RI = torch.empty(self.tokens * TOP_K, self.inter, dtype=self.dtype)
+        weights, plan = expert_weights(self.dtype, self.format, self.group, HIDDEN, INTER), routing(self.tokens)
+        source = HostRows((None,) * EXPERTS, torch.empty(EXPERTS, dtype=torch.int64))
+        rows_RI = torch.empty(self.tokens * TOP_K, INTER, dtype=self.dtype)
         if self.up:
-            x_TH = torch.empty(self.tokens, self.hidden, dtype=self.dtype)
-            moe_fill.moe_up_fill(x_TH, weights, addresses_E, plan, plan.missing, rows_RI)
+            x_TH = torch.empty(self.tokens, HIDDEN, dtype=self.dtype)
+            moe_fill.moe_up_fill(x_TH, weights, source, plan, plan.missing, rows_RI)
         else:
-            y_RH = torch.empty(self.tokens * TOP_K, self.hidden, dtype=self.dtype)
-            moe_fill.moe_down_fill(rows_RI, weights, addresses_E, plan, plan.missing, y_RH)
+            y_RH = torch.empty(self.tokens * TOP_K, HIDDEN, dtype=self.dtype)
+            moe_fill.moe_down_fill(rows_RI, weights, source, plan, plan.missing, y_RH)
 
 
 def expert_weights(dtype: torch.dtype, format: ExpertFormat, group: int, hidden: int, inter: int) -> ExpertWeights:
@@ -216,15 +221,15 @@ def attended_latents(dtype: torch.dtype, heads: int) -> None:
     attention_mla.mla_decode_attention(q_latent, q_rope, pages, table, lengths, 0.1)
 
 
-CLASSES = tuple(TOKENS)
 BOTH = (True, False)
 GEMMS = {
     str(gemm): gemm
     for gemm in (
-        *(Gemm(up, BF16, *format, block_t) for format in FORMATS for block_t in CLASSES for up in BOTH),
-        *(Gemm(up, BF16, ExpertFormat.FLOAT, 0, block_t, tma=False) for block_t in CLASSES for up in BOTH),
-        *(Gemm(up, FP16, *format, block_t) for format in FORMATS for block_t in CLASSES for up in BOTH),
-        *(Gemm(up, FP32, *format, block_t) for format in FORMATS for block_t in CLASSES for up in BOTH),
+        *(Gemm(up, BF16, *format, block_t) for format in FORMATS for block_t in TOKENS for up in BOTH),
+        *(Gemm(False, BF16, *FORMATS[0], block_t, tma=False) for block_t in TOKENS),
+        # Of float16 only the decoding differs; float32 has one tile for a few rows and one for many.
+        *(Gemm(True, FP16, *format, MEDIUM) for format in FORMATS[1:]),
+        *(Gemm(up, FP32, *format, MEDIUM if up else SMALL) for format in FORMATS for up in BOTH),
     )
 }
 # Mixtral, Qwen3-30B-A3B, and the odd width of DeepSeek-V2-Lite.
@@ -233,11 +238,18 @@ GEMVS = {
     for gemv in (
         Gemv(up, dtype, hidden, inter)
         for hidden, inter in ((4096, 14336), (2048, 768), (2048, 1408))
-        for dtype in (BF16, FP16, FP32)
+        for dtype in (BF16, FP32)
         for up in BOTH
     )
 }
-FILLS = {str(fill): fill for fill in (Fill(up, d, t) for t in (1, 64) for d in (BF16, FP16, FP32) for up in BOTH)}
+FILLS = {
+    str(fill): fill
+    for fill in (
+        *(Fill(up, BF16, *FORMATS[0], tokens) for tokens in (1, 64) for up in BOTH),
+        *(Fill(True, BF16, *format, MEDIUM) for format in FORMATS[1:]),
+        *(Fill(True, FP32, *format, SMALL) for format in (FORMATS[0], FORMATS[4])),
+    )
+}
 SMALL_KERNELS: dict[str, Callable[[], None]] = {
     "route-1x2-of-8": partial(plan, 1, 2, 8),
     "route-8x8-of-128": partial(plan, 8, 8, 128),
@@ -283,9 +295,28 @@ def _ignoring_arch(launch: Callable[[], None]) -> Callable[[int], None]:
     return lambda arch: launch()
 
 
+def _up_with(**changes: int) -> Callable[[int], None]:
+    """``moe_up`` with the widest row of the table, changed."""
+
+    def launch(arch: int) -> None:
+        gemm = GEMMS["up-bf16-float-256"]
+        gemm.launch(replace(gemm.config(arch), **changes))
+
+    return launch
+
+
+def _unaligned(arch: int) -> None:
+    """``moe_down`` of rows that begin on 8 bytes."""
+    Gemm(False, BF16, ExpertFormat.FLOAT, 0, MEDIUM, tma=False, inter=1412)(arch)
+
+
+# What the gate must refuse, so that it is seen to.
+SPILLING = {"few-warps": _up_with(num_warps=4), "few-registers": _up_with(ctas_per_sm=4)}
 LAUNCHES: dict[str, Callable[[int], None]] = {
     **GEMMS,
     **GEMVS,
+    **SPILLING,
+    "unaligned": _unaligned,
     **FILLS,
     **{name: _ignoring_arch(launch) for name, launch in SMALL_KERNELS.items()},
 }
