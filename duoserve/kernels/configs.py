@@ -83,7 +83,9 @@ _FP32 = {
 }
 # Decoded in registers, which then feed wgmma or mma; sums and scaled sums together take twice the accumulators.
 _QUANTIZED_SM90 = {
-    SMALL: GemmConfig(64, 16, 128, 4, 4, 3, "decode: 8 KB of int4 or 12 KB of bytes a stage; fp8 spills in 128 registers", True),
+    SMALL: GemmConfig(
+        64, 16, 128, 4, 4, 3, "decode: 8 KB of int4 or 12 KB of bytes a stage; fp8 spills in 128 registers", True
+    ),
     MEDIUM: GemmConfig(128, 64, 128, 8, 3, 1, "32 + 32 sums a thread and a K of 128 spill in 4 warps", True),
     LARGE: GemmConfig(128, 128, 128, 8, 3, 1, "64 + 64 sums a thread in 8 warps", True),
     HUGE: GemmConfig(128, 128, 128, 8, 3, 1, "a 256-wide tile would spill with two sets of sums", True),

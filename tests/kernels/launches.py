@@ -238,7 +238,7 @@ GEMVS = {
     for gemv in (
         Gemv(up, dtype, hidden, inter)
         for hidden, inter in ((4096, 14336), (2048, 768), (2048, 1408))
-        for dtype in (BF16, FP32)
+        for dtype in ((BF16, FP32) if inter == 768 else (BF16,))
         for up in BOTH
     )
 }
@@ -246,7 +246,7 @@ FILLS = {
     str(fill): fill
     for fill in (
         *(Fill(up, BF16, *FORMATS[0], tokens) for tokens in (1, 64) for up in BOTH),
-        *(Fill(True, BF16, *format, MEDIUM) for format in FORMATS[1:]),
+        *(Fill(True, BF16, *format, MEDIUM) for format in FORMATS[3:]),
         *(Fill(True, FP32, *format, SMALL) for format in (FORMATS[0], FORMATS[4])),
     )
 }
@@ -256,18 +256,13 @@ SMALL_KERNELS: dict[str, Callable[[], None]] = {
     "route-64x8-of-256": partial(plan, 64, 8, 256),
     "route-51x10-of-512": partial(plan, 51, 10, 512),
     "route-4096x8-of-128": partial(plan, 4096, 8, 128),
-    "combine-bf16": partial(combined, BF16, False),
     "combine-bf16-shared": partial(combined, BF16, True),
     "combine-fp32": partial(combined, FP32, True),
     "norm-bf16-128": partial(normed, BF16, 128, False),
-    "norm-bf16-2048": partial(normed, BF16, 2048, False),
     "add-norm-bf16-4096": partial(normed, BF16, 4096, True),
     "add-norm-bf16-7168": partial(normed, BF16, 7168, True),
-    "add-norm-fp32-4096": partial(normed, FP32, 4096, True),
     "add-norm-fp32-32768": partial(normed, FP32, 32768, True),
     "rope-bf16-mixtral": partial(rotated, BF16, 32, 8, 128, 128),
-    "rope-bf16-oss": partial(rotated, BF16, 64, 8, 64, 64),
-    "rope-bf16-glm": partial(rotated, BF16, 96, 8, 128, 64),
     "rope-bf16-interleaved": partial(rotated, BF16, 16, 1, 64, 64, True),
     "rope-fp32-qwen": partial(rotated, FP32, 32, 4, 128, 128),
     "router-mixtral": partial(routed, 8, 2),
@@ -275,18 +270,13 @@ SMALL_KERNELS: dict[str, Callable[[], None]] = {
     "router-deepseek-v3": partial(
         routed, 256, 8, FP32, bias=True, scoring="sigmoid", n_group=8, topk_group=4, scale=2.5
     ),
-    "router-deepseek-v2": partial(routed, 160, 6, FP32, n_group=8, topk_group=3, renormalize=False, scale=16.0),
     "router-gpt-oss": partial(routed, 128, 4, scoring="softmax_of_topk"),
     "router-4096": partial(routed, 4096, 16),
-    "attention-bf16-mixtral": partial(attended, BF16, 32, 8, 128),
-    "attention-bf16-oss": partial(attended, BF16, 64, 8, 64, 128, True),
+    "attention-bf16-gpt-oss": partial(attended, BF16, 64, 8, 64, 128, True),
+    "attention-fp16-128": partial(attended, FP16, 32, 8, 128),
     "attention-bf16-256": partial(attended, BF16, 16, 4, 256),
-    "attention-fp16-phi": partial(attended, FP16, 32, 32, 96),
-    "attention-fp32-64": partial(attended, FP32, 32, 8, 64),
     "attention-fp32-128": partial(attended, FP32, 32, 8, 128),
-    "mla-bf16-16": partial(attended_latents, BF16, 16),
     "mla-bf16-128": partial(attended_latents, BF16, 128),
-    "mla-fp16-16": partial(attended_latents, FP16, 16),
     "mla-fp32-16": partial(attended_latents, FP32, 16),
 }
 

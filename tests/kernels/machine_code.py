@@ -15,7 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+from tests.kernels.launches import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -60,7 +62,9 @@ class MachineCode:
     def loads(self, width: int, loop: bool = True) -> int:
         """Global loads of at least ``width`` bytes a thread."""
         counts = self.loop if loop else self.code
-        return sum(n for name, n in counts.items() if name.partition(".")[0] in GLOBAL_LOADS and bytes_of(name) >= width)
+        return sum(
+            n for name, n in counts.items() if name.partition(".")[0] in GLOBAL_LOADS and bytes_of(name) >= width
+        )
 
 
 def bytes_of(instruction: str) -> int:
@@ -83,7 +87,7 @@ class Compiler:
         return self
 
     def __call__(self, launch: str, arch: int) -> list[MachineCode]:
-        """The kernels of one launch for ``arch`` (90: sm_90), in their order. AssertionError if one does not compile."""
+        """The kernels of one launch for ``arch`` (90: sm_90) in their order; AssertionError if one does not compile."""
         assert self._process.stdin and self._process.stdout
         print(json.dumps([launch, arch]), file=self._process.stdin, flush=True)
         answer = json.loads(self._process.stdout.readline() or '"the compiler has ended"')
@@ -114,8 +118,8 @@ class _NoDevice:
         return GPUTarget("cuda", self._arch, 32)
 
 
-def compiled(launch: Callable[[], None], arch: int) -> list[MachineCode]:
-    """Runs ``launch`` with every kernel compiled as its operands want it, and none started."""
+def compiled(launching: Callable[[], None], arch: int) -> list[MachineCode]:
+    """Calls ``launching`` with every kernel compiled as its operands want it, and none started."""
     found = []
     original = JITFunction.run
 
@@ -127,7 +131,7 @@ def compiled(launch: Callable[[], None], arch: int) -> list[MachineCode]:
     driver.set_active(_NoDevice(arch))
     JITFunction.run = compile_only
     try:
-        launch()
+        launching()
     finally:
         JITFunction.run = original
     return found
@@ -182,13 +186,11 @@ def _sums(loop: Counter[str]) -> int:
 
 def main() -> None:
     """Answers lines [launch, architecture] with lists of MachineCode, or with what went wrong."""
-    from tests.kernels.launches import launch
-
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         name, arch = json.loads(line)
         try:
-            answer: Any = [vars(code) for code in compiled(lambda: launch(name, arch), arch)]
+            answer: Any = [vars(code) for code in compiled(partial(launch, name, arch), arch)]
         except Exception as error:
             answer = f"{name} for sm_{arch}: {type(error).__name__}: {error}"
         print(json.dumps(answer), file=answers, flush=True)
