@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from duoserve.kernels.checks import check_one_device, check_tensor, require
-from duoserve.kernels.configs import MEDIUM, SMALL, GemmConfig, gemm_config
+from duoserve.kernels.configs import MEDIUM, SMALL, GemmConfig, gemm_config, scale_group
 from duoserve.kernels.host_rows import ROW_ALIGNMENT, HostRows, check_addresses, offset_in_row
 from duoserve.kernels.moe_checks import check_operands, check_rows
 from duoserve.kernels.moe_gemm import machine, product, store_rows
@@ -187,6 +187,7 @@ def moe_fill_kernel(
                 D,
                 UP,
                 FORMAT,
+                GROUP,
                 FP8_HARDWARE,
                 BN,
                 BT,
@@ -294,7 +295,7 @@ def _launch(
         TOP_K=plan.top_k,
         UP=matrix.interleaved,
         FORMAT=matrix.format.value,
-        GROUP=matrix.group,
+        GROUP=scale_group(matrix.format, matrix.group),
         FP8_HARDWARE=arch >= 89,
         BN=config.block_n,
         BT=config.block_t,
@@ -304,4 +305,5 @@ def _launch(
         INTERPRET=interpreting(),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.max_registers,
     )

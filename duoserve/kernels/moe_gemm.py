@@ -16,10 +16,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from duoserve.kernels.checks import require
-from duoserve.kernels.configs import INTERPRETER, GemmConfig, gemm_config, shape_class
+from duoserve.kernels.configs import INTERPRETER, GemmConfig, gemm_config, scale_group, shape_class
 from duoserve.kernels.dequant import codes_of, decode_e2m1, decode_fp8, decode_int4, e8m0
 from duoserve.kernels.moe_checks import check_operands, check_rows, tma_fits
-from duoserve.kernels.numerics import interpreting, to_dtype
+from duoserve.kernels.numerics import full_float32, interpreting, to_dtype
 from duoserve.kernels.routing import RoutePlan, Work
 from duoserve.kernels.weights import ExpertWeights, Matrix
 
@@ -93,6 +93,7 @@ def product(
     D,
     UP: tl.constexpr,
     FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
     FP8_HARDWARE: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
@@ -103,24 +104,24 @@ def product(
 ):
     """``W x^T`` in float32 [BN, BT] for BN weight rows from ``first_n`` on and the rows of x at ``x_rows``.
 
-    Weight rows past N and unused x rows are some row that exists: their results are never stored. Of grouped formats a
-    step is one group, and its sums are scaled before they are added.
+    Weight rows past N and unused x rows are some row that exists: their results are never stored. Where GROUP weights
+    of a row have one scale, a step lies in one group, and its sums are scaled before they are added.
     """
     PER_BYTE: tl.constexpr = 2 if (FORMAT == "int4") | (FORMAT == "mxfp4") else 1
-    GROUPED: tl.constexpr = (FORMAT != "float") & (FORMAT != "int8")
     k = tl.arange(0, BK)
     x_at = x + x_rows.to(tl.int64)[None, :] * D + k[:, None]
     n = tl.minimum(first_n + tl.arange(0, BN), N - 1)
     b = tl.arange(0, BK // PER_BYTE)
     if not TMA:
-        w_at = w + slot.to(tl.int64) * slot_stride + n[:, None] * (D // PER_BYTE) + b[None, :]
+        row = D if PER_BYTE == 1 else tl.multiple_of(D // 2, 16)  # groups of 32 or more have 16 bytes or more
+        w_at = w + slot.to(tl.int64) * slot_stride + n[:, None] * row + b[None, :]
     s_at = scales
     z_at = zeros
     if FORMAT != "float":
         s_at = (
             scales
             + slot.to(tl.int64) * scales_stride
-            + _scale_columns(n, UP, FORMAT) * (tl.cdiv(D, BK) if FORMAT == "fp8" else 1)
+            + _scale_columns(n, UP, FORMAT) * (tl.cdiv(D, GROUP) if FORMAT == "fp8" else 1)
         )
     if FORMAT == "int4":
         z_at = zeros + slot.to(tl.int64) * zeros_stride + n
@@ -134,13 +135,14 @@ def product(
             w_tile = tl.load(w_at) if EVEN else tl.load(w_at, mask=b[None, :] < left, other=0)
             w_at += BK // PER_BYTE
         x_at += BK
-        w_tile = _decode(w_tile, z_at, x.dtype.element_ty, FORMAT, FP8_HARDWARE, INTERPRET)
-        if GROUPED:
-            scale = e8m0(tl.load(s_at)) if FORMAT == "mxfp4" else tl.load(s_at).to(tl.float32)
+        group = first_k // GROUP * (1 if FORMAT == "fp8" else N) if GROUP else 0
+        w_tile = _decode(w_tile, z_at + group, x.dtype.element_ty, FORMAT, FP8_HARDWARE, INTERPRET)
+        if (FORMAT != "float") & (x.dtype.element_ty == tl.float32) & (not INTERPRET):
+            w_tile = full_float32(w_tile)
+        if GROUP:
+            scale = tl.load(s_at + group)
+            scale = e8m0(scale) if FORMAT == "mxfp4" else scale.to(tl.float32)
             acc += _matrix_product(w_tile, x_tile, tl.zeros((BN, BT), tl.float32), INTERPRET) * scale[:, None]
-            s_at += 1 if FORMAT == "fp8" else N
-            if FORMAT == "int4":
-                z_at += N
         else:
             acc = _matrix_product(w_tile, x_tile, acc, INTERPRET)
     if FORMAT == "int8":
@@ -211,6 +213,7 @@ def moe_gemm_kernel(
     TOP_K: tl.constexpr,
     UP: tl.constexpr,
     FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
     FP8_HARDWARE: tl.constexpr,
     WP: tl.constexpr,
     BN: tl.constexpr,
@@ -255,6 +258,7 @@ def moe_gemm_kernel(
             D,
             UP,
             FORMAT,
+            GROUP,
             FP8_HARDWARE,
             BN,
             BT,
@@ -343,6 +347,7 @@ def _launch(x: Tensor, matrix: Matrix, plan: RoutePlan, work: Work, out: Tensor,
         TOP_K=plan.top_k,
         UP=matrix.interleaved,
         FORMAT=matrix.format.value,
+        GROUP=scale_group(matrix.format, matrix.group),
         FP8_HARDWARE=arch >= 89,
         WP=max(16, triton.next_power_of_2(max_items)),
         BN=config.block_n,
@@ -354,6 +359,7 @@ def _launch(x: Tensor, matrix: Matrix, plan: RoutePlan, work: Work, out: Tensor,
         INTERPRET=interpreting(),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.max_registers,
     )
 
 
