@@ -22,6 +22,7 @@ from duoserve.kernels import (
     attention_gqa,
     attention_mla,
     combine,
+    copies,
     moe_fill,
     moe_gemm,
     moe_gemv,
@@ -56,7 +57,7 @@ def launch(name: str, arch: int) -> None:
     """Launches as on a GPU of ``arch``, with tensors that have no memory."""
     with ExitStack() as stack:
         stack.enter_context(torch.device("meta"))
-        for module in (moe_gemm, moe_gemv, moe_fill):
+        for module in (moe_gemm, moe_gemv, moe_fill, copies):
             stack.enter_context(patch.object(module, "machine", lambda device: (arch, NUM_SMS)))
         LAUNCHES[name](arch)
 
@@ -108,7 +109,6 @@ class Gemv:
     dtype: torch.dtype
     hidden: int
     inter: int
-    shared: bool = False
 
     def __str__(self) -> str:
         return f"gemv-{'up' if self.up else 'down'}-{NAMES[self.dtype]}-{self.hidden if self.up else self.inter}"
@@ -221,6 +221,12 @@ def attended_latents(dtype: torch.dtype, heads: int) -> None:
     attention_mla.mla_decode_attention(q_latent, q_rope, pages, table, lengths, 0.1)
 
 
+def gathered() -> None:
+    source = HostRows((None,) * EXPERTS, torch.empty(EXPERTS, dtype=torch.int64))
+    layout = ExpertLayout(BF16, HIDDEN, INTER)
+    copies.page_gather(source, routing(1).missing, torch.empty(NUM_SLOTS, layout.slot_bytes, dtype=torch.uint8))
+
+
 BOTH = (True, False)
 GEMMS = {
     str(gemm): gemm
@@ -256,6 +262,7 @@ SMALL_KERNELS: dict[str, Callable[[], None]] = {
     "route-64x8-of-256": partial(plan, 64, 8, 256),
     "route-51x10-of-512": partial(plan, 51, 10, 512),
     "route-4096x8-of-128": partial(plan, 4096, 8, 128),
+    "page-gather": gathered,
     "combine-bf16-shared": partial(combined, BF16, True),
     "combine-fp32": partial(combined, FP32, True),
     "norm-bf16-128": partial(normed, BF16, 128, False),
