@@ -78,25 +78,17 @@ def bytes_of(instruction: str) -> int:
 
 
 class Compiler:
-    """A process that compiles what ``tests.kernels.launches`` launches, in the order that it is asked to."""
+    """Processes that compile what ``tests.kernels.launches`` launches, each in the order that it is asked to."""
 
-    def __init__(self) -> None:
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0", "TRITON_DISABLE_LINE_INFO": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+    def __init__(self, num_processes: int = 2) -> None:
+        self._processes = [_Process() for _ in range(num_processes)]
         self._answers: dict[tuple[str, int], Future[str]] = {}
-        self._asked: SimpleQueue[Future[str]] = SimpleQueue()
-        Thread(target=self._listen, daemon=True).start()
 
     def order(self, launch: str, arch: int) -> Future[str]:
         """Asks for a launch on ``arch`` (90: sm_90), once, and does not wait."""
-        assert self._process.stdin
         if (launch, arch) not in self._answers:
-            self._answers[launch, arch] = future = Future()
-            self._asked.put(future)
-            print(json.dumps([launch, arch]), file=self._process.stdin, flush=True)
+            process = self._processes[len(self._answers) % len(self._processes)]
+            self._answers[launch, arch] = process.order(launch, arch)
         return self._answers[launch, arch]
 
     def __call__(self, launch: str, arch: int) -> list[MachineCode]:
@@ -106,7 +98,29 @@ class Compiler:
         return [MachineCode(**code) for code in answer]
 
     def close(self) -> None:
-        """Ends the process, whatever it is at."""
+        """Ends the processes, whatever they are at."""
+        for process in self._processes:
+            process.close()
+
+
+class _Process:
+    def __init__(self) -> None:
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0", "TRITON_DISABLE_LINE_INFO": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._asked: SimpleQueue[Future[str]] = SimpleQueue()
+        Thread(target=self._listen, daemon=True).start()
+
+    def order(self, launch: str, arch: int) -> Future[str]:
+        assert self._process.stdin
+        future: Future[str] = Future()
+        self._asked.put(future)
+        print(json.dumps([launch, arch]), file=self._process.stdin, flush=True)
+        return future
+
+    def close(self) -> None:
         self._process.kill()
         self._process.wait()
 

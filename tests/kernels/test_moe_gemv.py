@@ -13,7 +13,7 @@ from duoserve.kernels.configs import GemvConfig, gemv_config
 from tests.kernels.common import DEVICE, DTYPES, assert_close, assert_same_bits, poisoned
 from tests.kernels.experts_case import Case, make_case, well_conditioned
 
-TINY = GemvConfig(4, 32, 4, 3, "several steps and CTAs for small matrices")
+TINY = GemvConfig(4, 32, 4, 3, 1, "several steps and CTAs for small matrices")
 
 
 def slots_of(case: Case) -> torch.Tensor:
