@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 from duoserve.kernels import reference, reference_copies
@@ -53,6 +54,7 @@ __all__ = [
 _Operands = ParamSpec("_Operands")
 _Result = TypeVar("_Result")
 _TRITON_ON_CPU = os.environ.get("DUOSERVE_KERNELS") == "triton"
+_GPU = torch.cuda.is_available()  # without one no operand needs to be looked at
 
 
 def _dispatched(twin: Callable[_Operands, _Result]) -> Callable[_Operands, _Result]:
@@ -60,7 +62,7 @@ def _dispatched(twin: Callable[_Operands, _Result]) -> Callable[_Operands, _Resu
 
     @wraps(twin)
     def op(*operands: _Operands.args, **options: _Operands.kwargs) -> _Result:
-        on_gpu = any(operand.is_cuda for operand in operands if isinstance(operand, Tensor))
+        on_gpu = _GPU and any(operand.is_cuda for operand in operands if isinstance(operand, Tensor))
         return (_in_triton(twin) if on_gpu or _TRITON_ON_CPU else twin)(*operands, **options)
 
     return op
