@@ -158,6 +158,21 @@ class TestGuesses:
         assert delays  # the rule was put to the test
         assert max(one.stop - one.start for one in delays) <= PIECE_BYTES / link * 1.0001
 
+    def test_what_was_moved_of_a_wrong_guess_is_wasted_and_its_slot_is_free_at_once(self) -> None:
+        rig = GpuRig("layer-prefetch", Shape(2, 4, 1, 10, 0, 0), slots=4, link=1.0, piece_bytes=4)
+        rig.run(Phase.PREFILL, [[3], [3]], 1, attention_s=5.0, expert_s=0.0)
+        layer_0 = [ticket for ticket in rig.engine.tickets if ticket.expert.layer == 0]
+        assert [ticket.state.value for ticket in layer_0] == ["cancelled", "cancelled", "cancelled", "done"]
+        # At 5 the second piece of the wrong guess was on the link, and the third will never be.
+        assert [(one.start, one.stop, one.ticket) for one in rig.engine.log[:3]] == [
+            (0.0, 4.0, layer_0[0]),
+            (4.0, 8.0, layer_0[0]),
+            (8.0, 18.0, layer_0[3]),
+        ]
+        assert {ticket.slot: ticket.issued_at for ticket in rig.engine.tickets[4:]}[layer_0[0].slot] == 5.0
+        bytes_by_class = rig.meter.snapshot().bytes
+        assert (bytes_by_class.wasted, bytes_by_class.prefetched_late, bytes_by_class.demanded) == (2 * 8, 2 * 10, 0)
+
 
 def pieces_in_the_way(rig: GpuRig) -> list[Carried]:
     """The pieces of prefetches during which a demand was made."""
