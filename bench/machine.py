@@ -51,7 +51,7 @@ def disk_facts(folder: Path) -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Versions of what is measured, None where it is not installed, and the commit of this repository."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "accelerate", "safetensors", "duoserve"):
+    for name in ("torch", "triton", "numpy", "transformers", "accelerate", "safetensors", "duoserve"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -68,7 +68,8 @@ def _commit() -> str | None:
         commit = git("rev-parse", "--short=12", "HEAD")
         changed = git("status", "--porcelain", "--", "duoserve", "bench/*.py")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        said = os.environ.get("DUOSERVE_COMMIT")  # a copy of the tree may travel without its history
+        return said and f"{said} as DUOSERVE_COMMIT says"
     return commit + (" with uncommitted changes" if changed else "")
 
 

@@ -21,7 +21,8 @@ class ByteCounts:
     """Copied bytes by what they were good for; an expert's bytes are counted once that is known.
 
     ``demanded``: asked for after the routing. ``prefetched_useful``: in its slot before it was asked for.
-    ``prefetched_late``: guessed right, still under way when asked for. ``wasted``: given up without having been used.
+    ``prefetched_late``: guessed right, still under way when asked for. ``wasted``: given up without having been used,
+    a copy that was cancelled half-way with what of it had been moved.
     """
 
     demanded: int = 0

@@ -66,13 +66,21 @@ def test_real_copies(policy: str, slots: int, host_memory: str, folder: Path, tr
         assert model.stats.bytes.total > 0 or slots == 24
 
 
-@given(policy=st.sampled_from(STREAMING), slots=st.integers(3, 24), seed=st.integers(0, 2**31))
+@given(
+    policy=st.sampled_from(STREAMING),
+    slots=st.integers(3, 24),
+    seed=st.integers(0, 2**31),
+    piece_bytes=st.sampled_from([None, 1500]),
+)
 @settings(max_examples=40, deadline=None)
-def test_any_order_of_arrival(policy: str, slots: int, seed: int, folder: Path, truth: Outcome) -> None:
-    """A virtual link completes copies in an order drawn by ``seed``; slots are poisoned."""
+def test_any_order_of_arrival(
+    policy: str, slots: int, seed: int, piece_bytes: int | None, folder: Path, truth: Outcome
+) -> None:
+    """A virtual link completes copies, whole or in pieces, in an order drawn by ``seed``; slots are poisoned."""
 
     def virtual(store: ExpertStore, pool: SlotPool) -> VirtualCopyEngine:
-        return VirtualCopyEngine(VirtualClock(), lambda nbytes: 1e-3, store, pool, shuffle=random.Random(seed))
+        rng = random.Random(seed)
+        return VirtualCopyEngine(VirtualClock(), lambda nbytes: 1e-3, store, pool, rng, piece_bytes=piece_bytes)
 
     with assembled(folder, policy, slots, virtual) as engine:
         assert tokens_of(engine, PROMPT, GREEDY) == truth.tokens

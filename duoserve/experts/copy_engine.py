@@ -15,15 +15,18 @@ from duoserve.experts.tickets import Priority, Ticket, TicketQueue, TicketState
 
 __all__ = ["CopyEngine", "CopyListener", "Priority", "ThreadedCopyEngine", "Ticket", "TicketState"]
 
-# Told of every successful copy: when it was asked for and when it had arrived (seconds on the engine's clock), and its
-# bytes. The wake-up of a copy thread is thus part of the copy: the lane is busy while a copy is outstanding.
+# Told of everything that was copied: from when to when that took (seconds on the engine's clock), and its bytes. Copy
+# threads count from when they were asked: their wake-up is part of the copy, and the lane is busy while one is
+# outstanding.
 CopyListener = Callable[[float, float, int], None]
 
 
 class CopyEngine(Protocol):
-    """Brings experts into slots. Demands go before prefetches, oldest first; a running copy is never interrupted.
+    """Brings experts into slots. Demands go before prefetches, oldest first.
 
-    The caller sees to it that a slot is written by one ticket at a time and read by nobody meanwhile.
+    An engine that carries prefetches in pieces (see TicketQueue) lets demands overtake between two of them; what is on
+    its way is never interrupted. The caller sees to it that a slot belongs to one ticket at a time, and that who may
+    read it has been announced by ``fence`` before the next copy into it is asked for.
     """
 
     def now(self) -> float:
@@ -35,11 +38,18 @@ class CopyEngine(Protocol):
         ...
 
     def promote(self, ticket: Ticket) -> None:
-        """Turns a queued prefetch into the last of the demands; does nothing for any other ticket."""
+        """Turns what is queued of a prefetch into the last of the demands; does nothing for any other ticket."""
         ...
 
     def cancel(self, ticket: Ticket) -> bool:
-        """True if the ticket was still queued; it is CANCELLED then. False changes nothing."""
+        """True if some of the ticket was still queued; it is CANCELLED then. False changes nothing.
+
+        The slot may be given to another ticket at once: a piece still on its way lands before that one's first does.
+        """
+        ...
+
+    def fence(self, slots: Collection[int]) -> None:
+        """The work launched so far may read ``slots``: no copy into one of them starts before that work has ended."""
         ...
 
     def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
@@ -59,7 +69,7 @@ class CopyEngine(Protocol):
 
 
 class ThreadedCopyEngine(CopyEngine):
-    """Worker threads that read from ``store`` into ``pool``, one expert each at a time; use it from any thread.
+    """Worker threads that read from ``store`` into ``pool``, one whole expert each at a time; use it from any thread.
 
     Whatever a read raises becomes its ticket's ``error``, and the thread goes on. ``on_copied`` runs in the worker,
     before the ticket is DONE. ConfigError for less than one thread.
@@ -112,6 +122,9 @@ class ThreadedCopyEngine(CopyEngine):
             self._finished.notify_all()
             return True
 
+    def fence(self, slots: Collection[int]) -> None:
+        """Nothing: work on the host has ended when the call that did it returns."""
+
     def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
         """As in CopyEngine."""
         with self._finished:
@@ -126,7 +139,7 @@ class ThreadedCopyEngine(CopyEngine):
         """As in CopyEngine; ends the threads and wakes every waiter."""
         with self._queued:
             self._closed = True
-            while (ticket := self._queue.pop()) is not None:
+            for ticket in self._queue.clear():
                 ticket.cancel(self.now())
             self._queued.notify_all()
             self._finished.notify_all()
@@ -143,12 +156,12 @@ class ThreadedCopyEngine(CopyEngine):
     def _take(self) -> Ticket | None:
         """The next ticket, RUNNING; blocks while there is none. None once the engine is closed."""
         with self._queued:
-            while (ticket := self._queue.pop()) is None:
+            while (whole := self._queue.take()) is None:
                 if self._closed:
                     return None
                 self._queued.wait()
-            ticket.start(self.now())
-            return ticket
+            whole.ticket.start(self.now())
+            return whole.ticket
 
     def _copy(self, ticket: Ticket) -> CopyError | None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,9 +18,8 @@ from duoserve.experts.rows import aligned_rows
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.streams import Lane, Mark, Streams
-from duoserve.experts.tickets import Priority, Ticket, TicketQueue
+from duoserve.experts.tickets import PIECE_BYTES, Priority, Ticket, TicketQueue
 
-PIECE_BYTES = 8 << 20  # of a prefetch: a third of a millisecond at 25 GB/s, which a demand may have to wait
 PIECES_IN_FLIGHT = 2  # one is being copied and the next stands behind it, so that the link never idles
 
 StallListener = Callable[[float], None]  # told for how many seconds the compute lane waited for a copy
@@ -39,7 +38,7 @@ class StreamCopyEngine(CopyEngine):
     A demand for an expert that lies in host RAM is enqueued by ``submit`` itself, on a lane of its own. ``num_threads``
     threads carry out all else: prefetches from RAM, of which at most PIECES_IN_FLIGHT pieces of ``piece_bytes`` stand
     on their lane at a time, and reads from the disk, through a row of their own, page-locked if ``pinned``. A copy into
-    a slot starts after the kernels that ``released`` it. ``wait`` makes the compute lane wait, and
+    a slot starts after the kernels before its ``fence``. ``wait`` makes the compute lane wait, and
     the host only for copies that no thread has enqueued yet.
     """
 
@@ -132,8 +131,8 @@ class StreamCopyEngine(CopyEngine):
                     self._join(enqueued)
             return []
 
-    def released(self, slots: Iterable[int]) -> None:
-        """The kernels that read these slots have been enqueued; a copy into one of them starts after they end."""
+    def fence(self, slots: Collection[int]) -> None:
+        """As in CopyEngine: what the compute lane has been filled with so far may read these slots."""
         mark = self._streams.mark(Lane.COMPUTE)
         with self._changed:
             self._readers.update(dict.fromkeys(slots, mark))
@@ -147,7 +146,7 @@ class StreamCopyEngine(CopyEngine):
         """As in CopyEngine."""
         with self._queued:
             self._closed = True
-            while (ticket := self._queue.pop()) is not None:
+            for ticket in self._queue.clear():
                 ticket.cancel(self.now())
             self._queued.notify_all()
             self._changed.notify_all()
@@ -232,12 +231,12 @@ class StreamCopyEngine(CopyEngine):
     def _take(self) -> Ticket | None:
         """The next ticket, RUNNING; blocks while there is none. None once the engine is closed."""
         with self._queued:
-            while (ticket := self._queue.pop()) is None:
+            while (whole := self._queue.take()) is None:
                 if self._closed:
                     return None
                 self._queued.wait()
-            ticket.start(self.now())
-            return ticket
+            whole.ticket.start(self.now())
+            return whole.ticket
 
     def _carry_out(self, ticket: Ticket, staging_B: Tensor) -> CopyError | None:
         try:

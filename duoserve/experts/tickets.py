@@ -1,14 +1,20 @@
-"""A copy that was asked for (Ticket), and the order in which such copies are served (TicketQueue)."""
+"""A copy that was asked for (Ticket), and the order in which the pieces of such copies are served (TicketQueue)."""
 
 from __future__ import annotations
 
 import random
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from itertools import chain
+from typing import NamedTuple
 
 from duoserve.errors import CopyError
 from duoserve.experts.layout import ExpertId
+
+# Of a prefetch: what a demand may have to wait for, 0.3 ms at 25 GB/s. Each costs some microseconds to put on the link.
+PIECE_BYTES = 8 << 20
 
 
 class Priority(IntEnum):
@@ -19,7 +25,7 @@ class Priority(IntEnum):
 
 
 class TicketState(Enum):
-    """QUEUED -> RUNNING -> DONE or FAILED; QUEUED -> CANCELLED."""
+    """QUEUED -> RUNNING (from its first piece on) -> DONE or FAILED; CANCELLED before its last piece is taken."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -36,7 +42,8 @@ class Ticket:
     """One copy of an expert into a slot. Only the engine that issued it changes it.
 
     Times are seconds on that engine's clock. ``priority`` becomes DEMAND when a prefetch is promoted; ``error`` is set
-    when ``state`` is FAILED, and the bytes in the slot are then undefined.
+    when ``state`` is FAILED. ``sent`` of the ``nbytes`` are in pieces that were taken: these have arrived, or will. The
+    bytes in the slot are undefined until the ticket is DONE.
     """
 
     expert: ExpertId
@@ -48,6 +55,7 @@ class Ticket:
     started_at: float | None = None
     finished_at: float | None = None
     error: CopyError | None = None
+    sent: int = 0
 
     @property
     def finished(self) -> bool:
@@ -66,7 +74,7 @@ class Ticket:
         self.state = TicketState.DONE if error is None else TicketState.FAILED
 
     def cancel(self, now: float) -> None:
-        """The copy will not be made."""
+        """The copy will not be made, or not to its end."""
         self.finished_at = now
         self.state = TicketState.CANCELLED
 
@@ -82,46 +90,95 @@ class Ticket:
         return error
 
 
-class TicketQueue:
-    """Queued tickets: demands before prefetches, first come first served within each. Not thread-safe."""
+class Piece(NamedTuple):
+    """Bytes ``start`` to ``stop`` of a ticket's copy."""
 
-    def __init__(self) -> None:
+    ticket: Ticket
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.stop - self.start
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the copy begins with it."""
+        return self.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the copy is complete once it has arrived, and those before it."""
+        return self.stop == self.ticket.nbytes
+
+
+def always(ticket: Ticket) -> bool:
+    """Any ticket may start."""
+    return True
+
+
+class TicketQueue:
+    """Tickets of which a piece is left: demands before prefetches, first come first served within each.
+
+    All that is left of a demand is one piece; a prefetch goes in pieces of ``piece_bytes`` (None: whole) and keeps its
+    place until its last one is taken, so that between two of them demands overtake it, and it can be promoted or
+    cancelled. Not thread-safe. ValueError for pieces of no bytes.
+    """
+
+    def __init__(self, piece_bytes: int | None = None) -> None:
+        if piece_bytes is not None and piece_bytes < 1:
+            raise ValueError(f"pieces of {piece_bytes} bytes would never come to an end")
+        self._piece_bytes = piece_bytes
         # Ordered dicts, for a ticket leaves from the middle when it is cancelled or promoted, in O(1).
         self._lanes: list[OrderedDict[Ticket, None]] = [OrderedDict() for _ in Priority]
 
     def __len__(self) -> int:
         return sum(len(lane) for lane in self._lanes)
 
+    def __iter__(self) -> Iterator[Ticket]:
+        """The tickets in the order in which it is their turn."""
+        return chain.from_iterable(self._lanes)
+
     def push(self, ticket: Ticket) -> None:
         """Puts the ticket behind all others of its priority."""
         self._lanes[ticket.priority][ticket] = None
 
-    def pop(self) -> Ticket | None:
-        """Takes the ticket whose turn it is; None when there is none."""
-        for lane in self._lanes:
-            if lane:
-                return lane.popitem(last=False)[0]
-        return None
+    def take(self, may_start: Callable[[Ticket], bool] = always) -> Piece | None:
+        """The next piece of the ticket whose turn it is among those that may start; None when there is none."""
+        ticket = next(filter(may_start, self), None)
+        return None if ticket is None else self._cut(ticket)
 
-    def draw(self, rng: random.Random) -> Ticket | None:
-        """Takes any ticket, whatever its priority; None when there is none."""
-        tickets = [ticket for lane in self._lanes for ticket in lane]
-        if not tickets:
-            return None
-        ticket = rng.choice(tickets)
-        self.discard(ticket)
-        return ticket
+    def draw(self, rng: random.Random, may_start: Callable[[Ticket], bool] = always) -> Piece | None:
+        """The next piece of any ticket that may start, whatever its priority; None when there is none."""
+        tickets = list(filter(may_start, self))
+        return self._cut(rng.choice(tickets)) if tickets else None
 
     def discard(self, ticket: Ticket) -> bool:
-        """Takes this ticket out; False when it was not queued here."""
+        """Takes this ticket out; False when no piece of it was left here."""
         lane = self._lanes[ticket.priority]
         if ticket not in lane:
             return False
         del lane[ticket]
         return True
 
+    def clear(self) -> list[Ticket]:
+        """Takes out all tickets and returns them in the order of their turns."""
+        tickets = list(self)
+        for lane in self._lanes:
+            lane.clear()
+        return tickets
+
     def promote(self, ticket: Ticket) -> None:
-        """Makes a queued prefetch the last of the demands; does nothing for any other ticket."""
+        """Makes a prefetch of which a piece is left the last of the demands; does nothing for any other ticket."""
         if ticket.priority is Priority.PREFETCH and self.discard(ticket):
             ticket.priority = Priority.DEMAND
             self.push(ticket)
+
+    def _cut(self, ticket: Ticket) -> Piece:
+        start, ticket.sent = ticket.sent, ticket.nbytes
+        if ticket.priority is Priority.PREFETCH and self._piece_bytes is not None:
+            ticket.sent = min(ticket.nbytes, start + self._piece_bytes)
+        if ticket.sent == ticket.nbytes:
+            self.discard(ticket)
+        return Piece(ticket, start, ticket.sent)

@@ -1,4 +1,4 @@
-"""A copy engine on a virtual clock: schedules run without waiting, and copies arrive in any order a test wants."""
+"""A machine on a virtual clock: schedules run without waiting, and copies arrive in any order a test wants."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from duoserve.experts.copy_engine import CopyEngine, CopyListener
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
-from duoserve.experts.tickets import Priority, Ticket, TicketQueue
+from duoserve.experts.tickets import PIECE_BYTES, Piece, Priority, Ticket, TicketQueue
 
 
 class VirtualClock:
@@ -30,14 +30,33 @@ class VirtualClock:
         self.now = max(self.now, when)
 
 
+class ComputeLane:
+    """The compute stream of a device: work is done in the order of its launch, while the host runs ahead."""
+
+    def __init__(self, clock: VirtualClock) -> None:
+        self._clock = clock
+        self.free_at = clock.now  # when all that was launched has ended
+
+    def launch(self, seconds: float) -> tuple[float, float]:
+        """Adds work that takes ``seconds``; returns when it starts and ends. What it reads must have arrived."""
+        start = max(self.free_at, self._clock.now)
+        self.free_at = start + seconds
+        return start, self.free_at
+
+    def synchronize(self) -> None:
+        """The host waits for all that was launched, as it must to read a result."""
+        self._clock.advance_to(self.free_at)
+
+
 class VirtualCopyEngine(CopyEngine):
-    """One link that carries one copy after another, each for ``seconds(nbytes)``; for one thread.
+    """One link that carries one piece after another, each for ``seconds(nbytes)``; for one thread.
 
     ``wait`` advances the clock to the completion that it waits for. Copies that fell due while somebody else advanced
     the clock finish at their own time, at the latest in the next call. With ``store`` and ``pool`` (both or neither)
-    the bytes are really copied, at completion, so that reading a slot too early shows. Without them an expert is
-    ``nbytes`` bytes. With ``shuffle`` the link draws its next copy from all that are queued, whatever their priority,
-    and decides only when time moves, so that copies asked for at one instant complete in any order.
+    the bytes are really copied, when the last piece completes, so that reading a slot too early shows. Without them an
+    expert is ``nbytes`` bytes. With ``shuffle`` the link draws its next piece from all that are queued, whatever their
+    priority, and decides only when time moves, so that copies asked for at one instant complete in any order. The work
+    that ``fence`` waits for is that of ``lane``; a copy whose slot is still read is passed over until it is not.
     """
 
     def __init__(  # noqa: PLR0913
@@ -49,6 +68,8 @@ class VirtualCopyEngine(CopyEngine):
         shuffle: random.Random | None = None,
         *,
         nbytes: int = 0,
+        piece_bytes: int | None = PIECE_BYTES,
+        lane: ComputeLane | None = None,
         on_copied: CopyListener | None = None,
     ) -> None:
         if (store is None) != (pool is None):
@@ -59,11 +80,13 @@ class VirtualCopyEngine(CopyEngine):
         self._pool = pool
         self._shuffle = shuffle
         self._nbytes = nbytes if store is None else store.layout.slot_bytes
+        self._lane = lane
         self._on_copied = on_copied
-        self._queue = TicketQueue()
-        self._running: Ticket | None = None
-        self._due = 0.0  # when the running copy completes
-        self._free_at = 0.0  # when the link began the running copy, or could have begun the next
+        self._queue = TicketQueue(piece_bytes)
+        self._read_until: dict[int, float] = {}  # by slot, until a copy into it starts
+        self.on_link: Piece | None = None  # the piece that is carried; for others to read only
+        self._due = 0.0  # when it completes
+        self._free_at = 0.0  # when the link began it, or could have begun the next
         self._closed = False
 
     def now(self) -> float:
@@ -75,7 +98,7 @@ class VirtualCopyEngine(CopyEngine):
         if self._closed:
             raise ClosedError(f"a copy of expert {expert.layer}/{expert.expert} was asked for after close()")
         self.settle()
-        if self._running is None and not self._queue:
+        if self.on_link is None:
             self._free_at = self.now()
         ticket = Ticket(expert, slot, priority, self._nbytes, self.now())
         self._queue.push(ticket)
@@ -95,52 +118,71 @@ class VirtualCopyEngine(CopyEngine):
         ticket.cancel(self.now())
         return True
 
+    def fence(self, slots: Collection[int]) -> None:
+        """As in CopyEngine; nothing without a lane."""
+        if self._lane is not None:
+            self._read_until.update(dict.fromkeys(slots, self._lane.free_at))
+
     def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
         """As in CopyEngine; IntegrityError for unfinished tickets of another engine, which would take for ever."""
         self.settle()
         while not (finished := [ticket for ticket in tickets if ticket.finished]) and tickets:
-            if self._running is None and self._start() is None:
-                raise IntegrityError(f"wait for {len(tickets)} copies, none of which was asked of this engine")
+            if self.on_link is None:
+                if not self._queue:
+                    raise IntegrityError(f"wait for {len(tickets)} copies, none of which was asked of this engine")
+                self._start(self._next_start())
             self._clock.advance_to(self._due)
             self.settle()
         return finished
 
     def settle(self) -> None:
-        """Completes what is due by now, each copy at its own time."""
-        while (ticket := self._on_link()) is not None and self._due <= self.now():
-            self._complete(ticket)
+        """Completes what is due by now, each piece at its own time."""
+        self._start_if_due()
+        while self.on_link is not None and self._due <= self.now():
+            self._complete(self.on_link)
+            self._start_if_due()
 
     def close(self) -> None:
-        """As in CopyEngine; the clock advances to the end of the running copy."""
+        """As in CopyEngine; the clock advances to the end of what is on the link."""
         self.settle()
         self._closed = True
-        while (ticket := self._queue.pop()) is not None:
+        for ticket in self._queue.clear():
             ticket.cancel(self.now())
-        if self._running is not None:
+        if self.on_link is not None:
             self._clock.advance_to(self._due)
             self.settle()
 
-    def _on_link(self) -> Ticket | None:
-        """The running copy, if need be the next one, which then began when the link was free; None on an idle link."""
-        may_start = self._shuffle is None or self._free_at < self.now()
-        return self._start() if self._running is None and may_start else self._running
+    def _start_if_due(self) -> None:
+        """Puts the next piece on an idle link if that has happened by now."""
+        if self.on_link is None and self._queue:
+            start, now = self._next_start(), self.now()
+            if start < now or (start == now and self._shuffle is None):
+                self._start(start)
 
-    def _start(self) -> Ticket | None:
-        """Puts the next copy on the idle link; None when there is none."""
-        ticket = self._queue.pop() if self._shuffle is None else self._queue.draw(self._shuffle)
-        if ticket is not None:
-            ticket.start(self._free_at)
-            self._due = self._free_at + self._seconds(ticket.nbytes)
-        self._running = ticket
-        return ticket
+    def _next_start(self) -> float:
+        """When the idle link can begin the next piece of what is queued."""
+        return max(self._free_at, min(self._read_until.get(ticket.slot, 0.0) for ticket in self._queue))
 
-    def _complete(self, ticket: Ticket) -> None:
-        error = self._copy(ticket)
+    def _start(self, when: float) -> None:
+        def may_start(ticket: Ticket) -> bool:
+            return self._read_until.get(ticket.slot, 0.0) <= when
+
+        shuffle = self._shuffle
+        piece = self._queue.take(may_start) if shuffle is None else self._queue.draw(shuffle, may_start)
+        assert piece is not None
+        if piece.is_first:
+            piece.ticket.start(when)
+            self._read_until.pop(piece.ticket.slot, None)
+        self.on_link, self._free_at, self._due = piece, when, when + self._seconds(piece.nbytes)
+
+    def _complete(self, piece: Piece) -> None:
+        ticket = piece.ticket
+        error = self._copy(ticket) if piece.is_last else None
         if error is None and self._on_copied is not None:
-            self._on_copied(self._free_at, self._due, ticket.nbytes)
-        ticket.finish(self._due, error)
-        self._running = None
-        self._free_at = self._due
+            self._on_copied(self._free_at, self._due, piece.nbytes)
+        if piece.is_last:
+            ticket.finish(self._due, error)
+        self.on_link, self._free_at = None, self._due
 
     def _copy(self, ticket: Ticket) -> CopyError | None:
         if self._store is None or self._pool is None:

@@ -1,6 +1,6 @@
 """The public ops. Every model computes through these names; this file alone decides what runs them.
 
-Operands on a GPU go to Triton, others to the twins in ``reference``, whose signatures and docstrings the ops have. With
+Operands on a GPU go to Triton, others to the op's twin in PyTorch, whose signature and docstring the op has. With
 ``DUOSERVE_KERNELS=triton`` all go to Triton, which on a CPU means its interpreter (``TRITON_INTERPRET=1``): slow, but a
 check of the kernels in a model.
 """
@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
-from duoserve.kernels import reference
+from duoserve.kernels import reference, reference_copies
+from duoserve.kernels.host_rows import HostRows
 from duoserve.kernels.matmul import linear
 from duoserve.kernels.paging import context_rows
 from duoserve.kernels.reference import apply_rope, attention, rope_table
@@ -24,6 +26,7 @@ from duoserve.kernels.weights import ExpertFormat, ExpertWeights
 __all__ = [
     "ExpertFormat",
     "ExpertWeights",
+    "HostRows",
     "RoutePlan",
     "Work",
     "add_rms_norm",
@@ -35,9 +38,12 @@ __all__ = [
     "mla_decode_attention",
     "moe_combine",
     "moe_down",
+    "moe_down_fill",
     "moe_gemv_down",
     "moe_gemv_up",
     "moe_up",
+    "moe_up_fill",
+    "page_gather",
     "rms_norm",
     "rope_table",
     "rope_write_kv",
@@ -48,14 +54,15 @@ __all__ = [
 _Operands = ParamSpec("_Operands")
 _Result = TypeVar("_Result")
 _TRITON_ON_CPU = os.environ.get("DUOSERVE_KERNELS") == "triton"
+_GPU = torch.cuda.is_available()  # without one no operand needs to be looked at
 
 
 def _dispatched(twin: Callable[_Operands, _Result]) -> Callable[_Operands, _Result]:
-    """The op of ``twin``'s name: in Triton where its first operand is on a GPU, else ``twin`` itself."""
+    """The op of ``twin``'s name: in Triton where its operands are on a GPU, else ``twin`` itself."""
 
     @wraps(twin)
     def op(*operands: _Operands.args, **options: _Operands.kwargs) -> _Result:
-        on_gpu = cast("Tensor", operands[0]).is_cuda
+        on_gpu = _GPU and any(operand.is_cuda for operand in operands if isinstance(operand, Tensor))
         return (_in_triton(twin) if on_gpu or _TRITON_ON_CPU else twin)(*operands, **options)
 
     return op
@@ -75,6 +82,9 @@ moe_down = _dispatched(reference.moe_down)
 moe_combine = _dispatched(reference.moe_combine)
 moe_gemv_up = _dispatched(reference.moe_gemv_up)
 moe_gemv_down = _dispatched(reference.moe_gemv_down)
+moe_up_fill = _dispatched(reference_copies.moe_up_fill)
+moe_down_fill = _dispatched(reference_copies.moe_down_fill)
+page_gather = _dispatched(reference_copies.page_gather)
 router_topk = _dispatched(reference.router_topk)
 rms_norm = _dispatched(reference.rms_norm)
 add_rms_norm = _dispatched(reference.add_rms_norm)

@@ -14,6 +14,13 @@ from duoserve.kernels.weights import FP8_BLOCK, MXFP4_GROUP, ExpertFormat
 
 SMALL, MEDIUM, LARGE, HUGE = 16, 64, 128, 256  # BT of the four shape classes
 INTERPRETER = 0  # the "architecture" of Triton's interpreter
+SM_REGISTERS = 65536  # of a multiprocessor, on every architecture so far
+THREAD_REGISTERS = 255  # that an instruction can name
+
+
+def _max_registers(ctas_per_sm: int, num_warps: int) -> int:
+    """Registers that each thread may have so that ``ctas_per_sm`` CTAs share a multiprocessor; given out by eights."""
+    return min(THREAD_REGISTERS, SM_REGISTERS // (ctas_per_sm * num_warps * 32) // 8 * 8)
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,11 @@ class GemmConfig:
     tma: bool = False
     group_t: int = 8  # tiles of routed rows that share a band of weights, so that both stay in the L2 cache
 
+    @property
+    def max_registers(self) -> int:
+        """A thread's budget. ptxas is told: left alone it spills to fit more CTAs than are ever launched."""
+        return _max_registers(self.ctas_per_sm, self.num_warps)
+
 
 @dataclass(frozen=True)
 class GemvConfig:
@@ -39,7 +51,13 @@ class GemvConfig:
     block_k: int
     num_warps: int
     num_stages: int
+    ctas_per_sm: int
     reason: str
+
+    @property
+    def max_registers(self) -> int:
+        """A thread's budget; ptxas is told."""
+        return _max_registers(self.ctas_per_sm, self.num_warps)
 
 
 # 16-bit weights by TMA into wgmma: 64 weight rows are the least that wgmma takes.
@@ -65,10 +83,12 @@ _FP32 = {
 }
 # Decoded in registers, which then feed wgmma or mma; sums and scaled sums together take twice the accumulators.
 _QUANTIZED_SM90 = {
-    SMALL: GemmConfig(64, 16, 128, 4, 4, 4, "decode: 8 KB of int4 or 12 KB of bytes a stage, 4 CTAs"),
-    MEDIUM: GemmConfig(128, 64, 128, 8, 3, 1, "32 + 32 sums a thread and a K of 128 spill in 4 warps"),
-    LARGE: GemmConfig(128, 128, 128, 8, 3, 1, "64 + 64 sums a thread in 8 warps"),
-    HUGE: GemmConfig(128, 128, 128, 8, 3, 1, "a 256-wide tile would spill with two sets of sums"),
+    SMALL: GemmConfig(
+        64, 16, 128, 4, 4, 3, "decode: 8 KB of int4 or 12 KB of bytes a stage; fp8 spills in 128 registers", True
+    ),
+    MEDIUM: GemmConfig(128, 64, 128, 8, 3, 1, "32 + 32 sums a thread and a K of 128 spill in 4 warps", True),
+    LARGE: GemmConfig(128, 128, 128, 8, 3, 1, "64 + 64 sums a thread in 8 warps", True),
+    HUGE: GemmConfig(128, 128, 128, 8, 3, 1, "a 256-wide tile would spill with two sets of sums", True),
 }
 _QUANTIZED_SM80 = {
     SMALL: GemmConfig(64, 16, 64, 4, 4, 2, "decode: 4 KB of weights or less a stage"),
@@ -119,17 +139,18 @@ def gemm_config(
     else:
         config = (_QUANTIZED_SM80 if no_wgmma else _QUANTIZED_SM90)[block_t]
     config = config if tma_fits else replace(config, tma=False)
-    block_k = _block_k(format, group) or config.block_k
-    # A narrow step brings few bytes, so more of them are under way (and ptxas, which would spill to fit two CTAs, does
-    # not try).
+    if dtype == torch.float32:  # a step's products are unrolled: a group of 128 would spill
+        return config
+    block_k = scale_group(format, group) or config.block_k
+    # A narrow step brings few bytes, so more of them are under way.
     more = 2 if format is not ExpertFormat.FLOAT and block_k == MXFP4_GROUP else 0
     return replace(config, block_k=block_k, num_stages=config.num_stages + more)
 
 
-def _block_k(format: ExpertFormat, group: int) -> int | None:
-    """What a step must be because its sums have one scale each; None where any will do."""
+def scale_group(format: ExpertFormat, group: int) -> int:
+    """How many weights of a row have one scale, and no step takes more; 0 where that limits no step."""
     fixed = {ExpertFormat.INT4: group, ExpertFormat.MXFP4: MXFP4_GROUP, ExpertFormat.FP8: FP8_BLOCK}
-    return fixed.get(format)
+    return fixed.get(format, 0)
 
 
 def gemv_config(dtype: torch.dtype, arch: int, inner: int) -> GemvConfig:
@@ -143,4 +164,4 @@ def gemv_config(dtype: torch.dtype, arch: int, inner: int) -> GemvConfig:
     block_k = exact[0] if exact else 256
     block_n = 4 if dtype == torch.float32 else 8
     num_stages = {512: 3, 256: 5, 128: 8}[block_k]
-    return GemvConfig(block_n, block_k, 4, num_stages, "8 to 32 sums a thread, 16-byte loads, 16 KB under way")
+    return GemvConfig(block_n, block_k, 4, num_stages, 5, "8 to 32 sums a thread, 16-byte loads, 16 KB under way")

@@ -33,7 +33,7 @@ def linear(x_TK: Tensor, w_NK: Tensor) -> Tensor:
 
     The route depends on T, the dtype and the machine only, so equal inputs give equal bits.
     """
-    if x_TK.is_cuda or len(x_TK) <= NARROW_ROWS or has_native_matmul(w_NK.dtype):
+    if x_TK.is_cuda or x_TK.shape[0] <= NARROW_ROWS or has_native_matmul(w_NK.dtype):
         return F.linear(x_TK, w_NK)
     return _widened(x_TK, w_NK).to(x_TK.dtype)
 

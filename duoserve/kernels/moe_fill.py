@@ -1,8 +1,9 @@
-"""Read-through: experts that are in no slot yet are computed from pinned host memory, which fills their slots as well.
+"""Read-through: experts that are in no slot yet come from pinned host memory and are computed as they arrive.
 
-T tokens, K top-k, E experts, H hidden, I expert intermediate, R = T * K routed rows. The kernels read each weight once
-through the link, compute with it and store it where it belongs, so a miss costs the time of the link and no more. That
-holds, and the slot gets every byte, because one CTA owns a tile of weights and meets all rows of its expert at once.
+T tokens, K top-k, E experts, H hidden, I expert intermediate, R = T * K routed rows. A CTA owns a tile of weights: it
+brings the whole tile through the link into the slot, once and with the widest loads, and then computes from there,
+where the tile is in the L2 cache. So a miss costs the time of the link and that of one CTA's tile; the other CTAs keep
+the link busy meanwhile. No CTA reads what another writes, and the product is that of ``moe_gemm``, hence its bits.
 """
 
 from __future__ import annotations
@@ -14,53 +15,95 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from duoserve.kernels.checks import check_contiguous, check_one_device, check_tensor, require
-from duoserve.kernels.configs import MEDIUM, SMALL, GemmConfig, gemm_config
+from duoserve.kernels.checks import check_one_device, check_tensor, require
+from duoserve.kernels.configs import MEDIUM, SMALL, GemmConfig, gemm_config, scale_group
+from duoserve.kernels.host_rows import ROW_ALIGNMENT, HostRows, check_addresses, offset_in_row
 from duoserve.kernels.moe_checks import check_operands, check_rows
-from duoserve.kernels.moe_gemm import item_tiles, machine, matrix_product, silu_up
-from duoserve.kernels.numerics import interpreting, to_dtype
+from duoserve.kernels.moe_gemm import machine, product, store_rows
+from duoserve.kernels.numerics import interpreting
 from duoserve.kernels.routing import RoutePlan, Work
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights, Matrix
 
-MAX_TOKENS = MEDIUM  # an expert's rows, at most one for each token, must fit one tile
+MAX_TOKENS = MEDIUM  # more are a prefill, which has other work to hide its copies behind
+THREAD_BYTES = 128  # under way for each thread: eight loads of 16 bytes
 
 
 @triton.jit
-def _filling_product(
-    x,
-    x_rows,
-    source,
-    target,
+def _part(address, offset, like):
+    """The expert's row at ``address``, from byte ``offset`` on, as a pointer to elements as in ``like``."""
+    return tl.multiple_of((address + offset).to(tl.pointer_type(like.dtype.element_ty)), 16)
+
+
+@triton.jit
+def _copy_run(source, target, first, last, CHUNK: tl.constexpr):
+    """One CTA copies elements ``first`` to ``last``."""
+    at = tl.arange(0, CHUNK)
+    for begin in range(first, last, CHUNK):
+        inside = at < last - begin
+        tl.store(target + begin + at, tl.load(source + begin + at, mask=inside), mask=inside)
+
+
+@triton.jit
+def _copy_columns(source, target, rows, stride, first, last, COLUMNS: tl.constexpr, ROWS: tl.constexpr = 32):
+    """One CTA copies columns ``first`` to ``last``, at most COLUMNS, of a matrix [rows, stride]."""
+    row = tl.arange(0, ROWS)
+    column = first + tl.arange(0, COLUMNS)
+    for first_row in range(0, rows, ROWS):
+        at = (first_row + row)[:, None] * stride + column[None, :]
+        inside = (first_row + row < rows)[:, None] & (column < last)[None, :]
+        tl.store(target + at, tl.load(source + at, mask=inside), mask=inside)
+
+
+@triton.jit
+def _fill_tile(
+    address,
+    w,
+    scales,
+    zeros,
+    w_from,
+    scales_from,
+    zeros_from,
+    slot,
+    slot_stride,
+    scales_stride,
+    zeros_stride,
     first_n,
     N,
     D,
+    UP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
     BN: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """``W x^T`` as ``moe_gemm`` computes it, step by step, with W read from ``source`` and stored to ``target``."""
-    k = tl.arange(0, BK)
-    n = first_n + tl.arange(0, BN)
-    x_at = x + x_rows.to(tl.int64)[None, :] * D + k[:, None]
-    w_at = tl.minimum(n, N - 1)[:, None] * D + k[None, :]
-    acc = tl.zeros((BN, BT), tl.float32)
-    for first_k in range(0, D, BK):
-        inside = k < D - first_k
-        x_tile = tl.load(x_at) if EVEN else tl.load(x_at, mask=inside[:, None], other=0.0)
-        w_tile = tl.load(source + w_at) if EVEN else tl.load(source + w_at, mask=inside[None, :], other=0.0)
-        tl.store(target + w_at, w_tile, mask=(n < N)[:, None] & inside[None, :])
-        acc = matrix_product(w_tile, x_tile, acc, INTERPRET)
-        x_at += BK
-        w_at += BK
-    return acc
+    """Weight rows ``first_n`` to ``first_n + BN`` and what decodes them, from the row at ``address`` into ``slot``."""
+    last_n = tl.minimum(first_n + BN, N)
+    slot = slot.to(tl.int64)
+    width = D // 2 if (FORMAT == "int4") | (FORMAT == "mxfp4") else D
+    w_slot = w + slot * slot_stride
+    _copy_run(_part(address, w_from, w), w_slot, first_n * width, last_n * width, CHUNK)
+    if FORMAT != "float":
+        s_row = _part(address, scales_from, scales)
+        s_slot = scales + slot * scales_stride
+        if FORMAT == "fp8":
+            # A tile lies in one block of rows (UP: one of gate rows and one of up rows). Other tiles of the block copy
+            # the same scales: whoever is last writes what was there.
+            blocks = tl.cdiv(D, 128)
+            first = (first_n // 256 * 2 if UP else first_n // 128) * blocks
+            _copy_run(s_row, s_slot, first, first + (2 if UP else 1) * blocks, CHUNK)
+        else:
+            _copy_columns(s_row, s_slot, 1 if FORMAT == "int8" else D // GROUP, N, first_n, last_n, BN)
+    if FORMAT == "int4":
+        z_slot = zeros + slot * zeros_stride
+        _copy_columns(_part(address, zeros_from, zeros), z_slot, D // GROUP, N, first_n, last_n, BN)
 
 
 @triton.jit
 def moe_fill_kernel(
     x,
     w,
+    scales,
+    zeros,
     addresses_E,
     order_R,
     starts_E1,
@@ -70,117 +113,169 @@ def moe_fill_kernel(
     out,
     num_slots,
     slot_stride,
-    source_offset,
+    scales_stride,
+    zeros_stride,
+    w_from,
+    scales_from,
+    zeros_from,
     N,
     D,
     num_rows,
     TOP_K: tl.constexpr,
     UP: tl.constexpr,
-    WP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    FP8_HARDWARE: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
+    CHUNK: tl.constexpr,
     EVEN: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """``moe_up_fill`` (UP) or ``moe_down_fill``; an expert has as many tiles as its weights, whatever its rows."""
-    items = tl.arange(0, WP)
-    tiles = item_tiles(experts_W, starts_E1, tl.load(count_1), items, tl.cdiv(N, BN), BT)
-    ends = tl.cumsum(tiles, axis=0)
-    for tile in range(tl.program_id(0), tl.sum(tiles, axis=0), tl.num_programs(0)):
-        item = tl.sum((ends <= tile).to(tl.int32), axis=0)
-        first_n = (tile - tl.sum(tl.where(items == item, ends - tiles, 0), axis=0)) * BN
+    """``moe_up_fill`` (UP) or ``moe_down_fill``: each CTA takes every so-many-th tile of weights in the work list."""
+    num_n = tl.cdiv(N, BN)
+    for tile in range(tl.program_id(0), tl.load(count_1) * num_n, tl.num_programs(0)):
+        item = tile // num_n
+        first_n = (tile - item * num_n) * BN
         expert = tl.load(experts_W + item)
         slot = tl.load(slots_W + item)
         address = tl.load(addresses_E + expert)
-        first = tl.load(starts_E1 + expert)
-        rows = first + tl.arange(0, BT)
-        used = rows < tl.load(starts_E1 + expert + 1)
-        order = tl.load(order_R + rows, mask=used, other=0)
-        x_rows = order // TOP_K if UP else tl.minimum(rows, num_rows - 1)
-        acc = tl.full((BN, BT), float("nan"), tl.float32)
-        if (slot >= 0) & (slot < num_slots) & (address != 0):
-            source = tl.multiple_of((address + source_offset).to(tl.pointer_type(w.dtype.element_ty)), 16)
-            target = w + slot.to(tl.int64) * slot_stride
-            acc = _filling_product(x, x_rows, source, target, first_n, N, D, BN, BT, BK, EVEN, INTERPRET)
-        if UP:
-            result = silu_up(acc, BN, BT)
-            columns = first_n // 2 + tl.arange(0, BN // 2)
-            width = N // 2
-            out_rows = rows
-        else:
-            result = acc
-            columns = first_n + tl.arange(0, BN)
-            width = N
-            out_rows = order
-        at = out + out_rows.to(tl.int64)[None, :] * width + columns[:, None]
-        mask = used[None, :] & (columns < width)[:, None]
-        tl.store(at, to_dtype(result, out.dtype.element_ty, INTERPRET), mask=mask)
+        there = (slot >= 0) & (slot < num_slots) & (address != 0)
+        slot = tl.where(there, slot, 0)
+        if there:
+            _fill_tile(
+                address,
+                w,
+                scales,
+                zeros,
+                w_from,
+                scales_from,
+                zeros_from,
+                slot,
+                slot_stride,
+                scales_stride,
+                zeros_stride,
+                first_n,
+                N,
+                D,
+                UP,
+                FORMAT,
+                GROUP,
+                BN,
+                CHUNK,
+            )
+        tl.debug_barrier()  # what the CTA's other threads stored is read below
+        last = tl.load(starts_E1 + expert + 1)
+        for first in range(tl.load(starts_E1 + expert), last, BT):
+            rows = first + tl.arange(0, BT)
+            used = rows < last
+            order = tl.load(order_R + rows, mask=used, other=0)
+            x_rows = order // TOP_K if UP else tl.minimum(rows, num_rows - 1)
+            acc = product(
+                x,
+                x_rows,
+                w,
+                scales,
+                zeros,
+                slot,
+                slot_stride,
+                scales_stride,
+                zeros_stride,
+                first_n,
+                N,
+                D,
+                UP,
+                FORMAT,
+                GROUP,
+                FP8_HARDWARE,
+                BN,
+                BT,
+                BK,
+                False,
+                EVEN,
+                INTERPRET,
+            )
+            acc = tl.where(there, acc, float("nan"))
+            store_rows(out, acc, first_n, rows, order, used, N, UP, BN, BT, INTERPRET)
 
 
 def moe_up_fill(
-    x_TH: Tensor, weights: ExpertWeights, addresses_E: Tensor, plan: RoutePlan, work: Work, act_RI: Tensor
+    x_TH: Tensor, weights: ExpertWeights, source: HostRows, plan: RoutePlan, work: Work, act_RI: Tensor
 ) -> None:
-    """``moe_up`` with w13 read from host rows and stored into the slots that ``work`` names; the same bits.
+    """``moe_up`` with w13 and its scales brought from ``source`` into the slots that ``work`` names; the same bits.
 
-    ``addresses_E`` (int64, on the device) has the address of each expert's row in memory that the device can read, a
-    multiple of 16; the row is laid out as a slot. An expert whose address is 0, or whose slot does not exist, gives
-    NaN. At most MAX_TOKENS tokens, FLOAT weights. A slot is whole once ``moe_down_fill`` has run too, with the same
-    ``work``. KernelError for operands that do not fit.
+    Any format, at most MAX_TOKENS tokens. An expert that ``source`` has no row of, or whose slot does not exist, gives
+    NaN; one without routed rows is brought all the same. A slot is whole once ``moe_down_fill`` has run too, with the
+    same ``work``. KernelError for operands that do not fit. One token's FLOAT experts have these bits in ``moe_up``,
+    not in ``moe_gemv_up``: where those are to be kept, ``page_gather`` brings the experts.
     """
-    hidden, inter = _check(weights, addresses_E, plan, work)
+    hidden, inter = _check(weights, source, plan, work)
     check_rows("x_TH", x_TH, (len(plan.order_N) // plan.top_k, hidden), weights)
     check_rows("act_RI", act_RI, (len(plan.order_N), inter), weights, like=x_TH)
-    _launch(x_TH, weights.w13, addresses_E, 0, plan, work, act_RI)
+    _launch(x_TH, weights, weights.w13, source, plan, work, act_RI)
 
 
 def moe_down_fill(
-    act_RI: Tensor, weights: ExpertWeights, addresses_E: Tensor, plan: RoutePlan, work: Work, y_RH: Tensor
+    act_RI: Tensor, weights: ExpertWeights, source: HostRows, plan: RoutePlan, work: Work, y_RH: Tensor
 ) -> None:
-    """``moe_down`` with w2 read from host rows and stored into the slots; everything else as in ``moe_up_fill``."""
-    hidden, inter = _check(weights, addresses_E, plan, work)
+    """``moe_down`` with w2 and its scales brought from ``source`` into the slots; else as ``moe_up_fill``."""
+    hidden, inter = _check(weights, source, plan, work)
     check_rows("act_RI", act_RI, (len(plan.order_N), inter), weights)
     check_rows("y_RH", y_RH, (len(plan.order_N), hidden), weights, like=act_RI)
-    offset = weights.w2_SHI.data_ptr() - weights.w13_SNH.data_ptr()
-    _launch(act_RI, weights.w2, addresses_E, offset, plan, work, y_RH)
+    _launch(act_RI, weights, weights.w2, source, plan, work, y_RH)
 
 
-def fill_config(dtype: torch.dtype, arch: int, num_tokens: int) -> GemmConfig:
-    """The GEMMs' tiles for as many rows as there are tokens, by pointers: the link is slower than any way to load.
+def fill_config(
+    dtype: torch.dtype, arch: int, num_tokens: int, format: ExpertFormat = ExpertFormat.FLOAT, group: int = 0
+) -> GemmConfig:
+    """The GEMMs' tiles for as many rows as there are tokens, by pointers: TMA would not see what threads stored.
 
-    Few CTAs and five stages are enough for a link, and these tiles do not tempt ptxas to spill for more CTAs.
+    float32 takes 16 rows at a time by 8 warps, whatever the table says: with wider tiles or fewer warps ptxas spills.
     """
-    config = gemm_config(dtype, arch, SMALL if num_tokens <= SMALL else MEDIUM, tma_fits=False)
     if dtype == torch.float32:
-        return config
-    return replace(config, num_stages=5, block_n=128 if num_tokens <= SMALL else config.block_n)
+        return replace(gemm_config(dtype, arch, SMALL, False, format, group), num_warps=8, num_stages=3)
+    return gemm_config(dtype, arch, SMALL if num_tokens <= SMALL else MEDIUM, False, format, group)
 
 
-def _check(weights: ExpertWeights, addresses_E: Tensor, plan: RoutePlan, work: Work) -> tuple[int, int]:
+def _check(weights: ExpertWeights, source: HostRows, plan: RoutePlan, work: Work) -> tuple[int, int]:
     shapes = check_operands(weights, plan, work)
-    require(weights.format is ExpertFormat.FLOAT, f"read-through takes FLOAT weights, not {weights.format.value}")
-    check_tensor("addresses_E", addresses_E, (len(plan.starts_E1) - 1,), (torch.int64,))
-    check_contiguous(addresses_E=addresses_E)
-    check_one_device(addresses_E=addresses_E, weights=weights.w13_SNH)
-    num_tokens = len(plan.order_N) // plan.top_k
+    check_addresses(source)
+    num_experts, num_tokens = len(plan.starts_E1) - 1, len(plan.order_N) // plan.top_k
+    check_tensor("addresses_E", source.addresses_E, (num_experts,), (torch.int64,))
+    check_one_device(addresses_E=source.addresses_E, weights=weights.w13_SNH)
     require(num_tokens <= MAX_TOKENS, f"read-through takes up to {MAX_TOKENS} tokens, not {num_tokens}")
+    for part in weights.w13.parts + weights.w2.parts:
+        _check_place(part, weights, source.row_bytes)
     return shapes
 
 
+def _check_place(part: Tensor, weights: ExpertWeights, row_bytes: int | None) -> None:
+    """``part`` lies in the host's rows as in the slots, where wide loads can read it."""
+    one_pool = part.untyped_storage().data_ptr() == weights.w13_SNH.untyped_storage().data_ptr()
+    require(one_pool, "the parts of an expert are not views of one pool")
+    start = offset_in_row(part, weights)
+    stop = start + part.shape[1:].numel() * part.element_size()
+    require(start >= 0 and start % ROW_ALIGNMENT == 0, f"a part of an expert begins at byte {start} of its row")
+    require(row_bytes is None or stop <= row_bytes, f"the rows have {row_bytes} bytes; the experts need {stop}")
+
+
 def _launch(
-    x: Tensor, matrix: Matrix, addresses_E: Tensor, source_offset: int, plan: RoutePlan, work: Work, out: Tensor
+    x: Tensor, weights: ExpertWeights, matrix: Matrix, source: HostRows, plan: RoutePlan, work: Work, out: Tensor
 ) -> None:
-    w, num_rows, max_items = matrix.data_SNB, len(plan.order_N), len(work.experts_W)
-    num_slots, N, D = w.shape
+    w, scales, zeros = matrix.data_SNB, matrix.scales_SGN, matrix.zeros_SGN
+    num_slots, N, _ = w.shape
+    num_rows, max_items = len(plan.order_N), len(work.experts_W)
     if num_rows == 0 or max_items == 0 or num_slots == 0:
         return
     arch, num_sms = machine(w.device)
-    config = fill_config(w.dtype, arch, num_rows // plan.top_k)
-    most_tiles = triton.cdiv(N, config.block_n) * min(max_items, num_rows)
-    moe_fill_kernel[(min(most_tiles, num_sms),)](
+    config = fill_config(x.dtype, arch, num_rows // plan.top_k, matrix.format, matrix.group)
+    moe_fill_kernel[(min(triton.cdiv(N, config.block_n) * max_items, num_sms * config.ctas_per_sm),)](
         x,
         w,
-        addresses_E,
+        x if scales is None else scales,
+        x if zeros is None else zeros,
+        source.addresses_E,
         plan.order_N,
         plan.starts_E1,
         work.experts_W,
@@ -189,18 +284,26 @@ def _launch(
         out,
         num_slots,
         w.stride(0),
-        source_offset,
+        0 if scales is None else scales.stride(0),
+        0 if zeros is None else zeros.stride(0),
+        offset_in_row(w, weights),
+        0 if scales is None else offset_in_row(scales, weights),
+        0 if zeros is None else offset_in_row(zeros, weights),
         N,
-        D,
+        matrix.inner,
         num_rows,
         TOP_K=plan.top_k,
         UP=matrix.interleaved,
-        WP=max(16, triton.next_power_of_2(max_items)),
+        FORMAT=matrix.format.value,
+        GROUP=scale_group(matrix.format, matrix.group),
+        FP8_HARDWARE=arch >= 89,
         BN=config.block_n,
         BT=config.block_t,
         BK=config.block_k,
-        EVEN=D % config.block_k == 0,
+        CHUNK=32 * config.num_warps * THREAD_BYTES // w.element_size(),
+        EVEN=matrix.inner % config.block_k == 0,
         INTERPRET=interpreting(),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.max_registers,
     )

@@ -16,10 +16,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from duoserve.kernels.checks import require
-from duoserve.kernels.configs import INTERPRETER, GemmConfig, gemm_config, shape_class
+from duoserve.kernels.configs import INTERPRETER, GemmConfig, gemm_config, scale_group, shape_class
 from duoserve.kernels.dequant import codes_of, decode_e2m1, decode_fp8, decode_int4, e8m0
 from duoserve.kernels.moe_checks import check_operands, check_rows, tma_fits
-from duoserve.kernels.numerics import interpreting, to_dtype
+from duoserve.kernels.numerics import full_float32, interpreting, to_dtype
 from duoserve.kernels.routing import RoutePlan, Work
 from duoserve.kernels.weights import ExpertWeights, Matrix
 
@@ -27,7 +27,7 @@ INTERPRETED_CTAS = 3  # enough to show a mistake in the persistent loop
 
 
 @triton.jit
-def item_tiles(experts_W, starts_E1, count, items, num_n, BT: tl.constexpr):
+def _item_tiles(experts_W, starts_E1, count, items, num_n, BT: tl.constexpr):
     """How many tiles each entry of the work list has."""
     experts = tl.load(experts_W + items, mask=items < count, other=0)
     rows = tl.load(starts_E1 + experts + 1) - tl.load(starts_E1 + experts)
@@ -69,7 +69,7 @@ def _scale_columns(n, UP: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def matrix_product(w_tile, x_tile, acc, INTERPRET: tl.constexpr):
+def _matrix_product(w_tile, x_tile, acc, INTERPRET: tl.constexpr):
     """``acc + w_tile x_tile``, float32 in full precision."""
     if INTERPRET:  # which multiplies only float32 rightly
         return tl.dot(w_tile.to(tl.float32), x_tile.to(tl.float32), acc, input_precision="ieee")
@@ -78,7 +78,7 @@ def matrix_product(w_tile, x_tile, acc, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def _product(
+def product(
     x,
     x_rows,
     w,
@@ -93,6 +93,7 @@ def _product(
     D,
     UP: tl.constexpr,
     FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
     FP8_HARDWARE: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
@@ -103,24 +104,24 @@ def _product(
 ):
     """``W x^T`` in float32 [BN, BT] for BN weight rows from ``first_n`` on and the rows of x at ``x_rows``.
 
-    Weight rows past N and unused x rows are some row that exists: their results are never stored. Of grouped formats a
-    step is one group, and its sums are scaled before they are added.
+    Weight rows past N and unused x rows are some row that exists: their results are never stored. Where GROUP weights
+    of a row have one scale, a step lies in one group, and its sums are scaled before they are added.
     """
     PER_BYTE: tl.constexpr = 2 if (FORMAT == "int4") | (FORMAT == "mxfp4") else 1
-    GROUPED: tl.constexpr = (FORMAT != "float") & (FORMAT != "int8")
     k = tl.arange(0, BK)
     x_at = x + x_rows.to(tl.int64)[None, :] * D + k[:, None]
     n = tl.minimum(first_n + tl.arange(0, BN), N - 1)
     b = tl.arange(0, BK // PER_BYTE)
     if not TMA:
-        w_at = w + slot.to(tl.int64) * slot_stride + n[:, None] * (D // PER_BYTE) + b[None, :]
+        row = D if PER_BYTE == 1 else tl.multiple_of(D // 2, 16)  # groups of 32 or more have 16 bytes or more
+        w_at = w + slot.to(tl.int64) * slot_stride + n[:, None] * row + b[None, :]
     s_at = scales
     z_at = zeros
     if FORMAT != "float":
         s_at = (
             scales
             + slot.to(tl.int64) * scales_stride
-            + _scale_columns(n, UP, FORMAT) * (tl.cdiv(D, BK) if FORMAT == "fp8" else 1)
+            + _scale_columns(n, UP, FORMAT) * (tl.cdiv(D, GROUP) if FORMAT == "fp8" else 1)
         )
     if FORMAT == "int4":
         z_at = zeros + slot.to(tl.int64) * zeros_stride + n
@@ -134,26 +135,60 @@ def _product(
             w_tile = tl.load(w_at) if EVEN else tl.load(w_at, mask=b[None, :] < left, other=0)
             w_at += BK // PER_BYTE
         x_at += BK
-        w_tile = _decode(w_tile, z_at, x.dtype.element_ty, FORMAT, FP8_HARDWARE, INTERPRET)
-        if GROUPED:
-            scale = e8m0(tl.load(s_at)) if FORMAT == "mxfp4" else tl.load(s_at).to(tl.float32)
-            acc += matrix_product(w_tile, x_tile, tl.zeros((BN, BT), tl.float32), INTERPRET) * scale[:, None]
-            s_at += 1 if FORMAT == "fp8" else N
-            if FORMAT == "int4":
-                z_at += N
+        group = first_k // GROUP * (1 if FORMAT == "fp8" else N) if GROUP else 0
+        w_tile = _decode(w_tile, z_at + group, x.dtype.element_ty, FORMAT, FP8_HARDWARE, INTERPRET)
+        if (FORMAT != "float") & (x.dtype.element_ty == tl.float32) & (not INTERPRET):
+            w_tile = full_float32(w_tile)
+        if GROUP:
+            scale = tl.load(s_at + group)
+            scale = e8m0(scale) if FORMAT == "mxfp4" else scale.to(tl.float32)
+            acc += _matrix_product(w_tile, x_tile, tl.zeros((BN, BT), tl.float32), INTERPRET) * scale[:, None]
         else:
-            acc = matrix_product(w_tile, x_tile, acc, INTERPRET)
+            acc = _matrix_product(w_tile, x_tile, acc, INTERPRET)
     if FORMAT == "int8":
         acc *= tl.load(s_at)[:, None]
     return acc
 
 
 @triton.jit
-def silu_up(acc, BN: tl.constexpr, BT: tl.constexpr):
+def _silu_up(acc, BN: tl.constexpr, BT: tl.constexpr):
     """``silu(gate) * up`` [BN / 2, BT] of interleaved gate and up rows."""
     pairs = tl.permute(tl.reshape(acc, (BN // 2, 2, BT)), (0, 2, 1))
     gate, up = tl.split(pairs)
     return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def store_rows(
+    out,
+    acc,
+    first_n,
+    rows,
+    order,
+    used,
+    N,
+    UP: tl.constexpr,
+    BN: tl.constexpr,
+    BT: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Writes the sums [BN, BT] of weight rows from ``first_n`` on.
+
+    UP: SwiGLU of them, to the sorted ``rows``. Else as they are, to the places ``order`` where the rows were unsorted.
+    """
+    if UP:
+        result = _silu_up(acc, BN, BT)
+        columns = first_n // 2 + tl.arange(0, BN // 2)
+        width = N // 2
+        out_rows = rows
+    else:
+        result = acc
+        columns = first_n + tl.arange(0, BN)
+        width = N
+        out_rows = order
+    at = out + out_rows.to(tl.int64)[None, :] * width + columns[:, None]
+    mask = used[None, :] & (columns < width)[:, None]
+    tl.store(at, to_dtype(result, out.dtype.element_ty, INTERPRET), mask=mask)
 
 
 @triton.jit
@@ -178,6 +213,7 @@ def moe_gemm_kernel(
     TOP_K: tl.constexpr,
     UP: tl.constexpr,
     FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
     FP8_HARDWARE: tl.constexpr,
     WP: tl.constexpr,
     BN: tl.constexpr,
@@ -191,7 +227,7 @@ def moe_gemm_kernel(
     """``moe_up`` (UP) or ``moe_down``: each CTA takes every so-many-th tile of all experts in the work list."""
     items = tl.arange(0, WP)
     num_n = tl.cdiv(N, BN)
-    tiles = item_tiles(experts_W, starts_E1, tl.load(count_1), items, num_n, BT)
+    tiles = _item_tiles(experts_W, starts_E1, tl.load(count_1), items, num_n, BT)
     ends = tl.cumsum(tiles, axis=0)
     for tile in range(tl.program_id(0), tl.sum(tiles, axis=0), tl.num_programs(0)):
         item = tl.sum((ends <= tile).to(tl.int32), axis=0)
@@ -207,7 +243,7 @@ def moe_gemm_kernel(
         used = rows < last
         order = tl.load(order_R + rows, mask=used, other=0)
         x_rows = order // TOP_K if UP else tl.minimum(rows, num_rows - 1)
-        acc = _product(
+        acc = product(
             x,
             x_rows,
             w,
@@ -222,6 +258,7 @@ def moe_gemm_kernel(
             D,
             UP,
             FORMAT,
+            GROUP,
             FP8_HARDWARE,
             BN,
             BT,
@@ -231,19 +268,7 @@ def moe_gemm_kernel(
             INTERPRET,
         )
         acc = tl.where(there, acc, float("nan"))  # an expert in no slot must be heard of
-        if UP:
-            result = silu_up(acc, BN, BT)
-            columns = n * (BN // 2) + tl.arange(0, BN // 2)
-            width = N // 2
-            out_rows = rows
-        else:
-            result = acc
-            columns = n * BN + tl.arange(0, BN)
-            width = N
-            out_rows = order
-        at = out + out_rows.to(tl.int64)[None, :] * width + columns[:, None]
-        mask = used[None, :] & (columns < width)[:, None]
-        tl.store(at, to_dtype(result, out.dtype.element_ty, INTERPRET), mask=mask)
+        store_rows(out, acc, n * BN, rows, order, used, N, UP, BN, BT, INTERPRET)
 
 
 def moe_up(
@@ -322,6 +347,7 @@ def _launch(x: Tensor, matrix: Matrix, plan: RoutePlan, work: Work, out: Tensor,
         TOP_K=plan.top_k,
         UP=matrix.interleaved,
         FORMAT=matrix.format.value,
+        GROUP=scale_group(matrix.format, matrix.group),
         FP8_HARDWARE=arch >= 89,
         WP=max(16, triton.next_power_of_2(max_items)),
         BN=config.block_n,
@@ -333,6 +359,7 @@ def _launch(x: Tensor, matrix: Matrix, plan: RoutePlan, work: Work, out: Tensor,
         INTERPRET=interpreting(),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.max_registers,
     )
 
 

@@ -131,6 +131,7 @@ def moe_gemv_up(
         STAGES=config.num_stages,
         INTERPRET=interpreting(),
         num_warps=config.num_warps,
+        maxnreg=config.max_registers,
     )
 
 
@@ -177,6 +178,7 @@ def moe_gemv_down(
         STAGES=config.num_stages,
         INTERPRET=interpreting(),
         num_warps=config.num_warps,
+        maxnreg=config.max_registers,
     )
 
 

@@ -119,5 +119,5 @@ def _launch(
             COLUMNS=columns,
             INTERPRET=interpreting(),
             # 8 elements (16 bytes of a half type) a thread, as far as 16 warps go.
-            num_warps=min(16, max(4, columns // 256)),
+            num_warps=32 if columns > 16384 else min(16, max(4, columns // 256)),
         )

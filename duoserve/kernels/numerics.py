@@ -28,3 +28,13 @@ def to_dtype(x_f32, dtype: tl.constexpr, INTERPRET: tl.constexpr):
         return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x_f32.to(dtype)
+
+
+@triton.jit
+def full_float32(x_f32):
+    """``x_f32``, and the compiler forgets what it was converted from.
+
+    Where it remembers a narrower type, it multiplies in tf32 on sm_100, ``input_precision="ieee"`` or not (Triton
+    issue 10176). Not for the interpreter, which knows no assembly.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x_f32], dtype=tl.float32, is_pure=False, pack=1)

@@ -74,7 +74,7 @@ def moe_up(x_TH: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, ac
     for expert, slot in work.pairs():
         start, stop = plan.rows(expert)
         x_RH = x_TH
-        if not len(x_TH) == stop - start == 1:
+        if not x_TH.shape[0] == stop - start == 1:
             x_RH = x_TH.index_select(0, plan.order_N[start:stop] // plan.top_k)
         _swiglu(x_RH, dense(weights.w13, slot), act_NI[start:stop])
 
@@ -113,7 +113,7 @@ def moe_gemv_down(
 
 def _swiglu(x_RH: Tensor, w13_NH: Tensor, act_RI: Tensor) -> None:
     """``silu(gate) * up`` into ``act_RI``."""
-    up_RI2 = _linear(x_RH, w13_NH).view(len(x_RH), -1, 2)
+    up_RI2 = _linear(x_RH, w13_NH).view(x_RH.shape[0], -1, 2)
     torch.mul(F.silu(up_RI2[..., 0]), up_RI2[..., 1], out=act_RI)
 
 

@@ -24,7 +24,7 @@ def attention(
     output has their width. Source: Vaswani et al. (2017), Ainslie et al. (2023), Beltagy et al. (2020); sinks: Xiao et
     al. (2024) as in gpt-oss.
     """
-    num_new, num_context = len(q_THD), len(k_CGD)
+    num_new, num_context = q_THD.shape[0], k_CGD.shape[0]
     if window is not None and num_new == 1 and num_context > window:
         k_CGD, v_CGD, num_context = k_CGD[-window:], v_CGD[-window:], window
     dtype = q_THD.dtype

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Scoring = Literal["softmax", "sigmoid", "softmax_of_topk"]
@@ -22,9 +23,8 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     ``x / sqrt(...)`` is rounded to the input's dtype before the weight is applied, as checkpoints were trained.
     Source: Zhang and Sennrich (2019).
     """
-    x = x_TH.float()
-    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return weight_H * normed.to(x_TH.dtype)
+    normed_TH = F.rms_norm(x_TH.float(), x_TH.shape[-1:], eps=eps)
+    return weight_H * normed_TH.to(x_TH.dtype)
 
 
 def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ def rope_write_kv(
     """
     turned_TND = apply_rope(torch.cat((q_THD, k_TGD), dim=1), cos_T1R, sin_T1R, interleaved)
     q_THD, k_TGD = turned_TND[:, : q_THD.shape[1]], turned_TND[:, q_THD.shape[1] :]
-    if len(rows_T) and int(rows_T.min()) < 0:
+    if rows_T.shape[0] and int(rows_T.min()) < 0:
         kept_T = rows_T >= 0
         k_TGD, v_TGD, rows_T = k_TGD[kept_T], v_TGD[kept_T], rows_T[kept_T]
     k_pages_PSGD.flatten(0, 1).index_copy_(0, rows_T, k_TGD)

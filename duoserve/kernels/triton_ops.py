@@ -3,6 +3,8 @@
 from duoserve.kernels.attention_gqa import decode_attention
 from duoserve.kernels.attention_mla import mla_decode_attention
 from duoserve.kernels.combine import moe_combine
+from duoserve.kernels.copies import page_gather
+from duoserve.kernels.moe_fill import moe_down_fill, moe_up_fill
 from duoserve.kernels.moe_gemm import moe_down, moe_up
 from duoserve.kernels.moe_gemv import moe_gemv_down, moe_gemv_up
 from duoserve.kernels.norm import add_rms_norm, rms_norm
@@ -16,9 +18,12 @@ __all__ = [
     "mla_decode_attention",
     "moe_combine",
     "moe_down",
+    "moe_down_fill",
     "moe_gemv_down",
     "moe_gemv_up",
     "moe_up",
+    "moe_up_fill",
+    "page_gather",
     "rms_norm",
     "rope_write_kv",
     "route_plan",

@@ -63,6 +63,11 @@ class Matrix(NamedTuple):
     group: int
     interleaved: bool
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """The weights and, where the format has them, their scales and zero-points."""
+        return [part for part in (self.data_SNB, self.scales_SGN, self.zeros_SGN) if part is not None]
+
 
 @dataclass(frozen=True)
 class ExpertWeights:

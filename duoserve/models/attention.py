@@ -29,11 +29,11 @@ class GroupedQueryAttention:
     window: int | None
 
     def __call__(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        qkv_THD = kernels.linear(x_TH, self.qkv_weight).view(len(x_TH), -1, self.head_dim)
+        qkv_THD = kernels.linear(x_TH, self.qkv_weight).view(x_TH.shape[0], -1, self.head_dim)
         q_THD, k_TGD, v_TGD = torch.split(qkv_THD, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         q_THD = kernels.rope_write_kv(q_THD, k_TGD, v_TGD, *rope, *batch.kv.pages(self.layer), batch.kv.rows_T)
         attended_THD = self._attend_one_each(q_THD, batch) if batch.is_decode else self._attend(q_THD, batch)
-        return kernels.linear(attended_THD.reshape(len(x_TH), -1), self.o_weight)
+        return kernels.linear(attended_THD.flatten(1), self.o_weight)
 
     def _attend_one_each(self, q_BHD: Tensor, batch: Batch) -> Tensor:
         kv = batch.kv

@@ -46,7 +46,7 @@ class Batch:
     @property
     def is_decode(self) -> bool:
         """Whether every sequence has one new token, so that row b is sequence b's."""
-        return len(self.token_ids_T) == len(self.spans)
+        return self.token_ids_T.shape[0] == len(self.spans)
 
     @property
     def last_rows(self) -> list[int]:

@@ -135,7 +135,8 @@ class SlotLease(Lease):
         return awaited
 
     def _retire(self, batch: Sequence[ReadyExpert]) -> None:
-        # The most wanted last, so that it counts as used last.
+        if batch:
+            # The most wanted last, so that it counts as used last.
+            self._residency.release(self._plan.layer, [one.slot for one in reversed(batch)])
         for expert, slot in reversed(batch):
-            self._residency.release(self._plan.layer, slot)
             self._space.retire(expert, slot)

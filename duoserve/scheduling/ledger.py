@@ -10,7 +10,8 @@ class Ledger:
     """Follows each prefetch from a guess to its use.
 
     A copy is a *guess* from its prefetch until a layer asks for its expert. A guess that arrives before that is
-    *unused*: its bytes count as ``prefetched_useful`` once it is asked for, as ``wasted`` if it is given up first.
+    *unused*: its bytes count as ``prefetched_useful`` once it is asked for, as ``wasted`` if it is given up first. Of
+    one that is cancelled half-way, what had been moved is ``wasted``.
     """
 
     def __init__(self, meter: Meter) -> None:
@@ -43,10 +44,11 @@ class Ledger:
         else:
             self._meter.count_bytes("demanded", nbytes)
 
-    def dropped(self, expert: ExpertId) -> None:
-        """A copy has failed or was cancelled."""
+    def dropped(self, expert: ExpertId, nbytes: int = 0) -> None:
+        """A copy has failed, or was cancelled when ``nbytes`` of it had been moved for nothing."""
         self.guesses.pop(expert, None)
         self._late.discard(expert)
+        self._meter.count_bytes("wasted", nbytes)
 
     def used(self, expert: ExpertId) -> None:
         """A layer asks for an expert that is READY."""

@@ -73,10 +73,12 @@ class Residency:
         self.ledger.used(expert)
         return slot
 
-    def release(self, layer: int, slot: int) -> None:
-        """Takes back the hold of ``use`` on an expert of ``layer``."""
-        self.table.unhold(slot)
-        self._rest(layer, slot)
+    def release(self, layer: int, slots: Collection[int]) -> None:
+        """Takes back the holds of ``use`` on experts of ``layer``, once all work that reads them has been launched."""
+        self._engine.fence(slots)
+        for slot in slots:
+            self.table.unhold(slot)
+            self._rest(layer, slot)
 
     def hasten(self, expert: ExpertId) -> Ticket:
         """The copy, under way, of an expert that a layer asks for; it is behind no guess any more."""
@@ -86,12 +88,12 @@ class Residency:
         return ticket
 
     def disown(self, expert: ExpertId) -> None:
-        """Nobody waits for this copy any more: it is cancelled or, when it runs already, a mere guess."""
+        """Nobody waits for this copy any more: it is cancelled or, when it is all on its way, a mere guess."""
         self.ledger.guess(expert)
         self.cancel(expert)
 
     def cancel(self, expert: ExpertId) -> int | None:
-        """Cancels a copy that is still queued and returns the slot that this frees, else None."""
+        """Cancels a copy of which some is still queued and returns the slot that this frees, else None."""
         ticket = self._copies[expert]
         if not self._engine.cancel(ticket):
             return None
@@ -135,7 +137,7 @@ class Residency:
             self._rest(expert.layer, slot)
         else:
             self.table.abort_load(slot)
-            self.ledger.dropped(expert)
+            self.ledger.dropped(expert, ticket.sent if ticket.state is TicketState.CANCELLED else 0)
             self._vacate(expert, slot)
 
     def _rest(self, layer: int, slot: int) -> None:

@@ -76,7 +76,7 @@ class Scheduler(ExpertSource):
     def begin(self, phase: Phase, num_tokens: int) -> None:
         """A forward pass of ``num_tokens`` tokens begins. ClosedError after ``close``."""
         self._check_between_passes("a forward pass began")
-        self._pass = _Pass(phase, num_tokens, self._open_space(phase))
+        self._pass = _Pass(phase, num_tokens, self._open_space(phase, num_tokens))
         try:
             self._open_lease(self._pass, BEFORE_FIRST, ())
         except BaseException:
@@ -146,15 +146,16 @@ class Scheduler(ExpertSource):
                     raise ticket.error
                 bar.update()
 
-    def _open_space(self, phase: Phase) -> Space:
+    def _open_space(self, phase: Phase, num_tokens: int) -> Space:
         if phase is Phase.PREFILL and self._policy.prefill is PrefillMode.OVERLAP:
-            return self._open_ring()
+            return self._open_ring(num_tokens)
         return self._cache if self._policy.keeps else Scratch(self._residency)
 
-    def _open_ring(self) -> Ring:
+    def _open_ring(self, num_tokens: int) -> Ring:
         """A ring of EMPTY slots, for which the least valuable experts are given up where there are too few."""
         self._residency.drain()
-        size = ring_size(self._num_slots, self._shape.total_experts - sum(self._residency.filled()))
+        num_absent = self._shape.total_experts - sum(self._residency.filled())
+        size = ring_size(self._shape, num_tokens, self._num_slots, num_absent)
         for _ in range(size - len(self._residency.table.empty_slots())):
             self._cache.give_up(BEFORE_FIRST)
         return Ring(self._residency, self._shape, size)

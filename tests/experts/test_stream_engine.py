@@ -97,7 +97,7 @@ def test_kernels_read_what_was_asked_for(data: st.DataObject, seed: int, in_ram:
         assert ticket.state is TicketState.DONE
         for _ in range(data.draw(st.integers(1, 2))):
             rig.kernel(slot, expert)
-        rig.engine.released([slot])
+        rig.engine.fence([slot])
     rig.streams.finish()
     rig.engine.close()
     assert not rig.wrong
@@ -117,7 +117,7 @@ def test_a_demand_in_ram_is_enqueued_by_the_one_who_asks(rig: Rig) -> None:
 
 def test_the_host_waits_for_no_copy_that_is_enqueued(rig: Rig) -> None:
     never = rig.streams.mark(Lane.COMPUTE)  # passed only when the compute lane gets its turn
-    rig.engine.released([0])
+    rig.engine.fence([0])
     ticket = rig.engine.submit(EXPERTS[1], 0, DEMAND)
     rig.engine._streams.passed = lambda mark: False  # type: ignore[method-assign]
     assert rig.engine.wait([ticket]) == [ticket]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from duoserve.experts.layout import ExpertLayout
 from duoserve.kernels import ExpertWeights
+from duoserve.kernels.weights import QuantizedLayout
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Relative norm of the error of one op against float64 truth, for results rounded once to the dtype.
@@ -24,6 +25,14 @@ def assert_close(ours: Tensor, truth: Tensor, dtype: torch.dtype, roundings: int
     assert error <= limit, f"relative error {error:.2e} exceeds {limit:.1e} in {dtype}"
 
 
+def assert_within_one_ulp(ours: Tensor, truth: Tensor) -> None:
+    """All but one in a thousand elements of a half type are at most one unit in the last place from float64 truth."""
+    info = torch.finfo(ours.dtype)
+    binade = truth.double().abs().clamp_min(info.smallest_normal).log2().floor().exp2()
+    off = ~((ours.double() - truth.double()).abs() <= info.eps * binade)
+    assert int(off.sum()) <= ours.numel() / 1000, f"{int(off.sum())} of {ours.numel()} elements are off by over an ulp"
+
+
 def assert_same_bits(ours: Tensor, theirs: Tensor) -> None:
     """Equal in every bit, NaN included."""
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
@@ -37,17 +46,17 @@ def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 class PoisonedPool:
-    """A slot pool full of NaN. ``check()`` fails when a byte has changed outside of what ``put`` wrote."""
+    """A slot pool full of NaN. ``check()`` fails when a byte has changed since ``keep()``."""
 
-    def __init__(self, num_slots: int, layout: ExpertLayout) -> None:
+    def __init__(self, num_slots: int, layout: ExpertLayout | QuantizedLayout) -> None:
+        self.layout = layout
         self.rows_SB = torch.full((num_slots, layout.slot_bytes), POISON, dtype=torch.uint8, device=DEVICE)
         self.weights: ExpertWeights = layout.weights(self.rows_SB)
-        self._expected_SB = self.rows_SB.clone()
+        self.keep()
 
-    def put(self, slot: int, w13: Tensor, w2: Tensor) -> None:
-        """Writes one expert: w13 [2I, H] interleaved, w2 [H, I]."""
-        self.weights.w13_SNH[slot], self.weights.w2_SHI[slot] = w13, w2
-        self._expected_SB[slot] = self.rows_SB[slot]
+    def keep(self) -> None:
+        """What is in the slots now is what must stay there."""
+        self._expected_SB = self.rows_SB.clone()
 
     def check(self) -> None:
         """Every slot, the unused ones above all (the canaries), has the bytes it was given."""

@@ -1,23 +1,37 @@
-"""A layer of random experts in a poisoned pool, some of them missing, with routed tokens and float64 truth."""
+"""A layer of random experts of any format in a poisoned pool, some of them missing, with tokens and float64 truth."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
 from duoserve.experts.layout import ExpertLayout
-from duoserve.kernels import RoutePlan, Work, reference
+from duoserve.kernels import RoutePlan, Work, moe_gemm, reference
+from duoserve.kernels.configs import GemmConfig, gemm_config
+from duoserve.kernels.reference_dequant import dense
+from duoserve.kernels.weights import ExpertFormat, QuantizedLayout
 from tests.kernels.common import DEVICE, PoisonedPool, poisoned
+from tests.kernels.quantized_case import LAYOUTS, fill_with_random_codes
 
 SPARE_SLOTS = 2  # canaries
+FLOAT = (ExpertFormat.FLOAT, 0)
+FORMATS = (FLOAT, *LAYOUTS)  # each with the size of its groups
+# How tokens choose: evenly; all of them expert 0; only the first experts, so that others are empty; all tokens alike;
+# the same expert twice.
+SKEWS = ("even", "hot", "few", "repeated", "twice")
+TINY = GemmConfig(32, 16, 32, 4, 2, 1, "many tiles of small matrices", group_t=2)
 
 
 @dataclass
 class Case:
-    """``slots_E`` says where every expert is; ``plan`` was made when those in ``away`` were not there yet."""
+    """``slots_E`` says where every expert is; ``plan`` was made when those in ``away`` were not there yet.
+
+    ``w13_ENH`` and ``w2_EHI`` are the weights, decoded exactly: FLOAT as they are, others in float32.
+    """
 
     pool: PoisonedPool
     w13_ENH: Tensor
@@ -63,6 +77,38 @@ class Case:
         experts = self.ids_TK.flatten()[self.computed].long()
         return torch.einsum("rhi,ri->rh", self.w2_EHI.double()[experts], act_RI[: len(experts)].double())
 
+    def moved(self) -> Case:
+        """The same experts in other slots, with nothing where they were."""
+        pool, slots_E = PoisonedPool(len(self.pool.rows_SB), self.pool.layout), self.slots_E.roll(1)
+        pool.rows_SB[slots_E.long()] = self.pool.rows_SB[self.slots_E.long()]
+        pool.keep()
+        return replace(self, pool=pool, slots_E=slots_E)
+
+    def alone(self, token: int) -> Case:
+        """One token of the batch."""
+        x_TH, ids_TK = self.x_TH[token : token + 1], self.ids_TK[token : token + 1]
+        return replace(self, x_TH=x_TH, ids_TK=ids_TK, plan=reference.route_plan(ids_TK, self.slots_E))
+
+    def tiny(self, tma: bool = False) -> GemmConfig:
+        """Tiles so small that small matrices have many."""
+        weights = self.pool.weights
+        row = gemm_config(self.x_TH.dtype, 0, 16, tma, weights.format, weights.group)
+        grouped = weights.format not in (ExpertFormat.FLOAT, ExpertFormat.INT8)
+        return replace(TINY, tma=tma, block_k=row.block_k if grouped else TINY.block_k)
+
+
+def layer(
+    case: Case, config: GemmConfig | None = None, launches: list[list[tuple[int, int]]] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(act, y) of the GEMMs, by one launch of all experts or by a launch for each list of (expert, slot) pairs."""
+    act, y = case.act(), case.y()
+    works = [case.all_work] if launches is None else [Work.of(pairs, DEVICE) for pairs in launches]
+    for work in works:
+        moe_gemm.moe_up(case.x_TH, case.pool.weights, case.plan, work, act, config)
+    for work in works:
+        moe_gemm.moe_down(act, case.pool.weights, case.plan, work, y, config)
+    return act, y
+
 
 def make_case(
     tokens: int,
@@ -71,47 +117,94 @@ def make_case(
     hidden: int,
     inter: int,
     dtype: torch.dtype,
+    form: tuple[ExpertFormat, int] = FLOAT,
     *,
     seed: int = 0,
-    hot: bool = False,
+    skew: str = "even",
     padding: bool = False,
     away: float = 0.5,
 ) -> Case:
-    """``hot``: every token wants expert 0. ``padding``: some rows want no expert. ``away``: share not there yet."""
+    """``skew`` of SKEWS. ``padding``: some tokens want no expert and are NaN. ``away``: share of experts not there."""
     generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
-
-    pool = PoisonedPool(experts + SPARE_SLOTS, ExpertLayout(dtype, hidden, inter))
+    layout = ExpertLayout(dtype, hidden, inter) if form == FLOAT else QuantizedLayout(form[0], hidden, inter, form[1])
+    pool = PoisonedPool(experts + SPARE_SLOTS, layout)
     slots = torch.randperm(experts + SPARE_SLOTS, generator=generator)[:experts].int()
-    w13, w2 = random(experts, 2 * inter, hidden) * hidden**-0.5, random(experts, hidden, inter) * inter**-0.5
-    for expert, slot in enumerate(slots.tolist()):
-        pool.put(slot, w13[expert], w2[expert])
-    scores = torch.rand(tokens, experts, generator=generator)
-    if hot:
-        scores[:, 0] = 2.0
-    ids = scores.argsort(dim=1, descending=True)[:, :top_k].contiguous()
+    for matrix in (pool.weights.w13, pool.weights.w2):
+        for slot in slots.tolist():
+            if form == FLOAT:
+                weights = torch.randn(matrix.data_SNB.shape[1:], generator=generator) * matrix.inner**-0.5
+                matrix.data_SNB[slot] = weights.to(dtype).to(DEVICE)
+            else:
+                fill_with_random_codes(matrix, slot, generator)
+    pool.keep()
+    w13, w2 = (
+        torch.stack([dense(matrix, slot) for slot in slots.tolist()]) for matrix in (pool.weights.w13, pool.weights.w2)
+    )
+    x, ids = _tokens(tokens, top_k, experts, hidden, skew, generator)
     if padding:
-        ids[torch.rand(tokens, generator=generator) < 0.4] = -1
+        unrouted = torch.rand(tokens, generator=generator) < 0.4
+        ids[unrouted], x[unrouted] = -1, float("nan")
     known = slots.where(torch.rand(experts, generator=generator) >= away, -1)
     plan = reference.route_plan(ids.to(DEVICE), known.to(DEVICE))
-    return Case(pool, w13, w2, random(tokens, hidden), ids.to(DEVICE), slots.to(DEVICE), plan)
+    return Case(pool, w13, w2, x.to(dtype).to(DEVICE), ids.to(DEVICE), slots.to(DEVICE), plan)
+
+
+def _tokens(
+    tokens: int, top_k: int, experts: int, hidden: int, skew: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """What the tokens are, [T, H], and the ids [T, K] that they choose."""
+    x, scores = torch.randn(tokens, hidden, generator=generator), torch.rand(tokens, experts, generator=generator)
+    if skew == "hot":
+        scores[:, 0] = 2.0
+    elif skew == "few":
+        scores[:, :top_k] += 1.0
+    elif skew == "repeated":
+        x, scores = x[:1].repeat(tokens, 1), scores[:1].repeat(tokens, 1)
+    ids = scores.argsort(dim=1, descending=True)[:, :top_k].contiguous()
+    if skew == "twice":
+        ids[:, -1] = ids[:, 0]
+    return x, ids
+
+
+def sizes_of(form: tuple[ExpertFormat, int]) -> tuple[list[int], list[int]]:
+    """The awkward H and I that experts of this format may have."""
+    format, group = form
+    if format is ExpertFormat.INT4:
+        return ([128, 256], [128]) if group == 128 else ([group, 2 * group], [group, 2 * group])
+    if format is ExpertFormat.MXFP4:
+        return [32, 64, 96], [32, 64, 96]
+    if format is ExpertFormat.FP8:  # blocks of 128: parts of one, and more than one
+        return [40, 96, 144], [1, 11, 32, 144]
+    return [16, 40, 64, 96], [1, 8, 11, 32, 96]
 
 
 @st.composite
-def cases(draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype]) -> Case:
+def cases(
+    draw: st.DrawFn,
+    dtypes: st.SearchStrategy[torch.dtype],
+    form: tuple[ExpertFormat, int] = FLOAT,
+    tokens: tuple[int, ...] = (1, 2, 7, 16, 17, 40),
+) -> Case:
     """Small layers of every awkward shape."""
     experts = draw(st.integers(1, 6))
-    return make_case(
-        draw(st.sampled_from([1, 2, 7, 16, 17, 40])),
+    hidden, inter = (draw(st.sampled_from(sizes)) for sizes in sizes_of(form))
+    case = make_case(
+        draw(st.sampled_from(tokens)),
         draw(st.integers(1, min(3, experts))),
         experts,
-        draw(st.sampled_from([16, 40, 64, 96])),
-        draw(st.sampled_from([1, 8, 11, 32, 96])),
+        hidden,
+        inter,
         draw(dtypes),
+        form,
         seed=draw(st.integers(0, 999)),
-        hot=draw(st.booleans()),
+        skew=draw(st.sampled_from(SKEWS)),
         padding=draw(st.booleans()),
         away=draw(st.sampled_from([0.0, 0.5, 1.0])),
     )
+    assume(well_conditioned(case.true_act()))
+    return case
+
+
+def well_conditioned(truth: Tensor) -> bool:
+    """Not all sums, of which there may be but one, have cancelled: such have no relative accuracy in float32."""
+    return truth.numel() == 0 or float(truth.square().mean().sqrt()) > 0.2

@@ -1,4 +1,4 @@
-"""Quantized experts: decoding by specification, exactly, and the GEMMs on decoded weights against float64."""
+"""Quantized experts: decoding by specification, exactly, and where the bytes lie."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 
 from duoserve.errors import KernelError
-from duoserve.kernels import Work, dequant, moe_gemm, moe_gemv, reference
-from duoserve.kernels.configs import INTERPRETER, SMALL, gemm_config
+from duoserve.kernels import dequant, moe_gemm, moe_gemv
 from duoserve.kernels.numerics import interpreting
 from duoserve.kernels.reference_dequant import E2M1, dense
 from duoserve.kernels.weights import ExpertFormat, QuantizedLayout
-from tests.kernels.common import DEVICE, DTYPES, assert_close, assert_same_bits, poisoned
-from tests.kernels.quantized_case import LAYOUTS, QuantizedCase, minifloat, written_out
+from tests.kernels.common import DEVICE, DTYPES, poisoned
+from tests.kernels.experts_case import make_case
+from tests.kernels.quantized_case import LAYOUTS, minifloat, written_out
 
 TRITON_HALVES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -64,61 +64,10 @@ def test_every_scale_of_mxfp4() -> None:
 @pytest.mark.parametrize(("form", "group"), LAYOUTS)
 def test_the_twin_decodes_by_specification(form: ExpertFormat, group: int) -> None:
     inter = 160 if form in (ExpertFormat.INT8, ExpertFormat.FP8) else 128
-    case = QuantizedCase(QuantizedLayout(form, 128, inter, group), 2, 1, 1, torch.float32)
+    case = make_case(1, 1, 1, 128, inter, torch.float32, (form, group))
     slot = int(case.slots_E[0])
-    for matrix in (case.on_host.w13, case.on_host.w2):
-        assert torch.equal(dense(matrix, slot), written_out(matrix, slot).float())
-
-
-# Odd sizes, several groups and blocks (fp8: more than 128 gate rows), several tiles of rows, every format and dtype.
-GEMMS = (
-    (ExpertFormat.INT8, 0, torch.bfloat16, 5, 144, 11, False),
-    (ExpertFormat.INT8, 0, torch.float32, 1, 40, 96, False),
-    (ExpertFormat.INT4, 32, torch.float16, 19, 64, 32, False),
-    (ExpertFormat.INT4, 64, torch.bfloat16, 5, 64, 128, False),
-    (ExpertFormat.INT4, 128, torch.float32, 1, 128, 128, False),
-    (ExpertFormat.INT4, 32, torch.float16, 5, 96, 64, True),
-    (ExpertFormat.FP8, 0, torch.bfloat16, 5, 40, 144, False),
-    (ExpertFormat.FP8, 0, torch.float16, 1, 144, 11, False),
-    (ExpertFormat.FP8, 0, torch.float16, 2, 144, 32, True),
-    (ExpertFormat.MXFP4, 0, torch.bfloat16, 5, 64, 96, False),
-    (ExpertFormat.MXFP4, 0, torch.float16, 19, 32, 64, True),
-)
-
-
-@pytest.mark.parametrize(("form", "group", "dtype", "tokens", "hidden", "inter", "tma"), GEMMS)
-def test_gemms_on_quantized_weights(
-    form: ExpertFormat, group: int, dtype: torch.dtype, tokens: int, hidden: int, inter: int, tma: bool
-) -> None:
-    """Also in two launches, through descriptors, and the twins."""
-    case = QuantizedCase(QuantizedLayout(form, hidden, inter, group), tokens, 2, 3, dtype)
-    config = replace(gemm_config(dtype, INTERPRETER, SMALL, True, form, group), tma=tma)
-    num_rows, plan, weights = tokens * 2, case.plan, case.weights
-    arrived = Work.of([(e, int(case.slots_E[e])) for e, _ in plan.missing.pairs()], DEVICE)
-    everything = Work.of([*plan.resident.pairs(), *arrived.pairs()], DEVICE)
-    up = case.truth(case.x_TH[plan.order_N.long() // 2], case.by_expert(case.on_host.w13))
-    true_act = torch.nn.functional.silu(up[:, 0::2]) * up[:, 1::2]
-
-    acts, ys = [], []
-    for works in ([everything], [plan.resident, arrived]):
-        act, y = poisoned(num_rows, inter, dtype=dtype), poisoned(num_rows, hidden, dtype=dtype)
-        for work in works:
-            moe_gemm.moe_up(case.x_TH, weights, plan, work, act, config)
-            moe_gemm.moe_down(act, weights, plan, work, y, config)
-        acts.append(act)
-        ys.append(y)
-    assert_close(acts[0], true_act, dtype)
-    true_y = case.truth(acts[0], case.by_expert(case.on_host.w2))
-    assert_close(ys[0][plan.order_N.long()], true_y, dtype)
-    assert_same_bits(acts[1], acts[0])
-    assert_same_bits(ys[1], ys[0])
-    assert case.untouched()
-
-    twin_act, twin_y = poisoned(num_rows, inter, dtype=dtype), poisoned(num_rows, hidden, dtype=dtype)
-    reference.moe_up(case.x_TH, weights, plan, everything, twin_act)
-    reference.moe_down(acts[0], weights, plan, everything, twin_y)
-    assert_close(twin_act, true_act, dtype, roundings=2)
-    assert_close(twin_y[plan.order_N.long()], true_y, dtype)
+    for matrix in (case.pool.weights.w13, case.pool.weights.w2):
+        assert torch.equal(dense(matrix, slot).cpu(), written_out(matrix, slot).float())
 
 
 @pytest.mark.parametrize(("form", "group"), LAYOUTS)
@@ -146,8 +95,8 @@ def test_what_a_format_cannot_be_is_refused() -> None:
     }.items():
         with pytest.raises(KernelError, match=message):
             QuantizedLayout(*arguments)
-    case = QuantizedCase(QuantizedLayout(ExpertFormat.INT4, 64, 64, 32), 2, 1, 2, torch.float16)
-    act, weights = poisoned(2, 64, dtype=torch.float16), case.weights
+    case = make_case(2, 1, 2, 64, 64, torch.float16, (ExpertFormat.INT4, 32))
+    act, weights = case.act(), case.pool.weights
     for message, broken in {
         "no scales": replace(weights, s13=None),
         "int4 alone": replace(weights, z13=None),

@@ -1,4 +1,4 @@
-"""The experts' grouped GEMMs: against float64, and the bits that no placement, split or batch may change."""
+"""The experts' grouped GEMMs and their twins against float64, and the table of their tiles."""
 
 from __future__ import annotations
 
@@ -11,53 +11,88 @@ from hypothesis import strategies as st
 
 from duoserve.errors import KernelError
 from duoserve.kernels import RoutePlan, Work, moe_checks, moe_gemm, reference
-from duoserve.kernels.configs import HUGE, LARGE, MEDIUM, SMALL, GemmConfig, gemm_config, shape_class, takes_gemv
+from duoserve.kernels.configs import (
+    HUGE,
+    INTERPRETER,
+    LARGE,
+    MEDIUM,
+    SMALL,
+    GemmConfig,
+    gemm_config,
+    shape_class,
+    takes_gemv,
+)
 from duoserve.kernels.weights import ExpertFormat
-from tests.kernels.common import DEVICE, DTYPES, assert_close, assert_same_bits
-from tests.kernels.experts_case import Case, cases, make_case
+from tests.kernels.common import DEVICE, DTYPES, assert_close, assert_same_bits, assert_within_one_ulp
+from tests.kernels.experts_case import FLOAT, FORMATS, TINY, Case, cases, layer, make_case
+from tests.kernels.quantized_case import LAYOUTS
 
-TINY = GemmConfig(32, 16, 32, 4, 2, 1, "many tiles of small matrices", group_t=2)
+# Several groups and blocks (fp8: more than 128 gate rows), several tiles of rows, odd sizes, each format's own way.
+LAYERS = (
+    (FLOAT, torch.bfloat16, 40, 96, 11, False),
+    (FLOAT, torch.float16, 17, 64, 96, True),
+    ((ExpertFormat.INT8, 0), torch.bfloat16, 5, 144, 11, False),
+    ((ExpertFormat.INT8, 0), torch.float32, 1, 40, 96, False),
+    ((ExpertFormat.INT8, 0), torch.float16, 17, 48, 96, True),
+    ((ExpertFormat.INT4, 32), torch.float16, 19, 64, 32, False),
+    ((ExpertFormat.INT4, 32), torch.float16, 5, 96, 64, True),
+    ((ExpertFormat.INT4, 64), torch.bfloat16, 5, 64, 128, False),
+    ((ExpertFormat.INT4, 128), torch.float32, 1, 128, 128, False),
+    ((ExpertFormat.FP8, 0), torch.bfloat16, 5, 40, 144, False),
+    ((ExpertFormat.FP8, 0), torch.float16, 1, 144, 11, False),
+    ((ExpertFormat.FP8, 0), torch.float16, 2, 144, 32, True),
+    ((ExpertFormat.MXFP4, 0), torch.bfloat16, 5, 64, 96, False),
+    ((ExpertFormat.MXFP4, 0), torch.float16, 19, 32, 64, True),
+)
 
 
-def up(case: Case, works: list[Work], config: GemmConfig | None = None) -> torch.Tensor:
-    act = case.act()
-    for work in works:
-        moe_gemm.moe_up(case.x_TH, case.pool.weights, case.plan, work, act, config)
-    return act
+def check_gemms(case: Case, config: GemmConfig | None) -> None:
+    """Both GEMMs against float64; unused and unrouted rows and all slots stay as they are; two launches are one."""
+    dtype, computed, count = case.x_TH.dtype, case.computed, len(case.computed)
+    act, y = layer(case, config)
+    assert_close(act[:count], case.true_act(), dtype)
+    assert bool(act[count:].isnan().all()), "rows of no expert were written"
+    assert_close(y[computed], case.true_y(act), dtype)
+    unused = torch.ones(len(y), dtype=torch.bool, device=DEVICE).index_fill_(0, computed, False)
+    assert bool(y[unused].isnan().all()), "rows of no expert were written"
+
+    in_two_launches = layer(case, config, [case.plan.resident.pairs(), case.arrived.pairs()])
+    assert_same_bits(in_two_launches[0], act)
+    assert_same_bits(in_two_launches[1], y)
+    case.pool.check()
 
 
-def down(case: Case, act: torch.Tensor, works: list[Work], config: GemmConfig | None = None) -> torch.Tensor:
-    y = case.y()
-    for work in works:
-        moe_gemm.moe_down(act, case.pool.weights, case.plan, work, y, config)
-    return y
+def tma_fits(case: Case) -> bool:
+    return moe_checks.tma_fits(case.pool.weights.w13_SNH) and moe_checks.tma_fits(case.pool.weights.w2_SHI)
 
 
 @given(case=cases(st.sampled_from(DTYPES)), tiny=st.booleans(), tma=st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_both_gemms_against_float64(case: Case, tiny: bool, tma: bool) -> None:
-    """Also in two launches, with unused rows, untouched rows, canary slots and the twin."""
-    weights = case.pool.weights
-    tma = tma and moe_checks.tma_fits(weights.w13_SNH) and moe_checks.tma_fits(weights.w2_SHI)
-    config = replace(TINY, tma=tma) if tiny else None
-    dtype, computed, count = case.x_TH.dtype, case.computed, len(case.computed)
-    act = up(case, [case.all_work], config)
-    assert_close(act[:count], case.true_act(), dtype)
-    assert bool(act[count:].isnan().all()), "rows of no expert were written"
-    y = down(case, act, [case.all_work], config)
-    assert_close(y[computed], case.true_y(act), dtype)
-    unused = torch.ones(len(y), dtype=torch.bool, device=DEVICE).index_fill_(0, computed, False)
-    assert bool(y[unused].isnan().all()), "rows of no expert were written"
-
-    two_launches = [case.plan.resident, case.arrived]
-    assert_same_bits(up(case, two_launches, config), act)
-    assert_same_bits(down(case, act, two_launches, config), y)
-    case.pool.check()
+    check_gemms(case, case.tiny(tma and tma_fits(case)) if tiny else None)
 
 
-@given(case=cases(st.sampled_from(DTYPES)))
-@settings(max_examples=25, deadline=None)
-def test_the_twins_against_float64(case: Case) -> None:
+@pytest.mark.parametrize("form", LAYOUTS)
+@given(data=st.data(), tiny=st.booleans(), tma=st.booleans())
+@settings(max_examples=4, deadline=None)
+def test_both_gemms_on_quantized_weights(
+    form: tuple[ExpertFormat, int], data: st.DataObject, tiny: bool, tma: bool
+) -> None:
+    case = data.draw(cases(st.sampled_from(DTYPES), form, tokens=(1, 2, 7, 17)))
+    check_gemms(case, case.tiny(tma and tma_fits(case)) if tiny else None)
+
+
+@pytest.mark.parametrize(("form", "dtype", "tokens", "hidden", "inter", "tma"), LAYERS)
+def test_layers_that_have_many_tiles_groups_and_blocks(
+    form: tuple[ExpertFormat, int], dtype: torch.dtype, tokens: int, hidden: int, inter: int, tma: bool
+) -> None:
+    """With the table's own row; beside the kernels also the twins."""
+    case = make_case(tokens, 2, 3, hidden, inter, dtype, form)
+    check_gemms(case, replace(gemm_config(dtype, INTERPRETER, SMALL, True, *form), tma=tma))
+    check_twins(case)
+
+
+def check_twins(case: Case) -> None:
     act, y = case.act(), case.y()
     for work in (case.plan.resident, case.arrived):
         reference.moe_up(case.x_TH, case.pool.weights, case.plan, work, act)
@@ -68,20 +103,20 @@ def test_the_twins_against_float64(case: Case) -> None:
     assert bool(act[len(case.computed) :].isnan().all())
 
 
-@pytest.mark.parametrize("tma", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_alone_has_the_bits_it_has_in_a_batch(dtype: torch.dtype, tma: bool) -> None:
-    case = make_case(21, 2, 3, 64, 48, dtype, away=0.0)
-    config = replace(TINY, tma=tma)
-    act = up(case, [case.all_work], config)
-    y = down(case, act, [case.all_work], config).view(21, 2, -1)
-    for token in (0, 13, 20):
-        ids = case.ids_TK[token : token + 1]
-        alone = replace(
-            case, x_TH=case.x_TH[token : token + 1], ids_TK=ids, plan=reference.route_plan(ids, case.slots_E)
-        )
-        its_act = up(alone, [alone.all_work], config)
-        assert_same_bits(down(alone, its_act, [alone.all_work], config), y[token])
+@pytest.mark.parametrize("form", FORMATS)
+@given(data=st.data())
+@settings(max_examples=8, deadline=None)
+def test_the_twins_against_float64(form: tuple[ExpertFormat, int], data: st.DataObject) -> None:
+    check_twins(data.draw(cases(st.sampled_from(DTYPES), form)))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_all_but_one_in_a_thousand_are_within_one_ulp(form: tuple[ExpertFormat, int], dtype: torch.dtype) -> None:
+    case = make_case(16, 2, 2, 128, 128, dtype, form)
+    act, y = layer(case)
+    assert_within_one_ulp(act, case.true_act())
+    assert_within_one_ulp(y[case.computed], case.true_y(act))
 
 
 @pytest.mark.gpu
@@ -92,21 +127,11 @@ def test_every_shape_class_gives_a_row_the_same_bits(dtype: torch.dtype) -> None
     case = make_case(300, 2, 4, 512, 384, dtype, away=0.0)
     arch, _ = moe_gemm.machine(case.x_TH.device)
     configs = [gemm_config(dtype, arch, block_t) for block_t in (SMALL, MEDIUM, LARGE, HUGE)]
-    acts = [up(case, [case.all_work], config) for config in configs]
-    ys = [down(case, acts[0], [case.all_work], config) for config in configs]
-    for act, y in zip(acts[1:], ys[1:], strict=True):
-        assert_same_bits(act, acts[0])
-        assert_same_bits(y, ys[0])
-
-
-def test_neither_slots_nor_tile_order_nor_descriptors_change_bits() -> None:
-    case, moved = (make_case(50, 2, 4, 96, 64, torch.float16, away=0.0) for _ in range(2))
-    moved.slots_E = case.slots_E.roll(1)
-    for expert, slot in enumerate(moved.slots_E.tolist()):
-        moved.pool.put(slot, case.w13_ENH[expert], case.w2_EHI[expert])
-    act = up(case, [case.all_work], TINY)
-    for config in (TINY, replace(TINY, group_t=1), replace(TINY, tma=True), replace(TINY, ctas_per_sm=100)):
-        assert_same_bits(up(moved, [moved.all_work], config), act)
+    first_act, first_y = layer(case, configs[0])
+    for config in configs[1:]:
+        act, y = layer(case, config)
+        assert_same_bits(act, first_act)
+        assert_same_bits(y, first_y)
 
 
 def test_an_expert_without_a_slot_is_not_silent() -> None:
@@ -125,7 +150,7 @@ def test_an_expert_without_a_slot_is_not_silent() -> None:
 
 def test_nothing_to_do_touches_nothing() -> None:
     case = make_case(3, 1, 2, 32, 32, torch.float32, away=0.0)
-    assert bool(up(case, [case.plan.missing, Work.of([], DEVICE)]).isnan().all())
+    assert all(bool(result.isnan().all()) for result in layer(case, None, [case.plan.missing.pairs(), []]))
 
 
 def test_only_a_token_alone_takes_the_matrix_vector_kernels() -> None:
@@ -167,4 +192,4 @@ def test_wrong_operands_are_refused() -> None:
             moe_gemm.moe_up(*operands)
     with pytest.raises(KernelError, match="multiples of 16 bytes"):
         odd = make_case(3, 2, 4, 32, 11, torch.float16, away=0.0)
-        down(odd, odd.act(), [odd.all_work], replace(TINY, tma=True))
+        layer(odd, replace(TINY, tma=True))

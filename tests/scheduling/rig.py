@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from duoserve.config import Phase
-from duoserve.experts.copy_engine import Priority, Ticket, TicketState
+from duoserve.experts.copy_engine import Ticket, TicketState
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool, SlotState, SlotTable
-from duoserve.experts.virtual import VirtualClock, VirtualCopyEngine
+from duoserve.experts.virtual import VirtualClock
 from duoserve.metrics import Meter, Stats
 from duoserve.scheduling.policies import Policy, get_policy
 from duoserve.scheduling.scheduler import Scheduler
 from tests.fakes import SMALL, ArrayStore
+from tests.scheduling.recording import RecordingEngine
 
 Routing = Sequence[Sequence[int]]  # by layer: the experts that are wanted, the most wanted first
 
@@ -25,15 +26,6 @@ class Batch(NamedTuple):
     at: float
     layer: int
     experts: list[int]
-
-
-class RecordingEngine(VirtualCopyEngine):
-    """Remembers every ticket."""
-
-    def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
-        ticket = super().submit(expert, slot, priority)
-        self.tickets = [*getattr(self, "tickets", []), ticket]
-        return ticket
 
 
 class Rig:
@@ -61,7 +53,6 @@ class Rig:
         self.engine = RecordingEngine(
             self.clock, lambda _: copy_s, self.store, pool, shuffle=rng, on_copied=self.meter.copied
         )
-        self.engine.tickets = []
         self.pool = pool
         self.num_layers = layers
         self.num_experts = experts

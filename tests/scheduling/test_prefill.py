@@ -57,7 +57,13 @@ def test_keeps_the_most_wanted_of_those_that_pass_through() -> None:
 
 
 def test_the_ring_is_no_larger_than_what_has_to_pass_it() -> None:
-    assert [ring_size(16, 50), ring_size(3, 50), ring_size(16, 2), ring_size(64, 0)] == [4, 3, 2, 0]
+    assert [ring_size(SHAPE, LONG, *of) for of in ((16, 50), (3, 50), (16, 2), (64, 0))] == [4, 3, 2, 0]
+
+
+def test_the_ring_grows_with_the_prompt_as_far_as_the_cache_can_spare_it() -> None:
+    many = ModelShape(128, 8, (0,))
+    assert [ring_size(many, tokens, 768, 6000) for tokens in (127, 128, 8192, 99999)] == [4, 5, 68, 96]
+    assert [ring_size(many, 8192, slots, 6000) for slots in (3, 32, 40, 400)] == [3, 4, 5, 50]
 
 
 def test_next_layer_fetches_one_layer_ahead_and_does_not_wrap_around() -> None:

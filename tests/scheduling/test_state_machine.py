@@ -1,6 +1,7 @@
 """Slots, scheduler and copy engine, driven at random through all that may happen to them, failure and shutdown too.
 
-Nothing may be lost, owned twice, evicted while held, or read before it is READY. Slots are poisoned with NaN.
+Nothing may be lost, owned twice, evicted while held, read before it is READY or written while it is read. Slots are
+poisoned with NaN.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from duoserve.config import Phase
 from duoserve.errors import ClosedError, CopyError
-from duoserve.experts.copy_engine import CopyEngine, ThreadedCopyEngine
+from duoserve.experts.copy_engine import CopyEngine, ThreadedCopyEngine, TicketState
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.slots import SlotPool, SlotState, SlotTable
-from duoserve.experts.virtual import VirtualClock, VirtualCopyEngine
+from duoserve.experts.virtual import ComputeLane, VirtualClock
 from duoserve.metrics import Meter
 from duoserve.scheduling.policies import POLICIES, get_policy
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.scheduling.source import Lease, ReadyExpert
 from tests.fakes import ArrayStore
+from tests.scheduling.recording import Read, RecordingEngine, clashes, misreadings, misshapen
 
 LAYERS, EXPERTS, TOP_K = 3, 4, 2
 TINY = ExpertLayout(torch.bfloat16, hidden=32, intermediate=16)  # one page
+PIECE_BYTES = 1500
 POISON = 0xFF
 
 PHASE = st.sampled_from(Phase)
@@ -42,19 +45,38 @@ class ConsumerError(Exception):
 
 
 class Slots(RuleBasedStateMachine):
-    """Over a virtual link that completes copies in any order.
+    """Over a virtual link that completes the pieces of copies in any order, and a compute lane that lags behind.
 
     The rules have no preconditions: whether a lease is at its end is up to the threads of the subclass, and hypothesis
     wants the same choices to lead to the same rules.
     """
 
     def make_engine(self, seed: int) -> CopyEngine:
-        return VirtualCopyEngine(self.clock, lambda _: 1.0, self.store, self.pool, shuffle=random.Random(seed))
+        """A copy takes a second; prefetches go in three pieces, one of them odd, or whole."""
+        self.recording = RecordingEngine(
+            self.clock,
+            lambda nbytes: nbytes / TINY.slot_bytes,
+            self.store,
+            self.pool,
+            shuffle=random.Random(seed),
+            piece_bytes=PIECE_BYTES if seed % 4 else None,
+            lane=self.lane,
+        )
+        return self.recording
 
-    @initialize(policy=st.sampled_from(sorted(POLICIES)), slots=st.integers(TOP_K + 1, 12), seed=st.integers(0, 99))
-    def build(self, policy: str, slots: int, seed: int) -> None:
+    @initialize(
+        policy=st.sampled_from(sorted(POLICIES)),
+        slots=st.integers(TOP_K + 1, 12),
+        seed=st.integers(0, 99),
+        work_s=st.sampled_from([0.0, 0.3, 5.0]),
+    )
+    def build(self, policy: str, slots: int, seed: int, work_s: float) -> None:
         num_slots = LAYERS * EXPERTS if policy == "resident" else slots
         self.clock = VirtualClock()
+        self.lane = ComputeLane(self.clock)
+        self.work_s = work_s  # of a batch, on the lane
+        self.reads: list[Read] = []
+        self.meter = Meter()
         self.store = ArrayStore(TINY, LAYERS, EXPERTS)
         self.pool = SlotPool(num_slots, TINY, poison=True)
         self.table = SlotTable(LAYERS, EXPERTS, num_slots)
@@ -67,7 +89,7 @@ class Slots(RuleBasedStateMachine):
             top_k=TOP_K,
             num_layers=LAYERS,
             num_experts=EXPERTS,
-            meter=Meter(),
+            meter=self.meter,
         )
         self.was_broken = False
         self.closed = False
@@ -182,6 +204,16 @@ class Slots(RuleBasedStateMachine):
             self.leave(fails=True)
         self.check_batch()
         self.owed -= {one.expert for one in self.batch}
+        start, stop = self.lane.launch(self.work_s)
+        self.reads += [Read(start, stop, slot, ExpertId(self.layer, expert)) for expert, slot in self.batch]
+
+    def check_link(self) -> None:
+        """The link kept order, and every byte that it moved has its place in the books, now that nothing moves."""
+        assert misshapen(self.recording) == []
+        assert clashes(self.recording, self.reads) == misreadings(self.recording, self.reads) == []
+        moved = sum(ticket.sent for ticket in self.recording.tickets if ticket.state is not TicketState.FAILED)
+        unused = moved - self.meter.snapshot().bytes.total
+        assert unused % TINY.slot_bytes == 0 and 0 <= unused <= len(self.table.ready()) * TINY.slot_bytes
 
     def check_batch(self) -> None:
         """What the consumer computes on is what it asked for, held, and all there."""
@@ -199,6 +231,7 @@ class Slots(RuleBasedStateMachine):
         if hasattr(self, "scheduler"):
             self.close(chance=12)
             self.nothing_is_lost_or_stale()
+            self.check_link()
 
 
 class ThreadedSlots(Slots):
@@ -206,6 +239,9 @@ class ThreadedSlots(Slots):
 
     def make_engine(self, seed: int) -> CopyEngine:
         return ThreadedCopyEngine(self.store, self.pool, num_threads=1 + seed % 3)
+
+    def check_link(self) -> None:
+        """Threads keep no log."""
 
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large]

@@ -1,0 +1,75 @@
+"""The PyTorch spec of the ops that bring experts from host memory into slots. No triton.
+
+T tokens, K top-k, E experts, S slots, H hidden, I expert intermediate, N = T * K routed rows, B bytes of a row.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from duoserve.kernels import reference
+from duoserve.kernels.host_rows import HostRows, offset_in_row
+from duoserve.kernels.routing import RoutePlan, Work
+from duoserve.kernels.weights import ExpertWeights, Matrix
+
+ALL_BITS = 0xFF  # NaN in every float format, and in the scales of the others
+
+
+def page_gather(source: HostRows, work: Work, pool_SB: Tensor) -> None:
+    """Copies the row of each expert in ``work`` into its slot, a row of ``pool_SB`` (uint8 [S, B]).
+
+    An expert that ``source`` has no row of turns its slot into NaN; one whose slot does not exist is left out.
+    """
+    for expert, slot in work.pairs():
+        row_B = source.rows_E[expert]
+        if not 0 <= slot < len(pool_SB):
+            continue
+        if row_B is None:
+            pool_SB[slot] = ALL_BITS
+        else:
+            pool_SB[slot].copy_(row_B)
+
+
+def moe_up_fill(
+    x_TH: Tensor, weights: ExpertWeights, source: HostRows, plan: RoutePlan, work: Work, act_NI: Tensor
+) -> None:
+    """Copies w13 and its scales of each expert in ``work`` from ``source`` into its slot, then ``moe_up``.
+
+    An expert without a row or a slot gives NaN.
+    """
+    filled, lost = _filled(weights, weights.w13, source, work)
+    reference.moe_up(x_TH, weights, plan, filled, act_NI)
+    for expert, _ in lost:
+        start, stop = plan.rows(expert)
+        act_NI[start:stop] = math.nan
+
+
+def moe_down_fill(
+    act_NI: Tensor, weights: ExpertWeights, source: HostRows, plan: RoutePlan, work: Work, y_NH: Tensor
+) -> None:
+    """Copies w2 and its scales of each expert in ``work`` from ``source`` into its slot, then ``moe_down``.
+
+    An expert without a row or a slot gives NaN.
+    """
+    filled, lost = _filled(weights, weights.w2, source, work)
+    reference.moe_down(act_NI, weights, plan, filled, y_NH)
+    for expert, _ in lost:
+        start, stop = plan.rows(expert)
+        y_NH[plan.order_N[start:stop].long()] = math.nan
+
+
+def _filled(weights: ExpertWeights, matrix: Matrix, source: HostRows, work: Work) -> tuple[Work, list[tuple[int, int]]]:
+    """The experts of ``work`` whose ``matrix`` is now in their slots, and those that have no row or no slot."""
+    filled, lost = [], []
+    for expert, slot in work.pairs():
+        row_B = source.rows_E[expert]
+        if row_B is None or not 0 <= slot < len(matrix.data_SNB):
+            lost.append((expert, slot))
+            continue
+        for part in matrix.parts:
+            start, size = offset_in_row(part, weights), part.shape[1:].numel() * part.element_size()
+            part[slot].copy_(row_B[start : start + size].view(part.dtype).view(part.shape[1:]))
+        filled.append((expert, slot))
+    return Work.of(filled, work.experts_W.device), lost
