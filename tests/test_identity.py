@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from duoserve import MoEModel, SamplingParams
+from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
-from duoserve.experts.store import ExpertStore
+from duoserve.experts.store import ExpertStore, HostStore, TieredStore
+from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.experts.virtual import VirtualClock, VirtualCopyEngine
 from tests.assembly import assembled, tokens_of
 from tests.checkpoints import save_mixtral
+from tests.fake_streams import FakeStreams
 
 STREAMING = ("on-demand", "layer-prefetch", "lru")
 PROMPT = [(11 * i * i + 5 * i) % 95 + 1 for i in range(30)]
@@ -83,6 +86,27 @@ def test_any_order_of_arrival(
         return VirtualCopyEngine(VirtualClock(), lambda nbytes: 1e-3, store, pool, rng, piece_bytes=piece_bytes)
 
     with assembled(folder, policy, slots, virtual) as engine:
+        assert tokens_of(engine, PROMPT, GREEDY) == truth.tokens
+        logits_TV = engine.forward(PROMPT + truth.tokens)
+    assert torch.equal(logits_TV.view(torch.int32), truth.logits_TV.view(torch.int32))
+
+
+@given(
+    policy=st.sampled_from(STREAMING), slots=st.integers(3, 24), in_ram=st.integers(0, 24), seed=st.integers(0, 2**31)
+)
+@settings(max_examples=30, deadline=None)
+def test_a_device_behind_the_host(
+    policy: str, slots: int, in_ram: int, seed: int, folder: Path, truth: Outcome
+) -> None:
+    """Copies are made as late as the marks between a device's lanes allow; some experts wait in RAM, some on disk."""
+
+    def device(store: ExpertStore, pool: SlotPool) -> StreamCopyEngine:
+        experts = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)][:in_ram]
+        streams = FakeStreams(random.Random(seed), host_computes=True)
+        tiers = TieredStore(HostStore(store, experts), store)
+        return StreamCopyEngine(tiers, pool, streams, piece_bytes=pool.rows_SB.shape[1] // 3)
+
+    with assembled(folder, policy, slots, device) as engine:
         assert tokens_of(engine, PROMPT, GREEDY) == truth.tokens
         logits_TV = engine.forward(PROMPT + truth.tokens)
     assert torch.equal(logits_TV.view(torch.int32), truth.logits_TV.view(torch.int32))

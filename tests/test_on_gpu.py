@@ -1,4 +1,4 @@
-"""The same promises on a GPU: the CPU's tokens, equal bits whatever moved, the cap kept. Skipped where there is none."""
+"""The same promises on a GPU: the CPU's tokens, equal bits whatever moved, the cap kept; skipped without one."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ class StreamCopyEngine(CopyEngine):
                 self._streams.wait(in_flight.popleft())
             if lane is not _lane(ticket):  # it has been promoted meanwhile
                 lane = _lane(ticket)
-                self._streams.after(lane, in_flight[-1])
+                self._streams.after(lane, in_flight[-1] if in_flight else begin)
             stop = min(start + piece_bytes, ticket.nbytes)
             self._streams.copy(lane, target_B[start:stop], row_B[start:stop])
             in_flight.append(self._streams.mark(lane))
