@@ -32,11 +32,13 @@ def page_gather_kernel(addresses_E, experts_W, slots_W, count_1, pool, num_slots
         first = (step - item * chunks) * CHUNK
         slot = tl.load(slots_W + item)
         address = tl.load(addresses_E + tl.load(experts_W + item))
-        inside = at < row_words - first
+        # Conditions on scalars go into the bounds: the interpreter of Triton 3.9 has no `&` of a block and a scalar.
+        readable = tl.where(address != 0, row_words - first, 0)
+        writable = tl.where((slot >= 0) & (slot < num_slots), row_words - first, 0)
         source = tl.multiple_of(address.to(tl.pointer_type(tl.int64)), 16) + first
-        words = tl.load(source + at, mask=inside & (address != 0), other=-1)  # all bits set: NaN in every format
+        words = tl.load(source + at, mask=at < readable, other=-1)  # all bits set: NaN in every format
         target = pool + slot.to(tl.int64) * row_words + first
-        tl.store(target + at, words, mask=inside & (slot >= 0) & (slot < num_slots))
+        tl.store(target + at, words, mask=at < writable)
 
 
 def page_gather(source: HostRows, work: Work, pool_SB: Tensor) -> None:

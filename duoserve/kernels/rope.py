@@ -97,7 +97,7 @@ def _rope_write_kernel(
     else:
         row = tl.load(rows_ptr + token)
         heads += (block - Q_BLOCKS) * HEADS
-        stored = (heads < G) & (row >= 0)
+        stored = heads < tl.where(row >= 0, G, 0)  # not `&`: with a scalar, the interpreter of Triton 3.9 fails there
         page_at = (row * G + heads) * D
         k_at = token * k_stride + heads * k_head_stride
         _rotate(
