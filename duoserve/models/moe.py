@@ -13,6 +13,7 @@ from torch import Tensor
 
 from duoserve import kernels
 from duoserve.kernels import ExpertWeights, HostWork
+from duoserve.models.tap import RoutingTap
 from duoserve.scheduling.source import ExpertSource
 
 
@@ -21,7 +22,7 @@ class MoEBlock:
     """Routes each token to its top-k experts and computes them as they become ready, residents first.
 
     Each expert's rows are one product of their own and the combine has a fixed order, so the output has the same bits
-    whatever slots the experts are in and in whatever order they arrive.
+    whatever slots the experts are in and in whatever order they arrive. ``tap`` hears what was chosen.
     """
 
     layer: int
@@ -29,9 +30,12 @@ class MoEBlock:
     top_k: int
     source: ExpertSource
     weights: ExpertWeights
+    tap: RoutingTap | None = None
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         topk_weights_TK, topk_ids_TK = kernels.router_topk(kernels.linear(x_TH, self.router_EH), self.top_k)
+        if self.tap is not None:
+            self.tap.routed(self.layer, x_TH, topk_weights_TK, topk_ids_TK)
         plan = kernels.route_plan(topk_ids_TK, self._unknown_slots_E)
         act_NI = x_TH.new_empty(topk_ids_TK.numel(), self.weights.w2_SHI.shape[2])
         y_NH = x_TH.new_empty(topk_ids_TK.numel(), x_TH.shape[1])
