@@ -14,6 +14,7 @@ from duoserve.experts.copy_engine import CopyEngine
 from duoserve.experts.slots import SlotPool, SlotTable
 from duoserve.kv_cache import PagedKVCache
 from duoserve.metrics import Meter
+from duoserve.models.decoder import RoutedExperts
 from duoserve.models.opened import opened
 from duoserve.placement import Placement
 from duoserve.scheduling.policies import Policy, get_policy
@@ -52,7 +53,7 @@ def load(model: str | Path, wanted: EngineConfig, policy: str | Policy, cache_di
         scheduler = held.enter_context(closing(make_scheduler(found.config, pool, copies, chosen, meter)))
         if chosen.all_resident:
             scheduler.load_all(progress=sys.stderr.isatty())
-        transformer = found.family.build(found.config, place.read, scheduler, pool.weights)
+        transformer = found.family.build(found.config, place.read, RoutedExperts(scheduler, pool.weights))
         cache = PagedKVCache(found.config, place.max_context, place.dtype, place.device)
         engine = Engine(transformer, found.config, scheduler, cache, meter)
         text = Text.load(found.checkpoint.folder)
@@ -70,6 +71,7 @@ def make_scheduler(config: ModelConfig, pool: SlotPool, copies: CopyEngine, poli
         num_layers=config.num_layers,
         num_experts=config.num_experts,
         meter=meter,
+        moe_layers=config.moe_layers,
     )
 
 
