@@ -7,6 +7,7 @@ from enum import Enum
 
 import torch
 
+from duoserve.architecture import Blocks
 from duoserve.errors import ConfigError
 
 
@@ -21,33 +22,40 @@ class Phase(Enum):
 class ModelConfig:
     """An MoE transformer's hyper-parameters in one dialect; a family file maps ``config.json`` to it.
 
-    Sizes count elements (never bytes); ``sliding_window`` counts tokens, None where attention sees all of them.
+    Sizes count elements (never bytes).
     """
 
     model_type: str
     vocab_size: int
     hidden_size: int
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_experts: int
-    top_k: int
-    expert_intermediate_size: int
     rms_norm_eps: float
-    rope_theta: float
     max_position_embeddings: int
-    sliding_window: int | None
     tie_word_embeddings: bool
     dtype: torch.dtype
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    blocks: Blocks
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ConfigError(f"top_k is {self.top_k}, but must lie in 1..{self.num_experts}, the number of experts")
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"{self.num_heads} attention heads cannot share {self.num_kv_heads} KV heads evenly")
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers that have routed experts, in ascending order."""
+        return self.blocks.moe.layers
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of one layer."""
+        return self.blocks.moe.router.num_experts
+
+    @property
+    def top_k(self) -> int:
+        """Routed experts that a token takes in one layer."""
+        return self.blocks.moe.router.top_k
+
+    @property
+    def expert_intermediate_size(self) -> int:
+        """Width of a routed expert."""
+        return self.blocks.moe.expert_intermediate_size
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ PAGE_TOKENS = 64
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one token of context takes over all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    kv = config.blocks.attention.kv
+    return config.num_layers * kv.heads * (kv.key_dim + kv.value_dim) * dtype.itemsize
 
 
 @dataclass(eq=False)
@@ -40,9 +41,10 @@ class PagedKVCache:
         self, config: ModelConfig, max_tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         self.num_pages = -(-max_tokens // PAGE_TOKENS)
-        shape = (config.num_layers, self.num_pages, PAGE_TOKENS, config.num_kv_heads, config.head_dim)
-        self.k_LPSGD = torch.empty(shape, dtype=dtype, device=device)
-        self.v_LPSGD = torch.empty(shape, dtype=dtype, device=device)
+        kv = config.blocks.attention.kv
+        shape = (config.num_layers, self.num_pages, PAGE_TOKENS, kv.heads)
+        self.k_LPSGD = torch.empty((*shape, kv.key_dim), dtype=dtype, device=device)
+        self.v_LPSGD = torch.empty((*shape, kv.value_dim), dtype=dtype, device=device)
         self._device = device
         self._free = list(range(self.num_pages))
 

@@ -14,6 +14,7 @@ from duoserve.experts.copy_engine import CopyEngine
 from duoserve.experts.slots import SlotPool, SlotTable
 from duoserve.kv_cache import PagedKVCache
 from duoserve.metrics import Meter
+from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
 from duoserve.models.opened import opened
 from duoserve.placement import Placement
@@ -63,7 +64,7 @@ def load(
         scheduler = held.enter_context(closing(make_scheduler(found.config, pool, copies, chosen, meter)))
         if chosen.all_resident:
             scheduler.load_all(progress=sys.stderr.isatty())
-        built = found.family.build(found.config, place.read, scheduler, pool.weights)
+        built = found.family.build(found.config, place.read, RoutedExperts(scheduler, pool.weights))
         transformer, tap = (built, None) if listener is None else listened_to(built, listener)
         cache = PagedKVCache(found.config, place.max_context, place.dtype, place.device)
         engine = Engine(transformer, found.config, scheduler, cache, meter, tap=tap)
@@ -82,6 +83,7 @@ def make_scheduler(config: ModelConfig, pool: SlotPool, copies: CopyEngine, poli
         num_layers=config.num_layers,
         num_experts=config.num_experts,
         meter=meter,
+        moe_layers=config.moe_layers,
     )
 
 

@@ -17,22 +17,24 @@ from pathlib import Path
 import pytest
 
 FLOORS = """
-F0  errors  config  timeline  metrics
+F0  errors  architecture  config  timeline  metrics
 F1  kernels/checks  kernels/weights  kernels/host_rows  kernels/routing  kernels/matmul  kernels/paging
     kernels/reference_dequant  kernels/reference_small  kernels/reference_attention  kernels/reference
     kernels/reference_copies  kernels/numerics  kernels/configs  kernels/dequant  kernels/moe_checks  kernels/route
     kernels/moe_gemm  kernels/moe_gemv  kernels/moe_fill  kernels/copies  kernels/combine  kernels/router
     kernels/norm  kernels/rope  kernels/attention_gqa  kernels/attention_mla  kernels/triton_ops  kernels/__init__
 F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safetensors_header  experts/shards
-    experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/rows  experts/pinned
-    experts/store  experts/packing  experts/host_ram  experts/device  experts/budget  experts/disk_store
+    experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/rows  experts/pinned  experts/store
+    experts/pieces  experts/packing  experts/host_ram  experts/device  experts/budget  experts/disk_store
     experts/slots  experts/tickets  experts/copy_engine  experts/virtual  experts/streams  experts/cuda_streams
     experts/stream_engine
 F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/plan
     scheduling/prefill  scheduling/decode  scheduling/eviction  scheduling/policies  scheduling/ledger
     scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/scheduler
-F4  models/__init__  models/batch  models/config_fields  models/layers  models/attention  models/tap
-    models/moe  models/transformer  models/listening  models/mixtral  models/registry  models/opened
+F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  models/attention  models/mla
+    models/router  models/tap  models/moe  models/transformer  models/listening  models/decoder  models/config_fields
+    models/rope_fields  models/common_fields  models/expert_names  models/family  models/mixtral  models/registry
+    models/opened
 F5  sampling  text  kv_cache  engine  placement  loading  moe_model  __init__
 F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/app  cli/__init__
 """

@@ -10,27 +10,13 @@ from typing import Any
 from duoserve.cli.inventory import Inventory, take_inventory
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser
 from duoserve.experts.budget import format_bytes
+from duoserve.kv_cache import kv_bytes_per_token
 from duoserve.models.opened import OpenedModel, opened
 
 EXAMPLES = """\
   duoserve info bard
   duoserve info mistralai/Mixtral-8x7B-v0.1 --json
 """
-SHOWN = (
-    "model_type",
-    "dtype",
-    "num_layers",
-    "num_experts",
-    "top_k",
-    "hidden_size",
-    "expert_intermediate_size",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "sliding_window",
-    "max_position_embeddings",
-    "vocab_size",
-)
 
 
 def add_command(commands: Subparsers) -> None:
@@ -52,8 +38,23 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _architecture(model: OpenedModel) -> dict[str, Any]:
-    shown = {name: getattr(model.config, name) for name in SHOWN}
-    return shown | {"dtype": str(model.config.dtype).removeprefix("torch.")}
+    config = model.config
+    shared = config.blocks.moe.shared
+    return {
+        "model_type": config.model_type,
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "num_layers": config.num_layers,
+        "moe_layers": len(config.moe_layers),
+        "num_experts": config.num_experts,
+        "top_k": config.top_k,
+        "hidden_size": config.hidden_size,
+        "expert_intermediate_size": config.expert_intermediate_size,
+        "shared_expert_size": None if shared is None else shared.intermediate_size,
+        "attention": str(config.blocks.attention),
+        "kv_bytes_per_token": kv_bytes_per_token(config, config.dtype),
+        "max_position_embeddings": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+    }
 
 
 def _tables(model: OpenedModel, inventory: Inventory) -> list[str]:

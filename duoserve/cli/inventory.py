@@ -16,7 +16,21 @@ PARTS = {
     "norm": "norms",
     ".gate.": "router",
     ".router.": "router",
+    ".shared_expert": "shared experts",
+    ".experts.": "expert biases",
+    ".mlp.": "dense layers",
 }
+ORDER = (
+    "embeddings",
+    "attention",
+    "norms",
+    "router",
+    "dense layers",
+    "shared experts",
+    EXPERTS,
+    "expert biases",
+    "head",
+)
 
 
 @dataclass(frozen=True)
@@ -45,15 +59,14 @@ class Inventory:
 def take_inventory(model: OpenedModel) -> Inventory:
     """Sums up every tensor that the architecture asks for."""
     config = model.config
-    names_of_experts = [model.family.expert_names(expert) for expert in model.experts]
-    parts = dict.fromkeys((name for names in names_of_experts for name in names), EXPERTS)
+    of_experts = model.family.expert_shapes(config)
     shapes = model.family.tensor_shapes(config)
-    by_part = dict.fromkeys(["embeddings", "attention", "norms", "router", EXPERTS, "head", OTHER], 0)
+    by_part = dict.fromkeys([*ORDER, OTHER], 0)
     for name in shapes:
-        by_part[parts.get(name) or _part(name)] += model.checkpoint.tensors[name].nbytes
+        by_part[EXPERTS if name in of_experts else _part(name)] += model.checkpoint.tensors[name].nbytes
     parameters = sum(map(prod, shapes.values()))
-    total, active = len(model.experts), config.num_layers * config.top_k
-    per_expert = sum(prod(shapes[name]) for name in names_of_experts[0])
+    total, active = len(model.experts), len(config.moe_layers) * config.top_k
+    per_expert = sum(map(prod, of_experts.values())) // total
     slot_bytes = model.layout(config.dtype).slot_bytes
     return Inventory(
         bytes_by_part={part: nbytes for part, nbytes in by_part.items() if nbytes},

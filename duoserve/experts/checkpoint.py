@@ -95,9 +95,12 @@ class Checkpoint:
         self.read_into(name, out)
         return out
 
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Fills ``out``: the tensor's shape, any strides, any dtype (converted as by ``Tensor.copy_``)."""
-        info = self._info(name)
+    def read_into(self, name: str, out: Tensor, entry: int | None = None, rows: tuple[int, int] | None = None) -> None:
+        """Fills ``out`` with the tensor, or with a part of it as in ``TensorInfo.part``.
+
+        ``out`` has its shape, any strides, and any dtype (converted as by ``Tensor.copy_``).
+        """
+        info = self._info(name).part(entry, rows)
         if tuple(out.shape) != info.shape:
             raise CheckpointError(f"{_place(info)} has shape {_show(info.shape)}, but {_show(out.shape)} is needed")
         if out.dtype == info.dtype and out.device.type == "cpu" and out.is_contiguous():

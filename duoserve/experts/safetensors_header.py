@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,22 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+    def part(self, entry: int | None = None, rows: tuple[int, int] | None = None) -> TensorInfo:
+        """Part ``entry`` of the first dimension, and of that (or of the whole) rows ``rows[0]`` to before ``rows[1]``.
+
+        Its bytes are one range.
+        """
+        part = self
+        if entry is not None:
+            part = part._cut(entry, entry + 1)
+            part = replace(part, shape=part.shape[1:])
+        return part if rows is None else part._cut(*rows)
+
+    def _cut(self, start: int, stop: int) -> TensorInfo:
+        row_bytes = self.nbytes // self.shape[0]
+        shape = (stop - start, *self.shape[1:])
+        return replace(self, shape=shape, offset=self.offset + start * row_bytes, nbytes=(stop - start) * row_bytes)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from duoserve.kernels import reference, reference_copies
+from duoserve.kernels.checks import require
 from duoserve.kernels.host_rows import HostRows
 from duoserve.kernels.matmul import linear
 from duoserve.kernels.paging import context_rows
-from duoserve.kernels.reference import apply_rope, attention, rope_table
+from duoserve.kernels.reference import apply_rope, attention, rope_frequencies, rope_table, write_rows
 from duoserve.kernels.routing import DeviceWork, HostWork, RoutePlan, Work
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights
 
@@ -44,13 +45,16 @@ __all__ = [
     "moe_gemv_down",
     "moe_gemv_up",
     "moe_up",
+    "moe_up_clamped",
     "moe_up_fill",
     "page_gather",
     "rms_norm",
+    "rope_frequencies",
     "rope_table",
     "rope_write_kv",
     "route_plan",
     "router_topk",
+    "write_rows",
 ]
 
 _Operands = ParamSpec("_Operands")
@@ -78,8 +82,21 @@ def _in_triton(twin: Callable[_Operands, _Result]) -> Callable[_Operands, _Resul
     return kernel
 
 
+def _cpu_only(twin: Callable[_Operands, None]) -> Callable[_Operands, None]:
+    """The op of ``twin``'s name, which has no kernel in Triton yet: KernelError where that is asked for."""
+
+    @wraps(twin)
+    def op(*operands: _Operands.args, **options: _Operands.kwargs) -> None:
+        on_gpu = _GPU and any(operand.is_cuda for operand in operands if isinstance(operand, Tensor))
+        require(not on_gpu and not _TRITON_ON_CPU, f"{twin.__name__} has no kernel in Triton yet, only one for CPUs")
+        twin(*operands, **options)
+
+    return op
+
+
 route_plan = _dispatched(reference.route_plan)
 moe_up = _dispatched(reference.moe_up)
+moe_up_clamped = _cpu_only(reference.moe_up_clamped)
 moe_down = _dispatched(reference.moe_down)
 moe_combine = _dispatched(reference.moe_combine)
 moe_gemv_up = _dispatched(reference.moe_gemv_up)

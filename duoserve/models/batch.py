@@ -28,7 +28,10 @@ class KVStore(Protocol):
         """Tokens of context of every sequence, its new ones included, int32."""
 
     def pages(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, of all sequences, each [P, S, G, D]."""
+        """Keys and values of one layer, of all sequences, each [P, S, G, D]; the widths may differ.
+
+        Latent attention keeps one row for all heads as a key, and values of width 0.
+        """
 
     def context(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         """Keys and values [C, G, D] of one sequence of the batch, its new tokens included."""

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from duoserve import kernels
+from duoserve.architecture import NO_MULTIPLIERS, Multipliers
 from duoserve.models.batch import Batch
-from duoserve.models.layers import RMSNorm, Rope
+from duoserve.models.layers import RMSNorm
+from duoserve.models.rope import Rope
 
 Attention = Callable[[Tensor, tuple[Tensor, Tensor], Batch], Tensor]
 FeedForward = Callable[[Tensor], Tensor]
@@ -20,20 +22,23 @@ FeedForward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """Pre-norm residual layer: attention, then the experts (or a dense feed-forward)."""
+    """Pre-norm residual layer: attention, then the experts (or a dense feed-forward), each times ``multiplier``."""
 
     attention_norm: RMSNorm
     attention: Attention
     ffn_norm: RMSNorm
     ffn: FeedForward
+    multiplier: float = 1.0
 
     def __call__(
         self, delta_TH: Tensor | None, x_TH: Tensor, rope: tuple[Tensor, Tensor], batch: Batch
     ) -> tuple[Tensor, Tensor]:
         """Takes and gives the residual in two parts, ``delta + x``: the next norm adds them, in one op with itself."""
         normed_TH, x_TH = self.attention_norm.after_adding(delta_TH, x_TH)
-        normed_TH, x_TH = self.ffn_norm.after_adding(self.attention(normed_TH, rope, batch), x_TH)
-        return self.ffn(normed_TH), x_TH
+        normed_TH, x_TH = self.ffn_norm.after_adding(
+            times(self.attention(normed_TH, rope, batch), self.multiplier), x_TH
+        )
+        return times(self.ffn(normed_TH), self.multiplier), x_TH
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,11 @@ class Transformer:
     layers: tuple[DecoderLayer, ...]
     norm: RMSNorm
     head_VH: Tensor
+    multipliers: Multipliers = NO_MULTIPLIERS
 
     def __call__(self, batch: Batch, rows: list[int] | None = None) -> Tensor:
         """Float32 logits [T, V] of the batch's new tokens, or of ``rows`` of them only."""
-        x_TH = self.embed_VH[batch.token_ids_T]
+        x_TH = times(self.embed_VH[batch.token_ids_T], self.multipliers.embedding)
         rope = self.rope.table(batch.positions_T, like=x_TH)
         delta_TH = None
         for layer in self.layers:
@@ -56,4 +62,11 @@ class Transformer:
         if rows is not None:
             delta_TH, x_TH = None if delta_TH is None else delta_TH[rows], x_TH[rows]
         normed_TH, _ = self.norm.after_adding(delta_TH, x_TH)
-        return kernels.linear(normed_TH, self.head_VH).float()
+        logits_TV = kernels.linear(normed_TH, self.head_VH)
+        divisor = self.multipliers.logits_divisor
+        return (logits_TV if divisor == 1.0 else logits_TV / divisor).float()
+
+
+def times(x: Tensor, factor: float) -> Tensor:
+    """``x * factor``, and ``x`` itself for 1."""
+    return x if factor == 1.0 else x * factor
