@@ -209,7 +209,11 @@ class SlotPool:
         """The bytes of one slot: a uint8 view [slot_bytes]."""
         return self.rows_SB[slot]
 
-    def scrub(self, slot: int) -> None:
-        """Makes a freed slot read as NaN if the pool is poisoned, else does nothing."""
+    def scrub(self, slot: int) -> bool:
+        """Makes a freed slot read as NaN if the pool is poisoned, else does nothing; whether it did.
+
+        On a GPU that is done behind the kernels that were launched before, and no copy may come before it.
+        """
         if self._poison:
             self.rows_SB[slot].fill_(_POISON)
+        return self._poison

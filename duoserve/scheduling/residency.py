@@ -147,4 +147,5 @@ class Residency:
 
     def _vacate(self, expert: ExpertId, slot: int) -> None:
         del self.slots[expert.layer][expert.expert]
-        self._pool.scrub(slot)
+        if self._pool.scrub(slot):
+            self._engine.fence([slot])
