@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from duoserve import SamplingParams
-from duoserve.engine import Engine, Request
+from duoserve.engine import Decoder, Engine, Request
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.copy_engine import CopyEngine
 from duoserve.experts.layout import ExpertLayout
@@ -18,12 +19,33 @@ from duoserve.kv_cache import PagedKVCache
 from duoserve.loading import make_scheduler
 from duoserve.metrics import Meter
 from duoserve.models.registry import family_of
+from duoserve.models.transformer import Transformer
 from duoserve.scheduling.policies import get_policy
+from duoserve.scheduling.scheduler import Scheduler
+
+
+class Parts(NamedTuple):
+    """What a decoder is made of."""
+
+    model: Transformer
+    cache: PagedKVCache
+    scheduler: Scheduler
+    store: ExpertStore
+
+
+def poisoned(num_slots: int, layout: ExpertLayout) -> SlotPool:
+    """Slots that read as NaN until they are written."""
+    return SlotPool(num_slots, layout, poison=True)
 
 
 @contextmanager
 def assembled(
-    folder: Path, policy: str, slots: int, make_copies: Callable[[ExpertStore, SlotPool], CopyEngine]
+    folder: Path,
+    policy: str,
+    slots: int,
+    make_copies: Callable[[ExpertStore, SlotPool], CopyEngine],
+    make_pool: Callable[[int, ExpertLayout], SlotPool] = poisoned,
+    make_decoder: Callable[[Parts], Decoder] | None = None,
 ) -> Iterator[Engine]:
     """An engine whose slots are poisoned and whose copies are made by ``make_copies(store, pool)``."""
     checkpoint = Checkpoint.open(folder)
@@ -31,11 +53,13 @@ def assembled(
     config = family.parse_config(checkpoint.config)
     layout = ExpertLayout(config.dtype, config.hidden_size, config.expert_intermediate_size)
     store = CheckpointStore(checkpoint, layout, family.expert_names)
-    pool, meter = SlotPool(slots, layout, poison=True), Meter()
+    pool, meter = make_pool(slots, layout), Meter()
     scheduler = make_scheduler(config, pool, make_copies(store, pool), get_policy(policy), meter)
     try:
         transformer = family.build(config, checkpoint.read, scheduler, pool.weights)
-        yield Engine(transformer, config, scheduler, PagedKVCache(config, 256, config.dtype), meter)
+        parts = Parts(transformer, PagedKVCache(config, 256, config.dtype), scheduler, store)
+        decoder = None if make_decoder is None else make_decoder(parts)
+        yield Engine(transformer, config, scheduler, parts.cache, meter, decoder)
     finally:
         scheduler.close()
         checkpoint.close()

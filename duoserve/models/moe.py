@@ -5,15 +5,28 @@ T tokens, K top-k, E experts, H hidden, I expert intermediate, N = T * K routed 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from duoserve import kernels
-from duoserve.kernels import ExpertWeights, Work
-from duoserve.scheduling.source import ExpertSource
+from duoserve.kernels import ExpertWeights, RoutePlan, Work
+from duoserve.scheduling.source import ExpertSource, Lease
+
+
+class Routed(NamedTuple):
+    """What the router chose for ``x_TH``, and where the experts' results go."""
+
+    x_TH: Tensor
+    topk_weights_TK: Tensor
+    topk_ids_TK: Tensor
+    plan: RoutePlan
+    act_NI: Tensor
+    y_NH: Tensor
 
 
 @dataclass(frozen=True)
@@ -31,16 +44,33 @@ class MoEBlock:
     weights: ExpertWeights
 
     def __call__(self, x_TH: Tensor) -> Tensor:
+        routed = self.route(x_TH)
+        with self.acquire(routed.plan.by_demand()) as lease:
+            for ready in lease:
+                self.compute(routed, Work.of(ready, x_TH.device))
+        return self.combine(routed)
+
+    def route(self, x_TH: Tensor) -> Routed:
+        """The router's choice, and room for the experts' results; nothing waits for the device."""
         topk_weights_TK, topk_ids_TK = kernels.router_topk(kernels.linear(x_TH, self.router_EH), self.top_k)
         plan = kernels.route_plan(topk_ids_TK, self._unknown_slots_E)
         act_NI = x_TH.new_empty(topk_ids_TK.numel(), self.weights.w2_SHI.shape[2])
         y_NH = x_TH.new_empty(topk_ids_TK.numel(), x_TH.shape[1])
-        with self.source.acquire(self.layer, plan.by_demand()) as lease:
-            for ready in lease:
-                work = Work.of(ready, x_TH.device)
-                kernels.moe_up(x_TH, self.weights, plan, work, act_NI)
-                kernels.moe_down(act_NI, self.weights, plan, work, y_NH)
-        return kernels.moe_combine(y_NH.view(*topk_ids_TK.shape, -1), topk_weights_TK)
+        return Routed(x_TH, topk_weights_TK, topk_ids_TK, plan, act_NI, y_NH)
+
+    def acquire(self, experts: Sequence[int]) -> Lease:
+        """Leases the chosen experts: see ExpertSource."""
+        return self.source.acquire(self.layer, experts)
+
+    def compute(self, routed: Routed, work: Work) -> None:
+        """Some of the chosen experts, from the slots that they are in."""
+        kernels.moe_up(routed.x_TH, self.weights, routed.plan, work, routed.act_NI)
+        kernels.moe_down(routed.act_NI, self.weights, routed.plan, work, routed.y_NH)
+
+    def combine(self, routed: Routed) -> Tensor:
+        """The block's output, once all chosen experts have been computed."""
+        y_TKH = routed.y_NH.view(*routed.topk_ids_TK.shape, -1)
+        return kernels.moe_combine(y_TKH, routed.topk_weights_TK)
 
     @cached_property
     def _unknown_slots_E(self) -> Tensor:

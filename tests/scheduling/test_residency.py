@@ -9,11 +9,11 @@ import torch
 
 from duoserve.experts.copy_engine import Priority
 from duoserve.experts.layout import ExpertId
-from duoserve.experts.slots import SlotPool, SlotTable
+from duoserve.experts.slots import SlotTable
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.metrics import Meter
 from duoserve.scheduling.residency import Residency
-from tests.fake_streams import FakeStreams
+from tests.fake_streams import FakeStreams, LaggingPool
 from tests.fakes import SMALL, ArrayStore
 
 
@@ -22,24 +22,11 @@ class InRam(ArrayStore):
         return self.row(expert)
 
 
-class LaggingPool(SlotPool):
-    """Scrubs as a device does: when its turn comes on the compute lane."""
-
-    def __init__(self, num_slots: int, streams: FakeStreams) -> None:
-        super().__init__(num_slots, SMALL, poison=True)
-        self._streams = streams
-
-    def scrub(self, slot: int) -> bool:
-        scrub = super().scrub
-        self._streams.run(lambda: scrub(slot))
-        return True
-
-
 @pytest.mark.parametrize("seed", range(20))
 def test_a_freed_slot_is_scrubbed_behind_its_readers_and_before_the_next_copy(seed: int) -> None:
     rng = random.Random(seed)
     store, streams = InRam(num_layers=1, num_experts=6), FakeStreams(rng)
-    pool = LaggingPool(2, streams)
+    pool = LaggingPool(2, SMALL, streams)
     engine = StreamCopyEngine(store, pool, streams, num_threads=1)
     residency = Residency(SlotTable(1, 6, 2), pool, engine, Meter(), num_layers=1)
     wrong: list[ExpertId] = []
