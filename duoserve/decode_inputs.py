@@ -11,7 +11,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from duoserve.kernels import Work
+from duoserve.kernels import DeviceWork
 from duoserve.kernels.recorder import Recorder
 from duoserve.kv_cache import BatchKV, Layout, PagedKVCache
 from duoserve.models.batch import Batch
@@ -38,7 +38,7 @@ class DecodeInputs:
     def batch(self) -> Batch:
         """The batch, as part of what is recorded."""
         self._recorder.copy(self._device_N, self._host_N)
-        token_ids_B, positions_B, rows_B, lengths_B, table = self._device_N.split(self._sizes)
+        token_ids_B, positions_B, rows_B, lengths_B, table = torch.split_with_sizes(self._device_N, self._sizes)
         kv = BatchKV(self._cache, rows_B, table.view(self._shape).int(), lengths_B.int(), contexts=())
         return Batch(token_ids_B, positions_B, tuple((b, b + 1) for b in range(self._shape[0])), kv)
 
@@ -55,7 +55,7 @@ class WorkFeed:
         self._host_LW = recorder.host((num_lists, 2 * num_experts + 1), torch.int32)
         self._device_W = torch.zeros(2 * num_experts + 1, dtype=torch.int32, device=recorder.device)
         self._next = 0
-        self.work = Work(*self._device_W.split([num_experts, num_experts, 1]))
+        self.work = DeviceWork(*torch.split_with_sizes(self._device_W, [num_experts, num_experts, 1]))
 
     def rewind(self) -> None:
         """No list is on its way any more."""

@@ -5,10 +5,12 @@ T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from duoserve.config import ModelConfig, Phase
 from duoserve.errors import RequestError
 from duoserve.kv_cache import Layout, PagedKVCache, SequenceKV
 from duoserve.metrics import Meter
+from duoserve.models.tap import RoutingTap
 from duoserve.models.transformer import Transformer
 from duoserve.sampling import Sampler, SamplingParams
 
@@ -38,13 +41,17 @@ class Decoder(Protocol):
 
 @dataclass(eq=False)
 class Request:
-    """One prompt on its way. ``finish_reason`` is None while it runs, then "stop" or "length"."""
+    """One prompt on its way. ``finish_reason`` is None while it runs, then "stop" or "length".
+
+    ``number`` is the engine's, from 0 in the order of arrival.
+    """
 
     prompt_ids: list[int]
     params: SamplingParams
     output_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     kv: SequenceKV = field(default_factory=SequenceKV)
+    number: int = -1
 
     @property
     def num_tokens(self) -> int:
@@ -57,18 +64,20 @@ class Request:
 
 
 class Engine:
-    """Runs requests on one model; ``decoder``, if there is one, computes its decode steps.
+    """Runs requests on one model, whose ``tap`` (if its routers are listened to) hears of every pass.
 
-    Not thread-safe: one call at a time.
+    ``decoder``, if there is one, computes the decode steps. Not thread-safe: one call at a time.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         model: Transformer,
         config: ModelConfig,
         scheduler: StepScheduler,
         cache: PagedKVCache,
         meter: Meter,
+        *,
+        tap: RoutingTap | None = None,
         decoder: Decoder | None = None,
     ) -> None:
         self._model = model
@@ -77,6 +86,8 @@ class Engine:
         self._cache = cache
         self._meter = meter
         self._decoder = decoder
+        self._tap = tap
+        self._numbers = count()
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, int]]:
         """Yields each new token with its request, as many requests at a time as the KV cache holds.
@@ -85,6 +96,7 @@ class Engine:
         """
         for request in requests:
             self._check(request.prompt_ids, request.params.max_tokens)
+            request.number = next(self._numbers)
         self._meter.begin_request()
         try:
             for group in self._groups(requests):
@@ -102,6 +114,7 @@ class Engine:
         try:
             self._cache.reserve(kv, len(token_ids))
             self._meter.prompt(len(token_ids))
+            self._announce(Phase.PREFILL, [(next(self._numbers), token_ids)])
             return self._step(Phase.PREFILL, self._cache.lay_out([(kv, token_ids)]), rows=None)
         finally:
             self._cache.release(kv)
@@ -142,6 +155,7 @@ class Engine:
             phase, fresh = Phase.PREFILL, [(request, request.prompt_ids) for request in requests]
             while fresh:
                 layout = self._cache.lay_out([(request.kv, tokens) for request, tokens in fresh])
+                self._announce(phase, [(request.number, tokens) for request, tokens in fresh])
                 logits_BV = self._step(phase, layout, layout.last_rows)
                 for (request, _), logits_V in zip(fresh, logits_BV, strict=True):
                     yield request, self._sample(request, samplers[request], logits_V)
@@ -150,6 +164,12 @@ class Engine:
         finally:
             for request in requests:
                 self._cache.release(request.kv)
+
+    def _announce(self, phase: Phase, fresh: Iterable[tuple[int, Sequence[int]]]) -> None:
+        """Tells the tap whose token each row of the coming pass is."""
+        if self._tap is not None:
+            rows = [number for number, tokens in fresh for _ in tokens]
+            self._tap.begin(phase, np.array(rows, dtype=np.int64))
 
     @torch.inference_mode()
     def _step(self, phase: Phase, layout: Layout, rows: list[int] | None) -> Tensor:

@@ -109,8 +109,9 @@ class EventStep:
     def _compute(self, layer: _Layer) -> None:
         """The chosen experts of a layer, the resident ones at once, the others behind their copies."""
         self._feed.rewind()
+        choice = layer.choice
         counts_E = np.bincount(self._choice_BK.numpy().ravel(), minlength=self._num_experts)
-        with layer.choice.block.acquire(by_demand(counts_E.tolist())) as lease:
+        with choice.block.acquire(choice.routed, by_demand(counts_E.tolist())) as lease:
             for ready in lease:
                 self._feed.load(ready)
                 layer.experts.replay()

@@ -18,9 +18,11 @@ from duoserve.experts.store import ExpertStore
 from duoserve.kv_cache import PagedKVCache
 from duoserve.loading import make_scheduler
 from duoserve.metrics import Meter
+from duoserve.models.listening import listened_to
 from duoserve.models.registry import family_of
 from duoserve.models.transformer import Transformer
 from duoserve.scheduling.policies import get_policy
+from duoserve.scheduling.routing import RoutingListener
 from duoserve.scheduling.scheduler import Scheduler
 
 
@@ -44,6 +46,8 @@ def assembled(
     policy: str,
     slots: int,
     make_copies: Callable[[ExpertStore, SlotPool], CopyEngine],
+    listener: RoutingListener | None = None,
+    *,
     make_pool: Callable[[int, ExpertLayout], SlotPool] = poisoned,
     make_decoder: Callable[[Parts], Decoder] | None = None,
 ) -> Iterator[Engine]:
@@ -56,10 +60,11 @@ def assembled(
     pool, meter = make_pool(slots, layout), Meter()
     scheduler = make_scheduler(config, pool, make_copies(store, pool), get_policy(policy), meter)
     try:
-        transformer = family.build(config, checkpoint.read, scheduler, pool.weights)
+        built = family.build(config, checkpoint.read, scheduler, pool.weights)
+        transformer, tap = (built, None) if listener is None else listened_to(built, listener)
         parts = Parts(transformer, PagedKVCache(config, 256, config.dtype), scheduler, store)
         decoder = None if make_decoder is None else make_decoder(parts)
-        yield Engine(transformer, config, scheduler, parts.cache, meter, decoder)
+        yield Engine(transformer, config, scheduler, parts.cache, meter, tap=tap, decoder=decoder)
     finally:
         scheduler.close()
         checkpoint.close()

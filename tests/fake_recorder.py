@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from duoserve import kernels
 from duoserve.experts.streams import Lane
-from duoserve.kernels import RoutePlan, Work
+from duoserve.kernels import DeviceWork, HostWork, RoutePlan
 from duoserve.kernels.recorder import Recorder, Recording, Result
 from tests.fake_streams import FakeStreams
 
@@ -180,8 +180,8 @@ def _storage(tensor: Tensor) -> int:
 
 def _on_device(value: Any) -> Any:
     """Without what only the host of a CPU knows."""
-    if isinstance(value, Work):
-        return replace(value, host_pairs=None)
+    if isinstance(value, HostWork):
+        return DeviceWork(value.experts_W, value.slots_W, value.count_1)
     if isinstance(value, RoutePlan):  # a new one, whose cached properties are still to be read
         return replace(value, resident=_on_device(value.resident), missing=_on_device(value.missing))
     return value

@@ -56,7 +56,9 @@ def test_the_bits_of_the_model_itself(
     """Three sequences, of which two end early: shapes come and go, experts too, and free slots are NaN."""
     experts = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)][:in_ram]
     device = LaggingDevice(seed, experts)
-    with assembled(folder, policy, slots, device.copies, device.pool, recorded(device, record_after)) as engine:
+    with assembled(
+        folder, policy, slots, device.copies, make_pool=device.pool, make_decoder=recorded(device, record_after)
+    ) as engine:
         for _ in range(2):
             assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
     assert truth.differences(device.logits, rounds=2) == []
@@ -65,7 +67,7 @@ def test_the_bits_of_the_model_itself(
 
 def test_bard_in_a_quarter_of_its_slots() -> None:
     device = LaggingDevice(seed=1)
-    with assembled(BARD, "lru", 12, device.copies, device.pool, recorded(device)) as engine:
+    with assembled(BARD, "lru", 12, device.copies, make_pool=device.pool, make_decoder=recorded(device)) as engine:
         tokens = write(engine, PROMPTS, MAX_TOKENS)
     truth = Truth(BARD, 48, PROMPTS, MAX_TOKENS)
     assert tokens == truth.tokens and truth.differences(device.logits) == []
@@ -77,7 +79,7 @@ def test_only_so_many_shapes_are_recorded(folder: Path, truth: Truth) -> None:
     def decoder(parts: Parts) -> Decoder:
         return device.lagging(EventDecoder(parts.model, parts.cache, device.recorder, record_after=0, max_shapes=2))
 
-    with assembled(folder, "lru", 6, device.copies, device.pool, decoder) as engine:
+    with assembled(folder, "lru", 6, device.copies, make_pool=device.pool, make_decoder=decoder) as engine:
         assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
     assert truth.differences(device.logits) == []
     assert device.recorder.num_recordings == 2 * (3 + 3 + 1)
@@ -97,7 +99,7 @@ def test_a_failed_copy_ends_the_request_and_the_next_has_its_bits(folder: Path, 
     def copies(store: ExpertStore, pool: SlotPool) -> StreamCopyEngine:
         return Failing(store, pool, device.streams)
 
-    with assembled(folder, "on-demand", 6, copies, device.pool, recorded(device)) as engine:
+    with assembled(folder, "on-demand", 6, copies, make_pool=device.pool, make_decoder=recorded(device)) as engine:
         request = Request(PROMPTS[1], SamplingParams(max_tokens=9, temperature=0.0))
         steps = engine.generate([request])
         next(steps), next(steps)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from duoserve import kernels
-from duoserve.kernels import ExpertWeights, RoutePlan, Work
+from duoserve.kernels import ExpertWeights, HostWork, RoutePlan, Work
+from duoserve.models.tap import RoutingTap
 from duoserve.scheduling.source import ExpertSource, Lease
 
 
@@ -34,7 +35,7 @@ class MoEBlock:
     """Routes each token to its top-k experts and computes them as they become ready, residents first.
 
     Each expert's rows are one product of their own and the combine has a fixed order, so the output has the same bits
-    whatever slots the experts are in and in whatever order they arrive.
+    whatever slots the experts are in and in whatever order they arrive. ``tap`` hears what was chosen.
     """
 
     layer: int
@@ -42,12 +43,13 @@ class MoEBlock:
     top_k: int
     source: ExpertSource
     weights: ExpertWeights
+    tap: RoutingTap | None = None
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         routed = self.route(x_TH)
-        with self.acquire(routed.plan.by_demand()) as lease:
+        with self.acquire(routed, routed.plan.by_demand()) as lease:
             for ready in lease:
-                self.compute(routed, Work.of(ready, x_TH.device))
+                self.compute(routed, HostWork.of(ready, x_TH.device))
         return self.combine(routed)
 
     def route(self, x_TH: Tensor) -> Routed:
@@ -58,8 +60,10 @@ class MoEBlock:
         y_NH = x_TH.new_empty(topk_ids_TK.numel(), x_TH.shape[1])
         return Routed(x_TH, topk_weights_TK, topk_ids_TK, plan, act_NI, y_NH)
 
-    def acquire(self, experts: Sequence[int]) -> Lease:
-        """Leases the chosen experts: see ExpertSource."""
+    def acquire(self, routed: Routed, experts: Sequence[int]) -> Lease:
+        """Lets the tap hear the choice, then leases its ``experts``: see ExpertSource."""
+        if self.tap is not None:
+            self.tap.routed(self.layer, routed.x_TH, routed.topk_weights_TK, routed.topk_ids_TK)
         return self.source.acquire(self.layer, experts)
 
     def compute(self, routed: Routed, work: Work) -> None:

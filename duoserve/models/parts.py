@@ -28,18 +28,23 @@ class Choice(NamedTuple):
 def first_part(model: Transformer, batch: Batch) -> Choice | Tensor:
     """From the tokens to the first choice, or to the logits [T, V] of a model without one."""
     x_TH, rope = model.embed(batch)
-    return _go_on(model, batch, rope, 0, None, x_TH)
+    return _go_on(model, batch, rope, 0, (None, x_TH))
 
 
 def next_part(model: Transformer, choice: Choice) -> Choice | Tensor:
     """From the chosen experts, all computed, to the next choice; behind the last one to the float32 logits [T, V]."""
     delta_TH = choice.block.combine(choice.routed)
-    return _go_on(model, choice.batch, choice.rope, choice.layer + 1, delta_TH, choice.x_TH)
+    return _go_on(model, choice.batch, choice.rope, choice.layer + 1, (delta_TH, choice.x_TH))
 
 
 def _go_on(
-    model: Transformer, batch: Batch, rope: tuple[Tensor, Tensor], first: int, delta_TH: Tensor | None, x_TH: Tensor
+    model: Transformer,
+    batch: Batch,
+    rope: tuple[Tensor, Tensor],
+    first: int,
+    residual: tuple[Tensor | None, Tensor],
 ) -> Choice | Tensor:
+    delta_TH, x_TH = residual
     for index, layer in enumerate(model.layers[first:], first):
         normed_TH, x_TH = layer.attend(delta_TH, x_TH, rope, batch)
         if isinstance(layer.ffn, MoEBlock):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duoserve.errors import KernelError
-from duoserve.kernels import RoutePlan, Work, moe_checks, moe_gemm, reference
+from duoserve.kernels import HostWork, RoutePlan, moe_checks, moe_gemm, reference
 from duoserve.kernels.configs import (
     HUGE,
     INTERPRETER,
@@ -142,7 +142,7 @@ def test_an_expert_without_a_slot_is_not_silent() -> None:
             case.x_TH,
             case.pool.weights,
             case.plan,
-            Work.of([(expert, slot) for expert, _ in case.plan.missing.pairs()], DEVICE),
+            HostWork.of([(expert, slot) for expert, _ in case.plan.missing.pairs()], DEVICE),
             act,
         )
         assert bool(act.isnan().all())
