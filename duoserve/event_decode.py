@@ -7,7 +7,6 @@ B sequences, M pages of the page table, K top-k, V vocabulary.
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import partial
 from typing import NamedTuple
 
@@ -23,49 +22,16 @@ from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.models.moe import MoEBlock
 from duoserve.models.parts import Choice, first_part, next_part
 from duoserve.models.transformer import Transformer
-
-# A shape (sequences, width of the page table) is recorded once it has been computed so often: recording costs as much
-# as many steps, and a batch that shrinks passes through shapes that it never comes back to.
-RECORD_AFTER = 4
-MAX_SHAPES = 8  # recorded at most, for each takes memory
+from duoserve.recorded_decode import MakeStep
 
 
-class EventDecoder(Decoder):
-    """Computes decode steps by recordings, one for each shape; unrecorded shapes go through the model itself.
+def event_steps(model: Transformer, cache: PagedKVCache, recorder: Recorder) -> MakeStep:
+    """Makes the recorded steps of ``model``, one for each shape."""
 
-    A step is recorded for exactly its number of sequences. A step padded to the next power of two would do with fewer
-    recordings, but tiles, and the algorithms of a library's matrix product, are chosen by the number of rows: its bits
-    would not be those of the model itself.
-    """
+    def make(num_sequences: int, table_width: int) -> EventStep:
+        return EventStep(model, recorder, DecodeInputs(recorder, cache, num_sequences, table_width), num_sequences)
 
-    def __init__(
-        self,
-        model: Transformer,
-        cache: PagedKVCache,
-        recorder: Recorder,
-        record_after: int = RECORD_AFTER,
-        max_shapes: int = MAX_SHAPES,
-    ) -> None:
-        self._model = model
-        self._cache = cache
-        self._recorder = recorder
-        self._record_after = record_after
-        self._max_shapes = max_shapes
-        self._seen: Counter[tuple[int, int]] = Counter()
-        self._steps: dict[tuple[int, int], EventStep] = {}
-
-    def __call__(self, layout: Layout) -> Tensor:
-        """As in Decoder; the logits are those of this step until the next one."""
-        step = self._step(len(layout.spans), len(layout.page_table[0]))
-        return self._model(self._cache.batch(layout)).cpu() if step is None else step(layout)
-
-    def _step(self, num_sequences: int, table_width: int) -> EventStep | None:
-        shape = (num_sequences, table_width)
-        self._seen[shape] += 1
-        if shape not in self._steps and self._seen[shape] > self._record_after and len(self._steps) < self._max_shapes:
-            inputs = DecodeInputs(self._recorder, self._cache, num_sequences, table_width)
-            self._steps[shape] = EventStep(self._model, self._recorder, inputs, num_sequences)
-        return self._steps.get(shape)
+    return make
 
 
 class _Layer(NamedTuple):
@@ -76,7 +42,7 @@ class _Layer(NamedTuple):
     experts: Recording[None]
 
 
-class EventStep:
+class EventStep(Decoder):
     """A recorded decode step of one shape."""
 
     def __init__(self, model: Transformer, recorder: Recorder, inputs: DecodeInputs, num_sequences: int) -> None:
@@ -92,7 +58,7 @@ class EventStep:
         while isinstance(choice := part.result, Choice):
             experts = recorder.record(partial(choice.block.compute, choice.routed, self._feed.work))
             self._layers.append(_Layer(choice, part, experts))
-            part = recorder.record(partial(self._next, model, choice))
+            part = recorder.record(partial(self._next, choice))
         self._last = part
 
     def __call__(self, layout: Layout) -> Tensor:
@@ -116,8 +82,8 @@ class EventStep:
                 self._feed.load(ready)
                 layer.experts.replay()
 
-    def _next(self, model: Transformer, choice: Choice) -> Choice | Tensor:
-        return self._told(next_part(model, choice))
+    def _next(self, choice: Choice) -> Choice | Tensor:
+        return self._told(next_part(choice))
 
     def _told(self, end: Choice | Tensor) -> Choice | Tensor:
         """Lets the host know, as part of what is recorded, what a part has come to."""

@@ -38,8 +38,8 @@ class LaggingDevice:
         return LaggingPool(num_slots, layout, self.streams)
 
     def copies(self, store: ExpertStore, pool: SlotPool) -> StreamCopyEngine:
-        tiers = TieredStore(HostStore(store, self.in_ram), store)
-        return StreamCopyEngine(tiers, pool, self.streams, piece_bytes=pool.rows_SB.shape[1] // 3)
+        self.store = TieredStore(HostStore(store, self.in_ram), store)
+        return StreamCopyEngine(self.store, pool, self.streams, piece_bytes=pool.rows_SB.shape[1] // 3)
 
     def lagging(self, decode: Decoder) -> Decoder:
         def step(layout: Layout) -> Tensor:

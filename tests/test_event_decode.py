@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from duoserve import SamplingParams
 from duoserve.engine import Decoder, Request
 from duoserve.errors import CopyError
-from duoserve.event_decode import EventDecoder
+from duoserve.event_decode import event_steps
 from duoserve.experts.copy_engine import Ticket
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.stream_engine import StreamCopyEngine
+from duoserve.recorded_decode import RecordedDecoder
 from tests.assembly import Parts, assembled
 from tests.checkpoints import BARD, save_mixtral
 from tests.lagging import LaggingDevice, Truth, write
@@ -38,8 +39,13 @@ def truth(folder: Path) -> Truth:
     return Truth(folder, 24, PROMPTS, MAX_TOKENS)
 
 
+def _decoder(parts: Parts, device: LaggingDevice, **options: int) -> RecordedDecoder:
+    steps = event_steps(parts.model, parts.cache, device.recorder)
+    return RecordedDecoder(parts.model, parts.cache, steps, **options)
+
+
 def recorded(device: LaggingDevice, record_after: int = 0) -> Callable[[Parts], Decoder]:
-    return lambda parts: device.lagging(EventDecoder(parts.model, parts.cache, device.recorder, record_after))
+    return lambda parts: device.lagging(_decoder(parts, device, record_after=record_after))
 
 
 @given(
@@ -77,7 +83,7 @@ def test_only_so_many_shapes_are_recorded(folder: Path, truth: Truth) -> None:
     device = LaggingDevice(seed=2)
 
     def decoder(parts: Parts) -> Decoder:
-        return device.lagging(EventDecoder(parts.model, parts.cache, device.recorder, record_after=0, max_shapes=2))
+        return device.lagging(_decoder(parts, device, record_after=0, max_shapes=2))
 
     with assembled(folder, "lru", 6, device.copies, make_pool=device.pool, make_decoder=decoder) as engine:
         assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens

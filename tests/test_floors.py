@@ -31,10 +31,11 @@ F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safe
     experts/stream_engine
 F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/plan
     scheduling/prefill  scheduling/decode  scheduling/eviction  scheduling/policies  scheduling/ledger
-    scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/scheduler
+    scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/read_through  scheduling/scheduler
 F4  models/__init__  models/batch  models/config_fields  models/layers  models/attention  models/tap
     models/moe  models/transformer  models/parts  models/listening  models/mixtral  models/registry  models/opened
-F5  sampling  text  kv_cache  engine  decode_inputs  event_decode  placement  loading  moe_model  __init__
+F5  sampling  text  kv_cache  engine  decode_inputs  recorded_decode  event_decode
+    graph_decode  placement  loading  moe_model  __init__
 F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/app  cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]

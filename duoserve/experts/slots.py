@@ -85,6 +85,11 @@ class SlotTable:
         """int32 [E]: the slot of each READY expert of this layer, -1 for the others. A live view: never write to it."""
         return self._rows[layer]
 
+    @property
+    def ready_LE(self) -> np.ndarray:
+        """int32 [L, E]: ``row`` of every layer. A live view: never write to it."""
+        return self._ready_LE
+
     def begin_load(self, expert: ExpertId, slot: int) -> None:
         """EMPTY -> LOADING; the expert must be in no slot yet."""
         self._check_expert(expert)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from duoserve import kernels
-from duoserve.kernels import ExpertWeights, HostWork, RoutePlan, Work
+from duoserve.kernels import DeviceWork, ExpertWeights, HostRows, HostWork, RoutePlan, Work
 from duoserve.models.tap import RoutingTap
 from duoserve.scheduling.source import ExpertSource, Lease
 
@@ -52,24 +52,38 @@ class MoEBlock:
                 self.compute(routed, HostWork.of(ready, x_TH.device))
         return self.combine(routed)
 
-    def route(self, x_TH: Tensor) -> Routed:
-        """The router's choice, and room for the experts' results; nothing waits for the device."""
+    def route(self, x_TH: Tensor, slots_E: Tensor | None = None) -> Routed:
+        """The router's choice, and room for the experts' results; nothing waits for the device.
+
+        ``slots_E`` (int32) says where the experts are, where that is known before the lease.
+        """
         topk_weights_TK, topk_ids_TK = kernels.router_topk(kernels.linear(x_TH, self.router_EH), self.top_k)
-        plan = kernels.route_plan(topk_ids_TK, self._unknown_slots_E)
+        plan = kernels.route_plan(topk_ids_TK, self._unknown_slots_E if slots_E is None else slots_E)
         act_NI = x_TH.new_empty(topk_ids_TK.numel(), self.weights.w2_SHI.shape[2])
         y_NH = x_TH.new_empty(topk_ids_TK.numel(), x_TH.shape[1])
         return Routed(x_TH, topk_weights_TK, topk_ids_TK, plan, act_NI, y_NH)
 
     def acquire(self, routed: Routed, experts: Sequence[int]) -> Lease:
         """Lets the tap hear the choice, then leases its ``experts``: see ExpertSource."""
+        self.announce(routed)
+        return self.source.acquire(self.layer, experts)
+
+    def announce(self, routed: Routed) -> None:
+        """Lets the tap, if there is one, hear the choice."""
         if self.tap is not None:
             self.tap.routed(self.layer, routed.x_TH, routed.topk_weights_TK, routed.topk_ids_TK)
-        return self.source.acquire(self.layer, experts)
 
     def compute(self, routed: Routed, work: Work) -> None:
         """Some of the chosen experts, from the slots that they are in."""
         kernels.moe_up(routed.x_TH, self.weights, routed.plan, work, routed.act_NI)
         kernels.moe_down(routed.act_NI, self.weights, routed.plan, work, routed.y_NH)
+
+    def compute_missing(self, routed: Routed, source: HostRows, slots_E: Tensor) -> None:
+        """The chosen experts that were in no slot, read through from the host into the first of ``slots_E`` (int32)."""
+        missing = routed.plan.missing
+        work = DeviceWork(missing.experts_W, slots_E, missing.count_1)
+        kernels.moe_up_fill(routed.x_TH, self.weights, source, routed.plan, work, routed.act_NI)
+        kernels.moe_down_fill(routed.act_NI, self.weights, source, routed.plan, work, routed.y_NH)
 
     def combine(self, routed: Routed) -> Tensor:
         """The block's output, once all chosen experts have been computed."""
