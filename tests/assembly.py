@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from duoserve import SamplingParams
-from duoserve.engine import Engine, Request
+from duoserve.engine import Decoder, Engine, Request
 from duoserve.experts.copy_engine import CopyEngine
+from duoserve.experts.layout import ExpertLayout
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.kv_cache import PagedKVCache
@@ -17,8 +19,24 @@ from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
 from duoserve.models.opened import opened
+from duoserve.models.transformer import Transformer
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.routing import RoutingListener
+from duoserve.scheduling.scheduler import Scheduler
+
+
+class Parts(NamedTuple):
+    """What a decoder is made of."""
+
+    model: Transformer
+    cache: PagedKVCache
+    scheduler: Scheduler
+    store: ExpertStore
+
+
+def poisoned(num_slots: int, layout: ExpertLayout) -> SlotPool:
+    """Slots that read as NaN until they are written."""
+    return SlotPool(num_slots, layout, poison=True)
 
 
 @contextmanager
@@ -28,17 +46,22 @@ def assembled(
     slots: int,
     make_copies: Callable[[ExpertStore, SlotPool], CopyEngine],
     listener: RoutingListener | None = None,
+    *,
+    make_pool: Callable[[int, ExpertLayout], SlotPool] = poisoned,
+    make_decoder: Callable[[Parts], Decoder] | None = None,
 ) -> Iterator[Engine]:
     """An engine whose slots are poisoned and whose copies are made by ``make_copies(store, pool)``."""
     with opened(folder) as found:
         config = found.config
         store = found.expert_store(config.dtype)
-        pool, meter = SlotPool(slots, store.layout, poison=True), Meter()
+        pool, meter = make_pool(slots, store.layout), Meter()
         scheduler = make_scheduler(config, pool, make_copies(store, pool), get_policy(policy), meter)
         with closing(scheduler):
             built = found.family.build(config, found.checkpoint.read, RoutedExperts(scheduler, pool.weights))
             transformer, tap = (built, None) if listener is None else listened_to(built, listener)
-            yield Engine(transformer, config, scheduler, PagedKVCache(config, 256, config.dtype), meter, tap=tap)
+            parts = Parts(transformer, PagedKVCache(config, 256, config.dtype), scheduler, store)
+            decoder = None if make_decoder is None else make_decoder(parts)
+            yield Engine(transformer, config, scheduler, parts.cache, meter, tap=tap, decoder=decoder)
 
 
 def tokens_of(engine: Engine, prompt: list[int], params: SamplingParams) -> list[int]:

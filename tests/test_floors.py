@@ -23,6 +23,7 @@ F1  kernels/checks  kernels/weights  kernels/host_rows  kernels/routing  kernels
     kernels/reference_copies  kernels/numerics  kernels/configs  kernels/dequant  kernels/moe_checks  kernels/route
     kernels/moe_gemm  kernels/moe_gemv  kernels/moe_fill  kernels/copies  kernels/combine  kernels/router
     kernels/norm  kernels/rope  kernels/attention_gqa  kernels/attention_mla  kernels/triton_ops  kernels/__init__
+    kernels/recorder  kernels/cuda_graphs
 F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safetensors_header  experts/shards
     experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/rows  experts/pinned  experts/store
     experts/pieces  experts/packing  experts/host_ram  experts/device  experts/budget  experts/disk_store
@@ -30,12 +31,13 @@ F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safe
     experts/stream_engine
 F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/plan
     scheduling/prefill  scheduling/decode  scheduling/eviction  scheduling/policies  scheduling/ledger
-    scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/scheduler
+    scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/read_through  scheduling/scheduler
 F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  models/attention  models/mla
-    models/router  models/tap  models/moe  models/transformer  models/listening  models/decoder  models/config_fields
-    models/rope_fields  models/common_fields  models/expert_names  models/family  models/mixtral  models/registry
-    models/opened
-F5  sampling  text  kv_cache  engine  placement  loading  moe_model  __init__
+    models/router  models/tap  models/moe  models/transformer  models/parts  models/listening  models/decoder
+    models/config_fields  models/rope_fields  models/common_fields  models/expert_names  models/family  models/mixtral
+    models/registry  models/opened
+F5  sampling  text  kv_cache  engine  decode_inputs  recorded_decode  event_decode  graph_decode  placement  loading
+    moe_model  __init__
 F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/app  cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]

@@ -85,6 +85,11 @@ class SlotTable:
         """int32 [E]: the slot of each READY expert of this layer, -1 for the others. A live view: never write to it."""
         return self._rows[layer]
 
+    @property
+    def ready_LE(self) -> np.ndarray:
+        """int32 [L, E]: ``row`` of every layer. A live view: never write to it."""
+        return self._ready_LE
+
     def begin_load(self, expert: ExpertId, slot: int) -> None:
         """EMPTY -> LOADING; the expert must be in no slot yet."""
         self._check_expert(expert)
@@ -209,7 +214,11 @@ class SlotPool:
         """The bytes of one slot: a uint8 view [slot_bytes]."""
         return self.rows_SB[slot]
 
-    def scrub(self, slot: int) -> None:
-        """Makes a freed slot read as NaN if the pool is poisoned, else does nothing."""
+    def scrub(self, slot: int) -> bool:
+        """Makes a freed slot read as NaN if the pool is poisoned, else does nothing; whether it did.
+
+        On a GPU that is done behind the kernels that were launched before, and no copy may come before it.
+        """
         if self._poison:
             self.rows_SB[slot].fill_(_POISON)
+        return self._poison

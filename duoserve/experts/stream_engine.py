@@ -178,15 +178,20 @@ class StreamCopyEngine(CopyEngine):
         begin = self._streams.mark(lane)
         in_flight: deque[Mark] = deque()
         target_B = self._pool.row(ticket.slot)
-        for start in range(0, ticket.nbytes, piece_bytes):
-            if len(in_flight) == PIECES_IN_FLIGHT:
-                self._streams.wait(in_flight.popleft())
-            if lane is not _lane(ticket):  # it has been promoted meanwhile
-                lane = _lane(ticket)
-                self._streams.after(lane, in_flight[-1] if in_flight else begin)
-            stop = min(start + piece_bytes, ticket.nbytes)
-            self._streams.copy(lane, target_B[start:stop], row_B[start:stop])
-            in_flight.append(self._streams.mark(lane))
+        try:
+            for start in range(0, ticket.nbytes, piece_bytes):
+                if len(in_flight) == PIECES_IN_FLIGHT:
+                    self._streams.wait(in_flight.popleft())
+                if lane is not _lane(ticket):  # it has been promoted meanwhile
+                    lane = _lane(ticket)
+                    self._streams.after(lane, in_flight[-1] if in_flight else begin)
+                stop = min(start + piece_bytes, ticket.nbytes)
+                self._streams.copy(lane, target_B[start:stop], row_B[start:stop])
+                in_flight.append(self._streams.mark(lane))
+        except BaseException:
+            for mark in in_flight:  # the slot and the row are about to be somebody else's
+                self._streams.wait(mark)
+            raise
         return _Arrival(begin, in_flight[-1])
 
     def _arrived(self, ticket: Ticket, arrival: _Arrival) -> None:
@@ -231,12 +236,17 @@ class StreamCopyEngine(CopyEngine):
     def _take(self) -> Ticket | None:
         """The next ticket, RUNNING; blocks while there is none. None once the engine is closed."""
         with self._queued:
-            while (whole := self._queue.take()) is None:
+            while (whole := self._queue.take(self._may_start) or self._queue.take()) is None:
                 if self._closed:
                     return None
                 self._queued.wait()
             whole.ticket.start(self.now())
             return whole.ticket
+
+    def _may_start(self, ticket: Ticket) -> bool:
+        """Whether the copy would hold up none behind it on its lane: no kernel reads the slot, or it is a demand."""
+        readers = self._readers.get(ticket.slot)
+        return ticket.priority is Priority.DEMAND or readers is None or self._streams.passed(readers)
 
     def _carry_out(self, ticket: Ticket, staging_B: Tensor) -> CopyError | None:
         try:

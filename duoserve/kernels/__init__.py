@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from duoserve.kernels import reference, reference_copies
 from duoserve.kernels.checks import require
@@ -21,7 +22,7 @@ from duoserve.kernels.host_rows import HostRows
 from duoserve.kernels.matmul import linear
 from duoserve.kernels.paging import context_rows
 from duoserve.kernels.reference import apply_rope, attention, rope_frequencies, rope_table, write_rows
-from duoserve.kernels.routing import DeviceWork, HostWork, RoutePlan, Work
+from duoserve.kernels.routing import DeviceWork, HostWork, RoutePlan, Work, by_demand
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "add_rms_norm",
     "apply_rope",
     "attention",
+    "by_demand",
     "context_rows",
     "decode_attention",
     "linear",
@@ -68,6 +70,9 @@ def _dispatched(twin: Callable[_Operands, _Result]) -> Callable[_Operands, _Resu
 
     @wraps(twin)
     def op(*operands: _Operands.args, **options: _Operands.kwargs) -> _Result:
+        if has_torch_function(operands):  # a mode that watches torch's calls sees a launch as one of them
+            result: _Result = handle_torch_function(op, operands, *operands, **options)
+            return result
         on_gpu = _GPU and any(operand.is_cuda for operand in operands if isinstance(operand, Tensor))
         return (_in_triton(twin) if on_gpu or _TRITON_ON_CPU else twin)(*operands, **options)
 

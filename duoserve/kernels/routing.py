@@ -120,5 +120,9 @@ class RoutePlan:
 
     def by_demand(self) -> list[int]:
         """The experts that have rows, those with most first; ties in order of their ids. Read on the host."""
-        counts = [stop - start for start, stop in zip(self.starts, self.starts[1:], strict=False)]
-        return sorted((e for e, count in enumerate(counts) if count), key=lambda e: (-counts[e], e))
+        return by_demand([stop - start for start, stop in zip(self.starts, self.starts[1:], strict=False)])
+
+
+def by_demand(counts_E: Sequence[int]) -> list[int]:
+    """The experts that have rows, those with most first; ties in order of their ids."""
+    return sorted((e for e, count in enumerate(counts_E) if count), key=lambda e: (-counts_E[e], e))

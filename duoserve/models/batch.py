@@ -50,8 +50,3 @@ class Batch:
     def is_decode(self) -> bool:
         """Whether every sequence has one new token, so that row b is sequence b's."""
         return self.token_ids_T.shape[0] == len(self.spans)
-
-    @property
-    def last_rows(self) -> list[int]:
-        """The row of each sequence's last new token."""
-        return [stop - 1 for _, stop in self.spans]

@@ -5,21 +5,33 @@ T tokens, K top-k, E experts, H hidden, I expert intermediate, N = T * K routed 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from duoserve import kernels
 from duoserve.architecture import ClampConfig, SharedExpertConfig
-from duoserve.kernels import ExpertWeights, HostWork, RoutePlan, Work
+from duoserve.kernels import DeviceWork, ExpertWeights, HostRows, HostWork, RoutePlan, Work
 from duoserve.models.layers import FeedForward, Linear
 from duoserve.models.router import Router
 from duoserve.models.tap import RoutingTap
 from duoserve.models.tensors import Tensors
-from duoserve.scheduling.source import ExpertSource
+from duoserve.scheduling.source import ExpertSource, Lease
+
+
+class Routed(NamedTuple):
+    """What the router chose for ``x_TH``, and where the experts' results go."""
+
+    x_TH: Tensor
+    topk_weights_TK: Tensor
+    topk_ids_TK: Tensor
+    plan: RoutePlan
+    act_NI: Tensor
+    y_NH: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,29 +72,74 @@ class MoEBlock:
     tap: RoutingTap | None = None
 
     def __call__(self, x_TH: Tensor) -> Tensor:
+        routed = self.route(x_TH)
+        with self.acquire(routed, routed.plan.by_demand()) as lease:
+            shared_TH = self.share(routed)
+            for ready in lease:
+                self.compute(routed, HostWork.of(ready, x_TH.device))
+        return self.combine(routed, shared_TH)
+
+    def route(self, x_TH: Tensor, slots_E: Tensor | None = None) -> Routed:
+        """The router's choice, and room for the experts' results; nothing waits for the device.
+
+        ``slots_E`` (int32) says where the experts are, where that is known before the lease.
+        """
         topk_weights_TK, topk_ids_TK = self.router.choose(self.router.logits(x_TH), x_TH.dtype)
-        if self.tap is not None:
-            self.tap.routed(self.layer, x_TH, topk_weights_TK, topk_ids_TK)
-        plan = kernels.route_plan(topk_ids_TK, self._unknown_slots_E)
+        plan = kernels.route_plan(topk_ids_TK, self._unknown_slots_E if slots_E is None else slots_E)
         act_NI = x_TH.new_empty(topk_ids_TK.numel(), self.weights.w2_SHI.shape[2])
         y_NH = x_TH.new_empty(topk_ids_TK.numel(), x_TH.shape[1])
-        with self.source.acquire(self.layer, plan.by_demand()) as lease:
-            shared_TH = None if self.shared is None else self.shared(x_TH)
-            for ready in lease:
-                work = HostWork.of(ready, x_TH.device)
-                self._up(x_TH, plan, work, act_NI)
-                kernels.moe_down(act_NI, self.weights, plan, work, y_NH)
+        return Routed(x_TH, topk_weights_TK, topk_ids_TK, plan, act_NI, y_NH)
+
+    def acquire(self, routed: Routed, experts: Sequence[int]) -> Lease:
+        """Lets the tap hear the choice, then leases its ``experts``: see ExpertSource."""
+        self.announce(routed)
+        return self.source.acquire(self.layer, experts)
+
+    def announce(self, routed: Routed) -> None:
+        """Lets the tap, if there is one, hear the choice."""
+        if self.tap is not None:
+            self.tap.routed(self.layer, routed.x_TH, routed.topk_weights_TK, routed.topk_ids_TK)
+
+    def compute(self, routed: Routed, work: Work) -> None:
+        """Some of the chosen experts, from the slots that they are in."""
+        self._up(routed, work)
+        kernels.moe_down(routed.act_NI, self.weights, routed.plan, work, routed.y_NH)
+
+    def compute_missing(self, routed: Routed, source: HostRows, slots_E: Tensor) -> None:
+        """The chosen experts that were in no slot, read through from the host into the first of ``slots_E`` (int32)."""
+        missing = routed.plan.missing
+        work = DeviceWork(missing.experts_W, slots_E, missing.count_1)
+        kernels.moe_up_fill(routed.x_TH, self.weights, source, routed.plan, work, routed.act_NI)
+        kernels.moe_down_fill(routed.act_NI, self.weights, source, routed.plan, work, routed.y_NH)
+
+    def share(self, routed: Routed) -> Tensor | None:
+        """The shared expert's output, where there is one: it needs nothing of the chosen."""
+        return None if self.shared is None else self.shared(routed.x_TH)
+
+    def combine(self, routed: Routed, shared_TH: Tensor | None) -> Tensor:
+        """The block's output, once all chosen experts have been computed."""
+        y_NH, topk_ids_TK = routed.y_NH, routed.topk_ids_TK
         if self.clamped is not None:
             y_NH += self.clamped.down_bias_EH[topk_ids_TK.flatten()]
-        return kernels.moe_combine(y_NH.view(*topk_ids_TK.shape, -1), topk_weights_TK, shared_TH)
+        return kernels.moe_combine(y_NH.view(*topk_ids_TK.shape, -1), routed.topk_weights_TK, shared_TH)
 
-    def _up(self, x_TH: Tensor, plan: RoutePlan, work: Work, act_NI: Tensor) -> None:
+    def _up(self, routed: Routed, work: Work) -> None:
+        x_TH, plan, act_NI = routed.x_TH, routed.plan, routed.act_NI
         if self.clamped is None:
             kernels.moe_up(x_TH, self.weights, plan, work, act_NI)
             return
-        config = self.clamped.config
-        bias_E2I = self.clamped.up_bias_E2I
+        config, bias_E2I = self.clamped.config, self.clamped.up_bias_E2I
         kernels.moe_up_clamped(x_TH, self.weights, plan, work, bias_E2I, config.alpha, config.limit, act_NI)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts that the router chooses from."""
+        return self.router.config.num_experts
+
+    @property
+    def top_k(self) -> int:
+        """Experts that it chooses for a token."""
+        return self.router.config.top_k
 
     @cached_property
     def _unknown_slots_E(self) -> Tensor:

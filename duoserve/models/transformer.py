@@ -34,11 +34,16 @@ class DecoderLayer:
         self, delta_TH: Tensor | None, x_TH: Tensor, rope: tuple[Tensor, Tensor], batch: Batch
     ) -> tuple[Tensor, Tensor]:
         """Takes and gives the residual in two parts, ``delta + x``: the next norm adds them, in one op with itself."""
-        normed_TH, x_TH = self.attention_norm.after_adding(delta_TH, x_TH)
-        normed_TH, x_TH = self.ffn_norm.after_adding(
-            times(self.attention(normed_TH, rope, batch), self.multiplier), x_TH
-        )
+        normed_TH, x_TH = self.attend(delta_TH, x_TH, rope, batch)
         return times(self.ffn(normed_TH), self.multiplier), x_TH
+
+    def attend(
+        self, delta_TH: Tensor | None, x_TH: Tensor, rope: tuple[Tensor, Tensor], batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """The part before ``ffn``: what that takes, and the residual ``x``."""
+        normed_TH, x_TH = self.attention_norm.after_adding(delta_TH, x_TH)
+        attended_TH = times(self.attention(normed_TH, rope, batch), self.multiplier)
+        return self.ffn_norm.after_adding(attended_TH, x_TH)
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,21 @@ class Transformer:
 
     def __call__(self, batch: Batch, rows: list[int] | None = None) -> Tensor:
         """Float32 logits [T, V] of the batch's new tokens, or of ``rows`` of them only."""
-        x_TH = times(self.embed_VH[batch.token_ids_T], self.multipliers.embedding)
-        rope = self.rope.table(batch.positions_T, like=x_TH)
+        x_TH, rope = self.embed(batch)
         delta_TH = None
         for layer in self.layers:
             delta_TH, x_TH = layer(delta_TH, x_TH, rope, batch)
         if rows is not None:
             delta_TH, x_TH = None if delta_TH is None else delta_TH[rows], x_TH[rows]
+        return self.logits(delta_TH, x_TH)
+
+    def embed(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The residual that the first layer takes, and the angles that all layers share."""
+        x_TH = times(self.embed_VH[batch.token_ids_T], self.multipliers.embedding)
+        return x_TH, self.rope.table(batch.positions_T, like=x_TH)
+
+    def logits(self, delta_TH: Tensor | None, x_TH: Tensor) -> Tensor:
+        """Float32 logits [T, V] of the residual that the last layer gives."""
         normed_TH, _ = self.norm.after_adding(delta_TH, x_TH)
         logits_TV = kernels.linear(normed_TH, self.head_VH)
         divisor = self.multipliers.logits_divisor

@@ -80,6 +80,21 @@ class Residency:
             self.table.unhold(slot)
             self._rest(layer, slot)
 
+    def touch(self, expert: ExpertId, slot: int) -> None:
+        """The device has read a READY expert that nobody holds, and is done with it."""
+        del self.idle[expert.layer][slot]
+        self.ledger.used(expert)
+        self._rest(expert.layer, slot)
+
+    def filled_by_device(self, expert: ExpertId, slot: int | None) -> None:
+        """The device has brought an expert by itself: into an EMPTY slot, or (None) into one it has lost since."""
+        self.ledger.arrived(expert, self._pool.rows_SB.shape[1])
+        if slot is not None:
+            self.table.begin_load(expert, slot)
+            self.table.finish_load(slot)
+            self.slots[expert.layer][expert.expert] = slot
+            self._rest(expert.layer, slot)
+
     def hasten(self, expert: ExpertId) -> Ticket:
         """The copy, under way, of an expert that a layer asks for; it is behind no guess any more."""
         ticket = self._copies[expert]
@@ -147,4 +162,5 @@ class Residency:
 
     def _vacate(self, expert: ExpertId, slot: int) -> None:
         del self.slots[expert.layer][expert.expert]
-        self._pool.scrub(slot)
+        if self._pool.scrub(slot):
+            self._engine.fence([slot])

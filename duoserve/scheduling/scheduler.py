@@ -19,6 +19,7 @@ from duoserve.scheduling.lease import SlotLease
 from duoserve.scheduling.plan import BEFORE_FIRST, LayerPlan, LayerView, ModelShape, PrefillMode
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.prefill import plan_prefill, ring_size
+from duoserve.scheduling.read_through import ReadThrough
 from duoserve.scheduling.residency import Residency
 from duoserve.scheduling.source import ExpertSource
 from duoserve.scheduling.spaces import Cache, Ring, Scratch, Space
@@ -106,6 +107,10 @@ class Scheduler(ExpertSource):
             lease.close()
             if not (lease.complete and lease.layer == self._shape.layers[-1]):
                 self._residency.drain()
+
+    def read_through(self) -> ReadThrough:
+        """The books of decode steps that the device carries out by itself, to be kept within passes of this."""
+        return ReadThrough(self._residency, self._cache, self._shape, self._meter)
 
     def load_all(self, progress: bool = False) -> None:
         """Brings every expert into a slot, as far as there are slots; CopyError if one cannot be read."""

@@ -1,0 +1,121 @@
+"""Decode steps of one recording each: the device knows where the experts are and reads those that are missing through.
+
+The host learns afterwards what the routers chose, and decides which slots the misses of the next step may fill.
+
+B sequences, K top-k, E experts, L layers of the model, N of them that have experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from duoserve.decode_inputs import DecodeInputs
+from duoserve.engine import Decoder
+from duoserve.experts.layout import ExpertId
+from duoserve.experts.store import ExpertStore
+from duoserve.kernels import HostRows, by_demand
+from duoserve.kernels.recorder import Recorder
+from duoserve.kv_cache import Layout, PagedKVCache
+from duoserve.models.moe import MoEBlock
+from duoserve.models.parts import Choice, first_part, next_part
+from duoserve.models.transformer import Transformer
+from duoserve.recorded_decode import MakeStep
+from duoserve.scheduling.read_through import ReadThrough
+
+MAX_SEQUENCES = 64  # which read-through takes
+
+
+def graph_steps(
+    model: Transformer, cache: PagedKVCache, recorder: Recorder, store: ExpertStore, books: ReadThrough
+) -> MakeStep:
+    """Makes the recorded steps of ``model``, whose experts all lie in RAM that the device reads: see ``host_rows``."""
+    rows = host_rows(model, store, recorder.device)
+
+    def make(num_sequences: int, table_width: int) -> GraphStep | None:
+        if num_sequences > MAX_SEQUENCES or not books.fits(num_sequences):
+            return None
+        inputs = DecodeInputs(recorder, cache, num_sequences, table_width)
+        return GraphStep(model, recorder, inputs, num_sequences, rows=rows, books=books)
+
+    return make
+
+
+def host_rows(model: Transformer, store: ExpertStore, device: torch.device) -> Mapping[int, HostRows]:
+    """By layer the rows of its experts in RAM; KernelError for memory that ``device`` cannot read."""
+    return {
+        block.layer: HostRows.of([store.host_row(ExpertId(block.layer, e)) for e in range(block.num_experts)], device)
+        for block in _blocks(model)
+    }
+
+
+class GraphStep(Decoder):
+    """A recorded decode step of one shape."""
+
+    def __init__(  # noqa: PLR0913
+        self,
+        model: Transformer,
+        recorder: Recorder,
+        inputs: DecodeInputs,
+        num_sequences: int,
+        *,
+        rows: Mapping[int, HostRows],
+        books: ReadThrough,
+    ) -> None:
+        blocks = _blocks(model)
+        self._num_experts = blocks[0].num_experts
+        self._num_sequences = num_sequences
+        self._recorder = recorder
+        self._inputs = inputs
+        self._rows = rows
+        self._books = books
+        # By layer the slots of the experts, and behind them those that its misses fill.
+        self._host_2LE = recorder.host((2, *books.ready_LE.shape), torch.int32)
+        self._host_2LE.fill_(-1)
+        self._tables_2LE = self._host_2LE.to(recorder.device, copy=True)
+        self._choices_NBK = recorder.host((len(blocks), num_sequences, blocks[0].top_k), torch.int64)
+        self._logits_BV = recorder.host((num_sequences, len(model.head_VH)), torch.float32)
+        self._recording = recorder.record(lambda: self._run(model))
+
+    def __call__(self, layout: Layout) -> Tensor:
+        """The float32 logits [B, V] on the host, which the next call overwrites."""
+        self._inputs.load(layout)
+        targets = self._books.lay_out(self._num_sequences)
+        slots_LE, targets_LE = self._host_2LE.numpy()
+        slots_LE[:] = self._books.ready_LE
+        for layer, targets_X in targets.items():
+            targets_LE[layer, : len(targets_X)] = targets_X
+        self._recording.replay()
+        self._recorder.wait()
+        self._account()
+        return self._logits_BV
+
+    def _run(self, model: Transformer) -> list[Choice]:
+        self._recorder.copy(self._tables_2LE, self._host_2LE)
+        slots_LE, targets_LE = self._tables_2LE.unbind()
+        end, choices = first_part(model, self._inputs.batch(), slots_LE), []
+        while isinstance(end, Choice):
+            block, routed = end.block, end.routed
+            block.compute(routed, routed.plan.resident)
+            block.compute_missing(routed, self._rows[block.layer], targets_LE[block.layer])
+            choices.append(end)
+            end = next_part(end)
+        self._recorder.copy(self._choices_NBK, torch.stack([choice.routed.topk_ids_TK for choice in choices]))
+        self._recorder.copy(self._logits_BV, end)
+        return choices
+
+    def _account(self) -> None:
+        """Tells the tap and the books what the routers chose."""
+        chosen = {}
+        for choice, ids_BK in zip(self._recording.result, self._choices_NBK.numpy(), strict=True):
+            choice.block.announce(choice.routed)
+            counts_E = np.bincount(ids_BK.ravel(), minlength=self._num_experts)
+            chosen[choice.block.layer] = by_demand(counts_E.tolist())
+        self._books.took(chosen)
+
+
+def _blocks(model: Transformer) -> list[MoEBlock]:
+    return [layer.ffn for layer in model.layers if isinstance(layer.ffn, MoEBlock)]

@@ -1,0 +1,126 @@
+"""Steps that a device carries out by itself, played on a device made of a dictionary: the books agree with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from duoserve.config import Phase
+from duoserve.errors import IntegrityError
+from duoserve.experts.layout import ExpertId
+from duoserve.experts.slots import SlotState
+from duoserve.scheduling.plan import ModelShape
+from duoserve.scheduling.read_through import Fill, fills, lay_targets, most_misses
+from tests.scheduling.rig import Rig
+
+LAYERS, NUM_EXPERTS = 3, 6
+
+
+class FakeDevice:
+    """Reads slots by the table it was given, and fills those it was told to."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.books = rig.scheduler.read_through()
+        self.slots: dict[int, ExpertId] = {}  # what no scrub has been made of
+
+    def step(self, chosen: Mapping[int, Sequence[int]], tokens: int) -> int:
+        """Returns the hits."""
+        self.rig.scheduler.begin(Phase.DECODE, tokens)
+        targets = self.books.lay_out(tokens)
+        self.learn()
+        assert all(self.rig.table.state(int(slot)) is SlotState.EMPTY for row in targets.values() for slot in row)
+        slots_LE, hits = self.books.ready_LE.copy(), 0
+        for layer, experts in chosen.items():
+            free = iter(targets[layer].tolist())
+            for number in sorted(experts):
+                expert, slot = ExpertId(layer, number), slots_LE[layer, number]
+                if slot < 0:
+                    self.slots[next(free)] = expert
+                else:
+                    assert self.slots[slot] == expert, "a kernel read another expert, or NaN"
+                    hits += 1
+        self.books.took(chosen)
+        self.rig.scheduler.end()
+        self.look()
+        return hits
+
+    def learn(self) -> None:
+        """The slots as ordinary copies have left them; EMPTY ones are scrubbed."""
+        self.slots = dict(self.rig.table.ready())
+
+    def look(self) -> None:
+        self.rig.table.check_integrity()
+        assert self.rig.num_holds() == 0 and self.rig.num_states(SlotState.LOADING) == 0
+        for slot, expert in self.rig.table.ready():
+            assert self.slots[slot] == expert
+        idle = [slot for slots in self.rig.scheduler._residency.idle for slot in slots]
+        assert sorted(idle) == [slot for slot, _ in self.rig.table.ready()]
+
+
+@given(data=st.data(), slots=st.integers(4, 20), tokens=st.integers(1, 3), moe_layers=st.sampled_from([None, [1, 2]]))
+@settings(max_examples=60, deadline=None)
+def test_the_books_agree_with_the_device(
+    data: st.DataObject, slots: int, tokens: int, moe_layers: list[int] | None
+) -> None:
+    rig = Rig("lru", layers=LAYERS, experts=NUM_EXPERTS, top_k=2, slots=slots, moe_layers=moe_layers)
+    device = FakeDevice(rig)
+    width = min(NUM_EXPERTS, 2 * tokens)
+    layers = moe_layers or list(range(LAYERS))
+    wanted = st.lists(st.integers(0, NUM_EXPERTS - 1), min_size=1, max_size=width, unique=True)
+    for _ in range(data.draw(st.integers(1, 8))):
+        chosen = {layer: data.draw(wanted) for layer in layers}
+        if slots < width:
+            with pytest.raises(IntegrityError, match=f"may miss {width} experts; {slots} slots"):
+                device.step(chosen, tokens)
+            rig.scheduler.end()
+            return
+        if data.draw(st.booleans()) and moe_layers is None:
+            rig.run(Phase.DECODE, [chosen[layer] for layer in layers], tokens=tokens)  # an ordinary step between them
+        before = rig.stats()
+        hits = device.step(chosen, tokens)
+        misses, after = sum(map(len, chosen.values())) - hits, rig.stats()
+        assert after.hits["decode"] - before.hits["decode"] == hits
+        assert after.misses["decode"] - before.misses["decode"] == misses
+        assert after.bytes.demanded - before.bytes.demanded == misses * rig.store.layout.slot_bytes
+
+
+def test_what_is_chosen_again_is_a_hit_and_the_longest_unused_goes_first() -> None:
+    rig = Rig("lru", layers=1, experts=8, top_k=2, slots=4)
+    device = FakeDevice(rig)
+    for chosen in ([0, 1], [0, 2], [0, 3]):
+        device.step({0: chosen}, tokens=1)
+    assert (rig.stats().hits["decode"], rig.stats().misses["decode"]) == (2, 4)
+    assert rig.resident() == {ExpertId(0, 0), ExpertId(0, 3), ExpertId(0, 2)}
+
+
+def test_a_step_keeps_an_eighth_of_the_slots_free() -> None:
+    rig = Rig("lru", layers=2, experts=32, top_k=2, slots=40)
+    device = FakeDevice(rig)
+    for first in range(0, 32, 2):
+        device.step({0: [first, first + 1], 1: [first, first + 1]}, tokens=1)
+    rig.scheduler.begin(Phase.DECODE, 1)
+    device.books.lay_out(1)
+    assert rig.num_states(SlotState.EMPTY) == 4  # two layers of two misses each need no fifth
+
+
+def test_the_last_layer_to_fill_a_slot_has_it() -> None:
+    ready_LE = np.full((2, 4), -1, dtype=np.int32)
+    ready_LE[1, 2] = 7
+    targets = {0: np.array([5, 6]), 1: np.array([6, 5])}
+    assert fills(ready_LE, {0: [3, 1], 1: [2, 0]}, targets) == [
+        Fill(ExpertId(0, 1), 5, True),
+        Fill(ExpertId(0, 3), 6, False),
+        Fill(ExpertId(1, 0), 6, True),
+    ]
+
+
+def test_first_choices_are_spread_and_no_layer_has_a_slot_twice() -> None:
+    targets_LX = lay_targets([10, 11, 12, 13], num_layers=2, width=3)
+    assert targets_LX.tolist() == [[10, 11, 12], [12, 13, 10]]
+    assert lay_targets([4, 9], num_layers=3, width=2).tolist() == [[4, 9], [4, 9], [9, 4]]
+    assert most_misses(ModelShape(8, 2, (0, 1)), 3) == 6 and most_misses(ModelShape(8, 2, (0, 1)), 9) == 8
