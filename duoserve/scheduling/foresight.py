@@ -80,8 +80,8 @@ class Foresight(RoutingListener):
         counts_E: list[int] = np.bincount(routed.topk_ids_TK.ravel(), minlength=self._shape.num_experts).tolist()
         return [counts_E[expert] for expert in experts]
 
-    def guess(self, layer: int, present: Sequence[Collection[int]], queued: int) -> Guesses:
-        """What to copy behind the demands of ``layer``, when so many guesses are ``queued``.
+    def guess(self, layer: int, present: Sequence[Collection[int]], under_way: Collection[ExpertId]) -> Guesses:
+        """What to copy behind the demands of ``layer`` and those guesses ``under_way`` that are about later ones.
 
         ``present`` names by layer the experts that are in a slot or on their way.
         """
@@ -93,12 +93,13 @@ class Foresight(RoutingListener):
         chances = [self._predictor.predict(other) for other in ahead]
         if self._mode is GuessMode.TOP_K:
             return self._likeliest(ahead, chances, present)
-        return self._paying(ahead, chances, present, queued)
+        return self._paying(ahead, chances, present, sum(one.layer in ahead for one in under_way))
 
     def _likeliest(
         self, ahead: Sequence[int], chances: Sequence[np.ndarray], present: Sequence[Collection[int]]
     ) -> Guesses:
-        best = [(layer, _best(chances_E, self._shape.top_k)) for layer, chances_E in zip(ahead, chances, strict=True)]
+        top_k = self._shape.top_k
+        best = [(layer, best_experts(chances_E, top_k)) for layer, chances_E in zip(ahead, chances, strict=True)]
         wanted = [ExpertId(layer, expert) for layer, experts in best for expert in experts]
         copies = tuple(one for one in wanted if one.expert not in present[one.layer])
         return Guesses(copies, tuple(ahead), frozenset(wanted))
@@ -146,7 +147,7 @@ class Foresight(RoutingListener):
                     self._calibrations[distance].note(chance, expert in wanted)
 
 
-def _best(chances_E: np.ndarray, count: int) -> list[int]:
+def best_experts(chances_E: np.ndarray, count: int) -> list[int]:
     """The ``count`` likeliest experts, the likeliest first."""
     if count >= len(chances_E):
         return np.argsort(-chances_E, kind="stable").tolist()  # type: ignore[no-any-return]

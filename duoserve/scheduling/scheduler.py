@@ -191,8 +191,8 @@ class Scheduler(ExpertSource):
         view = LayerView(layer, tuple(wanted), present, run.num_tokens, run.space.ring_view(layer))
         if run.phase is Phase.PREFILL:
             return plan_prefill(self._policy.prefill, view, self._shape)
-        queued = len(self._residency.ledger.guesses)
-        plan = plan_decode(self._policy.decode, view, self._shape, self._foresight.guess(layer, slots, queued))
+        guesses = self._foresight.guess(layer, slots, self._residency.ledger.guesses)
+        plan = plan_decode(self._policy.decode, view, self._shape, guesses)
         if self._link is not None:
             self._link.demanded(len(plan.demand))
         return plan

@@ -49,7 +49,7 @@ class Seer(Teller):
 class TestTopK:
     def test_the_likeliest_of_the_next_layers_are_copied_unless_they_are_there(self) -> None:
         foresight = Foresight(Teller(lambda layer: np.linspace(0, 0.7, 8), 2), GuessMode.TOP_K, SHAPE, 4)
-        guesses = foresight.guess(2, [set(), set(), set(), {7}], 0)
+        guesses = foresight.guess(2, [set(), set(), set(), {7}], ())
         assert guesses.ahead == (3, 0)
         assert guesses.copies == (ExpertId(3, 6), ExpertId(0, 7), ExpertId(0, 6))
         assert ExpertId(3, 7) in guesses.spared
@@ -66,7 +66,7 @@ class TestTopK:
 class TestBudget:
     def test_nothing_is_copied_before_the_link_has_been_measured(self) -> None:
         foresight = Foresight(Teller(lambda layer: certain(8, [1])), GuessMode.BUDGET, SHAPE, 4)
-        assert foresight.guess(0, NOBODY, 0).copies == ()
+        assert foresight.guess(0, NOBODY, ()).copies == ()
 
     def test_a_seer_turns_idle_time_into_hits(self) -> None:
         rates, walls = [], []
@@ -104,8 +104,8 @@ class TestBudget:
         for layer in (0, 1, 2, 3, 0):
             foresight.link.routed(layer, 10.0 * layer)
             foresight.link.demanded(0)
-        assert foresight.guess(0, NOBODY, 0).copies == (ExpertId(1, 1), ExpertId(2, 2))
-        assert foresight.guess(0, NOBODY, 30).copies == ()
+        assert foresight.guess(0, NOBODY, ()).copies == (ExpertId(1, 1), ExpertId(2, 2))
+        assert foresight.guess(0, NOBODY, [ExpertId(1, 0)] * 30).copies == ()
 
 
 def test_a_guess_that_the_router_contradicts_is_cancelled() -> None:
@@ -117,7 +117,7 @@ def test_a_guess_that_the_router_contradicts_is_cancelled() -> None:
 
 def test_without_a_predictor_there_are_no_guesses_and_a_cache_that_hears_counts() -> None:
     foresight = Foresight(None, GuessMode.BUDGET, SHAPE, 4)
-    assert foresight.guess(0, NOBODY, 0) is NO_GUESSES and foresight.lookahead == 0
+    assert foresight.guess(0, NOBODY, ()) is NO_GUESSES and foresight.lookahead == 0
     ids_TK = np.array([[1, 2], [1, 3], [1, 2]])
     foresight.routed(Routing(0, np.zeros(3, dtype=np.int64), ids_TK, np.ones((3, 2), dtype=np.float32), {}))
     assert foresight.counts(0, [1, 2, 3]) == [3, 2, 1]
