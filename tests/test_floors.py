@@ -28,14 +28,16 @@ F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safe
     experts/store  experts/packing  experts/host_ram  experts/device  experts/budget  experts/disk_store
     experts/slots  experts/tickets  experts/copy_engine  experts/virtual  experts/streams  experts/cuda_streams
     experts/stream_engine
-F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/plan
-    scheduling/prefill  scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/policies
-    scheduling/link_budget  scheduling/foresight  scheduling/ledger  scheduling/residency  scheduling/spaces
-    scheduling/lease  scheduling/scheduler
+F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/trace
+    scheduling/trace_file  scheduling/recorder  scheduling/synthetic  scheduling/plan  scheduling/prefill
+    scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/policies  scheduling/link_budget
+    scheduling/foresight  scheduling/ledger  scheduling/residency  scheduling/spaces  scheduling/lease
+    scheduling/scheduler  scheduling/cache_study  scheduling/hardware  scheduling/foreseen  scheduling/scored
+    scheduling/replay
 F4  models/__init__  models/batch  models/config_fields  models/layers  models/attention  models/tap
     models/moe  models/transformer  models/listening  models/mixtral  models/registry  models/opened
-F5  sampling  text  kv_cache  engine  placement  loading  moe_model  __init__
-F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/app  cli/__init__
+F5  sampling  text  kv_cache  engine  placement  loading  tracing  moe_model  __init__
+F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/trace  cli/app  cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]
 RANK = {name: rank for rank, name in enumerate(FILES)}

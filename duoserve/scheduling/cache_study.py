@@ -55,12 +55,12 @@ def prompt_step(ids_TK: np.ndarray) -> Step:
     return Step(Phase.PREFILL, len(ids_TK), experts_E[order_E].tolist(), counts_E[order_E].tolist())
 
 
-def cached_hits(
-    trace: Trace, num_slots: int, ranking: Callable[[int, int], Ranking], warm_up: int = 0
-) -> Hits:
+def cached_hits(trace: Trace, num_slots: int, ranking: Callable[[int, int], Ranking], warm_up: int = 0) -> Hits:
     """Caches of ``num_slots`` slots for each layer; the first ``warm_up`` requests fill them and are not counted."""
-    return _sum(_layer_hits(_courses(trace, layer), num_slots, ranking(1, trace.meta.num_experts), warm_up)
-                for layer in trace.meta.layers)
+    return _sum(
+        _layer_hits(_courses(trace, layer), num_slots, ranking(1, trace.meta.num_experts), warm_up)
+        for layer in trace.meta.layers
+    )
 
 
 def belady_hits(trace: Trace, num_slots: int, warm_up: int = 0) -> Hits:
