@@ -29,16 +29,19 @@ F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safe
     experts/pieces  experts/packing  experts/host_ram  experts/device  experts/budget  experts/disk_store
     experts/slots  experts/tickets  experts/copy_engine  experts/virtual  experts/streams  experts/cuda_streams
     experts/stream_engine
-F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/plan
-    scheduling/prefill  scheduling/decode  scheduling/eviction  scheduling/policies  scheduling/ledger
-    scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/read_through  scheduling/scheduler
+F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/trace
+    scheduling/trace_file  scheduling/recorder  scheduling/synthetic  scheduling/plan  scheduling/prefill
+    scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/policies  scheduling/link_budget
+    scheduling/foresight  scheduling/ledger  scheduling/residency  scheduling/spaces  scheduling/lease
+    scheduling/read_through  scheduling/scheduler  scheduling/cache_study  scheduling/hardware  scheduling/foreseen
+    scheduling/scored  scheduling/replay
 F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  models/attention  models/mla
     models/router  models/tap  models/moe  models/transformer  models/parts  models/listening  models/decoder
     models/config_fields  models/rope_fields  models/common_fields  models/expert_names  models/family  models/mixtral
     models/registry  models/opened
 F5  sampling  text  kv_cache  engine  decode_inputs  recorded_decode  event_decode  graph_decode  placement  loading
-    moe_model  __init__
-F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/app  cli/__init__
+    tracing  moe_model  __init__
+F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/trace  cli/app  cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]
 RANK = {name: rank for rank, name in enumerate(FILES)}

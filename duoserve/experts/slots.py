@@ -73,6 +73,10 @@ class SlotTable:
         """The EMPTY slots, lowest first."""
         return self._empty.copy()
 
+    def first_empty(self) -> int:
+        """The lowest EMPTY slot, -1 if there is none."""
+        return self._empty[0] if self._empty else -1
+
     def ready(self) -> list[tuple[int, ExpertId]]:
         """The READY slots, lowest first, with their experts."""
         return [

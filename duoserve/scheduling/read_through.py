@@ -5,7 +5,7 @@ L layers that have experts, T tokens, K top-k, E experts, X misses that a layer 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,8 @@ from duoserve.scheduling.spaces import Cache
 # So much of the slots is kept EMPTY for the misses of a step. More slots hold fewer experts; with fewer, later layers
 # overwrite what earlier ones have brought. Not measured yet.
 SPARE_SHARE = 1 / 8
+
+UseListener = Callable[[int, Sequence[int]], None]  # told of a layer and the experts that it has used
 
 
 class Fill(NamedTuple):
@@ -65,13 +67,17 @@ def _missing(ready_E: np.ndarray, experts: Iterable[int]) -> Iterator[int]:
 
 
 class ReadThrough:
-    """The books of such steps: ``lay_out`` before each, ``took`` after it. The scheduler makes one for its passes."""
+    """The books of such steps: ``lay_out`` before each, ``took`` after it. The scheduler makes one for its passes.
 
-    def __init__(self, residency: Residency, cache: Cache, shape: ModelShape, meter: Meter) -> None:
+    ``used`` is told of every layer's experts, for the eviction to rank them by.
+    """
+
+    def __init__(self, residency: Residency, cache: Cache, shape: ModelShape, meter: Meter, used: UseListener) -> None:
         self._residency = residency
         self._cache = cache
         self._shape = shape
         self._meter = meter
+        self._used = used
         self._targets: dict[int, np.ndarray] = {}
 
     @property
@@ -106,6 +112,7 @@ class ReadThrough:
         made = {fill.expert: fill for fill in fills(self.ready_LE, chosen, self._targets)}
         hits = {layer: self.ready_LE[layer].tolist() for layer in chosen}
         for layer, experts in chosen.items():
+            self._used(layer, experts)
             for expert in (ExpertId(layer, number) for number in reversed(experts)):
                 fill = made.get(expert)
                 if fill is None:

@@ -58,7 +58,7 @@ class FakeDevice:
         assert self.rig.num_holds() == 0 and self.rig.num_states(SlotState.LOADING) == 0
         for slot, expert in self.rig.table.ready():
             assert self.slots[slot] == expert
-        idle = [slot for slots in self.rig.scheduler._residency.idle for slot in slots]
+        idle = [slot for slots in self.rig.scheduler._residency.idle for slot in slots.values()]
         assert sorted(idle) == [slot for slot, _ in self.rig.table.ready()]
 
 
