@@ -46,7 +46,10 @@ class Placement:
     def of(cls, found: OpenedModel, wanted: EngineConfig) -> Placement:
         """As ``wanted``, where it says so; ConfigError for a device or dtype that cannot be had."""
         max_context = wanted.max_context or min(found.config.max_position_embeddings, DEFAULT_MAX_CONTEXT)
-        return cls(found, resolve(wanted.device), _dtype(wanted.dtype, found.config), max_context)
+        device = resolve(wanted.device)
+        if device.type != "cpu" and found.config.blocks.moe.clamp:
+            raise ConfigError(f"{found.config.model_type} runs on CPUs only so far: load it with device='cpu'")
+        return cls(found, device, _dtype(wanted.dtype, found.config), max_context)
 
     def plan(self, wanted: EngineConfig, needs_all: bool) -> MemoryPlan:
         """How memory is divided; MemoryBudgetError when it cannot work."""

@@ -38,7 +38,8 @@ F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predi
 F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  models/attention  models/mla
     models/router  models/tap  models/moe  models/transformer  models/parts  models/listening  models/decoder
     models/config_fields  models/rope_fields  models/common_fields  models/expert_names  models/family  models/mixtral
-    models/registry  models/opened
+    models/qwen3_moe  models/qwen2_moe  models/olmoe  models/deepseek  models/glm4_moe  models/granite_moe
+    models/gpt_oss  models/registry  models/opened  models/described
 F5  sampling  text  kv_cache  engine  decode_inputs  recorded_decode  event_decode  graph_decode  placement  loading
     tracing  moe_model  __init__
 F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/trace  cli/app  cli/__init__

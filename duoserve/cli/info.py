@@ -11,7 +11,7 @@ from duoserve.cli.inventory import Inventory, take_inventory
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser
 from duoserve.experts.budget import format_bytes
 from duoserve.kv_cache import kv_bytes_per_token
-from duoserve.models.opened import OpenedModel, opened
+from duoserve.models.described import DescribedModel, described
 
 EXAMPLES = """\
   duoserve info bard
@@ -29,15 +29,15 @@ def add_command(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the inventory to stdout."""
-    with opened(args.model) as model:
-        inventory = take_inventory(model)
-        if args.json:
-            print(json.dumps({"architecture": _architecture(model), **asdict(inventory)}))
-        else:
-            print("\n".join(_tables(model, inventory)))
+    model = described(args.model)
+    inventory = take_inventory(model)
+    if args.json:
+        print(json.dumps({"architecture": _architecture(model), "source": model.source, **asdict(inventory)}))
+    else:
+        print("\n".join(_tables(model, inventory)))
 
 
-def _architecture(model: OpenedModel) -> dict[str, Any]:
+def _architecture(model: DescribedModel) -> dict[str, Any]:
     config = model.config
     shared = config.blocks.moe.shared
     return {
@@ -57,13 +57,13 @@ def _architecture(model: OpenedModel) -> dict[str, Any]:
     }
 
 
-def _tables(model: OpenedModel, inventory: Inventory) -> list[str]:
+def _tables(model: DescribedModel, inventory: Inventory) -> list[str]:
     return [
-        str(model.checkpoint.folder),
+        str(model.folder),
         *(f"  {name:<26}{'-' if value is None else value}" for name, value in _architecture(model).items()),
         f"  {'parameters':<26}{_count(inventory.parameters)}, {_count(inventory.active_parameters)} for a token",
         "",
-        "bytes on disk",
+        f"bytes on disk, by {model.source}",
         *_parts(inventory),
         "",
         f"experts: {inventory.total_experts}, {inventory.active_experts} for a token, "

@@ -72,6 +72,13 @@ def head_dim(fields: Fields) -> int:
     return given or hidden // heads
 
 
+def used_window(fields: Fields) -> int | None:
+    """Qwen's window, which counts only where ``use_sliding_window`` says so."""
+    if not fields.flag("use_sliding_window"):
+        return None
+    return fields.optional_integer("sliding_window", 1, MAX_POSITIONS)
+
+
 def layer_windows(fields: Fields, window: int | None, slides: list[bool]) -> tuple[int | None, ...]:
     """The window of each layer: ``layer_types`` says which have one, and where that is absent, ``slides`` does."""
     kinds = fields.choices("layer_types", (FULL, SLIDING), num_layers(fields))
@@ -115,6 +122,16 @@ def layers_behind_dense(fields: Fields) -> tuple[int, ...]:
         raise fields.refusal("moe_layer_freq", "supported: 1")
     layers = num_layers(fields)
     return tuple(range(fields.integer("first_k_dense_replace", 0, layers - 1), layers))
+
+
+def shared_experts(fields: Fields) -> int:
+    """Shared experts, which are one network as wide as all of them."""
+    return fields.integer("n_shared_experts", 1, 1024)
+
+
+def mtp_layers(fields: Fields) -> int:
+    """Layers behind the last that guess further tokens."""
+    return fields.optional_integer("num_nextn_predict_layers", 0, 1000) or 0
 
 
 def corrected_router(fields: Fields) -> RouterConfig:

@@ -58,6 +58,10 @@ class Fields:
         """Whether the field is there and neither null nor zero nor empty."""
         return bool(self._raw.get(name))
 
+    def is_null(self, name: str) -> bool:
+        """Whether the field is null or absent."""
+        return self._raw.get(name) is None
+
     def integers(self, name: str, low: int, high: int) -> list[int]:
         """A list of integers in low..high; null and absent are an empty one."""
         value = [] if self._raw.get(name) is None else self._raw[name]

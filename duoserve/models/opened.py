@@ -67,11 +67,11 @@ def opened(model: str | Path) -> Iterator[OpenedModel]:
         config = _with_end_tokens(family.parse_config(checkpoint.config), checkpoint.folder / GENERATION_CONFIG)
         if HEAD in checkpoint.tensors:  # a head of its own is used even where the config calls it tied
             config = replace(config, tie_word_embeddings=False)
-        checkpoint.check(family.tensor_shapes(config), partial(_is_unused, config))
+        checkpoint.check(family.tensor_shapes(config), partial(is_unused, config))
         yield OpenedModel(checkpoint, family, config)
 
 
-def _is_unused(config: ModelConfig, name: str) -> bool:
+def is_unused(config: ModelConfig, name: str) -> bool:
     """Whether a tensor is none of the model's: what no model needs, and the layers that guess further tokens."""
     layer = LAYER.match(name)
     is_mtp = layer and config.num_layers <= int(layer[1]) < config.num_layers + config.blocks.mtp_layers

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from duoserve.models import mixtral
+from duoserve.models import deepseek, glm4_moe, gpt_oss, granite_moe, mixtral, olmoe, qwen2_moe, qwen3_moe
 from duoserve.models.config_fields import Fields
 from duoserve.models.family import Family
 
-FAMILIES = (mixtral.FAMILY,)
+FAMILIES = (
+    mixtral.FAMILY,
+    qwen3_moe.FAMILY,
+    qwen2_moe.FAMILY,
+    olmoe.FAMILY,
+    deepseek.FAMILY_V2,
+    deepseek.FAMILY_V3,
+    glm4_moe.FAMILY,
+    granite_moe.FAMILY,
+    gpt_oss.FAMILY,
+)
 
 
 def family_of(raw: dict[str, Any]) -> Family:
