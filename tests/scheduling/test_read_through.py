@@ -92,7 +92,7 @@ def test_the_books_agree_with_the_device(
 def test_what_is_chosen_again_is_a_hit_and_the_longest_unused_goes_first() -> None:
     rig = Rig("lru", layers=1, experts=8, top_k=2, slots=4)
     device = FakeDevice(rig)
-    for chosen in ([0, 1], [0, 2], [0, 3]):
+    for chosen in ([1, 0], [0, 2], [0, 3]):
         device.step({0: chosen}, tokens=1)
     assert (rig.stats().hits["decode"], rig.stats().misses["decode"]) == (2, 4)
     assert rig.resident() == {ExpertId(0, 0), ExpertId(0, 3), ExpertId(0, 2)}
