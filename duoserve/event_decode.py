@@ -19,8 +19,7 @@ from duoserve.engine import Decoder
 from duoserve.kernels import by_demand
 from duoserve.kernels.recorder import Recorder, Recording
 from duoserve.kv_cache import Layout, PagedKVCache
-from duoserve.models.moe import MoEBlock
-from duoserve.models.parts import Choice, first_part, next_part
+from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
 from duoserve.recorded_decode import MakeStep
 
@@ -46,7 +45,7 @@ class EventStep(Decoder):
     """A recorded decode step of one shape."""
 
     def __init__(self, model: Transformer, recorder: Recorder, inputs: DecodeInputs, num_sequences: int) -> None:
-        block = next(layer.ffn for layer in model.layers if isinstance(layer.ffn, MoEBlock))
+        block = moe_blocks(model)[0]
         self._num_experts = len(block.router_EH)
         self._recorder = recorder
         self._inputs = inputs

@@ -21,7 +21,7 @@ from duoserve.kernels import HostRows, by_demand
 from duoserve.kernels.recorder import Recorder
 from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.models.moe import MoEBlock
-from duoserve.models.parts import Choice, first_part, next_part
+from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
 from duoserve.recorded_decode import MakeStep
 from duoserve.scheduling.read_through import ReadThrough
@@ -33,7 +33,7 @@ def graph_steps(
     model: Transformer, cache: PagedKVCache, recorder: Recorder, store: ExpertStore, books: ReadThrough
 ) -> MakeStep:
     """Makes the recorded steps of ``model``, whose experts all lie in RAM that the device reads: see ``host_rows``."""
-    rows = host_rows(model, store, recorder.device)
+    rows = {block.layer: host_rows(block, store, recorder.device) for block in moe_blocks(model)}
 
     def make(num_sequences: int, table_width: int) -> GraphStep | None:
         if num_sequences > MAX_SEQUENCES or not books.fits(num_sequences):
@@ -44,14 +44,10 @@ def graph_steps(
     return make
 
 
-def host_rows(model: Transformer, store: ExpertStore, device: torch.device) -> Mapping[int, HostRows]:
-    """By layer the rows of its experts in RAM; KernelError for memory that ``device`` cannot read."""
-    return {
-        block.layer: HostRows.of(
-            [store.host_row(ExpertId(block.layer, e)) for e in range(len(block.router_EH))], device
-        )
-        for block in _blocks(model)
-    }
+def host_rows(block: MoEBlock, store: ExpertStore, device: torch.device) -> HostRows:
+    """The rows in RAM of a layer's experts; KernelError for memory that ``device`` cannot read."""
+    experts = (ExpertId(block.layer, expert) for expert in range(len(block.router_EH)))
+    return HostRows.of([store.host_row(expert) for expert in experts], device)
 
 
 class GraphStep(Decoder):
@@ -67,14 +63,14 @@ class GraphStep(Decoder):
         rows: Mapping[int, HostRows],
         books: ReadThrough,
     ) -> None:
-        blocks = _blocks(model)
+        blocks = moe_blocks(model)
         self._num_experts = len(blocks[0].router_EH)
         self._num_sequences = num_sequences
         self._recorder = recorder
         self._inputs = inputs
         self._rows = rows
         self._books = books
-        # By layer the slots of the experts, and behind them those that its misses fill.
+        # The slots of the experts, and those that the misses of a layer fill: one copy brings both.
         self._host_2LE = recorder.host((2, *books.ready_LE.shape), torch.int32)
         self._host_2LE.fill_(-1)
         self._tables_2LE = self._host_2LE.to(recorder.device, copy=True)
@@ -88,6 +84,7 @@ class GraphStep(Decoder):
         targets = self._books.lay_out(self._num_sequences)
         slots_LE, targets_LE = self._host_2LE.numpy()
         slots_LE[:] = self._books.ready_LE
+        targets_LE.fill(-1)
         for layer, targets_X in targets.items():
             targets_LE[layer, : len(targets_X)] = targets_X
         self._recording.replay()
@@ -117,7 +114,3 @@ class GraphStep(Decoder):
             counts_E = np.bincount(ids_BK.ravel(), minlength=self._num_experts)
             chosen[choice.block.layer] = by_demand(counts_E.tolist())
         self._books.took(chosen)
-
-
-def _blocks(model: Transformer) -> list[MoEBlock]:
-    return [layer.ffn for layer in model.layers if isinstance(layer.ffn, MoEBlock)]

@@ -35,7 +35,7 @@ F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predi
 F4  models/__init__  models/batch  models/config_fields  models/layers  models/attention  models/tap
     models/moe  models/transformer  models/parts  models/listening  models/mixtral  models/registry  models/opened
 F5  sampling  text  kv_cache  engine  decode_inputs  recorded_decode  event_decode
-    graph_decode  placement  loading  moe_model  __init__
+    graph_decode  link  decoding  placement  loading  moe_model  __init__
 F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/app  cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]

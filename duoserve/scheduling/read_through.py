@@ -42,7 +42,7 @@ def lay_targets(spare: Sequence[int], num_layers: int, width: int) -> np.ndarray
     The layers' first choices are spread over the spare slots, so that as few as possible fall on one another.
     """
     first_L1 = np.arange(num_layers)[:, None] * len(spare) // num_layers
-    targets_LX: np.ndarray = np.asarray(spare, dtype=np.int32)[(first_L1 + np.arange(width)) % len(spare)]
+    targets_LX: np.ndarray = np.resize(np.asarray(spare, dtype=np.int32), 2 * len(spare))[first_L1 + np.arange(width)]
     return targets_LX
 
 
@@ -80,8 +80,9 @@ class ReadThrough:
         return self._residency.table.ready_LE
 
     def fits(self, num_tokens: int) -> bool:
-        """Whether there are slots for all that a layer of such a step may miss."""
-        return most_misses(self._shape, num_tokens) <= self._residency.table.num_slots
+        """Whether there are slots for all that a layer of such a step may miss, or for all experts."""
+        num_slots = self._residency.table.num_slots
+        return num_slots >= min(most_misses(self._shape, num_tokens), self._shape.total_experts)
 
     def lay_out(self, num_tokens: int) -> Mapping[int, np.ndarray]:
         """The slots, EMPTY now, that the misses of each layer fill in the coming step; experts are given up for them.
@@ -90,12 +91,13 @@ class ReadThrough:
         """
         self._residency.drain()
         layers, table = self._shape.layers, self._residency.table
-        width = most_misses(self._shape, num_tokens)
-        absent = self._shape.total_experts - sum(self._residency.filled())
-        wished = max(width, min(int(SPARE_SHARE * table.num_slots), len(layers) * width))
-        for _ in range(min(wished, max(absent, width)) - len(table.empty_slots())):
-            self._cache.give_up(BEFORE_FIRST)
+        most = most_misses(self._shape, num_tokens)
+        wished = max(most, min(int(SPARE_SHARE * table.num_slots), len(layers) * most))
+        if table.num_slots < self._shape.total_experts:  # else whatever is absent finds a free slot
+            for _ in range(wished - len(table.empty_slots())):
+                self._cache.give_up(BEFORE_FIRST)
         spare = table.empty_slots()
+        width = min(most, self._shape.total_experts - sum(self._residency.filled()))
         if len(spare) < width:
             raise IntegrityError(f"a step of {num_tokens} tokens may miss {width} experts; {len(spare)} slots are free")
         self._targets = dict(zip(layers, lay_targets(spare, len(layers), width), strict=True))

@@ -62,7 +62,7 @@ class FakeDevice:
         assert sorted(idle) == [slot for slot, _ in self.rig.table.ready()]
 
 
-@given(data=st.data(), slots=st.integers(4, 20), tokens=st.integers(1, 3), moe_layers=st.sampled_from([None, [1, 2]]))
+@given(data=st.data(), slots=st.integers(3, 20), tokens=st.integers(1, 3), moe_layers=st.sampled_from([None, [1, 2]]))
 @settings(max_examples=60, deadline=None)
 def test_the_books_agree_with_the_device(
     data: st.DataObject, slots: int, tokens: int, moe_layers: list[int] | None
@@ -106,6 +106,14 @@ def test_a_step_keeps_an_eighth_of_the_slots_free() -> None:
     rig.scheduler.begin(Phase.DECODE, 1)
     device.books.lay_out(1)
     assert rig.num_states(SlotState.EMPTY) == 4  # two layers of two misses each need no fifth
+
+
+def test_where_all_experts_have_slots_none_is_given_up() -> None:
+    rig = Rig("resident", layers=2, experts=4, top_k=2, slots=8)
+    rig.scheduler.load_all()
+    device = FakeDevice(rig)
+    assert [device.step({0: [3, 1], 1: [0, 2]}, tokens=1) for _ in range(3)] == [4, 4, 4]
+    assert len(rig.resident()) == 8 and device.books.fits(num_tokens=100)
 
 
 def test_the_last_layer_to_fill_a_slot_has_it() -> None:
