@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from duoserve.decode_inputs import DecodeInputs
 from duoserve.engine import Decoder
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.store import ExpertStore
-from duoserve.kernels import HostRows, by_demand
+from duoserve.kernels import HostRows
 from duoserve.kernels.recorder import Recorder
 from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.models.moe import MoEBlock
@@ -64,14 +63,13 @@ class GraphStep(Decoder):
         books: ReadThrough,
     ) -> None:
         blocks = moe_blocks(model)
-        self._num_experts = len(blocks[0].router_EH)
         self._num_sequences = num_sequences
         self._recorder = recorder
         self._inputs = inputs
         self._rows = rows
         self._books = books
         # The slots of the experts, and those that the misses of a layer fill: one copy brings both.
-        self._host_2LE = recorder.host((2, *books.ready_LE.shape), torch.int32)
+        self._host_2LE = recorder.host((2, *books.slots_LE.shape), torch.int32)
         self._host_2LE.fill_(-1)
         self._tables_2LE = self._host_2LE.to(recorder.device, copy=True)
         self._choices_NBK = recorder.host((len(blocks), num_sequences, blocks[0].top_k), torch.int64)
@@ -81,15 +79,17 @@ class GraphStep(Decoder):
     def __call__(self, layout: Layout) -> Tensor:
         """The float32 logits [B, V] on the host, which the next call overwrites."""
         self._inputs.load(layout)
-        targets = self._books.lay_out(self._num_sequences)
+        targets_NX = self._books.lay_out(self._num_sequences)
         slots_LE, targets_LE = self._host_2LE.numpy()
-        slots_LE[:] = self._books.ready_LE
+        slots_LE[:] = self._books.slots_LE
         targets_LE.fill(-1)
-        for layer, targets_X in targets.items():
-            targets_LE[layer, : len(targets_X)] = targets_X
+        targets_LE[self._books.layers, : targets_NX.shape[1]] = targets_NX
         self._recording.replay()
+        self._books.catch_up()
         self._recorder.wait()
-        self._account()
+        for choice in self._recording.result:
+            choice.block.announce(choice.routed)
+        self._books.took(self._choices_NBK.numpy())
         return self._logits_BV
 
     def _run(self, model: Transformer) -> list[Choice]:
@@ -105,12 +105,3 @@ class GraphStep(Decoder):
         self._recorder.copy(self._choices_NBK, torch.stack([choice.routed.topk_ids_TK for choice in choices]))
         self._recorder.copy(self._logits_BV, end)
         return choices
-
-    def _account(self) -> None:
-        """Tells the tap and the books what the routers chose."""
-        chosen = {}
-        for choice, ids_BK in zip(self._recording.result, self._choices_NBK.numpy(), strict=True):
-            choice.block.announce(choice.routed)
-            counts_E = np.bincount(ids_BK.ravel(), minlength=self._num_experts)
-            chosen[choice.block.layer] = by_demand(counts_E.tolist())
-        self._books.took(chosen)
