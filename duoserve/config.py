@@ -10,6 +10,8 @@ import torch
 from duoserve.architecture import Blocks
 from duoserve.errors import ConfigError
 
+DECODE_MODES = ("auto", "event", "graph")
+
 
 class Phase(Enum):
     """The two phases of inference, scheduled apart."""
@@ -63,7 +65,8 @@ class EngineConfig:
     """How a model is run. At most one of ``expert_memory``, ``expert_slots`` and ``memory`` may be set.
 
     Memory sizes are bytes; ``host_memory`` None means: as the device wants it (on a CPU nothing, its tier is the disk).
-    ``expert_slots`` is a count, or a share of all experts such as "25%".
+    ``expert_slots`` is a count, or a share of all experts such as "25%". ``decode_mode`` says how a GPU's decode steps
+    are launched: "event" or "graph", see ``decoding.py``, or "auto".
     """
 
     device: str = "auto"
@@ -74,11 +77,14 @@ class EngineConfig:
     host_memory: int | None = None
     max_context: int | None = None
     copy_threads: int = 2
+    decode_mode: str = "auto"
 
     def __post_init__(self) -> None:
         given = [n for n in ("expert_memory", "expert_slots", "memory") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} exclude each other: give one of them")
+        if self.decode_mode not in DECODE_MODES:
+            raise ConfigError(f"decode_mode={self.decode_mode!r} is not known: use one of {', '.join(DECODE_MODES)}")
         for name in ("max_context", "copy_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

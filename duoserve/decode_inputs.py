@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import chain
 
-import numpy as np
 import torch
 
 from duoserve.kernels import DeviceWork
@@ -65,9 +64,9 @@ class WorkFeed:
         """Enqueues the copy of a list of (expert, slot) pairs into ``work``."""
         row = self._host_LW[self._next]
         self._next += 1
-        experts, slots = np.split(row.numpy(), [self._num_experts])
         ascending = sorted(pairs)
-        experts[: len(ascending)] = [expert for expert, _ in ascending]
-        slots[: len(ascending)] = [slot for _, slot in ascending]
-        slots[-1] = len(ascending)
+        num, entries = len(ascending), row.numpy()
+        entries[:num] = [expert for expert, _ in ascending]
+        entries[self._num_experts : self._num_experts + num] = [slot for _, slot in ascending]
+        entries[-1] = num
         self._recorder.copy(self._device_W, row)

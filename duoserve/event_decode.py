@@ -7,10 +7,11 @@ B sequences, M pages of the page table, K top-k, V vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,8 +20,7 @@ from duoserve.engine import Decoder
 from duoserve.kernels import by_demand
 from duoserve.kernels.recorder import Recorder, Recording
 from duoserve.kv_cache import Layout, PagedKVCache
-from duoserve.models.moe import MoEBlock
-from duoserve.models.parts import Choice, first_part, next_part
+from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
 from duoserve.recorded_decode import MakeStep
 
@@ -46,13 +46,13 @@ class EventStep(Decoder):
     """A recorded decode step of one shape."""
 
     def __init__(self, model: Transformer, recorder: Recorder, inputs: DecodeInputs, num_sequences: int) -> None:
-        block = next(layer.ffn for layer in model.layers if isinstance(layer.ffn, MoEBlock))
-        self._num_experts = block.num_experts
+        block = moe_blocks(model)[0]
+        num_experts = block.num_experts
         self._recorder = recorder
         self._inputs = inputs
         self._choice_BK = recorder.host((num_sequences, block.top_k), torch.int64)
         self._logits_BV = recorder.host((num_sequences, len(model.head_VH)), torch.float32)
-        self._feed = WorkFeed(recorder, self._num_experts, min(self._num_experts, num_sequences * block.top_k))
+        self._feed = WorkFeed(recorder, num_experts, min(num_experts, num_sequences * block.top_k))
         self._layers: list[_Layer] = []
         part = recorder.record(lambda: self._told(first_part(model, inputs.batch())))
         while isinstance(choice := part.result, Choice):
@@ -76,8 +76,8 @@ class EventStep(Decoder):
         """The chosen experts of a layer, the resident ones at once, the others behind their copies."""
         self._feed.rewind()
         choice = layer.choice
-        counts_E = np.bincount(self._choice_BK.numpy().ravel(), minlength=self._num_experts)
-        with choice.block.acquire(choice.routed, by_demand(counts_E.tolist())) as lease:
+        rows = Counter(chain.from_iterable(self._choice_BK.tolist()))
+        with choice.block.acquire(choice.routed, by_demand(rows)) as lease:
             for ready in lease:
                 self._feed.load(ready)
                 layer.experts.replay()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,11 +16,11 @@ from duoserve.decode_inputs import DecodeInputs
 from duoserve.engine import Decoder
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.store import ExpertStore
-from duoserve.kernels import HostRows, by_demand
+from duoserve.kernels import HostRows
 from duoserve.kernels.recorder import Recorder
 from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.models.moe import MoEBlock
-from duoserve.models.parts import Choice, first_part, next_part
+from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
 from duoserve.recorded_decode import MakeStep
 from duoserve.scheduling.read_through import ReadThrough
@@ -33,7 +32,7 @@ def graph_steps(
     model: Transformer, cache: PagedKVCache, recorder: Recorder, store: ExpertStore, books: ReadThrough
 ) -> MakeStep:
     """Makes the recorded steps of ``model``, whose experts all lie in RAM that the device reads: see ``host_rows``."""
-    rows = host_rows(model, store, recorder.device)
+    rows = {block.layer: host_rows(block, store, recorder.device) for block in moe_blocks(model)}
 
     def make(num_sequences: int, table_width: int) -> GraphStep | None:
         if num_sequences > MAX_SEQUENCES or not books.fits(num_sequences):
@@ -44,12 +43,10 @@ def graph_steps(
     return make
 
 
-def host_rows(model: Transformer, store: ExpertStore, device: torch.device) -> Mapping[int, HostRows]:
-    """By layer the rows of its experts in RAM; KernelError for memory that ``device`` cannot read."""
-    return {
-        block.layer: HostRows.of([store.host_row(ExpertId(block.layer, e)) for e in range(block.num_experts)], device)
-        for block in _blocks(model)
-    }
+def host_rows(block: MoEBlock, store: ExpertStore, device: torch.device) -> HostRows:
+    """The rows in RAM of a layer's experts; KernelError for memory that ``device`` cannot read."""
+    experts = (ExpertId(block.layer, expert) for expert in range(block.num_experts))
+    return HostRows.of([store.host_row(expert) for expert in experts], device)
 
 
 class GraphStep(Decoder):
@@ -65,15 +62,14 @@ class GraphStep(Decoder):
         rows: Mapping[int, HostRows],
         books: ReadThrough,
     ) -> None:
-        blocks = _blocks(model)
-        self._num_experts = blocks[0].num_experts
+        blocks = moe_blocks(model)
         self._num_sequences = num_sequences
         self._recorder = recorder
         self._inputs = inputs
         self._rows = rows
         self._books = books
-        # By layer the slots of the experts, and behind them those that its misses fill.
-        self._host_2LE = recorder.host((2, *books.ready_LE.shape), torch.int32)
+        # The slots of the experts, and those that the misses of a layer fill: one copy brings both.
+        self._host_2LE = recorder.host((2, *books.slots_LE.shape), torch.int32)
         self._host_2LE.fill_(-1)
         self._tables_2LE = self._host_2LE.to(recorder.device, copy=True)
         self._choices_NBK = recorder.host((len(blocks), num_sequences, blocks[0].top_k), torch.int64)
@@ -83,14 +79,17 @@ class GraphStep(Decoder):
     def __call__(self, layout: Layout) -> Tensor:
         """The float32 logits [B, V] on the host, which the next call overwrites."""
         self._inputs.load(layout)
-        targets = self._books.lay_out(self._num_sequences)
+        targets_NX = self._books.lay_out(self._num_sequences)
         slots_LE, targets_LE = self._host_2LE.numpy()
-        slots_LE[:] = self._books.ready_LE
-        for layer, targets_X in targets.items():
-            targets_LE[layer, : len(targets_X)] = targets_X
+        slots_LE[:] = self._books.slots_LE
+        targets_LE.fill(-1)
+        targets_LE[self._books.layers, : targets_NX.shape[1]] = targets_NX
         self._recording.replay()
+        self._books.catch_up()
         self._recorder.wait()
-        self._account()
+        for choice in self._recording.result:
+            choice.block.announce(choice.routed)
+        self._books.took(self._choices_NBK.numpy())
         return self._logits_BV
 
     def _run(self, model: Transformer) -> list[Choice]:
@@ -106,16 +105,3 @@ class GraphStep(Decoder):
         self._recorder.copy(self._choices_NBK, torch.stack([choice.routed.topk_ids_TK for choice in choices]))
         self._recorder.copy(self._logits_BV, end)
         return choices
-
-    def _account(self) -> None:
-        """Tells the tap and the books what the routers chose."""
-        chosen = {}
-        for choice, ids_BK in zip(self._recording.result, self._choices_NBK.numpy(), strict=True):
-            choice.block.announce(choice.routed)
-            counts_E = np.bincount(ids_BK.ravel(), minlength=self._num_experts)
-            chosen[choice.block.layer] = by_demand(counts_E.tolist())
-        self._books.took(chosen)
-
-
-def _blocks(model: Transformer) -> list[MoEBlock]:
-    return [layer.ffn for layer in model.layers if isinstance(layer.ffn, MoEBlock)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duoserve.config import EngineConfig, ModelConfig
+from duoserve.decoding import DecoderParts, make_decoder
 from duoserve.engine import Engine
 from duoserve.experts.budget import MemoryPlan
 from duoserve.experts.copy_engine import CopyEngine
@@ -67,7 +68,9 @@ def load(
         built = found.family.build(found.config, place.read, RoutedExperts(scheduler, pool.weights))
         transformer, tap = (built, None) if listener is None else listened_to(built, listener)
         cache = PagedKVCache(found.config, place.max_context, place.dtype, place.device)
-        engine = Engine(transformer, found.config, scheduler, cache, meter, tap=tap)
+        parts = DecoderParts(transformer, cache, scheduler, store, pool)
+        decoder = make_decoder(wanted.decode_mode, chosen, parts)
+        engine = Engine(transformer, found.config, scheduler, cache, meter, tap=tap, decoder=decoder)
         text = Text.load(found.checkpoint.folder)
         return Runtime(found.config, plan, chosen, text, engine, meter, held.pop_all())
 

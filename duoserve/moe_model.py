@@ -66,6 +66,7 @@ class MoEModel:
         predictor: None = None,
         max_context: int | None = None,
         copy_threads: int = 2,
+        decode_mode: str = "auto",
         cache_dir: str | Path | None = None,
     ) -> MoEModel:
         """Loads a folder, a hub id, or an embedded model ("bard").
@@ -75,7 +76,9 @@ class MoEModel:
         them, as many experts as comfortably fit. Memory is bytes or text such as "4GiB". ``host_memory`` bounds the
         packed experts that wait in RAM; the others stay on disk ("auto" on a CPU: all of them).
         ``policy`` is a name or a :class:`Policy`; ``max_context`` counts tokens over all running sequences;
-        ``cache_dir`` is where a packed copy of the experts is made on first use.
+        ``cache_dir`` is where a packed copy of the experts is made on first use. On a GPU, ``decode_mode`` says how a
+        decode step is launched: as one graph ("graph", where all experts are in pinned RAM or in slots), or layer by
+        layer ("event"); "auto" measures which suits the link.
 
         Raises ConfigError, CheckpointError or MemoryBudgetError before anything large is allocated.
         """
@@ -88,6 +91,7 @@ class MoEModel:
             host_memory=None if host_memory == "auto" else _bytes(host_memory),
             max_context=max_context,
             copy_threads=copy_threads,
+            decode_mode=decode_mode,
         )
         return cls(load(model, wanted, policy, cache_dir))
 

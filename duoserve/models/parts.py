@@ -33,6 +33,11 @@ class Choice(NamedTuple):
     run: Pass
 
 
+def moe_blocks(model: Transformer) -> list[MoEBlock]:
+    """The blocks of the layers that have experts, in order."""
+    return [layer.ffn for layer in model.layers if isinstance(layer.ffn, MoEBlock)]
+
+
 def first_part(model: Transformer, batch: Batch, slots_LE: Tensor | None = None) -> Choice | Tensor:
     """From the tokens to the first choice, or to the logits [T, V] of a model without one."""
     x_TH, rope = model.embed(batch)
