@@ -23,6 +23,7 @@ from duoserve.loading import Runtime, load
 from duoserve.metrics import Stats
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
+from duoserve.scheduling.predictor import Predictor
 from duoserve.text import IncrementalDecoder, StopStrings, Text
 
 Prompt = str | Sequence[int]
@@ -63,7 +64,7 @@ class MoEModel:
         memory: int | str | None = None,
         host_memory: int | str = "auto",
         policy: str | Policy = "auto",
-        predictor: None = None,
+        predictor: Predictor | None = None,
         max_context: int | None = None,
         copy_threads: int = 2,
         cache_dir: str | Path | None = None,
@@ -74,7 +75,8 @@ class MoEModel:
         ``expert_memory`` (the slot pool) or ``memory`` (slots, dense weights, KV cache and workspace); with none of
         them, as many experts as comfortably fit. Memory is bytes or text such as "4GiB". ``host_memory`` bounds the
         packed experts that wait in RAM; the others stay on disk ("auto" on a CPU: all of them).
-        ``policy`` is a name or a :class:`Policy`; ``max_context`` counts tokens over all running sequences;
+        ``policy`` is a name or a :class:`Policy`; what ``predictor`` says is used by those that copy ahead in decode.
+        ``max_context`` counts tokens over all running sequences;
         ``cache_dir`` is where a packed copy of the experts is made on first use.
 
         Raises ConfigError, CheckpointError or MemoryBudgetError before anything large is allocated.
@@ -89,7 +91,7 @@ class MoEModel:
             max_context=max_context,
             copy_threads=copy_threads,
         )
-        return cls(load(model, wanted, policy, cache_dir))
+        return cls(load(model, wanted, policy, cache_dir, predictor=predictor))
 
     @property
     def config(self) -> ModelConfig:

@@ -20,7 +20,8 @@ from duoserve.metrics import Meter
 from duoserve.models.listening import listened_to
 from duoserve.models.registry import family_of
 from duoserve.scheduling.policies import get_policy
-from duoserve.scheduling.routing import RoutingListener
+from duoserve.scheduling.predictor import Predictor
+from duoserve.scheduling.routing import RoutingListener, audience
 
 
 @contextmanager
@@ -30,6 +31,7 @@ def assembled(
     slots: int,
     make_copies: Callable[[ExpertStore, SlotPool], CopyEngine],
     listener: RoutingListener | None = None,
+    predictor: Predictor | None = None,
 ) -> Iterator[Engine]:
     """An engine whose slots are poisoned and whose copies are made by ``make_copies(store, pool)``."""
     checkpoint = Checkpoint.open(folder)
@@ -38,10 +40,11 @@ def assembled(
     layout = ExpertLayout(config.dtype, config.hidden_size, config.expert_intermediate_size)
     store = CheckpointStore(checkpoint, layout, family.expert_names)
     pool, meter = SlotPool(slots, layout, poison=True), Meter()
-    scheduler = make_scheduler(config, pool, make_copies(store, pool), get_policy(policy), meter)
+    scheduler = make_scheduler(config, pool, make_copies(store, pool), get_policy(policy), meter, predictor)
     try:
         built = family.build(config, checkpoint.read, scheduler, pool.weights)
-        transformer, tap = (built, None) if listener is None else listened_to(built, listener)
+        heard_by = audience(scheduler.listener, listener)
+        transformer, tap = (built, None) if heard_by is None else listened_to(built, heard_by)
         yield Engine(transformer, config, scheduler, PagedKVCache(config, 256, config.dtype), meter, tap=tap)
     finally:
         scheduler.close()
