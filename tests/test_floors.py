@@ -31,11 +31,14 @@ F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safe
 F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/trace
     scheduling/trace_file  scheduling/recorder  scheduling/synthetic  scheduling/plan  scheduling/prefill
     scheduling/decode  scheduling/eviction  scheduling/policies  scheduling/ledger  scheduling/residency
-    scheduling/spaces  scheduling/lease  scheduling/scheduler
+    scheduling/spaces  scheduling/lease  scheduling/scheduler  predictors/__init__  predictors/features
+    predictors/history  predictors/base  predictors/popularity  predictors/affinity
+    predictors/activation_matrix  predictors/lookahead  predictors/paper  predictors/learned
+    predictors/examples  predictors/networks  predictors/training  predictors/quality  predictors/files
 F4  models/__init__  models/batch  models/config_fields  models/layers  models/attention  models/tap
     models/moe  models/transformer  models/listening  models/mixtral  models/registry  models/opened
 F5  sampling  text  kv_cache  engine  placement  loading  tracing  moe_model  __init__
-F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/trace  cli/app  cli/__init__
+F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/trace  cli/train_predictor  cli/app  cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]
 RANK = {name: rank for rank, name in enumerate(FILES)}
