@@ -21,7 +21,8 @@ from duoserve.models.listening import listened_to
 from duoserve.models.opened import opened
 from duoserve.models.transformer import Transformer
 from duoserve.scheduling.policies import get_policy
-from duoserve.scheduling.routing import RoutingListener
+from duoserve.scheduling.predictor import Predictor
+from duoserve.scheduling.routing import RoutingListener, audience
 from duoserve.scheduling.scheduler import Scheduler
 
 
@@ -46,6 +47,7 @@ def assembled(
     slots: int,
     make_copies: Callable[[ExpertStore, SlotPool], CopyEngine],
     listener: RoutingListener | None = None,
+    predictor: Predictor | None = None,
     *,
     make_pool: Callable[[int, ExpertLayout], SlotPool] = poisoned,
     make_decoder: Callable[[Parts], Decoder] | None = None,
@@ -55,10 +57,11 @@ def assembled(
         config = found.config
         store = found.expert_store(config.dtype)
         pool, meter = make_pool(slots, store.layout), Meter()
-        scheduler = make_scheduler(config, pool, make_copies(store, pool), get_policy(policy), meter)
+        scheduler = make_scheduler(config, pool, make_copies(store, pool), get_policy(policy), meter, predictor)
         with closing(scheduler):
             built = found.family.build(config, found.checkpoint.read, RoutedExperts(scheduler, pool.weights))
-            transformer, tap = (built, None) if listener is None else listened_to(built, listener)
+            heard_by = audience(scheduler.listener, listener)
+            transformer, tap = (built, None) if heard_by is None else listened_to(built, heard_by)
             parts = Parts(transformer, PagedKVCache(config, 256, config.dtype), scheduler, store)
             decoder = None if make_decoder is None else make_decoder(parts)
             yield Engine(transformer, config, scheduler, parts.cache, meter, tap=tap, decoder=decoder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from duoserve.scheduling.synthetic import RoutingCard, synthesize
@@ -30,4 +32,5 @@ SMALL_CARD = RoutingCard("small", 16, 2, 6, 0.5, 1.5, 0.6, 0.9, 0.3, 0.6)
 
 def drawn_trace(seed: int = 0, requests: int = 3, tokens: int = 40, precision: float = 0.8, prompt: int = 12) -> Trace:
     """Six layers of 16 experts, of which two are chosen."""
-    return synthesize(SMALL_CARD, requests, tokens, precision, seed, prompt=prompt)
+    made = synthesize(SMALL_CARD, requests, tokens, precision, seed, prompt=prompt)
+    return Trace(replace(made.meta, fingerprint="drawn"), made._rows)
