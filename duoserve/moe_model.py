@@ -77,9 +77,9 @@ class MoEModel:
         them, as many experts as comfortably fit. Memory is bytes or text such as "4GiB". ``host_memory`` bounds the
         packed experts that wait in RAM; the others stay on disk ("auto" on a CPU: all of them).
         ``policy`` is a name or a :class:`Policy`; what ``predictor`` says is used by those that copy ahead in decode.
-        ``max_context`` counts tokens over all running sequences; ``cache_dir`` is where a packed copy of the experts is made on first use. On a GPU, ``decode_mode`` says how a
-        decode step is launched: as one graph ("graph", where all experts are in pinned RAM or in slots), or layer by
-        layer ("event"); "auto" measures which suits the link.
+        ``max_context`` counts tokens over all running sequences; ``cache_dir`` is where a packed copy of the experts is
+        made on first use. On a GPU, ``decode_mode`` says how a decode step is launched: as one graph ("graph", where
+        all experts are in pinned RAM or in slots), or layer by layer ("event"); "auto" measures which suits the link.
 
         Raises ConfigError, CheckpointError or MemoryBudgetError before anything large is allocated.
         """

@@ -98,14 +98,13 @@ def _sizes(model: str | None, trace: Trace) -> LayerSizes:
         return find_sizes(model)
     with opened(model) as found:
         config = found.config
-    hidden, experts = config.hidden_size, config.num_experts
-    attention = 2 * hidden * (config.num_heads + config.num_kv_heads) * config.head_dim
+    hidden, attention = config.hidden_size, config.blocks.attention
     return LayerSizes(
         model,
         3 * hidden * config.expert_intermediate_size,
         8 * config.dtype.itemsize,
-        attention + hidden * experts,
-        config.num_heads * config.head_dim,
+        attention.num_params(hidden) + hidden * config.num_experts,
+        attention.width,
     )
 
 
