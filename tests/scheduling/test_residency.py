@@ -13,6 +13,7 @@ from duoserve.experts.slots import SlotTable
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.metrics import Meter
 from duoserve.scheduling.residency import Residency
+from duoserve.scheduling.source import ReadyExpert
 from tests.fake_streams import FakeStreams, LaggingPool
 from tests.fakes import SMALL, ArrayStore
 
@@ -48,7 +49,7 @@ def test_a_freed_slot_is_scrubbed_behind_its_readers_and_before_the_next_copy(se
         residency.collect()
         assert residency.use(expert) == slot
         streams.run(lambda expert=expert, slot=slot: kernel(expert, slot))
-        residency.release(0, [slot])
+        residency.release(0, [ReadyExpert(expert.expert, slot)])
         residency.table.check_integrity()
     engine.close()
     streams.finish()
