@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from duoserve import SamplingParams
 from duoserve.engine import Decoder, Engine, Request
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.copy_engine import CopyEngine
+from duoserve.experts.device import CPU
 from duoserve.experts.layout import ExpertLayout
 from duoserve.experts.packing import CheckpointStore
 from duoserve.experts.slots import SlotPool
@@ -50,6 +53,7 @@ def assembled(
     *,
     make_pool: Callable[[int, ExpertLayout], SlotPool] = poisoned,
     make_decoder: Callable[[Parts], Decoder] | None = None,
+    device: torch.device = CPU,
 ) -> Iterator[Engine]:
     """An engine whose slots are poisoned and whose copies are made by ``make_copies(store, pool)``."""
     checkpoint = Checkpoint.open(folder)
@@ -60,9 +64,9 @@ def assembled(
     pool, meter = make_pool(slots, layout), Meter()
     scheduler = make_scheduler(config, pool, make_copies(store, pool), get_policy(policy), meter)
     try:
-        built = family.build(config, checkpoint.read, scheduler, pool.weights)
+        built = family.build(config, lambda name: checkpoint.read(name).to(device), scheduler, pool.weights)
         transformer, tap = (built, None) if listener is None else listened_to(built, listener)
-        parts = Parts(transformer, PagedKVCache(config, 256, config.dtype), scheduler, store)
+        parts = Parts(transformer, PagedKVCache(config, 256, config.dtype, device), scheduler, store)
         decoder = None if make_decoder is None else make_decoder(parts)
         yield Engine(transformer, config, scheduler, parts.cache, meter, tap=tap, decoder=decoder)
     finally:
