@@ -3,7 +3,8 @@
 #
 # The kernel tests on the GPU first, then the kernel bench, within nine minutes. The bench's JSON and Markdown and the
 # tests' log go to $OUT (bench/results without one), a short table to the terminal. duoserve need not be installed.
-# Where the tree has no .git, DUOSERVE_COMMIT says which commit it is of.
+# Where the tree has no .git, DUOSERVE_COMMIT says which commit it is of. With SANITIZE=1, decode steps run under
+# compute-sanitizer too, which takes up to three minutes more.
 # Exit status: 0 all passed; 1 a test or a part of the bench failed, or the tests could not run; 2 Python or torch is
 # missing; 3 there is no CUDA GPU.
 set -uo pipefail
@@ -68,6 +69,18 @@ if ((tests == 124 || tests == 137)); then
     echo "gpu_suite: the tests did not finish in $tests_seconds s"
 fi
 ((tests == 0)) || status=1
+
+if [[ ${SANITIZE:-0} == 1 ]]; then
+    echo "== decode steps under compute-sanitizer, at most 180 s"
+    STRESS_STEPS=60 timeout -k 10 180 compute-sanitizer --error-exitcode 9 "$python" -m pytest \
+        tests/test_decode_on_gpu.py -k stress -p no:cacheprovider >"$out/sanitizer.log" 2>&1
+    sanitized=$?
+    tail -n 4 "$out/sanitizer.log"
+    if ((sanitized != 0)); then
+        status=1
+        echo "gpu_suite: compute-sanitizer ended with status $sanitized (9: it found errors; 127: it is not there)"
+    fi
+fi
 
 echo "== the kernel bench, at most $bench_timeout s"
 gpu=$("$python" -c 'import re, torch; print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))')

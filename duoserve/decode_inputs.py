@@ -52,6 +52,7 @@ class WorkFeed:
         self._recorder = recorder
         self._num_experts = num_experts
         self._host_LW = recorder.host((num_lists, 2 * num_experts + 1), torch.int32)
+        self._entries_LW = self._host_LW.numpy()
         self._device_W = torch.zeros(2 * num_experts + 1, dtype=torch.int32, device=recorder.device)
         self._next = 0
         self.work = DeviceWork(*torch.split_with_sizes(self._device_W, [num_experts, num_experts, 1]))
@@ -62,11 +63,10 @@ class WorkFeed:
 
     def load(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Enqueues the copy of a list of (expert, slot) pairs into ``work``."""
-        row = self._host_LW[self._next]
-        self._next += 1
-        ascending = sorted(pairs)
-        num, entries = len(ascending), row.numpy()
+        ascending, entries = sorted(pairs), self._entries_LW[self._next]
+        num = len(ascending)
         entries[:num] = [expert for expert, _ in ascending]
         entries[self._num_experts : self._num_experts + num] = [slot for _, slot in ascending]
         entries[-1] = num
-        self._recorder.copy(self._device_W, row)
+        self._recorder.copy(self._device_W, self._host_LW[self._next])
+        self._next += 1

@@ -7,9 +7,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from duoserve import SamplingParams
 from duoserve.engine import Decoder, Engine, Request
 from duoserve.experts.copy_engine import CopyEngine
+from duoserve.experts.device import CPU
 from duoserve.experts.layout import ExpertLayout
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
@@ -51,6 +54,7 @@ def assembled(
     *,
     make_pool: Callable[[int, ExpertLayout], SlotPool] = poisoned,
     make_decoder: Callable[[Parts], Decoder] | None = None,
+    device: torch.device = CPU,
 ) -> Iterator[Engine]:
     """An engine whose slots are poisoned and whose copies are made by ``make_copies(store, pool)``."""
     with opened(folder) as found:
@@ -59,10 +63,14 @@ def assembled(
         pool, meter = make_pool(slots, store.layout), Meter()
         scheduler = make_scheduler(config, pool, make_copies(store, pool), get_policy(policy), meter, predictor)
         with closing(scheduler):
-            built = found.family.build(config, found.checkpoint.read, RoutedExperts(scheduler, pool.weights))
+            built = found.family.build(
+                config,
+                lambda name, dtype=None: found.checkpoint.read(name, dtype).to(device),
+                RoutedExperts(scheduler, pool.weights),
+            )
             heard_by = audience(scheduler.listener, listener)
             transformer, tap = (built, None) if heard_by is None else listened_to(built, heard_by)
-            parts = Parts(transformer, PagedKVCache(config, 256, config.dtype), scheduler, store)
+            parts = Parts(transformer, PagedKVCache(config, 256, config.dtype, device), scheduler, store)
             decoder = None if make_decoder is None else make_decoder(parts)
             yield Engine(transformer, config, scheduler, parts.cache, meter, tap=tap, decoder=decoder)
 

@@ -68,7 +68,9 @@ class StreamCopyEngine(CopyEngine):
         self._stalls: deque[tuple[Mark, Mark]] = deque()
         self._readers: dict[int, Mark] = {}  # by slot: where its last readers end
         self._closed = False
-        self._origin, self._origin_s = streams.mark(Lane.DEMAND), self.now()
+        self._origin = streams.mark(Lane.DEMAND)
+        streams.wait(self._origin)  # times are counted from it in every lane, which may be ahead of this one
+        self._origin_s = self.now()
         lock = threading.RLock()
         self._queued = threading.Condition(lock)  # a ticket can be taken, or the engine closes
         self._changed = threading.Condition(lock)  # a ticket has been enqueued or has finished

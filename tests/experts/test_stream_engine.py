@@ -154,8 +154,9 @@ def test_few_pieces_of_a_prefetch_stand_on_the_lane() -> None:
 def test_a_prefetch_that_is_promoted_half_way_arrives_whole(seed: int) -> None:
     class Promoting(FakeStreams):
         def wait(self, mark: Mark) -> None:
-            assert asked.wait(PATIENCE_S)
-            engine.promote(ticket)
+            if threading.current_thread() is not threading.main_thread():  # which waits when it makes the engine
+                assert asked.wait(PATIENCE_S)
+                engine.promote(ticket)
             super().wait(mark)
 
     store, pool, asked = PartlyInRam(EXPERTS), SlotPool(3, SMALL, poison=True), threading.Event()
@@ -225,6 +226,15 @@ def test_what_a_failed_copy_left_on_its_way_does_not_land_in_anothers_slot(seed:
     streams.finish()
     assert (bad.state, good.state) == (TicketState.FAILED, TicketState.DONE)
     assert torch.equal(pool.row(0), store.row(EXPERTS[1]))
+
+
+def test_a_copy_is_timed_before_anything_was_demanded() -> None:
+    rig = Rig(PartlyInRam(in_ram=EXPERTS))
+    rig.streams._order.remove(Lane.DEMAND)
+    rig.bring(rig.engine.submit(EXPERTS[0], 0, PREFETCH))
+    rig.streams._order.append(Lane.DEMAND)
+    rig.engine.close()
+    assert len(rig.copied) == 1
 
 
 def test_a_failed_read_ends_its_ticket_and_nothing_else() -> None:
