@@ -23,8 +23,8 @@ from duoserve.predictors.learned import DIRECT
 class Recipe:
     """How a network is trained. ``patience``: epochs without a better held-out loss before it ends.
 
-    ``epoch_rows`` bounds the examples of an epoch, which are drawn anew each time; ``positive_weight`` is that of a
-    chosen expert in the loss, None for 1.
+    ``epoch_rows`` bounds the examples of an epoch, which are drawn anew each time, and the held-out ones, of which the
+    same are asked after each epoch. ``positive_weight`` is that of a chosen expert in the loss, None for 1.
     """
 
     width: int
@@ -84,7 +84,8 @@ def fit(module: Module, train: Data, held: Data, recipe: Recipe) -> Module:
     x_NX, y_NE = (torch.from_numpy(array) for array in train)
     optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
-    loss_of = _loss(recipe)
+    loss_of, held_rows = _loss(recipe), torch.randperm(len(held[0]))[: recipe.epoch_rows].numpy()
+    held = held[0][held_rows], held[1][held_rows]
     best, best_state, since = held_loss(module, held, loss_of), copy.deepcopy(module.state_dict()), 0
     for _ in range(recipe.epochs):
         module.train()

@@ -32,7 +32,7 @@ LAYER_RECIPE = Recipe(
     width=64, epochs=30, patience=4, learning_rate=3e-3, weight_decay=1e-2, batch=512, epoch_rows=60_000
 )
 PAPER_RECIPE = Recipe(
-    width=512, epochs=60, patience=6, learning_rate=1e-3, weight_decay=0.0, batch=512, epoch_rows=20_000
+    width=512, epochs=20, patience=4, learning_rate=1e-3, weight_decay=0.0, batch=256, epoch_rows=12_000
 )
 
 
