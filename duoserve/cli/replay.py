@@ -16,10 +16,10 @@ from duoserve.cli.options import Subparsers, add_parser
 from duoserve.cli.plots import draw, one_step
 from duoserve.errors import ConfigError
 from duoserve.models.opened import opened
-from duoserve.scheduling.bake_off import bake_off, contestants, figures, slot_count, table
+from duoserve.predictors.files import load_predictor
+from duoserve.scheduling.bake_off import bake_off, contestant, contestants, figures, slot_count, table
 from duoserve.scheduling.hardware import HARDWARE, SIZES, LayerSizes, Machine, find_hardware, find_sizes
-from duoserve.scheduling.policies import get_policy
-from duoserve.scheduling.replay import ORACLE, oracle_of
+from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.synthetic import CARDS, synthesize
 from duoserve.scheduling.trace import Trace
 from duoserve.scheduling.trace_file import open_trace
@@ -46,6 +46,14 @@ def add_command(commands: Subparsers) -> None:
         "--slots", default="12.5%,25%,50%", metavar="N,...", help="over all layers: counts, or shares as 25%%"
     )
     parser.add_argument("--policies", default="all", metavar="NAME,...", help="default: all, and the oracle")
+    parser.add_argument(
+        "--predictor",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="what duoserve train-predictor wrote, for the policy of its kind; may be given again for another kind",
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON list of the rows instead of a table")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw hit rates and a decode step (extra: plot)")
@@ -64,7 +72,9 @@ def run(args: argparse.Namespace) -> None:
     machine = Machine(find_hardware(args.hardware), _sizes(args.model, trace))
     slots = [slot_count(wanted.strip(), trace) for wanted in args.slots.split(",")]
     names = contestants(args.policies)
-    runs = bake_off(trace, machine, slots, names, {})
+    loaded = [load_predictor(path, trace.meta.fingerprint) for path in args.predictor]
+    predictors: dict[str, Predictor] = {predictor.name: predictor for predictor in loaded}
+    runs = bake_off(trace, machine, slots, names, predictors)
     total = len(slots) * len(names)
     rows = [figures(done) for done in tqdm(runs, total=total, unit="replay", disable=not sys.stderr.isatty())]
     if args.json:
@@ -74,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     if args.csv is not None:
         _write_csv(args.csv, rows)
     if args.plot is not None:
-        policy, predictor = oracle_of(trace) if names[-1] == ORACLE else (get_policy(names[-1]), None)
+        policy, predictor = contestant(names[-1], trace, predictors)
         lanes = one_step(trace, policy, machine, slots[0], predictor)
         draw(args.plot, rows, lanes, f"{machine.sizes.name} on {machine.hardware.name}; below: {policy.name}")
 

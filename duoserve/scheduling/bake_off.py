@@ -9,7 +9,7 @@ from typing import Any
 from duoserve.errors import ConfigError
 from duoserve.metrics import ByteCounts
 from duoserve.scheduling.hardware import Machine
-from duoserve.scheduling.policies import POLICIES, get_policy
+from duoserve.scheduling.policies import POLICIES, Policy, get_policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.replay import ORACLE, Replay, belady_bytes, oracle_of, replay
 from duoserve.scheduling.trace import Trace
@@ -56,13 +56,18 @@ def bake_off(
     for num_slots in slot_counts:
         least = belady_bytes(trace, machine, num_slots)
         for name in names:
-            policy, predictor = oracle_of(trace) if name == ORACLE else (get_policy(name), None)
-            known = predictors.get(policy.predictor or "")
-            if predictor is None and known is not None:
-                predictor = deepcopy(known)  # each starts knowing nothing of these requests
+            policy, predictor = contestant(name, trace, predictors)
             done = replay(trace, policy, machine, num_slots, predictor=predictor)
             done.belady_bytes = least
             yield done
+
+
+def contestant(name: str, trace: Trace, predictors: Mapping[str, Predictor]) -> tuple[Policy, Predictor | None]:
+    """A policy and its predictor, which knows nothing of these requests yet, unless it is the oracle's."""
+    if name == ORACLE:
+        return oracle_of(trace)
+    policy = get_policy(name)
+    return policy, deepcopy(predictors.get(policy.predictor or ""))
 
 
 def figures(done: Replay) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import pytest
 
 from duoserve.cli import main
 from duoserve.cli.plots import one_step, stalls
+from duoserve.predictors.files import save_predictor
+from duoserve.predictors.training import train
 from duoserve.scheduling.hardware import HARDWARE, SIZES, Machine
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.trace_file import save_trace
@@ -41,6 +43,17 @@ def test_a_trace_file_needs_a_models_sizes(capsys: pytest.CaptureFixture[str], t
     assert "give --model" in capsys.readouterr().err
     assert main([*command, "--model", "bard"]) == 0
     assert main([*command, "--model", "gpt-oss-20b"]) == 0
+
+
+def test_a_trained_predictor_goes_to_the_policy_of_its_kind(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace = drawn_trace(requests=4, tokens=20)
+    save_trace(trace, tmp_path / "t.safetensors")
+    save_predictor(train(trace, "lookahead")[0], tmp_path / "p.safetensors", {})
+    command = ["replay", str(tmp_path / "t.safetensors"), "--slots", "24", "--policies", "lookahead,duoserve", "--json"]
+    assert main([*command, "--model", "bard", "--predictor", str(tmp_path / "p.safetensors")]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["predictor"] for row in rows] == ["lookahead", None]
+    assert rows[0]["recall_at_k"] > 0.5
 
 
 @pytest.mark.parametrize(
