@@ -15,13 +15,19 @@ from duoserve.kv_cache import PagedKVCache
 from duoserve.loading import make_scheduler
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
+from duoserve.models.listening import listened_to
 from duoserve.models.opened import opened
 from duoserve.scheduling.policies import get_policy
+from duoserve.scheduling.routing import RoutingListener
 
 
 @contextmanager
 def assembled(
-    folder: Path, policy: str, slots: int, make_copies: Callable[[ExpertStore, SlotPool], CopyEngine]
+    folder: Path,
+    policy: str,
+    slots: int,
+    make_copies: Callable[[ExpertStore, SlotPool], CopyEngine],
+    listener: RoutingListener | None = None,
 ) -> Iterator[Engine]:
     """An engine whose slots are poisoned and whose copies are made by ``make_copies(store, pool)``."""
     with opened(folder) as found:
@@ -30,8 +36,9 @@ def assembled(
         pool, meter = SlotPool(slots, store.layout, poison=True), Meter()
         scheduler = make_scheduler(config, pool, make_copies(store, pool), get_policy(policy), meter)
         with closing(scheduler):
-            transformer = found.family.build(config, found.checkpoint.read, RoutedExperts(scheduler, pool.weights))
-            yield Engine(transformer, config, scheduler, PagedKVCache(config, 256, config.dtype), meter)
+            built = found.family.build(config, found.checkpoint.read, RoutedExperts(scheduler, pool.weights))
+            transformer, tap = (built, None) if listener is None else listened_to(built, listener)
+            yield Engine(transformer, config, scheduler, PagedKVCache(config, 256, config.dtype), meter, tap=tap)
 
 
 def tokens_of(engine: Engine, prompt: list[int], params: SamplingParams) -> list[int]:

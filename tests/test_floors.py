@@ -28,13 +28,13 @@ F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safe
     experts/store  experts/pieces  experts/packing  experts/host_ram  experts/device  experts/budget  experts/disk_store
     experts/slots  experts/tickets  experts/copy_engine  experts/virtual  experts/streams  experts/cuda_streams
     experts/stream_engine
-F3  scheduling/__init__  scheduling/source  scheduling/plan  scheduling/prefill  scheduling/decode
-    scheduling/eviction  scheduling/policies  scheduling/ledger  scheduling/residency  scheduling/spaces
-    scheduling/lease  scheduling/scheduler
+F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/plan
+    scheduling/prefill  scheduling/decode  scheduling/eviction  scheduling/policies  scheduling/ledger
+    scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/scheduler
 F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  models/attention  models/mla
-    models/router  models/moe  models/transformer  models/decoder  models/config_fields  models/rope_fields
-    models/common_fields  models/expert_names  models/family  models/mixtral  models/qwen3_moe
-    models/qwen2_moe  models/olmoe  models/deepseek  models/glm4_moe
+    models/router  models/tap  models/moe  models/transformer  models/listening  models/decoder
+    models/config_fields  models/rope_fields  models/common_fields  models/expert_names  models/family
+    models/mixtral  models/qwen3_moe  models/qwen2_moe  models/olmoe  models/deepseek  models/glm4_moe
     models/granite_moe  models/gpt_oss  models/registry  models/opened  models/described
 F5  sampling  text  kv_cache  engine  placement  loading  moe_model  __init__
 F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/app  cli/__init__

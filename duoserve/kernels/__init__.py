@@ -21,13 +21,15 @@ from duoserve.kernels.host_rows import HostRows
 from duoserve.kernels.matmul import linear
 from duoserve.kernels.paging import context_rows
 from duoserve.kernels.reference import apply_rope, attention, rope_frequencies, rope_table, write_rows
-from duoserve.kernels.routing import RoutePlan, Work
+from duoserve.kernels.routing import DeviceWork, HostWork, RoutePlan, Work
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights
 
 __all__ = [
+    "DeviceWork",
     "ExpertFormat",
     "ExpertWeights",
     "HostRows",
+    "HostWork",
     "RoutePlan",
     "Work",
     "add_rms_norm",

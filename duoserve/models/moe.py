@@ -14,9 +14,10 @@ from torch import Tensor
 
 from duoserve import kernels
 from duoserve.architecture import ClampConfig, SharedExpertConfig
-from duoserve.kernels import ExpertWeights, RoutePlan, Work
+from duoserve.kernels import ExpertWeights, HostWork, RoutePlan, Work
 from duoserve.models.layers import FeedForward, Linear
 from duoserve.models.router import Router
+from duoserve.models.tap import RoutingTap
 from duoserve.models.tensors import Tensors
 from duoserve.scheduling.source import ExpertSource
 
@@ -47,7 +48,7 @@ class MoEBlock:
 
     Each expert's rows are one product of their own and the combine has a fixed order, so the output has the same bits
     whatever slots the experts are in and in whatever order they arrive. The shared expert is computed while those that
-    are missing are on their way.
+    are missing are on their way. ``tap`` hears what was chosen.
     """
 
     layer: int
@@ -56,16 +57,19 @@ class MoEBlock:
     weights: ExpertWeights
     shared: Callable[[Tensor], Tensor] | None = None
     clamped: ClampedExperts | None = None
+    tap: RoutingTap | None = None
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         topk_weights_TK, topk_ids_TK = self.router.choose(self.router.logits(x_TH), x_TH.dtype)
+        if self.tap is not None:
+            self.tap.routed(self.layer, x_TH, topk_weights_TK, topk_ids_TK)
         plan = kernels.route_plan(topk_ids_TK, self._unknown_slots_E)
         act_NI = x_TH.new_empty(topk_ids_TK.numel(), self.weights.w2_SHI.shape[2])
         y_NH = x_TH.new_empty(topk_ids_TK.numel(), x_TH.shape[1])
         with self.source.acquire(self.layer, plan.by_demand()) as lease:
             shared_TH = None if self.shared is None else self.shared(x_TH)
             for ready in lease:
-                work = Work.of(ready, x_TH.device)
+                work = HostWork.of(ready, x_TH.device)
                 self._up(x_TH, plan, work, act_NI)
                 kernels.moe_down(act_NI, self.weights, plan, work, y_NH)
         if self.clamped is not None:
