@@ -107,6 +107,15 @@ def test_what_is_chosen_again_is_a_hit_and_the_longest_unused_goes_first() -> No
     assert rig.resident() == {ExpertId(0, 0), ExpertId(0, 3), ExpertId(0, 2)}
 
 
+def test_the_eviction_hears_what_a_step_has_used() -> None:
+    rig = Rig("duoserve", layers=1, experts=8, top_k=2, slots=6)  # which gives up what was seldom used
+    device = FakeDevice(rig)
+    for chosen in ([0, 1], [0, 1], [0, 1], [2, 3], [4, 5], [6, 7]):
+        device.step({0: chosen}, tokens=1)
+    device.books.catch_up()
+    assert {ExpertId(0, 0), ExpertId(0, 1)} <= rig.resident()
+
+
 def test_a_step_keeps_an_eighth_of_the_slots_free() -> None:
     rig = Rig("lru", layers=2, experts=32, top_k=2, slots=40)
     device = FakeDevice(rig)
