@@ -33,15 +33,15 @@ F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predi
     scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/policies  scheduling/link_budget
     scheduling/foresight  scheduling/ledger  scheduling/residency  scheduling/spaces  scheduling/lease
     scheduling/scheduler  scheduling/cache_study  scheduling/hardware  scheduling/foreseen  scheduling/scored
-    scheduling/replay  scheduling/bake_off  predictors/__init__  predictors/features
+    scheduling/replay  scheduling/bake_off  scheduling/selection  predictors/__init__  predictors/features
     predictors/history  predictors/base  predictors/popularity  predictors/affinity
     predictors/activation_matrix  predictors/lookahead  predictors/paper  predictors/learned
     predictors/examples  predictors/networks  predictors/training  predictors/quality  predictors/files
 F4  models/__init__  models/batch  models/config_fields  models/layers  models/attention  models/tap
     models/moe  models/transformer  models/listening  models/mixtral  models/registry  models/opened
-F5  sampling  text  kv_cache  engine  placement  loading  tracing  moe_model  __init__
+F5  sampling  text  kv_cache  engine  placement  choice  loading  tracing  evaluating  moe_model  __init__
 F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/trace  cli/train_predictor
-    cli/plots  cli/replay  cli/app  cli/__init__
+    cli/plots  cli/replay  cli/evaluate  cli/app  cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]
 RANK = {name: rank for rank, name in enumerate(FILES)}

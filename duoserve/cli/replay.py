@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from duoserve.cli.options import Subparsers, add_parser
 from duoserve.cli.plots import draw, one_step
+from duoserve.config import ModelConfig
 from duoserve.errors import ConfigError
 from duoserve.models.opened import opened
 from duoserve.predictors.files import load_predictor
@@ -107,11 +108,15 @@ def _sizes(model: str | None, trace: Trace) -> LayerSizes:
     if model in SIZES:
         return find_sizes(model)
     with opened(model) as found:
-        config = found.config
+        return sizes_of(model, found.config)
+
+
+def sizes_of(name: str, config: ModelConfig) -> LayerSizes:
+    """Those of a checkpoint of grouped-query attention, in its own dtype."""
     hidden, experts = config.hidden_size, config.num_experts
     attention = 2 * hidden * (config.num_heads + config.num_kv_heads) * config.head_dim
     return LayerSizes(
-        model,
+        name,
         3 * hidden * config.expert_intermediate_size,
         8 * config.dtype.itemsize,
         attention + hidden * experts,
