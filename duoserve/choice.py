@@ -17,7 +17,7 @@ from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.files import load_predictor, save_predictor
 from duoserve.scheduling.policies import POLICIES
 
-CHOICE_FILE, PREDICTOR_FILE = "duoserve-choice.json", "duoserve-predictor.safetensors"
+CHOICE_FILE, PREDICTOR_FILE = "duoserve-choice.json", "predictor.safetensors"
 _MAX_BYTES = 1 << 20
 
 
