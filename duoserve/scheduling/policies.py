@@ -16,6 +16,7 @@ EVICTIONS = {
     "lfru": Eviction(DecayedFrequency, per_layer=True),
     "least-stale": Eviction(LeastStale, per_layer=True),
     "activation": Eviction(Activation, per_layer=False),
+    "guarded": Eviction(DecayedFrequency, per_layer=True, rival=Recency),
 }
 
 
@@ -90,7 +91,7 @@ POLICIES = {
             "duoserve",
             PrefillMode.OVERLAP,
             DecodeMode.CACHE,
-            EVICTIONS["lfru"],
+            EVICTIONS["guarded"],
             predictor="duoserve",
             guesses=GuessMode.BUDGET,
         ),
