@@ -1,4 +1,4 @@
-"""A cache of which there are only the books: what would be in the slots, had another ranking or no guess had its way."""
+"""A cache of which there are only the books: what slots would hold had another ranking or no guess had its way."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Ghost:
         self._free = self.num_slots - sum(map(len, self.slots))
 
     def use(self, layer: int, experts: Sequence[int], values: Values) -> int:
-        """The layer of a decode step uses ``experts``; what goes for them is worth least by ``values``. Returns misses."""
+        """A decode step's layer uses ``experts``, for which the least of ``values`` go; returns how many it misses."""
         here = self.slots[layer]
         missing = [expert for expert in experts if expert not in here]
         for expert in missing:
