@@ -111,7 +111,7 @@ class Foresight(RoutingListener):
         copies = tuple(one for one in wanted if one.expert not in present[one.layer])
         return Guesses(copies, tuple(ahead), frozenset(wanted))
 
-    def _paying(  # noqa: PLR0913, PLR0917
+    def _paying(
         self,
         ahead: Sequence[int],
         chances: Sequence[np.ndarray],

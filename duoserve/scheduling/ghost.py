@@ -36,9 +36,9 @@ class Ghost:
             if self._free > 0 or self._give_up(layer, experts, values):
                 self._free -= 1
                 here[expert] = self._seat(layer, expert)
-        for expert in reversed(experts):
+        for expert in (*(expert for expert in reversed(experts) if expert not in missing), *missing):
             if expert in here:
-                here[expert] = here.pop(expert)
+                here[expert] = here.pop(expert)  # what has just been copied is released last
         return len(missing)
 
     def _give_up(self, loading: int, held: Sequence[int], values: Values) -> bool:

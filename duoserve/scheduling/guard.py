@@ -18,7 +18,7 @@ class Guard(Ranking):
 
     The credit is how many misses the rival has had more, and ALLOWED of all that it had. It must cover what ``own`` may
     lose by chance: our cache lacks some experts that the rival's has, and has as many others instead. The uses of the
-    ones and of the others cancel, but for a difference that grows as the root of their number; a loss that is not chance
+    ones and of the others cancel, but for a difference that grows as the root of their number; a loss beyond chance
     shows in the credit. So ``own`` begins with nothing, and what it gains lets it depart further.
     """
 

@@ -71,9 +71,7 @@ class IdleLink:
     def __init__(self, num_layers: int, most_open: int) -> None:
         self.copy_s: float | None = None
         self.account = Account(most_open)
-        self._miss_s: float | None = (
-            None  # what each miss of a layer makes it wait; less than a copy if two run at once
-        )
+        self._miss_s: float | None = None  # how long a miss makes its layer wait: no full copy where two run at once
         self._idle_s: list[list[float | None]] = [[None, None] for _ in range(num_layers)]
         self._routed_at: float | None = None
         self._since = 0.0  # when the last copy that is waited for arrived

@@ -16,8 +16,8 @@ EVICTIONS = {
     "lfru": Eviction(DecayedFrequency, per_layer=True),
     "least-stale": Eviction(LeastStale, per_layer=True),
     "activation": Eviction(Activation, per_layer=False),
-    "guarded": Eviction(DecayedFrequency, per_layer=True, rival=Recency),
 }
+NEVER_BELOW_LRU = Eviction(DecayedFrequency, per_layer=True, rival=Recency)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ POLICIES = {
             "duoserve",
             PrefillMode.OVERLAP,
             DecodeMode.CACHE,
-            EVICTIONS["guarded"],
+            NEVER_BELOW_LRU,
             predictor="duoserve",
             guesses=GuessMode.BUDGET,
         ),

@@ -162,9 +162,8 @@ class Scheduler(ExpertSource):
         eviction, shape, num_slots = self._policy.eviction, self._shape, self._num_slots
         if eviction.rival is None and self._link is None:
             return None
-        own, rival = (
-            None if new is None else new(num_layers, shape.num_experts) for new in (eviction.ranking, eviction.rival)
-        )
+        own = eviction.ranking(num_layers, shape.num_experts)
+        rival = None if eviction.rival is None else eviction.rival(num_layers, shape.num_experts)
         return Guard(own, rival, lambda: Ghost(eviction, shape, num_layers, num_slots))
 
     def _used(self, layer: int, experts: Sequence[int]) -> None:
