@@ -7,7 +7,7 @@ from enum import Enum
 
 import torch
 
-from duoserve.architecture import Blocks
+from duoserve.architecture import Blocks, Quantization
 from duoserve.errors import ConfigError
 
 DECODE_MODES = ("auto", "event", "graph")
@@ -24,7 +24,7 @@ class Phase(Enum):
 class ModelConfig:
     """An MoE transformer's hyper-parameters in one dialect; a family file maps ``config.json`` to it.
 
-    Sizes count elements (never bytes).
+    Sizes count elements (never bytes). ``dtype`` is that of what is not quantized.
     """
 
     model_type: str
@@ -38,6 +38,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     blocks: Blocks
+    quantization: Quantization | None = None
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

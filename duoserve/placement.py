@@ -49,6 +49,9 @@ class Placement:
         device = resolve(wanted.device)
         if device.type != "cpu" and found.config.blocks.moe.clamp:
             raise ConfigError(f"{found.config.model_type} runs on CPUs only so far: load it with device='cpu'")
+        quantization = found.config.quantization
+        if device.type != "cpu" and quantization is not None and quantization.ordered:
+            raise ConfigError(f"{quantization} runs on CPUs only so far: load it with device='cpu'")
         return cls(found, device, _dtype(wanted.dtype, found.config), max_context)
 
     def plan(self, wanted: EngineConfig, needs_all: bool) -> MemoryPlan:
@@ -70,7 +73,7 @@ class Placement:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A dense tensor by its name in the checkpoint, in ``dtype`` or the model's."""
-        return self.found.checkpoint.read(name, dtype=dtype or self.dtype).to(self.device)
+        return self.found.read(name, dtype or self.dtype).to(self.device)
 
     def slow_tier(self, plan: MemoryPlan, cache_dir: str | Path | None, held: ExitStack) -> ExpertStore:
         """Where experts wait: the checkpoint itself when each is read but once, else RAM, else the pack on disk."""

@@ -38,11 +38,12 @@ def add_command(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Makes the pack unless it is there already, and prints where it is."""
     with opened(args.model) as model:
-        layout = model.layout(model.config.dtype if args.dtype == "auto" else DTYPES[args.dtype])
+        dtype = model.config.dtype if args.dtype == "auto" else DTYPES[args.dtype]
+        layout = model.layout(dtype)
         path = pack_path(model.checkpoint, layout, args.out)
         made = not _is_packed(model, layout, path)
         if made:
-            store = model.expert_store(layout.dtype)
+            store = model.expert_store(dtype)
             write_pack(store, model.experts, path, store.fingerprint(), progress=True)
         size = format_bytes(len(model.experts) * layout.slot_bytes)
         print(f"{'packed' if made else 'already packed'}: {len(model.experts)} experts, {size}, {path}")
