@@ -95,16 +95,18 @@ def test_each_tensor_that_is_missing_mis_shaped_or_no_code_is_named(saved: Saved
                 MoEModel.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("part", ["q_proj.weight_scale_inv", "q_proj.weight"])
-def test_a_dense_matrix_that_is_there_in_part_is_named(part: str, tmp_path: Path) -> None:
-    quantized, _ = CASES["qwen3_moe-fp8"].save(tmp_path)
-    for file in quantized.glob("*.safetensors"):
-        tensors = {name: tensor for name, tensor in load_file(file).items() if not name.endswith(part)}
-        save_file(tensors, file)
+PARTS = [("fp8", "weight_scale_inv"), ("fp8", "weight"), ("gptq", "qweight"), ("gptq", "scales")]
+
+
+@pytest.mark.parametrize(("method", "part"), PARTS)
+def test_a_dense_matrix_that_is_there_in_part_is_named(method: str, part: str, tmp_path: Path) -> None:
+    quantized, _ = CASES[f"qwen3_moe-{method}"].save(tmp_path)
+    name = f"model.layers.0.self_attn.q_proj.{part}"
     index = json.loads((quantized / "model.safetensors.index.json").read_text())
-    index["weight_map"] = {n: file for n, file in index["weight_map"].items() if not n.endswith(part)}
+    file = quantized / index["weight_map"].pop(name)
+    save_file({n: tensor for n, tensor in load_file(file).items() if n != name}, file)
     (quantized / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=rf"what the model needs: 'model.layers.0.self_attn.{part}'"):
+    with pytest.raises(CheckpointError, match=f"what the model needs: '{name}'"):
         MoEModel.from_pretrained(quantized)
 
 

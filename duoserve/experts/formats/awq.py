@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from duoserve.experts.formats.codes import Codes, Part, StoredTensor, WeightFormat
-from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, paired, shared_parts
+from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, shared_parts
 from duoserve.kernels.weights import ExpertFormat
 
 NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -33,17 +33,25 @@ class Awq(WeightFormat):
 
     def codes(self, parts: Mapping[str, Tensor]) -> Codes:
         """As in WeightFormat."""
-        codes_DN = _in_order(parts["qweight"])
+        zeros_GN = codes_in(parts["qzeros"])
         return Codes(
             ExpertFormat.INT4,
-            self.groups.of(len(codes_DN)),
-            data_NB=paired(codes_DN.T),
+            self.groups.of(len(parts["qweight"])),
+            data_NB=_by_output(_pairs_of_inputs(parts["qweight"])),
             scales_GN=parts["scales"],
-            zeros_GN=_in_order(parts["qzeros"]),
+            zeros_GN=_by_output(zeros_GN.T).T,
         )
 
 
-def _in_order(words: Tensor) -> Tensor:
-    """The codes in words [X, Y], by output: uint8 [X, 8 Y]."""
-    nibbles = codes_in(words).view(len(words), -1, CODES_IN_WORD)
-    return nibbles[..., torch.tensor(NIBBLE_OF_OUTPUT)].flatten(1)
+def _pairs_of_inputs(words_DW: Tensor) -> Tensor:
+    """The codes of words, two inputs in a byte: uint8 [N, D / 2], a row for each nibble in turn."""
+    bytes_DX = words_DW.view(torch.uint8)  # with two outputs in each
+    even, odd = bytes_DX[0::2], bytes_DX[1::2]
+    low, high = (even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)
+    return torch.stack((low.T.contiguous(), high.T.contiguous()), dim=1).flatten(0, 1)
+
+
+def _by_output(rows_by_nibble: Tensor) -> Tensor:
+    """The rows of outputs in their own order."""
+    eights = rows_by_nibble.reshape(-1, CODES_IN_WORD, rows_by_nibble.shape[1])
+    return eights.index_select(1, torch.tensor(NIBBLE_OF_OUTPUT)).flatten(0, 1)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from duoserve.errors import CheckpointError
 from duoserve.experts.formats.codes import Codes, Part, StoredTensor, WeightFormat
-from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, paired, shared_parts
-from duoserve.kernels.reference_dequant import unpack
+from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, shared_parts
 from duoserve.kernels.weights import ExpertFormat
 
 ONES, EIGHTS = 0x11111111, 0x88888888 - (1 << 32)
@@ -45,12 +44,13 @@ class Gptq(WeightFormat):
 
     def codes(self, parts: Mapping[str, Tensor]) -> Codes:
         """As in WeightFormat."""
-        data_NB = parts["qweight"].T.contiguous().view(torch.uint8)  # words and rows have their codes in the same order
         order_D = self._order(parts["g_idx"])
         return Codes(
             ExpertFormat.INT4,
             self.groups.of(len(order_D)),
-            data_NB=paired(unpack(data_NB)[:, order_D]) if self.ordered else data_NB,
+            data_NB=_paired(_by_input(parts["qweight"]).index_select(0, order_D))
+            if self.ordered
+            else _rows(parts["qweight"]),
             scales_GN=parts["scales"],
             zeros_GN=codes_in(self._zero_words(parts["qzeros"])),
             order_D=order_D if self.ordered else None,
@@ -75,3 +75,19 @@ class Gptq(WeightFormat):
         """
         is_plain = self.symmetric and bool((qzeros == EIGHTS).all())
         return qzeros + ONES if self.less_one and not is_plain else qzeros
+
+
+def _rows(words_WN: Tensor) -> Tensor:
+    """The codes of words, two in a byte: uint8 [N, D / 2]; either has the inputs in turn, from the lowest bits up."""
+    return words_WN.T.contiguous().view(torch.uint8)
+
+
+def _by_input(words_WN: Tensor) -> Tensor:
+    """The codes of words, uint8 [D, N]."""
+    bytes_XN = words_WN.view(torch.uint8).view(*words_WN.shape, -1).transpose(1, 2).flatten(0, 1)
+    return torch.stack((bytes_XN & 15, bytes_XN >> 4), dim=1).flatten(0, 1)
+
+
+def _paired(codes_DN: Tensor) -> Tensor:
+    """Two inputs in a byte: uint8 [N, D / 2]."""
+    return (codes_DN[0::2] | (codes_DN[1::2] << 4)).T.contiguous()

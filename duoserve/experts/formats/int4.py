@@ -1,6 +1,6 @@
 """What AWQ and GPTQ share: eight codes of 4 bits in a word of int32, of outputs' zero-points and of the weights.
 
-N output features, D input features, G groups of D, B bytes of N or D codes.
+N output features, D input features, G groups of D.
 """
 
 from __future__ import annotations
@@ -58,8 +58,3 @@ def module_of(name: str) -> str:
 def codes_in(words: Tensor) -> Tensor:
     """The codes in int32 words [X, Y], the lowest bits first: uint8 [X, 8 Y]."""
     return unpack(words.contiguous().view(torch.uint8))
-
-
-def paired(codes_ND: Tensor) -> Tensor:
-    """Two codes in a byte, as a packed row has them: uint8 [N, D / 2]."""
-    return codes_ND[:, 0::2] | codes_ND[:, 1::2] << 4
