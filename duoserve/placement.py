@@ -19,7 +19,7 @@ from duoserve.experts.cuda_streams import CudaStreams
 from duoserve.experts.device import CPU, free_bytes, resolve
 from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.pack_format import DTYPES, HEADER_FILE
-from duoserve.experts.packing import CheckpointStore, pack_path, write_pack
+from duoserve.experts.packing import pack_path, write_pack
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore, HostStore, TieredStore
 from duoserve.experts.stream_engine import StreamCopyEngine
@@ -58,7 +58,7 @@ class Placement:
         """How memory is divided; MemoryBudgetError when it cannot work."""
         config = self.found.config
         return plan_memory(
-            layout=self.found.layout(self.dtype),
+            layout=self.found.layout(self.dtype, wanted.quantize),
             num_layers=len(config.moe_layers),
             num_experts=config.num_experts,
             top_k=config.top_k,
@@ -75,11 +75,13 @@ class Placement:
         """A dense tensor by its name in the checkpoint, in ``dtype`` or the model's."""
         return self.found.read(name, dtype or self.dtype).to(self.device)
 
-    def slow_tier(self, plan: MemoryPlan, cache_dir: str | Path | None, held: ExitStack) -> ExpertStore:
+    def slow_tier(
+        self, plan: MemoryPlan, cache_dir: str | Path | None, held: ExitStack, quantize: str | None = None
+    ) -> ExpertStore:
         """Where experts wait: the checkpoint itself when each is read but once, else RAM, else the pack on disk."""
         found = self.found
         in_ram = partial(HostStore, progress=sys.stderr.isatty(), pinned=self._on_gpu)
-        source = found.expert_store(self.dtype)
+        source = found.expert_store(self.dtype) if quantize is None else found.quantizing_store(quantize)
         if plan.num_slots == plan.total_experts:
             return source
         if plan.host_experts == plan.total_experts:
@@ -116,10 +118,10 @@ def _dtype(name: str, config: ModelConfig) -> torch.dtype:
     return DTYPES[name]
 
 
-def _open_pack(source: CheckpointStore, found: OpenedModel, cache_dir: str | Path | None) -> DiskStore:
+def _open_pack(source: ExpertStore, found: OpenedModel, cache_dir: str | Path | None) -> DiskStore:
     """The checkpoint's pack, which is made on first use."""
     folder = pack_path(found.checkpoint, source.layout, cache_dir)
-    fingerprint = source.fingerprint()
+    fingerprint = found.checkpoint.fingerprint()
     if not (folder / HEADER_FILE).exists():
         write_pack(source, found.experts, folder, fingerprint)
     return DiskStore(folder, source.layout, found.pack_layers, found.config.num_experts, fingerprint)

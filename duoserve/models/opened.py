@@ -19,11 +19,19 @@ from duoserve.experts.formats.codes import WeightFormat
 from duoserve.experts.formats.reading import read_dense
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.packing import CheckpointStore
+from duoserve.experts.quantizing import QuantizingStore
 from duoserve.experts.strict_json import read_object
 from duoserve.models.config_fields import Fields
 from duoserve.models.family import Family
 from duoserve.models.registry import family_of
-from duoserve.models.stored import by_tensors, expert_layout, scale_dtype_of, stored_tensors, weight_format
+from duoserve.models.stored import (
+    by_tensors,
+    expert_layout,
+    quantized_by_us,
+    scale_dtype_of,
+    stored_tensors,
+    weight_format,
+)
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_GENERATION_CONFIG_BYTES = 1 << 20
@@ -49,8 +57,11 @@ class OpenedModel:
         """Layers of a pack: up to the last that has experts."""
         return self.config.moe_layers[-1] + 1
 
-    def layout(self, dtype: torch.dtype) -> ExpertLayout:
-        """The row of one expert: in ``dtype``, or as the checkpoint has it quantized."""
+    def layout(self, dtype: torch.dtype, quantize: str | None = None) -> ExpertLayout:
+        """The row of one expert: in ``dtype``, or quantized by the checkpoint, or now ("int8", "int4")."""
+        if quantize is not None:
+            stored = quantized_by_us(self.config, quantize)
+            return ExpertLayout(stored, self.config.hidden_size, self.config.expert_intermediate_size)
         return expert_layout(self.config, dtype, scale_dtype_of(self.family, self.config, self.checkpoint.tensors))
 
     def dense_bytes(self, dtype: torch.dtype) -> int:
@@ -62,6 +73,10 @@ class OpenedModel:
         """The routed experts, packed when they are read."""
         pieces = partial(self.family.expert_pieces, self.config)
         return CheckpointStore(self.checkpoint, self.layout(dtype), pieces, weight_format(self.config))
+
+    def quantizing_store(self, kind: str) -> QuantizingStore:
+        """The same, which the checkpoint has in floats, made "int8" or "int4" when they are read."""
+        return QuantizingStore(self.expert_store(self.config.dtype), quantized_by_us(self.config, kind))
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """A tensor that no routed expert lies in, decoded if it is quantized, in ``dtype``."""

@@ -72,6 +72,22 @@ def expert_layout(config: ModelConfig, dtype: torch.dtype, scale_dtype: torch.dt
     return ExpertLayout(_stored(config, dtype, scale_dtype), config.hidden_size, config.expert_intermediate_size)
 
 
+def quantized_by_us(config: ModelConfig, kind: str) -> Quantized:
+    """What ``quantize=kind`` makes of experts: in int4 the largest groups up to 128 that divide their sizes.
+
+    ConfigError: the checkpoint is quantized already, or no groups do.
+    """
+    if config.quantization is not None:
+        raise ConfigError(f"quantize={kind!r}: the checkpoint is quantized already ({config.quantization})")
+    if kind == "int8":
+        return Quantized(ExpertFormat.INT8)
+    hidden, inter = config.hidden_size, config.expert_intermediate_size
+    group = row_group(0, hidden, inter)
+    if group is None:
+        raise ConfigError(f"quantize={kind!r}: no groups of 32, 64 or 128 divide an expert of {hidden} x {inter}")
+    return Quantized(ExpertFormat.INT4, group)
+
+
 def _stored(config: ModelConfig, dtype: torch.dtype, scale_dtype: torch.dtype) -> Stored:
     found = config.quantization
     if found is None:
