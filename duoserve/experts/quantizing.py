@@ -134,10 +134,8 @@ class _Trial(NamedTuple):
 
 
 def _rounded(scale_P1: Tensor, dtype: torch.dtype) -> Tensor:
-    """As it will be stored; where all weights are zero, 1."""
-    limits = torch.finfo(dtype)
-    stored_P1 = scale_P1.clamp(max=limits.max).to(dtype).float()
-    return stored_P1.masked_fill_(stored_P1 == 0, 1.0)
+    """As it will be stored. Where it is 0, codes come out as NaN, and those are never better than none."""
+    return scale_P1.clamp(max=torch.finfo(dtype).max).to(dtype).float()
 
 
 def _squares(w_ND: Tensor, decoded_ND: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from duoserve import CheckpointError, ConfigError, MoEModel, SamplingParams
+from duoserve import CheckpointError, ConfigError, MoEModel, SamplingParams, placement
 from duoserve.errors import CopyError
 from duoserve.models.opened import opened
 from tests.checkpoints import reference_greedy, reference_logits
@@ -118,6 +118,15 @@ def test_orders_that_a_row_cannot_hold_are_refused_with_the_expert(tmp_path: Pat
     save_file(tensors, quantized / SINGLE)
     with pytest.raises(CopyError, match="expert 5 of layer 2: gate and up have features in different orders"):
         MoEModel.from_pretrained(quantized)
+
+
+def test_an_order_of_activation_is_refused_where_it_has_no_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantized, _ = CASES["qwen3_moe-gptq-ordered"].save(tmp_path)
+    monkeypatch.setattr(placement, "resolve", torch.device)
+    with pytest.raises(ConfigError, match="ordered by activation runs on CPUs only so far: load it with device='cpu'"):
+        MoEModel.from_pretrained(quantized, device="cuda")
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
