@@ -65,7 +65,7 @@ def assembled(
         with closing(scheduler):
             built = found.family.build(
                 config,
-                lambda name, dtype=None: found.checkpoint.read(name, dtype).to(device),
+                lambda name, dtype=None: found.read(name, dtype or config.dtype).to(device),
                 RoutedExperts(scheduler, pool.weights),
             )
             heard_by = audience(scheduler.listener, listener)

@@ -86,7 +86,7 @@ class MoEBlock:
         """
         topk_weights_TK, topk_ids_TK = self.router.choose(self.router.logits(x_TH), x_TH.dtype)
         plan = kernels.route_plan(topk_ids_TK, self._unknown_slots_E if slots_E is None else slots_E)
-        act_NI = x_TH.new_empty(topk_ids_TK.numel(), self.weights.w2_SHI.shape[2])
+        act_NI = x_TH.new_empty(topk_ids_TK.numel(), self.weights.w2.inner)
         y_NH = x_TH.new_empty(topk_ids_TK.numel(), x_TH.shape[1])
         return Routed(x_TH, topk_weights_TK, topk_ids_TK, plan, act_NI, y_NH)
 
