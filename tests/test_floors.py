@@ -33,7 +33,7 @@ F3  scheduling/__init__  scheduling/source  scheduling/plan  scheduling/prefill 
     scheduling/lease  scheduling/scheduler
 F4  models/__init__  models/batch  models/config_fields  models/layers  models/attention  models/moe
     models/transformer  models/mixtral  models/registry  models/opened
-F5  sampling  text  kv_cache  engine  placement  loading  moe_model  __init__
+F5  sampling  text  kv_cache  workspace  engine  placement  loading  moe_model  __init__
 F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/app  cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]

@@ -20,10 +20,12 @@ from duoserve.kernels.host_rows import HostRows
 from duoserve.kernels.matmul import linear
 from duoserve.kernels.paging import context_rows
 from duoserve.kernels.reference import apply_rope, attention, rope_table
+from duoserve.kernels.reference_attention import QUERY_ROWS
 from duoserve.kernels.routing import RoutePlan, Work
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights
 
 __all__ = [
+    "QUERY_ROWS",
     "ExpertFormat",
     "ExpertWeights",
     "HostRows",

@@ -13,6 +13,9 @@ from torch import Tensor
 from duoserve.kernels.matmul import has_native_matmul
 from duoserve.kernels.paging import context_rows
 
+# Queries that are computed at a time where their scores may be written out, so that T x C of them never are.
+QUERY_ROWS = 256
+
 
 def attention(
     q_THD: Tensor, k_CGD: Tensor, v_CGD: Tensor, scale: float, window: int | None, sinks_H: Tensor | None = None
@@ -32,6 +35,8 @@ def attention(
         q_THD, k_CGD, v_CGD = q_THD.float(), k_CGD.float(), v_CGD.float()
     windowed = window is not None and num_context > window
     plain_causal = num_new == num_context and not windowed and sinks_H is None
+    if num_new > QUERY_ROWS and not (plain_causal and _streams_scores(q_THD)):
+        return _in_blocks(q_THD, k_CGD, v_CGD, scale, window, sinks_H)
     mask = None
     if num_new > 1 and not plain_causal:
         mask = _visible(num_new, num_context, window, q_THD.device)
@@ -48,6 +53,24 @@ def attention(
         enable_gqa=q_THD.shape[1] != k_CGD.shape[1],
     )[0]
     return out_HTD.transpose(0, 1).to(dtype)
+
+
+def _streams_scores(q_THD: Tensor) -> bool:
+    """Whether plain causal attention with shared KV heads keeps no scores: PyTorch's does, but on a GPU in float32."""
+    return q_THD.is_cpu or q_THD.dtype is not torch.float32
+
+
+def _in_blocks(
+    q_THD: Tensor, k_CGD: Tensor, v_CGD: Tensor, scale: float, window: int | None, sinks_H: Tensor | None
+) -> Tensor:
+    """``attention`` of QUERY_ROWS queries after another, each over what they can see of the context."""
+    num_new, before = q_THD.shape[0], k_CGD.shape[0] - q_THD.shape[0]
+    attended = []
+    for start in range(0, num_new, QUERY_ROWS):
+        stop = min(start + QUERY_ROWS, num_new)
+        seen = slice(0 if window is None else max(0, before + start + 1 - window), before + stop)
+        attended.append(attention(q_THD[start:stop], k_CGD[seen], v_CGD[seen], scale, window, sinks_H))
+    return torch.cat(attended)
 
 
 def _visible(num_new: int, num_context: int, window: int | None, device: torch.device) -> Tensor:
