@@ -5,10 +5,12 @@ T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from duoserve.errors import RequestError
 from duoserve.kv_cache import PagedKVCache, SequenceKV
 from duoserve.metrics import Meter
 from duoserve.models.batch import Batch
+from duoserve.models.tap import RoutingTap
 from duoserve.models.transformer import Transformer
 from duoserve.sampling import Sampler, SamplingParams
 
@@ -31,13 +34,17 @@ class StepScheduler(Protocol):
 
 @dataclass(eq=False)
 class Request:
-    """One prompt on its way. ``finish_reason`` is None while it runs, then "stop" or "length"."""
+    """One prompt on its way. ``finish_reason`` is None while it runs, then "stop" or "length".
+
+    ``number`` is the engine's, from 0 in the order of arrival.
+    """
 
     prompt_ids: list[int]
     params: SamplingParams
     output_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     kv: SequenceKV = field(default_factory=SequenceKV)
+    number: int = -1
 
     @property
     def num_tokens(self) -> int:
@@ -50,16 +57,28 @@ class Request:
 
 
 class Engine:
-    """Runs requests on one model. Not thread-safe: one call at a time."""
+    """Runs requests on one model, whose ``tap`` (if its routers are listened to) hears of every pass.
 
-    def __init__(
-        self, model: Transformer, config: ModelConfig, scheduler: StepScheduler, cache: PagedKVCache, meter: Meter
+    Not thread-safe: one call at a time.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        model: Transformer,
+        config: ModelConfig,
+        scheduler: StepScheduler,
+        cache: PagedKVCache,
+        meter: Meter,
+        *,
+        tap: RoutingTap | None = None,
     ) -> None:
         self._model = model
         self._config = config
         self._scheduler = scheduler
         self._cache = cache
         self._meter = meter
+        self._tap = tap
+        self._numbers = count()
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, int]]:
         """Yields each new token with its request, as many requests at a time as the KV cache holds.
@@ -68,6 +87,7 @@ class Engine:
         """
         for request in requests:
             self._check(request.prompt_ids, request.params.max_tokens)
+            request.number = next(self._numbers)
         self._meter.begin_request()
         try:
             for group in self._groups(requests):
@@ -85,6 +105,7 @@ class Engine:
         try:
             self._cache.reserve(kv, len(token_ids))
             self._meter.prompt(len(token_ids))
+            self._announce(Phase.PREFILL, [(next(self._numbers), token_ids)])
             return self._step(Phase.PREFILL, self._cache.batch([(kv, token_ids)]), rows=None)
         finally:
             self._cache.release(kv)
@@ -125,6 +146,7 @@ class Engine:
             phase, fresh = Phase.PREFILL, [(request, request.prompt_ids) for request in requests]
             while fresh:
                 batch = self._cache.batch([(request.kv, tokens) for request, tokens in fresh])
+                self._announce(phase, [(request.number, tokens) for request, tokens in fresh])
                 logits_BV = self._step(phase, batch, batch.last_rows)
                 for (request, _), logits_V in zip(fresh, logits_BV, strict=True):
                     yield request, self._sample(request, samplers[request], logits_V)
@@ -133,6 +155,12 @@ class Engine:
         finally:
             for request in requests:
                 self._cache.release(request.kv)
+
+    def _announce(self, phase: Phase, fresh: Iterable[tuple[int, Sequence[int]]]) -> None:
+        """Tells the tap whose token each row of the coming pass is."""
+        if self._tap is not None:
+            rows = [number for number, tokens in fresh for _ in tokens]
+            self._tap.begin(phase, np.array(rows, dtype=np.int64))
 
     @torch.inference_mode()
     def _step(self, phase: Phase, batch: Batch, rows: list[int] | None) -> Tensor:

@@ -37,3 +37,7 @@ class IntegrityError(DuoServeError):
 
 class KernelError(DuoServeError, ValueError):
     """A kernel was given operands that it cannot compute with: a dtype, shape, stride, alignment or device."""
+
+
+class TraceError(DuoServeError):
+    """A trace, or a predictor made from one, is malformed, cut short, or of another model."""

@@ -14,9 +14,11 @@ from duoserve.experts.copy_engine import CopyEngine
 from duoserve.experts.slots import SlotPool, SlotTable
 from duoserve.kv_cache import PagedKVCache
 from duoserve.metrics import Meter
+from duoserve.models.listening import listened_to
 from duoserve.models.opened import opened
 from duoserve.placement import Placement
 from duoserve.scheduling.policies import Policy, get_policy
+from duoserve.scheduling.routing import RoutingListener
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.text import Text
 
@@ -38,8 +40,17 @@ class Runtime:
         self._held.close()
 
 
-def load(model: str | Path, wanted: EngineConfig, policy: str | Policy, cache_dir: str | Path | None) -> Runtime:
-    """Opens a checkpoint and makes it ready to run; whatever was opened is closed again when that fails."""
+def load(
+    model: str | Path,
+    wanted: EngineConfig,
+    policy: str | Policy,
+    cache_dir: str | Path | None,
+    listener: RoutingListener | None = None,
+) -> Runtime:
+    """Opens a checkpoint and makes it ready to run; whatever was opened is closed again when that fails.
+
+    ``listener`` hears what the routers choose, which changes no result.
+    """
     named = _named_policy(policy)
     with ExitStack() as held:
         found = held.enter_context(opened(model))
@@ -52,9 +63,10 @@ def load(model: str | Path, wanted: EngineConfig, policy: str | Policy, cache_di
         scheduler = held.enter_context(closing(make_scheduler(found.config, pool, copies, chosen, meter)))
         if chosen.all_resident:
             scheduler.load_all(progress=sys.stderr.isatty())
-        transformer = found.family.build(found.config, place.read, scheduler, pool.weights)
+        built = found.family.build(found.config, place.read, scheduler, pool.weights)
+        transformer, tap = (built, None) if listener is None else listened_to(built, listener)
         cache = PagedKVCache(found.config, place.max_context, place.dtype, place.device)
-        engine = Engine(transformer, found.config, scheduler, cache, meter)
+        engine = Engine(transformer, found.config, scheduler, cache, meter, tap=tap)
         text = Text.load(found.checkpoint.folder)
         return Runtime(found.config, plan, chosen, text, engine, meter, held.pop_all())
 

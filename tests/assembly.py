@@ -17,13 +17,19 @@ from duoserve.experts.store import ExpertStore
 from duoserve.kv_cache import PagedKVCache
 from duoserve.loading import make_scheduler
 from duoserve.metrics import Meter
+from duoserve.models.listening import listened_to
 from duoserve.models.registry import family_of
 from duoserve.scheduling.policies import get_policy
+from duoserve.scheduling.routing import RoutingListener
 
 
 @contextmanager
 def assembled(
-    folder: Path, policy: str, slots: int, make_copies: Callable[[ExpertStore, SlotPool], CopyEngine]
+    folder: Path,
+    policy: str,
+    slots: int,
+    make_copies: Callable[[ExpertStore, SlotPool], CopyEngine],
+    listener: RoutingListener | None = None,
 ) -> Iterator[Engine]:
     """An engine whose slots are poisoned and whose copies are made by ``make_copies(store, pool)``."""
     checkpoint = Checkpoint.open(folder)
@@ -34,8 +40,9 @@ def assembled(
     pool, meter = SlotPool(slots, layout, poison=True), Meter()
     scheduler = make_scheduler(config, pool, make_copies(store, pool), get_policy(policy), meter)
     try:
-        transformer = family.build(config, checkpoint.read, scheduler, pool.weights)
-        yield Engine(transformer, config, scheduler, PagedKVCache(config, 256, config.dtype), meter)
+        built = family.build(config, checkpoint.read, scheduler, pool.weights)
+        transformer, tap = (built, None) if listener is None else listened_to(built, listener)
+        yield Engine(transformer, config, scheduler, PagedKVCache(config, 256, config.dtype), meter, tap=tap)
     finally:
         scheduler.close()
         checkpoint.close()

@@ -28,11 +28,12 @@ F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safe
     experts/store  experts/packing  experts/host_ram  experts/device  experts/budget  experts/disk_store
     experts/slots  experts/tickets  experts/copy_engine  experts/virtual  experts/streams  experts/cuda_streams
     experts/stream_engine
-F3  scheduling/__init__  scheduling/source  scheduling/plan  scheduling/prefill  scheduling/decode
-    scheduling/eviction  scheduling/policies  scheduling/ledger  scheduling/residency  scheduling/spaces
-    scheduling/lease  scheduling/scheduler
-F4  models/__init__  models/batch  models/config_fields  models/layers  models/attention  models/moe
-    models/transformer  models/mixtral  models/registry  models/opened
+F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/trace
+    scheduling/synthetic  scheduling/plan  scheduling/prefill  scheduling/decode  scheduling/eviction
+    scheduling/policies  scheduling/ledger  scheduling/residency  scheduling/spaces  scheduling/lease
+    scheduling/scheduler
+F4  models/__init__  models/batch  models/config_fields  models/layers  models/attention  models/tap
+    models/moe  models/transformer  models/listening  models/mixtral  models/registry  models/opened
 F5  sampling  text  kv_cache  workspace  engine  placement  loading  moe_model  __init__
 F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/app  cli/__init__
 """

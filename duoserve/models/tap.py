@@ -1,0 +1,72 @@
+"""Where a listener hears a model's routers.
+
+T tokens, K top-k, E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from duoserve import kernels
+from duoserve.config import Phase
+from duoserve.scheduling.routing import Routing, RoutingListener
+
+
+class RouterSite(NamedTuple):
+    """One layer's router, and the weight of the norm that its input comes from."""
+
+    layer: int
+    router_EH: Tensor
+    norm_H: Tensor
+
+
+class _Ahead(NamedTuple):
+    """A later layer's router; ``scale_H`` makes its kind of normed input from an earlier layer's."""
+
+    layer: int
+    router_EH: Tensor
+    scale_H: Tensor
+
+
+class RoutingTap:
+    """Tells ``listener`` what the routers at ``sites`` (in the order of their layers) say.
+
+    Look-ahead scores are a later router's logits for this layer's hidden state, normed with the weight of the later
+    layer's norm. They are products of their own: this layer's logits keep the bits that they have without a listener.
+    """
+
+    def __init__(self, listener: RoutingListener, sites: Sequence[RouterSite]) -> None:
+        self._listener = listener
+        self._requests_T = np.empty(0, dtype=np.int64)
+        self._ahead = {
+            site.layer: [_look_ahead(site, later) for later in sites[at + 1 : at + 1 + listener.lookahead]]
+            for at, site in enumerate(sites)
+        }
+
+    def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
+        """A forward pass begins; row t of it is a token of request ``requests_T[t]`` (int64)."""
+        self._requests_T = requests_T
+        self._listener.begin(phase, requests_T)
+
+    def routed(self, layer: int, x_TH: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor) -> None:
+        """The router of ``layer`` chose from its input ``x_TH``."""
+        ahead = {a.layer: _host(kernels.linear(x_TH * a.scale_H, a.router_EH).float()) for a in self._ahead[layer]}
+        routing = Routing(layer, self._requests_T, _host(topk_ids_TK), _host(topk_weights_TK), ahead)
+        self._listener.routed(routing)
+
+
+def _look_ahead(site: RouterSite, later: RouterSite) -> _Ahead:
+    """Where this layer's norm has a weight of zero its input says nothing, and the later router hears nothing."""
+    norm_H = site.norm_H.float()
+    scale_H = torch.where(norm_H == 0, 0, later.norm_H.float() / norm_H)
+    return _Ahead(later.layer, later.router_EH, scale_H.to(site.norm_H.dtype))
+
+
+def _host(values: Tensor) -> np.ndarray:
+    array: np.ndarray = values.cpu().numpy()
+    return array

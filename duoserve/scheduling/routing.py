@@ -1,0 +1,44 @@
+"""What the routers said, and who is told.
+
+T tokens, K top-k, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from duoserve.config import Phase
+
+
+class Routing(NamedTuple):
+    """What one layer's router said for the tokens of a step.
+
+    ``layer`` is the model's layer number. ``requests_T`` (int64) says whose token each row is, ``topk_ids_TK`` (int64)
+    and ``topk_weights_TK`` (float32) what was chosen. ``ahead`` maps later MoE layers to float32 [T, E]: the logits
+    that their routers give to this layer's hidden state; it is empty where nobody asked for them.
+    """
+
+    layer: int
+    requests_T: np.ndarray
+    topk_ids_TK: np.ndarray
+    topk_weights_TK: np.ndarray
+    ahead: Mapping[int, np.ndarray]
+
+
+class RoutingListener(Protocol):
+    """Hears of every layer's routing before the layer's experts are asked for.
+
+    ``lookahead`` says for how many of the next MoE layers it wants scores; 0 is none.
+    """
+
+    @property
+    def lookahead(self) -> int: ...
+
+    def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
+        """A forward pass begins over rows of these requests (int64)."""
+
+    def routed(self, routing: Routing) -> None:
+        """A layer's router has spoken; its experts have not been asked for yet."""

@@ -1,0 +1,163 @@
+"""Recorded routing: what a model's routers chose, request by request.
+
+R requests, N tokens of all requests laid end to end, T tokens of one, K top-k, E experts, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from duoserve.errors import TraceError
+from duoserve.scheduling.routing import Routing
+
+# What a trace consists of: its tensors by name. Those of a layer end in its number.
+REQUESTS, TOKEN_IDS = "requests", "token_ids"
+IDS, WEIGHTS, LOOKAHEAD = "topk_ids", "topk_weights", "lookahead"
+
+
+class Column(NamedTuple):
+    """A tensor's dtype, and the shape of one row."""
+
+    dtype: np.dtype[Any]
+    row_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TraceMeta:
+    """Whose routing it is: the checkpoint's ``fingerprint``, its MoE ``layers`` in order, and their sizes."""
+
+    fingerprint: str
+    layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+
+    @property
+    def ids_dtype(self) -> type[np.unsignedinteger]:
+        """The smallest integers that hold an expert's number."""
+        return np.uint8 if self.num_experts <= 256 else np.uint16
+
+    def columns(self) -> dict[str, Column]:
+        """Every tensor of a trace by name. Rows are tokens; those of REQUESTS are requests.
+
+        A request's row has its number of tokens and how many of them are the prompt. The first MoE layer has no
+        look-ahead scores: nothing comes before it.
+        """
+        found = {REQUESTS: Column(np.dtype(np.int32), (2,)), TOKEN_IDS: Column(np.dtype(np.int32), ())}
+        for layer in self.layers:
+            found[f"{IDS}.{layer}"] = Column(np.dtype(self.ids_dtype), (self.top_k,))
+            found[f"{WEIGHTS}.{layer}"] = Column(np.dtype(np.float16), (self.top_k,))
+            if layer != self.layers[0]:
+                found[f"{LOOKAHEAD}.{layer}"] = Column(np.dtype(np.float16), (self.num_experts,))
+        return found
+
+
+class Rows(Protocol):
+    """Where a trace's tensors lie."""
+
+    def read(self, name: str, start: int, stop: int | None) -> np.ndarray:
+        """Rows ``start`` to ``stop`` (None: the last) of the tensor ``name``."""
+        ...
+
+
+@dataclass(frozen=True)
+class MemoryRows:
+    """A trace's tensors as arrays."""
+
+    tensors: Mapping[str, np.ndarray]
+
+    def read(self, name: str, start: int, stop: int | None) -> np.ndarray:
+        return self.tensors[name][start:stop]
+
+
+class LayerTrace(NamedTuple):
+    """One layer's routing of many tokens; ``ahead_NE`` is what the layer before made of it, None for the first."""
+
+    topk_ids_NK: np.ndarray
+    topk_weights_NK: np.ndarray
+    ahead_NE: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class RequestTrace:
+    """The routing of one request. Step 0 is its prompt, and every step after it one token.
+
+    ``token_ids_T`` are the tokens that went through the model, the first ``num_prompt`` of them the prompt.
+    """
+
+    number: int
+    token_ids_T: np.ndarray
+    num_prompt: int
+    layers: Mapping[int, LayerTrace]
+
+    @property
+    def num_steps(self) -> int:
+        """The prompt's step and one for each token behind it."""
+        return len(self.token_ids_T) - self.num_prompt + 1
+
+    def routing(self, step: int) -> Iterator[Routing]:
+        """What each layer's router said in ``step``, in the order of the layers."""
+        rows = self._rows(step)
+        requests_T = np.full(rows.stop - rows.start, self.number, dtype=np.int64)
+        layers = list(self.layers.items())
+        for (layer, said), later in zip(layers, [*layers[1:], None], strict=True):
+            ahead = {} if later is None else {later[0]: _float32(later[1].ahead_NE, rows)}
+            ids_TK = said.topk_ids_NK[rows].astype(np.int64)
+            yield Routing(layer, requests_T, ids_TK, _float32(said.topk_weights_NK, rows), ahead)
+
+    def _rows(self, step: int) -> slice:
+        if not 0 <= step < self.num_steps:
+            raise TraceError(f"step {step} of a request with {self.num_steps} steps was asked for")
+        return slice(self.num_prompt + step - 1, self.num_prompt + step) if step else slice(0, self.num_prompt)
+
+
+def _float32(values_NX: np.ndarray | None, rows: slice) -> np.ndarray:
+    assert values_NX is not None, "only the first layer has no look-ahead scores"
+    return values_NX[rows].astype(np.float32)
+
+
+class Trace:
+    """The routing of ``len(trace)`` requests; ``trace[i]`` reads one of them, ``layer`` one layer of all."""
+
+    def __init__(self, meta: TraceMeta, rows: Rows) -> None:
+        self.meta = meta
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self.requests_R2)
+
+    def __getitem__(self, number: int) -> RequestTrace:
+        if not 0 <= number < len(self):
+            raise IndexError(f"request {number} of a trace of {len(self)} requests was asked for")
+        start, stop = int(self.starts_R[number]), int(self.starts_R[number + 1])
+        layers = {layer: self.layer(layer, start, stop) for layer in self.meta.layers}
+        num_prompt = int(self.requests_R2[number, 1])
+        return RequestTrace(number, self._rows.read(TOKEN_IDS, start, stop), num_prompt, layers)
+
+    def __iter__(self) -> Iterator[RequestTrace]:
+        return (self[number] for number in range(len(self)))
+
+    @cached_property
+    def requests_R2(self) -> np.ndarray:
+        """Of each request, its number of tokens and how many of them are the prompt: int32 [R, 2]."""
+        return self._rows.read(REQUESTS, 0, None)
+
+    @cached_property
+    def starts_R(self) -> np.ndarray:
+        """The first row of each request, and behind the last where the rows end: int64 [R + 1]."""
+        return np.concatenate([[0], np.cumsum(self.requests_R2[:, 0], dtype=np.int64)])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all requests."""
+        return int(self.starts_R[-1])
+
+    def layer(self, layer: int, start: int = 0, stop: int | None = None) -> LayerTrace:
+        """One layer's routing of all tokens, or of rows ``start`` to ``stop``."""
+        columns = self.meta.columns()
+        names = [f"{kind}.{layer}" for kind in (IDS, WEIGHTS, LOOKAHEAD)]
+        return LayerTrace(*(self._rows.read(n, start, stop) if n in columns else None for n in names))  # type: ignore[arg-type]
