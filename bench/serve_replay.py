@@ -1,0 +1,175 @@
+"""Recorded routing in the routers' place, step by step, and experts that share rows of host memory.
+
+L MoE layers, R requests, P prompt tokens, K top-k, S decode steps, B bytes of a row, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from duoserve.config import Phase
+from duoserve.engine import StepScheduler
+from duoserve.errors import CopyError
+from duoserve.experts.layout import ExpertId, ExpertLayout
+from duoserve.experts.pinned import pin, unpin
+from duoserve.experts.rows import aligned_rows
+from duoserve.experts.store import ExpertStore
+from duoserve.models.moe import MoEBlock, RoutingScript
+from duoserve.models.transformer import DecoderLayer, Transformer
+from duoserve.scheduling.routing import Routing
+from duoserve.scheduling.trace import Trace
+
+PAGE_BYTES = 4096
+BLOCK_BYTES = (64 << 20) + PAGE_BYTES  # random bytes are repeated after so many: no divisor of an expert's row
+WEIGHT_STD = 0.02
+
+
+class HostArena:
+    """Host memory full of small random bfloat16 weights, page-locked if ``pinned``: any row of it is an expert."""
+
+    def __init__(self, nbytes: int, pinned: bool) -> None:
+        pages = aligned_rows(nbytes // PAGE_BYTES, PAGE_BYTES)
+        self.flat_B = pages.flatten()
+        block_B = random_weights(min(BLOCK_BYTES, nbytes // PAGE_BYTES * PAGE_BYTES))
+        for start in range(0, len(self.flat_B), len(block_B)):
+            part_B = self.flat_B[start : start + len(block_B)]
+            part_B.copy_(block_B[: len(part_B)])
+        self._pages = pages
+        self.pinned = pinned and pin(pages)
+
+    def close(self) -> None:
+        """Before the memory goes."""
+        if self.pinned:
+            unpin(self._pages)
+            self.pinned = False
+
+
+def random_weights(nbytes: int) -> Tensor:
+    """Small bfloat16 numbers as bytes."""
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(nbytes // 2, generator=generator) * WEIGHT_STD).bfloat16().view(torch.uint8)
+
+
+class SharedRows(ExpertStore):
+    """Every expert has a row of the arena; where these do not suffice, some share one."""
+
+    def __init__(self, arena: HostArena, layout: ExpertLayout, num_experts: int) -> None:
+        self.layout = layout
+        self.num_rows = len(arena.flat_B) // layout.slot_bytes
+        self._num_experts = num_experts
+        self._rows_NB = arena.flat_B[: self.num_rows * layout.slot_bytes].view(-1, layout.slot_bytes)
+
+    def read(self, expert: ExpertId, row_B: Tensor) -> None:
+        """As in ExpertStore."""
+        row = self.host_row(expert)
+        np.copyto(row_B.numpy(), row.numpy())
+
+    def host_row(self, expert: ExpertId) -> Tensor:
+        """As in ExpertStore; CopyError where the arena holds no row at all."""
+        if not self.num_rows:
+            raise CopyError(f"an expert of {self.layout.slot_bytes} bytes is larger than the arena")
+        return self._rows_NB[(expert.layer * self._num_experts + expert.expert) % self.num_rows]
+
+    def close(self) -> None:
+        """The arena is the caller's."""
+
+
+@dataclass(frozen=True)
+class Tape:
+    """The routing of some requests, side by side: their prompts in one pass, then a token of each a step."""
+
+    prompt_ids_LNK: Tensor
+    prompt_weights_LNK: Tensor
+    ids_SLRK: Tensor
+    weights_SLRK: Tensor
+
+    @classmethod
+    def of(cls, trace: Trace, numbers: Iterable[int], device: torch.device) -> Tape:
+        """Of the requests ``numbers`` of ``trace``, as far as the shortest goes."""
+        requests = [trace[number] for number in numbers]
+        num_steps = min(request.num_steps for request in requests)
+        prompts, *steps = [_side_by_side([request.routing(at) for request in requests]) for at in range(num_steps)]
+        decoded = [np.stack(parts) for parts in zip(*steps, strict=True)]
+        return cls(*(torch.from_numpy(part).to(device) for part in (*prompts, *decoded)))
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes on the device."""
+        parts = (self.prompt_ids_LNK, self.prompt_weights_LNK, self.ids_SLRK, self.weights_SLRK)
+        return sum(part.nbytes for part in parts)
+
+    def distinct(self, num_steps: int) -> int:
+        """Experts that the first ``num_steps`` decode steps ask for, each once a layer and step."""
+        steps = self.ids_SLRK[:num_steps].flatten(0, 1).flatten(1)
+        return sum(len(ids.unique()) for ids in steps.cpu())
+
+
+class RoutingReplay(RoutingScript):
+    """Plays the tape that was put in. A decode step's choice lies at one address in all steps, as a graph wants it."""
+
+    def __init__(self, tape: Tape, layers: Sequence[int]) -> None:
+        self._place = {layer: place for place, layer in enumerate(layers)}
+        self._ids_LRK, self._weights_LRK = tape.ids_SLRK[0].clone(), tape.weights_SLRK[0].clone()
+        self.play(tape)
+
+    def play(self, tape: Tape) -> None:
+        """From now on ``tape``, of as many requests as the first."""
+        self._tape = tape
+        self._step = -1  # of decode; -1 is the prompt
+
+    def begin(self, phase: Phase) -> None:
+        """A pass begins: a prompt from the beginning, or the next step."""
+        self._step = -1 if phase is Phase.PREFILL else self._step + 1
+        if phase is Phase.DECODE:
+            self._ids_LRK.copy_(self._tape.ids_SLRK[self._step])
+            self._weights_LRK.copy_(self._tape.weights_SLRK[self._step])
+
+    def chosen(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """As in RoutingScript."""
+        place, tape = self._place[layer], self._tape
+        if self._step < 0:
+            return tape.prompt_weights_LNK[place, :num_tokens], tape.prompt_ids_LNK[place, :num_tokens]
+        return self._weights_LRK[place, :num_tokens], self._ids_LRK[place, :num_tokens]
+
+
+def _side_by_side(passes: Sequence[Iterable[Routing]]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (int64) and weights (float32) [L, N, K] of one pass, the requests' rows one after another."""
+    said = [[(routing.topk_ids_TK, routing.topk_weights_TK) for routing in layers] for layers in passes]
+    ids, weights = ([np.stack([pair[at] for pair in layers]) for layers in said] for at in (0, 1))
+    return np.concatenate(ids, axis=1), np.concatenate(weights, axis=1)
+
+
+class ReplayedPasses(StepScheduler):
+    """Tells the replay of each pass before the scheduler."""
+
+    def __init__(self, scheduler: StepScheduler, replay: RoutingReplay) -> None:
+        self._scheduler = scheduler
+        self._replay = replay
+
+    def begin(self, phase: Phase, num_tokens: int) -> None:
+        """A pass begins."""
+        self._replay.begin(phase)
+        self._scheduler.begin(phase, num_tokens)
+
+    def end(self) -> None:
+        """The pass has ended."""
+        self._scheduler.end()
+
+
+def scripted(model: Transformer, script: RoutingScript) -> Transformer:
+    """The same model, whose routers' choice is the script's."""
+    return replace(model, layers=tuple(_scripted_layer(layer, script) for layer in model.layers))
+
+
+def moe_layers(model: Transformer) -> list[int]:
+    """The layers that have routed experts, in order."""
+    return [layer.ffn.layer for layer in model.layers if isinstance(layer.ffn, MoEBlock)]
+
+
+def _scripted_layer(layer: DecoderLayer, script: RoutingScript) -> DecoderLayer:
+    return replace(layer, ffn=replace(layer.ffn, script=script)) if isinstance(layer.ffn, MoEBlock) else layer
