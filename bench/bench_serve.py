@@ -59,7 +59,7 @@ class Bench:
 
     def run(self, parts: list[Part]) -> None:
         """Facts and ceilings first; a part that fails is noted, and the next runs in a fresh process."""
-        facts = self._worker.call("facts")
+        facts = self._worker.call("facts")  # a machine where this fails measures nothing, and its traceback says why
         self.result |= {"gpu": facts.pop("gpu"), "arena": facts, "ceilings": self._worker.call("ceilings")}
         for part in parts:
             self.result["parts"].append(part | self._outcome(part))

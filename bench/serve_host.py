@@ -14,7 +14,6 @@ from gpu_ceilings import gpu_facts, measure_ceilings
 
 from duoserve.experts.copy_engine import CopyEngine, ThreadedCopyEngine
 from duoserve.experts.cuda_streams import CudaStreams
-from duoserve.experts.device import free_bytes
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.stream_engine import StreamCopyEngine
@@ -141,11 +140,6 @@ class CpuHost(Host):
 
     def joules(self) -> None:
         """As in Host."""
-
-
-def free_device_bytes(host: Host) -> int:
-    """Bytes that may still be taken where the slots are."""
-    return free_bytes(host.device)
 
 
 class EnergyCounter:

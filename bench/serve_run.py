@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from serve_cells import Cell, Part
-from serve_host import Host, free_device_bytes
+from serve_host import Host
 from serve_models import Unavailable, Wired
 from serve_replay import HostArena, ReplayedPasses, RoutingReplay, SharedRows, Tape, moe_layers, scripted
 
@@ -19,6 +19,7 @@ from duoserve.config import EngineConfig
 from duoserve.engine import Engine, Request
 from duoserve.errors import MemoryBudgetError
 from duoserve.experts.budget import MemoryPlan, plan_memory
+from duoserve.experts.device import CPU, free_bytes
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.tickets import PIECE_BYTES
 from duoserve.kv_cache import PagedKVCache, kv_bytes_per_token
@@ -36,9 +37,9 @@ Figures = dict[str, Any]
 class Limits:
     """How long a cell is measured: ``steps`` of decode, but no more than ``seconds`` once there are ``least``."""
 
-    steps: int = 64
-    warm_steps: int = 24
-    seconds: float = 4.0
+    steps: int = 192
+    warm_steps: int = 64
+    seconds: float = 3.0
     least: int = 3
 
     def to_warm_up(self) -> Limits:
@@ -79,7 +80,8 @@ class Ground:
                 kv_bytes=max_context * kv_bytes_per_token(config, config.dtype),
                 workspace_bytes=workspace_bytes(config, config.dtype, device, max_context),
                 wanted=EngineConfig(expert_slots=cell.share, host_memory=0),
-                available_bytes=free_device_bytes(self.host),
+                available_bytes=free_bytes(device),
+                host_available_bytes=free_bytes(CPU) if self.host.pins else None,
                 needs_all=policy.all_resident,
             )
         except MemoryBudgetError as error:

@@ -32,10 +32,10 @@ TINY_LIMITS = Limits(steps=5, warm_steps=2, seconds=2.0)
 class ServeBench:
     """Each method is one part of the bench."""
 
-    def __init__(self, is_tiny: bool, arena_gib: float) -> None:
+    def __init__(self, is_tiny: bool, arena_gib: float, host: Host | None = None) -> None:
         self._tiny = is_tiny
         self._arena_bytes = TINY_ARENA_BYTES if is_tiny else int(arena_gib * 2**30)
-        self._host: Host = CpuHost() if self._tiny else GpuHost()
+        self._host: Host = host or (CpuHost() if is_tiny else GpuHost())
         self._arenas: dict[bool, HostArena] = {}
         self._tapes: dict[tuple[str, int, int], tuple[Tape, Tape]] = {}
 

@@ -25,7 +25,7 @@ import bench_serve  # noqa: E402 (the benches are no package)
 import serve_figures  # noqa: E402
 import serve_report  # noqa: E402
 from serve_cells import BASE, BATCHES, GRAPH, PARTS, PROMPTS, SHARES, Cell, cells  # noqa: E402
-from serve_host import CpuHost  # noqa: E402
+from serve_host import CpuHost, GpuHost  # noqa: E402
 from serve_models import MODELS, Unavailable  # noqa: E402
 from serve_replay import HostArena, RoutingReplay, SharedRows, Tape  # noqa: E402
 from serve_worker import ServeBench  # noqa: E402
@@ -228,6 +228,23 @@ def test_accelerate_is_measured_beside_it(model: str, bench: ServeBench) -> None
     assert found["ttft_s"] > 0 and len(found["itl_s"]) == 2
     small = MODELS[model].card.num_experts * 3 * (3 * 64 * 32 * 2)  # experts x layers x their three matrices
     assert found["moved_bytes"] == small
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("model", [MIXTRAL, QWEN3])
+def test_every_cell_on_a_gpu(model: str) -> None:
+    bench = ServeBench(is_tiny=True, arena_gib=0, host=GpuHost())
+    rates, parts = bench.ceilings(), []
+    for cell in (cell for stage in cells([model]) for cell in stage):
+        measured = bench.cell(**cell.to_dict())
+        if "unavailable" not in measured:
+            row = serve_figures.figures(measured, rates)
+            assert row["ttft_s"] > 0 and row["tpot_p50_s"] > 0
+            found = {"name": cell.name, "model": model, "cell": cell.to_dict(), "status": "measured"}
+            parts.append(found | {"measured": measured, "row": row})
+    bench.close()
+    assert len(parts) > 15 and {check["passed"] for check in serve_figures.checks(parts)} == {True}
 
 
 def test_the_cpu_has_no_figures_of_a_gpu() -> None:
