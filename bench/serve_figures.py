@@ -107,9 +107,9 @@ def _with_longest(rows: Sequence[list[int]]) -> list[tuple[list[int], list[int]]
 
 
 def asks_for_the_tape(measured: dict[str, Any]) -> bool:
-    """Whether the decode steps asked for as many experts as the tape names."""
+    """Whether each layer of each decode step asked for the tape's experts, and all were counted."""
     stats = measured["stats"]
-    return bool(stats["hits_decode"] + stats["misses_decode"] == measured["asked"])
+    return measured["as_taped"] and stats["hits_decode"] + stats["misses_decode"] == measured["asked"]
 
 
 def keeps_the_plan(measured: dict[str, Any]) -> bool:

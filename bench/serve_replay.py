@@ -15,13 +15,14 @@ from torch import Tensor
 from duoserve.config import Phase
 from duoserve.engine import StepScheduler
 from duoserve.errors import CopyError
-from duoserve.experts.layout import ExpertId, ExpertLayout
+from duoserve.experts.layout import ExpertId, ExpertLayout, round_up
 from duoserve.experts.pinned import pin, unpin
 from duoserve.experts.rows import aligned_rows
 from duoserve.experts.store import ExpertStore
 from duoserve.models.moe import MoEBlock, RoutingScript
 from duoserve.models.transformer import DecoderLayer, Transformer
 from duoserve.scheduling.routing import Routing
+from duoserve.scheduling.source import ExpertSource, Lease
 from duoserve.scheduling.trace import Trace
 
 PAGE_BYTES = 4096
@@ -103,10 +104,10 @@ class Tape:
         parts = (self.prompt_ids_LNK, self.prompt_weights_LNK, self.ids_SLRK, self.weights_SLRK)
         return sum(part.nbytes for part in parts)
 
-    def distinct(self, num_steps: int) -> int:
-        """Experts that the first ``num_steps`` decode steps ask for, each once a layer and step."""
-        steps = self.ids_SLRK[:num_steps].flatten(0, 1).flatten(1)
-        return sum(len(ids.unique()) for ids in steps.cpu())
+    def experts(self, num_steps: int) -> list[set[int]]:
+        """What each layer asks for in the first ``num_steps`` decode steps, layer by layer in every step."""
+        layers = self.ids_SLRK[:num_steps].flatten(0, 1).flatten(1)
+        return [set(ids) for ids in layers.tolist()]
 
 
 class RoutingReplay(RoutingScript):
@@ -114,7 +115,7 @@ class RoutingReplay(RoutingScript):
 
     def __init__(self, tape: Tape, layers: Sequence[int]) -> None:
         self._place = {layer: place for place, layer in enumerate(layers)}
-        self._ids_LRK, self._weights_LRK = tape.ids_SLRK[0].clone(), tape.weights_SLRK[0].clone()
+        self._ids_LN, self._weights_LN = (_aligned_like(steps[0]) for steps in (tape.ids_SLRK, tape.weights_SLRK))
         self.play(tape)
 
     def play(self, tape: Tape) -> None:
@@ -126,15 +127,27 @@ class RoutingReplay(RoutingScript):
         """A pass begins: a prompt from the beginning, or the next step."""
         self._step = -1 if phase is Phase.PREFILL else self._step + 1
         if phase is Phase.DECODE:
-            self._ids_LRK.copy_(self._tape.ids_SLRK[self._step])
-            self._weights_LRK.copy_(self._tape.weights_SLRK[self._step])
+            for now_LN, steps_SLRK in (
+                (self._ids_LN, self._tape.ids_SLRK),
+                (self._weights_LN, self._tape.weights_SLRK),
+            ):
+                chosen_LN = steps_SLRK[self._step].flatten(1)
+                now_LN[:, : chosen_LN.shape[1]].copy_(chosen_LN)
 
     def chosen(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         """As in RoutingScript."""
         place, tape = self._place[layer], self._tape
         if self._step < 0:
             return tape.prompt_weights_LNK[place, :num_tokens], tape.prompt_ids_LNK[place, :num_tokens]
-        return self._weights_LRK[place, :num_tokens], self._ids_LRK[place, :num_tokens]
+        top_k = tape.ids_SLRK.shape[-1]
+        weights_N, ids_N = (now_LN[place, : num_tokens * top_k] for now_LN in (self._weights_LN, self._ids_LN))
+        return weights_N.view(-1, top_k), ids_N.view(-1, top_k)
+
+
+def _aligned_like(step_LRK: Tensor) -> Tensor:
+    """Room for a step, every layer on 16 bytes: Triton compiles another kernel for pointers that are not."""
+    width = round_up(step_LRK[0].numel(), 16 // step_LRK.element_size())
+    return step_LRK.new_zeros(len(step_LRK), width)
 
 
 def _side_by_side(passes: Sequence[Iterable[Routing]]) -> tuple[np.ndarray, np.ndarray]:
@@ -142,6 +155,19 @@ def _side_by_side(passes: Sequence[Iterable[Routing]]) -> tuple[np.ndarray, np.n
     said = [[(routing.topk_ids_TK, routing.topk_weights_TK) for routing in layers] for layers in passes]
     ids, weights = ([np.stack([pair[at] for pair in layers]) for layers in said] for at in (0, 1))
     return np.concatenate(ids, axis=1), np.concatenate(weights, axis=1)
+
+
+class AskedFor(ExpertSource):
+    """Notes what the layers ask ``source`` for, in ``experts``."""
+
+    def __init__(self, source: ExpertSource) -> None:
+        self._source = source
+        self.experts: list[Sequence[int]] = []
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> Lease:
+        """As in ExpertSource."""
+        self.experts.append(experts)
+        return self._source.acquire(layer, experts)
 
 
 class ReplayedPasses(StepScheduler):

@@ -13,7 +13,7 @@ import torch
 from serve_cells import Cell, Part
 from serve_host import Host
 from serve_models import Unavailable, Wired
-from serve_replay import HostArena, ReplayedPasses, RoutingReplay, SharedRows, Tape, moe_layers, scripted
+from serve_replay import AskedFor, HostArena, ReplayedPasses, RoutingReplay, SharedRows, Tape, moe_layers, scripted
 
 from duoserve.config import EngineConfig
 from duoserve.engine import Engine, Request
@@ -54,6 +54,7 @@ class Served:
     engine: Engine
     meter: Meter
     replay: RoutingReplay
+    asked_for: AskedFor
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,12 @@ class Ground:
         with closing(make_scheduler(config, pool, copies, policy, meter)) as scheduler:
             if policy.all_resident:
                 scheduler.load_all()
-            built = self.model.family.build(config, self.model.reader(device), scheduler, pool.weights)
+            asked_for = AskedFor(scheduler)
+            built = self.model.family.build(config, self.model.reader(device), asked_for, pool.weights)
             replay = RoutingReplay(self.warm, moe_layers(built))
             cache = PagedKVCache(config, max_context, config.dtype, device)
             passes = ReplayedPasses(scheduler, replay)
-            yield Served(Engine(scripted(built, replay), config, passes, cache, meter), meter, replay)
+            yield Served(Engine(scripted(built, replay), config, passes, cache, meter), meter, replay, asked_for)
 
 
 def run(cell: Cell, ground: Ground, limits: Limits) -> Figures:
@@ -116,16 +118,18 @@ def run(cell: Cell, ground: Ground, limits: Limits) -> Figures:
     with ground.served(plan, policy, part, max_context) as served:
         _request(served, ground.warm, cell, ground.host, limits.to_warm_up())
         figures = _request(served, ground.measured, cell, ground.host, limits)
+        asked = served.asked_for.experts[ground.num_moe_layers :]  # behind the prompt's
         digest = _digest(served, ground.measured, cell, ground.model)
         peak = ground.host.peak_bytes()
-    steps = figures["steps"]
+    taped = ground.measured.experts(figures["steps"])
     return figures | {
         "slots": plan.num_slots,
         "slot_bytes": plan.slot_bytes,
         "planned_bytes": plan.total_bytes,
         "peak_bytes": None if peak is None else peak - held,
         "logits": digest,
-        "asked": ground.measured.distinct(steps),
+        "asked": sum(map(len, taped)),
+        "as_taped": [set(experts) for experts in asked] == taped,
         "layers": ground.num_moe_layers,
         "dense_active_bytes": ground.model.active_dense_elements * ground.model.config.dtype.itemsize,
         "flop": prefill_flop(ground.model, ground.num_moe_layers, cell),
@@ -145,6 +149,7 @@ def prefill_flop(model: Wired, num_moe_layers: int, cell: Cell) -> int:
 def _request(served: Served, tape: Tape, cell: Cell, host: Host, limits: Limits) -> Figures:
     """One request of ``cell.batch`` prompts, for ``limits.steps`` of decode or as long as there is time."""
     served.replay.play(tape)
+    served.asked_for.experts.clear()
     settings = SamplingParams(max_tokens=min(limits.steps, len(tape.ids_SLRK)) + 1, temperature=0.0, ignore_eos=True)
     requests = [Request(_prompt(cell, row), settings) for row in range(cell.batch)]
     energy, first, began = [host.joules()], None, time.perf_counter()
