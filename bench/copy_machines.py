@@ -11,7 +11,7 @@ from gpu_timing import Queued, times_us
 from torch import Tensor
 
 from duoserve.experts.rows import aligned_rows
-from duoserve.kernels import HostRows, Work, page_gather
+from duoserve.kernels import HostRows, HostWork, page_gather
 from duoserve.kernels.reference_copies import page_gather as gather_on_host
 
 ROUNDS = 7
@@ -53,7 +53,7 @@ class GpuCopies(CopyMachine):
         pairs = list(zip(host_NB, device_NB, strict=True))
         if way is Way.ZERO_COPY:
             source = HostRows.of(list(host_NB), "cuda")
-            works = [Work.of([(row, row)], "cuda") for row in range(len(host_NB))]
+            works = [HostWork.of([(row, row)], "cuda") for row in range(len(host_NB))]
             return [lambda work=work: page_gather(source, work, device_NB) for work in works], device_NB
         if way in (Way.TO_DEVICE, Way.TO_DEVICE_PAGEABLE):
             return [lambda h=h, d=d: d.copy_(h, non_blocking=True) for h, d in pairs], device_NB
@@ -80,7 +80,7 @@ class HostCopies(CopyMachine):
 def _host_steps(way: Way, source_NB: Tensor, target_NB: Tensor) -> list[Step]:
     if way is Way.ZERO_COPY:
         source = HostRows.of(list(source_NB), "cpu")
-        works = [Work.of([(row, row)], "cpu") for row in range(len(source_NB))]
+        works = [HostWork.of([(row, row)], "cpu") for row in range(len(source_NB))]
         return [lambda work=work: gather_on_host(source, work, target_NB) for work in works]
     return [lambda s=s, t=t: t.copy_(s) for s, t in zip(source_NB, target_NB, strict=True)]
 

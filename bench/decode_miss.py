@@ -17,7 +17,7 @@ from duoserve.kernels.copies import page_gather
 from duoserve.kernels.host_rows import HostRows
 from duoserve.kernels.moe_fill import moe_down_fill, moe_up_fill
 from duoserve.kernels.moe_gemm import moe_down, moe_up
-from duoserve.kernels.routing import Work
+from duoserve.kernels.routing import HostWork
 
 MAX_MISSES, HOST_BYTES = 64, 200_000_000
 
@@ -33,7 +33,7 @@ class Miss:
         self.host_SB = rows_SB.pin_memory() if pool.device == "cuda" else rows_SB
         self.plan = reference.route_plan(step.ids_TK, torch.full_like(step.slots_E, -1))
         self.buffers = Buffers.of(step, pool.shape)
-        self.works = [Work.of([(expert, slot)], pool.device) for slot in range(self.count)]
+        self.works = [HostWork.of([(expert, slot)], pool.device) for slot in range(self.count)]
         self.sources = [self._source(expert, row_B) for row_B in self.host_SB]
 
     def _source(self, expert: int, row_B: Tensor) -> HostRows:

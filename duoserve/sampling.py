@@ -102,8 +102,9 @@ class Sampler:
 
 
 def _check_finite(scores_V: Tensor, position: int) -> None:
-    bad = len(scores_V) - int(scores_V.isfinite().sum())
-    if bad:
+    lowest, highest = torch.aminmax(scores_V)  # a NaN is both
+    if not math.isfinite(float(lowest)) or not math.isfinite(float(highest)):
+        bad = len(scores_V) - int(scores_V.isfinite().sum())
         raise DuoServeError(
             f"the model produced non-finite logits ({bad} of {len(scores_V)}) for token {position} of the sequence: "
             "a weight or an activation is NaN or too large for its dtype"

@@ -21,14 +21,16 @@ from duoserve.kernels.matmul import linear
 from duoserve.kernels.paging import context_rows
 from duoserve.kernels.reference import apply_rope, attention, rope_table
 from duoserve.kernels.reference_attention import QUERY_ROWS
-from duoserve.kernels.routing import RoutePlan, Work
+from duoserve.kernels.routing import DeviceWork, HostWork, RoutePlan, Work
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights
 
 __all__ = [
     "QUERY_ROWS",
+    "DeviceWork",
     "ExpertFormat",
     "ExpertWeights",
     "HostRows",
+    "HostWork",
     "RoutePlan",
     "Work",
     "add_rms_norm",

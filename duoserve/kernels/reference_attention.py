@@ -108,13 +108,16 @@ def decode_attention(
     or int64, like the table). A length of 0 gives zeros: that is how a padded batch marks its padding. ``attention``
     has the formula.
     """
-    out_BHD = torch.zeros((*q_BHD.shape[:2], v_pages_PSGD.shape[-1]), dtype=q_BHD.dtype, device=q_BHD.device)
+    attended = []
     for sequence, length in enumerate(lengths_B.tolist()):
+        q_1HD = q_BHD[sequence : sequence + 1]
         if length:
             rows_C = context_rows(page_table_BM[sequence].tolist(), length, k_pages_PSGD.shape[1])
             k_CGD, v_CGD = k_pages_PSGD.flatten(0, 1)[rows_C], v_pages_PSGD.flatten(0, 1)[rows_C]
-            out_BHD[sequence] = attention(q_BHD[sequence][None], k_CGD, v_CGD, scale, window, sinks_H)[0]
-    return out_BHD
+            attended.append(attention(q_1HD, k_CGD, v_CGD, scale, window, sinks_H))
+        else:
+            attended.append(q_1HD.new_zeros((1, q_1HD.shape[1], v_pages_PSGD.shape[-1])))
+    return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
 def mla_decode_attention(

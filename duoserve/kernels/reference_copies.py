@@ -11,7 +11,7 @@ from torch import Tensor
 
 from duoserve.kernels import reference
 from duoserve.kernels.host_rows import HostRows, offset_in_row
-from duoserve.kernels.routing import RoutePlan, Work
+from duoserve.kernels.routing import HostWork, RoutePlan, Work
 from duoserve.kernels.weights import ExpertWeights, Matrix
 
 ALL_BITS = 0xFF  # NaN in every float format, and in the scales of the others
@@ -72,4 +72,4 @@ def _filled(weights: ExpertWeights, matrix: Matrix, source: HostRows, work: Work
             start, size = offset_in_row(part, weights), part.shape[1:].numel() * part.element_size()
             part[slot].copy_(row_B[start : start + size].view(part.dtype).view(part.shape[1:]))
         filled.append((expert, slot))
-    return Work.of(filled, work.experts_W.device), lost
+    return HostWork.of(filled, work.experts_W.device), lost

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Scoring = Literal["softmax", "sigmoid", "softmax_of_topk"]
@@ -23,8 +22,9 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     ``x / sqrt(...)`` is rounded to the input's dtype before the weight is applied, as checkpoints were trained.
     Source: Zhang and Sennrich (2019).
     """
-    normed_TH = F.rms_norm(x_TH.float(), x_TH.shape[-1:], eps=eps)
-    return weight_H * normed_TH.to(x_TH.dtype)
+    wide_TH = x_TH.float()
+    mean_T1 = (wide_TH * wide_TH).sum(-1, keepdim=True) / x_TH.shape[-1]
+    return weight_H * (wide_TH * (mean_T1 + eps).rsqrt()).to(x_TH.dtype)
 
 
 def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -115,13 +115,12 @@ def router_topk(
     if n_group > 1:
         choice_TE = _only_best_groups(choice_TE, n_group, topk_group, best=2 if scoring == "sigmoid" else 1)
     ids_TK = _best(choice_TE, top_k)
-    if scoring == "softmax_of_topk":
+    if scoring == "softmax_of_topk" or (scoring == "softmax" and renormalize):  # one number, written in two ways
         weights_TK = logits.gather(1, ids_TK).softmax(-1)
     else:
         weights_TK = (logits.softmax(-1) if scoring == "softmax" else scores_TE).gather(1, ids_TK)
         if renormalize:
-            total_T1 = weights_TK.sum(-1, keepdim=True)
-            weights_TK = weights_TK / (total_T1 + 1e-20 if scoring == "sigmoid" else total_T1)
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     return (weights_TK if scale == 1.0 else weights_TK * scale).to(round_to).float(), ids_TK
 
 
@@ -158,7 +157,7 @@ def moe_combine(y_TKH: Tensor, topk_weights_TK: Tensor, shared_TH: Tensor | None
 
     Summed in float32 and in the order of j, so that no arrival order of experts shows.
     """
-    out_TH = y_TKH[:, 0].float() * topk_weights_TK[:, :1]
+    out_TH = y_TKH[:, 0] * topk_weights_TK[:, :1]  # float32, as one factor is
     for j in range(1, y_TKH.shape[1]):
-        out_TH = out_TH + y_TKH[:, j].float() * topk_weights_TK[:, j : j + 1]
+        out_TH = out_TH + y_TKH[:, j] * topk_weights_TK[:, j : j + 1]
     return (out_TH if shared_TH is None else out_TH + shared_TH.float()).to(y_TKH.dtype)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from duoserve.kernels.checks import check_contiguous, check_one_device, check_tensor, require
-from duoserve.kernels.routing import RoutePlan, Work
+from duoserve.kernels.routing import DeviceWork, RoutePlan
 
 # One CTA sorts up to this many rows by comparing each with all: 2 us of compares at 512. Above it, blocks of rows.
 SMALL_ROWS = 512
@@ -148,7 +148,7 @@ def route_plan(topk_ids_TK: Tensor, slots_E: Tensor) -> RoutePlan:
         _plan_small(topk_ids_TK, slots_E, order_N, starts_E1, lists)
     else:
         _plan_large(topk_ids_TK, slots_E, order_N, starts_E1, lists)
-    resident, missing = (Work(experts, slots, count[:1]) for experts, slots, count in lists)
+    resident, missing = (DeviceWork(experts, slots, count[:1]) for experts, slots, count in lists)
     return RoutePlan(order_N, starts_E1, resident, missing, top_k)
 
 

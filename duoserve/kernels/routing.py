@@ -8,50 +8,82 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(Protocol):
     """The experts that one launch computes, and the slots that they are in.
 
     ``experts_W`` and ``slots_W`` (int32) count to ``count_1`` (int32 [1], on the device), the entries after it are -1.
-    Experts ascend. A slot of -1 is an expert that is in no slot: only ops that say so take it. ``host_pairs`` are the
-    entries where the host has made the list.
+    Experts ascend. A slot of -1 is an expert that is in no slot: only ops that say so take it.
     """
+
+    @property
+    def experts_W(self) -> Tensor: ...
+
+    @property
+    def slots_W(self) -> Tensor: ...
+
+    @property
+    def count_1(self) -> Tensor: ...
+
+    def pairs(self) -> Sequence[tuple[int, int]]:
+        """The (expert, slot) pairs on the host. Waits for the device unless the host has made the list."""
+        ...
+
+
+@dataclass(frozen=True)
+class DeviceWork:
+    """A work list that the device has made."""
 
     experts_W: Tensor
     slots_W: Tensor
     count_1: Tensor
-    host_pairs: Sequence[tuple[int, int]] | None = None
-
-    @classmethod
-    def of(cls, pairs: Iterable[tuple[int, int]], device: torch.device | str = "cpu") -> Work:
-        """The work list of (expert, slot) ``pairs`` that the host knows, in ascending order of the experts."""
-        sorted_pairs = sorted(pairs)
-        return cls.lists([sorted_pairs], len(sorted_pairs), device)[0]
-
-    @classmethod
-    def lists(
-        cls, works: Sequence[Sequence[tuple[int, int]]], num_entries: int, device: torch.device | str
-    ) -> list[Work]:
-        """Work lists of ``num_entries`` entries each, from pairs in ascending order of the experts, in one transfer."""
-        rows = []
-        for pairs in works:
-            unused = [-1] * (num_entries - len(pairs))
-            rows += [*(expert for expert, _ in pairs), *unused, *(slot for _, slot in pairs), *unused, len(pairs)]
-        table = torch.tensor(rows, dtype=torch.int32, device=device)
-        parts = iter(torch.split_with_sizes(table, [num_entries, num_entries, 1] * len(works)))
-        return [cls(*fields) for fields in zip(parts, parts, parts, works, strict=True)]
 
     def pairs(self) -> Sequence[tuple[int, int]]:
-        """The (expert, slot) pairs on the host. Waits for the device unless the host has made the list."""
-        if self.host_pairs is not None:
-            return self.host_pairs
         count = int(self.count_1)
         return list(zip(self.experts_W[:count].tolist(), self.slots_W[:count].tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class HostWork:
+    """A work list of ``num_entries`` entries that the host has made; the device gets it when an op reads it there."""
+
+    host_pairs: Sequence[tuple[int, int]]
+    num_entries: int
+    device: torch.device | str
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[int, int]], device: torch.device | str = "cpu") -> HostWork:
+        """The (expert, slot) ``pairs``, in ascending order of the experts and without unused entries."""
+        sorted_pairs = sorted(pairs)
+        return cls(sorted_pairs, len(sorted_pairs), device)
+
+    def pairs(self) -> Sequence[tuple[int, int]]:
+        return self.host_pairs
+
+    @property
+    def experts_W(self) -> Tensor:
+        return self._parts[0]
+
+    @property
+    def slots_W(self) -> Tensor:
+        return self._parts[1]
+
+    @property
+    def count_1(self) -> Tensor:
+        return self._parts[2]
+
+    @cached_property
+    def _parts(self) -> tuple[Tensor, ...]:
+        """Experts, slots and their count, in one transfer."""
+        unused = [-1] * (self.num_entries - len(self.host_pairs))
+        experts, slots = ([*(pair[i] for pair in self.host_pairs), *unused] for i in (0, 1))
+        table = torch.tensor([*experts, *slots, len(self.host_pairs)], dtype=torch.int32, device=self.device)
+        return torch.split_with_sizes(table, [self.num_entries, self.num_entries, 1])
 
 
 @dataclass(frozen=True)
@@ -75,6 +107,12 @@ class RoutePlan:
         """``starts_E1`` on the host. Waits for the device once."""
         starts: list[int] = self.starts_E1.tolist()
         return starts
+
+    @cached_property
+    def order(self) -> list[int]:
+        """``order_N`` on the host. Waits for the device once."""
+        order: list[int] = self.order_N.tolist()
+        return order
 
     def rows(self, expert: int) -> tuple[int, int]:
         """The half-open range of sorted rows that belong to ``expert``, read on the host."""

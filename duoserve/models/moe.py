@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from duoserve import kernels
-from duoserve.kernels import ExpertWeights, Work
+from duoserve.kernels import ExpertWeights, HostWork
 from duoserve.models.tap import RoutingTap
 from duoserve.scheduling.source import ExpertSource
 
@@ -54,7 +54,7 @@ class MoEBlock:
         y_NH = x_TH.new_empty(topk_ids_TK.numel(), x_TH.shape[1])
         with self.source.acquire(self.layer, plan.by_demand()) as lease:
             for ready in lease:
-                work = Work.of(ready, x_TH.device)
+                work = HostWork.of(ready, x_TH.device)
                 kernels.moe_up(x_TH, self.weights, plan, work, act_NI)
                 kernels.moe_down(act_NI, self.weights, plan, work, y_NH)
         return kernels.moe_combine(y_NH.view(*topk_ids_TK.shape, -1), topk_weights_TK)

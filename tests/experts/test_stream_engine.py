@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Collection, Iterator
+from contextlib import closing
 
 import pytest
 import torch
@@ -82,24 +83,24 @@ def rig() -> Iterator[Rig]:
 @settings(max_examples=60, deadline=None)
 def test_kernels_read_what_was_asked_for(data: st.DataObject, seed: int, in_ram: set[ExpertId]) -> None:
     """Slots are used again and again while the device is far behind: no copy too early, no kernel too early."""
-    rig = Rig(PartlyInRam(in_ram), seed)
     steps = data.draw(
         st.lists(st.tuples(st.sampled_from(EXPERTS), st.integers(0, 2), st.sampled_from(Priority)), max_size=25)
     )
-    for expert, slot, priority in steps:
-        ticket = rig.engine.submit(expert, slot, priority)
-        if priority is PREFETCH and data.draw(st.booleans()):
-            rig.engine.promote(ticket)
-        if data.draw(st.integers(0, 4)) == 0 and rig.engine.cancel(ticket):
-            assert ticket.state is TicketState.CANCELLED
-            continue
-        rig.bring(ticket)
-        assert ticket.state is TicketState.DONE
-        for _ in range(data.draw(st.integers(1, 2))):
-            rig.kernel(slot, expert)
-        rig.engine.fence([slot])
-    rig.streams.finish()
-    rig.engine.close()
+    rig = Rig(PartlyInRam(in_ram), seed)
+    with closing(rig.engine):  # however drawing ends
+        for expert, slot, priority in steps:
+            ticket = rig.engine.submit(expert, slot, priority)
+            if priority is PREFETCH and data.draw(st.booleans()):
+                rig.engine.promote(ticket)
+            if data.draw(st.integers(0, 4)) == 0 and rig.engine.cancel(ticket):
+                assert ticket.state is TicketState.CANCELLED
+                continue
+            rig.bring(ticket)
+            assert ticket.state is TicketState.DONE
+            for _ in range(data.draw(st.integers(1, 2))):
+                rig.kernel(slot, expert)
+            rig.engine.fence([slot])
+        rig.streams.finish()
     assert not rig.wrong
     done = rig.reads > 0
     assert bool(rig.copied) is done and all(begin <= end for begin, end, _ in rig.copied)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from duoserve.experts.layout import ExpertLayout
-from duoserve.kernels import RoutePlan, Work, moe_gemm, reference
+from duoserve.kernels import HostWork, RoutePlan, Work, moe_gemm, reference
 from duoserve.kernels.configs import GemmConfig, gemm_config
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat, QuantizedLayout
@@ -50,7 +50,7 @@ class Case:
     def arrived(self) -> Work:
         """The missing experts, now that they are in their slots."""
         pairs = [(expert, int(self.slots_E[expert])) for expert, _ in self.plan.missing.pairs()]
-        return Work.of(pairs, DEVICE)
+        return HostWork.of(pairs, DEVICE)
 
     @property
     def computed(self) -> Tensor:
@@ -102,7 +102,7 @@ def layer(
 ) -> tuple[Tensor, Tensor]:
     """(act, y) of the GEMMs, by one launch of all experts or by a launch for each list of (expert, slot) pairs."""
     act, y = case.act(), case.y()
-    works = [case.all_work] if launches is None else [Work.of(pairs, DEVICE) for pairs in launches]
+    works = [case.all_work] if launches is None else [HostWork.of(pairs, DEVICE) for pairs in launches]
     for work in works:
         moe_gemm.moe_up(case.x_TH, case.pool.weights, case.plan, work, act, config)
     for work in works:

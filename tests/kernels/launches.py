@@ -16,9 +16,9 @@ import torch
 
 from duoserve.experts.layout import ExpertLayout
 from duoserve.kernels import (
+    DeviceWork,
     ExpertWeights,
     RoutePlan,
-    Work,
     attention_gqa,
     attention_mla,
     combine,
@@ -169,7 +169,7 @@ def expert_weights(dtype: torch.dtype, format: ExpertFormat, group: int, hidden:
 def routing(tokens: int) -> RoutePlan:
     """A plan of TOP_K of EXPERTS; no kernel makes it."""
     lists = torch.empty(2, 3, EXPERTS, dtype=torch.int32)
-    resident, missing = (Work(experts, slots, count[:1]) for experts, slots, count in lists)
+    resident, missing = (DeviceWork(experts, slots, count[:1]) for experts, slots, count in lists)
     order_R, starts_E1 = (torch.empty(size, dtype=torch.int32) for size in (tokens * TOP_K, EXPERTS + 1))
     return RoutePlan(order_R, starts_E1, resident, missing, TOP_K)
 

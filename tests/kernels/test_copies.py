@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duoserve.errors import KernelError
-from duoserve.kernels import Work, copies, moe_gemv, reference_copies
+from duoserve.kernels import DeviceWork, HostWork, Work, copies, moe_gemv, reference_copies
 from duoserve.kernels.host_rows import HostRows
 from tests.kernels.common import DEVICE, assert_same_bits, poisoned
 from tests.kernels.experts_case import make_case
@@ -42,7 +42,7 @@ def test_rows_arrive_whole_and_alone(experts: int, row_bytes: int, away: float, 
     source = HostRows.of([row_B if has else None for row_B, has in zip(rows_EB, has_row, strict=True)], DEVICE)
     slots = torch.randperm(experts + 2, generator=generator)[:experts].tolist()
     pairs = [(e, slots[e]) for e in range(experts) if torch.rand(1, generator=generator) < away]
-    work = Work.lists([pairs], experts, DEVICE)[0]
+    work = HostWork(pairs, experts, DEVICE)
     # What comes after the count is not read.
     work.experts_W[len(pairs) :], work.slots_W[len(pairs) :] = 0, slots[0]
     expected_SB = before_SB.clone()
@@ -59,7 +59,7 @@ def test_however_many_ctas(ctas: int) -> None:
     rows_EB = random_rows(3, 40960, torch.Generator().manual_seed(0))
     pool_SB = torch.zeros(3, 40960, dtype=torch.uint8, device=DEVICE)
     with patch.object(copies, "COPY_CTAS", ctas), patch.object(copies, "machine", lambda device: (0, 100)):
-        copies.page_gather(HostRows.of(list(rows_EB), DEVICE), Work.of([(0, 2), (1, 0), (2, 1)], DEVICE), pool_SB)
+        copies.page_gather(HostRows.of(list(rows_EB), DEVICE), HostWork.of([(0, 2), (1, 0), (2, 1)], DEVICE), pool_SB)
     assert torch.equal(pool_SB.cpu(), rows_EB[[1, 2, 0]])
 
 
@@ -67,7 +67,7 @@ def test_however_many_ctas(ctas: int) -> None:
 def test_a_slot_that_does_not_exist_is_left_out(gather: Gather) -> None:
     rows_EB = random_rows(3, 64, torch.Generator().manual_seed(1))
     pool_SB = torch.zeros(2, 64, dtype=torch.uint8, device=DEVICE)
-    gather(HostRows.of(list(rows_EB), DEVICE), Work.of([(0, -1), (1, 1), (2, 2)], DEVICE), pool_SB)
+    gather(HostRows.of(list(rows_EB), DEVICE), HostWork.of([(0, -1), (1, 1), (2, 2)], DEVICE), pool_SB)
     assert torch.equal(pool_SB.cpu(), torch.stack([torch.zeros(64, dtype=torch.uint8), rows_EB[1]]))
 
 
@@ -90,7 +90,7 @@ def test_one_token_of_gathered_experts_has_the_resident_bits(gather: Gather) -> 
 def test_nothing_to_do_touches_nothing() -> None:
     pool_SB = torch.ones(2, 64, dtype=torch.uint8, device=DEVICE)
     source = HostRows.of([None], DEVICE)
-    for work in (Work.of([], DEVICE), Work.lists([[]], 4, DEVICE)[0]):
+    for work in (HostWork.of([], DEVICE), HostWork([], 4, DEVICE)):
         copies.page_gather(source, work, pool_SB)
     assert bool((pool_SB == 1).all())
 
@@ -118,13 +118,13 @@ def test_rows_that_are_not_pinned_are_refused() -> None:
 
 def test_wrong_operands_are_refused() -> None:
     source = HostRows.of(list(random_rows(2, 64, torch.Generator())), DEVICE)
-    work, pool_SB = Work.of([(0, 0)], DEVICE), torch.zeros(2, 80, dtype=torch.uint8, device=DEVICE)
+    work, pool_SB = HostWork.of([(0, 0)], DEVICE), torch.zeros(2, 80, dtype=torch.uint8, device=DEVICE)
     for message, operands in {
         "rows have 64 bytes and the slots 80": (source, work, pool_SB),
         "pool_SB is torch.int8": (source, work, pool_SB.view(torch.int8)),
         "pool_SB must be contiguous": (source, work, pool_SB[:, :64]),
         "do not begin on 16 bytes": (source, work, pool_SB.view(-1)[8:136].view(2, 64)),
-        "slots_W is torch.int64": (source, Work(work.experts_W, work.slots_W.long(), work.count_1), pool_SB),
+        "slots_W is torch.int64": (source, DeviceWork(work.experts_W, work.slots_W.long(), work.count_1), pool_SB),
         "one device": (source, work, pool_SB.to("meta")),
         "2147483648 bytes; fewer": (source, work, torch.empty(0, 2**31, dtype=torch.uint8, device=DEVICE)),
     }.items():

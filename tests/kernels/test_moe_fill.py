@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duoserve.errors import KernelError
-from duoserve.kernels import Work, moe_fill, moe_gemm, reference, reference_copies
+from duoserve.kernels import HostWork, Work, moe_fill, moe_gemm, reference, reference_copies
 from duoserve.kernels.configs import GemmConfig
 from duoserve.kernels.host_rows import HostRows, offset_in_row
 from duoserve.kernels.reference_dequant import dense
@@ -50,7 +50,7 @@ def check_fill(case: Case) -> None:
     act, y = layer(case, config_of(case))
     for one_by_one in (False, True):
         away = Away(case)
-        works = [Work.of([pair], DEVICE) for pair in reversed(away.work.pairs())] if one_by_one else [away.work]
+        works = [HostWork.of([pair], DEVICE) for pair in reversed(away.work.pairs())] if one_by_one else [away.work]
         ours = filled(case, away, works)
         assert_same_bits(ours[0], act)
         assert_same_bits(ours[1], y)
@@ -179,7 +179,7 @@ def test_an_expert_without_row_or_slot_is_not_silent(fills: ModuleType) -> None:
     nowhere = HostRows.of([None, None], DEVICE)
     for source, slot in ((nowhere, 0), (away.source, -1), (away.source, 99)):
         act, y = torch.zeros_like(case.act()), torch.zeros_like(case.y())
-        work = Work.of([(expert, slot) for expert, _ in away.work.pairs()], DEVICE)
+        work = HostWork.of([(expert, slot) for expert, _ in away.work.pairs()], DEVICE)
         fills.moe_up_fill(case.x_TH, weights, source, plan, work, act)
         fills.moe_down_fill(torch.zeros_like(act), weights, source, plan, work, y)
         assert bool(act.isnan().all()) and bool(y.isnan().all())
@@ -189,7 +189,7 @@ def test_an_expert_without_row_or_slot_is_not_silent(fills: ModuleType) -> None:
 def test_an_expert_without_rows_is_brought_and_nothing_is_computed() -> None:
     case = make_case(2, 1, 3, 32, 32, torch.float16, skew="repeated", away=1.0)
     unused = next(expert for expert in range(3) if case.plan.rows(expert)[0] == case.plan.rows(expert)[1])
-    case.plan = replace(case.plan, missing=Work.of([(unused, -1)], DEVICE))
+    case.plan = replace(case.plan, missing=HostWork.of([(unused, -1)], DEVICE))
     away = Away(case)
     ours = filled(case, away, [away.work])
     assert all(bool(result.isnan().all()) for result in ours)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duoserve.errors import KernelError
-from duoserve.kernels import RoutePlan, Work, moe_checks, moe_gemm, reference
+from duoserve.kernels import DeviceWork, HostWork, RoutePlan, moe_checks, moe_gemm, reference
 from duoserve.kernels.configs import (
     HUGE,
     INTERPRETER,
@@ -142,7 +142,7 @@ def test_an_expert_without_a_slot_is_not_silent() -> None:
             case.x_TH,
             case.pool.weights,
             case.plan,
-            Work.of([(expert, slot) for expert, _ in case.plan.missing.pairs()], DEVICE),
+            HostWork.of([(expert, slot) for expert, _ in case.plan.missing.pairs()], DEVICE),
             act,
         )
         assert bool(act.isnan().all())
@@ -185,7 +185,7 @@ def test_wrong_operands_are_refused() -> None:
         "act_RI has shape": (x, weights, plan, work, act[:, :16].contiguous()),
         "w2_SHI has shape": (x, narrow, plan, work, act),
         "has shape": (x, weights, short, work, act),
-        "slots_W is": (x, weights, plan, replace(work, slots_W=work.slots_W.long()), act),
+        "slots_W is": (x, weights, plan, DeviceWork(work.experts_W, work.slots_W.long(), work.count_1), act),
         "one device": (x.to("meta"), weights, plan, work, act),
     }.items():
         with pytest.raises(KernelError, match=message):

@@ -61,7 +61,7 @@ def test_a_layer_of_experts(
     act = torch.full((tokens * top_k, inter), float("nan"), dtype=dtype)
     y = torch.full((tokens * top_k, hidden), float("nan"), dtype=dtype)
     for expert in data.draw(st.permutations(plan.by_demand())):
-        work = kernels.Work.of([(expert, slots[expert])])
+        work = kernels.HostWork.of([(expert, slots[expert])])
         kernels.moe_up(x, weights, plan, work, act)
         kernels.moe_down(act, weights, plan, work, y)
     out = kernels.moe_combine(y.view(tokens, top_k, hidden), topk_weights)

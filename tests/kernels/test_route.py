@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duoserve.errors import KernelError
-from duoserve.kernels import RoutePlan, Work, reference, route
+from duoserve.kernels import DeviceWork, HostWork, RoutePlan, reference, route
 from tests.kernels.common import DEVICE
 
 
@@ -80,7 +80,7 @@ def test_blocks_equal_the_twin(routing: tuple[torch.Tensor, torch.Tensor]) -> No
     order, starts = slots.new_empty(ids.numel()).to(DEVICE), slots.new_empty(len(slots) + 1).to(DEVICE)
     lists = slots.new_empty(2, 3, len(slots)).to(DEVICE)
     route._plan_large(ids.to(DEVICE), slots.to(DEVICE), order, starts, lists)
-    resident, missing = (Work(row[0], row[1], row[2, :1]) for row in lists)
+    resident, missing = (DeviceWork(row[0], row[1], row[2, :1]) for row in lists)
     assert_same_plan(RoutePlan(order, starts, resident, missing, ids.shape[1]), reference.route_plan(ids, slots))
 
 
@@ -92,9 +92,9 @@ def test_a_long_prompt_takes_the_blocks() -> None:
 
 
 def test_work_of_pairs_ascends() -> None:
-    work = Work.of([(7, 1), (2, 9)])
+    work = HostWork.of([(7, 1), (2, 9)])
     assert work.pairs() == [(2, 9), (7, 1)]
-    assert Work.of([]).pairs() == []
+    assert HostWork.of([]).pairs() == []
 
 
 @pytest.mark.parametrize(
