@@ -21,9 +21,9 @@ from duoserve.experts.rows import aligned_rows
 from duoserve.experts.store import ExpertStore
 from duoserve.models.moe import MoEBlock, RoutingScript
 from duoserve.models.transformer import DecoderLayer, Transformer
-from duoserve.scheduling.routing import Routing
+from duoserve.scheduling.routing import Routing, RoutingListener
 from duoserve.scheduling.source import ExpertSource, Lease
-from duoserve.scheduling.trace import Trace
+from duoserve.scheduling.trace import RequestTrace, Trace
 
 PAGE_BYTES = 4096
 BLOCK_BYTES = (64 << 20) + PAGE_BYTES  # random bytes are repeated after so many: no divisor of an expert's row
@@ -82,8 +82,12 @@ class SharedRows(ExpertStore):
 
 @dataclass(frozen=True)
 class Tape:
-    """The routing of some requests, side by side: their prompts in one pass, then a token of each a step."""
+    """The routing of some requests, side by side: their prompts in one pass, then a token of each a step.
 
+    ``said`` has it on the host, pass by pass and layer by layer; the tensors have what is chosen on the device.
+    """
+
+    said: tuple[tuple[Routing, ...], ...]
     prompt_ids_LNK: Tensor
     prompt_weights_LNK: Tensor
     ids_SLRK: Tensor
@@ -93,16 +97,11 @@ class Tape:
     def of(cls, trace: Trace, numbers: Iterable[int], device: torch.device) -> Tape:
         """Of the requests ``numbers`` of ``trace``, as far as the shortest goes."""
         requests = [trace[number] for number in numbers]
-        num_steps = min(request.num_steps for request in requests)
-        prompts, *steps = [_side_by_side([request.routing(at) for request in requests]) for at in range(num_steps)]
+        num_passes = min(request.num_steps for request in requests)
+        said = tuple(_side_by_side(requests, at) for at in range(num_passes))
+        prompts, *steps = [_chosen(layers) for layers in said]
         decoded = [np.stack(parts) for parts in zip(*steps, strict=True)]
-        return cls(*(torch.from_numpy(part).to(device) for part in (*prompts, *decoded)))
-
-    @property
-    def nbytes(self) -> int:
-        """What it takes on the device."""
-        parts = (self.prompt_ids_LNK, self.prompt_weights_LNK, self.ids_SLRK, self.weights_SLRK)
-        return sum(part.nbytes for part in parts)
+        return cls(said, *(torch.from_numpy(part).to(device) for part in (*prompts, *decoded)))
 
     def experts(self, num_steps: int) -> list[set[int]]:
         """What each layer asks for in the first ``num_steps`` decode steps, layer by layer in every step."""
@@ -111,10 +110,16 @@ class Tape:
 
 
 class RoutingReplay(RoutingScript):
-    """Plays the tape that was put in. A decode step's choice lies at one address in all steps, as a graph wants it."""
+    """Plays the tape that was put in. A decode step's choice lies at one address in all steps, as a graph wants it.
 
-    def __init__(self, tape: Tape, layers: Sequence[int]) -> None:
+    ``layers`` are the model's MoE layers. ``listener`` hears the tape, look-ahead scores included, as a model's tap
+    would tell it.
+    """
+
+    def __init__(self, tape: Tape, layers: Sequence[int], listener: RoutingListener | None = None) -> None:
+        self._layers = list(layers)
         self._place = {layer: place for place, layer in enumerate(layers)}
+        self._listener = listener
         self._ids_LN, self._weights_LN = (_aligned_like(steps[0]) for steps in (tape.ids_SLRK, tape.weights_SLRK))
         self.play(tape)
 
@@ -123,25 +128,35 @@ class RoutingReplay(RoutingScript):
         self._tape = tape
         self._step = -1  # of decode; -1 is the prompt
 
-    def begin(self, phase: Phase) -> None:
+    def begin(self, phase: Phase, num_tokens: int) -> None:
         """A pass begins: a prompt from the beginning, or the next step."""
         self._step = -1 if phase is Phase.PREFILL else self._step + 1
         if phase is Phase.DECODE:
-            for now_LN, steps_SLRK in (
-                (self._ids_LN, self._tape.ids_SLRK),
-                (self._weights_LN, self._tape.weights_SLRK),
-            ):
+            tape = self._tape
+            for now_LN, steps_SLRK in ((self._ids_LN, tape.ids_SLRK), (self._weights_LN, tape.weights_SLRK)):
                 chosen_LN = steps_SLRK[self._step].flatten(1)
                 now_LN[:, : chosen_LN.shape[1]].copy_(chosen_LN)
+        if self._listener is not None:
+            self._listener.begin(phase, self._heard(0, num_tokens).requests_T)
 
     def chosen(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         """As in RoutingScript."""
         place, tape = self._place[layer], self._tape
+        if self._listener is not None:
+            self._listener.routed(self._heard(place, num_tokens))
         if self._step < 0:
             return tape.prompt_weights_LNK[place, :num_tokens], tape.prompt_ids_LNK[place, :num_tokens]
         top_k = tape.ids_SLRK.shape[-1]
         weights_N, ids_N = (now_LN[place, : num_tokens * top_k] for now_LN in (self._weights_LN, self._ids_LN))
         return weights_N.view(-1, top_k), ids_N.view(-1, top_k)
+
+    def _heard(self, place: int, num_tokens: int) -> Routing:
+        """The tape's routing of the first rows, by the model's layer numbers instead of the trace's."""
+        said, rows = self._tape.said[self._step + 1][place], slice(num_tokens)
+        places = {later: place + later - said.layer for later in said.ahead}
+        ahead = {self._layers[places[later]]: scores_TE[rows] for later, scores_TE in said.ahead.items()}
+        chosen = said.topk_ids_TK[rows], said.topk_weights_TK[rows]
+        return Routing(self._layers[place], said.requests_T[rows], *chosen, ahead)
 
 
 def _aligned_like(step_LRK: Tensor) -> Tensor:
@@ -150,11 +165,22 @@ def _aligned_like(step_LRK: Tensor) -> Tensor:
     return step_LRK.new_zeros(len(step_LRK), width)
 
 
-def _side_by_side(passes: Sequence[Iterable[Routing]]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (int64) and weights (float32) [L, N, K] of one pass, the requests' rows one after another."""
-    said = [[(routing.topk_ids_TK, routing.topk_weights_TK) for routing in layers] for layers in passes]
-    ids, weights = ([np.stack([pair[at] for pair in layers]) for layers in said] for at in (0, 1))
-    return np.concatenate(ids, axis=1), np.concatenate(weights, axis=1)
+def _side_by_side(requests: Sequence[RequestTrace], at: int) -> tuple[Routing, ...]:
+    """Every layer's routing of step ``at``, the requests' rows one after another."""
+    layers = zip(*(request.routing(at) for request in requests), strict=True)
+    return tuple(_joined(routings) for routings in layers)
+
+
+def _joined(routings: Sequence[Routing]) -> Routing:
+    first = routings[0]
+    parts = zip(*((r.requests_T, r.topk_ids_TK, r.topk_weights_TK) for r in routings), strict=True)
+    ahead = {later: np.concatenate([r.ahead[later] for r in routings]) for later in first.ahead}
+    return Routing(first.layer, *map(np.concatenate, parts), ahead)
+
+
+def _chosen(layers: Sequence[Routing]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (int64) and weights (float32) [L, N, K] of one pass."""
+    return np.stack([said.topk_ids_TK for said in layers]), np.stack([said.topk_weights_TK for said in layers])
 
 
 class AskedFor(ExpertSource):
@@ -179,7 +205,7 @@ class ReplayedPasses(StepScheduler):
 
     def begin(self, phase: Phase, num_tokens: int) -> None:
         """A pass begins."""
-        self._replay.begin(phase)
+        self._replay.begin(phase, num_tokens)
         self._scheduler.begin(phase, num_tokens)
 
     def end(self) -> None:

@@ -17,6 +17,7 @@ from duoserve.config import Phase
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.synthetic import CARDS, synthesize
+from tests.listeners import Heard
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.append(str(BENCH))
@@ -157,7 +158,7 @@ def test_the_tapes_routing_is_what_the_blocks_get() -> None:
     replay = RoutingReplay(Tape.of(trace, (2, 0), torch.device("cpu")), range(card.num_layers))
     asked: list[set[int]] = []
     for step, phase in enumerate([Phase.PREFILL, Phase.DECODE, Phase.DECODE]):
-        replay.begin(phase)
+        replay.begin(phase, 2 if step else 10)
         said = [list(trace[number].routing(step)) for number in (2, 0)]
         for layer in range(card.num_layers):
             want = np.concatenate([request[layer].topk_ids_TK for request in said])
@@ -167,6 +168,28 @@ def test_the_tapes_routing_is_what_the_blocks_get() -> None:
             assert np.array_equal(weights_TK.numpy(), np.concatenate([r[layer].topk_weights_TK for r in said]))
             asked += [set(want.flatten().tolist())] if step else []
     assert Tape.of(trace, (2, 0), torch.device("cpu")).experts(2) == asked
+
+
+def test_a_listener_hears_the_tape() -> None:
+    trace = synthesize(CARDS["deepseek-v2-lite"], 2, 3, 0.8, seed=1, prompt=5)
+    listener = Heard(lookahead=1)
+    layers = range(1, 27)  # the model's first layer is dense, so its numbers are not the trace's
+    replay = RoutingReplay(Tape.of(trace, (0, 1), torch.device("cpu")), layers, listener)
+    for step, (phase, rows) in enumerate([(Phase.PREFILL, 10), (Phase.DECODE, 2), (Phase.PREFILL, 3)]):
+        replay.begin(phase, rows)
+        for layer in layers:
+            replay.chosen(layer, rows)
+        assert [routing.layer for routing in listener.routings[-1]] == list(layers)
+        said = [list(trace[number].routing(step % 2)) for number in (0, 1)]
+        for routing, *requests in zip(listener.routings[-1], *said, strict=True):
+            joined = np.concatenate([request.topk_ids_TK for request in requests])[:rows]
+            assert np.array_equal(routing.topk_ids_TK, joined)
+            assert list(routing.ahead) == ([routing.layer + 1] if routing.layer < 26 else [])
+            for scores_TE in routing.ahead.values():
+                want = np.concatenate([next(iter(request.ahead.values())) for request in requests])[:rows]
+                assert np.array_equal(scores_TE, want)
+    assert [phase for phase, _ in listener.begun] == [Phase.PREFILL, Phase.DECODE, Phase.PREFILL]
+    assert [requests for _, requests in listener.begun] == [[0] * 5 + [1] * 5, [0, 1], [0] * 3]
 
 
 def test_experts_share_the_arenas_rows() -> None:
