@@ -119,7 +119,7 @@ def run(cell: Cell, ground: Ground, limits: Limits) -> Figures:
         _request(served, ground.warm, cell, ground.host, limits.to_warm_up())
         figures = _request(served, ground.measured, cell, ground.host, limits)
         asked = served.asked_for.experts[ground.num_moe_layers :]  # behind the prompt's
-        digest = _digest(served, ground.measured, cell, ground.model)
+        digest = _digest(served, ground.measured, cell)
         peak = ground.host.peak_bytes()
     taped = ground.measured.experts(figures["steps"])
     return figures | {
@@ -177,7 +177,7 @@ def _prompt(cell: Cell, row: int) -> list[int]:
     return [(7 * at * at + 31 * row + at) % 300 + 3 for at in range(cell.prompt)]
 
 
-def _digest(served: Served, tape: Tape, cell: Cell, model: Wired) -> str:
+def _digest(served: Served, tape: Tape, cell: Cell) -> str:
     """Of the bits of the logits of a prompt's beginning."""
     served.replay.play(tape)
     logits_TV = served.engine.forward(_prompt(cell, 0)[:CHECKED_TOKENS])
