@@ -5,11 +5,12 @@
 #   copy      the link between host and GPU                            at most  90 s
 #   kernels   the kernel bench                                         at most 275 s
 #   serve     whole models on replayed routing, beside accelerate      at most 560 s
+#   sanitize  decode steps under compute-sanitizer                     at most 180 s
 #
-# Without a PART all of them, in this order. Where a command may take ten minutes, three calls do it: `tests copy`,
-# `kernels`, `serve`; together they take less than 25 minutes. The benches' JSON and Markdown and the logs go to $OUT
-# (bench/results without one), short tables to the terminal. duoserve need not be installed. Where the tree has no .git,
-# DUOSERVE_COMMIT says which commit it is of.
+# Without a PART all of them but the last, in this order. Where a command may take ten minutes, three calls do it:
+# `tests copy`, `kernels`, `serve`; together they take less than 25 minutes. The benches' JSON and Markdown and the logs
+# go to $OUT (bench/results without one), short tables to the terminal. duoserve need not be installed. Where the tree
+# has no .git, DUOSERVE_COMMIT says which commit it is of.
 # Exit status: 0 all passed; 1 a test or a part of a bench failed, or could not run; 2 Python or torch is missing, or a
 # PART is unknown; 3 there is no CUDA GPU.
 set -uo pipefail
@@ -22,6 +23,7 @@ gpu_tests_seconds=${GPU_TESTS_SECONDS:-250}
 copy_seconds=${COPY_SECONDS:-90}
 bench_seconds=${BENCH_SECONDS:-225} # after which no part is begun; the last may take until the timeout
 serve_seconds=${SERVE_SECONDS:-480}
+sanitize_seconds=${SANITIZE_SECONDS:-180}
 grace=50
 serve_grace=80 # the last cell may begin with a long prompt
 unset TRITON_INTERPRET # which a shell may have left: it would put the kernels on the CPU
@@ -29,7 +31,7 @@ unset TRITON_INTERPRET # which a shell may have left: it would put the kernels o
 parts=("$@")
 (($#)) || parts=(tests copy kernels serve)
 for part in "${parts[@]}"; do
-    [[ $part =~ ^(tests|copy|kernels|serve)$ ]] || { echo "gpu_suite: no part is called $part"; exit 2; }
+    [[ $part =~ ^(tests|copy|kernels|serve|sanitize)$ ]] || { echo "gpu_suite: no part is called $part"; exit 2; }
 done
 
 has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2>/dev/null; }
@@ -95,6 +97,19 @@ tested() {
     return "$ended"
 }
 
+# Decode steps under compute-sanitizer.
+sanitized() {
+    local ended
+    STRESS_STEPS=60 timeout -k 10 "$sanitize_seconds" compute-sanitizer --error-exitcode 9 "${runner[@]}" \
+        tests/test_decode_on_gpu.py -k stress -p no:cacheprovider >"$out/sanitizer.log" 2>&1
+    ended=$?
+    tail -n 4 "$out/sanitizer.log"
+    if ((ended != 0)); then
+        echo "gpu_suite: compute-sanitizer ended with status $ended (9: it found errors; 127: it is not there)"
+    fi
+    return "$ended"
+}
+
 # measured NAME LOG SECONDS REPORT COMMAND ...: a bench; REPORT makes Markdown of its JSON where it was cut off.
 measured() {
     local result="$out/$1-$gpu-$(date -u +%Y-%m-%d)" log="$out/$2" seconds=$3 report=$4 ended
@@ -142,6 +157,11 @@ for part in "${parts[@]}"; do
             measured serve serve.log $((serve_seconds + serve_grace)) bench/serve_report.py \
                 bench/bench_serve.py --seconds "$serve_seconds"
             note "serving bench" $?
+            ;;
+        sanitize)
+            echo "== decode steps under compute-sanitizer, at most $sanitize_seconds s"
+            sanitized
+            note "sanitizer" $?
             ;;
     esac
 done

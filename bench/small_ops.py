@@ -70,7 +70,8 @@ def rope_case(source: Source, tokens: int, heads: tuple[int, int, int] = QWEN3_H
     """Rotation of queries and keys, and the write of keys and values to the cache."""
     num_heads, num_kv_heads, dim = heads
     q, k, v = (source.random(tokens, count, dim) for count in (num_heads, num_kv_heads, num_kv_heads))
-    cos, sin = reference.rope_table(torch.arange(tokens, device=source.device) + 1000, dim, 1e6, torch.bfloat16)
+    positions_T = torch.arange(tokens, device=source.device) + 1000
+    cos, sin = reference.rope_table(positions_T, reference.rope_frequencies(dim, 1e6), torch.bfloat16)
     pages = torch.zeros((4, tokens, PAGE_TOKENS, num_kv_heads, dim), dtype=q.dtype, device=source.device)
     rows_T = torch.arange(tokens, device=source.device) * PAGE_TOKENS + 5
 

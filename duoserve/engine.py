@@ -16,9 +16,8 @@ from torch import Tensor
 
 from duoserve.config import ModelConfig, Phase
 from duoserve.errors import RequestError
-from duoserve.kv_cache import PagedKVCache, SequenceKV
+from duoserve.kv_cache import Layout, PagedKVCache, SequenceKV
 from duoserve.metrics import Meter
-from duoserve.models.batch import Batch
 from duoserve.models.tap import RoutingTap
 from duoserve.models.transformer import Transformer
 from duoserve.sampling import Sampler, SamplingParams
@@ -30,6 +29,14 @@ class StepScheduler(Protocol):
     def begin(self, phase: Phase, num_tokens: int) -> None: ...
 
     def end(self) -> None: ...
+
+
+class Decoder(Protocol):
+    """Another way to compute a decode step, with the bits of the model."""
+
+    def __call__(self, layout: Layout) -> Tensor:
+        """Float32 logits [B, V], on the host, of the new token of each of B sequences."""
+        ...
 
 
 @dataclass(eq=False)
@@ -59,7 +66,7 @@ class Request:
 class Engine:
     """Runs requests on one model, whose ``tap`` (if its routers are listened to) hears of every pass.
 
-    Not thread-safe: one call at a time.
+    ``decoder``, if there is one, computes the decode steps. Not thread-safe: one call at a time.
     """
 
     def __init__(  # noqa: PLR0913
@@ -71,12 +78,14 @@ class Engine:
         meter: Meter,
         *,
         tap: RoutingTap | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         self._model = model
         self._config = config
         self._scheduler = scheduler
         self._cache = cache
         self._meter = meter
+        self._decoder = decoder
         self._tap = tap
         self._numbers = count()
 
@@ -106,7 +115,7 @@ class Engine:
             self._cache.reserve(kv, len(token_ids))
             self._meter.prompt(len(token_ids))
             self._announce(Phase.PREFILL, [(next(self._numbers), token_ids)])
-            return self._step(Phase.PREFILL, self._cache.batch([(kv, token_ids)]), rows=None)
+            return self._step(Phase.PREFILL, self._cache.lay_out([(kv, token_ids)]), rows=None)
         finally:
             self._cache.release(kv)
             self._meter.end_request()
@@ -145,9 +154,9 @@ class Engine:
                 self._meter.prompt(len(request.prompt_ids))
             phase, fresh = Phase.PREFILL, [(request, request.prompt_ids) for request in requests]
             while fresh:
-                batch = self._cache.batch([(request.kv, tokens) for request, tokens in fresh])
+                layout = self._cache.lay_out([(request.kv, tokens) for request, tokens in fresh])
                 self._announce(phase, [(request.number, tokens) for request, tokens in fresh])
-                logits_BV = self._step(phase, batch, batch.last_rows)
+                logits_BV = self._step(phase, layout, layout.last_rows)
                 for (request, _), logits_V in zip(fresh, logits_BV, strict=True):
                     yield request, self._sample(request, samplers[request], logits_V)
                 running = [request for request, _ in fresh if request.finish_reason is None]
@@ -163,11 +172,13 @@ class Engine:
             self._tap.begin(phase, np.array(rows, dtype=np.int64))
 
     @torch.inference_mode()
-    def _step(self, phase: Phase, batch: Batch, rows: list[int] | None) -> Tensor:
+    def _step(self, phase: Phase, layout: Layout, rows: list[int] | None) -> Tensor:
         with self._meter.compute():
-            self._scheduler.begin(phase, len(batch.token_ids_T))
+            self._scheduler.begin(phase, len(layout.token_ids))
             try:
-                return self._model(batch, rows).cpu()
+                if phase is Phase.DECODE and self._decoder is not None:
+                    return self._decoder(layout)
+                return self._model(self._cache.batch(layout), rows).cpu()
             finally:
                 self._scheduler.end()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,29 @@ PAGE_TOKENS = 64
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one token of context takes over all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    kv = config.blocks.attention.kv
+    return config.num_layers * kv.heads * (kv.key_dim + kv.value_dim) * dtype.itemsize
+
+
+class Layout(NamedTuple):
+    """The new tokens of a pass and where they go, on the host: what a Batch is made from.
+
+    ``token_ids``, ``positions`` and ``rows`` (of the cache: ``page * S + place``) are by new token; ``spans``,
+    ``lengths``, ``page_table`` and ``contexts`` by sequence. The page table has -1 behind a sequence's pages.
+    """
+
+    token_ids: list[int]
+    positions: list[int]
+    rows: list[int]
+    spans: tuple[tuple[int, int], ...]
+    lengths: list[int]
+    page_table: list[list[int]]
+    contexts: tuple[slice | Tensor, ...]
+
+    @property
+    def last_rows(self) -> list[int]:
+        """The row of each sequence's last new token."""
+        return [stop - 1 for _, stop in self.spans]
 
 
 @dataclass(eq=False)
@@ -40,10 +63,11 @@ class PagedKVCache:
         self, config: ModelConfig, max_tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         self.num_pages = -(-max_tokens // PAGE_TOKENS)
-        shape = (config.num_layers, self.num_pages, PAGE_TOKENS, config.num_kv_heads, config.head_dim)
-        self.k_LPSGD = torch.empty(shape, dtype=dtype, device=device)
-        self.v_LPSGD = torch.empty(shape, dtype=dtype, device=device)
-        self._device = device
+        kv = config.blocks.attention.kv
+        shape = (config.num_layers, self.num_pages, PAGE_TOKENS, kv.heads)
+        self.k_LPSGD = torch.empty((*shape, kv.key_dim), dtype=dtype, device=device)
+        self.v_LPSGD = torch.empty((*shape, kv.value_dim), dtype=dtype, device=device)
+        self.device = torch.device(device)
         self._free = list(range(self.num_pages))
 
     @property
@@ -73,8 +97,8 @@ class PagedKVCache:
         self._free = sorted(self._free + sequence.pages)
         sequence.pages, sequence.length = [], 0
 
-    def batch(self, new_tokens: Seq[tuple[SequenceKV, Seq[int]]]) -> Batch:
-        """A forward pass over each sequence's new tokens, for which it must have pages; advances their lengths."""
+    def lay_out(self, new_tokens: Seq[tuple[SequenceKV, Seq[int]]]) -> Layout:
+        """Places each sequence's new tokens, for which it must have pages; advances their lengths."""
         token_ids: list[int] = []
         positions: list[int] = []
         spans, rows = [], []
@@ -86,24 +110,36 @@ class PagedKVCache:
             rows += [sequence.pages[at // PAGE_TOKENS] * PAGE_TOKENS + at % PAGE_TOKENS for at in new]
             sequence.length += len(tokens)
         sequences = [sequence for sequence, _ in new_tokens]
-        kv = BatchKV(
-            cache=self,
-            rows_T=self._on_device(rows, torch.int64),
-            page_table_BM=self._on_device(_page_table(sequences), torch.int32),
-            lengths_B=self._on_device([sequence.length for sequence in sequences], torch.int32),
+        return Layout(
+            token_ids,
+            positions,
+            rows,
+            tuple(spans),
+            lengths=[sequence.length for sequence in sequences],
+            page_table=self._page_table(sequences),
             contexts=tuple(context_rows(sequence.pages, sequence.length, PAGE_TOKENS) for sequence in sequences),
         )
-        tokens_T, positions_T = (self._on_device(values, torch.int64) for values in (token_ids, positions))
-        return Batch(tokens_T, positions_T, tuple(spans), kv)
+
+    def batch(self, layout: Layout) -> Batch:
+        """The forward pass over these tokens, on the device."""
+        kv = BatchKV(
+            cache=self,
+            rows_T=self._on_device(layout.rows, torch.int64),
+            page_table_BM=self._on_device(layout.page_table, torch.int32),
+            lengths_B=self._on_device(layout.lengths, torch.int32),
+            contexts=layout.contexts,
+        )
+        token_ids_T = self._on_device(layout.token_ids, torch.int64)
+        return Batch(token_ids_T, self._on_device(layout.positions, torch.int64), layout.spans, kv)
 
     def _on_device(self, values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
+        return torch.tensor(values, dtype=dtype, device=self.device)
 
-
-def _page_table(sequences: Seq[SequenceKV]) -> list[list[int]]:
-    """The pages [B][M] of each sequence, -1 after its last."""
-    longest = max(len(sequence.pages) for sequence in sequences)
-    return [sequence.pages + [-1] * (longest - len(sequence.pages)) for sequence in sequences]
+    def _page_table(self, sequences: Seq[SequenceKV]) -> list[list[int]]:
+        """The pages [B][M] of each sequence, -1 after its last; M is a power of two, so that few shapes occur."""
+        longest = max(len(sequence.pages) for sequence in sequences)
+        width = min(1 << (longest - 1).bit_length(), self.num_pages)
+        return [sequence.pages + [-1] * (width - len(sequence.pages)) for sequence in sequences]
 
 
 @dataclass(frozen=True)

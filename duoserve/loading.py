@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duoserve.config import EngineConfig, ModelConfig
+from duoserve.decoding import DecoderParts, make_decoder
 from duoserve.engine import Engine
 from duoserve.experts.budget import MemoryPlan
 from duoserve.experts.copy_engine import CopyEngine
 from duoserve.experts.slots import SlotPool, SlotTable
 from duoserve.kv_cache import PagedKVCache
 from duoserve.metrics import Meter
+from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
 from duoserve.models.opened import opened
 from duoserve.placement import Placement
 from duoserve.scheduling.policies import Policy, get_policy
-from duoserve.scheduling.routing import RoutingListener
+from duoserve.scheduling.predictor import Predictor
+from duoserve.scheduling.routing import RoutingListener, audience
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.text import Text
 
@@ -40,16 +43,19 @@ class Runtime:
         self._held.close()
 
 
-def load(
+def load(  # noqa: PLR0913
     model: str | Path,
     wanted: EngineConfig,
     policy: str | Policy,
     cache_dir: str | Path | None,
     listener: RoutingListener | None = None,
+    *,
+    predictor: Predictor | None = None,
 ) -> Runtime:
     """Opens a checkpoint and makes it ready to run; whatever was opened is closed again when that fails.
 
-    ``listener`` hears what the routers choose, which changes no result.
+    ``listener`` hears what the routers choose, and ``predictor`` says what they will, if the policy makes guesses;
+    neither changes a result.
     """
     named = _named_policy(policy)
     with ExitStack() as held:
@@ -60,18 +66,28 @@ def load(
         store = place.slow_tier(plan, cache_dir, held)
         meter, pool = Meter(), SlotPool(plan.num_slots, store.layout, device=place.device)
         copies = place.copy_engine(store, pool, wanted.copy_threads, meter)
-        scheduler = held.enter_context(closing(make_scheduler(found.config, pool, copies, chosen, meter)))
+        scheduler = held.enter_context(closing(make_scheduler(found.config, pool, copies, chosen, meter, predictor)))
         if chosen.all_resident:
             scheduler.load_all(progress=sys.stderr.isatty())
-        built = found.family.build(found.config, place.read, scheduler, pool.weights)
-        transformer, tap = (built, None) if listener is None else listened_to(built, listener)
+        built = found.family.build(found.config, place.read, RoutedExperts(scheduler, pool.weights))
+        heard_by = audience(scheduler.listener, listener)
+        transformer, tap = (built, None) if heard_by is None else listened_to(built, heard_by)
         cache = PagedKVCache(found.config, place.max_context, place.dtype, place.device)
-        engine = Engine(transformer, found.config, scheduler, cache, meter, tap=tap)
+        parts = DecoderParts(transformer, cache, scheduler, store, pool)
+        decoder = make_decoder(wanted.decode_mode, chosen, parts)
+        engine = Engine(transformer, found.config, scheduler, cache, meter, tap=tap, decoder=decoder)
         text = Text.load(found.checkpoint.folder)
         return Runtime(found.config, plan, chosen, text, engine, meter, held.pop_all())
 
 
-def make_scheduler(config: ModelConfig, pool: SlotPool, copies: CopyEngine, policy: Policy, meter: Meter) -> Scheduler:
+def make_scheduler(  # noqa: PLR0913, PLR0917
+    config: ModelConfig,
+    pool: SlotPool,
+    copies: CopyEngine,
+    policy: Policy,
+    meter: Meter,
+    predictor: Predictor | None = None,
+) -> Scheduler:
     """A scheduler over an empty pool."""
     return Scheduler(
         table=SlotTable(config.num_layers, config.num_experts, pool.num_slots),
@@ -82,6 +98,8 @@ def make_scheduler(config: ModelConfig, pool: SlotPool, copies: CopyEngine, poli
         num_layers=config.num_layers,
         num_experts=config.num_experts,
         meter=meter,
+        moe_layers=config.moe_layers,
+        predictor=predictor,
     )
 
 

@@ -23,6 +23,7 @@ from duoserve.loading import Runtime, load
 from duoserve.metrics import Stats
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
+from duoserve.scheduling.predictor import Predictor
 from duoserve.text import IncrementalDecoder, StopStrings, Text
 
 Prompt = str | Sequence[int]
@@ -63,9 +64,10 @@ class MoEModel:
         memory: int | str | None = None,
         host_memory: int | str = "auto",
         policy: str | Policy = "auto",
-        predictor: None = None,
+        predictor: Predictor | None = None,
         max_context: int | None = None,
         copy_threads: int = 2,
+        decode_mode: str = "auto",
         cache_dir: str | Path | None = None,
     ) -> MoEModel:
         """Loads a folder, a hub id, or an embedded model ("bard").
@@ -74,8 +76,10 @@ class MoEModel:
         ``expert_memory`` (the slot pool) or ``memory`` (slots, dense weights, KV cache and workspace); with none of
         them, as many experts as comfortably fit. Memory is bytes or text such as "4GiB". ``host_memory`` bounds the
         packed experts that wait in RAM; the others stay on disk ("auto" on a CPU: all of them).
-        ``policy`` is a name or a :class:`Policy`; ``max_context`` counts tokens over all running sequences;
-        ``cache_dir`` is where a packed copy of the experts is made on first use.
+        ``policy`` is a name or a :class:`Policy`; what ``predictor`` says is used by those that copy ahead in decode.
+        ``max_context`` counts tokens over all running sequences; ``cache_dir`` is where a packed copy of the experts is
+        made on first use. On a GPU, ``decode_mode`` says how a decode step is launched: as one graph ("graph", where
+        all experts are in pinned RAM or in slots), or layer by layer ("event"); "auto" measures which suits the link.
 
         Raises ConfigError, CheckpointError or MemoryBudgetError before anything large is allocated.
         """
@@ -88,8 +92,9 @@ class MoEModel:
             host_memory=None if host_memory == "auto" else _bytes(host_memory),
             max_context=max_context,
             copy_threads=copy_threads,
+            decode_mode=decode_mode,
         )
-        return cls(load(model, wanted, policy, cache_dir))
+        return cls(load(model, wanted, policy, cache_dir, predictor=predictor))
 
     @property
     def config(self) -> ModelConfig:

@@ -45,14 +45,17 @@ class Placement:
     def of(cls, found: OpenedModel, wanted: EngineConfig) -> Placement:
         """As ``wanted``, where it says so; ConfigError for a device or dtype that cannot be had."""
         max_context = wanted.max_context or min(found.config.max_position_embeddings, DEFAULT_MAX_CONTEXT)
-        return cls(found, resolve(wanted.device), _dtype(wanted.dtype, found.config), max_context)
+        device = resolve(wanted.device)
+        if device.type != "cpu" and found.config.blocks.moe.clamp:
+            raise ConfigError(f"{found.config.model_type} runs on CPUs only so far: load it with device='cpu'")
+        return cls(found, device, _dtype(wanted.dtype, found.config), max_context)
 
     def plan(self, wanted: EngineConfig, needs_all: bool) -> MemoryPlan:
         """How memory is divided; MemoryBudgetError when it cannot work."""
         config, context = self.found.config, PagedKVCache.whole_pages(self.max_context)
         return plan_memory(
             layout=self.found.layout(self.dtype),
-            num_layers=config.num_layers,
+            num_layers=len(config.moe_layers),
             num_experts=config.num_experts,
             top_k=config.top_k,
             dense_bytes=self.found.dense_bytes(self.dtype),
@@ -64,15 +67,15 @@ class Placement:
             needs_all=needs_all,
         )
 
-    def read(self, name: str) -> Tensor:
-        """A dense tensor by its name in the checkpoint."""
-        return self.found.checkpoint.read(name, dtype=self.dtype).to(self.device)
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A dense tensor by its name in the checkpoint, in ``dtype`` or the model's."""
+        return self.found.checkpoint.read(name, dtype=dtype or self.dtype).to(self.device)
 
     def slow_tier(self, plan: MemoryPlan, cache_dir: str | Path | None, held: ExitStack) -> ExpertStore:
         """Where experts wait: the checkpoint itself when each is read but once, else RAM, else the pack on disk."""
         found = self.found
         in_ram = partial(HostStore, progress=sys.stderr.isatty(), pinned=self._on_gpu)
-        source = CheckpointStore(found.checkpoint, found.layout(self.dtype), found.family.expert_names)
+        source = found.expert_store(self.dtype)
         if plan.num_slots == plan.total_experts:
             return source
         if plan.host_experts == plan.total_experts:
@@ -115,4 +118,4 @@ def _open_pack(source: CheckpointStore, found: OpenedModel, cache_dir: str | Pat
     fingerprint = source.fingerprint()
     if not (folder / HEADER_FILE).exists():
         write_pack(source, found.experts, folder, fingerprint)
-    return DiskStore(folder, source.layout, found.config.num_layers, found.config.num_experts, fingerprint)
+    return DiskStore(folder, source.layout, found.pack_layers, found.config.num_experts, fingerprint)

@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from duoserve import SamplingParams
-from duoserve.engine import Engine, Request
-from duoserve.experts.checkpoint import Checkpoint
+from duoserve.engine import Decoder, Engine, Request
 from duoserve.experts.copy_engine import CopyEngine
+from duoserve.experts.device import CPU
 from duoserve.experts.layout import ExpertLayout
-from duoserve.experts.packing import CheckpointStore
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.kv_cache import PagedKVCache
 from duoserve.loading import make_scheduler
 from duoserve.metrics import Meter
+from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
-from duoserve.models.registry import family_of
+from duoserve.models.opened import opened
+from duoserve.models.transformer import Transformer
 from duoserve.scheduling.policies import get_policy
-from duoserve.scheduling.routing import RoutingListener
+from duoserve.scheduling.predictor import Predictor
+from duoserve.scheduling.routing import RoutingListener, audience
+from duoserve.scheduling.scheduler import Scheduler
+
+
+class Parts(NamedTuple):
+    """What a decoder is made of."""
+
+    model: Transformer
+    cache: PagedKVCache
+    scheduler: Scheduler
+    store: ExpertStore
+
+
+def poisoned(num_slots: int, layout: ExpertLayout) -> SlotPool:
+    """Slots that read as NaN until they are written."""
+    return SlotPool(num_slots, layout, poison=True)
 
 
 @contextmanager
@@ -30,22 +50,29 @@ def assembled(
     slots: int,
     make_copies: Callable[[ExpertStore, SlotPool], CopyEngine],
     listener: RoutingListener | None = None,
+    predictor: Predictor | None = None,
+    *,
+    make_pool: Callable[[int, ExpertLayout], SlotPool] = poisoned,
+    make_decoder: Callable[[Parts], Decoder] | None = None,
+    device: torch.device = CPU,
 ) -> Iterator[Engine]:
     """An engine whose slots are poisoned and whose copies are made by ``make_copies(store, pool)``."""
-    checkpoint = Checkpoint.open(folder)
-    family = family_of(checkpoint.config)
-    config = family.parse_config(checkpoint.config)
-    layout = ExpertLayout(config.dtype, config.hidden_size, config.expert_intermediate_size)
-    store = CheckpointStore(checkpoint, layout, family.expert_names)
-    pool, meter = SlotPool(slots, layout, poison=True), Meter()
-    scheduler = make_scheduler(config, pool, make_copies(store, pool), get_policy(policy), meter)
-    try:
-        built = family.build(config, checkpoint.read, scheduler, pool.weights)
-        transformer, tap = (built, None) if listener is None else listened_to(built, listener)
-        yield Engine(transformer, config, scheduler, PagedKVCache(config, 256, config.dtype), meter, tap=tap)
-    finally:
-        scheduler.close()
-        checkpoint.close()
+    with opened(folder) as found:
+        config = found.config
+        store = found.expert_store(config.dtype)
+        pool, meter = make_pool(slots, store.layout), Meter()
+        scheduler = make_scheduler(config, pool, make_copies(store, pool), get_policy(policy), meter, predictor)
+        with closing(scheduler):
+            built = found.family.build(
+                config,
+                lambda name, dtype=None: found.checkpoint.read(name, dtype).to(device),
+                RoutedExperts(scheduler, pool.weights),
+            )
+            heard_by = audience(scheduler.listener, listener)
+            transformer, tap = (built, None) if heard_by is None else listened_to(built, heard_by)
+            parts = Parts(transformer, PagedKVCache(config, 256, config.dtype, device), scheduler, store)
+            decoder = None if make_decoder is None else make_decoder(parts)
+            yield Engine(transformer, config, scheduler, parts.cache, meter, tap=tap, decoder=decoder)
 
 
 def tokens_of(engine: Engine, prompt: list[int], params: SamplingParams) -> list[int]:

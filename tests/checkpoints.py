@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import duoserve
 
@@ -50,14 +50,14 @@ def to_hub_dialect(folder: Path) -> Path:
 
 def reference_logits(folder: Path, token_ids: list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Transformers' logits [T, V], float32."""
-    model = MixtralForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
     with torch.inference_mode():
         return model(torch.tensor([token_ids])).logits[0].float()
 
 
 def reference_greedy(folder: Path, token_ids: list[int], count: int, dtype: torch.dtype = torch.float32) -> list[int]:
     """The ``count`` tokens that transformers chooses greedily, end-of-text ignored."""
-    model = MixtralForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
     model.generation_config.eos_token_id = None
     with torch.inference_mode():
         out = model.generate(

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from duoserve.experts.layout import ExpertLayout
+from duoserve.experts.slots import SlotPool
 from duoserve.experts.streams import Lane, Mark, Streams
 
 CHANGE_OF_MIND = 0.2  # how likely another lane comes first at a step: a lane may starve for long
@@ -30,7 +32,7 @@ class FakeStreams(Streams):
 
     def __init__(self, rng: random.Random, host_computes: bool = False) -> None:
         self._rng = rng
-        self._host_computes = host_computes
+        self.host_computes = host_computes
         self._lanes: dict[Lane, deque[Callable[[], bool]]] = {lane: deque() for lane in Lane}
         self._order = list(Lane)
         self._steps = 0
@@ -51,7 +53,7 @@ class FakeStreams(Streams):
 
     def after(self, lane: Lane, mark: Mark) -> None:
         assert isinstance(mark, FakeMark)
-        if lane is Lane.COMPUTE and self._host_computes:
+        if lane is Lane.COMPUTE and self.host_computes:
             self.wait(mark)
         with self._lock:
             self._lanes[lane].append(lambda: mark.passed_at is not None)
@@ -101,3 +103,16 @@ class FakeStreams(Streams):
                 self._lanes[lane].popleft()
                 return True
         return False
+
+
+class LaggingPool(SlotPool):
+    """Scrubs as a device does: when its turn comes on the compute lane."""
+
+    def __init__(self, num_slots: int, layout: ExpertLayout, streams: FakeStreams) -> None:
+        super().__init__(num_slots, layout, poison=True)
+        self._streams = streams
+
+    def scrub(self, slot: int) -> bool:
+        scrub = super().scrub
+        self._streams.run(lambda: scrub(slot))
+        return True

@@ -17,25 +17,36 @@ from pathlib import Path
 import pytest
 
 FLOORS = """
-F0  errors  config  timeline  metrics
+F0  errors  architecture  config  timeline  metrics
 F1  kernels/checks  kernels/weights  kernels/host_rows  kernels/routing  kernels/matmul  kernels/paging
     kernels/reference_dequant  kernels/reference_small  kernels/reference_attention  kernels/reference
     kernels/reference_copies  kernels/numerics  kernels/configs  kernels/dequant  kernels/moe_checks  kernels/route
     kernels/moe_gemm  kernels/moe_gemv  kernels/moe_fill  kernels/copies  kernels/combine  kernels/router
     kernels/norm  kernels/rope  kernels/attention_gqa  kernels/attention_mla  kernels/triton_ops  kernels/__init__
+    kernels/recorder  kernels/cuda_graphs
 F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safetensors_header  experts/shards
-    experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/rows  experts/pinned
-    experts/store  experts/packing  experts/host_ram  experts/device  experts/budget  experts/disk_store
+    experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/rows  experts/pinned  experts/store
+    experts/pieces  experts/packing  experts/host_ram  experts/device  experts/budget  experts/disk_store
     experts/slots  experts/tickets  experts/copy_engine  experts/virtual  experts/streams  experts/cuda_streams
     experts/stream_engine
 F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/trace
-    scheduling/synthetic  scheduling/plan  scheduling/prefill  scheduling/decode  scheduling/eviction
-    scheduling/policies  scheduling/ledger  scheduling/residency  scheduling/spaces  scheduling/lease
-    scheduling/scheduler
-F4  models/__init__  models/batch  models/config_fields  models/layers  models/attention  models/tap
-    models/moe  models/transformer  models/listening  models/mixtral  models/registry  models/opened
-F5  sampling  text  kv_cache  workspace  engine  placement  loading  moe_model  __init__
-F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/app  cli/__init__
+    scheduling/trace_file  scheduling/recorder  scheduling/synthetic  scheduling/plan  scheduling/prefill
+    scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/policies  scheduling/link_budget
+    scheduling/foresight  scheduling/ledger  scheduling/residency  scheduling/spaces  scheduling/lease
+    scheduling/read_through  scheduling/scheduler  scheduling/cache_study  scheduling/hardware  scheduling/foreseen
+    scheduling/scored  scheduling/replay  scheduling/bake_off  predictors/__init__  predictors/features
+    predictors/history  predictors/base  predictors/popularity  predictors/affinity  predictors/activation_matrix
+    predictors/lookahead  predictors/paper  predictors/learned  predictors/examples  predictors/networks
+    predictors/training  predictors/quality  predictors/files
+F4  models/__init__  models/batch  models/tensors  models/config_fields  models/rope_fields  models/common_fields
+    models/expert_names  models/family  models/layers  models/rope  models/attention  models/mla  models/router
+    models/tap  models/moe  models/transformer  models/parts  models/listening  models/decoder  models/mixtral
+    models/qwen3_moe  models/qwen2_moe  models/olmoe  models/deepseek  models/glm4_moe  models/granite_moe
+    models/gpt_oss  models/registry  models/opened  models/described
+F5  sampling  text  kv_cache  workspace  engine  decode_inputs  recorded_decode  event_decode  graph_decode  link
+    decoding  placement  loading  tracing  moe_model  __init__
+F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/trace  cli/train_predictor  cli/plots
+    cli/replay  cli/app  cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]
 RANK = {name: rank for rank, name in enumerate(FILES)}

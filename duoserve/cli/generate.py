@@ -8,7 +8,7 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-from duoserve.cli.options import MODEL_HELP, Subparsers, add_dtype, add_parser
+from duoserve.cli.options import LOADING, MODEL_HELP, Subparsers, add_loading, add_parser
 from duoserve.errors import RequestError
 from duoserve.moe_model import MoEModel
 from duoserve.sampling import SamplingParams
@@ -27,7 +27,6 @@ SAMPLING = {
     "repetition_penalty": (float, "R", "above 1, tokens that have occurred become less likely"),
     "seed": (int, "S", "makes the draw repeatable"),
 }
-LOADING = ("device", "dtype", "expert_slots", "expert_memory", "memory", "host_memory", "policy", "max_context")
 
 
 def add_command(commands: Subparsers) -> None:
@@ -37,7 +36,7 @@ def add_command(commands: Subparsers) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="default: what stdin says")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
     _add_sampling(parser)
-    _add_loading(parser)
+    add_loading(parser)
     parser.set_defaults(command=run)
 
 
@@ -60,26 +59,6 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         flag = f"--{name.replace('_', '-')}"
         group.add_argument(flag, type=kind, metavar=metavar, default=default, help=help_text + note)
     group.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before TEXT; up to four times")
-
-
-def _add_loading(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("memory and device")
-    limit = group.add_mutually_exclusive_group()
-    limit.add_argument("--expert-slots", type=_slots, metavar="N", help="experts in fast memory: a count, or as 25%%")
-    limit.add_argument("--expert-memory", metavar="SIZE", help="memory for the slots, as 4GiB")
-    limit.add_argument(
-        "--memory", metavar="SIZE", help="memory for everything: slots, dense weights, KV cache, workspace"
-    )
-    group.add_argument("--host-memory", metavar="SIZE", default="auto", help="RAM for experts that have no slot")
-    group.add_argument("--max-context", type=int, metavar="N", help="tokens that the KV cache holds")
-    group.add_argument("--policy", default="auto", help="which experts are kept, and when they are fetched")
-    group.add_argument("--device", default="auto", help="default: what there is")
-    add_dtype(group)
-
-
-def _slots(text: str) -> int | str:
-    """A count, or text for the library to judge."""
-    return int(text) if text.isdecimal() else text
 
 
 def _stdin() -> str:

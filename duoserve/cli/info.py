@@ -10,27 +10,13 @@ from typing import Any
 from duoserve.cli.inventory import Inventory, take_inventory
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser
 from duoserve.experts.budget import format_bytes
-from duoserve.models.opened import OpenedModel, opened
+from duoserve.kv_cache import kv_bytes_per_token
+from duoserve.models.described import DescribedModel, described
 
 EXAMPLES = """\
   duoserve info bard
   duoserve info mistralai/Mixtral-8x7B-v0.1 --json
 """
-SHOWN = (
-    "model_type",
-    "dtype",
-    "num_layers",
-    "num_experts",
-    "top_k",
-    "hidden_size",
-    "expert_intermediate_size",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "sliding_window",
-    "max_position_embeddings",
-    "vocab_size",
-)
 
 
 def add_command(commands: Subparsers) -> None:
@@ -43,26 +29,41 @@ def add_command(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the inventory to stdout."""
-    with opened(args.model) as model:
-        inventory = take_inventory(model)
-        if args.json:
-            print(json.dumps({"architecture": _architecture(model), **asdict(inventory)}))
-        else:
-            print("\n".join(_tables(model, inventory)))
+    model = described(args.model)
+    inventory = take_inventory(model)
+    if args.json:
+        print(json.dumps({"architecture": _architecture(model), "source": model.source, **asdict(inventory)}))
+    else:
+        print("\n".join(_tables(model, inventory)))
 
 
-def _architecture(model: OpenedModel) -> dict[str, Any]:
-    shown = {name: getattr(model.config, name) for name in SHOWN}
-    return shown | {"dtype": str(model.config.dtype).removeprefix("torch.")}
+def _architecture(model: DescribedModel) -> dict[str, Any]:
+    config = model.config
+    shared = config.blocks.moe.shared
+    return {
+        "model_type": config.model_type,
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "num_layers": config.num_layers,
+        "moe_layers": len(config.moe_layers),
+        "num_experts": config.num_experts,
+        "top_k": config.top_k,
+        "hidden_size": config.hidden_size,
+        "expert_intermediate_size": config.expert_intermediate_size,
+        "shared_expert_size": None if shared is None else shared.intermediate_size,
+        "attention": str(config.blocks.attention),
+        "kv_bytes_per_token": kv_bytes_per_token(config, config.dtype),
+        "max_position_embeddings": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+    }
 
 
-def _tables(model: OpenedModel, inventory: Inventory) -> list[str]:
+def _tables(model: DescribedModel, inventory: Inventory) -> list[str]:
     return [
-        str(model.checkpoint.folder),
+        str(model.folder),
         *(f"  {name:<26}{'-' if value is None else value}" for name, value in _architecture(model).items()),
         f"  {'parameters':<26}{_count(inventory.parameters)}, {_count(inventory.active_parameters)} for a token",
         "",
-        "bytes on disk",
+        f"bytes on disk, by {model.source}",
         *_parts(inventory),
         "",
         f"experts: {inventory.total_experts}, {inventory.active_experts} for a token, "

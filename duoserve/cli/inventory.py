@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from duoserve.models.opened import OpenedModel
+from duoserve.experts.layout import ExpertLayout
+from duoserve.models.described import DescribedModel
 
 EXPERTS, OTHER = "experts", "other"
 # The first word found in a tensor's name says what it is part of; a router is called gate in checkpoints.
@@ -16,7 +17,21 @@ PARTS = {
     "norm": "norms",
     ".gate.": "router",
     ".router.": "router",
+    ".shared_expert": "shared experts",
+    ".experts.": "expert biases",
+    ".mlp.": "dense layers",
 }
+ORDER = (
+    "embeddings",
+    "attention",
+    "norms",
+    "router",
+    "dense layers",
+    "shared experts",
+    EXPERTS,
+    "expert biases",
+    "head",
+)
 
 
 @dataclass(frozen=True)
@@ -42,19 +57,18 @@ class Inventory:
     fits: list[Fit]
 
 
-def take_inventory(model: OpenedModel) -> Inventory:
+def take_inventory(model: DescribedModel) -> Inventory:
     """Sums up every tensor that the architecture asks for."""
     config = model.config
-    names_of_experts = [model.family.expert_names(expert) for expert in model.experts]
-    parts = dict.fromkeys((name for names in names_of_experts for name in names), EXPERTS)
+    of_experts = model.family.expert_shapes(config)
     shapes = model.family.tensor_shapes(config)
-    by_part = dict.fromkeys(["embeddings", "attention", "norms", "router", EXPERTS, "head", OTHER], 0)
+    by_part = dict.fromkeys([*ORDER, OTHER], 0)
     for name in shapes:
-        by_part[parts.get(name) or _part(name)] += model.checkpoint.tensors[name].nbytes
+        by_part[EXPERTS if name in of_experts else _part(name)] += model.nbytes[name]
     parameters = sum(map(prod, shapes.values()))
-    total, active = len(model.experts), config.num_layers * config.top_k
-    per_expert = sum(prod(shapes[name]) for name in names_of_experts[0])
-    slot_bytes = model.layout(config.dtype).slot_bytes
+    total, active = len(config.moe_layers) * config.num_experts, len(config.moe_layers) * config.top_k
+    per_expert = sum(map(prod, of_experts.values())) // total
+    slot_bytes = ExpertLayout(config.dtype, config.hidden_size, config.expert_intermediate_size).slot_bytes
     return Inventory(
         bytes_by_part={part: nbytes for part, nbytes in by_part.items() if nbytes},
         expert_bytes=by_part[EXPERTS] // total,

@@ -10,6 +10,7 @@ from duoserve.experts.pack_format import DTYPES
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # generic for type checkers only
 
 MODEL_HELP = 'a folder, a hub id (owner/name), or "bard", the embedded model'
+LOADING = ("device", "dtype", "expert_slots", "expert_memory", "memory", "host_memory", "policy", "max_context")
 
 
 def add_parser(commands: Subparsers, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
@@ -26,3 +27,24 @@ def add_parser(commands: Subparsers, name: str, summary: str, examples: str) -> 
 def add_dtype(parser: argparse._ActionsContainer) -> None:
     """``--dtype``: "auto" is the checkpoint's."""
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the checkpoint's")
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """How a model is loaded: the arguments of ``LOADING``."""
+    group = parser.add_argument_group("memory and device")
+    limit = group.add_mutually_exclusive_group()
+    limit.add_argument("--expert-slots", type=_slots, metavar="N", help="experts in fast memory: a count, or as 25%%")
+    limit.add_argument("--expert-memory", metavar="SIZE", help="memory for the slots, as 4GiB")
+    limit.add_argument(
+        "--memory", metavar="SIZE", help="memory for everything: slots, dense weights, KV cache, workspace"
+    )
+    group.add_argument("--host-memory", metavar="SIZE", default="auto", help="RAM for experts that have no slot")
+    group.add_argument("--max-context", type=int, metavar="N", help="tokens that the KV cache holds")
+    group.add_argument("--policy", default="auto", help="which experts are kept, and when they are fetched")
+    group.add_argument("--device", default="auto", help="default: what there is")
+    add_dtype(group)
+
+
+def _slots(text: str) -> int | str:
+    """A count, or text for the library to judge."""
+    return int(text) if text.isdecimal() else text

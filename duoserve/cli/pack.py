@@ -11,7 +11,7 @@ from duoserve.experts.budget import format_bytes
 from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.layout import ExpertLayout
 from duoserve.experts.pack_format import DTYPES
-from duoserve.experts.packing import CheckpointStore, pack_path, write_pack
+from duoserve.experts.packing import pack_path, write_pack
 from duoserve.models.opened import OpenedModel, opened
 
 EXAMPLES = """\
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         path = pack_path(model.checkpoint, layout, args.out)
         made = not _is_packed(model, layout, path)
         if made:
-            store = CheckpointStore(model.checkpoint, layout, model.family.expert_names)
+            store = model.expert_store(layout.dtype)
             write_pack(store, model.experts, path, store.fingerprint(), progress=True)
         size = format_bytes(len(model.experts) * layout.slot_bytes)
         print(f"{'packed' if made else 'already packed'}: {len(model.experts)} experts, {size}, {path}")
@@ -51,9 +51,8 @@ def run(args: argparse.Namespace) -> None:
 def _is_packed(model: OpenedModel, layout: ExpertLayout, path: Path) -> bool:
     if not path.exists():
         return False
-    config = model.config
     try:
-        DiskStore(path, layout, config.num_layers, config.num_experts, model.checkpoint.fingerprint()).close()
+        DiskStore(path, layout, model.pack_layers, model.config.num_experts, model.checkpoint.fingerprint()).close()
     except CheckpointError:
         return False
     return True

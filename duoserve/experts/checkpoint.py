@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from duoserve.experts.strict_json import parse_object
 
 __all__ = ["Checkpoint", "TensorInfo", "is_ignorable", "resolve"]
 
-_MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 20
 # A converting read goes through cache-sized blocks, small enough for torch not to split the copy over threads of its
 # own (it does from 32768 elements): they would take the cores from the computation.
 _STAGE_ELEMENTS = 32767
@@ -63,7 +63,7 @@ class Checkpoint:
 
         CheckpointError names the file, the tensor where there is one, and the remedy.
         """
-        config_bytes = read_capped(folder / CONFIG_FILE, _MAX_CONFIG_BYTES)
+        config_bytes = read_capped(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
         listed = weight_map(folder)
         names = [SINGLE_FILE] if listed is None else sorted(set(listed.values()))
         with ExitStack() as opened:
@@ -78,13 +78,7 @@ class Checkpoint:
 
         Tensors beyond them are allowed where ``ignorable(name)``.
         """
-        missing = expected.keys() - self.tensors.keys()
-        if missing:
-            raise CheckpointError(f"{self.folder}: no file has what the model needs: {_some(missing)}; {_REMEDY}")
-        extra = {name for name in self.tensors.keys() - expected.keys() if not ignorable(name)}
-        if extra:
-            files = {str(self.tensors[name].file) for name in extra}
-            raise CheckpointError(f"{_some(files)}: the model has no place for {_some(extra)}; {_REMEDY}")
+        check_names(self.folder, {name: info.file.name for name, info in self.tensors.items()}, expected, ignorable)
         for name, shape in expected.items():
             self._check_tensor(self.tensors[name], tuple(shape))
 
@@ -95,9 +89,12 @@ class Checkpoint:
         self.read_into(name, out)
         return out
 
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Fills ``out``: the tensor's shape, any strides, any dtype (converted as by ``Tensor.copy_``)."""
-        info = self._info(name)
+    def read_into(self, name: str, out: Tensor, entry: int | None = None, rows: tuple[int, int] | None = None) -> None:
+        """Fills ``out`` with the tensor, or with a part of it as in ``TensorInfo.part``.
+
+        ``out`` has its shape, any strides, and any dtype (converted as by ``Tensor.copy_``).
+        """
+        info = self._info(name).part(entry, rows)
         if tuple(out.shape) != info.shape:
             raise CheckpointError(f"{_place(info)} has shape {_show(info.shape)}, but {_show(out.shape)} is needed")
         if out.dtype == info.dtype and out.device.type == "cpu" and out.is_contiguous():
@@ -169,6 +166,22 @@ class Checkpoint:
             self._shards[info.file.name].file.read_into(buffer, info.offset + start)
         except CheckpointError as error:
             raise CheckpointError(f"{error} [tensor {info.name!r}]") from error
+
+
+def check_names(
+    folder: Path, files: Mapping[str, str], expected: Collection[str], ignorable: Callable[[str], bool]
+) -> None:
+    """Raises CheckpointError unless the tensors in ``files`` (name -> file of ``folder``) are exactly ``expected``.
+
+    Others are allowed where ``ignorable(name)``.
+    """
+    missing = set(expected) - files.keys()
+    if missing:
+        raise CheckpointError(f"{folder}: no file has what the model needs: {_some(missing)}; {_REMEDY}")
+    extra = {name for name in files.keys() - set(expected) if not ignorable(name)}
+    if extra:
+        places = {str(folder / files[name]) for name in extra}
+        raise CheckpointError(f"{_some(places)}: the model has no place for {_some(extra)}; {_REMEDY}")
 
 
 def _open_shard(path: Path, opened: ExitStack) -> _Shard:

@@ -49,7 +49,7 @@ class CopyEngine(Protocol):
         ...
 
     def fence(self, slots: Collection[int]) -> None:
-        """The work launched so far may read ``slots``: no copy into one of them starts before that work has ended."""
+        """The work launched so far may use ``slots``: no copy into one of them starts before that work has ended."""
         ...
 
     def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:

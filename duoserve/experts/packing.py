@@ -1,6 +1,6 @@
 """From checkpoint tensors to packed experts: one row at a time, or all of them into a pack on disk.
 
-P = 2 projections (gate, up), H hidden, I expert intermediate, B bytes of a row.
+B bytes of a row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -24,17 +24,10 @@ from duoserve.errors import CheckpointError, CopyError
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.layout import ROW_ALIGNMENT, ExpertId, ExpertLayout
 from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE, PackHeader
+from duoserve.experts.pieces import ExpertPieces, Piece, places
 from duoserve.experts.store import ExpertStore
 
 LOCK_FILE = ".lock"
-
-
-class ExpertNames(NamedTuple):
-    """Checkpoint names of one expert's tensors: ``gate`` and ``up`` [I, H], ``down`` [H, I]."""
-
-    gate: str
-    up: str
-    down: str
 
 
 class ExpertReader(Protocol):
@@ -54,23 +47,23 @@ class CheckpointStore(ExpertStore):
     The checkpoint stays its opener's: ``close`` leaves it open. Thread-safe.
     """
 
-    def __init__(self, checkpoint: Checkpoint, layout: ExpertLayout, names: Callable[[ExpertId], ExpertNames]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, layout: ExpertLayout, pieces: Callable[[ExpertId], ExpertPieces]
+    ) -> None:
         self.layout = layout
         self._checkpoint = checkpoint
-        self._names = names
+        self._pieces = pieces
 
     def read(self, expert: ExpertId, row_B: Tensor) -> None:
         """Fills a uint8 CPU row [slot_bytes], converting to the layout's dtype; the padding becomes zero.
 
         CopyError names the expert, the file and the offset.
         """
-        names = self._names(expert)
-        weights = self.layout.weights(row_B[None])
-        w13_IPH = weights.w13_SNH[0].view(self.layout.intermediate, 2, self.layout.hidden)
-        self._fill(expert, names.gate, w13_IPH[:, 0])
-        self._fill(expert, names.up, w13_IPH[:, 1])
-        self._fill(expert, names.down, weights.w2_SHI[0])
-        row_B[w13_IPH.nbytes : self.layout.w2_offset].zero_()
+        targets = places(self.layout, row_B)
+        for piece in self._pieces(expert):
+            target = targets[piece.matrix]
+            self._fill(expert, piece, target.T if piece.transposed else target)
+        row_B[targets["gate_up"].nbytes : self.layout.w2_offset].zero_()
         row_B[self.layout.payload_bytes :].zero_()
 
     def fingerprint(self) -> str:
@@ -80,12 +73,12 @@ class CheckpointStore(ExpertStore):
     def close(self) -> None:
         """Nothing to release."""
 
-    def _fill(self, expert: ExpertId, name: str, out: Tensor) -> None:
+    def _fill(self, expert: ExpertId, piece: Piece, out: Tensor) -> None:
         try:
-            self._checkpoint.read_into(name, out)
+            self._checkpoint.read_into(piece.name, out, piece.entry, piece.rows)
         except CheckpointError as error:
-            info = self._checkpoint.tensors.get(name)
-            place = f", {info.file} from byte {info.offset}" if info else ""
+            info = self._checkpoint.tensors.get(piece.name)
+            place = f", {info.file} from byte {info.part(piece.entry, piece.rows).offset}" if info else ""
             raise CopyError(f"expert {expert.expert} of layer {expert.layer}{place}: {error}") from error
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,45 +56,78 @@ class TensorInfo:
     offset: int
     nbytes: int
 
+    def part(self, entry: int | None = None, rows: tuple[int, int] | None = None) -> TensorInfo:
+        """Part ``entry`` of the first dimension, and of that (or of the whole) rows ``rows[0]`` to before ``rows[1]``.
+
+        Its bytes are one range.
+        """
+        part = self
+        if entry is not None:
+            part = part._cut(entry, entry + 1)
+            part = replace(part, shape=part.shape[1:])
+        return part if rows is None else part._cut(*rows)
+
+    def _cut(self, start: int, stop: int) -> TensorInfo:
+        row_bytes = self.nbytes // self.shape[0]
+        shape = (stop - start, *self.shape[1:])
+        return replace(self, shape=shape, offset=self.offset + start * row_bytes, nbytes=(stop - start) * row_bytes)
+
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """The tensors of one file in the order of their bytes, and the SHA-256 of the header's JSON."""
+    """The tensors in the order of their bytes, the SHA-256 of the header's JSON, the metadata in it, and the byte of
+    the file behind the last tensor.
+    """
 
     tensors: tuple[TensorInfo, ...]
     sha256: bytes
+    metadata: dict[str, str]
+    end: int
 
 
 def read_header(file: PositionalFile) -> SafetensorsHeader:
     """The checked header of an open file; CheckpointError says what is wrong with it."""
-    raw = _header_bytes(file)
+    header = read_segment(file, 0)
+    if header.end != file.size:
+        raise CheckpointError(
+            f"{file.path}: followed by bytes of no tensor: {file.size} bytes, its tensors end at byte {header.end}; "
+            f"{_REMEDY}"
+        )
+    return header
+
+
+def read_segment(file: PositionalFile, start: int) -> SafetensorsHeader:
+    """The same of what begins at byte ``start`` of a file and may be followed by more."""
+    raw = _header_bytes(file, start)
     entries = parse_object(raw, file.path)
-    _check_metadata(entries.pop("__metadata__", None), file.path)
+    metadata = _checked_metadata(entries.pop("__metadata__", None), file.path)
     if len(entries) > MAX_TENSORS:
         raise CheckpointError(f"{file.path}: {len(entries)} tensors, more than the {MAX_TENSORS} allowed; {_REMEDY}")
-    data_start = _LENGTH_BYTES + len(raw)
+    data_start = start + _LENGTH_BYTES + len(raw)
     tensors = [_tensor(name, entry, file.path, data_start) for name, entry in entries.items()]
     tensors.sort(key=lambda t: (t.offset, t.nbytes))
-    _check_cover(tensors, file, data_start)
-    return SafetensorsHeader(tuple(tensors), hashlib.sha256(raw).digest())
+    end = _check_cover(tensors, file, data_start)
+    return SafetensorsHeader(tuple(tensors), hashlib.sha256(raw).digest(), metadata, end)
 
 
-def _header_bytes(file: PositionalFile) -> bytes:
-    if file.size < _LENGTH_BYTES:
+def _header_bytes(file: PositionalFile, start: int) -> bytes:
+    room = file.size - start - _LENGTH_BYTES
+    if room < 0:
         raise CheckpointError(f"{file.path}: {file.size} bytes, too short for a safetensors file; {_REMEDY}")
-    length = int.from_bytes(file.read(0, _LENGTH_BYTES), "little")
+    length = int.from_bytes(file.read(start, _LENGTH_BYTES), "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(f"{file.path}: header of {length} bytes, {MAX_HEADER_BYTES} are allowed; {_REMEDY}")
-    if length > file.size - _LENGTH_BYTES:
+    if length > room:
         raise CheckpointError(f"{file.path}: header of {length} bytes in a file of {file.size}; {_REMEDY}")
-    return file.read(_LENGTH_BYTES, length)
+    return file.read(start + _LENGTH_BYTES, length)
 
 
-def _check_metadata(metadata: Any, path: Path) -> None:
+def _checked_metadata(metadata: Any, path: Path) -> dict[str, str]:
     if metadata is None:
-        return
+        return {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ must map text to text; {_REMEDY}")
+    return metadata
 
 
 def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
@@ -122,14 +155,14 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
-def _check_cover(tensors: Iterable[TensorInfo], file: PositionalFile, data_start: int) -> None:
-    """The tensors (in the order of their bytes) must fill the file exactly: no hole, no overlap, nothing behind."""
+def _check_cover(tensors: Iterable[TensorInfo], file: PositionalFile, data_start: int) -> int:
+    """Where the tensors (in the order of their bytes) end; there must be no hole and no overlap."""
     end = data_start
     for tensor in tensors:
         if tensor.offset != end:
             fault = "a hole before" if tensor.offset > end else "an overlap at"
             raise CheckpointError(f"{file.path}: {fault} tensor {tensor.name!r} (byte {tensor.offset}); {_REMEDY}")
         end += tensor.nbytes
-    if end != file.size:
-        fault = "truncated" if end > file.size else "followed by bytes of no tensor"
-        raise CheckpointError(f"{file.path}: {fault}: {file.size} bytes, its tensors end at byte {end}; {_REMEDY}")
+    if end > file.size:
+        raise CheckpointError(f"{file.path}: truncated: {file.size} bytes, its tensors end at byte {end}; {_REMEDY}")
+    return end

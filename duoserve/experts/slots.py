@@ -73,6 +73,10 @@ class SlotTable:
         """The EMPTY slots, lowest first."""
         return self._empty.copy()
 
+    def first_empty(self) -> int:
+        """The lowest EMPTY slot, -1 if there is none."""
+        return self._empty[0] if self._empty else -1
+
     def ready(self) -> list[tuple[int, ExpertId]]:
         """The READY slots, lowest first, with their experts."""
         return [
@@ -84,6 +88,11 @@ class SlotTable:
     def row(self, layer: int) -> Tensor:
         """int32 [E]: the slot of each READY expert of this layer, -1 for the others. A live view: never write to it."""
         return self._rows[layer]
+
+    @property
+    def ready_LE(self) -> np.ndarray:
+        """int32 [L, E]: ``row`` of every layer. A live view: never write to it."""
+        return self._ready_LE
 
     def begin_load(self, expert: ExpertId, slot: int) -> None:
         """EMPTY -> LOADING; the expert must be in no slot yet."""
@@ -209,7 +218,11 @@ class SlotPool:
         """The bytes of one slot: a uint8 view [slot_bytes]."""
         return self.rows_SB[slot]
 
-    def scrub(self, slot: int) -> None:
-        """Makes a freed slot read as NaN if the pool is poisoned, else does nothing."""
+    def scrub(self, slot: int) -> bool:
+        """Makes a freed slot read as NaN if the pool is poisoned, else does nothing; whether it did.
+
+        On a GPU that is done behind the kernels that were launched before, and no copy may come before it.
+        """
         if self._poison:
             self.rows_SB[slot].fill_(_POISON)
+        return self._poison

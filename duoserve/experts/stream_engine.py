@@ -68,7 +68,9 @@ class StreamCopyEngine(CopyEngine):
         self._stalls: deque[tuple[Mark, Mark]] = deque()
         self._readers: dict[int, Mark] = {}  # by slot: where its last readers end
         self._closed = False
-        self._origin, self._origin_s = streams.mark(Lane.DEMAND), self.now()
+        self._origin = streams.mark(Lane.DEMAND)
+        streams.wait(self._origin)  # times are counted from it in every lane, which may be ahead of this one
+        self._origin_s = self.now()
         lock = threading.RLock()
         self._queued = threading.Condition(lock)  # a ticket can be taken, or the engine closes
         self._changed = threading.Condition(lock)  # a ticket has been enqueued or has finished
@@ -178,15 +180,20 @@ class StreamCopyEngine(CopyEngine):
         begin = self._streams.mark(lane)
         in_flight: deque[Mark] = deque()
         target_B = self._pool.row(ticket.slot)
-        for start in range(0, ticket.nbytes, piece_bytes):
-            if len(in_flight) == PIECES_IN_FLIGHT:
-                self._streams.wait(in_flight.popleft())
-            if lane is not _lane(ticket):  # it has been promoted meanwhile
-                lane = _lane(ticket)
-                self._streams.after(lane, in_flight[-1] if in_flight else begin)
-            stop = min(start + piece_bytes, ticket.nbytes)
-            self._streams.copy(lane, target_B[start:stop], row_B[start:stop])
-            in_flight.append(self._streams.mark(lane))
+        try:
+            for start in range(0, ticket.nbytes, piece_bytes):
+                if len(in_flight) == PIECES_IN_FLIGHT:
+                    self._streams.wait(in_flight.popleft())
+                if lane is not _lane(ticket):  # it has been promoted meanwhile
+                    lane = _lane(ticket)
+                    self._streams.after(lane, in_flight[-1] if in_flight else begin)
+                stop = min(start + piece_bytes, ticket.nbytes)
+                self._streams.copy(lane, target_B[start:stop], row_B[start:stop])
+                in_flight.append(self._streams.mark(lane))
+        except BaseException:
+            for mark in in_flight:  # the slot and the row are about to be somebody else's
+                self._streams.wait(mark)
+            raise
         return _Arrival(begin, in_flight[-1])
 
     def _arrived(self, ticket: Ticket, arrival: _Arrival) -> None:
@@ -231,12 +238,17 @@ class StreamCopyEngine(CopyEngine):
     def _take(self) -> Ticket | None:
         """The next ticket, RUNNING; blocks while there is none. None once the engine is closed."""
         with self._queued:
-            while (whole := self._queue.take()) is None:
+            while (whole := self._queue.take(self._may_start) or self._queue.take()) is None:
                 if self._closed:
                     return None
                 self._queued.wait()
             whole.ticket.start(self.now())
             return whole.ticket
+
+    def _may_start(self, ticket: Ticket) -> bool:
+        """Whether the copy would hold up none behind it on its lane: no kernel reads the slot, or it is a demand."""
+        readers = self._readers.get(ticket.slot)
+        return ticket.priority is Priority.DEMAND or readers is None or self._streams.passed(readers)
 
     def _carry_out(self, ticket: Ticket, staging_B: Tensor) -> CopyError | None:
         try:

@@ -14,14 +14,16 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from duoserve.kernels import reference, reference_copies
+from duoserve.kernels.checks import require
 from duoserve.kernels.host_rows import HostRows
 from duoserve.kernels.matmul import linear
 from duoserve.kernels.paging import context_rows
-from duoserve.kernels.reference import apply_rope, attention, rope_table
+from duoserve.kernels.reference import apply_rope, attention, rope_frequencies, rope_table, write_rows
 from duoserve.kernels.reference_attention import QUERY_ROWS
-from duoserve.kernels.routing import DeviceWork, HostWork, RoutePlan, Work
+from duoserve.kernels.routing import DeviceWork, HostWork, RoutePlan, Work, by_demand
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "add_rms_norm",
     "apply_rope",
     "attention",
+    "by_demand",
     "context_rows",
     "decode_attention",
     "linear",
@@ -46,13 +49,16 @@ __all__ = [
     "moe_gemv_down",
     "moe_gemv_up",
     "moe_up",
+    "moe_up_clamped",
     "moe_up_fill",
     "page_gather",
     "rms_norm",
+    "rope_frequencies",
     "rope_table",
     "rope_write_kv",
     "route_plan",
     "router_topk",
+    "write_rows",
 ]
 
 _Operands = ParamSpec("_Operands")
@@ -66,6 +72,9 @@ def _dispatched(twin: Callable[_Operands, _Result]) -> Callable[_Operands, _Resu
 
     @wraps(twin)
     def op(*operands: _Operands.args, **options: _Operands.kwargs) -> _Result:
+        if has_torch_function(operands):  # a mode that watches torch's calls sees a launch as one of them
+            result: _Result = handle_torch_function(op, operands, *operands, **options)
+            return result
         on_gpu = _GPU and any(operand.is_cuda for operand in operands if isinstance(operand, Tensor))
         return (_in_triton(twin) if on_gpu or _TRITON_ON_CPU else twin)(*operands, **options)
 
@@ -80,8 +89,21 @@ def _in_triton(twin: Callable[_Operands, _Result]) -> Callable[_Operands, _Resul
     return kernel
 
 
+def _cpu_only(twin: Callable[_Operands, None]) -> Callable[_Operands, None]:
+    """The op of ``twin``'s name, which has no kernel in Triton yet: KernelError where that is asked for."""
+
+    @wraps(twin)
+    def op(*operands: _Operands.args, **options: _Operands.kwargs) -> None:
+        on_gpu = _GPU and any(operand.is_cuda for operand in operands if isinstance(operand, Tensor))
+        require(not on_gpu and not _TRITON_ON_CPU, f"{twin.__name__} has no kernel in Triton yet, only one for CPUs")
+        twin(*operands, **options)
+
+    return op
+
+
 route_plan = _dispatched(reference.route_plan)
 moe_up = _dispatched(reference.moe_up)
+moe_up_clamped = _cpu_only(reference.moe_up_clamped)
 moe_down = _dispatched(reference.moe_down)
 moe_combine = _dispatched(reference.moe_combine)
 moe_gemv_up = _dispatched(reference.moe_gemv_up)

@@ -28,14 +28,15 @@ def has_native_matmul(dtype: torch.dtype) -> bool:
     return any(capabilities.get(name, False) for name in names)
 
 
-def linear(x_TK: Tensor, w_NK: Tensor) -> Tensor:
-    """``x_TK @ w_NK.T`` -> [T, N] in ``x_TK``'s dtype, accumulated in at least float32.
+def linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """``x_TK @ w_NK.T + bias_N`` -> [T, N] in ``x_TK``'s dtype, accumulated in at least float32.
 
     The route depends on T, the dtype and the machine only, so equal inputs give equal bits.
     """
     if x_TK.is_cuda or x_TK.shape[0] <= NARROW_ROWS or has_native_matmul(w_NK.dtype):
-        return F.linear(x_TK, w_NK)
-    return _widened(x_TK, w_NK).to(x_TK.dtype)
+        return F.linear(x_TK, w_NK, bias_N)
+    wide_TN = _widened(x_TK, w_NK)
+    return (wide_TN if bias_N is None else wide_TN.add_(bias_N)).to(x_TK.dtype)
 
 
 def _widened(x_TK: Tensor, w_NK: Tensor) -> Tensor:

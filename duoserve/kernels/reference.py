@@ -21,9 +21,11 @@ from duoserve.kernels.reference_small import (
     apply_rope,
     moe_combine,
     rms_norm,
+    rope_frequencies,
     rope_table,
     rope_write_kv,
     router_topk,
+    write_rows,
 )
 from duoserve.kernels.routing import HostWork, RoutePlan, Work
 from duoserve.kernels.weights import ExpertWeights
@@ -40,11 +42,14 @@ __all__ = [
     "moe_gemv_down",
     "moe_gemv_up",
     "moe_up",
+    "moe_up_clamped",
     "rms_norm",
+    "rope_frequencies",
     "rope_table",
     "rope_write_kv",
     "route_plan",
     "router_topk",
+    "write_rows",
 ]
 
 
@@ -82,10 +87,31 @@ def moe_up(x_TH: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, ac
     w13 = weights.w13
     for expert, slot in work.pairs():
         start, stop = plan.rows(expert)
-        x_RH = x_TH
-        if not x_TH.shape[0] == stop - start == 1:
-            x_RH = x_TH.index_select(0, plan.order_N[start:stop] // plan.top_k)
-        _swiglu(x_RH, dense(w13, slot), act_NI[start:stop])
+        _swiglu(_rows_of(x_TH, plan, start, stop), dense(w13, slot), act_NI[start:stop])
+
+
+def moe_up_clamped(
+    x_TH: Tensor,
+    weights: ExpertWeights,
+    plan: RoutePlan,
+    work: Work,
+    bias_EN: Tensor,
+    alpha: float,
+    limit: float,
+    act_NI: Tensor,
+) -> None:
+    """``moe_up`` of gpt-oss: ``(up + 1) * gate * sigmoid(alpha * gate)``, from products to which ``bias_EN`` is added.
+
+    Before that the gate is cut off above ``limit``, and up beyond ``limit`` on both sides. The bias has the order of
+    the weights' rows: gate and up in turn. Source: OpenAI (2025), gpt-oss model card.
+    """
+    w13 = weights.w13
+    for expert, slot in work.pairs():
+        start, stop = plan.rows(expert)
+        x_RH = _rows_of(x_TH, plan, start, stop)
+        up_RI2 = (_linear(x_RH, dense(w13, slot)) + bias_EN[expert]).view(len(x_RH), -1, 2)
+        gate_RI, up_RI = up_RI2[..., 0].clamp(max=limit), up_RI2[..., 1].clamp(-limit, limit)
+        torch.mul(up_RI + 1, gate_RI * torch.sigmoid(gate_RI * alpha), out=act_NI[start:stop])
 
 
 def moe_down(act_NI: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, y_NH: Tensor) -> None:
@@ -123,6 +149,13 @@ def moe_gemv_down(
     """
     products = [_linear(act_KI[j : j + 1], dense(weights.w2, slot)) for j, slot in enumerate(slots_K.tolist())]
     out_1H.copy_(moe_combine(torch.stack(products, dim=1), topk_weights_1K, shared_1H))
+
+
+def _rows_of(x_TH: Tensor, plan: RoutePlan, start: int, stop: int) -> Tensor:
+    """The tokens of the sorted rows from ``start`` to before ``stop``."""
+    if x_TH.shape[0] == stop - start == 1:
+        return x_TH
+    return x_TH.index_select(0, plan.order_N[start:stop] // plan.top_k)
 
 
 def _swiglu(x_RH: Tensor, w13_NH: Tensor, act_RI: Tensor) -> None:

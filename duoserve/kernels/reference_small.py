@@ -1,7 +1,8 @@
 """The PyTorch spec of the small ops between the matrix products, which is also what runs on a CPU. No triton.
 
 T tokens, K top-k, E experts, H hidden (in RoPE: query heads), G KV heads, D head dimension, R rotated dimensions, P
-pages, S tokens a page, N expert groups. Sums are made in at least float32; results come in the input's dtype.
+pages, S tokens a page, W a row of them, F = R/2 frequencies, N expert groups. Sums are made in at least float32;
+results come in the input's dtype.
 """
 
 from __future__ import annotations
@@ -33,11 +34,18 @@ def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float
     return rms_norm(sum_TH, weight_H, eps), sum_TH
 
 
-def rope_table(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, 1, D/2] of ``position / theta^(2i/D)``: float32, rounded to values of ``dtype``."""
-    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_T.device) / head_dim)
-    angles_TD = positions_T.float()[:, None, None] * inverse
-    return angles_TD.cos().to(dtype).float(), angles_TD.sin().to(dtype).float()
+def rope_frequencies(dim: int, theta: float) -> Tensor:
+    """``1 / theta^(2i/R)``, float32 [R/2], of R = ``dim`` rotated dimensions. Source: Su et al. (2021)."""
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+
+
+def rope_table(
+    positions_T: Tensor, frequencies_F: Tensor, dtype: torch.dtype, magnitude: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, 1, F] of ``position * frequency``, times ``magnitude``: float32, rounded to ``dtype``."""
+    angles_T1F = positions_T.float()[:, None, None] * frequencies_F.to(positions_T.device)
+    cos_T1F, sin_T1F = angles_T1F.cos() * magnitude, angles_T1F.sin() * magnitude
+    return cos_T1F.to(dtype).float(), sin_T1F.to(dtype).float()
 
 
 def apply_rope(x_THD: Tensor, cos_T1R: Tensor, sin_T1R: Tensor, interleaved: bool = False) -> Tensor:
@@ -73,12 +81,20 @@ def rope_write_kv(
     """
     turned_TND = apply_rope(torch.cat((q_THD, k_TGD), dim=1), cos_T1R, sin_T1R, interleaved)
     q_THD, k_TGD = turned_TND[:, : q_THD.shape[1]], turned_TND[:, q_THD.shape[1] :]
+    write_rows(k_TGD, k_pages_PSGD, rows_T)
+    write_rows(v_TGD, v_pages_PSGD, rows_T)
+    return q_THD
+
+
+def write_rows(values_TW: Tensor, pages_PSW: Tensor, rows_T: Tensor) -> None:
+    """Stores the row of token t in row ``rows_T[t]`` = page * S + place (int64) of the paged cache; none may repeat.
+
+    A negative row stores nothing, as in ``rope_write_kv``.
+    """
     if rows_T.shape[0] and int(rows_T.min()) < 0:
         kept_T = rows_T >= 0
-        k_TGD, v_TGD, rows_T = k_TGD[kept_T], v_TGD[kept_T], rows_T[kept_T]
-    k_pages_PSGD.flatten(0, 1).index_copy_(0, rows_T, k_TGD)
-    v_pages_PSGD.flatten(0, 1).index_copy_(0, rows_T, v_TGD)
-    return q_THD
+        values_TW, rows_T = values_TW[kept_T], rows_T[kept_T]
+    pages_PSW.flatten(0, 1).index_copy_(0, rows_T, values_TW)
 
 
 def router_topk(

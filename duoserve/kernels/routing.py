@@ -5,7 +5,7 @@ T tokens, K top-k, E experts, N = T * K routed rows, W = E entries of a work lis
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -120,5 +120,10 @@ class RoutePlan:
 
     def by_demand(self) -> list[int]:
         """The experts that have rows, those with most first; ties in order of their ids. Read on the host."""
-        counts = [stop - start for start, stop in zip(self.starts, self.starts[1:], strict=False)]
-        return sorted((e for e, count in enumerate(counts) if count), key=lambda e: (-counts[e], e))
+        spans = enumerate(zip(self.starts, self.starts[1:], strict=False))
+        return by_demand({expert: stop - start for expert, (start, stop) in spans if stop > start})
+
+
+def by_demand(rows: Mapping[int, int]) -> list[int]:
+    """The experts that have ``rows``, those with most first; ties in order of their ids."""
+    return sorted(rows, key=lambda expert: (-rows[expert], expert))

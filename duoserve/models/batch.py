@@ -28,7 +28,10 @@ class KVStore(Protocol):
         """Tokens of context of every sequence, its new ones included, int32."""
 
     def pages(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, of all sequences, each [P, S, G, D]."""
+        """Keys and values of one layer, of all sequences, each [P, S, G, D]; the widths may differ.
+
+        Latent attention keeps one row for all heads as a key, and values of width 0.
+        """
 
     def context(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         """Keys and values [C, G, D] of one sequence of the batch, its new tokens included."""
@@ -47,8 +50,3 @@ class Batch:
     def is_decode(self) -> bool:
         """Whether every sequence has one new token, so that row b is sequence b's."""
         return self.token_ids_T.shape[0] == len(self.spans)
-
-    @property
-    def last_rows(self) -> list[int]:
-        """The row of each sequence's last new token."""
-        return [stop - 1 for _, stop in self.spans]

@@ -26,6 +26,16 @@ class Fields:
         self._raw = raw
         self._where = where
 
+    @classmethod
+    def completed(cls, raw: Mapping[str, Any], defaults: Mapping[str, Any], aliases: Mapping[str, str]) -> Fields:
+        """A config.json whose absent fields are ``defaults``; ``aliases`` are other names of some of them."""
+        named = dict(raw)
+        for alias, name in aliases.items():
+            value = named.pop(alias, None)
+            if value is not None and named.setdefault(name, value) != value:
+                raise cls(raw).refusal(alias, f"but {name}, its other name, is {reprlib.repr(raw[name])}")
+        return cls({**defaults, **named})
+
     def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
         """An integer in low..high."""
         value = self._raw.get(name, default)
@@ -44,14 +54,44 @@ class Fields:
             raise self.refusal(name, f"it must be a number above {low:g} and up to {high:g}")
         return float(value)
 
-    def flag(self, name: str, default: bool) -> bool:
+    def is_set(self, name: str) -> bool:
+        """Whether the field is there and neither null nor zero nor empty."""
+        return bool(self._raw.get(name))
+
+    def is_null(self, name: str) -> bool:
+        """Whether the field is null or absent."""
+        return self._raw.get(name) is None
+
+    def integers(self, name: str, low: int, high: int) -> list[int]:
+        """A list of integers in low..high; null and absent are an empty one."""
+        value = [] if self._raw.get(name) is None else self._raw[name]
+        if not isinstance(value, list) or not all(type(n) is int and low <= n <= high for n in value):
+            raise self.refusal(name, f"it must be a list of integers in {low}..{high}")
+        return value
+
+    def inner(self, name: str) -> Fields:
+        """The fields of an object that has no objects in it; null and absent are an empty one."""
+        value = self._raw.get(name) or {}
+        if not isinstance(value, dict) or any(isinstance(entry, dict) for entry in value.values()):
+            raise self.refusal(name, "supported: null, or one flat object for all layers")
+        return Fields(value, f"{self._where}: {name}")
+
+    def choices(self, name: str, supported: Collection[str], count: int) -> list[str]:
+        """``count`` of the ``supported`` texts in a list; null and absent are an empty one."""
+        value = [] if self._raw.get(name) is None else self._raw[name]
+        known = isinstance(value, list) and all(isinstance(entry, str) and entry in supported for entry in value)
+        if not known or len(value) not in (0, count):
+            raise self.refusal(name, f"it must be a list of {count}, each {' or '.join(map(repr, supported))}")
+        return list(value)
+
+    def flag(self, name: str, default: bool | None = None) -> bool:
         """A JSON true or false."""
         value = self._raw.get(name, default)
         if not isinstance(value, bool):
             raise self.refusal(name, "it must be true or false")
         return value
 
-    def choice(self, name: str, supported: Collection[str], default: str) -> str:
+    def choice(self, name: str, supported: Collection[str], default: str | None = None) -> str:
         """One of the ``supported`` texts."""
         value = self._raw.get(name, default)
         if not isinstance(value, str) or value not in supported:
@@ -73,7 +113,7 @@ class Fields:
                 "use the checkpoint in bfloat16, float16 or float32"
             )
 
-    def token_ids(self, name: str, default: int) -> tuple[int, ...]:
+    def token_ids(self, name: str, default: int | None = None) -> tuple[int, ...]:
         """One token id, a list of them, or null for none."""
         value = self._raw.get(name, default)
         ids = [] if value is None else value if isinstance(value, list) else [value]
@@ -81,32 +121,15 @@ class Fields:
             raise self.refusal(name, f"it must be a token id in 0..{MAX_TOKEN_ID}, a list of them, or null")
         return tuple(ids)
 
-    def dtype(self, default: torch.dtype) -> torch.dtype:
-        """The weights' dtype, from ``dtype`` or the older ``torch_dtype``; ``default`` where neither is there."""
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype, from ``dtype`` or the older ``torch_dtype``; float32 where neither is there."""
         name = "torch_dtype" if self._raw.get("dtype") is None else "dtype"
         value = self._raw.get(name)
         if value is None:
-            return default
+            return torch.float32
         if not isinstance(value, str) or value not in DTYPES:
             raise self.refusal(name, f"supported: {', '.join(DTYPES)}")
         return DTYPES[value]
-
-    def rope_theta(self, default: float) -> float:
-        """The base of plain RoPE over whole heads, the only kind supported.
-
-        As transformers 5 does: ``rope_scaling`` goes before ``rope_parameters``, and a rope_theta inside of it before
-        the top-level one.
-        """
-        name = "rope_scaling" if self._raw.get("rope_scaling") else "rope_parameters"
-        parameters = self._raw.get(name) or {}
-        if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
-            raise self.refusal(name, "supported: null, or one flat object for all layers")
-        inner = Fields(parameters, f"{self._where}: {name}")
-        inner.choice("rope_type" if "rope_type" in parameters else "type", ["default"], "default")
-        for fields in (self, inner):
-            if fields.number("partial_rotary_factor", 0, 1, 1.0) != 1:
-                raise fields.refusal("partial_rotary_factor", "supported: 1.0")
-        return inner.number("rope_theta", 0, 1e12, self.number("rope_theta", 0, 1e12, default))
 
     def refusal(self, name: str, why: str) -> ConfigError:
         """The error for a field's value; ``why`` says what is supported."""

@@ -1,20 +1,51 @@
-"""Small dense layers. T tokens, H hidden."""
+"""Small dense layers. T tokens, H hidden, I intermediate, K input features, N output features."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from duoserve import kernels
+from duoserve.models.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``x w^T + bias``."""
+
+    weight_NK: Tensor
+    bias_N: Tensor | None = None
+
+    @classmethod
+    def load(cls, tensors: Tensors, num_out: int, num_in: int, bias: bool = False) -> Linear:
+        """From ``weight`` and, where there is one, ``bias``."""
+        return cls(tensors("weight", num_out, num_in), tensors("bias", num_out) if bias else None)
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Linear]) -> Linear:
+        """Several of the same input in one product, their outputs side by side."""
+        biases = [part.bias_N for part in parts if part.bias_N is not None]
+        return cls(torch.cat([part.weight_NK for part in parts]), torch.cat(biases) if biases else None)
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        return kernels.linear(x_TK, self.weight_NK, self.bias_N)
 
 
 @dataclass(frozen=True)
 class RMSNorm:
-    """Root-mean-square norm over the hidden dimension."""
+    """Root-mean-square norm over the last dimension."""
 
     weight_H: Tensor
     eps: float
+
+    @classmethod
+    def load(cls, tensors: Tensors, size: int, eps: float) -> RMSNorm:
+        """From ``weight``."""
+        return cls(tensors("weight", size), eps)
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         return kernels.rms_norm(x_TH, self.weight_H, self.eps)
@@ -27,12 +58,18 @@ class RMSNorm:
 
 
 @dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding; one table of angles serves all layers of a forward pass."""
+class FeedForward:
+    """SwiGLU (Shazeer, 2020) for every token: a dense layer, or the expert that all tokens share."""
 
-    head_dim: int
-    theta: float
+    gate_up: Linear
+    down: Linear
 
-    def table(self, positions_T: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [T, 1, D/2] in the dtype of ``like``."""
-        return kernels.rope_table(positions_T, self.head_dim, self.theta, like.dtype)
+    @classmethod
+    def load(cls, tensors: Tensors, hidden: int, intermediate: int) -> FeedForward:
+        """From ``gate_proj``, ``up_proj`` and ``down_proj``."""
+        wide = [Linear.load(tensors.under(name), intermediate, hidden) for name in ("gate_proj", "up_proj")]
+        return cls(Linear.stacked(wide), Linear.load(tensors.under("down_proj"), hidden, intermediate))
+
+    def __call__(self, x_TH: Tensor) -> Tensor:
+        gate_TI, up_TI = self.gate_up(x_TH).chunk(2, dim=-1)
+        return self.down(F.silu(gate_TI) * up_TI)

@@ -13,7 +13,7 @@ from duoserve.scheduling.routing import RoutingListener
 def listened_to(model: Transformer, listener: RoutingListener) -> tuple[Transformer, RoutingTap]:
     """The same model (all tensors shared) with a tap at every MoE layer; the engine tells the tap of every pass."""
     sites = [
-        RouterSite(layer.ffn.layer, layer.ffn.router_EH, layer.ffn_norm.weight_H)
+        RouterSite(layer.ffn.layer, layer.ffn.router.logits, layer.ffn_norm.weight_H)
         for layer in model.layers
         if isinstance(layer.ffn, MoEBlock)
     ]

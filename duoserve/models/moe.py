@@ -5,17 +5,53 @@ T tokens, K top-k, E experts, H hidden, I expert intermediate, N = T * K routed 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from duoserve import kernels
-from duoserve.kernels import ExpertWeights, HostWork
+from duoserve.architecture import ClampConfig, SharedExpertConfig
+from duoserve.kernels import DeviceWork, ExpertWeights, HostRows, HostWork, RoutePlan, Work
+from duoserve.models.layers import FeedForward, Linear
+from duoserve.models.router import Router
 from duoserve.models.tap import RoutingTap
-from duoserve.scheduling.source import ExpertSource
+from duoserve.models.tensors import Tensors
+from duoserve.scheduling.source import ExpertSource, Lease
+
+
+class Routed(NamedTuple):
+    """What the router chose for ``x_TH``, and where the experts' results go."""
+
+    x_TH: Tensor
+    topk_weights_TK: Tensor
+    topk_ids_TK: Tensor
+    plan: RoutePlan
+    act_NI: Tensor
+    y_NH: Tensor
+
+
+@dataclass(frozen=True)
+class GatedFeedForward:
+    """A shared expert whose output is weighted, token by token, by the sigmoid of ``gate``."""
+
+    gate: Linear
+    expert: FeedForward
+
+    def __call__(self, x_TH: Tensor) -> Tensor:
+        return torch.sigmoid(self.gate(x_TH)) * self.expert(x_TH)
+
+
+@dataclass(frozen=True)
+class ClampedExperts:
+    """What gpt-oss's experts have beside their matrices: ``up_bias_E2I`` (gate and up in turn), ``down_bias_EH``."""
+
+    config: ClampConfig
+    up_bias_E2I: Tensor
+    down_bias_EH: Tensor
 
 
 class RoutingScript(Protocol):
@@ -31,35 +67,108 @@ class MoEBlock:
     """Routes each token to its top-k experts and computes them as they become ready, residents first.
 
     Each expert's rows are one product of their own and the combine has a fixed order, so the output has the same bits
-    whatever slots the experts are in and in whatever order they arrive. ``tap`` hears what was chosen. Where there
-    is a ``script`` the router computes all the same, and the script's choice is taken.
+    whatever slots the experts are in and in whatever order they arrive. The shared expert is computed while those that
+    are missing are on their way. ``tap`` hears what was chosen. Where there is a ``script`` the router computes all the
+    same, and the script's choice is taken.
     """
 
     layer: int
-    router_EH: Tensor
-    top_k: int
+    router: Router
     source: ExpertSource
     weights: ExpertWeights
+    shared: Callable[[Tensor], Tensor] | None = None
+    clamped: ClampedExperts | None = None
     tap: RoutingTap | None = None
     script: RoutingScript | None = None
 
     def __call__(self, x_TH: Tensor) -> Tensor:
-        topk_weights_TK, topk_ids_TK = kernels.router_topk(kernels.linear(x_TH, self.router_EH), self.top_k)
+        routed = self.route(x_TH)
+        with self.acquire(routed, routed.plan.by_demand()) as lease:
+            shared_TH = self.share(routed)
+            for ready in lease:
+                self.compute(routed, HostWork.of(ready, x_TH.device))
+        return self.combine(routed, shared_TH)
+
+    def route(self, x_TH: Tensor, slots_E: Tensor | None = None) -> Routed:
+        """The router's choice, and room for the experts' results; nothing waits for the device.
+
+        ``slots_E`` (int32) says where the experts are, where that is known before the lease.
+        """
+        topk_weights_TK, topk_ids_TK = self.router.choose(self.router.logits(x_TH), x_TH.dtype)
         if self.script is not None:
             topk_weights_TK, topk_ids_TK = self.script.chosen(self.layer, len(x_TH))
-        if self.tap is not None:
-            self.tap.routed(self.layer, x_TH, topk_weights_TK, topk_ids_TK)
-        plan = kernels.route_plan(topk_ids_TK, self._unknown_slots_E)
+        plan = kernels.route_plan(topk_ids_TK, self._unknown_slots_E if slots_E is None else slots_E)
         act_NI = x_TH.new_empty(topk_ids_TK.numel(), self.weights.w2_SHI.shape[2])
         y_NH = x_TH.new_empty(topk_ids_TK.numel(), x_TH.shape[1])
-        with self.source.acquire(self.layer, plan.by_demand()) as lease:
-            for ready in lease:
-                work = HostWork.of(ready, x_TH.device)
-                kernels.moe_up(x_TH, self.weights, plan, work, act_NI)
-                kernels.moe_down(act_NI, self.weights, plan, work, y_NH)
-        return kernels.moe_combine(y_NH.view(*topk_ids_TK.shape, -1), topk_weights_TK)
+        return Routed(x_TH, topk_weights_TK, topk_ids_TK, plan, act_NI, y_NH)
+
+    def acquire(self, routed: Routed, experts: Sequence[int]) -> Lease:
+        """Lets the tap hear the choice, then leases its ``experts``: see ExpertSource."""
+        self.announce(routed)
+        return self.source.acquire(self.layer, experts)
+
+    def announce(self, routed: Routed) -> None:
+        """Lets the tap, if there is one, hear the choice."""
+        if self.tap is not None:
+            self.tap.routed(self.layer, routed.x_TH, routed.topk_weights_TK, routed.topk_ids_TK)
+
+    def compute(self, routed: Routed, work: Work) -> None:
+        """Some of the chosen experts, from the slots that they are in."""
+        self._up(routed, work)
+        kernels.moe_down(routed.act_NI, self.weights, routed.plan, work, routed.y_NH)
+
+    def compute_missing(self, routed: Routed, source: HostRows, slots_E: Tensor) -> None:
+        """The chosen experts that were in no slot, read through from the host into the first of ``slots_E`` (int32)."""
+        missing = routed.plan.missing
+        work = DeviceWork(missing.experts_W, slots_E, missing.count_1)
+        kernels.moe_up_fill(routed.x_TH, self.weights, source, routed.plan, work, routed.act_NI)
+        kernels.moe_down_fill(routed.act_NI, self.weights, source, routed.plan, work, routed.y_NH)
+
+    def share(self, routed: Routed) -> Tensor | None:
+        """The shared expert's output, where there is one: it needs nothing of the chosen."""
+        return None if self.shared is None else self.shared(routed.x_TH)
+
+    def combine(self, routed: Routed, shared_TH: Tensor | None) -> Tensor:
+        """The block's output, once all chosen experts have been computed."""
+        y_NH, topk_ids_TK = routed.y_NH, routed.topk_ids_TK
+        if self.clamped is not None:
+            y_NH += self.clamped.down_bias_EH[topk_ids_TK.flatten()]
+        return kernels.moe_combine(y_NH.view(*topk_ids_TK.shape, -1), routed.topk_weights_TK, shared_TH)
+
+    def _up(self, routed: Routed, work: Work) -> None:
+        x_TH, plan, act_NI = routed.x_TH, routed.plan, routed.act_NI
+        if self.clamped is None:
+            kernels.moe_up(x_TH, self.weights, plan, work, act_NI)
+            return
+        config, bias_E2I = self.clamped.config, self.clamped.up_bias_E2I
+        kernels.moe_up_clamped(x_TH, self.weights, plan, work, bias_E2I, config.alpha, config.limit, act_NI)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts that the router chooses from."""
+        return self.router.config.num_experts
+
+    @property
+    def top_k(self) -> int:
+        """Experts that it chooses for a token."""
+        return self.router.config.top_k
 
     @cached_property
     def _unknown_slots_E(self) -> Tensor:
         """The lease says where the experts are, batch by batch; the plan is made before."""
-        return torch.full((len(self.router_EH),), -1, dtype=torch.int32, device=self.router_EH.device)
+        weight_EH = self.router.gate.weight_NK
+        return torch.full((len(weight_EH),), -1, dtype=torch.int32, device=weight_EH.device)
+
+
+def load_shared(config: SharedExpertConfig, hidden: int, tensors: Tensors, name: str) -> FeedForward | GatedFeedForward:
+    """The shared expert ``name``, and its gate ``<name>_gate`` where it has one."""
+    expert = FeedForward.load(tensors.under(name), hidden, config.intermediate_size)
+    return GatedFeedForward(Linear.load(tensors.under(f"{name}_gate"), 1, hidden), expert) if config.gated else expert
+
+
+def load_clamped(
+    config: ClampConfig, num_experts: int, hidden: int, intermediate: int, tensors: Tensors
+) -> ClampedExperts:
+    """The biases of gpt-oss's experts, which are few bytes and lie with the dense weights."""
+    up_bias_E2I = tensors("gate_up_proj_bias", num_experts, 2 * intermediate)
+    return ClampedExperts(config, up_bias_E2I, tensors("down_proj_bias", num_experts, hidden))

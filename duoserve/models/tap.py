@@ -5,23 +5,24 @@ T tokens, K top-k, E experts, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from duoserve import kernels
 from duoserve.config import Phase
 from duoserve.scheduling.routing import Routing, RoutingListener
+
+Logits = Callable[[Tensor], Tensor]  # of normed hidden states [T, H]: [T, E]
 
 
 class RouterSite(NamedTuple):
     """One layer's router, and the weight of the norm that its input comes from."""
 
     layer: int
-    router_EH: Tensor
+    logits: Logits
     norm_H: Tensor
 
 
@@ -29,7 +30,7 @@ class _Ahead(NamedTuple):
     """A later layer's router; ``scale_H`` makes its kind of normed input from an earlier layer's."""
 
     layer: int
-    router_EH: Tensor
+    logits: Logits
     scale_H: Tensor
 
 
@@ -55,7 +56,7 @@ class RoutingTap:
 
     def routed(self, layer: int, x_TH: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor) -> None:
         """The router of ``layer`` chose from its input ``x_TH``."""
-        ahead = {a.layer: _host(kernels.linear(x_TH * a.scale_H, a.router_EH).float()) for a in self._ahead[layer]}
+        ahead = {a.layer: _host(a.logits(x_TH * a.scale_H).float()) for a in self._ahead[layer]}
         routing = Routing(layer, self._requests_T, _host(topk_ids_TK), _host(topk_weights_TK), ahead)
         self._listener.routed(routing)
 
@@ -64,7 +65,7 @@ def _look_ahead(site: RouterSite, later: RouterSite) -> _Ahead:
     """Where this layer's norm has a weight of zero its input says nothing, and the later router hears nothing."""
     norm_H = site.norm_H.float()
     scale_H = torch.where(norm_H == 0, 0, later.norm_H.float() / norm_H)
-    return _Ahead(later.layer, later.router_EH, scale_H.to(site.norm_H.dtype))
+    return _Ahead(later.layer, later.logits, scale_H.to(site.norm_H.dtype))
 
 
 def _host(values: Tensor) -> np.ndarray:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from duoserve import kernels
+from duoserve.architecture import NO_MULTIPLIERS, Multipliers
 from duoserve.models.batch import Batch
-from duoserve.models.layers import RMSNorm, Rope
+from duoserve.models.layers import RMSNorm
+from duoserve.models.rope import Rope
 
 Attention = Callable[[Tensor, tuple[Tensor, Tensor], Batch], Tensor]
 FeedForward = Callable[[Tensor], Tensor]
@@ -24,20 +26,28 @@ LOGIT_ROWS = 256
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """Pre-norm residual layer: attention, then the experts (or a dense feed-forward)."""
+    """Pre-norm residual layer: attention, then the experts (or a dense feed-forward), each times ``multiplier``."""
 
     attention_norm: RMSNorm
     attention: Attention
     ffn_norm: RMSNorm
     ffn: FeedForward
+    multiplier: float = 1.0
 
     def __call__(
         self, delta_TH: Tensor | None, x_TH: Tensor, rope: tuple[Tensor, Tensor], batch: Batch
     ) -> tuple[Tensor, Tensor]:
         """Takes and gives the residual in two parts, ``delta + x``: the next norm adds them, in one op with itself."""
+        normed_TH, x_TH = self.attend(delta_TH, x_TH, rope, batch)
+        return times(self.ffn(normed_TH), self.multiplier), x_TH
+
+    def attend(
+        self, delta_TH: Tensor | None, x_TH: Tensor, rope: tuple[Tensor, Tensor], batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """The part before ``ffn``: what that takes, and the residual ``x``."""
         normed_TH, x_TH = self.attention_norm.after_adding(delta_TH, x_TH)
-        normed_TH, x_TH = self.ffn_norm.after_adding(self.attention(normed_TH, rope, batch), x_TH)
-        return self.ffn(normed_TH), x_TH
+        attended_TH = times(self.attention(normed_TH, rope, batch), self.multiplier)
+        return self.ffn_norm.after_adding(attended_TH, x_TH)
 
 
 @dataclass(frozen=True)
@@ -49,19 +59,28 @@ class Transformer:
     layers: tuple[DecoderLayer, ...]
     norm: RMSNorm
     head_VH: Tensor
+    multipliers: Multipliers = NO_MULTIPLIERS
 
     def __call__(self, batch: Batch, rows: list[int] | None = None) -> Tensor:
-        """Float32 logits [T, V] of the batch's new tokens, or of ``rows`` of them only.
-
-        More than LOGIT_ROWS rows come in host memory; of them only a block at a time is on the device.
-        """
-        x_TH = self.embed_VH[batch.token_ids_T]
-        rope = self.rope.table(batch.positions_T, like=x_TH)
+        """Float32 logits [T, V] of the batch's new tokens, or of ``rows`` of them only, as ``logits`` gives them."""
+        x_TH, rope = self.embed(batch)
         delta_TH = None
         for layer in self.layers:
             delta_TH, x_TH = layer(delta_TH, x_TH, rope, batch)
         if rows is not None:
             delta_TH, x_TH = None if delta_TH is None else delta_TH[rows], x_TH[rows]
+        return self.logits(delta_TH, x_TH)
+
+    def embed(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The residual that the first layer takes, and the angles that all layers share."""
+        x_TH = times(self.embed_VH[batch.token_ids_T], self.multipliers.embedding)
+        return x_TH, self.rope.table(batch.positions_T, like=x_TH)
+
+    def logits(self, delta_TH: Tensor | None, x_TH: Tensor) -> Tensor:
+        """Float32 logits [T, V] of the residual that the last layer gives.
+
+        More than LOGIT_ROWS rows come in host memory; of them only a block at a time is on the device.
+        """
         normed_TH, _ = self.norm.after_adding(delta_TH, x_TH)
         if len(normed_TH) <= LOGIT_ROWS:
             return self._logits(normed_TH)
@@ -72,4 +91,11 @@ class Transformer:
         return logits_TV
 
     def _logits(self, normed_TH: Tensor) -> Tensor:
-        return kernels.linear(normed_TH, self.head_VH).float()
+        logits_TV = kernels.linear(normed_TH, self.head_VH)
+        divisor = self.multipliers.logits_divisor
+        return (logits_TV if divisor == 1.0 else logits_TV / divisor).float()
+
+
+def times(x: Tensor, factor: float) -> Tensor:
+    """``x * factor``, and ``x`` itself for 1."""
+    return x if factor == 1.0 else x * factor

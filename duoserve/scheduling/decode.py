@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from duoserve.scheduling.plan import DecodeMode, LayerPlan, LayerView, ModelShape
+from duoserve.scheduling.plan import NO_GUESSES, DecodeMode, Guesses, LayerPlan, LayerView, ModelShape
 
 
-def plan_decode(mode: DecodeMode, view: LayerView, shape: ModelShape) -> LayerPlan:
+def plan_decode(mode: DecodeMode, view: LayerView, shape: ModelShape, guesses: Guesses = NO_GUESSES) -> LayerPlan:
     """What to copy, and what to copy ahead of its routing, once a layer of a decode step has been routed."""
     if mode is DecodeMode.NEXT_LAYER:
-        ahead = _next_layer(view.layer, shape)
+        ahead = next_layers(view.layer, shape, 1)
         return LayerPlan(view.layer, view.demand(), tuple(view.absent(shape.experts(ahead))), ahead=ahead)
-    return LayerPlan(view.layer, view.demand(), overlap=mode is not DecodeMode.ON_DEMAND)
+    if guesses is NO_GUESSES:
+        return LayerPlan(view.layer, view.demand(), overlap=mode is not DecodeMode.ON_DEMAND)
+    return LayerPlan(view.layer, view.demand(), guesses.copies, ahead=guesses.ahead, spared=guesses.spared)
 
 
-def _next_layer(layer: int, shape: ModelShape) -> tuple[int, ...]:
-    """The layer behind ``layer``; behind the last comes the first, for the next token is on its way."""
-    following = shape.after(layer) or shape.layers
-    return tuple(other for other in following[:1] if other != layer)
+def next_layers(layer: int, shape: ModelShape, count: int) -> tuple[int, ...]:
+    """The ``count`` layers behind ``layer``; behind the last comes the first, for the next token is on its way."""
+    following = shape.after(layer)
+    return tuple(other for other in (following + shape.layers)[:count] if other != layer)

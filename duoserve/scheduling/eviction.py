@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from operator import itemgetter
 
-# The slots of a layer that may be given up (READY, not held) and when each was last used, the longest ago first. Uses
-# are counted over the whole model.
-IdleSlots = Mapping[int, int]
+from duoserve.experts.layout import ExpertId
+from duoserve.scheduling.plan import BEFORE_FIRST
+from duoserve.scheduling.ranking import Ranking
+
+# The experts of a layer that may be given up (READY, not held) and their slots, the least recently used first.
+IdleExperts = Mapping[int, int]
 
 
-def least_recent(layers: Iterable[IdleSlots]) -> int | None:
-    """LRU: the slot whose last use is longest ago, None if there is none; O(layers)."""
-    oldest = [next(iter(idle.items())) for idle in layers if idle]
-    return min(oldest, key=itemgetter(1))[0] if oldest else None
+def least_valued(
+    layers: Iterable[int], idle: Sequence[IdleExperts], values: Sequence[Sequence[float]], spared: Collection[ExpertId]
+) -> int | None:
+    """The slot of the expert of ``layers`` that has the least value and is not ``spared``; None if there is none."""
+    least: tuple[float, int] | None = None
+    for layer in layers:
+        here = idle[layer]
+        experts = [expert for expert in here if ExpertId(layer, expert) not in spared] if spared else here
+        if experts:
+            expert = min(experts, key=values[layer].__getitem__)
+            if least is None or values[layer][expert] < least[0]:
+                least = values[layer][expert], here[expert]
+    return None if least is None else least[1]
 
 
 def layer_quotas(num_slots: int, num_layers: int, top_k: int) -> list[int]:
@@ -31,26 +42,28 @@ def layer_quotas(num_slots: int, num_layers: int, top_k: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Eviction:
-    """How a victim is found: ``pick`` chooses among the idle slots of some layers.
+    """How a victim is found: a fresh ``ranking(num_layers, num_experts)`` says what experts are worth.
 
-    ``per_layer`` gives layers quotas, and those above theirs lose a slot first. A decode token visits the layers in a
-    cycle, so that the experts used longest ago are those of the layer that comes next: ranked by recency over the
-    whole model they would be given up just before they are needed.
+    ``per_layer`` gives layers quotas: one that has filled its own replaces its own experts, and one that has not takes
+    from those above theirs. A decode token visits the layers in a cycle, so that the experts used longest ago are those
+    of the layer that comes next: ranked by recency over the whole model they would be given up just before they are
+    needed.
     """
 
-    pick: Callable[[Iterable[IdleSlots]], int | None]
+    ranking: Callable[[int, int], Ranking]
     per_layer: bool
 
     def quotas(self, num_slots: int, num_layers: int, top_k: int) -> list[int]:
         """By layer, how many slots it may fill before its own are given up first; 0 where that is always so."""
         return layer_quotas(num_slots, num_layers, top_k) if self.per_layer else [0] * num_layers
 
-    def victim(self, idle: Sequence[IdleSlots], filled: Sequence[int], quotas: Sequence[int]) -> int | None:
-        """The slot to give up, None if none may be.
+    def groups(self, loading: int, slots: Sequence[Sized], quotas: Sequence[int]) -> Iterable[Collection[int]]:
+        """Layers to look for a victim in, the first group first, when ``loading`` needs a slot (BEFORE_FIRST: nobody).
 
-        ``idle``, ``filled`` (how many slots the layer fills, that of the coming copy included) and ``quotas`` are by
-        layer.
+        ``slots`` (those that it fills, copies under way included) and ``quotas`` are by layer.
         """
-        above = [slots for slots, count, quota in zip(idle, filled, quotas, strict=True) if count > quota]
-        slot = self.pick(above)
-        return self.pick(idle) if slot is None else slot
+        if self.per_layer:
+            if loading != BEFORE_FIRST and len(slots[loading]) >= quotas[loading]:
+                yield (loading,)
+            yield [layer for layer, filled in enumerate(slots) if len(filled) > quotas[layer]]
+        yield range(len(slots))

@@ -105,7 +105,10 @@ class SlotLease(Lease):
         while self._missing and (slot := self._space.take()) is not None:
             expert = ExpertId(self._plan.layer, self._missing.popleft())
             self._loading[expert] = self._residency.load(expert, slot, Priority.DEMAND)
-        while self._prefetch and not self._missing and (slot := self._space.spare()) is not None:
+        while self._prefetch and not self._missing:
+            slot = self._space.spare(self._prefetch[0].layer)
+            if slot is None:
+                break
             self._residency.load(self._prefetch.popleft(), slot, Priority.PREFETCH)
 
     def _collect(self) -> None:
@@ -137,6 +140,6 @@ class SlotLease(Lease):
     def _retire(self, batch: Sequence[ReadyExpert]) -> None:
         if batch:
             # The most wanted last, so that it counts as used last.
-            self._residency.release(self._plan.layer, [one.slot for one in reversed(batch)])
+            self._residency.release(self._plan.layer, batch[::-1])
         for expert, slot in reversed(batch):
             self._space.retire(expert, slot)

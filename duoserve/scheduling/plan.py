@@ -20,6 +20,12 @@ class PrefillMode(Enum):
     ON_DEMAND = "on-demand"  # after the routing, and computed when all have come
     NEXT_LAYER = "next-layer"  # the whole next layer while this one computes
     OVERLAP = "overlap"  # streamed through a ring of few slots, several layers ahead if need be
+    TWO_BUFFERS = "two-buffers"  # one by one through two slots, as if every expert were wanted
+
+    @property
+    def has_ring(self) -> bool:
+        """Whether experts stream through a ring of slots."""
+        return self in (PrefillMode.OVERLAP, PrefillMode.TWO_BUFFERS)
 
 
 class DecodeMode(Enum):
@@ -29,6 +35,14 @@ class DecodeMode(Enum):
     ON_DEMAND = "on-demand"
     NEXT_LAYER = "next-layer"
     CACHE = "cache"  # misses on demand, computed as they come, kept until evicted
+
+
+class GuessMode(Enum):
+    """What a decode step copies of what its predictor says about the next layers."""
+
+    NONE = "none"
+    TOP_K = "top-k"  # the likeliest top_k of each, whatever that costs
+    BUDGET = "budget"  # what pays: see foresight.py
 
 
 @dataclass(frozen=True)
@@ -90,11 +104,23 @@ class LayerView(NamedTuple):
         return (expert for expert in experts if expert.expert not in self.present.get(expert.layer, ()))
 
 
+class Guesses(NamedTuple):
+    """What a predictor's word comes to: copies for the layers ``ahead``, the likeliest first, and who is spared."""
+
+    copies: tuple[ExpertId, ...] = ()
+    ahead: tuple[int, ...] = ()
+    spared: frozenset[ExpertId] = frozenset()
+
+
+NO_GUESSES = Guesses()
+
+
 class LayerPlan(NamedTuple):
     """What to do for a layer: copy ``demand`` now, in order, then ``prefetch`` as slots come free.
 
     ``keep`` names the experts that stay resident once they are computed. ``ahead`` are the layers for which prefetched
-    experts are worth their slots. Without ``overlap`` all copies are awaited before any expert is computed.
+    experts are worth their slots, and experts that are ``spared`` stay in theirs as long as there are others. Without
+    ``overlap`` all copies are awaited before any expert is computed.
     """
 
     layer: int
@@ -103,3 +129,4 @@ class LayerPlan(NamedTuple):
     keep: frozenset[int] = frozenset()
     ahead: tuple[int, ...] = ()
     overlap: bool = True
+    spared: frozenset[ExpertId] = frozenset()

@@ -2,35 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from duoserve.config import Phase
 from duoserve.errors import ConfigError
-from duoserve.scheduling.eviction import Eviction, least_recent
-from duoserve.scheduling.plan import DecodeMode, PrefillMode
+from duoserve.scheduling.eviction import Eviction
+from duoserve.scheduling.plan import DecodeMode, GuessMode, PrefillMode
+from duoserve.scheduling.ranking import Activation, DecayedFrequency, Frequency, LeastStale, Recency
 
-LAYER_LRU = Eviction(pick=least_recent, per_layer=True)
+EVICTIONS = {
+    "lru": Eviction(Recency, per_layer=True),
+    "lfu": Eviction(Frequency, per_layer=True),
+    "lfru": Eviction(DecayedFrequency, per_layer=True),
+    "least-stale": Eviction(LeastStale, per_layer=True),
+    "activation": Eviction(Activation, per_layer=False),
+}
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How experts are moved. ``keeps``: an expert stays in its slot after its layer, until it is evicted."""
+    """How experts are moved. ``keeps``: an expert stays in its slot after its layer, until it is evicted.
+
+    ``predictor`` is the kind whose word ``guesses`` are made of in decode; a policy without one makes none.
+    """
 
     name: str
     prefill: PrefillMode
     decode: DecodeMode
-    eviction: Eviction = LAYER_LRU
+    eviction: Eviction = EVICTIONS["lru"]
     keeps: bool = True
+    predictor: str | None = None
+    guesses: GuessMode = GuessMode.NONE
 
     @property
     def all_resident(self) -> bool:
         """Whether every expert must be in a slot before the first pass."""
         return self.decode is DecodeMode.RESIDENT
 
+    @property
+    def counts_uses(self) -> bool:
+        """Whether it matters to the eviction how many tokens of a prompt used an expert."""
+        return self.keeps and self.eviction.ranking in (DecayedFrequency, Frequency, Activation)
+
+    def without_guesses(self) -> Policy:
+        """The same without prefetches in decode."""
+        return replace(self, predictor=None, guesses=GuessMode.NONE)
+
     def looks_ahead(self, phase: Phase) -> bool:
         """Whether plans of this phase need to know which experts of other layers are present."""
         if phase is Phase.PREFILL:
-            return self.prefill in (PrefillMode.NEXT_LAYER, PrefillMode.OVERLAP)
+            return self.prefill is PrefillMode.NEXT_LAYER or self.prefill.has_ring
         return self.decode is DecodeMode.NEXT_LAYER
 
 
@@ -41,6 +62,38 @@ POLICIES = {
         Policy("on-demand", PrefillMode.ON_DEMAND, DecodeMode.ON_DEMAND, keeps=False),
         Policy("layer-prefetch", PrefillMode.NEXT_LAYER, DecodeMode.NEXT_LAYER, keeps=False),
         Policy("lru", PrefillMode.OVERLAP, DecodeMode.CACHE),
+        Policy(
+            "activation-matrix",
+            PrefillMode.OVERLAP,
+            DecodeMode.CACHE,
+            EVICTIONS["activation"],
+            predictor="activation-matrix",
+            guesses=GuessMode.TOP_K,
+        ),
+        Policy(
+            "lookahead",
+            PrefillMode.OVERLAP,
+            DecodeMode.CACHE,
+            EVICTIONS["lfru"],
+            predictor="lookahead",
+            guesses=GuessMode.TOP_K,
+        ),
+        Policy(
+            "duoserve-paper",
+            PrefillMode.TWO_BUFFERS,
+            DecodeMode.CACHE,
+            keeps=False,
+            predictor="paper",
+            guesses=GuessMode.TOP_K,
+        ),
+        Policy(
+            "duoserve",
+            PrefillMode.OVERLAP,
+            DecodeMode.CACHE,
+            EVICTIONS["lfru"],
+            predictor="duoserve",
+            guesses=GuessMode.BUDGET,
+        ),
     )
 }
 

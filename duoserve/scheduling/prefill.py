@@ -8,6 +8,8 @@ from duoserve.scheduling.plan import LayerPlan, LayerView, ModelShape, PrefillMo
 
 # One slot is computed on, two are being filled (a copy thread each), and one holds what is computed next.
 RING_SLOTS = 4
+# The paper's: one is computed on, one is filled.
+TWO_BUFFERS = 2
 # While attention is computed no slot comes free, and what the link brings meanwhile needs room: the more, the longer
 # the prompt is, and the smaller the experts are, of which a layer has more then. With one slot for each so many
 # tokens x experts of a layer, a virtual A5000 on a 50 GB/s link gets 8192 tokens through Qwen3-30B-A3B in 1.05 times
@@ -19,8 +21,10 @@ RING_SHARE = 1 / 8
 SPECULATION_SHARE = 0.75
 
 
-def ring_size(shape: ModelShape, num_tokens: int, num_slots: int, num_absent: int) -> int:
+def ring_size(mode: PrefillMode, shape: ModelShape, num_tokens: int, num_slots: int, num_absent: int) -> int:
     """Slots that a prefill of ``num_tokens`` streams through, when ``num_absent`` experts of the model are in none."""
+    if mode is PrefillMode.TWO_BUFFERS:
+        return min(TWO_BUFFERS, num_slots, num_absent)
     wished = RING_SLOTS + num_tokens * shape.num_experts // TOKENS_X_EXPERTS_PER_SLOT
     granted = max(RING_SLOTS, int(RING_SHARE * num_slots))
     return min(wished, granted, num_slots, num_absent)
@@ -33,17 +37,17 @@ def active_share(shape: ModelShape, num_tokens: int) -> float:
 
 def plan_prefill(mode: PrefillMode, view: LayerView, shape: ModelShape) -> LayerPlan:
     """What to copy, what to speculate on and what to keep, once a layer of a prompt has been routed."""
-    if mode is PrefillMode.OVERLAP:
-        return _overlap(view, shape)
+    if mode.has_ring:
+        every = mode is PrefillMode.TWO_BUFFERS or active_share(shape, view.num_tokens) >= SPECULATION_SHARE
+        return _overlap(view, shape, every)
     if mode is PrefillMode.NEXT_LAYER:
         ahead = shape.after(view.layer)[:1]
         return LayerPlan(view.layer, view.demand(), tuple(view.absent(shape.experts(ahead))), ahead=ahead)
     return LayerPlan(view.layer, view.demand(), overlap=mode is not PrefillMode.ON_DEMAND)
 
 
-def _overlap(view: LayerView, shape: ModelShape) -> LayerPlan:
+def _overlap(view: LayerView, shape: ModelShape, speculate: bool) -> LayerPlan:
     ahead = shape.after(view.layer)
-    speculate = active_share(shape, view.num_tokens) >= SPECULATION_SHARE
     prefetch = islice(view.absent(shape.experts(ahead)), view.ring.may_prefetch if speculate else 0)
     passing = [expert for expert in view.wanted if expert not in view.ring.settled]
     keep = frozenset(passing[: view.ring.may_keep])

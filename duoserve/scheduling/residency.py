@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from operator import attrgetter
 
 from duoserve.experts.copy_engine import CopyEngine, Priority, Ticket, TicketState
@@ -10,24 +10,37 @@ from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool, SlotTable
 from duoserve.metrics import Meter
 from duoserve.scheduling.ledger import Ledger
+from duoserve.scheduling.link_budget import IdleLink
+from duoserve.scheduling.source import ReadyExpert
 
 
 class Residency:
     """The hands of the scheduler: nothing else changes what is in the slots. It decides nothing.
 
+    ``link`` hears of every copy that has been made.
+
     ``table``, ``ledger``, ``slots`` and ``idle`` are for others to read only.
     """
 
-    def __init__(self, table: SlotTable, pool: SlotPool, engine: CopyEngine, meter: Meter, num_layers: int) -> None:
+    def __init__(  # noqa: PLR0913
+        self,
+        table: SlotTable,
+        pool: SlotPool,
+        engine: CopyEngine,
+        meter: Meter,
+        num_layers: int,
+        *,
+        link: IdleLink | None = None,
+    ) -> None:
         self.table = table
         self.ledger = Ledger(meter)
         self.slots: list[dict[int, int]] = [{} for _ in range(num_layers)]  # by layer: expert -> slot, arrived or not
-        self.idle: list[dict[int, int]] = [{} for _ in range(num_layers)]  # by layer: see IdleSlots
+        self.idle: list[dict[int, int]] = [{} for _ in range(num_layers)]  # by layer: see IdleExperts
         self._pool = pool
         self._engine = engine
         self._meter = meter
+        self._link = link
         self._copies: dict[ExpertId, Ticket] = {}  # not collected yet, oldest first
-        self._uses = 0
 
     def load(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
         """Starts a copy into an EMPTY slot; a prefetch is a guess."""
@@ -69,16 +82,32 @@ class Residency:
         if slot is None or expert in self._copies:
             return None
         self.table.hold(slot)
-        self.idle[expert.layer].pop(slot, None)
+        self.idle[expert.layer].pop(expert.expert, None)
         self.ledger.used(expert)
         return slot
 
-    def release(self, layer: int, slots: Collection[int]) -> None:
+    def release(self, layer: int, batch: Sequence[ReadyExpert]) -> None:
         """Takes back the holds of ``use`` on experts of ``layer``, once all work that reads them has been launched."""
-        self._engine.fence(slots)
-        for slot in slots:
+        self._engine.fence([one.slot for one in batch])
+        idle = self.idle[layer]
+        for expert, slot in batch:
             self.table.unhold(slot)
-            self._rest(layer, slot)
+            idle[expert] = slot
+
+    def touch(self, expert: ExpertId, slot: int) -> None:
+        """The device has read a READY expert that nobody holds, and is done with it."""
+        del self.idle[expert.layer][expert.expert]
+        self.ledger.used(expert)
+        self.idle[expert.layer][expert.expert] = slot
+
+    def filled_by_device(self, expert: ExpertId, slot: int | None) -> None:
+        """The device has brought an expert by itself: into an EMPTY slot, or (None) into one it has lost since."""
+        self.ledger.arrived(expert, self._pool.rows_SB.shape[1])
+        if slot is not None:
+            self.table.begin_load(expert, slot)
+            self.table.finish_load(slot)
+            self.slots[expert.layer][expert.expert] = slot
+            self.idle[expert.layer][expert.expert] = slot
 
     def hasten(self, expert: ExpertId) -> Ticket:
         """The copy, under way, of an expert that a layer asks for; it is behind no guess any more."""
@@ -105,7 +134,7 @@ class Residency:
         expert = self.table.expert_in(slot)
         self.table.evict(slot)
         assert expert is not None
-        del self.idle[expert.layer][slot]
+        del self.idle[expert.layer][expert.expert]
         self.ledger.given_up(expert)
         self._vacate(expert, slot)
         return slot
@@ -120,8 +149,8 @@ class Residency:
 
     def empty_slot(self) -> int | None:
         """An EMPTY slot, None if there is none."""
-        empty = self.table.empty_slots()
-        return empty[0] if empty else None
+        slot = self.table.first_empty()
+        return None if slot < 0 else slot
 
     def filled(self) -> list[int]:
         """How many slots each layer fills, copies under way included."""
@@ -134,17 +163,15 @@ class Residency:
         if ticket.state is TicketState.DONE:
             self.table.finish_load(slot)
             self.ledger.arrived(expert, ticket.nbytes)
-            self._rest(expert.layer, slot)
+            if self._link is not None:
+                self._link.arrived(ticket)
+            self.idle[expert.layer][expert.expert] = slot
         else:
             self.table.abort_load(slot)
             self.ledger.dropped(expert, ticket.sent if ticket.state is TicketState.CANCELLED else 0)
             self._vacate(expert, slot)
 
-    def _rest(self, layer: int, slot: int) -> None:
-        """The slot is idle from now on."""
-        self._uses += 1
-        self.idle[layer][slot] = self._uses
-
     def _vacate(self, expert: ExpertId, slot: int) -> None:
         del self.slots[expert.layer][expert.expert]
-        self._pool.scrub(slot)
+        if self._pool.scrub(slot):
+            self._engine.fence([slot])

@@ -5,7 +5,7 @@ T tokens, K top-k, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -42,3 +42,31 @@ class RoutingListener(Protocol):
 
     def routed(self, routing: Routing) -> None:
         """A layer's router has spoken; its experts have not been asked for yet."""
+
+
+class Audience(RoutingListener):
+    """Several listeners as one."""
+
+    def __init__(self, listeners: Sequence[RoutingListener]) -> None:
+        self._listeners = listeners
+
+    @property
+    def lookahead(self) -> int:
+        """As many layers as any of them wants."""
+        return max(listener.lookahead for listener in self._listeners)
+
+    def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
+        """As in RoutingListener, one after the other."""
+        for listener in self._listeners:
+            listener.begin(phase, requests_T)
+
+    def routed(self, routing: Routing) -> None:
+        """As in RoutingListener, one after the other."""
+        for listener in self._listeners:
+            listener.routed(routing)
+
+
+def audience(*listeners: RoutingListener | None) -> RoutingListener | None:
+    """Those that are there as one listener; None if none is."""
+    present = [listener for listener in listeners if listener is not None]
+    return present[0] if len(present) == 1 else Audience(present) if present else None

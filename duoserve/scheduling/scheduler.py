@@ -15,11 +15,15 @@ from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool, SlotTable
 from duoserve.metrics import Meter
 from duoserve.scheduling.decode import plan_decode
+from duoserve.scheduling.foresight import Foresight
 from duoserve.scheduling.lease import SlotLease
-from duoserve.scheduling.plan import BEFORE_FIRST, LayerPlan, LayerView, ModelShape, PrefillMode
+from duoserve.scheduling.plan import BEFORE_FIRST, LayerPlan, LayerView, ModelShape
 from duoserve.scheduling.policies import Policy
+from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.prefill import plan_prefill, ring_size
+from duoserve.scheduling.read_through import ReadThrough
 from duoserve.scheduling.residency import Residency
+from duoserve.scheduling.routing import RoutingListener
 from duoserve.scheduling.source import ExpertSource
 from duoserve.scheduling.spaces import Cache, Ring, Scratch, Space
 
@@ -40,7 +44,7 @@ class Scheduler(ExpertSource):
 
     It alone changes ``table``, ``pool`` and ``engine`` (which ``close`` closes). ``moe_layers`` are the layers that
     have experts, in order; all of them by default. MemoryBudgetError if ``policy`` wants all experts resident and the
-    slots are fewer. Not thread-safe.
+    slots are fewer. What ``predictor`` says goes into decode steps if the policy makes guesses. Not thread-safe.
     """
 
     def __init__(  # noqa: PLR0913
@@ -55,6 +59,7 @@ class Scheduler(ExpertSource):
         num_experts: int,
         meter: Meter,
         moe_layers: Sequence[int] | None = None,
+        predictor: Predictor | None = None,
     ) -> None:
         self._shape = ModelShape(num_experts, top_k, tuple(range(num_layers) if moe_layers is None else moe_layers))
         self._policy = policy
@@ -67,15 +72,24 @@ class Scheduler(ExpertSource):
             )
         self._engine = engine
         self._meter = meter
-        self._residency = Residency(table, pool, engine, meter, num_layers)
-        self._cache = Cache(self._residency, self._shape, policy.eviction)
+        self._ranking = policy.eviction.ranking(num_layers, num_experts)
+        self._foresight = Foresight(predictor, policy.guesses, self._shape, num_layers)
+        self._link = self._foresight.link if self._foresight.guesses_within_budget else None
+        self._residency = Residency(table, pool, engine, meter, num_layers, link=self._link)
+        self._cache = Cache(self._residency, self._shape, policy.eviction, self._ranking)
         self._pass: _Pass | None = None
         self._lease: SlotLease | None = None
         self._closed = False
 
+    @property
+    def listener(self) -> RoutingListener | None:
+        """Who must hear the routing, before each ``begin`` and ``acquire``; None if the policy does without."""
+        return self._foresight if self._foresight.guesses_at_all or self._policy.counts_uses else None
+
     def begin(self, phase: Phase, num_tokens: int) -> None:
         """A forward pass of ``num_tokens`` tokens begins. ClosedError after ``close``."""
         self._check_between_passes("a forward pass began")
+        self._ranking.begin(phase, num_tokens)
         self._pass = _Pass(phase, num_tokens, self._open_space(phase, num_tokens))
         try:
             self._open_lease(self._pass, BEFORE_FIRST, ())
@@ -90,6 +104,9 @@ class Scheduler(ExpertSource):
             raise IntegrityError(f"layer {layer} asked for experts outside of a forward pass")
         if self._lease is not None and not self._lease.idle:
             raise IntegrityError(f"layer {layer} asked for experts while another lease was open")
+        self._used(layer, experts)
+        if self._link is not None and self._pass.phase is Phase.DECODE:
+            self._link.routed(layer, self._engine.now())
         lease, num_ready = self._open_lease(self._pass, layer, experts)
         self._meter.hit(self._pass.phase, num_ready)
         self._meter.miss(self._pass.phase, len(experts) - num_ready)
@@ -106,6 +123,10 @@ class Scheduler(ExpertSource):
             lease.close()
             if not (lease.complete and lease.layer == self._shape.layers[-1]):
                 self._residency.drain()
+
+    def read_through(self) -> ReadThrough:
+        """The books of decode steps that the device carries out by itself, to be kept within passes of this."""
+        return ReadThrough(self._residency, self._cache, self._shape, self._meter, self._used)
 
     def load_all(self, progress: bool = False) -> None:
         """Brings every expert into a slot, as far as there are slots; CopyError if one cannot be read."""
@@ -127,6 +148,9 @@ class Scheduler(ExpertSource):
         self._engine.close()
         self._residency.collect()
 
+    def _used(self, layer: int, experts: Sequence[int]) -> None:
+        self._ranking.used(layer, experts, self._foresight.counts(layer, experts))
+
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the scheduler was used after close()")
@@ -147,7 +171,7 @@ class Scheduler(ExpertSource):
                 bar.update()
 
     def _open_space(self, phase: Phase, num_tokens: int) -> Space:
-        if phase is Phase.PREFILL and self._policy.prefill is PrefillMode.OVERLAP:
+        if phase is Phase.PREFILL and self._policy.prefill.has_ring:
             return self._open_ring(num_tokens)
         return self._cache if self._policy.keeps else Scratch(self._residency)
 
@@ -155,10 +179,11 @@ class Scheduler(ExpertSource):
         """A ring of EMPTY slots, for which the least valuable experts are given up where there are too few."""
         self._residency.drain()
         num_absent = self._shape.total_experts - sum(self._residency.filled())
-        size = ring_size(self._shape, num_tokens, self._num_slots, num_absent)
+        size = ring_size(self._policy.prefill, self._shape, num_tokens, self._num_slots, num_absent)
         for _ in range(size - len(self._residency.table.empty_slots())):
             self._cache.give_up(BEFORE_FIRST)
-        return Ring(self._residency, self._shape, size)
+        slots = self._residency.table.empty_slots()
+        return Ring(self._residency, self._shape, size, slots if self._policy.keeps else slots[:size])
 
     def _open_lease(self, run: _Pass, layer: int, wanted: Sequence[int]) -> tuple[SlotLease, int]:
         self._residency.collect()
@@ -174,4 +199,8 @@ class Scheduler(ExpertSource):
         view = LayerView(layer, tuple(wanted), present, run.num_tokens, run.space.ring_view(layer))
         if run.phase is Phase.PREFILL:
             return plan_prefill(self._policy.prefill, view, self._shape)
-        return plan_decode(self._policy.decode, view, self._shape)
+        guesses = self._foresight.guess(layer, slots, self._residency.ledger.guesses)
+        plan = plan_decode(self._policy.decode, view, self._shape, guesses)
+        if self._link is not None:
+            self._link.demanded(len(plan.demand))
+        return plan

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from duoserve.scheduling.eviction import Eviction
+from collections.abc import Collection
+
+from duoserve.experts.layout import ExpertId
+from duoserve.scheduling.eviction import Eviction, least_valued
 from duoserve.scheduling.plan import BEFORE_FIRST, NO_RING, LayerPlan, ModelShape, RingView
+from duoserve.scheduling.ranking import Ranking
 from duoserve.scheduling.residency import Residency
 
 
@@ -25,13 +29,13 @@ class Space:
         """The prefill ring as planning sees it at ``layer``; NO_RING where there is none."""
         return NO_RING
 
-    def spare(self) -> int | None:
-        """A slot for a guess, None if there is none to spare."""
+    def spare(self, layer: int) -> int | None:
+        """A slot for a guess about ``layer``, None if there is none to spare."""
         raise NotImplementedError
 
     def take(self) -> int | None:
         """A slot for a demand, for which guesses make way, the newest first; None if none can be had now."""
-        slot = self.spare()
+        slot = self.spare(self._plan.layer)
         if slot is None:
             slot = self._cancel_guess()
         return self._free_guess() if slot is None else slot
@@ -67,29 +71,36 @@ class Space:
 class Cache(Space):
     """Experts stay where they are until the eviction picks them."""
 
-    def __init__(self, residency: Residency, shape: ModelShape, eviction: Eviction) -> None:
+    def __init__(self, residency: Residency, shape: ModelShape, eviction: Eviction, ranking: Ranking) -> None:
         super().__init__(residency)
         self._eviction = eviction
+        self._ranking = ranking
         self._quotas = [0] * len(residency.slots)
         quotas = eviction.quotas(residency.table.num_slots, len(shape.layers), shape.top_k)
         for layer, quota in zip(shape.layers, quotas, strict=True):
             self._quotas[layer] = quota
 
-    def spare(self) -> int | None:
-        """An EMPTY slot, else that of a victim."""
+    def spare(self, layer: int) -> int | None:
+        """An EMPTY slot, else that of a victim that the plan does not spare."""
         slot = self._residency.empty_slot()
-        return self.give_up(self._plan.layer) if slot is None else slot
+        return self.give_up(layer, self._plan.spared) if slot is None else slot
 
-    def give_up(self, loading: int) -> int | None:
-        """Frees the slot of the eviction's victim for the layer that is ``loading`` (BEFORE_FIRST: for none).
+    def take(self) -> int | None:
+        """As in Space; in the end not even those that the plan spares are."""
+        slot = super().take()
+        return self.give_up(self._plan.layer) if slot is None and self._plan.spared else slot
 
-        None if every slot is held or LOADING.
+    def give_up(self, loading: int, spared: Collection[ExpertId] = ()) -> int | None:
+        """Frees the slot of the least valued expert for the layer that is ``loading`` (BEFORE_FIRST: for none).
+
+        None if every slot is held or LOADING, or its expert is ``spared``.
         """
-        filled = self._residency.filled()
-        if loading != BEFORE_FIRST:
-            filled[loading] += 1
-        victim = self._eviction.victim(self._residency.idle, filled, self._quotas)
-        return None if victim is None else self._residency.free(victim)
+        idle, values = self._residency.idle, self._ranking.values
+        for layers in self._eviction.groups(loading, self._residency.slots, self._quotas):
+            slot = least_valued(layers, idle, values, spared)
+            if slot is not None:
+                return self._residency.free(slot)
+        return None
 
 
 class Scratch(Space):
@@ -107,7 +118,7 @@ class Scratch(Space):
         while self._free_stale() is not None:
             pass
 
-    def spare(self) -> int | None:
+    def spare(self, layer: int) -> int | None:
         """An EMPTY slot, else that of a guess that was wrong when it came."""
         slot = self._residency.empty_slot()
         return self._free_stale() if slot is None else slot
@@ -118,17 +129,17 @@ class Scratch(Space):
 
 
 class Ring(Space):
-    """A prefill's: its experts stream through the slots that were EMPTY when it began, all others stay as they are.
+    """A prefill's: its experts stream through ``slots``, EMPTY when it began; all others stay as they are.
 
-    ``size`` of those slots go round to the end; the surplus is left behind filled, with as many experts of each layer.
+    ``size`` of them go round to the end; the surplus is left behind filled, with as many experts of each layer.
     Spent slots are freed only when they are needed, so that what came last stays resident too.
     """
 
-    def __init__(self, residency: Residency, shape: ModelShape, size: int) -> None:
+    def __init__(self, residency: Residency, shape: ModelShape, size: int, slots: Collection[int]) -> None:
         super().__init__(residency)
         self._shape = shape
         self._size = size
-        self._slots = set(residency.table.empty_slots())
+        self._slots = set(slots)
         self._spent: dict[int, None] = {}  # oldest first
 
     def ring_view(self, layer: int) -> RingView:
@@ -141,9 +152,9 @@ class Ring(Space):
         surplus, layers_left = len(self._slots) - self._size, len(self._shape.after(layer - 1))
         return RingView(max(0, self._size - pending), settled, surplus // max(1, layers_left))
 
-    def spare(self) -> int | None:
+    def spare(self, layer: int) -> int | None:
         """An EMPTY slot, else that of the expert that was computed first, else that of a wrong guess."""
-        slot = self._residency.empty_slot()
+        slot = self._residency.empty_slot() if self._residency.table.first_empty() in self._slots else None
         if slot is None:
             spent = next((slot for slot in self._spent if not self._residency.table.holds(slot)), None)
             if spent is None:

@@ -41,6 +41,11 @@ class TraceMeta:
         """The smallest integers that hold an expert's number."""
         return np.uint8 if self.num_experts <= 256 else np.uint16
 
+    def of_layer(self, layer: int) -> list[str]:
+        """The names of a layer's tensors, in the order of LayerTrace."""
+        kinds = (IDS, WEIGHTS) if layer == self.layers[0] else (IDS, WEIGHTS, LOOKAHEAD)
+        return [f"{kind}.{layer}" for kind in kinds]
+
     def columns(self) -> dict[str, Column]:
         """Every tensor of a trace by name. Rows are tokens; those of REQUESTS are requests.
 
@@ -79,7 +84,7 @@ class LayerTrace(NamedTuple):
 
     topk_ids_NK: np.ndarray
     topk_weights_NK: np.ndarray
-    ahead_NE: np.ndarray | None
+    ahead_NE: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -156,8 +161,10 @@ class Trace:
         """Tokens of all requests."""
         return int(self.starts_R[-1])
 
+    def read(self, name: str) -> np.ndarray:
+        """One whole tensor, by its name in ``meta.columns()``."""
+        return self._rows.read(name, 0, None)
+
     def layer(self, layer: int, start: int = 0, stop: int | None = None) -> LayerTrace:
         """One layer's routing of all tokens, or of rows ``start`` to ``stop``."""
-        columns = self.meta.columns()
-        names = [f"{kind}.{layer}" for kind in (IDS, WEIGHTS, LOOKAHEAD)]
-        return LayerTrace(*(self._rows.read(n, start, stop) if n in columns else None for n in names))  # type: ignore[arg-type]
+        return LayerTrace(*(self._rows.read(name, start, stop) for name in self.meta.of_layer(layer)))

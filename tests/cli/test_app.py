@@ -15,7 +15,7 @@ def test_version(duoserve):
     assert duoserve("--version").out.strip() == f"duoserve {version('duoserve')}"
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["info"], ["pack"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["info"], ["pack"], ["trace"], ["train-predictor"]])
 def test_help_has_examples(duoserve, command):
     ran = duoserve(*command, "--help")
     assert ran.code == 0

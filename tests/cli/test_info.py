@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from safetensors.torch import load_file
 
 from duoserve.cli.inventory import what_fits
 from tests.checkpoints import save_mixtral
@@ -62,3 +63,26 @@ def test_a_folder_that_is_no_model_is_refused(duoserve, tmp_path):
     ran = duoserve("info", tmp_path)
     assert ran.code == 1
     assert ran.err.startswith(f"duoserve: error: {tmp_path}")
+
+
+def test_an_index_is_enough(duoserve, model_folder, tmp_path):
+    """The folder of a hub id without its weights: every figure is that of the whole checkpoint."""
+    whole = json.loads(duoserve("info", model_folder, "--json").out)
+    (tmp_path / "config.json").write_bytes((model_folder / "config.json").read_bytes())
+    from_config = json.loads(duoserve("info", tmp_path, "--json").out)
+    names = list(load_file(model_folder / "model.safetensors"))
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    from_index = json.loads(duoserve("info", tmp_path, "--json").out)
+    sources = [report.pop("source") for report in (whole, from_config, from_index)]
+    assert sources == ["the weights' headers", "config.json", "model.safetensors.index.json"]
+    assert whole == from_config == from_index
+
+
+def test_an_index_of_another_model_is_refused(duoserve, model_folder, tmp_path):
+    (tmp_path / "config.json").write_bytes((model_folder / "config.json").read_bytes())
+    index = {"weight_map": {"model.embed_tokens.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    ran = duoserve("info", tmp_path)
+    assert ran.code == 1
+    assert "no file has what the model needs: 'lm_head.weight'" in ran.err

@@ -5,7 +5,6 @@ import torch
 from duoserve.cli import pack
 from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.layout import ExpertId
-from duoserve.experts.packing import CheckpointStore
 from duoserve.experts.rows import aligned_rows
 from duoserve.models.opened import opened
 
@@ -20,7 +19,7 @@ def test_the_pack_holds_the_experts_of_the_checkpoint(duoserve, model_folder, tm
         disk = DiskStore(path, layout, 3, 8, model.checkpoint.fingerprint())
         packed, expected = aligned_rows(2, layout.slot_bytes)
         disk.read(ExpertId(2, 5), packed)
-        CheckpointStore(model.checkpoint, layout, model.family.expert_names).read(ExpertId(2, 5), expected)
+        model.expert_store(torch.float16).read(ExpertId(2, 5), expected)
         disk.close()
     assert torch.equal(packed, expected)
 

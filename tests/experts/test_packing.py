@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from duoserve.config import ModelConfig
 from duoserve.errors import CheckpointError, CopyError
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.disk_store import DiskStore
@@ -23,7 +25,7 @@ from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE, read_pack_heade
 from duoserve.experts.packing import LOCK_FILE, CheckpointStore, pack_path, write_pack
 from duoserve.experts.rows import aligned_rows
 from duoserve.experts.store import ExpertStore
-from duoserve.models.mixtral import expert_names
+from duoserve.models.mixtral import FAMILY
 from tests.checkpoints import save_mixtral
 from tests.fakes import ArrayStore
 
@@ -44,7 +46,11 @@ def open_store(folder: Path, dtype: torch.dtype | None = None) -> CheckpointStor
     checkpoint = Checkpoint.open(folder)
     stored = checkpoint.tensors["lm_head.weight"].dtype
     layout = ExpertLayout(dtype or stored, checkpoint.config["hidden_size"], checkpoint.config["intermediate_size"])
-    return CheckpointStore(checkpoint, layout, expert_names)
+    return CheckpointStore(checkpoint, layout, partial(FAMILY.expert_pieces, config_of(checkpoint)))
+
+
+def config_of(checkpoint: Checkpoint) -> ModelConfig:
+    return FAMILY.parse_config(checkpoint.config)
 
 
 def read_row(store: ExpertStore, expert: ExpertId) -> Tensor:
@@ -97,7 +103,8 @@ def test_a_failed_read_names_expert_file_and_offset(folder: Path, tmp_path: Path
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     store = open_store(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
-    info = checkpoint.tensors[expert_names(ExpertId(2, 5)).gate]
+    gate, _, _ = FAMILY.expert_pieces(config_of(checkpoint), ExpertId(2, 5))
+    info = checkpoint.tensors[gate.name]
     checkpoint.close()
     os.truncate(info.file, info.offset)
     with pytest.raises(CopyError, match=f"expert 5 of layer 2, {info.file} from byte {info.offset}: .*changed after"):

@@ -154,8 +154,9 @@ def test_few_pieces_of_a_prefetch_stand_on_the_lane() -> None:
 def test_a_prefetch_that_is_promoted_half_way_arrives_whole(seed: int) -> None:
     class Promoting(FakeStreams):
         def wait(self, mark: Mark) -> None:
-            assert asked.wait(PATIENCE_S)
-            engine.promote(ticket)
+            if threading.current_thread() is not threading.main_thread():  # which waits when it makes the engine
+                assert asked.wait(PATIENCE_S)
+                engine.promote(ticket)
             super().wait(mark)
 
     store, pool, asked = PartlyInRam(EXPERTS), SlotPool(3, SMALL, poison=True), threading.Event()
@@ -170,6 +171,70 @@ def test_a_prefetch_that_is_promoted_half_way_arrives_whole(seed: int) -> None:
     streams.finish()
     engine.close()
     assert ticket.priority is DEMAND and read == [True]
+
+
+def test_a_prefetch_into_a_slot_that_is_still_read_lets_others_pass() -> None:
+    class NeverComputing(FakeStreams):
+        """Notes which rows are copied to, in order."""
+
+        def __init__(self) -> None:
+            super().__init__(random.Random(0))
+            self._order.remove(Lane.COMPUTE)
+            self.targets: list[int] = []
+
+        def copy(self, lane: Lane, target_B: Tensor, source_B: Tensor) -> None:
+            self.targets.append(target_B.data_ptr())
+            super().copy(lane, target_B, source_B)
+
+    store, pool, streams = PartlyInRam(EXPERTS[:7]), SlotPool(3, SMALL), NeverComputing()
+    engine = StreamCopyEngine(store, pool, streams, num_threads=1)
+    gate = store.gate(EXPERTS[7])
+    busy = engine.submit(EXPERTS[7], 2, DEMAND)  # which its only thread reads while the others queue up
+    gate.wait_entered()
+    engine.fence([0])
+    engine.submit(EXPERTS[0], 0, PREFETCH)
+    free = engine.submit(EXPERTS[1], 1, PREFETCH)
+    gate.open()
+    for ticket in (busy, free):
+        while not ticket.finished:
+            engine.wait([ticket])
+    streams._order.append(Lane.COMPUTE)
+    engine.close()
+    assert streams.targets[:2] == [pool.row(2).data_ptr(), pool.row(1).data_ptr()]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_a_failed_copy_left_on_its_way_does_not_land_in_anothers_slot(seed: int) -> None:
+    class Failing(FakeStreams):
+        copies = 0
+
+        def copy(self, lane: Lane, target_B: Tensor, source_B: Tensor) -> None:
+            self.copies += 1
+            if self.copies == 3:
+                raise RuntimeError("injected")
+            super().copy(lane, target_B, source_B)
+
+    store, pool, streams = PartlyInRam(EXPERTS), SlotPool(1, SMALL, poison=True), Failing(random.Random(seed))
+    engine = StreamCopyEngine(store, pool, streams, num_threads=1, piece_bytes=PIECE)
+    bad = engine.submit(EXPERTS[0], 0, PREFETCH)
+    while not bad.finished:
+        engine.wait([bad])
+    good = engine.submit(EXPERTS[1], 0, DEMAND)
+    while not good.finished:
+        engine.wait([good])
+    engine.close()
+    streams.finish()
+    assert (bad.state, good.state) == (TicketState.FAILED, TicketState.DONE)
+    assert torch.equal(pool.row(0), store.row(EXPERTS[1]))
+
+
+def test_a_copy_is_timed_before_anything_was_demanded() -> None:
+    rig = Rig(PartlyInRam(in_ram=EXPERTS))
+    rig.streams._order.remove(Lane.DEMAND)
+    rig.bring(rig.engine.submit(EXPERTS[0], 0, PREFETCH))
+    rig.streams._order.append(Lane.DEMAND)
+    rig.engine.close()
+    assert len(rig.copied) == 1
 
 
 def test_a_failed_read_ends_its_ticket_and_nothing_else() -> None:

@@ -105,7 +105,7 @@ def test_attention(new: int, past: int, groups: tuple[int, int], window: int | N
 def test_rope_rotates_each_pair_by_its_angle() -> None:
     positions = torch.tensor([0, 1, 5, 1000])
     x = torch.randn(4, 3, 8)
-    out = kernels.apply_rope(x, *kernels.rope_table(positions, 8, 100.0, torch.float32))
+    out = kernels.apply_rope(x, *kernels.rope_table(positions, kernels.rope_frequencies(8, 100.0), torch.float32))
     for t, position in enumerate(positions.tolist()):
         for i in range(4):
             angle = torch.tensor(position / 100.0 ** (2 * i / 8), dtype=torch.float64)

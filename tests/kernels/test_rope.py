@@ -16,6 +16,11 @@ from duoserve.kernels.rope import rope_write_kv
 from tests.kernels.common import DEVICE, DTYPES, assert_close, assert_same_bits, poisoned
 
 
+def rope_table(positions_T: Tensor, rotated: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of plain RoPE."""
+    return reference.rope_table(positions_T, reference.rope_frequencies(rotated, theta), dtype)
+
+
 def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Each pair as a complex number times (cos + i sin), in float64."""
     rotated, out = 2 * cos.shape[-1], x.double().clone()
@@ -33,7 +38,7 @@ def operands(tokens: int, heads: tuple[int, int], dims: tuple[int, int], dtype: 
     head_dim, rotated = dims
     qkv = torch.randn(tokens, num_heads + 2 * num_kv_heads, head_dim, device=DEVICE).to(dtype)
     q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    cos, sin = reference.rope_table(torch.randint(0, 5000, (tokens,), device=DEVICE), rotated, 1e4, dtype)
+    cos, sin = rope_table(torch.randint(0, 5000, (tokens,), device=DEVICE), rotated, 1e4, dtype)
     pages = [poisoned(3, 5, num_kv_heads, head_dim, dtype=dtype) for _ in range(2)]
     rows = torch.randperm(15, device=DEVICE)[:tokens]
     return {"q_THD": q, "k_TGD": k, "v_TGD": v, "cos_T1R": cos, "sin_T1R": sin} | {
@@ -96,7 +101,7 @@ def test_rotation_keeps_the_products_of_queries_and_keys_at_equal_distance() -> 
     q, k = torch.randn(1, 1, 16, device=DEVICE), torch.randn(1, 1, 16, device=DEVICE)
 
     def product(m: int, n: int) -> float:
-        at = [reference.rope_table(torch.tensor([p], device=DEVICE), 16, 100.0, torch.float32) for p in (m, n)]
+        at = [rope_table(torch.tensor([p], device=DEVICE), 16, 100.0, torch.float32) for p in (m, n)]
         pages = [torch.zeros(1, 1, 1, 16, device=DEVICE) for _ in range(2)]
         row = torch.zeros(1, dtype=torch.int64, device=DEVICE)
         turned_q = rope_write_kv(q, k, k, *at[0], *pages, row)

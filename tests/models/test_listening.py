@@ -17,6 +17,7 @@ from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.virtual import VirtualClock, VirtualCopyEngine
 from duoserve.loading import load
+from duoserve.models.layers import Linear
 from duoserve.models.tap import RouterSite, RoutingTap
 from tests.assembly import assembled, tokens_of
 from tests.checkpoints import save_mixtral
@@ -95,7 +96,7 @@ def test_what_is_told_is_what_the_routers_chose(folder: Path) -> None:
 
 def test_scores_are_the_later_router_on_its_own_norm_of_todays_state() -> None:
     torch.manual_seed(0)
-    sites = [RouterSite(layer, torch.randn(4, 6), torch.rand(6) + 0.5) for layer in (0, 2, 5)]
+    sites = [RouterSite(layer, Linear(torch.randn(4, 6)), torch.rand(6) + 0.5) for layer in (0, 2, 5)]
     heard = Heard(lookahead=2)
     tap = RoutingTap(heard, sites)
     state_TH = torch.randn(3, 6)
@@ -104,14 +105,16 @@ def test_scores_are_the_later_router_on_its_own_norm_of_todays_state() -> None:
     ahead = heard.routings[0][0].ahead
     assert sorted(ahead) == [2, 5]
     for site in sites[1:]:
-        want_TE = F.linear(F.rms_norm(state_TH, (6,), site.norm_H, 0.0), site.router_EH)
+        want_TE = site.logits(F.rms_norm(state_TH, (6,), site.norm_H, 0.0))
         torch.testing.assert_close(torch.from_numpy(ahead[site.layer]), want_TE)
 
 
 def test_a_dead_dimension_says_nothing() -> None:
     dead_H = torch.tensor([0.0, 1.0])
     heard = Heard(lookahead=1)
-    tap = RoutingTap(heard, [RouterSite(0, torch.ones(2, 2), dead_H), RouterSite(1, torch.eye(2), torch.ones(2))])
+    tap = RoutingTap(
+        heard, [RouterSite(0, Linear(torch.ones(2, 2)), dead_H), RouterSite(1, Linear(torch.eye(2)), torch.ones(2))]
+    )
     tap.begin(DECODE, np.array([0]))
     tap.routed(0, torch.tensor([[0.0, 3.0]]), torch.ones(1, 1), torch.tensor([[0]]))
     assert heard.routings[0][0].ahead[1].tolist() == [[0.0, 3.0]]

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, MixtralConfig
 
+from duoserve.architecture import AttentionConfig, Blocks, MoEConfig, RopeConfig, RouterConfig
 from duoserve.config import ModelConfig
 from duoserve.errors import ConfigError
 from duoserve.experts.layout import ExpertId
-from duoserve.models.mixtral import expert_names, parse_config, tensor_shapes
+from duoserve.models.mixtral import FAMILY, parse_config
 from duoserve.models.registry import family_of
 from tests.checkpoints import SMALL, save_mixtral, to_hub_dialect
 
@@ -52,25 +53,34 @@ HUB = {
 def of_transformers(theirs: MixtralConfig) -> ModelConfig:
     """What transformers' config object says, in our words."""
     eos = theirs.eos_token_id
+    head_dim = theirs.head_dim or theirs.hidden_size // theirs.num_attention_heads
+    layers = range(theirs.num_hidden_layers)
     return ModelConfig(
         model_type="mixtral",
         vocab_size=theirs.vocab_size,
         hidden_size=theirs.hidden_size,
         num_layers=theirs.num_hidden_layers,
-        num_heads=theirs.num_attention_heads,
-        num_kv_heads=theirs.num_key_value_heads,
-        head_dim=theirs.head_dim or theirs.hidden_size // theirs.num_attention_heads,
-        num_experts=theirs.num_local_experts,
-        top_k=theirs.num_experts_per_tok,
-        expert_intermediate_size=theirs.intermediate_size,
         rms_norm_eps=theirs.rms_norm_eps,
-        rope_theta=theirs.rope_parameters["rope_theta"],
         max_position_embeddings=theirs.max_position_embeddings,
-        sliding_window=theirs.sliding_window,
         tie_word_embeddings=theirs.tie_word_embeddings,
         dtype=theirs.dtype or torch.float32,
         bos_token_id=theirs.bos_token_id,
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        blocks=Blocks(
+            attention=AttentionConfig(
+                num_heads=theirs.num_attention_heads,
+                num_kv_heads=theirs.num_key_value_heads,
+                head_dim=head_dim,
+                scale=head_dim**-0.5,
+                windows=tuple(theirs.sliding_window for _ in layers),
+            ),
+            rope=RopeConfig(head_dim, theirs.rope_parameters["rope_theta"]),
+            moe=MoEConfig(
+                RouterConfig(theirs.num_local_experts, theirs.num_experts_per_tok),
+                theirs.intermediate_size,
+                tuple(layers),
+            ),
+        ),
     )
 
 
@@ -139,11 +149,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "window": ({"sliding_window": 0}, r"sliding_window is 0; it must be an integer in 1\.\."),
     "no heads": ({"num_attention_heads": 0}, r"num_attention_heads is 0; it must be an integer in 1\.\.4096"),
     "more KV heads": ({"num_key_value_heads": 33}, r"num_key_value_heads is 33; it must be an integer in 1\.\.32"),
-    "KV heads null": ({"num_key_value_heads": None}, "num_key_value_heads is None; it must be an integer in"),
     "uneven KV heads": ({"num_key_value_heads": 5}, "32 attention heads cannot share 5 KV heads evenly"),
     "uneven heads": ({"num_attention_heads": 24}, r"hidden_size is 4096; num_attention_heads \(24\) must divide it"),
-    "odd heads": ({"head_dim": 33}, "head_dim is 33; a head has 33 dimensions, but RoPE needs an even number"),
-    "odd heads by division": ({"hidden_size": 96}, "head_dim is absent; a head has 3 dimensions"),
+    "odd heads": ({"head_dim": 33}, "head_dim is 33; a head has 33 dimensions to turn, but RoPE needs an even number"),
+    "odd heads by division": ({"hidden_size": 96}, "head_dim is absent; a head has 3 dimensions to turn"),
     "no experts": ({"num_local_experts": 0}, r"num_local_experts is 0; it must be an integer in 1\.\.4096"),
     "experts in all": ({"num_local_experts": 4096}, "num_local_experts is 4096; with 32 layers, that is more tensors"),
     "top_k 0": ({"num_experts_per_tok": 0}, r"num_experts_per_tok is 0; it must be an integer in 1\.\.8"),
@@ -157,9 +166,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_parameters": {"rope_theta": float("nan")}},
         "config.json: rope_parameters: rope_theta is nan; it must be a number above 0",
     ),
-    "YaRN": (
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-        "rope_parameters: rope_type is 'yarn'; supported: 'default'",
+    "longrope": (
+        {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}},
+        "rope_parameters: rope_type is 'longrope'; supported: 'default', 'yarn'",
     ),
     "linear, old": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: type is 'linear'; supported"),
     "rope_type before type": ({"rope_scaling": {"type": "default", "rope_type": "llama3"}}, "rope_type is 'llama3'"),
@@ -205,17 +214,19 @@ def test_any_config_is_read_or_refused(changes: dict[str, Any]) -> None:
 
 def test_tensor_shapes_of_a_hand_counted_model() -> None:
     raw = HUB | {"num_hidden_layers": 2, "num_local_experts": 3, "head_dim": 64}
-    shapes = tensor_shapes(parse_config(raw))
+    shapes = FAMILY.tensor_shapes(parse_config(raw))
     assert len(shapes) == 3 + 2 * (7 + 3 * 3)
     assert shapes["lm_head.weight"] == shapes["model.embed_tokens.weight"] == (32000, 4096)
     assert shapes["model.layers.1.self_attn.q_proj.weight"] == (2048, 4096)
     assert shapes["model.layers.1.self_attn.k_proj.weight"] == (512, 4096)
     assert shapes["model.layers.1.self_attn.o_proj.weight"] == (4096, 2048)
     assert shapes["model.layers.1.block_sparse_moe.gate.weight"] == (3, 4096)
-    assert [shapes[name] for name in expert_names(ExpertId(1, 2))] == [(14336, 4096), (14336, 4096), (4096, 14336)]
-    assert "lm_head.weight" not in tensor_shapes(parse_config(raw | {"tie_word_embeddings": True}))
+    pieces = FAMILY.expert_pieces(parse_config(raw), ExpertId(1, 2))
+    assert [shapes[piece.name] for piece in pieces] == [(14336, 4096), (14336, 4096), (4096, 14336)]
+    assert "lm_head.weight" not in FAMILY.tensor_shapes(parse_config(raw | {"tie_word_embeddings": True}))
 
 
 def test_expert_names_are_those_of_the_hub() -> None:
     prefix = "model.layers.4.block_sparse_moe.experts.7."
-    assert expert_names(ExpertId(4, 7)) == (f"{prefix}w1.weight", f"{prefix}w3.weight", f"{prefix}w2.weight")
+    names = [piece.name for piece in FAMILY.expert_pieces(parse_config(HUB), ExpertId(4, 7))]
+    assert names == [f"{prefix}w1.weight", f"{prefix}w3.weight", f"{prefix}w2.weight"]

@@ -12,7 +12,7 @@ from duoserve.models.registry import family_of
 
 @pytest.mark.parametrize("architectures", [{}, {"architectures": None}, {"architectures": ["MixtralForCausalLM"]}])
 def test_mixtral_is_known(architectures: dict[str, Any]) -> None:
-    assert family_of({"model_type": "mixtral"} | architectures).model_types == ("mixtral",)
+    assert family_of({"model_type": "mixtral"} | architectures).model_type == "mixtral"
 
 
 @pytest.mark.parametrize(

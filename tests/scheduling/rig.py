@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from duoserve.config import Phase
 from duoserve.experts.copy_engine import Ticket, TicketState
 from duoserve.experts.layout import ExpertId
@@ -13,8 +15,10 @@ from duoserve.experts.slots import SlotPool, SlotState, SlotTable
 from duoserve.experts.virtual import VirtualClock
 from duoserve.metrics import Meter, Stats
 from duoserve.scheduling.policies import Policy, get_policy
+from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.scheduler import Scheduler
 from tests.fakes import SMALL, ArrayStore
+from tests.scheduling.fortune import routed
 from tests.scheduling.recording import RecordingEngine
 
 Routing = Sequence[Sequence[int]]  # by layer: the experts that are wanted, the most wanted first
@@ -43,6 +47,7 @@ class Rig:
         shuffle: int | None = None,
         store: ArrayStore | None = None,
         moe_layers: Sequence[int] | None = None,
+        predictor: Predictor | None = None,
     ) -> None:
         self.clock = VirtualClock()
         self.meter = Meter(lambda: self.clock.now)
@@ -66,6 +71,7 @@ class Rig:
             num_experts=experts,
             meter=self.meter,
             moe_layers=moe_layers,
+            predictor=predictor,
         )
 
     def run(
@@ -81,10 +87,15 @@ class Rig:
         """One forward pass; ``look`` is called with each batch before it is computed."""
         batches: list[Batch] = []
         with self.meter.compute():
+            heard = self.scheduler.listener
+            if heard is not None:
+                heard.begin(phase, np.zeros(tokens, dtype=np.int64))
             self.scheduler.begin(phase, tokens)
             try:
                 for layer, wanted in enumerate(routing):
                     self.clock.advance(attention_s)
+                    if heard is not None and wanted:
+                        heard.routed(routed(layer, wanted))
                     with self.scheduler.acquire(layer, wanted) as lease:
                         for ready in lease:
                             batches.append(Batch(self.clock.now, layer, [one.expert for one in ready]))

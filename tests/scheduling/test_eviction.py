@@ -7,27 +7,47 @@ from dataclasses import replace
 import pytest
 
 from duoserve.config import Phase
-from duoserve.scheduling.eviction import Eviction, least_recent
-from duoserve.scheduling.policies import LAYER_LRU, get_policy
+from duoserve.experts.layout import ExpertId
+from duoserve.scheduling.eviction import Eviction, least_valued
+from duoserve.scheduling.plan import BEFORE_FIRST
+from duoserve.scheduling.policies import EVICTIONS, get_policy
+from duoserve.scheduling.ranking import Recency
 from tests.scheduling.rig import Rig
 
-GLOBAL_LRU = Eviction(pick=least_recent, per_layer=False)
+LAYER_LRU = EVICTIONS["lru"]
+GLOBAL_LRU = Eviction(Recency, per_layer=False)
+VALUES = [[3.0, 1.0, 2.0], [1.5, 1.0, 0.5]]
 
 
-def test_least_recent_looks_at_all_layers() -> None:
-    assert least_recent([{4: 7, 1: 9}, {}, {2: 3, 0: 8}]) == 2
-    assert least_recent([{}, {}]) is None
+def groups(loading: int, filled: list[int], quotas: list[int]) -> list[list[int]]:
+    return [list(layers) for layers in LAYER_LRU.groups(loading, [range(n) for n in filled], quotas)]
 
 
-def test_the_layer_above_its_quota_gives_first() -> None:
-    idle = [{0: 1, 1: 2}, {2: 3, 3: 4, 4: 5}]
-    assert LAYER_LRU.victim(idle, [2, 3], [2, 2]) == 2
-    assert LAYER_LRU.victim(idle, [3, 2], [2, 2]) == 0
+def test_the_least_valued_of_all_the_layers_goes() -> None:
+    assert least_valued([0, 1], [{0: 7, 2: 8}, {0: 9}], VALUES, ()) == 9
+    assert least_valued([0], [{0: 7, 2: 8}, {0: 9}], VALUES, ()) == 8
+    assert least_valued([0, 1], [{}, {}], VALUES, ()) is None
 
 
-def test_any_layer_gives_when_those_above_their_quota_have_nothing_idle() -> None:
-    assert LAYER_LRU.victim([{}, {5: 9, 6: 1}], [3, 2], [2, 2]) == 5
-    assert LAYER_LRU.victim([{}, {}], [3, 2], [2, 2]) is None
+def test_of_equals_the_least_recently_used_goes() -> None:
+    assert least_valued([0, 1], [{1: 5}, {1: 6}], VALUES, ()) == 5
+    assert least_valued([0], [{2: 4, 1: 5}], [[0.0] * 3], ()) == 4
+
+
+def test_who_is_spared_stays() -> None:
+    spared = {ExpertId(1, 0), ExpertId(1, 2)}
+    assert least_valued([0, 1], [{0: 7, 2: 8}, {0: 9, 2: 3}], VALUES, spared) == 8
+    assert least_valued([1], [{}, {0: 9, 2: 3}], VALUES, spared) is None
+
+
+def test_a_layer_at_its_quota_gives_its_own_first() -> None:
+    assert groups(1, [2, 3], [2, 2]) == [[1], [1], [0, 1]]
+    assert groups(0, [2, 3], [2, 2]) == [[0], [1], [0, 1]]
+
+
+def test_a_layer_below_its_quota_takes_from_those_above_theirs() -> None:
+    assert groups(0, [1, 3], [2, 2]) == [[1], [0, 1]]
+    assert groups(BEFORE_FIRST, [2, 2], [2, 2]) == [[], [0, 1]]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from duoserve.experts.layout import ExpertId
 from duoserve.scheduling.plan import BEFORE_FIRST, LayerPlan, LayerView, ModelShape, PrefillMode, RingView
 from duoserve.scheduling.prefill import active_share, plan_prefill, ring_size
 
+OVERLAP = PrefillMode.OVERLAP
 SHAPE = ModelShape(num_experts=4, top_k=2, layers=(0, 1, 2))
 LONG = 100
 
@@ -57,13 +58,21 @@ def test_keeps_the_most_wanted_of_those_that_pass_through() -> None:
 
 
 def test_the_ring_is_no_larger_than_what_has_to_pass_it() -> None:
-    assert [ring_size(SHAPE, LONG, *of) for of in ((16, 50), (3, 50), (16, 2), (64, 0))] == [4, 3, 2, 0]
+    assert [ring_size(OVERLAP, SHAPE, LONG, *of) for of in ((16, 50), (3, 50), (16, 2), (64, 0))] == [4, 3, 2, 0]
 
 
 def test_the_ring_grows_with_the_prompt_as_far_as_the_cache_can_spare_it() -> None:
     many = ModelShape(128, 8, (0,))
-    assert [ring_size(many, tokens, 768, 6000) for tokens in (127, 128, 8192, 99999)] == [4, 5, 68, 96]
-    assert [ring_size(many, 8192, slots, 6000) for slots in (3, 32, 40, 400)] == [3, 4, 5, 50]
+    assert [ring_size(OVERLAP, many, tokens, 768, 6000) for tokens in (127, 128, 8192, 99999)] == [4, 5, 68, 96]
+    assert [ring_size(OVERLAP, many, 8192, slots, 6000) for slots in (3, 32, 40, 400)] == [3, 4, 5, 50]
+
+
+def test_two_buffers_are_two_and_bring_every_expert_however_short_the_prompt() -> None:
+    mode = PrefillMode.TWO_BUFFERS
+    assert [ring_size(mode, SHAPE, 8192, *of) for of in ((16, 50), (1, 50), (16, 1))] == [2, 1, 1]
+    view = LayerView(1, (0,), {}, 1, RingView(may_prefetch=2))
+    assert plan_prefill(mode, view, SHAPE).prefetch == tuple(ExpertId(2, expert) for expert in (0, 1))
+    assert plan_prefill(OVERLAP, view, SHAPE).prefetch == ()
 
 
 def test_next_layer_fetches_one_layer_ahead_and_does_not_wrap_around() -> None:

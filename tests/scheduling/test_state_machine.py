@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -26,6 +27,7 @@ from duoserve.scheduling.policies import POLICIES, get_policy
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.scheduling.source import Lease, ReadyExpert
 from tests.fakes import ArrayStore
+from tests.scheduling.fortune import Teller, routed
 from tests.scheduling.recording import Read, RecordingEngine, clashes, misreadings, misshapen
 
 LAYERS, EXPERTS, TOP_K = 3, 4, 2
@@ -90,6 +92,7 @@ class Slots(RuleBasedStateMachine):
             num_layers=LAYERS,
             num_experts=EXPERTS,
             meter=self.meter,
+            predictor=self.fortune_teller(seed),
         )
         self.was_broken = False
         self.closed = False
@@ -100,6 +103,16 @@ class Slots(RuleBasedStateMachine):
         self.batches: Iterator[list[ReadyExpert]] = iter(())
         self.batch: list[ReadyExpert] = []  # what the consumer computes on
         self.owed: set[int] = set()  # what the lease has yet to hand out
+
+    def fortune_teller(self, seed: int) -> Teller | None:
+        """Says anything; one time in three there is none."""
+        rng = np.random.default_rng(seed)
+        return Teller(lambda layer: rng.random(EXPERTS), horizon=1 + seed % 3) if seed % 3 else None
+
+    def hear(self, layer: int, wanted: list[int]) -> None:
+        """The router has spoken, if anybody listens."""
+        if self.scheduler.listener is not None:
+            self.scheduler.listener.routed(routed(layer, wanted))
 
     @rule(phase=PHASE, tokens=TOKENS, asked=st.lists(st.tuples(LAYER, WANTED), min_size=1, max_size=6))
     def steps(self, phase: Phase, tokens: int, asked: list[tuple[int, list[int]]]) -> None:
@@ -187,6 +200,7 @@ class Slots(RuleBasedStateMachine):
                 assert bool((self.pool.row(slot) == POISON).all())
 
     def acquire(self, layer: int, wanted: list[int]) -> None:
+        self.hear(layer, wanted)
         self.lease = self.scheduler.acquire(layer, wanted).__enter__()
         self.batches, self.owed = iter(self.lease), set(wanted)
         self.layer, self.exhausted = layer, False

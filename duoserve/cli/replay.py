@@ -1,0 +1,125 @@
+"""``duoserve replay``: what every policy would cost on a trace, without the model and without the machine."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from duoserve.cli.options import Subparsers, add_parser
+from duoserve.cli.plots import draw, one_step
+from duoserve.errors import ConfigError
+from duoserve.models.opened import opened
+from duoserve.predictors.files import load_predictor
+from duoserve.scheduling.bake_off import bake_off, contestant, contestants, figures, slot_count, table
+from duoserve.scheduling.hardware import HARDWARE, SIZES, LayerSizes, Machine, find_hardware, find_sizes
+from duoserve.scheduling.predictor import Predictor
+from duoserve.scheduling.synthetic import CARDS, synthesize
+from duoserve.scheduling.trace import Trace
+from duoserve.scheduling.trace_file import open_trace
+
+MADE_UP = "synthetic:"
+EXAMPLES = """\
+  duoserve replay bard-trace.safetensors --model bard --hardware rtx4090
+  duoserve replay synthetic:qwen3-30b-a3b --hardware a5000 --slots 12.5%,25% --policies lru,duoserve,oracle
+  duoserve replay t.safetensors --model ./my-mixtral --hardware pcie4 --slots 64,128 --csv t.csv --plot t.png
+"""
+
+
+def add_command(commands: Subparsers) -> None:
+    """Registers the command."""
+    parser = add_parser(commands, "replay", "compare policies on a trace, on the clock of a made-up machine", EXAMPLES)
+    parser.add_argument(
+        "trace", metavar="TRACE", help=f"what duoserve trace wrote, or synthetic:NAME for one of {', '.join(CARDS)}"
+    )
+    parser.add_argument("--hardware", default="pcie4", metavar="NAME", help=f"one of {', '.join(HARDWARE)}")
+    parser.add_argument(
+        "--model", metavar="MODEL", help=f"whose sizes count: a folder, a hub id, or one of {', '.join(SIZES)}"
+    )
+    parser.add_argument(
+        "--slots", default="12.5%,25%,50%", metavar="N,...", help="over all layers: counts, or shares as 25%%"
+    )
+    parser.add_argument("--policies", default="all", metavar="NAME,...", help="default: all, and the oracle")
+    parser.add_argument(
+        "--predictor",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="what duoserve train-predictor wrote, for the policy of its kind; may be given again for another kind",
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON list of the rows instead of a table")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw hit rates and a decode step (extra: plot)")
+    made_up = parser.add_argument_group("synthetic traces")
+    made_up.add_argument("--requests", type=int, default=4, metavar="N", help="default: 4")
+    made_up.add_argument("--tokens", type=int, default=128, metavar="N", help="of each request (default: 128)")
+    made_up.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="of each prompt (default: 128)")
+    made_up.add_argument("--precision", type=float, default=0.8, metavar="P", help="of look-ahead (default: 0.8)")
+    made_up.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Replays, with a progress bar where stderr is a terminal, and prints a row for each slot count and policy."""
+    trace = _trace(args)
+    machine = Machine(find_hardware(args.hardware), _sizes(args.model, trace))
+    slots = [slot_count(wanted.strip(), trace) for wanted in args.slots.split(",")]
+    names = contestants(args.policies)
+    loaded = [load_predictor(path, trace.meta.fingerprint) for path in args.predictor]
+    predictors: dict[str, Predictor] = {predictor.name: predictor for predictor in loaded}
+    runs = bake_off(trace, machine, slots, names, predictors)
+    total = len(slots) * len(names)
+    rows = [figures(done) for done in tqdm(runs, total=total, unit="replay", disable=not sys.stderr.isatty())]
+    if args.json:
+        print(json.dumps(rows))
+    else:
+        print("\n".join(table(rows)))
+    if args.csv is not None:
+        _write_csv(args.csv, rows)
+    if args.plot is not None:
+        policy, predictor = contestant(names[-1], trace, predictors)
+        lanes = one_step(trace, policy, machine, slots[0], predictor)
+        draw(args.plot, rows, lanes, f"{machine.sizes.name} on {machine.hardware.name}; below: {policy.name}")
+
+
+def _trace(args: argparse.Namespace) -> Trace:
+    if not args.trace.startswith(MADE_UP):
+        return open_trace(Path(args.trace))
+    name = args.trace.removeprefix(MADE_UP)
+    if name not in CARDS:
+        raise ConfigError(f"synthetic trace {name!r} is not known: use one of {', '.join(CARDS)}")
+    return synthesize(CARDS[name], args.requests, args.tokens, args.precision, args.seed, prompt=args.prompt_tokens)
+
+
+def _sizes(model: str | None, trace: Trace) -> LayerSizes:
+    """Of a card or a checkpoint; by default those of the model that a synthetic trace is made after."""
+    if model is None:
+        if not trace.meta.fingerprint.startswith(MADE_UP):
+            raise ConfigError("the trace does not say how large the model's experts are: give --model")
+        return find_sizes(trace.meta.fingerprint.removeprefix(MADE_UP))
+    if model in SIZES:
+        return find_sizes(model)
+    with opened(model) as found:
+        config = found.config
+    hidden, attention = config.hidden_size, config.blocks.attention
+    return LayerSizes(
+        model,
+        3 * hidden * config.expert_intermediate_size,
+        8 * config.dtype.itemsize,
+        attention.num_params(hidden) + hidden * config.num_experts,
+        attention.width,
+    )
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

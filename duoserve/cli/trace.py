@@ -1,0 +1,91 @@
+"""``duoserve trace``: run prompts and record what the routers choose."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from duoserve.cli.options import LOADING, MODEL_HELP, Subparsers, add_loading, add_parser
+from duoserve.config import EngineConfig
+from duoserve.errors import RequestError
+from duoserve.experts.budget import format_bytes, parse_bytes
+from duoserve.sampling import SamplingParams
+from duoserve.tracing import Recording, record
+
+EXAMPLES = """\
+  duoserve trace bard --prompts prompts.txt --out bard-trace.safetensors
+  duoserve trace ./my-mixtral --prompts chats.jsonl --out t.safetensors --max-tokens 256 --memory 12GiB
+  duoserve trace ./my-mixtral --prompts chats.jsonl --out t.safetensors --max-tokens 256 --resume
+"""
+SIZES = ("expert_memory", "memory", "host_memory")
+
+
+def add_command(commands: Subparsers) -> None:
+    """Registers the command."""
+    parser = add_parser(commands, "trace", "record what a model's routers choose", EXAMPLES)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help='one prompt a line; in a file named .jsonl each line is a JSON text, or an object with a "prompt"',
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the trace, a safetensors file")
+    parser.add_argument("--max-tokens", type=int, metavar="N", default=128, help="tokens to write (default: 128)")
+    parser.add_argument("--temperature", type=float, metavar="T", default=1.0, help="default: 1, as the model is")
+    parser.add_argument("--seed", type=int, metavar="S", default=0, help="of the first prompt; the others count on")
+    there = parser.add_mutually_exclusive_group()
+    there.add_argument("--resume", action="store_true", help="go on with a trace that was interrupted")
+    there.add_argument("--append", action="store_true", help="add these prompts to a trace of others")
+    parser.add_argument("--json", action="store_true", help="print what was recorded as a JSON object")
+    add_loading(parser)
+    parser.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Records, with a progress bar where stderr is a terminal, and says how much there is."""
+    prompts = read_prompts(args.prompts)
+    params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
+    recording = Recording(args.out, params, args.resume, args.append)
+    trace = record(args.model, prompts, recording, _wanted(args), args.policy, progress=sys.stderr.isatty())
+    size = args.out.stat().st_size
+    figures = {"requests": len(trace), "tokens": trace.num_tokens, "layers": len(trace.meta.layers), "bytes": size}
+    if args.json:
+        print(json.dumps(figures | {"fingerprint": trace.meta.fingerprint}))
+    else:
+        print(f"{args.out}: {len(trace)} requests, {trace.num_tokens} tokens, {format_bytes(size)}")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a file; RequestError if it cannot be read or has none."""
+    try:
+        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--prompts {path}: cannot be read ({error})") from error
+    if not lines:
+        raise RequestError(f"--prompts {path}: has no prompt; write one a line")
+    if path.suffix != ".jsonl":
+        return lines
+    return [_from_json(line, f"--prompts {path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _from_json(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise RequestError(f"{where}: is not JSON ({error})") from error
+    prompt = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(prompt, str):
+        raise RequestError(f'{where}: must be a text, or an object with a text "prompt"')
+    return prompt
+
+
+def _wanted(args: argparse.Namespace) -> EngineConfig:
+    options = {name: getattr(args, name) for name in LOADING if name != "policy"}
+    if options["host_memory"] == "auto":
+        options["host_memory"] = None
+    sizes = {name: None if options[name] is None else parse_bytes(options[name]) for name in SIZES}
+    return EngineConfig(**(options | sizes))

@@ -1,0 +1,72 @@
+"""What a recorded decode step reads of the host: its tokens, and which experts to compute from which slots.
+
+B sequences, M pages of the page table, E experts, W = E entries of a work list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+
+import torch
+
+from duoserve.kernels import DeviceWork
+from duoserve.kernels.recorder import Recorder
+from duoserve.kv_cache import BatchKV, Layout, PagedKVCache
+from duoserve.models.batch import Batch
+
+
+class DecodeInputs:
+    """The tokens of a step of B sequences whose page table is M wide; before the first ``load``, tokens of nobody."""
+
+    def __init__(self, recorder: Recorder, cache: PagedKVCache, num_sequences: int, table_width: int) -> None:
+        self._recorder = recorder
+        self._cache = cache
+        self._shape = (num_sequences, table_width)
+        # Token ids, positions, cache rows and lengths, then the page table: one copy brings them all.
+        self._sizes = [*[num_sequences] * 4, num_sequences * table_width]
+        self._host_N = recorder.host((sum(self._sizes),), torch.int64)
+        self._host_N[2 * num_sequences : 3 * num_sequences] = -1  # a negative row is not written
+        self._device_N = self._host_N.to(recorder.device, copy=True)
+
+    def load(self, layout: Layout) -> None:
+        """Lays the tokens out for the next replay; the one before must be done."""
+        tables = chain.from_iterable(layout.page_table)
+        self._host_N.numpy()[:] = [*layout.token_ids, *layout.positions, *layout.rows, *layout.lengths, *tables]
+
+    def batch(self) -> Batch:
+        """The batch, as part of what is recorded."""
+        self._recorder.copy(self._device_N, self._host_N)
+        token_ids_B, positions_B, rows_B, lengths_B, table = torch.split_with_sizes(self._device_N, self._sizes)
+        kv = BatchKV(self._cache, rows_B, table.view(self._shape).int(), lengths_B.int(), contexts=())
+        return Batch(token_ids_B, positions_B, tuple((b, b + 1) for b in range(self._shape[0])), kv)
+
+
+class WorkFeed:
+    """A work list on the device whose entries come from the host, one list behind another.
+
+    ``num_lists`` lists may be on their way at a time.
+    """
+
+    def __init__(self, recorder: Recorder, num_experts: int, num_lists: int) -> None:
+        self._recorder = recorder
+        self._num_experts = num_experts
+        self._host_LW = recorder.host((num_lists, 2 * num_experts + 1), torch.int32)
+        self._entries_LW = self._host_LW.numpy()
+        self._device_W = torch.zeros(2 * num_experts + 1, dtype=torch.int32, device=recorder.device)
+        self._next = 0
+        self.work = DeviceWork(*torch.split_with_sizes(self._device_W, [num_experts, num_experts, 1]))
+
+    def rewind(self) -> None:
+        """No list is on its way any more."""
+        self._next = 0
+
+    def load(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Enqueues the copy of a list of (expert, slot) pairs into ``work``."""
+        ascending, entries = sorted(pairs), self._entries_LW[self._next]
+        num = len(ascending)
+        entries[:num] = [expert for expert, _ in ascending]
+        entries[self._num_experts : self._num_experts + num] = [slot for _, slot in ascending]
+        entries[-1] = num
+        self._recorder.copy(self._device_W, self._host_LW[self._next])
+        self._next += 1

@@ -1,0 +1,114 @@
+"""How decode steps are launched: op by op as the model is written, layer by layer ("event"), or whole ("graph")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from duoserve.engine import Decoder
+from duoserve.errors import ConfigError
+from duoserve.event_decode import event_steps
+from duoserve.experts.layout import ExpertId
+from duoserve.experts.slots import SlotPool
+from duoserve.experts.store import ExpertStore
+from duoserve.graph_decode import graph_steps, host_rows
+from duoserve.kernels.cuda_graphs import CudaRecorder
+from duoserve.kv_cache import PagedKVCache
+from duoserve.link import LinkRates, link_rates, seconds_on_gpu
+from duoserve.models.parts import moe_blocks
+from duoserve.models.transformer import Transformer
+from duoserve.recorded_decode import RecordedDecoder
+from duoserve.scheduling.plan import DecodeMode
+from duoserve.scheduling.policies import Policy
+from duoserve.scheduling.scheduler import Scheduler
+
+# A step that reads its misses through saves the host's round trips, some 20 us a layer. With less than this share of
+# the copies' rate its misses cost more than that.
+ZERO_COPY_SHARE = 0.85
+
+
+class Launch(Enum):
+    """What launches a decode step."""
+
+    MODEL = "model"
+    EVENT = "event"
+    GRAPH = "graph"
+
+
+@dataclass(frozen=True)
+class DecoderParts:
+    """What decode steps are computed with. The experts wait in ``store``; the slots of ``pool`` are EMPTY or READY."""
+
+    model: Transformer
+    cache: PagedKVCache
+    scheduler: Scheduler
+    store: ExpertStore
+    pool: SlotPool
+
+    def readable(self) -> bool:
+        """Whether all experts lie in pinned RAM, where a GPU reads them by itself."""
+        experts = (ExpertId(b.layer, e) for b in moe_blocks(self.model) for e in range(b.num_experts))
+        return all((row_B := self.store.host_row(expert)) is not None and row_B.is_pinned() for expert in experts)
+
+    def measure_link(self) -> LinkRates:
+        """The rates at which experts come; destroys what is in the first slots."""
+        rows = host_rows(moe_blocks(self.model)[0], self.store, self.cache.device)
+        return link_rates(rows, self.pool, seconds_on_gpu)
+
+
+def make_decoder(wanted: str, policy: Policy, parts: DecoderParts) -> Decoder | None:
+    """What computes decode steps in place of the model, None where it does that itself; see ``choose_launch``.
+
+    To be called before any expert is in a slot, unless all are.
+    """
+    launch = choose_launch(wanted, parts.cache.device, policy, parts.readable, parts.measure_link)
+    if launch is Launch.MODEL:
+        return None
+    model, cache, recorder = parts.model, parts.cache, CudaRecorder(parts.cache.device)
+    if launch is Launch.EVENT:
+        return RecordedDecoder(model, cache, event_steps(model, cache, recorder))
+    books = parts.scheduler.read_through()
+    return RecordedDecoder(model, cache, graph_steps(model, cache, recorder, parts.store, books))
+
+
+def choose_launch(
+    wanted: str,
+    device: torch.device,
+    policy: Policy,
+    readable: Callable[[], bool],
+    measure: Callable[[], LinkRates],
+) -> Launch:
+    """What ``wanted`` ("auto", "event" or "graph") comes to; ConfigError where that cannot be had.
+
+    A policy that brings experts ahead of a layer, or keeps none, needs the host between the layers. ``readable`` and
+    ``measure`` are called only where their answer counts.
+    """
+    if device.type != "cuda":
+        if wanted != "auto":
+            raise ConfigError(f"decode_mode={wanted!r} takes CUDA graphs, but the device is {device}: use 'auto'")
+        return Launch.MODEL
+    if wanted == "event":
+        return Launch.EVENT
+    obstacle = _obstacle(policy, readable)
+    if obstacle is not None:
+        if wanted == "graph":
+            raise ConfigError(f"decode_mode='graph' cannot be had: {obstacle}; use 'event' or 'auto'")
+        return Launch.EVENT
+    if wanted == "graph" or policy.all_resident:
+        return Launch.GRAPH
+    rates = measure()
+    return Launch.GRAPH if rates.zero_copy >= ZERO_COPY_SHARE * rates.copy else Launch.EVENT
+
+
+def _obstacle(policy: Policy, readable: Callable[[], bool]) -> str | None:
+    """Why the device cannot carry out a step by itself, None if it can."""
+    if policy.all_resident:
+        return None
+    if policy.decode is not DecodeMode.CACHE:
+        return f"policy {policy.name!r} moves experts between the layers of a step"
+    if not readable():
+        return "not all experts lie in pinned host memory (raise host_memory, or the limit of locked memory, ulimit -l)"
+    return None

@@ -1,0 +1,94 @@
+"""Decode steps without launch overhead: all that lies between two layers' experts is recorded, and replayed as one.
+
+The host learns each router's choice, brings what is missing and replays the experts as they become ready.
+
+B sequences, M pages of the page table, K top-k, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from duoserve.decode_inputs import DecodeInputs, WorkFeed
+from duoserve.engine import Decoder
+from duoserve.kernels import by_demand
+from duoserve.kernels.recorder import Recorder, Recording
+from duoserve.kv_cache import Layout, PagedKVCache
+from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
+from duoserve.models.transformer import Transformer
+from duoserve.recorded_decode import MakeStep
+
+
+def event_steps(model: Transformer, cache: PagedKVCache, recorder: Recorder) -> MakeStep:
+    """Makes the recorded steps of ``model``, one for each shape."""
+
+    def make(num_sequences: int, table_width: int) -> EventStep:
+        return EventStep(model, recorder, DecodeInputs(recorder, cache, num_sequences, table_width), num_sequences)
+
+    return make
+
+
+class _Layer(NamedTuple):
+    """A recorded part that ends with ``choice``, and the recorded experts of whatever is in the feed."""
+
+    choice: Choice
+    part: Recording[Choice | Tensor]
+    experts: Recording[None]
+
+
+class EventStep(Decoder):
+    """A recorded decode step of one shape."""
+
+    def __init__(self, model: Transformer, recorder: Recorder, inputs: DecodeInputs, num_sequences: int) -> None:
+        block = moe_blocks(model)[0]
+        num_experts = block.num_experts
+        self._recorder = recorder
+        self._inputs = inputs
+        self._choice_BK = recorder.host((num_sequences, block.top_k), torch.int64)
+        self._logits_BV = recorder.host((num_sequences, len(model.head_VH)), torch.float32)
+        self._feed = WorkFeed(recorder, num_experts, min(num_experts, num_sequences * block.top_k))
+        self._layers: list[_Layer] = []
+        part = recorder.record(lambda: self._told(first_part(model, inputs.batch())))
+        while isinstance(choice := part.result, Choice):
+            experts = recorder.record(partial(choice.block.compute, choice.routed, self._feed.work))
+            self._layers.append(_Layer(choice, part, experts))
+            part = recorder.record(partial(self._next, choice))
+        self._last = part
+
+    def __call__(self, layout: Layout) -> Tensor:
+        """The float32 logits [B, V] on the host, which the next call overwrites."""
+        self._inputs.load(layout)
+        for layer in self._layers:
+            layer.part.replay()
+            self._recorder.wait()
+            self._compute(layer)
+        self._last.replay()
+        self._recorder.wait()
+        return self._logits_BV
+
+    def _compute(self, layer: _Layer) -> None:
+        """The chosen experts of a layer, the resident ones at once, the others behind their copies."""
+        self._feed.rewind()
+        choice = layer.choice
+        rows = Counter(chain.from_iterable(self._choice_BK.tolist()))
+        with choice.block.acquire(choice.routed, by_demand(rows)) as lease:
+            for ready in lease:
+                self._feed.load(ready)
+                layer.experts.replay()
+
+    def _next(self, choice: Choice) -> Choice | Tensor:
+        return self._told(next_part(choice))
+
+    def _told(self, end: Choice | Tensor) -> Choice | Tensor:
+        """Lets the host know, as part of what is recorded, what a part has come to."""
+        if isinstance(end, Choice):
+            self._recorder.copy(self._choice_BK, end.routed.topk_ids_TK)
+        else:
+            self._recorder.copy(self._logits_BV, end)
+        return end

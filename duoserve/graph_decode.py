@@ -1,0 +1,109 @@
+"""Decode steps of one recording each: the device knows where the experts are and reads those that are missing through.
+
+The host learns afterwards what the routers chose, and decides which slots the misses of the next step may fill.
+
+B sequences, K top-k, E experts, L layers of the model, N of them that have experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from duoserve.decode_inputs import DecodeInputs
+from duoserve.engine import Decoder
+from duoserve.experts.layout import ExpertId
+from duoserve.experts.store import ExpertStore
+from duoserve.kernels import HostRows
+from duoserve.kernels.configs import MEDIUM
+from duoserve.kernels.recorder import Recorder
+from duoserve.kv_cache import Layout, PagedKVCache
+from duoserve.models.moe import MoEBlock
+from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
+from duoserve.models.transformer import Transformer
+from duoserve.recorded_decode import MakeStep
+from duoserve.scheduling.read_through import ReadThrough
+
+
+def graph_steps(
+    model: Transformer, cache: PagedKVCache, recorder: Recorder, store: ExpertStore, books: ReadThrough
+) -> MakeStep:
+    """Makes the recorded steps of ``model``, whose experts all lie in RAM that the device reads: see ``host_rows``.
+
+    Read-through takes up to MEDIUM sequences; more, or more misses than there are slots, make no such step.
+    """
+    rows = {block.layer: host_rows(block, store, recorder.device) for block in moe_blocks(model)}
+
+    def make(num_sequences: int, table_width: int) -> GraphStep | None:
+        if num_sequences > MEDIUM or not books.fits(num_sequences):
+            return None
+        inputs = DecodeInputs(recorder, cache, num_sequences, table_width)
+        return GraphStep(model, recorder, inputs, num_sequences, rows=rows, books=books)
+
+    return make
+
+
+def host_rows(block: MoEBlock, store: ExpertStore, device: torch.device) -> HostRows:
+    """The rows in RAM of a layer's experts; KernelError for memory that ``device`` cannot read."""
+    experts = (ExpertId(block.layer, expert) for expert in range(block.num_experts))
+    return HostRows.of([store.host_row(expert) for expert in experts], device)
+
+
+class GraphStep(Decoder):
+    """A recorded decode step of one shape."""
+
+    def __init__(  # noqa: PLR0913
+        self,
+        model: Transformer,
+        recorder: Recorder,
+        inputs: DecodeInputs,
+        num_sequences: int,
+        *,
+        rows: Mapping[int, HostRows],
+        books: ReadThrough,
+    ) -> None:
+        blocks = moe_blocks(model)
+        self._num_sequences = num_sequences
+        self._recorder = recorder
+        self._inputs = inputs
+        self._rows = rows
+        self._books = books
+        # The slots of the experts, and those that the misses of a layer fill: one copy brings both.
+        self._host_2LE = recorder.host((2, *books.slots_LE.shape), torch.int32)
+        self._host_2LE.fill_(-1)
+        self._tables_2LE = self._host_2LE.to(recorder.device, copy=True)
+        self._choices_NBK = recorder.host((len(blocks), num_sequences, blocks[0].top_k), torch.int64)
+        self._logits_BV = recorder.host((num_sequences, len(model.head_VH)), torch.float32)
+        self._recording = recorder.record(lambda: self._run(model))
+
+    def __call__(self, layout: Layout) -> Tensor:
+        """The float32 logits [B, V] on the host, which the next call overwrites."""
+        self._inputs.load(layout)
+        targets_NX = self._books.lay_out(self._num_sequences)
+        slots_LE, targets_LE = self._host_2LE.numpy()
+        slots_LE[:] = self._books.slots_LE
+        targets_LE.fill(-1)
+        targets_LE[self._books.layers, : targets_NX.shape[1]] = targets_NX
+        self._recording.replay()
+        self._books.catch_up()
+        self._recorder.wait()
+        for choice in self._recording.result:
+            choice.block.announce(choice.routed)
+        self._books.took(self._choices_NBK.numpy())
+        return self._logits_BV
+
+    def _run(self, model: Transformer) -> list[Choice]:
+        self._recorder.copy(self._tables_2LE, self._host_2LE)
+        slots_LE, targets_LE = self._tables_2LE.unbind()
+        end, choices = first_part(model, self._inputs.batch(), slots_LE), []
+        while isinstance(end, Choice):
+            block, routed = end.block, end.routed
+            block.compute(routed, routed.plan.resident)
+            block.compute_missing(routed, self._rows[block.layer], targets_LE[block.layer])
+            choices.append(end)
+            end = next_part(end)
+        self._recorder.copy(self._choices_NBK, torch.stack([choice.routed.topk_ids_TK for choice in choices]))
+        self._recorder.copy(self._logits_BV, end)
+        return choices

@@ -1,0 +1,70 @@
+"""Recordings as CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic
+
+import torch
+from torch import Tensor
+
+from duoserve.kernels.recorder import Recorder, Recording, Result
+
+
+class CudaRecording(Recording[Result], Generic[Result]):
+    """A graph, and the tensors that it writes."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, result: Result) -> None:
+        self._graph = graph
+        self._result = result
+
+    @property
+    def result(self) -> Result:
+        """As in Recording."""
+        return self._result
+
+    def replay(self) -> None:
+        """As in Recording, on the current stream."""
+        self._graph.replay()
+
+
+class CudaRecorder(Recorder):
+    """Graphs over one pool of memory: they are replayed one after another on the current stream, never side by side."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    @property
+    def device(self) -> torch.device:
+        """As in Recorder."""
+        return self._device
+
+    def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """As in Recorder: pinned."""
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """As in Recorder."""
+        target.copy_(source, non_blocking=True)
+
+    def record(self, work: Callable[[], Result]) -> Recording[Result]:
+        """As in Recorder. The run before the capture compiles kernels and makes what libraries make once."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            work()
+            # Copy threads go on calling CUDA meanwhile, which the default mode would take for a fault of the capture.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = work()
+            finally:
+                graph.capture_end()
+        current.wait_stream(self._stream)
+        return CudaRecording(graph, result)
+
+    def wait(self) -> None:
+        """As in Recorder; releases the GIL."""
+        torch.cuda.current_stream(self._device).synchronize()

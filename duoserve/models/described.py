@@ -1,0 +1,72 @@
+"""What can be said of a model whose weights are here in part or not at all: from its config and its index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from pathlib import Path
+
+from duoserve.config import ModelConfig
+from duoserve.experts.checkpoint import MAX_CONFIG_BYTES, check_names
+from duoserve.experts.hub import resolve
+from duoserve.experts.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, weight_map
+from duoserve.experts.strict_json import read_object
+from duoserve.models.family import Family
+from duoserve.models.opened import HEAD, is_unused, opened
+from duoserve.models.registry import family_of
+
+HEADERS, INDEX, CONFIG = "the weights' headers", INDEX_FILE, CONFIG_FILE
+
+
+@dataclass(frozen=True)
+class DescribedModel:
+    """``nbytes`` has the size of every tensor that the model needs; ``source`` says where that was read."""
+
+    folder: Path
+    family: Family
+    config: ModelConfig
+    nbytes: Mapping[str, int]
+    source: str
+
+
+def described(model: str | Path) -> DescribedModel:
+    """The model by folder, hub id or embedded name; of a hub id only small files are fetched.
+
+    ConfigError or CheckpointError for what cannot be run, as far as it can be seen.
+    """
+    folder = resolve(model, weights=False)
+    listed = _listed(folder)
+    if listed is not None and all((folder / file).exists() for file in listed.values()):
+        return _from_headers(folder)
+    return _from_index(folder, listed)
+
+
+def _listed(folder: Path) -> Mapping[str, str] | None:
+    """Tensor name -> file; of a single file, that it is there; None where no file says anything."""
+    if not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+        return None
+    listed = weight_map(folder)
+    return {"": SINGLE_FILE} if listed is None else listed
+
+
+def _from_headers(folder: Path) -> DescribedModel:
+    with opened(folder) as found:
+        shapes = found.family.tensor_shapes(found.config)
+        nbytes = {name: found.checkpoint.tensors[name].nbytes for name in shapes}
+        return DescribedModel(folder, found.family, found.config, nbytes, HEADERS)
+
+
+def _from_index(folder: Path, listed: Mapping[str, str] | None) -> DescribedModel:
+    """Sizes are what shapes and dtype make them."""
+    raw = read_object(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
+    family = family_of(raw)
+    config = family.parse_config(raw)
+    if listed is not None and HEAD in listed:
+        config = replace(config, tie_word_embeddings=False)
+    shapes = family.tensor_shapes(config)
+    if listed is not None:
+        check_names(folder, listed, shapes, partial(is_unused, config))
+    nbytes = {name: prod(shape) * config.dtype.itemsize for name, shape in shapes.items()}
+    return DescribedModel(folder, family, config, nbytes, CONFIG if listed is None else INDEX)

@@ -1,0 +1,60 @@
+"""A model family: what its ``config.json`` means and what its tensors are called; blocks and loading are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from duoserve.config import ModelConfig
+from duoserve.errors import IntegrityError
+from duoserve.experts.layout import ExpertId
+from duoserve.experts.pieces import ExpertPieces
+from duoserve.kernels import ExpertWeights
+from duoserve.models.decoder import MoENames, RoutedExperts, load_decoder
+from duoserve.models.tensors import ReadTensor, TensorNeed, Tensors, needs_of
+from duoserve.models.transformer import Transformer
+from duoserve.scheduling.source import ExpertSource
+
+
+class _NoSource(ExpertSource):
+    """A dry run computes nothing."""
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> NoReturn:
+        raise IntegrityError(f"layer {layer} of a dry run asked for experts")
+
+
+_NO_EXPERTS = RoutedExperts(_NoSource(), ExpertWeights(torch.empty(0, 0, 0), torch.empty(0, 0, 0)))
+
+
+@dataclass(frozen=True)
+class Family:
+    """``model_type`` and ``architecture`` are config.json's names for it; ``parse_config`` maps a raw config.json.
+
+    ``names`` are those of a layer's feed-forward block, ``expert_pieces`` the tensors of one routed expert.
+    """
+
+    model_type: str
+    architecture: str
+    parse_config: Callable[[dict[str, Any]], ModelConfig]
+    names: MoENames
+    expert_pieces: Callable[[ModelConfig, ExpertId], ExpertPieces]
+
+    def build(self, config: ModelConfig, read: ReadTensor, experts: RoutedExperts) -> Transformer:
+        """The model from a reader of dense tensors; its routed experts are left to ``experts``."""
+        return load_decoder(config, self.names, Tensors.of(read), experts)
+
+    def dense_needs(self, config: ModelConfig) -> dict[str, TensorNeed]:
+        """Every tensor that ``build`` will read; a tied head has none of its own."""
+        return needs_of(lambda tensors: load_decoder(config, self.names, tensors, _NO_EXPERTS))
+
+    def expert_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Every tensor that routed experts lie in, name -> shape."""
+        experts = (ExpertId(layer, e) for layer in config.moe_layers for e in range(config.num_experts))
+        return {piece.name: piece.shape for expert in experts for piece in self.expert_pieces(config, expert)}
+
+    def tensor_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Every tensor of a checkpoint, name -> shape."""
+        return {name: need.shape for name, need in self.dense_needs(config).items()} | self.expert_shapes(config)

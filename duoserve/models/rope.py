@@ -1,0 +1,57 @@
+"""Rotary position embedding: one table of angles serves all layers of a forward pass.
+
+T tokens, F frequencies (half of the rotated dimensions).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duoserve import kernels
+from duoserve.architecture import RopeConfig, YarnConfig
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How fast each pair of dimensions turns, and what cosines and sines are multiplied by."""
+
+    frequencies_F: Tensor
+    magnitude: float
+
+    @classmethod
+    def of(cls, config: RopeConfig) -> Rope:
+        """Plain RoPE, or YaRN's."""
+        if config.yarn is None:
+            return cls(kernels.rope_frequencies(config.dim, config.theta), 1.0)
+        return cls(_yarn_frequencies(config, config.yarn), config.yarn.magnitude)
+
+    def table(self, positions_T: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, 1, F] in the dtype of ``like``."""
+        return kernels.rope_table(positions_T, self.frequencies_F, like.dtype, self.magnitude)
+
+
+def yarn_magnitude(factor: float, strength: float = 1.0) -> float:
+    """How much longer YaRN makes queries and keys for a context ``factor`` times as long: its section 3.4."""
+    return 0.1 * strength * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _yarn_frequencies(config: RopeConfig, yarn: YarnConfig) -> Tensor:
+    """Between the first and the last of the passing dimensions, a mix of the plain and the slowed frequency."""
+    first, last = (_dimension(turns, config, yarn) for turns in (yarn.beta_fast, yarn.beta_slow))
+    if yarn.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, config.dim - 1)
+    if first == last:
+        last += 0.001
+    periods_F = config.theta ** (torch.arange(0, config.dim, 2, dtype=torch.float32) / config.dim)
+    kept_F = 1 - ((torch.arange(len(periods_F), dtype=torch.float32) - first) / (last - first)).clamp(0, 1)
+    return 1.0 / (yarn.factor * periods_F) * (1 - kept_F) + 1.0 / periods_F * kept_F
+
+
+def _dimension(turns: float, config: RopeConfig, yarn: YarnConfig) -> float:
+    """The pair of dimensions that makes ``turns`` turns over the original context, as a fraction."""
+    return config.dim * math.log(yarn.original_context / (turns * 2 * math.pi)) / (2 * math.log(config.theta))

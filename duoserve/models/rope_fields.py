@@ -1,0 +1,62 @@
+"""What a ``config.json`` says of rotary embeddings, in the dialects of transformers 4 (the hub) and 5."""
+
+from __future__ import annotations
+
+from duoserve.architecture import RopeConfig, YarnConfig
+from duoserve.models.config_fields import Fields
+from duoserve.models.rope import yarn_magnitude
+
+ROPE_TYPES = ("default", "yarn")
+MAX_POSITIONS = 1 << 30
+
+
+def rope_config(fields: Fields, head_dim: int, *, partial: bool = False, interleaved: bool = False) -> RopeConfig:
+    """Plain RoPE or YaRN over ``head_dim`` dimensions, or over a part of them where a family has that.
+
+    As transformers 5 does: ``rope_scaling`` goes before ``rope_parameters``, and what is inside of it before the
+    top-level fields. ConfigError for any other kind.
+    """
+    inner = fields.inner("rope_scaling" if fields.is_set("rope_scaling") else "rope_parameters")
+    dim = int(head_dim * _share(fields, inner, partial))
+    if dim < 2 or dim % 2:
+        raise fields.refusal("head_dim", f"a head has {dim} dimensions to turn, but RoPE needs an even number")
+    theta = inner.number("rope_theta", 0, 1e12, fields.number("rope_theta", 0, 1e12))
+    kind = inner.choice("rope_type" if inner.is_set("rope_type") else "type", ROPE_TYPES, "default")
+    return RopeConfig(dim, theta, interleaved, _yarn(fields, inner) if kind == "yarn" else None)
+
+
+def _share(fields: Fields, inner: Fields, partial: bool) -> float:
+    """The part of a head that is rotated."""
+    outer = fields.number("partial_rotary_factor", 0, 1, 1.0)
+    share = inner.number("partial_rotary_factor", 0, 1, outer)
+    if share != 1 and not partial:
+        raise (fields if outer != 1 else inner).refusal("partial_rotary_factor", "supported: 1.0")
+    return share
+
+
+def _yarn(fields: Fields, inner: Fields) -> YarnConfig:
+    """``mscale`` scales cosines and sines, ``mscale_all_dim`` takes that back and scales latent attention's scores."""
+    fields.absent("original_max_position_embeddings", "with YaRN, it belongs into rope_scaling or rope_parameters")
+    factor = inner.number("factor", 0, 1e6)
+    up, back = (_optional(inner, name) for name in ("mscale", "mscale_all_dim"))
+    magnitude = yarn_magnitude(factor)
+    if up and back:
+        magnitude = yarn_magnitude(factor, up) / yarn_magnitude(factor, back)
+    return YarnConfig(
+        factor=factor,
+        original_context=inner.integer(
+            "original_max_position_embeddings",
+            1,
+            MAX_POSITIONS,
+            fields.integer("max_position_embeddings", 1, MAX_POSITIONS),
+        ),
+        beta_fast=_optional(inner, "beta_fast") or 32.0,
+        beta_slow=_optional(inner, "beta_slow") or 1.0,
+        truncate=inner.flag("truncate", True),
+        magnitude=_optional(inner, "attention_factor") or magnitude,
+        score_scale=yarn_magnitude(factor, back) ** 2 if back else 1.0,
+    )
+
+
+def _optional(inner: Fields, name: str) -> float | None:
+    return inner.number(name, 0, 1e6) if inner.is_set(name) else None

@@ -1,0 +1,53 @@
+"""The router: which experts a token goes to, and what each weighs.
+
+T tokens, K top-k, E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duoserve import kernels
+from duoserve.architecture import RouterConfig
+from duoserve.models.layers import Linear
+from duoserve.models.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class Router:
+    """``logits``, then ``choose``; ``correction_E`` shifts the scores for the choice alone."""
+
+    config: RouterConfig
+    gate: Linear
+    correction_E: Tensor | None = None
+
+    @classmethod
+    def load(cls, config: RouterConfig, hidden: int, tensors: Tensors) -> Router:
+        """From ``weight`` and what else the config says there is."""
+        dtype = torch.float32 if config.wide else None
+        weight_EH = tensors("weight", config.num_experts, hidden, dtype=dtype)
+        gate = Linear(weight_EH, tensors("bias", config.num_experts, dtype=dtype) if config.bias else None)
+        if not config.correction:
+            return cls(config, gate)
+        return cls(config, gate, tensors("e_score_correction_bias", config.num_experts, dtype=torch.float32))
+
+    def logits(self, x_TH: Tensor) -> Tensor:
+        """[T, E], in float32 where the config says wide."""
+        return self.gate(x_TH.float() if self.config.wide else x_TH)
+
+    def choose(self, logits_TE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Float32 weights [T, K] and int64 ids [T, K], the best first; ``dtype`` is that of the activations."""
+        return kernels.router_topk(
+            logits_TE,
+            self.config.top_k,
+            scoring=self.config.scoring,
+            bias_E=self.correction_E,
+            n_group=self.config.n_group,
+            topk_group=self.config.topk_group,
+            renormalize=self.config.renormalize,
+            scale=self.config.scale,
+            round_to=dtype if self.config.rounded else torch.float32,
+        )

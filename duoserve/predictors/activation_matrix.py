@@ -1,0 +1,58 @@
+"""MoE-Infinity's prediction: the past request most like the present one says what comes (Xue et al., 2024).
+
+M stored requests, T rows, E experts, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from duoserve.config import Phase
+from duoserve.predictors.base import RowPredictor
+from duoserve.scheduling.routing import Routing
+from duoserve.scheduling.trace import TraceMeta
+
+_REMEMBERED = 64  # requests; one that comes back later than that begins anew
+
+
+class ActivationMatrixPredictor(RowPredictor):
+    """``matrices_MLE`` has of each stored request the share of its tokens that chose an expert.
+
+    The present request's matrix is matched by cosine; its dot products with the stored ones are kept up as it grows.
+    """
+
+    name = "activation-matrix"
+    horizon = 3
+
+    def __init__(self, meta: TraceMeta, matrices_MLE: np.ndarray) -> None:
+        super().__init__(meta)
+        self.matrices_MLE = matrices_MLE
+        norms_M = np.sqrt(np.einsum("mle,mle->m", matrices_MLE, matrices_MLE))
+        self._directions_LEM = np.ascontiguousarray((matrices_MLE / norms_M[:, None, None]).transpose(1, 2, 0))
+        self._likeness: dict[int, np.ndarray] = {}
+        self._requests: list[int] = []
+
+    def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
+        """See Predictor."""
+        super().begin(phase, requests_T)
+        self._requests = requests_T.tolist()
+        for number in self._requests:
+            likeness_M = self._likeness.pop(number, None)  # put back at the end: the oldest are forgotten first
+            if likeness_M is None or phase is Phase.PREFILL:
+                likeness_M = np.zeros(len(self.matrices_MLE), dtype=np.float32)
+            self._likeness[number] = likeness_M
+        while len(self._likeness) > max(_REMEMBERED, len(self._requests)):
+            del self._likeness[next(iter(self._likeness))]
+
+    def observe(self, routing: Routing) -> None:
+        """See Predictor."""
+        super().observe(routing)
+        direction_EM = self._directions_LEM[self.history.place[routing.layer]]
+        for number, ids_K in zip(self._requests, routing.topk_ids_TK, strict=True):
+            self._likeness[number] += direction_EM[ids_K].sum(0)
+
+    def chances(self, layer: int, distance: int) -> np.ndarray:
+        """See RowPredictor. The present matrix's own length is the same for all candidates and left out."""
+        place = self.history.place[layer]
+        best = [int(self._likeness[number].argmax()) for number in dict.fromkeys(self._requests)]
+        return self.matrices_MLE[best, place]

@@ -1,0 +1,152 @@
+"""Predictors in files: ``NAME.safetensors`` has the arrays, ``NAME.json`` beside it whose they are and how good.
+
+Arrays are checked by their names, which end in their shape: L MoE layers, E experts, F direct features, X inputs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from duoserve.errors import CheckpointError, TraceError
+from duoserve.experts.positional_file import read_capped
+from duoserve.experts.strict_json import read_object
+from duoserve.predictors.activation_matrix import ActivationMatrixPredictor
+from duoserve.predictors.affinity import AffinityPredictor
+from duoserve.predictors.base import RowPredictor
+from duoserve.predictors.learned import DIRECT, PATH_INPUTS, LayerNetwork, LearnedPredictor
+from duoserve.predictors.lookahead import LookaheadPredictor
+from duoserve.predictors.paper import PaperPredictor
+from duoserve.predictors.popularity import PopularityPredictor
+from duoserve.scheduling.trace import TraceMeta
+
+FORMAT = "duoserve predictor 1"
+MAX_BYTES = 1 << 30
+MAX_JSON_BYTES = 1 << 20
+# The predictors that are made of tables, by what their constructors take.
+TABLES: dict[str, tuple[type[RowPredictor], tuple[str, ...]]] = {
+    "popularity": (PopularityPredictor, ("popularity_LE",)),
+    "affinity": (AffinityPredictor, ("popularity_LE", "affinity_LEE")),
+    "activation-matrix": (ActivationMatrixPredictor, ("matrices_MLE",)),
+    "lookahead": (LookaheadPredictor, ("popularity_LE", "slopes_L", "offsets_L")),
+}
+Arrays = dict[str, np.ndarray]
+
+
+def save_predictor(predictor: RowPredictor, path: Path, notes: Mapping[str, Any]) -> None:
+    """Writes ``path`` (named .safetensors) and its JSON; ``notes`` says what it was trained on and how good it is."""
+    meta = predictor.meta
+    about = {
+        "format": FORMAT,
+        "kind": predictor.name,
+        "fingerprint": meta.fingerprint,
+        "layers": list(meta.layers),
+        "num_experts": meta.num_experts,
+        "top_k": meta.top_k,
+    }
+    try:
+        path.write_bytes(safetensors.numpy.save(_arrays(predictor)))
+        notes_path(path).write_text(json.dumps(about | dict(notes), indent=1) + "\n")
+    except OSError as error:
+        raise TraceError(f"{path}: cannot be written ({error})") from error
+
+
+def load_predictor(path: Path, fingerprint: str | None = None) -> RowPredictor:
+    """The predictor in ``path``; TraceError if it is malformed, or not of the model with this ``fingerprint``."""
+    try:
+        about = read_object(notes_path(path), MAX_JSON_BYTES)
+        arrays = safetensors.numpy.load(read_capped(path, MAX_BYTES))
+    except (CheckpointError, safetensors.SafetensorError) as error:
+        raise TraceError(f"{path}: cannot be read as a predictor ({error})") from error
+    meta = _meta(about, path)
+    if fingerprint is not None and meta.fingerprint != fingerprint:
+        raise TraceError(
+            f"{path}: is the predictor of another model (fingerprint {meta.fingerprint:.16}, this model's is "
+            f"{fingerprint:.16}); train one on a trace of this model"
+        )
+    try:
+        return _made(str(about["kind"]), meta, arrays)
+    except (KeyError, ValueError) as error:
+        raise TraceError(f"{path}: is not a whole predictor ({error}); train it again") from error
+
+
+def notes_path(path: Path) -> Path:
+    """Where the JSON of the predictor in ``path`` is."""
+    return path.with_suffix(".json")
+
+
+def _arrays(predictor: RowPredictor) -> Arrays:
+    if isinstance(predictor, LearnedPredictor):
+        return {
+            f"{place}.{distance}.{name}": array
+            for (place, distance), network in predictor.networks.items()
+            for name, array in network._asdict().items()
+        }
+    if isinstance(predictor, PaperPredictor):
+        arrays = {"popularity_LE": predictor.popularity_LE, "affinity_LEE": predictor.affinity_LEE}
+        for number, pair in enumerate(zip(predictor.weights, predictor.biases, strict=True)):
+            arrays |= {f"{number}.weight": pair[0], f"{number}.bias": pair[1]}
+        return arrays
+    return {name: getattr(predictor, name) for name in TABLES[predictor.name][1]}
+
+
+def _made(kind: str, meta: TraceMeta, arrays: Arrays) -> RowPredictor:
+    """KeyError for what is missing, ValueError for what has the wrong shape."""
+    if kind == LearnedPredictor.name:
+        return LearnedPredictor(meta, _networks(meta, arrays))
+    if kind == PaperPredictor.name:
+        tables = [_checked(name, arrays, meta) for name in ("popularity_LE", "affinity_LEE")]
+        return PaperPredictor(meta, tables[0], tables[1], *_perceptron(meta, arrays))
+    made, names = TABLES[kind]
+    return made(meta, *(_checked(name, arrays, meta) for name in names))
+
+
+def _networks(meta: TraceMeta, arrays: Arrays) -> dict[tuple[int, int], LayerNetwork]:
+    horizon = max(int(name.split(".")[1]) for name in arrays)
+    places = [(place, distance) for distance in range(1, horizon + 1) for place in range(len(meta.layers))]
+    return {
+        (p, d): LayerNetwork(*(_checked(f"{p}.{d}.{name}", arrays, meta) for name in LayerNetwork._fields))
+        for p, d in places
+    }
+
+
+def _perceptron(meta: TraceMeta, arrays: Arrays) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    depth = sum(name.endswith(".weight") for name in arrays)
+    weights = [arrays[f"{number}.weight"] for number in range(depth)]
+    biases = [arrays[f"{number}.bias"] for number in range(depth)]
+    widths = [3 * meta.num_experts, *(weight.shape[-1] for weight in weights)]
+    fits = [
+        w.shape == (widths[n], widths[n + 1]) and b.shape == w.shape[1:]
+        for n, (w, b) in enumerate(zip(weights, biases, strict=True))
+    ]
+    if not depth or not all(fits) or widths[-1] != meta.num_experts:
+        raise ValueError(f"the perceptron's widths {widths} do not fit {meta.num_experts} experts")
+    return weights, biases
+
+
+def _checked(name: str, arrays: Arrays, meta: TraceMeta) -> np.ndarray:
+    """The array, float32, if it has the shape that its name says; letters without a fixed size may have any."""
+    sizes = {"L": len(meta.layers), "E": meta.num_experts, "F": DIRECT, "1": 1}
+    sizes["X"] = (DIRECT + PATH_INPUTS) * meta.num_experts
+    array, letters = arrays[name], name.rpartition("_")[2]
+    if array.ndim != len(letters) or any(
+        size != sizes.get(x, size) for x, size in zip(letters, array.shape, strict=True)
+    ):
+        raise ValueError(f"{name} has the shape {array.shape} where the model has {sizes}")
+    return array.astype(np.float32)
+
+
+def _meta(about: Mapping[str, Any], path: Path) -> TraceMeta:
+    try:
+        if about["format"] != FORMAT:
+            raise ValueError(f"format {about['format']!r}")
+        layers = tuple(int(layer) for layer in about["layers"])
+        return TraceMeta(str(about["fingerprint"]), layers, int(about["num_experts"]), int(about["top_k"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise TraceError(f"{notes_path(path)}: is not of this version ({error!r}, wanted {FORMAT!r})") from error

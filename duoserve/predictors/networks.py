@@ -1,0 +1,122 @@
+"""The networks of two predictors, trained with torch on a CPU; what comes out is numpy.
+
+N tokens, E experts, F direct features, X inputs, H hidden units.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from duoserve.predictors.learned import DIRECT
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained. ``patience``: epochs without a better held-out loss before it ends.
+
+    ``epoch_rows`` bounds the examples of an epoch, which are drawn anew each time, and the held-out ones, of which the
+    same are asked after each epoch. ``positive_weight`` is that of a chosen expert in the loss, None for 1.
+    """
+
+    width: int
+    epochs: int
+    patience: int
+    learning_rate: float
+    weight_decay: float
+    batch: int
+    epoch_rows: int
+    positive_weight: float | None = None
+
+
+Data = tuple[np.ndarray, np.ndarray]
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class LayerModule(nn.Module):
+    """LayerNetwork in torch. It begins with the direct features alone: the outer weights are zero."""
+
+    def __init__(self, num_inputs: int, num_experts: int, width: int, direct_F: Tensor) -> None:
+        super().__init__()
+        self.direct = nn.Parameter(direct_F[:, None].repeat(1, num_experts))
+        self.bias = nn.Parameter(torch.zeros(num_experts))
+        self.inner = nn.Linear(num_inputs, width)
+        self.outer = nn.Parameter(torch.zeros(width, num_experts))
+
+    def forward(self, x_NX: Tensor) -> Tensor:
+        direct_NFE = x_NX[:, : self.direct.numel()].view(-1, *self.direct.shape)
+        logits_NE: Tensor = (direct_NFE * self.direct).sum(1) + self.bias + F.relu(self.inner(x_NX)) @ self.outer
+        return logits_NE
+
+
+def fit_layer(train: Data, held: Data, recipe: Recipe, looks_ahead: bool) -> dict[str, np.ndarray]:
+    """The trained arrays of a LayerNetwork, by their names there; ``looks_ahead``: the first feature is its margin."""
+    direct_F = torch.full((DIRECT,), 0.3)
+    direct_F[0] = 2.0 if looks_ahead else 0.0
+    num_experts = train[1].shape[1]
+    module = fit(LayerModule(train[0].shape[1], num_experts, recipe.width, direct_F), train, held, recipe)
+    arrays: dict[str, Tensor] = {"direct_FE": module.direct, "bias_E": module.bias, "outer_HE": module.outer}
+    arrays |= {"inner_XH": module.inner.weight.T, "inner_bias_H": module.inner.bias}
+    return {name: np.ascontiguousarray(tensor.detach().numpy()) for name, tensor in arrays.items()}
+
+
+def fit_perceptron(train: Data, held: Data, recipe: Recipe, depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Weights [in, out] and biases of a perceptron with ``depth`` linear layers of ``recipe.width`` units."""
+    widths = [train[0].shape[1], *[recipe.width] * (depth - 1), train[1].shape[1]]
+    parts: list[nn.Module] = []
+    for inner, outer in pairwise(widths):
+        parts += [nn.Linear(inner, outer), nn.ReLU()]
+    module = fit(nn.Sequential(*parts[:-1]), train, held, recipe)
+    linears = [part for part in module if isinstance(part, nn.Linear)]
+    return [(np.ascontiguousarray(p.weight.detach().numpy().T), p.bias.detach().numpy()) for p in linears]
+
+
+def fit(module: Module, train: Data, held: Data, recipe: Recipe) -> Module:
+    """Trains by Adam with cosine decay on the binary cross-entropy of each expert; gives the best held-out state."""
+    x_NX, y_NE = (torch.from_numpy(array) for array in train)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
+    loss_of, held_rows = _loss(recipe), torch.randperm(len(held[0]))[: recipe.epoch_rows].numpy()
+    held = held[0][held_rows], held[1][held_rows]
+    best, best_state, since = held_loss(module, held, loss_of), copy.deepcopy(module.state_dict()), 0
+    for _ in range(recipe.epochs):
+        module.train()
+        drawn = torch.randperm(len(x_NX))[: recipe.epoch_rows]
+        for start in range(0, len(drawn), recipe.batch):
+            rows = drawn[start : start + recipe.batch]
+            optimizer.zero_grad()
+            torch.autograd.backward(loss_of(module(x_NX[rows]), y_NE[rows]))
+            optimizer.step()
+        schedule.step()
+        loss, since = held_loss(module, held, loss_of), since + 1
+        if loss < best:
+            best, best_state, since = loss, copy.deepcopy(module.state_dict()), 0
+        if since >= recipe.patience:
+            break
+    module.load_state_dict(best_state)
+    return module.eval()
+
+
+@torch.no_grad()
+def held_loss(module: nn.Module, held: Data, loss_of: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """The mean loss on held-out examples."""
+    module.eval()
+    x_NX, y_NE = (torch.from_numpy(array) for array in held)
+    return float(loss_of(module(x_NX), y_NE))
+
+
+def _loss(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
+    weight = None if recipe.positive_weight is None else torch.tensor(recipe.positive_weight)
+
+    def loss(logits_NE: Tensor, y_NE: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits_NE, y_NE, pos_weight=weight)
+
+    return loss

@@ -1,0 +1,162 @@
+"""From a trace to a predictor, with some requests held out to say when to stop and how good it has become.
+
+N tokens, E experts, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from duoserve.errors import TraceError
+from duoserve.predictors.activation_matrix import ActivationMatrixPredictor
+from duoserve.predictors.affinity import AffinityPredictor
+from duoserve.predictors.base import RowPredictor
+from duoserve.predictors.examples import Examples, Tokens, affinity, popularity
+from duoserve.predictors.features import margins
+from duoserve.predictors.learned import LayerNetwork, LearnedPredictor, inputs
+from duoserve.predictors.lookahead import LookaheadPredictor, logistic
+from duoserve.predictors.networks import Data, Recipe, fit_layer, fit_perceptron
+from duoserve.predictors.paper import PaperPredictor, paper_inputs
+from duoserve.predictors.popularity import PopularityPredictor
+from duoserve.scheduling.trace import Trace
+
+HELD_OUT_SHARE = 0.15
+MOST_MATRICES = 128
+PAPER_DEPTH = 7
+LAYER_RECIPE = Recipe(
+    width=64, epochs=30, patience=4, learning_rate=3e-3, weight_decay=1e-2, batch=512, epoch_rows=60_000
+)
+PAPER_RECIPE = Recipe(
+    width=512, epochs=20, patience=4, learning_rate=1e-3, weight_decay=0.0, batch=256, epoch_rows=12_000
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A trace's tokens to train on, and those of the requests that are held out."""
+
+    train: Tokens
+    held: Tokens
+    held_requests: list[int]
+    horizon: int
+    progress: bool
+
+
+def train(
+    trace: Trace, kind: str, *, horizon: int = 1, seed: int = 0, progress: bool = False
+) -> tuple[RowPredictor, list[int]]:
+    """A predictor of this ``kind`` (a key of KINDS), and the numbers of the requests that it has not been trained on.
+
+    ``horizon`` is how far ahead the kind "duoserve" learns to look. TraceError for a trace of less than two requests.
+    """
+    if len(trace) < 2:
+        raise TraceError(f"the trace has {len(trace)} requests, but training holds some out and needs at least 2")
+    torch.manual_seed(seed)
+    order = np.random.default_rng(seed).permutation(len(trace)).tolist()
+    held = sorted(order[: max(1, round(HELD_OUT_SHARE * len(trace)))])
+    rest = sorted(set(order) - set(held))
+    split = Split(Tokens(trace, rest), Tokens(trace, held), held, horizon, progress)
+    return KINDS[kind](split), held
+
+
+def train_popularity(split: Split) -> PopularityPredictor:
+    """Counts."""
+    return PopularityPredictor(split.train.meta, popularity(split.train))
+
+
+def train_affinity(split: Split) -> AffinityPredictor:
+    """Counts pairs."""
+    return AffinityPredictor(split.train.meta, popularity(split.train), _affinities(split))
+
+
+def train_activation_matrix(split: Split) -> ActivationMatrixPredictor:
+    """Keeps the matrices of up to MOST_MATRICES requests."""
+    layers = range(len(split.train.meta.layers))
+    shares = [[rows.mean(0) for rows in split.train.by_request(split.train.chosen(place))] for place in layers]
+    matrices_MLE = np.array(shares, dtype=np.float32).swapaxes(0, 1)[:MOST_MATRICES]
+    return ActivationMatrixPredictor(split.train.meta, np.ascontiguousarray(matrices_MLE))
+
+
+def train_lookahead(split: Split) -> LookaheadPredictor:
+    """Fits, for each layer, how a margin becomes a chance."""
+    fits = [(0.0, 0.0)]
+    for place in range(1, len(split.train.meta.layers)):
+        said = split.train.examples(place, 1)
+        assert said.seen.scores_TE is not None, "every layer but the first is looked ahead to"
+        fits.append(_platt(margins(said.seen.scores_TE, split.train.meta.top_k), said.chosen_NE))
+    slopes_L, offsets_L = np.array(fits, dtype=np.float32).T
+    return LookaheadPredictor(split.train.meta, popularity(split.train), slopes_L.copy(), offsets_L.copy())
+
+
+def train_paper(split: Split) -> PaperPredictor:
+    """The paper's perceptron, one for all layers, with the loss weighted as there."""
+    meta, popularity_LE, affinity_LEE = split.train.meta, popularity(split.train), _affinities(split)
+
+    def data(tokens: Tokens) -> Data:
+        said = [tokens.examples(place, 1) for place in range(len(meta.layers))]
+        x = [_paper_inputs(one, popularity_LE[p], affinity_LEE[p]) for p, one in enumerate(said)]
+        return np.concatenate(x), np.concatenate([one.chosen_NE for one in said])
+
+    weight = (meta.num_experts - meta.top_k) / meta.top_k
+    recipe = Recipe(**(vars(PAPER_RECIPE) | {"positive_weight": weight}))
+    layers = fit_perceptron(data(split.train), data(split.held), recipe, PAPER_DEPTH)
+    weights, biases = zip(*layers, strict=True)
+    return PaperPredictor(meta, popularity_LE, affinity_LEE, weights, biases)
+
+
+def train_duoserve(split: Split) -> LearnedPredictor:
+    """One network for each layer and number of layers ahead."""
+    places = [(p, d) for d in range(1, split.horizon + 1) for p in range(len(split.train.meta.layers))]
+    bar = tqdm(places, desc="train", unit="network", disable=not split.progress)
+    return LearnedPredictor(split.train.meta, {place: _layer_network(split, *place) for place in bar})
+
+
+KINDS: dict[str, Callable[[Split], RowPredictor]] = {
+    "popularity": train_popularity,
+    "affinity": train_affinity,
+    "activation-matrix": train_activation_matrix,
+    "paper": train_paper,
+    "lookahead": train_lookahead,
+    "duoserve": train_duoserve,
+}
+
+
+def _affinities(split: Split) -> np.ndarray:
+    """To each layer from the one before, float32 [L, E, E]."""
+    said = (split.train.examples(place, 1) for place in range(len(split.train.meta.layers)))
+    return np.stack([affinity(one.seen.path[0], one.chosen_NE) for one in said])
+
+
+def _paper_inputs(one: Examples, popularity_E: np.ndarray, affinity_EE: np.ndarray) -> np.ndarray:
+    affinity_NE = (one.seen.path[0] > 0).astype(np.float32) @ affinity_EE
+    return paper_inputs(one.whole_path_NE, popularity_E, affinity_NE)
+
+
+def _layer_network(split: Split, place: int, distance: int) -> LayerNetwork:
+    top_k = split.train.meta.top_k
+    train, held = (tokens.examples(place, distance) for tokens in (split.train, split.held))
+    scores_NE = train.seen.scores_TE
+    scale = 1.0 if scores_NE is None else max(1e-6, float(margins(scores_NE, top_k).std()))
+    prior_E = train.chosen_NE.mean(0)
+    affinity_EE = affinity(train.seen.path[0], train.chosen_NE)
+    data = [(inputs(one.seen, top_k, scale, affinity_EE, prior_E), one.chosen_NE) for one in (train, held)]
+    looks_ahead = scores_NE is not None and distance == 1
+    arrays = fit_layer(data[0], data[1], LAYER_RECIPE, looks_ahead)
+    return LayerNetwork(**arrays, scale_1=np.array([scale], np.float32), affinity_EE=affinity_EE, prior_E=prior_E)
+
+
+def _platt(margins_NE: np.ndarray, chosen_NE: np.ndarray) -> tuple[float, float]:
+    """Slope and offset of the logistic curve that fits best, by Newton's method."""
+    scale = max(1e-6, float(margins_NE.std()))
+    x_N, y_N = (margins_NE / scale).ravel().astype(np.float64), chosen_NE.ravel()
+    design_N2, at_2 = np.stack([x_N, np.ones_like(x_N)], axis=1), np.array([1.0, 0.0])
+    for _ in range(12):
+        chance_N = logistic(design_N2 @ at_2)
+        curvature_N = chance_N * (1 - chance_N) + 1e-9
+        at_2 += np.linalg.solve((design_N2 * curvature_N[:, None]).T @ design_N2, design_N2.T @ (y_N - chance_N))
+    return float(at_2[0] / scale), float(at_2[1])

@@ -1,0 +1,55 @@
+"""Decode steps that are recorded shape by shape."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from torch import Tensor
+
+from duoserve.engine import Decoder
+from duoserve.kv_cache import Layout, PagedKVCache
+from duoserve.models.transformer import Transformer
+
+# A shape (sequences, width of the page table) is recorded once it has been computed so often: recording costs as much
+# as many steps, and a batch that shrinks passes through shapes that it never comes back to.
+RECORD_AFTER = 4
+MAX_SHAPES = 8  # recorded at most, for each takes memory
+
+MakeStep = Callable[[int, int], Decoder | None]  # (sequences, width) -> the recorded step, None where that cannot be
+
+
+class RecordedDecoder(Decoder):
+    """Computes decode steps by the recordings of ``make_step``; unrecorded shapes go through the model itself.
+
+    A step is recorded for exactly its number of sequences. A step padded to the next power of two would do with fewer
+    recordings, but tiles, and the algorithms of a library's matrix product, are chosen by the number of rows: its bits
+    would not be those of the model itself.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: PagedKVCache,
+        make_step: MakeStep,
+        record_after: int = RECORD_AFTER,
+        max_shapes: int = MAX_SHAPES,
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._make_step = make_step
+        self._record_after = record_after
+        self._max_shapes = max_shapes
+        self._seen: Counter[tuple[int, int]] = Counter()
+        self._steps: dict[tuple[int, int], Decoder | None] = {}
+
+    def __call__(self, layout: Layout) -> Tensor:
+        """As in Decoder; the logits are those of this step until the next one."""
+        step = self._step((len(layout.spans), len(layout.page_table[0])))
+        return self._model(self._cache.batch(layout)).cpu() if step is None else step(layout)
+
+    def _step(self, shape: tuple[int, int]) -> Decoder | None:
+        self._seen[shape] += 1
+        if shape not in self._steps and self._seen[shape] > self._record_after and len(self._steps) < self._max_shapes:
+            self._steps[shape] = self._make_step(*shape)
+        return self._steps.get(shape)

@@ -1,0 +1,130 @@
+"""Hit rates of caches over a trace, layer by layer and without a clock: thousands of tokens a second.
+
+Every layer has slots of its own and admits every miss, but for Belady's, which knows the future and admits only what
+is used again before something that is in a slot. Prompts pass by the slots, as they do through a prefill's ring, but
+the rankings hear of them. K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from duoserve.config import Phase
+from duoserve.scheduling.ranking import Ranking
+from duoserve.scheduling.trace import RequestTrace, Trace
+
+NEVER = 1 << 60
+
+
+class Hits(NamedTuple):
+    """Uses of experts in decode steps, and how many found them in slots."""
+
+    uses: int
+    hits: int
+
+    @property
+    def rate(self) -> float:
+        """The share; 0 where there was no use."""
+        return self.hits / self.uses if self.uses else 0.0
+
+
+class Step(NamedTuple):
+    """One layer's part of a step: distinct experts, the most wanted first, and how many tokens want each."""
+
+    phase: Phase
+    num_tokens: int
+    experts: list[int]
+    counts: list[int]
+
+
+def steps_of(request: RequestTrace, layer: int) -> Iterator[Step]:
+    """The prompt, then token by token."""
+    ids_NK = request.layers[layer].topk_ids_NK
+    yield prompt_step(ids_NK[: request.num_prompt])
+    for experts in ids_NK[request.num_prompt :].tolist():
+        yield Step(Phase.DECODE, 1, experts, [1] * len(experts))
+
+
+def prompt_step(ids_TK: np.ndarray) -> Step:
+    """What a prompt's tokens want of a layer."""
+    experts_E, counts_E = np.unique(ids_TK, return_counts=True)
+    order_E = np.argsort(-counts_E, kind="stable")
+    return Step(Phase.PREFILL, len(ids_TK), experts_E[order_E].tolist(), counts_E[order_E].tolist())
+
+
+def cached_hits(trace: Trace, num_slots: int, ranking: Callable[[int, int], Ranking], warm_up: int = 0) -> Hits:
+    """Caches of ``num_slots`` slots for each layer; the first ``warm_up`` requests fill them and are not counted."""
+    return _sum(
+        _layer_hits(_courses(trace, layer), num_slots, ranking(1, trace.meta.num_experts), warm_up)
+        for layer in trace.meta.layers
+    )
+
+
+def belady_hits(trace: Trace, num_slots: int, warm_up: int = 0) -> Hits:
+    """The most hits that any cache of that size can have: Belady's with bypass, over the decode steps."""
+    return _sum(_belady_layer(_courses(trace, layer), num_slots, warm_up) for layer in trace.meta.layers)
+
+
+def _courses(trace: Trace, layer: int) -> list[list[Step]]:
+    return [list(steps_of(request, layer)) for request in trace]
+
+
+def _layer_hits(courses: Sequence[Iterable[Step]], num_slots: int, ranking: Ranking, warm_up: int) -> Hits:
+    uses = hits = 0
+    slots: dict[int, None] = {}  # the least recently used first
+    for number, steps in enumerate(courses):
+        for phase, num_tokens, experts, counts in steps:
+            ranking.begin(phase, num_tokens)
+            ranking.used(0, experts, counts)
+            if phase is Phase.DECODE:
+                found = _admit(slots, experts, num_slots, ranking.values[0])
+                if number >= warm_up:
+                    uses, hits = uses + len(experts), hits + found
+    return Hits(uses, hits)
+
+
+def _admit(slots: dict[int, None], experts: Sequence[int], num_slots: int, values: Sequence[float]) -> int:
+    """Puts ``experts`` into ``slots``, for which the least valued others go; returns how many were there."""
+    found = 0
+    for expert in experts:
+        if expert in slots:
+            del slots[expert]
+            found += 1
+    while slots and len(slots) + len(experts) > num_slots:
+        del slots[min(slots, key=values.__getitem__)]
+    for expert in reversed(experts[:num_slots]):
+        slots[expert] = None
+    return found
+
+
+def _belady_layer(courses: Sequence[Sequence[Step]], num_slots: int, warm_up: int) -> Hits:
+    steps = [(number >= warm_up, step.experts) for number, course in enumerate(courses) for step in course[1:]]
+    next_uses = next_use([experts for _, experts in steps])
+    due: dict[int, int] = {}  # of the experts in slots: when they are used next
+    uses = hits = 0
+    for (counts, experts), later in zip(steps, next_uses, strict=True):
+        found = sum(expert in due for expert in experts)
+        if counts:
+            uses, hits = uses + len(experts), hits + found
+        due.update(zip(experts, later, strict=True))
+        while len(due) > num_slots:
+            del due[max(due, key=due.__getitem__)]
+    return Hits(uses, hits)
+
+
+def next_use(steps: Sequence[Sequence[int]]) -> list[list[int]]:
+    """For each expert of each step the number of the step that uses it next, NEVER if none does."""
+    coming: dict[int, int] = {}
+    found: list[list[int]] = []
+    for number in range(len(steps) - 1, -1, -1):
+        found.append([coming.get(expert, NEVER) for expert in steps[number]])
+        coming.update(dict.fromkeys(steps[number], number))
+    return found[::-1]
+
+
+def _sum(parts: Iterable[Hits]) -> Hits:
+    uses, hits = zip(*parts, strict=True)
+    return Hits(sum(uses), sum(hits))

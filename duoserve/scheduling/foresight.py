@@ -1,0 +1,163 @@
+"""What a predictor says, weighed: which copies to make ahead of their routing.
+
+T tokens, K top-k, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from itertools import chain
+
+import numpy as np
+
+from duoserve.config import Phase
+from duoserve.experts.layout import ExpertId
+from duoserve.scheduling.decode import next_layers
+from duoserve.scheduling.link_budget import Calibration, Guess, IdleLink, affordable
+from duoserve.scheduling.plan import BEFORE_FIRST, NO_GUESSES, Guesses, GuessMode, ModelShape
+from duoserve.scheduling.predictor import Predictor
+from duoserve.scheduling.routing import Routing, RoutingListener
+
+# Experts of a coming layer that are at least this likely are not given up for guesses about others.
+SPARED_CHANCE = 0.2
+# What is said to be less likely than this is not even followed.
+_WORTH_HEARING = 0.05
+
+
+class Foresight(RoutingListener):
+    """Hears the routing, lets ``predictor`` hear it, and makes guesses of what that says.
+
+    ``link`` is told when layers are routed and copies arrive. Without a predictor there are no guesses, but the counts
+    of what was routed are there all the same.
+    """
+
+    def __init__(self, predictor: Predictor | None, mode: GuessMode, shape: ModelShape, num_layers: int) -> None:
+        self._predictor = predictor
+        self._mode = GuessMode.NONE if predictor is None else mode
+        self._shape = shape
+        self._horizon = 0 if predictor is None else min(predictor.horizon, len(shape.layers) - 1)
+        self._calibrations = [Calibration() for _ in range(self._horizon)]
+        self._stated: dict[int, list[tuple[int, list[Guess]]]] = {}  # by layer: how far ahead it was, what was said
+        self._routed: Routing | None = None
+        self.link = IdleLink(num_layers)
+
+    @property
+    def lookahead(self) -> int:
+        """As the predictor wants it."""
+        return 0 if self._predictor is None else self._predictor.lookahead
+
+    @property
+    def guesses_at_all(self) -> bool:
+        """Whether there is a predictor and it is listened to."""
+        return self._mode is not GuessMode.NONE
+
+    @property
+    def guesses_within_budget(self) -> bool:
+        """Whether ``link`` is read."""
+        return self._mode is GuessMode.BUDGET
+
+    def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
+        """As in RoutingListener."""
+        self._routed = None
+        if phase is Phase.PREFILL:
+            self._stated.clear()
+            self.link.pause()
+        if self._predictor is not None:
+            self._predictor.begin(phase, requests_T)
+
+    def routed(self, routing: Routing) -> None:
+        """As in RoutingListener."""
+        self._routed = routing
+        if self._predictor is not None:
+            self._predictor.observe(routing)
+            self._settle(routing)
+
+    def counts(self, layer: int, experts: Sequence[int]) -> Sequence[int]:
+        """How many tokens of this pass chose each of ``experts``; one each where the routing was not heard."""
+        routed = self._routed
+        if routed is None or routed.layer != layer or len(routed.topk_ids_TK) == 1:
+            return [1] * len(experts)
+        counts_E: list[int] = np.bincount(routed.topk_ids_TK.ravel(), minlength=self._shape.num_experts).tolist()
+        return [counts_E[expert] for expert in experts]
+
+    def guess(self, layer: int, present: Sequence[Collection[int]], under_way: Collection[ExpertId]) -> Guesses:
+        """What to copy behind the demands of ``layer`` and those guesses ``under_way`` that are about later ones.
+
+        ``present`` names by layer the experts that are in a slot or on their way.
+        """
+        if self._mode is GuessMode.NONE or self._predictor is None:
+            return NO_GUESSES
+        ahead = next_layers(layer, self._shape, self._horizon)
+        if layer == BEFORE_FIRST:
+            return Guesses(ahead=ahead)  # what the last step has guessed about the first layers is worth its slots
+        chances = [self._predictor.predict(other) for other in ahead]
+        if self._mode is GuessMode.TOP_K:
+            return self._likeliest(ahead, chances, present)
+        return self._paying(ahead, chances, present, sum(one.layer in ahead for one in under_way))
+
+    def _likeliest(
+        self, ahead: Sequence[int], chances: Sequence[np.ndarray], present: Sequence[Collection[int]]
+    ) -> Guesses:
+        top_k = self._shape.top_k
+        best = [(layer, best_experts(chances_E, top_k)) for layer, chances_E in zip(ahead, chances, strict=True)]
+        wanted = [ExpertId(layer, expert) for layer, experts in best for expert in experts]
+        copies = tuple(one for one in wanted if one.expert not in present[one.layer])
+        return Guesses(copies, tuple(ahead), frozenset(wanted))
+
+    def _paying(
+        self, ahead: Sequence[int], chances: Sequence[np.ndarray], present: Sequence[Collection[int]], queued: int
+    ) -> Guesses:
+        heard = []
+        for distance, (layer, chances_E) in enumerate(zip(ahead, chances, strict=True)):
+            stated = self._absent(chances_E, present[layer])
+            self._stated.setdefault(layer, []).append((distance, stated))
+            calibration = self._calibrations[distance]
+            worth = [(distance, Guess(guess.expert, calibration.chance(guess.chance))) for guess in stated]
+            heard.append(sorted(worth, key=_chance, reverse=True))
+        copy_s = self.link.copy_s
+        if copy_s is None:
+            return Guesses(ahead=tuple(ahead))
+        paying = affordable(chain.from_iterable(heard), self.link.idle_before(ahead), copy_s, queued)
+        copies = tuple(ExpertId(ahead[distance], guess.expert) for distance, guess in paying)
+        return Guesses(copies, tuple(ahead), self._spared(ahead, chances) if copies else frozenset())
+
+    def _absent(self, chances_E: np.ndarray, present: Collection[int]) -> list[Guess]:
+        """The ``top_k`` likeliest absent experts, as stated."""
+        likely = np.flatnonzero(chances_E >= _WORTH_HEARING)
+        stated = map(Guess, likely.tolist(), chances_E[likely].tolist())
+        absent = [guess for guess in stated if guess.expert not in present]
+        if len(absent) > self._shape.top_k:
+            absent.sort(key=_stated_chance, reverse=True)
+        return absent[: self._shape.top_k]
+
+    def _spared(self, ahead: Sequence[int], chances: Sequence[np.ndarray]) -> frozenset[ExpertId]:
+        return frozenset(
+            ExpertId(layer, expert)
+            for layer, chances_E in zip(ahead, chances, strict=True)
+            for expert in np.flatnonzero(chances_E >= SPARED_CHANCE).tolist()
+        )
+
+    def _settle(self, routing: Routing) -> None:
+        """Finds out what has come true of what was said about this layer."""
+        stated = self._stated.pop(routing.layer, ())
+        if stated:
+            wanted = set(routing.topk_ids_TK.ravel().tolist())
+            for distance, guesses in stated:
+                for expert, chance in guesses:
+                    self._calibrations[distance].note(chance, expert in wanted)
+
+
+def best_experts(chances_E: np.ndarray, count: int) -> list[int]:
+    """The ``count`` likeliest experts, the likeliest first."""
+    if count >= len(chances_E):
+        return np.argsort(-chances_E, kind="stable").tolist()  # type: ignore[no-any-return]
+    best_K = np.argpartition(-chances_E, count - 1)[:count]
+    return best_K[np.argsort(-chances_E[best_K], kind="stable")].tolist()  # type: ignore[no-any-return]
+
+
+def _chance(guess: tuple[int, Guess]) -> float:
+    return guess[1].chance
+
+
+def _stated_chance(guess: Guess) -> float:
+    return guess.chance

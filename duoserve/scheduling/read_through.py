@@ -1,0 +1,153 @@
+"""Decode steps that the device carries out by itself: where its misses may go, and what the books make of them.
+
+N layers that have experts, L layers of the model, B tokens, K top-k, E experts, X misses that a layer can have.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+
+from duoserve.config import Phase
+from duoserve.errors import IntegrityError
+from duoserve.experts.layout import ExpertId
+from duoserve.metrics import Meter
+from duoserve.scheduling.plan import BEFORE_FIRST, ModelShape
+from duoserve.scheduling.residency import Residency
+from duoserve.scheduling.spaces import Cache
+
+# So much of the slots is kept EMPTY for the misses of a step. More slots hold fewer experts; with fewer, later layers
+# overwrite what earlier ones have brought. Not measured yet.
+SPARE_SHARE = 1 / 8
+
+UseListener = Callable[[int, Sequence[int]], None]  # told of a layer and the experts that it has used
+
+
+class Fill(NamedTuple):
+    """A miss of a step: the device has brought ``expert`` into ``slot``; ``stayed`` unless a later layer took that."""
+
+    expert: ExpertId
+    slot: int
+    stayed: bool
+
+
+def most_misses(shape: ModelShape, num_tokens: int) -> int:
+    """X: the slots that a layer must find free before a step."""
+    return min(shape.num_experts, num_tokens * shape.top_k)
+
+
+def lay_targets(spare: Sequence[int], num_layers: int, width: int) -> np.ndarray:
+    """int32 [N, X]: the slots that the misses of each layer fill, in this order; X = ``width`` is at most len(spare).
+
+    The layers' first choices are spread over the spare slots, so that as few as possible fall on one another.
+    """
+    first_N1 = np.arange(num_layers)[:, None] * len(spare) // num_layers
+    targets_NX: np.ndarray = np.resize(np.asarray(spare, dtype=np.int32), 2 * len(spare))[first_N1 + np.arange(width)]
+    return targets_NX
+
+
+def fills(layers: Sequence[int], ids_NBK: np.ndarray, slots_NBK: np.ndarray, targets_NX: np.ndarray) -> list[Fill]:
+    """What the device did in a step, layer by layer: those of the chosen experts whose slot was -1 filled the targets.
+
+    Each layer's misses took its targets in ascending order of the experts.
+    """
+    made = []
+    for at in np.flatnonzero((slots_NBK < 0).any(axis=(1, 2))).tolist():
+        missing = np.unique(ids_NBK[at][slots_NBK[at] < 0]).tolist()
+        pairs = zip(missing, targets_NX[at].tolist(), strict=False)
+        made += [(ExpertId(layers[at], expert), slot) for expert, slot in pairs]
+    last = {slot: expert for expert, slot in made}
+    return [Fill(expert, slot, last[slot] == expert) for expert, slot in made]
+
+
+class ReadThrough:
+    """The books of such steps: ``lay_out`` before each, ``took`` after it. The scheduler makes one for its passes.
+
+    What the next step need not wait for is put off until ``catch_up``, for which there is time while a step runs: then
+    ``used`` is told of every layer's experts, for the eviction to rank them by.
+    """
+
+    def __init__(self, residency: Residency, cache: Cache, shape: ModelShape, meter: Meter, used: UseListener) -> None:
+        self._residency = residency
+        self._cache = cache
+        self._shape = shape
+        self._meter = meter
+        self._used = used
+        self._layers_N11 = np.array(shape.layers)[:, None, None]
+        self._targets_NX = np.empty((len(shape.layers), 0), dtype=np.int32)
+        self.slots_LE = residency.table.ready_LE.copy()  # int32: the table that the step goes by; for others to read
+        self._last: tuple[np.ndarray, np.ndarray] | None = None  # ids and slots [N, B, K] of the last step
+        self._wished = 0
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have experts, by their numbers in the model, in order."""
+        return self._shape.layers
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether there are slots for all that a layer of such a step may miss, or for all experts."""
+        num_slots = self._residency.table.num_slots
+        return num_slots >= min(most_misses(self._shape, num_tokens), self._shape.total_experts)
+
+    def lay_out(self, num_tokens: int) -> np.ndarray:
+        """int32 [N, X]: the slots, EMPTY now, that the misses of each layer fill in the coming step.
+
+        Experts are given up where these are too few. IntegrityError where the step does not fit. No slot changes until
+        ``took``, but for ``catch_up``.
+        """
+        self._residency.drain()
+        num_slots, most = self._residency.table.num_slots, most_misses(self._shape, num_tokens)
+        self._wished = max(most, min(int(SPARE_SHARE * num_slots), len(self.layers) * most))
+        if len(self._residency.table.empty_slots()) < most:
+            self.catch_up()
+        spare = self._residency.table.empty_slots()
+        width = min(most, self._shape.total_experts - sum(self._residency.filled()))
+        if len(spare) < width:
+            raise IntegrityError(f"a step of {num_tokens} tokens may miss {width} experts; {len(spare)} slots are free")
+        np.copyto(self.slots_LE, self._residency.table.ready_LE)
+        self._targets_NX = lay_targets(spare, len(self.layers), width)
+        return self._targets_NX
+
+    def catch_up(self) -> None:
+        """Notes the hits of the last step as used, then makes room for the misses of the next but one."""
+        if self._last is not None:
+            for layer, ids_BK, slots_BK in zip(self.layers, *map(np.ndarray.tolist, self._last), strict=True):
+                self._touch(layer, Counter(zip(chain(*ids_BK), chain(*slots_BK), strict=True)))
+            self._last = None
+        self._make_room(self._wished)
+
+    def took(self, ids_NBK: np.ndarray) -> None:
+        """The step that was laid out has been carried out; ``ids_NBK`` are the experts chosen in every layer."""
+        slots_NBK = self.slots_LE[self._layers_N11, ids_NBK]
+        made = fills(self.layers, ids_NBK, slots_NBK, self._targets_NX)
+        for fill in made:
+            self._residency.filled_by_device(fill.expert, fill.slot if fill.stayed else None)
+        num_chosen = _num_distinct(ids_NBK)
+        self._meter.hit(Phase.DECODE, num_chosen - len(made))
+        self._meter.miss(Phase.DECODE, len(made))
+        self._last = ids_NBK.copy(), slots_NBK
+        if self._residency.ledger.unused:  # a guess that was used shows in the figures of this request
+            self.catch_up()
+
+    def _touch(self, layer: int, rows: Counter[tuple[int, int]]) -> None:
+        """The most wanted expert last, so that it counts as used last; what has lost its slot meanwhile not at all."""
+        slots, chosen = self._residency.slots[layer], sorted(rows, key=rows.__getitem__)
+        self._used(layer, [expert for expert, _ in reversed(chosen)])
+        for expert, slot in chosen:
+            if slot >= 0 and slots.get(expert) == slot:
+                self._residency.touch(ExpertId(layer, expert), slot)
+
+    def _make_room(self, num_slots: int) -> None:
+        if self._residency.table.num_slots < self._shape.total_experts:  # else what is absent finds an EMPTY slot
+            for _ in range(num_slots - len(self._residency.table.empty_slots())):
+                self._cache.give_up(BEFORE_FIRST)
+
+
+def _num_distinct(ids_NBK: np.ndarray) -> int:
+    """Distinct experts of each layer, over all layers."""
+    sorted_NR = np.sort(ids_NBK.reshape(len(ids_NBK), -1))
+    return len(sorted_NR) + int(np.count_nonzero(np.diff(sorted_NR)))

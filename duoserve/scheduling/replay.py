@@ -1,0 +1,260 @@
+"""A trace replayed through the real scheduler, on the clock of a made-up machine: what a policy would have cost.
+
+T tokens, K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from duoserve.config import Phase
+from duoserve.experts.copy_engine import CopyListener
+from duoserve.experts.layout import ExpertLayout
+from duoserve.experts.slots import SlotPool, SlotTable
+from duoserve.experts.virtual import ComputeLane, VirtualClock, VirtualCopyEngine
+from duoserve.metrics import ByteCounts, Meter
+from duoserve.scheduling.cache_study import belady_hits, steps_of
+from duoserve.scheduling.eviction import Eviction
+from duoserve.scheduling.foreseen import Future
+from duoserve.scheduling.hardware import Machine
+from duoserve.scheduling.plan import DecodeMode, GuessMode, PrefillMode
+from duoserve.scheduling.policies import Policy
+from duoserve.scheduling.predictor import Predictor
+from duoserve.scheduling.scheduler import Scheduler
+from duoserve.scheduling.scored import Score, ScoredPredictor
+from duoserve.scheduling.trace import RequestTrace, Trace
+
+ORACLE = "oracle"
+# No bytes move in a replay: the slots of its pool are as small as slots can be.
+_NO_BYTES = ExpertLayout(torch.bfloat16, hidden=32, intermediate=16)
+
+
+@dataclass
+class Replay:
+    """What a policy came to. Seconds are the made-up machine's; ``belady_bytes`` are a token's at best."""
+
+    policy: str
+    predictor: str | None
+    num_slots: int
+    ttft_s: list[float] = field(default_factory=list)  # by request
+    itl_s: list[float] = field(default_factory=list)  # by decoded token
+    e2e_s: float = 0.0
+    prefill_stall_s: float = 0.0
+    decode_stall_s: float = 0.0
+    hits: int = 0  # of decode steps, as is all below
+    misses: int = 0
+    bytes: ByteCounts = field(default_factory=ByteCounts)
+    belady_bytes: float = 0.0
+    score: Score | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Decoded tokens, those of the prompts' passes not included."""
+        return len(self.itl_s)
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the experts that were READY when a decode step asked for them."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else None
+
+    @property
+    def ttft_mean_s(self) -> float:
+        """Mean time to first token."""
+        return float(np.mean(self.ttft_s))
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time of a decode step; None without one."""
+        return float(np.mean(self.itl_s)) if self.itl_s else None
+
+    def itl_percentile_s(self, percent: float) -> float | None:
+        """That percentile of the decode steps' times; None without one."""
+        return float(np.percentile(self.itl_s, percent)) if self.itl_s else None
+
+
+class Watcher(NamedTuple):
+    """Who sees the lanes of a replay at work: the link, and the compute lane with the layer it works for."""
+
+    on_copied: CopyListener | None = None
+    on_computed: Callable[[float, float, int], None] | None = None
+
+
+NOBODY = Watcher()
+
+
+def replay(  # noqa: PLR0913
+    trace: Trace,
+    policy: Policy,
+    machine: Machine,
+    num_slots: int,
+    *,
+    predictor: Predictor | None = None,
+    watcher: Watcher = NOBODY,
+) -> Replay:
+    """Replays all requests, one after the other, as one process would serve them; see ``oracle_of`` for the oracle.
+
+    MemoryBudgetError when ``policy`` cannot work with so many slots.
+    """
+    run = _Run(trace, policy, machine, num_slots, predictor, watcher)
+    for request in trace:
+        run.serve(request)
+    return run.result
+
+
+def oracle_of(trace: Trace) -> tuple[Policy, Predictor]:
+    """The best that is known: the future is foretold, and Belady says what to keep."""
+    future = Future(list(trace), trace.meta.layers, trace.meta.num_experts)
+    eviction = Eviction(future.ranking, per_layer=True)
+    policy = Policy(ORACLE, PrefillMode.OVERLAP, DecodeMode.CACHE, eviction, predictor=ORACLE, guesses=GuessMode.BUDGET)
+    return policy, future
+
+
+def belady_bytes(trace: Trace, machine: Machine, num_slots: int) -> float:
+    """Bytes a decoded token costs at best in caches of ``num_slots`` slots, an even share for each layer."""
+    hits = belady_hits(trace, num_slots // len(trace.meta.layers))
+    tokens = sum(int(total - prompt) for total, prompt in trace.requests_R2)
+    return (hits.uses - hits.hits) * machine.sizes.expert_bytes / max(1, tokens)
+
+
+class _Asked(NamedTuple):
+    """What a layer asks for in a step: its experts, the most wanted first, and the seconds that each computes."""
+
+    experts: list[int]
+    seconds: list[float]
+
+
+class _Run:
+    """One policy on a virtual machine."""
+
+    def __init__(  # noqa: PLR0913, PLR0917
+        self,
+        trace: Trace,
+        policy: Policy,
+        machine: Machine,
+        num_slots: int,
+        predictor: Predictor | None,
+        watcher: Watcher,
+    ) -> None:
+        self._machine = machine
+        self._layers = trace.meta.layers
+        self._clock = VirtualClock()
+        self._lane = ComputeLane(self._clock)
+        self._meter = Meter(lambda: self._clock.now)
+        self._on_computed = watcher.on_computed
+        self._busy_s = 0.0  # of the compute lane
+        scored = None if predictor is None else ScoredPredictor(predictor)
+        engine = VirtualCopyEngine(
+            self._clock,
+            machine.hardware.copy_s,
+            nbytes=machine.sizes.expert_bytes,
+            lane=self._lane,
+            on_copied=watcher.on_copied,
+        )
+        self._scheduler = _scheduler(trace, policy, num_slots, scored, engine, self._meter)
+        heard = self._scheduler.listener
+        self._listener = heard
+        guesses = scored is not None and heard is not None
+        self.result = Replay(
+            policy.name, scored.name if scored and guesses else None, num_slots, score=scored.score if scored else None
+        )
+
+    def serve(self, request: RequestTrace) -> None:
+        """One request from its prompt to its last token."""
+        result, begun = self.result, self._clock.now
+        asked = [_prompt_of(request, layer, self._machine) for layer in self._layers]
+        ttft_s, stall_s = self._pass(Phase.PREFILL, request, 0, asked)
+        result.ttft_s.append(ttft_s)
+        result.prefill_stall_s += stall_s
+        before = self._meter.snapshot().bytes
+        for step, experts in enumerate(zip(*_tokens_of(request, self._layers), strict=True), start=1):
+            itl_s, stall_s = self._pass(Phase.DECODE, request, step, [self._one_token(wanted) for wanted in experts])
+            result.itl_s.append(itl_s)
+            result.decode_stall_s += stall_s
+        stats = self._meter.snapshot()
+        _add_difference(result.bytes, stats.bytes, before)
+        result.hits, result.misses = stats.hits[Phase.DECODE.value], stats.misses[Phase.DECODE.value]
+        result.e2e_s += self._clock.now - begun
+
+    def _one_token(self, experts: list[int]) -> _Asked:
+        return _Asked(experts, [self._machine.one_token_s] * len(experts))
+
+    def _pass(self, phase: Phase, request: RequestTrace, step: int, asked: Sequence[_Asked]) -> tuple[float, float]:
+        """A forward pass; returns its seconds, and in how many of them the compute lane stood still."""
+        begun, busy_s = self._clock.now, self._busy_s
+        num_tokens, context = (request.num_prompt, 0) if step == 0 else (1, request.num_prompt + step - 1)
+        attention_s = self._machine.attention_s(num_tokens, context)
+        listener = self._listener
+        routings = None if listener is None else request.routing(step)
+        if listener is not None:
+            listener.begin(phase, np.full(num_tokens, request.number, dtype=np.int64))
+        self._scheduler.begin(phase, num_tokens)
+        for layer, (experts, seconds) in zip(self._layers, asked, strict=True):
+            self._launch(layer, attention_s)
+            self._lane.synchronize()  # the router's choice
+            if listener is not None and routings is not None:
+                listener.routed(next(routings))
+            self._compute(layer, experts, seconds)
+        self._scheduler.end()
+        self._lane.synchronize()
+        wall_s = self._clock.now - begun
+        return wall_s, wall_s - (self._busy_s - busy_s)
+
+    def _compute(self, layer: int, experts: list[int], seconds: list[float]) -> None:
+        """The experts of a batch are one launch."""
+        cost = dict(zip(experts, seconds, strict=True))
+        with self._scheduler.acquire(layer, experts) as lease:
+            for ready in lease:
+                self._launch(layer, sum([cost[one.expert] for one in ready]))
+                if self._machine.hardware.host_computes:
+                    self._lane.synchronize()
+
+    def _launch(self, layer: int, seconds: float) -> None:
+        start, stop = self._lane.launch(seconds)
+        self._busy_s += seconds
+        if self._on_computed is not None:
+            self._on_computed(start, stop, layer)
+
+
+def _prompt_of(request: RequestTrace, layer: int, machine: Machine) -> _Asked:
+    step = next(steps_of(request, layer))
+    return _Asked(step.experts, [machine.expert_s(count) for count in step.counts])
+
+
+def _tokens_of(request: RequestTrace, layers: Sequence[int]) -> list[list[list[int]]]:
+    """By layer, by decoded token: the experts."""
+    return [request.layers[layer].topk_ids_NK[request.num_prompt :].tolist() for layer in layers]
+
+
+def _scheduler(  # noqa: PLR0913, PLR0917
+    trace: Trace,
+    policy: Policy,
+    num_slots: int,
+    predictor: Predictor | None,
+    engine: VirtualCopyEngine,
+    meter: Meter,
+) -> Scheduler:
+    num_layers, num_experts = trace.meta.layers[-1] + 1, trace.meta.num_experts
+    return Scheduler(
+        table=SlotTable(num_layers, num_experts, num_slots),
+        pool=SlotPool(num_slots, _NO_BYTES),
+        engine=engine,
+        policy=policy,
+        top_k=trace.meta.top_k,
+        num_layers=num_layers,
+        num_experts=num_experts,
+        meter=meter,
+        moe_layers=trace.meta.layers,
+        predictor=predictor,
+    )
+
+
+def _add_difference(counts: ByteCounts, after: ByteCounts, before: ByteCounts) -> None:
+    for kind in fields(ByteCounts):
+        grown = getattr(after, kind.name) - getattr(before, kind.name)
+        setattr(counts, kind.name, getattr(counts, kind.name) + grown)

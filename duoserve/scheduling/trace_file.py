@@ -1,0 +1,219 @@
+"""Traces in files: safetensors, one behind the other, each with one request or more.
+
+A request is written at once when it is done, so that what a crash leaves is whole requests and a tail that is cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from duoserve.errors import CheckpointError, TraceError
+from duoserve.experts.positional_file import PositionalFile
+from duoserve.experts.safetensors_header import TensorInfo, read_segment
+from duoserve.scheduling.trace import REQUESTS, TOKEN_IDS, LayerTrace, Rows, Trace, TraceMeta
+
+FORMAT = "duoserve trace 1"
+_LARGEST_HALF = 65504.0
+_TYPE_NAMES = {np.dtype(np.int32): "I32", np.dtype(np.uint8): "U8", np.dtype(np.uint16): "U16"}
+_TYPE_NAMES[np.dtype(np.float16)] = "F16"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One safetensors file within the file: its tensors, whose they are, and the byte behind them."""
+
+    meta: TraceMeta
+    tensors: Mapping[str, TensorInfo]
+    end: int
+
+
+class FileRows(Rows):
+    """A trace's tensors in a file, whose segments hold one part of the rows each."""
+
+    def __init__(self, path: Path, file: PositionalFile, segments: Sequence[Segment]) -> None:
+        self._path, self._file, self._segments = path, file, segments
+        self._columns = segments[0].meta.columns()
+        weakref.finalize(self, file.close)
+
+    def read(self, name: str, start: int, stop: int | None) -> np.ndarray:
+        column = self._columns[name]
+        parts = [np.empty((0, *column.row_shape), column.dtype)]
+        for info, low, high in self._spans(name, start, stop):
+            width = info.nbytes // max(1, info.shape[0])
+            data = self._file.read(info.offset + low * width, (high - low) * width)
+            parts.append(np.frombuffer(data, column.dtype).reshape(-1, *column.row_shape))
+        return np.concatenate(parts)
+
+    def _spans(self, name: str, start: int, stop: int | None) -> Iterator[tuple[TensorInfo, int, int]]:
+        """The tensors that have some of the rows, and which of theirs."""
+        before = 0
+        for segment in self._segments:
+            info = segment.tensors[name]
+            low, high = max(0, start - before), info.shape[0] if stop is None else min(info.shape[0], stop - before)
+            if low < high:
+                yield info, low, high
+            before += info.shape[0]
+
+
+def open_trace(path: Path, fingerprint: str | None = None) -> Trace:
+    """The trace in the file ``path``, read as it is used.
+
+    TraceError if it is malformed, cut short or empty, or not of the model with ``fingerprint`` (where one is given).
+    """
+    file = _open(path)
+    segments = list(_segments(file, path))
+    rest = file.size - (segments[-1].end if segments else 0)
+    if rest or not segments:
+        raise TraceError(
+            f"{path}: the last {rest} bytes are no whole request; record into it with --resume, which keeps its "
+            f"{len(segments)} whole segments, or record it again"
+        )
+    _check_fingerprint(path, segments[0].meta, fingerprint)
+    return Trace(segments[0].meta, FileRows(path, file, segments))
+
+
+class TraceWriter:
+    """Adds requests of the model ``meta`` to the file ``path``, which is made where there is none.
+
+    What an interrupted writer left of a request is cut off. TraceError if the file is another model's trace.
+    """
+
+    def __init__(self, path: Path, meta: TraceMeta) -> None:
+        self._path, self._meta = path, meta
+        if path.exists():
+            self._cut_to_whole()
+        try:
+            self._file = path.open("ab")
+        except OSError as error:
+            raise TraceError(f"{path}: cannot be written ({error})") from error
+
+    def append(self, token_ids: Sequence[int], num_prompt: int, layers: Mapping[int, LayerTrace]) -> None:
+        """Writes one request: the tokens that went through the model, and each layer's routing of them."""
+        values: dict[str, np.ndarray] = {REQUESTS: np.array([[len(token_ids), num_prompt]])}
+        values[TOKEN_IDS] = np.array(token_ids)
+        for layer in self._meta.layers:
+            values |= dict(zip(self._meta.of_layer(layer), _given(layers[layer]), strict=True))
+        self._file.write(_encoded(self._meta, values))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file; idempotent."""
+        self._file.close()
+
+    def _cut_to_whole(self) -> None:
+        file = _open(self._path)
+        try:
+            segments = list(_segments(file, self._path))
+        finally:
+            file.close()
+        if file.size and not segments:
+            raise TraceError(f"{self._path}: is no trace; give --out another name, or remove the file")
+        if segments:
+            _check_fingerprint(self._path, segments[0].meta, self._meta.fingerprint)
+        os.truncate(self._path, segments[-1].end if segments else 0)
+
+
+def _given(layer: LayerTrace) -> list[np.ndarray]:
+    return [tensor for tensor in layer if tensor is not None]
+
+
+def save_trace(trace: Trace, path: Path) -> None:
+    """Writes a whole trace as one safetensors file in place of what is there."""
+    tensors = {name: trace.read(name) for name in trace.meta.columns()}
+    path.write_bytes(_encoded(trace.meta, tensors))
+
+
+def _open(path: Path) -> PositionalFile:
+    try:
+        return PositionalFile(path)
+    except CheckpointError as error:
+        raise TraceError(str(error)) from error
+
+
+def _segments(file: PositionalFile, path: Path) -> Iterator[Segment]:
+    """The whole segments from the file's start; TraceError if one is whole and yet wrong, or of another model."""
+    start, first = 0, None
+    while start < file.size:
+        try:
+            header = read_segment(file, start)
+        except CheckpointError:
+            return  # cut short here, or no safetensors: the caller sees that bytes are left over
+        segment = Segment(_meta_of(header.metadata, path), {t.name: t for t in header.tensors}, header.end)
+        first = first or segment
+        if segment.meta != first.meta:
+            raise TraceError(f"{path}: holds traces of different models, one from byte {start} on; record it again")
+        _check_columns(segment, path)
+        yield segment
+        start = segment.end
+
+
+def _check_columns(segment: Segment, path: Path) -> None:
+    columns = segment.meta.columns()
+    if segment.tensors.keys() != columns.keys():
+        odd = sorted(segment.tensors.keys() ^ columns.keys())[0]
+        raise TraceError(f"{path}: the tensor {odd!r} is missing or has no place in a trace; record it again")
+    rows = segment.tensors[TOKEN_IDS].shape[:1]
+    for name, (dtype, row_shape) in columns.items():
+        info = segment.tensors[name]
+        expected = (info.shape[:1] if name == REQUESTS else rows) + row_shape
+        if info.shape != expected or str(info.dtype) != f"torch.{dtype}":
+            raise TraceError(f"{path}: {name} is {info.dtype} {info.shape}, not {dtype} {expected}; record it again")
+
+
+def _check_fingerprint(path: Path, meta: TraceMeta, fingerprint: str | None) -> None:
+    if fingerprint is not None and meta.fingerprint != fingerprint:
+        raise TraceError(
+            f"{path}: is the trace of another model (fingerprint {meta.fingerprint:.16}, this model's is "
+            f"{fingerprint:.16}); record one of this model with duoserve trace"
+        )
+
+
+def _meta_of(metadata: Mapping[str, str], path: Path) -> TraceMeta:
+    try:
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"format {metadata['format']!r}")
+        layers = tuple(int(layer) for layer in json.loads(metadata["layers"]))
+        meta = TraceMeta(
+            metadata["fingerprint"], layers, num_experts=int(metadata["num_experts"]), top_k=int(metadata["top_k"])
+        )
+        if not layers or not 1 <= meta.top_k <= meta.num_experts:
+            raise ValueError(f"{len(layers)} layers, top-{meta.top_k} of {meta.num_experts}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise TraceError(
+            f"{path}: is no trace of this version ({error!r}, wanted {FORMAT!r}); record it again"
+        ) from error
+    return meta
+
+
+def _encoded(meta: TraceMeta, values: Mapping[str, np.ndarray]) -> bytes:
+    """One segment with ``values`` in the dtypes of ``meta``."""
+    entries: dict[str, object] = {
+        "__metadata__": {
+            "format": FORMAT,
+            "fingerprint": meta.fingerprint,
+            "layers": json.dumps(meta.layers),
+            "num_experts": str(meta.num_experts),
+            "top_k": str(meta.top_k),
+        }
+    }
+    data, size = [], 0
+    for name, column in meta.columns().items():
+        tensor = np.ascontiguousarray(_fitting(values[name], column.dtype))
+        offsets = [size, size := size + tensor.nbytes]
+        entries[name] = {"dtype": _TYPE_NAMES[column.dtype], "shape": tensor.shape, "data_offsets": offsets}
+        data.append(tensor.tobytes())
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return b"".join([len(header).to_bytes(8, "little"), header, *data])
+
+
+def _fitting(values: np.ndarray, dtype: np.dtype[np.generic]) -> np.ndarray:
+    """In ``dtype``; scores beyond the range of half precision become its largest."""
+    return (np.clip(values, -_LARGEST_HALF, _LARGEST_HALF) if dtype == np.float16 else values).astype(dtype)

@@ -1,0 +1,92 @@
+"""From prompts to a trace: the model runs, and what its routers choose is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from duoserve.config import EngineConfig
+from duoserve.engine import Request
+from duoserve.errors import RequestError, TraceError
+from duoserve.loading import Runtime, load
+from duoserve.models.opened import opened
+from duoserve.sampling import SamplingParams
+from duoserve.scheduling.policies import Policy
+from duoserve.scheduling.recorder import Recorder
+from duoserve.scheduling.trace import Trace, TraceMeta
+from duoserve.scheduling.trace_file import TraceWriter, open_trace
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What is run for a trace: ``params`` for every prompt, but with the prompt's number added to their seed.
+
+    ``resume``: ``out`` has the first of the prompts, and the rest is added. ``append``: ``out`` has other requests.
+    """
+
+    out: Path
+    params: SamplingParams
+    resume: bool = False
+    append: bool = False
+
+
+def record(  # noqa: PLR0913
+    model: str | Path,
+    prompts: Sequence[Prompt],
+    recording: Recording,
+    wanted: EngineConfig,
+    policy: str | Policy = "auto",
+    *,
+    progress: bool = False,
+) -> Trace:
+    """Runs ``prompts`` one after the other, and gives the trace that is then in ``recording.out``.
+
+    TraceError if a file is in the way or holds another model's trace, RequestError for a prompt that cannot be served.
+    """
+    if recording.out.exists() and not (recording.resume or recording.append):
+        raise TraceError(f"{recording.out}: exists; --resume finishes it, --append adds to it, or give another --out")
+    with opened(model) as found:
+        fingerprint, config = found.checkpoint.fingerprint(), found.config
+    meta = TraceMeta(fingerprint, tuple(range(config.num_layers)), config.num_experts, config.top_k)
+    recorder = Recorder()
+    with (
+        closing(TraceWriter(recording.out, meta)) as writer,
+        closing(load(model, wanted, policy, None, recorder)) as runtime,
+    ):
+        encoded = [_encode(runtime, prompt) for prompt in prompts]
+        done = _check_done(recording.out, encoded) if recording.resume else 0
+        numbered = list(enumerate(encoded))[done:]
+        for number, token_ids in tqdm(numbered, desc="trace", unit="prompt", disable=not progress):
+            request = Request(token_ids, replace(recording.params, seed=(recording.params.seed or 0) + number))
+            fed = token_ids + [token for _, token in runtime.engine.generate([request])][:-1]
+            writer.append(fed, len(token_ids), recorder.take())
+    return open_trace(recording.out, fingerprint)
+
+
+def _encode(runtime: Runtime, prompt: Prompt) -> list[int]:
+    if not isinstance(prompt, str):
+        return list(prompt)
+    if runtime.text is None:
+        raise RequestError("a prompt is text, but this checkpoint has no tokenizer.json: give token ids")
+    return runtime.text.encode(prompt)
+
+
+def _check_done(out: Path, prompts: Sequence[list[int]]) -> int:
+    """How many prompts are in the trace already; TraceError if it has others."""
+    if not out.stat().st_size:
+        return 0
+    trace = open_trace(out)
+    if len(trace) > len(prompts):
+        raise TraceError(f"{out}: has {len(trace)} requests, but there are {len(prompts)} prompts to resume with")
+    for request, prompt in zip(trace, prompts, strict=False):
+        if request.token_ids_T[: request.num_prompt].tolist() != prompt:
+            raise TraceError(
+                f"{out}: request {request.number} has another prompt; resume with the prompts it began with"
+            )
+    return len(trace)

@@ -1,0 +1,87 @@
+"""``duoserve replay`` on a small synthetic trace and on a recorded one's file."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from duoserve.cli import main
+from duoserve.cli.plots import one_step, stalls
+from duoserve.predictors.files import save_predictor
+from duoserve.predictors.training import train
+from duoserve.scheduling.hardware import HARDWARE, SIZES, Machine
+from duoserve.scheduling.policies import get_policy
+from duoserve.scheduling.trace_file import save_trace
+from tests.scheduling.traces import drawn_trace
+
+MADE_UP = ["replay", "synthetic:mixtral-8x7b", "--requests", "1", "--tokens", "4", "--prompt-tokens", "3"]
+
+
+def test_a_table_with_a_row_for_each_slot_count_and_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*MADE_UP, "--slots", "64,50%", "--policies", "lru,duoserve,oracle"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:4]] == [["64", "lru"], ["64", "duoserve"], ["64", "oracle"]]
+    assert len(lines) == 7
+
+
+def test_json_and_csv_have_the_same_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main([*MADE_UP, "--slots", "64", "--json", "--csv", str(tmp_path / "rows.csv")]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    with (tmp_path / "rows.csv").open() as file:
+        again = list(csv.DictReader(file))
+    assert [row["policy"] for row in rows] == [row["policy"] for row in again]
+    assert [row["tpot_s"] for row in rows] == [float(row["tpot_s"]) for row in again]
+
+
+def test_a_trace_file_needs_a_models_sizes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    save_trace(drawn_trace(requests=2, tokens=4), tmp_path / "t.safetensors")
+    command = ["replay", str(tmp_path / "t.safetensors"), "--slots", "24", "--policies", "lru"]
+    assert main(command) == 1
+    assert "give --model" in capsys.readouterr().err
+    assert main([*command, "--model", "bard"]) == 0
+    assert main([*command, "--model", "gpt-oss-20b"]) == 0
+
+
+def test_a_trained_predictor_goes_to_the_policy_of_its_kind(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace = drawn_trace(requests=4, tokens=20)
+    save_trace(trace, tmp_path / "t.safetensors")
+    save_predictor(train(trace, "lookahead")[0], tmp_path / "p.safetensors", {})
+    command = ["replay", str(tmp_path / "t.safetensors"), "--slots", "24", "--policies", "lookahead,duoserve", "--json"]
+    assert main([*command, "--model", "bard", "--predictor", str(tmp_path / "p.safetensors")]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["predictor"] for row in rows] == ["lookahead", None]
+    assert rows[0]["recall_at_k"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--hardware", "abacus"], "hardware 'abacus' is not known"),
+        (["--slots", "2"], "2 slots"),
+        (["--policies", "mru"], "'mru' is not known"),
+    ],
+)
+def test_what_cannot_be_replayed_is_refused(change: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*MADE_UP, *change]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_plot_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots are an extra")
+    path = tmp_path / "plot.png"
+    assert main([*MADE_UP, "--slots", "64,128", "--policies", "lru", "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_step_begins_at_zero_and_its_stalls_fill_the_compute_lane() -> None:
+    machine = Machine(HARDWARE["pcie4"], SIZES["mixtral-8x7b"])
+    trace = drawn_trace(requests=1, tokens=3)
+    copies, work = one_step(trace, get_policy("lru"), machine, 12, None)
+    assert min(start for start, _ in work) == pytest.approx(0, abs=1e-9)
+    end = max(stop for _, stop in work)
+    assert all(0 <= start < stop <= end + 1e-9 for start, stop in copies)
+    lane = sum(stop - start for start, stop in (*work, *stalls(work)))
+    assert lane == pytest.approx(end)

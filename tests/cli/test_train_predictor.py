@@ -1,0 +1,47 @@
+"""``duoserve train-predictor``."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from duoserve.predictors.files import load_predictor
+from duoserve.scheduling.synthetic import CARDS, synthesize
+from duoserve.scheduling.trace_file import save_trace
+
+
+@pytest.fixture
+def trace(tmp_path):
+    made = synthesize(replace(CARDS["mixtral-8x7b"], num_layers=2), 8, 20, 0.7, seed=0)
+    save_trace(made, tmp_path / "t.safetensors")
+    return tmp_path / "t.safetensors"
+
+
+def test_a_trace_becomes_a_predictor(duoserve, trace, tmp_path):
+    out = tmp_path / "p.safetensors"
+    ran = duoserve("train-predictor", trace, "--kind", "lookahead", "--out", out, "--json")
+    assert ran.code == 0, ran.err
+    figures, notes = json.loads(ran.out), json.loads(out.with_suffix(".json").read_text())
+    assert figures["data"]["requests"] == 8 and len(figures["data"]["held_out_requests"]) == 1
+    assert notes["held_out"]["recall"] == figures["held_out"]["recall"] and notes["kind"] == "lookahead"
+    assert load_predictor(out, "synthetic:mixtral-8x7b").name == "lookahead"
+
+
+def test_the_default_is_duoserves_own(duoserve, trace, tmp_path):
+    ran = duoserve("train-predictor", trace, "--out", tmp_path / "p.safetensors", "--horizon", "2")
+    assert ran.code == 0 and "duoserve" in ran.out and "recall@2" in ran.out
+    assert load_predictor(tmp_path / "p.safetensors").horizon == 2
+
+
+@pytest.mark.parametrize(
+    ("out", "fault"), [("p.bin", "must be named .safetensors"), ("no/p.safetensors", "cannot be written")]
+)
+def test_a_bad_name(duoserve, trace, tmp_path, out, fault):
+    ran = duoserve("train-predictor", trace, "--kind", "popularity", "--out", tmp_path / out)
+    assert (ran.code, fault in ran.err) == (1, True)
+
+
+def test_no_trace(duoserve, tmp_path):
+    (tmp_path / "t").write_bytes(b"12345678901234567890")
+    ran = duoserve("train-predictor", tmp_path / "t", "--out", tmp_path / "p.safetensors")
+    assert ran.code == 1 and "no whole request" in ran.err

@@ -1,0 +1,88 @@
+"""An engine whose decode steps are recorded, on a device that does everything as late as it may."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from duoserve import SamplingParams
+from duoserve.engine import Decoder, Engine, Request
+from duoserve.experts.copy_engine import ThreadedCopyEngine
+from duoserve.experts.layout import ExpertId, ExpertLayout
+from duoserve.experts.slots import SlotPool
+from duoserve.experts.store import ExpertStore, HostStore, TieredStore
+from duoserve.experts.stream_engine import StreamCopyEngine
+from duoserve.kv_cache import Layout
+from tests.assembly import Parts, assembled
+from tests.fake_recorder import FakeRecorder
+from tests.fake_streams import FakeStreams, LaggingPool
+
+
+class LaggingDevice:
+    """Decode steps are computed on its compute lane when their turn comes, prefills by the host at once.
+
+    ``in_ram`` experts wait in RAM, the others on disk. ``logits`` are those of all decode steps.
+    """
+
+    def __init__(self, seed: int, in_ram: Sequence[ExpertId] = ()) -> None:
+        self.streams = FakeStreams(random.Random(seed), host_computes=True)
+        self.recorder = FakeRecorder(self.streams)
+        self.in_ram = in_ram
+        self.logits: list[Tensor] = []
+
+    def pool(self, num_slots: int, layout: ExpertLayout) -> SlotPool:
+        return LaggingPool(num_slots, layout, self.streams)
+
+    def copies(self, store: ExpertStore, pool: SlotPool) -> StreamCopyEngine:
+        self.store = TieredStore(HostStore(store, self.in_ram), store)
+        return StreamCopyEngine(self.store, pool, self.streams, piece_bytes=pool.rows_SB.shape[1] // 3)
+
+    def lagging(self, decode: Decoder) -> Decoder:
+        def step(layout: Layout) -> Tensor:
+            try:
+                self.logits.append(decode(layout).clone())
+                return self.logits[-1]
+            finally:
+                self.streams.finish()
+                self.streams.host_computes = True
+
+        return step
+
+
+def write(engine: Engine, prompts: Sequence[list[int]], max_tokens: Sequence[int]) -> list[list[int]]:
+    """Greedy continuations in shared passes, of which the shorter ones leave the batch early."""
+    greedy = [SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True) for count in max_tokens]
+    requests = [Request(list(prompt), params) for prompt, params in zip(prompts, greedy, strict=True)]
+    for _ in engine.generate(requests):
+        pass
+    return [request.output_ids for request in requests]
+
+
+class Truth:
+    """What the model itself writes with all experts resident, and its logits in every decode step."""
+
+    def __init__(self, folder: Path, num_experts: int, prompts: Sequence[list[int]], max_tokens: Sequence[int]) -> None:
+        self.logits: list[Tensor] = []
+
+        def by_the_model(parts: Parts) -> Decoder:
+            parts.scheduler.load_all()
+            return lambda layout: self._noted(parts.model(parts.cache.batch(layout)))
+
+        with assembled(folder, "resident", num_experts, ThreadedCopyEngine, make_decoder=by_the_model) as engine:
+            self.tokens = write(engine, prompts, max_tokens)
+
+    def differences(self, logits: Sequence[Tensor], rounds: int = 1) -> list[int]:
+        """The steps whose logits have other bits; all of them where there are more steps, or fewer."""
+        true = self.logits * rounds
+        if len(true) != len(logits):
+            return list(range(len(logits)))
+        pairs = enumerate(zip(true, logits, strict=True))
+        return [step for step, (one, other) in pairs if not torch.equal(one.view(torch.int32), other.view(torch.int32))]
+
+    def _noted(self, logits_BV: Tensor) -> Tensor:
+        self.logits.append(logits_BV)
+        return logits_BV

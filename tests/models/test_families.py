@@ -1,0 +1,140 @@
+"""Every family against transformers on checkpoints that transformers saved, and what is refused of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from duoserve import CheckpointError, ConfigError, MoEModel, SamplingParams
+from duoserve.experts.checkpoint import Checkpoint
+from duoserve.models.opened import opened
+from duoserve.models.registry import FAMILIES as KNOWN
+from tests.checkpoints import reference_greedy, reference_logits
+from tests.models.cases import FAMILIES
+from tests.models.cases.case import SINGLE, FamilyCases
+from tests.models.test_mixtral_parity import relative_error
+
+PROMPT = [(7 * i * i + 3 * i) % 95 + 1 for i in range(40)]
+GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+STREAMING = ("on-demand", "layer-prefetch", "lru")
+ALL = [(model_type, name) for model_type, family in FAMILIES.items() for name in family.cases]
+
+
+def test_every_family_is_here() -> None:
+    assert {family.model_type for family in KNOWN} == FAMILIES.keys() | {"mixtral"}
+    assert all(len(family.cases) >= 4 for family in FAMILIES.values())
+
+
+@pytest.fixture(scope="module", params=ALL, ids="-".join)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model_type, name = request.param
+    return FAMILIES[model_type].save(tmp_path_factory.mktemp(model_type), name)
+
+
+def test_logits_and_greedy_tokens_equal_those_of_transformers(folder: Path) -> None:
+    with MoEModel.from_pretrained(folder, dtype="float32") as model:
+        assert relative_error(model.forward(PROMPT), reference_logits(folder, PROMPT)) <= 1e-5
+        out = model.generate(PROMPT, GREEDY)
+    assert out.token_ids == reference_greedy(folder, PROMPT, 64)
+
+
+def test_decode_gives_the_logits_of_prefill(folder: Path) -> None:
+    """Teacher forcing: the greedy token after every prefix is the argmax of that prefix's last logits."""
+    with MoEModel.from_pretrained(folder, dtype="float32") as model:
+        out = model.generate(PROMPT[:5], GREEDY, max_tokens=20)
+        logits_TV = model.forward(PROMPT[:5] + out.token_ids[:-1])
+        prompts = [PROMPT[:3], PROMPT[4:20]]
+        together = model.generate(prompts, GREEDY, max_tokens=6)
+        alone = [model.generate(prompt, GREEDY, max_tokens=6) for prompt in prompts]
+    assert logits_TV[4:].argmax(-1).tolist() == out.token_ids
+    assert [done.token_ids for done in together] == [done.token_ids for done in alone]
+
+
+@pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES)
+def hard(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[FamilyCases, Path]]:
+    family: FamilyCases = request.param
+    yield family, family.save(tmp_path_factory.mktemp(family.model_type), family.hard)
+
+
+def test_bfloat16_is_close(hard: tuple[FamilyCases, Path]) -> None:
+    """As close as transformers in bfloat16. Where a rounding turns a token's routing, it and those behind it are far
+    off in either, hence the lower quartile.
+    """
+    _, folder = hard
+    true_TV = reference_logits(folder, PROMPT)
+
+    def error(logits_TV: torch.Tensor) -> float:
+        return ((logits_TV - true_TV).norm(dim=-1) / true_TV.norm(dim=-1)).quantile(0.25).item()
+
+    with MoEModel.from_pretrained(folder, dtype="bfloat16") as model:
+        ours = error(model.forward(PROMPT))
+    assert ours <= 1.5 * error(reference_logits(folder, PROMPT, torch.bfloat16))
+
+
+def test_every_policy_and_slot_count_gives_the_same_bits(hard: tuple[FamilyCases, Path], tmp_path: Path) -> None:
+    family, folder = hard
+    with MoEModel.from_pretrained(folder, policy="resident") as model:
+        assert model.memory.total_experts == family.experts
+        tokens = model.generate(PROMPT, GREEDY, max_tokens=12).token_ids
+        truth_TV = model.forward(PROMPT + tokens)
+    for policy in STREAMING:
+        for slots in (family.top_k + 1, family.experts // 2, family.experts):
+            with MoEModel.from_pretrained(folder, policy=policy, expert_slots=slots, cache_dir=tmp_path) as model:
+                assert model.generate(PROMPT, GREEDY, max_tokens=12).token_ids == tokens, (policy, slots)
+                logits_TV = model.forward(PROMPT + tokens)
+            assert torch.equal(logits_TV.view(torch.int32), truth_TV.view(torch.int32)), (policy, slots)
+
+
+def test_every_tensor_that_is_missing_or_of_another_shape_is_named(hard: tuple[FamilyCases, Path]) -> None:
+    _, folder = hard
+    with opened(folder) as found:
+        shapes = found.family.tensor_shapes(found.config)
+    checkpoint = Checkpoint.open(folder)
+    for name, shape in shapes.items():
+        tensors = dict(checkpoint.tensors)
+        info = checkpoint.tensors.pop(name)
+        with pytest.raises(CheckpointError, match=f"what the model needs: '{name}'"):
+            checkpoint.check(shapes, lambda name: True)
+        checkpoint.tensors = tensors
+        with pytest.raises(CheckpointError, match=f"'{name}' has shape"):
+            checkpoint.check(shapes | {name: (*shape, 2)}, lambda name: True)
+        assert info.shape == shape
+    checkpoint.close()
+
+
+def test_a_tensor_renamed_or_added_is_refused(hard: tuple[FamilyCases, Path], tmp_path: Path) -> None:
+    _, folder = hard
+    tensors = load_file(folder / SINGLE)
+    with opened(folder) as found:
+        name = min(found.family.expert_shapes(found.config))
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    renamed = {f"{name}s" if key == name else key: tensor for key, tensor in tensors.items()}
+    for changed, named in ((renamed, name), (tensors | {"model.layers.9.odd": torch.ones(2)}, "model.layers.9.odd")):
+        save_file(changed, tmp_path / SINGLE)
+        with pytest.raises(CheckpointError, match=f"'{named}'"):
+            MoEModel.from_pretrained(tmp_path)
+
+
+REFUSED = [(model_type, name) for model_type, family in FAMILIES.items() for name in family.refused]
+
+
+@pytest.mark.parametrize(("model_type", "name"), REFUSED, ids=["-".join(pair) for pair in REFUSED])
+def test_a_config_with_an_unsupported_value_is_refused_by_name(
+    model_type: str, name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The config of the family's first case, changed; it is refused before any tensor is looked at."""
+    family = FAMILIES[model_type]
+    folder = tmp_path_factory.mktemp(model_type)
+    family.save(folder, next(iter(family.cases)))
+    changes, message = family.refused[name]
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(changes)))
+    with pytest.raises(ConfigError, match=message):
+        MoEModel.from_pretrained(folder)

@@ -1,0 +1,85 @@
+"""Predictors in files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from duoserve.config import Phase
+from duoserve.errors import TraceError
+from duoserve.predictors.files import load_predictor, notes_path, save_predictor
+from duoserve.predictors.training import KINDS
+
+
+def predictions(predictor, trace):
+    found = []
+    for step in range(4):
+        routings = list(trace[0].routing(step))
+        predictor.begin(Phase.DECODE if step else Phase.PREFILL, routings[0].requests_T)
+        for routing in routings:
+            found.append(predictor.predict(routing.layer))
+            predictor.observe(routing)
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_loaded_predicts_as_what_was_saved(trace, trained, tmp_path, kind):
+    predictor, _ = trained[kind]
+    path = tmp_path / "p.safetensors"
+    save_predictor(predictor, path, {"data": {"requests": 16}})
+    loaded = load_predictor(path, predictor.meta.fingerprint)
+    assert (loaded.name, loaded.horizon, loaded.meta) == (kind, predictor.horizon, predictor.meta)
+    fresh = load_predictor(path)
+    np.testing.assert_array_equal(predictions(loaded, trace), predictions(fresh, trace))
+    shutil.copy(path, tmp_path / "again.safetensors")
+    assert json.loads(notes_path(path).read_text())["data"] == {"requests": 16}
+
+
+def test_another_models_predictor_is_refused(trained, tmp_path):
+    save_predictor(trained["popularity"][0], tmp_path / "p.safetensors", {})
+    with pytest.raises(TraceError, match=r"of another model \(fingerprint synthetic:mixtra, this model's is b\)"):
+        load_predictor(tmp_path / "p.safetensors", "b")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fault", ["missing", "shape"])
+def test_a_predictor_with_a_wrong_array_is_refused(trained, tmp_path, kind, fault):
+    path = tmp_path / "p.safetensors"
+    save_predictor(trained[kind][0], path, {})
+    arrays = safetensors.numpy.load(path.read_bytes())
+    name = sorted(name for name in arrays if name != "scale_1")[0]
+    if fault == "missing":
+        del arrays[name]
+    else:
+        arrays[name] = np.zeros((3, *arrays[name].shape), dtype=np.float32)
+    path.write_bytes(safetensors.numpy.save(arrays))
+    with pytest.raises(TraceError, match="is not a whole predictor"):
+        load_predictor(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [({"format": "x"}, "not of this version"), ({"kind": "magic"}, "magic"), ({"num_experts": 9}, "has the shape")],
+)
+def test_notes_that_do_not_fit_are_refused(trained, tmp_path, change, fault):
+    path = tmp_path / "p.safetensors"
+    save_predictor(trained["affinity"][0], path, {})
+    about = json.loads(notes_path(path).read_text())
+    notes_path(path).write_text(json.dumps(about | change))
+    with pytest.raises(TraceError, match=fault):
+        load_predictor(path)
+
+
+@pytest.mark.parametrize("cut", [0, 8, 200])
+def test_a_file_cut_short_or_missing_is_refused(trained, tmp_path, cut):
+    path = tmp_path / "p.safetensors"
+    with pytest.raises(TraceError, match="cannot be read as a predictor"):
+        load_predictor(path)
+    save_predictor(trained["popularity"][0], path, {})
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(TraceError, match="cannot be read as a predictor"):
+        load_predictor(path)

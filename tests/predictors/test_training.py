@@ -1,0 +1,208 @@
+"""Training: what it sees is what the engine will show, what is held out stays unseen, and it pays."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from duoserve.config import Phase
+from duoserve.errors import IntegrityError, TraceError
+from duoserve.predictors.examples import Tokens, affinity, popularity
+from duoserve.predictors.features import margins
+from duoserve.predictors.learned import PATH_INPUTS
+from duoserve.predictors.networks import Recipe, fit_layer
+from duoserve.predictors.paper import paper_inputs
+from duoserve.predictors.quality import measure
+from duoserve.predictors.training import KINDS, train
+from duoserve.scheduling.synthetic import CARDS, synthesize
+from duoserve.scheduling.trace import LayerTrace
+
+
+def replayed(predictor, request):
+    """The passes of a request, each layer's routing with a chance to look first."""
+    for step in range(request.num_steps):
+        routings = list(request.routing(step))
+        predictor.begin(Phase.DECODE if step else Phase.PREFILL, routings[0].requests_T)
+        for routing in routings:
+            yield step, routing
+            predictor.observe(routing)
+
+
+@pytest.mark.parametrize("distance", [1, 2, 3])
+def test_examples_are_what_a_history_shows_in_decode(trace, trained, distance):
+    """Before each layer of request 5, which are rows 63 to 125 of the examples, 3 of them its prompt."""
+    predictor = trained["duoserve"][0]
+    history, tokens = predictor.history, Tokens(trace, [2, 5])
+    examples = [tokens.examples(place, distance) for place in range(4)]
+    compared = 0
+    for step, routing in replayed(predictor, trace[5]):
+        later, place = divmod(history.place[routing.layer] + distance - 1, 4)
+        row = 63 + 3 + step + later - 1
+        if step == 0 or row > 125:
+            continue
+        one = examples[place]
+        counts_TDE, totals_TD1 = history.counts(trace.meta.layers[place])
+        pairs = [(history.path[back], one.seen.path[back]) for back in range(PATH_INPUTS)]
+        pairs += [(counts_TDE, one.seen.counts_TDE), (totals_TD1, one.seen.totals_TD1)]
+        pairs += [(history.whole_path_TE, one.whole_path_NE)]
+        pairs += [(scores_TE, one.seen.scores_TE) for scores_TE in history.ahead.values()]
+        for shown_TX, taught_NX in pairs:
+            np.testing.assert_allclose(shown_TX[0], taught_NX[row], rtol=1e-4, atol=1e-5)
+            compared += 1
+    assert compared > 1200
+
+
+def test_the_first_token_of_a_request_has_no_past(trace):
+    tokens = Tokens(trace, [3, 8])
+    for place, distance in [(0, 1), (2, 1), (1, 2)]:
+        one = tokens.examples(place, distance)
+        first = one.seen.counts_TDE[[0, 63]], one.seen.totals_TD1[[0, 63]]
+        assert not any(values.any() for values in first) and one.seen.counts_TDE[62].any()
+        assert one.seen.path[0][[0, 63]].any() == (place >= distance)
+    assert tokens.examples(0, 1).seen.scores_TE is None
+
+
+def test_counting_by_hand():
+    trace = synthesize(replace(CARDS["mixtral-8x7b"], num_layers=2), 2, 9, 0.6, seed=1)
+    tokens = Tokens(trace, [0, 1])
+    ids = [trace.layer(layer).topk_ids_NK for layer in (0, 1)]
+    assert popularity(tokens)[1, 3] == pytest.approx((ids[1] == 3).any(1).mean())
+    one = tokens.examples(1, 1)
+    table = affinity(one.seen.path[0], one.chosen_NE)
+    was, came = (ids[0] == 2).any(1), (ids[1] == 5).any(1)
+    assert table[2, 5] == pytest.approx(((was & came).sum() + 2 * came.mean()) / (was.sum() + 2), rel=1e-5)
+
+
+def test_a_margin_is_the_way_to_the_border():
+    scores = np.array([[1.0, 5.0, 2.0, 4.0]], dtype=np.float32)
+    assert margins(scores, 2).tolist() == [[-2.0, 2.0, -1.0, 1.0]]
+    assert margins(scores, 4).tolist() == [[0.0, 4.0, 1.0, 3.0]]
+
+
+def test_the_papers_inputs():
+    got = paper_inputs(np.array([[0.0, 2.0, 1.0]]), np.array([0.1, 0.4, 0.2]), np.array([[0.0, 0.0, 3.0]]))
+    np.testing.assert_allclose(got, [[0, 1, 0.5, 0.25, 1, 0.5, 0, 0, 1]])
+
+
+def test_training_never_sees_the_requests_held_out(trace, trained):
+    """Another routing of the held-out requests changes no table that is counted."""
+    _, held = trained["affinity"]
+    tensors = {name: trace.read(name).copy() for name in trace.meta.columns()}
+    for number in held:
+        tensors["topk_ids.2"][trace.starts_R[number] : trace.starts_R[number + 1]] = [0, 1]
+    changed = type(trace)(trace.meta, type(trace._rows)(tensors))
+    for kind in ("popularity", "affinity", "activation-matrix", "lookahead"):
+        ours, theirs = train(changed, kind)[0], trained[kind][0]
+        for name, array in vars(ours).items():
+            if isinstance(array, np.ndarray):
+                np.testing.assert_array_equal(array, getattr(theirs, name), err_msg=name)
+    assert 0 < len(held) < 4
+
+
+def test_every_kind_is_better_than_chance_and_ours_is_the_best(trace, trained):
+    recall = {kind: measure(predictor, trace, held).recall(2) for kind, (predictor, held) in trained.items()}
+    assert all(value > 0.28 for value in recall.values()), recall  # chance is 0.25
+    assert recall["duoserve"] > max(recall[kind] for kind in KINDS if kind != "duoserve"), recall
+
+
+def test_chances_are_calibrated(trace, trained):
+    for kind in ("popularity", "lookahead", "duoserve"):
+        predictor, held = trained[kind]
+        assert measure(predictor, trace, held).calibration_error < 0.06, kind
+
+
+def test_a_second_replay_knows_nothing_of_the_first(trace, trained):
+    for kind, (predictor, held) in trained.items():
+        first, second = (measure(predictor, trace, held).to_dict() for _ in range(2))
+        assert first == second, kind
+
+
+def test_further_ahead_is_harder_but_better_than_popularity(trace, trained):
+    predictor, held = trained["duoserve"]
+    right = {distance: [] for distance in (1, 2, 3)}
+    for number in held:
+        asked = {}
+        for step, routing in replayed(predictor, trace[number]):
+            place = predictor.history.place[routing.layer]
+            for distance in (1, 2, 3):
+                target = place + distance - 1
+                if target < 4:
+                    asked[step, trace.meta.layers[target], distance] = predictor.predict(trace.meta.layers[target])
+                chances_E = asked.get((step, routing.layer, distance))
+                if chances_E is not None and step:
+                    best = np.argsort(-chances_E)[:2]
+                    right[distance].append(np.isin(routing.topk_ids_TK[0], best).mean())
+    recalls = [np.mean(right[distance]) for distance in (1, 2, 3)]
+    assert recalls[0] > recalls[1] > 0.3 and recalls[2] > 0.3, recalls
+
+
+def test_beyond_the_horizon(trace, trained):
+    predictor = trained["lookahead"][0]
+    predictor.begin(Phase.DECODE, np.array([0]))
+    predictor.observe(next(iter(trace[0].routing(1))))
+    with pytest.raises(IntegrityError, match="asked 2 layers ahead, its horizon is 1"):
+        predictor.predict(2)
+
+
+def test_rows_of_a_step_are_joined(trace, trained):
+    """A step of two requests wants what either wants."""
+    for kind, (predictor, _) in trained.items():
+        alone = []
+        one, two = (next(iter(trace[number].routing(1))) for number in (1, 2))
+        for routing in (one, two):
+            predictor.begin(Phase.DECODE, routing.requests_T + 1000)
+            predictor.observe(routing._replace(requests_T=routing.requests_T + 1000))
+            alone.append(predictor.predict(1))
+        joined = [np.concatenate([getattr(r, n) for r in (one, two)]) for n in one._fields[1:4]]
+        ahead = {layer: np.concatenate([one.ahead[layer], two.ahead[layer]]) for layer in one.ahead}
+        predictor.begin(Phase.DECODE, joined[0] + 2000)
+        predictor.observe(type(one)(0, joined[0] + 2000, joined[1], joined[2], ahead))
+        got = predictor.predict(1)
+        np.testing.assert_allclose(got, 1 - (1 - alone[0]) * (1 - alone[1]), rtol=1e-4, atol=1e-6, err_msg=kind)
+        assert got.dtype == np.float32 and got.shape == (8,), kind
+
+
+def test_a_network_stops_when_it_gets_worse_on_what_is_held_out():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((64, 28)).astype(np.float32), (rng.random((64, 4)) < 0.5).astype(np.float32)
+    recipe = Recipe(64, epochs=200, patience=2, learning_rate=1e-2, weight_decay=0.0, batch=16, epoch_rows=64)
+    arrays = fit_layer((x[:32], y[:32]), (x[32:], y[32:]), recipe, looks_ahead=False)
+    assert np.abs(arrays["outer_HE"]).max() < 0.2  # noise learned by heart would have grown far
+
+
+def test_one_request_is_not_enough(trace):
+    lonely = synthesize(replace(CARDS["mixtral-8x7b"], num_layers=2), 1, 5, 0.6, seed=0)
+    with pytest.raises(TraceError, match="has 1 requests, but training holds some out"):
+        train(lonely, "popularity")
+
+
+def test_figures_are_json(trace, trained):
+    predictor, held = trained["popularity"]
+    figures = json.loads(json.dumps(measure(predictor, trace, held).to_dict()))
+    assert figures["steps"] == 60 * len(held) and list(figures["recall"]) == ["2", "3", "4", "6"]
+
+
+def test_quality_counts_what_came():
+    class Sure:
+        name, horizon, lookahead = "sure", 1, 0
+
+        def begin(self, phase, requests_T): ...
+
+        def observe(self, routing): ...
+
+        def predict(self, layer):
+            return np.array([0.9, 0.8, 0.7, 0, 0, 0, 0, 0], dtype=np.float32)
+
+    trace = synthesize(replace(CARDS["mixtral-8x7b"], num_layers=1), 1, 30, 0.6, seed=0)
+    ids = trace.layer(0).topk_ids_NK[1:]
+    quality = measure(Sure(), trace, [0])
+    assert quality.recall(2) == pytest.approx((ids < 2).mean()) and quality.recall(3) == pytest.approx((ids < 3).mean())
+    assert quality.exact() == pytest.approx((ids < 2).all(1).mean())
+    assert quality.at_least_half() == pytest.approx((ids < 2).any(1).mean())
+    came = np.array([(ids == e).any(1).mean() for e in range(8)])
+    want = abs(0.9 - came[0]) + abs(0.8 - came[1]) + abs(0.7 - came[2]) + came[3:].sum()
+    assert quality.calibration_error == pytest.approx(want / 8, abs=1e-6)
+    assert isinstance(trace.layer(0), LayerTrace)

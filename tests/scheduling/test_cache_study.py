@@ -1,0 +1,73 @@
+"""Hit rates of caches: by hand, against brute force, and against the figures that the synthetic traces stand for."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from duoserve.config import Phase
+from duoserve.scheduling.cache_study import NEVER, belady_hits, cached_hits, next_use, prompt_step
+from duoserve.scheduling.ranking import DecayedFrequency, Recency
+from duoserve.scheduling.synthetic import CARDS, synthesize
+from tests.scheduling.traces import trace_of
+
+
+def test_a_prompts_experts_come_most_wanted_first() -> None:
+    step = prompt_step(np.array([[3, 1], [3, 2], [3, 2]]))
+    assert step == (Phase.PREFILL, 3, [3, 2, 1], [3, 2, 1])
+
+
+def test_lru_by_hand() -> None:
+    trace = trace_of([(1, [[7], [0], [1], [0], [2], [1], [0], [2]])])
+    assert cached_hits(trace, 2, Recency) == (7, 1)  # what the prompt uses is not kept
+    assert cached_hits(trace, 3, Recency) == (7, 4)
+
+
+def test_every_layer_has_slots_of_its_own() -> None:
+    trace = trace_of([(1, [[7], [0], [0], [1], [0]])], layers=3)
+    assert cached_hits(trace, 1, Recency) == (12, 3)
+
+
+def test_the_warm_up_is_not_counted() -> None:
+    trace = trace_of([(1, [[7], [0], [1]]), (1, [[7], [0], [1]])])
+    assert cached_hits(trace, 2, Recency) == (4, 2)
+    assert cached_hits(trace, 2, Recency, warm_up=1) == (2, 2)
+    assert belady_hits(trace, 2, warm_up=1) == (2, 2)
+
+
+def test_next_use() -> None:
+    assert next_use([[0, 1], [1], [0]]) == [[2, 1], [NEVER], [NEVER]]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nothing_beats_belady(seed: int) -> None:
+    """All courses of a cache of two slots that may be filled with anything it has seen, tried one by one."""
+    rng = np.random.default_rng(seed)
+    course = [sorted(rng.choice(5, 2, replace=False).tolist()) for _ in range(9)]
+
+    @cache
+    def best(step: int, slots: frozenset[int]) -> int:
+        if step == len(course):
+            return 0
+        seen = slots | set(course[step])
+        keeps = [frozenset(kept) for size in range(3) for kept in combinations(sorted(seen), size)]
+        return len(slots & set(course[step])) + max(best(step + 1, kept) for kept in keeps)
+
+    assert belady_hits(trace_of([(1, [[0, 1], *course])]), 2) == (18, best(0, frozenset()))
+
+
+@pytest.mark.parametrize(
+    ("share", "at_least", "belady"), [(0.125, 0.674, 0.781), (0.25, 0.84, 0.911), (0.5, 0.94, 0.98)]
+)
+def test_decayed_frequency_reaches_the_best_published_hit_rates(share: float, at_least: float, belady: float) -> None:
+    card = dataclasses.replace(CARDS["qwen3-30b-a3b"], num_layers=4)
+    trace = synthesize(card, requests=5, tokens=192, precision=0.8, seed=11, prompt=64)
+    slots = int(share * card.num_experts)
+    ours, lru = (cached_hits(trace, slots, kind, warm_up=1).rate for kind in (DecayedFrequency, Recency))
+    best = belady_hits(trace, slots, warm_up=1).rate
+    assert best == pytest.approx(belady, abs=0.03)
+    assert best > ours >= at_least and ours > lru

@@ -1,0 +1,136 @@
+"""Replays: bookkeeping by hand, bounds that no policy may pass, and the oracle at the end of the scale."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from duoserve.config import Phase
+from duoserve.errors import MemoryBudgetError
+from duoserve.scheduling.foreseen import Belady, Future
+from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
+from duoserve.scheduling.policies import POLICIES, get_policy
+from duoserve.scheduling.replay import Watcher, belady_bytes, oracle_of, replay
+from duoserve.scheduling.scored import Score, ScoredPredictor
+from tests.scheduling.fortune import Teller, certain, routed
+from tests.scheduling.traces import drawn_trace, trace_of
+
+SIZES = LayerSizes("small", 1_000_000, 8, 1_000_000, 64)
+FAST = Machine(Hardware("fast", 1e12, 1e12, 1e15, 0.0, 1e-5), SIZES)
+EVEN = Machine(Hardware("even", 1e10, 1e11, 1e14, 0.0, 1e-4), SIZES)
+SLOW = Machine(Hardware("slow", 1e9, 1e12, 1e15, 0.0, 1e-6), SIZES)
+STREAMING = [name for name in POLICIES if name != "resident"]
+
+
+def test_a_request_by_hand() -> None:
+    """One layer, slots for all: the prompt brings its two experts, the second token one more, the third none."""
+    trace = trace_of([(2, [[0, 1], [0, 1], [0, 2], [2, 1]])])
+    machine = Machine(Hardware("round", 1e6, 1e9, 1e15, 0.5, 2.0), LayerSizes("round", 10**6, 8, 0, 0))
+    run = replay(trace, get_policy("lru"), machine, 8)
+    # Attention takes 2 s, a copy 1.5 s, an expert 0.001 s. The two come one after the other from the routing on.
+    assert run.ttft_s == [pytest.approx(2 + 3 + 0.001)]
+    assert run.itl_s == [pytest.approx(2 + 1.5 + 0.001), pytest.approx(2 + 0.002)]
+    assert run.prefill_stall_s == pytest.approx(2.999) and run.decode_stall_s == pytest.approx(1.499)
+    assert (run.hits, run.misses) == (3, 1) and run.bytes.demanded == 10**6
+    assert run.e2e_s == pytest.approx(sum(run.ttft_s) + sum(run.itl_s))
+
+
+@pytest.mark.parametrize("slots", [8, 24, 96])
+@pytest.mark.parametrize("policy", STREAMING)
+def test_no_policy_passes_the_bounds(policy: str, slots: int) -> None:
+    trace = drawn_trace()
+    predictor = Teller(lambda layer: certain(16, [layer, 2 * layer]))
+    run = replay(trace, get_policy(policy), EVEN, slots, predictor=predictor)
+    assert (len(run.ttft_s), run.num_tokens, run.hits + run.misses) == (3, 120, 120 * 6 * 2)
+    compute_s = 6 * (EVEN.attention_s(1, 12) + 2 * EVEN.one_token_s)
+    assert min(run.itl_s) >= compute_s * 0.999
+    assert run.tpot_s is not None and run.tpot_s >= run.bytes.total / run.num_tokens / EVEN.hardware.link * 0.999
+    assert run.decode_stall_s == pytest.approx(sum(run.itl_s) - 120 * compute_s, rel=0.02, abs=1e-3)
+
+
+def test_more_slots_and_faster_links_are_never_slower() -> None:
+    trace = drawn_trace()
+    runs = [replay(trace, get_policy("duoserve"), machine, slots) for machine in (SLOW, FAST) for slots in (12, 48, 96)]
+    times = [run.e2e_s for run in runs]
+    assert times[:3] == sorted(times[:3], reverse=True) and times[3:] == sorted(times[3:], reverse=True)
+    assert max(times[3:]) < min(times[:3])
+
+
+def test_resident_needs_all_slots() -> None:
+    with pytest.raises(MemoryBudgetError, match="96"):
+        replay(drawn_trace(), get_policy("resident"), EVEN, 95)
+
+
+@pytest.mark.parametrize("machine", [SLOW, EVEN, FAST], ids=lambda machine: machine.hardware.name)
+@pytest.mark.parametrize("slots", [12, 24, 48])
+def test_nothing_is_faster_than_the_oracle(slots: int, machine: Machine) -> None:
+    trace = drawn_trace()
+    policy, future = oracle_of(trace)
+    best = replay(trace, policy, machine, slots, predictor=future)
+    for name in STREAMING:
+        other = replay(trace, get_policy(name), machine, slots, predictor=Teller(lambda layer: certain(16, [3])))
+        assert best.tpot_s is not None and other.tpot_s is not None and best.tpot_s <= other.tpot_s
+    assert best.score is not None and best.score.recall == 1.0
+    # Slots for one token's experts alone leave none for those that bypass the cache.
+    assert slots == 12 or best.bytes.total / best.num_tokens < 1.15 * belady_bytes(trace, machine, slots)
+
+
+def test_the_lanes_can_be_watched() -> None:
+    copies: list[tuple[float, float, int]] = []
+    work: list[tuple[float, float, int]] = []
+    run = replay(
+        drawn_trace(requests=1),
+        get_policy("lru"),
+        EVEN,
+        24,
+        watcher=Watcher(lambda *copy: copies.append(copy), lambda *job: work.append(job)),
+    )
+    assert {layer for _, _, layer in work} == set(range(6))
+    assert all(a[1] <= b[0] + 1e-12 for a, b in pairwise(copies))
+    assert sum(nbytes for _, _, nbytes in copies) >= run.bytes.total
+    assert max(stop for _, stop, _ in work) == pytest.approx(run.e2e_s)
+
+
+class TestFuture:
+    TRACE = trace_of([(1, [[0, 1], [2, 3], [0, 1]])], layers=2)
+
+    def test_it_says_what_comes_and_nothing_behind_the_end(self) -> None:
+        _, future = oracle_of(self.TRACE)
+        future.begin(Phase.PREFILL, np.zeros(1))
+        assert np.flatnonzero(future.predict(0)).tolist() == [0, 1]
+        future.observe(routed(0, [0, 1]))
+        assert np.flatnonzero(future.predict(1)).tolist() == [0, 1]
+        assert np.flatnonzero(future.predict(0)).tolist() == [2, 3]
+        future.begin(Phase.DECODE, np.zeros(1))
+        future.begin(Phase.DECODE, np.zeros(1))
+        future.observe(routed(1, [0, 1]))
+        assert not future.predict(0).any()
+
+    def test_belady_ranks_by_the_next_use(self) -> None:
+        future = Future(list(self.TRACE), (0, 1), 8)
+        ranking = future.ranking(2, 8)
+        assert isinstance(ranking, Belady)
+        ranking.begin(Phase.PREFILL, 1)
+        ranking.used(0, [0, 1], [1, 1])
+        values = ranking.values[0]
+        assert values[2] == values[3] > values[0] == values[1] > values[7]
+
+
+class TestScore:
+    def test_counts(self) -> None:
+        score = Score()
+        for said, chosen in (([1, 2], [2, 1]), ([1, 2], [1, 3]), ([0, 4], [5, 6])):
+            score.note(said, chosen)
+        assert (score.recall, score.exact_share, score.half_share) == (3 / 6, 1 / 3, 2 / 3)
+        assert Score().recall is None
+
+    def test_prompts_and_what_was_not_foretold_are_left_out(self) -> None:
+        scored = ScoredPredictor(Teller(lambda layer: certain(8, [1, 2])))
+        for phase in (Phase.PREFILL, Phase.DECODE):
+            scored.begin(phase, np.zeros(1))
+            scored.observe(routed(0, [1, 2]))
+            scored.predict(1)
+            scored.observe(routed(1, [2, 5]))
+        assert (scored.score.layers, scored.score.chosen, scored.score.found) == (1, 2, 1)

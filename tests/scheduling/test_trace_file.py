@@ -1,0 +1,143 @@
+"""Traces in files: what is written is read, what is cut short is refused or cut back, what is another's is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from duoserve.errors import TraceError
+from duoserve.scheduling.trace import Trace, TraceMeta
+from duoserve.scheduling.trace_file import TraceWriter, open_trace, save_trace
+from tests.traces import META, small_trace
+
+
+def write(path: Path, trace: Trace, first: int = 0, last: int = 99) -> None:
+    writer = TraceWriter(path, trace.meta)
+    for request in list(trace)[first:last]:
+        writer.append(request.token_ids_T, request.num_prompt, request.layers)
+    writer.close()
+
+
+def assert_same(one: Trace, other: Trace) -> None:
+    assert one.meta == other.meta
+    for name in one.meta.columns():
+        np.testing.assert_array_equal(one.read(name), other.read(name), err_msg=name)
+
+
+def test_what_is_written_request_by_request_is_read(tmp_path):
+    trace = small_trace()
+    write(tmp_path / "t", trace)
+    read = open_trace(tmp_path / "t", META.fingerprint)
+    assert_same(read, trace)
+    for one, other in zip(read, trace, strict=True):
+        for step in range(one.num_steps):
+            for ours, theirs in zip(one.routing(step), other.routing(step), strict=True):
+                np.testing.assert_array_equal(ours.topk_ids_TK, theirs.topk_ids_TK)
+                assert ours.ahead.keys() == theirs.ahead.keys()
+
+
+def test_rows_over_the_borders_of_segments(tmp_path):
+    trace = small_trace()
+    write(tmp_path / "t", trace)
+    for start, stop in [(0, 12), (3, 5), (4, 9), (8, 10), (5, 5), (11, 12)]:
+        ours, theirs = open_trace(tmp_path / "t").layer(2, start, stop), trace.layer(2, start, stop)
+        np.testing.assert_array_equal(ours.ahead_NE, theirs.ahead_NE)
+        assert ours.topk_ids_NK.dtype == np.uint8
+
+
+def test_a_whole_trace_is_a_plain_safetensors_file(tmp_path):
+    trace = small_trace()
+    save_trace(trace, tmp_path / "t")
+    assert_same(open_trace(tmp_path / "t"), trace)
+    tensors = load_file(tmp_path / "t")
+    assert tensors.keys() == trace.meta.columns().keys()
+    np.testing.assert_array_equal(tensors["topk_ids.3"], trace.layer(3).topk_ids_NK)
+
+
+def test_requests_are_added(tmp_path):
+    trace = small_trace()
+    write(tmp_path / "t", trace, 0, 2)
+    write(tmp_path / "t", trace, 2)
+    assert_same(open_trace(tmp_path / "t"), trace)
+
+
+@pytest.mark.parametrize("lost", [1, 100, 700])
+def test_a_tail_cut_short_is_refused_and_then_cut_off(tmp_path, lost):
+    path, trace = tmp_path / "t", small_trace()
+    write(path, trace)
+    path.write_bytes(path.read_bytes()[:-lost])
+    with pytest.raises(TraceError, match=r"the last \d+ bytes are no whole request; .*--resume.* 2 whole"):
+        open_trace(path)
+    write(path, trace, 2)
+    assert_same(open_trace(path), trace)
+
+
+def test_another_models_trace_is_refused(tmp_path):
+    write(tmp_path / "t", small_trace())
+    with pytest.raises(TraceError, match=r"another model \(fingerprint a fingerprint, this model's is b"):
+        open_trace(tmp_path / "t", "b")
+    before = (tmp_path / "t").read_bytes()
+    with pytest.raises(TraceError, match="another model"):
+        TraceWriter(tmp_path / "t", replace(META, fingerprint="b"))
+    assert (tmp_path / "t").read_bytes() == before
+
+
+def test_traces_of_two_models_in_one_file_are_refused(tmp_path):
+    for name, fingerprint in (("a", "a"), ("b", "b")):
+        write(tmp_path / name, small_trace(replace(META, fingerprint=fingerprint)))
+    (tmp_path / "t").write_bytes((tmp_path / "a").read_bytes() + (tmp_path / "b").read_bytes())
+    with pytest.raises(TraceError, match="different models"):
+        open_trace(tmp_path / "t")
+
+
+@pytest.mark.parametrize("content", [b"", b"no trace", (2).to_bytes(8, "little") + b"{}"])
+def test_what_is_no_trace_is_refused(tmp_path, content):
+    (tmp_path / "t").write_bytes(content)
+    with pytest.raises(TraceError):
+        open_trace(tmp_path / "t")
+
+
+def test_what_is_no_trace_is_not_overwritten(tmp_path):
+    (tmp_path / "t").write_text("somebody's notes, which are no trace at all")
+    with pytest.raises(TraceError, match="is no trace"):
+        TraceWriter(tmp_path / "t", META)
+    assert (tmp_path / "t").read_text().startswith("somebody's")
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(TraceError, match="is missing"):
+        open_trace(tmp_path / "t")
+
+
+def test_a_tensor_of_the_wrong_shape_is_refused(tmp_path):
+    trace = small_trace()
+    path = tmp_path / "t"
+    save_trace(trace, path)
+    path.write_bytes(
+        path.read_bytes().replace(
+            b'"topk_ids.2":{"dtype":"U8","shape":[12, 2]', b'"topk_ids.2":{"dtype":"U8","shape":[6, 4] '
+        )
+    )
+    path.write_bytes(
+        path.read_bytes().replace(
+            b'"topk_ids.2":{"dtype":"U8","shape":[12,2]', b'"topk_ids.2":{"dtype":"U8","shape":[6,4] '
+        )
+    )
+    with pytest.raises(TraceError, match=r"topk_ids.2 is torch.uint8 \(6, 4\), not uint8 \(12, 2\)"):
+        open_trace(path)
+
+
+def test_many_experts_and_scores_beyond_half_precision(tmp_path):
+    trace = small_trace(TraceMeta("f", (1, 2), num_experts=300, top_k=3), [(2, 1)])
+    layers = dict(trace[0].layers)
+    layers[2] = layers[2]._replace(ahead_NE=np.full((2, 300), -1e9))
+    writer = TraceWriter(tmp_path / "t", trace.meta)
+    writer.append([1, 2], 1, layers)
+    writer.close()
+    read = open_trace(tmp_path / "t")
+    assert read.layer(1).topk_ids_NK.dtype == np.uint16 and np.isfinite(read.layer(2).ahead_NE).all()
+    np.testing.assert_array_equal(read.layer(1).topk_ids_NK, trace.layer(1).topk_ids_NK)

@@ -1,0 +1,150 @@
+"""Recorded decode steps on a GPU: the model's own bits in both modes, and a long random run over poisoned slots.
+
+``STRESS_STEPS`` sets the length of that run, which compute-sanitizer needs short.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from duoserve import MoEModel, SamplingParams
+from duoserve.engine import Decoder, Engine, Request
+from duoserve.event_decode import event_steps
+from duoserve.experts.cuda_streams import CudaStreams
+from duoserve.experts.layout import ExpertId, ExpertLayout
+from duoserve.experts.slots import SlotPool
+from duoserve.experts.store import ExpertStore, HostStore
+from duoserve.experts.stream_engine import StreamCopyEngine
+from duoserve.graph_decode import graph_steps
+from duoserve.kernels.cuda_graphs import CudaRecorder
+from duoserve.kv_cache import Layout
+from duoserve.recorded_decode import RecordedDecoder
+from tests.assembly import Parts, assembled
+from tests.checkpoints import save_mixtral
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+STRESS_STEPS = int(os.environ.get("STRESS_STEPS", "10000"))
+EXPERTS = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)]
+PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in (7, 30, 1)]
+MODES = ["event", "graph"]
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_mixtral(tmp_path_factory.mktemp("decode"), dtype=request.param)
+
+
+class Gpu:
+    """Poisoned slots and pinned experts. ``logits`` are those of all decode steps, ``recorded`` counts the shapes."""
+
+    def __init__(self, record_after: int = 0) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.record_after = record_after
+        self.logits: list[Tensor] = []
+        self.recorded = 0
+
+    def pool(self, num_slots: int, layout: ExpertLayout) -> SlotPool:
+        return SlotPool(num_slots, layout, poison=True, device=self.device)
+
+    def copies(self, store: ExpertStore, pool: SlotPool) -> StreamCopyEngine:
+        self.store = HostStore(store, EXPERTS, pinned=True)
+        return StreamCopyEngine(self.store, pool, CudaStreams(self.device), pinned=True)
+
+    def engine(self, folder: Path, slots: int, mode: str) -> Iterator[Engine]:
+        policy = "resident" if slots == len(EXPERTS) else "lru"
+        decoders = {"event": self.event, "graph": self.graph, "model": self.model}
+        return assembled(
+            folder,
+            policy,
+            slots,
+            self.copies,
+            make_pool=self.pool,
+            make_decoder=lambda parts: self.noted(decoders[mode](parts)),
+            device=self.device,
+        )
+
+    def model(self, parts: Parts) -> Decoder:
+        return lambda layout: parts.model(parts.cache.batch(layout)).cpu()
+
+    def event(self, parts: Parts) -> Decoder:
+        return self.recording(parts, event_steps(parts.model, parts.cache, CudaRecorder(self.device)))
+
+    def graph(self, parts: Parts) -> Decoder:
+        recorder, books = CudaRecorder(self.device), parts.scheduler.read_through()
+        return self.recording(parts, graph_steps(parts.model, parts.cache, recorder, self.store, books))
+
+    def recording(self, parts: Parts, make_step: Callable[[int, int], Decoder | None]) -> Decoder:
+        def counted(num_sequences: int, table_width: int) -> Decoder | None:
+            step = make_step(num_sequences, table_width)
+            self.recorded += step is not None
+            return step
+
+        return RecordedDecoder(parts.model, parts.cache, counted, self.record_after)
+
+    def noted(self, decode: Decoder) -> Decoder:
+        def step(layout: Layout) -> Tensor:
+            self.logits.append(decode(layout).clone())
+            return self.logits[-1]
+
+        return step
+
+
+def write(engine: Engine, prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
+    greedy = [SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True) for length in lengths]
+    requests = [Request(prompt, params) for prompt, params in zip(prompts, greedy, strict=True)]
+    for _ in engine.generate(requests):
+        pass
+    engine._scheduler._residency.table.check_integrity()  # type: ignore[attr-defined]
+    return [request.output_ids for request in requests]
+
+
+@pytest.mark.parametrize("record_after", [0, 3])
+@pytest.mark.parametrize("slots", [6, 12, 24])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_bits_of_the_model_itself(mode: str, slots: int, record_after: int, folder: Path) -> None:
+    written, logits = [], []
+    for gpu, how in ((Gpu(), "model"), (Gpu(record_after), mode)):
+        with gpu.engine(folder, slots, how) as engine:
+            if slots == len(EXPERTS):
+                engine._scheduler.load_all()
+            written.append([write(engine, PROMPTS, [12, 5, 9]) for _ in range(2)])
+        logits.append(gpu.logits)
+    assert gpu.recorded == 3
+    assert written[0] == written[1] and len(logits[0]) == len(logits[1])
+    pairs = zip(*logits, strict=True)
+    assert all(torch.equal(one.view(torch.int32), other.view(torch.int32)) for one, other in pairs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stress(mode: str, folder: Path) -> None:
+    """Random prompts in batches of one to four; NaN from a free slot would end the run, other bytes change a token."""
+    rng = random.Random(7)
+    true, tried = Gpu(), Gpu()
+    with true.engine(folder, 24, "model") as resident, tried.engine(folder, 10, mode) as engine:
+        resident._scheduler.load_all()
+        while len(tried.logits) < STRESS_STEPS:
+            lengths = rng.sample(range(2, 40), rng.randint(1, 4) if tried.logits else 4)
+            prompts = [[rng.randint(1, 95) for _ in range(rng.randint(1, 20))] for _ in lengths]
+            assert write(engine, prompts, lengths) == write(resident, prompts, lengths)
+    assert tried.recorded == 4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_growth(mode: str, folder: Path) -> None:
+    """Once its shape is recorded, a sequence takes no more memory of the device."""
+    params = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
+    with MoEModel.from_pretrained(folder, device="cuda", policy="lru", expert_slots=10, decode_mode=mode) as model:
+        first = model.generate(PROMPTS[1], params).token_ids
+        before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        assert model.generate(PROMPTS[1], params).token_ids == first
+        assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before

@@ -1,0 +1,116 @@
+"""Recorded decode steps through whole models: the bits of the model itself, on a device that lags behind the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from duoserve import SamplingParams
+from duoserve.engine import Decoder, Request
+from duoserve.errors import CopyError
+from duoserve.event_decode import event_steps
+from duoserve.experts.copy_engine import Ticket
+from duoserve.experts.layout import ExpertId
+from duoserve.experts.slots import SlotPool
+from duoserve.experts.store import ExpertStore
+from duoserve.experts.stream_engine import StreamCopyEngine
+from duoserve.recorded_decode import RecordedDecoder
+from tests.assembly import Parts, assembled
+from tests.checkpoints import BARD, save_mixtral
+from tests.lagging import LaggingDevice, Truth, write
+
+PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in (7, 30, 1)]
+MAX_TOKENS = (12, 5, 9)
+STREAMING = ("on-demand", "layer-prefetch", "lru")
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_mixtral(tmp_path_factory.mktemp("event"), dtype=request.param)
+
+
+@pytest.fixture(scope="module")
+def truth(folder: Path) -> Truth:
+    return Truth(folder, 24, PROMPTS, MAX_TOKENS)
+
+
+def _decoder(parts: Parts, device: LaggingDevice, **options: int) -> RecordedDecoder:
+    steps = event_steps(parts.model, parts.cache, device.recorder)
+    return RecordedDecoder(parts.model, parts.cache, steps, **options)
+
+
+def recorded(device: LaggingDevice, record_after: int = 0) -> Callable[[Parts], Decoder]:
+    return lambda parts: device.lagging(_decoder(parts, device, record_after=record_after))
+
+
+@given(
+    policy=st.sampled_from(STREAMING),
+    slots=st.integers(3, 24),
+    in_ram=st.integers(0, 24),
+    record_after=st.integers(0, 3),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=25, deadline=None)
+def test_the_bits_of_the_model_itself(
+    policy: str, slots: int, in_ram: int, record_after: int, seed: int, folder: Path, truth: Truth
+) -> None:
+    """Three sequences, of which two end early: shapes come and go, experts too, and free slots are NaN."""
+    experts = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)][:in_ram]
+    device = LaggingDevice(seed, experts)
+    with assembled(
+        folder, policy, slots, device.copies, make_pool=device.pool, make_decoder=recorded(device, record_after)
+    ) as engine:
+        for _ in range(2):
+            assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
+    assert truth.differences(device.logits, rounds=2) == []
+    assert device.recorder.num_recordings == 3 * (3 + 3 + 1)  # shapes x (parts of 3 layers, their experts, the head)
+
+
+def test_bard_in_a_quarter_of_its_slots() -> None:
+    device = LaggingDevice(seed=1)
+    with assembled(BARD, "lru", 12, device.copies, make_pool=device.pool, make_decoder=recorded(device)) as engine:
+        tokens = write(engine, PROMPTS, MAX_TOKENS)
+    truth = Truth(BARD, 48, PROMPTS, MAX_TOKENS)
+    assert tokens == truth.tokens and truth.differences(device.logits) == []
+
+
+def test_only_so_many_shapes_are_recorded(folder: Path, truth: Truth) -> None:
+    device = LaggingDevice(seed=2)
+
+    def decoder(parts: Parts) -> Decoder:
+        return device.lagging(_decoder(parts, device, record_after=0, max_shapes=2))
+
+    with assembled(folder, "lru", 6, device.copies, make_pool=device.pool, make_decoder=decoder) as engine:
+        assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
+    assert truth.differences(device.logits) == []
+    assert device.recorder.num_recordings == 2 * (3 + 3 + 1)
+
+
+def test_a_failed_copy_ends_the_request_and_the_next_has_its_bits(folder: Path, truth: Truth) -> None:
+    device = LaggingDevice(seed=3)
+
+    class Failing(StreamCopyEngine):
+        armed = False
+
+        def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
+            if Failing.armed:
+                raise CopyError("injected")
+            return super().wait(tickets)
+
+    def copies(store: ExpertStore, pool: SlotPool) -> StreamCopyEngine:
+        return Failing(store, pool, device.streams)
+
+    with assembled(folder, "on-demand", 6, copies, make_pool=device.pool, make_decoder=recorded(device)) as engine:
+        request = Request(PROMPTS[1], SamplingParams(max_tokens=9, temperature=0.0))
+        steps = engine.generate([request])
+        next(steps), next(steps)
+        Failing.armed = True
+        with pytest.raises(CopyError, match="injected"):
+            list(steps)
+        Failing.armed = False
+        assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens

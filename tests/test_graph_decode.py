@@ -1,0 +1,108 @@
+"""Whole decode steps as one recording: the bits of the model itself, and books that agree with what the device did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from duoserve.engine import Decoder
+from duoserve.experts.layout import ExpertId
+from duoserve.experts.slots import SlotPool, SlotState
+from duoserve.graph_decode import graph_steps
+from duoserve.kv_cache import Layout
+from duoserve.recorded_decode import RecordedDecoder
+from duoserve.scheduling.scheduler import Scheduler
+from tests.assembly import Parts, assembled
+from tests.checkpoints import BARD, save_mixtral
+from tests.lagging import LaggingDevice, Truth, write
+
+PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in (7, 30, 1)]
+MAX_TOKENS = (12, 5, 9)
+EXPERTS = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)]
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_mixtral(tmp_path_factory.mktemp("graph"), dtype=request.param)
+
+
+@pytest.fixture(scope="module")
+def truth(folder: Path) -> Truth:
+    return Truth(folder, 24, PROMPTS, MAX_TOKENS)
+
+
+class Checked:
+    """Makes a decoder whose every step is followed by a look at the books and at the bytes in the slots."""
+
+    def __init__(self, device: LaggingDevice, record_after: int = 0) -> None:
+        self.device = device
+        self.record_after = record_after
+        self.pool: SlotPool | None = None
+        self.steps = 0
+
+    def make_pool(self, num_slots: int, layout: object) -> SlotPool:
+        self.pool = self.device.pool(num_slots, layout)  # type: ignore[arg-type]
+        return self.pool
+
+    def decoder(self, parts: Parts) -> Decoder:
+        steps = graph_steps(
+            parts.model, parts.cache, self.device.recorder, self.device.store, parts.scheduler.read_through()
+        )
+        lagging = self.device.lagging(RecordedDecoder(parts.model, parts.cache, steps, self.record_after))
+
+        def step(layout: Layout) -> Tensor:
+            logits_BV = lagging(layout)
+            self.look(parts.scheduler)
+            return logits_BV
+
+        return step
+
+    def look(self, scheduler: Scheduler) -> None:
+        """Every READY slot has its expert's bytes, and nobody holds anything."""
+        table = scheduler._residency.table
+        table.check_integrity()
+        self.steps += 1
+        assert self.pool is not None
+        slots = self.pool.weights
+        for slot in range(table.num_slots):
+            expert = table.expert_in(slot)
+            assert table.holds(slot) == 0 and table.state(slot) is not SlotState.LOADING
+            if expert is not None:
+                row_B = self.device.store.host_row(expert)
+                assert row_B is not None
+                row = self.device.store.layout.weights(row_B[None])
+                assert torch.equal(slots.w13_SNH[slot], row.w13_SNH[0]) and torch.equal(
+                    slots.w2_SHI[slot], row.w2_SHI[0]
+                )
+
+
+@given(slots=st.integers(3, 24), record_after=st.integers(0, 2), seed=st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_the_bits_of_the_model_itself(slots: int, record_after: int, seed: int, folder: Path, truth: Truth) -> None:
+    """Steps that find no room for their misses go another way; prefills and such steps come in between."""
+    device = LaggingDevice(seed, EXPERTS)
+    checked = Checked(device, record_after)
+    with assembled(
+        folder, "lru", slots, device.copies, make_pool=checked.make_pool, make_decoder=checked.decoder
+    ) as engine:
+        for _ in range(2):
+            assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
+    assert truth.differences(device.logits, rounds=2) == []
+    assert checked.steps == 2 * len(truth.logits)
+    assert device.recorder.num_recordings == sum(min(8, 2 * sequences) <= slots for sequences in (1, 2, 3))
+
+
+def test_bard_in_a_quarter_of_its_slots() -> None:
+    device = LaggingDevice(seed=1, in_ram=[ExpertId(layer, expert) for layer in range(6) for expert in range(8)])
+    checked = Checked(device)
+    with assembled(BARD, "lru", 12, device.copies, make_pool=checked.make_pool, make_decoder=checked.decoder) as engine:
+        tokens = write(engine, PROMPTS, MAX_TOKENS)
+        stats = engine._meter.snapshot()
+    truth = Truth(BARD, 48, PROMPTS, MAX_TOKENS)
+    assert tokens == truth.tokens and truth.differences(device.logits) == []
+    assert stats.hits["decode"] > 0 and stats.misses["decode"] > 0

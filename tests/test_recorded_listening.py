@@ -1,0 +1,63 @@
+"""A listener hears of recorded steps what it hears of the model's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from duoserve.engine import Decoder
+from duoserve.event_decode import event_steps
+from duoserve.experts.layout import ExpertId
+from duoserve.graph_decode import graph_steps
+from duoserve.recorded_decode import RecordedDecoder
+from duoserve.scheduling.routing import Routing
+from tests.assembly import Parts, assembled
+from tests.checkpoints import save_mixtral
+from tests.lagging import LaggingDevice, write
+from tests.listeners import Heard
+
+PROMPTS, MAX_TOKENS = [[3, 1, 4], [1, 5]], [6, 4]
+
+
+@dataclass
+class Copying(Heard):
+    """Keeps copies, for the arrays of a fake device on a CPU are the device's own memory."""
+
+    def routed(self, routing: Routing) -> None:
+        ahead = {layer: scores.copy() for layer, scores in routing.ahead.items()}
+        super().routed(
+            Routing(
+                routing.layer, routing.requests_T, routing.topk_ids_TK.copy(), routing.topk_weights_TK.copy(), ahead
+            )
+        )
+
+
+def heard(folder: Path, mode: str) -> Copying:
+    device = LaggingDevice(seed=5, in_ram=[ExpertId(layer, expert) for layer in range(3) for expert in range(8)])
+    listener = Copying(lookahead=1)
+
+    def decoder(parts: Parts) -> Decoder:
+        steps = event_steps(parts.model, parts.cache, device.recorder)
+        if mode == "graph":
+            books = parts.scheduler.read_through()
+            steps = graph_steps(parts.model, parts.cache, device.recorder, device.store, books)
+        return device.lagging(RecordedDecoder(parts.model, parts.cache, steps, record_after=0 if mode else 10**6))
+
+    with assembled(folder, "lru", 9, device.copies, listener, make_pool=device.pool, make_decoder=decoder) as engine:
+        write(engine, PROMPTS, MAX_TOKENS)
+    return listener
+
+
+@pytest.mark.parametrize("mode", ["event", "graph"])
+def test_the_same_routings(mode: str, tmp_path: Path) -> None:
+    folder = save_mixtral(tmp_path)
+    true, recorded = heard(folder, ""), heard(folder, mode)
+    assert true.begun == recorded.begun and len(true.begun) == max(MAX_TOKENS)
+    for routings, others in zip(true.routings, recorded.routings, strict=True):
+        for one, other in zip(routings, others, strict=True):
+            assert one.layer == other.layer and sorted(one.ahead) == sorted(other.ahead)
+            arrays = [(r.topk_ids_TK, r.topk_weights_TK, *r.ahead.values()) for r in (one, other)]
+            assert all(np.array_equal(a, b) for a, b in zip(*arrays, strict=True))

@@ -1,0 +1,121 @@
+"""From prompts to a trace, and the command for it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from duoserve import MoEModel
+from duoserve.config import EngineConfig
+from duoserve.engine import Engine
+from duoserve.errors import RequestError, TraceError
+from duoserve.sampling import SamplingParams
+from duoserve.scheduling.trace_file import open_trace
+from duoserve.tracing import Recording, record
+from tests.checkpoints import save_mixtral
+from tests.listeners import Heard
+
+GREEDY = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_mixtral(tmp_path_factory.mktemp("traced"))
+
+
+def run(folder, out, prompts=PROMPTS, **how):
+    return record(folder, prompts, Recording(out, GREEDY, **how), EngineConfig(), "resident")
+
+
+def test_the_tokens_and_what_they_were_routed_to(folder, tmp_path):
+    trace = run(folder, tmp_path / "t")
+    assert [request.num_prompt for request in trace] == [3, 2, 4]
+    with MoEModel.from_pretrained(folder, policy="resident") as model:
+        for request, prompt in zip(trace, PROMPTS, strict=True):
+            assert request.token_ids_T.tolist() == prompt + model.generate(prompt, GREEDY).token_ids[:-1]
+    request = trace[2]
+    again = run(folder, tmp_path / "again", [request.token_ids_T.tolist()])[0]
+    for layer in range(3):
+        ours, theirs = request.layers[layer], again.layers[layer]
+        np.testing.assert_array_equal(ours.topk_ids_NK, theirs.topk_ids_NK[:8])
+        if layer:
+            np.testing.assert_allclose(ours.ahead_NE, theirs.ahead_NE[:8], atol=1e-2)
+
+
+def test_look_ahead_scores_stand_with_the_layer_that_they_are_about(folder, tmp_path):
+    from duoserve.loading import load
+
+    heard = Heard(lookahead=1)
+    runtime = load(folder, EngineConfig(), "resident", None, heard)
+    try:
+        runtime.engine.forward(PROMPTS[0])
+    finally:
+        runtime.close()
+    trace = run(folder, tmp_path / "t")
+    for routing, told in zip(heard.routings[0], trace[0].routing(0), strict=True):
+        np.testing.assert_array_equal(routing.topk_ids_TK, told.topk_ids_TK)
+        for layer, scores_TE in routing.ahead.items():
+            np.testing.assert_allclose(told.ahead[layer], scores_TE, rtol=1e-3, atol=1e-3)
+
+
+def test_an_interrupted_trace_keeps_whole_requests_and_is_resumed(folder, tmp_path, monkeypatch):
+    whole = run(folder, tmp_path / "whole")
+    generate, served = Engine.generate, []
+
+    def interrupted(engine, requests):
+        served.append(requests)
+        for produced in generate(engine, requests):
+            if len(served) == 2:
+                raise KeyboardInterrupt
+            yield produced
+
+    monkeypatch.setattr(Engine, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "t")
+    assert len(open_trace(tmp_path / "t")) == 1
+    trace = run(folder, tmp_path / "t", resume=True)
+    assert len(served) == 4
+    for name in whole.meta.columns():
+        np.testing.assert_array_equal(trace.read(name), whole.read(name))
+
+
+def test_a_trace_is_not_overwritten_but_added_to(folder, tmp_path):
+    run(folder, tmp_path / "t", PROMPTS[:1])
+    with pytest.raises(TraceError, match="exists; --resume finishes it"):
+        run(folder, tmp_path / "t")
+    assert [request.num_prompt for request in run(folder, tmp_path / "t", PROMPTS[1:], append=True)] == [3, 2, 4]
+
+
+@pytest.mark.parametrize(("prompts", "fault"), [([[5, 6, 8]], "another prompt"), ([], "there are 0 prompts")])
+def test_other_prompts_do_not_resume_a_trace(folder, tmp_path, prompts, fault):
+    run(folder, tmp_path / "t", PROMPTS[:1])
+    with pytest.raises(TraceError, match=fault):
+        run(folder, tmp_path / "t", prompts, resume=True)
+
+
+def test_another_models_trace_is_left_alone(folder, tmp_path):
+    other = save_mixtral(tmp_path / "other", num_hidden_layers=2)
+    run(other, tmp_path / "t")
+    before = (tmp_path / "t").read_bytes()
+    with pytest.raises(TraceError, match="another model"):
+        run(folder, tmp_path / "t", append=True)
+    assert (tmp_path / "t").read_bytes() == before
+
+
+def test_text_needs_a_tokenizer(folder, tmp_path):
+    with pytest.raises(RequestError, match=r"no tokenizer\.json"):
+        run(folder, tmp_path / "t", ["text"])
+
+
+def test_json_lines_are_texts_or_objects(tmp_path):
+    from duoserve.cli.trace import read_prompts
+
+    (tmp_path / "p.jsonl").write_text(json.dumps("a\nb") + "\n\n" + json.dumps({"prompt": "c", "id": 1}) + "\n")
+    assert read_prompts(tmp_path / "p.jsonl") == ["a\nb", "c"]
+    for line, fault in [("[1]", "must be a text"), ("{", "is not JSON"), ('{"prompt": 3}', "must be a text")]:
+        (tmp_path / "q.jsonl").write_text(f'"fine"\n{line}\n')
+        with pytest.raises(RequestError, match=f"line 2: {fault}"):
+            read_prompts(tmp_path / "q.jsonl")
