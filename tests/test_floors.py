@@ -43,8 +43,8 @@ F4  models/__init__  models/batch  models/tensors  models/config_fields  models/
     models/tap  models/moe  models/transformer  models/parts  models/listening  models/decoder  models/mixtral
     models/qwen3_moe  models/qwen2_moe  models/olmoe  models/deepseek  models/glm4_moe  models/granite_moe
     models/gpt_oss  models/registry  models/opened  models/described
-F5  sampling  text  kv_cache  workspace  engine  decode_inputs  recorded_decode  event_decode  graph_decode  link
-    decoding  placement  loading  tracing  moe_model  __init__
+F5  sampling  text  kv_cache  engine  decode_inputs  recorded_decode  event_decode  graph_decode  link
+    decoding  workspace  placement  loading  tracing  moe_model  __init__
 F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/trace  cli/train_predictor  cli/plots
     cli/replay  cli/app  cli/__init__
 """

@@ -35,7 +35,7 @@ def attention(
         q_THD, k_CGD, v_CGD = q_THD.float(), k_CGD.float(), v_CGD.float()
     windowed = window is not None and num_context > window
     plain_causal = num_new == num_context and not windowed and sinks_H is None
-    if num_new > QUERY_ROWS and not (plain_causal and _streams_scores(q_THD)):
+    if num_new > QUERY_ROWS and not (plain_causal and _streams_scores(q_THD, v_CGD)):
         return _in_blocks(q_THD, k_CGD, v_CGD, scale, window, sinks_H)
     mask = None
     if num_new > 1 and not plain_causal:
@@ -55,9 +55,12 @@ def attention(
     return out_HTD.transpose(0, 1).to(dtype)
 
 
-def _streams_scores(q_THD: Tensor) -> bool:
-    """Whether plain causal attention with shared KV heads keeps no scores: PyTorch's does, but on a GPU in float32."""
-    return q_THD.is_cpu or q_THD.dtype is not torch.float32
+def _streams_scores(q_THD: Tensor, v_CGD: Tensor) -> bool:
+    """Whether plain causal attention with shared KV heads keeps no scores.
+
+    PyTorch's does not, but on a GPU in float32 and on a CPU where values are narrower than keys.
+    """
+    return q_THD.shape[-1] == v_CGD.shape[-1] if q_THD.is_cpu else q_THD.dtype is not torch.float32
 
 
 def _in_blocks(
