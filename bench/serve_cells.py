@@ -8,6 +8,7 @@ from typing import Any
 
 from serve_models import MODELS, Unavailable
 
+from duoserve.config import DECODE_MODES
 from duoserve.scheduling.plan import DecodeMode, PrefillMode
 from duoserve.scheduling.policies import POLICIES, Policy, get_policy
 
@@ -15,18 +16,19 @@ SHARES = ("12.5%", "25%", "45%", "15%")  # the last is the memory share of arXiv
 PAPER_SHARE, MIDDLE_SHARE = "15%", "25%"
 ALL = "100%"
 PROMPTS, BATCHES = (128, 2048, 8192), (1, 4, 12)
-EVENT, GRAPH = "event", "graph"
-BASE = "lru"  # parts are switched off of this policy
+AUTO, EVENT, GRAPH = DECODE_MODES
+BASE = "lru"  # most parts are switched off of this policy
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part that can be switched off: of the policy, of the copy engine or of the memory."""
+    """A part that can be switched off: of the policy ``base``, of the copy engine or of the memory."""
 
     name: str
     of_policy: Callable[[Policy], Policy] = lambda policy: policy
     whole_rows: bool = False
     pageable: bool = False
+    base: str = BASE
 
 
 PARTS = {
@@ -36,6 +38,7 @@ PARTS = {
         Part("nothing kept", lambda policy: replace(policy, keeps=False)),
         Part("residents wait for misses", lambda policy: replace(policy, decode=DecodeMode.ON_DEMAND)),
         Part("no quota for layers", lambda policy: replace(policy, eviction=replace(policy.eviction, per_layer=False))),
+        Part("no guesses", Policy.without_guesses, base="duoserve"),
         Part("prefetches in one piece", whole_rows=True),
         Part("pageable host memory", pageable=True),
     )
@@ -52,14 +55,14 @@ class Cell:
     prompt: int = PROMPTS[0]
     batch: int = 1
     without: str = ""
-    mode: str = EVENT
+    mode: str = AUTO
     format: str = "bf16"
 
     @property
     def name(self) -> str:
         """As it stands in the report."""
         off = f", {self.without}" if self.without else ""
-        mode = f", {self.mode}" if self.mode != EVENT else ""
+        mode = f", {self.mode}" if self.mode != AUTO else ""
         return (
             f"{self.model} {self.format}, {self.policy}{off}{mode}, {self.share}, prompt {self.prompt} x {self.batch}"
         )
@@ -77,8 +80,6 @@ class Cell:
         """The policy with its part off, and the part; Unavailable for what there is not yet."""
         if self.format != "bf16":
             raise Unavailable("issue 6")
-        if self.mode != EVENT:
-            raise Unavailable(f"the engine has no decode mode {self.mode!r}")
         part = PARTS.get(self.without, Part(""))
         return part.of_policy(get_policy(self.policy)), part
 
@@ -102,10 +103,10 @@ def _stages(model: str) -> list[list[Cell]]:
     policies = [Cell(model, name, share) for name in others for share in SHARES]
     prompts = [cell for prompt in PROMPTS[1:] for cell in _at_a_quarter(model, keeping, prompt=prompt)]
     batches = [cell for batch in BATCHES[1:] for cell in _at_a_quarter(model, keeping, batch=batch)]
-    parts = [Cell(model, BASE, MIDDLE_SHARE, without=part) for part in PARTS]
-    graphs = [Cell(model, BASE, share, mode=GRAPH) for share in SHARES[:3]]
+    parts = [Cell(model, part.base, MIDDLE_SHARE, without=part.name) for part in PARTS.values()]
+    launches = [Cell(model, BASE, share, mode=mode) for mode in (EVENT, GRAPH) for share in SHARES[:3]]
     formats = [Cell(model, BASE, share, format=f) for f in _other_formats(model) for share in SHARES]
-    return [[*budgets, Cell(model, "resident", ALL), *baselines], policies, prompts, batches, parts, graphs + formats]
+    return [[*budgets, Cell(model, "resident", ALL), *baselines], policies, prompts, batches, parts, launches + formats]
 
 
 def _at_a_quarter(model: str, keeping: Sequence[str], prompt: int = PROMPTS[0], batch: int = 1) -> list[Cell]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -13,8 +12,10 @@ from torch import Tensor
 
 from duoserve.config import ModelConfig
 from duoserve.errors import ConfigError
-from duoserve.experts.layout import ExpertId, ExpertLayout
-from duoserve.models.registry import Family, family_of
+from duoserve.experts.layout import ExpertLayout
+from duoserve.models.family import Family
+from duoserve.models.registry import family_of
+from duoserve.models.tensors import ReadTensor, TensorNeed
 from duoserve.scheduling.synthetic import CARDS, RoutingCard
 
 EMBEDDING = "embed_tokens"
@@ -53,12 +54,6 @@ _QWEN3 = _COMMON | {
     "rope_theta": 1e6,
     "rms_norm_eps": 1e-6,
 }
-_QWEN3_AS_MIXTRAL = {name: value for name, value in _QWEN3.items() if name in _MIXTRAL} | {
-    "model_type": "mixtral",
-    "head_dim": 128,
-    "intermediate_size": 768,
-    "num_local_experts": 128,
-}
 _DEEPSEEK = _COMMON | {
     "model_type": "deepseek_v2",
     "vocab_size": 102400,
@@ -96,11 +91,10 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Wired:
-    """A model that can be built: its family, what its config.json means, and in which way it is not the original."""
+    """A model that can be built: its family, and what its config.json means."""
 
     family: Family
     config: ModelConfig
-    note: str = ""
 
     @property
     def layout(self) -> ExpertLayout:
@@ -109,34 +103,31 @@ class Wired:
         return ExpertLayout(config.dtype, config.hidden_size, config.expert_intermediate_size)
 
     @property
-    def dense_shapes(self) -> dict[str, tuple[int, ...]]:
+    def dense_needs(self) -> dict[str, TensorNeed]:
         """Every tensor but the routed experts'."""
-        config, shapes = self.config, dict(self.family.tensor_shapes(self.config))
-        for expert in (ExpertId(n, e) for n in range(config.num_layers) for e in range(config.num_experts)):
-            for name in self.family.expert_names(expert):
-                shapes.pop(name, None)
-        return shapes
+        return self.family.dense_needs(self.config)
 
     @property
     def dense_bytes(self) -> int:
         """Bytes of all dense weights."""
-        return sum(map(prod, self.dense_shapes.values())) * self.config.dtype.itemsize
+        return sum(prod(need.shape) * (need.dtype or self.config.dtype).itemsize for need in self.dense_needs.values())
 
     @property
     def active_dense_elements(self) -> int:
         """Dense weights that every token is multiplied by: all matrices but the embedding table."""
-        return sum(prod(s) for name, s in self.dense_shapes.items() if len(s) == 2 and EMBEDDING not in name)
+        shapes = {name: need.shape for name, need in self.dense_needs.items()}
+        return sum(prod(shape) for name, shape in shapes.items() if len(shape) == 2 and EMBEDDING not in name)
 
-    def reader(self, device: torch.device) -> Callable[[str], Tensor]:
+    def reader(self, device: torch.device) -> ReadTensor:
         """Random dense tensors by name, the same for the same name: norms are ones, matrices keep a row's size."""
-        shapes = self.dense_shapes
+        needs = self.dense_needs
 
-        def read(name: str) -> Tensor:
-            shape = shapes[name]
+        def read(name: str, dtype: torch.dtype | None = None) -> Tensor:
+            shape, dtype = needs[name].shape, dtype or self.config.dtype
             if len(shape) == 1:
-                return torch.full(shape, float("norm" in name), dtype=self.config.dtype, device=device)
+                return torch.full(shape, float("norm" in name), dtype=dtype, device=device)
             generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-            made = torch.empty(shape, dtype=self.config.dtype, device=device)
+            made = torch.empty(shape, dtype=dtype, device=device)
             return made.normal_(0.0, shape[-1] ** -0.5, generator=generator)
 
         return read
@@ -144,39 +135,25 @@ class Wired:
 
 @dataclass(frozen=True)
 class ServeModel:
-    """``stand_in`` is a config of the same sizes in a family that there is, used while there is none for ``raw``."""
+    """A published config.json, and a card of the model's routing."""
 
     name: str
     raw: dict[str, Any]
     card: RoutingCard
-    stand_in: dict[str, Any] | None = None
-    stand_in_note: str = ""
 
     def wired(self) -> Wired:
         """With the family that knows it; Unavailable where there is none."""
         try:
-            return _wired(self.raw)
+            family = family_of(self.raw)
+            return Wired(family, family.parse_config(self.raw))
         except ConfigError as error:
-            if self.stand_in is None:
-                raise Unavailable(f"no family: {error}") from error
-        return replace(_wired(self.stand_in), note=self.stand_in_note)
-
-
-def _wired(raw: dict[str, Any]) -> Wired:
-    family = family_of(raw)
-    return Wired(family, family.parse_config(raw))
+            raise Unavailable(f"no family: {error}") from error
 
 
 MODELS = {
     model.name: model
     for model in (
-        ServeModel(
-            "Qwen3-30B-A3B",
-            _QWEN3,
-            CARDS["qwen3-30b-a3b"],
-            _QWEN3_AS_MIXTRAL,
-            "wired as a Mixtral of its sizes, without the norms of queries and keys",
-        ),
+        ServeModel("Qwen3-30B-A3B", _QWEN3, CARDS["qwen3-30b-a3b"]),
         ServeModel("Mixtral-8x7B", _MIXTRAL, CARDS["mixtral-8x7b"]),
         ServeModel("DeepSeek-V2-Lite", _DEEPSEEK, CARDS["deepseek-v2-lite"]),
     )
@@ -200,9 +177,8 @@ _TINY_SIZES = {
 
 def tiny(model: ServeModel) -> ServeModel:
     """The same routing over experts so small that a CPU serves them in a moment."""
-    stand_in = model.stand_in and _shrunk(model.stand_in)
     num_layers = _TINY_SIZES["num_hidden_layers"] - model.raw.get("first_k_dense_replace", 0)
-    return replace(model, raw=_shrunk(model.raw), stand_in=stand_in, card=replace(model.card, num_layers=num_layers))
+    return replace(model, raw=_shrunk(model.raw), card=replace(model.card, num_layers=num_layers))
 
 
 def _shrunk(raw: dict[str, Any]) -> dict[str, Any]:

@@ -112,8 +112,8 @@ class Tape:
 class RoutingReplay(RoutingScript):
     """Plays the tape that was put in. A decode step's choice lies at one address in all steps, as a graph wants it.
 
-    ``layers`` are the model's MoE layers. ``listener`` hears the tape, look-ahead scores included, as a model's tap
-    would tell it.
+    ``layers`` are the model's MoE layers. ``listener`` hears the tape, look-ahead scores included, for the replay is
+    the tap of the blocks that it scripts: a recorded step asks for no choice, but its choice is announced.
     """
 
     def __init__(self, tape: Tape, layers: Sequence[int], listener: RoutingListener | None = None) -> None:
@@ -142,13 +142,16 @@ class RoutingReplay(RoutingScript):
     def chosen(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         """As in RoutingScript."""
         place, tape = self._place[layer], self._tape
-        if self._listener is not None:
-            self._listener.routed(self._heard(place, num_tokens))
         if self._step < 0:
             return tape.prompt_weights_LNK[place, :num_tokens], tape.prompt_ids_LNK[place, :num_tokens]
         top_k = tape.ids_SLRK.shape[-1]
         weights_N, ids_N = (now_LN[place, : num_tokens * top_k] for now_LN in (self._weights_LN, self._ids_LN))
         return weights_N.view(-1, top_k), ids_N.view(-1, top_k)
+
+    def routed(self, layer: int, x_TH: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor) -> None:
+        """As in RoutingTap."""
+        if self._listener is not None:
+            self._listener.routed(self._heard(self._place[layer], len(topk_ids_TK)))
 
     def _heard(self, place: int, num_tokens: int) -> Routing:
         """The tape's routing of the first rows, by the model's layer numbers instead of the trace's."""
@@ -213,9 +216,9 @@ class ReplayedPasses(StepScheduler):
         self._scheduler.end()
 
 
-def scripted(model: Transformer, script: RoutingScript) -> Transformer:
-    """The same model, whose routers' choice is the script's."""
-    return replace(model, layers=tuple(_scripted_layer(layer, script) for layer in model.layers))
+def scripted(model: Transformer, replay: RoutingReplay) -> Transformer:
+    """The same model, whose routers' choice is the replay's."""
+    return replace(model, layers=tuple(_scripted_layer(layer, replay) for layer in model.layers))
 
 
 def moe_layers(model: Transformer) -> list[int]:
@@ -223,5 +226,5 @@ def moe_layers(model: Transformer) -> list[int]:
     return [layer.ffn.layer for layer in model.layers if isinstance(layer.ffn, MoEBlock)]
 
 
-def _scripted_layer(layer: DecoderLayer, script: RoutingScript) -> DecoderLayer:
-    return replace(layer, ffn=replace(layer.ffn, script=script)) if isinstance(layer.ffn, MoEBlock) else layer
+def _scripted_layer(layer: DecoderLayer, replay: RoutingReplay) -> DecoderLayer:
+    return replace(layer, ffn=replace(layer.ffn, script=replay, tap=replay)) if isinstance(layer.ffn, MoEBlock) else layer

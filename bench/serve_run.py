@@ -15,9 +15,11 @@ from serve_host import Host
 from serve_models import Unavailable, Wired
 from serve_replay import AskedFor, HostArena, ReplayedPasses, RoutingReplay, SharedRows, Tape, moe_layers, scripted
 
+from duoserve.architecture import LatentAttentionConfig
 from duoserve.config import EngineConfig
-from duoserve.engine import Engine, Request
-from duoserve.errors import MemoryBudgetError
+from duoserve.decoding import DecoderParts, make_decoder
+from duoserve.engine import Decoder, Engine, Request
+from duoserve.errors import ConfigError, MemoryBudgetError
 from duoserve.experts.budget import MemoryPlan, plan_memory
 from duoserve.experts.device import CPU, free_bytes
 from duoserve.experts.slots import SlotPool
@@ -25,6 +27,8 @@ from duoserve.experts.tickets import PIECE_BYTES
 from duoserve.kv_cache import PagedKVCache, kv_bytes_per_token
 from duoserve.loading import make_scheduler
 from duoserve.metrics import Meter
+from duoserve.models.decoder import RoutedExperts
+from duoserve.predictors.lookahead import LookaheadPredictor
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
 from duoserve.workspace import workspace_bytes
@@ -59,7 +63,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Ground:
-    """What a cell stands on: the machine, the model, its number of MoE layers, the experts' memory and both tapes."""
+    """What a cell stands on: the machine, the model, its number of MoE layers, the experts' memory both tapes, and what guesses."""
 
     host: Host
     model: Wired
@@ -67,6 +71,7 @@ class Ground:
     arena: HostArena
     warm: Tape
     measured: Tape
+    guesser: LookaheadPredictor
 
     def plan(self, cell: Cell, policy: Policy, max_context: int) -> MemoryPlan:
         """As ``from_pretrained`` makes it; Unavailable with its arithmetic where it does not fit."""
@@ -89,22 +94,42 @@ class Ground:
             raise Unavailable(str(error)) from error
 
     @contextmanager
-    def served(self, plan: MemoryPlan, policy: Policy, part: Part, max_context: int) -> Iterator[Served]:
-        """The model with ``policy``; all of it is given back at the end."""
+    def served(
+        self, plan: MemoryPlan, policy: Policy, part: Part, max_context: int, mode: str
+    ) -> Iterator[Served]:
+        """The model with ``policy`` in decode mode ``mode``; all of it is given back at the end."""
         config, device = self.model.config, self.host.device
         store = SharedRows(self.arena, self.model.layout, config.num_experts)
         meter, pool = Meter(), SlotPool(plan.num_slots, store.layout, device=device)
         piece_bytes = plan.slot_bytes if part.whole_rows else PIECE_BYTES
         copies = self.host.copy_engine(store, pool, meter, piece_bytes)
-        with closing(make_scheduler(config, pool, copies, policy, meter)) as scheduler:
+        with closing(make_scheduler(config, pool, copies, policy, meter, self._predictor(policy))) as scheduler:
             if policy.all_resident:
                 scheduler.load_all()
             asked_for = AskedFor(scheduler)
-            built = self.model.family.build(config, self.model.reader(device), asked_for, pool.weights)
-            replay = RoutingReplay(self.warm, moe_layers(built))
+            built = self.model.family.build(config, self.model.reader(device), RoutedExperts(asked_for, pool.weights))
+            replay = RoutingReplay(self.warm, moe_layers(built), scheduler.listener)
+            model = scripted(built, replay)
             cache = PagedKVCache(config, max_context, config.dtype, device)
             passes = ReplayedPasses(scheduler, replay)
-            yield Served(Engine(scripted(built, replay), config, passes, cache, meter), meter, replay, asked_for)
+            decoder = _decoder(mode, policy, DecoderParts(model, cache, scheduler, store, pool))
+            engine = Engine(model, config, passes, cache, meter, decoder=decoder)
+            yield Served(engine, meter, replay, asked_for)
+
+    def _predictor(self, policy: Policy) -> LookaheadPredictor | None:
+        """A new one, by the model's layer numbers, for a policy that guesses, whichever kind that would like best."""
+        if policy.predictor is None:
+            return None
+        known = self.guesser
+        meta = replace(known.meta, layers=self.model.config.moe_layers)
+        return LookaheadPredictor(meta, known.popularity_LE, known.slopes_L, known.offsets_L)
+
+
+def _decoder(mode: str, policy: Policy, parts: DecoderParts) -> Decoder | None:
+    try:
+        return make_decoder(mode, policy, parts)
+    except ConfigError as error:
+        raise Unavailable(str(error)) from error
 
 
 def run(cell: Cell, ground: Ground, limits: Limits) -> Figures:
@@ -115,7 +140,7 @@ def run(cell: Cell, ground: Ground, limits: Limits) -> Figures:
     max_context = cell.batch * PagedKVCache.whole_pages(cell.prompt + limits.steps + 1)
     held = ground.host.reset_peak()
     plan = ground.plan(cell, policy, max_context)
-    with ground.served(plan, policy, part, max_context) as served:
+    with ground.served(plan, policy, part, max_context, cell.mode) as served:
         _request(served, ground.warm, cell, ground.host, limits.to_warm_up())
         figures = _request(served, ground.measured, cell, ground.host, limits)
         asked = served.asked_for.experts[ground.num_moe_layers :]  # behind the prompt's
@@ -129,7 +154,7 @@ def run(cell: Cell, ground: Ground, limits: Limits) -> Figures:
         "peak_bytes": None if peak is None else peak - held,
         "logits": digest,
         "asked": sum(map(len, taped)),
-        "as_taped": [set(experts) for experts in asked] == taped,
+        "as_taped": [set(experts) for experts in asked] == taped if len(asked) == len(taped) else None,
         "layers": ground.num_moe_layers,
         "dense_active_bytes": ground.model.active_dense_elements * ground.model.config.dtype.itemsize,
         "flop": prefill_flop(ground.model, ground.num_moe_layers, cell),
@@ -142,7 +167,9 @@ def prefill_flop(model: Wired, num_moe_layers: int, cell: Cell) -> int:
     head = config.vocab_size * config.hidden_size
     expert = 3 * config.hidden_size * config.expert_intermediate_size
     per_token = model.active_dense_elements - head + num_moe_layers * config.top_k * expert
-    attention = 2 * config.num_layers * config.num_heads * config.head_dim * cell.prompt * tokens
+    heads = config.blocks.attention
+    values = heads.num_heads * heads.value_dim if isinstance(heads, LatentAttentionConfig) else heads.width
+    attention = config.num_layers * (heads.width + values) * cell.prompt * tokens
     return 2 * (tokens * per_token + cell.batch * head) + attention
 
 

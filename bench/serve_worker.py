@@ -17,11 +17,15 @@ from serve_peers import accelerate_offload
 from serve_replay import HostArena, Tape
 from serve_run import Ground, Limits, run
 
+from duoserve.predictors.lookahead import LookaheadPredictor
+from duoserve.predictors.training import train
 from duoserve.scheduling.synthetic import synthesize
 
 IS_TINY, ARENA_GIB = "SERVE_TINY", "SERVE_ARENA_GIB"  # environment of the process
 PRECISION = 0.8  # of the made-up look-ahead scores: policies that read these find so many of a token's experts
 SEED = 20250907
+TRAINING_REQUESTS, TRAINING_STEPS = 8, 32
+GUESSER_NOTE = "guesses are those of a look-ahead predictor"
 PAGEABLE_SHARE = 4  # so much less memory for the one cell whose host memory is not page-locked
 TINY_ARENA_BYTES = 10 << 20
 TINY_PROMPTS = {128: 8, 2048: 24, 8192: 300}
@@ -37,6 +41,7 @@ class ServeBench:
         self._arena_bytes = TINY_ARENA_BYTES if is_tiny else int(arena_gib * 2**30)
         self._host: Host = host or (CpuHost() if is_tiny else GpuHost())
         self._arenas: dict[bool, HostArena] = {}
+        self._guessers: dict[str, LookaheadPredictor] = {}
         self._tapes: dict[tuple[str, int, int], tuple[Tape, Tape]] = {}
 
     def close(self) -> None:
@@ -78,8 +83,9 @@ class ServeBench:
         if pageable and not self._host.pins:
             raise Unavailable("there is no link that page-locked memory would be better for")
         warm, measured = self._tapes_of(model, cell, limits)
-        ground = Ground(self._host, wired, model.card.num_layers, self._arena(pageable), warm, measured)
-        return run(cell, ground, limits) | {"note": wired.note, "batch": cell.batch, "prompt": cell.prompt}
+        ground = Ground(self._host, wired, model.card.num_layers, self._arena(pageable), warm, measured, self._guesser(model))
+        note = GUESSER_NOTE if cell.switched()[0].predictor else ""
+        return run(cell, ground, limits) | {"note": note, "batch": cell.batch, "prompt": cell.prompt}
 
     def _model(self, name: str) -> ServeModel:
         return tiny(MODELS[name]) if self._tiny else MODELS[name]
@@ -89,6 +95,15 @@ class ServeBench:
             nbytes = self._arena_bytes // (PAGEABLE_SHARE if pageable else 1)
             self._arenas[pageable] = HostArena(nbytes, pinned=self._host.pins and not pageable)
         return self._arenas[pageable]
+
+    def _guesser(self, model: ServeModel) -> LookaheadPredictor:
+        """Trained on other requests whose look-ahead scores are as good as the tape's."""
+        if model.name not in self._guessers:
+            trace = synthesize(model.card, TRAINING_REQUESTS, TRAINING_STEPS, PRECISION, SEED + 1)
+            trained, _ = train(trace, LookaheadPredictor.name)
+            assert isinstance(trained, LookaheadPredictor)
+            self._guessers[model.name] = trained
+        return self._guessers[model.name]
 
     def _tapes_of(self, model: ServeModel, cell: Cell, limits: Limits) -> tuple[Tape, Tape]:
         """The routing of the requests that warm up and of those that are measured; kept for one group at a time."""
