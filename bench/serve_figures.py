@@ -107,9 +107,12 @@ def _with_longest(rows: Sequence[list[int]]) -> list[tuple[list[int], list[int]]
 
 
 def asks_for_the_tape(measured: dict[str, Any]) -> bool:
-    """Whether each layer of each decode step asked for the tape's experts, and all were counted."""
+    """Whether each layer of each decode step asked for the tape's experts, and all were counted.
+
+    Steps that the device carries out ask nobody (``as_taped`` is None): of these only the count is known.
+    """
     stats = measured["stats"]
-    return measured["as_taped"] and stats["hits_decode"] + stats["misses_decode"] == measured["asked"]
+    return measured["as_taped"] is not False and stats["hits_decode"] + stats["misses_decode"] == measured["asked"]
 
 
 def keeps_the_plan(measured: dict[str, Any]) -> bool:

@@ -148,8 +148,8 @@ def test_every_policy_budget_prompt_and_batch_has_its_row() -> None:
 
 @pytest.mark.parametrize("name", PARTS)
 def test_a_part_that_is_off_changes_something(name: str) -> None:
-    policy, off = Cell(QWEN3, BASE, "25%", without=name).switched()
-    assert policy != POLICIES[BASE] or off.whole_rows or off.pageable
+    policy, off = Cell(QWEN3, PARTS[name].base, "25%", without=name).switched()
+    assert policy != POLICIES[PARTS[name].base] or off.whole_rows or off.pageable
 
 
 def test_the_tapes_routing_is_what_the_blocks_get() -> None:
@@ -178,7 +178,8 @@ def test_a_listener_hears_the_tape() -> None:
     for step, (phase, rows) in enumerate([(Phase.PREFILL, 10), (Phase.DECODE, 2), (Phase.PREFILL, 3)]):
         replay.begin(phase, rows)
         for layer in layers:
-            replay.chosen(layer, rows)
+            weights_TK, ids_TK = replay.chosen(layer, rows)
+            replay.routed(layer, ids_TK, weights_TK, ids_TK)
         assert [routing.layer for routing in listener.routings[-1]] == list(layers)
         said = [list(trace[number].routing(step % 2)) for number in (0, 1)]
         for routing, *requests in zip(listener.routings[-1], *said, strict=True):
@@ -226,10 +227,17 @@ def test_policies_compute_the_same_on_replayed_routing(model: str, bench: ServeB
     assert by_policy["resident"]["decode_bytes_per_s"] == 0 < by_policy["on-demand"]["decode_bytes_per_s"]
 
 
+def test_a_policy_that_guesses_makes_guesses(bench: ServeBench) -> None:
+    guessing = Cell(QWEN3, "lookahead", "25%")
+    made = {cell: bench.cell(**cell.to_dict())["stats"] for cell in (guessing, Cell(QWEN3, BASE, "25%"))}
+    ahead = [s["bytes_total"] - s["bytes_demanded"] for s in made.values()]
+    assert ahead[0] > ahead[1]
+
+
 @pytest.mark.parametrize(
     ("cell", "why"),
     [
-        (Cell(MIXTRAL, BASE, "25%", mode=GRAPH), "no decode mode 'graph'"),
+        (Cell(MIXTRAL, BASE, "25%", mode=GRAPH), "takes CUDA graphs"),
         (Cell(MIXTRAL, BASE, "25%", format="int4"), "issue 6"),
         (Cell(MIXTRAL, BASE, "5%"), "raise expert_slots to at least 3"),
         (Cell(MIXTRAL, BASE, "25%", without="pageable host memory"), "no link"),
