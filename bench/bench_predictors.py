@@ -123,7 +123,8 @@ def table(result: dict[str, Any]) -> str:
         f"was trained on; training: {result['train_requests']} requests, {result['train_tokens']} tokens. Each step "
         f"chooses 2 of 8 experts in 6 layers. Percent, over all layers; nothing looks ahead to the first.",
         f"{facts['cpu']}, {facts['cores']} cores; torch {made['torch']}, numpy {made['numpy']}, commit "
-        f"{made['commit']}; `{result['command']}`, {result['seconds']:.0f} s; others used "
+        f"{made['commit']}; `{result['command']}`, {result['seconds']:.0f} s "
+        f"{'without' if result['traces_kept'] else 'with'} the recording of the traces; others used "
         f"{result['foreign_cpu']:.0%} of the machine's CPU time.",
         _markdown(heads, rows),
         "\n".join(said),
@@ -153,6 +154,7 @@ def main() -> None:
     args = parser.parse_args()
 
     start, others = perf_counter(), ForeignCpu()
+    kept = args.work is not None and (args.work / "held.safetensors").exists()
     with tempfile.TemporaryDirectory() as folder, others.measure():
         work = args.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
@@ -171,7 +173,8 @@ def main() -> None:
         "foreign_cpu": round(others.share, 3),
         "machine": machine_facts(Path.cwd()),
         "versions": versions(),
-        "command": "python bench/bench_predictors.py --texts TEXTS --json " + str(args.json),
+        "traces_kept": kept,
+        "command": f"python bench/bench_predictors.py --texts TEXTS --json {args.json}",
     }
     args.json.write_text(json.dumps(result, indent=1) + "\n")
     args.json.with_suffix(".md").write_text(table(result))

@@ -227,4 +227,6 @@ def moe_layers(model: Transformer) -> list[int]:
 
 
 def _scripted_layer(layer: DecoderLayer, replay: RoutingReplay) -> DecoderLayer:
-    return replace(layer, ffn=replace(layer.ffn, script=replay, tap=replay)) if isinstance(layer.ffn, MoEBlock) else layer
+    return (
+        replace(layer, ffn=replace(layer.ffn, script=replay, tap=replay)) if isinstance(layer.ffn, MoEBlock) else layer
+    )

@@ -63,7 +63,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Ground:
-    """What a cell stands on: the machine, the model, its number of MoE layers, the experts' memory both tapes, and what guesses."""
+    """What a cell stands on: the machine, the model, the experts' memory, both tapes, and what guesses."""
 
     host: Host
     model: Wired
@@ -94,9 +94,7 @@ class Ground:
             raise Unavailable(str(error)) from error
 
     @contextmanager
-    def served(
-        self, plan: MemoryPlan, policy: Policy, part: Part, max_context: int, mode: str
-    ) -> Iterator[Served]:
+    def served(self, plan: MemoryPlan, policy: Policy, part: Part, max_context: int, mode: str) -> Iterator[Served]:
         """The model with ``policy`` in decode mode ``mode``; all of it is given back at the end."""
         config, device = self.model.config, self.host.device
         store = SharedRows(self.arena, self.model.layout, config.num_experts)

@@ -82,8 +82,8 @@ class ServeBench:
         pageable = cell.without in PARTS and PARTS[cell.without].pageable
         if pageable and not self._host.pins:
             raise Unavailable("there is no link that page-locked memory would be better for")
-        warm, measured = self._tapes_of(model, cell, limits)
-        ground = Ground(self._host, wired, model.card.num_layers, self._arena(pageable), warm, measured, self._guesser(model))
+        kept = self._arena(pageable), *self._tapes_of(model, cell, limits)
+        ground = Ground(self._host, wired, model.card.num_layers, *kept, self._guesser(model))
         note = GUESSER_NOTE if cell.switched()[0].predictor else ""
         return run(cell, ground, limits) | {"note": note, "batch": cell.batch, "prompt": cell.prompt}
 

@@ -7,10 +7,12 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from duoserve.choice import Choice, find_choice, predictor_beside
 from duoserve.config import EngineConfig, ModelConfig
 from duoserve.decoding import DecoderParts, make_decoder
 from duoserve.engine import Engine
 from duoserve.experts.budget import MemoryPlan
+from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.copy_engine import CopyEngine
 from duoserve.experts.slots import SlotPool, SlotTable
 from duoserve.kv_cache import PagedKVCache
@@ -19,6 +21,7 @@ from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
 from duoserve.models.opened import opened
 from duoserve.placement import Placement
+from duoserve.predictors.files import load_predictor
 from duoserve.scheduling.policies import Policy, get_policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import RoutingListener, audience
@@ -50,23 +53,26 @@ def load(  # noqa: PLR0913
     cache_dir: str | Path | None,
     listener: RoutingListener | None = None,
     *,
-    predictor: Predictor | None = None,
+    predictor: Predictor | str | Path | None = None,
 ) -> Runtime:
     """Opens a checkpoint and makes it ready to run; whatever was opened is closed again when that fails.
 
     ``listener`` hears what the routers choose, and ``predictor`` says what they will, if the policy makes guesses;
-    neither changes a result.
+    neither changes a result. A predictor is an object, its file, or "auto": the one beside the model. The policy "auto"
+    is what ``duoserve evaluate`` has chosen, its predictor included, else "duoserve"; "resident" where all fit.
     """
     named = _named_policy(policy)
     with ExitStack() as held:
         found = held.enter_context(opened(model))
         place = Placement.of(found, wanted)
         plan = place.plan(wanted, needs_all=named is not None and named.all_resident)
-        chosen = named or get_policy("resident" if plan.num_slots == plan.total_experts else "lru")
+        best = None if named is not None else find_choice(found.checkpoint, cache_dir)
+        chosen = named or _automatic(plan, best[0] if best else None)
+        told = _told(predictor, best, found.checkpoint, cache_dir)
         store = place.slow_tier(plan, cache_dir, held)
         meter, pool = Meter(), SlotPool(plan.num_slots, store.layout, device=place.device)
         copies = place.copy_engine(store, pool, wanted.copy_threads, meter)
-        scheduler = held.enter_context(closing(make_scheduler(found.config, pool, copies, chosen, meter, predictor)))
+        scheduler = held.enter_context(closing(make_scheduler(found.config, pool, copies, chosen, meter, told)))
         if chosen.all_resident:
             scheduler.load_all(progress=sys.stderr.isatty())
         built = found.family.build(found.config, place.read, RoutedExperts(scheduler, pool.weights))
@@ -101,6 +107,27 @@ def make_scheduler(  # noqa: PLR0913, PLR0917
         moe_layers=config.moe_layers,
         predictor=predictor,
     )
+
+
+def _automatic(plan: MemoryPlan, best: Choice | None) -> Policy:
+    if plan.num_slots == plan.total_experts:
+        return get_policy("resident")
+    policy = get_policy("duoserve" if best is None else best.policy)
+    return policy if best is None or best.use_predictor else policy.without_guesses()
+
+
+def _told(
+    predictor: Predictor | str | Path | None,
+    best: tuple[Choice, Path] | None,
+    checkpoint: Checkpoint,
+    cache_dir: str | Path | None,
+) -> Predictor | None:
+    """The predictor that was asked for, or chosen with the policy."""
+    if predictor == "auto" or (predictor is None and best is not None and best[0].use_predictor):
+        return predictor_beside(checkpoint, cache_dir)
+    if isinstance(predictor, (str, Path)):
+        return load_predictor(Path(predictor), checkpoint.fingerprint())
+    return predictor
 
 
 def _named_policy(policy: str | Policy) -> Policy | None:

@@ -64,7 +64,7 @@ class MoEModel:
         memory: int | str | None = None,
         host_memory: int | str = "auto",
         policy: str | Policy = "auto",
-        predictor: Predictor | None = None,
+        predictor: Predictor | str | Path | None = None,
         max_context: int | None = None,
         copy_threads: int = 2,
         decode_mode: str = "auto",
@@ -76,10 +76,12 @@ class MoEModel:
         ``expert_memory`` (the slot pool) or ``memory`` (slots, dense weights, KV cache and workspace); with none of
         them, as many experts as comfortably fit. Memory is bytes or text such as "4GiB". ``host_memory`` bounds the
         packed experts that wait in RAM; the others stay on disk ("auto" on a CPU: all of them).
-        ``policy`` is a name or a :class:`Policy`; what ``predictor`` says is used by those that copy ahead in decode.
-        ``max_context`` counts tokens over all running sequences; ``cache_dir`` is where a packed copy of the experts is
-        made on first use. On a GPU, ``decode_mode`` says how a decode step is launched: as one graph ("graph", where
-        all experts are in pinned RAM or in slots), or layer by layer ("event"); "auto" measures which suits the link.
+        ``policy`` is a name or a :class:`Policy`; those that copy ahead in decode do what ``predictor`` says (a file of
+        train-predictor's, or "auto": the one beside the model); "auto" is what ``duoserve evaluate`` has chosen, with
+        its predictor. ``max_context`` counts tokens over all running sequences; ``cache_dir`` is where a packed copy of
+        the experts is made on first use. On a GPU, ``decode_mode`` says how a decode step is launched: as one graph
+        ("graph", where all experts are in pinned RAM or in slots), or layer by layer ("event"); "auto" measures which
+        suits the link.
 
         Raises ConfigError, CheckpointError or MemoryBudgetError before anything large is allocated.
         """

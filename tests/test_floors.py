@@ -34,19 +34,19 @@ F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predi
     scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/policies  scheduling/link_budget
     scheduling/foresight  scheduling/ledger  scheduling/residency  scheduling/spaces  scheduling/lease
     scheduling/read_through  scheduling/scheduler  scheduling/cache_study  scheduling/hardware  scheduling/foreseen
-    scheduling/scored  scheduling/replay  scheduling/bake_off  predictors/__init__  predictors/features
-    predictors/history  predictors/base  predictors/popularity  predictors/affinity  predictors/activation_matrix
-    predictors/lookahead  predictors/paper  predictors/learned  predictors/examples  predictors/networks
-    predictors/training  predictors/quality  predictors/files
-F4  models/__init__  models/batch  models/tensors  models/config_fields  models/rope_fields  models/common_fields
-    models/expert_names  models/family  models/layers  models/rope  models/attention  models/mla  models/router
-    models/tap  models/moe  models/transformer  models/parts  models/listening  models/decoder  models/mixtral
+    scheduling/scored  scheduling/replay  scheduling/bake_off  scheduling/selection  predictors/__init__
+    predictors/features  predictors/history  predictors/base  predictors/popularity  predictors/affinity
+    predictors/activation_matrix  predictors/lookahead  predictors/paper  predictors/learned  predictors/examples
+    predictors/networks  predictors/training  predictors/quality  predictors/files
+F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  models/attention  models/mla
+    models/router  models/tap  models/moe  models/transformer  models/parts  models/listening  models/decoder
+    models/config_fields  models/rope_fields  models/common_fields  models/expert_names  models/family  models/mixtral
     models/qwen3_moe  models/qwen2_moe  models/olmoe  models/deepseek  models/glm4_moe  models/granite_moe
     models/gpt_oss  models/registry  models/opened  models/described
-F5  sampling  text  kv_cache  engine  decode_inputs  recorded_decode  event_decode  graph_decode  link
-    decoding  workspace  placement  loading  tracing  moe_model  __init__
+F5  sampling  text  kv_cache  engine  decode_inputs  recorded_decode  event_decode  graph_decode  link  decoding
+    workspace  placement  choice  loading  tracing  evaluating  moe_model  __init__
 F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/trace  cli/train_predictor  cli/plots
-    cli/replay  cli/app  cli/__init__
+    cli/replay  cli/evaluate  cli/app  cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]
 RANK = {name: rank for rank, name in enumerate(FILES)}

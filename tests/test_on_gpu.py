@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from duoserve import MoEModel, SamplingParams
+from duoserve import ConfigError, MoEModel, SamplingParams
 from duoserve.workspace import FIXED_BYTES
 from tests.checkpoints import save_mixtral
+from tests.models.cases import FAMILIES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -96,3 +97,24 @@ def test_a_prompt_of_the_whole_context_keeps_within_the_plan(
         assert all(used[kind] - before[kind] <= plan.total_bytes for kind in used)
         activations = plan.workspace_bytes - FIXED_BYTES["cuda"]
         assert used["allocated"] - before["allocated"] > plan.total_bytes - plan.workspace_bytes + activations // 3
+
+
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name != "gpt_oss"])
+def test_every_family_computes_on_a_gpu_what_it_computes_on_a_cpu(model_type: str, tmp_path: Path) -> None:
+    family = FAMILIES[model_type]
+    folder = family.save(tmp_path / "model", family.hard)
+    results = []
+    for device in ("cpu", "cuda"):
+        with MoEModel.from_pretrained(
+            folder, device=device, dtype="float32", expert_slots=family.top_k + 1, cache_dir=tmp_path
+        ) as model:
+            results.append((model.generate(PROMPT, GREEDY).token_ids, model.forward(PROMPT)))
+    (cpu_tokens, cpu_TV), (gpu_tokens, gpu_TV) = results
+    assert gpu_tokens == cpu_tokens
+    assert ((gpu_TV - cpu_TV).norm() / cpu_TV.norm()).item() <= 1e-4
+
+
+def test_gpt_oss_is_refused_on_a_gpu(tmp_path: Path) -> None:
+    folder = FAMILIES["gpt_oss"].save(tmp_path, "plain")
+    with pytest.raises(ConfigError, match="gpt_oss runs on CPUs only so far: load it with device='cpu'"):
+        MoEModel.from_pretrained(folder, device="cuda")

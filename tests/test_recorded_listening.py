@@ -55,7 +55,7 @@ def heard(folder: Path, mode: str) -> Copying:
 def test_the_same_routings(mode: str, tmp_path: Path) -> None:
     folder = save_mixtral(tmp_path)
     true, recorded = heard(folder, ""), heard(folder, mode)
-    assert true.begun == recorded.begun and len(true.begun) == max(MAX_TOKENS)
+    assert true.begun == recorded.begun and [len(routings) for routings in true.routings] == [3] * max(MAX_TOKENS)
     for routings, others in zip(true.routings, recorded.routings, strict=True):
         for one, other in zip(routings, others, strict=True):
             assert one.layer == other.layer and sorted(one.ahead) == sorted(other.ahead)

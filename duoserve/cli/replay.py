@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from duoserve.cli.options import Subparsers, add_parser
 from duoserve.cli.plots import draw, one_step
+from duoserve.config import ModelConfig
 from duoserve.errors import ConfigError
 from duoserve.models.opened import opened
 from duoserve.predictors.files import load_predictor
@@ -107,10 +108,14 @@ def _sizes(model: str | None, trace: Trace) -> LayerSizes:
     if model in SIZES:
         return find_sizes(model)
     with opened(model) as found:
-        config = found.config
+        return sizes_of(model, found.config)
+
+
+def sizes_of(name: str, config: ModelConfig) -> LayerSizes:
+    """Those of a checkpoint, in its own dtype."""
     hidden, attention = config.hidden_size, config.blocks.attention
     return LayerSizes(
-        model,
+        name,
         3 * hidden * config.expert_intermediate_size,
         8 * config.dtype.itemsize,
         attention.num_params(hidden) + hidden * config.num_experts,

@@ -82,14 +82,18 @@ class CheckpointStore(ExpertStore):
             raise CopyError(f"expert {expert.expert} of layer {expert.layer}{place}: {error}") from error
 
 
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """``cache_dir``, or ``$DUOSERVE_CACHE``, or ``~/.cache/duoserve``."""
+    return Path(cache_dir or os.environ.get("DUOSERVE_CACHE") or Path.home() / ".cache" / "duoserve")
+
+
 def pack_path(checkpoint: Checkpoint, layout: ExpertLayout, cache_dir: str | Path | None = None) -> Path:
     """The folder for a checkpoint's pack, which need not exist: ``<cache>/packs/<fingerprint>-<dtype>``.
 
-    The cache is ``cache_dir``, or ``$DUOSERVE_CACHE``, or ``~/.cache/duoserve``.
+    See cache_folder for the cache.
     """
-    default = os.environ.get("DUOSERVE_CACHE") or Path.home() / ".cache" / "duoserve"
     dtype = str(layout.dtype).removeprefix("torch.")
-    return Path(cache_dir or default) / "packs" / f"{checkpoint.fingerprint()}-{dtype}"
+    return cache_folder(cache_dir) / "packs" / f"{checkpoint.fingerprint()}-{dtype}"
 
 
 def write_pack(

@@ -43,7 +43,7 @@ def load_decoder(config: ModelConfig, names: MoENames, tensors: Tensors, experts
     embed_VH = model("embed_tokens.weight", *vocab)
     return Transformer(
         embed_VH=embed_VH,
-        rope=Rope.of(config.blocks.rope),
+        rope=Rope.of(config.blocks.rope, embed_VH.device),
         layers=tuple(_layer(config, layer, names, model, experts) for layer in range(config.num_layers)),
         norm=_norm(config, model.under("norm")),
         head_VH=embed_VH if config.tie_word_embeddings else tensors("lm_head.weight", *vocab),

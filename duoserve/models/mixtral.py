@@ -27,7 +27,6 @@ from duoserve.models.rope_fields import MAX_POSITIONS, rope_config
 MODEL_TYPE = "mixtral"
 # What transformers' MixtralConfig takes for a field that is not there.
 DEFAULTS: dict[str, Any] = {
-    "attention_bias": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "hidden_act": "silu",
@@ -50,7 +49,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     """The hyper-parameters of a raw ``config.json``; ConfigError names a field that is unsupported or out of bounds."""
     fields = Fields.completed(raw, DEFAULTS, aliases={"num_experts": "num_local_experts"})
     refuse_unsupported(fields)
-    if fields.flag("attention_bias"):
+    if fields.flag("attention_bias", False):
         raise fields.refusal("attention_bias", "supported: false")
     experts, layers = num_experts(fields, "num_local_experts"), num_layers(fields)
     window = fields.optional_integer("sliding_window", 1, MAX_POSITIONS)

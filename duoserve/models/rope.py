@@ -23,11 +23,11 @@ class Rope:
     magnitude: float
 
     @classmethod
-    def of(cls, config: RopeConfig) -> Rope:
-        """Plain RoPE, or YaRN's."""
+    def of(cls, config: RopeConfig, device: torch.device) -> Rope:
+        """Plain RoPE, or YaRN's, its frequencies on ``device``."""
         if config.yarn is None:
-            return cls(kernels.rope_frequencies(config.dim, config.theta), 1.0)
-        return cls(_yarn_frequencies(config, config.yarn), config.yarn.magnitude)
+            return cls(kernels.rope_frequencies(config.dim, config.theta).to(device), 1.0)
+        return cls(_yarn_frequencies(config, config.yarn).to(device), config.yarn.magnitude)
 
     def table(self, positions_T: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, 1, F] in the dtype of ``like``."""

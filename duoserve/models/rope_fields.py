@@ -22,6 +22,8 @@ def rope_config(fields: Fields, head_dim: int, *, partial: bool = False, interle
         raise fields.refusal("head_dim", f"a head has {dim} dimensions to turn, but RoPE needs an even number")
     theta = inner.number("rope_theta", 0, 1e12, fields.number("rope_theta", 0, 1e12))
     kind = inner.choice("rope_type" if inner.is_set("rope_type") else "type", ROPE_TYPES, "default")
+    if kind == "yarn" and theta <= 1:
+        raise (inner if inner.is_set("rope_theta") else fields).refusal("rope_theta", "with YaRN it must be above 1")
     return RopeConfig(dim, theta, interleaved, _yarn(fields, inner) if kind == "yarn" else None)
 
 

@@ -5,7 +5,8 @@ N tokens of the chosen requests, laid end to end; K top-k, E experts, L MoE laye
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -16,12 +17,9 @@ from duoserve.scheduling.trace import LayerTrace, Trace
 
 
 class Examples(NamedTuple):
-    """For one layer, ``distance`` layers ahead: what was ``seen``, the experts on the path of the token at hand
-    (``whole_path_NE``, counts), and which experts were chosen then (``chosen_NE``, 0 or 1).
-    """
+    """For one layer, some layers ahead: what was ``seen``, and which experts were chosen then (0 or 1)."""
 
     seen: Seen
-    whole_path_NE: np.ndarray
     chosen_NE: np.ndarray
 
 
@@ -54,13 +52,19 @@ class Tokens:
         observed, late = (place - distance) % num_layers, place < distance
         path = [self._weights_at(observed - back, late) for back in range(PATH_INPUTS)]
         scores_NE = None if observed == num_layers - 1 else self._layer(observed + 1).ahead_NE
-        whole_NE = np.add.reduce([self.chosen(p) for p in range(observed + 1)])
-        if late:
-            scores_NE = None if scores_NE is None else self._a_token_late(scores_NE)
-            whole_NE = self._a_token_late(whole_NE)
+        if scores_NE is not None:
+            scores_NE = (self._a_token_late(scores_NE) if late else scores_NE).astype(np.float32)
         chosen_NE = self.chosen(place)
-        scores_NE = None if scores_NE is None else scores_NE.astype(np.float32)
-        return Examples(Seen(path, scores_NE, *self._counts(chosen_NE)), whole_NE, chosen_NE)
+        return Examples(Seen(path, scores_NE, *self._counts(chosen_NE)), chosen_NE)
+
+    def whole_paths(self) -> Iterator[np.ndarray]:
+        """Before each layer in order, how often each expert is on the path of the token at hand, float32 [N, E].
+
+        Before the first layer that is the whole of the token before.
+        """
+        chosen = [self.chosen(place) for place in range(len(self.meta.layers))]
+        yield self._a_token_late(np.add.reduce(chosen))
+        yield from accumulate(chosen[:-1])
 
     def _layer(self, place: int) -> LayerTrace:
         said = self._trace.layer(self.meta.layers[place])

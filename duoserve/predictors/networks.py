@@ -42,12 +42,14 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class LayerModule(nn.Module):
-    """LayerNetwork in torch. It begins with the direct features alone: the outer weights are zero."""
+    """LayerNetwork in torch. It begins with direct features alone, weighted alike for all experts: the outer weights
+    are zero.
+    """
 
-    def __init__(self, num_inputs: int, num_experts: int, width: int, direct_F: Tensor) -> None:
+    def __init__(self, num_inputs: int, num_experts: int, width: int, direct_F: Tensor, bias_E: Tensor) -> None:
         super().__init__()
         self.direct = nn.Parameter(direct_F[:, None].repeat(1, num_experts))
-        self.bias = nn.Parameter(torch.zeros(num_experts))
+        self.bias = nn.Parameter(bias_E.clone())
         self.inner = nn.Linear(num_inputs, width)
         self.outer = nn.Parameter(torch.zeros(width, num_experts))
 
@@ -58,14 +60,36 @@ class LayerModule(nn.Module):
 
 
 def fit_layer(train: Data, held: Data, recipe: Recipe, looks_ahead: bool) -> dict[str, np.ndarray]:
-    """The trained arrays of a LayerNetwork, by their names there; ``looks_ahead``: the first feature is its margin."""
-    direct_F = torch.full((DIRECT,), 0.3)
-    direct_F[0] = 2.0 if looks_ahead else 0.0
-    num_experts = train[1].shape[1]
-    module = fit(LayerModule(train[0].shape[1], num_experts, recipe.width, direct_F), train, held, recipe)
+    """The trained arrays of a LayerNetwork, by their names there.
+
+    ``looks_ahead``: the first feature is the layer's own margin. Otherwise it is another layer's, and only the inner
+    layers may make something of it.
+    """
+    drawn = torch.randperm(len(train[0]))[: recipe.epoch_rows // 4].numpy()
+    start = fit_start(train[0][drawn], train[1][drawn], looks_ahead)
+    module = fit(LayerModule(train[0].shape[1], train[1].shape[1], recipe.width, *start), train, held, recipe)
     arrays: dict[str, Tensor] = {"direct_FE": module.direct, "bias_E": module.bias, "outer_HE": module.outer}
     arrays |= {"inner_XH": module.inner.weight.T, "inner_bias_H": module.inner.bias}
     return {name: np.ascontiguousarray(tensor.detach().numpy()) for name, tensor in arrays.items()}
+
+
+def fit_start(x: np.ndarray, y: np.ndarray, looks_ahead: bool) -> tuple[Tensor, Tensor]:
+    """The best weights [F] of the direct features for all experts alike, and biases [E]: a logistic regression."""
+    x_NFE, y_NE = torch.from_numpy(x[:, : DIRECT * y.shape[1]]).view(len(x), DIRECT, -1), torch.from_numpy(y)
+    used_F1 = torch.ones(DIRECT, 1)
+    used_F1[0] = float(looks_ahead)
+    direct_F1, bias_E = torch.full((DIRECT, 1), 0.3, requires_grad=True), torch.zeros(y.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([direct_F1, bias_E], max_iter=40, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        logits_NE = (x_NFE * (direct_F1 * used_F1)).sum(1) + bias_E
+        loss = F.binary_cross_entropy_with_logits(logits_NE, y_NE)
+        torch.autograd.backward(loss)
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return (direct_F1 * used_F1).detach()[:, 0], bias_E.detach()
 
 
 def fit_perceptron(train: Data, held: Data, recipe: Recipe, depth: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -16,7 +16,7 @@ from duoserve.errors import TraceError
 from duoserve.predictors.activation_matrix import ActivationMatrixPredictor
 from duoserve.predictors.affinity import AffinityPredictor
 from duoserve.predictors.base import RowPredictor
-from duoserve.predictors.examples import Examples, Tokens, affinity, popularity
+from duoserve.predictors.examples import Tokens, affinity, popularity
 from duoserve.predictors.features import margins
 from duoserve.predictors.learned import LayerNetwork, LearnedPredictor, inputs
 from duoserve.predictors.lookahead import LookaheadPredictor, logistic
@@ -98,9 +98,13 @@ def train_paper(split: Split) -> PaperPredictor:
     meta, popularity_LE, affinity_LEE = split.train.meta, popularity(split.train), _affinities(split)
 
     def data(tokens: Tokens) -> Data:
-        said = [tokens.examples(place, 1) for place in range(len(meta.layers))]
-        x = [_paper_inputs(one, popularity_LE[p], affinity_LEE[p]) for p, one in enumerate(said)]
-        return np.concatenate(x), np.concatenate([one.chosen_NE for one in said])
+        x, y = [], []
+        for place, path_NE in enumerate(tokens.whole_paths()):
+            one = tokens.examples(place, 1)
+            affinity_NE = (one.seen.path[0] > 0).astype(np.float32) @ affinity_LEE[place]
+            x.append(paper_inputs(path_NE, popularity_LE[place], affinity_NE))
+            y.append(one.chosen_NE)
+        return np.concatenate(x), np.concatenate(y)
 
     weight = (meta.num_experts - meta.top_k) / meta.top_k
     recipe = Recipe(**(vars(PAPER_RECIPE) | {"positive_weight": weight}))
@@ -130,11 +134,6 @@ def _affinities(split: Split) -> np.ndarray:
     """To each layer from the one before, float32 [L, E, E]."""
     said = (split.train.examples(place, 1) for place in range(len(split.train.meta.layers)))
     return np.stack([affinity(one.seen.path[0], one.chosen_NE) for one in said])
-
-
-def _paper_inputs(one: Examples, popularity_E: np.ndarray, affinity_EE: np.ndarray) -> np.ndarray:
-    affinity_NE = (one.seen.path[0] > 0).astype(np.float32) @ affinity_EE
-    return paper_inputs(one.whole_path_NE, popularity_E, affinity_NE)
 
 
 def _layer_network(split: Split, place: int, distance: int) -> LayerNetwork:

@@ -117,7 +117,8 @@ class Foresight(RoutingListener):
         copy_s = self.link.copy_s
         if copy_s is None:
             return Guesses(ahead=tuple(ahead))
-        paying = affordable(chain.from_iterable(heard), self.link.idle_before(ahead), copy_s, queued)
+        victims = [self.link.use_chance(len(present[layer])) for layer in ahead]
+        paying = affordable(chain.from_iterable(heard), self.link.idle_before(ahead[0]), copy_s, queued, victims)
         copies = tuple(ExpertId(ahead[distance], guess.expert) for distance, guess in paying)
         return Guesses(copies, tuple(ahead), self._spared(ahead, chances) if copies else frozenset())
 

@@ -59,6 +59,7 @@ class IdleLink:
         self._idle_s: list[list[float | None]] = [[None, None] for _ in range(num_layers)]
         self._since: float | None = None
         self._after_misses = False
+        self._hits: float | None = None  # of a layer
 
     def pause(self) -> None:
         """What comes until the next layer is routed is not measured."""
@@ -78,37 +79,40 @@ class IdleLink:
             here[self._after_misses] = _follow(here[self._after_misses], max(0.0, now - self._since))
         self._since = now
 
-    def demanded(self, num_copies: int) -> None:
-        """The layer that was routed last has so many demands."""
+    def demanded(self, num_wanted: int, num_copies: int) -> None:
+        """The layer that was routed last wants so many experts, and so many of them have to be copied."""
         self._after_misses = num_copies > 0
+        self._hits = _follow(self._hits, num_wanted - num_copies)
 
-    def idle_before(self, layers: Sequence[int]) -> list[float]:
-        """How long the link will have been idle, demands apart, when each of the next ``layers`` is routed."""
-        total, found = 0.0, []
-        for at, layer in enumerate(layers):
-            total += self._expected(layer, self._after_misses or at > 0)
-            found.append(total)
-        return found
+    def use_chance(self, num_slots: int) -> float:
+        """The chance that a layer with ``num_slots`` of them uses the expert in any one in its next step."""
+        return min(1.0, (self._hits or 0.0) / max(1, num_slots))
 
-    def _expected(self, layer: int, after_misses: bool) -> float:
+    def idle_before(self, layer: int) -> float:
+        """How long the link will have been idle, demands apart, when ``layer``, the next one, is routed."""
         measured = self._idle_s[layer]
-        seconds = measured[after_misses] if measured[after_misses] is not None else measured[not after_misses]
-        return seconds or 0.0
+        seconds = measured[self._after_misses]
+        return (measured[not self._after_misses] if seconds is None else seconds) or 0.0
 
 
 def affordable(
-    guesses: Iterable[tuple[int, Guess]], idle_s: Sequence[float], copy_s: float, queued: int
+    guesses: Iterable[tuple[int, Guess]],
+    idle_s: float,
+    copy_s: float,
+    queued: int,
+    victim_chances: Sequence[float],
 ) -> list[tuple[int, Guess]]:
     """The ``guesses`` that pay, each with how many layers ahead (from 0) it is, when ``queued`` copies go before them.
 
-    ``idle_s`` is by layers ahead. A copy that ends before its layer is routed costs idle time only. One that is not
-    half done by then saves what is done if it is right, and delays the layer's own demands by the rest if it is wrong:
-    it pays if its chance is above the share that is left.
+    The link is idle for ``idle_s`` until the next layer is routed; the share of a copy that is left then delays that
+    layer's demands, whatever layer it is for. A guess that is right saves the rest of it. One that is wrong gives up an
+    expert that would have been used with one of ``victim_chances``, which are by layers ahead.
     """
     free_at, chosen = queued * copy_s, []
     for ahead, guess in guesses:
-        share_left = (free_at + copy_s - idle_s[ahead]) / copy_s
-        if guess.chance >= max(MIN_CHANCE, share_left):
+        share_left = max(0.0, (free_at + copy_s - idle_s) / copy_s)
+        victim = victim_chances[ahead]
+        if share_left < 1 and guess.chance >= max(MIN_CHANCE, (share_left + victim) / (1 + victim)):
             chosen.append((ahead, guess))
             free_at += copy_s
     return chosen

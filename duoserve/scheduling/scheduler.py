@@ -202,5 +202,5 @@ class Scheduler(ExpertSource):
         guesses = self._foresight.guess(layer, slots, self._residency.ledger.guesses)
         plan = plan_decode(self._policy.decode, view, self._shape, guesses)
         if self._link is not None:
-            self._link.demanded(len(plan.demand))
+            self._link.demanded(len(wanted), len(plan.demand))
         return plan

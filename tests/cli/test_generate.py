@@ -34,7 +34,7 @@ def test_json_tells_text_tokens_and_figures(duoserve, model_folder, expected):
     assert report["model"] | {"memory_bytes": 0} == {
         "name": str(model_folder),
         "model_type": "mixtral",
-        "policy": "lru",
+        "policy": "duoserve",
         "experts": 24,
         "slots": 6,
         "slot_bytes": 12288,

@@ -141,6 +141,26 @@ def test_only_harmless_files_are_downloaded(
     assert made.takes(file) is taken
 
 
+@pytest.mark.parametrize(
+    ("file", "taken"),
+    [
+        ("config.json", True),
+        ("model.safetensors.index.json", True),
+        ("generation_config.json", True),
+        ("model.safetensors", False),
+        ("model-00001-of-00002.safetensors", False),
+        ("tokenizer.json", False),
+        ("original/config.json", False),
+    ],
+)
+def test_without_weights_only_what_describes_them_is_downloaded(
+    folder: Path, connect: Callable[[Path | Exception], Hub], file: str, taken: bool
+) -> None:
+    made = connect(folder)
+    assert resolve("owner/name", weights=False) == folder
+    assert made.takes(file) is taken
+
+
 def hub_error(kind: type[Exception]) -> Exception:
     """An error of the hub without the HTTP response that its constructor wants, another class in each version."""
     return kind.__new__(kind, "injected")

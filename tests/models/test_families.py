@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from duoserve import CheckpointError, ConfigError, MoEModel, SamplingParams
+from duoserve import CheckpointError, ConfigError, MoEModel, SamplingParams, kernels, placement
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.models.opened import opened
 from duoserve.models.registry import FAMILIES as KNOWN
@@ -138,3 +138,24 @@ def test_a_config_with_an_unsupported_value_is_refused_by_name(
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(changes)))
     with pytest.raises(ConfigError, match=message):
         MoEModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe"])
+def test_the_kernels_agree(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latent attention and groups of experts, rotation of half a head and norms per head, in Triton's interpreter."""
+    family = FAMILIES[model_type]
+    folder = family.save(tmp_path, family.hard)
+    logits = []
+    for triton_on_cpu in (False, True):
+        monkeypatch.setattr(kernels, "_TRITON_ON_CPU", triton_on_cpu)
+        with MoEModel.from_pretrained(folder, device="cpu", dtype="float32") as model:
+            tokens = model.generate(PROMPT[:2], GREEDY, max_tokens=2).token_ids
+            logits.append(model.forward(PROMPT[:2] + tokens))
+    assert relative_error(logits[1], logits[0]) <= 1e-5
+
+
+def test_gpt_oss_is_refused_where_it_has_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = FAMILIES["gpt_oss"].save(tmp_path, "plain")
+    monkeypatch.setattr(placement, "resolve", torch.device)
+    with pytest.raises(ConfigError, match="gpt_oss runs on CPUs only so far: load it with device='cpu'"):
+        MoEModel.from_pretrained(folder, device="cuda")

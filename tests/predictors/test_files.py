@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from duoserve.config import Phase
+from duoserve.config import EngineConfig, Phase
 from duoserve.errors import TraceError
 from duoserve.predictors.files import load_predictor, notes_path, save_predictor
+from duoserve.predictors.quality import measure
 from duoserve.predictors.training import KINDS
+from duoserve.sampling import SamplingParams
+from duoserve.tracing import Recording, record
+from tests.checkpoints import BARD
 
 
 def predictions(predictor, trace):
@@ -55,7 +59,7 @@ def test_a_predictor_with_a_wrong_array_is_refused(trained, tmp_path, kind, faul
     if fault == "missing":
         del arrays[name]
     else:
-        arrays[name] = np.zeros((3, *arrays[name].shape), dtype=np.float32)
+        arrays[name] = np.zeros([size + 1 for size in arrays[name].shape], dtype=np.float32)
     path.write_bytes(safetensors.numpy.save(arrays))
     with pytest.raises(TraceError, match="is not a whole predictor"):
         load_predictor(path)
@@ -72,6 +76,15 @@ def test_notes_that_do_not_fit_are_refused(trained, tmp_path, change, fault):
     notes_path(path).write_text(json.dumps(about | change))
     with pytest.raises(TraceError, match=fault):
         load_predictor(path)
+
+
+def test_bards_own_comes_with_it(tmp_path):
+    """It is bard's by the fingerprint, and foretells what bard does with a line that nothing was trained on."""
+    recording = Recording(tmp_path / "t", SamplingParams(max_tokens=60, temperature=1.0, seed=0))
+    trace = record("bard", ["What beast was't, then, That made you break this"], recording, EngineConfig(), "resident")
+    predictor = load_predictor(BARD / "predictor.safetensors", trace.meta.fingerprint)
+    quality = measure(predictor, trace, [0])
+    assert (predictor.name, predictor.horizon, quality.recall(2) > 0.75) == ("duoserve", 3, True), quality.to_dict()
 
 
 @pytest.mark.parametrize("cut", [0, 8, 200])

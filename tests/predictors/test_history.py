@@ -65,10 +65,10 @@ def test_counts_fade_by_the_token_whatever_the_steps_are():
     tokens = [A, B, C, A, B]
     for token in tokens:
         step(one, [7], *[[token]] * 4)
-    step(other, [7, 7, 7], *[tokens[:3]] * 4)
+    step(other, [7], *[tokens[:1]] * 4)
     step(other, [8], *[[C]] * 4)
-    for token in tokens[3:]:
-        step(other, [7], *[[token]] * 4)
+    step(other, [7, 7, 7], *[tokens[1:4]] * 4)
+    step(other, [7], *[tokens[4:]] * 4)
     for history in (one, other):
         counts_TDE, totals_TD1 = history.counts(5)
         want = sum(np.isin(np.arange(4), token) * DECAYS[:, None] ** (4 - at) for at, token in enumerate(tokens))

@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 from duoserve.config import Phase
 from duoserve.errors import IntegrityError, TraceError
 from duoserve.predictors.examples import Tokens, affinity, popularity
 from duoserve.predictors.features import margins
-from duoserve.predictors.learned import PATH_INPUTS
-from duoserve.predictors.networks import Recipe, fit_layer
+from duoserve.predictors.learned import DIRECT, PATH_INPUTS
+from duoserve.predictors.networks import LayerModule, Recipe, fit, held_loss
 from duoserve.predictors.paper import paper_inputs
 from duoserve.predictors.quality import measure
 from duoserve.predictors.training import KINDS, train
@@ -36,7 +38,7 @@ def test_examples_are_what_a_history_shows_in_decode(trace, trained, distance):
     """Before each layer of request 5, which are rows 63 to 125 of the examples, 3 of them its prompt."""
     predictor = trained["duoserve"][0]
     history, tokens = predictor.history, Tokens(trace, [2, 5])
-    examples = [tokens.examples(place, distance) for place in range(4)]
+    examples, paths = [tokens.examples(place, distance) for place in range(4)], list(tokens.whole_paths())
     compared = 0
     for step, routing in replayed(predictor, trace[5]):
         later, place = divmod(history.place[routing.layer] + distance - 1, 4)
@@ -47,12 +49,12 @@ def test_examples_are_what_a_history_shows_in_decode(trace, trained, distance):
         counts_TDE, totals_TD1 = history.counts(trace.meta.layers[place])
         pairs = [(history.path[back], one.seen.path[back]) for back in range(PATH_INPUTS)]
         pairs += [(counts_TDE, one.seen.counts_TDE), (totals_TD1, one.seen.totals_TD1)]
-        pairs += [(history.whole_path_TE, one.whole_path_NE)]
+        pairs += [(history.whole_path_TE, paths[place])] if distance == 1 else []
         pairs += [(scores_TE, one.seen.scores_TE) for scores_TE in history.ahead.values()]
         for shown_TX, taught_NX in pairs:
             np.testing.assert_allclose(shown_TX[0], taught_NX[row], rtol=1e-4, atol=1e-5)
             compared += 1
-    assert compared > 1200
+    assert compared > 1100
 
 
 def test_the_first_token_of_a_request_has_no_past(trace):
@@ -165,12 +167,16 @@ def test_rows_of_a_step_are_joined(trace, trained):
         assert got.dtype == np.float32 and got.shape == (8,), kind
 
 
-def test_a_network_stops_when_it_gets_worse_on_what_is_held_out():
-    rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((64, 28)).astype(np.float32), (rng.random((64, 4)) < 0.5).astype(np.float32)
-    recipe = Recipe(64, epochs=200, patience=2, learning_rate=1e-2, weight_decay=0.0, batch=16, epoch_rows=64)
-    arrays = fit_layer((x[:32], y[:32]), (x[32:], y[32:]), recipe, looks_ahead=False)
-    assert np.abs(arrays["outer_HE"]).max() < 0.2  # noise learned by heart would have grown far
+def test_a_network_keeps_its_best_state_on_what_is_held_out():
+    """Noise is learned by heart, which is worse than to know nothing."""
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 28).numpy(), torch.rand(64, 4).round().numpy()
+    train_data, held_data = (x[:32], y[:32]), (x[32:], y[32:])
+    recipe = Recipe(64, epochs=60, patience=5, learning_rate=1e-2, weight_decay=0.0, batch=16, epoch_rows=64)
+    module = LayerModule(28, 4, 64, torch.zeros(DIRECT), torch.zeros(4))
+    before = held_loss(module, held_data, F.binary_cross_entropy_with_logits)
+    after = held_loss(fit(module, train_data, held_data, recipe), held_data, F.binary_cross_entropy_with_logits)
+    assert after <= before
 
 
 def test_one_request_is_not_enough(trace):

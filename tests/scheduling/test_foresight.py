@@ -103,7 +103,7 @@ class TestBudget:
         foresight.link.copy_s = 1.0
         for layer in (0, 1, 2, 3, 0):
             foresight.link.routed(layer, 10.0 * layer)
-            foresight.link.demanded(0)
+            foresight.link.demanded(0, 0)
         assert foresight.guess(0, NOBODY, ()).copies == (ExpertId(1, 1), ExpertId(2, 2))
         assert foresight.guess(0, NOBODY, [ExpertId(1, 0)] * 30).copies == ()
 

@@ -89,7 +89,9 @@ V3 = FamilyCases(
         "biases_tied_shards": Case(
             {"attention_bias": True, "tie_word_embeddings": True, "num_nextn_predict_layers": 0}, shard="20KB"
         ),
-        "two_dense_layers": Case({"first_k_dense_replace": 2, "num_hidden_layers": 4, "routed_scaling_factor": 1.0}),
+        "two_dense_layers": Case(
+            {"first_k_dense_replace": 2, "num_hidden_layers": 4, "routed_scaling_factor": 1.0, "rms_norm_eps": 0.01}
+        ),
     },
     hard="yarn_hub_mtp",
     top_k=3,

@@ -47,6 +47,10 @@ CASES = FamilyCases(
         ),
         "dynamic rope on the hub": ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling: type is 'dynamic'"),
         "yarn without factor": ({"rope_scaling": {"type": "yarn"}}, "rope_scaling: factor is absent; it must be"),
+        "yarn on a base of one": (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "rope_theta": 1.0}},
+            r"rope_scaling: rope_theta is 1\.0; with YaRN it must be above 1",
+        ),
         "no layer has experts": ({"decoder_sparse_step": 9}, "with decoder_sparse_step 9, no layer has experts"),
         "layers no list": ({"mlp_only_layers": 1}, "mlp_only_layers is 1; it must be a list of integers in 0"),
         "two counts": ({"num_experts": 4}, "num_local_experts is 8; but num_experts, its other name, is 4"),

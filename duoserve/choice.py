@@ -1,0 +1,93 @@
+"""What ``duoserve evaluate`` found best for a model: a policy and perhaps a predictor, in files that ``auto`` reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from duoserve.errors import CheckpointError, TraceError
+from duoserve.experts.checkpoint import Checkpoint
+from duoserve.experts.packing import cache_folder
+from duoserve.experts.strict_json import read_object
+from duoserve.predictors.base import RowPredictor
+from duoserve.predictors.files import load_predictor, save_predictor
+from duoserve.scheduling.policies import POLICIES
+
+CHOICE_FILE, PREDICTOR_FILE = "duoserve-choice.json", "predictor.safetensors"
+_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``policy`` is a name; ``use_predictor`` False means that its prefetch does not pay."""
+
+    policy: str
+    use_predictor: bool
+    why: str
+
+
+def save_choice(
+    checkpoint: Checkpoint,
+    choice: Choice,
+    predictor: RowPredictor | None,
+    figures: Mapping[str, Any],
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """Writes the choice beside the model, or to the cache where that folder is read-only; returns the folder."""
+    about = {"fingerprint": checkpoint.fingerprint(), "policy": choice.policy, "predictor": choice.use_predictor}
+    folder = _writable(checkpoint, cache_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if choice.use_predictor and predictor is not None:
+            save_predictor(predictor, folder / PREDICTOR_FILE, {"chosen_for": choice.policy})
+        (folder / CHOICE_FILE).write_text(json.dumps(about | {"why": choice.why, "figures": figures}, indent=1) + "\n")
+    except OSError as error:
+        raise TraceError(f"{folder}: the choice cannot be written there ({error})") from error
+    return folder
+
+
+def find_choice(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> tuple[Choice, Path] | None:
+    """The choice for this model and the folder it lies in, the model's own before the cache; None if there is none.
+
+    One that was made for another model is passed over. TraceError for one that is malformed.
+    """
+    for folder in (checkpoint.folder, _cached(checkpoint, cache_dir)):
+        path = folder / CHOICE_FILE
+        if path.is_file():
+            choice = _read(path, checkpoint.fingerprint())
+            if choice is not None:
+                return choice, folder
+    return None
+
+
+def predictor_beside(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> RowPredictor | None:
+    """The predictor that lies beside the model, or in the cache; None if there is none."""
+    for folder in (checkpoint.folder, _cached(checkpoint, cache_dir)):
+        if (folder / PREDICTOR_FILE).is_file():
+            return load_predictor(folder / PREDICTOR_FILE, checkpoint.fingerprint())
+    return None
+
+
+def _read(path: Path, fingerprint: str) -> Choice | None:
+    try:
+        about = read_object(path, _MAX_BYTES)
+    except CheckpointError as error:
+        raise TraceError(f"{path}: cannot be read ({error}); run duoserve evaluate again") from error
+    if about.get("fingerprint") != fingerprint:
+        return None
+    policy = about.get("policy")
+    if policy not in POLICIES:
+        raise TraceError(f"{path}: names the policy {policy!r}, which is not known; run duoserve evaluate again")
+    return Choice(policy, about.get("predictor") is True, str(about.get("why", "")))
+
+
+def _writable(checkpoint: Checkpoint, cache_dir: str | Path | None) -> Path:
+    return checkpoint.folder if os.access(checkpoint.folder, os.W_OK) else _cached(checkpoint, cache_dir)
+
+
+def _cached(checkpoint: Checkpoint, cache_dir: str | Path | None) -> Path:
+    return cache_folder(cache_dir) / "choices" / checkpoint.fingerprint()

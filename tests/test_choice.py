@@ -1,0 +1,131 @@
+"""What evaluate found best: written, found again, and used by "auto"."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from duoserve import MoEModel
+from duoserve.choice import CHOICE_FILE, PREDICTOR_FILE, Choice, find_choice, predictor_beside, save_choice
+from duoserve.errors import TraceError
+from duoserve.evaluating import evaluate
+from duoserve.experts.checkpoint import Checkpoint
+from duoserve.predictors.files import save_predictor
+from duoserve.predictors.training import train
+from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
+from duoserve.scheduling.selection import select
+from duoserve.scheduling.synthetic import RoutingCard, synthesize
+from duoserve.scheduling.trace import Trace, TraceMeta
+from tests.checkpoints import save_mixtral
+from tests.scheduling.traces import drawn_trace
+
+SIZES = LayerSizes("small", 1_000_000, 8, 1_000_000, 64)
+LIKE_THE_CHECKPOINT = RoutingCard("three-layers", 8, 2, 3, 0.5, 1.5, 0.6, 0.9, 0.3, 0.6)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_mixtral(tmp_path / "model")
+
+
+def trace_for(checkpoint: Checkpoint) -> Trace:
+    made = synthesize(LIKE_THE_CHECKPOINT, requests=4, tokens=20, precision=0.8, seed=1, prompt=5)
+    meta = TraceMeta(checkpoint.fingerprint(), made.meta.layers, 8, 2)
+    return Trace(meta, made._rows)
+
+
+def test_a_choice_beside_the_model_is_what_auto_does(folder: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    predictor, _ = train(trace_for(checkpoint), "lookahead")
+    where = save_choice(checkpoint, Choice("lookahead", True, "it is best"), predictor, {"rows": []}, tmp_path / "c")
+    assert where == folder
+    assert find_choice(checkpoint) == (Choice("lookahead", True, "it is best"), folder)
+    checkpoint.close()
+    with MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path / "c") as model:
+        assert model.policy == "lookahead"
+        model.generate([1, 2, 3], max_tokens=8, ignore_eos=True)
+        assert model.stats.bytes.prefetched_useful + model.stats.bytes.prefetched_late + model.stats.bytes.wasted > 0
+    with MoEModel.from_pretrained(folder, expert_slots=24, cache_dir=tmp_path / "c") as model:
+        assert model.policy == "resident"
+
+
+def test_a_choice_without_prefetch_makes_no_guesses(folder: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    save_choice(checkpoint, Choice("lookahead", False, ""), None, {})
+    checkpoint.close()
+    assert not (folder / PREDICTOR_FILE).exists()
+    with MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path / "c") as model:
+        model.generate([1, 2, 3], max_tokens=8, ignore_eos=True)
+        assert model.stats.bytes.total == model.stats.bytes.demanded > 0
+
+
+def test_a_read_only_models_choice_goes_to_the_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(folder)
+    monkeypatch.setattr("duoserve.choice.os.access", lambda path, mode: False)
+    where = save_choice(checkpoint, Choice("lru", False, ""), None, {}, tmp_path / "cache")
+    assert where.is_relative_to(tmp_path / "cache") and not (folder / CHOICE_FILE).exists()
+    assert find_choice(checkpoint, tmp_path / "cache") == (Choice("lru", False, ""), where)
+    assert find_choice(checkpoint, tmp_path / "elsewhere") is None
+    checkpoint.close()
+
+
+def test_another_models_choice_is_passed_over_and_a_broken_one_refused(folder: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    path = folder / CHOICE_FILE
+    path.write_text(json.dumps({"fingerprint": "another", "policy": "lru", "predictor": False}))
+    assert find_choice(checkpoint, tmp_path) is None
+    path.write_text(json.dumps({"fingerprint": checkpoint.fingerprint(), "policy": "mru", "predictor": False}))
+    with pytest.raises(TraceError, match="'mru', which is not known"):
+        find_choice(checkpoint)
+    path.write_text("{")
+    with pytest.raises(TraceError, match="run duoserve evaluate again"):
+        find_choice(checkpoint)
+    checkpoint.close()
+
+
+def test_a_predictor_is_given_as_a_file_or_found_beside_the_model(folder: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    predictor, _ = train(trace_for(checkpoint), "lookahead")
+    assert predictor_beside(checkpoint, tmp_path) is None
+    save_predictor(predictor, tmp_path / "p.safetensors", {})
+    save_predictor(predictor, folder / PREDICTOR_FILE, {})
+    checkpoint.close()
+    for told in ("auto", tmp_path / "p.safetensors", str(tmp_path / "p.safetensors"), predictor):
+        with MoEModel.from_pretrained(
+            folder, policy="lookahead", predictor=told, expert_slots=6, cache_dir=tmp_path / "c"
+        ) as model:
+            model.generate([1, 2, 3], max_tokens=8, ignore_eos=True)
+            assert model.stats.bytes.total > model.stats.bytes.demanded
+
+
+def test_a_predictor_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    save_predictor(train(drawn_trace(requests=4), "lookahead")[0], tmp_path / "p.safetensors", {})
+    with pytest.raises(TraceError, match="another model"):
+        MoEModel.from_pretrained(folder, predictor=tmp_path / "p.safetensors", expert_slots=6, cache_dir=tmp_path)
+
+
+class TestEvaluate:
+    def test_prefetch_stays_where_the_link_is_idle_and_goes_where_it_never_is(self) -> None:
+        trace = drawn_trace(requests=8, tokens=40, precision=0.95)
+        idle = Machine(Hardware("idle", 1e10, 1e11, 1e14, 0.0, 5e-4), SIZES)
+        busy = Machine(Hardware("busy", 1e8, 1e11, 1e14, 0.0, 1e-6), SIZES)
+        pays, not_ = (evaluate(trace, machine, [24]) for machine in (idle, busy))
+        assert pays.choice.use_predictor and pays.predictor is not None
+        assert "prefetch is on" in pays.choice.why
+        assert not not_.choice.use_predictor and not_.predictor is None
+        assert {row["policy"] for row in pays.rows} >= {"lru", "on-demand", "duoserve", "oracle"}
+
+    def test_it_judges_by_requests_that_no_predictor_was_trained_on(self) -> None:
+        trace = drawn_trace(requests=8, tokens=10)
+        _, held = train(trace, "lookahead")
+        some = select(trace, held)
+        assert len(some) == len(held) < len(trace)
+        for at, number in enumerate(held):
+            for layer in trace.meta.layers:
+                here, there = some[at].layers[layer], trace[number].layers[layer]
+                assert (here.topk_ids_NK == there.topk_ids_NK).all()
+                assert layer == 0 or (here.ahead_NE == there.ahead_NE).all()  # type: ignore[union-attr]
