@@ -112,14 +112,12 @@ class Tape:
 class RoutingReplay(RoutingScript):
     """Plays the tape that was put in. A decode step's choice lies at one address in all steps, as a graph wants it.
 
-    ``layers`` are the model's MoE layers. ``listener`` hears the tape, look-ahead scores included, for the replay is
-    the tap of the blocks that it scripts: a recorded step asks for no choice, but its choice is announced.
+    ``layers`` are the model's MoE layers, as many as the tape has.
     """
 
-    def __init__(self, tape: Tape, layers: Sequence[int], listener: RoutingListener | None = None) -> None:
+    def __init__(self, tape: Tape, layers: Sequence[int]) -> None:
         self._layers = list(layers)
         self._place = {layer: place for place, layer in enumerate(layers)}
-        self._listener = listener
         self._ids_LN, self._weights_LN = (_aligned_like(steps[0]) for steps in (tape.ids_SLRK, tape.weights_SLRK))
         self.play(tape)
 
@@ -128,7 +126,7 @@ class RoutingReplay(RoutingScript):
         self._tape = tape
         self._step = -1  # of decode; -1 is the prompt
 
-    def begin(self, phase: Phase, num_tokens: int) -> None:
+    def begin(self, phase: Phase) -> None:
         """A pass begins: a prompt from the beginning, or the next step."""
         self._step = -1 if phase is Phase.PREFILL else self._step + 1
         if phase is Phase.DECODE:
@@ -136,8 +134,6 @@ class RoutingReplay(RoutingScript):
             for now_LN, steps_SLRK in ((self._ids_LN, tape.ids_SLRK), (self._weights_LN, tape.weights_SLRK)):
                 chosen_LN = steps_SLRK[self._step].flatten(1)
                 now_LN[:, : chosen_LN.shape[1]].copy_(chosen_LN)
-        if self._listener is not None:
-            self._listener.begin(phase, self._heard(0, num_tokens).requests_T)
 
     def chosen(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         """As in RoutingScript."""
@@ -148,18 +144,36 @@ class RoutingReplay(RoutingScript):
         weights_N, ids_N = (now_LN[place, : num_tokens * top_k] for now_LN in (self._weights_LN, self._ids_LN))
         return weights_N.view(-1, top_k), ids_N.view(-1, top_k)
 
-    def routed(self, layer: int, x_TH: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor) -> None:
-        """As in RoutingTap."""
-        if self._listener is not None:
-            self._listener.routed(self._heard(self._place[layer], len(topk_ids_TK)))
+    def ahead(self, layer: int, num_tokens: int) -> dict[int, np.ndarray]:
+        """The tape's look-ahead scores of the first rows, by the model's layer numbers instead of the trace's."""
+        said = self._tape.said[self._step + 1][self._place[layer]]
+        later = {self._layers[self._place[layer] + other - said.layer]: rows for other, rows in said.ahead.items()}
+        return {other: scores_TE[:num_tokens] for other, scores_TE in later.items()}
 
-    def _heard(self, place: int, num_tokens: int) -> Routing:
-        """The tape's routing of the first rows, by the model's layer numbers instead of the trace's."""
-        said, rows = self._tape.said[self._step + 1][place], slice(num_tokens)
-        places = {later: place + later - said.layer for later in said.ahead}
-        ahead = {self._layers[places[later]]: scores_TE[rows] for later, scores_TE in said.ahead.items()}
-        chosen = said.topk_ids_TK[rows], said.topk_weights_TK[rows]
-        return Routing(self._layers[place], said.requests_T[rows], *chosen, ahead)
+
+class TapedScores(RoutingListener):
+    """Tells ``listener`` what a tap hears, with the tape's look-ahead scores instead of those of random weights.
+
+    The tap makes its own all the same, so that they cost what they cost.
+    """
+
+    def __init__(self, listener: RoutingListener, replay: RoutingReplay) -> None:
+        self._listener = listener
+        self._replay = replay
+
+    @property
+    def lookahead(self) -> int:
+        """As many layers as the listener wants."""
+        return self._listener.lookahead
+
+    def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
+        """As in RoutingListener."""
+        self._listener.begin(phase, requests_T)
+
+    def routed(self, routing: Routing) -> None:
+        """As in RoutingListener."""
+        taped = self._replay.ahead(routing.layer, len(routing.topk_ids_TK))
+        self._listener.routed(routing._replace(ahead=taped))
 
 
 def _aligned_like(step_LRK: Tensor) -> Tensor:
@@ -208,7 +222,7 @@ class ReplayedPasses(StepScheduler):
 
     def begin(self, phase: Phase, num_tokens: int) -> None:
         """A pass begins."""
-        self._replay.begin(phase, num_tokens)
+        self._replay.begin(phase)
         self._scheduler.begin(phase, num_tokens)
 
     def end(self) -> None:
@@ -221,12 +235,5 @@ def scripted(model: Transformer, replay: RoutingReplay) -> Transformer:
     return replace(model, layers=tuple(_scripted_layer(layer, replay) for layer in model.layers))
 
 
-def moe_layers(model: Transformer) -> list[int]:
-    """The layers that have routed experts, in order."""
-    return [layer.ffn.layer for layer in model.layers if isinstance(layer.ffn, MoEBlock)]
-
-
 def _scripted_layer(layer: DecoderLayer, replay: RoutingReplay) -> DecoderLayer:
-    return (
-        replace(layer, ffn=replace(layer.ffn, script=replay, tap=replay)) if isinstance(layer.ffn, MoEBlock) else layer
-    )
+    return replace(layer, ffn=replace(layer.ffn, script=replay)) if isinstance(layer.ffn, MoEBlock) else layer

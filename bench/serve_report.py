@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from report import table
-from serve_cells import Cell
+from serve_cells import AUTO, Cell
 
 Result = dict[str, Any]
 Part = dict[str, Any]
@@ -56,8 +56,11 @@ def conditions(result: Result) -> str:
         f"{'page-locked ' if arena.get('arena_pinned') else ''}host memory. Each row is one request after another that "
         "warmed up, with other routing; TPOT is the gap between a sequence's tokens. `x` is over the bound.",
     ]
-    notes = {part["model"]: part["measured"]["note"] for part in _measured(result) if part["measured"].get("note")}
-    lines += [f"{model} is {note}." for model, note in notes.items()]
+    lines += [
+        f"Guesses come from a {name} predictor whatever the policy would choose: it was trained on other made-up "
+        "requests, and the scores that it reads are the tape's."
+        for name in sorted({part["measured"]["guesses"] for part in _measured(result)} - {""})
+    ]
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -81,7 +84,18 @@ def rows(result: Result) -> str:
 
 
 def _model_rows(result: Result, model: str) -> str:
-    head = [model, "mode", "slots", "prompt", "TTFT s", "TPOT ms p50 / p95", "tok/s", "hits", "misses a step"]
+    head = [
+        model,
+        "guesses",
+        "mode",
+        "slots",
+        "prompt",
+        "TTFT s",
+        "TPOT ms p50 / p95",
+        "tok/s",
+        "hits",
+        "misses a step",
+    ]
     head += ["GB/s (of the link)", "stall, prefill / decode", "peak GB (plan)", "J a token"]
     mine = [part for part in _cells(result) if part["model"] == model and not Cell(**part["cell"]).without]
     return table(head, [_line(part) for part in mine])
@@ -89,10 +103,12 @@ def _model_rows(result: Result, model: str) -> str:
 
 def _line(part: Part) -> Sequence[str]:
     cell = Cell(**part["cell"])
-    known = [f"{cell.policy} {cell.format}", cell.mode, cell.share, f"{cell.prompt} x {cell.batch}"]
+    name, size = f"{cell.policy} {cell.format}", (cell.share, f"{cell.prompt} x {cell.batch}")
     if part["status"] != "measured":
-        return [*known, f"{NOT_MEASURED}: {_brief(part['why'])}", *[""] * 8]
-    row, known[3] = part["row"], f"{part['measured']['prompt']} x {part['measured']['batch']}"
+        return [name, "", cell.mode, *size, f"{NOT_MEASURED}: {_brief(part['why'])}", *[""] * 8]
+    row, measured = part["row"], part["measured"]
+    mode = measured["launch"] if cell.mode == AUTO else cell.mode
+    known = [name, measured["guesses"] or "-", mode, cell.share, f"{measured['prompt']} x {measured['batch']}"]
     ttft = f"{row['ttft_s']:.3g} ({_times(row['ttft_s'], row['ttft_bound_s'])})"
     tpot = f"{1e3 * row['tpot_p50_s']:.3g} / {1e3 * row['tpot_p95_s']:.3g}"
     peak = f"{row['peak_bytes'] / 1e9:.2f} " if row["peak_bytes"] is not None else f"{NOT_MEASURED} "

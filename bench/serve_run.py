@@ -13,21 +13,23 @@ import torch
 from serve_cells import Cell, Part
 from serve_host import Host
 from serve_models import Unavailable, Wired
-from serve_replay import AskedFor, HostArena, ReplayedPasses, RoutingReplay, SharedRows, Tape, moe_layers, scripted
+from serve_replay import AskedFor, HostArena, ReplayedPasses, RoutingReplay, SharedRows, Tape, TapedScores, scripted
 
 from duoserve.architecture import LatentAttentionConfig
 from duoserve.config import EngineConfig
-from duoserve.decoding import DecoderParts, make_decoder
-from duoserve.engine import Decoder, Engine, Request
+from duoserve.decoding import DecoderParts, Launch, choose_launch, make_decoder
+from duoserve.engine import Engine, Request
 from duoserve.errors import ConfigError, MemoryBudgetError
 from duoserve.experts.budget import MemoryPlan, plan_memory
 from duoserve.experts.device import CPU, free_bytes
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.tickets import PIECE_BYTES
 from duoserve.kv_cache import PagedKVCache, kv_bytes_per_token
+from duoserve.link import LinkRates
 from duoserve.loading import make_scheduler
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
+from duoserve.models.listening import listened_to
 from duoserve.predictors.lookahead import LookaheadPredictor
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
@@ -59,19 +61,38 @@ class Served:
     meter: Meter
     replay: RoutingReplay
     asked_for: AskedFor
+    launch: Launch
+
+
+class KnownLink:
+    """The rates at which a model's experts come, measured when they are first asked for."""
+
+    def __init__(self) -> None:
+        self._rates: LinkRates | None = None
+
+    def rates(self, parts: DecoderParts) -> LinkRates:
+        """As ``parts.measure_link``, which destroys what is in the first slots."""
+        if self._rates is None:
+            self._rates = parts.measure_link()
+        return self._rates
 
 
 @dataclass(frozen=True)
 class Ground:
-    """What a cell stands on: the machine, the model, the experts' memory, both tapes, and what guesses."""
+    """What a cell stands on: the machine, the model, its link, the experts' memory, both tapes, and what guesses."""
 
     host: Host
     model: Wired
-    num_moe_layers: int
+    link: KnownLink
     arena: HostArena
     warm: Tape
     measured: Tape
     guesser: LookaheadPredictor
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers that have experts."""
+        return len(self.model.config.moe_layers)
 
     def plan(self, cell: Cell, policy: Policy, max_context: int) -> MemoryPlan:
         """As ``from_pretrained`` makes it; Unavailable with its arithmetic where it does not fit."""
@@ -106,13 +127,23 @@ class Ground:
                 scheduler.load_all()
             asked_for = AskedFor(scheduler)
             built = self.model.family.build(config, self.model.reader(device), RoutedExperts(asked_for, pool.weights))
-            replay = RoutingReplay(self.warm, moe_layers(built), scheduler.listener)
-            model = scripted(built, replay)
+            replay = RoutingReplay(self.warm, config.moe_layers)
+            model, tap = scripted(built, replay), None
+            if scheduler.listener is not None:
+                model, tap = listened_to(model, TapedScores(scheduler.listener, replay))
             cache = PagedKVCache(config, max_context, config.dtype, device)
+            parts = DecoderParts(model, cache, scheduler, store, pool)
+            launch = self._launch(mode, policy, parts)
+            decoder = None if launch is Launch.MODEL else make_decoder(launch.value, policy, parts)
             passes = ReplayedPasses(scheduler, replay)
-            decoder = _decoder(mode, policy, DecoderParts(model, cache, scheduler, store, pool))
-            engine = Engine(model, config, passes, cache, meter, decoder=decoder)
-            yield Served(engine, meter, replay, asked_for)
+            engine = Engine(model, config, passes, cache, meter, tap=tap, decoder=decoder)
+            yield Served(engine, meter, replay, asked_for, launch)
+
+    def _launch(self, mode: str, policy: Policy, parts: DecoderParts) -> Launch:
+        try:
+            return choose_launch(mode, self.host.device, policy, parts.readable, lambda: self.link.rates(parts))
+        except ConfigError as error:
+            raise Unavailable(str(error)) from error
 
     def _predictor(self, policy: Policy) -> LookaheadPredictor | None:
         """A new one, by the model's layer numbers, for a policy that guesses, whichever kind that would like best."""
@@ -121,13 +152,6 @@ class Ground:
         known = self.guesser
         meta = replace(known.meta, layers=self.model.config.moe_layers)
         return LookaheadPredictor(meta, known.popularity_LE, known.slopes_L, known.offsets_L)
-
-
-def _decoder(mode: str, policy: Policy, parts: DecoderParts) -> Decoder | None:
-    try:
-        return make_decoder(mode, policy, parts)
-    except ConfigError as error:
-        raise Unavailable(str(error)) from error
 
 
 def run(cell: Cell, ground: Ground, limits: Limits) -> Figures:
@@ -148,6 +172,8 @@ def run(cell: Cell, ground: Ground, limits: Limits) -> Figures:
     return figures | {
         "slots": plan.num_slots,
         "slot_bytes": plan.slot_bytes,
+        "launch": served.launch.value,
+        "guesses": "" if policy.predictor is None else ground.guesser.name,
         "planned_bytes": plan.total_bytes,
         "peak_bytes": None if peak is None else peak - held,
         "logits": digest,

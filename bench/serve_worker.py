@@ -15,7 +15,7 @@ from serve_host import CpuHost, GpuHost, Host
 from serve_models import MODELS, ServeModel, Unavailable, tiny
 from serve_peers import accelerate_offload
 from serve_replay import HostArena, Tape
-from serve_run import Ground, Limits, run
+from serve_run import Ground, KnownLink, Limits, run
 
 from duoserve.predictors.lookahead import LookaheadPredictor
 from duoserve.predictors.training import train
@@ -25,7 +25,6 @@ IS_TINY, ARENA_GIB = "SERVE_TINY", "SERVE_ARENA_GIB"  # environment of the proce
 PRECISION = 0.8  # of the made-up look-ahead scores: policies that read these find so many of a token's experts
 SEED = 20250907
 TRAINING_REQUESTS, TRAINING_STEPS = 8, 32
-GUESSER_NOTE = "guesses are those of a look-ahead predictor"
 PAGEABLE_SHARE = 4  # so much less memory for the one cell whose host memory is not page-locked
 TINY_ARENA_BYTES = 10 << 20
 TINY_PROMPTS = {128: 8, 2048: 24, 8192: 300}
@@ -42,6 +41,7 @@ class ServeBench:
         self._host: Host = host or (CpuHost() if is_tiny else GpuHost())
         self._arenas: dict[bool, HostArena] = {}
         self._guessers: dict[str, LookaheadPredictor] = {}
+        self._links: dict[str, KnownLink] = {}
         self._tapes: dict[tuple[str, int, int], tuple[Tape, Tape]] = {}
 
     def close(self) -> None:
@@ -82,10 +82,9 @@ class ServeBench:
         pageable = cell.without in PARTS and PARTS[cell.without].pageable
         if pageable and not self._host.pins:
             raise Unavailable("there is no link that page-locked memory would be better for")
-        kept = self._arena(pageable), *self._tapes_of(model, cell, limits)
-        ground = Ground(self._host, wired, model.card.num_layers, *kept, self._guesser(model))
-        note = GUESSER_NOTE if cell.switched()[0].predictor else ""
-        return run(cell, ground, limits) | {"note": note, "batch": cell.batch, "prompt": cell.prompt}
+        link, tapes = self._links.setdefault(model.name, KnownLink()), self._tapes_of(model, cell, limits)
+        ground = Ground(self._host, wired, link, self._arena(pageable), *tapes, self._guesser(model))
+        return run(cell, ground, limits) | {"batch": cell.batch, "prompt": cell.prompt}
 
     def _model(self, name: str) -> ServeModel:
         return tiny(MODELS[name]) if self._tiny else MODELS[name]

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from duoserve.architecture import LatentAttentionConfig
 from duoserve.config import Phase
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.scheduling.policies import POLICIES
+from duoserve.scheduling.routing import Routing
 from duoserve.scheduling.synthetic import CARDS, synthesize
 from tests.listeners import Heard
 
@@ -27,11 +29,11 @@ import serve_figures  # noqa: E402
 import serve_report  # noqa: E402
 from serve_cells import BASE, BATCHES, GRAPH, PARTS, PROMPTS, SHARES, Cell, cells  # noqa: E402
 from serve_host import CpuHost, GpuHost  # noqa: E402
-from serve_models import MODELS, Unavailable  # noqa: E402
-from serve_replay import HostArena, RoutingReplay, SharedRows, Tape  # noqa: E402
+from serve_models import MODELS, Unavailable, tiny  # noqa: E402
+from serve_replay import HostArena, RoutingReplay, SharedRows, Tape, TapedScores  # noqa: E402
 from serve_worker import ServeBench  # noqa: E402
 
-MIXTRAL, QWEN3 = "Mixtral-8x7B", "Qwen3-30B-A3B"
+MIXTRAL, QWEN3, DEEPSEEK = "Mixtral-8x7B", "Qwen3-30B-A3B", "DeepSeek-V2-Lite"
 CEILINGS = {"link_bytes_per_s": 50e9, "memory_bytes_per_s": 3e12, "flop_per_s": 800e12}
 
 
@@ -60,7 +62,8 @@ MEASURED: dict[str, Any] = {
     "joules": [0.0, 100.0, 140.0],
     "logits": "a",
     "tokens": [[1, 2, 3, 4, 5]],
-    "note": "",
+    "launch": "model",
+    "guesses": "",
 }
 
 
@@ -158,7 +161,7 @@ def test_the_tapes_routing_is_what_the_blocks_get() -> None:
     replay = RoutingReplay(Tape.of(trace, (2, 0), torch.device("cpu")), range(card.num_layers))
     asked: list[set[int]] = []
     for step, phase in enumerate([Phase.PREFILL, Phase.DECODE, Phase.DECODE]):
-        replay.begin(phase, 2 if step else 10)
+        replay.begin(phase)
         said = [list(trace[number].routing(step)) for number in (2, 0)]
         for layer in range(card.num_layers):
             want = np.concatenate([request[layer].topk_ids_TK for request in said])
@@ -170,27 +173,29 @@ def test_the_tapes_routing_is_what_the_blocks_get() -> None:
     assert Tape.of(trace, (2, 0), torch.device("cpu")).experts(2) == asked
 
 
-def test_a_listener_hears_the_tape() -> None:
+def test_a_listener_hears_the_tapes_scores() -> None:
     trace = synthesize(CARDS["deepseek-v2-lite"], 2, 3, 0.8, seed=1, prompt=5)
     listener = Heard(lookahead=1)
     layers = range(1, 27)  # the model's first layer is dense, so its numbers are not the trace's
-    replay = RoutingReplay(Tape.of(trace, (0, 1), torch.device("cpu")), layers, listener)
+    replay = RoutingReplay(Tape.of(trace, (0, 1), torch.device("cpu")), layers)
+    told = TapedScores(listener, replay)
+    assert told.lookahead == 1
     for step, (phase, rows) in enumerate([(Phase.PREFILL, 10), (Phase.DECODE, 2), (Phase.PREFILL, 3)]):
-        replay.begin(phase, rows)
+        requests_T = np.arange(rows)
+        told.begin(phase, requests_T)
+        replay.begin(phase)
         for layer in layers:
-            weights_TK, ids_TK = replay.chosen(layer, rows)
-            replay.routed(layer, ids_TK, weights_TK, ids_TK)
-        assert [routing.layer for routing in listener.routings[-1]] == list(layers)
+            weights_TK, ids_TK = (chosen.numpy() for chosen in replay.chosen(layer, rows))
+            told.routed(Routing(layer, requests_T, ids_TK, weights_TK, {layer + 1: np.zeros((rows, 64))}))
+            said = listener.routings[-1][-1]
+            assert said.layer == layer and said.requests_T is requests_T and said.topk_ids_TK is ids_TK
         said = [list(trace[number].routing(step % 2)) for number in (0, 1)]
         for routing, *requests in zip(listener.routings[-1], *said, strict=True):
-            joined = np.concatenate([request.topk_ids_TK for request in requests])[:rows]
-            assert np.array_equal(routing.topk_ids_TK, joined)
             assert list(routing.ahead) == ([routing.layer + 1] if routing.layer < 26 else [])
             for scores_TE in routing.ahead.values():
                 want = np.concatenate([next(iter(request.ahead.values())) for request in requests])[:rows]
                 assert np.array_equal(scores_TE, want)
     assert [phase for phase, _ in listener.begun] == [Phase.PREFILL, Phase.DECODE, Phase.PREFILL]
-    assert [requests for _, requests in listener.begun] == [[0] * 5 + [1] * 5, [0, 1], [0] * 3]
 
 
 def test_experts_share_the_arenas_rows() -> None:
@@ -209,7 +214,7 @@ def bench() -> ServeBench:
     return ServeBench(is_tiny=True, arena_gib=0)
 
 
-@pytest.mark.parametrize("model", [MIXTRAL, QWEN3])
+@pytest.mark.parametrize("model", MODELS)
 def test_policies_compute_the_same_on_replayed_routing(model: str, bench: ServeBench) -> None:
     chosen = [Cell(model, BASE, "25%"), Cell(model, "on-demand", "15%"), Cell(model, "resident", "100%")]
     chosen.append(Cell(model, BASE, "25%", without="nothing kept"))
@@ -227,11 +232,21 @@ def test_policies_compute_the_same_on_replayed_routing(model: str, bench: ServeB
     assert by_policy["resident"]["decode_bytes_per_s"] == 0 < by_policy["on-demand"]["decode_bytes_per_s"]
 
 
+def guessed_bytes(measured: dict[str, Any]) -> dict[str, int]:
+    """What decode steps copied before it was asked for, by what it was good for."""
+    kinds = ("prefetched_useful", "prefetched_late", "wasted")
+    return {kind: measured["stats"][f"bytes_{kind}"] - measured["prefill"][f"bytes_{kind}"] for kind in kinds}
+
+
 def test_a_policy_that_guesses_makes_guesses(bench: ServeBench) -> None:
-    guessing = Cell(QWEN3, "lookahead", "25%")
-    made = {cell: bench.cell(**cell.to_dict())["stats"] for cell in (guessing, Cell(QWEN3, BASE, "25%"))}
-    ahead = [s["bytes_total"] - s["bytes_demanded"] for s in made.values()]
-    assert ahead[0] > ahead[1]
+    """Most of them right, for so are the tape's scores; without guesses nothing is copied ahead."""
+    guessing, cut = (Cell(QWEN3, "lookahead", "25%", without=off) for off in ("", "no guesses"))
+    made, none = (bench.cell(**cell.to_dict()) for cell in (guessing, cut))
+    ahead = guessed_bytes(made)
+    print(ahead, guessed_bytes(none))
+    assert ahead["prefetched_useful"] + ahead["prefetched_late"] > ahead["wasted"]
+    assert made["guesses"] == "lookahead"
+    assert none["guesses"] == "" and set(guessed_bytes(none).values()) == {0}
 
 
 @pytest.mark.parametrize(
@@ -247,26 +262,36 @@ def test_what_cannot_be_measured_says_why(cell: Cell, why: str, bench: ServeBenc
     assert why in bench.cell(**cell.to_dict())["unavailable"]
 
 
+def test_the_tiny_deepseek_has_all_that_the_real_one_has() -> None:
+    for model, moe_layers in ((MODELS[DEEPSEEK], 26), (tiny(MODELS[DEEPSEEK]), 2)):
+        config = model.wired().config
+        assert isinstance(config.blocks.attention, LatentAttentionConfig)
+        assert config.moe_layers == tuple(range(1, moe_layers + 1)) and model.card.num_layers == moe_layers
+        shared = config.blocks.moe.shared
+        assert shared and shared.intermediate_size == 2 * config.expert_intermediate_size
+        assert config.blocks.moe.dense_intermediate_size > 0
+
+
 def test_a_model_without_a_family_says_so() -> None:
-    unknown = MODELS["DeepSeek-V2-Lite"].raw | {"model_type": "none_such"}
+    unknown = MODELS[DEEPSEEK].raw | {"model_type": "none_such"}
     model = type(MODELS[MIXTRAL])("none such", unknown, CARDS["mixtral-8x7b"])
     with pytest.raises(Unavailable, match="no family"):
         model.wired()
 
 
-@pytest.mark.parametrize("model", [MIXTRAL, QWEN3])
+@pytest.mark.parametrize("model", MODELS)
 def test_accelerate_is_measured_beside_it(model: str, bench: ServeBench) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     found = bench.peer(model=model, prompt=128, steps=2)
     assert found["ttft_s"] > 0 and len(found["itl_s"]) == 2
-    small = MODELS[model].card.num_experts * 3 * (3 * 64 * 32 * 2)  # experts x layers x their three matrices
+    small = tiny(MODELS[model]).card.num_layers * MODELS[model].card.num_experts * 3 * 64 * 32 * 2
     assert found["moved_bytes"] == small
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("model", [MIXTRAL, QWEN3])
+@pytest.mark.parametrize("model", MODELS)
 def test_every_cell_on_a_gpu(model: str) -> None:
     bench = ServeBench(is_tiny=True, arena_gib=0, host=GpuHost())
     rates, parts = bench.ceilings(), []

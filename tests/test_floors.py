@@ -22,7 +22,8 @@ F1  kernels/checks  kernels/weights  kernels/host_rows  kernels/routing  kernels
     kernels/reference_dequant  kernels/reference_small  kernels/reference_attention  kernels/reference
     kernels/reference_copies  kernels/numerics  kernels/configs  kernels/dequant  kernels/moe_checks  kernels/route
     kernels/moe_gemm  kernels/moe_gemv  kernels/moe_fill  kernels/copies  kernels/combine  kernels/router
-    kernels/norm  kernels/rope  kernels/attention_gqa  kernels/attention_mla  kernels/triton_ops  kernels/__init__
+    kernels/norm  kernels/rope  kernels/cache_rows  kernels/attention_gqa  kernels/attention_mla  kernels/triton_ops
+    kernels/__init__
     kernels/recorder  kernels/cuda_graphs
 F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safetensors_header  experts/shards
     experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/rows  experts/pinned  experts/store
