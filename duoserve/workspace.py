@@ -117,7 +117,7 @@ class PassMemory:
         scores = self.num_tokens * config.num_experts * (self.dtype.itemsize + SCORE_BYTES)
         routed = config.top_k * (self._rows(inner) + self._rows(hidden) + self.num_tokens * ROUTED_ROW_BYTES)
         clamped = config.blocks.moe.clamp is not None
-        up = self._rows(hidden) + self._product(hidden, 2 * inner) + self._rows(3 * inner if clamped else inner)
+        up = self._rows(hidden) + self._product(hidden, 2 * inner) + self._rows(5 * inner if clamped else inner)
         expert = 0 if self.on_gpu else max(up, self._product(inner, hidden))
         combined = self._rows(hidden) + 3 * self._scratch(hidden)
         biases = config.top_k * self._rows(hidden) if clamped else 0
@@ -150,7 +150,9 @@ class PassMemory:
             context = min(context, window + rows)
         elif not attention.sinks and not (self.on_gpu and self.dtype is torch.float32):
             return 0
-        heads_masked = 2 * attention.num_heads if attention.sinks else 1  # a sink is a column of its head's own mask
+        heads_masked = 1
+        if attention.sinks:  # a column of its head's own mask, of which a GPU's attention makes an aligned copy
+            heads_masked = attention.num_heads * (2 if self.on_gpu else 1)
         mask = rows * (context + 1) * (MASK_BYTES + heads_masked * self.dtype.itemsize)
         if not self.on_gpu:
             return mask

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Adds up the storages that ops make inside, from their making until nobody holds them: ``live`` and ``peak``.
 
-    What an op allocates and frees within itself is not seen.
+    Ops that are made of others are taken apart, as attention is where it writes its scores out. What the others
+    allocate and free within themselves is not seen.
     """
 
     def __init__(self) -> None:
@@ -36,6 +37,9 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        parts = self._in_parts(func, args, kwargs or {})
+        if parts is not NotImplemented:
+            return parts
         fresh = func is torch.ops.aten.lift_fresh.default  # torch.tensor() shows itself by this alone
         given = set() if fresh else {id_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
@@ -43,6 +47,11 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, Tensor) and id_of(leaf) not in given:
                 self._made(leaf.untyped_storage())
         return result
+
+    def _in_parts(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """The result by the ops that ``func`` is made of, which come one by one; NotImplemented if it is one itself."""
+        with self:
+            return func.decompose(*args, **kwargs)  # type: ignore[attr-defined]
 
     def _made(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = storage._cdata, storage.nbytes()

@@ -42,7 +42,7 @@ def attention(
         mask = _visible(num_new, num_context, window, q_THD.device)
     if sinks_H is not None:
         k_CGD, v_CGD = F.pad(k_CGD, (0, 0, 0, 0, 0, 1)), F.pad(v_CGD, (0, 0, 0, 0, 0, 1))
-        mask = _with_sinks(mask, sinks_H, num_new, num_context, q_THD.dtype)
+        mask = _with_sinks(mask, sinks_H, num_new, num_context, q_THD.dtype)[None]  # with 3 axes scores are written out
     out_HTD = F.scaled_dot_product_attention(
         q_THD.transpose(0, 1)[None],
         k_CGD.transpose(0, 1)[None],
