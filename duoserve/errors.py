@@ -32,7 +32,7 @@ class ClosedError(DuoServeError):
 
 
 class IntegrityError(DuoServeError):
-    """An invariant of the slot bookkeeping is broken: a bug in duoserve, never the user's doing."""
+    """An invariant of the books of slots or pages is broken: a bug in duoserve, never the user's doing."""
 
 
 class KernelError(DuoServeError, ValueError):

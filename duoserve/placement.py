@@ -26,9 +26,8 @@ from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.kv_cache import PagedKVCache, kv_bytes_per_token
 from duoserve.metrics import Meter
 from duoserve.models.opened import OpenedModel
+from duoserve.workspace import workspace_bytes
 
-# Activations, float32 copies of a block of weights (on a CPU), and what the allocator keeps between passes.
-WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 # A context worth having by default; a model's own maximum may cost more memory than its experts.
 DEFAULT_MAX_CONTEXT = 4096
 
@@ -56,15 +55,15 @@ class Placement:
 
     def plan(self, wanted: EngineConfig, needs_all: bool) -> MemoryPlan:
         """How memory is divided; MemoryBudgetError when it cannot work."""
-        config = self.found.config
+        config, context = self.found.config, PagedKVCache.whole_pages(self.max_context)
         return plan_memory(
             layout=self.found.layout(self.dtype, wanted.quantize),
             num_layers=len(config.moe_layers),
             num_experts=config.num_experts,
             top_k=config.top_k,
             dense_bytes=self.found.dense_bytes(self.dtype),
-            kv_bytes=PagedKVCache.whole_pages(self.max_context) * kv_bytes_per_token(config, self.dtype),
-            workspace_bytes=WORKSPACE_BYTES[self.device.type],
+            kv_bytes=context * kv_bytes_per_token(config, self.dtype),
+            workspace_bytes=workspace_bytes(config, self.dtype, self.device, context),
             wanted=wanted,
             available_bytes=free_bytes(self.device),
             host_available_bytes=free_bytes(CPU) if self._on_gpu else None,
