@@ -1,4 +1,4 @@
-"""How good an embedded model is on plays it has not seen, and how it routes them; its card says so.
+"""How good an embedded model is on texts it has not seen, and how it routes them.
 
 Shapes: T tokens, L layers, E experts, K top-k.
 """
@@ -6,13 +6,12 @@ Shapes: T tokens, L layers, E experts, K top-k.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from bard_configs import CONTEXT
-from shakespeare import HELD_OUT, title, token_ids
+from shakespeare import token_ids
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -62,7 +61,3 @@ def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, texts: dict[str, str]
         "most_used_expert_share": round(shares_LE.max().item(), 4),
         "expert_share": [[round(share, 4) for share in row] for row in shares_LE.tolist()],
     }
-
-
-def write_card(name: str, report: dict[str, Any], out: Path) -> None:
-    raise NotImplementedError

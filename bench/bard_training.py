@@ -21,14 +21,17 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 CHECKPOINT_SECONDS = 300
-BALANCE = 0.01
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """``epochs``: passes over the stream in expectation; ``batch``: windows of CONTEXT tokens in a step."""
+    """``epochs``: passes over the stream in expectation; ``batch``: windows of CONTEXT tokens in a step.
+
+    ``balance`` is the weight of the load-balancing loss.
+    """
 
     epochs: float
+    balance: float
     batch: int
     weight_decay: float
     check_every: int
@@ -99,7 +102,7 @@ class Training:
     def _step(self, share: float) -> None:
         self.model.train()
         loss, balance = self._losses(self._batch())
-        (loss + BALANCE * balance).backward()
+        (loss + self.recipe.balance * balance).backward()
         for opt, base in zip(self.optimizers, self.base_rates, strict=True):
             opt.param_groups[0]["lr"] = base * share
             opt.step()

@@ -31,7 +31,9 @@ class ExpertRows(torch.autograd.Function):
     """out_T = the sum over k of weights_TK * down(silu(gate(x_T)) * up(x_T)); ``w13_EJH``: gate rows, then up rows."""
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, w13_EJH: Tensor, w2_EHI: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def forward(  # noqa: PLR0913, PLR0917 (they are autograd's)
+        ctx: Any, x_TH: Tensor, w13_EJH: Tensor, w2_EHI: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> Tensor:
         top_k, weights = ids_TK.shape[1], weights_TK.flatten()
         out_TH, halves = torch.zeros_like(x_TH), []
         for expert, chosen in rows_by_expert(ids_TK, len(w13_EJH)):
