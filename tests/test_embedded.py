@@ -26,11 +26,10 @@ FILES = {
     "config.json",
     "generation_config.json",
     "model.safetensors",
-    "predictor.json",
-    "predictor.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
 }
+PREDICTOR = {"predictor.json", "predictor.safetensors"}
 
 
 @pytest.fixture(scope="module", params=EMBEDDED)
@@ -65,7 +64,8 @@ def bits_per_byte(model: MoEModel, ids: list[int], num_bytes: int) -> float:
 
 def test_each_folder_has_what_a_model_needs_and_no_more(folder: Path) -> None:
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    assert set(sizes) == FILES
+    assert set(sizes) - PREDICTOR == FILES
+    assert set(sizes) & PREDICTOR in (set(), PREDICTOR), "a predictor without its notes, or notes without it"
     assert sizes.pop("model.safetensors") <= 24e6
     assert sum(sizes.values()) <= 3e6
 
@@ -89,8 +89,10 @@ def test_it_is_as_good_as_its_card_says(model: MoEModel, folder: Path) -> None:
 
 
 def test_every_expert_has_work(model: MoEModel, folder: Path, tmp_path: Path) -> None:
-    """In one scene each is used, and in whole plays by at least 0.16 of its even share: 2 % of bard's 8 experts' uses,
-    0.25 % of bard-fine's 64."""
+    """Each is used in one scene, and in whole plays by at least 0.16 of its even share.
+
+    That is 2 % of the uses of 8 experts, and 0.25 % of the uses of 64.
+    """
     router = model.config
     trace = record(folder, [SCENE], Recording(tmp_path / "t", SamplingParams(max_tokens=1)), EngineConfig(), "resident")
     for layer, said in trace[0].layers.items():
