@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
+sys.path.append(str(BENCH))
+
+import cpu_summary  # noqa: E402 (the benches are no package)
+import harness  # noqa: E402
+import report  # noqa: E402
+import shapes  # noqa: E402
 
 
-def load(name: str) -> ModuleType:
-    """A module of bench/, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-harness, report = load("harness"), load("report")
-
-
-def run_quick(folder: Path, *options: str) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The result of one round on the tiny model; AssertionError with its report when a check fails."""
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("bench")
     out = folder / "result.json"
     command = [sys.executable, str(BENCH / "bench_cpu.py"), "--quick", "--rounds", "1", "--threads", "1"]
     files = ["--folder", str(folder / "mixtral"), "--json", str(out)]
-    done = subprocess.run([*command, *files, *options], capture_output=True, text=True, timeout=1800, check=False)
+    done = subprocess.run([*command, *files], capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())
 
@@ -42,26 +38,31 @@ def failed(result: dict[str, Any]) -> list[str]:
     return [check["name"] for check in result["checks"] if check["passed"] is False]
 
 
-def test_duoserve_alone_is_measured_and_its_peers_are_not_passed(tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="it builds the checkpoint")
-    result = run_quick(tmp_path, "--engines", "duoserve")
-    assert not failed(result)
-    assert {"logits of duoserve lru", "tokens of duoserve on-demand"} <= {check["name"] for check in result["checks"]}
-    by_name = {target["name"]: target for target in result["targets"]}
+def test_all_compute_the_same_and_read_from_where_they_should(quick: dict[str, Any]) -> None:
+    assert not failed(quick)
+    names = {check["name"] for check in quick["checks"]}
+    assert {"logits equal transformers'", "logits of duoserve lru", "tokens of duoserve on-demand"} <= names
+    assert all(target["reached"] is not None for target in quick["targets"])
+    by_name = {target["name"]: target for target in quick["targets"]}
     assert by_name["bytes read in decode / misses x slot bytes"]["reached"] is True
-    against_peers = [target for name, target in by_name.items() if "transformers" in name or "accelerate" in name]
+    assert quick["routing_overlap"]["distinct_tokens"] > 4
+
+
+def test_peers_that_were_not_measured_are_not_passed(quick: dict[str, Any], tmp_path: Path) -> None:
+    """The same figures without those of the peers, as an environment without them gives."""
+    ours = {
+        tier: {name: played for name, played in rounds.items() if name.startswith("duoserve")}
+        for tier, rounds in quick["rounds"].items()
+    }
+    for name in ours["resident"] | ours["disk"]:
+        torch.save(torch.ones(3), cpu_summary.logits_file(tmp_path, name))
+    raw = quick | {"rounds": ours, "routing": None, "not_measured": ["transformers", "accelerate"]}
+    disk = quick["machine"]["disk"]["filesystem"]
+    result = raw | cpu_summary.summarize(shapes.SHAPES["quick"], raw, disk, tmp_path)
+    against_peers = [one for one in result["targets"] if "transformers" in one["name"] or "accelerate" in one["name"]]
     assert [(target["reached"], target["verdict"]) for target in against_peers] == [(None, "not measured")] * 3
-    assert "transformers was not measured" in report.render(result)
-
-
-def test_peers_compute_the_same_and_read_from_where_they_should(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    pytest.importorskip("transformers")
-    result = run_quick(tmp_path)
     assert not failed(result)
-    assert "logits equal transformers'" in {check["name"] for check in result["checks"]}
-    assert all(target["reached"] is not None for target in result["targets"])
-    assert result["routing_overlap"]["distinct_tokens"] > 4
+    assert "transformers was not measured" in report.render(result)
 
 
 @pytest.mark.parametrize(

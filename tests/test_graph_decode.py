@@ -70,9 +70,9 @@ class Checked:
         assert self.pool is not None
         slots = self.pool.weights
         for slot in range(table.num_slots):
+            assert table.holds(slot) == 0
             expert = table.expert_in(slot)
-            assert table.holds(slot) == 0 and table.state(slot) is not SlotState.LOADING
-            if expert is not None:
+            if table.state(slot) is SlotState.READY and expert is not None:
                 row_B = self.device.store.host_row(expert)
                 assert row_B is not None
                 row = self.device.store.layout.weights(row_B[None])

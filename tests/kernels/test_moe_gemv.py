@@ -55,8 +55,8 @@ def test_one_token_against_float64(
     twin_act, twin_out = torch.empty_like(act), torch.empty_like(out)
     reference.moe_gemv_up(case.x_TH, weights, slots, twin_act)
     reference.moe_gemv_down(act, weights, slots, topk_weights, shared, twin_out)
-    # The twin rounds as the CPU's layers do: the projections before silu, and each expert's output before the sum.
-    assert_close(twin_act, true_act, dtype, roundings=2)
+    # The twin rounds as the CPU's layers do: both projections, silu and their product; each expert's output, the sum.
+    assert_close(twin_act, true_act, dtype, roundings=4)
     assert_close(twin_out, true_out, dtype, roundings=2)
     case.pool.check()
 
