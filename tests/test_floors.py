@@ -31,13 +31,14 @@ F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safe
     experts/stream_engine
 F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/trace
     scheduling/trace_file  scheduling/recorder  scheduling/synthetic  scheduling/plan  scheduling/prefill
-    scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/policies  scheduling/link_budget
-    scheduling/foresight  scheduling/ledger  scheduling/residency  scheduling/spaces  scheduling/lease
-    scheduling/read_through  scheduling/scheduler  scheduling/cache_study  scheduling/hardware  scheduling/foreseen
-    scheduling/scored  scheduling/replay  scheduling/bake_off  scheduling/selection  predictors/__init__
-    predictors/features  predictors/history  predictors/base  predictors/popularity  predictors/affinity
-    predictors/activation_matrix  predictors/lookahead  predictors/paper  predictors/learned  predictors/examples
-    predictors/networks  predictors/training  predictors/quality  predictors/files
+    scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/ghost  scheduling/guard
+    scheduling/policies  scheduling/account  scheduling/link_budget  scheduling/foresight  scheduling/ledger
+    scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/read_through  scheduling/scheduler
+    scheduling/cache_study  scheduling/hardware  scheduling/foreseen  scheduling/scored  scheduling/replay
+    scheduling/bake_off  scheduling/selection  predictors/__init__  predictors/features  predictors/history
+    predictors/base  predictors/popularity  predictors/affinity  predictors/activation_matrix  predictors/lookahead
+    predictors/paper  predictors/learned  predictors/examples  predictors/networks  predictors/training
+    predictors/quality  predictors/files
 F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  models/attention  models/mla
     models/router  models/tap  models/moe  models/transformer  models/parts  models/listening  models/decoder
     models/config_fields  models/rope_fields  models/common_fields  models/expert_names  models/family  models/mixtral

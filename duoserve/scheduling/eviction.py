@@ -6,15 +6,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, S
 from dataclasses import dataclass
 
 from duoserve.experts.layout import ExpertId
-from duoserve.scheduling.plan import BEFORE_FIRST
-from duoserve.scheduling.ranking import Ranking
+from duoserve.scheduling.plan import BEFORE_FIRST, ModelShape
+from duoserve.scheduling.ranking import Ranking, Values
 
 # The experts of a layer that may be given up (READY, not held) and their slots, the least recently used first.
 IdleExperts = Mapping[int, int]
 
 
 def least_valued(
-    layers: Iterable[int], idle: Sequence[IdleExperts], values: Sequence[Sequence[float]], spared: Collection[ExpertId]
+    layers: Iterable[int], idle: Sequence[IdleExperts], values: Values, spared: Collection[ExpertId]
 ) -> int | None:
     """The slot of the expert of ``layers`` that has the least value and is not ``spared``; None if there is none."""
     least: tuple[float, int] | None = None
@@ -44,6 +44,8 @@ def layer_quotas(num_slots: int, num_layers: int, top_k: int) -> list[int]:
 class Eviction:
     """How a victim is found: a fresh ``ranking(num_layers, num_experts)`` says what experts are worth.
 
+    It must not lose to that of a ``rival`` if there is one: see guard.py.
+
     ``per_layer`` gives layers quotas: one that has filled its own replaces its own experts, and one that has not takes
     from those above theirs. A decode token visits the layers in a cycle, so that the experts used longest ago are those
     of the layer that comes next: ranked by recency over the whole model they would be given up just before they are
@@ -52,10 +54,16 @@ class Eviction:
 
     ranking: Callable[[int, int], Ranking]
     per_layer: bool
+    rival: Callable[[int, int], Ranking] | None = None
 
-    def quotas(self, num_slots: int, num_layers: int, top_k: int) -> list[int]:
-        """By layer, how many slots it may fill before its own are given up first; 0 where that is always so."""
-        return layer_quotas(num_slots, num_layers, top_k) if self.per_layer else [0] * num_layers
+    def quotas(self, num_slots: int, shape: ModelShape, num_layers: int) -> list[int]:
+        """By layer of the model: the slots it may fill before its own experts go first; 0 if they always do."""
+        quotas = [0] * num_layers
+        if self.per_layer:
+            shares = layer_quotas(num_slots, len(shape.layers), shape.top_k)
+            for layer, share in zip(shape.layers, shares, strict=True):
+                quotas[layer] = share
+        return quotas
 
     def groups(self, loading: int, slots: Sequence[Sized], quotas: Sequence[int]) -> Iterable[Collection[int]]:
         """Layers to look for a victim in, the first group first, when ``loading`` needs a slot (BEFORE_FIRST: nobody).

@@ -39,7 +39,7 @@ class Foresight(RoutingListener):
         self._calibrations = [Calibration() for _ in range(self._horizon)]
         self._stated: dict[int, list[tuple[int, list[Guess]]]] = {}  # by layer: how far ahead it was, what was said
         self._routed: Routing | None = None
-        self.link = IdleLink(num_layers)
+        self.link = IdleLink(num_layers, shape.total_experts)
 
     @property
     def lookahead(self) -> int:
@@ -80,10 +80,16 @@ class Foresight(RoutingListener):
         counts_E: list[int] = np.bincount(routed.topk_ids_TK.ravel(), minlength=self._shape.num_experts).tolist()
         return [counts_E[expert] for expert in experts]
 
-    def guess(self, layer: int, present: Sequence[Collection[int]], under_way: Collection[ExpertId]) -> Guesses:
+    def guess(
+        self,
+        layer: int,
+        present: Sequence[Collection[int]],
+        under_way: Collection[ExpertId],
+        unused: Collection[ExpertId] = (),
+    ) -> Guesses:
         """What to copy behind the demands of ``layer`` and those guesses ``under_way`` that are about later ones.
 
-        ``present`` names by layer the experts that are in a slot or on their way.
+        ``present`` names by layer the experts that are in a slot or on their way, ``unused`` the guesses in slots.
         """
         if self._mode is GuessMode.NONE or self._predictor is None:
             return NO_GUESSES
@@ -93,7 +99,8 @@ class Foresight(RoutingListener):
         chances = [self._predictor.predict(other) for other in ahead]
         if self._mode is GuessMode.TOP_K:
             return self._likeliest(ahead, chances, present)
-        return self._paying(ahead, chances, present, sum(one.layer in ahead for one in under_way))
+        queued = sum(one.layer in ahead for one in under_way)
+        return self._paying(ahead, chances, present, queued, len(under_way) + len(unused))
 
     def _likeliest(
         self, ahead: Sequence[int], chances: Sequence[np.ndarray], present: Sequence[Collection[int]]
@@ -105,7 +112,12 @@ class Foresight(RoutingListener):
         return Guesses(copies, tuple(ahead), frozenset(wanted))
 
     def _paying(
-        self, ahead: Sequence[int], chances: Sequence[np.ndarray], present: Sequence[Collection[int]], queued: int
+        self,
+        ahead: Sequence[int],
+        chances: Sequence[np.ndarray],
+        present: Sequence[Collection[int]],
+        queued: int,
+        num_open: int,
     ) -> Guesses:
         heard = []
         for distance, (layer, chances_E) in enumerate(zip(ahead, chances, strict=True)):
@@ -119,7 +131,8 @@ class Foresight(RoutingListener):
             return Guesses(ahead=tuple(ahead))
         victims = [self.link.use_chance(len(present[layer])) for layer in ahead]
         paying = affordable(chain.from_iterable(heard), self.link.idle_before(ahead[0]), copy_s, queued, victims)
-        copies = tuple(ExpertId(ahead[distance], guess.expert) for distance, guess in paying)
+        allowed = max(0, self.link.account.allows(copy_s) - num_open)
+        copies = tuple(ExpertId(ahead[distance], guess.expert) for distance, guess in paying[:allowed])
         return Guesses(copies, tuple(ahead), self._spared(ahead, chances) if copies else frozenset())
 
     def _absent(self, chances_E: np.ndarray, present: Collection[int]) -> list[Guess]:

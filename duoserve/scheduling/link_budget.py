@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from duoserve.experts.tickets import Priority, Ticket
+from duoserve.scheduling.account import Account
 
 # How fast the measurements follow: a new one counts for so much of the mean.
 FOLLOW = 0.1
@@ -48,41 +49,70 @@ class Calibration:
         self._counts[bin_] = _KEEP * self._counts[bin_] + 1
 
 
+class Demand(NamedTuple):
+    """What a layer asks for: ``copies`` of the experts ``wanted`` are neither in slots nor on their way.
+
+    Without guesses it would be ``unguessed``. The layer is ``alone`` with the link if no guess is under way.
+    """
+
+    wanted: int
+    copies: int
+    unguessed: int
+    alone: bool
+
+
 class IdleLink:
     """How long the link has nothing to do for demands before each layer is routed, and how long a copy takes.
 
-    The idle time is counted apart for what comes after a layer that had misses: its end is the arrival of the last.
+    The idle time is counted apart for what comes after a layer that had to wait: its end is the arrival of the last.
+    ``account`` is kept of how long layers would have waited without guesses.
     """
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, most_open: int) -> None:
         self.copy_s: float | None = None
+        self.account = Account(most_open)
+        self._miss_s: float | None = None  # how long a miss makes its layer wait: no full copy where two run at once
         self._idle_s: list[list[float | None]] = [[None, None] for _ in range(num_layers)]
-        self._since: float | None = None
-        self._after_misses = False
+        self._routed_at: float | None = None
+        self._since = 0.0  # when the last copy that is waited for arrived
+        self._demand = Demand(0, 0, 0, True)
         self._hits: float | None = None  # of a layer
 
     def pause(self) -> None:
         """What comes until the next layer is routed is not measured."""
-        self._since = None
+        self._routed_at = None
 
-    def arrived(self, ticket: Ticket) -> None:
-        """A copy has been made."""
-        if ticket.priority is Priority.DEMAND and ticket.started_at is not None and ticket.finished_at is not None:
+    def arrived(self, ticket: Ticket, asked: bool) -> None:
+        """A copy has been made, of an expert that was ``asked`` for before, or is a guess still."""
+        assert ticket.started_at is not None and ticket.finished_at is not None
+        if ticket.priority is Priority.DEMAND:
             self.copy_s = _follow(self.copy_s, ticket.finished_at - ticket.started_at)
-            if self._since is not None:
-                self._since = max(self._since, ticket.finished_at)
+        if asked:
+            self._since = max(self._since, ticket.finished_at)
 
     def routed(self, layer: int, now: float) -> None:
         """``layer`` asks for its experts ``now``, and all demands of the layers before it have arrived."""
-        if self._since is not None:
-            here = self._idle_s[layer]
-            here[self._after_misses] = _follow(here[self._after_misses], max(0.0, now - self._since))
-        self._since = now
+        if self._routed_at is not None:
+            self._settle(layer, now - self._routed_at, self._since - self._routed_at)
+            here, waited = self._idle_s[layer], self._since > self._routed_at
+            here[waited] = _follow(here[waited], max(0.0, now - self._since))
+        self._routed_at = self._since = now
 
-    def demanded(self, num_wanted: int, num_copies: int) -> None:
-        """The layer that was routed last wants so many experts, and so many of them have to be copied."""
-        self._after_misses = num_copies > 0
-        self._hits = _follow(self._hits, num_wanted - num_copies)
+    def demanded(self, demand: Demand) -> None:
+        """What the layer that was routed last wants."""
+        self._demand = demand
+        self._hits = _follow(self._hits, demand.wanted - demand.copies)
+
+    def _settle(self, layer: int, seconds: float, waited_s: float) -> None:
+        """Accounts for the layer before ``layer``, of which the computing covers some waiting, guesses or not."""
+        demand = self._demand
+        if demand.alone and demand.copies:
+            self._miss_s = _follow(self._miss_s, waited_s / demand.copies)
+        if self._miss_s is not None and self.copy_s is not None:
+            after_hits, after_misses = self._idle_s[layer]
+            covered_s = 0.0 if after_hits is None or after_misses is None else max(0.0, after_hits - after_misses)
+            unguessed_s = max(0.0, demand.unguessed * self._miss_s - covered_s)
+            self.account.settle(seconds, unguessed_s - max(0.0, waited_s - covered_s), self.copy_s)
 
     def use_chance(self, num_slots: int) -> float:
         """The chance that a layer with ``num_slots`` of them uses the expert in any one in its next step."""
@@ -91,8 +121,9 @@ class IdleLink:
     def idle_before(self, layer: int) -> float:
         """How long the link will have been idle, demands apart, when ``layer``, the next one, is routed."""
         measured = self._idle_s[layer]
-        seconds = measured[self._after_misses]
-        return (measured[not self._after_misses] if seconds is None else seconds) or 0.0
+        after_misses = self._demand.copies > 0
+        seconds = measured[after_misses]
+        return (measured[not after_misses] if seconds is None else seconds) or 0.0
 
 
 def affordable(

@@ -17,6 +17,7 @@ EVICTIONS = {
     "least-stale": Eviction(LeastStale, per_layer=True),
     "activation": Eviction(Activation, per_layer=False),
 }
+NEVER_BELOW_LRU = Eviction(DecayedFrequency, per_layer=True, rival=Recency)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ POLICIES = {
             "duoserve",
             PrefillMode.OVERLAP,
             DecodeMode.CACHE,
-            EVICTIONS["lfru"],
+            NEVER_BELOW_LRU,
             predictor="duoserve",
             guesses=GuessMode.BUDGET,
         ),

@@ -22,10 +22,14 @@ _RESCALE_AT = 1e30
 _EVEN_SHARE = 1e-3
 
 
-class Ranking(Protocol):
-    """``values`` (by layer, by expert) are compared over all layers. Of equal ones the least recently used goes."""
+Values = Sequence[Sequence[float]]  # by layer, by expert
 
-    values: list[list[float]]
+
+class Ranking(Protocol):
+    """``values`` are compared over all layers. Of equal ones the least recently used goes."""
+
+    @property
+    def values(self) -> Values: ...
 
     def begin(self, phase: Phase, num_tokens: int) -> None:
         """A forward pass of ``num_tokens`` tokens begins. A prefill brings new requests."""

@@ -162,9 +162,9 @@ class Residency:
         del self._copies[expert]
         if ticket.state is TicketState.DONE:
             self.table.finish_load(slot)
-            self.ledger.arrived(expert, ticket.nbytes)
             if self._link is not None:
-                self._link.arrived(ticket)
+                self._link.arrived(ticket, asked=expert not in self.ledger.guesses)
+            self.ledger.arrived(expert, ticket.nbytes)
             self.idle[expert.layer][expert.expert] = slot
         else:
             self.table.abort_load(slot)

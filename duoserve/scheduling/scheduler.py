@@ -16,11 +16,15 @@ from duoserve.experts.slots import SlotPool, SlotTable
 from duoserve.metrics import Meter
 from duoserve.scheduling.decode import plan_decode
 from duoserve.scheduling.foresight import Foresight
+from duoserve.scheduling.ghost import Ghost
+from duoserve.scheduling.guard import Guard
 from duoserve.scheduling.lease import SlotLease
+from duoserve.scheduling.link_budget import Demand
 from duoserve.scheduling.plan import BEFORE_FIRST, LayerPlan, LayerView, ModelShape
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.prefill import plan_prefill, ring_size
+from duoserve.scheduling.ranking import Ranking
 from duoserve.scheduling.read_through import ReadThrough
 from duoserve.scheduling.residency import Residency
 from duoserve.scheduling.routing import RoutingListener
@@ -72,13 +76,15 @@ class Scheduler(ExpertSource):
             )
         self._engine = engine
         self._meter = meter
-        self._ranking = policy.eviction.ranking(num_layers, num_experts)
         self._foresight = Foresight(predictor, policy.guesses, self._shape, num_layers)
         self._link = self._foresight.link if self._foresight.guesses_within_budget else None
+        self._guard = self._new_guard(num_layers)
+        self._ranking: Ranking = self._guard or policy.eviction.ranking(num_layers, num_experts)
         self._residency = Residency(table, pool, engine, meter, num_layers, link=self._link)
         self._cache = Cache(self._residency, self._shape, policy.eviction, self._ranking)
         self._pass: _Pass | None = None
         self._lease: SlotLease | None = None
+        self._prompted = True  # the last pass did not leave the cache as decode steps do
         self._closed = False
 
     @property
@@ -90,6 +96,9 @@ class Scheduler(ExpertSource):
         """A forward pass of ``num_tokens`` tokens begins. ClosedError after ``close``."""
         self._check_between_passes("a forward pass began")
         self._ranking.begin(phase, num_tokens)
+        if self._guard is not None and phase is Phase.DECODE and self._prompted:
+            self._guard.become(self._residency.slots)
+        self._prompted = phase is Phase.PREFILL
         self._pass = _Pass(phase, num_tokens, self._open_space(phase, num_tokens))
         try:
             self._open_lease(self._pass, BEFORE_FIRST, ())
@@ -148,6 +157,15 @@ class Scheduler(ExpertSource):
         self._engine.close()
         self._residency.collect()
 
+    def _new_guard(self, num_layers: int) -> Guard | None:
+        """Where the eviction has a rival, or it must be known what guesses cost."""
+        eviction, shape, num_slots = self._policy.eviction, self._shape, self._num_slots
+        if eviction.rival is None and self._link is None:
+            return None
+        own = eviction.ranking(num_layers, shape.num_experts)
+        rival = None if eviction.rival is None else eviction.rival(num_layers, shape.num_experts)
+        return Guard(own, rival, lambda: Ghost(eviction, shape, num_layers, num_slots))
+
     def _used(self, layer: int, experts: Sequence[int]) -> None:
         self._ranking.used(layer, experts, self._foresight.counts(layer, experts))
 
@@ -199,8 +217,10 @@ class Scheduler(ExpertSource):
         view = LayerView(layer, tuple(wanted), present, run.num_tokens, run.space.ring_view(layer))
         if run.phase is Phase.PREFILL:
             return plan_prefill(self._policy.prefill, view, self._shape)
-        guesses = self._foresight.guess(layer, slots, self._residency.ledger.guesses)
+        ledger = self._residency.ledger
+        guesses = self._foresight.guess(layer, slots, ledger.guesses, ledger.unused)
         plan = plan_decode(self._policy.decode, view, self._shape, guesses)
-        if self._link is not None:
-            self._link.demanded(len(wanted), len(plan.demand))
+        if self._link is not None and self._guard is not None and layer != BEFORE_FIRST:
+            unguessed = self._guard.missed
+            self._link.demanded(Demand(len(wanted), len(plan.demand), unguessed, alone=not ledger.guesses))
         return plan

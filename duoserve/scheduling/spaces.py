@@ -75,10 +75,7 @@ class Cache(Space):
         super().__init__(residency)
         self._eviction = eviction
         self._ranking = ranking
-        self._quotas = [0] * len(residency.slots)
-        quotas = eviction.quotas(residency.table.num_slots, len(shape.layers), shape.top_k)
-        for layer, quota in zip(shape.layers, quotas, strict=True):
-            self._quotas[layer] = quota
+        self._quotas = eviction.quotas(residency.table.num_slots, shape, len(residency.slots))
 
     def spare(self, layer: int) -> int | None:
         """An EMPTY slot, else that of a victim that the plan does not spare."""

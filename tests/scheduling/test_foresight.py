@@ -11,6 +11,7 @@ from duoserve.config import Phase
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.tickets import TicketState
 from duoserve.scheduling.foresight import Foresight
+from duoserve.scheduling.link_budget import Demand
 from duoserve.scheduling.plan import NO_GUESSES, GuessMode, ModelShape
 from duoserve.scheduling.routing import Routing
 from tests.fakes import SMALL
@@ -73,9 +74,13 @@ class TestBudget:
         for policy in ("duoserve", "lru"):
             seer = Seer()
             rig = Rig(policy, slots=12, predictor=seer)
-            seer.run(rig, 40, random.Random(2), attention_s=3.0, expert_s=0.1)
+            rng = random.Random(2)
+            seer.run(rig, 40, rng, attention_s=3.0, expert_s=0.1)  # until it has earned that it may risk something
+            rig.meter.reset()
+            begun = rig.clock.now
+            seer.run(rig, 40, rng, attention_s=3.0, expert_s=0.1)
             rates.append(rig.stats().hit_rate(Phase.DECODE))
-            walls.append(rig.clock.now)
+            walls.append(rig.clock.now - begun)
         assert rates[0] is not None and rates[1] is not None and rates[0] > 0.9 and rates[1] < 0.6
         assert walls[0] < 0.75 * walls[1]
 
@@ -101,9 +106,10 @@ class TestBudget:
     def test_of_two_layers_ahead_the_nearer_comes_first(self) -> None:
         foresight = Foresight(Teller(lambda layer: certain(8, [layer]), 2), GuessMode.BUDGET, SHAPE, 4)
         foresight.link.copy_s = 1.0
+        foresight.link.account.settle(1.0, 31.0, 1.0)
         for layer in (0, 1, 2, 3, 0):
             foresight.link.routed(layer, 10.0 * layer)
-            foresight.link.demanded(0, 0)
+            foresight.link.demanded(Demand(0, 0, 0, alone=True))
         assert foresight.guess(0, NOBODY, ()).copies == (ExpertId(1, 1), ExpertId(2, 2))
         assert foresight.guess(0, NOBODY, [ExpertId(1, 0)] * 30).copies == ()
 

@@ -6,14 +6,18 @@ import pytest
 
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.tickets import Priority, Ticket
-from duoserve.scheduling.link_budget import MIN_CHANCE, Calibration, Guess, IdleLink, affordable
+from duoserve.scheduling.link_budget import MIN_CHANCE, Calibration, Demand, Guess, IdleLink, affordable
+
+
+def demand(wanted: int, copies: int) -> Demand:
+    return Demand(wanted, copies, copies, alone=True)
 
 
 def arrived(link: IdleLink, start: float, stop: float, priority: Priority = Priority.DEMAND) -> None:
     ticket = Ticket(ExpertId(0, 0), 0, priority, 1, start)
     ticket.start(start)
     ticket.finish(stop)
-    link.arrived(ticket)
+    link.arrived(ticket, asked=priority is Priority.DEMAND)
 
 
 FREE = (0.0, 0.0)
@@ -41,34 +45,34 @@ class TestCalibration:
 
 class TestIdleLink:
     def test_it_is_idle_from_the_last_arrival_until_the_next_routing(self) -> None:
-        link = IdleLink(3)
+        link = IdleLink(3, 16)
         link.routed(0, 10.0)
-        link.demanded(2, 2)
+        link.demanded(demand(2, 2))
         arrived(link, 10.0, 11.0)
         arrived(link, 11.0, 12.5)
         link.routed(1, 15.0)
         assert link.copy_s == pytest.approx(1.05)
         link.routed(0, 20.0)
-        link.demanded(2, 1)
+        link.demanded(demand(2, 1))
         assert link.idle_before(1) == pytest.approx(2.5)
 
     def test_after_a_layer_without_misses_it_was_idle_all_the_time(self) -> None:
-        link = IdleLink(2)
+        link = IdleLink(2, 16)
         for at, misses in ((0.0, 1), (10.0, 0)):
             link.routed(0, at)
-            link.demanded(2, misses)
+            link.demanded(demand(2, misses))
             if misses:
                 arrived(link, at, at + 3)
             link.routed(1, at + 4)
-        link.demanded(2, 0)
+        link.demanded(demand(2, 0))
         link.routed(0, 20.0)
-        link.demanded(2, 0)
+        link.demanded(demand(2, 0))
         assert link.idle_before(1) == 4.0
-        link.demanded(2, 5)
+        link.demanded(demand(2, 5))
         assert link.idle_before(1) == 1.0
 
     def test_prefetches_are_no_demands_and_what_a_pause_covers_is_not_measured(self) -> None:
-        link = IdleLink(2)
+        link = IdleLink(2, 16)
         link.routed(0, 0.0)
         arrived(link, 0.0, 5.0, Priority.PREFETCH)
         assert link.copy_s is None
@@ -104,8 +108,8 @@ class TestAffordable:
 
 
 def test_slots_are_used_the_more_often_the_fewer_there_are() -> None:
-    link = IdleLink(1)
+    link = IdleLink(1, 16)
     assert link.use_chance(4) == 0.0
     link.routed(0, 0.0)
-    link.demanded(5, 2)
+    link.demanded(demand(5, 2))
     assert (link.use_chance(12), link.use_chance(2)) == (0.25, 1.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -42,12 +41,9 @@ class Fallible(Future):
         return said_E
 
 
-@pytest.mark.xfail(
-    reason="issue 5, point 2: some drawn machines are up to 5 % slower, where 1 % is asked", strict=False
-)
 @given(
     skew=st.floats(0, 1.5),
-    request=st.floats(0.5, 2.5),  # of no preference at all there is nothing to learn: LRU wins or loses by chance
+    request=st.floats(0, 2.5),
     memory=st.floats(0, 0.99),
     share=st.sampled_from([0.15, 0.25, 0.5, 0.8]),
     link=st.floats(8.5, 11.5),
@@ -81,5 +77,4 @@ def test_duoserve_is_never_slower(
     lru = replay(trace, get_policy("lru"), machine, slots)
     assert sum(ours.itl_s) <= TOLERANCE * sum(quiet.itl_s)
     assert ours.e2e_s <= TOLERANCE * quiet.e2e_s
-    # Where nearly all experts have slots, most misses are first uses, and which way the others fall is chance.
-    assert share > 0.5 or ours.e2e_s <= TOLERANCE * lru.e2e_s
+    assert ours.e2e_s <= TOLERANCE * lru.e2e_s

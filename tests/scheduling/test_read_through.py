@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from duoserve.errors import IntegrityError
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotState
 from duoserve.scheduling.plan import ModelShape
+from duoserve.scheduling.policies import EVICTIONS, get_policy
 from duoserve.scheduling.read_through import Fill, fills, lay_targets, most_misses
 from tests.scheduling.rig import Rig
 
@@ -108,7 +110,8 @@ def test_what_is_chosen_again_is_a_hit_and_the_longest_unused_goes_first() -> No
 
 
 def test_the_eviction_hears_what_a_step_has_used() -> None:
-    rig = Rig("duoserve", layers=1, experts=8, top_k=2, slots=6)  # which gives up what was seldom used
+    seldom_used_first = replace(get_policy("duoserve"), eviction=EVICTIONS["lfru"])
+    rig = Rig(seldom_used_first, layers=1, experts=8, top_k=2, slots=6)
     device = FakeDevice(rig)
     for chosen in ([0, 1], [0, 1], [0, 1], [2, 3], [4, 5], [6, 7]):
         device.step({0: chosen}, tokens=1)

@@ -1,0 +1,58 @@
+"""A cache of which there are only the books: what slots would hold had another ranking or no guess had its way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from duoserve.scheduling.eviction import Eviction, least_valued
+from duoserve.scheduling.plan import ModelShape
+from duoserve.scheduling.ranking import Values
+
+
+class Ghost:
+    """Admits every miss of a decode step and gives up experts as a Cache of ``num_slots`` slots does.
+
+    ``slots`` names by layer the experts that would have one, the least recently used first, each with its seat: the
+    number that it has among all experts. For others to read only.
+    """
+
+    def __init__(self, eviction: Eviction, shape: ModelShape, num_layers: int, num_slots: int) -> None:
+        self._eviction = eviction
+        self._num_experts = shape.num_experts
+        self._quotas = eviction.quotas(num_slots, shape, num_layers)
+        self.num_slots = self._free = num_slots
+        self.slots: list[dict[int, int]] = [{} for _ in self._quotas]
+
+    def become(self, slots: Iterable[Iterable[int]]) -> None:
+        """From here on with these experts, by layer, as a cache that a prompt has gone through."""
+        self.slots = [{expert: self._seat(layer, expert) for expert in here} for layer, here in enumerate(slots)]
+        self._free = self.num_slots - sum(map(len, self.slots))
+
+    def use(self, layer: int, experts: Sequence[int], values: Values) -> int:
+        """A decode step's layer uses ``experts``, for which the least of ``values`` go; returns how many it misses."""
+        here = self.slots[layer]
+        missing = [expert for expert in experts if expert not in here]
+        for expert in missing:
+            if self._free > 0 or self._give_up(layer, experts, values):
+                self._free -= 1
+                here[expert] = self._seat(layer, expert)
+        for expert in (*(expert for expert in reversed(experts) if expert not in missing), *missing):
+            if expert in here:
+                here[expert] = here.pop(expert)  # what has just been copied is released last
+        return len(missing)
+
+    def _give_up(self, loading: int, held: Sequence[int], values: Values) -> bool:
+        """Makes a slot free; False if the layer that is ``loading`` holds them all."""
+        idle = [*self.slots]
+        idle[loading] = {expert: seat for expert, seat in idle[loading].items() if expert not in held}
+        for layers in self._eviction.groups(loading, self.slots, self._quotas):
+            seat = least_valued(layers, idle, values, ())
+            if seat is not None:
+                layer, expert = divmod(seat, self._num_experts)
+                del self.slots[layer][expert]
+                self._free += 1
+                return True
+        return False
+
+    def _seat(self, layer: int, expert: int) -> int:
+        return layer * self._num_experts + expert

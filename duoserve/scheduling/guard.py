@@ -1,0 +1,71 @@
+"""A ranking that must not lose to another: caches of which there are only the books say which of the two to go by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from math import sqrt
+
+from duoserve.config import Phase
+from duoserve.scheduling.ghost import Ghost
+from duoserve.scheduling.ranking import Ranking, Values
+
+# Misses that may be lost to the rival, as a share of the rival's own.
+ALLOWED = 0.005
+
+
+class Guard(Ranking):
+    """``own`` as far as it has earned that, else ``rival`` (None: always ``own``), judged by caches without guesses.
+
+    The credit is how many misses the rival has had more, and ALLOWED of all that it had. It must cover what ``own`` may
+    lose by chance: our cache lacks some experts that the rival's has, and has as many others instead. The uses of the
+    ones and of the others cancel, but for a difference that grows as the root of their number; a loss beyond chance
+    shows in the credit. So ``own`` begins with nothing, and what it gains lets it depart further.
+    """
+
+    def __init__(self, own: Ranking, rival: Ranking | None, new_ghost: Callable[[], Ghost]) -> None:
+        self.missed = 0  # experts that the layer that was used last would have missed without guesses
+        self._own = self._leader = own
+        self._rival = rival
+        self._ghost, self._rivals_ghost = new_ghost(), new_ghost()
+        self._credit = 0.0
+        self._apart = [0] * len(self._ghost.slots)  # by layer: experts that only the rival's cache has
+        self._num_apart = 0  # their sum
+        self._decodes = False
+
+    @property
+    def values(self) -> Values:
+        """As in Ranking, for the layer that was used last."""
+        return self._leader.values
+
+    def become(self, slots: Sequence[Iterable[int]]) -> None:
+        """A prompt has gone through the cache, which holds these experts now, by layer; so does the rival's."""
+        self._ghost.become(slots)
+        self._rivals_ghost.become(slots)
+        self._apart, self._num_apart = [0] * len(self._apart), 0
+
+    def begin(self, phase: Phase, num_tokens: int) -> None:
+        """As in Ranking."""
+        self._decodes = phase is Phase.DECODE
+        self._own.begin(phase, num_tokens)
+        if self._rival is not None:
+            self._rival.begin(phase, num_tokens)
+
+    def used(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> None:
+        """As in Ranking."""
+        if self._rival is not None:
+            trusts = self._credit >= sqrt(1 + self._num_apart)
+            self._leader = self._own if trusts else self._rival
+            self._rival.used(layer, experts, counts)
+        self._own.used(layer, experts, counts)
+        if self._decodes:
+            self.missed = self._ghost.use(layer, experts, self._leader.values)
+            if self._rival is not None:
+                self._judge(self._rival, layer, experts)
+
+    def _judge(self, rival: Ranking, layer: int, experts: Sequence[int]) -> None:
+        rivals = self._rivals_ghost.use(layer, experts, rival.values)
+        most = self._ghost.num_slots  # more would change nothing today, and let through too much on another day
+        self._credit = min(most, self._credit + (1 + ALLOWED) * rivals - self.missed)
+        apart = len(self._rivals_ghost.slots[layer].keys() - self._ghost.slots[layer].keys())
+        self._num_apart += apart - self._apart[layer]
+        self._apart[layer] = apart
