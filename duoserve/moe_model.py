@@ -71,7 +71,7 @@ class MoEModel:
         quantize: str | None = None,
         cache_dir: str | Path | None = None,
     ) -> MoEModel:
-        """Loads a folder, a hub id, or an embedded model ("bard").
+        """Loads a folder, a hub id, or an embedded model ("bard", "bard-fine").
 
         At most one of these bounds fast memory: ``expert_slots`` (a count, or a share of all experts such as "25%"),
         ``expert_memory`` (the slot pool) or ``memory`` (slots, dense weights, KV cache and workspace); with none of

@@ -10,7 +10,7 @@ from duoserve.experts.pack_format import DTYPES
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # generic for type checkers only
 
-MODEL_HELP = 'a folder, a hub id (owner/name), or "bard", the embedded model'
+MODEL_HELP = 'a folder, a hub id (owner/name), or an embedded model, "bard" or "bard-fine"'
 LOADING = (
     "device",
     "dtype",

@@ -16,28 +16,29 @@ from huggingface_hub.errors import (
 from duoserve.errors import CheckpointError
 from duoserve.experts.shards import CONFIG_FILE
 
-EMBEDDED = "bard"
-EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "assets" / EMBEDDED
+EMBEDDED = ("bard", "bard-fine")
+EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "assets"
 
 # A closed list: no pickle and no Python reaches the disk. What is ignored are the same weights in other formats.
 _ALLOWED_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 _SMALL_FILES = ["config.json", "generation_config.json", "model.safetensors.index.json"]
 _IGNORED_FILES = ["*/*", "consolidated*"]
+_NAMES = " or ".join(map(repr, EMBEDDED))
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def resolve(model: str | Path, *, revision: str | None = None, offline: bool = False, weights: bool = True) -> Path:
-    """The folder of a model: a folder with config.json, ``"bard"`` (the embedded model) or a hub id, ``"owner/name"``.
+    """The folder of a model: a folder with config.json, the name of an embedded model or a hub id, ``"owner/name"``.
 
     A hub id is downloaded to huggingface_hub's cache, or with ``offline`` only looked up there; ``revision`` is its
     branch, tag or commit. ``Path("bard")`` and ``"./bard"`` are folders. Without ``weights``, they are not downloaded.
     CheckpointError says what was not found.
     """
-    if model == EMBEDDED:
-        return _checked(EMBEDDED_FOLDER, f"the embedded model {EMBEDDED!r} is not part of this installation")
+    if model in EMBEDDED:
+        return _checked(EMBEDDED_FOLDER / model, f"the embedded model {model!r} is not part of this installation")
     folder = Path(model).expanduser()
     if folder.exists() or isinstance(model, Path) or not _HUB_ID.fullmatch(model):
-        return _checked(folder, f"{str(model)!r} is no folder here, no hub id (owner/name) and not {EMBEDDED!r}")
+        return _checked(folder, f"{str(model)!r} is no folder here, no hub id (owner/name) and not {_NAMES}")
     return _checked(
         _download(model, revision, offline, weights), f"the hub's {model} is no model that duoserve can load"
     )

@@ -70,16 +70,25 @@ def test_a_folder_is_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert resolve("model") == Path("model")
 
 
-def test_bard_is_the_embedded_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert hub.EMBEDDED_FOLDER.parts[-3:] == ("duoserve", "assets", "bard")
-    monkeypatch.setattr(hub, "EMBEDDED_FOLDER", folder)
-    assert resolve("bard") == folder
+@pytest.mark.parametrize("name", ["bard", "bard-fine"])
+def test_the_embedded_models_have_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hub.EMBEDDED_FOLDER.parts[-2:] == ("duoserve", "assets")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").write_text("{}")
+    monkeypatch.setattr(hub, "EMBEDDED_FOLDER", tmp_path)
+    assert resolve(name) == tmp_path / name
 
 
-def test_bard_missing_from_the_installation_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "EMBEDDED_FOLDER", tmp_path / "bard")
-    with pytest.raises(CheckpointError, match=r"'bard' is not part of this installation: .*bard is missing; "):
-        resolve("bard")
+@pytest.mark.parametrize("name", ["bard", "bard-fine"])
+def test_one_missing_from_the_installation_says_so(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "EMBEDDED_FOLDER", tmp_path)
+    with pytest.raises(CheckpointError, match=rf"'{name}' is not part of this installation: .*{name} is missing; "):
+        resolve(name)
+
+
+def test_a_name_that_is_close_to_an_embedded_models_gets_them_named() -> None:
+    with pytest.raises(CheckpointError, match=r"'bard-fin' is no folder here, .* and not 'bard' or 'bard-fine'"):
+        resolve("bard-fin")
 
 
 @pytest.mark.parametrize(
