@@ -13,7 +13,7 @@ from torch import Tensor
 
 from duoserve.config import EngineConfig, ModelConfig
 from duoserve.errors import ConfigError
-from duoserve.experts.budget import MemoryPlan, plan_memory
+from duoserve.experts.budget import FreeMemory, MemoryPlan
 from duoserve.experts.copy_engine import CopyEngine, ThreadedCopyEngine
 from duoserve.experts.cuda_streams import CudaStreams
 from duoserve.experts.device import CPU, free_bytes, resolve
@@ -23,13 +23,9 @@ from duoserve.experts.packing import pack_path, write_pack
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore, HostStore, TieredStore
 from duoserve.experts.stream_engine import StreamCopyEngine
-from duoserve.kv_cache import PagedKVCache, kv_bytes_per_token
+from duoserve.memory_needs import MemoryNeeds, context_of, cpu_only
 from duoserve.metrics import Meter
 from duoserve.models.opened import OpenedModel
-from duoserve.workspace import workspace_bytes
-
-# A context worth having by default; a model's own maximum may cost more memory than its experts.
-DEFAULT_MAX_CONTEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -44,31 +40,23 @@ class Placement:
     @classmethod
     def of(cls, found: OpenedModel, wanted: EngineConfig) -> Placement:
         """As ``wanted``, where it says so; ConfigError for a device or dtype that cannot be had."""
-        max_context = wanted.max_context or min(found.config.max_position_embeddings, DEFAULT_MAX_CONTEXT)
-        device = resolve(wanted.device)
-        if device.type != "cpu" and found.config.blocks.moe.clamp:
-            raise ConfigError(f"{found.config.model_type} runs on CPUs only so far: load it with device='cpu'")
-        quantization = found.config.quantization
-        if device.type != "cpu" and quantization is not None and quantization.ordered:
-            raise ConfigError(f"{quantization} runs on CPUs only so far: load it with device='cpu'")
-        return cls(found, device, _dtype(wanted.dtype, found.config), max_context)
+        device, only_cpu = resolve(wanted.device), cpu_only(found.config)
+        if device.type != "cpu" and only_cpu is not None:
+            raise ConfigError(f"{only_cpu} runs on CPUs only so far: load it with device='cpu'")
+        return cls(found, device, _dtype(wanted.dtype, found.config), context_of(found.config, wanted.max_context))
 
     def plan(self, wanted: EngineConfig, needs_all: bool) -> MemoryPlan:
         """How memory is divided; MemoryBudgetError when it cannot work."""
-        config, context = self.found.config, PagedKVCache.whole_pages(self.max_context)
-        return plan_memory(
+        needs = MemoryNeeds(
+            config=self.found.config,
             layout=self.found.layout(self.dtype, wanted.quantize),
-            num_layers=len(config.moe_layers),
-            num_experts=config.num_experts,
-            top_k=config.top_k,
             dense_bytes=self.found.dense_bytes(self.dtype),
-            kv_bytes=context * kv_bytes_per_token(config, self.dtype),
-            workspace_bytes=workspace_bytes(config, self.dtype, self.device, context),
-            wanted=wanted,
-            available_bytes=free_bytes(self.device),
-            host_available_bytes=free_bytes(CPU) if self._on_gpu else None,
-            needs_all=needs_all,
+            dtype=self.dtype,
+            device=self.device,
+            max_context=self.max_context,
         )
+        free = FreeMemory(free_bytes(self.device), free_bytes(CPU) if self._on_gpu else None)
+        return needs.plan(wanted, free, needs_all)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A dense tensor by its name in the checkpoint, in ``dtype`` or the model's."""

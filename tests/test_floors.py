@@ -47,9 +47,11 @@ F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  m
     models/family  models/mixtral  models/qwen3_moe  models/qwen2_moe  models/olmoe  models/deepseek  models/glm4_moe
     models/granite_moe  models/gpt_oss  models/registry  models/stored  models/opened  models/described
 F5  service  sampling  text  kv_cache  engine  decode_inputs  recorded_decode  event_decode  graph_decode  link
-    decoding  workspace  placement  choice  loading  tracing  evaluating  moe_model  perplexity  __init__
-F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/trace  cli/train_predictor  cli/plots
-    cli/replay  cli/evaluate  cli/app  cli/__init__
+    decoding  workspace  memory_needs  placement  choice  loading  tracing  evaluating  moe_model  perplexity
+    planning/__init__  planning/model_cards  planning/formats  planning/sizes  planning/routing_curves
+    planning/speed  planning/planner  planning/this_machine  __init__
+F6  cli/options  cli/inventory  cli/generate  cli/info  cli/plan_plot  cli/plan  cli/pack  cli/trace
+    cli/train_predictor  cli/plots  cli/replay  cli/evaluate  cli/app  cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]
 RANK = {name: rank for rank, name in enumerate(FILES)}

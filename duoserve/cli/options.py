@@ -44,7 +44,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     """How a model is loaded: the arguments of ``LOADING``."""
     group = parser.add_argument_group("memory and device")
     limit = group.add_mutually_exclusive_group()
-    limit.add_argument("--expert-slots", type=_slots, metavar="N", help="experts in fast memory: a count, or as 25%%")
+    limit.add_argument("--expert-slots", type=slots, metavar="N", help="experts in fast memory: a count, or as 25%%")
     limit.add_argument("--expert-memory", metavar="SIZE", help="memory for the slots, as 4GiB")
     limit.add_argument(
         "--memory", metavar="SIZE", help="memory for everything: slots, dense weights, KV cache, workspace"
@@ -62,6 +62,6 @@ def add_quantize(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--quantize", choices=QUANTIZE, help="make experts that are in floats smaller, and less exact")
 
 
-def _slots(text: str) -> int | str:
+def slots(text: str) -> int | str:
     """A count, or text for the library to judge."""
     return int(text) if text.isdecimal() else text

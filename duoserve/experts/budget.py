@@ -185,19 +185,19 @@ def _exact(nbytes: int) -> str:
     return f"{nbytes} bytes ({format_bytes(nbytes)})" if abs(nbytes) >= 1024 else f"{nbytes} bytes"
 
 
-def _terms(plan: MemoryPlan) -> str:
+def _terms(plan: MemoryPlan, free: FreeMemory) -> str:
+    """What ``free.taken(plan)`` is the sum of."""
     terms = f"{plan.num_slots} slots x {_exact(plan.slot_bytes)}"
     terms += f" + dense weights {_exact(plan.dense_bytes)} + KV cache {_exact(plan.kv_bytes)}"
     terms += f" + workspace {_exact(plan.workspace_bytes)}"
-    return terms + (
-        f" + {plan.host_experts} experts in host RAM {_exact(plan.host_bytes)}" if plan.host_experts else ""
-    )
+    waiting = plan.host_experts and free.host_bytes is None
+    return terms + (f" + {plan.host_experts} experts in host RAM {_exact(plan.host_bytes)}" if waiting else "")
 
 
 def _check_smallest_fits(smallest: MemoryPlan, why: str, free: FreeMemory) -> None:
     if (needed := free.taken(smallest)) > free.device_bytes:
         raise MemoryBudgetError(
-            f"at least {needed} bytes of {free.name} must be free ({format_bytes(needed)}: {_terms(smallest)}; "
+            f"at least {needed} bytes of {free.name} must be free ({format_bytes(needed)}: {_terms(smallest, free)}; "
             f"slots for {why}), but {_exact(free.device_bytes)} are: free some, or lower max_context or host_memory"
         )
 
@@ -219,6 +219,7 @@ def _slots_given(smallest: MemoryPlan, wanted: EngineConfig, free: FreeMemory) -
 def _too_few(smallest: MemoryPlan, why: str, slots: int, wanted: EngineConfig, free: FreeMemory) -> str:
     """What was given, what is needed, and the figure that would do."""
     least, pool = smallest.num_slots, smallest.num_slots * smallest.slot_bytes
+    terms = _terms(smallest, free)
     short = f"{max(0, slots)} of the {least} slots that are needed ({why})"
     if wanted.expert_slots is not None:
         return f"expert_slots={wanted.expert_slots} gives {short}: raise expert_slots to at least {least}"
@@ -227,10 +228,10 @@ def _too_few(smallest: MemoryPlan, why: str, slots: int, wanted: EngineConfig, f
         return f"{given} gives {short}: {need}; raise expert_memory to at least {_exact(pool)}"
     if wanted.memory is not None:
         given, enough = f"memory={_exact(wanted.memory)}", _exact(smallest.total_bytes)
-        return f"{given} gives {short}: {_terms(smallest)}; raise memory to at least {enough} or lower max_context"
+        return f"{given} gives {short}: {terms}; raise memory to at least {enough} or lower max_context"
     given = f"80 % of the {_exact(free.device_bytes)} of free {free.name}"
     remedy = f"lower max_context or, to use more of it, set expert_slots to at least {least}"
-    return f"{given} gives {short}: {_terms(smallest)}; {remedy}"
+    return f"{given} gives {short}: {terms}; {remedy}"
 
 
 def _too_much(plan: MemoryPlan, smallest: MemoryPlan, wanted: EngineConfig, free: FreeMemory) -> str:
@@ -244,4 +245,4 @@ def _too_much(plan: MemoryPlan, smallest: MemoryPlan, wanted: EngineConfig, free
     else:
         remedy = f"lower memory to at most {_exact(room)}"
     needed, given = _exact(free.taken(plan)), _exact(free.device_bytes)
-    return f"{_terms(plan)} = {needed}, but {given} of {free.name} are free: {remedy}"
+    return f"{_terms(plan, free)} = {needed}, but {given} of {free.name} are free: {remedy}"

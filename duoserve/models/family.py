@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NoReturn
 
 import torch
@@ -49,6 +50,11 @@ class Family:
     def dense_needs(self, config: ModelConfig) -> dict[str, TensorNeed]:
         """Every tensor that ``build`` will read; a tied head has none of its own."""
         return needs_of(lambda tensors: load_decoder(config, self.names, tensors, _NO_EXPERTS))
+
+    def dense_bytes(self, config: ModelConfig, dtype: torch.dtype) -> int:
+        """Bytes in ``dtype`` of everything that is not a routed expert."""
+        needs = self.dense_needs(config).values()
+        return sum(prod(need.shape) * (need.dtype or dtype).itemsize for need in needs)
 
     def expert_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Every tensor that routed experts lie in, name -> shape."""

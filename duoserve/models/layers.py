@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,10 +28,18 @@ class Linear:
     def stacked(cls, parts: Sequence[Linear]) -> Linear:
         """Several of the same input in one product, their outputs side by side."""
         biases = [part.bias_N for part in parts if part.bias_N is not None]
-        return cls(torch.cat([part.weight_NK for part in parts]), torch.cat(biases) if biases else None)
+        return cls(_joined([part.weight_NK for part in parts]), _joined(biases) if biases else None)
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         return kernels.linear(x_TK, self.weight_NK, self.bias_N)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """All rows in one tensor. ``torch.cat`` of the meta tensors of a dry run would load torch's compiler: seconds."""
+    whole = parts[0].new_empty(sum(len(part) for part in parts), *parts[0].shape[1:])
+    for place, part in zip(whole.split([len(part) for part in parts]), parts, strict=True):
+        place.copy_(part)
+    return whole
 
 
 @dataclass(frozen=True)

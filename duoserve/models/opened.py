@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from math import prod
 from pathlib import Path
 
 import torch
@@ -66,8 +65,7 @@ class OpenedModel:
 
     def dense_bytes(self, dtype: torch.dtype) -> int:
         """Bytes in ``dtype`` of everything that is not a routed expert."""
-        needs = self.family.dense_needs(self.config).values()
-        return sum(prod(need.shape) * (need.dtype or dtype).itemsize for need in needs)
+        return self.family.dense_bytes(self.config, dtype)
 
     def expert_store(self, dtype: torch.dtype) -> CheckpointStore:
         """The routed experts, packed when they are read."""

@@ -58,7 +58,7 @@ def prompt_step(ids_TK: np.ndarray) -> Step:
 def cached_hits(trace: Trace, num_slots: int, ranking: Callable[[int, int], Ranking], warm_up: int = 0) -> Hits:
     """Caches of ``num_slots`` slots for each layer; the first ``warm_up`` requests fill them and are not counted."""
     return _sum(
-        _layer_hits(_courses(trace, layer), num_slots, ranking(1, trace.meta.num_experts), warm_up)
+        layer_hits(_courses(trace, layer), num_slots, ranking(1, trace.meta.num_experts), warm_up)
         for layer in trace.meta.layers
     )
 
@@ -72,7 +72,8 @@ def _courses(trace: Trace, layer: int) -> list[list[Step]]:
     return [list(steps_of(request, layer)) for request in trace]
 
 
-def _layer_hits(courses: Sequence[Iterable[Step]], num_slots: int, ranking: Ranking, warm_up: int) -> Hits:
+def layer_hits(courses: Sequence[Iterable[Step]], num_slots: int, ranking: Ranking, warm_up: int) -> Hits:
+    """One layer's cache over ``courses``, of which the first ``warm_up`` fill it and are not counted."""
     uses = hits = 0
     slots: dict[int, None] = {}  # the least recently used first
     for number, steps in enumerate(courses):

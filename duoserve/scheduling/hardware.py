@@ -1,7 +1,7 @@
 """What a machine reaches and what a model's layers ask of it: the numbers that a replay's clock runs by.
 
 Links are measured figures of pinned copies, memory and FLOP/s are the makers' peaks; nothing here was measured by this
-project. Seconds, bytes, FLOPs.
+project. The latency of a copy and the overhead of a layer are assumed. Seconds, bytes, FLOPs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,21 @@ from duoserve.errors import ConfigError
 
 Card = TypeVar("Card")
 
+# From pinned RAM to a device: what others have measured, with 16 lanes and with 8; 3.0 and 5.0 x8 are half of x16.
+PCIE3, PCIE4, PCIE5 = 12e9, 25e9, 50e9
+PCIE3_X8, PCIE4_X8, PCIE5_X8 = 6e9, 11.8e9, 25e9
+LINKS = {
+    "pcie3x16": PCIE3,
+    "pcie4x16": PCIE4,
+    "pcie5x16": PCIE5,
+    "pcie3x8": PCIE3_X8,
+    "pcie4x8": PCIE4_X8,
+    "pcie5x8": PCIE5_X8,
+}
+# Sequential reads: the buses' payload, of which the makers promise nearly all.
+DISKS = {"sata": 0.55e9, "nvme3": 3.5e9, "nvme4": 7e9, "nvme5": 14e9}
+GIB = 1 << 30
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -21,6 +36,8 @@ class Hardware:
 
     ``copy_latency_s`` passes before each copy, ``layer_overhead_s`` with each layer, whatever it computes.
     ``host_computes``: the host waits for its own work, as a CPU does; else it runs ahead up to the next router.
+    ``memory_bytes`` and ``host_bytes`` are the sizes of the device's memory and of the RAM behind it (on a CPU all is
+    RAM), ``disk`` the bytes/s of what lies behind that.
     """
 
     name: str
@@ -30,6 +47,9 @@ class Hardware:
     copy_latency_s: float = 10e-6
     layer_overhead_s: float = 50e-6
     host_computes: bool = False
+    memory_bytes: int = 24 * GIB
+    host_bytes: int = 64 * GIB
+    disk: float = DISKS["nvme4"]
 
     def copy_s(self, nbytes: int) -> float:
         """A copy of ``nbytes`` over the idle link."""
@@ -40,19 +60,37 @@ class Hardware:
         return max(nbytes / self.memory, flops / self.flops)
 
 
-PCIE3, PCIE4, PCIE5 = 12e9, 25e9, 50e9
+def _cpu(name: str, megatransfers: int, cores: int, gigahertz: float, disk: str) -> Hardware:
+    """Two channels of DDR, 8 bytes each; two FMAs of 8 floats a cycle. Copies read and write, so they have half."""
+    memory = 2 * 8 * megatransfers * 1e6
+    flops = cores * gigahertz * 1e9 * 2 * 2 * 8
+    size = 32 * GIB
+    return Hardware(name, memory / 2, memory, flops, 1e-4, 1e-4, True, size, 0, DISKS[disk])
+
+
+# FLOP/s are dense, with sums in float32; on GeForce cards that is twice the rate without matrix units.
 HARDWARE = {
     card.name: card
     for card in (
         Hardware("pcie3", PCIE3, 1008e9, 165e12),
         Hardware("pcie4", PCIE4, 1008e9, 165e12),
         Hardware("pcie5", PCIE5, 1008e9, 165e12),
-        Hardware("a5000", PCIE4, 768e9, 111e12),
-        Hardware("a6000", PCIE4, 768e9, 155e12),
-        Hardware("rtx3090", PCIE4, 936e9, 71e12),
-        Hardware("rtx4090", PCIE4, 1008e9, 165e12),
-        Hardware("rtx5090", PCIE5, 1792e9, 209e12),
-        Hardware("h100", PCIE5, 3350e9, 989e12),
+        Hardware("rtx3060", PCIE4, 360e9, 25e12, memory_bytes=12 * GIB),
+        Hardware("rtx3090", PCIE4, 936e9, 71e12, memory_bytes=24 * GIB),
+        Hardware("rtx4060ti", PCIE4_X8, 288e9, 44e12, memory_bytes=16 * GIB),
+        Hardware("rtx4070", PCIE4, 504e9, 58e12, memory_bytes=12 * GIB),
+        Hardware("rtx4080", PCIE4, 717e9, 97e12, memory_bytes=16 * GIB),
+        Hardware("rtx4090", PCIE4, 1008e9, 165e12, memory_bytes=24 * GIB),
+        Hardware("rtx5090", PCIE5, 1792e9, 209e12, memory_bytes=32 * GIB),
+        Hardware("a5000", PCIE4, 768e9, 111e12, memory_bytes=24 * GIB),
+        Hardware("a6000", PCIE4, 768e9, 155e12, memory_bytes=48 * GIB),
+        Hardware("l4", PCIE4, 300e9, 121e12, memory_bytes=24 * GIB),
+        Hardware("a100-40", PCIE4, 1555e9, 312e12, memory_bytes=40 * GIB),
+        Hardware("a100-80", PCIE4, 1935e9, 312e12, memory_bytes=80 * GIB),
+        Hardware("h100", PCIE5, 3350e9, 989e12, memory_bytes=80 * GIB),
+        Hardware("h200", PCIE5, 4800e9, 989e12, memory_bytes=141 * 10**9),
+        _cpu("ddr4", 3200, 8, 3.5, "nvme3"),
+        _cpu("ddr5", 5600, 8, 4.5, "nvme4"),
     )
 }
 
@@ -62,7 +100,7 @@ class LayerSizes:
     """What one MoE layer reads and computes.
 
     ``expert_params`` are stored in ``expert_bits`` each, scales included; the ``other_params`` (attention, norms,
-    router) in two bytes. Attention scores are two products of width ``attention_width``.
+    router, shared experts) in ``other_bits``. Attention scores are two products of width ``attention_width``.
     """
 
     name: str
@@ -70,6 +108,12 @@ class LayerSizes:
     expert_bits: float
     other_params: int
     attention_width: int
+    other_bits: int = 16
+
+    @property
+    def other_bytes(self) -> int:
+        """Of what every token reads of a layer."""
+        return self.other_params * self.other_bits // 8
 
     @property
     def expert_bytes(self) -> int:
@@ -103,13 +147,17 @@ class Machine:
     hardware: Hardware
     sizes: LayerSizes
 
-    def attention_s(self, tokens: int, context: int) -> float:
-        """One layer up to the router's choice, for ``tokens`` new tokens behind ``context`` others."""
-        seen = tokens * (context + tokens / 2)
-        flops = 2 * tokens * self.sizes.other_params + 4 * seen * self.sizes.attention_width
-        return self.hardware.layer_overhead_s + self.hardware.product_s(2 * self.sizes.other_params, flops)
+    def attention_s(self, tokens: int, context: int, sequences: int = 1) -> float:
+        """One layer up to the router's choice, for ``tokens`` new tokens, each sequence's behind ``context`` others."""
+        flops = self.attention_flops(tokens, context, sequences)
+        return self.hardware.layer_overhead_s + self.hardware.product_s(self.sizes.other_bytes, flops)
 
-    def expert_s(self, tokens: int) -> float:
+    def attention_flops(self, tokens: int, context: int, sequences: int = 1) -> float:
+        """Of the products with weights, and of the scores."""
+        seen = tokens * (context + tokens / sequences / 2)
+        return 2 * tokens * self.sizes.other_params + 4 * seen * self.sizes.attention_width
+
+    def expert_s(self, tokens: float) -> float:
         """One expert for ``tokens`` of them."""
         return self.hardware.product_s(self.sizes.expert_bytes, 2 * tokens * self.sizes.expert_params)
 

@@ -1,0 +1,48 @@
+"""A picture of plans; needs matplotlib, the extra ``plot``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from duoserve.errors import ConfigError
+from duoserve.planning.planner import Plan, Planner
+from duoserve.scheduling.hardware import GIB
+
+POINTS = 24
+
+
+def draw_plans(path: Path, planner: Planner, plans: Sequence[Plan]) -> None:
+    """TPOT of the best policy over the memory that is given, a curve for each machine, its own plan a dot.
+
+    ConfigError where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an optional extra
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib: pip install 'duoserve[plot]'") from error
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for plan in plans:
+        points = tpot_over_memory(planner, plan)
+        line = axes.plot([x / GIB for x, _ in points], [1e3 * y for _, y in points], label=plan.hardware.name)[0]
+        axes.plot(plan.memory.total_bytes / GIB, 1e3 * plan.best.tpot.total, "o", color=line.get_color())
+    axes.set(xlabel="memory, GiB", ylabel="TPOT, ms", yscale="log", title=f"{planner.name}, the best policy")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
+def tpot_over_memory(planner: Planner, plan: Plan) -> list[tuple[int, float]]:
+    """Bytes and seconds, from the fewest slots that work to one for every expert, as if the machine had the memory."""
+    memory, top_k = plan.memory, planner.model.config.top_k
+    least = min(top_k + 1, memory.total_experts)
+    counts = sorted({least + (memory.total_experts - least) * n // (POINTS - 1) for n in range(POINTS)})
+    found = []
+    for count in counts:
+        nbytes = memory.fixed_bytes + count * memory.slot_bytes
+        hardware = replace(plan.hardware, memory_bytes=2 * nbytes + memory.host_bytes)
+        at = planner.plan(hardware, replace(plan.question, memory=nbytes, expert_slots=None))
+        found.append((nbytes, at.best.tpot.total))
+    return found

@@ -1,0 +1,58 @@
+"""What a model asks of memory: the plan that loading and planning share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from duoserve.config import EngineConfig, ModelConfig
+from duoserve.experts.budget import FreeMemory, MemoryPlan, plan_memory
+from duoserve.experts.layout import ExpertLayout
+from duoserve.kv_cache import PagedKVCache, kv_bytes_per_token
+from duoserve.workspace import workspace_bytes
+
+# A context worth having by default; a model's own maximum may cost more memory than its experts.
+DEFAULT_MAX_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class MemoryNeeds:
+    """A model in ``dtype`` on ``device``, its experts' rows and dense weights, and the tokens of its KV cache."""
+
+    config: ModelConfig
+    layout: ExpertLayout
+    dense_bytes: int
+    dtype: torch.dtype
+    device: torch.device
+    max_context: int
+
+    def plan(self, wanted: EngineConfig, free: FreeMemory, needs_all: bool = False) -> MemoryPlan:
+        """How memory is divided; MemoryBudgetError when it cannot work."""
+        config, context = self.config, PagedKVCache.whole_pages(self.max_context)
+        return plan_memory(
+            layout=self.layout,
+            num_layers=len(config.moe_layers),
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            dense_bytes=self.dense_bytes,
+            kv_bytes=context * kv_bytes_per_token(config, self.dtype),
+            workspace_bytes=workspace_bytes(config, self.dtype, self.device, context),
+            wanted=wanted,
+            available_bytes=free.device_bytes,
+            host_available_bytes=free.host_bytes,
+            needs_all=needs_all,
+        )
+
+
+def context_of(config: ModelConfig, wanted: int | None) -> int:
+    """The tokens that the KV cache holds where nobody, or somebody, said how many."""
+    return wanted or min(config.max_position_embeddings, DEFAULT_MAX_CONTEXT)
+
+
+def cpu_only(config: ModelConfig) -> str | None:
+    """What of the model no kernel for GPUs has yet; None where there is nothing."""
+    if config.blocks.moe.clamp:
+        return config.model_type
+    ordered = config.quantization is not None and config.quantization.ordered
+    return str(config.quantization) if ordered else None

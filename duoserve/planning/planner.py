@@ -1,0 +1,196 @@
+"""From a model, a machine and a question to memory by part, speed by policy, and what more memory would buy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from duoserve.config import EngineConfig
+from duoserve.errors import ConfigError, MemoryBudgetError
+from duoserve.experts.budget import FreeMemory, MemoryPlan, format_bytes
+from duoserve.experts.layout import ExpertLayout
+from duoserve.memory_needs import MemoryNeeds, context_of, cpu_only
+from duoserve.models.described import DescribedModel
+from duoserve.planning.formats import layout_in
+from duoserve.planning.routing_curves import RoutingCurves, curves_for
+from duoserve.planning.sizes import sizes_of
+from duoserve.planning.speed import Costs, Prompt, Seconds, Step
+from duoserve.scheduling.hardware import GIB, Hardware, Machine
+from duoserve.scheduling.policies import POLICIES, Policy
+from duoserve.scheduling.prefill import ring_size
+
+# Policies that need no predictor, for what a trained one gains is not known before the model has run; of equal ones the
+# first is best. By the ranking of their caches.
+RANKED = {"resident": "lru", "duoserve": "lfru", "lru": "lru", "on-demand": "lru", "layer-prefetch": "lru"}
+CURVE_TOKENS = 192  # of each request that the hit rates were taken from
+INT4_BITS = 5  # experts of no more bits than that are not made smaller by int4
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is planned for: ``batch`` prompts of ``prompt`` tokens at a time, with ``new_tokens`` behind each.
+
+    ``form`` is the experts' format (formats.py), None: the checkpoint's. ``memory`` caps everything on the device, in
+    bytes, or ``expert_slots`` the slots (a count, or a share as "25%"), and ``host_memory`` the experts that wait in
+    RAM; ``max_context`` are the tokens of the KV cache.
+    """
+
+    prompt: int = 512
+    batch: int = 1
+    new_tokens: int = 256
+    form: str | None = None
+    memory: int | None = None
+    expert_slots: int | str | None = None
+    host_memory: int | None = None
+    max_context: int | None = None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A policy's times: of a prompt with the slots full of another's experts, of the very first, and of a step."""
+
+    policy: str
+    ttft: Seconds
+    first_ttft_s: float
+    tpot: Seconds
+    hit_rate: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer. ``speeds`` are by policy, the fastest decode first; ``notes`` say what was assumed."""
+
+    hardware: Hardware
+    question: Question
+    layout: ExpertLayout
+    memory: MemoryPlan
+    speeds: Mapping[str, Speed]
+    routing: str
+    notes: tuple[str, ...]
+
+    @property
+    def best(self) -> Speed:
+        """The policy with the least TPOT."""
+        return next(iter(self.speeds.values()))
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans of one model, known by ``name``; MemoryBudgetError, with the arithmetic, where it cannot run."""
+
+    name: str
+    model: DescribedModel
+
+    def plan(self, hardware: Hardware, question: Question) -> Plan:
+        """How memory is divided, and how fast each policy is."""
+        layout = layout_in(self.model.config, question.form, self.model.config.dtype)
+        memory = self._memory(hardware, question, layout)
+        sizes = sizes_of(self.model, layout, self.model.config.dtype)
+        curves = curves_for(self.model.config.num_experts, self.model.config.top_k, self.name)
+        ram_share = 1.0 if memory.num_slots == memory.total_experts else memory.host_experts / memory.total_experts
+        costs = Costs(Machine(hardware, sizes.layer), sizes, ram_share)
+        names = [name for name in RANKED if _can(POLICIES[name], memory)]
+        speeds = sorted((_speed(costs, curves, memory, question, name) for name in names), key=_by_tpot)
+        notes = tuple(self._notes(hardware, question, memory, curves))
+        return Plan(hardware, question, layout, memory, {s.policy: s for s in speeds}, curves.name, notes)
+
+    def one_gib_more(self, plan: Plan) -> Plan | None:
+        """The same with a GiB more for everything; None where all experts have slots already."""
+        if plan.memory.num_slots == plan.memory.total_experts:
+            return None
+        larger = replace(plan.hardware, memory_bytes=plan.hardware.memory_bytes + GIB)
+        return self.plan(larger, replace(plan.question, memory=plan.memory.total_bytes + GIB, expert_slots=None))
+
+    def in_int4(self, plan: Plan) -> Plan | None:
+        """The same with experts in int4; None where they are as small already, or cannot be made so."""
+        if 8 * plan.layout.slot_bytes <= INT4_BITS * 3 * plan.layout.hidden * plan.layout.intermediate:
+            return None
+        try:
+            return self.plan(plan.hardware, replace(plan.question, form="int4"))
+        except (ConfigError, MemoryBudgetError):
+            return None
+
+    def _memory(self, hardware: Hardware, question: Question, layout: ExpertLayout) -> MemoryPlan:
+        config = self.model.config
+        per_sequence = question.prompt + question.new_tokens
+        if per_sequence > config.max_position_embeddings:
+            raise ConfigError(
+                f"a prompt of {question.prompt} tokens and {question.new_tokens} new ones are more than the "
+                f"{config.max_position_embeddings} positions that the model knows: shorten either"
+            )
+        context = question.max_context or max(context_of(config, None), question.batch * per_sequence)
+        if context < question.batch * per_sequence:
+            raise ConfigError(
+                f"max_context={context} holds fewer tokens than {question.batch} x {per_sequence}: raise it"
+            )
+        on_cpu = hardware.host_computes
+        needs = MemoryNeeds(
+            config=config,
+            layout=layout,
+            dense_bytes=self.model.family.dense_bytes(config, config.dtype),
+            dtype=config.dtype,
+            device=torch.device("cpu" if on_cpu else "cuda"),
+            max_context=context,
+        )
+        host_bytes = max(hardware.host_bytes, question.host_memory or 0)
+        wanted = EngineConfig(
+            memory=question.memory, expert_slots=question.expert_slots, host_memory=question.host_memory
+        )
+        return needs.plan(wanted, FreeMemory(hardware.memory_bytes, None if on_cpu else host_bytes))
+
+    def _notes(self, hardware: Hardware, question: Question, memory: MemoryPlan, curves: RoutingCurves) -> list[str]:
+        config, notes = self.model.config, []
+        if curves.name != self.name:
+            ours, theirs = (config.num_experts, config.top_k), (curves.raw["num_experts"], curves.raw["top_k"])
+            notes.append(
+                f"hit rates are those of {curves.name} ({theirs[0]} experts, top-{theirs[1]}), the nearest model whose "
+                f"routing is known; this one has {ours[0]}, top-{ours[1]}"
+            )
+        if question.new_tokens < CURVE_TOKENS / 2:
+            notes.append(f"hit rates are means over {CURVE_TOKENS} new tokens: so few as here miss more")
+        if not hardware.host_computes and question.host_memory is None and memory.num_slots < memory.total_experts:
+            notes.append(f"assumed: {format_bytes(hardware.host_bytes)} of RAM, of which 80 % hold experts")
+        if not hardware.host_computes and (what := cpu_only(config)) is not None:
+            notes.append(f"duoserve runs {what} on CPUs only so far: this is what a GPU would allow")
+        return notes
+
+
+def _can(policy: Policy, memory: MemoryPlan) -> bool:
+    """Whether the policy has a use here: all experts in slots, or not all."""
+    return policy.all_resident == (memory.num_slots == memory.total_experts)
+
+
+def _by_tpot(speed: Speed) -> tuple[float, float]:
+    return speed.tpot.total, speed.ttft.total
+
+
+def _speed(costs: Costs, curves: RoutingCurves, memory: MemoryPlan, question: Question, name: str) -> Speed:
+    policy, shape = POLICIES[name], costs.model.shape
+    hit_rate = curves.hit_rate(RANKED[name], memory.share, question.batch) if policy.keeps else 0.0
+    step = Step(
+        sequences=question.batch,
+        context=question.prompt + question.new_tokens // 2,
+        asked=curves.in_batch(question.batch),
+        hit_rate=hit_rate,
+    )
+    tokens = question.batch * question.prompt
+    absent = memory.total_experts - memory.num_slots
+    ring = ring_size(policy.prefill, shape, tokens, memory.num_slots, absent) if policy.keeps else 0
+    used = _of_prompts(curves, question, shape.num_experts)
+    settled = (memory.num_slots - ring) / memory.total_experts if policy.keeps else 0.0
+    cold, warm = (Prompt(tokens, question.batch, used, share) for share in (0.0, settled))
+    return Speed(
+        policy=name,
+        ttft=costs.prefill(policy, warm),
+        first_ttft_s=costs.prefill(policy, cold).total,
+        tpot=costs.decode(policy, step),
+        hit_rate=hit_rate,
+    )
+
+
+def _of_prompts(curves: RoutingCurves, question: Question, num_experts: int) -> float:
+    """Distinct experts that all prompts use in a layer, each as if it chose by itself."""
+    passed_over = 1 - curves.in_prompt(question.prompt) / num_experts
+    return num_experts * (1 - passed_over**question.batch)

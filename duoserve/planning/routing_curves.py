@@ -1,0 +1,78 @@
+"""How models route, as far as speed depends on it: hit rates over the share of experts in slots, distinct experts.
+
+The curves are those of the cards in scheduling/synthetic.py; bench/routing_curves.py makes the file. A model without a
+card goes by the card that is nearest in experts and top-k, scaled to its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from math import log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duoserve.experts.strict_json import read_object
+
+_FILE = Path(__file__).resolve().parents[1] / "assets" / "routing.json"
+_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class RoutingCurves:
+    """The curves of the card ``name``, for a model of ``num_experts`` and ``top_k``; ``raw`` is the card's record."""
+
+    name: str
+    raw: Mapping[str, Any]
+    num_experts: int
+    top_k: int
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the card has as many experts, and takes as many for a token."""
+        return (self.raw["num_experts"], self.raw["top_k"]) == (self.num_experts, self.top_k)
+
+    def hit_rate(self, ranking: str, share: float, batch: int = 1) -> float:
+        """Of the experts that a decode step of ``batch`` sequences asks for, with that share of a layer's in slots."""
+        by_batch = {int(rows): rates for rows, rates in self.raw["hits"][ranking].items()}
+        shares = [0.0, *self.raw["shares"], 1.0]
+        at_share = [float(np.interp(share, shares, [0.0, *rates, 1.0])) for rates in by_batch.values()]
+        return float(np.interp(log(batch), [log(rows) for rows in by_batch], at_share))
+
+    def in_batch(self, batch: int) -> float:
+        """Distinct experts that one token of each of ``batch`` sequences takes in a layer, on average."""
+        return self._distinct(self.raw["batch"], batch)
+
+    def in_prompt(self, tokens: int) -> float:
+        """Distinct experts that a prompt of so many tokens takes in a layer, on average."""
+        return self._distinct(self.raw["window"], tokens)
+
+    def _distinct(self, curve: Mapping[str, float], tokens: int) -> float:
+        """By the share of the experts: a token takes another share of them than the card's, so tokens are scaled."""
+        raw = self.raw
+        scaled = tokens * (self.top_k / self.num_experts) / (raw["top_k"] / raw["num_experts"])
+        widths, counts = [int(width) for width in curve], list(curve.values())
+        if scaled <= 1:
+            share = scaled * counts[0] / raw["num_experts"]
+        else:
+            share = float(np.interp(log(scaled), [log(width) for width in widths], counts)) / raw["num_experts"]
+        return min(float(self.num_experts), max(float(self.top_k), share * self.num_experts))
+
+
+def curves_for(num_experts: int, top_k: int, model: str = "") -> RoutingCurves:
+    """The card named ``model``, else the one nearest in experts and top-k."""
+    cards = _cards()
+    name = model if model in cards else min(cards, key=lambda card: _distance(cards[card], num_experts, top_k))
+    return RoutingCurves(name, cards[name], num_experts, top_k)
+
+
+def _distance(raw: Mapping[str, Any], num_experts: int, top_k: int) -> float:
+    return abs(log(raw["num_experts"] / num_experts)) + abs(log(raw["top_k"] / top_k))
+
+
+@cache
+def _cards() -> dict[str, Any]:
+    return read_object(_FILE, _MAX_BYTES)

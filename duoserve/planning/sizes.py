@@ -1,0 +1,57 @@
+"""What a pass over a model reads and computes, summed up from the tensors that its blocks ask for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from duoserve.experts.layout import ExpertLayout
+from duoserve.kv_cache import kv_bytes_per_token
+from duoserve.models.described import DescribedModel
+from duoserve.scheduling.hardware import LayerSizes
+from duoserve.scheduling.plan import ModelShape
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.", re.ASCII)
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """One MoE layer (a mean over all of them) in ``layer``; parameters beside them, and bytes.
+
+    Every token goes through the ``dense_params`` of the layers without experts, and the last one of a sequence through
+    the ``head_params``. ``kv_bytes`` are a layer's for one token of context.
+    """
+
+    layer: LayerSizes
+    shape: ModelShape
+    dense_params: int
+    head_params: int
+    kv_bytes: int
+
+
+def sizes_of(model: DescribedModel, layout: ExpertLayout, dtype: torch.dtype) -> ModelSizes:
+    """The sizes of ``model`` with its experts in ``layout`` and all else in ``dtype``."""
+    config, bits = model.config, 8 * dtype.itemsize
+    params, moe = dict.fromkeys(range(config.num_layers), 0), config.moe_layers
+    for name, need in model.family.dense_needs(config).items():
+        if of_layer := _LAYER.match(name):
+            params[int(of_layer[1])] += prod(need.shape)
+    expert_params = 3 * config.hidden_size * config.expert_intermediate_size
+    layer = LayerSizes(
+        config.model_type,
+        expert_params,
+        8 * layout.slot_bytes / expert_params,
+        sum(params[number] for number in moe) // len(moe),
+        config.blocks.attention.width,
+        bits,
+    )
+    return ModelSizes(
+        layer,
+        ModelShape(config.num_experts, config.top_k, moe),
+        sum(count for number, count in params.items() if number not in moe),
+        config.vocab_size * config.hidden_size,
+        kv_bytes_per_token(config, dtype) // config.num_layers,
+    )

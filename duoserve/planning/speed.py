@@ -1,0 +1,200 @@
+"""How long a prompt and a decode step take, by formula: the replay's clock without the replay.
+
+Pure functions of rates and counts. A layer's copies and computation overlap as the policy lets them; what is busy
+longest is the bound. Seconds; counts are means over the MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import comb
+from typing import NamedTuple
+
+from duoserve.config import EngineConfig
+from duoserve.planning.sizes import ModelSizes
+from duoserve.scheduling.hardware import Machine
+from duoserve.scheduling.plan import DecodeMode, PrefillMode
+from duoserve.scheduling.policies import Policy
+from duoserve.scheduling.prefill import SPECULATION_SHARE, active_share
+
+# A whole layer takes so long that of a step's guesses few arrive in time. Demands go before them; but on a CPU each
+# copy thread ends the read that it has begun.
+WASTED_READS = EngineConfig().copy_threads
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``sequences`` prompts of together ``tokens`` tokens, which use ``used`` experts of a layer.
+
+    ``resident`` is the share of the experts (0 to 1) that are in slots when it begins and stay there.
+    """
+
+    tokens: int
+    sequences: int
+    used: float
+    resident: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decode step of ``sequences`` sequences behind ``context`` tokens each: ``asked`` experts a layer.
+
+    ``hit_rate`` is the share of these that a cache holds.
+    """
+
+    sequences: int
+    context: int
+    asked: float
+    hit_rate: float
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What a pass takes, and for how long each part of the machine is busy in it."""
+
+    total: float
+    busy: Mapping[str, float]
+
+    @property
+    def bound(self) -> str:
+        """What is busy longest: link, disk, memory, compute or overhead."""
+        return max(self.busy, key=self.busy.__getitem__)
+
+
+class _Work(NamedTuple):
+    """What a pass computes: new tokens, their sequences and the context of each, and a layer's experts."""
+
+    tokens: int
+    sequences: int
+    context: int
+    experts: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A model on a machine. ``ram_share`` of its experts (0 to 1) wait in RAM, the others on the disk."""
+
+    machine: Machine
+    model: ModelSizes
+    ram_share: float
+
+    def decode(self, policy: Policy, step: Step) -> Seconds:
+        """A decode step without prefetches."""
+        asked, num_layers = step.asked, len(self.model.shape.layers)
+        before = self._attention_s(step.sequences, step.sequences, step.context)
+        one = self._expert_s(step.sequences, asked)
+        match policy.decode:
+            case DecodeMode.RESIDENT:
+                copies, layer = 0.0, before + asked * one
+            case DecodeMode.ON_DEMAND:
+                copies, layer = asked, before + asked * (self.copy_s + one)
+            case DecodeMode.NEXT_LAYER:
+                copies = asked + (WASTED_READS if self.machine.hardware.host_computes else 0)
+                layer = before + copies * self.copy_s + asked * one
+            case DecodeMode.CACHE:
+                copies = asked * (1 - step.hit_rate)
+                layer = before + _mixed(asked, step.hit_rate, one, self.copy_s)
+        work = _Work(step.sequences, step.sequences, step.context, asked)
+        return Seconds(num_layers * layer + self._rest_s(work), self._busy(work, copies))
+
+    def prefill(self, policy: Policy, prompt: Prompt) -> Seconds:
+        """The pass over all prompts, up to their first tokens."""
+        num_layers, used = len(self.model.shape.layers), prompt.used
+        before, one = self._attention_s(prompt.tokens, prompt.sequences, 0), self._expert_s(prompt.tokens, used)
+        copies = self._prefill_copies(policy, prompt)
+        compute, link = num_layers * (before + used * one), num_layers * copies * self.copy_s
+        if policy.prefill is PrefillMode.ON_DEMAND or not copies:
+            total = compute + link
+        elif self._speculates(policy, prompt):
+            total = max(link + one, compute + max(0.0, self.copy_s - before))
+        else:
+            total = num_layers * (before + max(used * one, copies * self.copy_s + one))
+        work = _Work(prompt.tokens, prompt.sequences, 0, used)
+        return Seconds(total + self._rest_s(work), self._busy(work, copies))
+
+    @cached_property
+    def copy_s(self) -> float:
+        """An expert on its way to a slot, on average over where it may wait."""
+        hardware, nbytes = self.machine.hardware, self.model.layer.expert_bytes
+        disk = hardware.disk if hardware.host_computes else min(hardware.disk, hardware.link)
+        waiting = self.ram_share / hardware.link + (1 - self.ram_share) / disk
+        return hardware.copy_latency_s + nbytes * waiting
+
+    def _prefill_copies(self, policy: Policy, prompt: Prompt) -> float:
+        """Of a layer, on average. Where the link is the bound, hardly any guess is copied before the router speaks."""
+        match policy.prefill:
+            case PrefillMode.RESIDENT:
+                return 0.0
+            case PrefillMode.ON_DEMAND:
+                return prompt.used
+            case PrefillMode.NEXT_LAYER:
+                return float(self.model.shape.num_experts)
+            case _:
+                return prompt.used * (1 - prompt.resident)
+
+    def _speculates(self, policy: Policy, prompt: Prompt) -> bool:
+        """Whether experts are copied before they are routed to, so that the link never rests."""
+        return (
+            policy.prefill is PrefillMode.NEXT_LAYER
+            or active_share(self.model.shape, prompt.tokens) >= SPECULATION_SHARE
+        )
+
+    def _expert_s(self, tokens: int, experts: float) -> float:
+        """One of the ``experts`` that ``tokens`` tokens are spread over."""
+        return self.machine.expert_s(tokens * self.model.shape.top_k / experts)
+
+    def _attention_s(self, tokens: int, sequences: int, context: int) -> float:
+        """A layer up to its router's choice, keys and values of the context read as well."""
+        cached = sequences * context * self.model.kv_bytes / self.machine.hardware.memory
+        return self.machine.attention_s(tokens, context, sequences) + cached
+
+    def _rest_s(self, work: _Work) -> float:
+        """Layers without experts, and the head."""
+        return self.machine.hardware.product_s(self._rest_bytes, self._rest_flops(work))
+
+    @property
+    def _rest_bytes(self) -> float:
+        return (self.model.dense_params + self.model.head_params) * self.model.layer.other_bits / 8
+
+    def _rest_flops(self, work: _Work) -> float:
+        return 2.0 * (work.tokens * self.model.dense_params + work.sequences * self.model.head_params)
+
+    def _busy(self, work: _Work, copies: float) -> dict[str, float]:
+        """Seconds of each part over a whole pass; a disk read on its way to a device crosses the link too."""
+        hardware, layer, num_layers = self.machine.hardware, self.model.layer, len(self.model.shape.layers)
+        crossing = self.ram_share if hardware.host_computes else 1.0
+        moved = num_layers * copies * layer.expert_bytes
+        cached = work.sequences * work.context * self.model.kv_bytes
+        read = num_layers * (layer.other_bytes + work.experts * layer.expert_bytes + cached)
+        flops = self.machine.attention_flops(work.tokens, work.context, work.sequences)
+        flops += 2 * work.tokens * self.model.shape.top_k * layer.expert_params
+        return {
+            "link": crossing * moved / hardware.link,
+            "disk": (1 - self.ram_share) * moved / hardware.disk,
+            "memory": (read + self._rest_bytes) / hardware.memory,
+            "compute": (num_layers * flops + self._rest_flops(work)) / hardware.flops,
+            "overhead": num_layers * hardware.layer_overhead_s,
+        }
+
+
+def _mixed(asked: float, hit_rate: float, one: float, copy: float) -> float:
+    """Experts of a layer of which some are missing: those in slots are computed while the others come, one by one.
+
+    The mean over how many are missing, as if each were by chance.
+    """
+    count = max(1, round(asked))
+    mean = sum(chance * _arriving(count, missing, one, copy) for missing, chance in _binomial(count, 1 - hit_rate))
+    return mean * asked / count
+
+
+def _arriving(asked: int, missing: int, one: float, copy: float) -> float:
+    if not missing:
+        return asked * one
+    return max(asked * one, missing * copy + one, copy + missing * one)
+
+
+def _binomial(count: int, chance: float) -> Iterator[tuple[int, float]]:
+    for hits in range(count + 1):
+        yield hits, comb(count, hits) * chance**hits * (1 - chance) ** (count - hits)
