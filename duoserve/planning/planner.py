@@ -92,7 +92,7 @@ class Planner:
         ram_share = 1.0 if memory.num_slots == memory.total_experts else memory.host_experts / memory.total_experts
         costs = Costs(Machine(hardware, sizes.layer), sizes, ram_share)
         names = [name for name in RANKED if _can(POLICIES[name], memory)]
-        speeds = sorted((_speed(costs, curves, memory, question, name) for name in names), key=_by_tpot)
+        speeds = sorted((speed_of(costs, curves, memory, question, name) for name in names), key=_by_tpot)
         notes = tuple(self._notes(hardware, question, memory, curves))
         return Plan(hardware, question, layout, memory, {s.policy: s for s in speeds}, curves.name, notes)
 
@@ -166,7 +166,8 @@ def _by_tpot(speed: Speed) -> tuple[float, float]:
     return speed.tpot.total, speed.ttft.total
 
 
-def _speed(costs: Costs, curves: RoutingCurves, memory: MemoryPlan, question: Question, name: str) -> Speed:
+def speed_of(costs: Costs, curves: RoutingCurves, memory: MemoryPlan, question: Question, name: str) -> Speed:
+    """What the policy ``name`` takes, its slots divided evenly over the layers."""
     policy, shape = POLICIES[name], costs.model.shape
     hit_rate = curves.hit_rate(RANKED[name], memory.share, question.batch) if policy.keeps else 0.0
     step = Step(

@@ -127,10 +127,8 @@ class Costs:
         match policy.prefill:
             case PrefillMode.RESIDENT:
                 return 0.0
-            case PrefillMode.ON_DEMAND:
+            case PrefillMode.ON_DEMAND | PrefillMode.NEXT_LAYER:
                 return prompt.used
-            case PrefillMode.NEXT_LAYER:
-                return float(self.model.shape.num_experts)
             case _:
                 return prompt.used * (1 - prompt.resident)
 

@@ -38,7 +38,7 @@ class Case:
     def layout(self) -> ExpertLayout:
         return ExpertLayout(torch.bfloat16, self.hidden, 256)
 
-    def plan(self, wanted: EngineConfig) -> MemoryPlan:
+    def plan(self, wanted: EngineConfig, host_available: int | None = None) -> MemoryPlan:
         return plan_memory(
             layout=self.layout,
             num_layers=self.num_layers,
@@ -49,6 +49,7 @@ class Case:
             workspace_bytes=self.workspace,
             wanted=wanted,
             available_bytes=self.available,
+            host_available_bytes=host_available,
             needs_all=self.needs_all,
         )
 
@@ -249,3 +250,14 @@ def test_following_the_advice_succeeds_and_its_figure_is_exact(case, knobs, host
     step = 1 if knob == "expert_slots" or verb != "lower" else case.layout.slot_bytes
     beyond = int(figure) + (step if verb == "lower" else -step)
     assert refusal(case, {knob: beyond}, host_memory) is not None
+
+
+def test_a_refusal_adds_up_where_waiting_experts_lie_in_another_memory():
+    case, wanted = replace(BARD, available=FIXED), EngineConfig(host_memory=5 * ROW)
+    with pytest.raises(MemoryBudgetError) as on_cpu:
+        case.plan(wanted)
+    assert "5 experts in host RAM" in str(on_cpu.value)
+    with pytest.raises(MemoryBudgetError) as on_gpu:
+        case.plan(wanted, host_available=GIB)
+    assert f"at least {FIXED + 3 * ROW} bytes of GPU memory" in str(on_gpu.value)
+    assert "host RAM" not in str(on_gpu.value)

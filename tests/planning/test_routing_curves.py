@@ -1,0 +1,69 @@
+"""The curves of the planner: against published statistics, and against the generator that made them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from duoserve.planning.routing_curves import curves_for
+from duoserve.scheduling.cache_study import cached_hits
+from duoserve.scheduling.policies import EVICTIONS
+from duoserve.scheduling.synthetic import CARDS, synthesize
+
+QWEN = curves_for(128, 8, "qwen3-30b-a3b")
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "distinct"),
+    [
+        ("qwen3-30b-a3b", 2, 12.50),
+        ("qwen3-30b-a3b", 16, 39.09),
+        ("qwen3-30b-a3b", 613, 101),
+        ("mixtral-8x7b", 4, 4.90),
+        ("gpt-oss-120b", 8, 17.76),
+        ("gpt-oss-20b", 32, 19.62),
+        ("deepseek-v2-lite", 8, 27.99),
+    ],
+)
+def test_prompts_use_as_many_experts_as_published(name: str, tokens: int, distinct: float) -> None:
+    card = CARDS[name]
+    found = curves_for(card.num_experts, card.top_k, name).in_prompt(tokens)
+    assert found == pytest.approx(distinct, rel=0.10)
+
+
+@pytest.mark.parametrize(("share", "rate"), [(0.125, 0.674), (0.25, 0.840), (0.5, 0.962)])
+def test_hit_rates_are_near_the_published_ones(share: float, rate: float) -> None:
+    assert QWEN.hit_rate("lfru", share) == pytest.approx(rate, abs=0.035)
+
+
+def test_a_point_is_what_a_cache_does_on_other_made_up_requests() -> None:
+    card = dataclasses.replace(CARDS["gpt-oss-20b"], num_layers=2)
+    trace = synthesize(card, 6, 192, 0.8, seed=99, prompt=64)
+    curves = curves_for(32, 4, "gpt-oss-20b")
+    assert curves.is_own
+    for name in ("lru", "lfru"):
+        measured = cached_hits(trace, 8, EVICTIONS[name].ranking, 1).rate
+        assert curves.hit_rate(name, 0.25) == pytest.approx(measured, abs=0.03)
+
+
+def test_curves_rise_from_nothing_to_all() -> None:
+    rates = [QWEN.hit_rate("lru", step / 40) for step in range(41)]
+    assert (rates[0], rates[-1]) == (0.0, 1.0)
+    assert rates == sorted(rates)
+    used = [QWEN.in_prompt(tokens) for tokens in (1, 2, 3, 50, 1000, 10**6)]
+    assert used[0] == 8 and used == sorted(used) and used[-1] <= 128
+
+
+def test_a_batch_asks_for_more_experts_and_finds_fewer() -> None:
+    assert QWEN.in_batch(1) == 8 < QWEN.in_batch(4) < 4 * 8
+    assert QWEN.hit_rate("lru", 0.25, 1) > QWEN.hit_rate("lru", 0.25, 2) > QWEN.hit_rate("lru", 0.25, 4)
+
+
+def test_a_model_without_a_card_goes_by_the_nearest_scaled_to_its_own() -> None:
+    deepseek = curves_for(256, 8)
+    assert (deepseek.name, deepseek.is_own) == ("qwen3-30b-a3b", False)
+    assert curves_for(8, 2, "mixtral-8x22b").name == "mixtral-8x7b"
+    assert deepseek.in_prompt(1) == pytest.approx(8)
+    # 4 of its tokens take as many of 256 experts as 2 of Qwen3's of 128, twice.
+    assert deepseek.in_prompt(4) == pytest.approx(2 * QWEN.in_prompt(2))
