@@ -39,13 +39,13 @@ def link_rates(source: HostRows, pool: SlotPool, seconds: Callable[[Callable[[],
     return LinkRates(nbytes / seconds(copy), nbytes / seconds(gather))
 
 
-def seconds_on_gpu(run: Callable[[], None]) -> float:
+def seconds_on_gpu(run: Callable[[], object]) -> float:
     """The device's time for ``run``, the best of ROUNDS after one that compiles."""
     run()
     return min(_timed(run) for _ in range(ROUNDS))
 
 
-def _timed(run: Callable[[], None]) -> float:
+def _timed(run: Callable[[], object]) -> float:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     run()

@@ -105,8 +105,9 @@ def _machine(text: str, args: argparse.Namespace) -> Hardware:
         found = find_hardware(name)
     if link and link not in LINKS:
         raise ConfigError(f"link {link!r} is not known: use one of {', '.join(LINKS)}")
-    changes = ({"link": LINKS[link]} if link else {}) | ({"disk": DISKS[args.disk]} if args.disk else {})
-    return replace(found, name=text, **changes)
+    link_rate = LINKS[link] if link else found.link
+    disk_rate = DISKS[args.disk] if args.disk else found.disk
+    return replace(found, name=text, link=link_rate, disk=disk_rate)
 
 
 def _answer(planner: Planner, machine: Hardware, question: Question) -> Plan | MemoryBudgetError:

@@ -37,8 +37,10 @@ class Linear:
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """All rows in one tensor. ``torch.cat`` of the meta tensors of a dry run would load torch's compiler: seconds."""
     whole = parts[0].new_empty(sum(len(part) for part in parts), *parts[0].shape[1:])
-    for place, part in zip(whole.split([len(part) for part in parts]), parts, strict=True):
-        place.copy_(part)
+    start = 0
+    for part in parts:
+        whole[start : start + len(part)] = part
+        start += len(part)
     return whole
 
 

@@ -59,7 +59,7 @@ class RoutingCurves:
             share = scaled * counts[0] / raw["num_experts"]
         else:
             share = float(np.interp(log(scaled), [log(width) for width in widths], counts)) / raw["num_experts"]
-        return min(float(self.num_experts), max(float(self.top_k), share * self.num_experts))
+        return float(np.clip(share * self.num_experts, self.top_k, self.num_experts))
 
 
 def curves_for(num_experts: int, top_k: int, model: str = "") -> RoutingCurves:

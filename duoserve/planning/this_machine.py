@@ -76,14 +76,18 @@ def disk_rates(folder: Path) -> tuple[float, float]:
     with TemporaryDirectory(dir=folder) as scratch, _direct(_written(Path(scratch) / "pieces")) as descriptor:
         rows_RB = aligned_rows(READERS, PIECE)
 
+        def all_pieces() -> None:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # where reads cannot pass the page cache by
+            list(readers.map(share, range(READERS)))
+
         def share(reader: int) -> None:
-            buffer = memoryview(rows_RB[reader].numpy())
+            buffer = rows_RB[reader].numpy().data
             for piece in range(reader, PIECES, READERS):
                 os.preadv(descriptor, [buffer], piece * PIECE)
 
         with ThreadPoolExecutor(READERS) as readers:
-            seconds = best_seconds(lambda: _forget(descriptor) or list(readers.map(share, range(READERS))))
-        short = memoryview(rows_RB[0, :4096].numpy())
+            seconds = best_seconds(all_pieces)
+        short = rows_RB[0, :4096].numpy().data
         return PIECES * PIECE / seconds, best_seconds(lambda: os.preadv(descriptor, [short], PIECE))
 
 
@@ -115,12 +119,13 @@ def _cpu_rates() -> dict[str, float]:
 
 def _gpu_rates(device: torch.device) -> dict[str, float]:
     pinned = torch.empty(GPU_BYTES, dtype=torch.uint8, pin_memory=True)
-    rows = [torch.empty(GPU_BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
+    target, source = (torch.empty(GPU_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
     wide = torch.ones(GPU_WIDTH, GPU_WIDTH, dtype=torch.bfloat16, device=device)
+
     return {
-        "memory": 2 * GPU_BYTES / seconds_on_gpu(lambda: rows[0].copy_(rows[1])),
+        "memory": 2 * GPU_BYTES / seconds_on_gpu(lambda: target.copy_(source)),
         "flops": 2 * GPU_WIDTH**3 / seconds_on_gpu(lambda: wide @ wide),
-        "link": GPU_BYTES / seconds_on_gpu(lambda: rows[0].copy_(pinned, non_blocking=True)),
+        "link": GPU_BYTES / seconds_on_gpu(lambda: target.copy_(pinned, non_blocking=True)),
     }
 
 
@@ -156,8 +161,3 @@ def _direct(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _forget(descriptor: int) -> None:
-    """Takes a file out of the page cache, for a system whose reads cannot pass it by."""
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,107 @@
+"""``duoserve plan``: tables, JSON, refusals, a picture."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from duoserve.cli import plan as command
+from duoserve.cli.plan_plot import tpot_over_memory
+from duoserve.planning.model_cards import find_model
+from duoserve.planning.planner import Planner, Question
+from duoserve.scheduling.hardware import GIB, HARDWARE, find_hardware
+
+
+def test_a_table_for_each_machine(duoserve):
+    ran = duoserve("plan", "Mixtral-8x7B", "--hardware", "rtx4090, a6000", "--format", "int4")
+    lines = [" ".join(line.split()) for line in ran.out.splitlines()]
+    assert (ran.code, ran.err) == (0, "")
+    assert lines[0] == "rtx4090: experts in int4-128-float16, 87.94 MiB each; 1 x 512 tokens and 256 new ones"
+    assert any(line.startswith("a6000: experts in int4") for line in lines)
+    assert any(line.startswith("total 19.1") for line in lines)
+    assert any(line.startswith("best: duoserve") for line in lines)
+    assert any(line.startswith("1 GiB more: ") and line.endswith("x as fast") for line in lines)
+    assert any(line.startswith("note: assumed: 64.00 GiB of RAM") for line in lines)
+
+
+def test_json_has_the_same_and_more(duoserve):
+    ran = duoserve("plan", "qwen3-30b-a3b", "--hardware", "rtx4090", "--prompt", "2k", "--batch", "4", "--json")
+    (found,) = json.loads(ran.out)["plans"]
+    assert found["total_bytes"] == sum(
+        (found["dense_bytes"], found["kv_bytes"], found["workspace_bytes"], found["slots"] * found["slot_bytes"])
+    )
+    best = found["policies"][0]
+    assert found["best"] == best["policy"] == "duoserve"
+    assert best["tpot_bound"] == "link" == max(best["tpot_busy_s"], key=best["tpot_busy_s"].get)
+    assert found["would_buy"]["int4"]["tpot_s"] < found["would_buy"]["1 GiB more"]["tpot_s"] < best["tpot_s"]
+    assert found["routing"] == "qwen3-30b-a3b"
+
+
+def test_a_link_and_a_disk_can_be_changed(duoserve):
+    def tpot(*change):
+        ran = duoserve("plan", "mixtral-8x22b", "--json", "--hardware", *change)
+        return json.loads(ran.out)["plans"][0]["policies"][0]["tpot_s"]
+
+    usual = tpot("rtx4090")
+    assert tpot("rtx4090@pcie3x8") > usual < tpot("rtx4090", "--disk", "sata")
+    assert tpot("rtx4090@pcie4x16") == usual
+
+
+def test_one_refusal_among_others_is_said_in_its_place(duoserve):
+    ran = duoserve("plan", "mixtral-8x22b", "--hardware", "rtx3060,h200", "--format", "bf16")
+    assert ran.code == 0
+    assert "rtx3060: cannot run it\n  at least " in ran.out
+    assert "h200: experts in bfloat16" in ran.out
+    as_json = duoserve("plan", "mixtral-8x22b", "--hardware", "rtx3060,h200", "--format", "bf16", "--json")
+    refused, planned = json.loads(as_json.out)["plans"]
+    assert "slots for top-2 and one prefetch" in refused["refusal"]
+    assert planned["best"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (
+            ["mixtral-8x22b", "--hardware", "rtx3060,rtx4070"],
+            1,
+            "17913294336 bytes of GPU memory must be free (16.68 GiB: 3 slots",
+        ),
+        (["mixtral-8x7b", "--hardware", "abacus"], 1, "hardware 'abacus' is not known"),
+        (["mixtral-8x7b", "--hardware", "rtx4090@string"], 1, "link 'string' is not known: use one of pcie3x16"),
+        (["gpt-9", "--hardware", "rtx4090"], 1, "'gpt-9' is no folder here"),
+        (["mixtral-8x7b", "--hardware", "rtx4090", "--prompt", "0"], 2, "'0' is no number of tokens"),
+        (["mixtral-8x7b", "--hardware", "rtx4090", "--memory", "lots"], 1, "'lots' is not an amount of memory"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(duoserve, arguments, code, said):
+    ran = duoserve("plan", *arguments)
+    assert (ran.code, ran.out) == (code, "")
+    assert said in ran.err
+
+
+def test_this_machine_is_the_default(duoserve, monkeypatch):
+    monkeypatch.setattr(command, "this_machine", lambda anew: HARDWARE["ddr4"])
+    ran = duoserve("plan", "bard", "--max-context", "1024")
+    assert ran.code == 0
+    assert ran.out.startswith("this: experts in bfloat16")
+    assert "  best: resident" in ran.out
+
+
+def test_tpot_falls_as_memory_grows():
+    planner = Planner("mixtral-8x7b", find_model("mixtral-8x7b"))
+    plan = planner.plan(find_hardware("rtx4090"), Question(form="int4"))
+    points = tpot_over_memory(planner, plan)
+    assert len(points) == 24
+    assert [nbytes for nbytes, _ in points] == sorted({nbytes for nbytes, _ in points})
+    times = [seconds for _, seconds in points]
+    assert times == sorted(times, reverse=True)
+    assert points[-1][0] - points[0][0] == (256 - 3) * plan.memory.slot_bytes
+    assert points[0][0] < plan.memory.total_bytes < points[-1][0] < 32 * GIB
+
+
+def test_a_plot_is_drawn(duoserve, tmp_path):
+    pytest.importorskip("matplotlib", reason="plots are an extra")
+    path = tmp_path / "plan.png"
+    assert duoserve("plan", "bard", "--hardware", "rtx4090", "--max-context", "1024", "--plot", path).code == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
