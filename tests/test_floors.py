@@ -49,8 +49,8 @@ F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  m
 F5  service  sampling  text  kv_cache  engine  decode_inputs  recorded_decode  event_decode  graph_decode  link
     decoding  workspace  memory_needs  placement  choice  loading  tracing  evaluating  moe_model  perplexity
     planning/__init__  planning/model_cards  planning/formats  planning/sizes  planning/routing_curves
-    planning/speed  planning/planner  planning/this_machine  __init__
-F6  cli/options  cli/inventory  cli/generate  cli/info  cli/plan_plot  cli/plan  cli/pack  cli/trace
+    planning/speed  planning/policy_speed  planning/planner  planning/measuring  planning/this_machine  __init__
+F6  cli/options  cli/inventory  cli/generate  cli/info  cli/plan_plot  cli/plan_report  cli/plan  cli/pack  cli/trace
     cli/train_predictor  cli/plots  cli/replay  cli/evaluate  cli/app  cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]

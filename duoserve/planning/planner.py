@@ -14,48 +14,15 @@ from duoserve.experts.layout import ExpertLayout
 from duoserve.memory_needs import MemoryNeeds, context_of, cpu_only
 from duoserve.models.described import DescribedModel
 from duoserve.planning.formats import layout_in
+from duoserve.planning.policy_speed import RANKED, Question, Speed, speed_of
 from duoserve.planning.routing_curves import RoutingCurves, curves_for
 from duoserve.planning.sizes import sizes_of
-from duoserve.planning.speed import Costs, Prompt, Seconds, Step
-from duoserve.scheduling.hardware import GIB, Hardware, Machine
+from duoserve.planning.speed import Costs
+from duoserve.scheduling.hardware import GIB, HARDWARE, Hardware, Machine
 from duoserve.scheduling.policies import POLICIES, Policy
-from duoserve.scheduling.prefill import ring_size
 
-# Policies that need no predictor, for what a trained one gains is not known before the model has run; of equal ones the
-# first is best. By the ranking of their caches.
-RANKED = {"resident": "lru", "duoserve": "lfru", "lru": "lru", "on-demand": "lru", "layer-prefetch": "lru"}
 CURVE_TOKENS = 192  # of each request that the hit rates were taken from
 INT4_BITS = 5  # experts of no more bits than that are not made smaller by int4
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is planned for: ``batch`` prompts of ``prompt`` tokens at a time, with ``new_tokens`` behind each.
-
-    ``form`` is the experts' format (formats.py), None: the checkpoint's. ``memory`` caps everything on the device, in
-    bytes, or ``expert_slots`` the slots (a count, or a share as "25%"), and ``host_memory`` the experts that wait in
-    RAM; ``max_context`` are the tokens of the KV cache.
-    """
-
-    prompt: int = 512
-    batch: int = 1
-    new_tokens: int = 256
-    form: str | None = None
-    memory: int | None = None
-    expert_slots: int | str | None = None
-    host_memory: int | None = None
-    max_context: int | None = None
-
-
-@dataclass(frozen=True)
-class Speed:
-    """A policy's times: of a prompt with the slots full of another's experts, of the very first, and of a step."""
-
-    policy: str
-    ttft: Seconds
-    first_ttft_s: float
-    tpot: Seconds
-    hit_rate: float
 
 
 @dataclass(frozen=True)
@@ -87,14 +54,16 @@ class Planner:
         """How memory is divided, and how fast each policy is."""
         layout = layout_in(self.model.config, question.form, self.model.config.dtype)
         memory = self._memory(hardware, question, layout)
-        sizes = sizes_of(self.model, layout, self.model.config.dtype)
         curves = curves_for(self.model.config.num_experts, self.model.config.top_k, self.name)
-        ram_share = 1.0 if memory.num_slots == memory.total_experts else memory.host_experts / memory.total_experts
-        costs = Costs(Machine(hardware, sizes.layer), sizes, ram_share)
+        costs = self._costs(hardware, layout, memory)
         names = [name for name in RANKED if _can(POLICIES[name], memory)]
         speeds = sorted((speed_of(costs, curves, memory, question, name) for name in names), key=_by_tpot)
         notes = tuple(self._notes(hardware, question, memory, curves))
         return Plan(hardware, question, layout, memory, {s.policy: s for s in speeds}, curves.name, notes)
+
+    def costs(self, plan: Plan) -> Costs:
+        """What the times of ``plan`` were made from."""
+        return self._costs(plan.hardware, plan.layout, plan.memory)
 
     def one_gib_more(self, plan: Plan) -> Plan | None:
         """The same with a GiB more for everything; None where all experts have slots already."""
@@ -104,13 +73,23 @@ class Planner:
         return self.plan(larger, replace(plan.question, memory=plan.memory.total_bytes + GIB, expert_slots=None))
 
     def in_int4(self, plan: Plan) -> Plan | None:
-        """The same with experts in int4; None where they are as small already, or cannot be made so."""
+        """The same with experts in int4; None where they are as small already, cannot be made so, or on a CPU.
+
+        A CPU decodes them before it multiplies, and how long that takes is not known here.
+        """
+        if plan.hardware.host_computes:
+            return None
         if 8 * plan.layout.slot_bytes <= INT4_BITS * 3 * plan.layout.hidden * plan.layout.intermediate:
             return None
         try:
             return self.plan(plan.hardware, replace(plan.question, form="int4"))
         except (ConfigError, MemoryBudgetError):
             return None
+
+    def _costs(self, hardware: Hardware, layout: ExpertLayout, memory: MemoryPlan) -> Costs:
+        sizes = sizes_of(self.model, layout, self.model.config.dtype)
+        ram_share = 1.0 if memory.num_slots == memory.total_experts else memory.host_experts / memory.total_experts
+        return Costs(Machine(hardware, sizes.layer), sizes, ram_share)
 
     def _memory(self, hardware: Hardware, question: Question, layout: ExpertLayout) -> MemoryPlan:
         config = self.model.config
@@ -152,8 +131,14 @@ class Planner:
             notes.append(f"hit rates are means over {CURVE_TOKENS} new tokens: so few as here miss more")
         if not hardware.host_computes and question.host_memory is None and memory.num_slots < memory.total_experts:
             notes.append(f"assumed: {format_bytes(hardware.host_bytes)} of RAM, of which 80 % hold experts")
+        if hardware.name.partition("@")[0] in HARDWARE:
+            notes.append(
+                "rates are the makers' peaks and others' figures of links: nothing was measured on this machine"
+            )
         if not hardware.host_computes and (what := cpu_only(config)) is not None:
             notes.append(f"duoserve runs {what} on CPUs only so far: this is what a GPU would allow")
+        if hardware.host_computes and (question.form or config.quantization is not None):
+            notes.append("a CPU decodes quantized experts before it multiplies: the time of that is left out")
         return notes
 
 
@@ -164,34 +149,3 @@ def _can(policy: Policy, memory: MemoryPlan) -> bool:
 
 def _by_tpot(speed: Speed) -> tuple[float, float]:
     return speed.tpot.total, speed.ttft.total
-
-
-def speed_of(costs: Costs, curves: RoutingCurves, memory: MemoryPlan, question: Question, name: str) -> Speed:
-    """What the policy ``name`` takes, its slots divided evenly over the layers."""
-    policy, shape = POLICIES[name], costs.model.shape
-    hit_rate = curves.hit_rate(RANKED[name], memory.share, question.batch) if policy.keeps else 0.0
-    step = Step(
-        sequences=question.batch,
-        context=question.prompt + question.new_tokens // 2,
-        asked=curves.in_batch(question.batch),
-        hit_rate=hit_rate,
-    )
-    tokens = question.batch * question.prompt
-    absent = memory.total_experts - memory.num_slots
-    ring = ring_size(policy.prefill, shape, tokens, memory.num_slots, absent) if policy.keeps else 0
-    used = _of_prompts(curves, question, shape.num_experts)
-    settled = (memory.num_slots - ring) / memory.total_experts if policy.keeps else 0.0
-    cold, warm = (Prompt(tokens, question.batch, used, share) for share in (0.0, settled))
-    return Speed(
-        policy=name,
-        ttft=costs.prefill(policy, warm),
-        first_ttft_s=costs.prefill(policy, cold).total,
-        tpot=costs.decode(policy, step),
-        hit_rate=hit_rate,
-    )
-
-
-def _of_prompts(curves: RoutingCurves, question: Question, num_experts: int) -> float:
-    """Distinct experts that all prompts use in a layer, each as if it chose by itself."""
-    passed_over = 1 - curves.in_prompt(question.prompt) / num_experts
-    return num_experts * (1 - passed_over**question.batch)

@@ -20,7 +20,7 @@ from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.prefill import SPECULATION_SHARE, active_share
 
 # A whole layer takes so long that of a step's guesses few arrive in time. Demands go before them; but on a CPU each
-# copy thread ends the read that it has begun.
+# copy thread ends the read that it has begun, of which half is still to come on average.
 WASTED_READS = EngineConfig().copy_threads
 
 
@@ -91,8 +91,9 @@ class Costs:
             case DecodeMode.ON_DEMAND:
                 copies, layer = asked, before + asked * (self.copy_s + one)
             case DecodeMode.NEXT_LAYER:
-                copies = asked + (WASTED_READS if self.machine.hardware.host_computes else 0)
-                layer = before + copies * self.copy_s + asked * one
+                wasted = WASTED_READS if self.machine.hardware.host_computes else 0
+                copies = asked + wasted
+                layer = before + (asked + wasted / 2) * self.copy_s + asked * one
             case DecodeMode.CACHE:
                 copies = asked * (1 - step.hit_rate)
                 layer = before + _mixed(asked, step.hit_rate, one, self.copy_s)

@@ -9,7 +9,8 @@ import pytest
 from duoserve.cli import plan as command
 from duoserve.cli.plan_plot import tpot_over_memory
 from duoserve.planning.model_cards import find_model
-from duoserve.planning.planner import Planner, Question
+from duoserve.planning.planner import Planner
+from duoserve.planning.policy_speed import Question
 from duoserve.scheduling.hardware import GIB, HARDWARE, find_hardware
 
 

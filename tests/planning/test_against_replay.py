@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from duoserve.experts.budget import MemoryPlan
-from duoserve.planning.planner import Question, Speed, speed_of
+from duoserve.planning.policy_speed import Question, Speed, speed_of
 from duoserve.planning.routing_curves import curves_for
 from duoserve.planning.sizes import ModelSizes
 from duoserve.planning.speed import Costs

@@ -9,7 +9,8 @@ import pytest
 from duoserve import MoEModel
 from duoserve.errors import ConfigError, MemoryBudgetError
 from duoserve.planning.model_cards import find_model
-from duoserve.planning.planner import Plan, Planner, Question
+from duoserve.planning.planner import Plan, Planner
+from duoserve.planning.policy_speed import Question
 from duoserve.scheduling.hardware import GIB, Hardware, find_hardware
 from tests.checkpoints import save_mixtral
 

@@ -64,7 +64,8 @@ def test_on_a_cpu_nothing_from_the_disk_crosses_the_link_and_whole_guesses_are_r
     on_cpu = replace(ON_DISK, machine=Machine(replace(HARDWARE, host_computes=True, link=0.1e9), LAYER))
     found = on_cpu.decode(POLICIES["layer-prefetch"], step(0.0))
     assert found.busy["link"] == 0.0
-    assert found.total == pytest.approx(4 * (BEFORE + (2 + 2) * 2 * COPY + 2 * ONE) + HEAD)
+    assert found.busy["disk"] == pytest.approx(4 * (2 + 2) * 2 * COPY)
+    assert found.total == pytest.approx(4 * (BEFORE + (2 + 1) * 2 * COPY + 2 * ONE) + HEAD)
 
 
 def test_keys_and_values_of_a_long_context_are_read_too() -> None:

@@ -10,7 +10,8 @@ import torch
 
 from duoserve.errors import ConfigError
 from duoserve.planning import this_machine as measured
-from duoserve.planning.this_machine import FILE, RATES, disk_rates, this_machine
+from duoserve.planning.measuring import RATES
+from duoserve.planning.this_machine import FILE, this_machine
 
 MADE_UP = dict.fromkeys(RATES, 0.5) | {"link": 3e9}
 
@@ -58,29 +59,3 @@ def test_a_malformed_file_is_refused(times: list[Path], tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(json.dumps(kept | {"disk": "fast"}))
     with pytest.raises(ConfigError, match=r"machine\.json: not every one of .*: delete the file"):
         this_machine(tmp_path)
-
-
-def test_the_disk_is_read_in_pieces_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "PIECES", 4)
-    monkeypatch.setattr(measured, "ROUNDS", 1)
-    rate, latency_s = disk_rates(tmp_path)
-    assert rate > 1e6
-    assert 0 < latency_s < 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_all_rates_of_a_cpu_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, small in (("PIECES", 2), ("ROUNDS", 1), ("WIDTH", 256), ("ROWS", 8), ("MATRICES", 4)):
-        monkeypatch.setattr(measured, name, small)
-    found = measured.measure(torch.device("cpu"), tmp_path)
-    assert found.keys() == set(RATES)
-    assert all(isinstance(rate, float) and rate > 0 for rate in found.values())
-    assert found["layer_overhead_s"] < 1
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_all_rates_of_a_gpu_are_measured(tmp_path: Path) -> None:
-    found = measured.measure(torch.device("cuda", 0), tmp_path)
-    assert found.keys() == set(RATES)
-    assert found["memory"] > found["link"] > 1e9

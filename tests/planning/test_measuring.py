@@ -1,0 +1,37 @@
+"""Rates of the machine that the tests run on: all there, none absurd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from duoserve.planning import measuring
+from duoserve.planning.measuring import RATES, disk_rates, measure
+
+
+def test_the_disk_is_read_in_pieces_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "PIECES", 4)
+    monkeypatch.setattr(measuring, "ROUNDS", 1)
+    rate, latency_s = disk_rates(tmp_path)
+    assert rate > 1e6
+    assert 0 < latency_s < 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_rates_of_a_cpu_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, small in (("PIECES", 2), ("ROUNDS", 1), ("WIDTH", 256), ("ROWS", 8), ("MATRICES", 4)):
+        monkeypatch.setattr(measuring, name, small)
+    found = measure(torch.device("cpu"), tmp_path)
+    assert found.keys() == set(RATES)
+    assert all(isinstance(rate, float) and rate > 0 for rate in found.values())
+    assert found["layer_overhead_s"] < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_all_rates_of_a_gpu_are_measured(tmp_path: Path) -> None:
+    found = measure(torch.device("cuda", 0), tmp_path)
+    assert found.keys() == set(RATES)
+    assert found["memory"] > found["link"] > 1e9
