@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from harness import Worker, WorkerError
 from kernel_report import render
-from machine import machine_facts, versions
+from machine import conditions
 from moe_peers import others_installed
 from moe_shapes import CASES, QWEN3, LayerCase
 
@@ -131,21 +130,9 @@ class Bench:
         self._worker = new_worker()
 
 
-def conditions(quick: bool) -> Result:
+def new_result(quick: bool) -> Result:
     """A result without figures."""
-    return {
-        "bench": "bench_kernels",
-        "quick": quick,
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "machine": machine_facts(BENCH),
-        "versions": versions(),
-        "gpu": None,
-        "ceilings": None,
-        "others": others_installed(),
-        "parts": [],
-        "seconds": 0.0,
-    }
+    return conditions("bench_kernels", quick) | {"ceilings": None, "others": others_installed(), "parts": []}
 
 
 def say(text: str) -> None:
@@ -165,7 +152,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Measures, prints the report, writes the result file; 1 when a part failed."""
     args = arguments()
-    result = conditions(args.quick)
+    result = new_result(args.quick)
     bench_parts = all_parts()
     if torch.cuda.is_available():
         bench = Bench(result, args.json, time.perf_counter() + args.seconds)

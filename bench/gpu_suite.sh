@@ -1,21 +1,38 @@
 #!/usr/bin/env bash
-# The one command for a GPU machine: bash bench/gpu_suite.sh
+# The one command for a GPU machine: bash bench/gpu_suite.sh [PART ...]
 #
-# The kernel tests on the GPU first, then the kernel bench, within nine minutes. The bench's JSON and Markdown and the
-# tests' log go to $OUT (bench/results without one), a short table to the terminal. duoserve need not be installed.
-# Where the tree has no .git, DUOSERVE_COMMIT says which commit it is of. With SANITIZE=1, decode steps run under
-# compute-sanitizer too, which takes up to three minutes more.
-# Exit status: 0 all passed; 1 a test or a part of the bench failed, or the tests could not run; 2 Python or torch is
-# missing; 3 there is no CUDA GPU.
+#   tests     the kernel tests and all others that are marked gpu      at most 220 + 250 s
+#   copy      the link between host and GPU                            at most  90 s
+#   kernels   the kernel bench                                         at most 275 s
+#   serve     whole models on replayed routing, beside accelerate      at most 560 s
+#   sanitize  decode steps under compute-sanitizer                     at most 180 s
+#
+# Without a PART all of them but the last, in this order. Where a command may take ten minutes, three calls do it:
+# `tests copy`, `kernels`, `serve`; together they take less than 25 minutes. The benches' JSON and Markdown and the logs
+# go to $OUT (bench/results without one), short tables to the terminal. duoserve need not be installed. Where the tree
+# has no .git, DUOSERVE_COMMIT says which commit it is of.
+# Exit status: 0 all passed; 1 a test or a part of a bench failed, or could not run; 2 Python or torch is missing, or a
+# PART is unknown; 3 there is no CUDA GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3}
 out=${OUT:-bench/results}
 tests_seconds=${TESTS_SECONDS:-220}
+gpu_tests_seconds=${GPU_TESTS_SECONDS:-250}
+copy_seconds=${COPY_SECONDS:-90}
 bench_seconds=${BENCH_SECONDS:-225} # after which no part is begun; the last may take until the timeout
-bench_timeout=$((bench_seconds + 50))
+serve_seconds=${SERVE_SECONDS:-480}
+sanitize_seconds=${SANITIZE_SECONDS:-180}
+grace=50
+serve_grace=80 # the last cell may begin with a long prompt
 unset TRITON_INTERPRET # which a shell may have left: it would put the kernels on the CPU
+
+parts=("$@")
+(($#)) || parts=(tests copy kernels serve)
+for part in "${parts[@]}"; do
+    [[ $part =~ ^(tests|copy|kernels|serve|sanitize)$ ]] || { echo "gpu_suite: no part is called $part"; exit 2; }
+done
 
 has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2>/dev/null; }
 
@@ -37,6 +54,7 @@ fi
 echo "== what is there"
 [[ -z $(missing triton) ]] || echo "missing: triton: neither tests nor bench can run"
 [[ -z $(missing transformers) ]] || echo "missing: transformers: its experts are not among the peers"
+[[ -z $(missing accelerate) ]] || echo "missing: accelerate: its offloading is not measured"
 untestable=$(missing pytest hypothesis)
 [[ -z $untestable ]] || echo "missing: ${untestable}: the tests that need it cannot run, so the suite fails"
 undressed=$(missing numpy einops safetensors tokenizers huggingface_hub tqdm)
@@ -55,48 +73,98 @@ if [[ -n $undressed ]]; then
 elif has xdist; then
     workers=(-n 8) # compiling is most of the time; the GPU takes them all
 fi
+gpu=$("$python" -c 'import re, torch; print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))')
+summary=()
 status=0
 mkdir -p "$out"
 
-echo "== the kernel tests, at most $tests_seconds s"
-mapfile -t marked < <(grep -rlE 'mark\.gpu\b' tests --include='test_*.py' | grep -v '^tests/kernels/')
-timeout -k 10 "$tests_seconds" "${runner[@]}" tests/kernels "${marked[@]}" "${workers[@]}" \
-    --ignore=tests/kernels/test_machine_code.py --continue-on-collection-errors -p no:cacheprovider \
-    >"$out/gpu-tests.log" 2>&1
-tests=$?
-tail -n 12 "$out/gpu-tests.log"
-if ((tests == 124 || tests == 137)); then
-    echo "gpu_suite: the tests did not finish in $tests_seconds s"
-fi
-((tests == 0)) || status=1
+# note WHAT STATUS: for the last line, and for the exit status.
+note() {
+    summary+=("$1 $( (($2 == 0)) && echo passed || echo FAILED)")
+    (($2 == 0)) || status=1
+}
 
-if [[ ${SANITIZE:-0} == 1 ]]; then
-    echo "== decode steps under compute-sanitizer, at most 180 s"
-    STRESS_STEPS=60 timeout -k 10 180 compute-sanitizer --error-exitcode 9 "$python" -m pytest \
-        tests/test_decode_on_gpu.py -k stress -p no:cacheprovider >"$out/sanitizer.log" 2>&1
-    sanitized=$?
-    tail -n 4 "$out/sanitizer.log"
-    if ((sanitized != 0)); then
-        status=1
-        echo "gpu_suite: compute-sanitizer ended with status $sanitized (9: it found errors; 127: it is not there)"
+# tested LOG SECONDS ARGUMENT ...: pytest with these arguments.
+tested() {
+    local log=$1 seconds=$2 ended
+    timeout -k 10 "$seconds" "${runner[@]}" "${@:3}" --continue-on-collection-errors -p no:cacheprovider \
+        >"$out/$log" 2>&1
+    ended=$?
+    tail -n 12 "$out/$log"
+    if ((ended == 124 || ended == 137)); then
+        echo "gpu_suite: the tests did not finish in $seconds s"
     fi
-fi
+    return "$ended"
+}
 
-echo "== the kernel bench, at most $bench_timeout s"
-gpu=$("$python" -c 'import re, torch; print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))')
-result="$out/kernels-$gpu-$(date -u +%Y-%m-%d)"
-timeout -k 10 "$bench_timeout" "$python" bench/bench_kernels.py --seconds "$bench_seconds" --json "$result.json" \
-    >"$result.md" 2>"$out/bench.log"
-bench=$?
-if ((bench != 0)); then
-    status=1
-    tail -n 20 "$out/bench.log"
-    echo "gpu_suite: the bench ended with status $bench"
-fi
-if [[ -f $result.json ]]; then
-    ((bench < 124)) || "$python" bench/kernel_report.py "$result.json" >"$result.md" # it was cut off: what there is
-    "$python" bench/kernel_report.py "$result.json" --short
-fi
+# Decode steps under compute-sanitizer.
+sanitized() {
+    local ended
+    STRESS_STEPS=60 timeout -k 10 "$sanitize_seconds" compute-sanitizer --error-exitcode 9 "${runner[@]}" \
+        tests/test_decode_on_gpu.py -k stress -p no:cacheprovider >"$out/sanitizer.log" 2>&1
+    ended=$?
+    tail -n 4 "$out/sanitizer.log"
+    if ((ended != 0)); then
+        echo "gpu_suite: compute-sanitizer ended with status $ended (9: it found errors; 127: it is not there)"
+    fi
+    return "$ended"
+}
 
-echo "gpu_suite: tests $( ((tests == 0)) && echo passed || echo FAILED), bench $( ((bench == 0)) && echo passed || echo FAILED); see $out"
+# measured NAME LOG SECONDS REPORT COMMAND ...: a bench; REPORT makes Markdown of its JSON where it was cut off.
+measured() {
+    local result="$out/$1-$gpu-$(date -u +%Y-%m-%d)" log="$out/$2" seconds=$3 report=$4 ended
+    timeout -k 10 "$seconds" "$python" "${@:5}" --json "$result.json" >"$result.md" 2>"$log"
+    ended=$?
+    if ((ended != 0)); then
+        tail -n 20 "$log"
+        echo "gpu_suite: the $1 bench ended with status $ended"
+    fi
+    if [[ -f $result.json && -n $report ]]; then
+        ((ended < 124)) || "$python" "$report" "$result.json" >"$result.md"
+        "$python" "$report" "$result.json" --short
+    else
+        cat "$result.md"
+    fi
+    return "$ended"
+}
+
+for part in "${parts[@]}"; do
+    case $part in
+        tests)
+            echo "== the kernel tests, at most $tests_seconds s"
+            tested gpu-kernel-tests.log "$tests_seconds" tests/kernels "${workers[@]}" \
+                --ignore=tests/kernels/test_machine_code.py
+            note "kernel tests" $?
+            echo "== the other tests of a GPU, at most $gpu_tests_seconds s"
+            mapfile -t marked < <(grep -rlE 'mark\.gpu\b' tests --include='test_*.py' | grep -v '^tests/kernels/')
+            # One after another: they measure memory, and count what the whole device holds.
+            tested gpu-tests.log "$gpu_tests_seconds" -m gpu "${marked[@]}"
+            note "GPU tests" $?
+            ;;
+        copy)
+            echo "== the link, at most $copy_seconds s"
+            measured copy copy.log "$copy_seconds" "" bench/bench_copy.py
+            note "copy bench" $?
+            ;;
+        kernels)
+            echo "== the kernel bench, at most $((bench_seconds + grace)) s"
+            measured kernels bench.log $((bench_seconds + grace)) bench/kernel_report.py \
+                bench/bench_kernels.py --seconds "$bench_seconds"
+            note "kernel bench" $?
+            ;;
+        serve)
+            echo "== whole models, at most $((serve_seconds + serve_grace)) s"
+            measured serve serve.log $((serve_seconds + serve_grace)) bench/serve_report.py \
+                bench/bench_serve.py --seconds "$serve_seconds"
+            note "serving bench" $?
+            ;;
+        sanitize)
+            echo "== decode steps under compute-sanitizer, at most $sanitize_seconds s"
+            sanitized
+            note "sanitizer" $?
+            ;;
+    esac
+done
+
+printf 'gpu_suite: %s; see %s\n' "$(IFS=,; echo "${summary[*]}" | sed 's/,/, /g')" "$out"
 exit $status

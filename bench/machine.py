@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,20 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
+
+
+def conditions(bench: str, quick: bool) -> dict[str, Any]:
+    """What every result file begins with."""
+    return {
+        "bench": bench,
+        "quick": quick,
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "machine": machine_facts(Path(__file__).resolve().parent),
+        "versions": versions(),
+        "gpu": None,
+        "seconds": 0.0,
+    }
 
 
 def machine_facts(folder: Path) -> dict[str, Any]:

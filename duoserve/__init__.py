@@ -8,6 +8,7 @@ from duoserve.errors import (
     DuoServeError,
     IntegrityError,
     MemoryBudgetError,
+    OverloadedError,
     RequestError,
 )
 from duoserve.metrics import Stats
@@ -26,6 +27,7 @@ __all__ = [
     "IntegrityError",
     "MemoryBudgetError",
     "MoEModel",
+    "OverloadedError",
     "RequestError",
     "SamplingParams",
     "Stats",

@@ -14,6 +14,7 @@ from duoserve.errors import ConfigError
 Scoring = Literal["softmax", "sigmoid", "softmax_of_topk"]
 # Over each head of a query or key, or over the whole projection before it is split into heads.
 NormOver = Literal["head", "projection"]
+QuantMethod = Literal["awq", "fp8", "gptq", "mxfp4"]
 
 
 class KVShape(NamedTuple):
@@ -203,6 +204,30 @@ class Multipliers:
 
 
 NO_MULTIPLIERS = Multipliers()
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a checkpoint stores matrices that are no floats; ``experts/formats`` has a file on each method.
+
+    ``group`` is how many input features share a scale, 0 for all of them; fp8 and mxfp4 know it by themselves. The
+    rest is GPTQ's: ``symmetric`` says that all zero-points are 8, ``less_one`` that each is stored as one less than it
+    is, ``ordered`` that features are grouped in another order than their own.
+    """
+
+    method: QuantMethod
+    group: int = 0
+    symmetric: bool = False
+    less_one: bool = False
+    ordered: bool = False
+
+    def __str__(self) -> str:
+        if self.method == "fp8":
+            return "fp8, blocks of 128 x 128"
+        if self.method == "mxfp4":
+            return "mxfp4, groups of 32"
+        groups = f"groups of {self.group}" if self.group else "a group for each output"
+        return f"{self.method} int4, {groups}{', ordered by activation' if self.ordered else ''}"
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from enum import Enum
 
 import torch
 
-from duoserve.architecture import Blocks
+from duoserve.architecture import Blocks, Quantization
 from duoserve.errors import ConfigError
 
 DECODE_MODES = ("auto", "event", "graph")
+QUANTIZE = ("int8", "int4")
 
 
 class Phase(Enum):
@@ -24,7 +25,7 @@ class Phase(Enum):
 class ModelConfig:
     """An MoE transformer's hyper-parameters in one dialect; a family file maps ``config.json`` to it.
 
-    Sizes count elements (never bytes).
+    Sizes count elements (never bytes). ``dtype`` is that of what is not quantized.
     """
 
     model_type: str
@@ -38,6 +39,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     blocks: Blocks
+    quantization: Quantization | None = None
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -66,7 +68,7 @@ class EngineConfig:
 
     Memory sizes are bytes; ``host_memory`` None means: as the device wants it (on a CPU nothing, its tier is the disk).
     ``expert_slots`` is a count, or a share of all experts such as "25%". ``decode_mode`` says how a GPU's decode steps
-    are launched: "event" or "graph", see ``decoding.py``, or "auto".
+    are launched: "event" or "graph", see ``decoding.py``, or "auto". ``quantize`` makes experts int8 or int4.
     """
 
     device: str = "auto"
@@ -78,6 +80,7 @@ class EngineConfig:
     max_context: int | None = None
     copy_threads: int = 2
     decode_mode: str = "auto"
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         given = [n for n in ("expert_memory", "expert_slots", "memory") if getattr(self, n) is not None]
@@ -85,6 +88,8 @@ class EngineConfig:
             raise ConfigError(f"{' and '.join(given)} exclude each other: give one of them")
         if self.decode_mode not in DECODE_MODES:
             raise ConfigError(f"decode_mode={self.decode_mode!r} is not known: use one of {', '.join(DECODE_MODES)}")
+        if self.quantize is not None and self.quantize not in QUANTIZE:
+            raise ConfigError(f"quantize={self.quantize!r} is not known: use one of {', '.join(QUANTIZE)}, or None")
         for name in ("max_context", "copy_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -32,7 +32,7 @@ class ClosedError(DuoServeError):
 
 
 class IntegrityError(DuoServeError):
-    """An invariant of the slot bookkeeping is broken: a bug in duoserve, never the user's doing."""
+    """An invariant of the books of slots or pages is broken: a bug in duoserve, never the user's doing."""
 
 
 class KernelError(DuoServeError, ValueError):
@@ -41,3 +41,11 @@ class KernelError(DuoServeError, ValueError):
 
 class TraceError(DuoServeError):
     """A trace, or a predictor made from one, is malformed, cut short, or of another model."""
+
+
+class OverloadedError(DuoServeError):
+    """A request was refused because of others: the queue is full, or its objectives cannot be met behind them."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from duoserve.config import ModelConfig
-from duoserve.errors import MemoryBudgetError
+from duoserve.errors import IntegrityError, MemoryBudgetError
 from duoserve.kernels import context_rows
 from duoserve.models.batch import Batch
 
@@ -98,12 +98,17 @@ class PagedKVCache:
         sequence.pages, sequence.length = [], 0
 
     def lay_out(self, new_tokens: Seq[tuple[SequenceKV, Seq[int]]]) -> Layout:
-        """Places each sequence's new tokens, for which it must have pages; advances their lengths."""
+        """Places each sequence's new tokens, for which it must have pages; advances their lengths.
+
+        IntegrityError where it has not: the kernels write where these rows say and check nothing.
+        """
         token_ids: list[int] = []
         positions: list[int] = []
         spans, rows = [], []
         for sequence, tokens in new_tokens:
             new = range(sequence.length, sequence.length + len(tokens))
+            if new.stop > len(sequence.pages) * PAGE_TOKENS:
+                raise IntegrityError(f"{new.stop} tokens of a sequence were laid out in {len(sequence.pages)} pages")
             spans.append((len(token_ids), len(token_ids) + len(tokens)))
             token_ids += tokens
             positions += new

@@ -69,7 +69,7 @@ def load(  # noqa: PLR0913
         best = None if named is not None else find_choice(found.checkpoint, cache_dir)
         chosen = named or _automatic(plan, best[0] if best else None)
         told = _told(predictor, best, found.checkpoint, cache_dir)
-        store = place.slow_tier(plan, cache_dir, held)
+        store = place.slow_tier(plan, cache_dir, held, wanted.quantize)
         meter, pool = Meter(), SlotPool(plan.num_slots, store.layout, device=place.device)
         copies = place.copy_engine(store, pool, wanted.copy_threads, meter)
         scheduler = held.enter_context(closing(make_scheduler(found.config, pool, copies, chosen, meter, told)))

@@ -68,6 +68,7 @@ class MoEModel:
         max_context: int | None = None,
         copy_threads: int = 2,
         decode_mode: str = "auto",
+        quantize: str | None = None,
         cache_dir: str | Path | None = None,
     ) -> MoEModel:
         """Loads a folder, a hub id, or an embedded model ("bard", "bard-fine").
@@ -81,7 +82,8 @@ class MoEModel:
         its predictor. ``max_context`` counts tokens over all running sequences; ``cache_dir`` is where a packed copy of
         the experts is made on first use. On a GPU, ``decode_mode`` says how a decode step is launched: as one graph
         ("graph", where all experts are in pinned RAM or in slots), or layer by layer ("event"); "auto" measures which
-        suits the link.
+        suits the link. ``quantize`` "int8" or "int4" makes experts smaller that the checkpoint has in floats, and less
+        exact; all else stays as it is.
 
         Raises ConfigError, CheckpointError or MemoryBudgetError before anything large is allocated.
         """
@@ -95,6 +97,7 @@ class MoEModel:
             max_context=max_context,
             copy_threads=copy_threads,
             decode_mode=decode_mode,
+            quantize=quantize,
         )
         return cls(load(model, wanted, policy, cache_dir, predictor=predictor))
 

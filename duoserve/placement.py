@@ -19,16 +19,15 @@ from duoserve.experts.cuda_streams import CudaStreams
 from duoserve.experts.device import CPU, free_bytes, resolve
 from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.pack_format import DTYPES, HEADER_FILE
-from duoserve.experts.packing import CheckpointStore, pack_path, write_pack
+from duoserve.experts.packing import pack_path, write_pack
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore, HostStore, TieredStore
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.kv_cache import PagedKVCache, kv_bytes_per_token
 from duoserve.metrics import Meter
 from duoserve.models.opened import OpenedModel
+from duoserve.workspace import workspace_bytes
 
-# Activations, float32 copies of a block of weights (on a CPU), and what the allocator keeps between passes.
-WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 # A context worth having by default; a model's own maximum may cost more memory than its experts.
 DEFAULT_MAX_CONTEXT = 4096
 
@@ -49,19 +48,22 @@ class Placement:
         device = resolve(wanted.device)
         if device.type != "cpu" and found.config.blocks.moe.clamp:
             raise ConfigError(f"{found.config.model_type} runs on CPUs only so far: load it with device='cpu'")
+        quantization = found.config.quantization
+        if device.type != "cpu" and quantization is not None and quantization.ordered:
+            raise ConfigError(f"{quantization} runs on CPUs only so far: load it with device='cpu'")
         return cls(found, device, _dtype(wanted.dtype, found.config), max_context)
 
     def plan(self, wanted: EngineConfig, needs_all: bool) -> MemoryPlan:
         """How memory is divided; MemoryBudgetError when it cannot work."""
-        config = self.found.config
+        config, context = self.found.config, PagedKVCache.whole_pages(self.max_context)
         return plan_memory(
-            layout=self.found.layout(self.dtype),
+            layout=self.found.layout(self.dtype, wanted.quantize),
             num_layers=len(config.moe_layers),
             num_experts=config.num_experts,
             top_k=config.top_k,
             dense_bytes=self.found.dense_bytes(self.dtype),
-            kv_bytes=PagedKVCache.whole_pages(self.max_context) * kv_bytes_per_token(config, self.dtype),
-            workspace_bytes=WORKSPACE_BYTES[self.device.type],
+            kv_bytes=context * kv_bytes_per_token(config, self.dtype),
+            workspace_bytes=workspace_bytes(config, self.dtype, self.device, context),
             wanted=wanted,
             available_bytes=free_bytes(self.device),
             host_available_bytes=free_bytes(CPU) if self._on_gpu else None,
@@ -70,13 +72,15 @@ class Placement:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A dense tensor by its name in the checkpoint, in ``dtype`` or the model's."""
-        return self.found.checkpoint.read(name, dtype=dtype or self.dtype).to(self.device)
+        return self.found.read(name, dtype or self.dtype).to(self.device)
 
-    def slow_tier(self, plan: MemoryPlan, cache_dir: str | Path | None, held: ExitStack) -> ExpertStore:
+    def slow_tier(
+        self, plan: MemoryPlan, cache_dir: str | Path | None, held: ExitStack, quantize: str | None = None
+    ) -> ExpertStore:
         """Where experts wait: the checkpoint itself when each is read but once, else RAM, else the pack on disk."""
         found = self.found
         in_ram = partial(HostStore, progress=sys.stderr.isatty(), pinned=self._on_gpu)
-        source = found.expert_store(self.dtype)
+        source = found.expert_store(self.dtype) if quantize is None else found.quantizing_store(quantize)
         if plan.num_slots == plan.total_experts:
             return source
         if plan.host_experts == plan.total_experts:
@@ -113,10 +117,10 @@ def _dtype(name: str, config: ModelConfig) -> torch.dtype:
     return DTYPES[name]
 
 
-def _open_pack(source: CheckpointStore, found: OpenedModel, cache_dir: str | Path | None) -> DiskStore:
+def _open_pack(source: ExpertStore, found: OpenedModel, cache_dir: str | Path | None) -> DiskStore:
     """The checkpoint's pack, which is made on first use."""
     folder = pack_path(found.checkpoint, source.layout, cache_dir)
-    fingerprint = source.fingerprint()
+    fingerprint = found.checkpoint.fingerprint()
     if not (folder / HEADER_FILE).exists():
         write_pack(source, found.experts, folder, fingerprint)
     return DiskStore(folder, source.layout, found.pack_layers, found.config.num_experts, fingerprint)

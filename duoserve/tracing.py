@@ -53,7 +53,7 @@ def record(  # noqa: PLR0913
         raise TraceError(f"{recording.out}: exists; --resume finishes it, --append adds to it, or give another --out")
     with opened(model) as found:
         fingerprint, config = found.checkpoint.fingerprint(), found.config
-    meta = TraceMeta(fingerprint, tuple(range(config.num_layers)), config.num_experts, config.top_k)
+    meta = TraceMeta(fingerprint, config.moe_layers, config.num_experts, config.top_k)
     recorder = Recorder()
     with (
         closing(TraceWriter(recording.out, meta)) as writer,

@@ -54,9 +54,13 @@ def assembled(
     *,
     make_pool: Callable[[int, ExpertLayout], SlotPool] = poisoned,
     make_decoder: Callable[[Parts], Decoder] | None = None,
+    change: Callable[[Transformer], Transformer] = lambda model: model,
     device: torch.device = CPU,
 ) -> Iterator[Engine]:
-    """An engine whose slots are poisoned and whose copies are made by ``make_copies(store, pool)``."""
+    """An engine whose slots are poisoned and whose copies are made by ``make_copies(store, pool)``.
+
+    ``change`` makes another model of the one that was built.
+    """
     with opened(folder) as found:
         config = found.config
         store = found.expert_store(config.dtype)
@@ -65,11 +69,11 @@ def assembled(
         with closing(scheduler):
             built = found.family.build(
                 config,
-                lambda name, dtype=None: found.checkpoint.read(name, dtype).to(device),
+                lambda name, dtype=None: found.read(name, dtype or config.dtype).to(device),
                 RoutedExperts(scheduler, pool.weights),
             )
-            heard_by = audience(scheduler.listener, listener)
-            transformer, tap = (built, None) if heard_by is None else listened_to(built, heard_by)
+            heard_by, model = audience(scheduler.listener, listener), change(built)
+            transformer, tap = (model, None) if heard_by is None else listened_to(model, heard_by)
             parts = Parts(transformer, PagedKVCache(config, 256, config.dtype, device), scheduler, store)
             decoder = None if make_decoder is None else make_decoder(parts)
             yield Engine(transformer, config, scheduler, parts.cache, meter, tap=tap, decoder=decoder)

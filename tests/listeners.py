@@ -24,3 +24,16 @@ class Heard:
 
     def routed(self, routing: Routing) -> None:
         self.routings[-1].append(routing)
+
+
+@dataclass
+class Copying(Heard):
+    """Keeps copies, for the arrays of a fake device on a CPU are the device's own memory."""
+
+    def routed(self, routing: Routing) -> None:
+        ahead = {layer: scores.copy() for layer, scores in routing.ahead.items()}
+        super().routed(
+            Routing(
+                routing.layer, routing.requests_T, routing.topk_ids_TK.copy(), routing.topk_weights_TK.copy(), ahead
+            )
+        )

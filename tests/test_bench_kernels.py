@@ -111,7 +111,7 @@ def measured_part(section: str, name: str, *rows: dict[str, Any]) -> dict[str, A
 def measured_result(gpu: str, *parts: dict[str, Any]) -> dict[str, Any]:
     facts = {"name": gpu, "capability": "9.0", "multiprocessors": 132, "memory_bytes": 80 << 30, "l2_bytes": 50 << 20}
     ceilings = {"copy_bytes_per_s": 3e12, "matmul_flop_per_s": 8e14, "link_bytes_per_s": 5e10, "empty_kernel_us": 1.5}
-    return bench_kernels.conditions(quick=False) | {
+    return bench_kernels.new_result(quick=False) | {
         "gpu": facts | {"cuda": "13.0", "driver": None},
         "ceilings": ceilings,
         "parts": list(parts),
@@ -221,7 +221,7 @@ def test_a_worker_that_cannot_start_is_no_missing_gpu(monkeypatch: pytest.Monkey
             raise WorkerError("the worker of the kernels died with exit status 1")
 
     monkeypatch.setattr(bench_kernels, "new_worker", Dead)
-    result = bench_kernels.conditions(quick=False)
+    result = bench_kernels.new_result(quick=False)
     bench_kernels.Bench(result, None, deadline=math.inf).run(bench_kernels.all_parts())
     assert [(part["name"], part["status"]) for part in result["parts"]] == [("facts", "failed")]
     text = kernel_report.render(result)
@@ -230,7 +230,7 @@ def test_a_worker_that_cannot_start_is_no_missing_gpu(monkeypatch: pytest.Monkey
 
 def test_no_part_begins_after_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_kernels, "new_worker", BrokenWorker)
-    result = bench_kernels.conditions(quick=True)
+    result = bench_kernels.new_result(quick=True)
     bench_kernels.Bench(result, tmp_path / "result.json", deadline=0.0).run(bench_kernels.all_parts())
     assert {part["status"] for part in result["parts"]} == {"skipped"}
     assert "the time was up" in kernel_report.render(result)

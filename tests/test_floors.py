@@ -22,13 +22,15 @@ F1  kernels/checks  kernels/weights  kernels/host_rows  kernels/routing  kernels
     kernels/reference_dequant  kernels/reference_small  kernels/reference_attention  kernels/reference
     kernels/reference_copies  kernels/numerics  kernels/configs  kernels/dequant  kernels/moe_checks  kernels/route
     kernels/moe_gemm  kernels/moe_gemv  kernels/moe_fill  kernels/copies  kernels/combine  kernels/router
-    kernels/norm  kernels/rope  kernels/attention_gqa  kernels/attention_mla  kernels/triton_ops  kernels/__init__
-    kernels/recorder  kernels/cuda_graphs
+    kernels/norm  kernels/rope  kernels/cache_rows  kernels/attention_gqa  kernels/attention_mla  kernels/triton_ops
+    kernels/__init__  kernels/recorder  kernels/cuda_graphs
 F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safetensors_header  experts/shards
     experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/rows  experts/pinned  experts/store
-    experts/pieces  experts/packing  experts/host_ram  experts/device  experts/budget  experts/disk_store
-    experts/slots  experts/tickets  experts/copy_engine  experts/virtual  experts/streams  experts/cuda_streams
-    experts/stream_engine
+    experts/pieces  experts/formats/__init__  experts/formats/codes  experts/formats/fp8  experts/formats/int4
+    experts/formats/awq  experts/formats/gptq  experts/formats/mxfp4  experts/formats/expert_row
+    experts/formats/reading  experts/packing  experts/quantizing  experts/host_ram  experts/device  experts/budget
+    experts/disk_store  experts/slots  experts/tickets  experts/copy_engine  experts/virtual  experts/streams
+    experts/cuda_streams  experts/stream_engine
 F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/trace
     scheduling/trace_file  scheduling/recorder  scheduling/synthetic  scheduling/plan  scheduling/prefill
     scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/ghost  scheduling/guard
@@ -41,11 +43,11 @@ F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predi
     predictors/quality  predictors/files
 F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  models/attention  models/mla
     models/router  models/tap  models/moe  models/transformer  models/parts  models/listening  models/decoder
-    models/config_fields  models/rope_fields  models/common_fields  models/expert_names  models/family  models/mixtral
-    models/qwen3_moe  models/qwen2_moe  models/olmoe  models/deepseek  models/glm4_moe  models/granite_moe
-    models/gpt_oss  models/registry  models/opened  models/described
-F5  sampling  text  kv_cache  engine  decode_inputs  recorded_decode  event_decode  graph_decode  link  decoding
-    placement  choice  loading  tracing  evaluating  moe_model  __init__
+    models/config_fields  models/rope_fields  models/quantization_fields  models/common_fields  models/expert_names
+    models/family  models/mixtral  models/qwen3_moe  models/qwen2_moe  models/olmoe  models/deepseek  models/glm4_moe
+    models/granite_moe  models/gpt_oss  models/registry  models/stored  models/opened  models/described
+F5  service  sampling  text  kv_cache  engine  decode_inputs  recorded_decode  event_decode  graph_decode  link
+    decoding  workspace  placement  choice  loading  tracing  evaluating  moe_model  perplexity  __init__
 F6  cli/options  cli/inventory  cli/generate  cli/info  cli/pack  cli/trace  cli/train_predictor  cli/plots
     cli/replay  cli/evaluate  cli/app  cli/__init__
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,18 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 
-# Claims a GPU, and to have all packages but xdist; answers for pytest; lets Python do the rest.
+# Claims a GPU, and to have all packages but xdist; answers for pytest and the benches; lets Python do the rest.
 FAKE_PYTHON = """#!/usr/bin/env bash
+all=$*
+json=${all##*--json }
 case "$*" in
     *is_available*) exit 0 ;;
     *get_device_name*) echo nvidia-h100 ;;
     *find_spec*) [[ $* != *xdist* ]] ;;
     *"-m pytest"*) echo "pytest $*"; exit "$PYTEST_STATUS" ;;
+    *bench/bench_copy.py*--json* | *bench/bench_serve.py*--json*)
+        echo "$*"; echo "{}" >"${json%% *}"; exit "$BENCH_STATUS" ;;
+    *bench/serve_report.py*) echo "short report" ;;
     *) exec "$REAL_PYTHON" "$@" ;;
 esac
 """
@@ -45,15 +51,51 @@ def test_the_suite_says_when_there_is_no_gpu(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def suite(folder: Path, *parts: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """The suite under the fake Python."""
+    fake = folder / "python"
+    fake.write_text(FAKE_PYTHON)
+    fake.chmod(0o755)
+    settings = {"REAL_PYTHON": sys.executable, "PYTEST_STATUS": "0", "BENCH_STATUS": "0", "PYTHON": str(fake)}
+    return run("bash", "bench/gpu_suite.sh", *parts, **(settings | {"OUT": str(folder / "out")} | env))
+
+
 @NO_GPU
 @pytest.mark.parametrize(("pytest_status", "status"), [(0, 0), (1, 1)])
 def test_the_suite_benches_even_when_tests_fail(tmp_path: Path, pytest_status: int, status: int) -> None:
-    fake, out = tmp_path / "python", tmp_path / "out"
-    fake.write_text(FAKE_PYTHON)
-    fake.chmod(0o755)
-    settings = {"REAL_PYTHON": sys.executable, "PYTEST_STATUS": str(pytest_status), "PYTHON": str(fake)}
-    done = run("bash", "bench/gpu_suite.sh", OUT=str(out), **settings)
+    done = suite(tmp_path, PYTEST_STATUS=str(pytest_status))
     assert done.returncode == status, done.stdout + done.stderr
-    assert f"tests {'FAILED' if status else 'passed'}, bench passed" in done.stdout
-    assert "tests/kernels" in (out / "gpu-tests.log").read_text()
-    assert [path.suffix for path in sorted(out.glob("kernels-nvidia-h100-*"))] == [".json", ".md"]
+    tested = "FAILED" if status else "passed"
+    last = f"kernel tests {tested}, GPU tests {tested}, copy bench passed, kernel bench passed, serving bench passed"
+    assert last in done.stdout.splitlines()[-1]
+    out = tmp_path / "out"
+    assert "tests/kernels" in (out / "gpu-kernel-tests.log").read_text()
+    assert "-m gpu" in (out / "gpu-tests.log").read_text() and "test_on_gpu.py" in (out / "gpu-tests.log").read_text()
+    for bench in ("copy", "kernels", "serve"):
+        assert [path.suffix for path in sorted(out.glob(f"{bench}-nvidia-h100-*"))] == [".json", ".md"]
+
+
+@NO_GPU
+def test_a_part_by_itself(tmp_path: Path) -> None:
+    done = suite(tmp_path, "copy", "serve", BENCH_STATUS="1")
+    assert done.returncode == 1
+    assert "gpu_suite: copy bench FAILED, serving bench FAILED" in done.stdout.splitlines()[-1]
+    assert not (tmp_path / "out" / "gpu-tests.log").exists()
+
+
+def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
+    done = suite(tmp_path, "everything")
+    assert done.returncode == 2 and "no part is called everything" in done.stdout
+
+
+def test_each_call_stays_below_ten_minutes() -> None:
+    """What the head of the script promises: the limits of the parts that one call runs."""
+    text = (ROOT / "bench/gpu_suite.sh").read_text()
+    limits = {name: int(value) for name, value in re.findall(r"^(\w+)=(?:\$\{\w+:-)?(\d+)\}?", text, re.MULTILINE)}
+    first = limits["tests_seconds"] + limits["gpu_tests_seconds"] + limits["copy_seconds"]
+    kernels = limits["bench_seconds"] + limits["grace"]
+    serve = limits["serve_seconds"] + limits["serve_grace"]
+    assert max(first, kernels, serve) <= 570 and first + kernels + serve < 25 * 60
+    assert f"{limits['tests_seconds']} + {limits['gpu_tests_seconds']} s" in text
+    for seconds in (limits["copy_seconds"], kernels, serve):
+        assert re.search(rf"at most +{seconds} s", text), seconds

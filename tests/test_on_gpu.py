@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from duoserve import ConfigError, MoEModel, SamplingParams
+from duoserve.workspace import FIXED_BYTES
 from tests.checkpoints import save_mixtral
 from tests.models.cases import FAMILIES
 
@@ -47,16 +48,55 @@ def test_equal_bits(policy: str, slots: int, host_memory: str | int, folder: Pat
         assert torch.equal(model.forward(PROMPT + tokens).view(torch.int32), logits_TV.view(torch.int32))
 
 
-def test_the_cap_is_kept(folder: Path) -> None:
+def peaks() -> dict[str, int]:
+    """The most bytes that tensors held, and that the allocator had taken for them."""
+    stats = torch.cuda.memory_stats()
+    return {kind: stats[f"{kind}_bytes.all.peak"] for kind in ("allocated", "reserved")}
+
+
+@pytest.fixture
+def before() -> dict[str, int]:
+    """What is held before the test, with nothing in reserve."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    with MoEModel.from_pretrained(folder, device="cuda", policy="lru", memory="600MiB", max_context=2048) as model:
-        model.generate(PROMPT, SamplingParams(max_tokens=1000, temperature=0.0, ignore_eos=True))
-        after_warm_up = torch.cuda.memory_allocated()
-        model.generate(PROMPT, SamplingParams(max_tokens=1000, temperature=0.0, ignore_eos=True))
-        assert torch.cuda.memory_allocated() == after_warm_up
-        assert torch.cuda.max_memory_allocated() - before <= 600 << 20
+    return peaks()
+
+
+@pytest.mark.parametrize("policy", ["on-demand", "layer-prefetch", "lru"])
+def test_the_cap_is_kept_and_nothing_grows(policy: str, folder: Path, before: dict[str, int]) -> None:
+    cap = 200 << 20
+    settings = SamplingParams(max_tokens=1000, temperature=0.0, ignore_eos=True)
+    with MoEModel.from_pretrained(folder, device="cuda", policy=policy, memory=cap, max_context=2048) as model:
+        model.generate(PROMPT, settings)
+        held, warm = torch.cuda.memory_allocated(), peaks()
+        model.generate(PROMPT, settings)
+        assert torch.cuda.memory_allocated() == held and peaks() == warm
+        assert model.memory.total_bytes <= cap
+        assert all(warm[kind] - before[kind] <= cap for kind in warm)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": 32000},
+        {"intermediate_size": 2048, "num_experts_per_tok": 4},
+        {"sliding_window": 500},
+        {"num_attention_heads": 16, "head_dim": 128},
+    ],
+    ids=["logits", "experts", "window", "attention"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_prompt_of_the_whole_context_keeps_within_the_plan(
+    changes: dict[str, int], dtype: torch.dtype, tmp_path: Path, before: dict[str, int]
+) -> None:
+    made = save_mixtral(tmp_path, dtype=dtype, hidden_size=256, max_position_embeddings=4096, **changes)
+    prompt = [(11 * i * i + 5 * i) % 95 + 1 for i in range(4096)]
+    with MoEModel.from_pretrained(made, device="cuda", policy="lru", expert_slots=6, max_context=4096) as model:
+        model.forward(prompt)
+        used, plan = peaks(), model.memory
+        assert all(used[kind] - before[kind] <= plan.total_bytes for kind in used)
+        activations = plan.workspace_bytes - FIXED_BYTES["cuda"]
+        assert used["allocated"] - before["allocated"] > plan.total_bytes - plan.workspace_bytes + activations // 3
 
 
 @pytest.mark.parametrize("model_type", [name for name in FAMILIES if name != "gpt_oss"])

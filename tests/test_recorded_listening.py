@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,26 +12,12 @@ from duoserve.event_decode import event_steps
 from duoserve.experts.layout import ExpertId
 from duoserve.graph_decode import graph_steps
 from duoserve.recorded_decode import RecordedDecoder
-from duoserve.scheduling.routing import Routing
 from tests.assembly import Parts, assembled
 from tests.checkpoints import save_mixtral
 from tests.lagging import LaggingDevice, write
-from tests.listeners import Heard
+from tests.listeners import Copying
 
 PROMPTS, MAX_TOKENS = [[3, 1, 4], [1, 5]], [6, 4]
-
-
-@dataclass
-class Copying(Heard):
-    """Keeps copies, for the arrays of a fake device on a CPU are the device's own memory."""
-
-    def routed(self, routing: Routing) -> None:
-        ahead = {layer: scores.copy() for layer, scores in routing.ahead.items()}
-        super().routed(
-            Routing(
-                routing.layer, routing.requests_T, routing.topk_ids_TK.copy(), routing.topk_weights_TK.copy(), ahead
-            )
-        )
 
 
 def heard(folder: Path, mode: str) -> Copying:

@@ -11,11 +11,13 @@ from duoserve import MoEModel
 from duoserve.config import EngineConfig
 from duoserve.engine import Engine
 from duoserve.errors import RequestError, TraceError
+from duoserve.predictors.training import train
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.trace_file import open_trace
 from duoserve.tracing import Recording, record
 from tests.checkpoints import save_mixtral
 from tests.listeners import Heard
+from tests.models.cases import FAMILIES
 
 GREEDY = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
@@ -59,6 +61,22 @@ def test_look_ahead_scores_stand_with_the_layer_that_they_are_about(folder, tmp_
         np.testing.assert_array_equal(routing.topk_ids_TK, told.topk_ids_TK)
         for layer, scores_TE in routing.ahead.items():
             np.testing.assert_allclose(told.ahead[layer], scores_TE, rtol=1e-3, atol=1e-3)
+
+
+def test_layers_without_experts_are_not_in_a_trace(tmp_path):
+    """The first layer of a DeepSeek model is dense; a predictor that is trained on its trace serves it."""
+    made = FAMILIES["deepseek_v2"].save(tmp_path / "model", "plain")
+    trace = run(made, tmp_path / "t", PROMPTS * 3)
+    assert trace.meta.layers == (1, 2)
+    assert [routing.layer for routing in trace[0].routing(1)] == [1, 2] and list(trace[0].layers) == [1, 2]
+    predictor, _ = train(trace, "duoserve")
+    with MoEModel.from_pretrained(made, policy="resident") as model:
+        tokens = model.generate(PROMPTS[0], GREEDY).token_ids
+    with MoEModel.from_pretrained(
+        made, policy="duoserve", predictor=predictor, expert_slots=6, cache_dir=tmp_path
+    ) as model:
+        assert model.generate(PROMPTS[0], GREEDY).token_ids == tokens
+        assert model.stats.bytes.prefetched_useful + model.stats.bytes.prefetched_late + model.stats.bytes.wasted > 0
 
 
 def test_an_interrupted_trace_keeps_whole_requests_and_is_resumed(folder, tmp_path, monkeypatch):

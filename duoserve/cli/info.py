@@ -43,6 +43,7 @@ def _architecture(model: DescribedModel) -> dict[str, Any]:
     return {
         "model_type": config.model_type,
         "dtype": str(config.dtype).removeprefix("torch."),
+        "quantization": None if config.quantization is None else str(config.quantization),
         "num_layers": config.num_layers,
         "moe_layers": len(config.moe_layers),
         "num_experts": config.num_experts,
@@ -67,7 +68,8 @@ def _tables(model: DescribedModel, inventory: Inventory) -> list[str]:
         *_parts(inventory),
         "",
         f"experts: {inventory.total_experts}, {inventory.active_experts} for a token, "
-        f"{inventory.slot_bytes} bytes each in a slot ({format_bytes(inventory.slot_bytes)})",
+        f"{inventory.expert_bytes} bytes each on disk, "
+        f"{inventory.slot_bytes} in a slot ({format_bytes(inventory.slot_bytes)})",
         "",
         "expert memory     slots   share of the experts",
         *(f"{format_bytes(fit.memory_bytes):>13}{fit.slots:>10}{fit.share:>23.1%}" for fit in inventory.fits),

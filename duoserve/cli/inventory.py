@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from duoserve.experts.layout import ExpertLayout
 from duoserve.models.described import DescribedModel
+from duoserve.models.stored import expert_layout, stored_experts
 
 EXPERTS, OTHER = "experts", "other"
 # The first word found in a tensor's name says what it is part of; a router is called gate in checkpoints.
@@ -60,15 +60,15 @@ class Inventory:
 def take_inventory(model: DescribedModel) -> Inventory:
     """Sums up every tensor that the architecture asks for."""
     config = model.config
-    of_experts = model.family.expert_shapes(config)
-    shapes = model.family.tensor_shapes(config)
+    stored_in = stored_experts(model.family, config)
     by_part = dict.fromkeys([*ORDER, OTHER], 0)
-    for name in shapes:
-        by_part[EXPERTS if name in of_experts else _part(name)] += model.nbytes[name]
-    parameters = sum(map(prod, shapes.values()))
+    for name, nbytes in model.nbytes.items():
+        by_part[EXPERTS if name in stored_in else _part(name)] += nbytes
+    of_experts = model.family.expert_shapes(config)
+    parameters = sum(map(prod, model.family.tensor_shapes(config).values()))
     total, active = len(config.moe_layers) * config.num_experts, len(config.moe_layers) * config.top_k
     per_expert = sum(map(prod, of_experts.values())) // total
-    slot_bytes = ExpertLayout(config.dtype, config.hidden_size, config.expert_intermediate_size).slot_bytes
+    slot_bytes = expert_layout(config, config.dtype).slot_bytes
     return Inventory(
         bytes_by_part={part: nbytes for part, nbytes in by_part.items() if nbytes},
         expert_bytes=by_part[EXPERTS] // total,

@@ -5,12 +5,23 @@ from __future__ import annotations
 import argparse
 from typing import TypeAlias
 
+from duoserve.config import QUANTIZE
 from duoserve.experts.pack_format import DTYPES
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # generic for type checkers only
 
 MODEL_HELP = 'a folder, a hub id (owner/name), or an embedded model, "bard" or "bard-fine"'
-LOADING = ("device", "dtype", "expert_slots", "expert_memory", "memory", "host_memory", "policy", "max_context")
+LOADING = (
+    "device",
+    "dtype",
+    "expert_slots",
+    "expert_memory",
+    "memory",
+    "host_memory",
+    "policy",
+    "max_context",
+    "quantize",
+)
 
 
 def add_parser(commands: Subparsers, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
@@ -43,6 +54,12 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--policy", default="auto", help="which experts are kept, and when they are fetched")
     group.add_argument("--device", default="auto", help="default: what there is")
     add_dtype(group)
+    add_quantize(group)
+
+
+def add_quantize(parser: argparse._ActionsContainer) -> None:
+    """``--quantize``: None leaves experts as they are."""
+    parser.add_argument("--quantize", choices=QUANTIZE, help="make experts that are in floats smaller, and less exact")
 
 
 def _slots(text: str) -> int | str:

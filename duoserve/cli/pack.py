@@ -5,18 +5,23 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from duoserve.cli.options import MODEL_HELP, Subparsers, add_dtype, add_parser
-from duoserve.errors import CheckpointError
+from duoserve.cli.options import MODEL_HELP, Subparsers, add_dtype, add_parser, add_quantize
+from duoserve.errors import CheckpointError, ConfigError, RequestError
 from duoserve.experts.budget import format_bytes
 from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.layout import ExpertLayout
 from duoserve.experts.pack_format import DTYPES
 from duoserve.experts.packing import pack_path, write_pack
+from duoserve.experts.quantizing import QuantizingStore
 from duoserve.models.opened import OpenedModel, opened
+from duoserve.moe_model import MoEModel
+from duoserve.perplexity import WINDOW, TextScore, score
+from duoserve.text import Text
 
 EXAMPLES = """\
   duoserve pack bard
   duoserve pack ./my-mixtral --out /fast-disk/duoserve
+  duoserve pack ./my-mixtral --quantize int4 --text held-out.txt
   DUOSERVE_CACHE=/fast-disk/duoserve duoserve generate ./my-mixtral --memory 12GiB --prompt "Once"
 """
 
@@ -31,21 +36,67 @@ def add_command(commands: Subparsers) -> None:
         metavar="DIR",
         help="the cache folder to write to (default: $DUOSERVE_CACHE, else ~/.cache/duoserve)",
     )
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="with --quantize: say what that does to the perplexity of this text"
+    )
     add_dtype(parser)
+    add_quantize(parser)
     parser.set_defaults(command=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Makes the pack unless it is there already, and prints where it is."""
+    """Makes the pack unless it is there already, and prints where it is and what quantization has cost."""
+    if args.text is not None and args.quantize is None:
+        raise ConfigError("--text says what --quantize does to a text: give both")
     with opened(args.model) as model:
-        layout = model.layout(model.config.dtype if args.dtype == "auto" else DTYPES[args.dtype])
-        path = pack_path(model.checkpoint, layout, args.out)
-        made = not _is_packed(model, layout, path)
-        if made:
-            store = model.expert_store(layout.dtype)
-            write_pack(store, model.experts, path, store.fingerprint(), progress=True)
-        size = format_bytes(len(model.experts) * layout.slot_bytes)
-        print(f"{'packed' if made else 'already packed'}: {len(model.experts)} experts, {size}, {path}")
+        token_ids = None if args.text is None else _token_ids(model, args.text)
+        _pack(model, args)
+    if token_ids is not None:
+        before, after = (_score(args, quantize, token_ids) for quantize in (None, args.quantize))
+        print("\n".join(_compared(before, after, args.text.stat().st_size)))
+
+
+def _pack(model: OpenedModel, args: argparse.Namespace) -> None:
+    dtype = model.config.dtype if args.dtype == "auto" else DTYPES[args.dtype]
+    layout = model.layout(dtype, args.quantize)
+    path = pack_path(model.checkpoint, layout, args.out)
+    size = f"{len(model.experts)} experts, {format_bytes(len(model.experts) * layout.slot_bytes)}, {path}"
+    if _is_packed(model, layout, path):
+        print(f"already packed: {size}")
+        return
+    store = model.expert_store(dtype) if args.quantize is None else model.quantizing_store(args.quantize)
+    write_pack(store, model.experts, path, model.checkpoint.fingerprint(), progress=True)
+    print(f"packed: {size}")
+    if isinstance(store, QuantizingStore):
+        print(f"{layout.name}: weights are off by {store.weight_error:.3%} (root mean square)")
+
+
+def _token_ids(model: OpenedModel, path: Path) -> list[int]:
+    """The text's tokens behind the token that begins one."""
+    text = Text.load(model.checkpoint.folder)
+    if text is None:
+        raise RequestError(f"--text: {model.checkpoint.folder} has no tokenizer.json")
+    try:
+        ids = text.encode(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--text: {path} cannot be read as text: {error}") from error
+    first = model.config.bos_token_id
+    return ids if first is None or ids[:1] == [first] else [first, *ids]
+
+
+def _score(args: argparse.Namespace, quantize: str | None, token_ids: list[int]) -> TextScore:
+    with MoEModel.from_pretrained(
+        args.model, dtype=args.dtype, max_context=WINDOW, quantize=quantize, cache_dir=args.out
+    ) as model:
+        return score(model, token_ids)
+
+
+def _compared(before: TextScore, after: TextScore, nbytes: int) -> list[str]:
+    figures = (
+        ("perplexity", before.perplexity, after.perplexity),
+        ("bits per byte", before.bits_per_byte(nbytes), after.bits_per_byte(nbytes)),
+    )
+    return [f"{name}: {old:.4f} -> {new:.4f} ({new / old - 1:+.3%})" for name, old, new in figures]
 
 
 def _is_packed(model: OpenedModel, layout: ExpertLayout, path: Path) -> bool:

@@ -227,9 +227,10 @@ def _too_few(smallest: MemoryPlan, why: str, slots: int, wanted: EngineConfig, f
         return f"{given} gives {short}: {need}; raise expert_memory to at least {_exact(pool)}"
     if wanted.memory is not None:
         given, enough = f"memory={_exact(wanted.memory)}", _exact(smallest.total_bytes)
-        return f"{given} gives {short}: {_terms(smallest)}; raise memory to at least {enough}"
+        return f"{given} gives {short}: {_terms(smallest)}; raise memory to at least {enough} or lower max_context"
     given = f"80 % of the {_exact(free.device_bytes)} of free {free.name}"
-    return f"{given} gives {short}: {_terms(smallest)}; to use more of it, set expert_slots to at least {least}"
+    remedy = f"lower max_context or, to use more of it, set expert_slots to at least {least}"
+    return f"{given} gives {short}: {_terms(smallest)}; {remedy}"
 
 
 def _too_much(plan: MemoryPlan, smallest: MemoryPlan, wanted: EngineConfig, free: FreeMemory) -> str:

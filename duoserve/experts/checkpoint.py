@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ MAX_CONFIG_BYTES = 1 << 20
 _STAGE_ELEMENTS = 32767
 _SAMPLE_BYTES = 4096
 _NAMES_SHOWN = 3
+FLOATS = tuple(DTYPES.values())
+NO_DTYPES: Mapping[str, Collection[torch.dtype]] = MappingProxyType({})
 _REMEDY = "config.json and weights must be of one checkpoint, complete: download all of its files again"
 
 
@@ -73,20 +76,29 @@ class Checkpoint:
             opened.pop_all()  # all is well: the checkpoint closes the files
         return checkpoint
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], ignorable: Callable[[str], bool] = is_ignorable) -> None:
-        """Raises CheckpointError unless the tensors are exactly ``expected`` (name -> shape), in a float dtype.
+    def check(
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        ignorable: Callable[[str], bool] = is_ignorable,
+        dtypes: Mapping[str, Collection[torch.dtype]] = NO_DTYPES,
+    ) -> None:
+        """Raises CheckpointError unless the tensors are exactly ``expected`` (name -> shape), in one of ``dtypes``.
 
-        Tensors beyond them are allowed where ``ignorable(name)``.
+        Those that ``dtypes`` does not name are in a float dtype. Tensors beyond them are allowed where
+        ``ignorable(name)``.
         """
         check_names(self.folder, {name: info.file.name for name, info in self.tensors.items()}, expected, ignorable)
         for name, shape in expected.items():
-            self._check_tensor(self.tensors[name], tuple(shape))
+            self._check_tensor(self.tensors[name], tuple(shape), dtypes.get(name, FLOATS))
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor as a new CPU tensor, in ``dtype`` or its own. CheckpointError: unknown, unreadable, truncated."""
-        info = self._info(name)
+    def read(self, name: str, dtype: torch.dtype | None = None, entry: int | None = None) -> Tensor:
+        """The tensor, or its part ``entry``, as a new CPU tensor in ``dtype`` or its own.
+
+        CheckpointError: unknown, unreadable, truncated.
+        """
+        info = self._info(name).part(entry)
         out = torch.empty(info.shape, dtype=dtype or info.dtype)
-        self.read_into(name, out)
+        self.read_into(name, out, entry)
         return out
 
     def read_into(self, name: str, out: Tensor, entry: int | None = None, rows: tuple[int, int] | None = None) -> None:
@@ -133,14 +145,15 @@ class Checkpoint:
                     "index and shards are of different checkpoints: download all of them again"
                 )
 
-    def _check_tensor(self, info: TensorInfo, shape: tuple[int, ...]) -> None:
+    def _check_tensor(self, info: TensorInfo, shape: tuple[int, ...], dtypes: Collection[torch.dtype]) -> None:
         if info.shape != shape:
             needed = f"but config.json makes it {_show(shape)}"
             raise CheckpointError(f"{_place(info)} has shape {_show(info.shape)}, {needed}; {_REMEDY}")
-        if info.dtype not in DTYPES.values():
+        if info.dtype not in dtypes:
+            supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise CheckpointError(
-                f"{_place(info)} has dtype {info.dtype}; supported are {', '.join(DTYPES)}: "
-                "use a checkpoint that is not quantized"
+                f"{_place(info)} has dtype {info.dtype}; supported are {supported}, by what config.json says of "
+                "its quantization"
             )
 
     def _info(self, name: str) -> TensorInfo:

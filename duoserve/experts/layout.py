@@ -6,15 +6,15 @@ S slots, N = 2I gate and up rows interleaved, H hidden, I expert intermediate.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from duoserve.kernels.weights import ExpertWeights
+from duoserve.kernels.weights import INT4_GROUPS, SEGMENT_ALIGNMENT, ExpertFormat, ExpertWeights, QuantizedLayout
 
 ROW_ALIGNMENT = 4096  # direct I/O wants the offset, the length and the address to be multiples of this
-SEGMENT_ALIGNMENT = 256  # TMA wants 128, and wide CPU loads never straddle a cache line
 
 
 class ExpertId(NamedTuple):
@@ -28,23 +28,69 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+class Quantized(NamedTuple):
+    """How experts are quantized in a slot; what comes after the format is INT4's: see QuantizedLayout."""
+
+    format: ExpertFormat
+    group: int = 0
+    scale_dtype: torch.dtype = torch.float16
+    ordered: bool = False
+
+    def __str__(self) -> str:
+        if self.format is not ExpertFormat.INT4:
+            return str(self.format.value)
+        scales = str(self.scale_dtype).removeprefix("torch.")
+        return f"int4-{self.group}-{scales}{'-ordered' if self.ordered else ''}"
+
+
+Stored = torch.dtype | Quantized
+_FLOATS = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32)}
+_QUANTIZED = [
+    *(Quantized(form) for form in (ExpertFormat.INT8, ExpertFormat.FP8, ExpertFormat.MXFP4)),
+    *(
+        Quantized(ExpertFormat.INT4, *details)
+        for details in product(INT4_GROUPS, (torch.float16, torch.bfloat16), (False, True))
+    ),
+]
+# What the weights of a row may be, by the names that packs have for it.
+FORMS: dict[str, Stored] = {**_FLOATS, **{str(form): form for form in _QUANTIZED}}
+
+
 @dataclass(frozen=True)
 class ExpertLayout:
-    """``[w13 | w2]`` in ``dtype``, each segment on 256 bytes, the row padded to 4096 bytes."""
+    """``[w13 | w2]`` in the dtype ``stored``, each segment on 256 bytes, the row padded to 4096 bytes.
 
-    dtype: torch.dtype
+    Where ``stored`` is Quantized, the segments are those of QuantizedLayout; KernelError for sizes that it cannot have.
+    """
+
+    stored: Stored
     hidden: int
     intermediate: int
 
     @property
-    def w2_offset(self) -> int:
-        """Byte offset of ``w2`` in the row."""
-        return round_up(2 * self.intermediate * self.hidden * self.dtype.itemsize, SEGMENT_ALIGNMENT)
+    def name(self) -> str:
+        """What the weights are, as FORMS has it: "bfloat16", "int4-128-float16"."""
+        return str(self.stored).removeprefix("torch.")
+
+    @property
+    def segments(self) -> list[tuple[int, int]]:
+        """The byte at which each segment starts, and how many bytes it has."""
+        if isinstance(self.stored, Quantized):
+            return self._quantized(self.stored).segments
+        nbytes = self.hidden * self.intermediate * self.stored.itemsize
+        return [(0, 2 * nbytes), (round_up(2 * nbytes, SEGMENT_ALIGNMENT), nbytes)]
+
+    @property
+    def gaps(self) -> list[tuple[int, int]]:
+        """The bytes of a row that are in no segment, from the first to before the second."""
+        starts = [start for start, _ in self.segments[1:]]
+        ends = [start + nbytes for start, nbytes in self.segments]
+        return list(zip(ends, [*starts, self.slot_bytes], strict=True))
 
     @property
     def payload_bytes(self) -> int:
         """Bytes of a row before padding."""
-        return self.w2_offset + self.hidden * self.intermediate * self.dtype.itemsize
+        return sum(self.segments[-1])
 
     @property
     def slot_bytes(self) -> int:
@@ -53,11 +99,17 @@ class ExpertLayout:
 
     def weights(self, rows_SB: Tensor) -> ExpertWeights:
         """Views of uint8 rows [S, slot_bytes] (contiguous, 4096-aligned) as the kernels read them."""
-        typed = rows_SB.view(self.dtype)
+        if isinstance(self.stored, Quantized):
+            return self._quantized(self.stored).weights(rows_SB)
+        typed = rows_SB.view(self.stored)
         stride, base = typed.stride(0), typed.storage_offset()
         two_i, hidden, inter = 2 * self.intermediate, self.hidden, self.intermediate
-        w2_start = base + self.w2_offset // self.dtype.itemsize
+        w2_start = base + self.segments[1][0] // self.stored.itemsize
         return ExpertWeights(
             w13_SNH=typed.as_strided((len(typed), two_i, hidden), (stride, hidden, 1), base),
             w2_SHI=typed.as_strided((len(typed), hidden, inter), (stride, inter, 1), w2_start),
         )
+
+    def _quantized(self, stored: Quantized) -> QuantizedLayout:
+        form, group, scale_dtype, ordered = stored
+        return QuantizedLayout(form, self.hidden, self.intermediate, group, scale_dtype, ordered)

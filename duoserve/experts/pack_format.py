@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from duoserve.errors import CheckpointError
-from duoserve.experts.layout import ExpertId, ExpertLayout
+from duoserve.errors import CheckpointError, KernelError
+from duoserve.experts.layout import FORMS, ExpertId, ExpertLayout
 from duoserve.experts.strict_json import read_object
 
 PACK_FILE = "experts.pack"
 HEADER_FILE = "pack.json"
 FORMAT_VERSION = 1
-# What weights may be, by torch's names: in a checkpoint, in a pack, in a slot.
+# What weights that are no codes may be, by torch's names: in a checkpoint, in a pack, in a slot.
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32)}
 _MAX_HEADER_BYTES = 65536
 _REMEDY = "delete the folder and pack the checkpoint again"
@@ -25,7 +25,7 @@ _REMEDY = "delete the folder and pack the checkpoint again"
 class PackHeader:
     """``experts.pack`` holds num_layers * num_experts rows of ``slot_bytes`` bytes each, layer by layer.
 
-    ``dtype`` is a torch dtype's name ("bfloat16"); ``hidden`` and ``intermediate`` count elements; ``fingerprint`` is
+    ``dtype`` is a name of FORMS ("bfloat16", "fp8"); ``hidden`` and ``intermediate`` count elements; ``fingerprint`` is
     the checkpoint's. Two packs with equal headers are interchangeable.
     """
 
@@ -44,7 +44,7 @@ class PackHeader:
         return cls(
             format_version=FORMAT_VERSION,
             fingerprint=fingerprint,
-            dtype=str(layout.dtype).removeprefix("torch."),
+            dtype=layout.name,
             hidden=layout.hidden,
             intermediate=layout.intermediate,
             num_layers=num_layers,
@@ -75,13 +75,18 @@ def read_pack_header(folder: Path) -> PackHeader:
         raise CheckpointError(f"{path}: format_version is {found!r}, this duoserve reads {FORMAT_VERSION}; {_REMEDY}")
     _check_fields(raw, path)
     header = PackHeader(**raw)
-    layout = ExpertLayout(DTYPES[header.dtype], header.hidden, header.intermediate)
-    if header.slot_bytes != layout.slot_bytes:
-        raise CheckpointError(
-            f"{path}: slot_bytes is {header.slot_bytes}, but an expert of hidden {header.hidden}, intermediate "
-            f"{header.intermediate} in {header.dtype} takes {layout.slot_bytes}; {_REMEDY}"
-        )
+    _check_slot_bytes(header, path)
     return header
+
+
+def _check_slot_bytes(header: PackHeader, path: Path) -> None:
+    expert = f"an expert of hidden {header.hidden}, intermediate {header.intermediate} in {header.dtype}"
+    try:
+        takes = ExpertLayout(FORMS[header.dtype], header.hidden, header.intermediate).slot_bytes
+    except KernelError as error:
+        raise CheckpointError(f"{path}: there is no {expert} ({error}); {_REMEDY}") from error
+    if header.slot_bytes != takes:
+        raise CheckpointError(f"{path}: slot_bytes is {header.slot_bytes}, but {expert} takes {takes}; {_REMEDY}")
 
 
 def _check_fields(raw: dict[str, Any], path: Path) -> None:
@@ -94,5 +99,5 @@ def _check_fields(raw: dict[str, Any], path: Path) -> None:
             raise CheckpointError(f"{path}: {name} is {raw[name]!r}, but must be a positive integer; {_REMEDY}")
     if not isinstance(raw["fingerprint"], str):
         raise CheckpointError(f"{path}: fingerprint is {raw['fingerprint']!r}, but must be text; {_REMEDY}")
-    if raw["dtype"] not in list(DTYPES):  # a list: the value may be unhashable
-        raise CheckpointError(f"{path}: dtype is {raw['dtype']!r}, supported are {', '.join(DTYPES)}; {_REMEDY}")
+    if raw["dtype"] not in list(FORMS):  # a list: the value may be unhashable
+        raise CheckpointError(f"{path}: dtype is {raw['dtype']!r}, supported are {', '.join(FORMS)}; {_REMEDY}")

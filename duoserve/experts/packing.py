@@ -22,6 +22,9 @@ from tqdm import tqdm
 
 from duoserve.errors import CheckpointError, CopyError
 from duoserve.experts.checkpoint import Checkpoint
+from duoserve.experts.formats.codes import WeightFormat
+from duoserve.experts.formats.expert_row import fill_row
+from duoserve.experts.formats.reading import read_codes
 from duoserve.experts.layout import ROW_ALIGNMENT, ExpertId, ExpertLayout
 from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE, PackHeader
 from duoserve.experts.pieces import ExpertPieces, Piece, places
@@ -44,27 +47,33 @@ class ExpertReader(Protocol):
 class CheckpointStore(ExpertStore):
     """An ExpertStore that packs each expert when it is read, straight from the checkpoint's tensors.
 
-    The checkpoint stays its opener's: ``close`` leaves it open. Thread-safe.
+    ``form`` is the format that the checkpoint has them in, None for floats; it must be what the layout's rows are made
+    of. The checkpoint stays its opener's: ``close`` leaves it open. Thread-safe.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, layout: ExpertLayout, pieces: Callable[[ExpertId], ExpertPieces]
+        self,
+        checkpoint: Checkpoint,
+        layout: ExpertLayout,
+        pieces: Callable[[ExpertId], ExpertPieces],
+        form: WeightFormat | None = None,
     ) -> None:
         self.layout = layout
         self._checkpoint = checkpoint
         self._pieces = pieces
+        self._form = form
 
     def read(self, expert: ExpertId, row_B: Tensor) -> None:
-        """Fills a uint8 CPU row [slot_bytes], converting to the layout's dtype; the padding becomes zero.
+        """Fills a uint8 CPU row [slot_bytes], converting to what the layout has; the padding becomes zero.
 
         CopyError names the expert, the file and the offset.
         """
-        targets = places(self.layout, row_B)
-        for piece in self._pieces(expert):
-            target = targets[piece.matrix]
-            self._fill(expert, piece, target.T if piece.transposed else target)
-        row_B[targets["gate_up"].nbytes : self.layout.w2_offset].zero_()
-        row_B[self.layout.payload_bytes :].zero_()
+        if self._form is None:
+            self._convert(expert, row_B)
+        else:
+            self._repack(expert, row_B, self._form)
+        for start, stop in self.layout.gaps:
+            row_B[start:stop].zero_()
 
     def fingerprint(self) -> str:
         """The checkpoint's."""
@@ -72,6 +81,19 @@ class CheckpointStore(ExpertStore):
 
     def close(self) -> None:
         """Nothing to release."""
+
+    def _convert(self, expert: ExpertId, row_B: Tensor) -> None:
+        targets = places(self.layout, row_B)
+        for piece in self._pieces(expert):
+            target = targets[piece.matrix]
+            self._fill(expert, piece, target.T if piece.transposed else target)
+
+    def _repack(self, expert: ExpertId, row_B: Tensor, form: WeightFormat) -> None:
+        try:
+            codes = {piece.matrix: read_codes(self._checkpoint, form, piece) for piece in self._pieces(expert)}
+            fill_row(self.layout.weights(row_B[None]), codes)
+        except CheckpointError as error:
+            raise CopyError(f"expert {expert.expert} of layer {expert.layer}: {error}") from error
 
     def _fill(self, expert: ExpertId, piece: Piece, out: Tensor) -> None:
         try:
@@ -88,12 +110,11 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 
 def pack_path(checkpoint: Checkpoint, layout: ExpertLayout, cache_dir: str | Path | None = None) -> Path:
-    """The folder for a checkpoint's pack, which need not exist: ``<cache>/packs/<fingerprint>-<dtype>``.
+    """The folder for a checkpoint's pack, which need not exist: ``<cache>/packs/<fingerprint>-<layout>``.
 
     See cache_folder for the cache.
     """
-    dtype = str(layout.dtype).removeprefix("torch.")
-    return cache_folder(cache_dir) / "packs" / f"{checkpoint.fingerprint()}-{dtype}"
+    return cache_folder(cache_dir) / "packs" / f"{checkpoint.fingerprint()}-{layout.name}"
 
 
 def write_pack(

@@ -29,6 +29,12 @@ class Piece(NamedTuple):
     rows: tuple[int, int] | None = None
     transposed: bool = False
 
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and inner dimension of the matrix, or of the tensor's part that it is cut from."""
+        num_rows, inner = self.shape[-2:]
+        return (inner, num_rows) if self.transposed else (num_rows, inner)
+
 
 ExpertPieces = Sequence[Piece]
 

@@ -21,11 +21,13 @@ from duoserve.kernels.checks import require
 from duoserve.kernels.host_rows import HostRows
 from duoserve.kernels.matmul import linear
 from duoserve.kernels.paging import context_rows
-from duoserve.kernels.reference import apply_rope, attention, rope_frequencies, rope_table, write_rows
+from duoserve.kernels.reference import apply_rope, attention, rope_frequencies, rope_table
+from duoserve.kernels.reference_attention import QUERY_ROWS
 from duoserve.kernels.routing import DeviceWork, HostWork, RoutePlan, Work, by_demand
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights
 
 __all__ = [
+    "QUERY_ROWS",
     "DeviceWork",
     "ExpertFormat",
     "ExpertWeights",
@@ -115,3 +117,4 @@ add_rms_norm = _dispatched(reference.add_rms_norm)
 rope_write_kv = _dispatched(reference.rope_write_kv)
 decode_attention = _dispatched(reference.decode_attention)
 mla_decode_attention = _dispatched(reference.mla_decode_attention)
+write_rows = _dispatched(reference.write_rows)

@@ -51,6 +51,7 @@ def check_weights(weights: ExpertWeights) -> tuple[int, int]:
     w13, w2 = weights.w13, weights.w2
     num_slots, two_inter, _ = w13.data_SNB.shape
     hidden, inter = w13.inner, two_inter // 2
+    require(weights.order_SH is None, "features in an order of their own have no kernel in Triton yet, only on CPUs")
     require(two_inter % 2 == 0, f"w13_SNH has {two_inter} rows; gate and up rows come in pairs")
     width = inter // 2 if weights.format.packs_two else inter
     check_tensor("w2_SHI", w2.data_SNB, (num_slots, hidden, width), (w13.data_SNB.dtype,))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from duoserve.kernels.matmul import linear
+from duoserve.kernels.matmul import WIDEN_ELEMENTS, linear
 from duoserve.kernels.reference_attention import attention, decode_attention, mla_decode_attention
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.reference_small import (
@@ -28,7 +28,7 @@ from duoserve.kernels.reference_small import (
     write_rows,
 )
 from duoserve.kernels.routing import HostWork, RoutePlan, Work
-from duoserve.kernels.weights import ExpertWeights
+from duoserve.kernels.weights import ExpertWeights, Matrix
 
 __all__ = [
     "add_rms_norm",
@@ -87,7 +87,7 @@ def moe_up(x_TH: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, ac
     w13 = weights.w13
     for expert, slot in work.pairs():
         start, stop = plan.rows(expert)
-        _swiglu(_rows_of(x_TH, plan, start, stop), dense(w13, slot), act_NI[start:stop])
+        _swiglu(_rows_of(x_TH, plan, start, stop), w13, slot, act_NI[start:stop])
 
 
 def moe_up_clamped(
@@ -109,7 +109,7 @@ def moe_up_clamped(
     for expert, slot in work.pairs():
         start, stop = plan.rows(expert)
         x_RH = _rows_of(x_TH, plan, start, stop)
-        up_RI2 = (_linear(x_RH, dense(w13, slot)) + bias_EN[expert]).view(len(x_RH), -1, 2)
+        up_RI2 = (_product(x_RH, w13, slot) + bias_EN[expert]).view(len(x_RH), -1, 2)
         gate_RI, up_RI = up_RI2[..., 0].clamp(max=limit), up_RI2[..., 1].clamp(-limit, limit)
         torch.mul(up_RI + 1, gate_RI * torch.sigmoid(gate_RI * alpha), out=act_NI[start:stop])
 
@@ -119,7 +119,7 @@ def moe_down(act_NI: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work
     w2 = weights.w2
     for expert, slot in work.pairs():
         start, stop = plan.rows(expert)
-        y_RH = _linear(act_NI[start:stop], dense(w2, slot))
+        y_RH = _product(act_NI[start:stop], w2, slot)
         if stop - start == 1:
             y_NH[plan.order[start]] = y_RH[0]
         else:
@@ -132,7 +132,7 @@ def moe_gemv_up(x_1H: Tensor, weights: ExpertWeights, slots_K: Tensor, act_KI: T
     FLOAT weights only.
     """
     for j, slot in enumerate(slots_K.tolist()):
-        _swiglu(x_1H, dense(weights.w13, slot), act_KI[j : j + 1])
+        _swiglu(x_1H, weights.w13, slot, act_KI[j : j + 1])
 
 
 def moe_gemv_down(
@@ -147,7 +147,7 @@ def moe_gemv_down(
 
     FLOAT weights only. Triton rounds once at the end, this twin also each product, as the two ops do.
     """
-    products = [_linear(act_KI[j : j + 1], dense(weights.w2, slot)) for j, slot in enumerate(slots_K.tolist())]
+    products = [_product(act_KI[j : j + 1], weights.w2, slot) for j, slot in enumerate(slots_K.tolist())]
     out_1H.copy_(moe_combine(torch.stack(products, dim=1), topk_weights_1K, shared_1H))
 
 
@@ -158,12 +158,20 @@ def _rows_of(x_TH: Tensor, plan: RoutePlan, start: int, stop: int) -> Tensor:
     return x_TH.index_select(0, plan.order_N[start:stop] // plan.top_k)
 
 
-def _swiglu(x_RH: Tensor, w13_NH: Tensor, act_RI: Tensor) -> None:
+def _swiglu(x_RH: Tensor, w13: Matrix, slot: int, act_RI: Tensor) -> None:
     """``silu(gate) * up`` into ``act_RI``."""
-    gate_RI, up_RI = _linear(x_RH, w13_NH).view(x_RH.shape[0], -1, 2).unbind(-1)
+    gate_RI, up_RI = _product(x_RH, w13, slot).view(x_RH.shape[0], -1, 2).unbind(-1)
     torch.mul(F.silu(gate_RI.contiguous(), inplace=True), up_RI, out=act_RI)  # a strided silu takes twice the time
 
 
-def _linear(x_RK: Tensor, w_NK: Tensor) -> Tensor:
-    """As ``linear``; decoded weights are float32, whatever ``x_RK`` is."""
-    return linear(x_RK, w_NK) if x_RK.dtype == w_NK.dtype else F.linear(x_RK.float(), w_NK).to(x_RK.dtype)
+def _product(x_RD: Tensor, matrix: Matrix, slot: int) -> Tensor:
+    """``x w^T`` [R, N]; quantized weights are decoded to float32, whatever ``x_RD`` is, a block of rows at a time."""
+    if x_RD.dtype == matrix.data_SNB.dtype:
+        return linear(x_RD, dense(matrix, slot))
+    num_rows = matrix.data_SNB.shape[1]
+    rows = max(1, WIDEN_ELEMENTS // matrix.inner)
+    x_wide_RD, out_RN = x_RD.float(), torch.empty(len(x_RD), num_rows, device=x_RD.device)
+    for start in range(0, num_rows, rows):
+        block = slice(start, start + rows)
+        torch.mm(x_wide_RD, dense(matrix, slot, block).float().T, out=out_RN[:, block])
+    return out_RN.to(x_RD.dtype)

@@ -13,6 +13,9 @@ from torch import Tensor
 from duoserve.kernels.matmul import has_native_matmul
 from duoserve.kernels.paging import context_rows
 
+# Queries that are computed at a time where their scores may be written out, so that T x C of them never are.
+QUERY_ROWS = 256
+
 
 def attention(
     q_THD: Tensor, k_CGD: Tensor, v_CGD: Tensor, scale: float, window: int | None, sinks_H: Tensor | None = None
@@ -32,12 +35,14 @@ def attention(
         q_THD, k_CGD, v_CGD = q_THD.float(), k_CGD.float(), v_CGD.float()
     windowed = window is not None and num_context > window
     plain_causal = num_new == num_context and not windowed and sinks_H is None
+    if num_new > QUERY_ROWS and not (plain_causal and _streams_scores(q_THD, v_CGD)):
+        return _in_blocks(q_THD, k_CGD, v_CGD, scale, window, sinks_H)
     mask = None
     if num_new > 1 and not plain_causal:
         mask = _visible(num_new, num_context, window, q_THD.device)
     if sinks_H is not None:
         k_CGD, v_CGD = F.pad(k_CGD, (0, 0, 0, 0, 0, 1)), F.pad(v_CGD, (0, 0, 0, 0, 0, 1))
-        mask = _with_sinks(mask, sinks_H, num_new, num_context, q_THD.dtype)
+        mask = _with_sinks(mask, sinks_H, num_new, num_context, q_THD.dtype)[None]  # with 3 axes scores are written out
     out_HTD = F.scaled_dot_product_attention(
         q_THD.transpose(0, 1)[None],
         k_CGD.transpose(0, 1)[None],
@@ -48,6 +53,27 @@ def attention(
         enable_gqa=q_THD.shape[1] != k_CGD.shape[1],
     )[0]
     return out_HTD.transpose(0, 1).to(dtype)
+
+
+def _streams_scores(q_THD: Tensor, v_CGD: Tensor) -> bool:
+    """Whether plain causal attention with shared KV heads keeps no scores.
+
+    PyTorch's does not, but on a GPU in float32 and on a CPU where values are narrower than keys.
+    """
+    return q_THD.shape[-1] == v_CGD.shape[-1] if q_THD.is_cpu else q_THD.dtype is not torch.float32
+
+
+def _in_blocks(
+    q_THD: Tensor, k_CGD: Tensor, v_CGD: Tensor, scale: float, window: int | None, sinks_H: Tensor | None
+) -> Tensor:
+    """``attention`` of QUERY_ROWS queries after another, each over what they can see of the context."""
+    num_new, before = q_THD.shape[0], k_CGD.shape[0] - q_THD.shape[0]
+    attended = []
+    for start in range(0, num_new, QUERY_ROWS):
+        stop = min(start + QUERY_ROWS, num_new)
+        seen = slice(0 if window is None else max(0, before + start + 1 - window), before + stop)
+        attended.append(attention(q_THD[start:stop], k_CGD[seen], v_CGD[seen], scale, window, sinks_H))
+    return torch.cat(attended)
 
 
 def _visible(num_new: int, num_context: int, window: int | None, device: torch.device) -> Tensor:

@@ -14,23 +14,38 @@ from duoserve.kernels.weights import FP8_BLOCK, ExpertFormat, Matrix
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
-def dense(matrix: Matrix, slot: int) -> Tensor:
-    """The weights [N, D] in ``slot``: FLOAT as they are, the others in float32, where every value is exact."""
-    data_NB = matrix.data_SNB[slot]
-    if matrix.format is ExpertFormat.FLOAT or matrix.scales_SGN is None:
-        return data_NB
-    scales = matrix.scales_SGN[slot]
-    if matrix.format is ExpertFormat.INT8:
-        return data_NB.float() * scales[0][:, None]
+ALL_ROWS = slice(None)
+
+
+def dense(matrix: Matrix, slot: int, rows: slice = ALL_ROWS) -> Tensor:
+    """The weights [N, D] in ``slot``, or some rows of them: FLOAT as they are, the others decoded, in float32.
+
+    Of what fp8 and int8 stand for this is the float32 product; the other formats' values are exact in it.
+    """
+    if matrix.format is ExpertFormat.FLOAT:
+        return matrix.data_SNB[slot, rows]
+    values_ND = _decoded(matrix, slot, rows)
+    if matrix.order_SD is None:
+        return values_ND
+    return torch.empty_like(values_ND).index_copy_(1, matrix.order_SD[slot].long(), values_ND)
+
+
+def _decoded(matrix: Matrix, slot: int, rows: slice) -> Tensor:
+    """Column by column as they are stored."""
+    assert matrix.scales_SGN is not None
+    data_NB, scales = matrix.data_SNB[slot, rows], matrix.scales_SGN[slot]
     if matrix.format is ExpertFormat.FP8:
-        return data_NB.view(torch.float8_e4m3fn).float() * _block_scales(scales, matrix)
+        return data_NB.view(torch.float8_e4m3fn).float() * _block_scales(scales, matrix, rows)
+    scales_GN = scales[:, rows]
+    if matrix.format is ExpertFormat.INT8:
+        return data_NB.float() * scales_GN[0][:, None]
     codes_ND = unpack(data_NB)
     if matrix.format is ExpertFormat.MXFP4:
-        values_ND = torch.tensor(E2M1, device=data_NB.device)[codes_ND.long()]
-        return values_ND * _per_element(scales.view(torch.float8_e8m0fnu).float(), matrix.group)
+        values_ND = torch.tensor(E2M1, device=data_NB.device)[codes_ND.int()]
+        return values_ND * _per_element(scales_GN.view(torch.float8_e8m0fnu).float(), matrix.group)
     assert matrix.zeros_SGN is not None
-    offset_ND = codes_ND.float() - _per_element(matrix.zeros_SGN[slot].float(), matrix.group)
-    return offset_ND * _per_element(scales.float(), matrix.group)
+    offset_ND = codes_ND.float() - _per_element(matrix.zeros_SGN[slot][:, rows].float(), matrix.group)
+    return offset_ND * _per_element(scales_GN.float(), matrix.group)
 
 
 def unpack(bytes_NB: Tensor) -> Tensor:
@@ -42,10 +57,10 @@ def _per_element(values_GN: Tensor, group: int) -> Tensor:
     return values_GN.T.repeat_interleave(group, dim=1)
 
 
-def _block_scales(scales: Tensor, matrix: Matrix) -> Tensor:
-    """The scale of every element [N, D] of 128 x 128 blocks."""
+def _block_scales(scales: Tensor, matrix: Matrix, rows: slice) -> Tensor:
+    """The scale of every element of the rows, of 128 x 128 blocks."""
     _, num_rows, num_columns = matrix.data_SNB.shape
-    rows = torch.arange(num_rows, device=scales.device)
-    rows = rows // 2 // FP8_BLOCK * 2 + rows % 2 if matrix.interleaved else rows // FP8_BLOCK
-    columns = torch.arange(num_columns, device=scales.device) // FP8_BLOCK
-    return scales[rows][:, columns]
+    rows_N = torch.arange(num_rows, device=scales.device)[rows]
+    blocks_N = rows_N // 2 // FP8_BLOCK * 2 + rows_N % 2 if matrix.interleaved else rows_N // FP8_BLOCK
+    columns_D = torch.arange(num_columns, device=scales.device) // FP8_BLOCK
+    return scales[blocks_N][:, columns_D]

@@ -2,6 +2,7 @@
 
 from duoserve.kernels.attention_gqa import decode_attention
 from duoserve.kernels.attention_mla import mla_decode_attention
+from duoserve.kernels.cache_rows import write_rows
 from duoserve.kernels.combine import moe_combine
 from duoserve.kernels.copies import page_gather
 from duoserve.kernels.moe_fill import moe_down_fill, moe_up_fill
@@ -28,4 +29,5 @@ __all__ = [
     "rope_write_kv",
     "route_plan",
     "router_topk",
+    "write_rows",
 ]

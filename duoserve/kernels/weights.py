@@ -2,8 +2,8 @@
 
 S slots, N rows of a matrix (2I or H), D its inner dimension (H or I), G groups of D, H hidden, I expert intermediate.
 
-An expert is one row of bytes ``[w13 | s13 | w2 | s2]``, each segment on 256 bytes. ``w`` is [N, D], D-contiguous; the
-rows of w13 are gate and up rows in turn (gate0, up0, gate1, up1, ...). ``s`` is what decodes it:
+An expert is one row of bytes ``[w13 | s13 | w2 | s2 | order]``, each segment on 256 bytes. ``w`` is [N, D],
+D-contiguous; the rows of w13 are gate and up rows in turn (gate0, up0, gate1, up1, ...). ``s`` is what decodes it:
 
 ======  ==================================  =====================================================================
 format  an element of w                     s, and the weight that n, d stands for
@@ -17,7 +17,8 @@ FP8     e4m3 (no infinities, 0x7f is NaN)   float32 [blocks of N, blocks of D] o
 MXFP4   e2m1, packed as INT4                uint8 e8m0 [G, N] in groups of 32, OCP MX 1.0; ``q * 2^(s - 127)``, 255 NaN
 ======  ==================================  =====================================================================
 
-Scales lie group by group, with N contiguous, so that a tile of rows reads them with wide loads.
+Scales lie group by group, with N contiguous, so that a tile of rows reads them with wide loads. ``order`` is there for
+INT4 that was quantized in another order than the features' own: int32 [H], column d of w13 goes with feature order[d].
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from duoserve.kernels.checks import require
 
-SEGMENT_ALIGNMENT = 256
+SEGMENT_ALIGNMENT = 256  # TMA wants 128, and wide CPU loads never straddle a cache line
 FP8_BLOCK = 128
 MXFP4_GROUP = 32
 INT4_GROUPS = (32, 64, 128)
@@ -62,6 +63,7 @@ class Matrix(NamedTuple):
     format: ExpertFormat
     group: int
     interleaved: bool
+    order_SD: Tensor | None = None
 
     @property
     def parts(self) -> list[Tensor]:
@@ -77,6 +79,7 @@ class ExpertWeights:
     [S, H, I]. Both are contiguous in their last dimension; the slot stride is the padded size of an expert. Formats
     other than FLOAT hold uint8 (INT8: int8) there, [S, N, D / 2] where a byte holds two, and beside them their scales
     ``s13``, ``s2`` ([S, G, N] or [S, blocks, blocks]) and zero-points ``z13``, ``z2``; ``group`` is their groups' size.
+    ``order_SH``, where it is there, says which feature each column of w13 goes with.
     """
 
     w13_SNH: Tensor
@@ -87,11 +90,12 @@ class ExpertWeights:
     s2: Tensor | None = None
     z13: Tensor | None = None
     z2: Tensor | None = None
+    order_SH: Tensor | None = None
 
     @property
     def w13(self) -> Matrix:
         """The up projection."""
-        return self._matrix(self.w13_SNH, self.s13, self.z13, interleaved=True)
+        return self._matrix(self.w13_SNH, self.s13, self.z13, interleaved=True)._replace(order_SD=self.order_SH)
 
     @property
     def w2(self) -> Matrix:
@@ -112,6 +116,7 @@ class QuantizedLayout:
     intermediate: int
     group: int = 0  # INT4 only
     scale_dtype: torch.dtype = torch.float16  # INT4 only
+    ordered: bool = False  # INT4 only: with the order of its features
 
     def __post_init__(self) -> None:
         require(self.format is not ExpertFormat.FLOAT, "FLOAT experts have no quantized layout")
@@ -119,6 +124,7 @@ class QuantizedLayout:
             require(self.group in INT4_GROUPS, f"int4 groups of {self.group}; {INT4_GROUPS} are supported")
             half = (torch.float16, torch.bfloat16)
             require(self.scale_dtype in half, f"int4 scales are float16 or bfloat16, not {self.scale_dtype}")
+        require(self.format is ExpertFormat.INT4 or not self.ordered, f"{self.format.value} has no order of features")
         for name, inner in (("hidden", self.hidden), ("intermediate", self.intermediate)):
             whole = {ExpertFormat.INT4: self.group, ExpertFormat.MXFP4: MXFP4_GROUP}.get(self.format, 1)
             require(inner % whole == 0, f"{name} is {inner}; {self.format.value} takes multiples of {whole}")
@@ -128,11 +134,15 @@ class QuantizedLayout:
         """Bytes of a row, each segment padded."""
         return sum(_padded(size) for size in self._sizes())
 
+    @property
+    def segments(self) -> list[tuple[int, int]]:
+        """The byte at which each segment starts, and how many bytes it has."""
+        sizes = self._sizes()
+        return [(sum(map(_padded, sizes[:i])), size) for i, size in enumerate(sizes)]
+
     def weights(self, rows_SB: Tensor) -> ExpertWeights:
         """Views of uint8 rows [S, at least slot_bytes], contiguous and on 256 bytes, as the kernels read them."""
-        starts = [0]
-        for size in self._sizes():
-            starts.append(starts[-1] + _padded(size))
+        starts = [start for start, _ in self.segments]
         two_i, hidden, inter = 2 * self.intermediate, self.hidden, self.intermediate
         per_byte = 2 if self.format.packs_two else 1
         stored = torch.int8 if self.format is ExpertFormat.INT8 else torch.uint8
@@ -147,6 +157,7 @@ class QuantizedLayout:
             s2=s2,
             z13=z13,
             z2=z2,
+            order_SH=_view(rows_SB, starts[4], torch.int32, (1, hidden))[:, 0] if self.ordered else None,
         )
 
     @property
@@ -160,14 +171,14 @@ class QuantizedLayout:
         return kinds.get(self.format, torch.float32)
 
     def _sizes(self) -> list[int]:
-        """Bytes of w13, s13, w2 and s2."""
+        """Bytes of w13, s13, w2, s2 and, where there is one, the order."""
         sizes = []
         for rows, inner, interleaved in self._matrices:
             groups, width = self._scale_shape(rows, inner, interleaved)
             zero_bytes = 1 if self.format is ExpertFormat.INT4 else 0
             decoders = groups * width * (self._scale_dtype.itemsize + zero_bytes)
             sizes += [rows * inner // (2 if self.format.packs_two else 1), decoders]
-        return sizes
+        return [*sizes, self.hidden * torch.int32.itemsize] if self.ordered else sizes
 
     def _scale_shape(self, rows: int, inner: int, interleaved: bool) -> tuple[int, int]:
         if self.format is ExpertFormat.INT8:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from duoserve.architecture import AttentionConfig, Blocks, RouterConfig
+from duoserve.architecture import AttentionConfig, Blocks, QuantMethod, RouterConfig
 from duoserve.config import ModelConfig
 from duoserve.experts.safetensors_header import MAX_TENSORS
 from duoserve.models.config_fields import MAX_TOKEN_ID, Fields
+from duoserve.models.quantization_fields import quantization
 from duoserve.models.rope_fields import MAX_POSITIONS
 
 MAX_WIDTH = 1 << 20
+# The formats of checkpoints in which every matrix of every expert has tensors of its own.
+ONE_TENSOR_A_MATRIX: tuple[QuantMethod, ...] = ("awq", "fp8", "gptq")
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def refuse_unsupported(fields: Fields) -> None:
     """What no family's model has a way to compute, or to trust."""
     fields.absent("auto_map", "code that comes with a checkpoint is never run; remove the field to use duoserve's own")
-    fields.unquantized()
     fields.choice("hidden_act", ["silu"])
 
 
-def model_config(fields: Fields, model_type: str, blocks: Blocks) -> ModelConfig:
-    """A model of these blocks; its other numbers have the same names in all families."""
+def model_config(
+    fields: Fields, model_type: str, blocks: Blocks, formats: tuple[QuantMethod, ...] = ONE_TENSOR_A_MATRIX
+) -> ModelConfig:
+    """A model of these blocks; its other numbers have the same names in all families.
+
+    ``formats`` are those that its experts' tensors may be quantized in.
+    """
     return ModelConfig(
         model_type=model_type,
         vocab_size=fields.integer("vocab_size", 1, 4 << 20),
@@ -33,6 +40,7 @@ def model_config(fields: Fields, model_type: str, blocks: Blocks) -> ModelConfig
         bos_token_id=fields.optional_integer("bos_token_id", 0, MAX_TOKEN_ID),
         eos_token_ids=fields.token_ids("eos_token_id"),
         blocks=blocks,
+        quantization=quantization(fields, formats, hidden_size(fields), blocks.moe.expert_intermediate_size),
     )
 
 

@@ -76,6 +76,31 @@ class Fields:
             raise self.refusal(name, "supported: null, or one flat object for all layers")
         return Fields(value, f"{self._where}: {name}")
 
+    def section(self, name: str) -> Fields:
+        """The fields of an object, whatever is in them."""
+        value = self._raw.get(name)
+        if not isinstance(value, dict):
+            raise self.refusal(name, "it must be an object")
+        return Fields(value, f"{self._where}: {name}")
+
+    @property
+    def names(self) -> list[str]:
+        """The fields that are there."""
+        return list(self._raw)
+
+    def only(self, *names: str) -> None:
+        """Refuses a field that is not among ``names``."""
+        for name in self._raw:
+            if name not in names:
+                raise self.refusal(name, "what it says of the weights is not known here")
+
+    def texts(self, name: str) -> list[str]:
+        """A list of texts; null and absent are an empty one."""
+        value = [] if self._raw.get(name) is None else self._raw[name]
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise self.refusal(name, "it must be a list of texts")
+        return value
+
     def choices(self, name: str, supported: Collection[str], count: int) -> list[str]:
         """``count`` of the ``supported`` texts in a list; null and absent are an empty one."""
         value = [] if self._raw.get(name) is None else self._raw[name]
@@ -102,16 +127,6 @@ class Fields:
         """Refuses a field that is there and not null; ``why`` says what to do."""
         if self._raw.get(name) is not None:
             raise self.refusal(name, why)
-
-    def unquantized(self) -> None:
-        """Refuses a checkpoint with a quantization_config."""
-        found = self._raw.get("quantization_config")
-        if found is not None:
-            method = reprlib.repr(found.get("quant_method") if isinstance(found, dict) else found)
-            raise ConfigError(
-                f"{self._where}: quantization_config has the quant_method {method}, which is not supported yet; "
-                "use the checkpoint in bfloat16, float16 or float32"
-            )
 
     def token_ids(self, name: str, default: int | None = None) -> tuple[int, ...]:
         """One token id, a list of them, or null for none."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from pathlib import Path
 
 from duoserve.config import ModelConfig
@@ -16,6 +15,7 @@ from duoserve.experts.strict_json import read_object
 from duoserve.models.family import Family
 from duoserve.models.opened import HEAD, is_unused, opened
 from duoserve.models.registry import family_of
+from duoserve.models.stored import by_custom, by_names, by_tensors, stored_bytes, stored_tensors
 
 HEADERS, INDEX, CONFIG = "the weights' headers", INDEX_FILE, CONFIG_FILE
 
@@ -53,8 +53,8 @@ def _listed(folder: Path) -> Mapping[str, str] | None:
 
 def _from_headers(folder: Path) -> DescribedModel:
     with opened(folder) as found:
-        shapes = found.family.tensor_shapes(found.config)
-        nbytes = {name: found.checkpoint.tensors[name].nbytes for name in shapes}
+        stored = stored_tensors(found.family, found.config, by_tensors(found.checkpoint.tensors))
+        nbytes = {name: found.checkpoint.tensors[name].nbytes for name in stored}
         return DescribedModel(folder, found.family, found.config, nbytes, HEADERS)
 
 
@@ -65,8 +65,8 @@ def _from_index(folder: Path, listed: Mapping[str, str] | None) -> DescribedMode
     config = family.parse_config(raw)
     if listed is not None and HEAD in listed:
         config = replace(config, tie_word_embeddings=False)
-    shapes = family.tensor_shapes(config)
+    stored = stored_tensors(family, config, by_custom(config) if listed is None else by_names(listed))
     if listed is not None:
-        check_names(folder, listed, shapes, partial(is_unused, config))
-    nbytes = {name: prod(shape) * config.dtype.itemsize for name, shape in shapes.items()}
+        check_names(folder, listed, stored, partial(is_unused, config))
+    nbytes = {name: stored_bytes(tensor, config.dtype) for name, tensor in stored.items()}
     return DescribedModel(folder, family, config, nbytes, CONFIG if listed is None else INDEX)

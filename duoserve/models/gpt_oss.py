@@ -70,7 +70,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
         rope=rope_config(fields, head_dim(fields)),
         moe=MoEConfig(router, width(fields, "intermediate_size"), tuple(range(num_layers(fields))), clamp=clamp),
     )
-    return model_config(fields, MODEL_TYPE, blocks)
+    return model_config(fields, MODEL_TYPE, blocks, formats=("mxfp4",))
 
 
 def _attention(fields: Fields) -> AttentionConfig:

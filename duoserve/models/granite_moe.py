@@ -67,7 +67,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
             logits_divisor=_multiplier(fields, "logits_scaling"),
         ),
     )
-    return model_config(fields, MODEL_TYPE, blocks)
+    return model_config(fields, MODEL_TYPE, blocks, formats=())
 
 
 def _multiplier(fields: Fields, name: str) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -54,13 +54,22 @@ class ClampedExperts:
     down_bias_EH: Tensor
 
 
+class RoutingScript(Protocol):
+    """Chooses in the routers' place, so that weights which route like nothing real can be run on recorded routing."""
+
+    def chosen(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Weights (float32) and ids (int64) [T, K] for the rows of the pass that runs."""
+        ...
+
+
 @dataclass(frozen=True)
 class MoEBlock:
     """Routes each token to its top-k experts and computes them as they become ready, residents first.
 
     Each expert's rows are one product of their own and the combine has a fixed order, so the output has the same bits
     whatever slots the experts are in and in whatever order they arrive. The shared expert is computed while those that
-    are missing are on their way. ``tap`` hears what was chosen.
+    are missing are on their way. ``tap`` hears what was chosen. Where there is a ``script`` the router computes all the
+    same, and the script's choice is taken.
     """
 
     layer: int
@@ -70,6 +79,7 @@ class MoEBlock:
     shared: Callable[[Tensor], Tensor] | None = None
     clamped: ClampedExperts | None = None
     tap: RoutingTap | None = None
+    script: RoutingScript | None = None
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         routed = self.route(x_TH)
@@ -85,8 +95,10 @@ class MoEBlock:
         ``slots_E`` (int32) says where the experts are, where that is known before the lease.
         """
         topk_weights_TK, topk_ids_TK = self.router.choose(self.router.logits(x_TH), x_TH.dtype)
+        if self.script is not None:
+            topk_weights_TK, topk_ids_TK = self.script.chosen(self.layer, len(x_TH))
         plan = kernels.route_plan(topk_ids_TK, self._unknown_slots_E if slots_E is None else slots_E)
-        act_NI = x_TH.new_empty(topk_ids_TK.numel(), self.weights.w2_SHI.shape[2])
+        act_NI = x_TH.new_empty(topk_ids_TK.numel(), self.weights.w2.inner)
         y_NH = x_TH.new_empty(topk_ids_TK.numel(), x_TH.shape[1])
         return Routed(x_TH, topk_weights_TK, topk_ids_TK, plan, act_NI, y_NH)
 

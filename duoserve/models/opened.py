@@ -6,20 +6,32 @@ import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from duoserve.config import ModelConfig
 from duoserve.experts.checkpoint import Checkpoint, is_ignorable, resolve
+from duoserve.experts.formats.codes import WeightFormat
+from duoserve.experts.formats.reading import read_dense
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.packing import CheckpointStore
+from duoserve.experts.quantizing import QuantizingStore
 from duoserve.experts.strict_json import read_object
 from duoserve.models.config_fields import Fields
 from duoserve.models.family import Family
 from duoserve.models.registry import family_of
+from duoserve.models.stored import (
+    by_tensors,
+    expert_layout,
+    quantized_by_us,
+    scale_dtype_of,
+    stored_tensors,
+    weight_format,
+)
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_GENERATION_CONFIG_BYTES = 1 << 20
@@ -45,9 +57,12 @@ class OpenedModel:
         """Layers of a pack: up to the last that has experts."""
         return self.config.moe_layers[-1] + 1
 
-    def layout(self, dtype: torch.dtype) -> ExpertLayout:
-        """The row of one expert in ``dtype``."""
-        return ExpertLayout(dtype, self.config.hidden_size, self.config.expert_intermediate_size)
+    def layout(self, dtype: torch.dtype, quantize: str | None = None) -> ExpertLayout:
+        """The row of one expert: in ``dtype``, or quantized by the checkpoint, or now ("int8", "int4")."""
+        if quantize is not None:
+            stored = quantized_by_us(self.config, quantize)
+            return ExpertLayout(stored, self.config.hidden_size, self.config.expert_intermediate_size)
+        return expert_layout(self.config, dtype, scale_dtype_of(self.family, self.config, self.checkpoint.tensors))
 
     def dense_bytes(self, dtype: torch.dtype) -> int:
         """Bytes in ``dtype`` of everything that is not a routed expert."""
@@ -55,8 +70,27 @@ class OpenedModel:
         return sum(prod(need.shape) * (need.dtype or dtype).itemsize for need in needs)
 
     def expert_store(self, dtype: torch.dtype) -> CheckpointStore:
-        """The routed experts, packed in ``dtype`` when they are read."""
-        return CheckpointStore(self.checkpoint, self.layout(dtype), partial(self.family.expert_pieces, self.config))
+        """The routed experts, packed when they are read."""
+        pieces = partial(self.family.expert_pieces, self.config)
+        return CheckpointStore(self.checkpoint, self.layout(dtype), pieces, weight_format(self.config))
+
+    def quantizing_store(self, kind: str) -> QuantizingStore:
+        """The same, which the checkpoint has in floats, made "int8" or "int4" when they are read."""
+        return QuantizingStore(self.expert_store(self.config.dtype), quantized_by_us(self.config, kind))
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor that no routed expert lies in, decoded if it is quantized, in ``dtype``."""
+        if name not in self._quantized:
+            return self.checkpoint.read(name, dtype)
+        form, (num_rows, inner) = self._quantized[name]
+        return read_dense(self.checkpoint, form, name, (num_rows, inner)).to(dtype)
+
+    @cached_property
+    def _quantized(self) -> dict[str, tuple[WeightFormat, tuple[int, ...]]]:
+        """The format and the shape of every dense matrix that is quantized."""
+        form, is_quantized = weight_format(self.config), by_tensors(self.checkpoint.tensors)
+        needs = self.family.dense_needs(self.config).items()
+        return {} if form is None else {n: (form, need.shape) for n, need in needs if is_quantized(n, form)}
 
 
 @contextmanager
@@ -67,7 +101,12 @@ def opened(model: str | Path) -> Iterator[OpenedModel]:
         config = _with_end_tokens(family.parse_config(checkpoint.config), checkpoint.folder / GENERATION_CONFIG)
         if HEAD in checkpoint.tensors:  # a head of its own is used even where the config calls it tied
             config = replace(config, tie_word_embeddings=False)
-        checkpoint.check(family.tensor_shapes(config), partial(is_unused, config))
+        stored = stored_tensors(family, config, by_tensors(checkpoint.tensors))
+        checkpoint.check(
+            {name: tensor.shape for name, tensor in stored.items()},
+            partial(is_unused, config),
+            {name: tensor.dtypes for name, tensor in stored.items()},
+        )
         yield OpenedModel(checkpoint, family, config)
 
 

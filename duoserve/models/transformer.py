@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from duoserve import kernels
@@ -18,6 +19,9 @@ from duoserve.models.rope import Rope
 
 Attention = Callable[[Tensor, tuple[Tensor, Tensor], Batch], Tensor]
 FeedForward = Callable[[Tensor], Tensor]
+
+# Rows of logits that are made at a time: all of a long prompt's would take more memory than its activations.
+LOGIT_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Transformer:
     multipliers: Multipliers = NO_MULTIPLIERS
 
     def __call__(self, batch: Batch, rows: list[int] | None = None) -> Tensor:
-        """Float32 logits [T, V] of the batch's new tokens, or of ``rows`` of them only."""
+        """Float32 logits [T, V] of the batch's new tokens, or of ``rows`` of them only, as ``logits`` gives them."""
         x_TH, rope = self.embed(batch)
         delta_TH = None
         for layer in self.layers:
@@ -73,8 +77,20 @@ class Transformer:
         return x_TH, self.rope.table(batch.positions_T, like=x_TH)
 
     def logits(self, delta_TH: Tensor | None, x_TH: Tensor) -> Tensor:
-        """Float32 logits [T, V] of the residual that the last layer gives."""
+        """Float32 logits [T, V] of the residual that the last layer gives.
+
+        More than LOGIT_ROWS rows come in host memory; of them only a block at a time is on the device.
+        """
         normed_TH, _ = self.norm.after_adding(delta_TH, x_TH)
+        if len(normed_TH) <= LOGIT_ROWS:
+            return self._logits(normed_TH)
+        logits_TV = torch.empty(len(normed_TH), len(self.head_VH))
+        for start in range(0, len(normed_TH), LOGIT_ROWS):
+            block = slice(start, start + LOGIT_ROWS)
+            logits_TV[block] = self._logits(normed_TH[block])
+        return logits_TV
+
+    def _logits(self, normed_TH: Tensor) -> Tensor:
         logits_TV = kernels.linear(normed_TH, self.head_VH)
         divisor = self.multipliers.logits_divisor
         return (logits_TV if divisor == 1.0 else logits_TV / divisor).float()

@@ -32,7 +32,7 @@ def test_tables_for_people(duoserve, model_folder):
     assert (ran.code, ran.err) == (0, "")
     assert "model_type mixtral" in lines
     assert "dtype float32" in lines
-    assert "experts: 24, 6 for a token, 12288 bytes each in a slot (12.00 KiB)" in lines
+    assert "experts: 24, 6 for a token, 9216 bytes each on disk, 12288 in a slot (12.00 KiB)" in lines
     assert "36.00 KiB 3 12.5%" in lines
     assert "288.00 KiB 24 100.0%" in lines
     assert any(line.startswith("total ") and line.endswith("100.0%") for line in lines)

@@ -1,5 +1,8 @@
 """``duoserve pack``: what it writes is what the engine reads."""
 
+import re
+
+import pytest
 import torch
 
 from duoserve.cli import pack
@@ -40,3 +43,26 @@ def test_an_unwritable_folder_is_one_error(duoserve, model_folder, tmp_path):
     ran = duoserve("pack", model_folder, "--out", tmp_path / "file")
     assert ran.code == 1
     assert ran.err.splitlines()[-1].startswith("duoserve: error: ")
+
+
+def test_quantizing_says_what_it_costs(duoserve, model_folder, tmp_path):
+    (tmp_path / "text").write_text("To be, or not to be, that is the question")
+    ran = duoserve("pack", model_folder, "--quantize", "int8", "--text", tmp_path / "text")
+    assert ran.code == 0
+    packed, error, perplexity, bits = ran.out.splitlines()
+    assert packed.startswith("packed: 24 experts, 96.00 KiB") and packed.endswith("-int8")
+    assert re.fullmatch(r"int8: weights are off by 0\.\d{3}% \(root mean square\)", error)
+    for line, name in ((perplexity, "perplexity"), (bits, "bits per byte")):
+        before, after, change = map(
+            float, re.fullmatch(rf"{name}: ([\d.]+) -> ([\d.]+) \(([+-][\d.]+)%\)", line).groups()
+        )
+        assert change == pytest.approx(100 * (after / before - 1), abs=1e-2) and before != after
+    again = duoserve("pack", model_folder, "--quantize", "int8")
+    assert again.out.startswith("already packed: 24 experts, 96.00 KiB") and len(again.out.splitlines()) == 1
+
+
+def test_a_text_without_quantization_is_refused(duoserve, model_folder, tmp_path):
+    ran = duoserve("pack", model_folder, "--text", tmp_path / "text")
+    assert (ran.code, ran.err.count("--text says what --quantize does to a text: give both")) == (1, 1)
+    ran = duoserve("pack", model_folder, "--quantize", "int8", "--text", tmp_path / "text")
+    assert ran.code == 1 and f"--text: {tmp_path / 'text'} cannot be read as text" in ran.err

@@ -62,7 +62,9 @@ def read_row(store: ExpertStore, expert: ExpertId) -> Tensor:
 
 def expected_row(folder: Path, layout: ExpertLayout, expert: ExpertId) -> bytes:
     """The row by the words of the design, from the tensors as the safetensors library reads them."""
-    tensors = {name: t.to(layout.dtype) for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    tensors = {
+        name: t.to(layout.stored) for file in folder.glob("*.safetensors") for name, t in load_file(file).items()
+    }
     prefix = f"model.layers.{expert.layer}.block_sparse_moe.experts.{expert.expert}"
     w1, w2, w3 = (tensors[f"{prefix}.w{i}.weight"] for i in (1, 2, 3))
     rows = [row for pair in zip(w1, w3, strict=True) for row in pair]

@@ -21,6 +21,7 @@ from duoserve.kernels import (
     RoutePlan,
     attention_gqa,
     attention_mla,
+    cache_rows,
     combine,
     copies,
     moe_fill,
@@ -199,6 +200,11 @@ def rotated(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, turned: int
     rope.rope_write_kv(q, k, v, cos, sin, k_pages, v_pages, torch.empty(4, dtype=torch.int64), interleaved)
 
 
+def written(dtype: torch.dtype, width: int) -> None:
+    values_TW, pages_PSW = torch.empty(4, width, dtype=dtype), torch.empty(8, 64, width, dtype=dtype)
+    cache_rows.write_rows(values_TW, pages_PSW, torch.empty(4, dtype=torch.int64))
+
+
 def routed(experts: int, top_k: int, dtype: torch.dtype = BF16, bias: bool = False, **options: Any) -> None:
     bias_E = torch.empty(experts) if bias else None
     router.router_topk(torch.empty(8, experts, dtype=dtype), top_k, bias_E=bias_E, **options)
@@ -272,6 +278,7 @@ SMALL_KERNELS: dict[str, Callable[[], None]] = {
     "rope-bf16-mixtral": partial(rotated, BF16, 32, 8, 128, 128),
     "rope-bf16-interleaved": partial(rotated, BF16, 16, 1, 64, 64, True),
     "rope-fp32-qwen": partial(rotated, FP32, 32, 4, 128, 128),
+    "write-rows-bf16-576": partial(written, BF16, 576),
     "router-mixtral": partial(routed, 8, 2),
     "router-qwen3": partial(routed, 128, 8, round_to=BF16),
     "router-deepseek-v3": partial(

@@ -1,4 +1,4 @@
-"""The twins that have no kernel in Triton: gpt-oss's activation, biases of a product, rows of the latent cache."""
+"""The twins that have no kernel in Triton: gpt-oss's activation, and biases of a product."""
 
 from __future__ import annotations
 
@@ -52,14 +52,6 @@ def test_without_a_kernel_in_triton_it_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_a_product_with_a_bias(rows: int, dtype: torch.dtype) -> None:
     x, w, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, 20), (9, 20), (9,)))
     assert_close(kernels.linear(x, w, bias), x.double() @ w.double().T + bias.double(), dtype)
-
-
-def test_rows_go_to_their_places_and_padding_nowhere() -> None:
-    pages_PSW = torch.zeros(3, 4, 5)
-    values_TW = torch.randn(3, 5)
-    kernels.write_rows(values_TW, pages_PSW, torch.tensor([9, -1, 2]))
-    assert torch.equal(pages_PSW[2, 1], values_TW[0]) and torch.equal(pages_PSW[0, 2], values_TW[2])
-    assert pages_PSW.count_nonzero() == 10
 
 
 def test_a_magnitude_scales_cosines_and_sines() -> None:

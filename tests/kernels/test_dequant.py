@@ -102,6 +102,7 @@ def test_what_a_format_cannot_be_is_refused() -> None:
         "int4 alone": replace(weights, z13=None),
         "scales of w2_SHI is torch.uint8": replace(weights, s2=weights.z2),
         "groups of 16": replace(weights, group=16),
+        "an order of their own have no kernel": replace(weights, order_SH=case.slots_E[:, None].expand(-1, 64)),
         "w13_SNH is torch.int8": replace(
             weights, w13_SNH=weights.w13_SNH.view(torch.int8), w2_SHI=weights.w2_SHI.view(torch.int8)
         ),

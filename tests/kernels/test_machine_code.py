@@ -105,6 +105,7 @@ SMALL_BUDGETS = {
     "_combine_kernel": Budget(48, 0),
     "_rms_norm_kernel": Budget(64, 0.5),  # 32 warps
     "_rope_write_kernel": Budget(32, 0),
+    "_write_rows_kernel": Budget(32, 0),
     "_router_kernel": Budget(80, 0.25),
     "_chunks_kernel": Budget(168, 48, loads={16: 4}),  # three CTAs
     "_merge_kernel": Budget(64, 19, loads={16: 4}),

@@ -131,9 +131,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "attention bias no bool": ({"attention_bias": 0}, "attention_bias is 0; it must be true or false"),
     "quantized": (
         {"quantization_config": {"a": 1, "b": 2, "bits": 4, "group_size": 128, "quant_method": "awq"}},
-        "quantization_config has the quant_method 'awq', which is not supported yet; use the checkpoint in bfloat16",
+        "quantization_config: a is 1; what it says of the weights is not known here",
     ),
-    "quantized somehow": ({"quantization_config": {}}, "quant_method None, which is not supported yet"),
+    "quantized somehow": (
+        {"quantization_config": {}},
+        "quantization_config: quant_method is absent; supported: 'awq', 'fp8', 'gptq'",
+    ),
     "remote code": ({"auto_map": {"AutoModel": "m.M"}}, r"auto_map is .*; code .* is never run; remove the field"),
     "no layers": ({"num_hidden_layers": 0}, r"num_hidden_layers is 0; it must be an integer in 1\.\.1000"),
     "ten million layers": ({"num_hidden_layers": 10_000_000}, r"num_hidden_layers is 10000000; .* 1\.\.1000"),

@@ -104,7 +104,10 @@ V3 = FamilyCases(
             {"n_group": 8, "topk_group": 4},
             "n_group is 8; 8 experts must form equal groups of at least 2",
         ),
-        "fp8": ({"quantization_config": {"quant_method": "fp8"}}, "quant_method 'fp8', which is not supported yet"),
+        "int8": (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "quant_method is 'bitsandbytes'; supported",
+        ),
         "no shared expert": ({"n_shared_experts": 0}, r"n_shared_experts is 0; it must be an integer in 1\.\."),
     },
 )

@@ -41,7 +41,7 @@ CASES = FamilyCases(
     top_k=3,
     experts=24,
     refused={
-        "mxfp4": ({"quantization_config": {"quant_method": "mxfp4"}}, "quant_method 'mxfp4', which is not supported"),
+        "awq": ({"quantization_config": {"quant_method": "awq"}}, "quant_method is 'awq'; supported: 'mxfp4'"),
         "no limit": ({"swiglu_limit": None}, "swiglu_limit is None; it must be a number above 0"),
         "no window": ({"sliding_window": None}, "sliding_window is None; layers slide, so it must be a number"),
         "rope type": ({"rope_scaling": {"type": "llama3"}}, "type is 'llama3'; supported: 'default', 'yarn'"),

@@ -54,6 +54,9 @@ CASES = FamilyCases(
         "no layer has experts": ({"decoder_sparse_step": 9}, "with decoder_sparse_step 9, no layer has experts"),
         "layers no list": ({"mlp_only_layers": 1}, "mlp_only_layers is 1; it must be a list of integers in 0"),
         "two counts": ({"num_experts": 4}, "num_local_experts is 8; but num_experts, its other name, is 4"),
-        "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "quant_method 'fp8', which is not supported"),
+        "quantized": (
+            {"quantization_config": {"quant_method": "hqq"}},
+            "quant_method is 'hqq'; supported: 'awq', 'fp8'",
+        ),
     },
 )

@@ -1,0 +1,120 @@
+"""The link between host and GPU: bandwidth by size, pinned and pageable, each way, and reads by a kernel.
+
+    python bench/bench_copy.py [--json OUT] [--tiny]
+
+These are the ceilings that every other figure is held against. ``--tiny`` copies small pieces within the host's memory:
+it checks the bench and measures no link. Without a CUDA GPU and without ``--tiny`` it says so and exits with 3; a copy
+that changes bytes, or a way that fails, makes it exit with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from copy_machines import GpuCopies, HostCopies
+from copy_table import SIZES, TINY_SIZES, Way, measure, targets
+from gpu_ceilings import gpu_facts
+from machine import conditions
+from report import table
+
+Result = dict[str, Any]
+
+
+def run(tiny: bool) -> Result:
+    """The whole result."""
+    began = time.perf_counter()
+    result = conditions("bench_copy", tiny)
+    result["gpu"] = None if tiny else gpu_facts()
+    result |= measure(HostCopies(), TINY_SIZES) if tiny else measure(GpuCopies(), SIZES)
+    result["targets"] = [] if tiny else [target.to_dict() for target in targets(result)]
+    return result | {"seconds": time.perf_counter() - began}
+
+
+def failed(result: Result) -> bool:
+    """Whether a way could not be measured, or changed a byte."""
+    unmeasured = any(cell["error"] for cell in result["cells"])
+    return unmeasured or any(check["passed"] is not True for check in result["checks"])
+
+
+def render(result: Result) -> str:
+    """The report in Markdown."""
+    parts = [warnings(result), facts(result), rates(result), verdicts(result), checks(result)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def warnings(result: Result) -> str:
+    """What is wrong with these figures, in bold."""
+    found = ["this is `--tiny`, copies within the host: it checks the bench and measures no link"] * result["quick"]
+    found += [f"{cell['way']}, {cell['size']}: {cell['error']}" for cell in result["cells"] if cell["error"]]
+    found += ["the code was not a commit"] * ("uncommitted" in (result["versions"]["commit"] or "uncommitted"))
+    return "\n".join(f"**Warning: {text}.**" for text in found)
+
+
+def facts(result: Result) -> str:
+    """Machine, versions, command."""
+    machine, gpu = result["machine"], result["gpu"]
+    software = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
+    rows = [f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}."]
+    rows += [f"{gpu['name']}, CUDA {gpu['cuda']}, driver {gpu['driver']}."] if gpu else []
+    rows += [f"{software}; {result['date']}, {result['seconds']:.0f} s: `{result['command']}`."]
+    rows += ["Different rows in turn, 7 rounds, medians (extremes); pageable copies by the host's clock."]
+    return "\n".join(f"- {row}" for row in rows)
+
+
+def rates(result: Result) -> str:
+    """A line a size, a column a way, GB/s."""
+    cells = {(cell["size"], cell["way"]): cell for cell in result["cells"]}
+    rows = []
+    for size in dict.fromkeys(cell["size"] for cell in result["cells"]):
+        rows.append([size, *(_rate(cells[size, way.value]["bytes_per_s"]) for way in Way)])
+    best = ["best", *(_best(result["ceilings"][way.value]) for way in Way)]
+    return table(["GB/s", *(way.value for way in Way)], [*rows, best])
+
+
+def verdicts(result: Result) -> str:
+    """What the runtime's design rests on."""
+    rows = [(t["name"], t["asked"], t["verdict"]) for t in result["targets"]]
+    return table(["asked of the link", "", "verdict"], rows) if rows else ""
+
+
+def checks(result: Result) -> str:
+    """Whether bytes arrived."""
+    words = {True: "passed", False: "**FAILED**", None: "not checked"}
+    return table(["check", "", ""], [(c["name"], words[c["passed"]], c["detail"]) for c in result["checks"]])
+
+
+def _rate(summary: dict[str, float] | None) -> str:
+    if summary is None:
+        return "not measured"
+    return f"{summary['median'] / 1e9:.2f} ({summary['low'] / 1e9:.2f}-{summary['high'] / 1e9:.2f})"
+
+
+def _best(rate: float | None) -> str:
+    return "not measured" if rate is None else f"{rate / 1e9:.2f}"
+
+
+def main() -> int:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--tiny", action="store_true", help="small copies within the host: a check of the bench")
+    args = parser.parse_args()
+    if not args.tiny and not torch.cuda.is_available():
+        print("bench_copy: no CUDA GPU: nothing was measured")
+        return 3
+    result = run(args.tiny)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(render(result))
+    return int(failed(result))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

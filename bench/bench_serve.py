@@ -1,0 +1,138 @@
+"""Models of real size served with their experts in host memory: every policy, slot budget, prompt and batch in one run.
+
+    python bench/bench_serve.py [--json OUT] [--models NAME ...] [--seconds 480] [--arena-gib 32] [--tiny]
+
+Weights are random and routing is replayed (see results/README.md), so no checkpoint is needed. Figures: TTFT, TPOT,
+tokens a second, hits, the link's use, stalls, peak memory, energy, each beside its bound; then one part of the runtime
+switched off at a time, and transformers with accelerate's offloading. The result file is written after every cell, so a
+run that is cut short leaves what it has. ``--tiny`` runs all of it with small models on a CPU: it checks the bench and
+measures nothing. Exits with 1 when a cell or a check failed, with 3 where there is no CUDA GPU and no ``--tiny``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Worker, WorkerError
+from machine import conditions
+from serve_cells import BASE, PROMPTS, Cell, cells
+from serve_figures import checks, figures, targets
+from serve_models import MODELS
+from serve_report import render
+from serve_worker import ARENA_GIB, IS_TINY
+
+BENCH = Path(__file__).resolve().parent
+PEER_STEPS = 4
+
+Result = dict[str, Any]
+Part = dict[str, Any]
+
+
+def all_parts(models: list[str]) -> list[Part]:
+    """Every cell, stage by stage; the peers come behind the first stage, with which they are compared."""
+    first, *others = cells(models)
+    peers = [{"name": f"{model}, transformers + accelerate", "model": model} for model in models]
+    return [*map(_part, first), *peers, *(_part(cell) for stage in others for cell in stage)]
+
+
+def _part(cell: Cell) -> Part:
+    return {"name": cell.name, "model": cell.model, "cell": cell.to_dict()}
+
+
+class Bench:
+    """One run: the worker, the result so far, and the file that holds it."""
+
+    def __init__(self, result: Result, out: Path | None, seconds: float, env: dict[str, str]) -> None:
+        self.result, self.out = result, out
+        self._began = time.perf_counter()
+        self._deadline = self._began + seconds
+        threads = os.environ.get("OMP_NUM_THREADS") or str(min(8, len(os.sched_getaffinity(0))))
+        self._env = env | {"OMP_NUM_THREADS": threads}
+        self._worker = self._new_worker()
+
+    def run(self, parts: list[Part]) -> None:
+        """Facts and ceilings first; a part that fails is noted, and the next runs in a fresh process."""
+        facts = self._worker.call("facts")  # a machine where this fails measures nothing, and its traceback says why
+        self.result |= {"gpu": facts.pop("gpu"), "arena": facts, "ceilings": self._worker.call("ceilings")}
+        for part in parts:
+            self.result["parts"].append(part | self._outcome(part))
+            self.finish()
+        self._worker.close()
+
+    def finish(self) -> None:
+        """Checks and verdicts of what there is, and the file."""
+        done, rates = self.result["parts"], self.result["ceilings"]
+        self.result["seconds"] = time.perf_counter() - self._began
+        self.result["checks"] = checks(done)
+        judged = [] if self.result["quick"] else [target.to_dict() for target in targets(done, rates)]
+        self.result["targets"] = judged
+        if self.out:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text(json.dumps(self.result, indent=1) + "\n")
+
+    def _outcome(self, part: Part) -> Part:
+        if time.perf_counter() > self._deadline:
+            return {"status": "skipped", "why": "the time was up"}
+        say(part["name"])
+        try:
+            found = self._measure(part)
+        except WorkerError as error:
+            say(str(error))
+            self._worker.close()
+            self._worker = self._new_worker()
+            return {"status": "failed", "why": str(error)}
+        if "unavailable" in found:
+            return {"status": "not measured", "why": found["unavailable"]}
+        row = {"row": figures(found, self.result["ceilings"])} if "cell" in part else {}
+        return {"status": "measured", "measured": found} | row
+
+    def _measure(self, part: Part) -> Part:
+        if "cell" in part:
+            return self._worker.call("cell", **part["cell"])
+        return self._worker.call("peer", model=part["model"], prompt=PROMPTS[0], steps=PEER_STEPS)
+
+    def _new_worker(self) -> Worker:
+        return Worker("the models", [str(BENCH / "serve_worker.py")], self._env)
+
+
+def say(text: str) -> None:
+    """Progress goes to stderr, the report to stdout."""
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write all figures to this file, after every cell")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--seconds", type=float, default=480, help="begin no cell later (default %(default)s)")
+    parser.add_argument("--arena-gib", type=float, default=32, help="host memory of the experts (default %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="small models on a CPU: a check of the bench, no figures")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measures, prints the report, writes the result file."""
+    args = arguments()
+    if not args.tiny and not torch.cuda.is_available():
+        print("bench_serve: no CUDA GPU: nothing was measured")
+        return 3
+    result = conditions("bench_serve", args.tiny)
+    result |= {"arena": None, "ceilings": None, "base_policy": BASE, "parts": [], "checks": [], "targets": []}
+    env = {IS_TINY: str(int(args.tiny)), ARENA_GIB: str(args.arena_gib)}
+    bench = Bench(result, args.json, args.seconds, env)
+    bench.run(all_parts(args.models))
+    print(render(result))
+    failed = any(part["status"] == "failed" for part in result["parts"])
+    return int(failed or any(check["passed"] is False for check in result["checks"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

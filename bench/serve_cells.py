@@ -1,0 +1,119 @@
+"""What is served: which model, policy, slots, prompt and batch each row of the table has, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from serve_models import MODELS, Unavailable
+
+from duoserve.config import DECODE_MODES
+from duoserve.scheduling.plan import DecodeMode, PrefillMode
+from duoserve.scheduling.policies import POLICIES, Policy, get_policy
+
+SHARES = ("12.5%", "25%", "45%", "15%")  # the last is the memory share of arXiv 2509.07379
+PAPER_SHARE, MIDDLE_SHARE = "15%", "25%"
+ALL = "100%"
+PROMPTS, BATCHES = (128, 2048, 8192), (1, 4, 12)
+AUTO, EVENT, GRAPH = DECODE_MODES
+BASE = "lru"  # most parts are switched off of this policy
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part that can be switched off: of the policy ``base``, of the copy engine or of the memory."""
+
+    name: str
+    of_policy: Callable[[Policy], Policy] = lambda policy: policy
+    whole_rows: bool = False
+    pageable: bool = False
+    base: str = BASE
+
+
+PARTS = {
+    part.name: part
+    for part in (
+        Part("prefill not overlapped", lambda policy: replace(policy, prefill=PrefillMode.ON_DEMAND)),
+        Part("nothing kept", lambda policy: replace(policy, keeps=False)),
+        Part("residents wait for misses", lambda policy: replace(policy, decode=DecodeMode.ON_DEMAND)),
+        Part("no quota for layers", lambda policy: replace(policy, eviction=replace(policy.eviction, per_layer=False))),
+        Part("no guesses", Policy.without_guesses, base="duoserve"),
+        Part("prefetches in one piece", whole_rows=True),
+        Part("pageable host memory", pageable=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row. ``without`` names the part that is off; ``mode`` is the engine's decode mode."""
+
+    model: str
+    policy: str
+    share: str
+    prompt: int = PROMPTS[0]
+    batch: int = 1
+    without: str = ""
+    mode: str = AUTO
+    format: str = "bf16"
+
+    @property
+    def name(self) -> str:
+        """As it stands in the report."""
+        off = f", {self.without}" if self.without else ""
+        mode = f", {self.mode}" if self.mode != AUTO else ""
+        return (
+            f"{self.model} {self.format}, {self.policy}{off}{mode}, {self.share}, prompt {self.prompt} x {self.batch}"
+        )
+
+    @property
+    def group(self) -> tuple[str, int, int]:
+        """Cells of one group compute the same."""
+        return f"{self.model} {self.format}", self.prompt, self.batch
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the worker and the result file."""
+        return asdict(self)
+
+    def switched(self) -> tuple[Policy, Part]:
+        """The policy with its part off, and the part; Unavailable for what there is not yet."""
+        if self.format != "bf16":
+            raise Unavailable("issue 6")
+        part = PARTS.get(self.without, Part(""))
+        return part.of_policy(get_policy(self.policy)), part
+
+
+def cells(models: Sequence[str] = tuple(MODELS)) -> list[list[Cell]]:
+    """Every cell of ``models`` in stages, what matters most first, for a run may be cut short.
+
+    Policies that keep nothing do the same at every budget, so they are run at the paper's. Other prompts and batches
+    are run at a quarter of the experts; a batch is one of short prompts.
+    """
+    by_model = [_stages(model) for model in models]
+    return [[cell for stages in by_model for cell in stages[at]] for at in range(len(by_model[0]))]
+
+
+def _stages(model: str) -> list[list[Cell]]:
+    """Budgets and baselines; other policies; prompts; batches; parts; and what there is not yet."""
+    keeping = [p.name for p in POLICIES.values() if p.keeps and not p.all_resident]
+    others = [name for name in keeping if name != BASE]
+    budgets = [Cell(model, BASE, share) for share in SHARES]
+    baselines = [Cell(model, p.name, PAPER_SHARE) for p in POLICIES.values() if not p.keeps]
+    policies = [Cell(model, name, share) for name in others for share in SHARES]
+    prompts = [cell for prompt in PROMPTS[1:] for cell in _at_a_quarter(model, keeping, prompt=prompt)]
+    batches = [cell for batch in BATCHES[1:] for cell in _at_a_quarter(model, keeping, batch=batch)]
+    parts = [Cell(model, part.base, MIDDLE_SHARE, without=part.name) for part in PARTS.values()]
+    launches = [Cell(model, BASE, share, mode=mode) for mode in (EVENT, GRAPH) for share in SHARES[:3]]
+    formats = [Cell(model, BASE, share, format=f) for f in _other_formats(model) for share in SHARES]
+    return [[*budgets, Cell(model, "resident", ALL), *baselines], policies, prompts, batches, parts, launches + formats]
+
+
+def _at_a_quarter(model: str, keeping: Sequence[str], prompt: int = PROMPTS[0], batch: int = 1) -> list[Cell]:
+    found = [Cell(model, name, MIDDLE_SHARE, prompt, batch) for name in keeping]
+    baselines = [Cell(model, "on-demand", PAPER_SHARE, prompt, batch), Cell(model, "resident", ALL, prompt, batch)]
+    return found + baselines
+
+
+def _other_formats(model: str) -> tuple[str, ...]:
+    return ("fp8", "int4") if model.startswith("Qwen3") else ("int4",) if model.startswith("Mixtral") else ()

@@ -1,0 +1,188 @@
+"""The models that are served without a checkpoint: config.json, random dense weights, and a card of their routing."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duoserve.config import ModelConfig
+from duoserve.errors import ConfigError
+from duoserve.experts.layout import ExpertLayout
+from duoserve.models.family import Family
+from duoserve.models.registry import family_of
+from duoserve.models.tensors import ReadTensor, TensorNeed
+from duoserve.scheduling.synthetic import CARDS, RoutingCard
+
+EMBEDDING = "embed_tokens"
+
+_COMMON: dict[str, Any] = {"dtype": "bfloat16", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
+_MIXTRAL = _COMMON | {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-5,
+}
+_QWEN3 = _COMMON | {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "max_position_embeddings": 40960,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+}
+_DEEPSEEK = _COMMON | {
+    "model_type": "deepseek_v2",
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "n_group": 1,
+    "topk_group": 1,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+}
+
+
+class Unavailable(Exception):
+    """What was asked for cannot be measured; the message says why."""
+
+
+@dataclass(frozen=True)
+class Wired:
+    """A model that can be built: its family, and what its config.json means."""
+
+    family: Family
+    config: ModelConfig
+
+    @property
+    def layout(self) -> ExpertLayout:
+        """The bytes of an expert."""
+        config = self.config
+        return ExpertLayout(config.dtype, config.hidden_size, config.expert_intermediate_size)
+
+    @property
+    def dense_needs(self) -> dict[str, TensorNeed]:
+        """Every tensor but the routed experts'."""
+        return self.family.dense_needs(self.config)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all dense weights."""
+        return sum(prod(need.shape) * (need.dtype or self.config.dtype).itemsize for need in self.dense_needs.values())
+
+    @property
+    def active_dense_elements(self) -> int:
+        """Dense weights that every token is multiplied by: all matrices but the embedding table."""
+        shapes = {name: need.shape for name, need in self.dense_needs.items()}
+        return sum(prod(shape) for name, shape in shapes.items() if len(shape) == 2 and EMBEDDING not in name)
+
+    def reader(self, device: torch.device) -> ReadTensor:
+        """Random dense tensors by name, the same for the same name: norms are ones, matrices keep a row's size."""
+        needs = self.dense_needs
+
+        def read(name: str, dtype: torch.dtype | None = None) -> Tensor:
+            shape, dtype = needs[name].shape, dtype or self.config.dtype
+            if len(shape) == 1:
+                return torch.full(shape, float("norm" in name), dtype=dtype, device=device)
+            generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+            made = torch.empty(shape, dtype=dtype, device=device)
+            return made.normal_(0.0, shape[-1] ** -0.5, generator=generator)
+
+        return read
+
+
+@dataclass(frozen=True)
+class ServeModel:
+    """A published config.json, and a card of the model's routing."""
+
+    name: str
+    raw: dict[str, Any]
+    card: RoutingCard
+
+    def wired(self) -> Wired:
+        """With the family that knows it; Unavailable where there is none."""
+        try:
+            family = family_of(self.raw)
+            return Wired(family, family.parse_config(self.raw))
+        except ConfigError as error:
+            raise Unavailable(f"no family: {error}") from error
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        ServeModel("Qwen3-30B-A3B", _QWEN3, CARDS["qwen3-30b-a3b"]),
+        ServeModel("Mixtral-8x7B", _MIXTRAL, CARDS["mixtral-8x7b"]),
+        ServeModel("DeepSeek-V2-Lite", _DEEPSEEK, CARDS["deepseek-v2-lite"]),
+    )
+}
+
+_TINY_SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 32,
+    "intermediate_size": 32,
+    "head_dim": 16,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+
+
+def tiny(model: ServeModel) -> ServeModel:
+    """The same routing over experts so small that a CPU serves them in a moment."""
+    num_layers = _TINY_SIZES["num_hidden_layers"] - model.raw.get("first_k_dense_replace", 0)
+    return replace(model, raw=_shrunk(model.raw), card=replace(model.card, num_layers=num_layers))
+
+
+def _shrunk(raw: dict[str, Any]) -> dict[str, Any]:
+    small = {name: _TINY_SIZES.get(name, value) for name, value in raw.items()}
+    if raw["num_key_value_heads"] == raw["num_attention_heads"]:
+        small["num_key_value_heads"] = small["num_attention_heads"]
+    return small

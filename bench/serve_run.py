@@ -1,0 +1,237 @@
+"""One cell of the serving table: a model put together for it, a request that warms up, and the one that is measured."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from serve_cells import Cell, Part
+from serve_host import Host
+from serve_models import Unavailable, Wired
+from serve_replay import AskedFor, HostArena, ReplayedPasses, RoutingReplay, SharedRows, Tape, TapedScores, scripted
+
+from duoserve.architecture import LatentAttentionConfig
+from duoserve.config import EngineConfig
+from duoserve.decoding import DecoderParts, Launch, choose_launch, make_decoder
+from duoserve.engine import Engine, Request
+from duoserve.errors import ConfigError, MemoryBudgetError
+from duoserve.experts.budget import MemoryPlan, plan_memory
+from duoserve.experts.device import CPU, free_bytes
+from duoserve.experts.slots import SlotPool
+from duoserve.experts.tickets import PIECE_BYTES
+from duoserve.kv_cache import PagedKVCache, kv_bytes_per_token
+from duoserve.link import LinkRates
+from duoserve.loading import make_scheduler
+from duoserve.metrics import Meter
+from duoserve.models.decoder import RoutedExperts
+from duoserve.models.listening import listened_to
+from duoserve.predictors.lookahead import LookaheadPredictor
+from duoserve.sampling import SamplingParams
+from duoserve.scheduling.policies import Policy
+from duoserve.workspace import workspace_bytes
+
+CHECKED_TOKENS = 64  # of a prompt whose logits must have the same bits in every cell of a group
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a cell is measured: ``steps`` of decode, but no more than ``seconds`` once there are ``least``."""
+
+    steps: int = 192
+    warm_steps: int = 64
+    seconds: float = 3.0
+    least: int = 3
+
+    def to_warm_up(self) -> Limits:
+        """For the request before: it compiles, and fills the slots with what another request left."""
+        return replace(self, steps=self.warm_steps, seconds=self.seconds / 3)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that is ready for requests."""
+
+    engine: Engine
+    meter: Meter
+    replay: RoutingReplay
+    asked_for: AskedFor
+    launch: Launch
+
+
+class KnownLink:
+    """The rates at which a model's experts come, measured when they are first asked for."""
+
+    def __init__(self) -> None:
+        self._rates: LinkRates | None = None
+
+    def rates(self, parts: DecoderParts) -> LinkRates:
+        """As ``parts.measure_link``, which destroys what is in the first slots."""
+        if self._rates is None:
+            self._rates = parts.measure_link()
+        return self._rates
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a cell stands on: the machine, the model, its link, the experts' memory, both tapes, and what guesses."""
+
+    host: Host
+    model: Wired
+    link: KnownLink
+    arena: HostArena
+    warm: Tape
+    measured: Tape
+    guesser: LookaheadPredictor
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers that have experts."""
+        return len(self.model.config.moe_layers)
+
+    def plan(self, cell: Cell, policy: Policy, max_context: int) -> MemoryPlan:
+        """As ``from_pretrained`` makes it; Unavailable with its arithmetic where it does not fit."""
+        config, device = self.model.config, self.host.device
+        try:
+            return plan_memory(
+                layout=self.model.layout,
+                num_layers=self.num_moe_layers,
+                num_experts=config.num_experts,
+                top_k=config.top_k,
+                dense_bytes=self.model.dense_bytes,
+                kv_bytes=max_context * kv_bytes_per_token(config, config.dtype),
+                workspace_bytes=workspace_bytes(config, config.dtype, device, max_context),
+                wanted=EngineConfig(expert_slots=cell.share, host_memory=0),
+                available_bytes=free_bytes(device),
+                host_available_bytes=free_bytes(CPU) if self.host.pins else None,
+                needs_all=policy.all_resident,
+            )
+        except MemoryBudgetError as error:
+            raise Unavailable(str(error)) from error
+
+    @contextmanager
+    def served(self, plan: MemoryPlan, policy: Policy, part: Part, max_context: int, mode: str) -> Iterator[Served]:
+        """The model with ``policy`` in decode mode ``mode``; all of it is given back at the end."""
+        config, device = self.model.config, self.host.device
+        store = SharedRows(self.arena, self.model.layout, config.num_experts)
+        meter, pool = Meter(), SlotPool(plan.num_slots, store.layout, device=device)
+        piece_bytes = plan.slot_bytes if part.whole_rows else PIECE_BYTES
+        copies = self.host.copy_engine(store, pool, meter, piece_bytes)
+        with closing(make_scheduler(config, pool, copies, policy, meter, self._predictor(policy))) as scheduler:
+            if policy.all_resident:
+                scheduler.load_all()
+            asked_for = AskedFor(scheduler)
+            built = self.model.family.build(config, self.model.reader(device), RoutedExperts(asked_for, pool.weights))
+            replay = RoutingReplay(self.warm, config.moe_layers)
+            model, tap = scripted(built, replay), None
+            if scheduler.listener is not None:
+                model, tap = listened_to(model, TapedScores(scheduler.listener, replay))
+            cache = PagedKVCache(config, max_context, config.dtype, device)
+            parts = DecoderParts(model, cache, scheduler, store, pool)
+            launch = self._launch(mode, policy, parts)
+            decoder = None if launch is Launch.MODEL else make_decoder(launch.value, policy, parts)
+            passes = ReplayedPasses(scheduler, replay)
+            engine = Engine(model, config, passes, cache, meter, tap=tap, decoder=decoder)
+            yield Served(engine, meter, replay, asked_for, launch)
+
+    def _launch(self, mode: str, policy: Policy, parts: DecoderParts) -> Launch:
+        try:
+            return choose_launch(mode, self.host.device, policy, parts.readable, lambda: self.link.rates(parts))
+        except ConfigError as error:
+            raise Unavailable(str(error)) from error
+
+    def _predictor(self, policy: Policy) -> LookaheadPredictor | None:
+        """A new one, by the model's layer numbers, for a policy that guesses, whichever kind that would like best."""
+        if policy.predictor is None:
+            return None
+        known = self.guesser
+        meta = replace(known.meta, layers=self.model.config.moe_layers)
+        return LookaheadPredictor(meta, known.popularity_LE, known.slopes_L, known.offsets_L)
+
+
+def run(cell: Cell, ground: Ground, limits: Limits) -> Figures:
+    """Figures of one cell; Unavailable for what cannot be."""
+    policy, part = cell.switched()
+    if part.whole_rows and not ground.host.pins:
+        raise Unavailable("copy threads read whole rows")
+    max_context = cell.batch * PagedKVCache.whole_pages(cell.prompt + limits.steps + 1)
+    held = ground.host.reset_peak()
+    plan = ground.plan(cell, policy, max_context)
+    with ground.served(plan, policy, part, max_context, cell.mode) as served:
+        _request(served, ground.warm, cell, ground.host, limits.to_warm_up())
+        figures = _request(served, ground.measured, cell, ground.host, limits)
+        asked = served.asked_for.experts[ground.num_moe_layers :]  # behind the prompt's
+        digest = _digest(served, ground.measured, cell)
+        peak = ground.host.peak_bytes()
+    taped = ground.measured.experts(figures["steps"])
+    return figures | {
+        "slots": plan.num_slots,
+        "slot_bytes": plan.slot_bytes,
+        "launch": served.launch.value,
+        "guesses": "" if policy.predictor is None else ground.guesser.name,
+        "planned_bytes": plan.total_bytes,
+        "peak_bytes": None if peak is None else peak - held,
+        "logits": digest,
+        "asked": sum(map(len, taped)),
+        "as_taped": [set(experts) for experts in asked] == taped if len(asked) == len(taped) else None,
+        "layers": ground.num_moe_layers,
+        "dense_active_bytes": ground.model.active_dense_elements * ground.model.config.dtype.itemsize,
+        "flop": prefill_flop(ground.model, ground.num_moe_layers, cell),
+    }
+
+
+def prefill_flop(model: Wired, num_moe_layers: int, cell: Cell) -> int:
+    """Operations of the prompts' matrix products and of attention's lower half; of the head only what is used."""
+    config, tokens = model.config, cell.prompt * cell.batch
+    head = config.vocab_size * config.hidden_size
+    expert = 3 * config.hidden_size * config.expert_intermediate_size
+    per_token = model.active_dense_elements - head + num_moe_layers * config.top_k * expert
+    heads = config.blocks.attention
+    values = heads.num_heads * heads.value_dim if isinstance(heads, LatentAttentionConfig) else heads.width
+    attention = config.num_layers * (heads.width + values) * cell.prompt * tokens
+    return 2 * (tokens * per_token + cell.batch * head) + attention
+
+
+def _request(served: Served, tape: Tape, cell: Cell, host: Host, limits: Limits) -> Figures:
+    """One request of ``cell.batch`` prompts, for ``limits.steps`` of decode or as long as there is time."""
+    served.replay.play(tape)
+    served.asked_for.experts.clear()
+    settings = SamplingParams(max_tokens=min(limits.steps, len(tape.ids_SLRK)) + 1, temperature=0.0, ignore_eos=True)
+    requests = [Request(_prompt(cell, row), settings) for row in range(cell.batch)]
+    energy, first, began = [host.joules()], None, time.perf_counter()
+    with closing(served.engine.generate(requests)) as tokens:
+        for made, _ in enumerate(tokens, 1):
+            if made % cell.batch:
+                continue
+            if first is None:
+                first, began = served.meter.snapshot(), time.perf_counter()
+                energy.append(host.joules())
+            elif made >= cell.batch * (limits.least + 1) and time.perf_counter() - began > limits.seconds:
+                break
+    assert first is not None
+    return {
+        "steps": len(requests[0].output_ids) - 1,
+        "prefill": first.to_dict(),
+        "stats": served.meter.snapshot().to_dict(),
+        "tokens": [request.output_ids for request in requests],
+        "joules": [*energy, host.joules()],
+    }
+
+
+def _prompt(cell: Cell, row: int) -> list[int]:
+    """Token ids; the routing is the tape's, so they are of no consequence but for the bits."""
+    return [(7 * at * at + 31 * row + at) % 300 + 3 for at in range(cell.prompt)]
+
+
+def _digest(served: Served, tape: Tape, cell: Cell) -> str:
+    """Of the bits of the logits of a prompt's beginning."""
+    served.replay.play(tape)
+    logits_TV = served.engine.forward(_prompt(cell, 0)[:CHECKED_TOKENS])
+    if not bool(torch.isfinite(logits_TV).all()):
+        return "not finite"
+    return hashlib.sha256(logits_TV.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,57 @@
+"""AWQ's GEMM layout. Source: Lin et al. (2024), and AutoAWQ, whose files these are.
+
+``W[n, d] = (q - z) * s``: q in ``qweight`` [D, N / 8], z in ``qzeros`` [G, N / 8], s in ``scales`` [G, N]. A word has
+eight outputs, from the lowest bits up the first, third, fifth and seventh, then the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duoserve.experts.formats.codes import Codes, Part, StoredTensor, WeightFormat
+from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, shared_parts
+from duoserve.kernels.weights import ExpertFormat
+
+NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+@dataclass(frozen=True)
+class Awq(WeightFormat):
+    """The matrix of a module is its ``qweight``, ``qzeros`` and ``scales``."""
+
+    groups: Groups
+
+    def parts(self, name: str, num_rows: int, inner: int) -> dict[str, Part]:
+        """As in WeightFormat."""
+        base = module_of(name)
+        weight = Part(f"{base}.qweight", StoredTensor((inner, num_rows // CODES_IN_WORD), WORD))
+        return {"qweight": weight, **shared_parts(base, num_rows, self.groups.count(inner))}
+
+    def codes(self, parts: Mapping[str, Tensor]) -> Codes:
+        """As in WeightFormat."""
+        zeros_GN = codes_in(parts["qzeros"])
+        return Codes(
+            ExpertFormat.INT4,
+            self.groups.of(len(parts["qweight"])),
+            data_NB=_by_output(_pairs_of_inputs(parts["qweight"])),
+            scales_GN=parts["scales"],
+            zeros_GN=_by_output(zeros_GN.T).T,
+        )
+
+
+def _pairs_of_inputs(words_DW: Tensor) -> Tensor:
+    """The codes of words, two inputs in a byte: uint8 [N, D / 2], a row for each nibble in turn."""
+    bytes_DX = words_DW.view(torch.uint8)  # with two outputs in each
+    even, odd = bytes_DX[0::2], bytes_DX[1::2]
+    low, high = (even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)
+    return torch.stack((low.T.contiguous(), high.T.contiguous()), dim=1).flatten(0, 1)
+
+
+def _by_output(rows_by_nibble: Tensor) -> Tensor:
+    """The rows of outputs in their own order."""
+    eights = rows_by_nibble.reshape(-1, CODES_IN_WORD, rows_by_nibble.shape[1])
+    return eights.index_select(1, torch.tensor(NIBBLE_OF_OUTPUT)).flatten(0, 1)

@@ -1,0 +1,89 @@
+"""What every quantized format of a checkpoint is read as: a matrix in the codes and scales of a packed row.
+
+N rows of a matrix, D its inner dimension, B bytes of one row, G groups of D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import gcd
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from duoserve.kernels.reference_dequant import dense
+from duoserve.kernels.weights import ExpertFormat, Matrix
+
+
+class StoredTensor(NamedTuple):
+    """What a tensor of a checkpoint has to be."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+class Part(NamedTuple):
+    """One of the tensors that a matrix is stored in."""
+
+    name: str
+    tensor: StoredTensor
+
+
+class Codes(NamedTuple):
+    """One matrix; the table in ``kernels/weights.py`` says what its bytes mean.
+
+    ``group`` counts features and need not be one of the kernels'; the last group may be cut short. Column d goes with
+    feature ``order_D[d]`` (int64), None: with feature d.
+    """
+
+    format: ExpertFormat
+    group: int
+    data_NB: Tensor
+    scales_GN: Tensor
+    zeros_GN: Tensor | None = None
+    order_D: Tensor | None = None
+
+    @property
+    def inner(self) -> int:
+        """D."""
+        return int(self.data_NB.shape[1]) * (2 if self.format.packs_two else 1)
+
+    def in_groups_of(self, group: int) -> Codes:
+        """The same in groups of ``group``, which divides both D and the group that there is."""
+        if group == self.group:
+            return self
+        scales_GN, zeros_GN = (
+            None if part is None else part.repeat_interleave(self.group // group, dim=0)[: self.inner // group]
+            for part in (self.scales_GN, self.zeros_GN)
+        )
+        assert scales_GN is not None
+        return self._replace(group=group, scales_GN=scales_GN, zeros_GN=zeros_GN)
+
+    def dense(self) -> Tensor:
+        """The matrix [N, D] in float32, its features in their own order."""
+        codes = self.in_groups_of(gcd(self.group, self.inner)) if self.format is ExpertFormat.INT4 else self
+        zeros_1GN, order_1D = (None if part is None else part[None] for part in (codes.zeros_GN, codes.order_D))
+        return dense(
+            Matrix(
+                data_SNB=codes.data_NB[None],
+                scales_SGN=codes.scales_GN[None],
+                zeros_SGN=zeros_1GN,
+                inner=codes.inner,
+                format=codes.format,
+                group=codes.group,
+                interleaved=False,
+                order_SD=order_1D,
+            ),
+            slot=0,
+        )
+
+
+class WeightFormat(Protocol):
+    """One way to store a matrix otherwise than as floats."""
+
+    def parts(self, name: str, num_rows: int, inner: int) -> dict[str, Part]:
+        """The tensors of the matrix [num_rows, inner] that is called ``name`` where it is not quantized."""
+
+    def codes(self, parts: Mapping[str, Tensor]) -> Codes:
+        """The matrix of these tensors, by the keys of ``parts``; CheckpointError for values that make no sense."""

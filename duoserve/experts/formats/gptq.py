@@ -1,0 +1,93 @@
+"""GPTQ, of both versions, with and without an order of activation. Source: Frantar et al. (2023), and gptqmodel.
+
+``W[n, d] = (q - z) * s`` with z and s of the group ``g_idx[d]``: q in ``qweight`` [D / 8, N], eight inputs in a word,
+z in ``qzeros`` [G, N / 8], eight outputs in a word, s in ``scales`` [G, N].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duoserve.errors import CheckpointError
+from duoserve.experts.formats.codes import Codes, Part, StoredTensor, WeightFormat
+from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, shared_parts
+from duoserve.kernels.weights import ExpertFormat
+
+ONES, EIGHTS = 0x11111111, 0x88888888 - (1 << 32)
+
+
+@dataclass(frozen=True)
+class Gptq(WeightFormat):
+    """The matrix of a module is its ``qweight``, ``qzeros``, ``scales`` and ``g_idx``.
+
+    ``less_one``: version 1, each zero-point is stored one less than it is. ``symmetric``: they are all 8. ``ordered``:
+    features may be in groups other than their neighbours'.
+    """
+
+    groups: Groups
+    less_one: bool
+    symmetric: bool
+    ordered: bool
+
+    def parts(self, name: str, num_rows: int, inner: int) -> dict[str, Part]:
+        """As in WeightFormat."""
+        base = module_of(name)
+        return {
+            "qweight": Part(f"{base}.qweight", StoredTensor((inner // CODES_IN_WORD, num_rows), WORD)),
+            **shared_parts(base, num_rows, self.groups.count(inner)),
+            "g_idx": Part(f"{base}.g_idx", StoredTensor((inner,), WORD)),
+        }
+
+    def codes(self, parts: Mapping[str, Tensor]) -> Codes:
+        """As in WeightFormat."""
+        order_D = self._order(parts["g_idx"])
+        return Codes(
+            ExpertFormat.INT4,
+            self.groups.of(len(order_D)),
+            data_NB=_paired(_by_input(parts["qweight"]).index_select(0, order_D))
+            if self.ordered
+            else _rows(parts["qweight"]),
+            scales_GN=parts["scales"],
+            zeros_GN=codes_in(self._zero_words(parts["qzeros"])),
+            order_D=order_D if self.ordered else None,
+        )
+
+    def _order(self, g_idx_D: Tensor) -> Tensor:
+        """The features group by group (int64); CheckpointError unless groups are as large as they should be."""
+        order_D = torch.argsort(g_idx_D, stable=True)
+        inner = len(order_D)
+        in_groups_D = torch.arange(inner) // self.groups.of(inner)
+        if not torch.equal(g_idx_D[order_D], in_groups_D.int()):
+            raise CheckpointError(f"g_idx does not put {inner} features into groups of {self.groups.of(inner)}")
+        if not self.ordered and not torch.equal(g_idx_D, in_groups_D.int()):
+            raise CheckpointError("g_idx has features in an order of their own, but desc_act is false in config.json")
+        return order_D
+
+    def _zero_words(self, qzeros: Tensor) -> Tensor:
+        """Words of the zero-points themselves.
+
+        One is added to a whole word, for it was taken from a whole word: a zero-point of 0 borrowed from its neighbour.
+        Some files of version 2 say that they are of version 1; of a symmetric one this can be told.
+        """
+        is_plain = self.symmetric and bool((qzeros == EIGHTS).all())
+        return qzeros + ONES if self.less_one and not is_plain else qzeros
+
+
+def _rows(words_WN: Tensor) -> Tensor:
+    """The codes of words, two in a byte: uint8 [N, D / 2]; either has the inputs in turn, from the lowest bits up."""
+    return words_WN.T.contiguous().view(torch.uint8)
+
+
+def _by_input(words_WN: Tensor) -> Tensor:
+    """The codes of words, uint8 [D, N]."""
+    bytes_XN = words_WN.view(torch.uint8).view(*words_WN.shape, -1).transpose(1, 2).flatten(0, 1)
+    return torch.stack((bytes_XN & 15, bytes_XN >> 4), dim=1).flatten(0, 1)
+
+
+def _paired(codes_DN: Tensor) -> Tensor:
+    """Two inputs in a byte: uint8 [N, D / 2]."""
+    return (codes_DN[0::2] | (codes_DN[1::2] << 4)).T.contiguous()

@@ -1,0 +1,52 @@
+"""Reads matrices that a checkpoint has in a quantized format. N rows of a matrix, D its inner dimension."""
+
+from __future__ import annotations
+
+import torch
+
+from duoserve.architecture import Quantization
+from duoserve.errors import CheckpointError
+from duoserve.experts.checkpoint import Checkpoint
+from duoserve.experts.formats.awq import Awq
+from duoserve.experts.formats.codes import Codes, StoredTensor, WeightFormat
+from duoserve.experts.formats.fp8 import Fp8
+from duoserve.experts.formats.gptq import Gptq
+from duoserve.experts.formats.int4 import Groups
+from duoserve.experts.formats.mxfp4 import Mxfp4
+from duoserve.experts.pieces import Piece
+
+
+def format_of(quantization: Quantization) -> WeightFormat:
+    """Who knows the tensors of this method."""
+    groups = Groups(quantization.group)
+    if quantization.method == "awq":
+        return Awq(groups)
+    if quantization.method == "gptq":
+        return Gptq(groups, quantization.less_one, quantization.symmetric, quantization.ordered)
+    return Fp8() if quantization.method == "fp8" else Mxfp4()
+
+
+def stored_piece(form: WeightFormat, piece: Piece) -> dict[str, StoredTensor]:
+    """The tensors, by name, that a piece of an expert lies in; one for all experts of a layer where the piece's is."""
+    experts = piece.shape[:1] if piece.entry is not None else ()
+    parts = form.parts(piece.name, *piece.matrix_shape).values()
+    return {name: tensor._replace(shape=(*experts, *tensor.shape)) for name, tensor in parts}
+
+
+def read_codes(checkpoint: Checkpoint, form: WeightFormat, piece: Piece) -> Codes:
+    """One matrix of one expert. CheckpointError: a tensor cannot be read, or its values make no sense."""
+    return _read(checkpoint, form, piece.name, piece.matrix_shape, piece.entry)
+
+
+def read_dense(checkpoint: Checkpoint, form: WeightFormat, name: str, shape: tuple[int, int]) -> torch.Tensor:
+    """The matrix ``name`` [N, D], decoded, in float32. Errors as of ``read_codes``."""
+    return _read(checkpoint, form, name, shape, None).dense()
+
+
+def _read(checkpoint: Checkpoint, form: WeightFormat, name: str, shape: tuple[int, int], entry: int | None) -> Codes:
+    parts = form.parts(name, *shape)
+    tensors = {role: checkpoint.read(part.name, entry=entry) for role, part in parts.items()}
+    try:
+        return form.codes(tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.folder}: {name!r}: {error}") from error

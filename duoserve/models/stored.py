@@ -1,0 +1,114 @@
+"""What a checkpoint has to hold of a model, tensor by tensor, in the format that it is in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from math import prod
+
+import torch
+
+from duoserve.config import ModelConfig
+from duoserve.errors import ConfigError
+from duoserve.experts.checkpoint import FLOATS
+from duoserve.experts.formats.codes import StoredTensor, WeightFormat
+from duoserve.experts.formats.int4 import row_group
+from duoserve.experts.formats.reading import format_of, stored_piece
+from duoserve.experts.layout import ExpertId, ExpertLayout, Quantized, Stored
+from duoserve.experts.safetensors_header import TensorInfo
+from duoserve.kernels.weights import ExpertFormat
+from duoserve.models.family import Family
+
+# Whether a matrix that is no expert's, by its name, is in the checkpoint's format.
+IsQuantized = Callable[[str, WeightFormat], bool]
+PROJECTION = re.compile(r".*_proj(_with_mqa)?\.weight", re.DOTALL)
+
+
+def weight_format(config: ModelConfig) -> WeightFormat | None:
+    """What the model's quantized matrices are in; None where there are none."""
+    return None if config.quantization is None else format_of(config.quantization)
+
+
+def stored_experts(family: Family, config: ModelConfig) -> dict[str, StoredTensor]:
+    """The tensors that routed experts lie in, all of them in the checkpoint's format."""
+    form = weight_format(config)
+    if form is None:
+        return {name: StoredTensor(shape, FLOATS) for name, shape in family.expert_shapes(config).items()}
+    experts = (ExpertId(layer, e) for layer in config.moe_layers for e in range(config.num_experts))
+    pieces = (piece for expert in experts for piece in family.expert_pieces(config, expert))
+    return {name: tensor for piece in pieces for name, tensor in stored_piece(form, piece).items()}
+
+
+def stored_tensors(family: Family, config: ModelConfig, is_quantized: IsQuantized) -> dict[str, StoredTensor]:
+    """All tensors; of those that experts are not made of, ``is_quantized(name, form)`` says which are in the format."""
+    form, dense = weight_format(config), dict[str, StoredTensor]()
+    for name, need in family.dense_needs(config).items():
+        if form is not None and len(need.shape) == 2 and is_quantized(name, form):
+            dense |= {part.name: part.tensor for part in form.parts(name, *need.shape).values()}
+        else:
+            dense[name] = StoredTensor(need.shape, FLOATS)
+    return dense | stored_experts(family, config)
+
+
+def by_tensors(tensors: Mapping[str, TensorInfo]) -> IsQuantized:
+    """Of a checkpoint that is there: a matrix is quantized if it is no float, or if anything else of it is there."""
+    by_name = by_names(tensors)
+    return lambda name, form: by_name(name, form) or (name in tensors and tensors[name].dtype not in FLOATS)
+
+
+def by_names(names: Collection[str]) -> IsQuantized:
+    """Of an index."""
+    return lambda name, form: any(part.name in names for part in form.parts(name, 1, 1).values() if part.name != name)
+
+
+def by_custom(config: ModelConfig) -> IsQuantized:
+    """Where nothing but the config is there: what most do. In MXFP4 only experts are."""
+    mixed = config.quantization is not None and config.quantization.method == "mxfp4"
+    return lambda name, form: not mixed and PROJECTION.fullmatch(name) is not None
+
+
+def expert_layout(config: ModelConfig, dtype: torch.dtype, scale_dtype: torch.dtype = torch.float16) -> ExpertLayout:
+    """The row of one expert: in ``dtype``, or as it is quantized; int4 has its scales in ``scale_dtype``."""
+    return ExpertLayout(_stored(config, dtype, scale_dtype), config.hidden_size, config.expert_intermediate_size)
+
+
+def quantized_by_us(config: ModelConfig, kind: str) -> Quantized:
+    """What ``quantize=kind`` makes of experts: in int4 the largest groups up to 128 that divide their sizes.
+
+    ConfigError: the checkpoint is quantized already, or no groups do.
+    """
+    if config.quantization is not None:
+        raise ConfigError(f"quantize={kind!r}: the checkpoint is quantized already ({config.quantization})")
+    if kind == "int8":
+        return Quantized(ExpertFormat.INT8)
+    hidden, inter = config.hidden_size, config.expert_intermediate_size
+    group = row_group(0, hidden, inter)
+    if group is None:
+        raise ConfigError(f"quantize={kind!r}: no groups of 32, 64 or 128 divide an expert of {hidden} x {inter}")
+    return Quantized(ExpertFormat.INT4, group)
+
+
+def _stored(config: ModelConfig, dtype: torch.dtype, scale_dtype: torch.dtype) -> Stored:
+    found = config.quantization
+    if found is None:
+        return dtype
+    if found.method in ("fp8", "mxfp4"):
+        return Quantized(ExpertFormat(found.method))
+    group = row_group(found.group, config.hidden_size, config.expert_intermediate_size)
+    if group is None:
+        raise ConfigError(f"{found} cannot have groups that rows have")
+    return Quantized(ExpertFormat.INT4, group, scale_dtype, found.ordered)
+
+
+def scale_dtype_of(family: Family, config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> torch.dtype:
+    """The dtype of int4 scales: that of the first expert's, which those of the others must have too."""
+    form = weight_format(config)
+    if form is None:
+        return torch.float16
+    piece = family.expert_pieces(config, ExpertId(config.moe_layers[0], 0))[0]
+    return tensors[form.parts(piece.name, *piece.matrix_shape)["scales"].name].dtype
+
+
+def stored_bytes(tensor: StoredTensor, dtype: torch.dtype) -> int:
+    """Bytes of a tensor; of a float, in ``dtype``."""
+    return prod(tensor.shape) * (dtype if tensor.dtypes is FLOATS else tensor.dtypes[0]).itemsize

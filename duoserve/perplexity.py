@@ -1,0 +1,49 @@
+"""How well a model foretells a text. T tokens, V vocabulary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from duoserve.errors import RequestError
+from duoserve.moe_model import MoEModel
+
+WINDOW = 1024  # tokens of one pass
+OVERLAP = 256  # of them were in the pass before, so that every token but the first ones has at least so many before it
+
+
+class TextScore(NamedTuple):
+    """``nats`` of surprise over ``tokens`` foretold tokens."""
+
+    nats: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """As if each token were drawn from that many equally likely ones."""
+        return math.exp(self.nats / self.tokens)
+
+    def bits_per_byte(self, nbytes: int) -> float:
+        """Of a text of ``nbytes`` bytes."""
+        return self.nats / math.log(2) / nbytes
+
+
+def score(model: MoEModel, token_ids: Sequence[int]) -> TextScore:
+    """Every token but the first, foretold from those before it. RequestError: there are fewer than two.
+
+    The model must take WINDOW tokens at once.
+    """
+    if len(token_ids) < 2:
+        raise RequestError(f"{len(token_ids)} tokens are no text that could be foretold: at least 2 are needed")
+    ids_T, nats, known = torch.tensor(token_ids), 0.0, 1
+    while known < len(ids_T):
+        start = max(0, known - OVERLAP)
+        window_T = ids_T[start : start + WINDOW]
+        logits_TV = model.forward(window_T.tolist())[known - start - 1 : -1]
+        nats += F.cross_entropy(logits_TV.double(), window_T[known - start :], reduction="sum").item()
+        known = start + len(window_T)
+    return TextScore(nats, len(ids_T) - 1)

@@ -1,0 +1,79 @@
+"""What passes between a service and those who ask it for text: objectives, pieces of text, figures.
+
+The engine's thread makes them, an event loop reads them, so all are immutable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from duoserve.metrics import Stats
+
+
+class State(StrEnum):
+    """Whether a service takes requests. ``DRAINING``: it finishes those that it has. ``DEAD``: it never will again."""
+
+    READY = "ready"
+    DRAINING = "draining"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """What a request hopes for, in seconds: its first token after ``ttft_s``, each later one after ``tpot_s``."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural log of the probability of ``token_id`` before any sampling rule, and of the likeliest at its place."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a request gained. ``finish_reason`` is None but in its last piece: "stop" or "length" there.
+
+    ``text`` is empty while characters are incomplete or may begin a stop string, and without a tokenizer.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Times:
+    """When things happened to one request, in seconds of ``time.monotonic``; None for what has not happened."""
+
+    arrived: float
+    admitted: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+
+
+@dataclass(frozen=True)
+class ServiceFigures:
+    """A service since its start. ``finished`` counts requests by "stop", "length", "abort" and "error".
+
+    ``attained`` counts those that finished inside all of their objectives, of ``with_objectives`` that had any.
+    ``stats`` are those of a single call, over all passes so far; times and rates of one request mean nothing there.
+    """
+
+    state: State
+    running: int
+    waiting: int
+    kv_usage: float
+    stats: Stats
+    finished: Mapping[str, int] = field(default_factory=dict)
+    refused: int = 0
+    attained: int = 0
+    with_objectives: int = 0

@@ -1,0 +1,188 @@
+"""What a forward pass takes on its device beside weights and KV cache: activations by formula, so that a cap is kept.
+
+T tokens of the pass, H hidden, I expert intermediate, E experts, K top-k, N = T * K routed rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from duoserve.architecture import AttentionConfig, LatentAttentionConfig
+from duoserve.config import ModelConfig
+from duoserve.kernels import QUERY_ROWS
+from duoserve.kernels.configs import MEDIUM
+from duoserve.kv_cache import PAGE_TOKENS
+from duoserve.models.transformer import LOGIT_ROWS
+from duoserve.recorded_decode import MAX_SHAPES
+
+FLOAT_BYTES = 4
+SCORE_BYTES = 24  # of a token and expert: the router's float32 scores, their softmax and their order
+ROUTED_ROW_BYTES = 36  # its id and weight, and its places before and after sorting
+TABLE_BYTES = 8 + 2 * MAX_SHAPES * 4  # of an expert: the address of its row, and its slot and target in each recording
+MASK_BYTES = 12  # of a query and key: their distance and whether one sees the other
+# Whatever the pass. On a GPU: cuBLAS's workspaces (32 MiB each on Hopper, for two streams) and what the allocator loses
+# to rounding. On a CPU: the block of weights that `linear` widens at a time, and small vectors.
+FIXED_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
+
+
+def workspace_bytes(config: ModelConfig, dtype: torch.dtype, device: torch.device, num_tokens: int) -> int:
+    """The workspace of the memory plan: enough for a pass over ``num_tokens`` tokens of one or more sequences."""
+    on_gpu = device.type == "cuda"
+    recorded = recorded_bytes(config, dtype, num_tokens) if on_gpu else 0
+    return FIXED_BYTES[device.type] + recorded + PassMemory(config, dtype, on_gpu, num_tokens).peak_bytes
+
+
+def recorded_bytes(config: ModelConfig, dtype: torch.dtype, num_tokens: int) -> int:
+    """What recorded decode steps keep: each layer's choice and results in each recording, logits, and tables.
+
+    Up to MEDIUM sequences are counted, as many as a graph takes, where the context has a page for each.
+    """
+    num_sequences, num_layers = min(MEDIUM, max(1, num_tokens // PAGE_TOKENS)), len(config.moe_layers)
+    kept = 3 * config.hidden_size + config.top_k * (config.hidden_size + config.expert_intermediate_size)
+    logits = config.vocab_size * (dtype.itemsize + FLOAT_BYTES)
+    steps = MAX_SHAPES * num_sequences * (num_layers * kept * dtype.itemsize + logits)
+    return steps + config.num_layers * config.num_experts * TABLE_BYTES
+
+
+@dataclass(frozen=True)
+class PassMemory:
+    """The most bytes that a pass over ``num_tokens`` holds at a time, counted from what each op reads and writes.
+
+    The layer's parts take turns, so the largest counts. On a CPU the twins compute in float32 and all tokens may take
+    one expert, whose rows are then copied; a GPU's kernels read rows where they lie.
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype
+    on_gpu: bool
+    num_tokens: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the residual in its two parts, before and after a layer's attention, and the part that is computed."""
+        config = self.config
+        residual = 4 * self._rows(config.hidden_size) + 4 * FLOAT_BYTES * self.num_tokens * config.blocks.rope.dim
+        dense = self._feed_forward(config.blocks.moe.dense_intermediate_size)
+        return residual + max(self.norm_bytes, self.attention_bytes, self.experts_bytes, dense, self.logits_bytes)
+
+    @property
+    def norm_bytes(self) -> int:
+        """The attention's output, its sum with the residual and the normed sum."""
+        hidden = self.config.hidden_size
+        return 3 * self._rows(hidden) + 2 * self._scratch(hidden)
+
+    @property
+    def attention_bytes(self) -> int:
+        """Of whichever kind the model has."""
+        attention = self.config.blocks.attention
+        if isinstance(attention, LatentAttentionConfig):
+            return self._latent_bytes(attention)
+        return self._grouped_bytes(attention)
+
+    def _grouped_bytes(self, attention: AttentionConfig) -> int:
+        """The projections, and the largest of: making them, rotating them, attending, projecting what that gives."""
+        hidden, queries, keys = self.config.hidden_size, attention.width, attention.num_kv_heads * attention.head_dim
+        projections = self._rows(queries + 2 * keys)
+        copies = projections * ((attention.qk_norm is not None) + (attention.clip is not None))
+        rotated = 2 * self._rows(queries + keys) + self._widened(queries + keys) + 2 * self._scratch(queries + keys)
+        scores = max(self._scores_bytes(attention, window) for window in set(attention.windows))
+        padded = 2 * self._rows(keys) if attention.sinks else 0
+        attended = 3 * self._rows(queries) + 2 * self._rows(keys) + padded + scores
+        projected = 2 * self._rows(queries) + self._product(queries, hidden)
+        made = self._product(hidden, queries + 2 * keys) - projections
+        return projections + max(made, copies + rotated, copies + attended, projected)
+
+    def _latent_bytes(self, attention: LatentAttentionConfig) -> int:
+        """Queries, and the largest of: making them, making latents, attending to what is read of these, the output."""
+        hidden, queries, row = self.config.hidden_size, attention.width, attention.kv.key_dim
+        rank, values = attention.query_rank or 0, attention.num_heads * attention.value_dim
+        turned = attention.num_heads * attention.rope_dim
+        read = attention.num_heads * (attention.nope_dim + attention.value_dim)
+        made = 2 * self._rows(rank) + max(self._product(hidden, rank), self._product(rank or hidden, queries))
+        latents = 3 * self._rows(row) + self._widened(hidden) + 2 * self._scratch(row)
+        rotated = 2 * self._rows(turned) + 3 * self._scratch(turned)
+        reading = self._rows(row) + self._product(attention.latent_dim, read)
+        attending = self._rows(row + read + queries + values) + self._latent_scores_bytes(attention)
+        projected = 2 * self._rows(values) + self._product(values, hidden)
+        last = self._rows(queries) + max(reading, attending)
+        return self._rows(queries + turned) + max(made, latents + rotated, last, projected)
+
+    @property
+    def experts_bytes(self) -> int:
+        """The routing, each routed row's activations and output, and what one expert or the sum needs besides."""
+        config = self.config
+        hidden, inner = config.hidden_size, config.expert_intermediate_size
+        scores = self.num_tokens * config.num_experts * (self.dtype.itemsize + SCORE_BYTES)
+        routed = config.top_k * (self._rows(inner) + self._rows(hidden) + self.num_tokens * ROUTED_ROW_BYTES)
+        clamped = config.blocks.moe.clamp is not None
+        up = self._rows(hidden) + self._product(hidden, 2 * inner) + self._rows(5 * inner if clamped else inner)
+        expert = 0 if self.on_gpu else max(up, self._product(inner, hidden))
+        combined = self._rows(hidden) + 3 * self._scratch(hidden)
+        biases = config.top_k * self._rows(hidden) if clamped else 0
+        shared = config.blocks.moe.shared
+        if shared is None:
+            return scores + routed + max(expert, combined, biases)
+        kept = self._rows(hidden) * (3 if shared.gated else 1)
+        alone = self._feed_forward(shared.intermediate_size)
+        return scores + routed + kept + max(alone, expert, combined, biases)
+
+    @property
+    def logits_bytes(self) -> int:
+        """Normed rows, and a block of logits in the model's dtype and in float32."""
+        config, rows = self.config, min(self.num_tokens, LOGIT_ROWS)
+        per_logit = FLOAT_BYTES if self.dtype is torch.float32 else self.dtype.itemsize + FLOAT_BYTES
+        return 3 * self._rows(config.hidden_size) + rows * config.vocab_size * per_logit
+
+    def _feed_forward(self, inner: int) -> int:
+        """A dense network that many wide: its products, whose first is kept to the end; 0 where there is none."""
+        if not inner:
+            return 0
+        hidden, wide = self.config.hidden_size, self._rows(2 * inner)
+        up = self._product(hidden, 2 * inner)
+        return self._rows(hidden) + max(up, 2 * wide, wide + self._rows(inner) + self._product(inner, hidden))
+
+    def _scores_bytes(self, attention: AttentionConfig, window: int | None) -> int:
+        """What masked attention writes out for a block of queries, and so does all attention in float32 on a GPU."""
+        context, rows = self.num_tokens, min(QUERY_ROWS, self.num_tokens)
+        if window is not None and window < context:
+            context = min(context, window + rows)
+        elif not attention.sinks and not (self.on_gpu and self.dtype is torch.float32):
+            return 0
+        heads_masked = 1
+        if attention.sinks:  # a column of its head's own mask, of which a GPU's attention makes an aligned copy
+            heads_masked = attention.num_heads * (2 if self.on_gpu else 1)
+        mask = rows * (context + 1) * (MASK_BYTES + heads_masked * self.dtype.itemsize)
+        if not self.on_gpu:
+            return mask
+        return mask + self._written_out(rows, context, attention.num_heads, attention.head_dim)
+
+    def _latent_scores_bytes(self, attention: LatentAttentionConfig) -> int:
+        """Values are narrower than keys, for which a CPU's attention writes scores out; so does float32 on a GPU."""
+        if self.on_gpu and self.dtype is not torch.float32:
+            return 0
+        context, rows = self.num_tokens, min(QUERY_ROWS, self.num_tokens)
+        mask = rows * context * (MASK_BYTES + self.dtype.itemsize)
+        return mask + self._written_out(rows, context, attention.num_heads, attention.query_dim)
+
+    @staticmethod
+    def _written_out(rows: int, context: int, num_heads: int, head_dim: int) -> int:
+        """Float32 scores of a block of queries, on the way to and from the softmax, and keys and values beside them."""
+        return num_heads * FLOAT_BYTES * (4 * rows * context + 2 * context * head_dim)
+
+    def _rows(self, width: int) -> int:
+        """``width`` elements for every token."""
+        return self.num_tokens * width * self.dtype.itemsize
+
+    def _scratch(self, width: int) -> int:
+        """``width`` float32 for every token, where the op is a twin in PyTorch: kernels keep them in registers."""
+        return 0 if self.on_gpu else self.num_tokens * width * FLOAT_BYTES
+
+    def _widened(self, width: int) -> int:
+        """A float32 copy of ``width`` elements for every token, which a twin makes of what is in half precision."""
+        return 0 if self.dtype is torch.float32 else self._scratch(width)
+
+    def _product(self, width_in: int, width_out: int) -> int:
+        """A product's output, beside its float32 operands where it is made of these."""
+        return self._rows(width_out) + self._widened(width_in) + self._widened(width_out)

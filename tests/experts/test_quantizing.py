@@ -1,0 +1,119 @@
+"""Experts made int8 and int4: what the codes leave of the weights, and that no other choice of scale leaves more."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from duoserve.errors import CopyError
+from duoserve.experts.formats.codes import Codes
+from duoserve.experts.layout import ExpertId, ExpertLayout, Quantized
+from duoserve.experts.quantizing import INT4_SPANS, INT8_SPANS, QuantizingStore, quantized
+from duoserve.experts.rows import aligned_rows
+from duoserve.kernels.reference_dequant import dense
+from duoserve.kernels.weights import ExpertFormat
+from tests.fakes import ArrayStore
+
+INT8, INT4 = Quantized(ExpertFormat.INT8), Quantized(ExpertFormat.INT4, 32)
+KINDS = [INT8, INT4, Quantized(ExpertFormat.INT4, 64), Quantized(ExpertFormat.INT4, 128)]
+
+
+def decoded(codes: Codes) -> Tensor:
+    return codes.dense() if codes.format is ExpertFormat.INT4 else codes.data_NB.float() * codes.scales_GN[0][:, None]
+
+
+def random_matrix(seed: int, rows: int = 200, inner: int = 128) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    heavy_tails = torch.randn(rows, inner, generator=generator) ** 3
+    return heavy_tails * 10 ** (4 * torch.rand(rows, 1, generator=generator) - 5)
+
+
+def brute_int4(group: np.ndarray) -> float:
+    """The least squared error of any of the spans, worked out for one group alone."""
+    low, high = min(group.min(), 0.0), max(group.max(), 0.0)
+    errors = []
+    for span in INT4_SPANS:
+        scale = float(np.float16((high - low) * span / 15)) or 1.0
+        zero = min(max(round(-low * span / scale), 0), 15)
+        codes = np.clip(np.rint(group / scale) + zero, 0, 15)
+        errors.append((((codes - zero) * scale - group) ** 2).sum())
+    return float(min(errors))
+
+
+def brute_int8(row: np.ndarray) -> float:
+    scales = [float(np.float32(np.abs(row).max() * span / 127)) or 1.0 for span in INT8_SPANS]
+    return float(min(((np.clip(np.rint(row / s), -127, 127) * s - row) ** 2).sum() for s in scales))
+
+
+@pytest.mark.parametrize("stored", KINDS, ids=str)
+def test_the_best_of_all_scales_is_taken_for_each_group(stored: Quantized) -> None:
+    w_ND = random_matrix(3)
+    errors_PX = (decoded(quantized(w_ND, stored)) - w_ND).double().square().view(-1, stored.group or 128)
+    places = w_ND.double().numpy().reshape(errors_PX.shape)
+    brute = [(brute_int4 if stored.group else brute_int8)(place) for place in places]
+    np.testing.assert_allclose(errors_PX.sum(1).numpy(), brute, rtol=1e-3)
+    assert len(set(np.round(errors_PX.sum(1).numpy(), 12))) > 100
+
+
+@given(seed=st.integers(0, 2**31), exponent=st.integers(-10, 4), group=st.sampled_from([32, 64, 128]))
+@settings(max_examples=25, deadline=None)
+def test_weights_that_are_int4_already_stay_as_they_are(seed: int, exponent: int, group: int) -> None:
+    """Every code occurs in every group, and scales are such as float16 holds."""
+    generator = torch.Generator().manual_seed(seed)
+    codes_PX = torch.stack([torch.randperm(group, generator=generator) % 16 for _ in range(6 * 256 // group)])
+    zero_P1 = torch.randint(0, 16, (len(codes_PX), 1), generator=generator)
+    w_ND = ((codes_PX - zero_P1) * 2.0**exponent).view(6, 256)
+    assert torch.equal(decoded(quantized(w_ND, Quantized(ExpertFormat.INT4, group))), w_ND)
+
+
+@pytest.mark.parametrize("stored", KINDS, ids=str)
+def test_zeros_and_lone_weights_stay_as_they_are(stored: Quantized) -> None:
+    w_ND = torch.zeros(3, 128)
+    w_ND[1, 70] = 1.5
+    w_ND[2, 5] = -(2.0**-9)
+    torch.testing.assert_close(decoded(quantized(w_ND, stored)), w_ND, rtol=1e-3, atol=0)
+
+
+def read(store: QuantizingStore, expert: ExpertId) -> Tensor:
+    row_B = aligned_rows(1, store.layout.slot_bytes)[0].fill_(0xFF)
+    store.read(expert, row_B)
+    return row_B
+
+
+@pytest.mark.parametrize("stored", [INT8, INT4], ids=str)
+def test_a_row_has_each_matrix_in_its_place(stored: Quantized) -> None:
+    source = ArrayStore(num_layers=1, num_experts=3)
+    store = QuantizingStore(source, stored)
+    squares = torch.zeros(2, dtype=torch.float64)
+    for expert in source.experts:
+        row_B = read(store, expert)
+        floats = source.layout.weights(source.row(expert)[None])
+        weights = store.layout.weights(row_B[None])
+        for ours, w_ND in ((weights.w13, floats.w13_SNH[0].float()), (weights.w2, floats.w2_SHI[0].float())):
+            assert torch.equal(dense(ours, 0), decoded(quantized(w_ND, stored)))
+            squares += torch.stack([(dense(ours, 0) - w_ND).double().square().sum(), w_ND.double().square().sum()])
+        assert not any(row_B[start:stop].any() for start, stop in store.layout.gaps)
+    assert store.weight_error == pytest.approx(float((squares[0] / squares[1]) ** 0.5))
+    assert 0.001 < store.weight_error < (0.02 if stored is INT8 else 0.15)
+
+
+def test_weights_that_are_no_numbers_are_refused() -> None:
+    source = ArrayStore(num_layers=1, num_experts=2)
+    source.layout.weights(source.row(ExpertId(0, 1))[None]).w2_SHI[0, 3, 4] = float("nan")
+    store = QuantizingStore(source, INT4)
+    read(store, ExpertId(0, 0))
+    with pytest.raises(CopyError, match="expert 1 of layer 0: not all weights are finite numbers"):
+        read(store, ExpertId(0, 1))
+
+
+def test_rows_of_a_large_model_are_3_8_times_smaller() -> None:
+    """Mixtral's: 4096 x 14336 in bfloat16 against int4 in groups of 128, int8."""
+    sizes = [
+        ExpertLayout(stored, 4096, 14336).slot_bytes
+        for stored in (torch.bfloat16, Quantized(ExpertFormat.INT4, 128), INT8)
+    ]
+    assert sizes[0] / sizes[1] > 3.8 and sizes[0] / sizes[2] > 1.99

@@ -1,0 +1,39 @@
+"""Attention of more queries than are computed at a time, against float64 over all scores at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from duoserve.kernels import QUERY_ROWS, attention
+from tests.kernels.common import DEVICE, assert_close
+
+HEADS, GROUPS, DIM = 4, 2, 16
+
+
+def truth(q_THD: Tensor, k_CGD: Tensor, v_CGD: Tensor, window: int | None, sinks_H: Tensor | None) -> Tensor:
+    """The formula as it is written, in float64."""
+    num_new, num_context = len(q_THD), len(k_CGD)
+    k_CHD, v_CHD = (x.double().repeat_interleave(HEADS // GROUPS, dim=1) for x in (k_CGD, v_CGD))
+    scores_HTC = torch.einsum("thd,chd->htc", q_THD.double(), k_CHD) * DIM**-0.5
+    age_TC = torch.arange(num_context - num_new, num_context, device=DEVICE)[:, None]
+    age_TC = age_TC - torch.arange(num_context, device=DEVICE)
+    scores_HTC.masked_fill_((age_TC < 0) | (age_TC >= (window or num_context)), float("-inf"))
+    if sinks_H is not None:
+        scores_HTC = torch.cat((scores_HTC, sinks_H.double()[:, None, None].expand(-1, num_new, 1)), dim=-1)
+    return torch.einsum("htc,chd->thd", scores_HTC.softmax(-1)[..., :num_context], v_CHD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("window", [None, 40, 300])
+@pytest.mark.parametrize("earlier", [0, 70])
+def test_blocks_of_queries(earlier: int, window: int | None, sinks: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(earlier)
+    num_new = 2 * QUERY_ROWS + 1  # the last block has one query
+    q_THD = torch.randn(num_new, HEADS, DIM, device=DEVICE).to(dtype)
+    k_CGD, v_CGD = (torch.randn(earlier + num_new, GROUPS, DIM, device=DEVICE).to(dtype) for _ in range(2))
+    sinks_H = torch.randn(HEADS, device=DEVICE).to(dtype) if sinks else None
+    got = attention(q_THD, k_CGD, v_CGD, DIM**-0.5, window, sinks_H)
+    assert_close(got, truth(q_THD, k_CGD, v_CGD, window, sinks_H), dtype, roundings=2)

@@ -1,0 +1,129 @@
+"""``quantize``: experts alone become smaller; the model is the one of the decoded experts, and bard hardly suffers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from duoserve import ConfigError, MoEModel, SamplingParams
+from duoserve.errors import RequestError
+from duoserve.experts.layout import ExpertId
+from duoserve.experts.rows import aligned_rows
+from duoserve.kernels.reference_dequant import dense
+from duoserve.models.opened import opened
+from duoserve.perplexity import OVERLAP, WINDOW, score
+from duoserve.text import Text
+from tests.checkpoints import BARD, reference_greedy, reference_logits, save_mixtral
+from tests.models.cases.quantized import CASES
+from tests.models.test_mixtral_parity import relative_error
+from tests.test_moe_model import HELD_OUT
+
+PROMPT = [(11 * i * i + 5 * i) % 95 + 1 for i in range(30)]
+GREEDY = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_mixtral(tmp_path_factory.mktemp("floats"), hidden_size=64, intermediate_size=96)
+
+
+def with_decoded_experts(folder: Path, kind: str, out: Path) -> Path:
+    """The same checkpoint, in float32, with experts as they are once they have been made ``kind``."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    with opened(folder) as found:
+        store = found.quantizing_store(kind)
+        row_B = aligned_rows(1, store.layout.slot_bytes)[0]
+        for expert in found.experts:
+            store.read(ExpertId(*expert), row_B)
+            weights = store.layout.weights(row_B[None])
+            prefix = f"model.layers.{expert.layer}.block_sparse_moe.experts.{expert.expert}"
+            w13_NH = dense(weights.w13, 0)
+            for name, w in (("w1", w13_NH[0::2]), ("w3", w13_NH[1::2]), ("w2", dense(weights.w2, 0))):
+                assert not torch.equal(tensors[f"{prefix}.{name}.weight"], w)
+                tensors[f"{prefix}.{name}.weight"] = w.contiguous()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_nothing_but_the_experts_is_changed(kind: str, folder: Path, tmp_path: Path) -> None:
+    plain = with_decoded_experts(folder, kind, tmp_path / "plain")
+    with MoEModel.from_pretrained(folder, quantize=kind, dtype="float32") as model:
+        assert relative_error(model.forward(PROMPT), reference_logits(plain, PROMPT)) <= 1e-5
+        assert model.generate(PROMPT, GREEDY).token_ids == reference_greedy(plain, PROMPT, 32)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_every_policy_and_slot_count_gives_the_same_bits(kind: str, folder: Path, tmp_path: Path) -> None:
+    with MoEModel.from_pretrained(folder, quantize=kind, policy="resident") as model:
+        tokens = model.generate(PROMPT, GREEDY, max_tokens=8).token_ids
+        truth_TV = model.forward(PROMPT + tokens)
+    for policy, slots, host_memory in (("lru", 3, "auto"), ("duoserve", 12, "200KiB"), ("on-demand", 24, "1GiB")):
+        with MoEModel.from_pretrained(
+            folder, quantize=kind, policy=policy, expert_slots=slots, host_memory=host_memory, cache_dir=tmp_path
+        ) as model:
+            assert model.generate(PROMPT, GREEDY, max_tokens=8).token_ids == tokens
+            assert torch.equal(model.forward(PROMPT + tokens).view(torch.int32), truth_TV.view(torch.int32))
+            slot_bytes = model.memory.slot_bytes
+    (pack,) = (tmp_path / "packs").iterdir()
+    assert kind in pack.name and (pack / "experts.pack").stat().st_size == 24 * slot_bytes
+
+
+LIMITS = {"int8": (1.002, 1.95), "int4": (1.02, 3.5)}
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+def test_bard_foretells_a_play_nearly_as_well_as_before(kind: str) -> None:
+    """Bits per byte against bfloat16's, and how much smaller an expert is, padding included."""
+    text = Text.load(BARD)
+    assert text is not None
+    ids = [0, *text.encode(HELD_OUT)]
+    found = []
+    for quantize in (None, kind):
+        with MoEModel.from_pretrained("bard", quantize=quantize) as model:
+            found.append((score(model, ids).nats, model.memory.slot_bytes))
+    (before, floats), (after, smaller) = found
+    worse, less = LIMITS[kind]
+    assert before != after <= before * worse
+    assert floats / smaller >= less
+
+
+def test_a_text_is_foretold_window_by_window(folder: Path) -> None:
+    """Every token once, whatever the windows, from no fewer tokens before it than the overlap has."""
+    ids = [(7 * i * i + 3 * i) % 95 for i in range(WINDOW + 900)]
+    passes = []
+
+    class Uniform:
+        """Gives the token behind each position four times the weight of any other."""
+
+        def forward(self, token_ids: list[int]) -> torch.Tensor:
+            passes.append(token_ids)
+            logits_TV = torch.zeros(len(token_ids), 96)
+            logits_TV[torch.arange(len(token_ids) - 1), torch.tensor(token_ids[1:])] = torch.tensor(4.0).log()
+            return logits_TV
+
+    found = score(Uniform(), ids)  # type: ignore[arg-type]
+    assert found.tokens == len(ids) - 1
+    assert found.perplexity == pytest.approx(99 / 4, rel=1e-6)
+    assert found.bits_per_byte(100) == pytest.approx(found.nats / 69.314718, rel=1e-6)
+    assert [len(token_ids) for token_ids in passes] == [WINDOW, WINDOW, len(ids) - 2 * (WINDOW - OVERLAP)]
+    with pytest.raises(RequestError, match="1 tokens are no text that could be foretold"):
+        score(Uniform(), [3])  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_quantized_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="quantize='int3' is not known: use one of int8, int4, or None"):
+        MoEModel.from_pretrained(folder, quantize="int3")
+    odd = save_mixtral(tmp_path / "odd", intermediate_size=24)
+    with pytest.raises(ConfigError, match="'int4': no groups of 32, 64 or 128 divide an expert of 32 x 24"):
+        MoEModel.from_pretrained(odd, quantize="int4")
+    with MoEModel.from_pretrained(odd, quantize="int8") as model:
+        model.forward(PROMPT)
+    quantized, _ = CASES["qwen3_moe-awq"].save(tmp_path)
+    with pytest.raises(ConfigError, match=r"'int8': the checkpoint is quantized already \(awq int4, groups of 32\)"):
+        MoEModel.from_pretrained(quantized, quantize="int8")

@@ -1,0 +1,146 @@
+"""Recorded decode steps of every family, and of a model whose routing is scripted: the bits of the model itself.
+
+T tokens, B sequences, K top-k, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from duoserve.engine import Decoder
+from duoserve.event_decode import event_steps
+from duoserve.experts.copy_engine import ThreadedCopyEngine
+from duoserve.experts.layout import ExpertId
+from duoserve.graph_decode import graph_steps
+from duoserve.kv_cache import Layout
+from duoserve.models.moe import MoEBlock, RoutingScript
+from duoserve.models.transformer import Transformer
+from duoserve.recorded_decode import RecordedDecoder
+from tests.assembly import Parts, assembled
+from tests.checkpoints import save_mixtral
+from tests.lagging import LaggingDevice, Truth, write
+from tests.listeners import Copying
+from tests.models.cases import FAMILIES
+
+PROMPTS, MAX_TOKENS = [[3, 1, 4, 1, 5], [9, 2]], (8, 5)
+MODES = ("event", "graph")
+
+
+def recorded(mode: str, device: LaggingDevice) -> Callable[[Parts], Decoder]:
+    """Makes decoders of ``mode`` that record a shape when they first see it."""
+
+    def decoder(parts: Parts) -> Decoder:
+        steps = event_steps(parts.model, parts.cache, device.recorder)
+        if mode == "graph":
+            books = parts.scheduler.read_through()
+            steps = graph_steps(parts.model, parts.cache, device.recorder, device.store, books)
+        return device.lagging(RecordedDecoder(parts.model, parts.cache, steps, record_after=0))
+
+    return decoder
+
+
+def all_experts(folder: Path) -> list[ExpertId]:
+    with assembled(folder, "lru", 8, ThreadedCopyEngine) as engine:
+        config = engine._config
+    return [ExpertId(layer, expert) for layer in config.moe_layers for expert in range(config.num_experts)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name != "gpt_oss"])
+def test_every_family_has_the_bits_of_the_model_itself(model_type: str, mode: str, tmp_path: Path) -> None:
+    family = FAMILIES[model_type]
+    folder = family.save(tmp_path, family.hard)
+    experts = all_experts(folder)
+    device = LaggingDevice(seed=7, in_ram=experts)
+    slots = max(2 * family.top_k, len(experts) // 2)
+    with assembled(
+        folder, "lru", slots, device.copies, make_pool=device.pool, make_decoder=recorded(mode, device)
+    ) as engine:
+        tokens = write(engine, PROMPTS, MAX_TOKENS)
+        assert engine._meter.snapshot().misses["decode"] > 0
+    assert device.recorder.num_recordings >= 2  # a batch of two, and of the one that goes on
+    truth = Truth(folder, len(experts), PROMPTS, MAX_TOKENS)
+    assert tokens == truth.tokens and truth.differences(device.logits) == []
+
+
+class Script(RoutingScript):
+    """Three layers' choice of two of eight experts: of a prompt by its layer, of a decode step by its number too.
+
+    A step's choice lies where those of all steps lie.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0  # of decode, from 1; 0 is the prompt
+        self._ids = [torch.zeros(len(PROMPTS), 2, dtype=torch.int64) for _ in range(3)]
+        self._weights = [torch.zeros(len(PROMPTS), 2) for _ in range(3)]
+
+    def next_step(self) -> None:
+        """The next decode step begins."""
+        self.step += 1
+        for layer in range(3):
+            weights_BK, ids_BK = self.of(layer, len(PROMPTS))
+            self._weights[layer].copy_(weights_BK), self._ids[layer].copy_(ids_BK)
+
+    def of(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """What the pass that runs chooses."""
+        generator = torch.Generator().manual_seed(100 * self.step + layer)
+        scores_TE = torch.rand(num_tokens, 8, generator=generator)
+        return scores_TE.topk(2)
+
+    def chosen(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """As in RoutingScript."""
+        if not self.step:
+            return self.of(layer, num_tokens)
+        return self._weights[layer][:num_tokens], self._ids[layer][:num_tokens]
+
+    def plays_in(self, model: Transformer) -> Transformer:
+        """The model whose routers it takes the place of."""
+        blocks = [(layer, layer.ffn) for layer in model.layers if isinstance(layer.ffn, MoEBlock)]
+        return replace(model, layers=tuple(replace(layer, ffn=replace(ffn, script=self)) for layer, ffn in blocks))
+
+
+def scripted_run(folder: Path, mode: str) -> tuple[list[list[int]], list[Tensor], Copying]:
+    """Tokens, the logits of all decode steps, and what a listener heard; mode "" is the model itself."""
+    device = LaggingDevice(seed=8, in_ram=[ExpertId(layer, expert) for layer in range(3) for expert in range(8)])
+    script, listener = Script(), Copying(lookahead=1)
+
+    def decoder(parts: Parts) -> Decoder:
+        if mode:
+            decode = recorded(mode, device)(parts)
+        else:
+            decode = device.lagging(lambda layout: parts.model(parts.cache.batch(layout)))
+
+        def step(layout: Layout) -> Tensor:
+            script.next_step()
+            return decode(layout)
+
+        return step
+
+    with assembled(
+        folder, "lru", 9, device.copies, listener, make_pool=device.pool, make_decoder=decoder, change=script.plays_in
+    ) as engine:
+        tokens = write(engine, PROMPTS, MAX_TOKENS)
+        assert engine._meter.snapshot().misses["decode"] > 0
+    return tokens, device.logits, listener
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_script_chooses_in_recorded_steps_too(mode: str, tmp_path: Path) -> None:
+    folder = save_mixtral(tmp_path)
+    tokens, logits, heard = scripted_run(folder, mode)
+    true_tokens, true_logits, _ = scripted_run(folder, "")
+    assert tokens == true_tokens
+    assert all(torch.equal(one, other) for one, other in zip(logits, true_logits, strict=True))
+    script = Script()
+    for script.step, routings in enumerate(heard.routings):
+        for routing in routings:
+            _, ids_BK = script.of(routing.layer, len(PROMPTS) if script.step else len(routing.topk_ids_TK))
+            assert np.array_equal(routing.topk_ids_TK, ids_BK[: len(routing.topk_ids_TK)].numpy())
+    assert len(heard.routings) == max(MAX_TOKENS)

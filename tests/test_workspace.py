@@ -1,0 +1,127 @@
+"""The planned workspace against what ops really hold: never less, and not many times as much."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from duoserve import MoEModel, SamplingParams
+from duoserve.config import ModelConfig
+from duoserve.errors import MemoryBudgetError
+from duoserve.models.mixtral import parse_config
+from duoserve.models.transformer import LOGIT_ROWS
+from duoserve.workspace import FIXED_BYTES, PassMemory, workspace_bytes
+from tests.checkpoints import save_mixtral
+from tests.live_bytes import LiveBytes
+from tests.models.cases import FAMILIES
+from tests.models.cases.case import Case
+
+CONTEXT = 512
+GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+PROMPT = [(11 * i * i + 5 * i) % 95 + 1 for i in range(CONTEXT)]
+# Each has another part of the pass as its largest.
+SHAPES: dict[str, dict[str, Any]] = {
+    "experts": {"intermediate_size": 256, "hidden_size": 64},
+    "many experts a token": {"num_experts_per_tok": 7, "hidden_size": 64},
+    "logits": {"vocab_size": 2048},
+    "attention": {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64},
+    "window": {"sliding_window": 24, "num_attention_heads": 16, "head_dim": 16},
+    "norms": {"hidden_size": 256, "num_experts_per_tok": 1, "head_dim": 2},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_prompt_of_the_whole_context_takes_what_is_planned(shape: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = save_mixtral(tmp_path, dtype=dtype, max_position_embeddings=CONTEXT, **SHAPES[shape])
+    with MoEModel.from_pretrained(folder, policy="resident", max_context=CONTEXT) as model:
+        planned = model.memory.workspace_bytes - FIXED_BYTES["cpu"]
+        model.forward(PROMPT[:8])  # what is made once is made
+        with LiveBytes() as held:
+            logits_TV = model.forward(PROMPT)
+        assert held.live == logits_TV.nbytes
+        used = held.peak - logits_TV.nbytes
+        assert 0.5 * planned < used <= planned
+
+
+# Each kind of block as the largest part of its model's pass: the family, and what its config has besides.
+BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sinks": ("gpt_oss", {"num_attention_heads": 16, "head_dim": 16}),
+    "clamped experts": ("gpt_oss", {"num_attention_heads": 2, "intermediate_size": 256}),
+    "latents": ("deepseek_v2", {"num_attention_heads": 16}),
+    "wide latents": ("deepseek_v2", {"num_attention_heads": 8, "qk_nope_head_dim": 64, "v_head_dim": 96}),
+    "shared expert": ("deepseek_v2", {"num_attention_heads": 1, "n_shared_experts": 40, "moe_intermediate_size": 24}),
+    "gated shared expert": ("qwen2_moe", {"num_attention_heads": 2, "shared_expert_intermediate_size": 1024}),
+    "dense layer": ("deepseek_v3", {"num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 1024}),
+    "norms of heads": ("qwen3_moe", {"num_attention_heads": 16, "head_dim": 64}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_kind_of_block_takes_what_is_planned(block: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model_type, changes = BLOCKS[block]
+    family = FAMILIES[model_type]
+    case = Case({**family.cases[family.hard].changes, "max_position_embeddings": CONTEXT, **changes})
+    folder = replace(family, cases={block: case}).save(tmp_path, block, dtype)
+    with MoEModel.from_pretrained(folder, policy="resident", max_context=CONTEXT) as model:
+        planned = model.memory.workspace_bytes - FIXED_BYTES["cpu"]
+        model.forward(PROMPT[:8])
+        with LiveBytes() as held:
+            logits_TV = model.forward(PROMPT)
+        assert 0.5 * planned < held.peak - logits_TV.nbytes <= planned
+
+
+def test_prompts_that_share_a_pass_take_what_is_planned(tmp_path: Path) -> None:
+    folder = save_mixtral(tmp_path, max_position_embeddings=CONTEXT, **SHAPES["attention"])
+    with MoEModel.from_pretrained(folder, policy="resident", max_context=CONTEXT) as model:
+        planned = model.memory.workspace_bytes - FIXED_BYTES["cpu"]
+        prompts = [PROMPT[start : start + 120] for start in (0, 1, 2, 3)]
+        model.generate(PROMPT[:8], GREEDY)
+        with LiveBytes() as held:
+            model.generate(prompts, GREEDY)
+        assert 0.5 * planned < held.peak <= planned and held.live == 0
+
+
+def test_a_long_answer_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = save_mixtral(tmp_path, max_position_embeddings=1024, num_hidden_layers=1)
+    with MoEModel.from_pretrained(folder, policy="lru", expert_slots=4, max_context=1024, cache_dir=tmp_path) as model:
+        model.generate(PROMPT[:8], GREEDY)
+        with LiveBytes() as held:
+            assert len(model.generate(PROMPT[:8], GREEDY, max_tokens=200).token_ids) == 200
+        assert held.live == 0 and held.peak <= model.memory.workspace_bytes - FIXED_BYTES["cpu"]
+
+
+def mixtral_8x7b(**changes: Any) -> ModelConfig:
+    return parse_config({"model_type": "mixtral", "dtype": "bfloat16", "sliding_window": None, **changes})
+
+
+def test_mixtrals_8k_prompt_on_a_gpu() -> None:
+    """By hand: of 8192 tokens, two experts each, 16384 rows of 14336 and of 4096 elements, and five of the residual."""
+    memory = PassMemory(mixtral_8x7b(), torch.bfloat16, on_gpu=True, num_tokens=8192)
+    by_hand = 2 * (16384 * (14336 + 4096) + 5 * 8192 * 4096)
+    assert by_hand < memory.peak_bytes < 1.05 * by_hand
+    assert workspace_bytes(mixtral_8x7b(), torch.bfloat16, torch.device("cuda"), 8192) > 1_000_000_000
+
+
+@pytest.mark.parametrize(("changes", "dtype"), [({}, torch.float32), ({"sliding_window": 4096}, torch.bfloat16)])
+def test_scores_are_never_those_of_a_whole_prompt(changes: dict[str, Any], dtype: torch.dtype) -> None:
+    memory = PassMemory(mixtral_8x7b(**changes), dtype, on_gpu=True, num_tokens=32768)
+    assert memory.attention_bytes < 32768 * 32768 * 32 * 2 / 8
+
+
+def test_logits_are_planned_by_the_block() -> None:
+    wide = PassMemory(mixtral_8x7b(vocab_size=151936), torch.bfloat16, on_gpu=True, num_tokens=8192)
+    assert wide.logits_bytes < LOGIT_ROWS * 151936 * 6 * 2
+
+
+def test_a_context_whose_passes_do_not_fit_is_refused_with_the_arithmetic(tmp_path: Path) -> None:
+    folder = save_mixtral(tmp_path, max_position_embeddings=8192)
+    with pytest.raises(MemoryBudgetError, match=r"workspace \d+ bytes.*lower max_context"):
+        MoEModel.from_pretrained(folder, memory="30MiB", max_context=8192)
+    with MoEModel.from_pretrained(folder, memory="30MiB", max_context=1024) as model:
+        assert model.memory.total_bytes <= 30 << 20
