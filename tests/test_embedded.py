@@ -26,10 +26,11 @@ FILES = {
     "config.json",
     "generation_config.json",
     "model.safetensors",
+    "predictor.json",
+    "predictor.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
 }
-PREDICTOR = {"predictor.json", "predictor.safetensors"}
 
 
 @pytest.fixture(scope="module", params=EMBEDDED)
@@ -64,8 +65,7 @@ def bits_per_byte(model: MoEModel, ids: list[int], num_bytes: int) -> float:
 
 def test_each_folder_has_what_a_model_needs_and_no_more(folder: Path) -> None:
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    assert set(sizes) - PREDICTOR == FILES
-    assert set(sizes) & PREDICTOR in (set(), PREDICTOR), "a predictor without its notes, or notes without it"
+    assert set(sizes) == FILES
     assert sizes.pop("model.safetensors") <= 24e6
     assert sum(sizes.values()) <= 3e6
 
