@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -89,6 +90,9 @@ def test_this_machine_is_the_default(duoserve, monkeypatch):
     assert "  best: resident" in ran.out
 
 
+LARGE = replace(find_hardware("rtx4090"), memory_bytes=64 * GIB)
+
+
 def test_tpot_falls_as_memory_grows():
     planner = Planner("mixtral-8x7b", find_model("mixtral-8x7b"))
     plan = planner.plan(find_hardware("rtx4090"), Question(form="int4"))
@@ -98,6 +102,11 @@ def test_tpot_falls_as_memory_grows():
     times = [seconds for _, seconds in points]
     assert times == sorted(times, reverse=True)
     assert points[-1][0] - points[0][0] == (256 - 3) * plan.memory.slot_bytes
+    ends = [
+        planner.plan(plan.hardware, Question(form="int4", expert_slots=3)).best,
+        planner.plan(LARGE, plan.question).best,
+    ]
+    assert [points[0][1], points[-1][1]] == [best.tpot.total for best in ends]
     assert points[0][0] < plan.memory.total_bytes < points[-1][0] < 32 * GIB
 
 
