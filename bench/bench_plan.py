@@ -112,6 +112,7 @@ def cpu_machine(result: dict[str, Any]) -> Hardware:
         memory_bytes=result["machine"]["ram_bytes"],
         host_bytes=0,
         disk=max(ceilings["disk_bytes_per_s"].values()),
+        reader=ceilings["disk_bytes_per_s"]["1"],
     )
     plan = _planner(result).plan(bare, _question(result, "100%"))
     left_s = result["summary"]["duoserve resident"]["tpot_s"]["median"] - plan.best.tpot.total

@@ -3,85 +3,105 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
 
 from duoserve import kernels
 from duoserve.experts.rows import aligned_rows
 from duoserve.link import seconds_on_gpu
 from duoserve.moe_model import MoEModel
 
-RATES = ("link", "memory", "flops", "disk", "copy_latency_s", "layer_overhead_s")
+RATES = (
+    *("link", "memory", "flops", "widening", "disk", "reader"),
+    *("copy_latency_s", "layer_overhead_s", "expert_overhead_s"),
+)
 PIECE, PIECES, READERS = 4 << 20, 16, 2  # reads of the size of an expert, by as many threads as copy by default
-ROUNDS = 3
-WIDTH, ROWS, MATRICES = 2048, 128, 24  # 24 matrices of 8 MiB: more than caches hold
+ROUNDS = 5
+PCIE_LATENCY_S = 1e-5  # of a copy; assumed
+NO_WIDENING = 1e18
+WIDTH, MATRICES = 1536, 24  # 24 matrices of 4.5 MiB: more than caches hold
+FEW, MANY = 16, 128  # rows of products, from which the time for the weights and that for the rows are told apart
 GPU_WIDTH, GPU_BYTES = 8192, 256 << 20
 
 
 def measure(device: torch.device, folder: Path) -> dict[str, float]:
     """The RATES; ``folder`` is where packs lie, so its disk is the one that counts."""
-    rates = _cpu_rates() if device.type == "cpu" else _gpu_rates(device)
-    disk, latency_s = disk_rates(folder)
-    rates |= {"disk": disk, "copy_latency_s": latency_s if device.type == "cpu" else 1e-5}
-    return rates | {"layer_overhead_s": layer_overhead_s(rates["memory"])}
+    rates = (_cpu_rates() if device.type == "cpu" else _gpu_rates(device)) | disk_rates(folder)
+    if device.type != "cpu":
+        return rates | {"copy_latency_s": PCIE_LATENCY_S, **overheads(rates["memory"])}
+    return rates | overheads(rates["memory"])
 
 
-def best_seconds(run: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """The fastest of ``rounds`` after one that warms up."""
-    return min([_seconds(run) for _ in range(rounds + 1)][1:])
+def usual_seconds(run: Callable[[], object]) -> float:
+    """The median of ROUNDS after one that warms up: what is usual here, others' work included."""
+    return statistics.median([_seconds(run) for _ in range(ROUNDS + 1)][1:])
 
 
-def disk_rates(folder: Path) -> tuple[float, float]:
-    """Bytes/s of reads past the page cache, and the seconds of the shortest one."""
+def disk_rates(folder: Path) -> dict[str, float]:
+    """Bytes/s of reads past the page cache, by all copy threads and by one, and the seconds of the shortest read."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as scratch, _direct(_written(Path(scratch) / "pieces")) as descriptor:
-        rows_RB = aligned_rows(READERS, PIECE)
+        rows_RB, nbytes = aligned_rows(READERS, PIECE), PIECES * PIECE
 
-        def all_pieces() -> None:
+        def share(reader: int, readers: int) -> None:
+            for piece in range(reader, PIECES, readers):
+                os.preadv(descriptor, [rows_RB[reader].numpy().data], piece * PIECE)
+
+        def all_pieces(readers: int) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # where reads cannot pass the page cache by
-            list(readers.map(share, range(READERS)))
+            list(threads.map(share, range(readers), [readers] * readers))
 
-        def share(reader: int) -> None:
-            buffer = rows_RB[reader].numpy().data
-            for piece in range(reader, PIECES, READERS):
-                os.preadv(descriptor, [buffer], piece * PIECE)
-
-        with ThreadPoolExecutor(READERS) as readers:
-            seconds = best_seconds(all_pieces)
+        with ThreadPoolExecutor(READERS) as threads:
+            disk, alone = (nbytes / usual_seconds(partial(all_pieces, n)) for n in (READERS, 1))
         short = rows_RB[0, :4096].numpy().data
-        return PIECES * PIECE / seconds, best_seconds(lambda: os.preadv(descriptor, [short], PIECE))
+        latency_s = usual_seconds(lambda: os.preadv(descriptor, [short], PIECE))
+        return {"disk": max(disk, alone), "reader": alone, "copy_latency_s": latency_s}
 
 
-def layer_overhead_s(memory: float) -> float:
-    """What a layer of bard's decode step takes, all experts in slots, beyond reading its weights."""
-    with MoEModel.from_pretrained("bard", expert_slots="100%", policy="resident") as model:
-        model.generate([1, 2, 3], max_tokens=4)
-        model.generate([1, 2, 3], max_tokens=24)
-        seconds, plan, config = min(model.stats.itl_s), model.memory, model.config
+def overheads(memory: float) -> dict[str, float]:
+    """What a layer and an expert of a decode step take beyond reading their weights.
+
+    Of two models whose layers differ in how many experts a token takes, all experts in slots.
+    """
+    (few, some_s), (many, more_s) = (_layer_s(name, memory) for name in ("bard", "bard-fine"))
+    expert_s = max(1e-9, (more_s - some_s) / (many - few))
+    return {"layer_overhead_s": max(1e-9, some_s - few * expert_s), "expert_overhead_s": expert_s}
+
+
+def _layer_s(name: str, memory: float) -> tuple[int, float]:
+    """The experts that a token takes in a layer, and the seconds of the layer beyond reading."""
+    with MoEModel.from_pretrained(name, expert_slots="100%", policy="resident") as model:
+        model.generate([1, 2, 3], max_tokens=4, ignore_eos=True)
+        model.generate([1, 2, 3], max_tokens=24, ignore_eos=True)
+        seconds, plan, config = statistics.median(model.stats.itl_s), model.memory, model.config
     active = plan.dense_bytes + plan.slot_bytes * config.top_k * len(config.moe_layers)
-    return max(1e-6, (seconds - active / memory) / config.num_layers)
+    return config.top_k, (seconds - active / memory) / config.num_layers
 
 
 def _cpu_rates() -> dict[str, float]:
     weights = [torch.full((WIDTH, WIDTH), 0.01, dtype=torch.bfloat16) for _ in range(MATRICES)]
-    one, many = torch.ones(1, WIDTH, dtype=torch.bfloat16), torch.ones(ROWS, WIDTH, dtype=torch.bfloat16)
-
-    def all_of(x_TK: Tensor, matrices: list[Tensor]) -> Callable[[], object]:
-        return lambda: [kernels.linear(x_TK, w_NK) for w_NK in matrices]
-
     nbytes = sum(w_NK.nbytes for w_NK in weights)
+
+    def product_s(rows: int) -> float:
+        x_TK = torch.ones(rows, WIDTH, dtype=torch.bfloat16)
+        return usual_seconds(lambda: [kernels.linear(x_TK, w_NK) for w_NK in weights])
+
+    few_s, many_s = product_s(FEW), product_s(MANY)
+    row_s = (many_s - few_s) / (MANY - FEW)
     source, target = aligned_rows(2, nbytes)
     return {
-        "memory": nbytes / best_seconds(all_of(one, weights)),
-        "flops": 2 * ROWS * 4 * WIDTH**2 / best_seconds(all_of(many, weights[:4])),
-        "link": nbytes / best_seconds(lambda: target.copy_(source)),
+        "memory": nbytes / product_s(1),
+        "flops": 2 * MATRICES * WIDTH**2 / max(row_s, 1e-12),
+        "widening": nbytes / max(few_s - FEW * row_s, 1e-9),
+        "link": nbytes / usual_seconds(lambda: target.copy_(source)),
     }
 
 
@@ -91,6 +111,7 @@ def _gpu_rates(device: torch.device) -> dict[str, float]:
     wide = torch.ones(GPU_WIDTH, GPU_WIDTH, dtype=torch.bfloat16, device=device)
 
     return {
+        "widening": NO_WIDENING,
         "memory": 2 * GPU_BYTES / seconds_on_gpu(lambda: target.copy_(source)),
         "flops": 2 * GPU_WIDTH**3 / seconds_on_gpu(lambda: wide @ wide),
         "link": GPU_BYTES / seconds_on_gpu(lambda: target.copy_(pinned, non_blocking=True)),

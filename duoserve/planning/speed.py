@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import comb
+from math import ceil, comb
 from typing import NamedTuple
 
 from duoserve.config import EngineConfig
@@ -21,7 +21,7 @@ from duoserve.scheduling.prefill import SPECULATION_SHARE, active_share
 
 # A whole layer takes so long that of a step's guesses few arrive in time. Demands go before them; but on a CPU each
 # copy thread ends the read that it has begun, of which half is still to come on average.
-WASTED_READS = EngineConfig().copy_threads
+COPY_THREADS = EngineConfig().copy_threads
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ class Costs:
             case DecodeMode.RESIDENT:
                 copies, layer = 0.0, before + asked * one
             case DecodeMode.ON_DEMAND:
-                copies, layer = asked, before + asked * (self.copy_s + one)
+                copies, layer = asked, before + self._arrival_s(asked) + asked * one
             case DecodeMode.NEXT_LAYER:
-                wasted = WASTED_READS if self.machine.hardware.host_computes else 0
+                wasted = COPY_THREADS if self.machine.hardware.host_computes else 0
                 copies = asked + wasted
                 layer = before + (asked + wasted / 2) * self.copy_s + asked * one
             case DecodeMode.CACHE:
                 copies = asked * (1 - step.hit_rate)
-                layer = before + _mixed(asked, step.hit_rate, one, self.copy_s)
+                layer = before + self._mixed_s(asked, step.hit_rate, one)
         work = _Work(step.sequences, step.sequences, step.context, asked)
         return Seconds(num_layers * layer + self._rest_s(work), self._busy(work, copies))
 
@@ -117,11 +117,39 @@ class Costs:
 
     @cached_property
     def copy_s(self) -> float:
-        """An expert on its way to a slot, on average over where it may wait."""
+        """An expert among others on its way to a slot, on average over where it may wait."""
+        return self._copy_s(self.machine.hardware.disk)
+
+    @cached_property
+    def _lone_copy_s(self) -> float:
+        """The same, with no other on its way."""
+        return self._copy_s(min(self.machine.hardware.disk, self.machine.hardware.reader))
+
+    def _copy_s(self, disk: float) -> float:
         hardware, nbytes = self.machine.hardware, self.model.layer.expert_bytes
-        disk = hardware.disk if hardware.host_computes else min(hardware.disk, hardware.link)
+        if not hardware.host_computes:
+            disk = min(disk, hardware.link)
         waiting = self.ram_share / hardware.link + (1 - self.ram_share) / disk
         return hardware.copy_latency_s + nbytes * waiting
+
+    def _arrival_s(self, copies: float) -> float:
+        """Until so many demands have all arrived; readers take turns, and none is faster than it is alone."""
+        turns = ceil(copies / COPY_THREADS)
+        return max(copies * self.copy_s, turns * self._lone_copy_s if self.machine.hardware.host_computes else 0.0)
+
+    def _mixed_s(self, asked: float, hit_rate: float, one: float) -> float:
+        """Experts of a layer of which some are missing: those in slots are computed while the others come.
+
+        The mean over how many are missing, as if each were by chance.
+        """
+        count = max(1, round(asked))
+        mean = sum(chance * self._with_missing_s(count, n, one) for n, chance in _binomial(count, 1 - hit_rate))
+        return mean * asked / count
+
+    def _with_missing_s(self, asked: int, missing: int, one: float) -> float:
+        if not missing:
+            return asked * one
+        return max(asked * one, self._arrival_s(missing) + one, self._arrival_s(1) + missing * one)
 
     def _prefill_copies(self, policy: Policy, prompt: Prompt) -> float:
         """Of a layer, on average. Where the link is the bound, hardly any guess is copied before the router speaks."""
@@ -151,7 +179,9 @@ class Costs:
 
     def _rest_s(self, work: _Work) -> float:
         """Layers without experts, and the head."""
-        return self.machine.hardware.product_s(self._rest_bytes, self._rest_flops(work))
+        hardware, nbytes = self.machine.hardware, self.model.layer.other_bits / 8
+        parts = (self.model.dense_params, work.tokens), (self.model.head_params, work.sequences)
+        return sum(hardware.product_s(params * nbytes, 2.0 * rows * params, rows) for params, rows in parts)
 
     @property
     def _rest_bytes(self) -> float:
@@ -176,22 +206,6 @@ class Costs:
             "compute": (num_layers * flops + self._rest_flops(work)) / hardware.flops,
             "overhead": num_layers * hardware.layer_overhead_s,
         }
-
-
-def _mixed(asked: float, hit_rate: float, one: float, copy: float) -> float:
-    """Experts of a layer of which some are missing: those in slots are computed while the others come, one by one.
-
-    The mean over how many are missing, as if each were by chance.
-    """
-    count = max(1, round(asked))
-    mean = sum(chance * _arriving(count, missing, one, copy) for missing, chance in _binomial(count, 1 - hit_rate))
-    return mean * asked / count
-
-
-def _arriving(asked: int, missing: int, one: float, copy: float) -> float:
-    if not missing:
-        return asked * one
-    return max(asked * one, missing * copy + one, copy + missing * one)
 
 
 def _binomial(count: int, chance: float) -> Iterator[tuple[int, float]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import TypeVar
 
 from duoserve.errors import ConfigError
@@ -37,7 +38,9 @@ class Hardware:
     ``copy_latency_s`` passes before each copy, ``layer_overhead_s`` with each layer, whatever it computes.
     ``host_computes``: the host waits for its own work, as a CPU does; else it runs ahead up to the next router.
     ``memory_bytes`` and ``host_bytes`` are the sizes of the device's memory and of the RAM behind it (on a CPU all is
-    RAM), ``disk`` the bytes/s of what lies behind that.
+    RAM), ``disk`` the bytes/s of what lies behind that, of which one read alone gets ``reader``.
+    ``expert_overhead_s`` passes with each expert that is computed. ``widening`` are the bytes/s at which weights are
+    made ready for products of several rows, where that takes a pass of its own, as on a CPU.
     """
 
     name: str
@@ -50,14 +53,18 @@ class Hardware:
     memory_bytes: int = 24 * GIB
     host_bytes: int = 64 * GIB
     disk: float = DISKS["nvme4"]
+    reader: float = inf
+    expert_overhead_s: float = 0.0
+    widening: float = inf
 
     def copy_s(self, nbytes: int) -> float:
         """A copy of ``nbytes`` over the idle link."""
         return self.copy_latency_s + nbytes / self.link
 
-    def product_s(self, nbytes: float, flops: float) -> float:
-        """Reading ``nbytes`` of weights and computing with them, whichever takes longer."""
-        return max(nbytes / self.memory, flops / self.flops)
+    def product_s(self, nbytes: float, flops: float, rows: float = 1) -> float:
+        """Reading ``nbytes`` of weights and multiplying ``rows`` with them, whichever takes longer."""
+        ready_s = nbytes / self.widening if rows > 1 else 0.0
+        return max(nbytes / self.memory, ready_s + flops / self.flops)
 
 
 def _cpu(name: str, megatransfers: int, cores: int, gigahertz: float, disk: str) -> Hardware:
@@ -150,7 +157,7 @@ class Machine:
     def attention_s(self, tokens: int, context: int, sequences: int = 1) -> float:
         """One layer up to the router's choice, for ``tokens`` new tokens, each sequence's behind ``context`` others."""
         flops = self.attention_flops(tokens, context, sequences)
-        return self.hardware.layer_overhead_s + self.hardware.product_s(self.sizes.other_bytes, flops)
+        return self.hardware.layer_overhead_s + self.hardware.product_s(self.sizes.other_bytes, flops, tokens)
 
     def attention_flops(self, tokens: int, context: int, sequences: int = 1) -> float:
         """Of the products with weights, and of the scores."""
@@ -159,7 +166,8 @@ class Machine:
 
     def expert_s(self, tokens: float) -> float:
         """One expert for ``tokens`` of them."""
-        return self.hardware.product_s(self.sizes.expert_bytes, 2 * tokens * self.sizes.expert_params)
+        flops = 2 * tokens * self.sizes.expert_params
+        return self.hardware.expert_overhead_s + self.hardware.product_s(self.sizes.expert_bytes, flops, tokens)
 
     @cached_property
     def one_token_s(self) -> float:

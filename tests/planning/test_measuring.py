@@ -14,14 +14,14 @@ from duoserve.planning.measuring import RATES, disk_rates, measure
 def test_the_disk_is_read_in_pieces_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "PIECES", 4)
     monkeypatch.setattr(measuring, "ROUNDS", 1)
-    rate, latency_s = disk_rates(tmp_path)
-    assert rate > 1e6
-    assert 0 < latency_s < 1
+    found = disk_rates(tmp_path)
+    assert found["disk"] >= found["reader"] > 1e6
+    assert 0 < found["copy_latency_s"] < 1
     assert list(tmp_path.iterdir()) == []
 
 
 def test_all_rates_of_a_cpu_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, small in (("PIECES", 2), ("ROUNDS", 1), ("WIDTH", 256), ("ROWS", 8), ("MATRICES", 4)):
+    for name, small in (("PIECES", 2), ("ROUNDS", 1), ("WIDTH", 256), ("MATRICES", 4)):
         monkeypatch.setattr(measuring, name, small)
     found = measure(torch.device("cpu"), tmp_path)
     assert found.keys() == set(RATES)

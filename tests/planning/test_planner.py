@@ -53,7 +53,8 @@ def test_mixtral_in_int4_on_a_4090() -> None:
     found = plan("mixtral-8x7b", "rtx4090", form="int4")
     assert 0.5 < found.memory.share < 0.8
     assert found.memory.total_bytes <= 0.8 * 24 * GIB
-    assert list(found.speeds) == ["duoserve", "lru", "on-demand", "layer-prefetch"]
+    assert list(found.speeds)[:2] == ["duoserve", "lru"]
+    assert found.speeds.keys() == {"duoserve", "lru", "on-demand", "layer-prefetch"}
     assert (found.best.policy, found.best.tpot.bound) == ("duoserve", "link")
     # FIGURES: 0.96 s to stream all experts at 25 GB/s, and 240 ms a token without reuse.
     assert found.best.first_ttft_s == pytest.approx(0.96, rel=0.05)
