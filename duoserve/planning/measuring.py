@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 
 from duoserve import kernels
+from duoserve.config import ModelConfig
+from duoserve.experts.budget import MemoryPlan
 from duoserve.experts.rows import aligned_rows
 from duoserve.link import seconds_on_gpu
 from duoserve.moe_model import MoEModel
@@ -34,10 +37,10 @@ GPU_WIDTH, GPU_BYTES = 8192, 256 << 20
 
 def measure(device: torch.device, folder: Path) -> dict[str, float]:
     """The RATES; ``folder`` is where packs lie, so its disk is the one that counts."""
-    rates = (_cpu_rates() if device.type == "cpu" else _gpu_rates(device)) | disk_rates(folder)
-    if device.type != "cpu":
-        return rates | {"copy_latency_s": PCIE_LATENCY_S, **overheads(rates["memory"])}
-    return rates | overheads(rates["memory"])
+    on_cpu = device.type == "cpu"
+    rates = (_cpu_rates() if on_cpu else _gpu_rates(device)) | disk_rates(folder)
+    latency_s = copy_latency_s(rates["disk"], folder) if on_cpu else PCIE_LATENCY_S
+    return rates | overheads(rates["memory"]) | {"copy_latency_s": latency_s}
 
 
 def usual_seconds(run: Callable[[], object]) -> float:
@@ -46,7 +49,7 @@ def usual_seconds(run: Callable[[], object]) -> float:
 
 
 def disk_rates(folder: Path) -> dict[str, float]:
-    """Bytes/s of reads past the page cache, by all copy threads and by one, and the seconds of the shortest read."""
+    """Bytes/s of reads past the page cache, by all copy threads and by one."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as scratch, _direct(_written(Path(scratch) / "pieces")) as descriptor:
         rows_RB, nbytes = aligned_rows(READERS, PIECE), PIECES * PIECE
@@ -61,9 +64,14 @@ def disk_rates(folder: Path) -> dict[str, float]:
 
         with ThreadPoolExecutor(READERS) as threads:
             disk, alone = (nbytes / usual_seconds(partial(all_pieces, n)) for n in (READERS, 1))
-        short = rows_RB[0, :4096].numpy().data
-        latency_s = usual_seconds(lambda: os.preadv(descriptor, [short], PIECE))
-        return {"disk": max(disk, alone), "reader": alone, "copy_latency_s": latency_s}
+        return {"disk": max(disk, alone), "reader": alone}
+
+
+def copy_latency_s(disk: float, folder: Path) -> float:
+    """What a copy takes beyond its bytes, threads that wake each other included: small experts, fetched on demand."""
+    kept, fetched = (_decode_s("bard-fine", "resident", "100%"), _decode_s("bard-fine", "on-demand", "25%", folder))
+    copies = fetched.config.top_k * len(fetched.config.moe_layers)
+    return max(1e-9, (fetched.seconds - kept.seconds) / copies - fetched.memory.slot_bytes / disk)
 
 
 def overheads(memory: float) -> dict[str, float]:
@@ -76,12 +84,24 @@ def overheads(memory: float) -> dict[str, float]:
     return {"layer_overhead_s": max(1e-9, some_s - few * expert_s), "expert_overhead_s": expert_s}
 
 
-def _layer_s(name: str, memory: float) -> tuple[int, float]:
-    """The experts that a token takes in a layer, and the seconds of the layer beyond reading."""
-    with MoEModel.from_pretrained(name, expert_slots="100%", policy="resident") as model:
+class _Decoded(NamedTuple):
+    """Seconds of a decode step, and what took them."""
+
+    seconds: float
+    memory: MemoryPlan
+    config: ModelConfig
+
+
+def _decode_s(name: str, policy: str, slots: str, folder: Path | None = None) -> _Decoded:
+    with MoEModel.from_pretrained(name, expert_slots=slots, policy=policy, cache_dir=folder) as model:
         model.generate([1, 2, 3], max_tokens=4, ignore_eos=True)
         model.generate([1, 2, 3], max_tokens=24, ignore_eos=True)
-        seconds, plan, config = statistics.median(model.stats.itl_s), model.memory, model.config
+        return _Decoded(statistics.median(model.stats.itl_s), model.memory, model.config)
+
+
+def _layer_s(name: str, memory: float) -> tuple[int, float]:
+    """The experts that a token takes in a layer, and the seconds of the layer beyond reading."""
+    seconds, plan, config = _decode_s(name, "resident", "100%")
     active = plan.dense_bytes + plan.slot_bytes * config.top_k * len(config.moe_layers)
     return config.top_k, (seconds - active / memory) / config.num_layers
 

@@ -16,7 +16,6 @@ def test_the_disk_is_read_in_pieces_and_nothing_is_left(tmp_path: Path, monkeypa
     monkeypatch.setattr(measuring, "ROUNDS", 1)
     found = disk_rates(tmp_path)
     assert found["disk"] >= found["reader"] > 1e6
-    assert 0 < found["copy_latency_s"] < 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -85,6 +85,11 @@ def test_a_longer_context_leaves_fewer_slots_and_takes_longer() -> None:
     assert long.best.tpot.total > short.best.tpot.total
 
 
+def test_prompts_of_a_batch_use_more_experts_than_one_and_take_longer() -> None:
+    one, four = (plan("qwen3-30b-a3b", "rtx4090", prompt=64, batch=batch).best.ttft for batch in (1, 4))
+    assert 1.2 * one.busy["link"] < four.busy["link"] < 4 * one.busy["link"]
+
+
 def test_experts_beyond_ram_come_from_the_disk() -> None:
     planner, question = planner_of("deepseek-v3"), Question(form="int4")
     a100 = replace(find_hardware("a100-80"), host_bytes=128 * GIB)

@@ -106,3 +106,15 @@ def test_scores_count_within_a_sequence_only() -> None:
     machine = Machine(replace(HARDWARE, flops=1e9), replace(LAYER, attention_width=64))
     apart = machine.attention_flops(100, 0, 10) - machine.attention_flops(100, 0, 100)
     assert apart == pytest.approx(4 * 64 * 100 * (5 - 0.5))
+
+
+def test_a_read_alone_is_slower_than_reads_together() -> None:
+    """Two threads read 1 GB/s, one alone 0.6: one miss takes 1/0.6 ms, two take 2 ms, three in two turns 2/0.6 ms."""
+    disk = replace(HARDWARE, host_computes=True, disk=1e9, reader=0.6e9)
+    on_cpu = replace(ON_DISK, machine=Machine(disk, LAYER))
+    for asked, reads in ((1.0, 1 / 0.6), (2.0, 2.0), (3.0, 2 / 0.6)):
+        found = on_cpu.decode(POLICIES["on-demand"], Step(1, 0, asked, 0.0))
+        assert found.total == pytest.approx(4 * (BEFORE + reads * COPY + asked * ONE) + HEAD)
+    in_ram = replace(on_cpu, ram_share=1.0)
+    found = in_ram.decode(POLICIES["on-demand"], Step(1, 0, 1.0, 0.0))
+    assert found.total == pytest.approx(4 * (BEFORE + COPY + ONE) + HEAD)

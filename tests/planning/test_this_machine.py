@@ -50,6 +50,9 @@ def test_another_machine_is_measured_too(times: list[Path], tmp_path: Path) -> N
     (tmp_path / FILE).write_text(json.dumps(kept | {"threads": -1}))
     this_machine(tmp_path)
     assert len(times) == 2
+    (tmp_path / FILE).write_text(json.dumps({name: value for name, value in kept.items() if name != "reader"}))
+    this_machine(tmp_path)
+    assert len(times) == 3
     assert json.loads((tmp_path / FILE).read_text()) == kept
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from duoserve.errors import ConfigError
@@ -24,6 +26,15 @@ def test_one_token_is_bound_by_memory_and_many_by_arithmetic() -> None:
     assert MACHINE.attention_s(1, 0) == pytest.approx(2e-3 + 1e-4)
     long = MACHINE.attention_s(1000, 0) - 2e-3
     assert long == pytest.approx((2 * 1000 * 500_000 + 4 * 500_000 * 64) / 1e12)
+
+
+def test_on_a_cpu_experts_cost_time_of_their_own_and_weights_are_widened_for_many_rows() -> None:
+    traits = replace(MACHINE.hardware, expert_overhead_s=1e-3, widening=1e9)
+    cpu = Machine(traits, MACHINE.sizes)
+    assert cpu.expert_s(1) == pytest.approx(1e-3 + 5e-5)
+    assert cpu.expert_s(1000) == pytest.approx(1e-3 + 5e-4 + 2e-3)
+    assert cpu.attention_s(1, 0) == MACHINE.attention_s(1, 0)
+    assert cpu.attention_s(1000, 0) == pytest.approx(MACHINE.attention_s(1000, 0) + 1e-3)
 
 
 @pytest.mark.parametrize(
