@@ -86,10 +86,6 @@ class AttentionConfig:
         """Elements of all heads' queries together."""
         return self.num_heads * self.head_dim
 
-    def num_params(self, hidden: int) -> int:
-        """Parameters of one layer's matrices."""
-        return 2 * hidden * (self.num_heads + self.num_kv_heads) * self.head_dim
-
     def __str__(self) -> str:
         return f"grouped-query: {self.num_heads} heads, {self.num_kv_heads} KV heads of {self.head_dim}"
 
@@ -125,14 +121,6 @@ class LatentAttentionConfig:
     def width(self) -> int:
         """Elements of all heads' queries together."""
         return self.num_heads * self.query_dim
-
-    def num_params(self, hidden: int) -> int:
-        """Parameters of one layer's matrices."""
-        rank = self.query_rank
-        queries = hidden * self.width if rank is None else (hidden + self.width) * rank
-        keys_and_values = self.num_heads * self.latent_dim * (self.nope_dim + self.value_dim)
-        out = self.num_heads * self.value_dim * hidden
-        return queries + hidden * (self.latent_dim + self.rope_dim) + keys_and_values + out
 
     def __str__(self) -> str:
         return f"latent: {self.num_heads} heads, {self.latent_dim} + {self.rope_dim} dimensions kept a token"

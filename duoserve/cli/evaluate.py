@@ -10,7 +10,7 @@ from pathlib import Path
 
 from duoserve.choice import save_choice
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser
-from duoserve.cli.replay import sizes_of
+from duoserve.cli.replay import layer_sizes
 from duoserve.cli.trace import read_prompts
 from duoserve.config import EngineConfig
 from duoserve.errors import RequestError
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace, trace: Trace) -> None:
     slots = [slot_count(wanted.strip(), trace) for wanted in args.slots.split(",")]
     with opened(args.model) as found:
-        machine = Machine(find_hardware(args.hardware), sizes_of(args.model, found.config))
+        machine = Machine(find_hardware(args.hardware), layer_sizes(found))
         done = evaluate(trace, machine, slots, args.seed, progress=sys.stderr.isatty())
         context = {"hardware": args.hardware, "rows": done.rows}
         where = None if args.dry_run else save_choice(found.checkpoint, done.choice, done.predictor, context)

@@ -7,6 +7,7 @@ import csv
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from tqdm import tqdm
 
 from duoserve.cli.options import Subparsers, add_parser
 from duoserve.cli.plots import draw, one_step
-from duoserve.config import ModelConfig
 from duoserve.errors import ConfigError
-from duoserve.models.opened import opened
+from duoserve.models.opened import OpenedModel, opened
+from duoserve.planning.sizes import sizes_of
 from duoserve.predictors.files import load_predictor
 from duoserve.scheduling.bake_off import bake_off, contestant, contestants, figures, slot_count, table
 from duoserve.scheduling.hardware import HARDWARE, SIZES, LayerSizes, Machine, find_hardware, find_sizes
@@ -108,19 +109,13 @@ def _sizes(model: str | None, trace: Trace) -> LayerSizes:
     if model in SIZES:
         return find_sizes(model)
     with opened(model) as found:
-        return sizes_of(model, found.config)
+        return replace(layer_sizes(found), name=model)
 
 
-def sizes_of(name: str, config: ModelConfig) -> LayerSizes:
-    """Those of a checkpoint, in its own dtype."""
-    hidden, attention = config.hidden_size, config.blocks.attention
-    return LayerSizes(
-        name,
-        3 * hidden * config.expert_intermediate_size,
-        8 * config.dtype.itemsize,
-        attention.num_params(hidden) + hidden * config.num_experts,
-        attention.width,
-    )
+def layer_sizes(model: OpenedModel) -> LayerSizes:
+    """Those of a checkpoint, in its own format."""
+    dtype = model.config.dtype
+    return sizes_of(model.family, model.config, model.layout(dtype), dtype).layer
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -87,7 +87,8 @@ class Planner:
             return None
 
     def _costs(self, hardware: Hardware, layout: ExpertLayout, memory: MemoryPlan) -> Costs:
-        sizes = sizes_of(self.model, layout, self.model.config.dtype)
+        config = self.model.config
+        sizes = sizes_of(self.model.family, config, layout, config.dtype)
         ram_share = 1.0 if memory.num_slots == memory.total_experts else memory.host_experts / memory.total_experts
         return Costs(Machine(hardware, sizes.layer), sizes, ram_share)
 

@@ -8,9 +8,10 @@ from math import prod
 
 import torch
 
+from duoserve.config import ModelConfig
 from duoserve.experts.layout import ExpertLayout
 from duoserve.kv_cache import kv_bytes_per_token
-from duoserve.models.described import DescribedModel
+from duoserve.models.family import Family
 from duoserve.scheduling.hardware import LayerSizes
 from duoserve.scheduling.plan import ModelShape
 
@@ -32,11 +33,10 @@ class ModelSizes:
     kv_bytes: int
 
 
-def sizes_of(model: DescribedModel, layout: ExpertLayout, dtype: torch.dtype) -> ModelSizes:
-    """The sizes of ``model`` with its experts in ``layout`` and all else in ``dtype``."""
-    config, bits = model.config, 8 * dtype.itemsize
+def sizes_of(family: Family, config: ModelConfig, layout: ExpertLayout, dtype: torch.dtype) -> ModelSizes:
+    """The sizes of a model with its experts in ``layout`` and all else in ``dtype``."""
     params, moe = dict.fromkeys(range(config.num_layers), 0), config.moe_layers
-    for name, need in model.family.dense_needs(config).items():
+    for name, need in family.dense_needs(config).items():
         if of_layer := _LAYER.match(name):
             params[int(of_layer[1])] += prod(need.shape)
     expert_params = 3 * config.hidden_size * config.expert_intermediate_size
@@ -46,7 +46,7 @@ def sizes_of(model: DescribedModel, layout: ExpertLayout, dtype: torch.dtype) ->
         8 * layout.slot_bytes / expert_params,
         sum(params[number] for number in moe) // len(moe),
         config.blocks.attention.width,
-        bits,
+        8 * dtype.itemsize,
     )
     return ModelSizes(
         layer,

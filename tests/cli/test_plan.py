@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -115,3 +117,11 @@ def test_a_plot_is_drawn(duoserve, tmp_path):
     path = tmp_path / "plan.png"
     assert duoserve("plan", "bard", "--hardware", "rtx4090", "--max-context", "1024", "--plot", path).code == 0
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plan_does_not_wait_for_torchs_compiler(buffered_command):
+    """Importing it takes longer than all plans together."""
+    code = "import sys; from duoserve.cli import main; main(sys.argv[1:]); sys.exit('torch._dynamo' in sys.modules)"
+    command = [sys.executable, "-c", code, "plan", "deepseek-v2-lite", "--hardware", "rtx4090"]
+    done = subprocess.run(command, env=buffered_command["env"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

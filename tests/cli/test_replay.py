@@ -10,11 +10,14 @@ import pytest
 
 from duoserve.cli import main
 from duoserve.cli.plots import one_step, stalls
+from duoserve.cli.replay import layer_sizes
+from duoserve.models.opened import opened
 from duoserve.predictors.files import save_predictor
 from duoserve.predictors.training import train
 from duoserve.scheduling.hardware import HARDWARE, SIZES, Machine
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.trace_file import save_trace
+from tests.models.cases import FAMILIES
 from tests.scheduling.traces import drawn_trace
 
 MADE_UP = ["replay", "synthetic:mixtral-8x7b", "--requests", "1", "--tokens", "4", "--prompt-tokens", "3"]
@@ -54,6 +57,16 @@ def test_a_trained_predictor_goes_to_the_policy_of_its_kind(capsys: pytest.Captu
     rows = json.loads(capsys.readouterr().out)
     assert [row["predictor"] for row in rows] == ["lookahead", None]
     assert rows[0]["recall_at_k"] > 0.5
+
+
+def test_a_checkpoints_layer_has_its_own_bytes_shared_experts_included(tmp_path: Path) -> None:
+    cases = FAMILIES["deepseek_v2"]
+    with opened(cases.save(tmp_path, cases.hard)) as found:
+        sizes, hidden = layer_sizes(found), found.config.hidden_size
+        assert sizes.expert_params == 3 * hidden * 12
+        assert sizes.expert_bytes == found.layout(found.config.dtype).slot_bytes
+        assert sizes.other_bits == 32
+    assert sizes.other_params > 3 * hidden * 2 * 12
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from duoserve.scheduling.hardware import find_sizes
 def test_every_parameter_is_in_one_place(name: str) -> None:
     model = find_model(name)
     config = model.config
-    sizes = sizes_of(model, layout_in(config, "bf16", config.dtype), config.dtype)
+    sizes = sizes_of(model.family, model.config, layout_in(config, "bf16", config.dtype), config.dtype)
     num_layers = len(config.moe_layers)
     summed = num_layers * (sizes.layer.other_params + config.num_experts * sizes.layer.expert_params)
     summed += sizes.dense_params + sizes.head_params
@@ -29,7 +29,9 @@ def test_every_parameter_is_in_one_place(name: str) -> None:
 def test_layers_are_those_of_the_replays_cards() -> None:
     """Norms are not in these; they are a ten-thousandth of a layer."""
     model = find_model("mixtral-8x7b")
-    found = sizes_of(model, layout_in(model.config, None, model.config.dtype), model.config.dtype).layer
+    found = sizes_of(
+        model.family, model.config, layout_in(model.config, None, model.config.dtype), model.config.dtype
+    ).layer
     card = find_sizes("mixtral-8x7b")
     assert (found.expert_params, found.attention_width) == (card.expert_params, card.attention_width)
     assert found.other_params == pytest.approx(card.other_params, rel=1e-3)
@@ -38,7 +40,7 @@ def test_layers_are_those_of_the_replays_cards() -> None:
 
 def test_shared_experts_are_read_by_every_token_and_dense_layers_are_apart() -> None:
     model = find_model("deepseek-v2-lite")
-    sizes = sizes_of(model, layout_in(model.config, None, model.config.dtype), model.config.dtype)
+    sizes = sizes_of(model.family, model.config, layout_in(model.config, None, model.config.dtype), model.config.dtype)
     assert sizes.layer.other_params > 3 * 2048 * 2816
     assert sizes.dense_params > 3 * 2048 * 10944
     assert sizes.shape.layers == tuple(range(1, 27))
