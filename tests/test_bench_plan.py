@@ -12,6 +12,7 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import bench_plan  # noqa: E402
+import plan_here  # noqa: E402
 from bench_plan import Row  # noqa: E402
 
 RESULT = json.loads((BENCH / "results" / "cpu-epyc-2026-11-23.json").read_text())
@@ -46,3 +47,14 @@ def test_the_machine_is_the_results_own_and_its_resident_decode_is_met(rows: dic
     assert machine.memory == RESULT["ceilings"]["gemv_bytes_per_s"]["bfloat16"]
     resident = rows["1 resident, TPOT"]
     assert resident.planned == pytest.approx(resident.known)
+
+
+def test_what_a_run_here_takes_stands_beside_what_was_planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DUOSERVE_CACHE", str(tmp_path))
+    for name, few in (("SLOTS", ("25%",)), ("POLICIES", ("lru",)), ("PROMPT", 8), ("NEW_TOKENS", 3), ("ROUNDS", 1)):
+        monkeypatch.setattr(plan_here, name, few)
+    from_disk, from_ram = plan_here.rows(["bard"], bench_plan.cpu_machine(RESULT))
+    assert [from_disk[:4], from_ram[3]] == [["bard", "25%", "lru", "disk"], "RAM"]
+    assert len(from_disk) == len(plan_here.HEADING)
+    ttft_s, planned_s, error = from_disk[4:7]
+    assert float(planned_s) / float(ttft_s) - 1 == pytest.approx(float(error[:-1]) / 100, abs=0.1)
