@@ -25,15 +25,16 @@ def plan(name: str, hardware: str, **asked: object) -> Plan:
     return planner_of(name).plan(find_hardware(hardware), Question(**asked))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("model", ["bard", "bard-fine"])
 @pytest.mark.parametrize(
-    ("asked", "loaded"),
+    ("model", "asked", "loaded"),
     [
-        ({"expert_slots": "25%"}, {"expert_slots": "25%"}),
-        ({"memory": 64 << 20}, {"memory": "64MiB"}),
-        ({"expert_slots": 24, "form": "int4"}, {"expert_slots": 24, "quantize": "int4"}),
-        ({"expert_slots": 24, "form": "int8"}, {"expert_slots": 24, "quantize": "int8"}),
-        ({"expert_slots": 24, "host_memory": 1 << 20}, {"expert_slots": 24, "host_memory": "1MiB"}),
+        ("bard", {"expert_slots": "25%"}, {"expert_slots": "25%"}),
+        ("bard-fine", {"expert_slots": "25%"}, {"expert_slots": "25%"}),
+        ("bard", {"memory": 64 << 20}, {"memory": "64MiB"}),
+        ("bard-fine", {"memory": 64 << 20}, {"memory": "64MiB"}),
+        ("bard", {"expert_slots": 24, "form": "int4"}, {"expert_slots": 24, "quantize": "int4"}),
+        ("bard", {"expert_slots": 24, "form": "int8"}, {"expert_slots": 24, "quantize": "int8"}),
+        ("bard-fine", {"expert_slots": 24, "host_memory": 1 << 20}, {"expert_slots": 24, "host_memory": "1MiB"}),
     ],
 )
 def test_memory_is_what_loading_takes(model: str, asked: dict, loaded: dict, tmp_path) -> None:
