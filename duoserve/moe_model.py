@@ -16,11 +16,12 @@ from typing import Any, overload
 from torch import Tensor
 
 from duoserve.config import EngineConfig, ModelConfig
-from duoserve.engine import Engine, Request
+from duoserve.engine import Engine
 from duoserve.errors import ClosedError, RequestError
 from duoserve.experts.budget import MemoryPlan, parse_bytes
 from duoserve.loading import Runtime, load
 from duoserve.metrics import Stats
+from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from duoserve import MoEModel, SamplingParams
-from duoserve.engine import Decoder, Engine, Request
+from duoserve.engine import Engine
 from duoserve.event_decode import event_steps
 from duoserve.experts.cuda_streams import CudaStreams
 from duoserve.experts.layout import ExpertId, ExpertLayout
@@ -25,7 +25,9 @@ from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.graph_decode import graph_steps
 from duoserve.kernels.cuda_graphs import CudaRecorder
 from duoserve.kv_cache import Layout
+from duoserve.passes import Decoder
 from duoserve.recorded_decode import RecordedDecoder
+from duoserve.request import Request
 from tests.assembly import Parts, assembled
 from tests.checkpoints import save_mixtral
 
