@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from duoserve.batching import PATIENCE_S, STEP_S, Asked, Batching, Coming, Going, Load
@@ -176,6 +176,7 @@ STRANGERS = st.lists(
 
 
 @given(victim=STRANGERS, crowd=STRANGERS)
+@example(victim=[asked()], crowd=[asked(prompt=200, ttft_s=0.5)])
 @settings(max_examples=8, deadline=None)
 def test_no_request_waits_for_ever(victim: list[Asked], crowd: list[Asked]) -> None:
     """One comes at 1 s, and twice as many others as can be served never stop coming: its turn comes all the same."""
