@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from duoserve.config import Phase
-from duoserve.engine import StepScheduler
-from duoserve.errors import CopyError
+from duoserve.errors import CopyError, IntegrityError
 from duoserve.experts.layout import ExpertId, ExpertLayout, round_up
 from duoserve.experts.pinned import pin, unpin
 from duoserve.experts.rows import aligned_rows
 from duoserve.experts.store import ExpertStore
 from duoserve.models.moe import MoEBlock, RoutingScript
 from duoserve.models.transformer import DecoderLayer, Transformer
+from duoserve.passes import StepScheduler
 from duoserve.scheduling.routing import Routing, RoutingListener
 from duoserve.scheduling.source import ExpertSource, Lease
 from duoserve.scheduling.trace import RequestTrace, Trace
@@ -228,6 +228,18 @@ class ReplayedPasses(StepScheduler):
     def end(self) -> None:
         """The pass has ended."""
         self._scheduler.end()
+
+    def set_aside(self) -> None:
+        """Never: the requests of a cell are prefilled before the first step."""
+        raise IntegrityError("a replayed prefill cannot be set aside")
+
+    def resume(self) -> None:
+        """Never: see ``set_aside``."""
+        raise IntegrityError("a replayed prefill cannot be resumed")
+
+    def check_integrity(self) -> None:
+        """See Scheduler."""
+        self._scheduler.check_integrity()
 
 
 def scripted(model: Transformer, replay: RoutingReplay) -> Transformer:

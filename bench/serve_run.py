@@ -18,7 +18,7 @@ from serve_replay import AskedFor, HostArena, ReplayedPasses, RoutingReplay, Sha
 from duoserve.architecture import LatentAttentionConfig
 from duoserve.config import EngineConfig
 from duoserve.decoding import DecoderParts, Launch, choose_launch, make_decoder
-from duoserve.engine import Engine, Request
+from duoserve.engine import Engine
 from duoserve.errors import ConfigError, MemoryBudgetError
 from duoserve.experts.budget import MemoryPlan, plan_memory
 from duoserve.experts.device import CPU, free_bytes
@@ -30,7 +30,9 @@ from duoserve.loading import make_scheduler
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
+from duoserve.passes import Passes
 from duoserve.predictors.lookahead import LookaheadPredictor
+from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
 from duoserve.workspace import workspace_bytes
@@ -135,9 +137,9 @@ class Ground:
             parts = DecoderParts(model, cache, scheduler, store, pool)
             launch = self._launch(mode, policy, parts)
             decoder = None if launch is Launch.MODEL else make_decoder(launch.value, policy, parts)
-            passes = ReplayedPasses(scheduler, replay)
-            engine = Engine(model, config, passes, cache, meter, tap=tap, decoder=decoder)
-            yield Served(engine, meter, replay, asked_for, launch)
+            replayed = ReplayedPasses(scheduler, replay)
+            passes = Passes(model, replayed, cache, meter, tap=tap, decoder=decoder)
+            yield Served(Engine(passes, config, cache, meter), meter, replay, asked_for, launch)
 
     def _launch(self, mode: str, policy: Policy, parts: DecoderParts) -> Launch:
         try:

@@ -8,7 +8,6 @@ from enum import Enum
 
 import torch
 
-from duoserve.engine import Decoder
 from duoserve.errors import ConfigError
 from duoserve.event_decode import event_steps
 from duoserve.experts.layout import ExpertId
@@ -20,6 +19,7 @@ from duoserve.kv_cache import PagedKVCache
 from duoserve.link import LinkRates, link_rates, seconds_on_gpu
 from duoserve.models.parts import moe_blocks
 from duoserve.models.transformer import Transformer
+from duoserve.passes import Decoder
 from duoserve.recorded_decode import RecordedDecoder
 from duoserve.scheduling.plan import DecodeMode
 from duoserve.scheduling.policies import Policy

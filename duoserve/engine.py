@@ -1,93 +1,135 @@
-"""Prefill once, decode until done.
+"""The engine: requests join and leave between its steps, each of which is some layers of a prefill or a decode step.
 
-T tokens, V vocabulary.
+T tokens, B sequences, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from typing import Protocol
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from duoserve.config import ModelConfig, Phase
-from duoserve.errors import RequestError
-from duoserve.kv_cache import Layout, PagedKVCache, SequenceKV
+from duoserve.batching import Asked, Batching, Coming, Going, Load
+from duoserve.config import ModelConfig
+from duoserve.cost import Costs
+from duoserve.errors import CopyError, DuoServeError, IntegrityError, OverloadedError, RequestError
+from duoserve.kv_cache import PagedKVCache, SequenceKV
 from duoserve.metrics import Meter
-from duoserve.models.tap import RoutingTap
-from duoserve.models.transformer import Transformer
-from duoserve.sampling import Sampler, SamplingParams
+from duoserve.passes import Passes, Prefill
+from duoserve.request import Produced, Request
+from duoserve.sampling import Sampler, token_logprobs
+from duoserve.service import ServiceSettings
 
-
-class StepScheduler(Protocol):
-    """What the engine needs of the scheduler: to be told where a forward pass begins and ends."""
-
-    def begin(self, phase: Phase, num_tokens: int) -> None: ...
-
-    def end(self) -> None: ...
-
-
-class Decoder(Protocol):
-    """Another way to compute a decode step, with the bits of the model."""
-
-    def __call__(self, layout: Layout) -> Tensor:
-        """Float32 logits [B, V], on the host, of the new token of each of B sequences."""
-        ...
-
-
-@dataclass(eq=False)
-class Request:
-    """One prompt on its way. ``finish_reason`` is None while it runs, then "stop" or "length".
-
-    ``number`` is the engine's, from 0 in the order of arrival.
-    """
-
-    prompt_ids: list[int]
-    params: SamplingParams
-    output_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    kv: SequenceKV = field(default_factory=SequenceKV)
-    number: int = -1
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of context that the request may come to need."""
-        return len(self.prompt_ids) + self.params.max_tokens
-
-    def finish(self, reason: str) -> None:
-        """Ends the request before its next token."""
-        self.finish_reason = reason
+# Of a list of prompts: as many at once as the KV cache holds, in their order.
+ALL_AT_ONCE = ServiceSettings(max_batch=1 << 30, max_waiting=1 << 30, scheduler="fcfs")
 
 
 class Engine:
-    """Runs requests on one model, whose ``tap`` (if its routers are listened to) hears of every pass.
+    """Runs requests in ``passes``, as ``settings`` say. Not thread-safe: one call at a time.
 
-    ``decoder``, if there is one, computes the decode steps. Not thread-safe: one call at a time.
+    ``add`` and ``abort`` requests between steps; ``step`` does one unit of work.
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
-        model: Transformer,
+        passes: Passes,
         config: ModelConfig,
-        scheduler: StepScheduler,
         cache: PagedKVCache,
         meter: Meter,
-        *,
-        tap: RoutingTap | None = None,
-        decoder: Decoder | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._model = model
+        self._passes = passes
         self._config = config
-        self._scheduler = scheduler
         self._cache = cache
         self._meter = meter
-        self._decoder = decoder
-        self._tap = tap
+        self._clock = clock
         self._numbers = count()
+        self._costs = Costs()
+        self._batching = Batching(ALL_AT_ONCE, self._costs, passes.num_layers)
+        self._samplers: dict[Request, Sampler] = {}
+        self._waiting: list[Request] = []
+        self._prefill: Prefill | None = None
+        self._running: list[Request] = []
+        self._decoded = False  # the last step was a decode step
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not been started."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that have been started and not ended."""
+        return len(self._running) + (0 if self._prefill is None else len(self._prefill.requests))
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self._waiting or self._running or self._prefill)
+
+    @property
+    def kv_usage(self) -> float:
+        """The share of the KV cache that requests have, 0 to 1."""
+        return 1 - self._cache.free_tokens / self._cache.num_tokens
+
+    def share_out(self, settings: ServiceSettings) -> None:
+        """Works by ``settings`` from now on."""
+        self._batching = Batching(settings, self._costs, self._passes.num_layers)
+
+    def add(self, request: Request) -> None:
+        """A request joins. RequestError for what can never be served, OverloadedError for what cannot be now."""
+        self.check(request.prompt_ids, request.params.max_tokens)
+        if request.arrived is None:
+            request.arrived = self._clock()
+        settings = self._batching.settings
+        if len(self._waiting) >= settings.max_waiting:
+            wait_s = self._batching.first_token_s(self._asked(request), self._load())
+            raise OverloadedError(
+                f"{len(self._waiting)} requests wait already, which is max_waiting: try again later", max(0.1, wait_s)
+            )
+        if settings.admission == "strict":
+            refusal = self._batching.refusal(self._asked(request), self._load())
+            if refusal is not None:
+                raise OverloadedError(f"the request would miss its objective: {refusal.why}", refusal.retry_after_s)
+        request.number = next(self._numbers)
+        self._samplers[request] = Sampler(request.params, self._config.vocab_size)
+        self._waiting.append(request)
+
+    def abort(self, request: Request) -> None:
+        """Ends a request, which no step works for any more; does nothing to one that has ended.
+
+        Its pages are free at once, but for those of a prompt in a pass with others: that pass still writes to them.
+        """
+        if request not in self._samplers:
+            return
+        request.finish("abort")
+        prefill = self._prefill
+        if prefill is None or request not in prefill.requests:
+            self._release(request)
+        elif all(other.finish_reason for other in prefill.requests):
+            self._prefill = None
+            self._passes.abandon(prefill)
+            self._release_all(prefill.requests)
+
+    def step(self) -> list[Produced]:
+        """One unit of work, and what it came to; nothing where there is nothing to do.
+
+        A copy that fails ends the requests of its pass, non-finite logits the one that they are of. Any other error
+        is raised, and leaves the engine for nothing but ``abort``.
+        """
+        for request in [one for one in self._running if one.finish_reason]:
+            self._release(request)
+        if self._prefill is None and self._waiting:
+            started = self._start()
+            if started:
+                return started
+        if self._prefill is not None:
+            num_layers = self._batching.layers(self._started_load(), self._decoded or not self._running)
+            if num_layers:
+                return self._advance(self._prefill, num_layers)
+        return self._decode() if self._running else []
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, int]]:
         """Yields each new token with its request, as many requests at a time as the KV cache holds.
@@ -95,32 +137,38 @@ class Engine:
         Raises RequestError before any work when a request cannot be served, CopyError when an expert cannot be brought.
         """
         for request in requests:
-            self._check(request.prompt_ids, request.params.max_tokens)
-            request.number = next(self._numbers)
+            self.check(request.prompt_ids, request.params.max_tokens)
         self._meter.begin_request()
         try:
-            for group in self._groups(requests):
-                for produced in self._serve(group):
+            for request in requests:
+                self.add(request)
+            while not self.idle:
+                for request, token, _, error in self.step():
+                    if token is None:
+                        raise error or IntegrityError("a step has produced neither a token nor an error")
+                    self._meter.token(request)
                     with self._meter.idle():
-                        yield produced
+                        yield request, token
         finally:
+            for request in requests:
+                self.abort(request)
             self._meter.end_request()
 
     def forward(self, token_ids: Sequence[int]) -> Tensor:
         """One prefill of ``token_ids``: float32 logits [T, V] of every position."""
-        self._check(token_ids, 0)
+        self.check(token_ids, 0)
         kv = SequenceKV()
         self._meter.begin_request()
         try:
             self._cache.reserve(kv, len(token_ids))
             self._meter.prompt(len(token_ids))
-            self._announce(Phase.PREFILL, [(next(self._numbers), token_ids)])
-            return self._step(Phase.PREFILL, self._cache.lay_out([(kv, token_ids)]), rows=None)
+            return self._passes.whole(next(self._numbers), kv, token_ids)
         finally:
             self._cache.release(kv)
             self._meter.end_request()
 
-    def _check(self, token_ids: Sequence[int], max_tokens: int) -> None:
+    def check(self, token_ids: Sequence[int], max_tokens: int) -> None:
+        """RequestError for a prompt that can never be served."""
         vocab, room = self._config.vocab_size, self._cache.num_tokens
         if not token_ids:
             raise RequestError("the prompt is empty: give at least one token")
@@ -133,62 +181,124 @@ class Engine:
                 "lower max_tokens, shorten the prompt, or load the model with a larger max_context"
             )
 
-    def _groups(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
-        """The requests in order, cut where the KV cache would run over."""
-        group: list[Request] = []
-        used = 0
-        for request in requests:
-            need = self._cache.whole_pages(request.num_tokens)
-            if group and used + need > self._cache.num_tokens:
-                yield group
-                group, used = [], 0
-            group.append(request)
-            used += need
-        yield group
+    def check_integrity(self) -> None:
+        """IntegrityError if pages or holds outlive their requests, or the books of the slots disagree."""
+        started = [*self._running, *(self._prefill.requests if self._prefill else ())]
+        self._cache.check_integrity([request.kv for request in started])
+        known = [*self._waiting, *started]
+        if len(known) != len(self._samplers) or not all(request in self._samplers for request in known):
+            raise IntegrityError(f"{len(known)} requests wait or run, but {len(self._samplers)} have samplers")
+        self._passes.check_integrity()
 
-    def _serve(self, requests: list[Request]) -> Iterator[tuple[Request, int]]:
-        samplers = {request: Sampler(request.params, self._config.vocab_size) for request in requests}
+    def _start(self) -> list[Produced]:
+        """Begins a prefill of those of the waiting whose turn it is."""
+        now = self._clock()
+        chosen = [self._waiting[place] for place in self._batching.start(self._load())]
+        for request in chosen:
+            self._waiting.remove(request)
+            request.admitted = now
+            self._cache.reserve(request.kv, request.num_tokens)
+            self._meter.prompt(len(request.prompt_ids))
+        if not chosen:
+            return []
         try:
-            for request in requests:
-                self._cache.reserve(request.kv, request.num_tokens)
-                self._meter.prompt(len(request.prompt_ids))
-            phase, fresh = Phase.PREFILL, [(request, request.prompt_ids) for request in requests]
-            while fresh:
-                layout = self._cache.lay_out([(request.kv, tokens) for request, tokens in fresh])
-                self._announce(phase, [(request.number, tokens) for request, tokens in fresh])
-                logits_BV = self._step(phase, layout, layout.last_rows)
-                for (request, _), logits_V in zip(fresh, logits_BV, strict=True):
-                    yield request, self._sample(request, samplers[request], logits_V)
-                running = [request for request, _ in fresh if request.finish_reason is None]
-                phase, fresh = Phase.DECODE, [(request, request.output_ids[-1:]) for request in running]
-        finally:
-            for request in requests:
-                self._cache.release(request.kv)
+            self._prefill = self._passes.prefill(chosen, interruptible=bool(self._running))
+        except CopyError as error:
+            return self._fail(chosen, error)
+        return []
 
-    def _announce(self, phase: Phase, fresh: Iterable[tuple[int, Sequence[int]]]) -> None:
-        """Tells the tap whose token each row of the coming pass is."""
-        if self._tap is not None:
-            rows = [number for number, tokens in fresh for _ in tokens]
-            self._tap.begin(phase, np.array(rows, dtype=np.int64))
+    def _advance(self, prefill: Prefill, num_layers: int) -> list[Produced]:
+        self._decoded = False
+        begun = self._clock()
+        try:
+            logits_BV = self._passes.advance(prefill, num_layers)
+        except CopyError as error:
+            self._prefill = None
+            return self._fail(prefill.requests, error)
+        self._costs.note_prefill(prefill.num_tokens, num_layers, self._clock() - begun)
+        if logits_BV is None:
+            return []
+        self._prefill = None
+        self._running += prefill.requests
+        return self._sample_all(prefill.requests, logits_BV)
 
-    @torch.inference_mode()
-    def _step(self, phase: Phase, layout: Layout, rows: list[int] | None) -> Tensor:
+    def _decode(self) -> list[Produced]:
+        self._decoded = True
+        requests, begun = list(self._running), self._clock()
+        try:
+            logits_BV = self._passes.decode(requests)
+        except CopyError as error:
+            return self._fail(requests, error)
+        produced = self._sample_all(requests, logits_BV)
+        self._costs.note_decode(len(requests), self._clock() - begun)
+        return produced
+
+    def _sample_all(self, requests: Sequence[Request], logits_BV: Tensor) -> list[Produced]:
+        produced = []
+        for request, logits_V in zip(requests, logits_BV, strict=True):
+            if request.finish_reason is None:
+                try:
+                    produced.append(self._sample(request, logits_V))
+                except IntegrityError:
+                    raise
+                except DuoServeError as error:
+                    request.finish("error")
+                    produced.append(Produced(request, error=error))
+            if request.finish_reason is not None:
+                self._release(request)
+        return produced
+
+    def _sample(self, request: Request, logits_V: Tensor) -> Produced:
         with self._meter.compute():
-            self._scheduler.begin(phase, len(layout.token_ids))
-            try:
-                if phase is Phase.DECODE and self._decoder is not None:
-                    return self._decoder(layout)
-                return self._model(self._cache.batch(layout), rows).cpu()
-            finally:
-                self._scheduler.end()
-
-    def _sample(self, request: Request, sampler: Callable[[Tensor, Sequence[int]], int], logits_V: Tensor) -> int:
-        with self._meter.compute():
-            token = sampler(logits_V, request.prompt_ids + request.output_ids)
+            token = self._samplers[request](logits_V, request.prompt_ids + request.output_ids)
+            wanted = request.num_logprobs
+            logprobs = None if wanted is None else token_logprobs(logits_V, token, wanted)
         request.output_ids.append(token)
-        self._meter.token(request)
+        request.last_token = self._clock()
+        if request.first_token is None:
+            request.first_token = request.last_token
         if token in self._config.eos_token_ids and not request.params.ignore_eos:
             request.finish("stop")
         elif len(request.output_ids) >= request.params.max_tokens:
             request.finish("length")
-        return token
+        return Produced(request, token, logprobs)
+
+    def _fail(self, requests: Sequence[Request], error: DuoServeError) -> list[Produced]:
+        """``error`` ends these requests, those that had been aborted without a word."""
+        failed = [Produced(request, error=error) for request in requests if request.finish_reason is None]
+        for request in requests:
+            request.finish("error")
+        self._release_all(requests)
+        return failed
+
+    def _release_all(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._release(request)
+
+    def _release(self, request: Request) -> None:
+        self._cache.release(request.kv)
+        del self._samplers[request]
+        for requests in (self._waiting, self._running):
+            if request in requests:
+                requests.remove(request)
+
+    def _load(self) -> Load:
+        return self._started_load()._replace(waiting=[*map(self._asked, self._waiting)])
+
+    def _started_load(self) -> Load:
+        """Without those that wait, of whom there may be many."""
+        prefill, now = self._prefill, self._clock()
+        coming = None
+        if prefill is not None:
+            left = self._passes.num_layers - prefill.under_way.next_layer
+            coming = Coming(prefill.num_tokens, len(prefill.requests), left)
+        return Load(now, (), [*map(self._going, self._running)], self._cache.free_tokens, coming)
+
+    def _asked(self, request: Request) -> Asked:
+        room = self._cache.whole_pages(request.num_tokens)
+        return Asked(request.arrived or 0.0, len(request.prompt_ids), room, request.objectives)
+
+    def _going(self, request: Request) -> Going:
+        room = self._cache.whole_pages(request.num_tokens)
+        left = request.params.max_tokens - len(request.output_ids)
+        return Going(request.last_token or 0.0, left, room, request.objectives.tpot_s)

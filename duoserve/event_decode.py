@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from duoserve.decode_inputs import DecodeInputs, WorkFeed
-from duoserve.engine import Decoder
 from duoserve.kernels import by_demand
 from duoserve.kernels.recorder import Recorder, Recording
 from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
+from duoserve.passes import Decoder
 from duoserve.recorded_decode import MakeStep
 
 

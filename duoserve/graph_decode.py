@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from duoserve.decode_inputs import DecodeInputs
-from duoserve.engine import Decoder
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.store import ExpertStore
 from duoserve.kernels import HostRows
@@ -23,6 +22,7 @@ from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.models.moe import MoEBlock
 from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
+from duoserve.passes import Decoder
 from duoserve.recorded_decode import MakeStep
 from duoserve.scheduling.read_through import ReadThrough
 

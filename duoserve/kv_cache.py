@@ -97,6 +97,17 @@ class PagedKVCache:
         self._free = sorted(self._free + sequence.pages)
         sequence.pages, sequence.length = [], 0
 
+    @property
+    def free_tokens(self) -> int:
+        """Tokens of context that the pages which no sequence has hold together."""
+        return len(self._free) * PAGE_TOKENS
+
+    def check_integrity(self, sequences: Seq[SequenceKV]) -> None:
+        """IntegrityError unless every page is free or belongs to one of ``sequences``, which are all that there are."""
+        pages = sorted([*self._free, *(page for sequence in sequences for page in sequence.pages)])
+        if pages != list(range(self.num_pages)):
+            raise IntegrityError(f"pages {pages} are free or lent, but there are {self.num_pages}, each once")
+
     def lay_out(self, new_tokens: Seq[tuple[SequenceKV, Seq[int]]]) -> Layout:
         """Places each sequence's new tokens, for which it must have pages; advances their lengths.
 

@@ -20,6 +20,7 @@ from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
 from duoserve.models.opened import opened
+from duoserve.passes import Passes
 from duoserve.placement import Placement
 from duoserve.predictors.files import load_predictor
 from duoserve.scheduling.policies import Policy, get_policy
@@ -81,7 +82,8 @@ def load(  # noqa: PLR0913
         cache = PagedKVCache(found.config, place.max_context, place.dtype, place.device)
         parts = DecoderParts(transformer, cache, scheduler, store, pool)
         decoder = make_decoder(wanted.decode_mode, chosen, parts)
-        engine = Engine(transformer, found.config, scheduler, cache, meter, tap=tap, decoder=decoder)
+        passes = Passes(transformer, scheduler, cache, meter, tap=tap, decoder=decoder)
+        engine = Engine(passes, found.config, cache, meter)
         text = Text.load(found.checkpoint.folder)
         return Runtime(found.config, plan, chosen, text, engine, meter, held.pop_all())
 

@@ -169,6 +169,10 @@ class Meter:
         self._last_token[sequence] = now
         self._stats.output_tokens += 1
 
+    def outputs(self, num_tokens: int) -> None:
+        """Counts output tokens whose times are kept elsewhere."""
+        self._stats.output_tokens += num_tokens
+
     def compute(self) -> AbstractContextManager[None]:
         """The compute lane is busy inside, except inside ``stall()``. Not nestable."""
         return self._compute

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from duoserve.engine import Decoder
 from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.models.transformer import Transformer
+from duoserve.passes import Decoder
 
 # A shape (sequences, width of the page table) is recorded once it has been computed so often: recording costs as much
 # as many steps, and a batch that shrinks passes through shapes that it never comes back to.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from duoserve.errors import DuoServeError, IntegrityError, RequestError
+from duoserve.service import TokenLogprobs
 
 MAX_STOPS = 4
 GREEDY_BELOW = 1e-6  # float32 logits of ordinary size differ by more than this, so the limit has been reached
@@ -99,6 +100,14 @@ class Sampler:
             return int(scores_V.argmax())  # the lowest id of those that tie
         probs_V = truncate(scores_V, self.params).softmax(-1)
         return int(torch.multinomial(probs_V, 1, generator=self._random))
+
+
+def token_logprobs(logits_V: Tensor, token: int, count: int) -> TokenLogprobs:
+    """The natural log of the probability of ``token`` by the logits as they are, and the ``count`` likeliest tokens."""
+    logprobs_V = logits_V.detach().float().cpu().log_softmax(-1)
+    values, ids = logprobs_V.topk(min(count, len(logprobs_V)))
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprobs(token, float(logprobs_V[token]), top)
 
 
 def _check_finite(scores_V: Tensor, position: int) -> None:

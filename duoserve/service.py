@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
+from duoserve.errors import ConfigError
 from duoserve.metrics import Stats
 
 
@@ -26,6 +28,34 @@ class Objectives:
 
     ttft_s: float | None = None
     tpot_s: float | None = None
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """How a service shares the model out. At most ``max_batch`` requests run at once, ``max_waiting`` wait.
+
+    ``scheduler`` "slo" starts the request with the least slack first and slices prefills between decode steps; "fcfs"
+    goes by arrival, a whole prefill at a time. ``admission`` "strict" refuses at once what would miss its objectives,
+    "late" serves it late. ``objectives`` are those of requests that bring none of their own.
+    """
+
+    max_batch: int = 16
+    max_waiting: int = 256
+    admission: Literal["late", "strict"] = "late"
+    objectives: Objectives = Objectives()
+    scheduler: Literal["slo", "fcfs"] = "slo"
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 1 or self.max_waiting < 0:
+            raise ConfigError(
+                f"max_batch={self.max_batch} and max_waiting={self.max_waiting}, but they must be at least 1 and 0"
+            )
+        for name, value, known in (
+            ("admission", self.admission, ("late", "strict")),
+            ("scheduler", self.scheduler, ("slo", "fcfs")),
+        ):
+            if value not in known:
+                raise ConfigError(f"{name}={value!r} is not known: use one of {', '.join(map(repr, known))}")
 
 
 @dataclass(frozen=True)

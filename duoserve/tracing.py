@@ -10,10 +10,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from duoserve.config import EngineConfig
-from duoserve.engine import Request
 from duoserve.errors import RequestError, TraceError
 from duoserve.loading import Runtime, load
 from duoserve.models.opened import opened
+from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.recorder import Recorder

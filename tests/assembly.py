@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from duoserve import SamplingParams
-from duoserve.engine import Decoder, Engine, Request
+from duoserve.engine import Engine
 from duoserve.experts.copy_engine import CopyEngine
 from duoserve.experts.device import CPU
 from duoserve.experts.layout import ExpertLayout
@@ -23,6 +23,8 @@ from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
 from duoserve.models.opened import opened
 from duoserve.models.transformer import Transformer
+from duoserve.passes import Decoder, Passes
+from duoserve.request import Request
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import RoutingListener, audience
@@ -76,7 +78,8 @@ def assembled(
             transformer, tap = (model, None) if heard_by is None else listened_to(model, heard_by)
             parts = Parts(transformer, PagedKVCache(config, 256, config.dtype, device), scheduler, store)
             decoder = None if make_decoder is None else make_decoder(parts)
-            yield Engine(transformer, config, scheduler, parts.cache, meter, tap=tap, decoder=decoder)
+            passes = Passes(transformer, scheduler, parts.cache, meter, tap=tap, decoder=decoder)
+            yield Engine(passes, config, parts.cache, meter)
 
 
 def tokens_of(engine: Engine, prompt: list[int], params: SamplingParams) -> list[int]:

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from duoserve import SamplingParams
-from duoserve.engine import Decoder, Engine, Request
+from duoserve.engine import Engine
 from duoserve.experts.copy_engine import ThreadedCopyEngine
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore, HostStore, TieredStore
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.kv_cache import Layout
+from duoserve.passes import Decoder
+from duoserve.request import Request
 from tests.assembly import Parts, assembled
 from tests.fake_recorder import FakeRecorder
 from tests.fake_streams import FakeStreams, LaggingPool

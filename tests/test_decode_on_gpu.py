@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from duoserve import MoEModel, SamplingParams
-from duoserve.engine import Decoder, Engine, Request
+from duoserve.engine import Engine
 from duoserve.event_decode import event_steps
 from duoserve.experts.cuda_streams import CudaStreams
 from duoserve.experts.layout import ExpertId, ExpertLayout
@@ -25,7 +25,9 @@ from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.graph_decode import graph_steps
 from duoserve.kernels.cuda_graphs import CudaRecorder
 from duoserve.kv_cache import Layout
+from duoserve.passes import Decoder
 from duoserve.recorded_decode import RecordedDecoder
+from duoserve.request import Request
 from tests.assembly import Parts, assembled
 from tests.checkpoints import save_mixtral
 
@@ -104,7 +106,7 @@ def write(engine: Engine, prompts: list[list[int]], lengths: list[int]) -> list[
     requests = [Request(prompt, params) for prompt, params in zip(prompts, greedy, strict=True)]
     for _ in engine.generate(requests):
         pass
-    engine._scheduler._residency.table.check_integrity()  # type: ignore[attr-defined]
+    engine.check_integrity()
     return [request.output_ids for request in requests]
 
 
@@ -116,7 +118,7 @@ def test_the_bits_of_the_model_itself(mode: str, slots: int, record_after: int, 
     for gpu, how in ((Gpu(), "model"), (Gpu(record_after), mode)):
         with gpu.engine(folder, slots, how) as engine:
             if slots == len(EXPERTS):
-                engine._scheduler.load_all()
+                engine._passes._scheduler.load_all()
             written.append([write(engine, PROMPTS, [12, 5, 9]) for _ in range(2)])
         logits.append(gpu.logits)
     assert gpu.recorded == 3

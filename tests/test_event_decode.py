@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duoserve import SamplingParams
-from duoserve.engine import Decoder, Request
 from duoserve.errors import CopyError
 from duoserve.event_decode import event_steps
 from duoserve.experts.copy_engine import Ticket
@@ -19,7 +18,9 @@ from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.stream_engine import StreamCopyEngine
+from duoserve.passes import Decoder
 from duoserve.recorded_decode import RecordedDecoder
+from duoserve.request import Request
 from tests.assembly import Parts, assembled
 from tests.checkpoints import BARD, save_mixtral
 from tests.lagging import LaggingDevice, Truth, write

@@ -46,10 +46,11 @@ F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  m
     models/config_fields  models/rope_fields  models/quantization_fields  models/common_fields  models/expert_names
     models/family  models/mixtral  models/qwen3_moe  models/qwen2_moe  models/olmoe  models/deepseek  models/glm4_moe
     models/granite_moe  models/gpt_oss  models/registry  models/stored  models/opened  models/described
-F5  service  sampling  text  kv_cache  engine  decode_inputs  recorded_decode  event_decode  graph_decode  link
-    decoding  workspace  memory_needs  placement  choice  loading  tracing  evaluating  moe_model  perplexity
-    planning/__init__  planning/model_cards  planning/formats  planning/sizes  planning/routing_curves
-    planning/speed  planning/policy_speed  planning/planner  planning/measuring  planning/this_machine  __init__
+F5  service  sampling  text  kv_cache  request  writer  passes  cost  batching  engine  decode_inputs  recorded_decode
+    event_decode  graph_decode  link  decoding  workspace  memory_needs  placement  choice  loading  tracing
+    evaluating  moe_model  stream  worker  async_engine  perplexity  planning/__init__  planning/model_cards
+    planning/formats  planning/sizes  planning/routing_curves  planning/speed  planning/policy_speed  planning/planner
+    planning/measuring  planning/this_machine  __init__
 F6  cli/options  cli/inventory  cli/generate  cli/info  cli/plan_plot  cli/plan_report  cli/plan  cli/pack  cli/trace
     cli/train_predictor  cli/plots  cli/replay  cli/evaluate  cli/app  cli/__init__
 """

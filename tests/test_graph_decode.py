@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from duoserve.engine import Decoder
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool, SlotState
 from duoserve.graph_decode import graph_steps
 from duoserve.kv_cache import Layout
+from duoserve.passes import Decoder
 from duoserve.recorded_decode import RecordedDecoder
 from duoserve.scheduling.scheduler import Scheduler
 from tests.assembly import Parts, assembled

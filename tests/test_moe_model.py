@@ -23,7 +23,7 @@ from duoserve import (
     SamplingParams,
 )
 from duoserve.config import Phase
-from duoserve.engine import Request
+from duoserve.request import Request
 from duoserve.text import Text
 from tests.checkpoints import BARD, save_mixtral
 
@@ -152,7 +152,7 @@ def test_after_close_everything_is_refused_and_released(folder: Path, tmp_path: 
     model = MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path)
     assert threading.active_count() > before
     model.generate(PROMPT, GREEDY)
-    slots = weakref.ref(model._runtime.engine._model.layers[0].ffn.weights.w13_SNH)
+    slots = weakref.ref(model._runtime.engine._passes._model.layers[0].ffn.weights.w13_SNH)
     model.close()
     model.close()
     gc.collect()

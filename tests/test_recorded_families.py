@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from duoserve.engine import Decoder
 from duoserve.event_decode import event_steps
 from duoserve.experts.copy_engine import ThreadedCopyEngine
 from duoserve.experts.layout import ExpertId
@@ -22,6 +21,7 @@ from duoserve.graph_decode import graph_steps
 from duoserve.kv_cache import Layout
 from duoserve.models.moe import MoEBlock, RoutingScript
 from duoserve.models.transformer import Transformer
+from duoserve.passes import Decoder
 from duoserve.recorded_decode import RecordedDecoder
 from tests.assembly import Parts, assembled
 from tests.checkpoints import save_mixtral

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from duoserve import kernels
-from duoserve.engine import Decoder
 from duoserve.experts.layout import ExpertId
 from duoserve.graph_decode import graph_steps
+from duoserve.passes import Decoder
 from duoserve.recorded_decode import RecordedDecoder
 from tests.assembly import Parts, assembled
 from tests.checkpoints import save_mixtral

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from duoserve.engine import Decoder
 from duoserve.event_decode import event_steps
 from duoserve.experts.layout import ExpertId
 from duoserve.graph_decode import graph_steps
+from duoserve.passes import Decoder
 from duoserve.recorded_decode import RecordedDecoder
 from tests.assembly import Parts, assembled
 from tests.checkpoints import save_mixtral

@@ -6,6 +6,7 @@ T tokens, K top-k, E experts, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,15 @@ class _Ahead(NamedTuple):
     scale_H: Tensor
 
 
+@dataclass
+class LatePass:
+    """What the routers said in a pass that others may interrupt; without look-ahead scores, which would be large."""
+
+    phase: Phase
+    requests_T: np.ndarray
+    routings: list[Routing] = field(default_factory=list)
+
+
 class RoutingTap:
     """Tells ``listener`` what the routers at ``sites`` (in the order of their layers) say.
 
@@ -44,6 +54,7 @@ class RoutingTap:
     def __init__(self, listener: RoutingListener, sites: Sequence[RouterSite]) -> None:
         self._listener = listener
         self._requests_T = np.empty(0, dtype=np.int64)
+        self._late: LatePass | None = None
         self._ahead = {
             site.layer: [_look_ahead(site, later) for later in sites[at + 1 : at + 1 + listener.lookahead]]
             for at, site in enumerate(sites)
@@ -52,10 +63,25 @@ class RoutingTap:
     def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
         """A forward pass begins; row t of it is a token of request ``requests_T[t]`` (int64)."""
         self._requests_T = requests_T
+        self._late = None
         self._listener.begin(phase, requests_T)
+
+    def follow(self, late: LatePass) -> None:
+        """What comes is of a pass that others may interrupt: it is kept until ``tell``."""
+        self._late = late
+
+    def tell(self, late: LatePass) -> None:
+        """The listener hears of the whole pass, now that it has ended."""
+        self.begin(late.phase, late.requests_T)
+        for routing in late.routings:
+            self._listener.routed(routing)
 
     def routed(self, layer: int, x_TH: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor) -> None:
         """The router of ``layer`` chose from its input ``x_TH``."""
+        late = self._late
+        if late is not None:
+            late.routings.append(Routing(layer, late.requests_T, _host(topk_ids_TK), _host(topk_weights_TK), {}))
+            return
         ahead = {a.layer: _host(a.logits(x_TH * a.scale_H).float()) for a in self._ahead[layer]}
         routing = Routing(layer, self._requests_T, _host(topk_ids_TK), _host(topk_weights_TK), ahead)
         self._listener.routed(routing)

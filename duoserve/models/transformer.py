@@ -50,6 +50,17 @@ class DecoderLayer:
         return self.ffn_norm.after_adding(attended_TH, x_TH)
 
 
+@dataclass(eq=False)
+class UnderWay:
+    """A pass between two layers: the residual in two parts, ``delta + x``, and the layer that comes next."""
+
+    batch: Batch
+    rope: tuple[Tensor, Tensor]
+    x_TH: Tensor
+    delta_TH: Tensor | None = None
+    next_layer: int = 0
+
+
 @dataclass(frozen=True)
 class Transformer:
     """``embed_VH`` and ``head_VH`` may be the same tensor (a tied head)."""
@@ -63,10 +74,26 @@ class Transformer:
 
     def __call__(self, batch: Batch, rows: list[int] | None = None) -> Tensor:
         """Float32 logits [T, V] of the batch's new tokens, or of ``rows`` of them only, as ``logits`` gives them."""
+        under_way = self.start(batch)
+        self.advance(under_way, len(self.layers))
+        return self.finish(under_way, rows)
+
+    def start(self, batch: Batch) -> UnderWay:
+        """A pass before its first layer."""
         x_TH, rope = self.embed(batch)
-        delta_TH = None
-        for layer in self.layers:
-            delta_TH, x_TH = layer(delta_TH, x_TH, rope, batch)
+        return UnderWay(batch, rope, x_TH)
+
+    def advance(self, under_way: UnderWay, num_layers: int) -> None:
+        """Takes a pass through its next ``num_layers`` layers, or as many as are left."""
+        for layer in self.layers[under_way.next_layer : under_way.next_layer + num_layers]:
+            under_way.delta_TH, under_way.x_TH = layer(
+                under_way.delta_TH, under_way.x_TH, under_way.rope, under_way.batch
+            )
+            under_way.next_layer += 1
+
+    def finish(self, under_way: UnderWay, rows: list[int] | None = None) -> Tensor:
+        """The logits, as of a call, of a pass that has been through all layers."""
+        delta_TH, x_TH = under_way.delta_TH, under_way.x_TH
         if rows is not None:
             delta_TH, x_TH = None if delta_TH is None else delta_TH[rows], x_TH[rows]
         return self.logits(delta_TH, x_TH)

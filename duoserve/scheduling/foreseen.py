@@ -69,6 +69,9 @@ class Belady:
         """As in Ranking."""
         self._step += 1
 
+    def resume(self, phase: Phase, num_tokens: int) -> None:
+        """As in Ranking."""
+
     def used(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> None:
         """As in Ranking; ``experts`` are those of the trace, in its order."""
         for expert, later in zip(experts, self._next[layer][self._step], strict=True):

@@ -50,6 +50,13 @@ class Guard(Ranking):
         if self._rival is not None:
             self._rival.begin(phase, num_tokens)
 
+    def resume(self, phase: Phase, num_tokens: int) -> None:
+        """As in Ranking."""
+        self._decodes = phase is Phase.DECODE
+        self._own.resume(phase, num_tokens)
+        if self._rival is not None:
+            self._rival.resume(phase, num_tokens)
+
     def used(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> None:
         """As in Ranking."""
         if self._rival is not None:

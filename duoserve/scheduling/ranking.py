@@ -35,6 +35,10 @@ class Ranking(Protocol):
         """A forward pass of ``num_tokens`` tokens begins. A prefill brings new requests."""
         ...
 
+    def resume(self, phase: Phase, num_tokens: int) -> None:
+        """A pass that began earlier goes on after others: nothing is new, and nothing ages."""
+        ...
+
     def used(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> None:
         """The layer uses ``experts``, the most wanted first, each for ``counts`` of the pass's tokens."""
         ...
@@ -47,6 +51,9 @@ class _Values:
         self.values = [[0.0] * num_experts for _ in range(num_layers)]
 
     def begin(self, phase: Phase, num_tokens: int) -> None:
+        """As in Ranking."""
+
+    def resume(self, phase: Phase, num_tokens: int) -> None:
         """As in Ranking."""
 
 
@@ -96,7 +103,11 @@ class DecayedFrequency(_Values):
         self._now *= 1 / self._carry if prefill else self._growth
         if self._now > _RESCALE_AT:
             self._rescale()
-        self._each = self._now * (min(1.0, self._most / num_tokens) if prefill else 1.0)
+        self.resume(phase, num_tokens)
+
+    def resume(self, phase: Phase, num_tokens: int) -> None:
+        """As in Ranking."""
+        self._each = self._now * (min(1.0, self._most / num_tokens) if phase is Phase.PREFILL else 1.0)
 
     def used(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> None:
         """As in Ranking."""

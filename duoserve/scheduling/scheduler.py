@@ -83,6 +83,8 @@ class Scheduler(ExpertSource):
         self._residency = Residency(table, pool, engine, meter, num_layers, link=self._link)
         self._cache = Cache(self._residency, self._shape, policy.eviction, self._ranking)
         self._pass: _Pass | None = None
+        self._aside: tuple[_Pass, SlotLease] | None = None
+        self._device_books = False
         self._lease: SlotLease | None = None
         self._prompted = True  # the last pass did not leave the cache as decode steps do
         self._closed = False
@@ -95,16 +97,53 @@ class Scheduler(ExpertSource):
     def begin(self, phase: Phase, num_tokens: int) -> None:
         """A forward pass of ``num_tokens`` tokens begins. ClosedError after ``close``."""
         self._check_between_passes("a forward pass began")
+        if self._aside is not None and phase is Phase.PREFILL:
+            raise IntegrityError("a prefill began before the one that was set aside had ended")
         self._ranking.begin(phase, num_tokens)
         if self._guard is not None and phase is Phase.DECODE and self._prompted:
             self._guard.become(self._residency.slots)
         self._prompted = phase is Phase.PREFILL
+        if self._prompted:
+            self._foresight.link.pause()
         self._pass = _Pass(phase, num_tokens, self._open_space(phase, num_tokens))
         try:
             self._open_lease(self._pass, BEFORE_FIRST, ())
         except BaseException:
             self.end()
             raise
+
+    def set_aside(self) -> None:
+        """The prefill that is under way will be resumed; until then decode passes may come and go.
+
+        Its ring keeps its slots, and the copies ahead go on, unless that would leave decode steps less than half of the
+        slots, or the device carries those out by itself.
+        """
+        run, lease = self._pass, self._lease
+        if run is None or run.phase is not Phase.PREFILL or lease is None or not lease.idle:
+            raise IntegrityError("only a prefill that has computed all it asked for can be set aside")
+        self._pass, self._lease, self._aside = None, None, (run, lease)
+        lent = run.space.set_aside() if isinstance(run.space, Ring) else frozenset()
+        if 2 * len(lent) <= self._num_slots and not self._device_books:
+            self._cache.lent = lent
+        if not self._cache.lent:
+            self._residency.drain()
+
+    def resume(self) -> None:
+        """The prefill that was set aside goes on behind the last layer that it asked for."""
+        self._check_between_passes("a prefill was resumed")
+        if self._aside is None:
+            raise IntegrityError("a prefill was resumed, but none had been set aside")
+        (run, lease), self._aside = self._aside, None
+        lent, self._cache.lent = self._cache.lent, frozenset()
+        self._prompted = True
+        self._foresight.link.pause()
+        self._ranking.resume(run.phase, run.num_tokens)
+        if lent and isinstance(run.space, Ring):
+            self._residency.collect()
+            run.space.take_up()
+        else:
+            run = run._replace(space=self._open_space(run.phase, run.num_tokens))
+        self._pass, self._lease = run, lease
 
     def acquire(self, layer: int, experts: Sequence[int]) -> SlotLease:
         """See ExpertSource: what is missing has been asked for, as far as there are slots, when this returns."""
@@ -122,7 +161,7 @@ class Scheduler(ExpertSource):
         return lease
 
     def end(self) -> None:
-        """The forward pass has ended, well or not: no slot is held any more.
+        """The forward pass has ended, well or not: it holds no slot any more. What is set aside stays so.
 
         Copies ahead of the next pass go on. After a pass that did not come to the end of its last layer all copies are
         cancelled or waited for, so that every slot is EMPTY or READY. Does nothing outside of a pass.
@@ -135,6 +174,7 @@ class Scheduler(ExpertSource):
 
     def read_through(self) -> ReadThrough:
         """The books of decode steps that the device carries out by itself, to be kept within passes of this."""
+        self._device_books = True
         return ReadThrough(self._residency, self._cache, self._shape, self._meter, self._used)
 
     def load_all(self, progress: bool = False) -> None:
@@ -150,9 +190,18 @@ class Scheduler(ExpertSource):
             self._residency.drain()
             raise
 
+    def check_integrity(self) -> None:
+        """Compares the books of the slots; IntegrityError if they disagree, or a slot is held between passes."""
+        table = self._residency.table
+        table.check_integrity()
+        held = [slot for slot in range(table.num_slots) if table.holds(slot)]
+        if self._pass is None and held:
+            raise IntegrityError(f"slots {held} are held, but no forward pass is under way")
+
     def close(self) -> None:
         """Ends the pass and closes the copy engine; idempotent."""
         self._closed = True
+        self._aside = None
         self.end()
         self._engine.close()
         self._residency.collect()
@@ -191,7 +240,7 @@ class Scheduler(ExpertSource):
     def _open_space(self, phase: Phase, num_tokens: int) -> Space:
         if phase is Phase.PREFILL and self._policy.prefill.has_ring:
             return self._open_ring(num_tokens)
-        return self._cache if self._policy.keeps else Scratch(self._residency)
+        return self._cache if self._policy.keeps else Scratch(self._residency, self._cache.lent)
 
     def _open_ring(self, num_tokens: int) -> Ring:
         """A ring of EMPTY slots, for which the least valuable experts are given up where there are too few."""

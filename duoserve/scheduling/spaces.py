@@ -1,8 +1,11 @@
-"""Where a pass may copy to, and what becomes of a slot once its expert has been computed: one class for each regime."""
+"""Where a pass may copy to, and what becomes of a slot once its expert has been computed: one class for each regime.
+
+A slot belongs to one space at a time: to the ring of a prefill that is under way, or to what decode steps use.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Set
 
 from duoserve.experts.layout import ExpertId
 from duoserve.scheduling.eviction import Eviction, least_valued
@@ -12,7 +15,10 @@ from duoserve.scheduling.residency import Residency
 
 
 class Space:
-    """What the regimes share. A slot that it hands out is EMPTY; one that is held or LOADING is never touched."""
+    """What the regimes share. A slot that it hands out is EMPTY; one that is held or LOADING is never touched.
+
+    Experts are read wherever they are, but only slots of one's own are given up, and only copies into them cancelled.
+    """
 
     def __init__(self, residency: Residency) -> None:
         self._residency = residency
@@ -22,7 +28,7 @@ class Space:
         """The pass has come to the layer of ``plan``: queued guesses for layers that are not ahead are cancelled."""
         self._plan = plan
         for guess in list(self._residency.ledger.guesses):
-            if guess.layer not in plan.ahead:
+            if guess.layer not in plan.ahead and self._owns_slot_of(guess):
                 self._residency.cancel(guess)
 
     def ring_view(self, layer: int) -> RingView:
@@ -43,11 +49,14 @@ class Space:
     def retire(self, expert: int, slot: int) -> None:
         """An expert of the plan's layer has been computed, or will not be; nobody holds its slot any more."""
 
-    def _may_write(self, slot: int) -> bool:
-        return True
+    def _owns(self, slot: int) -> bool:
+        raise NotImplementedError
+
+    def _owns_slot_of(self, expert: ExpertId) -> bool:
+        return self._owns(self._residency.table.slot_of(expert))
 
     def _cancel_guess(self) -> int | None:
-        for guess in reversed(list(self._residency.ledger.guesses)):
+        for guess in filter(self._owns_slot_of, reversed(list(self._residency.ledger.guesses))):
             slot = self._residency.cancel(guess)
             if slot is not None:
                 return slot
@@ -56,19 +65,35 @@ class Space:
     def _free_guess(self) -> int | None:
         """The slot of the newest guess that has arrived."""
         slots = map(self._residency.table.slot_of, reversed(self._residency.ledger.unused))
-        return self._free_first([slot for slot in slots if self._may_write(slot)])
+        return self._free_first([slot for slot in slots if self._owns(slot)])
 
     def _free_stale(self) -> int | None:
         """The slot of a guess that has arrived and turned out wrong."""
         wrong = [guess for guess in self._residency.ledger.unused if guess.layer not in self._plan.ahead]
         slots = map(self._residency.table.slot_of, wrong)
-        return self._free_first([slot for slot in slots if self._may_write(slot)])
+        return self._free_first([slot for slot in slots if self._owns(slot)])
 
     def _free_first(self, slots: list[int]) -> int | None:
         return self._residency.free(slots[0]) if slots else None
 
 
-class Cache(Space):
+class Shared(Space):
+    """A space of all slots but those that are ``lent`` to the ring of a prefill that was set aside."""
+
+    def __init__(self, residency: Residency, lent: Set[int] = frozenset()) -> None:
+        super().__init__(residency)
+        self.lent = lent
+
+    def _owns(self, slot: int) -> bool:
+        return slot not in self.lent
+
+    def _empty_slot(self) -> int | None:
+        if not self.lent:
+            return self._residency.empty_slot()
+        return next((slot for slot in self._residency.table.empty_slots() if slot not in self.lent), None)
+
+
+class Cache(Shared):
     """Experts stay where they are until the eviction picks them."""
 
     def __init__(self, residency: Residency, shape: ModelShape, eviction: Eviction, ranking: Ranking) -> None:
@@ -79,7 +104,7 @@ class Cache(Space):
 
     def spare(self, layer: int) -> int | None:
         """An EMPTY slot, else that of a victim that the plan does not spare."""
-        slot = self._residency.empty_slot()
+        slot = self._empty_slot()
         return self.give_up(layer, self._plan.spared) if slot is None else slot
 
     def take(self) -> int | None:
@@ -93,20 +118,27 @@ class Cache(Space):
         None if every slot is held or LOADING, or its expert is ``spared``.
         """
         idle, values = self._residency.idle, self._ranking.values
+        if self.lent:
+            spared = {*spared, *self._lodgers()}
         for layers in self._eviction.groups(loading, self._residency.slots, self._quotas):
             slot = least_valued(layers, idle, values, spared)
             if slot is not None:
                 return self._residency.free(slot)
         return None
 
+    def _lodgers(self) -> Iterator[ExpertId]:
+        """The experts in slots that are lent."""
+        experts = map(self._residency.table.expert_in, self.lent)
+        return (expert for expert in experts if expert is not None)
 
-class Scratch(Space):
+
+class Scratch(Shared):
     """Nothing is kept: a slot is freed as soon as its expert has been computed."""
 
-    def __init__(self, residency: Residency) -> None:
-        super().__init__(residency)
+    def __init__(self, residency: Residency, lent: Set[int] = frozenset()) -> None:
+        super().__init__(residency, lent)
         for slot, expert in residency.table.ready():
-            if expert not in residency.ledger.unused:
+            if expert not in residency.ledger.unused and self._owns(slot):
                 residency.free(slot)
 
     def enter(self, plan: LayerPlan) -> None:
@@ -117,12 +149,13 @@ class Scratch(Space):
 
     def spare(self, layer: int) -> int | None:
         """An EMPTY slot, else that of a guess that was wrong when it came."""
-        slot = self._residency.empty_slot()
+        slot = self._empty_slot()
         return self._free_stale() if slot is None else slot
 
     def retire(self, expert: int, slot: int) -> None:
-        """Frees the slot."""
-        self._residency.free(slot)
+        """Frees the slot, unless it is lent."""
+        if self._owns(slot):
+            self._residency.free(slot)
 
 
 class Ring(Space):
@@ -143,7 +176,7 @@ class Ring(Space):
         """As in Space. The surplus is shared evenly by the layers that are left, this one included."""
         ledger, slot_of = self._residency.ledger, self._residency.table.slot_of
         ahead = [guess for guess in (*ledger.guesses, *ledger.unused) if guess.layer > layer]
-        pending = sum(self._may_write(slot_of(guess)) for guess in ahead)
+        pending = sum(self._owns(slot_of(guess)) for guess in ahead)
         here = self._residency.slots[layer] if layer != BEFORE_FIRST else {}
         settled = frozenset(expert for expert, slot in here.items() if slot not in self._slots)
         surplus, layers_left = len(self._slots) - self._size, len(self._shape.after(layer - 1))
@@ -151,7 +184,7 @@ class Ring(Space):
 
     def spare(self, layer: int) -> int | None:
         """An EMPTY slot, else that of the expert that was computed first, else that of a wrong guess."""
-        slot = self._residency.empty_slot() if self._residency.table.first_empty() in self._slots else None
+        slot = next((slot for slot in self._residency.table.empty_slots() if slot in self._slots), None)
         if slot is None:
             spent = next((slot for slot in self._spent if not self._residency.table.holds(slot)), None)
             if spent is None:
@@ -168,5 +201,23 @@ class Ring(Space):
         elif slot in self._slots:
             self._spent[slot] = None
 
-    def _may_write(self, slot: int) -> bool:
+    def set_aside(self) -> Set[int]:
+        """Other passes come in between: the slots that the ring keeps meanwhile, with all that is on its way to it.
+
+        The surplus goes back; of what other passes may read, nothing counts as spent.
+        """
+        speculative = {*self._residency.ledger.guesses, *self._residency.ledger.unused}
+        wanted_later = {self._residency.table.slot_of(guess) for guess in speculative}
+        self._slots = set(sorted(self._slots, key=lambda slot: slot not in wanted_later)[: self._size])
+        self._spent = {slot: None for slot in self._spent if slot in self._slots}
+        return frozenset(self._slots)
+
+    def take_up(self) -> None:
+        """The pass goes on. A slot whose speculation others have used is spent like those that it has used itself."""
+        table, unused = self._residency.table, self._residency.ledger.unused
+        for slot, expert in table.ready():
+            if slot in self._slots and expert not in unused:
+                self._spent.setdefault(slot)
+
+    def _owns(self, slot: int) -> bool:
         return slot in self._slots

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from duoserve import SamplingParams
 from duoserve.config import EngineConfig, Phase
-from duoserve.engine import Engine, Request
+from duoserve.engine import Engine
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.virtual import VirtualClock, VirtualCopyEngine
 from duoserve.loading import load
 from duoserve.models.layers import Linear
 from duoserve.models.tap import RouterSite, RoutingTap
+from duoserve.request import Request
 from tests.assembly import assembled, tokens_of
 from tests.checkpoints import save_mixtral
 from tests.listeners import Heard

@@ -1,0 +1,176 @@
+"""Forward passes: decode steps, and prefills that decode steps may come between.
+
+T tokens, B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from duoserve.config import Phase
+from duoserve.kv_cache import Layout, PagedKVCache, SequenceKV
+from duoserve.metrics import Meter
+from duoserve.models.tap import LatePass, RoutingTap
+from duoserve.models.transformer import Transformer, UnderWay
+from duoserve.request import Request
+
+
+class StepScheduler(Protocol):
+    """What passes need of the scheduler: to be told where each begins, pauses and ends."""
+
+    def begin(self, phase: Phase, num_tokens: int) -> None: ...
+
+    def end(self) -> None: ...
+
+    def set_aside(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def check_integrity(self) -> None: ...
+
+
+class Decoder(Protocol):
+    """Another way to compute a decode step, with the bits of the model."""
+
+    def __call__(self, layout: Layout) -> Tensor:
+        """Float32 logits [B, V], on the host, of the new token of each of B sequences."""
+        ...
+
+
+@dataclass(eq=False)
+class Prefill:
+    """The prompts of ``requests`` in one pass. ``late`` is where the routing is kept if others may come between."""
+
+    requests: list[Request]
+    layout: Layout
+    under_way: UnderWay
+    late: LatePass | None
+    paused: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return len(self.layout.token_ids)
+
+
+class Passes:
+    """Runs passes of ``model``, whose ``tap`` (if its routers are listened to) hears of each as a whole.
+
+    One prefill may be under way at a time. ``decoder``, if there is one, computes the decode steps.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        model: Transformer,
+        scheduler: StepScheduler,
+        cache: PagedKVCache,
+        meter: Meter,
+        *,
+        tap: RoutingTap | None = None,
+        decoder: Decoder | None = None,
+    ) -> None:
+        self.num_layers = len(model.layers)
+        self._model = model
+        self._scheduler = scheduler
+        self._cache = cache
+        self._meter = meter
+        self._tap = tap
+        self._decoder = decoder
+        self._prefill: Prefill | None = None
+
+    @torch.inference_mode()
+    def whole(self, number: int, kv: SequenceKV, token_ids: Sequence[int]) -> Tensor:
+        """A prefill in one go: float32 logits [T, V] of every position."""
+        self._announce(Phase.PREFILL, [(number, token_ids)])
+        layout = self._cache.lay_out([(kv, token_ids)])
+        return self._pass(Phase.PREFILL, layout, None)
+
+    @torch.inference_mode()
+    def decode(self, requests: Sequence[Request]) -> Tensor:
+        """Float32 logits [B, V] behind the last token of each request."""
+        fresh = [(request.kv, request.output_ids[-1:]) for request in requests]
+        if self._prefill is not None and not self._prefill.paused:
+            self._scheduler.set_aside()
+            self._prefill.paused = True
+        self._announce(Phase.DECODE, [(request.number, request.output_ids[-1:]) for request in requests])
+        layout = self._cache.lay_out(fresh)
+        return self._pass(Phase.DECODE, layout, layout.last_rows)
+
+    @torch.inference_mode()
+    def prefill(self, requests: list[Request], interruptible: bool) -> Prefill:
+        """Begins a pass over the prompts; decode steps may come between its layers if it is ``interruptible``."""
+        rows = [(request.number, request.prompt_ids) for request in requests]
+        layout = self._cache.lay_out([(request.kv, request.prompt_ids) for request in requests])
+        late = LatePass(Phase.PREFILL, _rows(rows)) if interruptible and self._tap is not None else None
+        if late is None:
+            self._announce(Phase.PREFILL, rows)
+        with self._meter.compute():
+            under_way = self._model.start(self._cache.batch(layout))
+            self._scheduler.begin(Phase.PREFILL, len(layout.token_ids))
+        self._prefill = Prefill(requests, layout, under_way, late)
+        return self._prefill
+
+    @torch.inference_mode()
+    def advance(self, prefill: Prefill, num_layers: int) -> Tensor | None:
+        """The next layers of a prefill; behind the last, float32 logits [B, V] of each prompt's last token."""
+        if prefill.late is not None and self._tap is not None:
+            self._tap.follow(prefill.late)
+        logits_BV = None
+        try:
+            with self._meter.compute():
+                self._go_on(prefill)
+                self._model.advance(prefill.under_way, num_layers)
+                if prefill.under_way.next_layer == self.num_layers:
+                    logits_BV = self._model.finish(prefill.under_way, prefill.layout.last_rows).cpu()
+        except BaseException:
+            self.abandon(prefill)
+            raise
+        if logits_BV is not None:
+            self._end(prefill)
+            if prefill.late is not None and self._tap is not None:
+                self._tap.tell(prefill.late)
+        return logits_BV
+
+    def abandon(self, prefill: Prefill) -> None:
+        """Ends a prefill before its last layer; nothing is left of it. Does nothing to one that has ended."""
+        if self._prefill is prefill:
+            self._go_on(prefill)
+            self._end(prefill)
+
+    def check_integrity(self) -> None:
+        """IntegrityError if the books of the slots disagree, or a hold has outlived its pass."""
+        self._scheduler.check_integrity()
+
+    def _go_on(self, prefill: Prefill) -> None:
+        if prefill.paused:
+            prefill.paused = False
+            self._scheduler.resume()
+
+    def _end(self, prefill: Prefill) -> None:
+        self._prefill = None
+        self._scheduler.end()
+
+    def _pass(self, phase: Phase, layout: Layout, rows: list[int] | None) -> Tensor:
+        with self._meter.compute():
+            self._scheduler.begin(phase, len(layout.token_ids))
+            try:
+                if phase is Phase.DECODE and self._decoder is not None:
+                    return self._decoder(layout)
+                return self._model(self._cache.batch(layout), rows).cpu()
+            finally:
+                self._scheduler.end()
+
+    def _announce(self, phase: Phase, fresh: Iterable[tuple[int, Sequence[int]]]) -> None:
+        """Tells the tap whose token each row of the coming pass is."""
+        if self._tap is not None:
+            self._tap.begin(phase, _rows(fresh))
+
+
+def _rows(fresh: Iterable[tuple[int, Sequence[int]]]) -> np.ndarray:
+    return np.array([number for number, tokens in fresh for _ in tokens], dtype=np.int64)

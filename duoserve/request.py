@@ -1,0 +1,61 @@
+"""One prompt on its way through the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from duoserve.errors import DuoServeError
+from duoserve.kv_cache import SequenceKV
+from duoserve.sampling import SamplingParams
+from duoserve.service import Objectives, TokenLogprobs
+
+
+@dataclass(eq=False)
+class Request:
+    """``finish_reason`` is None while it runs, then "stop", "length", "abort" or "error".
+
+    ``number`` is the engine's, from 0 in the order of arrival. ``num_logprobs`` (None: none are wanted) is how many of
+    the likeliest tokens to report at each place. Times are seconds on the engine's clock, None for what is to come.
+    """
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    output_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    kv: SequenceKV = field(default_factory=SequenceKV)
+    number: int = -1
+    objectives: Objectives = field(default_factory=Objectives)
+    num_logprobs: int | None = None
+    arrived: float | None = None
+    admitted: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of context that the request may come to need."""
+        return len(self.prompt_ids) + self.params.max_tokens
+
+    @property
+    def attained(self) -> bool:
+        """Whether the tokens that it has came inside its objectives: the first, and the others on the average."""
+        if self.arrived is None or self.first_token is None or self.last_token is None:
+            return False
+        ttft_s, tpot_s = self.objectives.ttft_s, self.objectives.tpot_s
+        others = len(self.output_ids) - 1
+        in_time = ttft_s is None or self.first_token - self.arrived <= ttft_s
+        return in_time and (tpot_s is None or self.last_token - self.first_token <= others * tpot_s)
+
+    def finish(self, reason: str) -> None:
+        """Ends the request before its next token; the first reason given stays."""
+        self.finish_reason = self.finish_reason or reason
+
+
+class Produced(NamedTuple):
+    """What a step came to for one request: a ``token``, or the ``error`` that has ended it."""
+
+    request: Request
+    token: int | None = None
+    logprobs: TokenLogprobs | None = None
+    error: DuoServeError | None = None
