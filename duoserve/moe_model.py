@@ -113,6 +113,21 @@ class MoEModel:
         return self._runtime.plan
 
     @property
+    def text(self) -> Text | None:
+        """The checkpoint's tokenizer, None where it has none."""
+        return self._runtime.text
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of the longest request, prompt and output: what the KV cache holds."""
+        return self._runtime.engine.max_context
+
+    @property
+    def chat_template(self) -> None:
+        """Always None: the templates of checkpoints are not read so far."""
+        return None
+
+    @property
     def policy(self) -> str:
         """The name of the policy in force."""
         return self._runtime.policy.name
