@@ -30,8 +30,8 @@ from duoserve.loading import make_scheduler
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
-from duoserve.predictors.lookahead import LookaheadPredictor
 from duoserve.passes import Passes
+from duoserve.predictors.lookahead import LookaheadPredictor
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy

@@ -76,14 +76,14 @@ class Batching:
         free, tokens, deadline = load.free, 0, inf
         for place in self.order(load):
             asked = load.waiting[place]
-            if asked.room > free:
+            soonest = min(deadline, self._deadline(asked, load.now))
+            finished = load.now + self._prefill_s(tokens + asked.num_prompt)
+            if not self._may_join(len(load.running) + len(chosen), asked, load):
+                break
+            if asked.room > free or (chosen and finished > soonest and not self._fcfs):
                 if self._fcfs or self._start_by(asked, load.now) <= load.now:
                     break  # nobody overtakes one whose time has come
                 continue
-            soonest = min(deadline, self._deadline(asked, load.now))
-            finished = load.now + self._prefill_s(tokens + asked.num_prompt)
-            if not self._may_join(len(load.running) + len(chosen), asked, load) or (chosen and finished > soonest):
-                break
             chosen.append(place)
             free, tokens, deadline = free - asked.room, tokens + asked.num_prompt, soonest
         return chosen

@@ -86,7 +86,8 @@ class Engine:
     def add(self, request: Request) -> None:
         """A request joins. RequestError for what can never be served, OverloadedError for what cannot be now."""
         self.check(request.prompt_ids, request.params.max_tokens)
-        request.arrived = self._clock()
+        if request.arrived is None:
+            request.arrived = self._clock()
         settings = self._batching.settings
         if len(self._waiting) >= settings.max_waiting:
             wait_s = self._batching.first_token_s(self._asked(request), self._load())
@@ -130,7 +131,7 @@ class Engine:
             if started:
                 return started
         if self._prefill is not None:
-            num_layers = self._batching.layers(self._load(), self._decoded or not self._running)
+            num_layers = self._batching.layers(self._started_load(), self._decoded or not self._running)
             if num_layers:
                 return self._advance(self._prefill, num_layers)
         return self._decode() if self._running else []
@@ -287,17 +288,20 @@ class Engine:
                 requests.remove(request)
 
     def _load(self) -> Load:
+        return self._started_load()._replace(waiting=[*map(self._asked, self._waiting)])
+
+    def _started_load(self) -> Load:
+        """Without those that wait, of whom there may be many."""
         prefill, now = self._prefill, self._clock()
         coming = None
         if prefill is not None:
             left = self._passes.num_layers - prefill.under_way.next_layer
             coming = Coming(prefill.num_tokens, len(prefill.requests), left)
-        waiting, running = [*map(self._asked, self._waiting)], [*map(self._going, self._running)]
-        return Load(now, waiting, running, self._cache.free_tokens, coming)
+        return Load(now, (), [*map(self._going, self._running)], self._cache.free_tokens, coming)
 
     def _asked(self, request: Request) -> Asked:
         room = self._cache.whole_pages(request.num_tokens)
-        return Asked(request.arrived, len(request.prompt_ids), room, request.objectives)
+        return Asked(request.arrived or 0.0, len(request.prompt_ids), room, request.objectives)
 
     def _going(self, request: Request) -> Going:
         room = self._cache.whole_pages(request.num_tokens)

@@ -25,7 +25,7 @@ from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
-from duoserve.text import IncrementalDecoder, StopStrings, Text
+from duoserve.writer import Writer
 
 Prompt = str | Sequence[int]
 
@@ -52,6 +52,7 @@ class MoEModel:
         self._open_runtime: Runtime | None = runtime
         self._turn = threading.Lock()
         self._serving_thread: int | None = None
+        self._lent = False
 
     @classmethod
     def from_pretrained(  # noqa: PLR0913 - each is a knob that users turn by name
@@ -162,8 +163,8 @@ class MoEModel:
         single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
         prompts: Sequence[Any] = [prompt] if single else prompt
         settings = _settings(params, changes)
-        requests = [Request(self._encode(one), settings) for one in prompts]
-        writers = {request: _Writer(self._runtime.text, settings.stop) for request in requests}
+        requests = [Request(self.encode(one), settings) for one in prompts]
+        writers = {request: Writer(self._runtime.text, settings.stop) for request in requests}
         if requests:
             for request, token in self._run(requests):
                 writers[request].push(request, token)
@@ -176,10 +177,10 @@ class MoEModel:
         settings = _settings(params, changes)
         if self._runtime.text is None:
             raise RequestError("stream() yields text, but this checkpoint has no tokenizer.json: use generate()")
-        request = Request(self._encode(prompt), settings)
-        return self._stream(request, _Writer(self._runtime.text, settings.stop))
+        request = Request(self.encode(prompt), settings)
+        return self._stream(request, Writer(self._runtime.text, settings.stop))
 
-    def _stream(self, request: Request, writer: _Writer) -> Iterator[str]:
+    def _stream(self, request: Request, writer: Writer) -> Iterator[str]:
         for _, token in self._run([request]):
             if piece := writer.push(request, token):
                 yield piece
@@ -190,6 +191,15 @@ class MoEModel:
         """One prefill: float32 logits [T, V] of every position."""
         with self._my_turn() as engine:
             return engine.forward(token_ids)
+
+    def lend(self) -> Runtime:
+        """The parts, for a service that runs the engine itself until the model is closed; calls are refused meanwhile.
+
+        Waits for a call that runs; RequestError if another service has the model.
+        """
+        with self._my_turn():
+            self._lent = True
+            return self._runtime
 
     def close(self) -> None:
         """Releases threads, files and memory; calling it again does nothing."""
@@ -217,6 +227,8 @@ class MoEModel:
     def _my_turn(self) -> Iterator[Engine]:
         if self._serving_thread == threading.get_ident():
             raise RequestError("this thread's earlier stream is still open: exhaust it or call its close() first")
+        if self._lent:
+            raise RequestError("a service runs this model: submit requests to it")
         with self._turn:
             self._serving_thread = threading.get_ident()
             try:
@@ -224,47 +236,13 @@ class MoEModel:
             finally:
                 self._serving_thread = None
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; RequestError for text that cannot be encoded, or without a tokenizer. Any thread."""
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
         if self._runtime.text is None:
             raise RequestError("the prompt is text, but this checkpoint has no tokenizer.json: give token ids")
         return self._runtime.text.encode(prompt)
-
-
-class _Writer:
-    """Turns one request's tokens into text and ends the request at a stop string."""
-
-    def __init__(self, text: Text | None, stop: Sequence[str]) -> None:
-        self._decoder = None if text is None else IncrementalDecoder(text)
-        self._stop = StopStrings(stop)
-        self._pieces: list[str] = []
-        if stop and text is None:
-            raise RequestError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
-
-    def push(self, request: Request, token: int) -> str:
-        """The text that became certain with ``token``."""
-        if self._decoder is None:
-            return ""
-        return self._write(request, self._stop.push(self._decoder.push(token)))
-
-    def rest(self, request: Request) -> str:
-        """What was held back, once no token will follow."""
-        if self._decoder is None or self._stop.found:
-            return ""
-        certain = self._stop.push(self._decoder.flush())
-        return self._write(request, certain if self._stop.found else certain + self._stop.flush())
-
-    def finish(self, request: Request) -> str | None:
-        """The whole text, or None without a tokenizer."""
-        self.rest(request)
-        return None if self._decoder is None else "".join(self._pieces)
-
-    def _write(self, request: Request, piece: str) -> str:
-        if self._stop.found:
-            request.finish("stop")
-        self._pieces.append(piece)
-        return piece
 
 
 def _bytes(size: int | str | None) -> int | None:

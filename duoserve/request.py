@@ -27,7 +27,7 @@ class Request:
     number: int = -1
     objectives: Objectives = field(default_factory=Objectives)
     num_logprobs: int | None = None
-    arrived: float = 0.0
+    arrived: float | None = None
     admitted: float | None = None
     first_token: float | None = None
     last_token: float | None = None
@@ -36,6 +36,16 @@ class Request:
     def num_tokens(self) -> int:
         """Tokens of context that the request may come to need."""
         return len(self.prompt_ids) + self.params.max_tokens
+
+    @property
+    def attained(self) -> bool:
+        """Whether the tokens that it has came inside its objectives: the first, and the others on the average."""
+        if self.arrived is None or self.first_token is None or self.last_token is None:
+            return False
+        ttft_s, tpot_s = self.objectives.ttft_s, self.objectives.tpot_s
+        others = len(self.output_ids) - 1
+        in_time = ttft_s is None or self.first_token - self.arrived <= ttft_s
+        return in_time and (tpot_s is None or self.last_token - self.first_token <= others * tpot_s)
 
     def finish(self, reason: str) -> None:
         """Ends the request before its next token; the first reason given stays."""

@@ -106,7 +106,7 @@ def write(engine: Engine, prompts: list[list[int]], lengths: list[int]) -> list[
     requests = [Request(prompt, params) for prompt, params in zip(prompts, greedy, strict=True)]
     for _ in engine.generate(requests):
         pass
-    engine._scheduler._residency.table.check_integrity()  # type: ignore[attr-defined]
+    engine.check_integrity()
     return [request.output_ids for request in requests]
 
 
@@ -118,7 +118,7 @@ def test_the_bits_of_the_model_itself(mode: str, slots: int, record_after: int, 
     for gpu, how in ((Gpu(), "model"), (Gpu(record_after), mode)):
         with gpu.engine(folder, slots, how) as engine:
             if slots == len(EXPERTS):
-                engine._scheduler.load_all()
+                engine._passes._scheduler.load_all()
             written.append([write(engine, PROMPTS, [12, 5, 9]) for _ in range(2)])
         logits.append(gpu.logits)
     assert gpu.recorded == 3

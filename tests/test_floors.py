@@ -46,9 +46,9 @@ F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  m
     models/config_fields  models/rope_fields  models/quantization_fields  models/common_fields  models/expert_names
     models/family  models/mixtral  models/qwen3_moe  models/qwen2_moe  models/olmoe  models/deepseek  models/glm4_moe
     models/granite_moe  models/gpt_oss  models/registry  models/stored  models/opened  models/described
-F5  service  sampling  text  writer  kv_cache  request  passes  cost  batching  engine  decode_inputs  recorded_decode
+F5  service  sampling  text  kv_cache  request  writer  passes  cost  batching  engine  decode_inputs  recorded_decode
     event_decode  graph_decode  link  decoding  workspace  placement  choice  loading  tracing  evaluating  moe_model
-    stream  async_engine  perplexity  __init__
+    stream  worker  async_engine  perplexity  __init__
 F6  server/__init__  server/backend  server/settings  server/errors  server/fields  server/asking  server/records
     server/token_text  server/answers  server/generation  server/sse  server/http  server/host  server/metrics
     server/status  server/preparing  server/endpoints  server/app  server/run

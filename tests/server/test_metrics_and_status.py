@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
-parser = pytest.importorskip("prometheus_client.parser", reason="needs the extra serve")
+from prometheus_client import parser
 
 from duoserve.errors import CopyError
 from duoserve.metrics import ByteCounts, Stats
@@ -37,14 +35,9 @@ def scrape(server):
 def values(family):
     """By the labels beside the model's name, which every sample has."""
     for sample in family.samples:
-        assert sample.labels["model_name"] == NAME
-    return {
-        (
-            sample.name.removeprefix(family.name),
-            *(v for k, v in sample.labels.items() if k != "model_name"),
-        ): sample.value
-        for sample in family.samples
-    }
+        assert sample.labels.pop("model_name") == NAME
+    names = [(one.name.removeprefix(family.name), *one.labels.values()) for one in family.samples]
+    return dict(zip(names, (one.value for one in family.samples), strict=True))
 
 
 def some_stats():

@@ -1,0 +1,106 @@
+"""``AsyncEngine``: one model for many callers of an asyncio program."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from duoserve.errors import ClosedError, RequestError
+from duoserve.moe_model import MoEModel
+from duoserve.request import Request
+from duoserve.sampling import SamplingParams
+from duoserve.service import Objectives, ServiceFigures, ServiceSettings, State
+from duoserve.stream import Stream
+from duoserve.worker import Task, Worker
+from duoserve.writer import Writer
+
+MAX_LOGPROBS = 20
+DEFAULTS = ServiceSettings()
+
+
+class AsyncEngine:
+    """Runs one model for many callers of an asyncio program; the engine works on a thread of its own.
+
+    The model is its alone until ``close``, which closes the model too.
+    """
+
+    def __init__(self, model: MoEModel, *, settings: ServiceSettings = DEFAULTS) -> None:
+        self._model = model
+        self._settings = settings
+        runtime = model.lend()
+        self._text = runtime.text
+        self._worker = Worker(runtime, settings)
+        self._closed = False
+
+    @property
+    def state(self) -> State:
+        """Whether requests are taken."""
+        return self._worker.state
+
+    @property
+    def model(self) -> MoEModel:
+        """What is served, for its config and memory; calls of it are refused."""
+        return self._model
+
+    def figures(self) -> ServiceFigures:
+        """The service since its start, as of the last step. Any thread; cheap."""
+        return self._worker.figures
+
+    async def submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        objectives: Objectives | None = None,
+        *,
+        logprobs: int | None = None,
+    ) -> Stream:
+        """Queues a prompt. ``logprobs`` (0 to 20; None: none) is how many of the likeliest tokens to report a place.
+
+        RequestError for what can never be served, OverloadedError (which says when to try again) for what cannot be
+        now, ClosedError when the service takes no more.
+        """
+        arrived = time.monotonic()
+        if self.state is not State.READY:
+            raise ClosedError("the service takes no more requests")
+        _check_logprobs(logprobs)
+        prompt_ids = await asyncio.to_thread(self._model.encode, prompt)
+        request = Request(prompt_ids, params, num_logprobs=logprobs, arrived=arrived)
+        request.objectives = self._objectives(objectives)
+        stream = Stream(request, self._worker.cancel)
+        task = Task(Writer(self._text, params.stop), stream)
+        try:
+            await asyncio.wrap_future(self._worker.submit(request, task))
+        except asyncio.CancelledError:
+            stream.cancel()
+            raise
+        return stream
+
+    async def drain(self, seconds: float) -> None:
+        """Takes no more requests, lets those that there are finish for so long, then ends the rest with ClosedError."""
+        self._worker.drain()
+        try:
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._worker.drained)), seconds)
+        except TimeoutError:
+            await asyncio.wrap_future(self._worker.end_all())
+
+    async def close(self) -> None:
+        """Ends all requests with ClosedError, then the thread, then the model; calling it again does nothing."""
+        if not self._closed:
+            self._closed = True
+            await asyncio.to_thread(self._worker.stop)
+            self._model.close()
+
+    def _objectives(self, wanted: Objectives | None) -> Objectives:
+        """Those of the service where a request brings none."""
+        ours = self._settings.objectives
+        if wanted is None:
+            return ours
+        ttft_s = ours.ttft_s if wanted.ttft_s is None else wanted.ttft_s
+        return Objectives(ttft_s, ours.tpot_s if wanted.tpot_s is None else wanted.tpot_s)
+
+
+def _check_logprobs(logprobs: int | None) -> None:
+    number = isinstance(logprobs, int) and not isinstance(logprobs, bool)
+    if logprobs is not None and not (number and 0 <= logprobs <= MAX_LOGPROBS):
+        raise RequestError(f"logprobs is {logprobs!r}, but must be an integer in 0..{MAX_LOGPROBS}")

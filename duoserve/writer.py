@@ -1,0 +1,44 @@
+"""From one request's tokens to its text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from duoserve.errors import RequestError
+from duoserve.request import Request
+from duoserve.text import IncrementalDecoder, StopStrings, Text
+
+
+class Writer:
+    """Turns one request's tokens into text and ends the request at a stop string."""
+
+    def __init__(self, text: Text | None, stop: Sequence[str]) -> None:
+        self._decoder = None if text is None else IncrementalDecoder(text)
+        self._stop = StopStrings(stop)
+        self._pieces: list[str] = []
+        if stop and text is None:
+            raise RequestError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
+
+    def push(self, request: Request, token: int) -> str:
+        """The text that became certain with ``token``."""
+        if self._decoder is None:
+            return ""
+        return self._write(request, self._stop.push(self._decoder.push(token)))
+
+    def rest(self, request: Request) -> str:
+        """What was held back, once no token will follow."""
+        if self._decoder is None or self._stop.found:
+            return ""
+        certain = self._stop.push(self._decoder.flush())
+        return self._write(request, certain if self._stop.found else certain + self._stop.flush())
+
+    def finish(self, request: Request) -> str | None:
+        """The whole text, or None without a tokenizer."""
+        self.rest(request)
+        return None if self._decoder is None else "".join(self._pieces)
+
+    def _write(self, request: Request, piece: str) -> str:
+        if self._stop.found:
+            request.finish("stop")
+        self._pieces.append(piece)
+        return piece
