@@ -25,6 +25,7 @@ from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
+from duoserve.text import Text
 from duoserve.writer import Writer
 
 Prompt = str | Sequence[int]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
 from duoserve.async_engine import AsyncEngine
@@ -56,15 +57,23 @@ def run(args: argparse.Namespace) -> None:
 def take_environment(parser: argparse.ArgumentParser) -> None:
     """Makes ``DUOSERVE_MAX_BATCH`` and its like the defaults of ``--max-batch`` and its like."""
     for action in parser._actions:
-        if not action.option_strings or action.nargs == 0:
-            continue
-        name = f"DUOSERVE_{action.dest.upper()}"
-        action.help = f"{action.help} [{name}]"
-        value = os.environ.get(name)
-        if value is not None:
-            if action.choices is not None and value not in action.choices:
-                raise ConfigError(f"{name} is {value!r}, but must be one of {', '.join(map(str, action.choices))}")
-            action.default = value
+        if action.option_strings and action.nargs != 0:
+            name = f"DUOSERVE_{action.dest.upper()}"
+            action.help = f"{action.help} [{name}]"
+            action.default = os.environ.get(name, action.default)
+            if action.choices is not None:
+                action.type = _one_of(list(action.choices))
+
+
+def _one_of(choices: list[str]) -> Callable[[str], str]:
+    """A type that knows its choices: argparse asks it about defaults too, unlike ``choices``."""
+
+    def checked(value: str) -> str:
+        if value not in choices:
+            raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(choices)}")
+        return value
+
+    return checked
 
 
 def _add_http(parser: argparse.ArgumentParser) -> None:

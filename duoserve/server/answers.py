@@ -38,9 +38,14 @@ class Writer(Protocol):
 class Dialect(Protocol):
     """How one endpoint says things."""
 
-    whole_object: str
-    chunk_object: str
-    id_prefix: str
+    @property
+    def whole_object(self) -> str: ...
+
+    @property
+    def chunk_object(self) -> str: ...
+
+    @property
+    def id_prefix(self) -> str: ...
 
     def writer(self, index: int, tokens: TokenText | None) -> Writer:
         """A writer of choice ``index``; ``tokens`` None where no log-probabilities are wanted."""

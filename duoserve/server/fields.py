@@ -39,14 +39,14 @@ class Fields:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if value is None or (_is_integer(value) and low <= value <= high):
-            return value
+            return value  # type: ignore[no-any-return]
         raise self.wrong(name, f"an integer in {low}..{high}")
 
     def number(self, name: str, low: float, high: float) -> float | None:
         """A number in ``low..high``."""
         value = self.raw(name)
         if value is None or (_is_number(value) and low <= value <= high):
-            return value
+            return value  # type: ignore[no-any-return]
         raise self.wrong(name, f"a number in {low:g}..{high:g}")
 
     def flag(self, name: str) -> bool:
@@ -81,7 +81,7 @@ def shown(value: object) -> str:
         return "an object"
     if isinstance(value, list):
         return f"an array of {len(value)}"
-    if _is_integer(value) and abs(value) > 10**SHOWN:  # type: ignore[operator]
+    if isinstance(value, int) and abs(value) > 10**SHOWN:
         return "an integer of more than 60 digits"
     text = json.dumps(value[: SHOWN + 1] if isinstance(value, str) else value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

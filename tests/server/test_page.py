@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 from tests.server.fake_service import hoped, spoken
 from tests.server.test_metrics_and_status import some_stats
@@ -48,7 +48,7 @@ def opened(browser, url, width, scheme="light", **options):
     page.on("pageerror", lambda error: page.faults.append(str(error)))
     page.on("request", lambda request: page.asked.append(request.url))
     page.goto(url)
-    page.wait_for_function("document.getElementById('state').textContent !== 'connecting'")
+    expect(page.locator("#state")).not_to_have_text("connecting")
     return page
 
 
@@ -90,7 +90,8 @@ def test_text_stands_out_from_its_ground_in_both_schemes(browser, busy):
 
 CONTRAST = """name => {
   const light = css => {
-    const [r, g, b] = css.match(/[\\d.]+/g).map(v => v / 255).map(v => v <= 0.04 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    const linear = v => v <= 0.04 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+    const [r, g, b] = css.match(/[\\d.]+/g).map(v => linear(v / 255));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const node = document.getElementById(name);
@@ -103,19 +104,20 @@ CONTRAST = """name => {
 def test_it_is_live(browser, busy):
     page = opened(browser, busy.url, 1280)
     with busy.http.stream("POST", "/v1/completions", json={"prompt": "a", "stream": True}) as answer:
-        next(answer.iter_lines())
-        page.wait_for_function("document.getElementById('running').textContent === '1'", timeout=5000)
+        lines = answer.iter_lines()  # kept: when it goes, so does the connection
+        next(lines)
+        expect(page.locator("#running")).to_have_text("1")
         busy.service.stats.bytes.demanded += 50_000_000
-        page.wait_for_function("document.getElementById('link').textContent.includes('MB/s')", timeout=5000)
+        expect(page.locator("#link")).to_contain_text("MB/s")
     assert "running" in page.locator("#requests").inner_text()
-    page.wait_for_function("document.getElementById('running').textContent === '0'", timeout=5000)
+    expect(page.locator("#running")).to_have_text("0")
     page.context.close()
 
 
 def test_it_says_when_the_server_is_gone(browser, busy):
     page = opened(browser, busy.url, 390)
     busy.stop()
-    page.wait_for_function("document.getElementById('state').textContent === 'not reachable'", timeout=5000)
+    expect(page.locator("#state")).to_have_text("not reachable")
     page.context.close()
 
 
