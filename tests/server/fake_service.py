@@ -30,8 +30,9 @@ class FakeTemplate:
     """Joins what was said by roles in angle brackets."""
 
     def render(self, messages: Sequence[Any], add_generation_prompt: bool = True) -> str:
-        if any(message["content"] == "unrenderable" for message in messages):
-            raise RequestError("the chat template refuses this conversation")
+        for message in messages:
+            if message["content"].startswith("unrenderable"):
+                raise RequestError(f"the chat template refuses {message['content']}")
         said = "".join(f"<{message['role']}>{message['content']}" for message in messages)
         return said + ("<assistant>" if add_generation_prompt else "")
 

@@ -240,6 +240,9 @@ def test_half_a_surrogate_pair_makes_no_500(lasting):
         kind = {"Content-Type": "application/json"}
         assert lasting.http.post("/v1/completions", content=body, headers=kind).status_code in {200, 400, 404}
     lasting.service.streams.clear()
+    said = '{"messages": [{"role": "user", "content": "unrenderable \\ud800"}]}'
+    refused = lasting.http.post("/v1/chat/completions", content=said, headers=kind)
+    assert refused.status_code == 400 and refused.json()["error"]["message"].endswith("\ud800")
 
 
 def test_a_body_of_another_type_or_too_large_is_refused(served):
