@@ -102,7 +102,6 @@ class Worker:
             while self._obey():
                 for produced in self._engine.step():
                     self._deliver(produced)
-                self._publish(fresh=self._engine.idle)
         except Exception as error:
             self._die(error)
         with self._wake:
@@ -113,6 +112,7 @@ class Worker:
     def _obey(self) -> bool:
         """Does what was asked for, waiting while there is no work; False when it is time to stop."""
         while True:
+            self._settle()
             with self._wake:
                 while self._engine.idle and not self._asked and not self._stopped:
                     self._wake.wait()
@@ -120,7 +120,6 @@ class Worker:
                 stopped = self._stopped and not commands
             for command in commands:
                 command()
-            self._settle()
             if stopped or not self._engine.idle:
                 return not stopped
 

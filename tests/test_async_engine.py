@@ -311,7 +311,7 @@ def test_drain_lets_what_runs_finish_and_then_ends_the_rest(load: Open) -> None:
             with pytest.raises(ClosedError):
                 await service.submit(PROMPT, LONG)
             assert len(ids(await read(short))) == 5
-            await draining
+            await asyncio.wait_for(draining, 1.0)
         model = load()
         slowed(model, 0.02)
         async with serving(model) as service:
