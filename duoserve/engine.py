@@ -70,6 +70,11 @@ class Engine:
         return not (self._waiting or self._running or self._prefill)
 
     @property
+    def max_context(self) -> int:
+        """Tokens of context that one request may come to need at most."""
+        return self._cache.num_tokens
+
+    @property
     def kv_usage(self) -> float:
         """The share of the KV cache that requests have, 0 to 1."""
         return 1 - self._cache.free_tokens / self._cache.num_tokens

@@ -25,6 +25,7 @@ from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
+from duoserve.text import Text
 from duoserve.writer import Writer
 
 Prompt = str | Sequence[int]
@@ -112,6 +113,21 @@ class MoEModel:
     def memory(self) -> MemoryPlan:
         """What the memory was divided into when the model was loaded."""
         return self._runtime.plan
+
+    @property
+    def text(self) -> Text | None:
+        """The checkpoint's tokenizer, None where it has none."""
+        return self._runtime.text
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of the longest request, prompt and output: what the KV cache holds."""
+        return self._runtime.engine.max_context
+
+    @property
+    def chat_template(self) -> None:
+        """Always None: the templates of checkpoints are not read so far."""
+        return None
 
     @property
     def policy(self) -> str:

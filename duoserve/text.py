@@ -54,10 +54,13 @@ class Text:
         with _guarded(CheckpointError, f"{path} is not a tokenizer that can be used: download it again"):
             return cls(Tokenizer.from_file(str(path)))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text`` and of the special tokens that the post-processor adds; else RequestError."""
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Token ids of ``text`` and, if wanted, of the special tokens that the post-processor adds; else RequestError.
+
+        Special tokens that are written in the text become what they say either way.
+        """
         with _guarded(RequestError, "the tokenizer cannot encode this text"):
-            return list(self._tokenizer.encode(text).ids)
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special).ids)
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of ``token_ids``; special tokens, and ids that the tokenizer does not know, leave nothing."""

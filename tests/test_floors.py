@@ -51,8 +51,11 @@ F5  service  sampling  text  kv_cache  request  writer  passes  cost  batching  
     evaluating  moe_model  stream  worker  async_engine  perplexity  planning/__init__  planning/model_cards
     planning/formats  planning/sizes  planning/routing_curves  planning/speed  planning/policy_speed  planning/planner
     planning/measuring  planning/this_machine  __init__
-F6  cli/options  cli/inventory  cli/generate  cli/info  cli/plan_plot  cli/plan_report  cli/plan  cli/pack  cli/trace
-    cli/train_predictor  cli/plots  cli/replay  cli/evaluate  cli/app  cli/__init__
+F6  server/__init__  server/backend  server/settings  server/errors  server/fields  server/asking  server/records
+    server/token_text  server/answers  server/generation  server/sse  server/http  server/host  server/metrics
+    server/status  server/preparing  server/endpoints  server/app  server/run  cli/options  cli/inventory
+    cli/generate  cli/info  cli/plan_plot  cli/plan_report  cli/plan  cli/pack  cli/trace  cli/train_predictor
+    cli/plots  cli/replay  cli/evaluate  cli/serve  cli/app  cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]
 RANK = {name: rank for rank, name in enumerate(FILES)}
@@ -71,7 +74,7 @@ MAPPERS = {
     "safetensors.torch.load_file",
     "safetensors.torch.load_model",
 }
-LAZY = {("kernels/__init__", "kernels/triton_ops")}  # the one import that waits until it is asked for: an extra
+LAZY = {("kernels/__init__", "kernels/triton_ops"), ("cli/serve", "server/run")}  # imported when asked for: extras
 IMPORTERS = {"importlib.import_module", "__import__"}
 ANONYMOUS_MAPS = "experts/rows"
 

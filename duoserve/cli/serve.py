@@ -1,0 +1,124 @@
+"""``duoserve serve``: a model behind OpenAI's HTTP interface, on this machine alone unless told otherwise."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, get_args, get_type_hints
+
+from duoserve.async_engine import AsyncEngine
+from duoserve.cli.options import LOADING, MODEL_HELP, Subparsers, add_loading, add_parser
+from duoserve.errors import ConfigError
+from duoserve.moe_model import MoEModel
+from duoserve.server.settings import ServerSettings
+from duoserve.service import Objectives, ServiceSettings
+
+EXAMPLES = """\
+  duoserve serve bard --expert-slots 25%
+  duoserve serve ./my-mixtral --memory 12GiB --slo-ttft-ms 2000 --slo-tpot-ms 100 --admission strict
+  DUOSERVE_API_KEY=secret duoserve serve ./my-mixtral --host 0.0.0.0 --port 8080
+"""
+NEEDS_EXTRA = "duoserve serve needs starlette, uvicorn and prometheus_client: pip install 'duoserve[serve]'"
+
+
+def add_command(commands: Subparsers) -> None:
+    """Registers the command."""
+    parser = add_parser(commands, "serve", "answer HTTP requests as OpenAI's servers do", EXAMPLES)
+    parser.add_argument("model", nargs="?", default="bard", help=f"{MODEL_HELP} (default: bard)")
+    _add_http(parser)
+    _add_service(parser)
+    add_loading(parser)
+    take_environment(parser)
+    parser.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serves until it is told to stop."""
+    try:
+        from duoserve.server.run import serve  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{NEEDS_EXTRA} ({error.name} is missing)") from error
+    service = _service_settings(args)
+    settings = ServerSettings(
+        name=args.served_model_name or args.model,
+        host=args.host,
+        port=args.port,
+        api_key=args.api_key,
+        shutdown_s=args.shutdown_timeout,
+        ping_s=args.ping_interval,
+        objectives=service.objectives,
+    )
+    wanted = {name: getattr(args, name) for name in LOADING}
+    serve(settings, lambda: _load(args.model, wanted, service), _say_ready)
+
+
+def take_environment(parser: argparse.ArgumentParser) -> None:
+    """Makes ``DUOSERVE_MAX_BATCH`` and its like the defaults of ``--max-batch`` and its like."""
+    for action in parser._actions:
+        if action.option_strings and action.nargs != 0:
+            name = f"DUOSERVE_{action.dest.upper()}"
+            action.help = f"{action.help} [{name}]"
+            action.default = os.environ.get(name, action.default)
+            if action.choices is not None:
+                action.type = _one_of(list(action.choices))
+
+
+def _one_of(choices: list[str]) -> Callable[[str], str]:
+    """A type that knows its choices: argparse asks it about defaults too, unlike ``choices``."""
+
+    def checked(value: str) -> str:
+        if value not in choices:
+            raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(choices)}")
+        return value
+
+    return checked
+
+
+def _add_http(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("HTTP")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    group.add_argument("--port", type=int, default=8000, metavar="N", help="0: any that is free (default: 8000)")
+    group.add_argument("--api-key", metavar="KEY", help="what requests must show, but for /health (default: nothing)")
+    group.add_argument("--served-model-name", metavar="NAME", help="the model's name in requests (default: MODEL)")
+    group.add_argument(
+        "--shutdown-timeout", type=float, default=30.0, metavar="S", help="for running requests after SIGTERM"
+    )
+    group.add_argument("--ping-interval", type=float, default=10.0, metavar="S", help="longest silence of a stream")
+
+
+def _add_service(parser: argparse.ArgumentParser) -> None:
+    known, defaults = get_type_hints(ServiceSettings), ServiceSettings()
+    group = parser.add_argument_group("service")
+    group.add_argument("--max-batch", type=int, default=defaults.max_batch, metavar="N", help="requests run at once")
+    group.add_argument("--max-waiting", type=int, default=defaults.max_waiting, metavar="N", help="that may wait")
+    for name, text in (("admission", "of what would miss its objectives"), ("scheduler", "who comes next")):
+        default = getattr(defaults, name)
+        group.add_argument(f"--{name}", choices=get_args(known[name]), default=default, help=text)
+    group.add_argument("--slo-ttft-ms", type=float, metavar="MS", help="objective for the first token")
+    group.add_argument("--slo-tpot-ms", type=float, metavar="MS", help="objective for each later token")
+
+
+def _service_settings(args: argparse.Namespace) -> ServiceSettings:
+    return ServiceSettings(
+        max_batch=args.max_batch,
+        max_waiting=args.max_waiting,
+        admission=args.admission,
+        scheduler=args.scheduler,
+        objectives=Objectives(_seconds(args.slo_ttft_ms), _seconds(args.slo_tpot_ms)),
+    )
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    if milliseconds is not None and not milliseconds > 0:
+        raise ConfigError(f"an objective is {milliseconds} ms, but must be more than 0")
+    return None if milliseconds is None else milliseconds / 1000
+
+
+def _load(name: str, wanted: dict[str, Any], settings: ServiceSettings) -> AsyncEngine:
+    return AsyncEngine(MoEModel.from_pretrained(name, **wanted), settings=settings)
+
+
+def _say_ready(url: str) -> None:
+    print(f"duoserve: serving on {url} (Ctrl-C ends it)", file=sys.stderr, flush=True)

@@ -1,0 +1,182 @@
+"""The JSON of answers: whole or in chunks, in both dialects, with log-probabilities in the form of each."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from duoserve.server.token_text import TokenText
+from duoserve.service import Piece, TokenLogprobs
+
+LOWEST = -9999.0  # JSON has no minus infinity
+
+
+@dataclass(frozen=True)
+class Head:
+    """What all chunks of an answer have in common."""
+
+    model: str
+    id: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+class Writer(Protocol):
+    """Writes one choice of an answer."""
+
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        """The choice in a chunk."""
+        ...
+
+    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """The choice in an answer that is given at once."""
+        ...
+
+
+class Dialect(Protocol):
+    """How one endpoint says things."""
+
+    @property
+    def whole_object(self) -> str: ...
+
+    @property
+    def chunk_object(self) -> str: ...
+
+    @property
+    def id_prefix(self) -> str: ...
+
+    def writer(self, index: int, tokens: TokenText | None) -> Writer:
+        """A writer of choice ``index``; ``tokens`` None where no log-probabilities are wanted."""
+        ...
+
+
+class CompletionWriter:
+    """A choice of ``/v1/completions``."""
+
+    def __init__(self, index: int, tokens: TokenText | None) -> None:
+        self._index = index
+        self._tokens = tokens
+        self._offset = 0
+
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        """The choice in a chunk."""
+        return self.whole([piece])
+
+    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """The choice of ``pieces``, the last of which says how it ended."""
+        return {
+            "index": self._index,
+            "text": "".join(piece.text for piece in pieces),
+            "logprobs": self._logprobs([one for piece in pieces for one in piece.logprobs]),
+            "finish_reason": pieces[-1].finish_reason,
+        }
+
+    def _logprobs(self, tokens: list[TokenLogprobs]) -> dict[str, Any] | None:
+        if self._tokens is None:
+            return None
+        label = self._tokens.label
+        labels = [label(one.token_id) for one in tokens]
+        tops = [{label(token_id): _finite(value) for token_id, value in one.top} for one in tokens]
+        return {
+            "tokens": labels,
+            "token_logprobs": [_finite(one.logprob) for one in tokens],
+            "top_logprobs": tops,
+            "text_offset": [self._advance(len(one)) for one in labels],
+        }
+
+    def _advance(self, length: int) -> int:
+        self._offset += length
+        return self._offset - length
+
+
+class ChatWriter:
+    """A choice of ``/v1/chat/completions``."""
+
+    def __init__(self, index: int, tokens: TokenText | None) -> None:
+        self._index = index
+        self._tokens = tokens
+        self._begun = False
+
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        """The choice in a chunk; the first says whose turn it is."""
+        role = {} if self._begun else {"role": "assistant"}
+        self._begun = True
+        return self._choice([piece]) | {"delta": role | {"content": piece.text}}
+
+    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """The choice of ``pieces``, the last of which says how it ended."""
+        text = "".join(piece.text for piece in pieces)
+        return self._choice(pieces) | {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        return {
+            "index": self._index,
+            "logprobs": self._logprobs([one for piece in pieces for one in piece.logprobs]),
+            "finish_reason": pieces[-1].finish_reason,
+        }
+
+    def _logprobs(self, tokens: list[TokenLogprobs]) -> dict[str, Any] | None:
+        if self._tokens is None:
+            return None
+        entry = self._entry
+        return {
+            "content": [
+                entry(one.token_id, one.logprob) | {"top_logprobs": [entry(*pair) for pair in one.top]}
+                for one in tokens
+            ],
+            "refusal": None,
+        }
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        assert self._tokens is not None
+        data = self._tokens.data(token_id)
+        return {"token": data.decode(errors="replace"), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+@dataclass(frozen=True)
+class Completions:
+    """``/v1/completions``."""
+
+    whole_object: str = "text_completion"
+    chunk_object: str = "text_completion"
+    id_prefix: str = "cmpl"
+
+    def writer(self, index: int, tokens: TokenText | None) -> Writer:
+        """A writer of choice ``index``."""
+        return CompletionWriter(index, tokens)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """``/v1/chat/completions``."""
+
+    whole_object: str = "chat.completion"
+    chunk_object: str = "chat.completion.chunk"
+    id_prefix: str = "chatcmpl"
+
+    def writer(self, index: int, tokens: TokenText | None) -> Writer:
+        """A writer of choice ``index``."""
+        return ChatWriter(index, tokens)
+
+
+def new_head(dialect: Dialect, model: str) -> Head:
+    """The head of a new answer."""
+    return Head(model, f"{dialect.id_prefix}-{uuid.uuid4().hex}")
+
+
+def answer(head: Head, kind: str, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> dict[str, Any]:
+    """An answer, or a chunk of one, as ``kind`` says; without a usage it has no such field."""
+    body = {"id": head.id, "object": kind, "created": head.created, "model": head.model, "choices": choices}
+    return body if usage is None else body | {"usage": usage}
+
+
+def usage_of(prompt_tokens: int, output_tokens: int) -> dict[str, int]:
+    """OpenAI's usage object."""
+    total = prompt_tokens + output_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": output_tokens, "total_tokens": total}
+
+
+def _finite(logprob: float) -> float:
+    return max(LOWEST, logprob) if logprob == logprob else LOWEST  # noqa: PLR0124 - NaN differs from itself

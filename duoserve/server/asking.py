@@ -1,0 +1,211 @@
+"""From the body of a request to what is asked of the engine, in both dialects: completions and chat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from duoserve.errors import RequestError
+from duoserve.sampling import SEEDS, SamplingParams
+from duoserve.server.errors import ApiError, bad
+from duoserve.server.fields import Fields, shown
+from duoserve.service import Objectives
+
+MAX_N = 16
+MAX_PROMPTS = 128
+MAX_CHOICES = 256  # of one request: its prompts, each ``n`` times
+MAX_MESSAGES = 2048
+MAX_LOGPROBS = 20
+MAX_TOKENS = 2**31  # beyond any context; the engine knows the real bound
+MAX_OBJECTIVE_MS = 86_400_000  # a day
+COMPLETION_TOKENS = 16  # OpenAI's default
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+NOT_FROM_CLIENTS = ("chat_template", "chat_template_kwargs")
+NOT_SUPPORTED = ("tools", "functions", "logit_bias", "suffix", "echo", "presence_penalty", "frequency_penalty")
+
+Messages = list[dict[str, str]]
+Prompt = str | list[int]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, checked but for what only the tokenizer or the engine can tell.
+
+    ``max_tokens`` None: all that the context holds. ``sampling`` are fields of SamplingParams by name.
+    """
+
+    model: str | None
+    max_tokens: int | None
+    sampling: Mapping[str, Any]
+    n: int
+    logprobs: int | None
+    stream: bool
+    include_usage: bool
+    objectives: Objectives | None
+
+    def params(self, prompt_tokens: int, context: int, repeat: int) -> SamplingParams:
+        """The parameters of a prompt's ``repeat``-th choice; a 400 where ``context`` tokens do not hold it.
+
+        Choices of one seed count up from it, for they would be the same otherwise.
+        """
+        room = context - prompt_tokens
+        if room < 1 or (self.max_tokens or 1) > room:
+            wanted = "" if self.max_tokens is None else f" and max_tokens={self.max_tokens}"
+            raise bad("max_tokens", f"{prompt_tokens} prompt tokens{wanted} exceed the context of {context} tokens")
+        sampling = dict(self.sampling)
+        if (seed := sampling.get("seed")) is not None and seed + repeat <= SEEDS[1]:
+            sampling["seed"] = seed + repeat
+        return _sampling_params(max_tokens=self.max_tokens or room, **sampling)
+
+
+def completion(fields: Fields, defaults: Objectives) -> tuple[Asked, list[Prompt]]:
+    """The body of ``/v1/completions``, and its prompts."""
+    prompts = _prompts(fields)
+    best_of = fields.integer("best_of", 1, MAX_N)
+    logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
+    max_tokens = fields.integer("max_tokens", 1, MAX_TOKENS)
+    asked = _asked(fields, max_tokens or COMPLETION_TOKENS, logprobs, defaults)
+    if best_of not in {None, asked.n}:
+        raise bad("best_of", f"best_of is {best_of} and n is {asked.n}, but this server makes no more than it returns")
+    if asked.n * len(prompts) > MAX_CHOICES:
+        raise bad("n", f"{len(prompts)} prompts with n={asked.n} are more than {MAX_CHOICES} choices")
+    return asked, prompts
+
+
+def chat(fields: Fields, defaults: Objectives) -> tuple[Asked, Messages]:
+    """The body of ``/v1/chat/completions``, and its messages."""
+    messages = _messages(fields)
+    top = fields.integer("top_logprobs", 0, MAX_LOGPROBS)
+    wants = fields.flag("logprobs")
+    if top is not None and not wants:
+        raise bad("top_logprobs", "top_logprobs needs logprobs to be true")
+    if fields.part("response_format").text("type") not in {None, "text"}:
+        raise fields.wrong("response_format", 'of type "text": this server constrains no output')
+    most = fields.integer("max_completion_tokens", 1, MAX_TOKENS) or fields.integer("max_tokens", 1, MAX_TOKENS)
+    return _asked(fields, most, (top or 0) if wants else None, defaults), messages
+
+
+def _asked(fields: Fields, max_tokens: int | None, logprobs: int | None, defaults: Objectives) -> Asked:
+    _refuse(fields)
+    stream = fields.flag("stream")
+    options = fields.part("stream_options")
+    if not stream and fields.raw("stream_options") is not None:
+        raise bad("stream_options", "stream_options needs stream to be true")
+    sampling = _sampling(fields)
+    _sampling_params(**sampling)
+    return Asked(
+        model=fields.text("model"),
+        max_tokens=max_tokens,
+        sampling=sampling,
+        n=fields.integer("n", 1, MAX_N) or 1,
+        logprobs=logprobs,
+        stream=stream,
+        include_usage=options.flag("include_usage"),
+        objectives=_objectives(fields, defaults),
+    )
+
+
+def _refuse(fields: Fields) -> None:
+    """What would change the answer and is not done is refused; a value that asks for nothing is not."""
+    for name in NOT_FROM_CLIENTS:
+        if fields.raw(name) is not None:
+            raise bad(name, f"{name} is not taken from clients")
+    for name in NOT_SUPPORTED:
+        if fields.raw(name):
+            raise bad(name, f"{name} is not supported by this server: leave it out")
+
+
+def _sampling(fields: Fields) -> dict[str, Any]:
+    top_k = fields.integer("top_k", -1, MAX_TOKENS)  # -1 is off, as vLLM has it
+    found = {
+        "temperature": fields.number("temperature", 0.0, 100.0),
+        "top_p": fields.number("top_p", 0.0, 1.0),
+        "top_k": None if top_k is None else max(0, top_k),
+        "min_p": fields.number("min_p", 0.0, 1.0),
+        "repetition_penalty": fields.number("repetition_penalty", 0.01, 100.0),
+        "stop": fields.raw("stop"),
+        "seed": fields.integer("seed", *SEEDS),
+        "ignore_eos": fields.flag("ignore_eos"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _sampling_params(**values: Any) -> SamplingParams:
+    try:
+        return SamplingParams(**values)
+    except RequestError as error:
+        name = str(error).partition(" ")[0]  # the message begins with the field
+        if name == "stop":
+            raise bad(name, f"stop is {shown(values[name])}, but must be at most 4 non-empty strings") from error
+        raise bad(name if name in values else None, str(error)) from error
+
+
+def _objectives(fields: Fields, defaults: Objectives) -> Objectives | None:
+    """The request's own, the service's where it has none."""
+    ttft_ms = fields.number("slo_ttft_ms", 0.001, MAX_OBJECTIVE_MS)
+    tpot_ms = fields.number("slo_tpot_ms", 0.001, MAX_OBJECTIVE_MS)
+    if ttft_ms is None and tpot_ms is None:
+        return None
+    return Objectives(
+        defaults.ttft_s if ttft_ms is None else ttft_ms / 1000,
+        defaults.tpot_s if tpot_ms is None else tpot_ms / 1000,
+    )
+
+
+def _prompts(fields: Fields) -> list[Prompt]:
+    """Text, token ids, or a list of either."""
+    value = fields.raw("prompt")
+    if isinstance(value, str) or _is_ids(value):
+        return [value]
+    several = isinstance(value, list) and 0 < len(value) <= MAX_PROMPTS
+    if several and (all(isinstance(one, str) for one in value) or all(_is_ids(one) for one in value)):
+        return list(value)
+    raise fields.wrong("prompt", f"text, token ids, or at most {MAX_PROMPTS} of one kind of these")
+
+
+def _is_ids(value: object) -> bool:
+    """Whether it is a list of integers that are no booleans; the engine knows the vocabulary."""
+    return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
+
+
+def _messages(fields: Fields) -> Messages:
+    value = fields.raw("messages")
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_MESSAGES:
+        raise fields.wrong("messages", f"an array of 1 to {MAX_MESSAGES} messages")
+    return [_message(one, f"messages[{place}]") for place, one in enumerate(value)]
+
+
+def _message(value: object, where: str) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise bad(where, f"{where} is {shown(value)}, but must be an object")
+    role = value.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise bad(f"{where}.role", f"{where}.role is {shown(role)}, but must be one of {', '.join(ROLES)}")
+    message = {"role": ROLES[role], "content": _content(value.get("content"), f"{where}.content", role)}
+    name = Fields(value, f"{where}.").text("name")
+    return message if name is None else message | {"name": name}
+
+
+def _content(value: object, where: str, role: str) -> str:
+    """Text, or text in parts; an assistant's may be absent."""
+    if isinstance(value, str):
+        return value
+    if value is None and role == "assistant":
+        return ""
+    if isinstance(value, list):
+        return "\n".join(_text_part(part, f"{where}[{place}]") for place, part in enumerate(value))
+    raise bad(where, f"{where} is {shown(value)}, but must be text or an array of text parts")
+
+
+def _text_part(part: object, where: str) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        raise bad(where, f'{where} must be {{"type": "text", "text": ...}}: this server takes nothing but text')
+    return text
+
+
+def not_found(model: str, known: str) -> ApiError:
+    """The 404 for a model that is not served here."""
+    message = f"the model {shown(model)} is not served here; {known} is"
+    return ApiError(404, message, param="model", code="model_not_found")

@@ -1,0 +1,160 @@
+"""The endpoints: each takes a request apart, asks the service, and writes the answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from duoserve.server import asking
+from duoserve.server.answers import Chat, Completions, Dialect, answer, new_head, usage_of
+from duoserve.server.asking import Asked
+from duoserve.server.backend import Model, Service
+from duoserve.server.generation import Choice, Generation, Wanted, begin
+from duoserve.server.host import LOADING, Host
+from duoserve.server.http import ClientGone, EventResponse, json_response, read_fields, unless_gone
+from duoserve.server.metrics import Metrics
+from duoserve.server.preparing import Preparing
+from duoserve.server.records import Recorder
+from duoserve.server.settings import ServerSettings
+from duoserve.server.sse import events
+from duoserve.server.status import PAGE, PAGE_HEADERS, status
+from duoserve.server.token_text import TokenText
+from duoserve.service import Piece, State
+
+CLIENT_GONE = 499  # nobody reads it; nginx's number, for logs
+
+
+class Endpoints:
+    """The handlers of all paths, over one ``host``."""
+
+    def __init__(self, host: Host, settings: ServerSettings) -> None:
+        self._host = host
+        self._settings = settings
+        self._recorder = Recorder()
+        self._metrics = Metrics(settings.name, lambda: None if host.known is None else host.known.figures())
+        self._recorder.listeners.append(self._metrics.ended)
+        self._preparing = Preparing(settings.text_s)
+        self._since, self._created = time.monotonic(), int(time.time())
+
+    def close(self) -> None:
+        """Lets the threads go."""
+        self._preparing.close()
+
+    async def health(self, request: Request) -> Response:
+        """200 when requests are taken, 503 else; a probe needs no key."""
+        state = self._host.state
+        code = 200 if state == State.READY else 503
+        return json_response({"status": state}, code, {"Retry-After": "5"} if state == LOADING else None)
+
+    async def models(self, request: Request) -> Response:
+        """The one model."""
+        return json_response({"object": "list", "data": [self._model_card(self._host.service().model)]})
+
+    async def model(self, request: Request) -> Response:
+        """The one model by its name, which may have slashes."""
+        service = self._host.service()
+        self._check_model(request.path_params["name"])
+        return json_response(self._model_card(service.model))
+
+    async def completions(self, request: Request) -> ASGIApp:
+        """``/v1/completions``."""
+        service = self._host.service()
+        fields = await read_fields(request, self._settings.max_body_bytes)
+        asked, prompts = asking.completion(fields, self._settings.objectives)
+        self._check_model(asked.model)
+        prompt_ids = [await self._preparing.encode(service.model, prompt) for prompt in prompts]
+        return await self._answered(request, service, Completions(), asked, prompt_ids)
+
+    async def chat(self, request: Request) -> ASGIApp:
+        """``/v1/chat/completions``."""
+        service = self._host.service()
+        fields = await read_fields(request, self._settings.max_body_bytes)
+        asked, messages = asking.chat(fields, self._settings.objectives)
+        self._check_model(asked.model)
+        prompt_ids = await self._preparing.render(service.model, messages)
+        return await self._answered(request, service, Chat(), asked, [prompt_ids])
+
+    async def tokenize(self, request: Request) -> Response:
+        """The token ids of a text, as vLLM gives them."""
+        model = self._host.service().model
+        fields = await read_fields(request, self._settings.max_body_bytes)
+        self._check_model(fields.text("model"))
+        prompt = fields.text("prompt")
+        if prompt is None:
+            raise fields.wrong("prompt", "text")
+        tokens = await self._preparing.encode(model, prompt)
+        return json_response({"count": len(tokens), "max_model_len": model.max_context, "tokens": tokens})
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus's text."""
+        return Response(self._metrics.text(), media_type=self._metrics.content_type)
+
+    async def version(self, request: Request) -> Response:
+        """The version of duoserve."""
+        return json_response({"version": version("duoserve")})
+
+    async def page(self, request: Request) -> Response:
+        """The status page."""
+        return Response(PAGE, headers=PAGE_HEADERS, media_type="text/html")
+
+    async def status(self, request: Request) -> Response:
+        """What the status page shows."""
+        data = status(self._host, self._recorder, self._settings, self._since)
+        return json_response(data, headers={"Cache-Control": "no-store"})
+
+    def _model_card(self, model: Model) -> dict[str, object]:
+        return {
+            "id": self._settings.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "duoserve",
+            "max_model_len": model.max_context,
+        }
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self._settings.name:
+            raise asking.not_found(name, self._settings.name)
+
+    async def _answered(
+        self, request: Request, service: Service, dialect: Dialect, asked: Asked, prompts: Sequence[Sequence[int]]
+    ) -> ASGIApp:
+        """The answer to ``asked`` for each of ``prompts``; nothing goes on once the client is gone."""
+        head = new_head(dialect, self._settings.name)
+        tokens = None if asked.logprobs is None else TokenText(service.model.text)
+        pairs = [(ids, repeat) for ids in prompts for repeat in range(asked.n)]
+        context = service.model.max_context
+        wanted = [
+            Wanted(ids, asked.params(len(ids), context, repeat), dialect.writer(index, tokens))
+            for index, (ids, repeat) in enumerate(pairs)
+        ]
+        defaults = self._settings.objectives
+        generation = await begin(service, self._recorder, head.id, wanted, asked.objectives, asked.logprobs, defaults)
+        try:
+            if asked.stream:
+                first = await unless_gone(request.receive, generation.next(self._settings.ping_s))
+                frames = events(first, generation, dialect, head, asked.include_usage, self._settings.ping_s)
+                return EventResponse(frames, generation.close)
+            choices = await unless_gone(request.receive, _collect(generation))
+            usage = usage_of(generation.prompt_tokens, generation.output_tokens)
+            return json_response(answer(head, dialect.whole_object, choices, usage))
+        except ClientGone:
+            generation.close()
+            return Response(status_code=CLIENT_GONE)
+        except BaseException:
+            generation.close()
+            raise
+
+
+async def _collect(generation: Generation) -> list[dict[str, object]]:
+    """All choices, whole, in their order."""
+    pieces: dict[Choice, list[Piece]] = {choice: [] for choice in generation.choices}
+    while not generation.finished:
+        event = await generation.next(None)
+        if event is not None:
+            pieces[event.choice].append(event.piece)
+    return [choice.writer.whole(pieces[choice]) for choice in generation.choices]

@@ -1,0 +1,99 @@
+"""The fields of a JSON body, each taken with its type and bounds; what is wrong is a 400 that names the field."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from duoserve.server.errors import ApiError, bad
+
+SHOWN = 60  # characters of a wrong value that a message repeats
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object in ``body``; a 400 for anything else, such as NaN, or nesting beyond Python's depth."""
+    try:
+        value = json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise bad(None, f"the body is not JSON: {' '.join(str(error).split())[:SHOWN]}") from error
+    if not isinstance(value, dict):
+        raise bad(None, f"the body is {shown(value)}, but must be a JSON object")
+    return value
+
+
+class Fields:
+    """A JSON object's fields by name; null counts as absent. What nobody takes is ignored, as OpenAI's servers do."""
+
+    def __init__(self, values: dict[str, Any], prefix: str = "") -> None:
+        self._values = values
+        self._prefix = prefix
+
+    def raw(self, name: str) -> Any:
+        """A value as it came, None where there is none."""
+        return self._values.get(name)
+
+    def integer(self, name: str, low: int, high: int) -> int | None:
+        """An integer in ``low..high``; 3.0 is one."""
+        value = self.raw(name)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if value is None or (_is_integer(value) and low <= value <= high):
+            return value  # type: ignore[no-any-return]
+        raise self.wrong(name, f"an integer in {low}..{high}")
+
+    def number(self, name: str, low: float, high: float) -> float | None:
+        """A number in ``low..high``."""
+        value = self.raw(name)
+        if value is None or (_is_number(value) and low <= value <= high):
+            return value  # type: ignore[no-any-return]
+        raise self.wrong(name, f"a number in {low:g}..{high:g}")
+
+    def flag(self, name: str) -> bool:
+        """True or false; false where it is absent."""
+        value = self.raw(name)
+        if value is None or isinstance(value, bool):
+            return bool(value)
+        raise self.wrong(name, "true or false")
+
+    def text(self, name: str) -> str | None:
+        """A string."""
+        value = self.raw(name)
+        if value is None or isinstance(value, str):
+            return value
+        raise self.wrong(name, "a string")
+
+    def part(self, name: str) -> Fields:
+        """An object's own fields; none where it is absent."""
+        value = self.raw(name)
+        if value is None or isinstance(value, dict):
+            return Fields(value or {}, f"{self._prefix}{name}.")
+        raise self.wrong(name, "an object")
+
+    def wrong(self, name: str, wanted: str) -> ApiError:
+        """The 400 for a field that is not what it must be."""
+        return bad(f"{self._prefix}{name}", f"{self._prefix}{name} is {shown(self.raw(name))}, but must be {wanted}")
+
+
+def shown(value: object) -> str:
+    """A value as a message repeats it: short, and never longer to make than to read."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return f"an array of {len(value)}"
+    if isinstance(value, int) and abs(value) > 10**SHOWN:
+        return "an integer of more than 60 digits"
+    text = json.dumps(value[: SHOWN + 1] if isinstance(value, str) else value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")

@@ -1,0 +1,117 @@
+"""The choices of one request at work: submitted together, their pieces merged as they come, cancelled together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from duoserve.sampling import SamplingParams
+from duoserve.server.answers import Writer
+from duoserve.server.backend import Service, Stream
+from duoserve.server.records import Record, Recorder
+from duoserve.service import Objectives, Piece
+
+
+@dataclass(eq=False)
+class Choice:
+    """One choice: where its tokens come from, who writes them, what is noted of it."""
+
+    stream: Stream
+    writer: Writer
+    record: Record
+
+
+class Event(NamedTuple):
+    """A piece of one choice."""
+
+    choice: Choice
+    piece: Piece
+
+
+class Generation:
+    """Begins to read all ``choices`` at once; must be closed, which stops the work on those that have not ended."""
+
+    def __init__(self, choices: Sequence[Choice], prompt_tokens: int, recorder: Recorder) -> None:
+        self.choices = choices
+        self.prompt_tokens = prompt_tokens
+        self._recorder = recorder
+        self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        self._open = len(choices)
+        self._tasks = [asyncio.create_task(self._read(choice)) for choice in choices]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has given its last piece."""
+        return self._open == 0
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens of all choices so far."""
+        return sum(choice.record.output_tokens for choice in self.choices)
+
+    async def next(self, seconds: float | None) -> Event | None:
+        """The next piece of any choice; None when ``seconds`` bring none. Raises what a stream raised."""
+        try:
+            async with asyncio.timeout(seconds):
+                event = await self._events.get()
+        except TimeoutError:
+            return None
+        if isinstance(event, Exception):
+            raise event
+        self._open -= event.piece.finish_reason is not None
+        return event
+
+    def close(self) -> None:
+        """Cancels what still runs; doing so twice is harmless."""
+        for task, choice in zip(self._tasks, self.choices, strict=True):
+            if not task.done():
+                choice.stream.cancel()
+                task.cancel()
+            self._recorder.end(choice.record, "abort")
+
+    async def _read(self, choice: Choice) -> None:
+        try:
+            async for piece in choice.stream:
+                self._recorder.piece(choice.record, piece, choice.stream.times)
+                if piece.finish_reason is not None:
+                    self._recorder.end(choice.record, piece.finish_reason)
+                self._events.put_nowait(Event(choice, piece))
+        except Exception as error:
+            self._recorder.end(choice.record, "error")
+            self._events.put_nowait(error)
+
+
+class Wanted(NamedTuple):
+    """What one choice needs: its prompt, its parameters, and who writes it."""
+
+    prompt_ids: Sequence[int]
+    params: SamplingParams
+    writer: Writer
+
+
+async def begin(  # noqa: PLR0913, PLR0917
+    service: Service,
+    recorder: Recorder,
+    name: str,
+    wanted: Sequence[Wanted],
+    objectives: Objectives | None,
+    logprobs: int | None,
+    defaults: Objectives,
+) -> Generation:
+    """Submits all choices, or none: where one is refused, the others are taken back and the refusal raised."""
+    streams: list[Stream] = []
+    try:
+        for one in wanted:
+            streams.append(await service.submit(one.prompt_ids, one.params, objectives, logprobs=logprobs))
+    except BaseException:
+        for stream in streams:
+            stream.cancel()
+        raise
+    choices = []
+    for place, (stream, one) in enumerate(zip(streams, wanted, strict=True)):
+        record = Record(f"{name}-{place}", len(one.prompt_ids), objectives or defaults, stream.times)
+        recorder.begin(record)
+        choices.append(Choice(stream, one.writer, record))
+    return Generation(choices, sum({id(one.prompt_ids): len(one.prompt_ids) for one in wanted}.values()), recorder)

@@ -1,0 +1,98 @@
+"""The service behind the endpoints, from before its model is loaded until it is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import torch
+
+from duoserve.errors import MemoryBudgetError
+from duoserve.server.backend import Service
+from duoserve.server.errors import unavailable
+from duoserve.service import State
+
+LOADING = "loading"
+
+
+class Host:
+    """Loads a service in a thread of its own, so that the socket can say meanwhile that it is not ready."""
+
+    def __init__(self, load: Callable[[], Service]) -> None:
+        self._load = load
+        self._service: Service | None = None
+        self.failure: BaseException | None = None
+
+    @property
+    def state(self) -> str:
+        """``LOADING``, or a :class:`State`; a model that could not be loaded is "dead"."""
+        if self.failure is not None:
+            return State.DEAD.value
+        return LOADING if self._service is None else self._service.state.value
+
+    @property
+    def known(self) -> Service | None:
+        """The service in whatever state, None before there is one."""
+        return self._service
+
+    def service(self) -> Service:
+        """The service, ready; a 503 that says why it is not."""
+        if self._service is None or self.state != State.READY:
+            raise unavailable(f"the model is {self.state}" if self.state == LOADING else f"the service is {self.state}")
+        return self._service
+
+    async def start(self) -> None:
+        """Loads; raises what loading raised, an allocation that failed as MemoryBudgetError."""
+        try:
+            self._service = await _in_thread(self._load)
+        except Exception as error:
+            self.failure = _clear(error)
+            raise self.failure from error
+
+    async def drain(self, seconds: float) -> None:
+        """Lets what runs finish for so long, takes nothing more."""
+        if self._service is not None:
+            await self._service.drain(seconds)
+
+    async def close(self) -> None:
+        """Releases the model."""
+        if self._service is not None:
+            await self._service.close()
+
+
+async def _in_thread(load: Callable[[], Service]) -> Service:
+    """Not asyncio's own threads: those would hold up an exit until a large model has been read."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Service] = loop.create_future()
+
+    def tell(service: Service | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if service is None:
+            done.set_exception(error or RuntimeError("the loader returned nothing"))
+        else:
+            done.set_result(service)
+
+    def work() -> None:
+        try:
+            result, failure = load(), None
+        except BaseException as error:
+            result, failure = None, error
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(tell, result, failure)
+
+    threading.Thread(target=work, name="duoserve-load", daemon=True).start()
+    return await done
+
+
+def _clear(error: Exception) -> Exception:
+    """An allocator's failure, which torch raises as a plain RuntimeError on CPUs, in our words."""
+    refused = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if refused or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
+        first = (str(error).splitlines() or [""])[0]
+        return MemoryBudgetError(
+            f"out of memory while the model was loaded ({first}): free some, or lower expert_slots, memory, "
+            "host_memory or max_context"
+        )
+    return error

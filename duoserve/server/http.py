@@ -1,0 +1,157 @@
+"""HTTP itself: bounded bodies, JSON, answers that end when nobody reads them any more, the key."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from duoserve.server.errors import ApiError
+from duoserve.server.fields import Fields, parse_object
+from duoserve.server.sse import HEADERS
+
+OPEN_PATHS = {"/health"}
+PAGE_PATHS = {"/", "/status"}  # what a browser asks for: it can send a key as a password, and not as a token
+BODY_SECONDS = 30.0
+Result = TypeVar("Result")
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """JSON in ASCII: what came in as half a surrogate pair can go out again."""
+    return Response(json.dumps(body), status, headers, "application/json")
+
+
+def error_response(error: ApiError) -> Response:
+    """An error as its own response."""
+    return json_response(error.body, error.status, error.headers)
+
+
+async def read_fields(request: Request, max_bytes: int) -> Fields:
+    """The JSON object in the body: 415 without its content type, 413 above ``max_bytes``, 408 when it takes long."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "the body must be JSON, with Content-Type: application/json")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return Fields(parse_object(await _body(request, max_bytes)))
+    except TimeoutError as error:
+        raise ApiError(408, f"the body did not come within {BODY_SECONDS:g} s") from error
+
+
+async def _body(request: Request, max_bytes: int) -> bytes:
+    announced = request.headers.get("content-length", "0")
+    body = bytearray()
+    if announced.isdecimal() and int(announced) <= max_bytes:
+        async for part in request.stream():
+            body += part
+            if len(body) > max_bytes:
+                break
+        else:
+            return bytes(body)
+    raise ApiError(413, f"the body is larger than {max_bytes} bytes", headers={"Connection": "close"})
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of ``work``, which is cancelled when the client goes away; ClientGone then."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventResponse:
+    """Server-sent events while the client listens; ``close`` is called however that ends."""
+
+    def __init__(self, frames: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+        self._frames = frames
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application that it is."""
+        try:
+            await unless_gone(receive, self._send(send))
+        except ClientGone:
+            pass
+        finally:
+            self._close()
+
+    async def _send(self, send: Send) -> None:
+        headers = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        async for frame in self._frames:
+            await send({"type": "http.response.body", "body": frame, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+class HeaderLimit:
+    """Refuses headers above ``max_bytes``; the parser bounds only those that come in pieces."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application that it is."""
+        size = sum(len(name) + len(value) for name, value in scope.get("headers", ()))
+        if size <= self._max_bytes:
+            await self._app(scope, receive, send)
+            return
+        error = ApiError(431, f"the headers have {size} bytes, more than {self._max_bytes}")
+        await error_response(error)(scope, receive, send)
+
+
+class KeyGuard:
+    """Lets through who has the key, as a bearer's token or, from browsers, as a password; everyone to OPEN_PATHS."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._key = key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application that it is."""
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._knows(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        scheme = 'Basic realm="duoserve", charset="UTF-8"' if scope["path"] in PAGE_PATHS else "Bearer"
+        error = ApiError(
+            401, "the API key is missing or wrong", code="invalid_api_key", headers={"WWW-Authenticate": scheme}
+        )
+        await error_response(error)(scope, receive, send)
+
+    def _knows(self, headers: Headers) -> bool:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        offered = given.strip().encode("latin-1")
+        if scheme.lower() == "basic":
+            offered = _password(offered)
+        return scheme.lower() in {"basic", "bearer"} and hmac.compare_digest(offered, self._key)
+
+
+def _password(credentials: bytes) -> bytes:
+    try:
+        return base64.b64decode(credentials, validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""

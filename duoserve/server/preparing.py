@@ -1,0 +1,53 @@
+"""From text to token ids, off the event loop and for a bounded time: rendering and tokenizing may take long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from duoserve.errors import RequestError
+from duoserve.server.backend import Model
+from duoserve.server.errors import ApiError, bad
+
+Result = TypeVar("Result")
+THREADS = 4  # so many texts at once; others wait, inside their own limit
+
+
+class Preparing:
+    """Threads that render and tokenize. A text that takes longer than ``seconds`` is a 400."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="duoserve-text")
+
+    async def encode(self, model: Model, prompt: str | list[int]) -> list[int]:
+        """The token ids of a prompt, as completions take it."""
+        if not isinstance(prompt, str):
+            return prompt
+        if model.text is None:
+            raise bad("prompt", "the prompt is text, but this model has no tokenizer: give token ids")
+        return await self._bounded("prompt", model.text.encode, prompt)
+
+    async def render(self, model: Model, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """The token ids of a conversation; the template has written the special tokens itself."""
+        text, template = model.text, model.chat_template
+        if template is None or text is None:
+            lacks = "chat template" if template is None else "tokenizer"
+            raise bad("messages", f"this model has no {lacks}: ask /v1/completions")
+        return await self._bounded("messages", lambda: text.encode(template.render(messages), add_special=False))
+
+    def close(self) -> None:
+        """Waits for nothing."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _bounded(self, param: str, work: Callable[..., Result], *args: Any) -> Result:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await loop.run_in_executor(self._threads, work, *args)
+        except TimeoutError as error:
+            raise bad(param, f"{param} took longer than {self._seconds:g} s to tokenize: shorten it") from error
+        except RequestError as error:
+            raise ApiError(400, str(error), param=param) from error

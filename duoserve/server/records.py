@@ -1,0 +1,99 @@
+"""What happened to each request: kept while it runs, and of the last ones after."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from duoserve.service import Objectives, Piece, Times
+
+KEPT = 512
+
+
+@dataclass(eq=False)
+class Record:
+    """One choice of a request. Times are of ``time.monotonic``, in seconds."""
+
+    id: str
+    prompt_tokens: int
+    objectives: Objectives
+    times: Times
+    output_tokens: int = 0
+    outcome: str | None = None  # "stop", "length", "abort" or "error", once it is known
+    last_token: float | None = None
+    gaps: list[float] = field(default_factory=list)
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds from its arrival to its first token."""
+        first = self.times.first_token
+        return None if first is None else first - self.times.arrived
+
+    @property
+    def e2e_s(self) -> float | None:
+        """Seconds from its arrival to its last token, once it has that."""
+        return None if self.outcome is None or self.last_token is None else self.last_token - self.times.arrived
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean seconds between its tokens, None before the second."""
+        first, last = self.times.first_token, self.last_token
+        return None if first is None or last is None or self.output_tokens < 2 else (last - first) / self.later_tokens
+
+    @property
+    def later_tokens(self) -> int:
+        """Its tokens after the first."""
+        return self.output_tokens - 1
+
+    @property
+    def attained(self) -> bool | None:
+        """Whether it is inside its objectives so far; None without any, or before there is anything to compare."""
+        pairs = [(self.ttft_s, self.objectives.ttft_s), (self.tpot_s, self.objectives.tpot_s)]
+        judged = [took <= hoped for took, hoped in pairs if took is not None and hoped is not None]
+        return all(judged) if judged else None
+
+
+class Recorder:
+    """The requests that run, and the last ``KEPT`` that ended. ``listeners`` hear of each that ends."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._live: dict[Record, None] = {}
+        self._ended: deque[Record] = deque(maxlen=KEPT)
+        self.listeners: list[Callable[[Record], None]] = []
+
+    @property
+    def live(self) -> Iterable[Record]:
+        """Those that run, in the order of their arrival."""
+        return tuple(self._live)
+
+    @property
+    def ended(self) -> Iterable[Record]:
+        """The last that ended, the latest last."""
+        return tuple(self._ended)
+
+    def begin(self, record: Record) -> None:
+        """A request was taken."""
+        self._live[record] = None
+
+    def piece(self, record: Record, piece: Piece, times: Times) -> None:
+        """A request gained ``piece``; tokens that come together have no gap between them."""
+        record.times = times
+        record.output_tokens += len(piece.token_ids)
+        if not piece.token_ids:
+            return
+        now = self._clock() if record.last_token is not None else (times.first_token or self._clock())
+        if record.last_token is not None:
+            record.gaps += [max(0.0, now - record.last_token)] + [0.0] * (len(piece.token_ids) - 1)
+        record.last_token = now
+
+    def end(self, record: Record, outcome: str) -> None:
+        """A request ended; later outcomes of the same one are not heard."""
+        if record in self._live:
+            del self._live[record]
+            record.outcome = outcome
+            self._ended.append(record)
+            for listener in self.listeners:
+                listener(record)

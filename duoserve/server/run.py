@@ -1,0 +1,108 @@
+"""From settings to a process that listens, loads, serves, and ends in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from duoserve.errors import ConfigError
+from duoserve.server.app import make_app
+from duoserve.server.backend import Service
+from duoserve.server.host import Host
+from duoserve.server.settings import ServerSettings
+
+LAST_WORDS_S = 5.0  # for what was cut off to say so to its clients
+
+
+def serve(settings: ServerSettings, load: Callable[[], Service], ready: Callable[[str], None]) -> None:
+    """Serves until SIGTERM or SIGINT. The socket listens before ``load`` is called; ``ready`` is told the URL after.
+
+    Raises what ``load`` raises, and ConfigError where the address cannot be had.
+    """
+    listening = listen(settings.host, settings.port)
+    with listening:
+        asyncio.run(_serve(settings, Host(load), listening, ready))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. ConfigError where there cannot be one."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}; see --host and --port") from error
+
+
+def url_of(listening: socket.socket) -> str:
+    """Where it listens, as a client writes it."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Listener(uvicorn.Server):
+    """uvicorn's server, which lets the service drain while it waits for its connections to end."""
+
+    def __init__(self, app: ASGIApp, host: Host, settings: ServerSettings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                h11_max_incomplete_event_size=settings.max_header_bytes,
+                timeout_graceful_shutdown=int(settings.shutdown_s + LAST_WORDS_S) + 1,
+            )
+        )
+        self._host = host
+        self._shutdown_s = settings.shutdown_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stops accepting, drains, and lets answers end; then releases the model."""
+        draining = asyncio.create_task(self._host.drain(self._shutdown_s))
+        await super().shutdown(sockets)
+        if self.force_exit:
+            draining.cancel()
+        with suppress(asyncio.CancelledError):
+            await draining
+        await self._host.close()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT begin the shutdown, and are not raised again after it: the process ends in order."""
+        loop = asyncio.get_running_loop()
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        for number in numbers:
+            loop.add_signal_handler(number, partial(self.handle_exit, number, None))
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+
+async def _serve(settings: ServerSettings, host: Host, listening: socket.socket, ready: Callable[[str], None]) -> None:
+    listener = Listener(make_app(host, settings), host, settings)
+    loading = asyncio.create_task(_load(host, listener, partial(ready, url_of(listening))))
+    await listener.serve(sockets=[listening])
+    loading.cancel()
+    if host.failure is not None:
+        raise host.failure
+
+
+async def _load(host: Host, listener: Listener, ready: Callable[[], None]) -> None:
+    try:
+        await host.start()
+    except Exception:
+        listener.should_exit = True  # the failure is the host's to tell
+    else:
+        ready()

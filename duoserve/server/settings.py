@@ -1,0 +1,36 @@
+"""What the server is told at its start, beside what the service is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from duoserve.errors import ConfigError
+from duoserve.service import Objectives
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """``name`` is the model's, in requests and answers. Without an ``api_key`` everyone may ask.
+
+    ``shutdown_s`` is how long running requests may go on after SIGTERM, ``ping_s`` how long a stream may be silent.
+    ``objectives`` are the service's own, for requests that bring only one of theirs.
+    """
+
+    name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    shutdown_s: float = 30.0
+    ping_s: float = 10.0
+    max_body_bytes: int = 4 << 20
+    max_header_bytes: int = 32 << 10
+    text_s: float = 10.0  # for rendering and tokenizing one request
+    objectives: Objectives = field(default_factory=Objectives)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}, but must be in 0..65535 (0: any that is free)")
+        if not self.shutdown_s >= 0:
+            raise ConfigError(f"shutdown_s is {self.shutdown_s}, but must be at least 0 seconds")
+        if self.api_key == "":
+            raise ConfigError("the API key is empty: give one, or none at all")

@@ -1,0 +1,46 @@
+"""Answers as server-sent events: chunks, pings while nothing comes, errors once the status has been sent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from duoserve.server.answers import Dialect, Head, answer, usage_of
+from duoserve.server.errors import as_api_error
+from duoserve.server.generation import Event, Generation
+
+PING = b": ping\n\n"
+DONE = b"data: [DONE]\n\n"
+HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """One event."""
+    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def events(  # noqa: PLR0913, PLR0917
+    first: Event | None,
+    generation: Generation,
+    dialect: Dialect,
+    head: Head,
+    include_usage: bool,
+    ping_s: float,
+) -> AsyncIterator[bytes]:
+    """The events of an answer of which ``first`` (None: nothing yet) has come; always ends with ``DONE``."""
+    try:
+        yield PING if first is None else _chunk(first, dialect, head)
+        while not generation.finished:
+            found = await generation.next(ping_s)
+            yield PING if found is None else _chunk(found, dialect, head)
+        if include_usage:
+            usage = usage_of(generation.prompt_tokens, generation.output_tokens)
+            yield event(answer(head, dialect.chunk_object, [], usage))
+    except Exception as error:
+        yield event(as_api_error(error).body)
+    yield DONE
+
+
+def _chunk(found: Event, dialect: Dialect, head: Head) -> bytes:
+    return event(answer(head, dialect.chunk_object, [found.choice.writer.delta(found.piece)], None))

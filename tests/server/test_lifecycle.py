@@ -1,0 +1,120 @@
+"""Loading, draining, dying: what clients are told meanwhile, and how the process ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+
+import pytest
+
+from duoserve.errors import CheckpointError, ConfigError, MemoryBudgetError
+from duoserve.server.host import Host
+from duoserve.server.run import listen, serve
+from duoserve.server.settings import ServerSettings
+from duoserve.service import State
+from tests.server.conftest import serving, wait_ready
+from tests.server.fake_service import FakeService, spoken
+
+
+def test_the_socket_answers_503_while_the_model_loads():
+    go = threading.Event()
+
+    def load():
+        go.wait(5)
+        return FakeService()
+
+    with serving(load) as server:
+        answer = server.http.get("/health")
+        assert (answer.status_code, answer.json()) == (503, {"status": "loading"})
+        for answer in (server.complete(), server.http.get("/v1/models")):
+            assert answer.status_code == 503 and "loading" in answer.json()["error"]["message"]
+            assert answer.headers["retry-after"] == "5"
+        assert server.http.get("/status").json()["state"] == "loading"
+        assert server.http.get("/metrics").status_code == 200
+        go.set()
+        wait_ready(server)
+        assert server.complete().status_code == 200
+
+
+def test_a_dead_engine_is_a_503_everywhere(served):
+    server = served()
+    server.service.state = State.DEAD
+    assert server.http.get("/health").status_code == 503
+    for answer in (server.complete(), server.chat(), server.http.get("/v1/models"), server.post("/tokenize", {})):
+        assert answer.status_code == 503 and "dead" in answer.json()["error"]["message"]
+    assert server.http.get("/status").json()["state"] == "dead"
+
+
+def test_a_shutdown_lets_short_requests_finish_and_tells_the_others(served):
+    first, last = spoken("a", "b")
+    scripts = [[first, 0.3, last], [first, 60.0, last]]
+    server = served(lambda number: scripts[number], shutdown_s=0.8)
+    ends = [[], []]
+
+    def read(end):
+        body = {"prompt": "a", "stream": True}
+        with server.http.stream("POST", "/v1/completions", json=body) as answer:
+            end += [line for line in answer.iter_lines() if line]
+
+    readers = [threading.Thread(target=read, args=(end,)) for end in ends]
+    for place, reader in enumerate(readers):
+        reader.start()
+        while len(server.service.streams) <= place:
+            time.sleep(0.01)
+    time.sleep(0.05)
+    began = time.monotonic()
+    server.stop()
+    for reader in readers:
+        reader.join(5)
+    assert 0.7 < time.monotonic() - began < 3.0
+    assert json.loads(ends[0][-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "stop"
+    error = json.loads(ends[1][-2].removeprefix("data: "))["error"]
+    assert error["type"] == "service_unavailable_error"
+    assert ends[0][-1] == ends[1][-1] == "data: [DONE]"
+    assert server.service.closed
+
+
+def failing(error):
+    def load():
+        raise error
+
+    return load
+
+
+def settings(**changes):
+    return ServerSettings(**({"name": "x", "port": 0} | changes))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (CheckpointError("shard 2 is cut short"), CheckpointError, "shard 2 is cut short"),
+        (MemoryError(), MemoryBudgetError, "out of memory while the model was loaded"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), MemoryBudgetError, "out of memory"),
+    ],
+)
+def test_what_loading_raises_ends_the_server(error, kind, message):
+    ready = []
+    with pytest.raises(kind, match=message):
+        serve(settings(), failing(error), ready.append)
+    assert ready == []
+
+
+def test_a_taken_port_is_refused_before_anything_is_loaded():
+    with listen("127.0.0.1", 0) as taken, pytest.raises(ConfigError, match=r"cannot listen on 127.0.0.1 port \d+"):
+        serve(settings(port=taken.getsockname()[1]), failing(AssertionError("loaded")), print)
+
+
+def test_settings_are_checked():
+    for wrong in ({"port": 70_000}, {"shutdown_s": -1}, {"shutdown_s": float("nan")}, {"api_key": ""}):
+        with pytest.raises(ConfigError):
+            settings(**wrong)
+
+
+def test_a_host_whose_model_could_not_be_loaded_is_dead():
+    host = Host(failing(CheckpointError("broken")))
+    with pytest.raises(CheckpointError):
+        asyncio.run(host.start())
+    assert host.state == State.DEAD

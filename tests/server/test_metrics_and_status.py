@@ -1,0 +1,115 @@
+"""/metrics read by Prometheus's own parser, and what the status page is given."""
+
+from __future__ import annotations
+
+from prometheus_client import parser
+
+from duoserve.errors import CopyError
+from duoserve.metrics import ByteCounts, Stats
+from tests.server.conftest import NAME
+from tests.server.fake_service import hoped, spoken
+
+VLLM = {
+    "time_to_first_token_seconds": "histogram",
+    "inter_token_latency_seconds": "histogram",
+    "request_time_per_output_token_seconds": "histogram",
+    "e2e_request_latency_seconds": "histogram",
+    "request_queue_time_seconds": "histogram",
+    "request_prefill_time_seconds": "histogram",
+    "request_decode_time_seconds": "histogram",
+    "num_requests_running": "gauge",
+    "num_requests_waiting": "gauge",
+    "kv_cache_usage_perc": "gauge",
+    "prompt_tokens": "counter",
+    "generation_tokens": "counter",
+    "request_success": "counter",
+}
+
+
+def scrape(server):
+    answer = server.http.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return {family.name: family for family in parser.text_string_to_metric_families(answer.text)}
+
+
+def values(family):
+    """By the labels beside the model's name, which every sample has."""
+    for sample in family.samples:
+        assert sample.labels.pop("model_name") == NAME
+    names = [(one.name.removeprefix(family.name), *one.labels.values()) for one in family.samples]
+    return dict(zip(names, (one.value for one in family.samples), strict=True))
+
+
+def some_stats():
+    return Stats(
+        prompt_tokens=11,
+        output_tokens=22,
+        hits={"prefill": 1, "decode": 30},
+        misses={"prefill": 2, "decode": 10},
+        bytes=ByteCounts(100, 200, 300, 400),
+        compute_s=1.5,
+        stall_s=0.5,
+        transfer_s=0.75,
+    )
+
+
+def test_vllms_names_are_there_with_their_types(served):
+    families = scrape(served())
+    assert {name: families[f"duoserve:{name}"].type for name in VLLM} == VLLM
+
+
+def test_the_services_figures_arrive(served):
+    server = served()
+    server.service.stats = some_stats()
+    server.complete()
+    families = scrape(server)
+
+    def value(name, *labels):
+        return values(families[f"duoserve:{name}"])[labels]
+
+    assert (value("num_requests_running", ""), value("num_requests_waiting", "")) == (0, 2)
+    assert value("kv_cache_usage_perc", "") == 0.25
+    assert (value("prompt_tokens", "_total"), value("generation_tokens", "_total")) == (11, 22)
+    assert value("request_success", "_total", "stop") == 1
+    assert (value("expert_hits", "_total", "decode"), value("expert_misses", "_total", "prefill")) == (30, 2)
+    assert value("expert_bytes", "_total", "prefetched_late") == 300
+    assert (value("stall_seconds", "_total"), value("transfer_seconds", "_total")) == (0.5, 0.75)
+    assert (value("requests_refused", "_total"), value("slo_attained", "_total")) == (3, 4)
+    assert value("slo_requests", "_total") == 5
+
+
+def test_latencies_are_those_of_the_requests(served):
+    a, b, c = spoken("a", "b", "c")
+    server = served(lambda number: [0.1, a, 0.3, b, c] if number == 0 else [a, CopyError("gone")])
+    server.complete()
+    server.complete()
+    families = scrape(server)
+
+    def histogram(name):
+        found = values(families[f"duoserve:{name}"])
+        return found[("_count",)], found[("_sum",)]
+
+    count, total = histogram("inter_token_latency_seconds")
+    assert count == 2 and 0.3 <= total < 0.4
+    count, total = histogram("time_to_first_token_seconds")
+    assert count == 2 and 0.1 <= total < 0.2
+    for name, low in (("e2e_request_latency_seconds", 0.4), ("request_decode_time_seconds", 0.3)):
+        count, total = histogram(name)
+        assert count == 1 and low <= total < low + 0.1, name
+    count, total = histogram("request_time_per_output_token_seconds")
+    assert count == 1 and 0.15 <= total < 0.2
+
+
+def test_the_status_tells_latencies_and_objectives(served):
+    server = served(lambda number: [0.05, *spoken("a", "b")], objectives=hoped(0.02, 1.0))
+    server.service.stats = some_stats()
+    server.complete()
+    server.complete(slo_ttft_ms=5000)
+    found = server.http.get("/status").json()
+    assert (found["model"], found["state"], found["policy"]) == (NAME, "ready", "lru")
+    assert found["objectives"] == {"ttft_ms": 20.0, "tpot_ms": 1000.0}
+    assert found["latency"]["requests"] == 2 and 50 <= found["latency"]["ttft_ms"]["p50"] < 100
+    assert [(one["state"], one["attained"]) for one in found["requests"]] == [("stop", True), ("stop", False)]
+    service = found["service"]
+    assert service["hit_rate"] == 31 / 43 and service["bytes"]["total"] == 1000
+    assert (service["attained"], service["with_objectives"], service["refused"]) == (4, 5, 3)

@@ -1,0 +1,164 @@
+"""The server over a real engine: the answers of the library, faults on the way, and the process from start to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import openai
+import pytest
+
+from duoserve.async_engine import AsyncEngine
+from duoserve.cli import main
+from duoserve.moe_model import MoEModel
+from tests.server.conftest import serving
+
+PROMPTS = ("To be, or", "Enter HAMLET", "My lord, the", "What ho!")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def alone(cache):
+    """What the library makes of each prompt by itself."""
+    with MoEModel.from_pretrained("bard", expert_slots="25%", cache_dir=cache) as model:
+        return [model.generate(prompt, max_tokens=8, temperature=0.0) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def bard(cache):
+    with serving(lambda: AsyncEngine(MoEModel.from_pretrained("bard", expert_slots="25%", cache_dir=cache))) as server:
+        while server.http.get("/health").status_code != 200:
+            time.sleep(0.05)
+        yield server
+
+
+def test_answers_are_the_librarys_alone_and_side_by_side(bard, alone):
+    ours = openai.OpenAI(base_url=f"{bard.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def ask(prompt):
+        return ours.completions.create(model="fake", prompt=prompt, max_tokens=8, temperature=0)
+
+    with ThreadPoolExecutor(len(PROMPTS)) as threads:
+        together = list(threads.map(ask, PROMPTS))
+    one_by_one = [ask(prompt) for prompt in PROMPTS]
+    for done in (together, one_by_one):
+        assert [one.choices[0].text for one in done] == [one.text for one in alone]
+        assert [one.usage.completion_tokens for one in done] == [len(one.token_ids) for one in alone]
+
+
+def test_a_stream_has_the_same_text_and_a_stop_string_ends_it(bard, alone):
+    body = {"prompt": PROMPTS[0], "max_tokens": 8, "temperature": 0, "stream": True}
+
+    def text(**fields):
+        with bard.http.stream("POST", "/v1/completions", json=body | fields) as answer:
+            lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: {")]
+        choices = [json.loads(line)["choices"][0] for line in lines]
+        return "".join(one["text"] for one in choices), choices[-1]["finish_reason"]
+
+    assert text() == (alone[0].text, "length")
+    stop = alone[0].text[4:7]
+    assert text(stop=stop) == (alone[0].text.split(stop)[0], "stop")
+
+
+def test_a_client_that_leaves_frees_the_engine(bard):
+    body = {"prompt": "a", "max_tokens": 3000, "temperature": 0, "stream": True, "ignore_eos": True}
+    with bard.http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()  # kept: when it goes, so does the connection
+        next(lines)
+        assert bard.http.get("/status").json()["service"]["running"] == 1
+    left = time.monotonic()
+    while bard.http.get("/status").json()["service"]["running"]:
+        assert time.monotonic() - left < 2.0
+    assert time.monotonic() - left < 0.5  # the engine itself: 0.2 s; here a poll of the page's data besides
+
+
+def test_log_probabilities_and_experts_are_told(bard):
+    body = {"prompt": PROMPTS[0], "max_tokens": 3, "temperature": 0, "logprobs": 5}
+    found = bard.post("/v1/completions", body).json()["choices"][0]["logprobs"]
+    assert [max(top.values()) for top in found["top_logprobs"]] == found["token_logprobs"]  # greedy: the likeliest
+    text = bard.http.get("/metrics").text
+    hits = next(
+        line for line in text.splitlines() if line.startswith("duoserve:expert_hits_total{") and "decode" in line
+    )
+    assert float(hits.split()[-1]) > 0
+
+
+def test_a_prompt_beyond_the_context_is_a_400(bard):
+    answer = bard.complete(prompt=[5] * 100_000, max_tokens=1)
+    assert answer.status_code == 400 and "exceed the context" in answer.json()["error"]["message"]
+
+
+@contextmanager
+def process(cache, *options, **environment):
+    """The command as a shell runs it; yields it and its URL, which it prints once it is ready."""
+    start = "import sys; from duoserve.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", start, "serve", "bard", "--expert-slots", "25%", "--port", "0", *options]
+    env = os.environ | {"DUOSERVE_CACHE": str(cache)} | environment
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            line = running.stderr.readline()
+            assert "serving on http://127.0.0.1:" in line, line + running.stderr.read()
+            yield running, line.split("serving on ")[1].split()[0]
+        finally:
+            running.kill()
+
+
+def test_sigterm_ends_a_stream_with_an_error_event_and_the_process_with_0(cache):
+    body = {"prompt": "a", "max_tokens": 3000, "temperature": 0, "stream": True, "ignore_eos": True}
+    options = ("--shutdown-timeout", "0.5")
+    with process(cache, *options, DUOSERVE_API_KEY="s3cret") as (running, url), httpx.Client(base_url=url) as http:
+        assert http.get("/v1/models").status_code == 401
+        key = {"Authorization": "Bearer s3cret"}
+        assert http.get("/v1/models", headers=key).json()["data"][0]["id"] == "bard"
+        with http.stream("POST", "/v1/completions", json=body, headers=key) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            running.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert json.loads(rest[-2].removeprefix("data: "))["error"]["type"] == "service_unavailable_error"
+        assert rest[-1] == "data: [DONE]"
+        assert running.wait(10) == 0
+        assert running.stderr.read() == ""
+
+
+def test_what_cannot_be_loaded_or_had_is_one_line_and_exit_code_1(tmp_path, capsys, monkeypatch):
+    def failed(*options):
+        code = main(["serve", *options])
+        return code, capsys.readouterr().err
+
+    code, err = failed(str(tmp_path / "nothing"), "--port", "0")
+    assert code == 1 and err.startswith("duoserve: error: ") and err.count("\n") == 1
+    code, err = failed("bard", "--memory", "1MiB", "--port", "0")
+    assert code == 1 and "memory" in err and err.count("\n") == 1
+    code, err = failed("bard", "--slo-ttft-ms", "0")
+    assert code == 1 and "must be more than 0" in err
+    monkeypatch.setenv("DUOSERVE_SLO_TPOT_MS", "-5")
+    code, err = failed("bard")
+    assert code == 1 and "-5.0 ms" in err
+
+
+def test_a_wrong_value_in_the_environment_is_wrong_usage_of_serve_alone(monkeypatch, capsys):
+    monkeypatch.setenv("DUOSERVE_ADMISSION", "never")
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "bard"])
+    assert ended.value.code == 2 and "argument --admission: 'never' is none of late, strict" in capsys.readouterr().err
+    assert main(["info", "bard"]) == 0
+
+
+def test_nothing_of_the_server_is_imported_for_other_commands():
+    code = (
+        "import sys, duoserve.cli, duoserve; "
+        "sys.exit(any(name.split('.')[0] in {'starlette', 'uvicorn', 'prometheus_client'} for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,152 @@
+"""Streamed answers: the order of events, pings, errors once the status has been sent, and clients that go away."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+import pytest
+
+from duoserve.errors import CopyError, DuoServeError
+from tests.server.fake_service import script_of, spoken, with_logprobs
+
+
+def lines(server, path="/v1/completions", **fields):
+    """Whatever the server sends, line by line, but for the empty ones."""
+    body = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "stream": True, **fields}
+    with server.http.stream("POST", path, json=body) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers["x-accel-buffering"] == "no"
+        return [line for line in answer.iter_lines() if line]
+
+
+def events(found):
+    """The events among ``lines``, of which the last must be the end."""
+    assert found[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in found[:-1] if line.startswith("data: ")]
+
+
+def test_a_completion_streams_pieces_with_one_id(served):
+    chunks = events(lines(served(script_of(*spoken("a", "b", "c", finish="length")))))
+    assert [one["choices"][0]["text"] for one in chunks] == ["a", "b", "c"]
+    assert [one["choices"][0]["finish_reason"] for one in chunks] == [None, None, "length"]
+    assert len({(one["id"], one["created"], one["object"]) for one in chunks}) == 1
+    assert all("usage" not in one for one in chunks)
+
+
+def test_a_chat_says_its_role_first_and_its_usage_last(served):
+    server = served(script_of(*spoken("a", "b")))
+    chunks = events(lines(server, "/v1/chat/completions", stream_options={"include_usage": True}))
+    deltas = [one["choices"][0]["delta"] for one in chunks[:-1]]
+    assert deltas == [{"role": "assistant", "content": "a"}, {"content": "b"}]
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 2
+    assert {one["object"] for one in chunks} == {"chat.completion.chunk"}
+
+
+def test_choices_stream_side_by_side(served):
+    server = served(lambda number: [later(number), *spoken(f"{number}a", f"{number}b")])
+    chunks = events(lines(server, n=3))
+    for index in range(3):
+        texts = [one["choices"][0]["text"] for one in chunks if one["choices"][0]["index"] == index]
+        assert texts == [f"{index}a", f"{index}b"]
+
+
+def later(number):
+    return 0.05 * (3 - number)
+
+
+def test_streamed_log_probabilities_keep_their_offset(served):
+    server = served(script_of(with_logprobs("a", 65), with_logprobs("b", 66, "stop")))
+    found = [one["choices"][0]["logprobs"] for one in events(lines(server, logprobs=1))]
+    assert [one["text_offset"] for one in found] == [[0], [len(found[0]["tokens"][0])]]
+
+
+def test_pings_come_while_the_first_token_does_not(served):
+    found = lines(served(script_of(0.35, *spoken("late")), ping_s=0.1))
+    assert found[:2] == [": ping", ": ping"]
+    assert [one["choices"][0]["text"] for one in events(found)] == ["late"]
+
+
+def test_pings_come_between_slow_tokens_too(served):
+    first, last = spoken("a", "b")
+    found = lines(served(script_of(first, 0.25, last), ping_s=0.1))
+    assert found[0].startswith("data: ") and ": ping" in found
+
+
+@pytest.mark.parametrize("error", [CopyError("expert (1, 2) could not be read"), DuoServeError("non-finite logits")])
+def test_a_failure_before_the_first_token_is_a_500_and_the_next_is_served(served, error):
+    server = served(lambda number: [error] if number == 0 else spoken("fine"))
+    answer = server.complete(stream=True)
+    assert answer.status_code == 500 and str(error) in answer.json()["error"]["message"]
+    assert [one["choices"][0]["text"] for one in events(lines(server))] == ["fine"]
+
+
+def test_a_failure_in_mid_stream_is_an_error_event_and_the_next_is_served(served):
+    first = spoken("a", "b")[0]
+    error = CopyError("expert (1, 2) could not be read")
+    server = served(lambda number: [first, error] if number == 0 else spoken("fine"))
+    chunks = events(lines(server))
+    assert chunks[0]["choices"][0]["text"] == "a"
+    assert chunks[1]["error"] == {"message": str(error), "type": "server_error", "param": None, "code": "failed"}
+    assert [one["choices"][0]["text"] for one in events(lines(server))] == ["fine"]
+
+
+def test_one_failed_choice_ends_the_answer_and_stops_the_others(served):
+    server = served(lambda number: [0.1, CopyError("gone")] if number else [60.0, *spoken("never")])
+    answer = server.complete(n=2)
+    assert answer.status_code == 500
+    assert server.service.streams[0].cancelled_at is not None
+
+
+def leave(server, body, until):
+    """Sends a request, reads until ``until`` has come, and closes the connection; returns when."""
+    data = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + data)
+        found = b""
+        while until not in found:
+            found += connection.recv(4096)
+        if not until:
+            wait_for(lambda: server.service.streams)
+    return time.monotonic()
+
+
+def wait_for(condition):
+    """Until it holds; at most two seconds."""
+    until = time.monotonic() + 2.0
+    while not condition():
+        assert time.monotonic() < until, "never happened"
+        time.sleep(0.005)
+
+
+ENDLESS = (spoken("a", "b")[0], 60.0, *spoken("never"))
+
+
+@pytest.mark.parametrize(
+    ("steps", "body", "until"),
+    [
+        (ENDLESS, {"stream": True}, b'"text":"a"'),
+        ((60.0, *spoken("never")), {"stream": True}, b""),
+        ((60.0, *spoken("never")), {}, b""),
+        (ENDLESS, {"n": 3}, b""),
+    ],
+    ids=["in mid-stream", "before the first token", "not streamed", "several choices"],
+)
+def test_work_stops_when_the_client_is_gone(served, steps, body, until):
+    server = served(script_of(*steps))
+    left = leave(server, {"prompt": "a", **body}, until)
+    wait_for(lambda: all(stream.cancelled_at is not None for stream in server.service.streams))
+    assert len(server.service.streams) == body.get("n", 1)
+    assert max(stream.cancelled_at for stream in server.service.streams) - left < 0.2
+    assert server.http.get("/status").json()["requests"][0]["state"] == "abort"
+
+
+def test_a_client_that_leaves_while_pings_are_sent_is_noticed(served):
+    server = served(script_of(60.0, *spoken("never")), ping_s=0.05)
+    left = leave(server, {"prompt": "a", "stream": True}, b"ping")
+    wait_for(lambda: server.service.streams[0].cancelled_at is not None)
+    assert server.service.streams[0].cancelled_at - left < 0.2
