@@ -147,7 +147,7 @@ def test_a_number_that_is_no_token_id_is_a_request_error(token_id):
 
 def test_ctrl_c_stays_ctrl_c():
     class Interrupted:
-        def encode(self, text):
+        def encode(self, text, **how):
             raise KeyboardInterrupt
 
     text = Text(BYTE_LEVEL)
