@@ -11,6 +11,7 @@ from typing import Any
 
 from duoserve.errors import CheckpointError, TraceError
 from duoserve.experts.checkpoint import Checkpoint
+from duoserve.experts.hub import EMBEDDED_FOLDER
 from duoserve.experts.packing import cache_folder
 from duoserve.experts.strict_json import read_object
 from duoserve.predictors.base import RowPredictor
@@ -37,7 +38,10 @@ def save_choice(
     figures: Mapping[str, Any],
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """Writes the choice beside the model, or to the cache where that folder is read-only; returns the folder."""
+    """Writes the choice beside the model; returns the folder.
+
+    To the cache where the model's folder is read-only or the package's own, whose files are as they were shipped.
+    """
     about = {"fingerprint": checkpoint.fingerprint(), "policy": choice.policy, "predictor": choice.use_predictor}
     folder = _writable(checkpoint, cache_dir)
     try:
@@ -51,11 +55,11 @@ def save_choice(
 
 
 def find_choice(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> tuple[Choice, Path] | None:
-    """The choice for this model and the folder it lies in, the model's own before the cache; None if there is none.
+    """The choice for this model and the folder it lies in; None if there is none.
 
     One that was made for another model is passed over. TraceError for one that is malformed.
     """
-    for folder in (checkpoint.folder, _cached(checkpoint, cache_dir)):
+    for folder in _places(checkpoint, cache_dir):
         path = folder / CHOICE_FILE
         if path.is_file():
             choice = _read(path, checkpoint.fingerprint())
@@ -66,7 +70,7 @@ def find_choice(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> 
 
 def predictor_beside(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> RowPredictor | None:
     """The predictor that lies beside the model, or in the cache; None if there is none."""
-    for folder in (checkpoint.folder, _cached(checkpoint, cache_dir)):
+    for folder in _places(checkpoint, cache_dir):
         if (folder / PREDICTOR_FILE).is_file():
             return load_predictor(folder / PREDICTOR_FILE, checkpoint.fingerprint())
     return None
@@ -85,8 +89,15 @@ def _read(path: Path, fingerprint: str) -> Choice | None:
     return Choice(policy, about.get("predictor") is True, str(about.get("why", "")))
 
 
+def _places(checkpoint: Checkpoint, cache_dir: str | Path | None) -> tuple[Path, Path]:
+    """Where choices may lie, and where they are sought first: the model's folder, but for one of the package."""
+    own, cached = checkpoint.folder, _cached(checkpoint, cache_dir)
+    return (cached, own) if own.is_relative_to(EMBEDDED_FOLDER) else (own, cached)
+
+
 def _writable(checkpoint: Checkpoint, cache_dir: str | Path | None) -> Path:
-    return checkpoint.folder if os.access(checkpoint.folder, os.W_OK) else _cached(checkpoint, cache_dir)
+    first, second = _places(checkpoint, cache_dir)
+    return second if first == checkpoint.folder and not os.access(first, os.W_OK) else first
 
 
 def _cached(checkpoint: Checkpoint, cache_dir: str | Path | None) -> Path:

@@ -18,7 +18,7 @@ from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
 from duoserve.scheduling.selection import select
 from duoserve.scheduling.synthetic import RoutingCard, synthesize
 from duoserve.scheduling.trace import Trace, TraceMeta
-from tests.checkpoints import save_mixtral
+from tests.checkpoints import BARD, save_mixtral
 from tests.scheduling.traces import drawn_trace
 
 SIZES = LayerSizes("small", 1_000_000, 8, 1_000_000, 64)
@@ -70,6 +70,19 @@ def test_a_read_only_models_choice_goes_to_the_cache(
     assert where.is_relative_to(tmp_path / "cache") and not (folder / CHOICE_FILE).exists()
     assert find_choice(checkpoint, tmp_path / "cache") == (Choice("lru", False, ""), where)
     assert find_choice(checkpoint, tmp_path / "elsewhere") is None
+    checkpoint.close()
+
+
+def test_what_came_with_the_package_stays_as_it_came(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(BARD)
+    shipped = {path.name: path.stat().st_mtime_ns for path in BARD.iterdir()}
+    predictor, _ = train(trace_for(checkpoint), "popularity")
+    where = save_choice(checkpoint, Choice("duoserve", True, ""), predictor, {}, tmp_path)
+    assert {path.name: path.stat().st_mtime_ns for path in BARD.iterdir()} == shipped
+    assert where.is_relative_to(tmp_path) and find_choice(checkpoint, tmp_path) == (Choice("duoserve", True, ""), where)
+    chosen, others = predictor_beside(checkpoint, tmp_path), predictor_beside(checkpoint, tmp_path / "elsewhere")
+    assert chosen is not None and chosen.name == "popularity"
+    assert others is not None and others.name == "duoserve"
     checkpoint.close()
 
 

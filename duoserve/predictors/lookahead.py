@@ -11,6 +11,8 @@ from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.features import margins
 from duoserve.scheduling.trace import TraceMeta
 
+LEAST_LOGIT = -80.0  # float32 has no exp of 89
+
 
 class LookaheadPredictor(RowPredictor):
     """A score's distance from the border of the top-k becomes a chance by ``slopes_L`` and ``offsets_L``.
@@ -36,6 +38,6 @@ class LookaheadPredictor(RowPredictor):
 
 
 def logistic(logits: np.ndarray) -> np.ndarray:
-    """``1 / (1 + exp(-x))``."""
-    chances: np.ndarray = 1 / (1 + np.exp(-logits))
+    """``1 / (1 + exp(-x))``; no chance is below that of LEAST_LOGIT."""
+    chances: np.ndarray = 1 / (1 + np.exp(-np.maximum(logits, LEAST_LOGIT)))
     return chances
