@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from duoserve.chat_template import ChatTemplate
 from duoserve.choice import Choice, find_choice, predictor_beside
 from duoserve.config import EngineConfig, ModelConfig
 from duoserve.decoding import DecoderParts, make_decoder
@@ -38,6 +39,7 @@ class Runtime:
     plan: MemoryPlan
     policy: Policy
     text: Text | None
+    chat_template: ChatTemplate | None
     engine: Engine
     meter: Meter
     _held: ExitStack
@@ -84,8 +86,10 @@ def load(  # noqa: PLR0913
         decoder = make_decoder(wanted.decode_mode, chosen, parts)
         passes = Passes(transformer, scheduler, cache, meter, tap=tap, decoder=decoder)
         engine = Engine(passes, found.config, cache, meter)
-        text = Text.load(found.checkpoint.folder)
-        return Runtime(found.config, plan, chosen, text, engine, meter, held.pop_all())
+        text, template = Text.load(found.checkpoint.folder), ChatTemplate.load(found.checkpoint.folder)
+        if template is not None:
+            held.callback(template.close)
+        return Runtime(found.config, plan, chosen, text, template, engine, meter, held.pop_all())
 
 
 def make_scheduler(  # noqa: PLR0913, PLR0917

@@ -15,6 +15,7 @@ from typing import Any, overload
 
 from torch import Tensor
 
+from duoserve.chat_template import ChatTemplate
 from duoserve.config import EngineConfig, ModelConfig
 from duoserve.engine import Engine
 from duoserve.errors import ClosedError, RequestError
@@ -125,9 +126,9 @@ class MoEModel:
         return self._runtime.engine.max_context
 
     @property
-    def chat_template(self) -> None:
-        """Always None: the templates of checkpoints are not read so far."""
-        return None
+    def chat_template(self) -> ChatTemplate | None:
+        """The checkpoint's chat template, None where it has none."""
+        return self._runtime.chat_template
 
     @property
     def policy(self) -> str:

@@ -46,16 +46,16 @@ F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  m
     models/config_fields  models/rope_fields  models/quantization_fields  models/common_fields  models/expert_names
     models/family  models/mixtral  models/qwen3_moe  models/qwen2_moe  models/olmoe  models/deepseek  models/glm4_moe
     models/granite_moe  models/gpt_oss  models/registry  models/stored  models/opened  models/described
-F5  service  sampling  text  kv_cache  request  writer  passes  cost  batching  engine  decode_inputs  recorded_decode
-    event_decode  graph_decode  link  decoding  workspace  memory_needs  placement  choice  loading  tracing
-    evaluating  moe_model  stream  worker  async_engine  perplexity  planning/__init__  planning/model_cards
-    planning/formats  planning/sizes  planning/routing_curves  planning/speed  planning/policy_speed  planning/planner
-    planning/measuring  planning/this_machine  __init__
+F5  service  sampling  text  chat_sandbox  chat_template  kv_cache  request  writer  passes  cost  batching  engine
+    decode_inputs  recorded_decode  event_decode  graph_decode  link  decoding  workspace  memory_needs  placement
+    choice  loading  tracing  evaluating  moe_model  stream  worker  async_engine  perplexity  planning/__init__
+    planning/model_cards  planning/formats  planning/sizes  planning/routing_curves  planning/speed
+    planning/policy_speed  planning/planner  planning/measuring  planning/this_machine  __init__
 F6  server/__init__  server/backend  server/settings  server/errors  server/fields  server/asking  server/records
     server/token_text  server/answers  server/generation  server/sse  server/http  server/host  server/metrics
     server/status  server/preparing  server/endpoints  server/app  server/run  cli/options  cli/inventory
-    cli/generate  cli/info  cli/plan_plot  cli/plan_report  cli/plan  cli/pack  cli/trace  cli/train_predictor
-    cli/plots  cli/replay  cli/evaluate  cli/serve  cli/app  cli/__init__
+    cli/generate  cli/chat  cli/info  cli/plan_plot  cli/plan_report  cli/plan  cli/pack  cli/trace
+    cli/train_predictor  cli/plots  cli/replay  cli/evaluate  cli/serve  cli/app  cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]
 RANK = {name: rank for rank, name in enumerate(FILES)}

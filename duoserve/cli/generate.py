@@ -35,7 +35,7 @@ def add_command(commands: Subparsers) -> None:
     parser.add_argument("model", nargs="?", default="bard", help=f"{MODEL_HELP} (default: bard)")
     parser.add_argument("--prompt", metavar="TEXT", help="default: what stdin says")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
-    _add_sampling(parser)
+    add_sampling(parser)
     add_loading(parser)
     parser.set_defaults(command=run)
 
@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
             _stream(model, prompt, params)
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The fields of SamplingParams as options."""
     group = parser.add_argument_group("sampling")
     defaults = {field.name: field.default for field in fields(SamplingParams)}
     for name, (kind, metavar, help_text) in SAMPLING.items():

@@ -1,0 +1,156 @@
+"""From the messages of a conversation to a prompt, by the template that came with the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from duoserve import chat_sandbox
+from duoserve.errors import CheckpointError, ClosedError, RequestError
+from duoserve.experts.positional_file import read_capped
+from duoserve.experts.strict_json import read_object
+
+TEMPLATE_BYTES, CONFIG_BYTES = 1 << 20, 64 << 20
+SECONDS = 2.0  # real templates take a thousandth of it
+START_SECONDS = 20.0  # a fresh interpreter on a busy machine
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class ChatTemplate:
+    """One checkpoint's template and its special tokens. Any thread may render; one at a time does.
+
+    The template runs in a process of its own (chat_sandbox.py), which is started when it is first needed and killed
+    when it takes more than ``SECONDS``. ``close`` ends it.
+    """
+
+    def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
+        self._template = template
+        self._special_tokens = dict(special_tokens)
+        self._turn = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._closed = False
+
+    @classmethod
+    def load(cls, folder: Path) -> ChatTemplate | None:
+        """From ``chat_template.jinja``, else ``chat_template.json`` or ``tokenizer_config.json``; None without any.
+
+        CheckpointError for one that is malformed. Of several named ones, the one called "default".
+        """
+        path = folder / "tokenizer_config.json"
+        config = read_object(path, CONFIG_BYTES) if path.is_file() else {}
+        template = _template(folder, config)
+        return None if template is None else cls(template, _special_tokens(config))
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """The prompt that ``messages`` make, each of them with "role" and "content".
+
+        RequestError where the template refuses them, or takes too much time or memory.
+        """
+        variables = self._special_tokens | {
+            "messages": list(messages),
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            line = json.dumps({"template": self._template, "variables": variables})
+        except (TypeError, ValueError) as error:
+            raise RequestError(f"the messages are no JSON: {error}") from error
+        with self._turn:
+            reply = self._asked(line)
+        if "error" in reply:
+            raise RequestError(f"the model's chat template cannot be used for these messages: {reply['error']}")
+        return reply["text"]
+
+    def close(self) -> None:
+        """Ends the process; calling it again does nothing."""
+        with self._turn:
+            self._closed = True
+            self._kill()
+
+    def _asked(self, line: str) -> dict[str, str]:
+        """The process's answer, which is waited for no longer than it may take."""
+        if self._closed:
+            raise ClosedError("the chat template was used after close()")
+        process = self._process or self._started()
+        reply = _reply(process, line, SECONDS)
+        if reply is None:
+            self._kill()
+            return {"error": f"it takes more than {SECONDS:g} s or {chat_sandbox.MEMORY_BYTES >> 20} MiB"}
+        return reply
+
+    def _started(self) -> subprocess.Popen[str]:
+        """A new process, once it has answered: its start is not the template's time."""
+        self._process = process = subprocess.Popen(
+            [sys.executable, "-I", chat_sandbox.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+        )
+        if _reply(process, json.dumps({"template": "", "variables": {}}), START_SECONDS) is None:
+            self._kill()
+            raise RequestError("the process that renders chat templates does not start: is jinja2 installed?")
+        return process
+
+    def _kill(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+
+def _reply(process: subprocess.Popen[str], line: str, seconds: float) -> dict[str, str] | None:
+    """The answer to ``line``; None if none came in time, the process being killed then."""
+    assert process.stdin is not None and process.stdout is not None
+    limit = threading.Timer(seconds, process.kill)
+    limit.start()
+    try:
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        said = process.stdout.readline()
+        reply: dict[str, str] | None = json.loads(said) if said.endswith("\n") else None
+    except (OSError, ValueError):
+        return None
+    finally:
+        limit.cancel()
+    return reply
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    path, older = folder / "chat_template.jinja", folder / "chat_template.json"
+    if path.is_file():
+        return _decoded(read_capped(path, TEMPLATE_BYTES), path)
+    found, where = config.get("chat_template"), folder / "tokenizer_config.json"
+    if older.is_file():
+        found, where = read_object(older, TEMPLATE_BYTES).get("chat_template"), older
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+    if found is not None and not isinstance(found, str):
+        raise CheckpointError(f"{where}: chat_template is a {type(found).__name__}, but must be text")
+    return found
+
+
+def _decoded(data: bytes, path: Path) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 ({error.reason}); download the file again") from error
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Those that have a name of their own; each stands as text or as an object that has it."""
+    found = {}
+    for name in SPECIAL_TOKENS:
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            found[name] = token
+    return found
