@@ -1,0 +1,56 @@
+"""``duoserve chat`` on a small real model: the template's prompt, the conversation that grows, and its commands."""
+
+import io
+import shutil
+
+import pytest
+
+from duoserve.moe_model import MoEModel
+from duoserve.sampling import SamplingParams
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+GREEDY = ("--max-tokens", "6", "--temperature", "0", "--expert-slots", "25%")
+
+
+@pytest.fixture(scope="module")
+def chat_folder(model_folder, tmp_path_factory):
+    folder = shutil.copytree(model_folder, tmp_path_factory.mktemp("chat") / "model")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture
+def answers(chat_folder, tmp_path):
+    """What the library says to each prompt."""
+
+    def ask(*prompts):
+        with MoEModel.from_pretrained(chat_folder, cache_dir=tmp_path / "expected") as model:
+            return [model.generate(prompt, SamplingParams(max_tokens=6, temperature=0.0)).text for prompt in prompts]
+
+    return ask
+
+
+def say(monkeypatch, *lines):
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+
+def test_what_was_said_is_in_the_next_prompt(duoserve, chat_folder, answers, monkeypatch):
+    say(monkeypatch, "hi", "", "more")
+    (first,) = answers("[user] hi\n[assistant] ")
+    (second,) = answers(f"[user] hi\n[assistant] {first}\n[user] more\n[assistant] ")
+    ran = duoserve("chat", chat_folder, *GREEDY)
+    assert (ran.code, ran.out) == (0, f"{first}\n{second}\n")
+
+
+def test_reset_forgets_all_but_the_system_and_exit_ends(duoserve, chat_folder, answers, monkeypatch):
+    say(monkeypatch, "hi", "/reset", "hi", "/exit", "never said")
+    (answer,) = answers("[system] be kind\n[user] hi\n[assistant] ")
+    ran = duoserve("chat", chat_folder, *GREEDY, "--system", "be kind")
+    assert (ran.code, ran.out) == (0, f"{answer}\n{answer}\n")
+
+
+def test_a_model_without_a_template_is_refused(duoserve, model_folder, monkeypatch):
+    say(monkeypatch, "hi")
+    ran = duoserve("chat", model_folder)
+    assert (ran.code, ran.out) == (1, "")
+    assert "has no chat template: use duoserve generate" in ran.err
