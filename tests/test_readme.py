@@ -115,7 +115,7 @@ def check_arguments(command: str) -> None:
     words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
     match words:
         case ["duoserve", name]:
-            with pytest.raises(SystemExit, match="^0$"):
+            with pytest.raises(SystemExit, match=r"^0$"):
                 _parser().parse_args([name, "--help"])
         case ["duoserve", *arguments]:
             for alternative in alternatives(arguments):
