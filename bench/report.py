@@ -170,12 +170,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True))} |" for line in lines)
 
 
-def into_readme(readme: str, report: str) -> str:
+def into_readme(readme: str, report: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
     """``readme`` with what stands between the markers replaced; SystemExit where they are not there once each."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise SystemExit(f"the README needs one {BEGIN} and, after it, one {END}")
-    before, _, rest = readme.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{report}\n\n{END}{rest.partition(END)[2]}"
+    begin, end = markers
+    if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
+        raise SystemExit(f"the README needs one {begin} and, after it, one {end}")
+    before, _, rest = readme.partition(begin)
+    return f"{before}{begin}\n\n{report}\n\n{end}{rest.partition(end)[2]}"
 
 
 def main() -> None:

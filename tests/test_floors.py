@@ -55,7 +55,8 @@ F6  server/__init__  server/backend  server/settings  server/errors  server/fiel
     server/token_text  server/answers  server/generation  server/sse  server/http  server/host  server/metrics
     server/status  server/preparing  server/endpoints  server/app  server/run  cli/options  cli/inventory
     cli/generate  cli/chat  cli/info  cli/plan_plot  cli/plan_report  cli/plan  cli/pack  cli/trace
-    cli/train_predictor  cli/plots  cli/replay  cli/evaluate  cli/serve  cli/app  cli/__init__
+    cli/train_predictor  cli/plots  cli/replay  cli/evaluate  cli/serve  cli/bench_report  cli/bench  cli/app
+    cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]
 RANK = {name: rank for rank, name in enumerate(FILES)}

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from duoserve.cli import chat, evaluate, generate, info, pack, plan, replay, serve, trace, train_predictor
+from duoserve.cli import bench, chat, evaluate, generate, info, pack, plan, replay, serve, trace, train_predictor
 from duoserve.errors import DuoServeError
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the signal's number, as shells report them
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-V", "--version", action="version", version=f"duoserve {version('duoserve')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (generate, chat, info, plan, pack, trace, train_predictor, replay, evaluate, serve):
+    for module in (generate, chat, info, plan, pack, trace, train_predictor, replay, evaluate, serve, bench):
         module.add_command(commands)
     return parser
 

@@ -1,0 +1,127 @@
+"""The table and the plot that open the README, from a result of the CPU bench.
+
+    python bench/opening.py RESULT.json [--readme README.md]
+
+writes the plot beside the result, as SVG, and prints the table; ``--readme`` also puts it between the markers there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from report import into_readme, spread, table, warnings
+
+MARKERS = "<!-- opening -->", "<!-- /opening -->"
+IN_RAM, QUARTER = "all in RAM", "a quarter in RAM, the others on disk"
+CACHED = "on disk, and all in the page cache"
+WIDTH, LABELS, BAR, GAP, TOP, END = 760, 330, 18, 8, 34, 50  # of the plot, in pixels
+OURS, THEIRS = "#1f6f8b", "#b8b8b8"
+
+Result = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """An engine of the bench as the README calls it; ``bound``: what its decode is held against, None: nothing fits."""
+
+    name: str
+    label: str
+    experts: str
+    bound: str | None
+
+
+ROWS = (
+    Row("duoserve resident", "duoserve", IN_RAM, "resident_decode_s"),
+    Row("transformers grouped_mm", "transformers, `grouped_mm`", IN_RAM, "resident_decode_s"),
+    Row("transformers eager", "transformers, `eager`", IN_RAM, "resident_decode_s"),
+    Row("duoserve lru", "duoserve", QUARTER, "disk_decode_io_s"),
+    Row("accelerate cold, a quarter in RAM", "transformers + accelerate", QUARTER, None),
+    Row("accelerate warm", "transformers + accelerate", CACHED, None),
+)
+
+
+def measured(result: Result) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """The rows that the result has."""
+    return ((row, result["summary"][row.name]) for row in ROWS if row.name in result["summary"])
+
+
+def opening(result: Result, plot: str, details: str) -> str:
+    """What the README opens with; ``plot`` and ``details`` are links."""
+    rows = []
+    for row, figures in measured(result):
+        bound = result["bounds"].get(row.bound)
+        reached = f"{bound / figures['tpot_s']['median']:.0%}" if bound else ""
+        speeds = spread(figures["prefill_tok_s"], "{:.0f}"), spread(figures["decode_tok_s"], "{:.1f}")
+        rows.append((row.label, row.experts, *speeds, reached))
+    head = ["engine", "experts", "prompt tok/s", "decode tok/s", "of its bound"]
+    return "\n\n".join(
+        part for part in (warnings(result), table(head, rows), f"![decode]({plot})", _said(result, details)) if part
+    )
+
+
+def _said(result: Result, details: str) -> str:
+    shape, machine = result["shape"], result["machine"]
+    return (
+        f"A Mixtral of random weights in bfloat16 ({shape['layers']} layers of {shape['experts']} experts, "
+        f"{shape['hidden']} wide), {shape['prompt_tokens']} tokens of prompt and {shape['new_tokens']} new ones, "
+        f"{result['threads']} threads of one {machine['cpu']} with {', '.join(machine['isa'])}: medians (extremes) of "
+        f"rounds in turn, {result['date'].partition(' ')[0]}, commit {result['versions']['commit']}.\n"
+        "The bound is that of a decode step: active weights over the rate of memory, or missing experts over that of "
+        f"the disk.\n[Conditions, ceilings, checks and versions]({details})."
+    )
+
+
+def plot(result: Result) -> str:
+    """Decode speeds as bars, their extremes as lines, in SVG."""
+    rows = list(measured(result))
+    longest = max(figures["decode_tok_s"]["high"] for _, figures in rows)
+    scale = (WIDTH - LABELS - END) / longest
+    height = TOP + len(rows) * (BAR + GAP)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" '
+        'font-size="12">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+        '<text x="8" y="20" font-size="14">Decode, tokens a second: median and extremes</text>',
+    ]
+    for place, (row, figures) in enumerate(rows):
+        lines += _bar(row, figures["decode_tok_s"], TOP + place * (BAR + GAP), scale)
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def _bar(row: Row, speed: dict[str, float], top: int, scale: float) -> list[str]:
+    label = escape(f"{row.label.replace('`', '')}: {row.experts}")
+    color = OURS if row.name.startswith("duoserve") else THEIRS
+    median, low, high = (scale * speed[key] for key in ("median", "low", "high"))
+    middle, baseline = top + BAR / 2, top + 13
+    return [
+        f'<text x="{LABELS - 6}" y="{baseline}" text-anchor="end">{label}</text>',
+        f'<rect x="{LABELS}" y="{top}" width="{median:.1f}" height="{BAR}" fill="{color}"/>',
+        f'<path d="M{LABELS + low:.1f} {middle}H{LABELS + high:.1f}" stroke="black"/>',
+        f'<text x="{LABELS + high + 6:.1f}" y="{baseline}">{speed["median"]:.1f}</text>',
+    ]
+
+
+def main() -> None:
+    """Writes the plot, prints the table; with ``--readme`` also writes it there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, help="what bench_cpu.py --json wrote")
+    parser.add_argument("--readme", type=Path, help="put the table between this file's markers")
+    args = parser.parse_args()
+    result = json.loads(args.result.read_text())
+    picture = args.result.with_suffix(".svg")
+    picture.write_text(plot(result))
+    home = args.readme.resolve().parent if args.readme else Path.cwd()
+    links = [os.path.relpath(args.result.resolve().with_suffix(end), home) for end in (".svg", ".md")]
+    text = opening(result, *links)
+    print(text)
+    if args.readme:
+        args.readme.write_text(into_readme(args.readme.read_text(), text, MARKERS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""``duoserve bench``: what measures."""
+
+from __future__ import annotations
+
+from duoserve.cli.bench_report import add_reports
+from duoserve.cli.options import Subparsers, add_parser
+
+EXAMPLES = """\
+  duoserve bench cpu --quick --out /tmp/results
+"""
+
+
+def add_command(commands: Subparsers) -> None:
+    """Registers the group."""
+    parser = add_parser(commands, "bench", "measure", EXAMPLES)
+    benches = parser.add_subparsers(title="benches", metavar="BENCH", required=True)
+    add_reports(benches)

@@ -1,0 +1,165 @@
+"""``duoserve bench cpu`` and ``bench gpu``: what the README shows of measurements, made anew by a clone's benches."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from importlib.metadata import metadata
+from pathlib import Path
+from typing import NamedTuple, Protocol, TextIO
+
+import torch
+
+from duoserve.cli.options import Subparsers, add_parser
+from duoserve.errors import ConfigError, DuoServeError
+
+CPU_EXAMPLES = """\
+  git clone REPOSITORY && cd duoserve && duoserve bench cpu
+  duoserve bench cpu --checkout ~/duoserve --quick --out /tmp/results
+"""
+GPU_EXAMPLES = """\
+  duoserve bench gpu --checkout ~/duoserve
+"""
+QUICK_SUITE_SECONDS = {"BENCH_SECONDS": "40", "SERVE_SECONDS": "60"}  # no figures, but every part begins
+
+
+class Job(NamedTuple):
+    """One script of bench/, its arguments and its environment; ``report``: what it prints is also written there."""
+
+    script: str
+    words: tuple[str, ...]
+    report: Path | None = None
+    env: Mapping[str, str] = {}
+
+
+class Jobs(Protocol):
+    """The jobs of a report, in order."""
+
+    def __call__(self, checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]: ...
+
+
+def add_reports(benches: Subparsers) -> None:
+    """Registers both commands."""
+    cpu = add_parser(benches, "cpu", "measure this machine's CPU, and make the README's tables and plot", CPU_EXAMPLES)
+    cpu.add_argument("--texts", type=Path, metavar="DIR", help="Shakespeare's works: predictors and routing too")
+    cpu.set_defaults(command=partial(run, jobs=cpu_jobs))
+    gpu = add_parser(benches, "gpu", "measure the link, the kernels and whole models on this GPU", GPU_EXAMPLES)
+    gpu.set_defaults(command=partial(run, jobs=gpu_jobs))
+    for parser in (cpu, gpu):
+        parser.add_argument("--checkout", type=Path, default=Path(), metavar="DIR", help="a clone (default: here)")
+        parser.add_argument("--out", type=Path, metavar="DIR", help="for results (default: bench/results of the clone)")
+        parser.add_argument("--quick", action="store_true", help="try it out: no figures, the README stays as it is")
+        parser.add_argument(
+            "--json", action="store_true", help="print one JSON object with what was written, at the end"
+        )
+
+
+def run(args: argparse.Namespace, jobs: Jobs) -> None:
+    """One script after the other; ConfigError where they are not there, DuoServeError at the first that fails."""
+    checkout = args.checkout.expanduser().resolve()
+    if not (checkout / "bench").is_dir():
+        raise ConfigError(
+            f"{checkout} has no bench/, which the package does not bring along: {_clone()}, and --checkout"
+        )
+    out = (args.out or checkout / "bench" / "results").expanduser().resolve()
+    planned = jobs(checkout, out, args)
+    out.mkdir(parents=True, exist_ok=True)
+    before = _ages(out)
+    for job in planned:
+        _carry_out(job, checkout, sys.stderr if args.json else sys.stdout)
+    after = _ages(out)
+    written = sorted(str(file) for file, age in after.items() if before.get(file) != age)
+    print(json.dumps({"written": written}) if args.json else "\n".join(["written:", *written]))
+
+
+def cpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:
+    """The CPU bench, its report, the planner against it, the policies; with texts also what predictors do."""
+    day, quick = time.strftime("%Y-%m-%d", time.gmtime()), ("--quick",) if args.quick else ()
+    name = f"{_slug(_cpu_name())}-{day}" + ("-quick" if args.quick else "")
+    result = out / f"cpu-{name}.json"
+    readme = () if args.quick else ("--readme", str(checkout / "README.md"))
+    jobs = [
+        Job("bench_cpu.py", (*quick, "--json", str(result))),
+        Job("report.py", (str(result), *readme), result.with_suffix(".md")),
+        Job("opening.py", (str(result), *readme)),
+    ]
+    if args.quick:
+        return jobs
+    jobs += [
+        Job("bench_plan.py", ("--cpu", str(result), "--out", str(out / f"plan-{day}.md"))),
+        Job("bench_policies.py", (), out / f"policies-{day}.md"),
+    ]
+    newcomer = out / f"newcomer-{name}.json"
+    return [
+        *jobs,
+        *_jobs_on_texts(out, args.texts),
+        Job("bench_newcomer.py", ("--json", str(newcomer)), newcomer.with_suffix(".md")),
+    ]
+
+
+def _jobs_on_texts(out: Path, texts: Path | None) -> list[Job]:
+    if texts is None:
+        return []
+    told = ("--texts", str(texts.expanduser().resolve()))
+    models = ("bard", "bard-fine")
+    predictors = [
+        Job("bench_predictors.py", ("--model", model, *told, "--json", str(out / f"predictors-{model}.json")))
+        for model in models
+    ]
+    return [*predictors, Job("bench_routing.py", (*told, "--json", str(out / "routing-embedded.json")))]
+
+
+def gpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:
+    """The suite for GPU machines, without its tests; it names its results itself. ConfigError without a GPU."""
+    if not torch.cuda.is_available():
+        raise ConfigError("bench gpu needs a CUDA device, and torch sees none; duoserve bench cpu needs none")
+    env = {"OUT": str(out), "PYTHON": sys.executable} | (QUICK_SUITE_SECONDS if args.quick else {})
+    return [Job("gpu_suite.sh", ("copy", "kernels", "serve"), env=env)]
+
+
+def _carry_out(job: Job, checkout: Path, terminal: TextIO) -> None:
+    """Streams what the script prints; its own package is that of the checkout, whose commit it will name."""
+    starter = ["bash"] if job.script.endswith(".sh") else [sys.executable, "-u"]
+    command = [*starter, f"bench/{job.script}", *job.words]
+    print(f"== {shlex.join(command)}", file=sys.stderr, flush=True)
+    path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, **job.env, "PYTHONPATH": path}
+    lines = []
+    with subprocess.Popen(command, cwd=checkout, env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", file=terminal, flush=True)
+            lines.append(line)
+    if process.returncode:
+        raise DuoServeError(f"bench/{job.script} ended with status {process.returncode}; nothing was run after it")
+    if job.report:
+        job.report.write_text("".join(lines))
+
+
+def _ages(folder: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file()}
+
+
+def _clone() -> str:
+    """How to get a checkout, as far as the package says where it is from."""
+    urls = dict(said.split(", ", 1) for said in metadata("duoserve").get_all("Project-URL") or [])
+    source = next((url for name, url in urls.items() if name.lower() in {"repository", "source", "homepage"}), None)
+    return f"git clone {source}" if source else "clone the repository that it was built from"
+
+
+def _cpu_name() -> str:
+    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,0 +1,109 @@
+"""``duoserve bench cpu`` and ``bench gpu``, in a checkout whose benches only write files, or fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from duoserve.cli import bench_report
+
+BENCHES = ("bench_cpu", "report", "opening", "bench_plan", "bench_policies", "bench_predictors", "bench_routing")
+# Says how it was called, and writes what it was told to write.
+FAKE = """\
+import sys, pathlib
+words = sys.argv[1:]
+print("SAID", pathlib.Path(sys.argv[0]).name, *words)
+for option in ("--json", "--out"):
+    if option in words:
+        pathlib.Path(words[words.index(option) + 1]).write_text("measured")
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    folder = tmp_path / "clone"
+    (folder / "bench" / "results").mkdir(parents=True)
+    (folder / "bench" / "results" / "old.md").write_text("of another day")
+    for name in (*BENCHES, "bench_newcomer"):
+        (folder / "bench" / f"{name}.py").write_text(FAKE)
+    return folder
+
+
+def scripts(text: str) -> list[str]:
+    return [line.split()[1].removesuffix(".py") for line in text.splitlines() if line.startswith("SAID")]
+
+
+def test_all_benches_run_in_order(duoserve, checkout):
+    ran = duoserve("bench", "cpu", "--checkout", checkout)
+    assert ran.code == 0, ran.err
+    assert scripts(ran.out) == ["bench_cpu", "report", "opening", "bench_plan", "bench_policies", "bench_newcomer"]
+    assert f"--readme {checkout}/README.md" in ran.out and "--quick" not in ran.out
+    written = ran.out.partition("written:\n")[2].split()
+    assert {Path(file).name.partition("-")[0] for file in written} == {"cpu", "plan", "policies", "newcomer"}
+    [report] = (checkout / "bench" / "results").glob("cpu-*.md")
+    assert report.read_text().startswith("SAID report.py")
+
+
+def test_texts_add_what_needs_them(duoserve, checkout, tmp_path):
+    ran = duoserve("bench", "cpu", "--checkout", checkout, "--texts", tmp_path)
+    assert scripts(ran.out)[5:8] == ["bench_predictors", "bench_predictors", "bench_routing"]
+    assert f"--model bard-fine --texts {tmp_path}" in ran.out
+
+
+def test_quick_passes_through_and_leaves_the_readme(duoserve, checkout, tmp_path):
+    ran = duoserve("bench", "cpu", "--checkout", checkout, "--quick", "--out", tmp_path / "new", "--json")
+    assert ran.code == 0, ran.err
+    files = [Path(file) for file in json.loads(ran.out)["written"]]
+    assert {file.parent for file in files} == {tmp_path / "new"} and all("-quick." in file.name for file in files)
+    assert sorted(files) == sorted((tmp_path / "new").iterdir())
+    assert scripts(ran.err) == ["bench_cpu", "report", "opening"]
+    assert "bench_cpu.py --quick" in ran.err and "--readme" not in ran.err
+
+
+def test_a_script_that_fails_ends_it(duoserve, checkout):
+    (checkout / "bench" / "report.py").write_text("print('SAID report.py'); raise SystemExit(7)")
+    ran = duoserve("bench", "cpu", "--checkout", checkout)
+    assert ran.code == 1 and "bench/report.py ended with status 7" in ran.err
+    assert scripts(ran.out) == ["bench_cpu", "report"]
+    assert not list((checkout / "bench" / "results").glob("cpu-*.md"))
+
+
+def test_no_checkout_is_refused(duoserve, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = duoserve("bench", "cpu")
+    assert ran.code == 1 and f"{tmp_path} has no bench/" in ran.err and "--checkout" in ran.err
+
+
+def test_the_clone_command_is_what_the_package_says(monkeypatch):
+    class Said:
+        def get_all(self, name):
+            return ["Issues, https://x/issues", "Repository, https://x/duoserve"]
+
+    monkeypatch.setattr(bench_report, "metadata", lambda name: Said())
+    assert bench_report._clone() == "git clone https://x/duoserve"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_gpu_is_refused_without_one(duoserve, checkout):
+    ran = duoserve("bench", "gpu", "--checkout", checkout)
+    assert ran.code == 1 and "needs a CUDA device" in ran.err and scripts(ran.out) == []
+
+
+@pytest.mark.parametrize(("quick", "seconds"), [([], "none"), (["--quick"], "40")])
+def test_gpu_runs_the_suite(duoserve, checkout, monkeypatch, quick, seconds):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    suite = 'echo "SAID $* ${BENCH_SECONDS-none}"; "$PYTHON" -c "print(1)" >"$OUT/copy-h100.md"\n'
+    (checkout / "bench" / "gpu_suite.sh").write_text(suite)
+    ran = duoserve("bench", "gpu", "--checkout", checkout, *quick)
+    assert ran.code == 0, ran.err
+    assert f"SAID copy kernels serve {seconds}" in ran.out
+    assert ran.out.endswith(f"written:\n{checkout}/bench/results/copy-h100.md\n")
+
+
+def test_the_scripts_are_there():
+    root = Path(__file__).resolve().parents[2]
+    names = [f"{name}.py" for name in (*BENCHES, "bench_newcomer")] + ["gpu_suite.sh"]
+    assert [name for name in names if not (root / "bench" / name).exists()] == []

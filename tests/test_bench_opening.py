@@ -1,0 +1,49 @@
+"""What the README shows of measurements is what the benches make of the committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "bench"))
+
+import opening  # noqa: E402 (the benches are no package)
+import report  # noqa: E402
+
+README = (ROOT / "README.md").read_text()
+[PLOT] = re.findall(r"!\[decode\]\((.*)\)", README)
+FILE = (ROOT / PLOT).with_suffix(".json")
+RESULT = json.loads(FILE.read_text())
+
+
+def test_the_opening_is_made_from_the_committed_result():
+    details = str(Path(PLOT).with_suffix(".md"))
+    assert report.into_readme(README, opening.opening(RESULT, PLOT, details), opening.MARKERS) == README
+
+
+def test_the_plot_is_made_from_the_committed_result():
+    assert (ROOT / PLOT).read_text() == opening.plot(RESULT)
+
+
+def test_the_other_tables_are_made_from_the_same_result():
+    assert report.into_readme(README, report.headline(RESULT)) == README
+    assert FILE.with_suffix(".md").read_text() == report.render(RESULT) + "\n"
+
+
+def test_the_opening_shows_what_was_measured_and_no_more():
+    summary = {name: figures for name, figures in RESULT["summary"].items() if not name.startswith("accelerate")}
+    text = opening.opening(RESULT | {"summary": summary}, "p.svg", "d.md")
+    assert "accelerate" not in text and text.count("| duoserve") == 2
+
+
+def test_bars_are_as_long_as_speeds():
+    picture = opening.plot(RESULT)
+    widths = [float(width) for width in re.findall(r'width="([\d.]+)" height="18"', picture)]
+    speeds = [figures["decode_tok_s"]["median"] for _, figures in opening.measured(RESULT)]
+    assert len(widths) == len(speeds) == len(opening.ROWS)
+    assert [w / widths[0] for w in widths] == pytest.approx([s / speeds[0] for s in speeds], abs=2e-3)
