@@ -100,7 +100,9 @@ class Newcomer:
     def _note(self, kind: str, command: tuple[str, ...], seconds: float, status: int) -> None:
         if status:
             raise SystemExit(f"{shlex.join(command)} ended with status {status}")
-        shown = shlex.join(command).replace(str(self.folder), ".").replace(str(REPOSITORY), "CHECKOUT")
+        shown = shlex.join(command)
+        for path, name in ((self.folder, "."), (REPOSITORY, "CHECKOUT"), (sys.executable, "python3")):
+            shown = shown.replace(str(path), name)
         self.steps.append({"kind": kind, "command": shown, "seconds": seconds})
 
 

@@ -45,6 +45,16 @@ def render(result: Result) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def sentence(result: Result) -> str:
+    """What the README says of it."""
+    text, evaluated = (found["seconds"] for found in result["verdicts"])
+    return (
+        f"On {result['machine']['cores']} cores of an {result['machine']['cpu']} the first text is there {text:.0f} s "
+        f"after the first command, and a policy is chosen for {result['prompts']} prompts of one's own in "
+        f"{evaluated:.0f} s, downloads ({result['download_bytes'] / 1e6:.0f} MB) not counted"
+    )
+
+
 def _warnings(result: Result) -> str:
     found = ["this is `--quick`: no environment was made"] if result["quick"] else []
     busiest = max(result["idle"].values())
