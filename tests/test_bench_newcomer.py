@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -56,3 +57,13 @@ def test_a_command_that_fails_ends_the_bench_by_name(tmp_path):
     assert newcomer.run(SET_UP, "echo", "said") == "said\n" and len(newcomer.steps) == 1
     newcomer.first_text("echo", "said")
     assert [step["kind"] for step in newcomer.steps] == [SET_UP, FIRST_TEXT]
+
+
+def test_the_readme_says_what_was_measured():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    results = {file: json.loads(file.read_text()) for file in (ROOT / "bench" / "results").glob("newcomer-*.json")}
+    assert any(
+        f"{newcomer_report.sentence(result)} (`bench/results/{file.stem}.md`)." in readme
+        and newcomer_report.render(result) + "\n" == file.with_suffix(".md").read_text()
+        for file, result in results.items()
+    )
