@@ -85,8 +85,10 @@ def cpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:
     """The CPU bench, its report, the planner against it, the policies; with texts also what predictors do."""
     day, quick = time.strftime("%Y-%m-%d", time.gmtime()), ("--quick",) if args.quick else ()
     name = f"{_slug(_cpu_name())}-{day}" + ("-quick" if args.quick else "")
+    # Results name their command, which should say nothing of where the clone is: all scripts start in it.
+    out = out.relative_to(checkout) if out.is_relative_to(checkout) else out
     result = out / f"cpu-{name}.json"
-    readme = () if args.quick else ("--readme", str(checkout / "README.md"))
+    readme = () if args.quick else ("--readme", "README.md")
     jobs = [
         Job("bench_cpu.py", (*quick, "--json", str(result))),
         Job("report.py", (str(result), *readme), result.with_suffix(".md")),
@@ -128,11 +130,11 @@ def gpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:
 
 def _carry_out(job: Job, checkout: Path, terminal: TextIO) -> None:
     """Streams what the script prints; its own package is that of the checkout, whose commit it will name."""
-    starter = ["bash"] if job.script.endswith(".sh") else [sys.executable, "-u"]
+    starter = ["bash"] if job.script.endswith(".sh") else [sys.executable]
     command = [*starter, f"bench/{job.script}", *job.words]
     print(f"== {shlex.join(command)}", file=sys.stderr, flush=True)
     path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, **job.env, "PYTHONPATH": path}
+    env = {**os.environ, **job.env, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     lines = []
     with subprocess.Popen(command, cwd=checkout, env=env, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -142,7 +144,7 @@ def _carry_out(job: Job, checkout: Path, terminal: TextIO) -> None:
     if process.returncode:
         raise DuoServeError(f"bench/{job.script} ended with status {process.returncode}; nothing was run after it")
     if job.report:
-        job.report.write_text("".join(lines))
+        (checkout / job.report).write_text("".join(lines))
 
 
 def _ages(folder: Path) -> dict[Path, int]:

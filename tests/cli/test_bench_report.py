@@ -40,7 +40,8 @@ def test_all_benches_run_in_order(duoserve, checkout):
     ran = duoserve("bench", "cpu", "--checkout", checkout)
     assert ran.code == 0, ran.err
     assert scripts(ran.out) == ["bench_cpu", "report", "opening", "bench_plan", "bench_policies", "bench_newcomer"]
-    assert f"--readme {checkout}/README.md" in ran.out and "--quick" not in ran.out
+    assert "--readme README.md" in ran.out and "--quick" not in ran.out
+    assert "SAID bench_cpu.py --json bench/results/cpu-" in ran.out
     written = ran.out.partition("written:\n")[2].split()
     assert {Path(file).name.partition("-")[0] for file in written} == {"cpu", "plan", "policies", "newcomer"}
     [report] = (checkout / "bench" / "results").glob("cpu-*.md")
