@@ -1,4 +1,4 @@
-"""How long a newcomer waits, from a clean machine: ``python bench/bench_newcomer.py [--json OUT] [--quick]``.
+"""How long a newcomer waits, from a clean machine: ``python bench/bench_newcomer.py [--json OUT [--readme README.md]] [--quick]``.
 
 README's run line in a temporary folder, command by command: a fresh environment, torch, this package, the first text.
 Then ``duoserve evaluate`` on prompts of their own (lines of a play). What has to be downloaded is downloaded before, in
@@ -25,6 +25,7 @@ from typing import Any
 import newcomer_report
 from machine import REPOSITORY, conditions, foreign_cpu
 from newcomer_report import DOWNLOAD, EVALUATE, FIRST_TEXT, SET_UP
+from report import into_readme
 
 PLAY = REPOSITORY / "tests" / "macbeth.txt"
 BUILD = ("hatchling", "editables")  # what pip fetches to build the package itself
@@ -151,12 +152,18 @@ def main() -> int:
     """1 when a path took longer than its limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--readme", type=Path, help="with --json: put its sentence between this file's markers")
     parser.add_argument("--prompts", type=int, default=24, help="that evaluate gets (default 24)")
     parser.add_argument("--quick", action="store_true", help="no environment, few prompts: a check of the bench")
     args = parser.parse_args()
+    if args.readme and (args.quick or not args.json):
+        parser.error("--readme needs --json, and a run that is not --quick")
     result = measure(args)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.readme:
+        text = newcomer_report.sentence(result, str(args.json.with_suffix(".md")))
+        args.readme.write_text(into_readme(args.readme.read_text(), text, newcomer_report.MARKERS))
     print(newcomer_report.render(result))
     return int(any(found["verdict"] == "missed" for found in result["verdicts"]))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from tables import markdown
 
+MARKERS = "<!-- newcomer -->", "<!-- /newcomer -->"
 LIMIT_S = 300.0  # five minutes, downloads not counted
 SET_UP, DOWNLOAD, FIRST_TEXT, EVALUATE = "set-up", "download", "first text", "evaluate"
 BUSY_SHARE = 0.05
@@ -45,14 +47,15 @@ def render(result: Result) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def sentence(result: Result) -> str:
-    """What the README says of it."""
+def sentence(result: Result, details: str) -> str:
+    """What the README says of it; ``details``: the file that says more."""
     text, evaluated = (found["seconds"] for found in result["verdicts"])
-    return (
+    said = (
         f"On {result['machine']['cores']} cores of an {result['machine']['cpu']} the first text is there {text:.0f} s "
         f"after the first command, and a policy is chosen for {result['prompts']} prompts of one's own in "
-        f"{evaluated:.0f} s, downloads ({result['download_bytes'] / 1e6:.0f} MB) not counted"
+        f"{evaluated:.0f} s, downloads ({result['download_bytes'] / 1e6:.0f} MB) not counted (`{details}`)."
     )
+    return textwrap.fill(said, 120, break_on_hyphens=False, break_long_words=False)
 
 
 def _warnings(result: Result) -> str:

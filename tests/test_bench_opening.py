@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))
 
-import opening  # noqa: E402 (the benches are no package)
+import bench_quantize  # noqa: E402 (the benches are no package)
+import opening  # noqa: E402
 import report  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
@@ -33,6 +34,13 @@ def test_the_plot_is_made_from_the_committed_result():
 def test_the_other_tables_are_made_from_the_same_result():
     assert report.into_readme(README, report.headline(RESULT)) == README
     assert FILE.with_suffix(".md").read_text() == report.render(RESULT) + "\n"
+
+
+def test_the_table_of_formats_is_made_from_its_result():
+    file = ROOT / "bench" / "results" / "quantize-bard.json"
+    result = json.loads(file.read_text())
+    assert report.into_readme(README, bench_quantize.table(result), bench_quantize.MARKERS) == README
+    assert file.with_suffix(".md").read_text() == bench_quantize.render(result)
 
 
 def test_the_opening_shows_what_was_measured_and_no_more():

@@ -50,7 +50,9 @@ class Jobs(Protocol):
 def add_reports(benches: Subparsers) -> None:
     """Registers both commands."""
     cpu = add_parser(benches, "cpu", "measure this machine's CPU, and make the README's tables and plot", CPU_EXAMPLES)
-    cpu.add_argument("--texts", type=Path, metavar="DIR", help="Shakespeare's works: predictors and routing too")
+    cpu.add_argument(
+        "--texts", type=Path, metavar="DIR", help="Shakespeare's works: what formats cost, predictors and routing too"
+    )
     cpu.set_defaults(command=partial(run, jobs=cpu_jobs))
     gpu = add_parser(benches, "gpu", "measure the link, the kernels and whole models on this GPU", GPU_EXAMPLES)
     gpu.set_defaults(command=partial(run, jobs=gpu_jobs))
@@ -103,12 +105,12 @@ def cpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:
     newcomer = out / f"newcomer-{name}.json"
     return [
         *jobs,
-        *_jobs_on_texts(out, args.texts),
-        Job("bench_newcomer.py", ("--json", str(newcomer)), newcomer.with_suffix(".md")),
+        *_jobs_on_texts(out, args.texts, readme),
+        Job("bench_newcomer.py", ("--json", str(newcomer), *readme), newcomer.with_suffix(".md")),
     ]
 
 
-def _jobs_on_texts(out: Path, texts: Path | None) -> list[Job]:
+def _jobs_on_texts(out: Path, texts: Path | None, readme: tuple[str, ...]) -> list[Job]:
     if texts is None:
         return []
     told = ("--texts", str(texts.expanduser().resolve()))
@@ -117,7 +119,11 @@ def _jobs_on_texts(out: Path, texts: Path | None) -> list[Job]:
         Job("bench_predictors.py", ("--model", model, *told, "--json", str(out / f"predictors-{model}.json")))
         for model in models
     ]
-    return [*predictors, Job("bench_routing.py", (*told, "--json", str(out / "routing-embedded.json")))]
+    return [
+        Job("bench_quantize.py", (*told, "--json", str(out / "quantize-bard.json"), *readme)),
+        *predictors,
+        Job("bench_routing.py", (*told, "--json", str(out / "routing-embedded.json"))),
+    ]
 
 
 def gpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:

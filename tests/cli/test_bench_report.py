@@ -10,7 +10,16 @@ import torch
 
 from duoserve.cli import bench_report
 
-BENCHES = ("bench_cpu", "report", "opening", "bench_plan", "bench_policies", "bench_predictors", "bench_routing")
+BENCHES = (
+    "bench_quantize",
+    "bench_cpu",
+    "report",
+    "opening",
+    "bench_plan",
+    "bench_policies",
+    "bench_predictors",
+    "bench_routing",
+)
 # Says how it was called, and writes what it was told to write.
 FAKE = """\
 import sys, pathlib
@@ -50,7 +59,7 @@ def test_all_benches_run_in_order(duoserve, checkout):
 
 def test_texts_add_what_needs_them(duoserve, checkout, tmp_path):
     ran = duoserve("bench", "cpu", "--checkout", checkout, "--texts", tmp_path)
-    assert scripts(ran.out)[5:8] == ["bench_predictors", "bench_predictors", "bench_routing"]
+    assert scripts(ran.out)[5:9] == ["bench_quantize", "bench_predictors", "bench_predictors", "bench_routing"]
     assert f"--model bard-fine --texts {tmp_path}" in ran.out
 
 
