@@ -1,4 +1,4 @@
-"""How long a newcomer waits, from a clean machine: ``python bench/bench_newcomer.py [--json OUT [--readme README.md]] [--quick]``.
+"""How long a newcomer waits: ``python bench/bench_newcomer.py [--json OUT [--readme README.md]] [--quick]``.
 
 README's run line in a temporary folder, command by command: a fresh environment, torch, this package, the first text.
 Then ``duoserve evaluate`` on prompts of their own (lines of a play). What has to be downloaded is downloaded before, in
