@@ -50,10 +50,11 @@ def render(result: Result) -> str:
 def sentence(result: Result, details: str) -> str:
     """What the README says of it; ``details``: the file that says more."""
     text, evaluated = (found["seconds"] for found in result["verdicts"])
+    build = ", torch's CPU build" if "+cpu" in result["versions"]["torch"] else ""
     said = (
         f"On {result['machine']['cores']} cores of an {result['machine']['cpu']} the first text is there {text:.0f} s "
         f"after the first command, and a policy is chosen for {result['prompts']} prompts of one's own in "
-        f"{evaluated:.0f} s, downloads ({result['download_bytes'] / 1e6:.0f} MB) not counted (`{details}`)."
+        f"{evaluated:.0f} s, downloads ({result['download_bytes'] / 1e6:.0f} MB{build}) not counted (`{details}`)."
     )
     return textwrap.fill(said, 120, break_on_hyphens=False, break_long_words=False)
 

@@ -19,8 +19,9 @@ from report import into_readme, spread, table, warnings
 
 MARKERS = "<!-- opening -->", "<!-- /opening -->"
 IN_RAM, QUARTER = "all in RAM", "a quarter in RAM, the others on disk"
+TWICE = "all in RAM, twice the bytes"
 CACHED = "on disk, and all in the page cache"
-WIDTH, LABELS, BAR, GAP, TOP, END = 760, 330, 18, 8, 34, 50  # of the plot, in pixels
+WIDTH, LABELS, BAR, GAP, TOP, END = 800, 370, 18, 8, 34, 50  # of the plot, in pixels
 OURS, THEIRS = "#1f6f8b", "#b8b8b8"
 
 Result = dict[str, Any]
@@ -39,6 +40,7 @@ ROWS = (
     Row("duoserve resident", "duoserve", IN_RAM, "resident_decode_s"),
     Row("transformers grouped_mm", "transformers, `grouped_mm`", IN_RAM, "resident_decode_s"),
     Row("transformers eager", "transformers, `eager`", IN_RAM, "resident_decode_s"),
+    Row("transformers float32", "transformers, weights as float32", TWICE, None),
     Row("duoserve lru", "duoserve", QUARTER, "disk_decode_io_s"),
     Row("accelerate cold, a quarter in RAM", "transformers + accelerate", QUARTER, None),
     Row("accelerate warm", "transformers + accelerate", CACHED, None),
@@ -68,8 +70,8 @@ def _said(result: Result, details: str) -> str:
     shape, machine = result["shape"], result["machine"]
     return (
         f"A Mixtral of random weights in bfloat16 ({shape['layers']} layers of {shape['experts']} experts, "
-        f"{shape['hidden']} wide), {shape['prompt_tokens']} tokens of prompt and {shape['new_tokens']} new ones, "
-        f"{result['threads']} threads of one {machine['cpu']} with {', '.join(machine['isa'])}: medians (extremes) of "
+        f"{shape['hidden']} wide),\n{shape['prompt_tokens']} tokens of prompt and {shape['new_tokens']} new ones, "
+        f"{result['threads']} threads of one {machine['cpu']} with {', '.join(machine['isa'])}:\nmedians (extremes) of "
         f"rounds in turn, {result['date'].partition(' ')[0]}, commit {result['versions']['commit']}.\n"
         "The bound is that of a decode step: active weights over the rate of memory, or missing experts over that of "
         f"the disk.\n[Conditions, ceilings, checks and versions]({details})."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from duoserve.cli import bench_report
 
+ROOT = Path(__file__).resolve().parents[2]
 BENCHES = (
     "bench_quantize",
     "bench_cpu",
@@ -113,7 +115,11 @@ def test_gpu_runs_the_suite(duoserve, checkout, monkeypatch, quick, seconds):
     assert ran.out.endswith(f"written:\n{checkout}/bench/results/copy-h100.md\n")
 
 
-def test_the_scripts_are_there():
-    root = Path(__file__).resolve().parents[2]
-    names = [f"{name}.py" for name in (*BENCHES, "bench_newcomer")] + ["gpu_suite.sh"]
-    assert [name for name in names if not (root / "bench" / name).exists()] == []
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_real_scripts_take_these_arguments(quick):
+    args = argparse.Namespace(quick=quick, texts=ROOT)
+    jobs = bench_report.cpu_jobs(ROOT, ROOT / "bench" / "results", args)
+    sources = {job.script: (ROOT / "bench" / job.script).read_text() for job in jobs}
+    flags = [(job.script, word) for job in jobs for word in job.words if word.startswith("--")]
+    assert flags and [pair for pair in flags if f'"{pair[1]}"' not in sources[pair[0]]] == []
+    assert (ROOT / "bench" / "gpu_suite.sh").exists()
