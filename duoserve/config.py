@@ -69,6 +69,7 @@ class EngineConfig:
     Memory sizes are bytes; ``host_memory`` None means: as the device wants it (on a CPU nothing, its tier is the disk).
     ``expert_slots`` is a count, or a share of all experts such as "25%". ``decode_mode`` says how a GPU's decode steps
     are launched: "event" or "graph", see ``decoding.py``, or "auto". ``quantize`` makes experts int8 or int4.
+    ``invariant``: no request of a batch changes the bits of another.
     """
 
     device: str = "auto"
@@ -81,6 +82,7 @@ class EngineConfig:
     copy_threads: int = 2
     decode_mode: str = "auto"
     quantize: str | None = None
+    invariant: bool = False
 
     def __post_init__(self) -> None:
         given = [n for n in ("expert_memory", "expert_slots", "memory") if getattr(self, n) is not None]

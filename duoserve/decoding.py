@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
+from torch import Tensor
 
 from duoserve.errors import ConfigError
 from duoserve.event_decode import event_steps
@@ -15,7 +16,7 @@ from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.graph_decode import graph_steps, host_rows
 from duoserve.kernels.cuda_graphs import CudaRecorder
-from duoserve.kv_cache import PagedKVCache
+from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.link import LinkRates, link_rates, seconds_on_gpu
 from duoserve.models.parts import moe_blocks
 from duoserve.models.transformer import Transformer
@@ -28,6 +29,18 @@ from duoserve.scheduling.scheduler import Scheduler
 # A step that reads its misses through saves the host's round trips, some 20 us a layer. With less than this share of
 # the copies' rate its misses cost more than that.
 ZERO_COPY_SHARE = 0.85
+
+
+@dataclass(frozen=True)
+class ModelDecoder:
+    """Decode steps of a model that is not the one of the prefills."""
+
+    model: Transformer
+    cache: PagedKVCache
+
+    def __call__(self, layout: Layout) -> Tensor:
+        """As Decoder says."""
+        return self.model(self.cache.batch(layout), layout.last_rows).cpu()
 
 
 class Launch(Enum):

@@ -10,15 +10,17 @@ from pathlib import Path
 from duoserve.chat_template import ChatTemplate
 from duoserve.choice import Choice, find_choice, predictor_beside
 from duoserve.config import EngineConfig, ModelConfig
-from duoserve.decoding import DecoderParts, make_decoder
+from duoserve.decoding import DecoderParts, ModelDecoder, make_decoder
 from duoserve.engine import Engine
 from duoserve.experts.budget import MemoryPlan
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.copy_engine import CopyEngine
 from duoserve.experts.slots import SlotPool, SlotTable
+from duoserve.kernels import Products
 from duoserve.kv_cache import PagedKVCache
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
+from duoserve.models.invariant import with_products
 from duoserve.models.listening import listened_to
 from duoserve.models.opened import opened
 from duoserve.passes import Passes
@@ -84,6 +86,9 @@ def load(  # noqa: PLR0913
         cache = PagedKVCache(found.config, place.max_context, place.dtype, place.device)
         parts = DecoderParts(transformer, cache, scheduler, store, pool)
         decoder = make_decoder(wanted.decode_mode, chosen, parts)
+        if wanted.invariant:
+            decoder = ModelDecoder(with_products(transformer, Products.BY_ROW), cache)
+            transformer = with_products(transformer, Products.BY_TILE)
         passes = Passes(transformer, scheduler, cache, meter, tap=tap, decoder=decoder)
         engine = Engine(passes, found.config, cache, meter)
         text, template = Text.load(found.checkpoint.folder), ChatTemplate.load(found.checkpoint.folder)

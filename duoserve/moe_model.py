@@ -73,6 +73,7 @@ class MoEModel:
         copy_threads: int = 2,
         decode_mode: str = "auto",
         quantize: str | None = None,
+        invariant: bool = False,
         cache_dir: str | Path | None = None,
     ) -> MoEModel:
         """Loads a folder, a hub id, or an embedded model ("bard", "bard-fine").
@@ -87,7 +88,8 @@ class MoEModel:
         the experts is made on first use. On a GPU, ``decode_mode`` says how a decode step is launched: as one graph
         ("graph", where all experts are in pinned RAM or in slots), or layer by layer ("event"); "auto" measures which
         suits the link. ``quantize`` "int8" or "int4" makes experts smaller that the checkpoint has in floats, and less
-        exact; all else stays as it is.
+        exact; all else stays as it is. ``invariant`` gives a request the same bits alone and in any batch, on a CPU,
+        at the price of decode steps that multiply row by row.
 
         Raises ConfigError, CheckpointError or MemoryBudgetError before anything large is allocated.
         """
@@ -102,6 +104,7 @@ class MoEModel:
             copy_threads=copy_threads,
             decode_mode=decode_mode,
             quantize=quantize,
+            invariant=invariant,
         )
         return cls(load(model, wanted, policy, cache_dir, predictor=predictor))
 

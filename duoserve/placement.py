@@ -23,6 +23,7 @@ from duoserve.experts.packing import pack_path, write_pack
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore, HostStore, TieredStore
 from duoserve.experts.stream_engine import StreamCopyEngine
+from duoserve.kernels import tiles_keep_bits
 from duoserve.memory_needs import MemoryNeeds, context_of, cpu_only
 from duoserve.metrics import Meter
 from duoserve.models.opened import OpenedModel
@@ -43,6 +44,8 @@ class Placement:
         device, only_cpu = resolve(wanted.device), cpu_only(found.config)
         if device.type != "cpu" and only_cpu is not None:
             raise ConfigError(f"{only_cpu} runs on CPUs only so far: load it with device='cpu'")
+        if wanted.invariant:
+            _check_invariance(device)
         return cls(found, device, _dtype(wanted.dtype, found.config), context_of(found.config, wanted.max_context))
 
     def plan(self, wanted: EngineConfig, needs_all: bool) -> MemoryPlan:
@@ -103,6 +106,15 @@ def _dtype(name: str, config: ModelConfig) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"dtype={name!r} is not supported: use 'auto', {', '.join(map(repr, DTYPES))}")
     return DTYPES[name]
+
+
+def _check_invariance(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ConfigError(f"invariant=True is for CPUs so far, but the device is {device}: load with device='cpu'")
+    if not tiles_keep_bits():
+        raise ConfigError(
+            "invariant=True cannot be had: this machine's float32 products change a row's bits with others"
+        )
 
 
 def _open_pack(source: ExpertStore, found: OpenedModel, cache_dir: str | Path | None) -> DiskStore:

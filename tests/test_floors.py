@@ -18,7 +18,7 @@ import pytest
 
 FLOORS = """
 F0  errors  architecture  config  timeline  metrics
-F1  kernels/checks  kernels/weights  kernels/host_rows  kernels/routing  kernels/matmul  kernels/paging
+F1  kernels/checks  kernels/matmul  kernels/weights  kernels/host_rows  kernels/routing  kernels/paging
     kernels/reference_dequant  kernels/reference_small  kernels/reference_attention  kernels/reference
     kernels/reference_copies  kernels/numerics  kernels/configs  kernels/dequant  kernels/moe_checks  kernels/route
     kernels/moe_gemm  kernels/moe_gemv  kernels/moe_fill  kernels/copies  kernels/combine  kernels/router
@@ -42,7 +42,8 @@ F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predi
     predictors/paper  predictors/learned  predictors/examples  predictors/networks  predictors/training
     predictors/quality  predictors/files
 F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  models/attention  models/mla
-    models/router  models/tap  models/moe  models/transformer  models/parts  models/listening  models/decoder
+    models/router  models/tap  models/moe  models/transformer  models/parts  models/listening  models/invariant
+    models/decoder
     models/config_fields  models/rope_fields  models/quantization_fields  models/common_fields  models/expert_names
     models/family  models/mixtral  models/qwen3_moe  models/qwen2_moe  models/olmoe  models/deepseek  models/glm4_moe
     models/granite_moe  models/gpt_oss  models/registry  models/stored  models/opened  models/described

@@ -21,6 +21,7 @@ LOADING = (
     "policy",
     "max_context",
     "quantize",
+    "invariant",
 )
 
 
@@ -55,6 +56,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="default: what there is")
     add_dtype(group)
     add_quantize(group)
+    group.add_argument("--invariant", action="store_true", help="no request of a batch changes the bits of another")
 
 
 def add_quantize(parser: argparse._ActionsContainer) -> None:

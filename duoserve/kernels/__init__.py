@@ -19,7 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from duoserve.kernels import reference, reference_copies
 from duoserve.kernels.checks import require
 from duoserve.kernels.host_rows import HostRows
-from duoserve.kernels.matmul import linear
+from duoserve.kernels.matmul import Products, batched_product, by_rows, linear, tiles_keep_bits
 from duoserve.kernels.paging import context_rows
 from duoserve.kernels.reference import apply_rope, attention, rope_frequencies, rope_table
 from duoserve.kernels.reference_attention import QUERY_ROWS
@@ -33,12 +33,15 @@ __all__ = [
     "ExpertWeights",
     "HostRows",
     "HostWork",
+    "Products",
     "RoutePlan",
     "Work",
     "add_rms_norm",
     "apply_rope",
     "attention",
+    "batched_product",
     "by_demand",
+    "by_rows",
     "context_rows",
     "decode_attention",
     "linear",
@@ -58,6 +61,7 @@ __all__ = [
     "rope_write_kv",
     "route_plan",
     "router_topk",
+    "tiles_keep_bits",
     "write_rows",
 ]
 

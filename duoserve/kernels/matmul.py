@@ -1,10 +1,12 @@
 """``y = x w^T``, whatever the dtype, by the fastest exact route of this machine; a GPU has but one.
 
-T tokens, K input features, N output features.
+T tokens, K input features, N output features; H heads, B rows of one, D its dimension.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from enum import Enum
 from functools import cache
 
 import torch
@@ -16,6 +18,20 @@ from torch import Tensor
 NARROW_ROWS = 6
 # Weight elements widened at a time: 4 MiB of float32 stay in the last-level cache until the product has read them.
 WIDEN_ELEMENTS = 1 << 20
+# Rows of a float32 product that are made together: fewer, or a rest of them, are summed in another order.
+TILE_ROWS = 16
+
+
+class Products(Enum):
+    """Which rows share a product on a CPU: as many as are fastest, or so that none changes the bits of another.
+
+    BY_ROW is each row alone, which suits the few rows of a decode step. BY_TILE is float32 products of whole tiles, the
+    last one filled up with zeros, which suits prompts. The two have different bits.
+    """
+
+    FASTEST = "fastest"
+    BY_ROW = "by row"
+    BY_TILE = "by tile"
 
 
 @cache
@@ -28,15 +44,69 @@ def has_native_matmul(dtype: torch.dtype) -> bool:
     return any(capabilities.get(name, False) for name in names)
 
 
-def linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+def linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None, products: Products = Products.FASTEST) -> Tensor:
     """``x_TK @ w_NK.T + bias_N`` -> [T, N] in ``x_TK``'s dtype, accumulated in at least float32.
 
-    The route depends on T, the dtype and the machine only, so equal inputs give equal bits.
+    The route depends on T, the dtype and the machine only, so equal inputs give equal bits; ``products`` other than
+    FASTEST, on a CPU, give a row the bits that it has in a product with any others.
     """
+    if products is Products.BY_ROW:
+        return torch.cat([F.linear(x_TK[t : t + 1], w_NK, bias_N) for t in range(len(x_TK))])
+    if products is Products.BY_TILE:
+        return _rounded(_widened(_filled(x_TK), w_NK)[: len(x_TK)], bias_N, x_TK.dtype)
     if x_TK.is_cuda or x_TK.shape[0] <= NARROW_ROWS or has_native_matmul(w_NK.dtype):
         return F.linear(x_TK, w_NK, bias_N)
-    wide_TN = _widened(x_TK, w_NK)
-    return (wide_TN if bias_N is None else wide_TN.add_(bias_N)).to(x_TK.dtype)
+    return _rounded(_widened(x_TK, w_NK), bias_N, x_TK.dtype)
+
+
+def float_product(x_TK: Tensor, w_NK: Tensor, products: Products) -> Tensor:
+    """``x_TK @ w_NK.T`` -> [T, N], all of them float32."""
+    if products is Products.BY_ROW:
+        return torch.cat([torch.mm(x_TK[t : t + 1], w_NK.T) for t in range(len(x_TK))])
+    if products is Products.BY_TILE:
+        return torch.mm(_filled(x_TK), w_NK.T)[: len(x_TK)]
+    return torch.mm(x_TK, w_NK.T)
+
+
+def by_rows(op: Callable[[Tensor], Tensor], x_TK: Tensor, products: Products) -> Tensor:
+    """``op(x_TK)``, an op on each element; of one row after another where ``products`` is not FASTEST.
+
+    What is not rounded exactly, as an exponential, has other bits in the last elements of a tensor or of a thread's
+    share, which do not fill a vector.
+    """
+    if products is Products.FASTEST:
+        return op(x_TK)
+    return torch.cat([op(x_TK[t : t + 1]) for t in range(len(x_TK))])
+
+
+def batched_product(x_HBD: Tensor, w_HDN: Tensor, products: Products) -> Tensor:
+    """``x_HBD @ w_HDN`` -> [H, B, N]: of H heads, each with B rows and weights of its own."""
+    if products is Products.FASTEST:
+        return torch.bmm(x_HBD, w_HDN)
+    return torch.cat([torch.bmm(x_HBD[:, b : b + 1], w_HDN) for b in range(x_HBD.shape[1])], dim=1)
+
+
+@cache
+def tiles_keep_bits() -> bool:
+    """Whether this machine's float32 products give a row in a tile the same bits, however many tiles there are."""
+    generator = torch.Generator().manual_seed(0)
+    x_TK, w_NK = (torch.randn(rows, 769, generator=generator) for rows in (40 * TILE_ROWS, 515))
+    together_TN = torch.mm(x_TK, w_NK.T)
+    return all(
+        torch.equal(torch.mm(x_TK[start : start + rows], w_NK.T), together_TN[start : start + rows])
+        for rows in (TILE_ROWS, 3 * TILE_ROWS)
+        for start in (0, 5, 7 * TILE_ROWS)
+    )
+
+
+def _filled(x_TK: Tensor) -> Tensor:
+    """Whole tiles of rows, the last ones zero."""
+    rest = -len(x_TK) % TILE_ROWS
+    return x_TK if rest == 0 else F.pad(x_TK, (0, 0, 0, rest))
+
+
+def _rounded(wide_TN: Tensor, bias_N: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (wide_TN if bias_N is None else wide_TN.add_(bias_N)).to(dtype)
 
 
 def _widened(x_TK: Tensor, w_NK: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ small ops and attention have files of their own. Sums are made in at least float
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from duoserve.kernels.matmul import WIDEN_ELEMENTS, linear
+from duoserve.kernels.matmul import WIDEN_ELEMENTS, by_rows, float_product, linear
 from duoserve.kernels.reference_attention import attention, decode_attention, mla_decode_attention
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.reference_small import (
@@ -111,7 +112,8 @@ def moe_up_clamped(
         x_RH = _rows_of(x_TH, plan, start, stop)
         up_RI2 = (_product(x_RH, w13, slot) + bias_EN[expert]).view(len(x_RH), -1, 2)
         gate_RI, up_RI = up_RI2[..., 0].clamp(max=limit), up_RI2[..., 1].clamp(-limit, limit)
-        torch.mul(up_RI + 1, gate_RI * torch.sigmoid(gate_RI * alpha), out=act_NI[start:stop])
+        share_RI = by_rows(torch.sigmoid, gate_RI * alpha, w13.products)
+        torch.mul(up_RI + 1, gate_RI * share_RI, out=act_NI[start:stop])
 
 
 def moe_down(act_NI: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, y_NH: Tensor) -> None:
@@ -161,17 +163,18 @@ def _rows_of(x_TH: Tensor, plan: RoutePlan, start: int, stop: int) -> Tensor:
 def _swiglu(x_RH: Tensor, w13: Matrix, slot: int, act_RI: Tensor) -> None:
     """``silu(gate) * up`` into ``act_RI``."""
     gate_RI, up_RI = _product(x_RH, w13, slot).view(x_RH.shape[0], -1, 2).unbind(-1)
-    torch.mul(F.silu(gate_RI.contiguous(), inplace=True), up_RI, out=act_RI)  # a strided silu takes twice the time
+    gate_RI = gate_RI.contiguous()  # a strided silu takes twice the time
+    torch.mul(by_rows(partial(F.silu, inplace=True), gate_RI, w13.products), up_RI, out=act_RI)
 
 
 def _product(x_RD: Tensor, matrix: Matrix, slot: int) -> Tensor:
     """``x w^T`` [R, N]; quantized weights are decoded to float32, whatever ``x_RD`` is, a block of rows at a time."""
     if x_RD.dtype == matrix.data_SNB.dtype:
-        return linear(x_RD, dense(matrix, slot))
+        return linear(x_RD, dense(matrix, slot), products=matrix.products)
     num_rows = matrix.data_SNB.shape[1]
     rows = max(1, WIDEN_ELEMENTS // matrix.inner)
     x_wide_RD, out_RN = x_RD.float(), torch.empty(len(x_RD), num_rows, device=x_RD.device)
     for start in range(0, num_rows, rows):
         block = slice(start, start + rows)
-        torch.mm(x_wide_RD, dense(matrix, slot, block).float().T, out=out_RN[:, block])
+        out_RN[:, block] = float_product(x_wide_RD, dense(matrix, slot, block).float(), matrix.products)
     return out_RN.to(x_RD.dtype)

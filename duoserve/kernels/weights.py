@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from duoserve.kernels.checks import require
+from duoserve.kernels.matmul import Products
 
 SEGMENT_ALIGNMENT = 256  # TMA wants 128, and wide CPU loads never straddle a cache line
 FP8_BLOCK = 128
@@ -64,6 +65,7 @@ class Matrix(NamedTuple):
     group: int
     interleaved: bool
     order_SD: Tensor | None = None
+    products: Products = Products.FASTEST
 
     @property
     def parts(self) -> list[Tensor]:
@@ -80,6 +82,7 @@ class ExpertWeights:
     other than FLOAT hold uint8 (INT8: int8) there, [S, N, D / 2] where a byte holds two, and beside them their scales
     ``s13``, ``s2`` ([S, G, N] or [S, blocks, blocks]) and zero-points ``z13``, ``z2``; ``group`` is their groups' size.
     ``order_SH``, where it is there, says which feature each column of w13 goes with.
+    ``products`` is how a CPU multiplies them.
     """
 
     w13_SNH: Tensor
@@ -91,6 +94,7 @@ class ExpertWeights:
     z13: Tensor | None = None
     z2: Tensor | None = None
     order_SH: Tensor | None = None
+    products: Products = Products.FASTEST
 
     @property
     def w13(self) -> Matrix:
@@ -104,7 +108,7 @@ class ExpertWeights:
 
     def _matrix(self, w: Tensor, scales: Tensor | None, zeros: Tensor | None, *, interleaved: bool) -> Matrix:
         inner = w.shape[2] * (2 if self.format.packs_two else 1)
-        return Matrix(w, scales, zeros, inner, self.format, self.group, interleaved)
+        return Matrix(w, scales, zeros, inner, self.format, self.group, interleaved, products=self.products)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from duoserve import kernels
+from duoserve.kernels import Products
 from duoserve.models.tensors import Tensors
 
 
@@ -18,6 +19,7 @@ class Linear:
 
     weight_NK: Tensor
     bias_N: Tensor | None = None
+    products: Products = Products.FASTEST
 
     @classmethod
     def load(cls, tensors: Tensors, num_out: int, num_in: int, bias: bool = False) -> Linear:
@@ -31,7 +33,7 @@ class Linear:
         return cls(_joined([part.weight_NK for part in parts]), _joined(biases) if biases else None)
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        return kernels.linear(x_TK, self.weight_NK, self.bias_N)
+        return kernels.linear(x_TK, self.weight_NK, self.bias_N, self.products)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -81,4 +83,4 @@ class FeedForward:
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         gate_TI, up_TI = self.gate_up(x_TH).chunk(2, dim=-1)
-        return self.down(F.silu(gate_TI) * up_TI)
+        return self.down(kernels.by_rows(F.silu, gate_TI, self.gate_up.products) * up_TI)

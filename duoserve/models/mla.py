@@ -14,6 +14,7 @@ from torch import Tensor
 
 from duoserve import kernels
 from duoserve.architecture import LatentAttentionConfig
+from duoserve.kernels import Products
 from duoserve.models.batch import Batch
 from duoserve.models.layers import Linear, RMSNorm
 from duoserve.models.tensors import Tensors
@@ -49,6 +50,7 @@ class LatentAttention:
     latent_norm: RMSNorm
     expand_HZL: Tensor
     out: Linear
+    products: Products = Products.FASTEST
 
     @classmethod
     def load(
@@ -74,7 +76,9 @@ class LatentAttention:
         q_nope_THN, q_rope_THR = torch.split(q_THQ, [config.nope_dim, config.rope_dim], dim=-1)
         q_rope_THR = kernels.apply_rope(q_rope_THR, *rope, self.interleaved)
         self._remember(x_TH, rope, batch)
-        attend = self._attend_one_each if batch.is_decode else self._attend
+        # Prompts of one token each look like a decode step; by tiles, they must not depend on others being longer.
+        one_each = batch.is_decode and self.products is not Products.BY_TILE
+        attend = self._attend_one_each if one_each else self._attend
         return self.out(attend(q_nope_THN, q_rope_THR, batch).flatten(1))
 
     def _remember(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> None:
@@ -87,7 +91,7 @@ class LatentAttention:
     def _attend_one_each(self, q_nope_BHN: Tensor, q_rope_BHR: Tensor, batch: Batch) -> Tensor:
         """Values [B, H, V]; the queries are taken to the latents instead of the latents to keys."""
         kv, nope = batch.kv, self.config.nope_dim
-        q_latent_HBL = torch.bmm(q_nope_BHN.transpose(0, 1), self.expand_HZL[:, :nope])
+        q_latent_HBL = kernels.batched_product(q_nope_BHN.transpose(0, 1), self.expand_HZL[:, :nope], self.products)
         out_BHL = kernels.mla_decode_attention(
             q_latent_HBL.transpose(0, 1),
             q_rope_BHR,
@@ -96,7 +100,8 @@ class LatentAttention:
             kv.lengths_B,
             self.config.scale,
         )
-        return torch.bmm(out_BHL.transpose(0, 1), self.expand_HZL[:, nope:].transpose(1, 2)).transpose(0, 1)
+        out_HBL, values_HLV = out_BHL.transpose(0, 1), self.expand_HZL[:, nope:].transpose(1, 2)
+        return kernels.batched_product(out_HBL, values_HLV, self.products).transpose(0, 1)
 
     def _attend(self, q_nope_THN: Tensor, q_rope_THR: Tensor, batch: Batch) -> Tensor:
         """Values [T, H, V]."""

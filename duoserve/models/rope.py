@@ -13,6 +13,7 @@ from torch import Tensor
 
 from duoserve import kernels
 from duoserve.architecture import RopeConfig, YarnConfig
+from duoserve.kernels import Products
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Rope:
 
     frequencies_F: Tensor
     magnitude: float
+    products: Products = Products.FASTEST
 
     @classmethod
     def of(cls, config: RopeConfig, device: torch.device) -> Rope:
@@ -31,7 +33,12 @@ class Rope:
 
     def table(self, positions_T: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, 1, F] in the dtype of ``like``."""
-        return kernels.rope_table(positions_T, self.frequencies_F, like.dtype, self.magnitude)
+        if self.products is Products.FASTEST:
+            return kernels.rope_table(positions_T, self.frequencies_F, like.dtype, self.magnitude)
+        rows = [
+            kernels.rope_table(at_1, self.frequencies_F, like.dtype, self.magnitude) for at_1 in positions_T[:, None]
+        ]
+        return torch.cat([cos_11F for cos_11F, _ in rows]), torch.cat([sin_11F for _, sin_11F in rows])
 
 
 def yarn_magnitude(factor: float, strength: float = 1.0) -> float:

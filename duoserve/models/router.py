@@ -12,6 +12,7 @@ from torch import Tensor
 
 from duoserve import kernels
 from duoserve.architecture import RouterConfig
+from duoserve.kernels import Products
 from duoserve.models.layers import Linear
 from duoserve.models.tensors import Tensors
 
@@ -40,6 +41,12 @@ class Router:
 
     def choose(self, logits_TE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Float32 weights [T, K] and int64 ids [T, K], the best first; ``dtype`` is that of the activations."""
+        if self.gate.products is Products.FASTEST:
+            return self._choose(logits_TE, dtype)
+        rows = [self._choose(logits_TE[t : t + 1], dtype) for t in range(len(logits_TE))]
+        return torch.cat([weights_1K for weights_1K, _ in rows]), torch.cat([ids_1K for _, ids_1K in rows])
+
+    def _choose(self, logits_TE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return kernels.router_topk(
             logits_TE,
             self.config.top_k,

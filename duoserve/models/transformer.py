@@ -13,6 +13,7 @@ from torch import Tensor
 
 from duoserve import kernels
 from duoserve.architecture import NO_MULTIPLIERS, Multipliers
+from duoserve.kernels import Products
 from duoserve.models.batch import Batch
 from duoserve.models.layers import RMSNorm
 from duoserve.models.rope import Rope
@@ -71,6 +72,7 @@ class Transformer:
     norm: RMSNorm
     head_VH: Tensor
     multipliers: Multipliers = NO_MULTIPLIERS
+    products: Products = Products.FASTEST
 
     def __call__(self, batch: Batch, rows: list[int] | None = None) -> Tensor:
         """Float32 logits [T, V] of the batch's new tokens, or of ``rows`` of them only, as ``logits`` gives them."""
@@ -118,7 +120,7 @@ class Transformer:
         return logits_TV
 
     def _logits(self, normed_TH: Tensor) -> Tensor:
-        logits_TV = kernels.linear(normed_TH, self.head_VH)
+        logits_TV = kernels.linear(normed_TH, self.head_VH, products=self.products)
         divisor = self.multipliers.logits_divisor
         return (logits_TV if divisor == 1.0 else logits_TV / divisor).float()
 

@@ -90,7 +90,7 @@ def fake(monkeypatch):
 def test_without_options_the_librarys_defaults_hold(duoserve, fake):
     assert duoserve("generate", "--prompt", "a").out == "one two\n"
     assert fake.asked == [("a", SamplingParams())]
-    given = {name: value for name, value in fake.loaded.items() if value not in (None, "auto")}
+    given = {name: value for name, value in fake.loaded.items() if value not in (None, "auto", False)}
     assert given == {"model": "bard"}
 
 

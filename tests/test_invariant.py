@@ -1,0 +1,119 @@
+"""With ``invariant=True`` a request has the same bits alone and in any batch, in prompts and in decode steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from duoserve import MoEModel, SamplingParams
+from duoserve.errors import ConfigError
+from duoserve.kernels.matmul import TILE_ROWS, Products, batched_product, float_product, linear, tiles_keep_bits
+from duoserve.request import Request
+from tests.checkpoints import BARD, save_mixtral
+from tests.models.cases import FAMILIES
+
+STEPS = 4
+# A prompt of one token, some shorter and longer than a tile, and so many that steps have more than NARROW_ROWS rows.
+PROMPTS = [[(7 * i * i + 3 * n) % 60 + 1 for i in range(n)] for n in (1, 5, 37, 2, 18, 16, 3, 9)]
+
+
+def logits(model: MoEModel, prompts: Sequence[list[int]]) -> list[Tensor]:
+    """Float32 [1 + STEPS, V] of each prompt, all of them in one batch: the prompt's last token, then every step."""
+    engine = model._runtime.engine
+    passes, cache = engine._passes, engine._cache
+    params = SamplingParams(max_tokens=STEPS + 1, temperature=0.0, ignore_eos=True)
+    requests = [Request(prompt, params, number=number) for number, prompt in enumerate(prompts)]
+    for request in requests:
+        cache.reserve(request.kv, request.num_tokens)
+    found = [passes.advance(passes.prefill(requests, interruptible=False), passes.num_layers)]
+    for _ in range(STEPS):
+        for request, row_V in zip(requests, found[-1], strict=True):
+            request.output_ids.append(int(row_V.argmax()))
+        found.append(passes.decode(requests))
+    for request in requests:
+        cache.release(request.kv)
+    return list(torch.stack(found).unbind(1))
+
+
+def changed(model: MoEModel) -> list[int]:
+    """The prompts whose bits are others in a batch than alone."""
+    alone = [logits(model, [prompt])[0] for prompt in PROMPTS]
+    together = logits(model, PROMPTS)
+    return [i for i, (a, b) in enumerate(zip(alone, together, strict=True)) if not torch.equal(a, b)]
+
+
+@pytest.fixture(scope="module", params=["mixtral", *FAMILIES])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "mixtral":
+        return save_mixtral(folder)
+    family = FAMILIES[request.param]
+    return family.save(folder, next(iter(family.cases)))
+
+
+@pytest.fixture(params=["float32", "bfloat16", "float16"])
+def model(folder: Path, request: pytest.FixtureRequest) -> Iterator[MoEModel]:
+    with MoEModel.from_pretrained(
+        folder, dtype=request.param, expert_slots="50%", max_context=1024, invariant=True
+    ) as model:
+        yield model
+
+
+def test_a_request_has_its_bits_in_any_batch(model: MoEModel) -> None:
+    assert changed(model) == []
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_so_it_has_with_quantized_experts(tmp_path: Path, quantize: str) -> None:
+    folder = save_mixtral(tmp_path, hidden_size=64, intermediate_size=64)
+    with MoEModel.from_pretrained(
+        folder, dtype="bfloat16", quantize=quantize, max_context=1024, invariant=True
+    ) as model:
+        assert changed(model) == []
+
+
+def test_without_it_a_batch_changes_bits(tmp_path: Path) -> None:
+    with MoEModel.from_pretrained(save_mixtral(tmp_path), dtype="float32", max_context=1024) as model:
+        assert changed(model) != []
+
+
+def test_bards_tokens_alone_are_those_in_a_full_batch() -> None:
+    params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    prompts = ["To be, or", "O Romeo,", "KING", "Now is the winter", "If", "Exeunt", "All the world's a", "Out,"]
+    with MoEModel.from_pretrained(BARD, expert_slots="25%", max_context=1024, invariant=True) as model:
+        together = model.generate(prompts, params)
+        assert [model.generate(prompt, params).token_ids for prompt in prompts] == [one.token_ids for one in together]
+
+
+@pytest.mark.parametrize("products", [Products.BY_ROW, Products.BY_TILE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_give_a_row_its_bits_among_any_others(products: Products, dtype: torch.dtype) -> None:
+    x_TK, w_NK = (torch.randn(rows, 331).to(dtype) for rows in (3 * TILE_ROWS + 5, 77))
+    bias_N = torch.randn(77).to(dtype)
+    alone = torch.cat([linear(row_K[None], w_NK, bias_N, products) for row_K in x_TK])
+    for rows in (2, 7, TILE_ROWS, TILE_ROWS + 1, len(x_TK)):
+        assert torch.equal(linear(x_TK[-rows:], w_NK, bias_N, products), alone[-rows:])
+    exact_TN = (x_TK.double() @ w_NK.double().T + bias_N).float()
+    torch.testing.assert_close(alone.float(), exact_TN, rtol=2e-2, atol=2e-1)
+    x_TK, w_NK = x_TK.float(), w_NK.float()
+    alone = torch.cat([float_product(row_K[None], w_NK, products) for row_K in x_TK])
+    assert torch.equal(float_product(x_TK, w_NK, products), alone)
+
+
+def test_products_of_heads_give_a_row_its_bits_among_any_others() -> None:
+    x_HBD, w_HDN = torch.randn(3, 9, 40), torch.randn(3, 40, 17)
+    together = batched_product(x_HBD, w_HDN, Products.BY_ROW)
+    alone = [batched_product(x_HBD[:, b : b + 1], w_HDN, Products.BY_ROW) for b in range(9)]
+    assert torch.equal(together, torch.cat(alone, dim=1))
+    torch.testing.assert_close(together, batched_product(x_HBD, w_HDN, Products.FASTEST))
+
+
+def test_it_is_refused_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tiles_keep_bits()
+    monkeypatch.setattr("duoserve.placement.tiles_keep_bits", lambda: False)
+    with pytest.raises(ConfigError, match="float32 products"):
+        MoEModel.from_pretrained(BARD, invariant=True)
