@@ -109,4 +109,6 @@ def verdicts(result: Result) -> str:
 def checks(result: Result) -> str:
     """What must hold for any of this to count."""
     said = {True: "passed", False: "FAILED"}
-    return "\n".join(f"- {check['name']}: {said[check['passed']]}" for check in result["checks"])
+    rows = [f"{check['name']}: {said[check['passed']]} ({check['equal']} equal)" for check in result["checks"]]
+    rows.append(f"without `invariant`, {result['equal_by_default']} of {result['prompts']} prompts had equal tokens")
+    return "\n".join(f"- {row}" for row in rows)
