@@ -83,7 +83,7 @@ class Trial:
     def _gemm(self, op: str, step: Step, plan: RoutePlan, row: Any) -> None:
         weights, buffers = self.pool.weights, self.buffers
         if op != "moe_down":
-            moe_up(step.x_TH, weights, plan, plan.resident, buffers.act_RI, row)
+            moe_up(step.x_TH, weights, plan, plan.resident, buffers.act_RI, config=row)
         if op != "moe_up":
             moe_down(buffers.act_RI, weights, plan, plan.resident, buffers.y_RH, row)
 

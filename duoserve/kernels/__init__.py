@@ -17,17 +17,17 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from duoserve.kernels import reference, reference_copies
-from duoserve.kernels.checks import require
 from duoserve.kernels.host_rows import HostRows
 from duoserve.kernels.matmul import Products, batched_product, by_rows, linear, tiles_keep_bits
 from duoserve.kernels.paging import context_rows
 from duoserve.kernels.reference import apply_rope, attention, rope_frequencies, rope_table
 from duoserve.kernels.reference_attention import QUERY_ROWS
 from duoserve.kernels.routing import DeviceWork, HostWork, RoutePlan, Work, by_demand
-from duoserve.kernels.weights import ExpertFormat, ExpertWeights
+from duoserve.kernels.weights import ClampedUp, ExpertFormat, ExpertWeights
 
 __all__ = [
     "QUERY_ROWS",
+    "ClampedUp",
     "DeviceWork",
     "ExpertFormat",
     "ExpertWeights",
@@ -52,7 +52,6 @@ __all__ = [
     "moe_gemv_down",
     "moe_gemv_up",
     "moe_up",
-    "moe_up_clamped",
     "moe_up_fill",
     "page_gather",
     "rms_norm",
@@ -93,21 +92,8 @@ def _in_triton(twin: Callable[_Operands, _Result]) -> Callable[_Operands, _Resul
     return kernel
 
 
-def _cpu_only(twin: Callable[_Operands, None]) -> Callable[_Operands, None]:
-    """The op of ``twin``'s name, which has no kernel in Triton yet: KernelError where that is asked for."""
-
-    @wraps(twin)
-    def op(*operands: _Operands.args, **options: _Operands.kwargs) -> None:
-        on_gpu = _GPU and any(operand.is_cuda for operand in operands if isinstance(operand, Tensor))
-        require(not on_gpu and not _TRITON_ON_CPU, f"{twin.__name__} has no kernel in Triton yet, only one for CPUs")
-        twin(*operands, **options)
-
-    return op
-
-
 route_plan = _dispatched(reference.route_plan)
 moe_up = _dispatched(reference.moe_up)
-moe_up_clamped = _cpu_only(reference.moe_up_clamped)
 moe_down = _dispatched(reference.moe_down)
 moe_combine = _dispatched(reference.moe_combine)
 moe_gemv_up = _dispatched(reference.moe_gemv_up)

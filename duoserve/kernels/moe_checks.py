@@ -10,7 +10,7 @@ from torch import Tensor
 
 from duoserve.kernels.checks import check_contiguous, check_one_device, check_tensor, require
 from duoserve.kernels.routing import RoutePlan, Work
-from duoserve.kernels.weights import FP8_BLOCK, INT4_GROUPS, MXFP4_GROUP, ExpertFormat, ExpertWeights, Matrix
+from duoserve.kernels.weights import FP8_BLOCK, INT4_GROUPS, MXFP4_GROUP, ClampedUp, ExpertFormat, ExpertWeights, Matrix
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
@@ -100,6 +100,14 @@ def check_rows(
     check_tensor(name, rows, shape, dtypes)
     check_contiguous(**{name: rows})
     check_one_device(**{name: rows, "weights": weights.w13_SNH})
+
+
+def check_clamped(clamped: ClampedUp, weights: ExpertWeights, plan: RoutePlan) -> None:
+    """The bias is one of ``weights``' rows for each expert of ``plan``."""
+    bias_EN = clamped.bias_EN
+    check_tensor("bias_EN", bias_EN, (len(plan.starts_E1) - 1, weights.w13_SNH.shape[1]), FLOATS)
+    check_contiguous(bias_EN=bias_EN)
+    check_one_device(bias_EN=bias_EN, weights=weights.w13_SNH)
 
 
 def tma_fits(w: Tensor) -> bool:

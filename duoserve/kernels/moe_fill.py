@@ -18,11 +18,12 @@ from torch import Tensor
 from duoserve.kernels.checks import check_one_device, check_tensor, require
 from duoserve.kernels.configs import MEDIUM, SMALL, GemmConfig, gemm_config, scale_group
 from duoserve.kernels.host_rows import ROW_ALIGNMENT, HostRows, check_addresses, offset_in_row
-from duoserve.kernels.moe_checks import check_operands, check_rows
-from duoserve.kernels.moe_gemm import machine, product, store_rows
+from duoserve.kernels.moe_checks import check_clamped, check_operands, check_rows
+from duoserve.kernels.moe_gemm import machine, product
+from duoserve.kernels.moe_store import clamp_operands, store_rows
 from duoserve.kernels.numerics import interpreting
 from duoserve.kernels.routing import RoutePlan, Work
-from duoserve.kernels.weights import ExpertFormat, ExpertWeights, Matrix
+from duoserve.kernels.weights import ClampedUp, ExpertFormat, ExpertWeights, Matrix
 
 MAX_TOKENS = MEDIUM  # more are a prefill, which has other work to hide its copies behind
 THREAD_BYTES = 128  # under way for each thread: eight loads of 16 bytes
@@ -121,8 +122,12 @@ def moe_fill_kernel(
     N,
     D,
     num_rows,
+    bias,
+    alpha,
+    limit,
     TOP_K: tl.constexpr,
     UP: tl.constexpr,
+    CLAMPED: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     FP8_HARDWARE: tl.constexpr,
@@ -197,11 +202,19 @@ def moe_fill_kernel(
                 INTERPRET,
             )
             acc = tl.where(there, acc, float("nan"))
-            store_rows(out, acc, first_n, rows, order, used, N, UP, BN, BT, INTERPRET)
+            store_rows(
+                out, acc, first_n, rows, order, used, N, bias, expert, alpha, limit, UP, CLAMPED, BN, BT, INTERPRET
+            )
 
 
 def moe_up_fill(
-    x_TH: Tensor, weights: ExpertWeights, source: HostRows, plan: RoutePlan, work: Work, act_RI: Tensor
+    x_TH: Tensor,
+    weights: ExpertWeights,
+    source: HostRows,
+    plan: RoutePlan,
+    work: Work,
+    act_RI: Tensor,
+    clamped: ClampedUp | None = None,
 ) -> None:
     """``moe_up`` with w13 and its scales brought from ``source`` into the slots that ``work`` names; the same bits.
 
@@ -213,7 +226,9 @@ def moe_up_fill(
     hidden, inter = _check(weights, source, plan, work)
     check_rows("x_TH", x_TH, (len(plan.order_N) // plan.top_k, hidden), weights)
     check_rows("act_RI", act_RI, (len(plan.order_N), inter), weights, like=x_TH)
-    _launch(x_TH, weights, weights.w13, source, plan, work, act_RI)
+    if clamped is not None:
+        check_clamped(clamped, weights, plan)
+    _launch(x_TH, weights, weights.w13, source, plan, work, act_RI, clamped)
 
 
 def moe_down_fill(
@@ -261,7 +276,14 @@ def _check_place(part: Tensor, weights: ExpertWeights, row_bytes: int | None) ->
 
 
 def _launch(
-    x: Tensor, weights: ExpertWeights, matrix: Matrix, source: HostRows, plan: RoutePlan, work: Work, out: Tensor
+    x: Tensor,
+    weights: ExpertWeights,
+    matrix: Matrix,
+    source: HostRows,
+    plan: RoutePlan,
+    work: Work,
+    out: Tensor,
+    clamped: ClampedUp | None = None,
 ) -> None:
     w, scales, zeros = matrix.data_SNB, matrix.scales_SGN, matrix.zeros_SGN
     num_slots, N, _ = w.shape
@@ -292,8 +314,10 @@ def _launch(
         N,
         matrix.inner,
         num_rows,
+        *clamp_operands(clamped, x),
         TOP_K=plan.top_k,
         UP=matrix.interleaved,
+        CLAMPED=clamped is not None,
         FORMAT=matrix.format.value,
         GROUP=scale_group(matrix.format, matrix.group),
         FP8_HARDWARE=arch >= 89,

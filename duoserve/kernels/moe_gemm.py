@@ -18,10 +18,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from duoserve.kernels.checks import require
 from duoserve.kernels.configs import INTERPRETER, GemmConfig, gemm_config, scale_group, shape_class
 from duoserve.kernels.dequant import codes_of, decode_e2m1, decode_fp8, decode_int4, e8m0
-from duoserve.kernels.moe_checks import check_operands, check_rows, tma_fits
-from duoserve.kernels.numerics import full_float32, interpreting, to_dtype
+from duoserve.kernels.moe_checks import check_clamped, check_operands, check_rows, tma_fits
+from duoserve.kernels.moe_store import clamp_operands, store_rows
+from duoserve.kernels.numerics import full_float32, interpreting
 from duoserve.kernels.routing import RoutePlan, Work
-from duoserve.kernels.weights import ExpertWeights, Matrix
+from duoserve.kernels.weights import ClampedUp, ExpertWeights, Matrix
 
 INTERPRETED_CTAS = 3  # enough to show a mistake in the persistent loop
 
@@ -151,47 +152,6 @@ def product(
 
 
 @triton.jit
-def _silu_up(acc, BN: tl.constexpr, BT: tl.constexpr):
-    """``silu(gate) * up`` [BN / 2, BT] of interleaved gate and up rows."""
-    pairs = tl.permute(tl.reshape(acc, (BN // 2, 2, BT)), (0, 2, 1))
-    gate, up = tl.split(pairs)
-    return gate / (1.0 + tl.exp(-gate)) * up
-
-
-@triton.jit
-def store_rows(
-    out,
-    acc,
-    first_n,
-    rows,
-    order,
-    used,
-    N,
-    UP: tl.constexpr,
-    BN: tl.constexpr,
-    BT: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """Writes the sums [BN, BT] of weight rows from ``first_n`` on.
-
-    UP: SwiGLU of them, to the sorted ``rows``. Else as they are, to the places ``order`` where the rows were unsorted.
-    """
-    if UP:
-        result = _silu_up(acc, BN, BT)
-        columns = first_n // 2 + tl.arange(0, BN // 2)
-        width = N // 2
-        out_rows = rows
-    else:
-        result = acc
-        columns = first_n + tl.arange(0, BN)
-        width = N
-        out_rows = order
-    at = out + out_rows.to(tl.int64)[None, :] * width + columns[:, None]
-    mask = used[None, :] & (columns < width)[:, None]
-    tl.store(at, to_dtype(result, out.dtype.element_ty, INTERPRET), mask=mask)
-
-
-@triton.jit
 def moe_gemm_kernel(
     x,
     w,
@@ -210,8 +170,12 @@ def moe_gemm_kernel(
     N,
     D,
     num_rows,
+    bias,
+    alpha,
+    limit,
     TOP_K: tl.constexpr,
     UP: tl.constexpr,
+    CLAMPED: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     FP8_HARDWARE: tl.constexpr,
@@ -268,22 +232,30 @@ def moe_gemm_kernel(
             INTERPRET,
         )
         acc = tl.where(there, acc, float("nan"))  # an expert in no slot must be heard of
-        store_rows(out, acc, n * BN, rows, order, used, N, UP, BN, BT, INTERPRET)
+        store_rows(out, acc, n * BN, rows, order, used, N, bias, expert, alpha, limit, UP, CLAMPED, BN, BT, INTERPRET)
 
 
 def moe_up(
-    x_TH: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, act_RI: Tensor, config: GemmConfig | None = None
+    x_TH: Tensor,
+    weights: ExpertWeights,
+    plan: RoutePlan,
+    work: Work,
+    act_RI: Tensor,
+    clamped: ClampedUp | None = None,
+    config: GemmConfig | None = None,
 ) -> None:
     """``silu(x w1^T) * (x w3^T)`` for the rows of each expert in ``work``, into their sorted rows of ``act_RI``.
 
-    Other rows of ``act_RI`` are not touched; an expert without a slot gives NaN. Activations are float32, float16 or
-    bfloat16, and so are FLOAT weights; sums are float32. ``config`` is the table's unless given. KernelError for
-    operands that do not fit.
+    Where ``clamped`` is given, it says what to do with the products instead. Other rows of ``act_RI`` are not touched;
+    an expert without a slot gives NaN. Activations are float32, float16 or bfloat16, and so are FLOAT weights; sums are
+    float32. ``config`` is the table's unless given. KernelError for operands that do not fit.
     """
     hidden, inter = check_operands(weights, plan, work)
     check_rows("x_TH", x_TH, (len(plan.order_N) // plan.top_k, hidden), weights)
     check_rows("act_RI", act_RI, (len(plan.order_N), inter), weights, like=x_TH)
-    _launch(x_TH, weights.w13, plan, work, act_RI, config)
+    if clamped is not None:
+        check_clamped(clamped, weights, plan)
+    _launch(x_TH, weights.w13, plan, work, act_RI, config, clamped)
 
 
 def moe_down(
@@ -317,7 +289,15 @@ def choose_config(x: Tensor, matrix: Matrix, plan: RoutePlan) -> GemmConfig:
     return gemm_config(x.dtype, arch, block_t, tma_fits(matrix.data_SNB), matrix.format, matrix.group)
 
 
-def _launch(x: Tensor, matrix: Matrix, plan: RoutePlan, work: Work, out: Tensor, config: GemmConfig | None) -> None:
+def _launch(
+    x: Tensor,
+    matrix: Matrix,
+    plan: RoutePlan,
+    work: Work,
+    out: Tensor,
+    config: GemmConfig | None,
+    clamped: ClampedUp | None = None,
+) -> None:
     w, scales, zeros = matrix.data_SNB, matrix.scales_SGN, matrix.zeros_SGN
     num_slots, N, _ = w.shape
     num_rows, max_items = len(plan.order_N), len(work.experts_W)
@@ -344,8 +324,10 @@ def _launch(x: Tensor, matrix: Matrix, plan: RoutePlan, work: Work, out: Tensor,
         N,
         matrix.inner,
         num_rows,
+        *clamp_operands(clamped, x),
         TOP_K=plan.top_k,
         UP=matrix.interleaved,
+        CLAMPED=clamped is not None,
         FORMAT=matrix.format.value,
         GROUP=scale_group(matrix.format, matrix.group),
         FP8_HARDWARE=arch >= 89,

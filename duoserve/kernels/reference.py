@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from duoserve.kernels.matmul import WIDEN_ELEMENTS, by_rows, float_product, linear
+from duoserve.kernels.matmul import WIDEN_ELEMENTS, Products, by_rows, float_product, linear
 from duoserve.kernels.reference_attention import attention, decode_attention, mla_decode_attention
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.reference_small import (
@@ -29,7 +29,7 @@ from duoserve.kernels.reference_small import (
     write_rows,
 )
 from duoserve.kernels.routing import HostWork, RoutePlan, Work
-from duoserve.kernels.weights import ExpertWeights, Matrix
+from duoserve.kernels.weights import ClampedUp, ExpertWeights, Matrix
 
 __all__ = [
     "add_rms_norm",
@@ -43,7 +43,6 @@ __all__ = [
     "moe_gemv_down",
     "moe_gemv_up",
     "moe_up",
-    "moe_up_clamped",
     "rms_norm",
     "rope_frequencies",
     "rope_table",
@@ -79,41 +78,27 @@ def route_plan(topk_ids_TK: Tensor, slots_E: Tensor) -> RoutePlan:
     )
 
 
-def moe_up(x_TH: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, act_NI: Tensor) -> None:
-    """``silu(x w1^T) * (x w3^T)`` for the rows of each expert in ``work``, into their sorted rows of ``act_NI``.
-
-    The weights' gate and up rows are interleaved; other rows of ``act_NI`` stay as they are. Source: SwiGLU, Shazeer
-    (2020).
-    """
-    w13 = weights.w13
-    for expert, slot in work.pairs():
-        start, stop = plan.rows(expert)
-        _swiglu(_rows_of(x_TH, plan, start, stop), w13, slot, act_NI[start:stop])
-
-
-def moe_up_clamped(
+def moe_up(
     x_TH: Tensor,
     weights: ExpertWeights,
     plan: RoutePlan,
     work: Work,
-    bias_EN: Tensor,
-    alpha: float,
-    limit: float,
     act_NI: Tensor,
+    clamped: ClampedUp | None = None,
 ) -> None:
-    """``moe_up`` of gpt-oss: ``(up + 1) * gate * sigmoid(alpha * gate)``, from products to which ``bias_EN`` is added.
+    """``silu(x w1^T) * (x w3^T)`` for the rows of each expert in ``work``, into their sorted rows of ``act_NI``.
 
-    Before that the gate is cut off above ``limit``, and up beyond ``limit`` on both sides. The bias has the order of
-    the weights' rows: gate and up in turn. Source: OpenAI (2025), gpt-oss model card.
+    The weights' gate and up rows are interleaved; other rows of ``act_NI`` stay as they are. Source: SwiGLU, Shazeer
+    (2020). Where ``clamped`` is given, it says what to do with the products instead.
     """
     w13 = weights.w13
     for expert, slot in work.pairs():
         start, stop = plan.rows(expert)
-        x_RH = _rows_of(x_TH, plan, start, stop)
-        up_RI2 = (_product(x_RH, w13, slot) + bias_EN[expert]).view(len(x_RH), -1, 2)
-        gate_RI, up_RI = up_RI2[..., 0].clamp(max=limit), up_RI2[..., 1].clamp(-limit, limit)
-        share_RI = by_rows(torch.sigmoid, gate_RI * alpha, w13.products)
-        torch.mul(up_RI + 1, gate_RI * share_RI, out=act_NI[start:stop])
+        x_RH, act_RI = _rows_of(x_TH, plan, start, stop), act_NI[start:stop]
+        if clamped is None:
+            _swiglu(x_RH, w13, slot, act_RI)
+        else:
+            _clamped(_product(x_RH, w13, slot) + clamped.bias_EN[expert], clamped, w13.products, act_RI)
 
 
 def moe_down(act_NI: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, y_NH: Tensor) -> None:
@@ -165,6 +150,14 @@ def _swiglu(x_RH: Tensor, w13: Matrix, slot: int, act_RI: Tensor) -> None:
     gate_RI, up_RI = _product(x_RH, w13, slot).view(x_RH.shape[0], -1, 2).unbind(-1)
     gate_RI = gate_RI.contiguous()  # a strided silu takes twice the time
     torch.mul(by_rows(partial(F.silu, inplace=True), gate_RI, w13.products), up_RI, out=act_RI)
+
+
+def _clamped(up_RN: Tensor, clamped: ClampedUp, products: Products, act_RI: Tensor) -> None:
+    """Gate and up rows in turn, the bias added, as ClampedUp says."""
+    gate_RI, up_RI = up_RN.view(len(up_RN), -1, 2).unbind(-1)
+    gate_RI, up_RI = gate_RI.clamp(max=clamped.limit), up_RI.clamp(-clamped.limit, clamped.limit)
+    share_RI = by_rows(torch.sigmoid, gate_RI * clamped.alpha, products)
+    torch.mul(up_RI + 1, gate_RI * share_RI, out=act_RI)
 
 
 def _product(x_RD: Tensor, matrix: Matrix, slot: int) -> Tensor:

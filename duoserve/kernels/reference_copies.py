@@ -12,7 +12,7 @@ from torch import Tensor
 from duoserve.kernels import reference
 from duoserve.kernels.host_rows import HostRows, offset_in_row
 from duoserve.kernels.routing import HostWork, RoutePlan, Work
-from duoserve.kernels.weights import ExpertWeights, Matrix
+from duoserve.kernels.weights import ClampedUp, ExpertWeights, Matrix
 
 ALL_BITS = 0xFF  # NaN in every float format, and in the scales of the others
 
@@ -33,14 +33,20 @@ def page_gather(source: HostRows, work: Work, pool_SB: Tensor) -> None:
 
 
 def moe_up_fill(
-    x_TH: Tensor, weights: ExpertWeights, source: HostRows, plan: RoutePlan, work: Work, act_NI: Tensor
+    x_TH: Tensor,
+    weights: ExpertWeights,
+    source: HostRows,
+    plan: RoutePlan,
+    work: Work,
+    act_NI: Tensor,
+    clamped: ClampedUp | None = None,
 ) -> None:
     """Copies w13 and its scales of each expert in ``work`` from ``source`` into its slot, then ``moe_up``.
 
     An expert without a row or a slot gives NaN.
     """
     filled, lost = _filled(weights, weights.w13, source, work)
-    reference.moe_up(x_TH, weights, plan, filled, act_NI)
+    reference.moe_up(x_TH, weights, plan, filled, act_NI, clamped)
     for expert, _ in lost:
         start, stop = plan.rows(expert)
         act_NI[start:stop] = math.nan

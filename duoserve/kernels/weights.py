@@ -111,6 +111,18 @@ class ExpertWeights:
         return Matrix(w, scales, zeros, inner, self.format, self.group, interleaved, products=self.products)
 
 
+class ClampedUp(NamedTuple):
+    """What gpt-oss's experts have instead of SwiGLU: ``(up + 1) * gate * sigmoid(alpha * gate)``.
+
+    Before it ``bias_EN`` [E, 2I], gate and up in turn, is added to the products, then the gate is cut off above
+    ``limit``, and up beyond ``limit`` on both sides. Source: OpenAI (2025), gpt-oss model card.
+    """
+
+    bias_EN: Tensor
+    alpha: float
+    limit: float
+
+
 @dataclass(frozen=True)
 class QuantizedLayout:
     """Where the segments of a quantized expert lie in its row. KernelError for shapes that the format cannot have."""

@@ -64,7 +64,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     refuse_unsupported(fields)
     experts = num_experts(fields, "num_local_experts")
     router = RouterConfig(experts, top_k(fields, experts), scoring="softmax_of_topk", rounded=True, bias=True)
-    clamp = ClampConfig(fields.number("swiglu_alpha", 0, 1e3), fields.number("swiglu_limit", 0, 1e6))
+    clamp = ClampConfig(fields.number("swiglu_alpha", 0, 1e3), fields.number("swiglu_limit", 0, 6e4))
     blocks = Blocks(
         attention=_attention(fields),
         rope=rope_config(fields, head_dim(fields)),

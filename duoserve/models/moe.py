@@ -15,7 +15,7 @@ from torch import Tensor
 
 from duoserve import kernels
 from duoserve.architecture import ClampConfig, SharedExpertConfig
-from duoserve.kernels import DeviceWork, ExpertWeights, HostRows, HostWork, RoutePlan, Work
+from duoserve.kernels import ClampedUp, DeviceWork, ExpertWeights, HostRows, HostWork, RoutePlan, Work
 from duoserve.models.layers import FeedForward, Linear
 from duoserve.models.router import Router
 from duoserve.models.tap import RoutingTap
@@ -47,10 +47,9 @@ class GatedFeedForward:
 
 @dataclass(frozen=True)
 class ClampedExperts:
-    """What gpt-oss's experts have beside their matrices: ``up_bias_E2I`` (gate and up in turn), ``down_bias_EH``."""
+    """What gpt-oss's experts have beside their matrices: an activation of their own, and ``down_bias_EH``."""
 
-    config: ClampConfig
-    up_bias_E2I: Tensor
+    up: ClampedUp
     down_bias_EH: Tensor
 
 
@@ -114,14 +113,14 @@ class MoEBlock:
 
     def compute(self, routed: Routed, work: Work) -> None:
         """Some of the chosen experts, from the slots that they are in."""
-        self._up(routed, work)
+        kernels.moe_up(routed.x_TH, self.weights, routed.plan, work, routed.act_NI, self._clamped_up)
         kernels.moe_down(routed.act_NI, self.weights, routed.plan, work, routed.y_NH)
 
     def compute_missing(self, routed: Routed, source: HostRows, slots_E: Tensor) -> None:
         """The chosen experts that were in no slot, read through from the host into the first of ``slots_E`` (int32)."""
         missing = routed.plan.missing
         work = DeviceWork(missing.experts_W, slots_E, missing.count_1)
-        kernels.moe_up_fill(routed.x_TH, self.weights, source, routed.plan, work, routed.act_NI)
+        kernels.moe_up_fill(routed.x_TH, self.weights, source, routed.plan, work, routed.act_NI, self._clamped_up)
         kernels.moe_down_fill(routed.act_NI, self.weights, source, routed.plan, work, routed.y_NH)
 
     def share(self, routed: Routed) -> Tensor | None:
@@ -135,13 +134,9 @@ class MoEBlock:
             y_NH += self.clamped.down_bias_EH[topk_ids_TK.flatten()]
         return kernels.moe_combine(y_NH.view(*topk_ids_TK.shape, -1), routed.topk_weights_TK, shared_TH)
 
-    def _up(self, routed: Routed, work: Work) -> None:
-        x_TH, plan, act_NI = routed.x_TH, routed.plan, routed.act_NI
-        if self.clamped is None:
-            kernels.moe_up(x_TH, self.weights, plan, work, act_NI)
-            return
-        config, bias_E2I = self.clamped.config, self.clamped.up_bias_E2I
-        kernels.moe_up_clamped(x_TH, self.weights, plan, work, bias_E2I, config.alpha, config.limit, act_NI)
+    @property
+    def _clamped_up(self) -> ClampedUp | None:
+        return None if self.clamped is None else self.clamped.up
 
     @property
     def num_experts(self) -> int:
@@ -171,4 +166,5 @@ def load_clamped(
 ) -> ClampedExperts:
     """The biases of gpt-oss's experts, which are few bytes and lie with the dense weights."""
     up_bias_E2I = tensors("gate_up_proj_bias", num_experts, 2 * intermediate)
-    return ClampedExperts(config, up_bias_E2I, tensors("down_proj_bias", num_experts, hidden))
+    up = ClampedUp(up_bias_E2I, config.alpha, config.limit)
+    return ClampedExperts(up, tensors("down_proj_bias", num_experts, hidden))

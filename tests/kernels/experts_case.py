@@ -104,7 +104,7 @@ def layer(
     act, y = case.act(), case.y()
     works = [case.all_work] if launches is None else [HostWork.of(pairs, DEVICE) for pairs in launches]
     for work in works:
-        moe_gemm.moe_up(case.x_TH, case.pool.weights, case.plan, work, act, config)
+        moe_gemm.moe_up(case.x_TH, case.pool.weights, case.plan, work, act, config=config)
     for work in works:
         moe_gemm.moe_down(act, case.pool.weights, case.plan, work, y, config)
     return act, y

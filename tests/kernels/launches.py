@@ -16,6 +16,7 @@ import torch
 
 from duoserve.experts.layout import ExpertLayout
 from duoserve.kernels import (
+    ClampedUp,
     DeviceWork,
     ExpertWeights,
     RoutePlan,
@@ -74,10 +75,12 @@ class Gemm:
     block_t: int
     tma: bool = True
     inter: int = INTER
+    clamped: bool = False
 
     def __str__(self) -> str:
+        side = "clamped" if self.clamped else "up" if self.up else "down"
         shape = (
-            "up" if self.up else "down", NAMES[self.dtype], self.format.value, self.group or "",
+            side, NAMES[self.dtype], self.format.value, self.group or "",
             self.block_t, "" if self.tma else "pointers",
         )  # fmt: skip
         return "-".join(str(part) for part in shape if part)
@@ -96,7 +99,7 @@ class Gemm:
         weights, plan = expert_weights(self.dtype, self.format, self.group, HIDDEN, self.inter), routing(tokens)
         if self.up:
             x_TH = torch.empty(tokens, HIDDEN, dtype=self.dtype)
-            moe_gemm.moe_up(x_TH, weights, plan, plan.resident, rows_RI, config)
+            moe_gemm.moe_up(x_TH, weights, plan, plan.resident, rows_RI, clamp(self.clamped, self.inter), config)
         else:
             y_RH = torch.empty(tokens * TOP_K, HIDDEN, dtype=self.dtype)
             moe_gemm.moe_down(rows_RI, weights, plan, plan.resident, y_RH, config)
@@ -138,9 +141,11 @@ class Fill:
     format: ExpertFormat
     group: int
     tokens: int
+    clamped: bool = False
 
     def __str__(self) -> str:
-        parts = "fill", "up" if self.up else "down", NAMES[self.dtype], self.format.value, self.group or "", self.tokens
+        side = "clamped" if self.clamped else "up" if self.up else "down"
+        parts = "fill", side, NAMES[self.dtype], self.format.value, self.group or "", self.tokens
         return "-".join(str(part) for part in parts if part)
 
     def config(self, arch: int) -> GemmConfig:
@@ -154,7 +159,8 @@ class Fill:
         rows_RI = torch.empty(self.tokens * TOP_K, INTER, dtype=self.dtype)
         if self.up:
             x_TH = torch.empty(self.tokens, HIDDEN, dtype=self.dtype)
-            moe_fill.moe_up_fill(x_TH, weights, source, plan, plan.missing, rows_RI)
+            clamped = clamp(self.clamped, INTER)
+            moe_fill.moe_up_fill(x_TH, weights, source, plan, plan.missing, rows_RI, clamped)
         else:
             y_RH = torch.empty(self.tokens * TOP_K, HIDDEN, dtype=self.dtype)
             moe_fill.moe_down_fill(rows_RI, weights, source, plan, plan.missing, y_RH)
@@ -165,6 +171,11 @@ def expert_weights(dtype: torch.dtype, format: ExpertFormat, group: int, hidden:
     is_float = format is ExpertFormat.FLOAT
     layout = ExpertLayout(dtype, hidden, inter) if is_float else QuantizedLayout(format, hidden, inter, group)
     return layout.weights(torch.empty(NUM_SLOTS, layout.slot_bytes, dtype=torch.uint8))
+
+
+def clamp(wanted: bool, inter: int) -> ClampedUp | None:
+    """gpt-oss's activation."""
+    return ClampedUp(torch.empty(EXPERTS, 2 * inter, dtype=BF16), 1.702, 7.0) if wanted else None
 
 
 def routing(tokens: int) -> RoutePlan:
@@ -242,6 +253,7 @@ GEMMS = {
         # Of float16 only the decoding differs; float32 has one tile for a few rows and one for many.
         *(Gemm(True, FP16, *format, MEDIUM) for format in FORMATS[1:]),
         *(Gemm(up, FP32, *format, MEDIUM if up else SMALL) for format in FORMATS for up in BOTH),
+        *(Gemm(True, BF16, *form, tile, clamped=True) for form in (FORMATS[0], FORMATS[6]) for tile in TOKENS),
     )
 }
 # Mixtral, Qwen3-30B-A3B, and the odd width of DeepSeek-V2-Lite.
@@ -260,6 +272,7 @@ FILLS = {
         *(Fill(up, BF16, *FORMATS[0], tokens) for tokens in (1, 64) for up in BOTH),
         *(Fill(True, BF16, *format, MEDIUM) for format in FORMATS[3:]),
         *(Fill(True, FP32, *format, SMALL) for format in (FORMATS[0], FORMATS[4])),
+        *(Fill(True, BF16, *FORMATS[6], tokens, clamped=True) for tokens in (1, 64)),
     )
 }
 SMALL_KERNELS: dict[str, Callable[[], None]] = {
