@@ -28,6 +28,7 @@ MAX_CONFIG_BYTES = 1 << 20
 # own (it does from 32768 elements): they would take the cores from the computation.
 _STAGE_ELEMENTS = 32767
 _SAMPLE_BYTES = 4096
+_MIN_ROW_BYTES = 512  # of shorter rows a copy costs less than a place in the list of buffers
 _NAMES_SHOWN = 3
 FLOATS = tuple(DTYPES.values())
 NO_DTYPES: Mapping[str, Collection[torch.dtype]] = MappingProxyType({})
@@ -111,6 +112,8 @@ class Checkpoint:
             raise CheckpointError(f"{_place(info)} has shape {_show(info.shape)}, but {_show(out.shape)} is needed")
         if out.dtype == info.dtype and out.device.type == "cpu" and out.is_contiguous():
             self._read_bytes(info, out, 0)
+        elif info.nbytes and _has_whole_rows(out, info.dtype):
+            self._read_rows(info, out)
         elif info.nbytes:
             self._read_staged(info, out if out.dim() else out[None])
 
@@ -172,6 +175,13 @@ class Checkpoint:
             self._read_bytes(info, rows, start * row_bytes)
             out[start : start + block].copy_(rows)
 
+    def _read_rows(self, info: TensorInfo, out: Tensor) -> None:
+        """Reads each row to where it belongs."""
+        try:
+            self._shards[info.file.name].file.read_rows(out.detach().view(torch.uint8).numpy(), info.offset)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} [tensor {info.name!r}]") from error
+
     def _read_bytes(self, info: TensorInfo, out: Tensor, start: int) -> None:
         """Fills the contiguous ``out`` from byte ``start`` of the tensor."""
         buffer = out.detach().reshape(-1).view(torch.uint8).numpy().data
@@ -213,6 +223,12 @@ def _merge(headers: Iterable[SafetensorsHeader]) -> dict[str, TensorInfo]:
         if len(merged) > MAX_TENSORS:
             raise CheckpointError(f"{header.tensors[0].file}: more tensors than the {MAX_TENSORS} that are allowed")
     return merged
+
+
+def _has_whole_rows(out: Tensor, dtype: torch.dtype) -> bool:
+    """Whether rows of what is stored lie in ``out`` as they are, and are long enough to be read one by one."""
+    as_stored = out.dtype == dtype and out.device.type == "cpu" and out.dim() == 2 and out.stride(1) == 1
+    return as_stored and out.shape[1] * dtype.itemsize >= _MIN_ROW_BYTES
 
 
 def _add(digest: hashlib._Hash, part: bytes) -> None:

@@ -11,26 +11,33 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from duoserve.errors import CheckpointError, CopyError
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.formats.codes import WeightFormat
-from duoserve.experts.formats.expert_row import fill_row
+from duoserve.experts.formats.expert_row import RowWriter, down_first
 from duoserve.experts.formats.reading import read_codes
-from duoserve.experts.layout import ROW_ALIGNMENT, ExpertId, ExpertLayout
+from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE, PackHeader
 from duoserve.experts.pieces import ExpertPieces, Piece, places
+from duoserve.experts.rows import aligned_rows
 from duoserve.experts.store import ExpertStore
 
 LOCK_FILE = ".lock"
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+# Rows are whole pages in memory and in the file: written past the page cache, they drive nothing out of it, and nobody
+# reads them from there.
+DIRECT = os.O_DIRECT
+WORKERS = 2  # one converts while another waits for the disk; each holds a row and what it is made from
 
 
 class ExpertReader(Protocol):
@@ -90,8 +97,10 @@ class CheckpointStore(ExpertStore):
 
     def _repack(self, expert: ExpertId, row_B: Tensor, form: WeightFormat) -> None:
         try:
-            codes = {piece.matrix: read_codes(self._checkpoint, form, piece) for piece in self._pieces(expert)}
-            fill_row(self.layout.weights(row_B[None]), codes)
+            writer = RowWriter(self.layout.weights(row_B[None]))
+            for piece in sorted(self._pieces(expert), key=lambda piece: down_first(piece.matrix)):
+                writer.add(piece.matrix, read_codes(self._checkpoint, form, piece))
+            writer.finish()
         except CheckpointError as error:
             raise CopyError(f"expert {expert.expert} of layer {expert.layer}: {error}") from error
 
@@ -132,10 +141,10 @@ def write_pack(
         path.mkdir(parents=True, exist_ok=True)
         _check_space(path, header.total_bytes)
         with tempfile.TemporaryDirectory(dir=path, prefix=".packing-") as scratch:
-            with _synced(Path(scratch, PACK_FILE)) as file:
-                _write_rows(store, sorted(experts), header, file, progress)
-            with _synced(Path(scratch, HEADER_FILE)) as file:
-                file.write(json.dumps(header.to_dict(), indent=2).encode())
+            with _synced(Path(scratch, PACK_FILE), DIRECT) as descriptor:
+                _write_rows(store, sorted(experts), header, descriptor, progress)
+            with _synced(Path(scratch, HEADER_FILE)) as descriptor:
+                os.write(descriptor, json.dumps(header.to_dict(), indent=2).encode())
             _publish(Path(scratch), path)
     except OSError as error:
         raise CheckpointError(_disk_failure(path, header.total_bytes, error)) from error
@@ -157,30 +166,55 @@ def _disk_failure(path: Path, nbytes: int, error: OSError) -> str:
 
 
 @contextmanager
-def _synced(path: Path) -> Iterator[BinaryIO]:
-    """A new file whose bytes are on the disk when the block ends."""
-    with path.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+def _synced(path: Path, flags: int = 0) -> Iterator[int]:
+    """The descriptor of a new file whose bytes are on the disk when the block ends; ``flags`` where they are known."""
+    try:
+        descriptor = os.open(path, NEW_FILE | flags, mode=0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        descriptor = os.open(path, NEW_FILE, mode=0o666)
+    try:
+        yield descriptor
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_rows(
-    store: ExpertReader, experts: Sequence[ExpertId], header: PackHeader, file: BinaryIO, progress: bool
+    store: ExpertReader, experts: Sequence[ExpertId], header: PackHeader, descriptor: int, progress: bool
 ) -> None:
-    row_B = _aligned_row(header.slot_bytes)
-    row = row_B.numpy().data
-    for expert in tqdm(experts, desc="packing experts", unit="expert", disable=False if progress else None):
-        store.read(expert, row_B)
-        file.seek(header.offset(expert))
-        file.write(row)
-    file.truncate(header.total_bytes)
+    rows = threading.local()  # each worker has one of its own
+
+    def pack(expert: ExpertId) -> None:
+        if not hasattr(rows, "row_B"):
+            rows.row_B = aligned_rows(1, header.slot_bytes)[0]
+        store.read(expert, rows.row_B)
+        _write_at(descriptor, rows.row_B, header.offset(expert))
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        done = pool.map(pack, experts)
+        for _ in tqdm(done, "packing experts", len(experts), unit="expert", disable=False if progress else None):
+            pass
+    os.truncate(descriptor, header.total_bytes)
 
 
-def _aligned_row(nbytes: int) -> Tensor:
-    memory = torch.empty(nbytes + ROW_ALIGNMENT, dtype=torch.uint8)
-    start = -memory.data_ptr() % ROW_ALIGNMENT
-    return memory[start : start + nbytes]
+def _write_at(descriptor: int, row_B: Tensor, offset: int) -> None:
+    left = row_B.numpy().data
+    while left:
+        try:
+            written = os.pwrite(descriptor, left, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not _goes_direct(descriptor):
+                raise
+            # A file system that takes the flag and then refuses the writes; or what a short one left is no whole block.
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~DIRECT)
+        else:
+            left, offset = left[written:], offset + written
+
+
+def _goes_direct(descriptor: int) -> bool:
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & DIRECT)
 
 
 def _publish(scratch: Path, folder: Path) -> None:

@@ -6,7 +6,11 @@ import os
 import stat
 from pathlib import Path
 
+import numpy as np
+
 from duoserve.errors import CheckpointError, ClosedError
+
+MAX_BUFFERS = 1024  # that one call takes (IOV_MAX)
 
 
 class PositionalFile:
@@ -34,13 +38,24 @@ class PositionalFile:
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fills ``buffer`` (writable bytes) from byte ``offset``; CheckpointError: short read, or the file changed."""
-        if self._fd < 0:
-            raise ClosedError(f"{self.path}: read after close()")
-        try:
-            self._check_unchanged()
-            self._read_all(buffer, offset)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: reading at byte {offset} failed ({error})") from error
+        done = 0
+        while done < len(buffer):
+            count = self._read_some([buffer[done:]], offset + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{self.path}: ends after {done} of the {len(buffer)} bytes wanted at byte {offset}; "
+                    "the file is truncated, download it again"
+                )
+            done += count
+
+    def read_rows(self, rows: np.ndarray, offset: int) -> None:
+        """Fills the rows of ``rows`` (uint8 [N, B], each contiguous) one after another; errors as in ``read_into``."""
+        row_bytes = rows.shape[1]
+        for first in range(0, len(rows), MAX_BUFFERS):
+            batch = [row.data for row in rows[first : first + MAX_BUFFERS]]
+            count = self._read_some(batch, offset + first * row_bytes)
+            for row in range(count // row_bytes, len(batch)):  # what a short read left
+                self.read_into(batch[row], offset + (first + row) * row_bytes)
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """``nbytes`` bytes from byte ``offset``; errors as in ``read_into``."""
@@ -62,16 +77,15 @@ class PositionalFile:
                 "load the model again"
             )
 
-    def _read_all(self, buffer: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self._fd, [buffer[done:]], offset + done)
-            if count == 0:
-                raise CheckpointError(
-                    f"{self.path}: ends after {done} of the {len(buffer)} bytes wanted at byte {offset}; "
-                    "the file is truncated, download it again"
-                )
-            done += count
+    def _read_some(self, buffers: list[memoryview], offset: int) -> int:
+        """Fills as much of the buffers as one call does, and says how many bytes that is."""
+        if self._fd < 0:
+            raise ClosedError(f"{self.path}: read after close()")
+        try:
+            self._check_unchanged()
+            return os.preadv(self._fd, buffers, offset)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: reading at byte {offset} failed ({error})") from error
 
 
 def read_capped(path: Path, max_bytes: int) -> bytes:

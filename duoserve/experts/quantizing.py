@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from duoserve.errors import CopyError
-from duoserve.experts.formats.codes import Codes
-from duoserve.experts.formats.expert_row import fill_row
+from duoserve.experts.formats.codes import Codes, RowsAsTheyAre
+from duoserve.experts.formats.expert_row import RowWriter, down_first
 from duoserve.experts.layout import ExpertId, ExpertLayout, Quantized
 from duoserve.experts.packing import ExpertReader
 from duoserve.experts.pieces import Matrix
@@ -21,6 +21,7 @@ from duoserve.experts.rows import aligned_rows
 from duoserve.experts.store import ExpertStore
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat
+from duoserve.kernels.weights import Matrix as Packed
 
 # How much of the range of its weights a scale spans: less of it cuts off the largest, and steps finer over the others.
 INT4_SPANS = tuple(1 - step / 32 for step in range(12))
@@ -54,14 +55,16 @@ class QuantizingStore(ExpertStore):
         floats_B = aligned_rows(1, self._source.layout.slot_bytes)[0]
         self._source.read(expert, floats_B)
         floats, weights = self._source.layout.weights(floats_B[None]), self.layout.weights(row_B[None])
-        matrices: dict[Matrix, Tensor] = {"gate_up": floats.w13_SNH[0].float(), "down": floats.w2_SHI[0].float()}
-        if not all(bool(w_ND.isfinite().all()) for w_ND in matrices.values()):
+        matrices: dict[Matrix, Tensor] = {"gate_up": floats.w13_SNH[0], "down": floats.w2_SHI[0]}
+        if not all(bool(w_ND[block].isfinite().all()) for w_ND in matrices.values() for block in _blocks(w_ND)):
             raise CopyError(f"expert {expert.expert} of layer {expert.layer}: not all weights are finite numbers")
-        fill_row(weights, {name: quantized(w_ND, self._stored) for name, w_ND in matrices.items()})
+        writer = RowWriter(weights)
+        for name in sorted(matrices, key=down_first):
+            writer.add(name, quantized(matrices[name], self._stored))
         for start, stop in self.layout.gaps:
             row_B[start:stop].zero_()
         pairs = zip(matrices.values(), (weights.w13, weights.w2), strict=True)
-        squares_2 = torch.stack([_squares(w_ND, dense(matrix, 0)) for w_ND, matrix in pairs]).sum(0)
+        squares_2 = torch.stack([_squares(w_ND, matrix) for w_ND, matrix in pairs]).sum(0)
         with self._lock:
             self._squares += squares_2
 
@@ -70,12 +73,12 @@ class QuantizingStore(ExpertStore):
 
 
 def quantized(w_ND: Tensor, stored: Quantized) -> Codes:
-    """A float32 matrix as INT8 or INT4 codes, with the scales that leave the least squared error."""
+    """A matrix of floats as INT8 or INT4 codes, with the scales that leave the least squared error."""
     search = _int8 if stored.format is ExpertFormat.INT8 else _int4
-    blocks = [search(w_ND[start : start + ROWS], stored) for start in range(0, len(w_ND), ROWS)]
+    blocks = [search(w_ND[block].float(), stored) for block in _blocks(w_ND)]
     zeros = [block.zeros_GN for block in blocks if block.zeros_GN is not None]
     return blocks[0]._replace(
-        data_NB=torch.cat([block.data_NB for block in blocks]),
+        data=RowsAsTheyAre(torch.cat([block.data_NB for block in blocks])),
         scales_GN=torch.cat([block.scales_GN for block in blocks], dim=1),
         zeros_GN=torch.cat(zeros, dim=1) if zeros else None,
     )
@@ -95,7 +98,7 @@ def _int4(w_ND: Tensor, stored: Quantized) -> Codes:
     return Codes(
         ExpertFormat.INT4,
         stored.group,
-        data_NB=codes_ND[:, 0::2] | (codes_ND[:, 1::2] << 4),
+        data=RowsAsTheyAre(codes_ND[:, 0::2] | (codes_ND[:, 1::2] << 4)),
         scales_GN=best.scale_P1.view(len(w_ND), -1).T.to(stored.scale_dtype),
         zeros_GN=best.zero_P1.view(len(w_ND), -1).T.to(torch.uint8),
     )
@@ -108,7 +111,8 @@ def _int8(w_ND: Tensor, stored: Quantized) -> Codes:
         scale_N1 = _rounded(largest_N1 * span / 127, torch.float32)
         codes_ND = (w_ND / scale_N1).round_().clamp_(-127, 127)
         best = best.or_better(w_ND, codes_ND, scale_N1, torch.zeros_like(scale_N1))
-    return Codes(stored.format, w_ND.shape[1], best.codes_PX.to(torch.int8), best.scale_P1.T)
+    data = RowsAsTheyAre(best.codes_PX.to(torch.int8))
+    return Codes(stored.format, w_ND.shape[1], data, best.scale_P1.T)
 
 
 class _Trial(NamedTuple):
@@ -138,6 +142,15 @@ def _rounded(scale_P1: Tensor, dtype: torch.dtype) -> Tensor:
     return scale_P1.clamp(max=torch.finfo(dtype).max).to(dtype).float()
 
 
-def _squares(w_ND: Tensor, decoded_ND: Tensor) -> Tensor:
+def _squares(w_ND: Tensor, packed: Packed) -> Tensor:
     """The sums of squares of the error and of the weights, float64."""
-    return torch.stack([part.double().square().sum() for part in (decoded_ND - w_ND, w_ND)])
+    sums_2 = torch.zeros(2, dtype=torch.float64)
+    for block in _blocks(w_ND):
+        weights = w_ND[block].float()
+        sums_2 += torch.stack([part.double().square().sum() for part in (dense(packed, 0, block) - weights, weights)])
+    return sums_2
+
+
+def _blocks(w_ND: Tensor) -> list[slice]:
+    """Rows that are in work together: no second matrix is held in wider numbers."""
+    return [slice(start, start + ROWS) for start in range(0, len(w_ND), ROWS)]

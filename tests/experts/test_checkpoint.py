@@ -89,6 +89,18 @@ def test_reads_convert_and_scatter(
     checkpoint.close()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_long_rows_go_where_they_belong(folder: Path, dtype: torch.dtype) -> None:
+    """As gate and up rows do, in turn."""
+    made = torch.randn(9, 700).to(dtype)
+    save_file({"x": made}, folder / SINGLE)
+    checkpoint = Checkpoint.open(folder)
+    turns = torch.full((9, 2, 700), 7.0, dtype=dtype)
+    checkpoint.read_into("x", turns[:, 1])
+    assert torch.equal(turns[:, 1], made) and (turns[:, 0] == 7.0).all()
+    checkpoint.close()
+
+
 def test_reads_scalars_and_empty_tensors(folder: Path) -> None:
     made = {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "flat": torch.empty(3, 0)}
     save_file(made, folder / SINGLE)

@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from duoserve.errors import CheckpointError
+from duoserve.experts import positional_file
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.positional_file import PositionalFile
 from tests.experts.safetensors_files import SINGLE, single_file, write_bytes_tensors
@@ -68,3 +70,24 @@ def test_an_error_of_the_disk_names_file_and_offset(folder: Path, monkeypatch: p
     with pytest.raises(CheckpointError, match=rf"{SINGLE}: reading at byte {offset} failed .*Input/output error"):
         checkpoint.read("x")
     checkpoint.close()
+
+
+@pytest.mark.parametrize("most", [1, 3, 4, 7, 1 << 20])
+def test_rows_are_read_to_where_they_belong(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows than one call takes, in a file that gives a few bytes at a time."""
+    count = positional_file.MAX_BUFFERS + 3
+    data = np.arange(4 * count, dtype=np.uint32).astype(np.uint8)
+    (tmp_path / "file").write_bytes(b"ab" + data.tobytes())
+    preadv = os.preadv
+
+    def short(fd: int, buffers: list[memoryview], offset: int) -> int:
+        return preadv(fd, [buffers[0][:most]] if most < len(buffers[0]) else buffers[: most // len(buffers[0])], offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    wide = np.zeros((count, 2, 4), dtype=np.uint8)
+    file = PositionalFile(tmp_path / "file")
+    file.read_rows(wide[:, 1], 2)
+    assert (wide[:, 1].reshape(-1) == data).all() and not wide[:, 0].any()
+    with pytest.raises(CheckpointError, match="ends after 3 of the 4 bytes wanted"):
+        file.read_rows(wide[:, 1], 3)
+    file.close()

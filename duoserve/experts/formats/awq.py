@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from duoserve.experts.formats.codes import Codes, Part, StoredTensor, WeightFormat
 from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, shared_parts
+from duoserve.experts.formats.lanes import RepackedRows, transposed
 from duoserve.kernels.weights import ExpertFormat
 
 NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -37,18 +39,16 @@ class Awq(WeightFormat):
         return Codes(
             ExpertFormat.INT4,
             self.groups.of(len(parts["qweight"])),
-            data_NB=_by_output(_pairs_of_inputs(parts["qweight"])),
+            _outputs(parts["qweight"]),
             scales_GN=parts["scales"],
             zeros_GN=_by_output(zeros_GN.T).T,
         )
 
 
-def _pairs_of_inputs(words_DW: Tensor) -> Tensor:
-    """The codes of words, two inputs in a byte: uint8 [N, D / 2], a row for each nibble in turn."""
-    bytes_DX = words_DW.view(torch.uint8)  # with two outputs in each
-    even, odd = bytes_DX[0::2], bytes_DX[1::2]
-    low, high = (even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)
-    return torch.stack((low.T.contiguous(), high.T.contiguous()), dim=1).flatten(0, 1)
+def _outputs(words_DW: Tensor) -> RepackedRows:
+    """The codes of words, two inputs in a byte."""
+    inputs, words = words_DW.shape
+    return RepackedRows(words_DW, partial(transposed, lanes=NIBBLE_OF_OUTPUT), (words * CODES_IN_WORD, inputs // 2))
 
 
 def _by_output(rows_by_nibble: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ N rows of a matrix, D its inner dimension, B bytes of one row, G groups of D.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import gcd
 from typing import NamedTuple, Protocol
 
@@ -30,6 +31,34 @@ class Part(NamedTuple):
     tensor: StoredTensor
 
 
+class RowData(Protocol):
+    """The bytes [N, B] of a matrix in a packed row, made when they are written there."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N, B."""
+
+    def write(self, out_NB: Tensor, rows_N: Tensor | None = None) -> None:
+        """Fills ``out_NB`` (each row contiguous), whose row n becomes row ``rows_N[n]`` (int64), or n."""
+
+
+@dataclass(frozen=True)
+class RowsAsTheyAre:
+    """The bytes are there."""
+
+    data_NB: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N, B."""
+        num_rows, nbytes = self.data_NB.shape
+        return num_rows, nbytes
+
+    def write(self, out_NB: Tensor, rows_N: Tensor | None = None) -> None:
+        """As in RowData."""
+        out_NB.copy_(self.data_NB if rows_N is None else self.data_NB.index_select(0, rows_N))
+
+
 class Codes(NamedTuple):
     """One matrix; the table in ``kernels/weights.py`` says what its bytes mean.
 
@@ -39,7 +68,7 @@ class Codes(NamedTuple):
 
     format: ExpertFormat
     group: int
-    data_NB: Tensor
+    data: RowData
     scales_GN: Tensor
     zeros_GN: Tensor | None = None
     order_D: Tensor | None = None
@@ -47,7 +76,14 @@ class Codes(NamedTuple):
     @property
     def inner(self) -> int:
         """D."""
-        return int(self.data_NB.shape[1]) * (2 if self.format.packs_two else 1)
+        return self.data.shape[1] * (2 if self.format.packs_two else 1)
+
+    @property
+    def data_NB(self) -> Tensor:
+        """The bytes, in memory of their own."""
+        out_NB = torch.empty(self.data.shape, dtype=torch.int8 if self.format is ExpertFormat.INT8 else torch.uint8)
+        self.data.write(out_NB)
+        return out_NB
 
     def in_groups_of(self, group: int) -> Codes:
         """The same in groups of ``group``, which divides both D and the group that there is."""

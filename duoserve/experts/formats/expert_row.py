@@ -21,42 +21,59 @@ LANES: dict[Matrix, slice] = {"gate": slice(0, None, 2), "up": slice(1, None, 2)
 ALL = slice(None)
 
 
-def fill_row(weights: ExpertWeights, codes: Mapping[Matrix, Codes]) -> None:
-    """Writes an expert's matrices into the one slot of ``weights``.
+class RowWriter:
+    """Writes an expert's matrices into the one slot of ``weights``, one after another: the down projection comes first.
 
-    The order of the down projection's features, where it has one, becomes the order of gate and up rows: what they make
-    is what it takes. That of gate and up, which must be one, goes into the row.
+    The order of its features, where it has one, becomes the order of gate and up rows: what they make is what it takes.
+    That of gate and up, which must be one, goes into the row.
     """
-    rows_I = codes["down"].order_D
-    for matrix, found in codes.items():
-        target = weights.w2 if matrix == "down" else weights.w13
-        own = found if matrix == "down" or rows_I is None else _with_rows(found, rows_I)
-        _fill(
-            target, own.in_groups_of(target.group) if own.format is ExpertFormat.INT4 else own, LANES.get(matrix, ALL)
-        )
-    if weights.order_SH is not None:
-        weights.order_SH[0].copy_(_one_order(codes))
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        self._weights = weights
+        self._orders: dict[Matrix, Tensor | None] = {}
+
+    def add(self, matrix: Matrix, codes: Codes) -> None:
+        """CheckpointError for scales in another dtype than the row's."""
+        rows_I = None if matrix == "down" else self._orders["down"]
+        self._orders[matrix] = codes.order_D
+        target = self._weights.w2 if matrix == "down" else self._weights.w13
+        if codes.format is ExpertFormat.INT4:
+            codes = codes.in_groups_of(target.group)
+        _fill(target, codes, LANES.get(matrix, ALL), rows_I)
+
+    def finish(self) -> None:
+        """All matrices are there; CheckpointError where the row has room for one order, and gate and up have two."""
+        if self._weights.order_SH is None:
+            return
+        gate_H, up_H = self._orders["gate"], self._orders["up"]
+        if gate_H is None or up_H is None or not torch.equal(gate_H, up_H):
+            raise CheckpointError("gate and up have features in different orders (g_idx), and a row has room for one")
+        self._weights.order_SH[0].copy_(gate_H)
 
 
-def _with_rows(codes: Codes, rows_N: Tensor) -> Codes:
-    """Other rows; of formats whose scales are those of single rows."""
-    zeros_GN = None if codes.zeros_GN is None else codes.zeros_GN[:, rows_N]
-    return codes._replace(data_NB=codes.data_NB[rows_N], scales_GN=codes.scales_GN[:, rows_N], zeros_GN=zeros_GN)
+def fill_row(weights: ExpertWeights, codes: Mapping[Matrix, Codes]) -> None:
+    """Writes all matrices of an expert into the one slot of ``weights``; errors as of RowWriter."""
+    writer = RowWriter(weights)
+    for matrix in sorted(codes, key=down_first):
+        writer.add(matrix, codes[matrix])
+    writer.finish()
 
 
-def _fill(target: Packed, codes: Codes, lane: slice) -> None:
+def down_first(matrix: Matrix) -> bool:
+    """Sorts matrices as RowWriter wants them."""
+    return matrix != "down"
+
+
+def _fill(target: Packed, codes: Codes, lane: slice, rows_N: Tensor | None) -> None:
+    """Row n is the codes' row ``rows_N[n]``, or n; where rows are given, scales are those of single rows."""
     assert target.scales_SGN is not None
     if codes.scales_GN.dtype != target.scales_SGN.dtype:
         raise CheckpointError(f"scales are {codes.scales_GN.dtype}, those of other experts {target.scales_SGN.dtype}")
-    target.data_SNB[0, lane].copy_(codes.data_NB)
-    scales = target.scales_SGN[0]
-    (scales[lane] if codes.format is ExpertFormat.FP8 else scales[:, lane]).copy_(codes.scales_GN)
+    codes.data.write(target.data_SNB[0, lane], rows_N)
+    scales, rows = target.scales_SGN[0], ALL if rows_N is None else rows_N
+    if codes.format is ExpertFormat.FP8:
+        scales[lane] = codes.scales_GN
+    else:
+        scales[:, lane] = codes.scales_GN[:, rows]
     if target.zeros_SGN is not None and codes.zeros_GN is not None:
-        target.zeros_SGN[0, :, lane].copy_(codes.zeros_GN)
-
-
-def _one_order(codes: Mapping[Matrix, Codes]) -> Tensor:
-    gate_H, up_H = codes["gate"].order_D, codes["up"].order_D
-    if gate_H is None or up_H is None or not torch.equal(gate_H, up_H):
-        raise CheckpointError("gate and up have features in different orders (g_idx), and a row has room for one")
-    return gate_H
+        target.zeros_SGN[0, :, lane] = codes.zeros_GN[:, rows]

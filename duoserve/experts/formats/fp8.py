@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from duoserve.experts.formats.codes import Codes, Part, StoredTensor, WeightFormat
+from duoserve.experts.formats.codes import Codes, Part, RowsAsTheyAre, StoredTensor, WeightFormat
 from duoserve.kernels.weights import FP8_BLOCK, ExpertFormat
 
 # DeepSeek's are float32; other publishers round them to bfloat16, or to powers of two of one byte.
@@ -30,4 +30,5 @@ class Fp8(WeightFormat):
 
     def codes(self, parts: Mapping[str, Tensor]) -> Codes:
         """As in WeightFormat."""
-        return Codes(ExpertFormat.FP8, FP8_BLOCK, parts["weight"].view(torch.uint8), parts["scales"].float())
+        data = RowsAsTheyAre(parts["weight"].view(torch.uint8))
+        return Codes(ExpertFormat.FP8, FP8_BLOCK, data, parts["scales"].float())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from duoserve.errors import CheckpointError
 from duoserve.experts.formats.codes import Codes, Part, StoredTensor, WeightFormat
 from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, shared_parts
+from duoserve.experts.formats.lanes import RepackedRows, nibbles_of, transposed
 from duoserve.kernels.weights import ExpertFormat
 
 ONES, EIGHTS = 0x11111111, 0x88888888 - (1 << 32)
@@ -48,9 +50,7 @@ class Gptq(WeightFormat):
         return Codes(
             ExpertFormat.INT4,
             self.groups.of(len(order_D)),
-            data_NB=_paired(_by_input(parts["qweight"]).index_select(0, order_D))
-            if self.ordered
-            else _rows(parts["qweight"]),
+            _outputs(parts["qweight"], order_D if self.ordered else None),
             scales_GN=parts["scales"],
             zeros_GN=codes_in(self._zero_words(parts["qzeros"])),
             order_D=order_D if self.ordered else None,
@@ -77,17 +77,14 @@ class Gptq(WeightFormat):
         return qzeros + ONES if self.less_one and not is_plain else qzeros
 
 
-def _rows(words_WN: Tensor) -> Tensor:
-    """The codes of words, two in a byte: uint8 [N, D / 2]; either has the inputs in turn, from the lowest bits up."""
-    return words_WN.T.contiguous().view(torch.uint8)
+def _outputs(words_WN: Tensor, order_D: Tensor | None) -> RepackedRows:
+    """The codes of words, two in a byte; words have the inputs in turn, from the lowest bits up, and so have bytes."""
+    words, num_rows = words_WN.shape
+    convert = partial(transposed, lanes=(0,)) if order_D is None else partial(_reordered, order_D=order_D)
+    return RepackedRows(words_WN, convert, (num_rows, words * words_WN.element_size()))
 
 
-def _by_input(words_WN: Tensor) -> Tensor:
-    """The codes of words, uint8 [D, N]."""
-    bytes_XN = words_WN.view(torch.uint8).view(*words_WN.shape, -1).transpose(1, 2).flatten(0, 1)
-    return torch.stack((bytes_XN & 15, bytes_XN >> 4), dim=1).flatten(0, 1)
-
-
-def _paired(codes_DN: Tensor) -> Tensor:
-    """Two inputs in a byte: uint8 [N, D / 2]."""
-    return (codes_DN[0::2] | (codes_DN[1::2] << 4)).T.contiguous()
+def _reordered(words_WN: Tensor, order_D: Tensor) -> Tensor:
+    """The codes of words, inputs in this order: int32 [N, D / 8]."""
+    four_outputs_D = nibbles_of(words_WN).index_select(0, order_D).view(torch.int32)
+    return transposed((four_outputs_D[1::2] << 4).bitwise_or_(four_outputs_D[0::2]), lanes=range(4))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from duoserve.experts.formats.codes import Codes, Part, StoredTensor, WeightFormat
+from duoserve.experts.formats.codes import Codes, Part, RowsAsTheyAre, StoredTensor, WeightFormat
 from duoserve.kernels.weights import MXFP4_GROUP, ExpertFormat
 
 
@@ -28,4 +28,5 @@ class Mxfp4(WeightFormat):
 
     def codes(self, parts: Mapping[str, Tensor]) -> Codes:
         """As in WeightFormat."""
-        return Codes(ExpertFormat.MXFP4, MXFP4_GROUP, parts["blocks"].flatten(1), parts["scales"].T)
+        data = RowsAsTheyAre(parts["blocks"].flatten(1))
+        return Codes(ExpertFormat.MXFP4, MXFP4_GROUP, data, parts["scales"].T)
