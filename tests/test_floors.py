@@ -21,13 +21,14 @@ F0  errors  architecture  config  timeline  metrics
 F1  kernels/checks  kernels/matmul  kernels/weights  kernels/host_rows  kernels/routing  kernels/paging
     kernels/reference_dequant  kernels/reference_small  kernels/reference_attention  kernels/reference
     kernels/reference_copies  kernels/numerics  kernels/configs  kernels/dequant  kernels/moe_checks  kernels/route
-    kernels/moe_gemm  kernels/moe_gemv  kernels/moe_fill  kernels/copies  kernels/combine  kernels/router
+    kernels/moe_store  kernels/moe_gemm  kernels/moe_gemv  kernels/moe_fill  kernels/copies  kernels/combine
+    kernels/router
     kernels/norm  kernels/rope  kernels/cache_rows  kernels/attention_gqa  kernels/attention_mla  kernels/triton_ops
     kernels/__init__  kernels/recorder  kernels/cuda_graphs
 F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safetensors_header  experts/shards
     experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/rows  experts/pinned  experts/store
     experts/pieces  experts/formats/__init__  experts/formats/codes  experts/formats/fp8  experts/formats/int4
-    experts/formats/awq  experts/formats/gptq  experts/formats/mxfp4  experts/formats/expert_row
+    experts/formats/lanes  experts/formats/awq  experts/formats/gptq  experts/formats/mxfp4  experts/formats/expert_row
     experts/formats/reading  experts/packing  experts/quantizing  experts/host_ram  experts/device  experts/budget
     experts/disk_store  experts/slots  experts/tickets  experts/copy_engine  experts/virtual  experts/streams
     experts/cuda_streams  experts/stream_engine
@@ -56,7 +57,8 @@ F6  server/__init__  server/backend  server/settings  server/errors  server/fiel
     server/token_text  server/answers  server/generation  server/sse  server/http  server/host  server/metrics
     server/status  server/preparing  server/endpoints  server/app  server/run  cli/options  cli/inventory
     cli/generate  cli/chat  cli/info  cli/plan_plot  cli/plan_report  cli/plan  cli/pack  cli/trace
-    cli/train_predictor  cli/plots  cli/replay  cli/evaluate  cli/serve  cli/bench_report  cli/bench  cli/app
+    cli/train_predictor  cli/plots  cli/replay  cli/evaluate  cli/serve  cli/bench_report  loadtest/__init__
+    loadtest/workload  loadtest/figures  loadtest/client  loadtest/measuring  cli/bench_serve  cli/bench  cli/app
     cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]
@@ -76,7 +78,11 @@ MAPPERS = {
     "safetensors.torch.load_file",
     "safetensors.torch.load_model",
 }
-LAZY = {("kernels/__init__", "kernels/triton_ops"), ("cli/serve", "server/run")}  # imported when asked for: extras
+LAZY = {  # imported when asked for: extras
+    ("kernels/__init__", "kernels/triton_ops"),
+    ("cli/serve", "server/run"),
+    ("cli/bench_serve", "loadtest/measuring"),
+}
 IMPORTERS = {"importlib.import_module", "__import__"}
 ANONYMOUS_MAPS = "experts/rows"
 

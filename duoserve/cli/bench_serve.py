@@ -1,0 +1,107 @@
+"""``duoserve bench serve``: a load on an OpenAI-compatible server, and what its latencies and goodput are."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from functools import partial
+from typing import Any
+
+from duoserve.cli.options import Subparsers, add_parser
+from duoserve.errors import ConfigError
+from duoserve.loadtest.figures import ATTAINED, PERCENTILES, GoodputSearch
+from duoserve.loadtest.workload import ARRIVALS, Workload
+from duoserve.service import Objectives
+
+EXAMPLES = """\
+  duoserve bench serve --url http://127.0.0.1:8000 --rate 2 --requests 100
+  duoserve bench serve --url http://127.0.0.1:8000 --arrivals burst --slo-ttft-ms 2000 --slo-tpot-ms 100 --goodput
+"""
+NEEDS_EXTRA = "duoserve bench serve needs httpx: pip install 'duoserve[serve]'"
+MILLISECONDS = 1e-3
+
+
+def add_serve(benches: Subparsers) -> None:
+    """Registers the command."""
+    parser = add_parser(benches, "serve", "load an OpenAI-compatible server, and measure its latencies", EXAMPLES)
+    parser.add_argument("--url", required=True, help="of the server, with or without /v1")
+    parser.add_argument("--model", help="the name to ask for (default: the first that the server has)")
+    parser.add_argument("--api-key", default=os.environ.get("DUOSERVE_API_KEY"), help="default: $DUOSERVE_API_KEY")
+    parser.add_argument("--rate", type=_positive, default=1.0, metavar="R", help="requests a second (default: 1)")
+    parser.add_argument("--requests", type=_count, default=50, metavar="N", help="of a trial (default: 50)")
+    parser.add_argument("--arrivals", choices=ARRIVALS, default="poisson", help="one by one, or eight at once")
+    parser.add_argument("--max-prompt", type=_count, default=1024, metavar="W", help="words (default: 1024)")
+    parser.add_argument("--max-tokens", type=_count, default=512, metavar="T", help="of an answer (default: 512)")
+    parser.add_argument("--slo-ttft-ms", type=_positive, metavar="MS", help="objective for the first token")
+    parser.add_argument("--slo-tpot-ms", type=_positive, metavar="MS", help="objective for each token after it")
+    parser.add_argument("--goodput", action="store_true", help="search, from --rate on, for the highest good rate")
+    parser.add_argument("--trials", type=_count, default=8, metavar="N", help="of that search (default: 8)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout", type=_positive, default=600.0, metavar="S", help="of a request (default: 600)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """One load, or the search for goodput; a line of progress for each trial."""
+    objectives = Objectives(_seconds(args.slo_ttft_ms), _seconds(args.slo_tpot_ms))
+    if args.goodput and objectives == Objectives():
+        raise ConfigError("--goodput counts requests inside objectives: give --slo-ttft-ms, --slo-tpot-ms or both")
+    try:
+        from duoserve.loadtest.measuring import Target, measured  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{NEEDS_EXTRA} ({error.name} is missing)") from error
+    load = Workload(args.requests, args.arrivals, args.max_prompt, args.max_tokens, args.seed)
+    search = GoodputSearch(args.rate, args.trials if args.goodput else 1)
+    target = Target(args.url, args.model, args.api_key, args.timeout)
+    found = asyncio.run(measured(target, load, search, objectives, say=partial(print, file=sys.stderr)))
+    result = vars(load) | {"slo_ttft_ms": args.slo_ttft_ms, "slo_tpot_ms": args.slo_tpot_ms} | found
+    if args.goodput:
+        result |= {"goodput": search.good, "not_good": search.bad}
+    print(json.dumps(result) if args.json else "\n".join(_lines(result)))
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    lines = [f"{result['model']} at {result['url']}, {result['arrivals']} arrivals"]
+    for trial in result["trials"]:
+        lines.append(
+            f"{trial['rate']:.3g} requests/s asked, {trial['requests_per_s']:.3g} answered, "
+            f"{trial['tokens_per_s']:.1f} tok/s, {trial['attained']:.0%} of {trial['requests']} inside objectives, "
+            f"{trial['failed']} failed"
+        )
+        for name in ("ttft", "tpot", "itl"):
+            values = "  ".join(f"p{p} {trial[f'{name}_ms'][f'p{p}']:.1f}" for p in PERCENTILES)
+            lines.append(f"  {name.upper()} ms  {values}")
+        if trial["first_error"]:
+            lines.append(f"  first error: {trial['first_error']}")
+    if "goodput" in result:
+        lines.append(_goodput(result["goodput"], result["not_good"]))
+    return lines
+
+
+def _goodput(good: float | None, bad: float | None) -> str:
+    if good is None:
+        return f"goodput: none found; {bad:.3g} requests/s are too many for {ATTAINED:.0%} inside objectives"
+    above = f"below {bad:.3g}" if bad is not None else "no rate was too high: raise --rate or --trials"
+    return f"goodput: {good:.3g} requests/s with {ATTAINED:.0%} inside objectives ({above})"
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds * MILLISECONDS
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a count of 1 or more")
+    return value

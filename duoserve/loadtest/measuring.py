@@ -1,0 +1,31 @@
+"""A load on a server, once or at the rates that a search for goodput asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from duoserve.loadtest.client import Target, answers, served_model
+from duoserve.loadtest.figures import GoodputSearch, summary
+from duoserve.loadtest.workload import Workload
+from duoserve.service import Objectives
+
+__all__ = ["Target", "measured"]
+
+
+async def measured(
+    target: Target, load: Workload, search: GoodputSearch, objectives: Objectives, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """``url``, ``model``, and for each rate that ``search`` asks for a summary; errors as of the client.
+
+    All trials ask for the same; ``say`` hears a line after each.
+    """
+    trials: list[dict[str, Any]] = []
+    async with target.client() as client:
+        model = await served_model(client, target.model)
+        while (rate := search.next_rate()) is not None:
+            found = summary(await answers(client, model, load.asked(), load.times(rate)), objectives)
+            trials.append({"rate": rate, **found})
+            search.record(rate, found["attained"])
+            say(f"{rate:.3g} requests/s: {found['attained']:.0%} inside objectives")
+    return {"url": target.url, "model": model, "trials": trials}
