@@ -51,8 +51,8 @@ class WorkFeed:
     def __init__(self, recorder: Recorder, num_experts: int, num_lists: int) -> None:
         self._recorder = recorder
         self._num_experts = num_experts
-        self._host_LW = recorder.host((num_lists, 2 * num_experts + 1), torch.int32)
-        self._entries_LW = self._host_LW.numpy()
+        host_LW = recorder.host((num_lists, 2 * num_experts + 1), torch.int32)
+        self._lists = [(host_W, host_W.numpy()) for host_W in host_LW]
         self._device_W = torch.zeros(2 * num_experts + 1, dtype=torch.int32, device=recorder.device)
         self._next = 0
         self.work = DeviceWork(*torch.split_with_sizes(self._device_W, [num_experts, num_experts, 1]))
@@ -63,10 +63,10 @@ class WorkFeed:
 
     def load(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Enqueues the copy of a list of (expert, slot) pairs into ``work``."""
-        ascending, entries = sorted(pairs), self._entries_LW[self._next]
+        (host_W, entries), ascending = self._lists[self._next], sorted(pairs)
         num = len(ascending)
         entries[:num] = [expert for expert, _ in ascending]
         entries[self._num_experts : self._num_experts + num] = [slot for _, slot in ascending]
         entries[-1] = num
-        self._recorder.copy(self._device_W, self._host_LW[self._next])
+        self._recorder.copy(self._device_W, host_W)
         self._next += 1

@@ -133,8 +133,8 @@ class SlotTable:
 
     def unhold(self, slot: int) -> None:
         """Takes one hold back."""
-        self._check_slot(slot)
-        if not self._holds[slot]:
+        if not (0 <= slot < self.num_slots and self._holds[slot]):
+            self._check_slot(slot)
             raise IntegrityError(f"unhold of {self._describe(slot)}: it is not held")
         self._holds[slot] -= 1
 
@@ -178,8 +178,8 @@ class SlotTable:
         return expert
 
     def _require(self, slot: int, state: SlotState, action: str) -> None:
-        self._check_slot(slot)
-        if self._states[slot] is not state:
+        if not (0 <= slot < self.num_slots and self._states[slot] is state):
+            self._check_slot(slot)
             raise IntegrityError(f"{action} of {self._describe(slot)}: it must be {state.name}")
 
     def _check_slot(self, slot: int) -> None:

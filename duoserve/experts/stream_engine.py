@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,16 +19,27 @@ from duoserve.experts.rows import aligned_rows
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.streams import Lane, Mark, Streams
-from duoserve.experts.tickets import PIECE_BYTES, Priority, Ticket, TicketQueue
+from duoserve.experts.tickets import PIECE_BYTES, Priority, Ticket, TicketQueue, TicketState
 
-PIECES_IN_FLIGHT = 2  # one is being copied and the next stands behind it, so that the link never idles
+# As much of the prefetches stands on their lane as is in so many pieces: one is being copied and the next waits behind
+# it, so that the link never idles. A GPU copies in the order of enqueueing, whatever the priorities of the streams are.
+PIECES_IN_FLIGHT = 2
 
 StallListener = Callable[[float], None]  # told for how many seconds the compute lane waited for a copy
 
 
-class _Arrival(NamedTuple):
-    """Between these marks lies a copy."""
+class _Piece(NamedTuple):
+    """Bytes of a prefetch that stand on its lane up to this mark."""
 
+    end: Mark
+    nbytes: int
+
+
+@dataclass(slots=True)
+class _Copy:
+    """Between these marks lies what has been enqueued of a copy; it goes on on ``lane``."""
+
+    lane: Lane
     begin: Mark
     end: Mark
 
@@ -36,10 +48,10 @@ class StreamCopyEngine(CopyEngine):
     """Enqueues copies on the lanes of ``streams``. A ticket is DONE once kernels that read its slot may be enqueued.
 
     A demand for an expert that lies in host RAM is enqueued by ``submit`` itself, on a lane of its own. ``num_threads``
-    threads carry out all else: prefetches from RAM, of which at most PIECES_IN_FLIGHT pieces of ``piece_bytes`` stand
-    on their lane at a time, and reads from the disk, through a row of their own, page-locked if ``pinned``. A copy into
-    a slot starts after the kernels before its ``fence``. ``wait`` makes the compute lane wait, and
-    the host only for copies that no thread has enqueued yet.
+    threads carry out all else: prefetches, in pieces of ``piece_bytes`` of which PIECES_IN_FLIGHT stand on their lane
+    at a time, and reads from the disk, through a row of their own, page-locked if ``pinned``. What has not been
+    enqueued of a prefetch can be promoted or cancelled. A copy into a slot starts after the kernels before its
+    ``fence``. ``wait`` makes the compute lane wait, and the host only for copies that no thread has enqueued yet.
     """
 
     def __init__(  # noqa: PLR0913
@@ -59,22 +71,26 @@ class StreamCopyEngine(CopyEngine):
         self._store = store
         self._pool = pool
         self._streams = streams
+        self._slot_bytes = store.layout.slot_bytes
         self._piece_bytes = piece_bytes
         self._on_copied = on_copied
         self._on_stalled = on_stalled
         self._queue = TicketQueue()
-        self._arrivals: dict[Ticket, _Arrival] = {}  # enqueued and not DONE, in the order of enqueueing
-        self._unreported: deque[_Arrival] = deque()
+        self._copying: dict[Ticket, _Copy] = {}  # of which something has not been enqueued yet
+        self._arrivals: dict[Ticket, _Copy] = {}  # enqueued and not DONE, in the order of enqueueing
+        self._unreported: deque[_Copy] = deque()
         self._stalls: deque[tuple[Mark, Mark]] = deque()
+        self._standing: deque[_Piece] = deque()  # pieces of prefetches on their lane
         self._readers: dict[int, Mark] = {}  # by slot: where its last readers end
+        self._landing: dict[int, Mark] = {}  # by slot: where the last piece of a copy that was cancelled ends
         self._closed = False
         self._origin = streams.mark(Lane.DEMAND)
         streams.wait(self._origin)  # times are counted from it in every lane, which may be ahead of this one
         self._origin_s = self.now()
-        lock = threading.RLock()
-        self._queued = threading.Condition(lock)  # a ticket can be taken, or the engine closes
-        self._changed = threading.Condition(lock)  # a ticket has been enqueued or has finished
-        self._staging_NB = aligned_rows(num_threads, store.layout.slot_bytes)
+        self._lock = threading.RLock()
+        self._queued = threading.Condition(self._lock)  # a ticket can be taken, or the engine closes
+        self._changed = threading.Condition(self._lock)  # a ticket has been enqueued or has finished
+        self._staging_NB = aligned_rows(num_threads, self._slot_bytes)
         self._pinned = pinned and pin(self._staging_NB)
         self._threads = [
             threading.Thread(target=self._work, args=(row_B,), name=f"duoserve-copy-{i}", daemon=True)
@@ -89,8 +105,8 @@ class StreamCopyEngine(CopyEngine):
 
     def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
         """As in CopyEngine."""
-        ticket = Ticket(expert, slot, priority, self._store.layout.slot_bytes, self.now())
-        with self._queued:
+        ticket = Ticket(expert, slot, priority, self._slot_bytes, self.now())
+        with self._lock:
             if self._closed:
                 raise ClosedError(f"a copy of expert {expert.layer}/{expert.expert} was asked for after close()")
             if not self._enqueue_at_once(ticket):
@@ -100,7 +116,7 @@ class StreamCopyEngine(CopyEngine):
 
     def promote(self, ticket: Ticket) -> None:
         """As in CopyEngine; what is left of a prefetch that has begun goes on as a demand."""
-        with self._queued:
+        with self._lock:
             if ticket.finished or ticket.priority is Priority.DEMAND:
                 return
             if not self._queue.discard(ticket):
@@ -112,8 +128,8 @@ class StreamCopyEngine(CopyEngine):
 
     def cancel(self, ticket: Ticket) -> bool:
         """As in CopyEngine."""
-        with self._changed:
-            if not self._queue.discard(ticket):
+        with self._lock:
+            if not (self._queue.discard(ticket) or self._stop(ticket)):
                 return False
             ticket.cancel(self.now())
             self._changed.notify_all()
@@ -121,9 +137,8 @@ class StreamCopyEngine(CopyEngine):
 
     def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
         """As in CopyEngine; of copies that are on their way, the compute lane waits for the one enqueued first."""
-        with self._changed:
+        with self._lock:
             while tickets:
-                self._reap()
                 if finished := [ticket for ticket in tickets if ticket.finished]:
                     return finished
                 enqueued = next((ticket for ticket in self._arrivals if ticket in tickets), None)
@@ -136,17 +151,17 @@ class StreamCopyEngine(CopyEngine):
     def fence(self, slots: Collection[int]) -> None:
         """As in CopyEngine: what the compute lane has been filled with so far may read these slots."""
         mark = self._streams.mark(Lane.COMPUTE)
-        with self._changed:
+        with self._lock:
             self._readers.update(dict.fromkeys(slots, mark))
 
     def settle(self) -> None:
         """Tickets whose copies have been made are DONE, and what was measured is reported."""
-        with self._changed:
+        with self._lock:
             self._reap()
 
     def close(self) -> None:
         """As in CopyEngine."""
-        with self._queued:
+        with self._lock:
             self._closed = True
             for ticket in self._queue.clear():
                 ticket.cancel(self.now())
@@ -154,8 +169,8 @@ class StreamCopyEngine(CopyEngine):
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
-        for arrival in [*self._arrivals.values(), *self._unreported]:
-            self._streams.wait(arrival.end)
+        for copy in [*self._arrivals.values(), *self._unreported]:
+            self._streams.wait(copy.end)
         self.settle()
         if self._pinned:
             unpin(self._staging_NB)
@@ -167,39 +182,72 @@ class StreamCopyEngine(CopyEngine):
         if row_B is None:
             return False
         ticket.start(self.now())
-        self._arrived(ticket, self._copy(ticket, row_B, ticket.nbytes))
+        self._copy(ticket, row_B)
         return True
 
-    def _copy(self, ticket: Ticket, row_B: Tensor, piece_bytes: int) -> _Arrival:
-        """Enqueues the copy in pieces, behind the slot's last readers."""
-        with self._changed:
-            readers = self._readers.pop(ticket.slot, None)
-        lane = _lane(ticket)
-        if readers is not None:
-            self._streams.after(lane, readers)
-        begin = self._streams.mark(lane)
-        in_flight: deque[Mark] = deque()
-        target_B = self._pool.row(ticket.slot)
+    def _copy(self, ticket: Ticket, row_B: Tensor) -> Mark:
+        """Enqueues the copy behind all that uses the slot, until it is cancelled; returns where it ends on its lane."""
+        copy = self._begin(ticket)
         try:
-            for start in range(0, ticket.nbytes, piece_bytes):
-                if len(in_flight) == PIECES_IN_FLIGHT:
-                    self._streams.wait(in_flight.popleft())
-                if lane is not _lane(ticket):  # it has been promoted meanwhile
-                    lane = _lane(ticket)
-                    self._streams.after(lane, in_flight[-1] if in_flight else begin)
-                stop = min(start + piece_bytes, ticket.nbytes)
-                self._streams.copy(lane, target_B[start:stop], row_B[start:stop])
-                in_flight.append(self._streams.mark(lane))
+            while ticket.sent < ticket.nbytes and ticket.state is not TicketState.CANCELLED:
+                in_the_way = self._enqueue(ticket, copy, row_B)
+                if in_the_way is not None:
+                    self._streams.wait(in_the_way)
         except BaseException:
-            for mark in in_flight:  # the slot and the row are about to be somebody else's
-                self._streams.wait(mark)
+            self._streams.wait(copy.end)  # the slot and the row are about to be somebody else's
             raise
-        return _Arrival(begin, in_flight[-1])
+        finally:
+            with self._lock:
+                self._copying.pop(ticket, None)
+        return copy.end
 
-    def _arrived(self, ticket: Ticket, arrival: _Arrival) -> None:
-        with self._changed:
-            self._arrivals[ticket] = arrival
-            self._changed.notify_all()
+    def _begin(self, ticket: Ticket) -> _Copy:
+        lane = _lane(ticket)
+        with self._lock:
+            for users in (self._readers.pop(ticket.slot, None), self._landing.pop(ticket.slot, None)):
+                if users is not None:
+                    self._streams.after(lane, users)
+            begin = self._streams.mark(lane)
+            copy = self._copying[ticket] = _Copy(lane, begin, begin)
+        return copy
+
+    def _enqueue(self, ticket: Ticket, copy: _Copy, row_B: Tensor) -> Mark | None:
+        """All that is left of a demand or a piece of a prefetch; else returns what must pass before there is room."""
+        with self._lock:
+            if ticket.state is TicketState.CANCELLED:
+                return None
+            lane, start, stop = _lane(ticket), ticket.sent, ticket.nbytes
+            if lane is Lane.PREFETCH:
+                stop = min(start + self._piece_bytes, stop)
+                if (in_the_way := self._in_the_way(stop - start)) is not None:
+                    return in_the_way
+            if lane is not copy.lane:  # it has been promoted meanwhile
+                self._streams.after(lane, copy.end)
+                copy.lane = lane
+            self._streams.copy(lane, self._pool.row(ticket.slot)[start:stop], row_B[start:stop])
+            copy.end, ticket.sent = self._streams.mark(lane), stop
+            if lane is Lane.PREFETCH:
+                self._standing.append(_Piece(copy.end, stop - start))
+            if stop == ticket.nbytes:
+                del self._copying[ticket]
+                self._arrivals[ticket] = copy
+                self._changed.notify_all()
+        return None
+
+    def _in_the_way(self, nbytes: int) -> Mark | None:
+        """What must pass before ``nbytes`` more of prefetches may stand on their lane; None if they may now."""
+        standing = self._standing
+        while standing and self._streams.passed(standing[0].end):
+            standing.popleft()
+        most = PIECES_IN_FLIGHT * self._piece_bytes
+        return standing[0].end if standing and sum(one.nbytes for one in standing) + nbytes > most else None
+
+    def _stop(self, ticket: Ticket) -> bool:
+        """Whether there is something left of a prefetch that can be kept from its lane."""
+        if ticket.priority is Priority.DEMAND or ticket not in self._copying:
+            return False
+        self._landing[ticket.slot] = self._copying.pop(ticket).end
+        return True
 
     def _join(self, ticket: Ticket) -> None:
         """Makes the compute lane wait for the copy, and takes note of for how long it does."""
@@ -213,8 +261,13 @@ class StreamCopyEngine(CopyEngine):
         ticket.finish(self.now())
 
     def _reap(self) -> None:
-        for ticket in [ticket for ticket, arrival in self._arrivals.items() if self._streams.passed(arrival.end)]:
-            self._finish(ticket)
+        held_up: Lane | None = None  # of the copies on one lane the first arrives first
+        for ticket, copy in [*self._arrivals.items()]:
+            if copy.lane is not held_up:
+                if self._streams.passed(copy.end):
+                    self._finish(ticket)
+                else:
+                    held_up = copy.lane
         while self._unreported and self._streams.passed(self._unreported[0].end):
             self._report(self._unreported.popleft())
         while self._stalls and self._streams.passed(self._stalls[0][1]):
@@ -222,27 +275,30 @@ class StreamCopyEngine(CopyEngine):
             if self._on_stalled is not None:
                 self._on_stalled(self._streams.seconds(before, after))
 
-    def _report(self, arrival: _Arrival) -> None:
+    def _report(self, copy: _Copy) -> None:
         if self._on_copied is not None:
-            begin_s, end_s = (self._origin_s + self._streams.seconds(self._origin, mark) for mark in arrival)
-            self._on_copied(begin_s, end_s, self._store.layout.slot_bytes)
+            begin_s, end_s = (
+                self._origin_s + self._streams.seconds(self._origin, mark) for mark in (copy.begin, copy.end)
+            )
+            self._on_copied(begin_s, end_s, self._slot_bytes)
 
     def _work(self, staging_B: Tensor) -> None:
         while (ticket := self._take()) is not None:
             error = self._carry_out(ticket, staging_B)
             if error is not None:
-                with self._changed:
+                with self._lock:
                     ticket.finish(self.now(), error)
                     self._changed.notify_all()
 
     def _take(self) -> Ticket | None:
         """The next ticket, RUNNING; blocks while there is none. None once the engine is closed."""
-        with self._queued:
+        with self._lock:
             while (whole := self._queue.take(self._may_start) or self._queue.take()) is None:
                 if self._closed:
                     return None
                 self._queued.wait()
             whole.ticket.start(self.now())
+            whole.ticket.sent = 0  # it has been taken, but nothing of it is on its lane yet
             return whole.ticket
 
     def _may_start(self, ticket: Ticket) -> bool:
@@ -255,10 +311,9 @@ class StreamCopyEngine(CopyEngine):
             row_B = self._store.host_row(ticket.expert)
             if row_B is None:
                 self._store.read(ticket.expert, staging_B)
-            arrival = self._copy(ticket, staging_B if row_B is None else row_B, self._piece_bytes)
-            self._arrived(ticket, arrival)
+            end = self._copy(ticket, staging_B if row_B is None else row_B)
             if row_B is None:
-                self._streams.wait(arrival.end)  # the next read overwrites the staging row
+                self._streams.wait(end)  # the next read overwrites the staging row
         except BaseException as error:  # whatever it is: a thread that ends here leaves its waiters waiting for ever
             return ticket.failure(error)
         return None

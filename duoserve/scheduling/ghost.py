@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from duoserve.scheduling.eviction import Eviction, least_valued
 from duoserve.scheduling.plan import ModelShape
@@ -32,24 +32,32 @@ class Ghost:
         """A decode step's layer uses ``experts``, for which the least of ``values`` go; returns how many it misses."""
         here = self.slots[layer]
         missing = [expert for expert in experts if expert not in here]
-        for expert in missing:
-            if self._free > 0 or self._give_up(layer, experts, values):
-                self._free -= 1
-                here[expert] = self._seat(layer, expert)
-        for expert in (*(expert for expert in reversed(experts) if expert not in missing), *missing):
+        if missing:
+            self._admit(layer, missing, frozenset(experts), values)
+        kept = [expert for expert in reversed(experts) if expert not in missing] if missing else reversed(experts)
+        for expert in (*kept, *missing):
             if expert in here:
                 here[expert] = here.pop(expert)  # what has just been copied is released last
         return len(missing)
 
-    def _give_up(self, loading: int, held: Sequence[int], values: Values) -> bool:
+    def _admit(self, layer: int, missing: Sequence[int], held: Collection[int], values: Values) -> None:
+        """As far as there are slots, or experts that are not ``held`` in this layer can be given up."""
+        here, idle = self.slots[layer], [*self.slots]
+        idle[layer] = {expert: seat for expert, seat in here.items() if expert not in held}
+        for expert in missing:
+            if self._free > 0 or self._give_up(layer, idle, values):
+                self._free -= 1
+                here[expert] = self._seat(layer, expert)
+
+    def _give_up(self, loading: int, idle: Sequence[dict[int, int]], values: Values) -> bool:
         """Makes a slot free; False if the layer that is ``loading`` holds them all."""
-        idle = [*self.slots]
-        idle[loading] = {expert: seat for expert, seat in idle[loading].items() if expert not in held}
         for layers in self._eviction.groups(loading, self.slots, self._quotas):
             seat = least_valued(layers, idle, values, ())
             if seat is not None:
                 layer, expert = divmod(seat, self._num_experts)
                 del self.slots[layer][expert]
+                if layer == loading:
+                    del idle[layer][expert]
                 self._free += 1
                 return True
         return False

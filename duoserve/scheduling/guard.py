@@ -71,6 +71,8 @@ class Guard(Ranking):
 
     def _judge(self, rival: Ranking, layer: int, experts: Sequence[int]) -> None:
         rivals = self._rivals_ghost.use(layer, experts, rival.values)
+        if not (rivals or self.missed):
+            return  # neither cache has changed
         most = self._ghost.num_slots  # more would change nothing today, and let through too much on another day
         self._credit = min(most, self._credit + (1 + ALLOWED) * rivals - self.missed)
         apart = len(self._rivals_ghost.slots[layer].keys() - self._ghost.slots[layer].keys())

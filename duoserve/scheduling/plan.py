@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -90,13 +90,13 @@ class LayerView(NamedTuple):
 
     layer: int
     wanted: tuple[int, ...]
-    present: Mapping[int, frozenset[int]]
+    present: Mapping[int, Collection[int]]
     num_tokens: int
     ring: RingView = NO_RING
 
     def demand(self) -> tuple[int, ...]:
         """The wanted experts that are neither in a slot nor on their way, in the order they are wanted."""
-        present = self.present.get(self.layer, frozenset())
+        present = self.present.get(self.layer, ())
         return tuple([expert for expert in self.wanted if expert not in present])
 
     def absent(self, experts: Iterator[ExpertId]) -> Iterator[ExpertId]:

@@ -79,11 +79,12 @@ class Residency:
     def use(self, expert: ExpertId) -> int | None:
         """Holds a READY expert for the layer that asks for it and returns its slot; None if it is not READY."""
         slot = self.slots[expert.layer].get(expert.expert)
-        if slot is None or expert in self._copies:
+        if slot is None or (self._copies and expert in self._copies):
             return None
         self.table.hold(slot)
         self.idle[expert.layer].pop(expert.expert, None)
-        self.ledger.used(expert)
+        if self.ledger.unused:
+            self.ledger.used(expert)
         return slot
 
     def release(self, layer: int, batch: Sequence[ReadyExpert]) -> None:

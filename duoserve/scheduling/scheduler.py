@@ -260,9 +260,9 @@ class Scheduler(ExpertSource):
     def _plan(self, run: _Pass, layer: int, wanted: Sequence[int]) -> LayerPlan:
         slots = self._residency.slots
         if self._policy.looks_ahead(run.phase):
-            present = {other: frozenset(slots[other]) for other in self._shape.layers}
+            present = {other: slots[other] for other in self._shape.layers}
         else:
-            present = {layer: frozenset(slots[layer])} if layer != BEFORE_FIRST else {}
+            present = {layer: slots[layer]} if layer != BEFORE_FIRST else {}
         view = LayerView(layer, tuple(wanted), present, run.num_tokens, run.space.ring_view(layer))
         if run.phase is Phase.PREFILL:
             return plan_prefill(self._policy.prefill, view, self._shape)

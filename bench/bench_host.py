@@ -1,0 +1,177 @@
+"""What the host does in a decode step in event mode, apart from the model and the device: microseconds a layer.
+
+    python bench/bench_host.py [--json OUT] [--rounds 7]
+
+The scheduler, the copy engine of a GPU and the work lists are the real ones; the device is one whose every lane is done
+at once, and no byte moves. What it is asked for is counted, for on a GPU each such call takes the host time as well,
+which is not measured here. The ceiling is what event mode may take a layer in all: 40 us.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duoserve.config import Phase
+from duoserve.decode_inputs import WorkFeed
+from duoserve.experts.layout import ExpertId, ExpertLayout
+from duoserve.experts.slots import SlotPool, SlotTable
+from duoserve.experts.store import ExpertStore
+from duoserve.experts.stream_engine import StreamCopyEngine
+from duoserve.experts.streams import Lane, Mark, Streams
+from duoserve.kernels import by_demand
+from duoserve.kernels.recorder import Recorder
+from duoserve.metrics import Meter
+from duoserve.scheduling.policies import get_policy
+from duoserve.scheduling.scheduler import Scheduler
+
+CEILING_US = 40.0
+STEPS, WARM_STEPS = 100, 60
+LAYOUT = ExpertLayout(torch.bfloat16, hidden=32, intermediate=16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """``layers`` of ``experts``, of which a token takes ``top_k``; so many of these are in no slot."""
+
+    name: str
+    policy: str
+    layers: int
+    experts: int
+    top_k: int
+    slots_per_layer: int
+    misses: int
+
+    def wanted(self, step: int) -> list[int]:
+        """What every layer's router chooses: some are chosen in every step, the others in turn, too many to be kept."""
+        kept = self.top_k - self.misses
+        others = self.experts - kept
+        return [*range(kept), *(kept + (step * self.misses + i) % others for i in range(self.misses))]
+
+
+CASES = [
+    Case(f"{model}, {policy}, {misses} misses", policy, *shape, misses)
+    for model, shape in {"Qwen3-30B-A3B": (48, 128, 8, 32), "Mixtral-8x7B": (32, 8, 2, 3)}.items()
+    for policy in ("lru", "duoserve")
+    for misses in (0, 1, 2)
+]
+
+
+class At(Mark):
+    """Passed at the next router's choice, for which the host waits."""
+
+    def __init__(self, choice: int) -> None:
+        self.choice = choice
+
+
+class NoDevice(Streams):
+    """Moves no byte and has done everything at the next router's choice; ``calls`` counts what a GPU would be asked."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.choice = 0
+
+    def mark(self, lane: Lane) -> Mark:
+        """As in Streams."""
+        self.calls["mark"] += 1
+        return At(self.choice)
+
+    def after(self, lane: Lane, mark: Mark) -> None:
+        """As in Streams."""
+        self.calls["after"] += 1
+
+    def copy(self, lane: Lane, target_B: Tensor, source_B: Tensor) -> None:
+        """As in Streams."""
+        self.calls["copy"] += 1
+
+    def passed(self, mark: Mark) -> bool:
+        """As in Streams."""
+        self.calls["passed"] += 1
+        assert isinstance(mark, At)
+        return mark.choice < self.choice
+
+    def wait(self, mark: Mark) -> None:
+        """As in Streams."""
+
+    def seconds(self, earlier: Mark, later: Mark) -> float:
+        """As in Streams."""
+        self.calls["seconds"] += 1
+        return 0.0
+
+
+class InRam(ExpertStore):
+    """One row for every expert."""
+
+    layout = LAYOUT
+
+    def __init__(self) -> None:
+        self._row_B = torch.zeros(LAYOUT.slot_bytes, dtype=torch.uint8)
+
+    def host_row(self, expert: ExpertId) -> Tensor:
+        """As in ExpertStore."""
+        return self._row_B
+
+
+class NoRecorder(Recorder):
+    """Host memory, and copies that are not made."""
+
+    device = torch.device("cpu")
+
+    def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """As in Recorder."""
+        return torch.zeros(shape, dtype=dtype)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """As in Recorder."""
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Microseconds a layer over the steps, and the calls of a layer."""
+    streams, store, meter = NoDevice(), InRam(), Meter()
+    num_slots = case.layers * case.slots_per_layer
+    pool = SlotPool(num_slots, LAYOUT)
+    engine = StreamCopyEngine(store, pool, streams, on_copied=meter.copied, on_stalled=meter.stalled)
+    scheduler = Scheduler(
+        table=SlotTable(case.layers, case.experts, num_slots),
+        pool=pool,
+        engine=engine,
+        policy=get_policy(case.policy),
+        top_k=case.top_k,
+        num_layers=case.layers,
+        num_experts=case.experts,
+        meter=meter,
+    )
+    feed = WorkFeed(NoRecorder(), case.experts, case.top_k)
+    with closing(scheduler):
+        steps = [_step(scheduler, streams, feed, case, step) for step in range(WARM_STEPS)]
+        meter.reset()
+        streams.calls.clear()
+        steps = [_step(scheduler, streams, feed, case, step) for step in range(WARM_STEPS, WARM_STEPS + STEPS)]
+    asked = STEPS * case.layers
+    assert meter.snapshot().misses["decode"] == asked * case.misses
+    calls = {name: count / asked for name, count in sorted(streams.calls.items())}
+    return {"us_per_layer": 1e6 * statistics.median(steps) / case.layers, "low": 1e6*min(steps)/case.layers, "calls_per_layer": calls}
+
+
+def _step(scheduler: Scheduler, streams: NoDevice, feed: WorkFeed, case: Case, step: int) -> float:
+    """What ``EventStep`` does between a step's recordings; returns the seconds that took."""
+    choice_BK = torch.tensor([case.wanted(step)])
+    began = time.perf_counter()
+    scheduler.begin(Phase.DECODE, 1)
+    for layer in range(case.layers):
+        streams.choice += 1
+        feed.rewind()
+        rows = Counter(chain.from_iterable(choice_BK.tolist()))
+        with scheduler.acquire(layer, by_demand(rows)) as lease:
+            for ready in lease:
+                feed.load(ready)
+    scheduler.end()
+    return time.perf_counter() - began
