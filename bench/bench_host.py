@@ -158,7 +158,11 @@ def measure(case: Case) -> dict[str, Any]:
     asked = STEPS * case.layers
     assert meter.snapshot().misses["decode"] == asked * case.misses
     calls = {name: count / asked for name, count in sorted(streams.calls.items())}
-    return {"us_per_layer": 1e6 * statistics.median(steps) / case.layers, "low": 1e6*min(steps)/case.layers, "calls_per_layer": calls}
+    return {
+        "us_per_layer": 1e6 * statistics.median(steps) / case.layers,
+        "low": 1e6 * min(steps) / case.layers,
+        "calls_per_layer": calls,
+    }
 
 
 def _step(scheduler: Scheduler, streams: NoDevice, feed: WorkFeed, case: Case, step: int) -> float:

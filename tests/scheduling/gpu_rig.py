@@ -12,6 +12,7 @@ from duoserve.experts.slots import SlotPool, SlotTable
 from duoserve.experts.tickets import PIECE_BYTES
 from duoserve.experts.virtual import ComputeLane, VirtualClock
 from duoserve.metrics import Meter
+from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.scheduling.source import ReadyExpert
@@ -29,6 +30,9 @@ class Shape(NamedTuple):
     expert_bytes: int
     attention_bytes: int  # of the weights between two MoE blocks, router included
     attention_width: int  # heads * head_dim
+
+    def of_model(self) -> ModelShape:
+        return ModelShape(self.experts, self.top_k, tuple(range(self.layers)))
 
     def all_experts(self) -> Routing:
         return [list(range(self.experts))] * self.layers

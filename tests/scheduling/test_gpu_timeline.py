@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from duoserve.config import Phase
 from duoserve.experts.tickets import PIECE_BYTES
+from duoserve.scheduling.plan import PrefillMode
 from duoserve.scheduling.policies import POLICIES
+from duoserve.scheduling.prefill import RING_SLOTS, ring_size
 from tests.scheduling.gpu_rig import MIXTRAL, QWEN3, Device, GpuRig, Shape
 from tests.scheduling.recording import (
     Carried,
@@ -78,9 +80,28 @@ class TestPrefill:
         attention_s, expert_s = FAST.attention(shape, tokens), FAST.expert(shape, tokens)
         ttft_s = rig.run(Phase.PREFILL, shape.all_experts(), tokens, attention_s, expert_s)
         copies = len(rig.engine.tickets) - before[0]
-        assert copies <= shape.layers * shape.experts - rig.table.num_slots * 7 // 8  # an eighth is the ring's limit
+        assert copies <= shape.layers * shape.experts - rig.table.num_slots * 7 // 8  # so long a ring takes no more
         assert ttft_s <= 1.05 * copies * rig.copy_s
         assert busy_share(rig.engine.log[before[1] :]) >= 0.95
+        assert_orderly(rig)
+
+    @models
+    @links
+    @pytest.mark.parametrize("share", [0.01, 0.02, 0.05])
+    def test_few_slots_cost_what_the_link_cannot_bring_during_attention(
+        self, share: float, shape: Shape, link: float
+    ) -> None:
+        """While attention is computed no slot comes free: the ring is all that the link can fill meanwhile."""
+        tokens, slots = 8192, max(RING_SLOTS, slots_for(shape, share))
+        rig = GpuRig("lru", shape, slots, link)
+        attention_s, expert_s = SLOW.attention(shape, tokens), SLOW.expert(shape, tokens)
+        ttft_s = rig.run(Phase.PREFILL, shape.all_experts(), tokens, attention_s, expert_s)
+        ring = ring_size(PrefillMode.OVERLAP, shape.of_model(), tokens, slots, shape.layers * shape.experts)
+        assert ring <= max(RING_SLOTS, slots // 2)
+        brought = min(ring, attention_s / rig.copy_s)
+        left_s = max(shape.experts * expert_s, (shape.experts - brought) * rig.copy_s)
+        bound_s = shape.layers * max(shape.experts * rig.copy_s, attention_s + left_s)
+        assert ttft_s <= 1.05 * bound_s
         assert_orderly(rig)
 
 
