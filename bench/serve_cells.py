@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from serve_models import MODELS, Unavailable
+from serve_models import BF16, MODELS
 
 from duoserve.config import DECODE_MODES
 from duoserve.scheduling.plan import DecodeMode, PrefillMode
@@ -56,7 +56,7 @@ class Cell:
     batch: int = 1
     without: str = ""
     mode: str = AUTO
-    format: str = "bf16"
+    format: str = BF16
 
     @property
     def name(self) -> str:
@@ -76,10 +76,13 @@ class Cell:
         """For the worker and the result file."""
         return asdict(self)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether no part is off, and decode steps are launched as the engine would."""
+        return not self.without and self.mode == AUTO
+
     def switched(self) -> tuple[Policy, Part]:
-        """The policy with its part off, and the part; Unavailable for what there is not yet."""
-        if self.format != "bf16":
-            raise Unavailable("issue 6")
+        """The policy with its part off, and the part."""
         part = PARTS.get(self.without, Part(""))
         return part.of_policy(get_policy(self.policy)), part
 
@@ -95,7 +98,7 @@ def cells(models: Sequence[str] = tuple(MODELS)) -> list[list[Cell]]:
 
 
 def _stages(model: str) -> list[list[Cell]]:
-    """Budgets and baselines; other policies; prompts; batches; parts; and what there is not yet."""
+    """Budgets and baselines; other policies; prompts; batches; parts; ways to launch; and other formats."""
     keeping = [p.name for p in POLICIES.values() if p.keeps and not p.all_resident]
     others = [name for name in keeping if name != BASE]
     budgets = [Cell(model, BASE, share) for share in SHARES]
@@ -106,7 +109,7 @@ def _stages(model: str) -> list[list[Cell]]:
     parts = [Cell(model, part.base, MIDDLE_SHARE, without=part.name) for part in PARTS.values()]
     launches = [Cell(model, BASE, share, mode=mode) for mode in (EVENT, GRAPH) for share in SHARES[:3]]
     formats = [Cell(model, BASE, share, format=f) for f in _other_formats(model) for share in SHARES]
-    return [[*budgets, Cell(model, "resident", ALL), *baselines], policies, prompts, batches, parts, launches + formats]
+    return [[*budgets, Cell(model, "resident", ALL), *baselines], policies, prompts, batches, parts, launches, formats]
 
 
 def _at_a_quarter(model: str, keeping: Sequence[str], prompt: int = PROMPTS[0], batch: int = 1) -> list[Cell]:

@@ -16,9 +16,11 @@ from duoserve.experts.layout import ExpertLayout
 from duoserve.models.family import Family
 from duoserve.models.registry import family_of
 from duoserve.models.tensors import ReadTensor, TensorNeed
+from duoserve.planning.formats import layout_in
 from duoserve.scheduling.synthetic import CARDS, RoutingCard
 
 EMBEDDING = "embed_tokens"
+BF16 = "bf16"  # the format of the checkpoints
 
 _COMMON: dict[str, Any] = {"dtype": "bfloat16", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
 _MIXTRAL = _COMMON | {
@@ -91,16 +93,16 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Wired:
-    """A model that can be built: its family, and what its config.json means."""
+    """A model that can be built: its family, what its config.json means, and the ``format`` of its experts."""
 
     family: Family
     config: ModelConfig
+    format: str
 
     @property
     def layout(self) -> ExpertLayout:
         """The bytes of an expert."""
-        config = self.config
-        return ExpertLayout(config.dtype, config.hidden_size, config.expert_intermediate_size)
+        return layout_in(self.config, self.format, self.config.dtype)
 
     @property
     def dense_needs(self) -> dict[str, TensorNeed]:
@@ -141,11 +143,11 @@ class ServeModel:
     raw: dict[str, Any]
     card: RoutingCard
 
-    def wired(self) -> Wired:
-        """With the family that knows it; Unavailable where there is none."""
+    def wired(self, format: str = BF16) -> Wired:
+        """With the family that knows it, and experts in ``format``; Unavailable where there is none."""
         try:
             family = family_of(self.raw)
-            return Wired(family, family.parse_config(self.raw))
+            return Wired(family, family.parse_config(self.raw), format)
         except ConfigError as error:
             raise Unavailable(f"no family: {error}") from error
 

@@ -31,7 +31,7 @@ WEIGHT_STD = 0.02
 
 
 class HostArena:
-    """Host memory full of small random bfloat16 weights, page-locked if ``pinned``: any row of it is an expert."""
+    """Host memory full of small random weights, page-locked if ``pinned``: any row of it is an expert in any format."""
 
     def __init__(self, nbytes: int, pinned: bool) -> None:
         pages = aligned_rows(nbytes // PAGE_BYTES, PAGE_BYTES)
@@ -51,9 +51,11 @@ class HostArena:
 
 
 def random_weights(nbytes: int) -> Tensor:
-    """Small bfloat16 numbers as bytes."""
+    """Small bfloat16 numbers as bytes, none of which is NaN in e4m3: codes and scales of any format too."""
     generator = torch.Generator().manual_seed(0)
-    return (torch.randn(nbytes // 2, generator=generator) * WEIGHT_STD).bfloat16().view(torch.uint8)
+    bytes_B = (torch.randn(nbytes // 2, generator=generator) * WEIGHT_STD).bfloat16().view(torch.uint8)
+    bytes_B[(bytes_B & 0x7F) == 0x7F] -= 1
+    return bytes_B
 
 
 class SharedRows(ExpertStore):

@@ -13,6 +13,7 @@ from typing import Any
 
 from report import table
 from serve_cells import AUTO, Cell
+from serve_models import BF16
 
 Result = dict[str, Any]
 Part = dict[str, Any]
@@ -147,7 +148,7 @@ def parts_off(result: Result) -> str:
     plain = {
         (part["model"], cell.policy, cell.share): part["row"]
         for part in _measured(result)
-        if (cell := Cell(**part["cell"])).group[1:] == (128, 1) and not cell.without
+        if (cell := Cell(**part["cell"])).group[1:] == (128, 1) and cell.is_whole and cell.format == BF16
     }
     lines = []
     for part in _cells(result):

@@ -41,7 +41,7 @@ class ServeBench:
         self._host: Host = host or (CpuHost() if is_tiny else GpuHost())
         self._arenas: dict[bool, HostArena] = {}
         self._guessers: dict[str, LookaheadPredictor] = {}
-        self._links: dict[str, KnownLink] = {}
+        self._links: dict[tuple[str, str], KnownLink] = {}
         self._tapes: dict[tuple[str, int, int], tuple[Tape, Tape]] = {}
 
     def close(self) -> None:
@@ -74,15 +74,15 @@ class ServeBench:
             return {"unavailable": str(reason)}
 
     def _cell(self, cell: Cell) -> dict[str, Any]:
-        cell.switched()  # what there is not yet needs no routing
         if self._tiny:
             cell = replace(cell, prompt=TINY_PROMPTS[cell.prompt], batch=TINY_BATCHES[cell.batch])
         model = self._model(cell.model)
-        wired, limits = model.wired(), TINY_LIMITS if self._tiny else Limits()
+        wired, limits = model.wired(cell.format), TINY_LIMITS if self._tiny else Limits()
         pageable = cell.without in PARTS and PARTS[cell.without].pageable
         if pageable and not self._host.pins:
             raise Unavailable("there is no link that page-locked memory would be better for")
-        link, tapes = self._links.setdefault(model.name, KnownLink()), self._tapes_of(model, cell, limits)
+        link = self._links.setdefault((model.name, cell.format), KnownLink())
+        tapes = self._tapes_of(model, cell, limits)
         ground = Ground(self._host, wired, link, self._arena(pageable), *tapes, self._guesser(model))
         return run(cell, ground, limits) | {"batch": cell.batch, "prompt": cell.prompt}
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ sys.path.append(str(BENCH))
 import bench_serve  # noqa: E402 (the benches are no package)
 import serve_figures  # noqa: E402
 import serve_report  # noqa: E402
-from serve_cells import BASE, BATCHES, GRAPH, PARTS, PROMPTS, SHARES, Cell, cells  # noqa: E402
+from serve_cells import BASE, BATCHES, EVENT, GRAPH, PARTS, PROMPTS, SHARES, Cell, cells  # noqa: E402
 from serve_host import CpuHost, GpuHost  # noqa: E402
 from serve_models import MODELS, Unavailable, tiny  # noqa: E402
 from serve_replay import HostArena, RoutingReplay, SharedRows, Tape, TapedScores  # noqa: E402
@@ -126,12 +127,20 @@ def test_verdicts() -> None:
     found = {t.name: t for t in serve_figures.targets([part(), peer], CEILINGS)}
     assert found[f"{QWEN3}: TTFT / bound, worst of lru"].value == pytest.approx(1.1)
     assert found[f"{QWEN3}: TTFT / bound, worst of lru"].reached is False
+    assert found[f"{QWEN3}: TPOT over its bound, a layer in event mode"].value is None  # the model itself was launched
     assert found[f"{QWEN3}: TPOT / bound, worst of lru"].value == pytest.approx(1.25)
     assert found[f"{QWEN3}: TTFT, accelerate / lru at 15%"].value == pytest.approx(6 / 1.1)
     end_to_end = (6 + 63 * 0.2) / (1.1 + 63 * 0.025)
     assert found[f"{QWEN3}: end to end, accelerate / lru at 15%"].value == pytest.approx(end_to_end)
     freetoken = found["Qwen3-30B-A3B: TPOT / FreeToken's cost model, worst"]
     assert freetoken.value == pytest.approx(0.025 / (5.44e-3 + 0.194e-3 * 46.7 / 50))
+    launched = [part(replace(PAPER, mode=mode), launch=mode) for mode in (EVENT, GRAPH)]
+    launched.append(part(replace(PAPER, format="int4")))
+    found = {t.name: t.value for t in serve_figures.targets(launched, CEILINGS)}
+    assert found[f"{QWEN3}: TTFT / bound, worst of lru"] is None  # a mode that was asked for is not the engine's choice
+    assert found[f"{QWEN3} int4: TTFT / bound, worst of lru"] == pytest.approx(1.1)
+    assert found[f"{QWEN3}: TPOT over its bound, a layer in event mode"] == pytest.approx(2500)
+    assert found[f"{QWEN3}: TPOT over its bound, a step in graph mode"] == pytest.approx(5000)
     nothing = serve_figures.targets([{"model": QWEN3, "status": "skipped", "cell": {}, "name": ""}], None)
     assert {target.reached for target in nothing} == {None}
 
@@ -232,6 +241,17 @@ def test_policies_compute_the_same_on_replayed_routing(model: str, bench: ServeB
     assert by_policy["resident"]["decode_bytes_per_s"] == 0 < by_policy["on-demand"]["decode_bytes_per_s"]
 
 
+@pytest.mark.parametrize("form", ["fp8", "int4"])
+def test_experts_in_another_format(form: str, bench: ServeBench) -> None:
+    """Fewer bytes, the same routing, numbers that are finite, and the same bits at another budget."""
+    plain, *others = (
+        bench.cell(**Cell(QWEN3, BASE, share, format=f).to_dict())
+        for share, f in (("25%", "bf16"), ("25%", form), ("45%", form))
+    )
+    assert all(one["slot_bytes"] < plain["slot_bytes"] and one["asked"] == plain["asked"] for one in others)
+    assert others[0]["logits"] == others[1]["logits"] != plain["logits"] and others[0]["logits"] != "not finite"
+
+
 def guessed_bytes(measured: dict[str, Any]) -> dict[str, int]:
     """What decode steps copied before it was asked for, by what it was good for."""
     kinds = ("prefetched_useful", "prefetched_late", "wasted")
@@ -253,7 +273,6 @@ def test_a_policy_that_guesses_makes_guesses(bench: ServeBench) -> None:
     ("cell", "why"),
     [
         (Cell(MIXTRAL, BASE, "25%", mode=GRAPH), "takes CUDA graphs"),
-        (Cell(MIXTRAL, BASE, "25%", format="int4"), "issue 6"),
         (Cell(MIXTRAL, BASE, "5%"), "raise expert_slots to at least 3"),
         (Cell(MIXTRAL, BASE, "25%", without="pageable host memory"), "no link"),
     ],
@@ -321,9 +340,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert {entry["status"] for entry in result["parts"]} == {"measured", "not measured"}
     assert all(check["passed"] is not False for check in result["checks"])
     groups = [check for check in result["checks"] if check["name"].startswith("equal")]
-    assert len(groups) == 2 * 5 and all(check["passed"] for check in groups)
+    assert len(groups) == 2 * 6 and all(check["passed"] for check in groups)
     report = serve_report.render(result)
-    assert report in done.stdout and "measures nothing" in report and "issue 6" in report
+    assert report in done.stdout and "measures nothing" in report and f"{BASE} int4" in report
     assert all(policy in report for policy in POLICIES)
 
 

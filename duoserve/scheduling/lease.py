@@ -78,10 +78,9 @@ class SlotLease(Lease):
         self._retire(done)
         self._fill()
         if self._loading and not self._arrived:
-            self._collect()
+            self._take(self._residency.collect())
         while self._must_wait():
-            self._residency.wait(self._awaited())
-            self._collect()
+            self._take(self._residency.wait(self._awaited()))
             self._fill()
         if not self._arrived:
             self.complete = True
@@ -111,10 +110,10 @@ class SlotLease(Lease):
                 break
             self._residency.load(self._prefetch.popleft(), slot, Priority.PREFETCH)
 
-    def _collect(self) -> None:
+    def _take(self, finished: Sequence[Ticket]) -> None:
         """Holds what has arrived; raises the error of a copy that is needed and has failed."""
         failed: list[Ticket] = []
-        for ticket in self._residency.collect():
+        for ticket in finished:
             if self._loading.pop(ticket.expert, None) is None:
                 continue
             slot = self._residency.use(ticket.expert)

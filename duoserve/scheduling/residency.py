@@ -61,16 +61,13 @@ class Residency:
         if not self._copies:
             return []
         self._engine.settle()
-        finished = [ticket for ticket in self._copies.values() if ticket.finished]
-        finished.sort(key=attrgetter("finished_at"))
-        for ticket in finished:
-            self._note(ticket)
-        return finished
+        return self._noted()
 
-    def wait(self, tickets: Collection[Ticket]) -> None:
-        """Stalls until one of ``tickets`` has finished."""
+    def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
+        """Stalls until one of ``tickets`` has finished, then as ``collect``."""
         with self._meter.stall():
             self._engine.wait(tickets)
+        return self._noted()
 
     def under_way(self) -> list[Ticket]:
         """The copies that have not been collected, oldest first."""
@@ -146,7 +143,6 @@ class Residency:
             self.disown(expert)
         while self._copies:
             self.wait(self.under_way())
-            self.collect()
 
     def empty_slot(self) -> int | None:
         """An EMPTY slot, None if there is none."""
@@ -156,6 +152,13 @@ class Residency:
     def filled(self) -> list[int]:
         """How many slots each layer fills, copies under way included."""
         return list(map(len, self.slots))
+
+    def _noted(self) -> list[Ticket]:
+        finished = [ticket for ticket in self._copies.values() if ticket.finished]
+        finished.sort(key=attrgetter("finished_at"))
+        for ticket in finished:
+            self._note(ticket)
+        return finished
 
     def _note(self, ticket: Ticket) -> None:
         """Brings the books up to date with a finished copy."""

@@ -231,8 +231,7 @@ class Scheduler(ExpertSource):
         while loads or self._residency.under_way():
             while loads and len(self._residency.under_way()) < LOAD_AHEAD:
                 self._residency.load(*loads.popleft(), Priority.DEMAND)
-            self._residency.wait(self._residency.under_way())
-            for ticket in self._residency.collect():
+            for ticket in self._residency.wait(self._residency.under_way()):
                 if ticket.error is not None:
                     raise ticket.error
                 bar.update()

@@ -1,0 +1,28 @@
+"""The bench of the host's own time: what its made-up device is asked for, and that it misses what it says."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+sys.path.append(str(BENCH))
+
+import bench_host  # noqa: E402 (the benches are no package)
+from bench_host import CASES  # noqa: E402
+
+
+@pytest.mark.parametrize("policy", ["lru", "duoserve"])
+@pytest.mark.parametrize("misses", [0, 1, 2])
+def test_a_layer_asks_the_device_for_its_misses(policy: str, misses: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy lies between two marks, its wait between two, and behind each batch is one for who reads it."""
+    monkeypatch.setattr(bench_host, "STEPS", 5)
+    case = next(case for case in CASES if case.policy == policy and case.experts == 128 and case.misses == misses)
+    found = bench_host.measure(replace(case, layers=4))
+    calls = found["calls_per_layer"]
+    assert found["as_many_misses"] and found["us_per_layer"] > 0
+    assert calls.get("copy", 0) == misses and calls["mark"] <= 1 + 5 * misses
+    assert calls.get("passed", 0) <= 6 * misses + 0.1
