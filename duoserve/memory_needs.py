@@ -52,7 +52,5 @@ def context_of(config: ModelConfig, wanted: int | None) -> int:
 
 def cpu_only(config: ModelConfig) -> str | None:
     """What of the model no kernel for GPUs has yet; None where there is nothing."""
-    if config.blocks.moe.clamp:
-        return config.model_type
     ordered = config.quantization is not None and config.quantization.ordered
     return str(config.quantization) if ordered else None

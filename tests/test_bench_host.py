@@ -25,4 +25,4 @@ def test_a_layer_asks_the_device_for_its_misses(policy: str, misses: int, monkey
     calls = found["calls_per_layer"]
     assert found["as_many_misses"] and found["us_per_layer"] > 0
     assert calls.get("copy", 0) == misses and calls["mark"] <= 1 + 5 * misses
-    assert calls.get("passed", 0) <= 6 * misses + 0.1
+    assert calls.get("passed", 0) <= 6 * misses + 1  # the last of the warm-up among them

@@ -128,9 +128,9 @@ def test_the_bits_of_the_model_itself(mode: str, slots: int, record_after: int, 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_stress(mode: str, folder: Path) -> None:
+def test_stress(mode: str, tmp_path: Path) -> None:
     """Random prompts in batches of one to four; NaN from a free slot would end the run, other bytes change a token."""
-    rng = random.Random(7)
+    rng, folder = random.Random(7), save_mixtral(tmp_path, dtype=torch.bfloat16)
     true, tried = Gpu(), Gpu()
     with true.engine(folder, 24, "model") as resident, tried.engine(folder, 10, mode) as engine:
         resident._scheduler.load_all()

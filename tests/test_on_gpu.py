@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from duoserve import ConfigError, MoEModel, SamplingParams
+from duoserve import MoEModel, SamplingParams
 from duoserve.workspace import FIXED_BYTES
 from tests.checkpoints import save_mixtral
 from tests.models.cases import FAMILIES
+from tests.models.cases.quantized import CASES
+from tests.test_identity import GUESSING, STREAMING, any_teller
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,15 +36,33 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return save_mixtral(tmp_path_factory.mktemp("gpu"), dtype=request.param)
 
 
-@pytest.mark.parametrize("host_memory", ["auto", 0, "20KiB"], ids=["ram", "disk", "ram_and_disk"])
-@pytest.mark.parametrize("slots", [3, 6, 12, 24])
-@pytest.mark.parametrize("policy", ["on-demand", "layer-prefetch", "lru"])
-def test_equal_bits(policy: str, slots: int, host_memory: str | int, folder: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def truth(folder: Path) -> tuple[list[int], Tensor]:
+    """What the resident run writes, and the logits of all of it."""
     with MoEModel.from_pretrained(folder, device="cuda", policy="resident") as model:
         tokens = model.generate(PROMPT, GREEDY).token_ids
-        logits_TV = model.forward(PROMPT + tokens)
+        return tokens, model.forward(PROMPT + tokens)
+
+
+@pytest.mark.parametrize(
+    ("slots", "host_memory"),
+    [(3, "auto"), (3, 0), (6, "20KiB"), (12, "auto"), (12, 0), (24, "auto")],
+    ids=["3-ram", "3-disk", "6-ram_and_disk", "12-ram", "12-disk", "24-ram"],
+)
+@pytest.mark.parametrize("policy", STREAMING)
+def test_equal_bits(
+    policy: str, slots: int, host_memory: str | int, folder: Path, truth: tuple[list[int], Tensor], tmp_path: Path
+) -> None:
+    """What is foretold is of no consequence: half of these policies go by somebody who lies on purpose."""
+    tokens, logits_TV = truth
     with MoEModel.from_pretrained(
-        folder, device="cuda", policy=policy, expert_slots=slots, host_memory=host_memory, cache_dir=tmp_path
+        folder,
+        device="cuda",
+        policy=policy,
+        expert_slots=slots,
+        host_memory=host_memory,
+        predictor=any_teller("liar", seed=slots, horizon=2) if policy in GUESSING else None,
+        cache_dir=tmp_path,
     ) as model:
         for _ in range(3):
             assert model.generate(PROMPT, GREEDY).token_ids == tokens
@@ -99,22 +120,26 @@ def test_a_prompt_of_the_whole_context_keeps_within_the_plan(
         assert used["allocated"] - before["allocated"] > plan.total_bytes - plan.workspace_bytes + activations // 3
 
 
-@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name != "gpt_oss"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_family_computes_on_a_gpu_what_it_computes_on_a_cpu(model_type: str, tmp_path: Path) -> None:
     family = FAMILIES[model_type]
-    folder = family.save(tmp_path / "model", family.hard)
+    assert_same_on_both(family.save(tmp_path / "model", family.hard), family.top_k + 1, tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("-ordered")])
+def test_quantized_experts_are_on_a_gpu_what_they_are_on_a_cpu(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    folder, _ = case.save(tmp_path / "model")
+    assert_same_on_both(folder, case.family.top_k + 1, tmp_path)
+
+
+def assert_same_on_both(folder: Path, slots: int, cache_dir: Path) -> None:
     results = []
     for device in ("cpu", "cuda"):
         with MoEModel.from_pretrained(
-            folder, device=device, dtype="float32", expert_slots=family.top_k + 1, cache_dir=tmp_path
+            folder, device=device, dtype="float32", expert_slots=slots, cache_dir=cache_dir
         ) as model:
             results.append((model.generate(PROMPT, GREEDY).token_ids, model.forward(PROMPT)))
     (cpu_tokens, cpu_TV), (gpu_tokens, gpu_TV) = results
     assert gpu_tokens == cpu_tokens
     assert ((gpu_TV - cpu_TV).norm() / cpu_TV.norm()).item() <= 1e-4
-
-
-def test_gpt_oss_is_refused_on_a_gpu(tmp_path: Path) -> None:
-    folder = FAMILIES["gpt_oss"].save(tmp_path, "plain")
-    with pytest.raises(ConfigError, match="gpt_oss runs on CPUs only so far: load it with device='cpu'"):
-        MoEModel.from_pretrained(folder, device="cuda")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from duoserve.planning.planner import Plan, Planner
 from duoserve.planning.policy_speed import Question
 from duoserve.scheduling.hardware import GIB, Hardware, find_hardware
 from tests.checkpoints import save_mixtral
+from tests.models.cases.quantized import CASES
 
 CPU = Hardware("cpu", 10e9, 20e9, 1e11, 1e-4, 1e-3, host_computes=True, memory_bytes=8 * GIB, host_bytes=0, disk=1e9)
 
@@ -115,9 +117,16 @@ def test_what_cannot_run_is_refused_with_the_arithmetic() -> None:
         plan("mixtral-8x7b", "rtx4090", batch=2, max_context=512)
 
 
+def test_what_no_gpu_runs_yet_is_said(tmp_path: Path) -> None:
+    ordered, _ = CASES["qwen3_moe-gptq-ordered"].save(tmp_path)
+    asked = Question(prompt=8, new_tokens=8, max_context=64, expert_slots=8)
+    notes = Planner("ordered", find_model(ordered)).plan(find_hardware("rtx4090"), asked).notes
+    assert any("ordered by activation on CPUs only so far" in note for note in notes)
+
+
 def test_what_is_assumed_is_said() -> None:
     notes = "\n".join(plan("gpt-oss-120b", "rtx4090").notes)
-    assert "gpt_oss on CPUs only so far" in notes
+    assert "CPUs only" not in notes
     assert "64.00 GiB of RAM" in notes
     assert "hit rates" not in notes
     assert "hit rates are those of mixtral-8x7b (8 experts, top-2)" in plan("mixtral-8x22b", "h200").notes[0]
