@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 
 import pytest
@@ -126,47 +126,79 @@ def test_the_host_waits_for_no_copy_that_is_enqueued(rig: Rig) -> None:
     del rig.engine._streams.passed
 
 
-def test_few_pieces_of_a_prefetch_stand_on_the_lane() -> None:
+@pytest.mark.parametrize("piece_bytes", [PIECE, 2 * SMALL.slot_bytes])
+@pytest.mark.parametrize("seed", range(5))
+def test_few_pieces_of_all_prefetches_stand_on_the_lane(piece_bytes: int, seed: int) -> None:
+    """Large experts go in pieces, of small ones several are a piece; how many threads there are does not matter."""
+
     class Counting(FakeStreams):
-        most = pieces = 0
+        most = standing = 0
 
         def copy(self, lane: Lane, target_B: Tensor, source_B: Tensor) -> None:
-            assert len(target_B) <= PIECE
+            assert len(target_B) <= piece_bytes
             self._enqueue(lane, lambda: self._made(target_B, source_B))
-            Counting.pieces += 1
-            Counting.most = max(Counting.most, Counting.pieces)
+            self.standing += len(target_B)
+            self.most = max(self.most, self.standing)
 
         def _made(self, target_B: Tensor, source_B: Tensor) -> None:
-            Counting.pieces -= 1
+            self.standing -= len(target_B)
             target_B.copy_(source_B)
 
-    store, pool = PartlyInRam(EXPERTS), SlotPool(3, SMALL, poison=True)
-    engine = StreamCopyEngine(store, pool, Counting(random.Random(0)), num_threads=1, piece_bytes=PIECE)
-    ticket = engine.submit(EXPERTS[5], 2, PREFETCH)
-    while not ticket.finished:
-        engine.wait([ticket])
+    store, pool, streams = PartlyInRam(EXPERTS), SlotPool(8, SMALL, poison=True), Counting(random.Random(seed))
+    engine = StreamCopyEngine(store, pool, streams, num_threads=3, piece_bytes=piece_bytes)
+    tickets = [engine.submit(expert, slot, PREFETCH) for slot, expert in enumerate(EXPERTS)]
+    while not all(ticket.finished for ticket in tickets):
+        engine.wait([ticket for ticket in tickets if not ticket.finished])
     engine.close()
-    assert Counting.most == 2
-    assert torch.equal(pool.row(2), store.row(EXPERTS[5]))
+    assert PIECE < streams.most <= 2 * piece_bytes
+    assert all(torch.equal(pool.row(slot), store.row(expert)) for slot, expert in enumerate(EXPERTS))
+
+
+class Interrupting(FakeStreams):
+    """Calls ``interrupt`` when a thread waits for room on the lane; nothing is done that nobody waits for."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(random.Random(seed))
+        self.asked = threading.Event()
+        self.interrupt: Callable[[], object] = lambda: None
+
+    def passed(self, mark: Mark) -> bool:
+        return isinstance(mark, FakeMark) and mark.passed_at is not None
+
+    def wait(self, mark: Mark) -> None:
+        if threading.current_thread() is not threading.main_thread():  # which waits when it makes the engine
+            assert self.asked.wait(PATIENCE_S)
+            self.interrupt()
+        super().wait(mark)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_prefetch_that_is_cancelled_half_way_leaves_its_slot_to_others(seed: int) -> None:
+    store, pool, streams = PartlyInRam(EXPERTS), SlotPool(3, SMALL, poison=True), Interrupting(seed)
+    engine = StreamCopyEngine(store, pool, streams, num_threads=1, piece_bytes=PIECE)
+    wrong = engine.submit(EXPERTS[5], 2, PREFETCH)
+    streams.interrupt = lambda: engine.cancel(wrong)
+    streams.asked.set()
+    while not wrong.finished:
+        engine.wait([wrong])
+    right = engine.submit(EXPERTS[6], 2, DEMAND)  # whose first bytes must not land before the last of the other's
+    while not right.finished:
+        engine.wait([right])
+    read: list[bool] = []
+    streams.run(lambda: read.append(torch.equal(pool.row(2), store.row(EXPERTS[6]))))
+    streams.finish()
+    engine.close()
+    assert (wrong.state, wrong.sent, right.state) == (TicketState.CANCELLED, 2 * PIECE, TicketState.DONE)
+    assert read == [True] and not engine.cancel(wrong)
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_prefetch_that_is_promoted_half_way_arrives_whole(seed: int) -> None:
-    class Promoting(FakeStreams):
-        def passed(self, mark: Mark) -> bool:  # nothing is done that nobody waits for
-            return isinstance(mark, FakeMark) and mark.passed_at is not None
-
-        def wait(self, mark: Mark) -> None:
-            if threading.current_thread() is not threading.main_thread():  # which waits when it makes the engine
-                assert asked.wait(PATIENCE_S)
-                engine.promote(ticket)
-            super().wait(mark)
-
-    store, pool, asked = PartlyInRam(EXPERTS), SlotPool(3, SMALL, poison=True), threading.Event()
-    streams = Promoting(random.Random(seed))
+    store, pool, streams = PartlyInRam(EXPERTS), SlotPool(3, SMALL, poison=True), Interrupting(seed)
     engine = StreamCopyEngine(store, pool, streams, num_threads=1, piece_bytes=PIECE)
     ticket = engine.submit(EXPERTS[5], 2, PREFETCH)
-    asked.set()
+    streams.interrupt = lambda: engine.promote(ticket)
+    streams.asked.set()
     while not ticket.finished:
         engine.wait([ticket])
     read: list[bool] = []

@@ -1,0 +1,80 @@
+"""Memory that cannot be page-locked: one warning, the same bytes, and nothing left behind for the next launch."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from duoserve.experts import pinned
+from duoserve.experts.layout import ExpertId
+from duoserve.experts.pinned import pin, unpin
+from duoserve.experts.rows import aligned_rows
+from duoserve.experts.store import HostStore
+from tests.fakes import ArrayStore
+
+REFUSED = 2
+
+
+class FakeCudart:
+    """Refuses to lock more than ``most`` bytes; ``locked`` are the addresses of what is."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.locked: list[int] = []
+        self.forgotten = 0
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        if nbytes > self.most:
+            return REFUSED
+        self.locked.append(address)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.locked.remove(address)
+        return 0
+
+    def forget(self) -> None:
+        self.forgotten += 1
+
+
+def use(cudart: FakeCudart, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(pinned, "_forget_error", cudart.forget)
+
+
+def test_what_is_locked_is_unlocked_before_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudart = FakeCudart(most=1 << 20)
+    use(cudart, monkeypatch)
+    store = HostStore(ArrayStore(num_layers=1, num_experts=2), [ExpertId(0, 0), ExpertId(0, 1)], pinned=True)
+    assert len(cudart.locked) == 1
+    store.close()
+    assert cudart.locked == [] and cudart.forgotten == 0
+
+
+def test_what_is_refused_is_said_once_and_read_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudart, source = FakeCudart(most=4096), ArrayStore(num_layers=1, num_experts=2)
+    use(cudart, monkeypatch)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        stores = [HostStore(source, [ExpertId(0, e) for e in range(count)], pinned=True) for count in (1, 2)]
+    assert [str(one.message).partition(":")[0] for one in said] == [
+        "host memory could not be page-locked (CUDA error 2)"
+    ]
+    assert cudart.forgotten == 2 and cudart.locked == []
+    row_B = stores[1].host_row(ExpertId(0, 1))
+    assert row_B is not None and torch.equal(row_B, source.row(ExpertId(0, 1)))
+    for store in stores:
+        store.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_refusal_does_not_spoil_the_next_launch() -> None:
+    rows_NB = aligned_rows(2, 4096)
+    assert pin(rows_NB)
+    with pytest.warns(RuntimeWarning, match="could not be page-locked"):
+        assert not pin(rows_NB)  # for it is already
+    assert torch.ones(3, device="cuda").sum().item() == 3
+    unpin(rows_NB)
