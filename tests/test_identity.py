@@ -6,7 +6,6 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,16 +18,11 @@ from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore, HostStore, TieredStore
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.experts.virtual import VirtualClock, VirtualCopyEngine
-from duoserve.scheduling.plan import GuessMode
-from duoserve.scheduling.policies import POLICIES
-from duoserve.scheduling.routing import Routing
 from tests.assembly import assembled, tokens_of
 from tests.checkpoints import save_mixtral
 from tests.fake_streams import FakeStreams
-from tests.scheduling.fortune import Teller, certain
+from tests.scheduling.fortune import GUESSING, STREAMING, any_teller
 
-STREAMING = tuple(name for name in POLICIES if name != "resident")
-GUESSING = tuple(name for name in STREAMING if POLICIES[name].guesses is not GuessMode.NONE)
 PROMPT = [(11 * i * i + 5 * i) % 95 + 1 for i in range(30)]
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 SHARES = {"top_k + 1": 3, "a quarter": 6, "half": 12, "all": 24}
@@ -73,31 +67,6 @@ def test_real_copies(policy: str, slots: int, host_memory: str, folder: Path, tr
         assert model.policy == policy and model.memory.num_slots == slots
         assert outcome(model).same_bits(truth)
         assert model.stats.bytes.total > 0 or slots == 24
-
-
-class Liar(Teller):
-    """Hears what the routers choose and foretells everything else, with certainty; ``lookahead`` reaches too far."""
-
-    lookahead = 3
-
-    def __init__(self, horizon: int) -> None:
-        super().__init__(self._lie, horizon)
-        self._last: dict[int, Routing] = {}
-
-    def observe(self, routing: Routing) -> None:
-        super().observe(routing)
-        assert all(scores_TE.shape == (len(routing.topk_ids_TK), 8) for scores_TE in routing.ahead.values())
-        self._last[routing.layer] = routing
-
-    def _lie(self, layer: int) -> np.ndarray:
-        wanted = self._last[layer].topk_ids_TK.ravel() if layer in self._last else []
-        return 1.0 - certain(8, wanted, 1.0)
-
-
-def any_teller(kind: str, seed: int, horizon: int) -> Teller:
-    """One that lies on purpose, or one that says anything."""
-    rng = np.random.default_rng(seed)
-    return Liar(horizon) if kind == "liar" else Teller(lambda layer: rng.random(8), horizon)
 
 
 @pytest.mark.parametrize("slots", SHARES.values(), ids=SHARES)

@@ -13,7 +13,7 @@ from duoserve.workspace import FIXED_BYTES
 from tests.checkpoints import save_mixtral
 from tests.models.cases import FAMILIES
 from tests.models.cases.quantized import CASES
-from tests.test_identity import GUESSING, STREAMING, any_teller
+from tests.scheduling.fortune import GUESSING, STREAMING, any_teller
 
 pytestmark = [
     pytest.mark.gpu,

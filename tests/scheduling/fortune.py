@@ -7,7 +7,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from duoserve.config import Phase
+from duoserve.scheduling.plan import GuessMode
+from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.routing import Routing
+
+STREAMING = tuple(name for name in POLICIES if name != "resident")
+GUESSING = tuple(name for name in STREAMING if POLICIES[name].guesses is not GuessMode.NONE)
 
 
 def routed(layer: int, experts: Sequence[int]) -> Routing:
@@ -42,3 +47,28 @@ def certain(num_experts: int, experts: Sequence[int], chance: float = 0.95) -> n
     chances_E = np.zeros(num_experts)
     chances_E[list(experts)] = chance
     return chances_E
+
+
+class Liar(Teller):
+    """Hears what the routers choose and foretells everything else, with certainty; ``lookahead`` reaches too far."""
+
+    lookahead = 3
+
+    def __init__(self, horizon: int) -> None:
+        super().__init__(self._lie, horizon)
+        self._last: dict[int, Routing] = {}
+
+    def observe(self, routing: Routing) -> None:
+        super().observe(routing)
+        assert all(scores_TE.shape == (len(routing.topk_ids_TK), 8) for scores_TE in routing.ahead.values())
+        self._last[routing.layer] = routing
+
+    def _lie(self, layer: int) -> np.ndarray:
+        wanted = self._last[layer].topk_ids_TK.ravel() if layer in self._last else []
+        return 1.0 - certain(8, wanted, 1.0)
+
+
+def any_teller(kind: str, seed: int, horizon: int) -> Teller:
+    """One that lies on purpose, or one that says anything."""
+    rng = np.random.default_rng(seed)
+    return Liar(horizon) if kind == "liar" else Teller(lambda layer: rng.random(8), horizon)
