@@ -1,18 +1,26 @@
 #!/usr/bin/env bash
-# The one command for a GPU machine: bash bench/gpu_suite.sh [PART ...]
+# The one command for a GPU machine: bash bench/gpu_suite.sh [--within SECONDS] [PART ...]
 #
-#   tests     the kernel tests and all others that are marked gpu      at most 220 + 250 s
-#   copy      the link between host and GPU                            at most  90 s
-#   kernels   the kernel bench                                         at most 275 s
-#   serve     whole models on replayed routing, beside accelerate      at most 560 s
-#   sanitize  decode steps under compute-sanitizer                     at most 180 s
+#   gpu-tests     whole models, decode steps, caps: all that is marked gpu   at most 250 s
+#   kernel-tests  the kernels against their twins                            at most 220 s
+#   tests         both
+#   copy          the link between host and GPU                              at most  90 s
+#   kernels       the kernel bench                                           at most 275 s
+#   serve         whole models on replayed routing, beside accelerate        at most 560 s
+#   sanitize      decode steps under compute-sanitizer                       at most 180 s
 #
-# Without a PART all of them but the last, in this order. Where a command may take ten minutes, three calls do it:
-# `tests copy`, `kernels`, `serve`; together they take less than 25 minutes. The benches' JSON and Markdown and the logs
-# go to $OUT (bench/results without one), short tables to the terminal. duoserve need not be installed. Where the tree
-# has no .git, DUOSERVE_COMMIT says which commit it is of.
-# Exit status: 0 all passed; 1 a test or a part of a bench failed, or could not run; 2 Python or torch is missing, or a
-# PART is unknown; 3 there is no CUDA GPU.
+# The parts run in the order in which they are named (`--part PART` does too); without any: tests copy kernels serve.
+# Where a command may take ten minutes, three calls do it: `tests copy`, `kernels`, `serve`. With --within all parts
+# together end by then: the limits of later ones shrink, the benches measure their first rows alone, and what has no
+# time left is SKIPPED. So a machine that is lent for a quarter of an hour gives what matters most in two calls:
+#
+#   bash bench/gpu_suite.sh --within 480 gpu-tests copy sanitize kernel-tests
+#   SERVE_SECONDS=150 bash bench/gpu_suite.sh --within 330 serve kernels
+#
+# The benches' JSON and Markdown and the logs go to $OUT (bench/results without one), short tables to the terminal.
+# duoserve need not be installed. Where the tree has no .git, DUOSERVE_COMMIT says which commit it is of.
+# Exit status: 0 all passed; 1 a test or a part of a bench failed, could not run or was SKIPPED; 2 Python or torch is
+# missing, or a PART is unknown; 3 there is no CUDA GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -28,10 +36,25 @@ grace=50
 serve_grace=80 # the last cell may begin with a long prompt
 unset TRITON_INTERPRET # which a shell may have left: it would put the kernels on the CPU
 
-parts=("$@")
-(($#)) || parts=(tests copy kernels serve)
+within=0 # no limit
+least=30 # below which a part is not begun
+parts=()
+while (($#)); do
+    case $1 in
+        --within) within=${2:-} && shift ;;
+        --part) parts+=("${2:-}") && shift ;;
+        tests) parts+=(kernel-tests gpu-tests) ;;
+        *) parts+=("$1") ;;
+    esac
+    shift
+done
+((${#parts[@]})) || parts=(kernel-tests gpu-tests copy kernels serve)
+[[ $within =~ ^[0-9]+$ ]] || { echo "gpu_suite: --within takes whole seconds"; exit 2; }
 for part in "${parts[@]}"; do
-    [[ $part =~ ^(tests|copy|kernels|serve|sanitize)$ ]] || { echo "gpu_suite: no part is called $part"; exit 2; }
+    [[ $part =~ ^(kernel-tests|gpu-tests|copy|kernels|serve|sanitize)$ ]] || {
+        echo "gpu_suite: no part is called $part"
+        exit 2
+    }
 done
 
 has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2>/dev/null; }
@@ -78,6 +101,15 @@ summary=()
 status=0
 mkdir -p "$out"
 
+# limit SECONDS: these, or what is left of --within.
+limit() {
+    local left=$((within - SECONDS))
+    echo $((within && left < $1 ? left : $1))
+}
+
+# beginning SECONDS GRACE: after how many of these a bench begins nothing more.
+beginning() { echo $(($1 > $2 ? $1 - $2 : 1)); }
+
 # note WHAT STATUS: for the last line, and for the exit status.
 note() {
     summary+=("$1 $( (($2 == 0)) && echo passed || echo FAILED)")
@@ -100,7 +132,7 @@ tested() {
 # Decode steps under compute-sanitizer.
 sanitized() {
     local ended
-    STRESS_STEPS=60 timeout -k 10 "$sanitize_seconds" compute-sanitizer --error-exitcode 9 "${runner[@]}" \
+    STRESS_STEPS=60 timeout -k 10 "$(limit "$sanitize_seconds")" compute-sanitizer --error-exitcode 9 "${runner[@]}" \
         tests/test_decode_on_gpu.py -k stress -p no:cacheprovider >"$out/sanitizer.log" 2>&1
     ended=$?
     tail -n 4 "$out/sanitizer.log"
@@ -129,37 +161,50 @@ measured() {
 }
 
 for part in "${parts[@]}"; do
+    if ((within && within - SECONDS < least)); then
+        echo "== $part: no time is left"
+        summary+=("$part SKIPPED")
+        status=1
+        continue
+    fi
     case $part in
-        tests)
-            echo "== the kernel tests, at most $tests_seconds s"
-            tested gpu-kernel-tests.log "$tests_seconds" tests/kernels "${workers[@]}" \
+        kernel-tests)
+            seconds=$(limit "$tests_seconds")
+            echo "== the kernel tests, at most $seconds s"
+            tested gpu-kernel-tests.log "$seconds" tests/kernels "${workers[@]}" \
                 --ignore=tests/kernels/test_machine_code.py
             note "kernel tests" $?
-            echo "== the other tests of a GPU, at most $gpu_tests_seconds s"
+            ;;
+        gpu-tests)
+            seconds=$(limit "$gpu_tests_seconds")
+            echo "== the other tests of a GPU, at most $seconds s"
             mapfile -t marked < <(grep -rlE 'mark\.gpu\b' tests --include='test_*.py' | grep -v '^tests/kernels/')
             # One after another: they measure memory, and count what the whole device holds.
-            tested gpu-tests.log "$gpu_tests_seconds" -m gpu "${marked[@]}"
+            tested gpu-tests.log "$seconds" -m gpu "${marked[@]}"
             note "GPU tests" $?
             ;;
         copy)
-            echo "== the link, at most $copy_seconds s"
-            measured copy copy.log "$copy_seconds" "" bench/bench_copy.py
+            seconds=$(limit "$copy_seconds")
+            echo "== the link, at most $seconds s"
+            measured copy copy.log "$seconds" "" bench/bench_copy.py
             note "copy bench" $?
             ;;
         kernels)
-            echo "== the kernel bench, at most $((bench_seconds + grace)) s"
-            measured kernels bench.log $((bench_seconds + grace)) bench/kernel_report.py \
-                bench/bench_kernels.py --seconds "$bench_seconds"
+            seconds=$(limit $((bench_seconds + grace)))
+            echo "== the kernel bench, at most $seconds s"
+            measured kernels bench.log "$seconds" bench/kernel_report.py \
+                bench/bench_kernels.py --seconds "$(beginning "$seconds" "$grace")"
             note "kernel bench" $?
             ;;
         serve)
-            echo "== whole models, at most $((serve_seconds + serve_grace)) s"
-            measured serve serve.log $((serve_seconds + serve_grace)) bench/serve_report.py \
-                bench/bench_serve.py --seconds "$serve_seconds"
+            seconds=$(limit $((serve_seconds + serve_grace)))
+            echo "== whole models, at most $seconds s"
+            measured serve serve.log "$seconds" bench/serve_report.py \
+                bench/bench_serve.py --seconds "$(beginning "$seconds" "$serve_grace")"
             note "serving bench" $?
             ;;
         sanitize)
-            echo "== decode steps under compute-sanitizer, at most $sanitize_seconds s"
+            echo "== decode steps under compute-sanitizer, at most $(limit "$sanitize_seconds") s"
             sanitized
             note "sanitizer" $?
             ;;

@@ -83,9 +83,31 @@ def test_a_part_by_itself(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "gpu-tests.log").exists()
 
 
+@NO_GPU
+def test_parts_come_in_the_order_they_are_named(tmp_path: Path) -> None:
+    done = suite(tmp_path, "serve", "--part", "gpu-tests", "copy")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "serving bench passed, GPU tests passed, copy bench passed" in done.stdout.splitlines()[-1]
+    assert not (tmp_path / "out" / "gpu-kernel-tests.log").exists()
+
+
+@NO_GPU
+def test_what_has_no_time_left_is_skipped_and_limits_shrink(tmp_path: Path) -> None:
+    done = suite(tmp_path, "--within", "130", "copy", "serve")
+    assert "the link, at most 90 s" in done.stdout
+    whole = re.search(r"whole models, at most (\d+) s", done.stdout)
+    assert whole and 100 < int(whole[1]) <= 130
+    (asked,) = re.findall(r"bench_serve.py --seconds (\d+)", (next((tmp_path / "out").glob("serve-*.md"))).read_text())
+    assert int(whole[1]) - 80 == int(asked)
+    done = suite(tmp_path, "--within", "10", "copy")
+    assert done.returncode == 1 and "copy SKIPPED" in done.stdout.splitlines()[-1]
+
+
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
     done = suite(tmp_path, "everything")
     assert done.returncode == 2 and "no part is called everything" in done.stdout
+    done = suite(tmp_path, "--within", "soon")
+    assert done.returncode == 2 and "--within takes whole seconds" in done.stdout
 
 
 def test_each_call_stays_below_ten_minutes() -> None:
@@ -96,6 +118,17 @@ def test_each_call_stays_below_ten_minutes() -> None:
     kernels = limits["bench_seconds"] + limits["grace"]
     serve = limits["serve_seconds"] + limits["serve_grace"]
     assert max(first, kernels, serve) <= 570 and first + kernels + serve < 25 * 60
-    assert f"{limits['tests_seconds']} + {limits['gpu_tests_seconds']} s" in text
-    for seconds in (limits["copy_seconds"], kernels, serve):
-        assert re.search(rf"at most +{seconds} s", text), seconds
+    sanitize = limits["sanitize_seconds"]
+    for seconds in (
+        limits["gpu_tests_seconds"],
+        limits["tests_seconds"],
+        limits["copy_seconds"],
+        kernels,
+        serve,
+        sanitize,
+    ):
+        assert re.search(rf"at most +{seconds} s$", text, re.MULTILINE)
+    within = [int(seconds) for seconds in re.findall(r"--within (\d+)", text)]
+    assert (
+        within and max(within) <= 570 and sum(within) <= 14 * 60
+    )  # a minute of the quarter of an hour is for starting
