@@ -17,7 +17,7 @@ PAPER_SHARE, MIDDLE_SHARE = "15%", "25%"
 ALL = "100%"
 PROMPTS, BATCHES = (128, 2048, 8192), (1, 4, 12)
 AUTO, EVENT, GRAPH = DECODE_MODES
-BASE = "lru"  # most parts are switched off of this policy
+BASE, BEST = "lru", "duoserve"  # most parts are switched off of the first
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ PARTS = {
         Part("nothing kept", lambda policy: replace(policy, keeps=False)),
         Part("residents wait for misses", lambda policy: replace(policy, decode=DecodeMode.ON_DEMAND)),
         Part("no quota for layers", lambda policy: replace(policy, eviction=replace(policy.eviction, per_layer=False))),
-        Part("no guesses", Policy.without_guesses, base="duoserve"),
+        Part("no guesses", Policy.without_guesses, base=BEST),
         Part("prefetches in one piece", whole_rows=True),
         Part("pageable host memory", pageable=True),
     )
@@ -90,33 +90,33 @@ class Cell:
 def cells(models: Sequence[str] = tuple(MODELS)) -> list[list[Cell]]:
     """Every cell of ``models`` in stages, what matters most first, for a run may be cut short.
 
-    Policies that keep nothing do the same at every budget, so they are run at the paper's. Other prompts and batches
-    are run at a quarter of the experts; a batch is one of short prompts.
+    Policies that keep nothing do the same at every budget, so they are run at the paper's; others but BASE at that and
+    at a quarter of the experts, where all else is varied too. A batch is one of short prompts.
     """
     by_model = [_stages(model) for model in models]
     return [[cell for stages in by_model for cell in stages[at]] for at in range(len(by_model[0]))]
 
 
 def _stages(model: str) -> list[list[Cell]]:
-    """Budgets and baselines; other policies; prompts; batches; parts; ways to launch; and other formats."""
-    keeping = [p.name for p in POLICIES.values() if p.keeps and not p.all_resident]
-    others = [name for name in keeping if name != BASE]
+    """Budgets and baselines; formats; other policies; parts; ways to launch; prompts; batches."""
+    others = [p.name for p in POLICIES.values() if p.keeps and not p.all_resident and p.name != BASE]
     budgets = [Cell(model, BASE, share) for share in SHARES]
     baselines = [Cell(model, p.name, PAPER_SHARE) for p in POLICIES.values() if not p.keeps]
-    policies = [Cell(model, name, share) for name in others for share in SHARES]
-    prompts = [cell for prompt in PROMPTS[1:] for cell in _at_a_quarter(model, keeping, prompt=prompt)]
-    batches = [cell for batch in BATCHES[1:] for cell in _at_a_quarter(model, keeping, batch=batch)]
-    parts = [Cell(model, part.base, MIDDLE_SHARE, without=part.name) for part in PARTS.values()]
-    launches = [Cell(model, BASE, share, mode=mode) for mode in (EVENT, GRAPH) for share in SHARES[:3]]
     formats = [Cell(model, BASE, share, format=f) for f in _other_formats(model) for share in SHARES]
-    return [[*budgets, Cell(model, "resident", ALL), *baselines], policies, prompts, batches, parts, launches, formats]
+    policies = [Cell(model, name, share) for name in others for share in (PAPER_SHARE, MIDDLE_SHARE)]
+    parts = [Cell(model, part.base, MIDDLE_SHARE, without=part.name) for part in PARTS.values()]
+    launches = [Cell(model, BASE, MIDDLE_SHARE, mode=mode) for mode in (EVENT, GRAPH)]
+    prompts = [cell for prompt in PROMPTS[1:] for cell in _varied(model, prompt=prompt)]
+    batches = [cell for batch in BATCHES[1:] for cell in _varied(model, batch=batch)]
+    first = [*budgets, Cell(model, "resident", ALL), *baselines]
+    return [first, formats, policies, parts, launches, prompts, batches]
 
 
-def _at_a_quarter(model: str, keeping: Sequence[str], prompt: int = PROMPTS[0], batch: int = 1) -> list[Cell]:
-    found = [Cell(model, name, MIDDLE_SHARE, prompt, batch) for name in keeping]
-    baselines = [Cell(model, "on-demand", PAPER_SHARE, prompt, batch), Cell(model, "resident", ALL, prompt, batch)]
-    return found + baselines
+def _varied(model: str, prompt: int = PROMPTS[0], batch: int = 1) -> list[Cell]:
+    """The ceiling, the baseline, and two that keep experts."""
+    kept = [Cell(model, name, MIDDLE_SHARE, prompt, batch) for name in (BASE, BEST)]
+    return [*kept, Cell(model, "on-demand", PAPER_SHARE, prompt, batch), Cell(model, "resident", ALL, prompt, batch)]
 
 
 def _other_formats(model: str) -> tuple[str, ...]:
-    return ("fp8", "int4") if model.startswith("Qwen3") else ("int4",) if model.startswith("Mixtral") else ()
+    return ("int4", "fp8") if model.startswith("Qwen3") else ("int4",) if model.startswith("Mixtral") else ()

@@ -37,7 +37,7 @@ from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
 from duoserve.workspace import workspace_bytes
 
-CHECKED_TOKENS = 64  # of a prompt whose logits must have the same bits in every cell of a group
+CHECKED_TOKENS = 16  # of a prompt whose logits must have the same bits in every cell of a group
 Figures = dict[str, Any]
 
 
@@ -45,9 +45,9 @@ Figures = dict[str, Any]
 class Limits:
     """How long a cell is measured: ``steps`` of decode, but no more than ``seconds`` once there are ``least``."""
 
-    steps: int = 192
+    steps: int = 128
     warm_steps: int = 64
-    seconds: float = 3.0
+    seconds: float = 1.5
     least: int = 3
 
     def to_warm_up(self) -> Limits:
