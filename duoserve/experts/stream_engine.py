@@ -22,7 +22,7 @@ from duoserve.experts.streams import Lane, Mark, Streams
 from duoserve.experts.tickets import PIECE_BYTES, Priority, Ticket, TicketQueue, TicketState
 
 # As much of the prefetches stands on their lane as is in so many pieces: one is being copied and the next waits behind
-# it, so that the link never idles. A GPU copies in the order of enqueueing, whatever the priorities of the streams are.
+# it, so that the link never idles. A demand may have to wait for both: CUDA does not order copies by priority.
 PIECES_IN_FLIGHT = 2
 
 StallListener = Callable[[float], None]  # told for how many seconds the compute lane waited for a copy
