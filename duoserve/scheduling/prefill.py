@@ -12,13 +12,12 @@ RING_SLOTS = 4
 TWO_BUFFERS = 2
 # While attention is computed no slot comes free, and what the link brings meanwhile needs room: the more, the longer
 # the prompt is, and the smaller the experts are, of which a layer has more then. With one slot for each so many
-# tokens x experts of a layer, a virtual A5000 on a 50 GB/s link gets 8192 tokens through Qwen3-30B-A3B in 1.05 times
-# the bound; with four slots alone it takes 1.53 times.
-TOKENS_X_EXPERTS_PER_SLOT = 16384
+# tokens x experts of a layer, a virtual A5000 on a 50 GB/s link gets 8192 tokens through Qwen3-30B-A3B in FP8 in the
+# time of the bound, with slots for 5 to 25 % of the experts; with half as many it takes up to 1.21 times that.
+TOKENS_X_EXPERTS_PER_SLOT = 8192
 # What decode steps have gathered must survive: no more than this share of the slots goes to that room. A slot more
-# saves such a prompt a copy in every layer, and what is given up for it costs one copy at most, if it was worth one.
-# Replayed with prompts of 8192 tokens and slots for 1, 2 and 5 % of Qwen3-30B-A3B, a half takes 12, 18 and 11 % off the
-# TTFT that an eighth gives, and decode steps are no slower (bench/LOG.md).
+# saves such a prompt a copy in every layer, and what is given up for it costs one copy at most, if it was worth one:
+# decode steps behind the prompt are no slower (bench/LOG.md).
 RING_SHARE = 1 / 2
 # Below this expected share of experts that will be wanted, speculative copies cost the link more than they save.
 SPECULATION_SHARE = 0.75
