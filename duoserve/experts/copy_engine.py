@@ -52,6 +52,10 @@ class CopyEngine(Protocol):
         """The work launched so far may use ``slots``: no copy into one of them starts before that work has ended."""
         ...
 
+    def land(self) -> None:
+        """Work launched from now on comes behind all that is still on its way of cancelled copies."""
+        ...
+
     def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
         """Blocks until one of ``tickets`` is finished, then returns all finished ones in the order given.
 
@@ -124,6 +128,9 @@ class ThreadedCopyEngine(CopyEngine):
 
     def fence(self, slots: Collection[int]) -> None:
         """Nothing: work on the host has ended when the call that did it returns."""
+
+    def land(self) -> None:
+        """Nothing: a copy that a thread has begun cannot be cancelled."""
 
     def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
         """As in CopyEngine."""

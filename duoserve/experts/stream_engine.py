@@ -154,6 +154,15 @@ class StreamCopyEngine(CopyEngine):
         with self._lock:
             self._readers.update(dict.fromkeys(slots, mark))
 
+    def land(self) -> None:
+        """As in CopyEngine."""
+        with self._lock:
+            for slot, end in [*self._landing.items()]:
+                if self._streams.passed(end):
+                    del self._landing[slot]
+                else:
+                    self._streams.after(Lane.COMPUTE, end)
+
     def settle(self) -> None:
         """Tickets whose copies have been made are DONE, and what was measured is reported."""
         with self._lock:

@@ -138,11 +138,12 @@ class Residency:
         return slot
 
     def drain(self) -> None:
-        """Cancels what is queued and waits for what runs: every slot is EMPTY or READY then."""
+        """Cancels what is queued and waits for what runs: every slot is EMPTY or READY then, and may be written to."""
         for expert in list(self._copies):
             self.disown(expert)
         while self._copies:
             self.wait(self.under_way())
+        self._engine.land()
 
     def empty_slot(self) -> int | None:
         """An EMPTY slot, None if there is none."""

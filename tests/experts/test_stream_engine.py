@@ -193,6 +193,23 @@ def test_a_prefetch_that_is_cancelled_half_way_leaves_its_slot_to_others(seed: i
 
 
 @pytest.mark.parametrize("seed", range(40))
+def test_nothing_of_a_cancelled_prefetch_lands_behind_what_the_device_writes(seed: int) -> None:
+    """As a decode step does that brings its misses by itself."""
+    store, pool, streams = PartlyInRam(EXPERTS), SlotPool(3, SMALL, poison=True), Interrupting(seed)
+    engine = StreamCopyEngine(store, pool, streams, num_threads=1, piece_bytes=PIECE)
+    wrong = engine.submit(EXPERTS[5], 2, PREFETCH)
+    streams.interrupt = lambda: engine.cancel(wrong)
+    streams.asked.set()
+    while not wrong.finished:
+        engine.wait([wrong])
+    engine.land()
+    streams.run(lambda: pool.row(2).copy_(store.row(EXPERTS[6])))
+    streams.finish()
+    engine.close()
+    assert torch.equal(pool.row(2), store.row(EXPERTS[6]))
+
+
+@pytest.mark.parametrize("seed", range(40))
 def test_a_prefetch_that_is_promoted_half_way_arrives_whole(seed: int) -> None:
     store, pool, streams = PartlyInRam(EXPERTS), SlotPool(3, SMALL, poison=True), Interrupting(seed)
     engine = StreamCopyEngine(store, pool, streams, num_threads=1, piece_bytes=PIECE)
