@@ -15,6 +15,8 @@ TYPES = {
     503: "service_unavailable_error",
 }
 
+UNFORESEEN = "internal"  # the code of what nobody foresaw
+
 
 class ApiError(Exception):
     """A refusal or a failure that a client is told of. ``param`` names the field that is at fault."""
@@ -66,4 +68,4 @@ def as_api_error(error: Exception) -> ApiError:
         case DuoServeError():
             return ApiError(500, str(error), code="failed")
         case _:
-            return ApiError(500, "the server failed; its log says how", code="internal")
+            return ApiError(500, "the server failed; its log says how", code=UNFORESEEN)

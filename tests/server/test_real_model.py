@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import openai
 import pytest
 
 from duoserve.async_engine import AsyncEngine
-from duoserve.cli import main
+from duoserve.cli import main, serve
 from duoserve.moe_model import MoEModel
 from tests.server.conftest import serving
 
@@ -81,6 +82,15 @@ def test_a_client_that_leaves_frees_the_engine(bard):
     while bard.http.get("/status").json()["service"]["running"]:
         assert time.monotonic() - left < 2.0
     assert time.monotonic() - left < 0.5  # the engine itself: 0.2 s; here a poll of the page's data besides
+
+
+def test_choices_of_a_request_share_their_passes(bard, monkeypatch):
+    passes = bard.service.service()._model._runtime.engine._passes
+    prefill, sizes = passes.prefill, []
+    monkeypatch.setattr(passes, "prefill", lambda chosen, **how: (sizes.append(len(chosen)), prefill(chosen, **how))[1])
+    answer = bard.complete(prompt=PROMPTS[1], n=8, max_tokens=2, temperature=0)
+    assert len({one["text"] for one in answer.json()["choices"]}) == 1
+    assert sum(sizes) == 8 and len(sizes) <= 2
 
 
 def test_log_probabilities_and_experts_are_told(bard):
@@ -154,6 +164,27 @@ def test_a_wrong_value_in_the_environment_is_wrong_usage_of_serve_alone(monkeypa
         main(["serve", "bard"])
     assert ended.value.code == 2 and "argument --admission: 'never' is none of late, strict" in capsys.readouterr().err
     assert main(["info", "bard"]) == 0
+
+
+def test_every_flag_is_a_variable_too(monkeypatch, capsys):
+    parser = argparse.ArgumentParser()
+    serve.add_command(parser.add_subparsers())
+    [command] = parser._subparsers._group_actions[0].choices.values()
+    flags = [action for action in command._actions if action.option_strings and action.dest != "help"]
+    assert len(flags) > 15 and all(f"[DUOSERVE_{action.dest.upper()}]" in action.help for action in flags)
+    for value, meant in (("1", True), ("false", False)):
+        monkeypatch.setenv("DUOSERVE_INVARIANT", value)
+        assert parsed("serve", "bard").invariant is meant
+    monkeypatch.setenv("DUOSERVE_INVARIANT", "maybe")
+    with pytest.raises(SystemExit):
+        parsed("serve", "bard")
+    assert "argument --invariant: 'maybe' is none of" in capsys.readouterr().err
+
+
+def parsed(*words):
+    parser = argparse.ArgumentParser()
+    serve.add_command(parser.add_subparsers())
+    return parser.parse_args(words)
 
 
 def test_nothing_of_the_server_is_imported_for_other_commands():
