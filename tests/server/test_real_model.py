@@ -19,7 +19,9 @@ import pytest
 from duoserve.async_engine import AsyncEngine
 from duoserve.cli import main, serve
 from duoserve.moe_model import MoEModel
-from tests.server.conftest import serving
+from tests.checkpoints import save_mixtral
+from tests.server.conftest import serving, wait_ready
+from tests.small_tokenizers import byte_level_tokenizer
 
 PROMPTS = ("To be, or", "Enter HAMLET", "My lord, the", "What ho!")
 
@@ -70,6 +72,25 @@ def test_a_stream_has_the_same_text_and_a_stop_string_ends_it(bard, alone):
     assert text() == (alone[0].text, "length")
     stop = alone[0].text[4:7]
     assert text(stop=stop) == (alone[0].text.split(stop)[0], "stop")
+
+
+def test_a_chat_is_the_models_own_template_rendered(tmp_path):
+    folder = save_mixtral(tmp_path, vocab_size=291)
+    byte_level_tokenizer().save(str(folder / "tokenizer.json"))
+    template = "{% for one in messages %}<{{ one.role }}>{{ one.content }}{% endfor %}<assistant>"
+    (folder / "chat_template.jinja").write_text(template)
+    asked = {"model": "fake", "messages": [{"role": "user", "content": "What ho!"}], "max_tokens": 6, "temperature": 0}
+    with MoEModel.from_pretrained(folder, max_context=512) as model:
+        prompt = model.text.encode("<user>What ho!<assistant>", add_special=False)
+        alone = model.generate(prompt, max_tokens=6, temperature=0.0)
+    with serving(lambda: AsyncEngine(MoEModel.from_pretrained(folder, max_context=512))) as server:
+        wait_ready(server)
+        chat = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60).chat.completions
+        whole = chat.create(**asked)
+        assert (whole.choices[0].message.content, whole.usage.prompt_tokens) == (alone.text, len(prompt))
+        chunks = list(chat.create(**asked, stream=True, stream_options={"include_usage": True}))
+        assert "".join(chunk.choices[0].delta.content for chunk in chunks[:-1]) == alone.text
+        assert chunks[-1].usage.completion_tokens == len(alone.token_ids)
 
 
 def test_a_client_that_leaves_frees_the_engine(bard):
