@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 from duoserve.errors import DuoServeError
 from duoserve.server.endpoints import Endpoints
-from duoserve.server.errors import ApiError, as_api_error
+from duoserve.server.errors import ApiError, as_api_error, noted
 from duoserve.server.host import Host
 from duoserve.server.http import ClientGone, HeaderLimit, KeyGuard, error_response
 from duoserve.server.settings import ServerSettings
@@ -37,12 +37,17 @@ def make_app(host: Host, settings: ServerSettings) -> Starlette:
     guards = [Middleware(HeaderLimit, max_bytes=settings.max_header_bytes)]
     if settings.api_key is not None:
         guards.append(Middleware(KeyGuard, key=settings.api_key))
-    handlers = dict.fromkeys((ApiError, DuoServeError, Exception), _failed)
-    handlers |= {HTTPException: _no_such_path, ClientGone: _nobody_there}
+    handlers = dict.fromkeys((ApiError, DuoServeError), _failed)
+    handlers |= {HTTPException: _no_such_path, ClientGone: _nobody_there, Exception: _unforeseen}
     return Starlette(routes=routes, middleware=guards, exception_handlers=handlers)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
+    return error_response(noted(error))
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    """Behind it, the error goes on to uvicorn, which writes it down."""
     return error_response(as_api_error(error))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ TYPES = {
     503: "service_unavailable_error",
 }
 
+log = logging.getLogger("duoserve.server")
 UNFORESEEN = "internal"  # the code of what nobody foresaw
 
 
@@ -69,3 +71,11 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(500, str(error), code="failed")
         case _:
             return ApiError(500, "the server failed; its log says how", code=UNFORESEEN)
+
+
+def noted(error: Exception) -> ApiError:
+    """The same, written down where it is the server's fault: a line, and where it came from if nobody foresaw it."""
+    told = as_api_error(error)
+    if told.status == 500:
+        log.error("a request failed: %s", error, exc_info=error if told.code == UNFORESEEN else None)
+    return told

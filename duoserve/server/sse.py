@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
 from duoserve.server.answers import Dialect, Head, answer, usage_of
-from duoserve.server.errors import UNFORESEEN, as_api_error
+from duoserve.server.errors import noted
 from duoserve.server.generation import Event, Generation
 
-log = logging.getLogger("duoserve.server")
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
 HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -40,10 +38,7 @@ async def events(  # noqa: PLR0913, PLR0917
             usage = usage_of(generation.prompt_tokens, generation.output_tokens)
             yield event(answer(head, dialect.chunk_object, [], usage))
     except Exception as error:
-        told = as_api_error(error)
-        if told.code == UNFORESEEN:  # once the status has been sent, nobody else writes it down
-            log.error("an answer was cut off", exc_info=error)
-        yield event(told.body)
+        yield event(noted(error).body)
     yield DONE
 
 

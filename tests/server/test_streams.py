@@ -173,3 +173,12 @@ def test_what_nobody_foresaw_in_mid_stream_is_logged(served, caplog):
     server = served(script_of(spoken("a", "b")[0], ZeroDivisionError("a bug")))
     assert events(lines(server))[-1]["error"]["code"] == "internal"
     assert [one.exc_info[0] for one in caplog.records if one.levelno >= logging.ERROR] == [ZeroDivisionError]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_of_the_server_is_a_line_in_its_log_and_a_clients_is_none(served, caplog, stream):
+    server = served(script_of(spoken("a", "b")[0], CopyError("expert (1, 2) could not be read")))
+    assert "could not be read" in server.complete(stream=stream).text
+    assert server.complete(stream=stream, temperature=-1).status_code == 400
+    [record] = [one for one in caplog.records if one.levelno >= logging.WARNING]
+    assert "could not be read" in record.getMessage() and not record.exc_info
