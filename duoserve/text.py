@@ -60,7 +60,9 @@ class Text:
         Special tokens that are written in the text become what they say either way.
         """
         with _guarded(RequestError, "the tokenizer cannot encode this text"):
-            return list(self._tokenizer.encode(text, add_special_tokens=add_special).ids)
+            # As a batch of one: only then are other threads let run meanwhile, which a long text would hold up.
+            [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=add_special)
+            return list(encoding.ids)
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of ``token_ids``; special tokens, and ids that the tokenizer does not know, leave nothing."""

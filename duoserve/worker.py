@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter, deque
@@ -18,6 +19,7 @@ from duoserve.writer import Writer
 
 # Figures that take work to gather are at most this old while the engine is busy.
 FIGURES_S = 0.25
+log = logging.getLogger("duoserve")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Worker:
             while self._obey():
                 for produced in self._engine.step():
                     self._deliver(produced)
-        except Exception as error:
+        except BaseException as error:  # whatever it is: nobody else would hear of it, and all would wait for ever
             self._die(error)
         with self._wake:
             left, self._asked, self._gone = self._asked, deque(), True
@@ -116,10 +118,9 @@ class Worker:
             with self._wake:
                 while self._engine.idle and not self._asked and not self._stopped:
                     self._wake.wait()
-                commands, self._asked = self._asked, deque()
-                stopped = self._stopped and not commands
-            for command in commands:
-                command()
+                stopped = self._stopped and not self._asked
+            for _ in range(len(self._asked)):  # what is behind an error is done when the thread ends
+                self._asked.popleft()()
             if stopped or not self._engine.idle:
                 return not stopped
 
@@ -138,6 +139,9 @@ class Worker:
             self._publish(fresh=False)
             _answer(answer, error)
             return
+        except BaseException:
+            _answer(answer, ClosedError("the service has died of an error"))
+            raise
         self._tasks[request] = task
         _answer(answer, None)
 
@@ -150,9 +154,11 @@ class Worker:
             self._end(request, produced.error, "error")
             return
         self._runtime.meter.outputs(1)
-        text = task.writer.push(request, produced.token)
-        if request.finish_reason is not None:
-            text += task.writer.rest(request)
+        try:
+            text = _text(task.writer, request, produced.token)
+        except DuoServeError as error:
+            self._end(request, error, "error")
+            return
         logprobs = () if produced.logprobs is None else (produced.logprobs,)
         piece = Piece(text, (produced.token,), logprobs, request.finish_reason)
         if request.finish_reason is not None:
@@ -188,7 +194,8 @@ class Worker:
         if self._state is not State.DEAD:
             self._state = state
 
-    def _die(self, error: Exception) -> None:
+    def _die(self, error: BaseException) -> None:
+        log.critical("the service has died of an error", exc_info=error)
         self._state = State.DEAD
         self._why = f"the service has died of an error: {type(error).__name__}: {error}"
         tasks, self._tasks = self._tasks, {}
@@ -220,6 +227,12 @@ class Worker:
             attained=self._attained,
             with_objectives=self._with_objectives,
         )
+
+
+def _text(writer: Writer, request: Request, token: int) -> str:
+    """What became certain with ``token``; all that is left, if it is the last. DuoServeError of the tokenizer."""
+    text = writer.push(request, token)
+    return text if request.finish_reason is None else text + writer.rest(request)
 
 
 def _answer(answer: Future[None], error: DuoServeError | None) -> None:

@@ -1,6 +1,9 @@
 """Text: streamed pieces add up to the whole for every kind of vocabulary, and stop strings cut wherever pieces end."""
 
+import itertools
 import random
+import threading
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -147,7 +150,7 @@ def test_a_number_that_is_no_token_id_is_a_request_error(token_id):
 
 def test_ctrl_c_stays_ctrl_c():
     class Interrupted:
-        def encode(self, text, **how):
+        def encode_batch(self, texts, **how):
             raise KeyboardInterrupt
 
     text = Text(BYTE_LEVEL)
@@ -196,3 +199,22 @@ def test_only_what_may_begin_a_stop_string_is_held_back():
 def test_flush_gives_back_what_did_not_become_a_stop():
     stop = StopStrings(["END"])
     assert (stop.push("the EN"), stop.flush(), stop.flush()) == ("the ", "EN", "")
+
+
+def test_other_threads_run_while_a_long_text_is_encoded():
+    beats, over = [], threading.Event()
+
+    def beat():
+        while not over.wait(0.002):
+            beats.append(time.perf_counter())
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    began = time.perf_counter()
+    Text(BYTE_LEVEL).encode("the cat and the king " * 50_000)
+    ended = time.perf_counter()
+    over.set()
+    beating.join()
+    inside = [began, *(one for one in beats if began < one < ended), ended]
+    silence = max(later - earlier for earlier, later in itertools.pairwise(inside))
+    assert silence < 0.4 * (ended - began), f"nothing else ran for {silence:.2f} s"

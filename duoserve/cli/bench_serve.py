@@ -19,9 +19,13 @@ from duoserve.service import Objectives
 EXAMPLES = """\
   duoserve bench serve --url http://127.0.0.1:8000 --rate 2 --requests 100
   duoserve bench serve --url http://127.0.0.1:8000 --arrivals burst --slo-ttft-ms 2000 --slo-tpot-ms 100 --goodput
+
+Policies and schedulers are the server's: start it with the --policy and --scheduler that are to be compared. Requests
+come at their times, whether or not others have been answered, and latencies count from there.
 """
 NEEDS_EXTRA = "duoserve bench serve needs httpx: pip install 'duoserve[serve]'"
 MILLISECONDS = 1e-3
+LATE_MS = 50  # worth a word; it is in the latencies either way
 
 
 def add_serve(benches: Subparsers) -> None:
@@ -30,6 +34,10 @@ def add_serve(benches: Subparsers) -> None:
     parser.add_argument("--url", required=True, help="of the server, with or without /v1")
     parser.add_argument("--model", help="the name to ask for (default: the first that the server has)")
     parser.add_argument("--api-key", default=os.environ.get("DUOSERVE_API_KEY"), help="default: $DUOSERVE_API_KEY")
+    parser.add_argument("--chat", action="store_true", help="ask for chats, not completions")
+    parser.add_argument(
+        "--ignore-eos", action="store_true", help="answers of full length, where the server knows ignore_eos"
+    )
     parser.add_argument("--rate", type=_positive, default=1.0, metavar="R", help="requests a second (default: 1)")
     parser.add_argument("--requests", type=_count, default=50, metavar="N", help="of a trial (default: 50)")
     parser.add_argument("--arrivals", choices=ARRIVALS, default="poisson", help="one by one, or eight at once")
@@ -56,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"{NEEDS_EXTRA} ({error.name} is missing)") from error
     load = Workload(args.requests, args.arrivals, args.max_prompt, args.max_tokens, args.seed)
     search = GoodputSearch(args.rate, args.trials if args.goodput else 1)
-    target = Target(args.url, args.model, args.api_key, args.timeout)
+    target = Target(args.url, args.model, args.api_key, args.timeout, args.chat, args.ignore_eos)
     found = asyncio.run(measured(target, load, search, objectives, say=partial(print, file=sys.stderr)))
     result = vars(load) | {"slo_ttft_ms": args.slo_ttft_ms, "slo_tpot_ms": args.slo_tpot_ms} | found
     if args.goodput:
@@ -73,8 +81,13 @@ def _lines(result: dict[str, Any]) -> list[str]:
             f"{trial['failed']} failed"
         )
         for name in ("ttft", "tpot", "itl"):
-            values = "  ".join(f"p{p} {trial[f'{name}_ms'][f'p{p}']:.1f}" for p in PERCENTILES)
-            lines.append(f"  {name.upper()} ms  {values}")
+            values = [(p, trial[f"{name}_ms"][f"p{p}"]) for p in PERCENTILES]
+            said = "  ".join(f"p{p} " + ("-" if value is None else f"{value:.1f}") for p, value in values)
+            lines.append(f"  {name.upper()} ms  {said}")
+        if trial["late_ms"] > LATE_MS:
+            lines.append(
+                f"  requests were sent up to {trial['late_ms']:.0f} ms late: this side is too slow for the load"
+            )
         if trial["first_error"]:
             lines.append(f"  first error: {trial['first_error']}")
     if "goodput" in result:

@@ -20,6 +20,7 @@ EXAMPLES = """\
   duoserve serve ./my-mixtral --memory 12GiB --slo-ttft-ms 2000 --slo-tpot-ms 100 --admission strict
   DUOSERVE_API_KEY=secret duoserve serve ./my-mixtral --host 0.0.0.0 --port 8080
 """
+TRUTHS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 NEEDS_EXTRA = "duoserve serve needs starlette, uvicorn and prometheus_client: pip install 'duoserve[serve]'"
 
 
@@ -57,12 +58,21 @@ def run(args: argparse.Namespace) -> None:
 def take_environment(parser: argparse.ArgumentParser) -> None:
     """Makes ``DUOSERVE_MAX_BATCH`` and its like the defaults of ``--max-batch`` and its like."""
     for action in parser._actions:
-        if action.option_strings and action.nargs != 0:
+        if action.option_strings and action.dest != "help":
             name = f"DUOSERVE_{action.dest.upper()}"
             action.help = f"{action.help} [{name}]"
             action.default = os.environ.get(name, action.default)
             if action.choices is not None:
                 action.type = _one_of(list(action.choices))
+            if action.nargs == 0:
+                action.type = _truth  # argparse asks it about a default that is text
+
+
+def _truth(value: str) -> bool:
+    """A flag as a variable."""
+    if value.lower() not in TRUTHS:
+        raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(TRUTHS)}")
+    return TRUTHS[value.lower()]
 
 
 def _one_of(choices: list[str]) -> Callable[[str], str]:
@@ -83,19 +93,41 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--api-key", metavar="KEY", help="what requests must show, but for /health (default: nothing)")
     group.add_argument("--served-model-name", metavar="NAME", help="the model's name in requests (default: MODEL)")
     group.add_argument(
-        "--shutdown-timeout", type=float, default=30.0, metavar="S", help="for running requests after SIGTERM"
+        "--shutdown-timeout",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="running requests get after SIGTERM (default: 30)",
     )
-    group.add_argument("--ping-interval", type=float, default=10.0, metavar="S", help="longest silence of a stream")
+    group.add_argument(
+        "--ping-interval", type=float, default=10.0, metavar="S", help="of a stream's silence (default: 10)"
+    )
 
 
 def _add_service(parser: argparse.ArgumentParser) -> None:
     known, defaults = get_type_hints(ServiceSettings), ServiceSettings()
     group = parser.add_argument_group("service")
-    group.add_argument("--max-batch", type=int, default=defaults.max_batch, metavar="N", help="requests run at once")
-    group.add_argument("--max-waiting", type=int, default=defaults.max_waiting, metavar="N", help="that may wait")
-    for name, text in (("admission", "of what would miss its objectives"), ("scheduler", "who comes next")):
+    group.add_argument(
+        "--max-batch",
+        type=int,
+        default=defaults.max_batch,
+        metavar="N",
+        help=f"requests run at once (default: {defaults.max_batch})",
+    )
+    group.add_argument(
+        "--max-waiting",
+        type=int,
+        default=defaults.max_waiting,
+        metavar="N",
+        help=f"more may wait (default: {defaults.max_waiting})",
+    )
+    for name, text in (
+        ("admission", "what would miss its objectives comes late, or is refused"),
+        ("scheduler", "who comes next: the least slack to its objective, or the first"),
+    ):
         default = getattr(defaults, name)
-        group.add_argument(f"--{name}", choices=get_args(known[name]), default=default, help=text)
+        help_text = f"{text} (default: {default})"
+        group.add_argument(f"--{name}", choices=get_args(known[name]), default=default, help=help_text)
     group.add_argument("--slo-ttft-ms", type=float, metavar="MS", help="objective for the first token")
     group.add_argument("--slo-tpot-ms", type=float, metavar="MS", help="objective for each later token")
 

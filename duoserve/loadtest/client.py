@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from duoserve.errors import ConfigError, RequestError
+from duoserve.errors import ConfigError
 from duoserve.loadtest.figures import Answer
 from duoserve.loadtest.workload import Asked
 
@@ -21,12 +21,17 @@ SHOWN = 300  # characters of an error
 
 @dataclass(frozen=True)
 class Target:
-    """A server under ``url`` (with or without ``/v1``); ``model`` None: the first that it has."""
+    """A server under ``url`` (with or without ``/v1``); ``model`` None: the first that it has.
+
+    ``chat`` asks for chats instead of completions; ``ignore_eos``, which vLLM knows too, for full lengths.
+    """
 
     url: str
     model: str | None = None
     api_key: str | None = None
     timeout_s: float = 600.0
+    chat: bool = False
+    ignore_eos: bool = False
 
     def client(self) -> httpx.AsyncClient:
         """For any number of requests at once; the caller closes it."""
@@ -53,50 +58,67 @@ async def served_model(client: httpx.AsyncClient, wanted: str | None) -> str:
     return wanted or str(names[0])
 
 
+@dataclass(frozen=True)
+class Form:
+    """How requests are put: to which endpoint, for which model, and whether answers must have their full length."""
+
+    model: str
+    chat: bool = False
+    ignore_eos: bool = False
+
+    @property
+    def path(self) -> str:
+        """Of the endpoint."""
+        return "/v1/chat/completions" if self.chat else "/v1/completions"
+
+    def body(self, asked: Asked) -> dict[str, Any]:
+        """Of a streamed request whose tokens the server counts."""
+        said = {"messages": [{"role": "user", "content": asked.prompt}]} if self.chat else {"prompt": asked.prompt}
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        longer = {"ignore_eos": True} if self.ignore_eos else {}
+        return {"model": self.model, "max_tokens": asked.max_tokens, **said, **options, **longer}
+
+
 async def answers(
-    client: httpx.AsyncClient, model: str, asked: Sequence[Asked], times: Sequence[float]
+    client: httpx.AsyncClient, form: Form, asked: Sequence[Asked], times: Sequence[float]
 ) -> list[Answer]:
-    """Asks each at its time (seconds from now); RequestError with the first error when all of them fail."""
+    """Asks each at its time (seconds from now), whatever has become of the others."""
     began = time.perf_counter()
-    tasks = [_answer_at(client, model, each, at, began) for each, at in zip(asked, times, strict=True)]
-    found = await asyncio.gather(*tasks)
-    if found and all(answer.error for answer in found):
-        raise RequestError(f"all {len(found)} requests failed; the first: {found[0].error}")
-    return found
+    tasks = [_answer_at(client, form, each, at, began) for each, at in zip(asked, times, strict=True)]
+    return await asyncio.gather(*tasks)
 
 
-async def _answer_at(client: httpx.AsyncClient, model: str, asked: Asked, at: float, began: float) -> Answer:
+async def _answer_at(client: httpx.AsyncClient, form: Form, asked: Asked, at: float, began: float) -> Answer:
+    """What comes of it, by the time at which it was due: where this process is late, that is part of the latency."""
     await asyncio.sleep(at - (time.perf_counter() - began))
-    asked_s = time.perf_counter() - began
-    body = {
-        "model": model,
-        "prompt": asked.prompt,
-        "max_tokens": asked.max_tokens,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+    late_s = time.perf_counter() - began - at
     pieces: list[float] = []
     tokens = 0
     try:
-        async with client.stream("POST", "/v1/completions", json=body) as reply:
+        async with client.stream("POST", form.path, json=form.body(asked)) as reply:
             if reply.status_code != httpx.codes.OK:
                 text = (await reply.aread()).decode(errors="replace")
-                return Answer(asked_s, error=f"{reply.status_code}: {text[:SHOWN]}")
+                return Answer(at, error=f"{reply.status_code}: {text[:SHOWN]}", late_s=late_s)
             async for line in reply.aiter_lines():
                 now = time.perf_counter() - began
                 if not line.startswith(DATA) or line.endswith(DONE):
                     continue
                 event = json.loads(line.removeprefix(DATA))
                 if "error" in event:
-                    return Answer(asked_s, error=str(event["error"])[:SHOWN])
+                    return Answer(at, error=str(event["error"])[:SHOWN], late_s=late_s)
                 tokens = _counted(event) or tokens
-                if any(choice.get("text") for choice in event.get("choices", ())):
+                if any(map(_text, event.get("choices", ()))):
                     pieces.append(now)
     except (httpx.HTTPError, ValueError) as error:
-        return Answer(asked_s, error=f"{type(error).__name__}: {error}"[:SHOWN])
+        return Answer(at, error=f"{type(error).__name__}: {error}"[:SHOWN], late_s=late_s)
     if not pieces:
-        return Answer(asked_s, error="no text came")
-    return Answer(asked_s, tuple(pieces), tokens or len(pieces))
+        return Answer(at, error="no text came", late_s=late_s)
+    return Answer(at, tuple(pieces), tokens or len(pieces), late_s=late_s)
+
+
+def _text(choice: dict[str, Any]) -> str | None:
+    """What a chunk brings, in either form."""
+    return choice.get("text") or (choice.get("delta") or {}).get("content")
 
 
 def _counted(event: dict[str, Any]) -> int:

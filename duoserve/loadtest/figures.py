@@ -17,13 +17,15 @@ ATTAINED = 0.9  # of the requests have to meet both objectives at a rate that co
 class Answer:
     """What became of a request. Seconds since the load began; ``pieces_s`` is when each piece of text came.
 
-    ``tokens`` is what the server counted, or the pieces where it counts none. ``error`` is empty where all went well.
+    ``asked_s`` is when it was due, ``late_s`` how much later this side sent it. ``tokens`` is what the server counted,
+    or the pieces where it counts none. ``error`` is empty where all went well.
     """
 
     asked_s: float
     pieces_s: tuple[float, ...] = ()
     tokens: int = 0
     error: str = ""
+    late_s: float = 0.0
 
     @property
     def ttft_s(self) -> float:
@@ -54,9 +56,9 @@ def attainment(answers: Sequence[Answer], objectives: Objectives) -> float:
 
 
 def summary(answers: Sequence[Answer], objectives: Objectives) -> dict[str, Any]:
-    """Counts, rates and percentiles in milliseconds, of what was answered."""
+    """Counts, rates and percentiles in milliseconds, of what was answered; None for those of nothing."""
     good = [answer for answer in answers if not answer.error]
-    seconds = max((answer.pieces_s[-1] for answer in good), default=math.nan)
+    seconds = max((answer.pieces_s[-1] for answer in good), default=None)
     gaps = [later - earlier for a in good for earlier, later in zip(a.pieces_s, a.pieces_s[1:], strict=False)]
     series = {
         "ttft_ms": [answer.ttft_s for answer in good],
@@ -69,14 +71,16 @@ def summary(answers: Sequence[Answer], objectives: Objectives) -> dict[str, Any]
         "failed": len(errors),
         "first_error": errors[0] if errors else None,
         "seconds": seconds,
-        "requests_per_s": len(good) / seconds,
-        "tokens_per_s": sum(answer.tokens for answer in good) / seconds,
+        "requests_per_s": len(good) / seconds if seconds else 0.0,
+        "tokens_per_s": sum(answer.tokens for answer in good) / seconds if seconds else 0.0,
         "attained": attainment(answers, objectives),
-        **{
-            name: {f"p{percent}": 1e3 * percentile(values, percent) for percent in PERCENTILES}
-            for name, values in series.items()
-        },
+        "late_ms": 1e3 * max((answer.late_s for answer in answers), default=0.0),
+        **{name: _percentiles_ms(values) for name, values in series.items()},
     }
+
+
+def _percentiles_ms(seconds: Sequence[float]) -> dict[str, float | None]:
+    return {f"p{percent}": 1e3 * percentile(seconds, percent) if seconds else None for percent in PERCENTILES}
 
 
 @dataclass

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from duoserve.loadtest.client import Target, answers, served_model
+from duoserve.errors import RequestError
+from duoserve.loadtest.client import Form, Target, answers, served_model
 from duoserve.loadtest.figures import GoodputSearch, summary
 from duoserve.loadtest.workload import Workload
 from duoserve.service import Objectives
@@ -18,13 +19,17 @@ async def measured(
 ) -> dict[str, Any]:
     """``url``, ``model``, and for each rate that ``search`` asks for a summary; errors as of the client.
 
-    All trials ask for the same; ``say`` hears a line after each.
+    All trials ask for the same; ``say`` hears a line after each. RequestError when nothing is answered in the first: a
+    rate that is too high for any answer is a bad rate only behind one that had some.
     """
     trials: list[dict[str, Any]] = []
     async with target.client() as client:
         model = await served_model(client, target.model)
+        form = Form(model, target.chat, target.ignore_eos)
         while (rate := search.next_rate()) is not None:
-            found = summary(await answers(client, model, load.asked(), load.times(rate)), objectives)
+            found = summary(await answers(client, form, load.asked(), load.times(rate)), objectives)
+            if not trials and found["failed"] == found["requests"]:
+                raise RequestError(f"all {found['failed']} requests failed; the first: {found['first_error']}")
             trials.append({"rate": rate, **found})
             search.record(rate, found["attained"])
             say(f"{rate:.3g} requests/s: {found['attained']:.0%} inside objectives")

@@ -11,10 +11,12 @@ from starlette.routing import Route
 
 from duoserve.errors import DuoServeError
 from duoserve.server.endpoints import Endpoints
-from duoserve.server.errors import ApiError, as_api_error
+from duoserve.server.errors import ApiError, as_api_error, noted
 from duoserve.server.host import Host
-from duoserve.server.http import HeaderLimit, KeyGuard, error_response
+from duoserve.server.http import ClientGone, HeaderLimit, KeyGuard, error_response
 from duoserve.server.settings import ServerSettings
+
+CLIENT_GONE = 499  # nobody reads it; nginx's number, for logs
 
 
 def make_app(host: Host, settings: ServerSettings) -> Starlette:
@@ -35,11 +37,17 @@ def make_app(host: Host, settings: ServerSettings) -> Starlette:
     guards = [Middleware(HeaderLimit, max_bytes=settings.max_header_bytes)]
     if settings.api_key is not None:
         guards.append(Middleware(KeyGuard, key=settings.api_key))
-    handlers = dict.fromkeys((ApiError, DuoServeError, Exception), _failed) | {HTTPException: _no_such_path}
+    handlers = dict.fromkeys((ApiError, DuoServeError), _failed)
+    handlers |= {HTTPException: _no_such_path, ClientGone: _nobody_there, Exception: _unforeseen}
     return Starlette(routes=routes, middleware=guards, exception_handlers=handlers)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
+    return error_response(noted(error))
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    """Behind it, the error goes on to uvicorn, which writes it down."""
     return error_response(as_api_error(error))
 
 
@@ -47,3 +55,7 @@ async def _no_such_path(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
     return error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
+
+
+async def _nobody_there(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_GONE)

@@ -16,7 +16,7 @@ from duoserve.server.asking import Asked
 from duoserve.server.backend import Model, Service
 from duoserve.server.generation import Choice, Generation, Wanted, begin
 from duoserve.server.host import LOADING, Host
-from duoserve.server.http import ClientGone, EventResponse, json_response, read_fields, unless_gone
+from duoserve.server.http import EventResponse, json_response, read_fields, unless_gone
 from duoserve.server.metrics import Metrics
 from duoserve.server.preparing import Preparing
 from duoserve.server.records import Recorder
@@ -25,8 +25,6 @@ from duoserve.server.sse import events
 from duoserve.server.status import PAGE, PAGE_HEADERS, status
 from duoserve.server.token_text import TokenText
 from duoserve.service import Piece, State
-
-CLIENT_GONE = 499  # nobody reads it; nginx's number, for logs
 
 
 class Endpoints:
@@ -40,10 +38,6 @@ class Endpoints:
         self._recorder.listeners.append(self._metrics.ended)
         self._preparing = Preparing(settings.text_s)
         self._since, self._created = time.monotonic(), int(time.time())
-
-    def close(self) -> None:
-        """Lets the threads go."""
-        self._preparing.close()
 
     async def health(self, request: Request) -> Response:
         """200 when requests are taken, 503 else; a probe needs no key."""
@@ -123,7 +117,7 @@ class Endpoints:
     async def _answered(
         self, request: Request, service: Service, dialect: Dialect, asked: Asked, prompts: Sequence[Sequence[int]]
     ) -> ASGIApp:
-        """The answer to ``asked`` for each of ``prompts``; nothing goes on once the client is gone."""
+        """The answer to ``asked`` for each of ``prompts``; ClientGone when it is, and then nothing goes on."""
         head = new_head(dialect, self._settings.name)
         tokens = None if asked.logprobs is None else TokenText(service.model.text)
         pairs = [(ids, repeat) for ids in prompts for repeat in range(asked.n)]
@@ -142,9 +136,6 @@ class Endpoints:
             choices = await unless_gone(request.receive, _collect(generation))
             usage = usage_of(generation.prompt_tokens, generation.output_tokens)
             return json_response(answer(head, dialect.whole_object, choices, usage))
-        except ClientGone:
-            generation.close()
-            return Response(status_code=CLIENT_GONE)
         except BaseException:
             generation.close()
             raise

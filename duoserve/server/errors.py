@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -14,6 +15,9 @@ TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+
+log = logging.getLogger("duoserve.server")
+UNFORESEEN = "internal"  # the code of what nobody foresaw
 
 
 class ApiError(Exception):
@@ -66,4 +70,12 @@ def as_api_error(error: Exception) -> ApiError:
         case DuoServeError():
             return ApiError(500, str(error), code="failed")
         case _:
-            return ApiError(500, "the server failed; its log says how", code="internal")
+            return ApiError(500, "the server failed; its log says how", code=UNFORESEEN)
+
+
+def noted(error: Exception) -> ApiError:
+    """The same, written down where it is the server's fault: a line, and where it came from if nobody foresaw it."""
+    told = as_api_error(error)
+    if told.status == 500:
+        log.error("a request failed: %s", error, exc_info=error if told.code == UNFORESEEN else None)
+    return told

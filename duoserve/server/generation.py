@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from duoserve.sampling import SamplingParams
 from duoserve.server.answers import Writer
@@ -101,17 +101,26 @@ async def begin(  # noqa: PLR0913, PLR0917
     defaults: Objectives,
 ) -> Generation:
     """Submits all choices, or none: where one is refused, the others are taken back and the refusal raised."""
-    streams: list[Stream] = []
-    try:
-        for one in wanted:
-            streams.append(await service.submit(one.prompt_ids, one.params, objectives, logprobs=logprobs))
-    except BaseException:
-        for stream in streams:
-            stream.cancel()
-        raise
+    streams = await _all_or_none(
+        [service.submit(one.prompt_ids, one.params, objectives, logprobs=logprobs) for one in wanted]
+    )
     choices = []
     for place, (stream, one) in enumerate(zip(streams, wanted, strict=True)):
         record = Record(f"{name}-{place}", len(one.prompt_ids), objectives or defaults, stream.times)
         recorder.begin(record)
         choices.append(Choice(stream, one.writer, record))
     return Generation(choices, sum({id(one.prompt_ids): len(one.prompt_ids) for one in wanted}.values()), recorder)
+
+
+async def _all_or_none(submissions: Sequence[Coroutine[Any, Any, Stream]]) -> list[Stream]:
+    """Side by side: one after another, each would wait for a step of the engine and be prefilled alone."""
+    tasks = [asyncio.create_task(one) for one in submissions]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        for found in await asyncio.gather(*tasks, return_exceptions=True):
+            if not isinstance(found, BaseException):
+                found.cancel()
+        raise

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.datastructures import Headers
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -40,13 +40,18 @@ def error_response(error: ApiError) -> Response:
 
 
 async def read_fields(request: Request, max_bytes: int) -> Fields:
-    """The JSON object in the body: 415 without its content type, 413 above ``max_bytes``, 408 when it takes long."""
+    """The JSON object in the body: 415 without its content type, 413 above ``max_bytes``, 408 when it takes long.
+
+    ClientGone where the body is cut off.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "the body must be JSON, with Content-Type: application/json")
     try:
         async with asyncio.timeout(BODY_SECONDS):
             return Fields(parse_object(await _body(request, max_bytes)))
+    except ClientDisconnect as error:
+        raise ClientGone from error
     except TimeoutError as error:
         raise ApiError(408, f"the body did not come within {BODY_SECONDS:g} s") from error
 

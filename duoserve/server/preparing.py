@@ -38,10 +38,6 @@ class Preparing:
             raise bad("messages", f"this model has no {lacks}: ask /v1/completions")
         return await self._bounded("messages", lambda: text.encode(template.render(messages), add_special=False))
 
-    def close(self) -> None:
-        """Waits for nothing."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
     async def _bounded(self, param: str, work: Callable[..., Result], *args: Any) -> Result:
         loop = asyncio.get_running_loop()
         try:

@@ -56,7 +56,7 @@ class Record:
 
 
 class Recorder:
-    """The requests that run, and the last ``KEPT`` that ended. ``listeners`` hear of each that ends."""
+    """The requests that run, and the last ``KEPT`` that ended, without gaps. ``listeners`` hear of each that ends."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -97,3 +97,4 @@ class Recorder:
             self._ended.append(record)
             for listener in self.listeners:
                 listener(record)
+            record.gaps.clear()  # one for each token: too much to keep

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from duoserve.errors import ConfigError
 from duoserve.service import Objectives
 
+DAY_S = 86_400
+
 
 @dataclass(frozen=True)
 class ServerSettings:
@@ -30,7 +32,9 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}, but must be in 0..65535 (0: any that is free)")
-        if not self.shutdown_s >= 0:
-            raise ConfigError(f"shutdown_s is {self.shutdown_s}, but must be at least 0 seconds")
+        if not 0 <= self.shutdown_s <= DAY_S:
+            raise ConfigError(f"the shutdown timeout is {self.shutdown_s} s, but must be in 0..{DAY_S}")
+        if not 0 < self.ping_s <= DAY_S:
+            raise ConfigError(f"the ping interval is {self.ping_s} s, but must be more than 0 and at most {DAY_S}")
         if self.api_key == "":
             raise ConfigError("the API key is empty: give one, or none at all")

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from duoserve.server.answers import Dialect, Head, answer, usage_of
-from duoserve.server.errors import as_api_error
+from duoserve.server.errors import noted
 from duoserve.server.generation import Event, Generation
 
 PING = b": ping\n\n"
@@ -38,7 +38,7 @@ async def events(  # noqa: PLR0913, PLR0917
             usage = usage_of(generation.prompt_tokens, generation.output_tokens)
             yield event(answer(head, dialect.chunk_object, [], usage))
     except Exception as error:
-        yield event(as_api_error(error).body)
+        yield event(noted(error).body)
     yield DONE
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 
 import pytest
 
-from duoserve.errors import RequestError
+from duoserve.errors import OverloadedError, RequestError
 from tests.server.conftest import served  # noqa: F401 - a fixture
 from tests.server.fake_service import script_of, spoken
 
@@ -70,6 +71,47 @@ def test_the_first_error_is_shown_when_all_fail(duoserve, served):  # noqa: F811
     server = served(script_of(refuse=RequestError("the prompt is cursed")))
     ran = duoserve("bench", "serve", "--url", server.url, "--requests", "2", "--rate", "50", *SMALL)
     assert ran.code == 1 and "all 2 requests failed; the first: 400: " in ran.err and "cursed" in ran.err
+
+
+def test_a_rate_at_which_nothing_is_answered_is_a_bad_one_and_no_failure(duoserve, served):  # noqa: F811
+    server = served(lambda number: spoken("a") if number < 2 else full())
+    words = ("--rate", "50", "--requests", "2", *SMALL, "--goodput", "--trials", "2", "--slo-ttft-ms", "5000", "--json")
+    ran = duoserve("bench", "serve", "--url", server.url, *words)
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert [trial["failed"] for trial in found["trials"]] == [0, 2]
+    assert (found["goodput"], found["not_good"]) == (50, 100)
+
+
+def full():
+    raise OverloadedError("full", 1.0)
+
+
+def test_latencies_count_from_when_a_request_was_due(duoserve, served, monkeypatch):  # noqa: F811
+    """A generator that falls behind its own plan must not make the server look faster than a user would find it."""
+    server, sleep = served(script_of(*spoken("a"))), asyncio.sleep
+
+    async def oversleeping(seconds):
+        await sleep(max(0, seconds) + 0.2)
+
+    monkeypatch.setattr("duoserve.loadtest.client.asyncio.sleep", oversleeping)
+    ran = duoserve("bench", "serve", "--url", server.url, "--requests", "3", "--rate", "50", *SMALL, "--json")
+    [trial] = json.loads(ran.out)["trials"]
+    assert trial["ttft_ms"]["p50"] > 200 and trial["late_ms"] > 200
+    text = duoserve("bench", "serve", "--url", server.url, "--requests", "3", "--rate", "50", *SMALL)
+    assert "this side is too slow for the load" in text.out
+
+
+def test_chats_are_asked_for_where_a_server_has_nothing_else(duoserve, served):  # noqa: F811
+    server = served(script_of(*spoken("a", "b")))
+    words = ("--requests", "2", "--rate", "50", "--max-prompt", "1", "--max-tokens", "4", "--chat", "--ignore-eos")
+    ran = duoserve("bench", "serve", "--url", server.url, *words, "--json")
+    assert ran.code == 0, ran.err
+    [trial] = json.loads(ran.out)["trials"]
+    assert (trial["failed"], trial["requests"]) == (0, 2) and trial["tokens_per_s"] > 0
+    said = [server.service.model.text.decode(asked["prompt"]) for asked in server.service.asked]
+    assert all(one.startswith("<user>") for one in said)
+    assert all(asked["params"].ignore_eos for asked in server.service.asked)
 
 
 @pytest.mark.parametrize("flag", ["--rate", "--requests", "--slo-ttft-ms", "--timeout"])

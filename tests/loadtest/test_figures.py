@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -32,6 +33,13 @@ def test_a_summary_leaves_failures_out_of_latencies() -> None:
     assert (found["seconds"], found["tokens_per_s"]) == (3.0, pytest.approx(4 / 3))
     assert (found["ttft_ms"]["p50"], found["ttft_ms"]["p99"]) == (250.0, 1000.0)
     assert found["tpot_ms"]["p99"] == found["itl_ms"]["p50"] == 500.0
+
+
+def test_what_there_is_none_of_is_none_and_no_nan() -> None:
+    for answers in ([Answer(0.0, error="429")], [Answer(0.0, (1.0,), 1)]):
+        found = json.loads(json.dumps(summary(answers, Objectives()), allow_nan=False))
+        assert found["tpot_ms"]["p50"] is None and found["late_ms"] == 0
+    assert summary([Answer(0.0, error="429")], Objectives())["requests_per_s"] == 0
 
 
 @pytest.mark.parametrize("capacity", [0.03, 0.9, 1.0, 7.3, 200.0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,11 +80,11 @@ def serving(load: Callable[[], Any], **settings: Any) -> Iterator[Serving]:
 
 
 def wait_ready(running: Serving) -> None:
-    """Until the model is there."""
-    for _ in range(200):
-        if running.http.get("/health").status_code == 200:
-            return
-    raise AssertionError("never ready")
+    """Until the model is there; at most half a minute."""
+    until = time.monotonic() + 30
+    while running.http.get("/health").status_code != 200:
+        assert time.monotonic() < until, "never ready"
+        time.sleep(0.01)
 
 
 @pytest.fixture

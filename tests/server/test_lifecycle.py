@@ -108,7 +108,9 @@ def test_a_taken_port_is_refused_before_anything_is_loaded():
 
 
 def test_settings_are_checked():
-    for wrong in ({"port": 70_000}, {"shutdown_s": -1}, {"shutdown_s": float("nan")}, {"api_key": ""}):
+    nan, inf = float("nan"), float("inf")
+    seconds = [{"shutdown_s": -1}, {"shutdown_s": nan}, {"shutdown_s": inf}, {"ping_s": 0}, {"ping_s": nan}]
+    for wrong in ({"port": 70_000}, {"api_key": ""}, *seconds):
         with pytest.raises(ConfigError):
             settings(**wrong)
 

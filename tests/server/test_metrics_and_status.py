@@ -6,6 +6,8 @@ from prometheus_client import parser
 
 from duoserve.errors import CopyError
 from duoserve.metrics import ByteCounts, Stats
+from duoserve.server.records import Record, Recorder
+from duoserve.service import Piece, Times
 from tests.server.conftest import NAME
 from tests.server.fake_service import hoped, spoken
 
@@ -113,3 +115,14 @@ def test_the_status_tells_latencies_and_objectives(served):
     service = found["service"]
     assert service["hit_rate"] == 31 / 43 and service["bytes"]["total"] == 1000
     assert (service["attained"], service["with_objectives"], service["refused"]) == (4, 5, 3)
+
+
+def test_of_requests_that_ended_no_gap_of_any_token_is_kept():
+    recorder, heard = Recorder(), []
+    recorder.listeners.append(lambda record: heard.append(len(record.gaps)))
+    record = Record("a", 1, hoped(None, None), Times(0.0))
+    recorder.begin(record)
+    for _ in range(3):
+        recorder.piece(record, Piece("x", (5,)), Times(0.0, 1.0, 2.0))
+    recorder.end(record, "length")
+    assert heard == [2] and record.gaps == [] and record.tpot_s is not None

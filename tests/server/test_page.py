@@ -69,6 +69,7 @@ def test_it_fits_and_shows_the_service(browser, busy, width, scheme):
     assert columns == (1 if width == 390 else 4)
     assert (text(page, "model"), text(page, "state"), text(page, "running")) == ("fake", "ready", "0")
     assert (text(page, "hits"), text(page, "slo"), text(page, "stall")) == ("72.1 %", "80.0 %", "25.0 %")
+    assert "objective\u00a010\u00a0ms" in text(page, "ttftmore")  # no unit on a line of its own
     assert "bad" in page.locator("#ttft").get_attribute("class")
     assert "good" in page.locator("#tpot").get_attribute("class")
     assert page.locator("#requests tr").count() == 2

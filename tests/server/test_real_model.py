@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -16,9 +17,11 @@ import openai
 import pytest
 
 from duoserve.async_engine import AsyncEngine
-from duoserve.cli import main
+from duoserve.cli import main, serve
 from duoserve.moe_model import MoEModel
-from tests.server.conftest import serving
+from tests.checkpoints import save_mixtral
+from tests.server.conftest import serving, wait_ready
+from tests.small_tokenizers import byte_level_tokenizer
 
 PROMPTS = ("To be, or", "Enter HAMLET", "My lord, the", "What ho!")
 
@@ -71,6 +74,25 @@ def test_a_stream_has_the_same_text_and_a_stop_string_ends_it(bard, alone):
     assert text(stop=stop) == (alone[0].text.split(stop)[0], "stop")
 
 
+def test_a_chat_is_the_models_own_template_rendered(tmp_path):
+    folder = save_mixtral(tmp_path, vocab_size=291)
+    byte_level_tokenizer().save(str(folder / "tokenizer.json"))
+    template = "{% for one in messages %}<{{ one.role }}>{{ one.content }}{% endfor %}<assistant>"
+    (folder / "chat_template.jinja").write_text(template)
+    asked = {"model": "fake", "messages": [{"role": "user", "content": "What ho!"}], "max_tokens": 6, "temperature": 0}
+    with MoEModel.from_pretrained(folder, max_context=512) as model:
+        prompt = model.text.encode("<user>What ho!<assistant>", add_special=False)
+        alone = model.generate(prompt, max_tokens=6, temperature=0.0)
+    with serving(lambda: AsyncEngine(MoEModel.from_pretrained(folder, max_context=512))) as server:
+        wait_ready(server)
+        chat = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60).chat.completions
+        whole = chat.create(**asked)
+        assert (whole.choices[0].message.content, whole.usage.prompt_tokens) == (alone.text, len(prompt))
+        chunks = list(chat.create(**asked, stream=True, stream_options={"include_usage": True}))
+        assert "".join(chunk.choices[0].delta.content for chunk in chunks[:-1]) == alone.text
+        assert chunks[-1].usage.completion_tokens == len(alone.token_ids)
+
+
 def test_a_client_that_leaves_frees_the_engine(bard):
     body = {"prompt": "a", "max_tokens": 3000, "temperature": 0, "stream": True, "ignore_eos": True}
     with bard.http.stream("POST", "/v1/completions", json=body) as answer:
@@ -81,6 +103,15 @@ def test_a_client_that_leaves_frees_the_engine(bard):
     while bard.http.get("/status").json()["service"]["running"]:
         assert time.monotonic() - left < 2.0
     assert time.monotonic() - left < 0.5  # the engine itself: 0.2 s; here a poll of the page's data besides
+
+
+def test_choices_of_a_request_share_their_passes(bard, monkeypatch):
+    passes = bard.service.service()._model._runtime.engine._passes
+    prefill, sizes = passes.prefill, []
+    monkeypatch.setattr(passes, "prefill", lambda chosen, **how: (sizes.append(len(chosen)), prefill(chosen, **how))[1])
+    answer = bard.complete(prompt=PROMPTS[1], n=8, max_tokens=2, temperature=0)
+    assert len({one["text"] for one in answer.json()["choices"]}) == 1
+    assert sum(sizes) == 8 and len(sizes) <= 2
 
 
 def test_log_probabilities_and_experts_are_told(bard):
@@ -154,6 +185,27 @@ def test_a_wrong_value_in_the_environment_is_wrong_usage_of_serve_alone(monkeypa
         main(["serve", "bard"])
     assert ended.value.code == 2 and "argument --admission: 'never' is none of late, strict" in capsys.readouterr().err
     assert main(["info", "bard"]) == 0
+
+
+def test_every_flag_is_a_variable_too(monkeypatch, capsys):
+    parser = argparse.ArgumentParser()
+    serve.add_command(parser.add_subparsers())
+    [command] = parser._subparsers._group_actions[0].choices.values()
+    flags = [action for action in command._actions if action.option_strings and action.dest != "help"]
+    assert len(flags) > 15 and all(f"[DUOSERVE_{action.dest.upper()}]" in action.help for action in flags)
+    for value, meant in (("1", True), ("false", False)):
+        monkeypatch.setenv("DUOSERVE_INVARIANT", value)
+        assert parsed("serve", "bard").invariant is meant
+    monkeypatch.setenv("DUOSERVE_INVARIANT", "maybe")
+    with pytest.raises(SystemExit):
+        parsed("serve", "bard")
+    assert "argument --invariant: 'maybe' is none of" in capsys.readouterr().err
+
+
+def parsed(*words):
+    parser = argparse.ArgumentParser()
+    serve.add_command(parser.add_subparsers())
+    return parser.parse_args(words)
 
 
 def test_nothing_of_the_server_is_imported_for_other_commands():

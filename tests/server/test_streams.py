@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import time
 
@@ -150,3 +151,34 @@ def test_a_client_that_leaves_while_pings_are_sent_is_noticed(served):
     left = leave(server, {"prompt": "a", "stream": True}, b"ping")
     wait_for(lambda: server.service.streams[0].cancelled_at is not None)
     assert server.service.streams[0].cancelled_at - left < 0.2
+
+
+def connected(server):
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=5)
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error_of_the_server(served, capsys):
+    server = served()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n"
+    with connected(server) as connection:
+        connection.sendall(head + b'{"prompt"')
+        time.sleep(0.1)  # for the server to begin to read
+    assert server.complete().status_code == 200
+    server.stop()
+    assert capsys.readouterr().err == ""
+
+
+def test_what_nobody_foresaw_in_mid_stream_is_logged(served, caplog):
+    server = served(script_of(spoken("a", "b")[0], ZeroDivisionError("a bug")))
+    assert events(lines(server))[-1]["error"]["code"] == "internal"
+    assert [one.exc_info[0] for one in caplog.records if one.levelno >= logging.ERROR] == [ZeroDivisionError]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_of_the_server_is_a_line_in_its_log_and_a_clients_is_none(served, caplog, stream):
+    server = served(script_of(spoken("a", "b")[0], CopyError("expert (1, 2) could not be read")))
+    assert "could not be read" in server.complete(stream=stream).text
+    assert server.complete(stream=stream, temperature=-1).status_code == 400
+    [record] = [one for one in caplog.records if one.levelno >= logging.WARNING]
+    assert "could not be read" in record.getMessage() and not record.exc_info

@@ -1,0 +1,93 @@
+"""The service's thread when what nobody foresaw happens: all who wait are told, and it is written down."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from duoserve import AsyncEngine, MoEModel, SamplingParams, State
+from duoserve.errors import ClosedError, DuoServeError, RequestError
+from duoserve.text import IncrementalDecoder
+from tests.checkpoints import BARD, save_mixtral
+
+PROMPT = [5, 9, 2, 40, 41, 7]
+PARAMS = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_mixtral(tmp_path_factory.mktemp("worker"))
+
+
+def serve(model: MoEModel, main: Callable[[AsyncEngine], Coroutine[Any, Any, None]]) -> None:
+    async def run() -> None:
+        service = AsyncEngine(model)
+        try:
+            await asyncio.wait_for(main(service), 20)
+        finally:
+            await service.close()
+
+    asyncio.run(run())
+
+
+def broken(error: BaseException) -> Callable[..., None]:
+    def fail(*args: Any) -> None:
+        raise error
+
+    return fail
+
+
+def test_an_error_while_requests_are_added_reaches_all_who_wait(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main(service: AsyncEngine) -> None:
+        monkeypatch.setattr(model._runtime.engine, "add", broken(ZeroDivisionError("a bug")))
+        asked = [service.submit(PROMPT, PARAMS) for _ in range(4)]
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(one) for one in found] == [ClosedError] * 4
+        assert service.state is State.DEAD
+
+    model = MoEModel.from_pretrained(folder)
+    serve(model, main)
+    [record] = [one for one in caplog.records if one.levelno == logging.CRITICAL]
+    assert record.exc_info is not None and isinstance(record.exc_info[1], ZeroDivisionError)
+
+
+def test_no_kind_of_error_leaves_callers_waiting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(service: AsyncEngine) -> None:
+        stream = await service.submit(PROMPT, PARAMS)
+        monkeypatch.setattr(model._runtime.engine, "step", broken(SystemExit(3)))
+        with pytest.raises(ClosedError, match="SystemExit: 3"):
+            async for _ in stream:
+                pass
+        assert service.state is State.DEAD
+
+    model = MoEModel.from_pretrained(folder)
+    serve(model, main)
+
+
+def test_a_tokenizer_that_fails_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    push, fails = IncrementalDecoder.push, [True]
+
+    def stumbling(self: IncrementalDecoder, token_id: int) -> str:
+        if fails and fails.pop():
+            raise RequestError("the tokenizer panicked")
+        return push(self, token_id)
+
+    async def main(service: AsyncEngine) -> None:
+        monkeypatch.setattr(IncrementalDecoder, "push", stumbling)
+        first, second = [await service.submit("O Romeo", PARAMS) for _ in range(2)]
+        with pytest.raises(DuoServeError, match="panicked"):
+            async for _ in first:
+                pass
+        assert sum([len(piece.token_ids) async for piece in second]) == PARAMS.max_tokens
+        assert service.state is State.READY and service.figures().finished == {"error": 1, "length": 1}
+        model._runtime.engine.check_integrity()
+
+    model = MoEModel.from_pretrained(BARD, policy="lru", expert_slots=12)
+    serve(model, main)
