@@ -14,8 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from duoserve.kernels.matmul import WIDEN_ELEMENTS, Products, by_rows, float_product, linear
+from duoserve.kernels.matmul import (
+    WIDEN_ELEMENTS,
+    Products,
+    by_rows,
+    float_product,
+    left_product,
+    linear,
+    streams_left,
+)
 from duoserve.kernels.reference_attention import attention, decode_attention, mla_decode_attention
+from duoserve.kernels.reference_codes import code_product, multiplies_codes
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.reference_small import (
     add_rms_norm,
@@ -147,7 +156,8 @@ def _rows_of(x_TH: Tensor, plan: RoutePlan, start: int, stop: int) -> Tensor:
 
 def _swiglu(x_RH: Tensor, w13: Matrix, slot: int, act_RI: Tensor) -> None:
     """``silu(gate) * up`` into ``act_RI``."""
-    gate_RI, up_RI = _product(x_RH, w13, slot).view(x_RH.shape[0], -1, 2).unbind(-1)
+    product_RN = _product(x_RH, w13, slot, turned=True)
+    gate_RI, up_RI = product_RN[:, 0::2], product_RN[:, 1::2]
     gate_RI = gate_RI.contiguous()  # a strided silu takes twice the time
     torch.mul(by_rows(partial(F.silu, inplace=True), gate_RI, w13.products), up_RI, out=act_RI)
 
@@ -160,14 +170,24 @@ def _clamped(up_RN: Tensor, clamped: ClampedUp, products: Products, act_RI: Tens
     torch.mul(up_RI + 1, gate_RI * share_RI, out=act_RI)
 
 
-def _product(x_RD: Tensor, matrix: Matrix, slot: int) -> Tensor:
-    """``x w^T`` [R, N]; quantized weights are decoded to float32, whatever ``x_RD`` is, a block of rows at a time."""
+def _product(x_RD: Tensor, matrix: Matrix, slot: int, turned: bool = False) -> Tensor:
+    """``x w^T`` [R, N]; quantized weights are decoded to float32, whatever ``x_RD`` is, a block of rows at a time.
+
+    ``turned``: R may be contiguous, not N.
+    """
     if x_RD.dtype == matrix.data_SNB.dtype:
-        return linear(x_RD, dense(matrix, slot), products=matrix.products)
+        w_ND = matrix.data_SNB[slot]
+        if turned and matrix.products is Products.FASTEST and streams_left(w_ND):
+            return left_product(x_RD, w_ND)
+        return linear(x_RD, w_ND, products=matrix.products)
     num_rows = matrix.data_SNB.shape[1]
     rows = max(1, WIDEN_ELEMENTS // matrix.inner)
+    by_codes = matrix.products is Products.FASTEST and multiplies_codes(matrix, x_RD.dtype)
     x_wide_RD, out_RN = x_RD.float(), torch.empty(len(x_RD), num_rows, device=x_RD.device)
     for start in range(0, num_rows, rows):
         block = slice(start, start + rows)
-        out_RN[:, block] = float_product(x_wide_RD, dense(matrix, slot, block).float(), matrix.products)
+        if by_codes:
+            out_RN[:, block] = code_product(x_RD, matrix, slot, block)
+        else:
+            out_RN[:, block] = float_product(x_wide_RD, dense(matrix, slot, block).float(), matrix.products)
     return out_RN.to(x_RD.dtype)
