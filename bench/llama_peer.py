@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,23 @@ GREEDY = {"temperature": 0.0, "ignore_eos": True}
 class LlamaCpp:
     """One model in one server with one slot; the threads are torch's number."""
 
-    def load(
-        self, folder: str, *, gguf: str, kind: str, max_context: int, mapped: bool = False, cap: str | None = None
-    ) -> None:
-        """Converts the checkpoint to ``gguf`` where it is not yet. ``mapped``: weights stay in the file, cold.
+    def load(self, folder: str, *, gguf: str, kind: str, max_context: int, cap: str | None = None) -> None:
+        """Converts the checkpoint to ``gguf`` where it is not yet. ``cap``: the group to join, for a mapped, cold file.
 
-        Else they are read into memory, where llama.cpp may repack them. ``cap``: the group to join before loading.
+        Else weights are read into memory, where llama.cpp may repack them.
         """
         config = json.loads((Path(folder) / "config.json").read_text())
         self._vocab, self._prompt_tokens = config["vocab_size"], 0
         convert(Path(folder), Path(gguf), Kind[kind.upper()])
-        if mapped:
-            drop_from_page_cache([Path(gguf)])
         if cap:
+            drop_from_page_cache([Path(gguf)])  # what it maps later is then counted in its group
             join(Path(cap))
         modes = xllamacpp.llama_load_mode
-        mode = modes.LLAMA_LOAD_MODE_MMAP if mapped else modes.LLAMA_LOAD_MODE_NONE
+        mode = modes.LLAMA_LOAD_MODE_MMAP if cap else modes.LLAMA_LOAD_MODE_NONE
         self._server = xllamacpp.Server(_parameters(gguf, max_context, mode))
 
     def round(self, prompt: list[int], forced: list[int] | None, new_tokens: int, cold: bool) -> Round:
-        """The engine follows its own tokens; ``cold`` is what ``mapped`` says, and the group it is in."""
+        """The engine follows its own tokens; ``cold`` it is by its group's limit."""
         del forced, cold
         self._prompt_tokens = len(prompt)
         figures, foreign = Figures(), ForeignCpu()
@@ -72,7 +70,7 @@ class LlamaCpp:
         self._server.handle_completions(asked, on_chunk)
         if len(seen) != new_tokens + 1:
             raise RuntimeError(f"{new_tokens} tokens were asked for, and {len(seen) - 1} came")
-        return [(t - t0, read - read0, int(text)) for (t0, read0, _), (t, read, text) in zip(seen, seen[1:], strict=False)]
+        return [(at - before, read - so_far, int(text)) for (before, so_far, _), (at, read, text) in pairwise(seen)]
 
     def logits(self, token_ids: list[int], out: str) -> None:
         """Leaves the log-probabilities [T, V] of what may follow the prompt and each token behind it in ``out``."""

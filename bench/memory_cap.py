@@ -7,6 +7,7 @@ on what a model takes: weights, caches, buffers, and the cached pages of the fil
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,32 +15,50 @@ from typing import NamedTuple
 
 
 class Hierarchy(NamedTuple):
-    """Where groups are made, and what limits them; ``and_swap`` must not be raised above it, where it exists."""
+    """Where groups are made and by which files they are limited; ``controls`` exists where it is this one.
+
+    ``swap_value`` None: memory and swap are counted together, and limited alike.
+    """
 
     root: Path
+    controls: str
     limit: str
     and_swap: str
-    swap_value: str | None  # None: the limit itself, as memory and swap are counted together
+    swap_value: int | None
 
 
 HIERARCHIES = (
-    Hierarchy(Path("/sys/fs/cgroup"), "memory.max", "memory.swap.max", "0"),
-    Hierarchy(Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.memsw.limit_in_bytes", None),
+    Hierarchy(Path("/sys/fs/cgroup"), "cgroup.subtree_control", "memory.max", "memory.swap.max", 0),
+    Hierarchy(
+        Path("/sys/fs/cgroup/memory"),
+        "memory.limit_in_bytes",
+        "memory.limit_in_bytes",
+        "memory.memsw.limit_in_bytes",
+        None,
+    ),
 )
 
 
 @contextmanager
-def memory_cap(limit_bytes: int) -> Iterator[Path | None]:
-    """A group with that limit, removed in the end; None where this process may not make one.
+def memory_cap(name: str, limit_bytes: int) -> Iterator[Path]:
+    """A group with that limit, removed in the end, when all processes in it must have ended.
 
-    All processes in it must have ended by then.
+    OSError where this process may not make one.
     """
-    group = next((made for one in HIERARCHIES if (made := _group(one, limit_bytes))), None)
+    group = _group(f"duoserve-bench-{os.getpid()}-{re.sub('[^a-z0-9]+', '-', name)}", limit_bytes)
     try:
         yield group
     finally:
-        if group:
-            group.rmdir()
+        group.rmdir()
+
+
+def can_cap() -> bool:
+    """Whether this process may make groups."""
+    try:
+        with memory_cap("try", 1 << 30):
+            return True
+    except OSError:
+        return False
 
 
 def join(group: Path) -> None:
@@ -47,29 +66,24 @@ def join(group: Path) -> None:
     (group / "cgroup.procs").write_text(str(os.getpid()))
 
 
-def events(group: Path) -> dict[str, int]:
-    """The group's peak in bytes."""
-    peak = next(file for name in ("memory.peak", "memory.max_usage_in_bytes") if (file := group / name).exists())
-    return {"peak": int(peak.read_text())}
-
-
-def _group(hierarchy: Hierarchy, limit_bytes: int) -> Path | None:
-    group = hierarchy.root / f"duoserve-bench-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError:
-        return None
+def _group(name: str, limit_bytes: int) -> Path:
+    """In the hierarchy that has control of memory."""
+    hierarchy = next((one for one in HIERARCHIES if (one.root / one.controls).exists()), None)
+    if hierarchy is None:
+        raise OSError("no control groups of memory here")
+    group = hierarchy.root / name
+    group.mkdir()
     try:
         _set(group / hierarchy.limit, limit_bytes)
         if (swap := group / hierarchy.and_swap).exists():
-            _set(swap, hierarchy.swap_value or limit_bytes)
+            _set(swap, limit_bytes if hierarchy.swap_value is None else hierarchy.swap_value)
     except OSError:
         group.rmdir()
-        return None
+        raise
     return group
 
 
-def _set(file: Path, value: int | str) -> None:
+def _set(file: Path, value: int) -> None:
     """Writes to a file of the kernel's: one that does not exist is not made."""
     with file.open("r+") as opened:
         opened.write(str(value))
