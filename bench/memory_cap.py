@@ -66,6 +66,11 @@ def join(group: Path) -> None:
     (group / "cgroup.procs").write_text(str(os.getpid()))
 
 
+def leave(group: Path) -> None:
+    """Takes this process out again: what it takes from now on is not limited."""
+    join(group.parent)
+
+
 def _group(name: str, limit_bytes: int) -> Path:
     """In the hierarchy that has control of memory."""
     hierarchy = next((one for one in HIERARCHIES if (one.root / one.controls).exists()), None)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from harness import Figures, Round, serve
 from machine import ForeignCpu, disk_bytes_read, drop_from_page_cache, memory_bytes, reset_peak_memory
-from memory_cap import join
+from memory_cap import join, leave
 
 from duoserve import MoEModel, SamplingParams
 from duoserve.config import EngineConfig
@@ -29,8 +29,9 @@ class Duoserve:
 
     def load(self, folder: str, *, cache: str, cap: str | None = None, **options: Any) -> None:
         """Packs the experts into ``cache`` where they are not yet; ``cap`` is the group to join before that."""
-        if cap:
-            join(Path(cap))
+        self._cap = Path(cap) if cap else None
+        if self._cap:
+            join(self._cap)
         model = MoEModel.from_pretrained(folder, device="cpu", cache_dir=cache, **options)
         self._model = self._opened.enter_context(model)
         self._files = [path for path in Path(cache).rglob("*") if path.is_file()]
@@ -62,7 +63,9 @@ class Duoserve:
             raise ValueError(f"{new_tokens} tokens were asked for, and {rest} came on top")
 
     def logits(self, token_ids: list[int], out: str) -> None:
-        """Leaves the float32 logits [T, V] of one prefill in the file ``out``."""
+        """Leaves the float32 logits [T, V] of one prefill in the file ``out``; no round is limited after it."""
+        if self._cap:
+            leave(self._cap)  # no request has the logits of every token
         torch.save(self._model.forward(token_ids), out)
 
     def close(self) -> None:
