@@ -84,7 +84,7 @@ def conditions(result: Result) -> str:
             f"llama.cpp's mapped file and duoserve from disk have {result['cap_bytes'] / 1e6:.0f} MB each in a control "
             "group, page cache included, beyond interpreter and libraries."
         )
-    if result["versions"].get("xllamacpp"):
+    if "llama.cpp bf16" in result["summary"]:
         rows.append("llama.cpp is the wheel of xllamacpp, built for AVX2; weights are read into RAM where not mapped.")
     return "\n".join(f"- {row}" for row in rows)
 
