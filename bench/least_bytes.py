@@ -1,4 +1,4 @@
-"""The fewest experts that any cache would have to read for a routing that is known beforehand: Belady's, with bypass.
+"""The experts that Belady's cache, with bypass, would have to read for a routing that is known beforehand.
 
 L layers, T tokens, K top-k, E experts.
 """
@@ -13,16 +13,15 @@ Routing = Sequence[Sequence[Sequence[int]]]
 
 
 def least_misses(routing_LTK: Routing, num_slots: int, num_experts: int) -> dict[str, int]:
-    """Misses of a request that follows one of the same routing: with even shares for the layers, and with none.
+    """Misses of a request that follows one of the same routing, and its uses.
 
-    ``per_layer`` is what a policy is held against that gives each layer its share of the slots; ``pooled`` is the bound
-    of all policies.
+    ``per_layer``: each layer has its share of the slots, as our policies give it; ``pooled``: all share all.
     """
-    share = num_slots // len(routing_LTK)
+    share, in_turn = num_slots // len(routing_LTK), _in_turn(routing_LTK, num_experts)
     return {
         "uses": sum(len(experts) for steps in routing_LTK for experts in steps),
-        "per_layer": sum(_misses_of_second(steps, share) for steps in routing_LTK),
-        "pooled": _misses_of_second(_in_turn(routing_LTK, num_experts), num_slots),
+        "per_layer": sum(belady_misses([*steps, *steps], share, len(steps)) for steps in routing_LTK),
+        "pooled": belady_misses([*in_turn, *in_turn], num_slots, len(in_turn)),
     }
 
 
@@ -35,13 +34,12 @@ def _in_turn(routing_LTK: Routing, num_experts: int) -> list[list[int]]:
     ]
 
 
-def _misses_of_second(steps: Sequence[Sequence[int]], num_slots: int) -> int:
-    """Of ``steps`` played twice, the misses of the second time."""
-    twice = [*steps, *steps]
+def belady_misses(steps: Sequence[Sequence[int]], num_slots: int, uncounted: int = 0) -> int:
+    """Misses of the best cache of that size, of which those of the first ``uncounted`` steps are not in the number."""
     due: dict[int, int] = {}  # of the experts in slots: when they are used next
     misses = 0
-    for number, (experts, later) in enumerate(zip(twice, next_use(twice), strict=True)):
-        if number >= len(steps):
+    for number, (experts, later) in enumerate(zip(steps, next_use(steps), strict=True)):
+        if number >= uncounted:
             misses += sum(expert not in due for expert in experts)
         due.update(zip(experts, later, strict=True))
         while len(due) > num_slots:

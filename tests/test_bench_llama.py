@@ -104,33 +104,40 @@ def test_logits_are_those_behind_the_prompt_by_token(loaded: Any, tmp_path: Path
     assert torch.equal(found, -torch.arange(VOCAB).float().expand(4, -1))
 
 
-def fewest_by_search(steps: list[list[int]], slots: int, warm: int) -> int:
+def fewest_by_search(steps: list[list[int]], slots: int) -> int:
     """Every way to keep at most ``slots`` of what was there and what was used."""
     costs: dict[frozenset[int], int] = {frozenset(): 0}
-    for number, experts in enumerate(steps):
+    for experts in steps:
         after: dict[frozenset[int], int] = {}
         for kept, cost in costs.items():
-            paid = cost + (sum(expert not in kept for expert in experts) if number >= warm else 0)
-            for some in itertools.combinations(kept | set(experts), slots):
+            paid = cost + sum(expert not in kept for expert in experts)
+            choices = kept | set(experts)
+            for some in itertools.combinations(choices, min(slots, len(choices))):
                 key = frozenset(some)
                 after[key] = min(paid, after.get(key, paid))
         costs = after
     return min(costs.values())
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_no_cache_reads_less_than_belady(seed: int) -> None:
+def random_routing(seed: int, layers: int, tokens: int, experts: int) -> list[list[list[int]]]:
+    """Two experts for each token in each layer."""
     generator = torch.Generator().manual_seed(seed)
-    layers, tokens, experts = 2, 5, 4
-    routing = [
-        [torch.randperm(experts, generator=generator)[:2].tolist() for _ in range(tokens)] for _ in range(layers)
-    ]
-    found = least_bytes.least_misses(routing, 4, experts)
-    assert found["uses"] == layers * tokens * 2
-    assert found["per_layer"] == sum(fewest_by_search([*steps, *steps], 2, tokens) for steps in routing)
-    merged = [[layer * experts + e for e in routing[layer][t]] for t in range(tokens) for layer in range(layers)]
-    # the first steps have fewer experts to keep than slots, so searching begins with experts that are never used
-    assert found["pooled"] == fewest_by_search([[90, 91, 92, 93], *merged, *merged], 4, len(merged) + 1)
+    return [[torch.randperm(experts, generator=generator)[:2].tolist() for _ in range(tokens)] for _ in range(layers)]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_cache_reads_less_than_belady(seed: int, slots: int) -> None:
+    [steps] = random_routing(seed, layers=1, tokens=9, experts=5)
+    assert least_bytes.belady_misses(steps, slots) == fewest_by_search(steps, slots)
+
+
+def test_the_request_before_fills_the_slots() -> None:
+    found = least_bytes.least_misses(random_routing(0, layers=2, tokens=6, experts=4), 8, 4)
+    assert found == {"uses": 24, "per_layer": 0, "pooled": 0}
+    alternating = [[[0, 1], [2, 3]] * 3, [[0, 1]] * 6]  # the first layer wants four, the second two
+    assert least_bytes.least_misses(alternating, 4, 4) == {"uses": 24, "per_layer": 6, "pooled": 6}
+    assert least_bytes.least_misses(alternating, 6, 4)["pooled"] == 0
 
 
 HOLD = """
