@@ -1,10 +1,11 @@
-"""duoserve on a CPU against transformers (all weights in RAM) and accelerate (experts on disk), in one run.
+"""duoserve on a CPU against transformers, llama.cpp (in RAM and from disk) and accelerate (from disk), in one run.
 
     python bench/bench_cpu.py [--folder DIR] [--quick] [--json OUT]
 
 Builds a random bf16 Mixtral once (288 M parameters; ``--quick``: a tiny one), then measures, each engine in a process
 of its own, round by round in turn: resident speed; speed from a cold disk with a quarter of the experts in slots; every
-policy; the memory that a fresh process grows by. The machine's ceilings are measured in the same run, and the outputs
+policy; the memory that a fresh process grows by. llama.cpp takes part where xllamacpp is installed, and from disk where
+a control group can limit its memory as ours. The machine's ceilings are measured in the same run, and the outputs
 are compared. Exits with 1 when a correctness check fails; a target that is not reached is printed, not an error.
 """
 
@@ -21,100 +22,22 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import cpu_rows
 import cpu_summary
+from cpu_contestants import BENCH, SCRIPTS, Contestant, Run, disk_contestants, resident_contestants
 from harness import WORKER_ENV, Round, Worker, interleave
+from least_bytes import least_misses
 from machine import foreign_cpu, machine_facts, versions
+from memory_cap import can_cap, memory_cap
 from report import render
-from shapes import SHAPES, Shape
+from shapes import SHAPES
 
-BENCH = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "duoserve" / "bench"
 FULL_SCRATCH, QUICK_SCRATCH = 512 << 20, 32 << 20  # bytes that the memory probes read: far more than the caches hold
-SCRIPTS = {
-    "duoserve": ("ours.py",),
-    "transformers": ("peers.py", "transformers"),
-    "accelerate": ("peers.py", "accelerate"),
-}
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One engine as it is set up; ``cold``: the page cache of its files is dropped before every token."""
-
-    name: str
-    kind: str
-    options: dict[str, Any]
-    cold: bool = False
-
-
-@dataclass
-class Run:
-    """What one run measures and where its files are; ``scratch`` lies on the checkpoint's disk.
-
-    ``token_ids`` are what the first engine to answer chose, and ``routing`` [L][T][K] how these tokens route.
-    """
-
-    shape: Shape
-    folder: Path
-    scratch: Path
-    threads: int
-    rounds: int
-    engines: tuple[str, ...]
-    prompt: list[int]
-    token_ids: list[int] | None = None
-    routing: list[list[list[int]]] | None = None
-
-    @property
-    def packs(self) -> Path:
-        """Where duoserve keeps its packed experts."""
-        return self.folder.with_name(self.folder.name + "-packs")
-
-    def worker(self, name: str, *command: str) -> Worker:
-        """A new process that runs a script of this folder."""
-        script, *words = command
-        return Worker(name, [str(BENCH / script), *words], {"OMP_NUM_THREADS": str(self.threads)})
-
-    def duoserve_options(self, policy: str, slots: int) -> dict[str, Any]:
-        """What ``Duoserve.load`` takes."""
-        return {"policy": policy, "slots": slots, "max_context": self.shape.max_context, "cache": str(self.packs)}
-
-
-def resident_contestants(run: Run) -> list[Contestant]:
-    """All weights in RAM; float32 takes twice the memory, is the reference for the logits, and no rival of bf16."""
-    ours = run.duoserve_options("resident", run.shape.num_experts)
-    return [
-        Contestant(cpu_summary.OURS, "duoserve", ours),
-        *(
-            Contestant(f"transformers {way}", "transformers", {"implementation": way})
-            for way in ("grouped_mm", "eager")
-        ),
-        Contestant(cpu_summary.REFERENCE, "transformers", {"implementation": "grouped_mm", "dtype": "float32"}),
-    ]
-
-
-def disk_contestants(run: Run) -> list[Contestant]:
-    """Experts on disk: ours with a quarter in slots, theirs with none in RAM and with a quarter (by layers)."""
-
-    def ours(policy: str) -> Contestant:
-        return Contestant(f"duoserve {policy}", "duoserve", run.duoserve_options(policy, run.shape.quarter), cold=True)
-
-    def accelerate(name: str, resident_layers: int, cold: bool) -> Contestant:
-        offload = str(run.scratch / name.replace(" ", "-"))  # one each: dropping its cache must not cool another's
-        options = {"implementation": "grouped_mm", "offload": offload, "resident_layers": resident_layers}
-        return Contestant(name, "accelerate", options, cold)
-
-    return [
-        ours("lru"),
-        accelerate(cpu_summary.PEER_DISK, 0, cold=True),
-        accelerate(cpu_summary.PEER_DISK_EQUAL, run.shape.layers // 4, cold=True),
-        accelerate(cpu_summary.PEER_DISK_WARM, 0, cold=False),
-        ours("on-demand"),
-        ours("layer-prefetch"),
-    ]
 
 
 def measure_rounds(run: Run, contestants: Sequence[Contestant]) -> dict[str, list[Round]]:
@@ -124,7 +47,7 @@ def measure_rounds(run: Run, contestants: Sequence[Contestant]) -> dict[str, lis
 
     Each leaves its logits of the whole sequence in ``run.scratch``.
     """
-    playing = {c.name: c for c in contestants if c.kind in run.engines}
+    playing = {c.name: c for c in contestants if run.has(c)}
     with ExitStack() as opened:
         workers: dict[str, Worker] = {}
 
@@ -135,8 +58,9 @@ def measure_rounds(run: Run, contestants: Sequence[Contestant]) -> dict[str, lis
 
         for name, contestant in playing.items():
             say(f"loading {name}")
+            cap = {"cap": str(opened.enter_context(memory_cap(name, run.cap_bytes)))} if run.caps(contestant) else {}
             workers[name] = opened.enter_context(run.worker(name, *SCRIPTS[contestant.kind]))
-            workers[name].call("load", folder=str(run.folder), **contestant.options)
+            workers[name].call("load", folder=str(run.folder), **contestant.options, **cap)
             warm_up = one_round(name)
             run.token_ids = run.token_ids or warm_up["token_ids"]
         say(f"measuring {run.rounds} rounds of {', '.join(playing)}")
@@ -149,15 +73,16 @@ def compare_outputs(run: Run, workers: dict[str, Worker]) -> None:
     """Leaves every worker's logits of the prompt and all but the last new token, and the reference's routing."""
     sequence = run.prompt + (run.token_ids or [])[:-1]
     for name, worker in workers.items():
-        worker.call("logits", token_ids=sequence, out=str(cpu_summary.logits_file(run.scratch, name)))
-    if cpu_summary.REFERENCE in workers:
-        routing = workers[cpu_summary.REFERENCE].call("routing", token_ids=sequence)
+        worker.call("logits", token_ids=sequence, out=str(cpu_rows.logits_file(run.scratch, name)))
+    if cpu_rows.REFERENCE in workers:
+        routing = workers[cpu_rows.REFERENCE].call("routing", token_ids=sequence)
         run.routing = [layer[len(run.prompt) :] for layer in routing]
 
 
 def measure_ceilings(run: Run, scratch_bytes: int) -> dict[str, Any]:
     """The machine's rates; the disk's from the pack where there is one, else from the checkpoint."""
-    files = [*run.packs.rglob("experts.pack"), *run.folder.glob("*.safetensors")]
+    packs = sorted(run.packs.rglob("experts.pack"), key=lambda pack: pack.stat().st_size)
+    files = [*packs[-1:], *run.folder.glob("*.safetensors")]
     shape = run.shape
     with run.worker("the ceilings", "ceilings.py") as worker:
         rates: dict[str, Any] = worker.call(
@@ -184,6 +109,20 @@ def measure_footprint(run: Run) -> dict[str, int]:
     return growth
 
 
+def find_least_misses(run: Run) -> dict[str, int]:
+    """Of the experts that our decode steps choose, how many even the best cache would have to read."""
+    shape = run.shape
+    with run.worker("duoserve's routing", *SCRIPTS["duoserve"]) as worker:
+        routing = worker.call(
+            "routing",
+            folder=str(run.folder),
+            prompt=run.prompt,
+            new_tokens=shape.new_tokens,
+            **run.duoserve_options("resident", shape.num_experts),
+        )
+    return least_misses(routing, shape.quarter, shape.experts)
+
+
 def measure(run: Run, scratch_bytes: int) -> dict[str, Any]:
     """All raw figures of a run."""
     busy_before = foreign_cpu(1.0)
@@ -198,6 +137,7 @@ def measure(run: Run, scratch_bytes: int) -> dict[str, Any]:
         "routing": run.routing,
         "ceilings": measure_ceilings(run, scratch_bytes),
         "footprint": measure_footprint(run) if "duoserve" in run.engines else None,
+        "least_misses": find_least_misses(run) if "duoserve" in run.engines else None,
         "idle": {"foreign_cpu_before": busy_before, "foreign_cpu_after": foreign_cpu(1.0), "load": os.getloadavg()},
     }
 
@@ -213,6 +153,7 @@ def conditions(run: Run, quick: bool) -> dict[str, Any]:
         "versions": versions(),
         "threads": run.threads,
         "worker_env": WORKER_ENV,
+        "cap_bytes": run.cap_bytes,
         "not_measured": [name for name in SCRIPTS if name not in run.engines],
         "shape": asdict(run.shape),
     }
@@ -251,7 +192,9 @@ def main() -> int:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="bench-", dir=folder.parent) as scratch:
         engines = installed(args.engines)
-        run = Run(SHAPES[size], folder, Path(scratch), args.threads, args.rounds, engines, SHAPES[size].prompt())
+        shape = SHAPES[size]
+        cap_bytes = shape.cap_bytes if can_cap() else None
+        run = Run(shape, folder, Path(scratch), args.threads, args.rounds, engines, shape.prompt(), cap_bytes)
         result = conditions(run, args.quick)
         raw = measure(run, QUICK_SCRATCH if args.quick else FULL_SCRATCH)
         disk = result["machine"]["disk"]["filesystem"]

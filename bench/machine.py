@@ -67,7 +67,7 @@ def disk_facts(folder: Path) -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Versions of what is measured, None where it is not installed, and the commit of this repository."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("torch", "triton", "numpy", "transformers", "accelerate", "safetensors", "duoserve"):
+    for name in ("torch", "triton", "numpy", "transformers", "accelerate", "xllamacpp", "safetensors", "duoserve"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

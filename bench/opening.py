@@ -19,6 +19,7 @@ from report import into_readme, spread, table, warnings
 
 MARKERS = "<!-- opening -->", "<!-- /opening -->"
 IN_RAM, QUARTER = "all in RAM", "a quarter in RAM, the others on disk"
+EQUAL = "on disk, in as much RAM"
 TWICE = "all in RAM, twice the bytes"
 CACHED = "on disk, and all in the page cache"
 WIDTH, LABELS, BAR, GAP, TOP, END = 800, 370, 18, 8, 34, 50  # of the plot, in pixels
@@ -40,8 +41,13 @@ ROWS = (
     Row("duoserve resident", "duoserve", IN_RAM, "resident_decode_s"),
     Row("transformers grouped_mm", "transformers, `grouped_mm`", IN_RAM, "resident_decode_s"),
     Row("transformers eager", "transformers, `eager`", IN_RAM, "resident_decode_s"),
+    Row("llama.cpp bf16", "llama.cpp", IN_RAM, "resident_decode_s"),
+    Row("duoserve resident int8", "duoserve, experts in int8", IN_RAM, None),
+    Row("duoserve resident int4", "duoserve, experts in int4", IN_RAM, None),
+    Row("llama.cpp q8_0", "llama.cpp, q8_0", IN_RAM, None),
     Row("transformers float32", "transformers, weights as float32", TWICE, None),
     Row("duoserve lru", "duoserve", QUARTER, "disk_decode_io_s"),
+    Row("llama.cpp bf16, mapped", "llama.cpp, mapped", EQUAL, None),
     Row("accelerate cold, a quarter in RAM", "transformers + accelerate", QUARTER, None),
     Row("accelerate warm", "transformers + accelerate", CACHED, None),
 )

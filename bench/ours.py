@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,13 @@ from typing import Any
 import torch
 from harness import Figures, Round, serve
 from machine import ForeignCpu, disk_bytes_read, drop_from_page_cache, memory_bytes, reset_peak_memory
+from memory_cap import join, leave
 
 from duoserve import MoEModel, SamplingParams
+from duoserve.config import EngineConfig
+from duoserve.loading import load
+from duoserve.request import Request
+from duoserve.scheduling.recorder import Recorder
 
 
 class Duoserve:
@@ -22,11 +27,12 @@ class Duoserve:
     def __init__(self) -> None:
         self._opened = ExitStack()
 
-    def load(self, folder: str, *, policy: str, slots: int, max_context: int, cache: str) -> None:
-        """Packs the experts into ``cache`` where they are not yet."""
-        model = MoEModel.from_pretrained(
-            folder, device="cpu", policy=policy, expert_slots=slots, max_context=max_context, cache_dir=cache
-        )
+    def load(self, folder: str, *, cache: str, cap: str | None = None, **options: Any) -> None:
+        """Packs the experts into ``cache`` where they are not yet; ``cap`` is the group to join before that."""
+        self._cap = Path(cap) if cap else None
+        if self._cap:
+            join(self._cap)
+        model = MoEModel.from_pretrained(folder, device="cpu", cache_dir=cache, **options)
         self._model = self._opened.enter_context(model)
         self._files = [path for path in Path(cache).rglob("*") if path.is_file()]
 
@@ -57,12 +63,23 @@ class Duoserve:
             raise ValueError(f"{new_tokens} tokens were asked for, and {rest} came on top")
 
     def logits(self, token_ids: list[int], out: str) -> None:
-        """Leaves the float32 logits [T, V] of one prefill in the file ``out``."""
+        """Leaves the float32 logits [T, V] of one prefill in the file ``out``; no round is limited after it."""
+        if self._cap:
+            leave(self._cap)  # no request has the logits of every token
         torch.save(self._model.forward(token_ids), out)
 
     def close(self) -> None:
         """Ends the copy threads, which would keep the process alive."""
         self._opened.close()
+
+    def routing(self, folder: str, prompt: list[int], new_tokens: int, cache: str, **options: Any) -> list[Any]:
+        """The experts that this engine's decode steps choose, as lists [L][T][K]; loads a model for it."""
+        heard = Recorder()
+        policy = options.pop("policy")
+        params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        with closing(load(folder, EngineConfig(device="cpu", **options), policy, cache, heard)) as runtime:
+            list(runtime.engine.generate([Request(prompt, params)]))
+        return [layer.topk_ids_NK[len(prompt) :].tolist() for layer in heard.take().values()]
 
     def footprint(self, folder: str, prompt: list[int], new_tokens: int, **options: Any) -> dict[str, int]:
         """Bytes by which loading and one request raised this fresh process: its peak, and what stays, anonymous."""

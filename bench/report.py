@@ -48,6 +48,8 @@ def warnings(result: Result) -> str:
             f"(load {idle['load'][0]:.1f})"
         )
     found += [f"{name} was not measured" for name in result["not_measured"]]
+    if "xllamacpp" not in result["not_measured"] and "cap_bytes" in result and result["cap_bytes"] is None:
+        found.append("llama.cpp was not measured from disk, as no control group can be made here")
     if "uncommitted" in (result["versions"]["commit"] or "uncommitted"):
         found.append("the code was not a commit")
     return "\n".join(f"**Warning: {text}.**" for text in found)
@@ -77,6 +79,13 @@ def conditions(result: Result) -> str:
         + ", ".join(f"`{name}={value}`" for name, value in result["worker_env"].items() if "HUB" not in name)
         + " for all.",
     ]
+    if result.get("cap_bytes"):
+        rows.append(
+            f"llama.cpp's mapped file and duoserve from disk have {result['cap_bytes'] / 1e6:.0f} MB each in a control "
+            "group, page cache included, beyond interpreter and libraries."
+        )
+    if "llama.cpp bf16" in result["summary"]:
+        rows.append("llama.cpp is the wheel of xllamacpp, built for AVX2; weights are read into RAM where not mapped.")
     return "\n".join(f"- {row}" for row in rows)
 
 
@@ -135,6 +144,7 @@ def bounds(result: Result) -> str:
         ("TTFT from disk, I/O or compute", "duoserve lru", "ttft_s", ["disk_prefill_io_s", "disk_prefill_compute_s"]),
         ("decode from disk, misses / disk rate", "duoserve lru", "tpot_s", ["disk_decode_io_s"]),
         ("decode from disk, compute", "duoserve lru", "tpot_s", ["disk_decode_compute_s"]),
+        ("decode from disk by duoserve, bytes read / disk rate", "duoserve duoserve", "tpot_s", ["policy_decode_io_s"]),
     ]
     rows = []
     for what, name, figure, terms in asked:

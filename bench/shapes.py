@@ -9,6 +9,7 @@ import torch
 SEED = 20250907
 ITEM_BYTES = 2  # bf16
 PAGE_TOKENS = 64
+RUNTIME_BYTES = 100_000_000  # what an engine may take beside the model where memory is limited
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class Shape:
     def kv_bytes(self) -> int:
         """Bytes of keys and values of ``max_context`` tokens."""
         return 2 * self.layers * self.kv_heads * (self.hidden // self.heads) * self.max_context * ITEM_BYTES
+
+    @property
+    def cap_bytes(self) -> int:
+        """The limit of memory for engines that may hold a quarter of the experts, and all else."""
+        return self.quarter * self.slot_bytes + self.dense_bytes + self.kv_bytes + RUNTIME_BYTES
 
     @property
     def prefill_flop(self) -> int:

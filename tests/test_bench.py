@@ -14,7 +14,8 @@ import torch
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.append(str(BENCH))
 
-import cpu_summary  # noqa: E402 (the benches are no package)
+import cpu_rows  # noqa: E402 (the benches are no package)
+import cpu_summary  # noqa: E402
 import harness  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
@@ -42,7 +43,13 @@ def test_all_compute_the_same_and_read_from_where_they_should(quick: dict[str, A
     assert not failed(quick)
     names = {check["name"] for check in quick["checks"]}
     assert {"logits equal transformers'", "logits of duoserve lru", "tokens of duoserve on-demand"} <= names
-    assert all(target["reached"] is not None for target in quick["targets"])
+    measured = {target["name"]: target["reached"] is not None for target in quick["targets"]}
+    absent = {name for name in measured if "llama.cpp" in name} if "xllamacpp" in quick["not_measured"] else set()
+    if quick["cap_bytes"] is None:
+        absent.add("decode from disk / llama.cpp's, in the same memory")
+    assert {name for name, was in measured.items() if not was} == absent
+    assert 0 < quick["least_misses"]["pooled"] <= quick["least_misses"]["per_layer"] < quick["least_misses"]["uses"]
+    assert {"logits of duoserve resident int8 equal transformers'", "tokens of duoserve resident int4"} <= names
     by_name = {target["name"]: target for target in quick["targets"]}
     assert by_name["bytes read in decode / misses x slot bytes"]["reached"] is True
     assert quick["routing_overlap"]["distinct_tokens"] > 4
@@ -55,12 +62,13 @@ def test_peers_that_were_not_measured_are_not_passed(quick: dict[str, Any], tmp_
         for tier, rounds in quick["rounds"].items()
     }
     for name in ours["resident"] | ours["disk"]:
-        torch.save(torch.ones(3), cpu_summary.logits_file(tmp_path, name))
-    raw = quick | {"rounds": ours, "routing": None, "not_measured": ["transformers", "accelerate"]}
+        torch.save(torch.ones(3), cpu_rows.logits_file(tmp_path, name))
+    raw = quick | {"rounds": ours, "routing": None, "not_measured": ["transformers", "accelerate", "xllamacpp"]}
     disk = quick["machine"]["disk"]["filesystem"]
     result = raw | cpu_summary.summarize(shapes.SHAPES["quick"], raw, disk, tmp_path)
-    against_peers = [one for one in result["targets"] if "transformers" in one["name"] or "accelerate" in one["name"]]
-    assert [(target["reached"], target["verdict"]) for target in against_peers] == [(None, "not measured")] * 3
+    peers = ("transformers", "accelerate", "llama.cpp")
+    against_peers = [one for one in result["targets"] if any(peer in one["name"] for peer in peers)]
+    assert [(target["reached"], target["verdict"]) for target in against_peers] == [(None, "not measured")] * 7
     assert not failed(result)
     assert "transformers was not measured" in report.render(result)
 

@@ -1,0 +1,40 @@
+"""The rows of the CPU bench by name, and what is read off their rounds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from harness import Round
+
+Rounds = dict[str, list[Round]]
+OURS, OURS_DISK, OURS_POLICY = "duoserve resident", "duoserve lru", "duoserve duoserve"
+OURS_QUANTIZED = {"int8": "duoserve resident int8", "int4": "duoserve resident int4"}
+PEERS = ("transformers grouped_mm", "transformers eager")
+PEER_DISK, PEER_DISK_WARM = "accelerate cold", "accelerate warm"
+PEER_DISK_EQUAL = "accelerate cold, a quarter in RAM"
+LLAMA, LLAMA_Q8, LLAMA_DISK = "llama.cpp bf16", "llama.cpp q8_0", "llama.cpp bf16, mapped"
+LLAMAS = (LLAMA, LLAMA_Q8, LLAMA_DISK)
+REFERENCE = "transformers float32"
+
+
+def logits_file(scratch: Path, name: str) -> Path:
+    """Where the logits of a contestant wait for the comparison."""
+    return scratch / f"{name.replace(' ', '-')}.pt"
+
+
+def ttfts(rounds: Iterable[Round]) -> list[float]:
+    """Seconds to the first token, round by round."""
+    return [r["ttft_s"] for r in rounds]
+
+
+def tpots(rounds: Iterable[Round]) -> list[float]:
+    """Mean seconds between two tokens, round by round."""
+    return [statistics.fmean(r["itl_s"]) for r in rounds]
+
+
+def decode_bytes(played: Round) -> int:
+    """Bytes that our engine counts as moved by the decode steps of a round, in time, late, or for nothing."""
+    moved: int = played["stats"]["bytes_total"] - played["prefill_stats"]["bytes_total"]
+    return moved

@@ -1,0 +1,130 @@
+"""The promises of the CPU bench, each with its verdict."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cpu_rows import (
+    LLAMA,
+    LLAMA_DISK,
+    LLAMA_Q8,
+    OURS,
+    OURS_DISK,
+    OURS_POLICY,
+    OURS_QUANTIZED,
+    PEER_DISK,
+    PEER_DISK_EQUAL,
+    PEERS,
+    Rounds,
+    decode_bytes,
+    tpots,
+    ttfts,
+)
+from harness import Summary, Target
+from shapes import Shape
+
+MEMORY_ALLOWANCE_MB = 200.0
+
+
+def targets(shape: Shape, raw: dict[str, Any], bounds: dict[str, float]) -> list[Target]:
+    """All of them; what was not measured has no value."""
+    resident, disk = raw["rounds"]["resident"], raw["rounds"]["disk"]
+    int8 = OURS_QUANTIZED["int8"]
+    return [
+        _ratio("resident prefill / transformers' best", 1.0, resident, OURS, PEERS, ttfts),
+        _ratio("resident decode / transformers' best", 2.0, resident, OURS, PEERS, tpots),
+        _ratio("resident prefill / llama.cpp's", 4.0, resident, OURS, [LLAMA], ttfts),
+        _ratio("resident decode / llama.cpp's", 1.2, resident, OURS, [LLAMA], tpots),
+        _ratio("int8 decode / llama.cpp's in q8_0", 1.0, resident, int8, [LLAMA_Q8], tpots),
+        _ratio("decode from a cold disk / accelerate's", 8.0, disk, OURS_POLICY, [PEER_DISK], tpots),
+        _ratio("decode from disk / llama.cpp's, in the same memory", 8.0, disk, OURS_POLICY, [LLAMA_DISK], tpots),
+        _decode_io(disk, bounds),
+        _against_belady(shape, disk, raw["least_misses"]),
+        _decode_bytes(shape, disk),
+        _disk_ttft(resident, disk, bounds),
+        _memory(shape, raw["footprint"]),
+    ]
+
+
+def _ratio(  # noqa: PLR0913, PLR0917
+    name: str, limit: float, played: Rounds, ours: str, peers: Sequence[str], seconds: Callable[..., list[float]]
+) -> Target:
+    """Speed against the peer that is fastest in the median, by pairs of rounds."""
+    measured = [peer for peer in peers if peer in played]
+    if ours not in played or not measured:
+        return Target(name, None, limit, at_least=True, unit="x")
+    best = min(measured, key=lambda peer: statistics.median(seconds(played[peer])))
+    ratio = Summary.of_pairs(seconds(played[best]), seconds(played[ours]))
+    detail = f"{ours}: {_spread(ratio)} against {best}"
+    if best == PEER_DISK:
+        equal = Summary.of_pairs(seconds(played[PEER_DISK_EQUAL]), seconds(played[ours]))
+        detail += f"; {equal.median:.3g}x when accelerate keeps a quarter of the layers' experts in RAM"
+    return Target(name, ratio.median, limit, at_least=True, unit="x", detail=detail)
+
+
+def _decode_io(disk: Rounds, bounds: dict[str, float]) -> Target:
+    """The bound is of the bytes that the policy moved, whatever for, at the best rate that the disk was seen at."""
+    name = "decode from disk / I/O bound of the bytes read"
+    if OURS_POLICY not in disk:
+        return Target(name, None, 1.15, at_least=False, unit="x")
+    bound = bounds["policy_decode_io_s"]
+    ratio = Summary.of([seconds / bound for seconds in tpots(disk[OURS_POLICY])])
+    detail = f"{OURS_POLICY}: {_spread(ratio)}; {bound * 1e3:.4g} ms"
+    return Target(name, ratio.median, 1.15, at_least=False, unit="x", detail=detail)
+
+
+def _against_belady(shape: Shape, disk: Rounds, least: dict[str, int] | None) -> Target:
+    """Against the same share of slots for each layer; the bound without shares is in the detail. The worst round."""
+    name = "bytes read in decode / Belady's"
+    if OURS_POLICY not in disk or least is None:
+        return Target(name, None, 1.25, at_least=False, unit="x")
+    moved = max(decode_bytes(played) for played in disk[OURS_POLICY])
+    per_layer, pooled = (least[which] * shape.slot_bytes for which in ("per_layer", "pooled"))
+    detail = f"{OURS_POLICY}: {moved / 1e6:.1f} of {per_layer / 1e6:.1f} MB; {moved / pooled:.3g}x of one pool's"
+    if OURS_DISK in disk:
+        lru = max(decode_bytes(played) for played in disk[OURS_DISK])
+        detail += f"; {OURS_DISK} {lru / per_layer:.3g}x"
+    return Target(name, moved / per_layer, 1.25, at_least=False, unit="x", detail=detail)
+
+
+def _decode_bytes(shape: Shape, disk: Rounds) -> Target:
+    """The largest round counts, and to the byte."""
+    name = "bytes read in decode / misses x slot bytes"
+    if OURS_DISK not in disk:
+        return Target(name, None, 1.0, at_least=False, unit="x")
+    shares, text = [], ""
+    for played in disk[OURS_DISK]:
+        moved = decode_bytes(played)
+        needed = played["stats"]["misses_decode"] * shape.slot_bytes
+        shares.append(moved / needed if needed else float(moved > 0))
+        text = f"{moved} of {needed} bytes in the last round"
+    return Target(name, max(shares), 1.0, at_least=False, unit="x", detail=text)
+
+
+def _disk_ttft(resident: Rounds, disk: Rounds, bounds: dict[str, float]) -> Target:
+    """By pairs of rounds, as the resident run of the same circle is the compute bound."""
+    name = "TTFT from a cold disk / max(I/O bound, compute bound)"
+    if OURS_DISK not in disk:
+        return Target(name, None, 1.25, at_least=False, unit="x")
+    io_s, compute_s = bounds["disk_prefill_io_s"], bounds["disk_prefill_compute_s"]
+    larger = [max(io_s, seconds) for seconds in ttfts(resident[OURS])]
+    ratio = Summary.of_pairs(ttfts(disk[OURS_DISK]), larger)
+    detail = f"{_spread(ratio)}; I/O {io_s:.3g} s, compute {compute_s:.3g} s"
+    return Target(name, ratio.median, 1.25, at_least=False, unit="x", detail=detail)
+
+
+def _memory(shape: Shape, footprint: dict[str, int] | None) -> Target:
+    name = "peak memory growth - (slots + dense weights + KV)"
+    if footprint is None:
+        return Target(name, None, MEMORY_ALLOWANCE_MB, at_least=False, unit=" MB")
+    slots, dense, kv = shape.quarter * shape.slot_bytes, shape.dense_bytes, shape.kv_bytes
+    beyond = (footprint["peak"] - slots - dense - kv) / 1e6
+    detail = f"{footprint['peak'] / 1e6:.0f} MB - ({slots / 1e6:.0f} + {dense / 1e6:.0f} + {kv / 1e6:.1f}) MB"
+    detail += f"; {footprint['anonymous'] / 1e6:.0f} MB of anonymous memory in the end"
+    return Target(name, beyond, MEMORY_ALLOWANCE_MB, at_least=False, unit=" MB", detail=detail)
+
+
+def _spread(ratio: Summary) -> str:
+    return f"{ratio.low:.3g}-{ratio.high:.3g}x over the rounds"
