@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -117,3 +119,16 @@ def test_it_is_refused_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("duoserve.placement.tiles_keep_bits", lambda: False)
     with pytest.raises(ConfigError, match="float32 products"):
         MoEModel.from_pretrained(BARD, invariant=True)
+
+
+@pytest.mark.parametrize("shape_NK", [(515, 769), (768, 1536)])
+def test_threads_that_share_out_sums_change_no_bits(shape_NK: tuple[int, int]) -> None:
+    """Two threads cut the products of many rows elsewhere than those of few, on some CPUs; a process has one count."""
+    script = (
+        "import torch; from duoserve.kernels.matmul import Products, float_product; torch.set_num_threads(2); "
+        f"x_TK, w_NK = torch.randn(400, {shape_NK[1]}), torch.randn{shape_NK}; "
+        "made_TN = float_product(x_TK, w_NK, Products.BY_TILE); "
+        "alone_TN = torch.cat([float_product(x_K[None], w_NK, Products.BY_TILE) for x_K in x_TK]); "
+        "assert torch.equal(made_TN, alone_TN)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

@@ -23,6 +23,8 @@ LEFT_ROWS = 16
 WIDEN_ELEMENTS = 1 << 20
 # Rows of a float32 product that are made together: fewer, or a rest of them, are summed in another order.
 TILE_ROWS = 16
+# Sizes (in, out) that products are tried with: with two threads and AVX-512 some were seen to share sums out, some not.
+TRIAL_SHAPES = ((769, 515), (1536, 768), (768, 3072))
 
 
 class Products(Enum):
@@ -56,7 +58,7 @@ def linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None, products: P
     if products is Products.BY_ROW:
         return torch.cat([linear(x_TK[t : t + 1], w_NK, bias_N) for t in range(len(x_TK))])
     if products is Products.BY_TILE:
-        return _rounded(_widened(_filled(x_TK), w_NK)[: len(x_TK)], bias_N, x_TK.dtype)
+        return _rounded(_widened(_filled(x_TK), w_NK, _tile_product)[: len(x_TK)], bias_N, x_TK.dtype)
     if len(x_TK) <= LEFT_ROWS and streams_left(w_NK):
         return left_product(x_TK, w_NK, bias_N).contiguous()
     if x_TK.is_cuda or x_TK.shape[0] <= NARROW_ROWS or has_native_matmul(w_NK.dtype):
@@ -84,7 +86,7 @@ def float_product(x_TK: Tensor, w_NK: Tensor, products: Products) -> Tensor:
     if products is Products.BY_ROW:
         return torch.cat([torch.mm(x_TK[t : t + 1], w_NK.T) for t in range(len(x_TK))])
     if products is Products.BY_TILE:
-        return torch.mm(_filled(x_TK), w_NK.T)[: len(x_TK)]
+        return _tile_product(_filled(x_TK), w_NK.T)[: len(x_TK)]
     return torch.mm(x_TK, w_NK.T)
 
 
@@ -108,15 +110,42 @@ def batched_product(x_HBD: Tensor, w_HDN: Tensor, products: Products) -> Tensor:
 
 @cache
 def tiles_keep_bits() -> bool:
-    """Whether this machine's float32 products give a row in a tile the same bits, however many tiles there are."""
-    generator = torch.Generator().manual_seed(0)
-    x_TK, w_NK = (torch.randn(rows, 769, generator=generator) for rows in (40 * TILE_ROWS, 515))
+    """Whether this machine's float32 products give a row in a tile the same bits, whatever its place and neighbours."""
+    return all(_places_keep_bits(*_trial(TILE_ROWS, num_in, num_out)) for num_in, num_out in TRIAL_SHAPES)
+
+
+def _places_keep_bits(x_TK: Tensor, w_NK: Tensor) -> bool:
+    half = TILE_ROWS // 2
+    turned_TK = x_TK.flip(0)
+    turned_TK[:half] = 0
+    return torch.equal(torch.mm(x_TK, w_NK.T).flip(0)[half:], torch.mm(turned_TK, w_NK.T)[half:])
+
+
+@cache
+def _tiles_share_products() -> bool:
+    """Whether a row has these bits too where several tiles are made together: threads may share out the sums."""
+    return all(_slices_keep_bits(*_trial(40 * TILE_ROWS, num_in, num_out)) for num_in, num_out in TRIAL_SHAPES)
+
+
+def _slices_keep_bits(x_TK: Tensor, w_NK: Tensor) -> bool:
     together_TN = torch.mm(x_TK, w_NK.T)
     return all(
         torch.equal(torch.mm(x_TK[start : start + rows], w_NK.T), together_TN[start : start + rows])
         for rows in (TILE_ROWS, 3 * TILE_ROWS)
         for start in (0, 5, 7 * TILE_ROWS)
     )
+
+
+def _trial(num_rows: int, num_in: int, num_out: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(num_rows, num_in, generator=generator), torch.randn(num_out, num_in, generator=generator)
+
+
+def _tile_product(x_TK: Tensor, w_KN: Tensor) -> Tensor:
+    """The float32 product of whole tiles, made together where that keeps their bits."""
+    if len(x_TK) == TILE_ROWS or _tiles_share_products():
+        return torch.mm(x_TK, w_KN)
+    return torch.cat([torch.mm(tile_TK, w_KN) for tile_TK in torch.split(x_TK, TILE_ROWS)])
 
 
 def _filled(x_TK: Tensor) -> Tensor:
@@ -129,8 +158,8 @@ def _rounded(wide_TN: Tensor, bias_N: Tensor | None, dtype: torch.dtype) -> Tens
     return (wide_TN if bias_N is None else wide_TN.add_(bias_N)).to(dtype)
 
 
-def _widened(x_TK: Tensor, w_NK: Tensor) -> Tensor:
-    """The float32 product, with the weights widened a block of rows at a time."""
+def _widened(x_TK: Tensor, w_NK: Tensor, product: Callable[[Tensor, Tensor], Tensor] = torch.mm) -> Tensor:
+    """The float32 ``product``, with the weights widened a block of rows at a time."""
     num_out, num_in = w_NK.shape
     rows = max(1, WIDEN_ELEMENTS // num_in)
     scratch_BK = torch.empty(min(rows, num_out), num_in)
@@ -138,5 +167,5 @@ def _widened(x_TK: Tensor, w_NK: Tensor) -> Tensor:
     for start in range(0, num_out, rows):
         block_BK = w_NK[start : start + rows]
         wide_BK = scratch_BK[: len(block_BK)].copy_(block_BK)
-        torch.mm(x_wide_TK, wide_BK.T, out=out_TN[:, start : start + rows])
+        out_TN[:, start : start + rows] = product(x_wide_TK, wide_BK.T)
     return out_TN
