@@ -35,13 +35,12 @@ class Awq(WeightFormat):
 
     def codes(self, parts: Mapping[str, Tensor]) -> Codes:
         """As in WeightFormat."""
-        zeros_GN = codes_in(parts["qzeros"])
         return Codes(
             ExpertFormat.INT4,
             self.groups.of(len(parts["qweight"])),
             _outputs(parts["qweight"]),
             scales_GN=parts["scales"],
-            zeros_GN=_by_output(zeros_GN.T).T,
+            zeros_GN=_by_output(codes_in(parts["qzeros"])),
         )
 
 
@@ -65,7 +64,8 @@ def _convert(words: Words, out: Bytes) -> None:
         bytes_transposed(half, [out[output::CODES_IN_WORD] for output in outputs])
 
 
-def _by_output(rows_by_nibble: Tensor) -> Tensor:
-    """The rows of outputs in their own order."""
-    eights = rows_by_nibble.reshape(-1, CODES_IN_WORD, rows_by_nibble.shape[1])
-    return eights.index_select(1, torch.tensor(NIBBLE_OF_OUTPUT)).flatten(0, 1)
+def _by_output(by_nibble_GN: Tensor) -> Tensor:
+    """The columns of outputs in their own order."""
+    by_nibble = by_nibble_GN.numpy()
+    eights_GWE = by_nibble.reshape(len(by_nibble), -1, CODES_IN_WORD)
+    return torch.from_numpy(eights_GWE[:, :, NIBBLE_OF_OUTPUT].reshape(by_nibble.shape))
