@@ -40,8 +40,9 @@ def measured(case: Case, folder: Path, quick: bool) -> dict[str, Any]:
     for _ in range(1 if quick else ROUNDS):
         packed = _worker("pack", checkpoint, cache, case.quantize)
         shutil.rmtree(cache)
+        converted = _worker("convert", checkpoint, cache, case.quantize)
         writes = {name: written(folder / "written", packed["bytes"], flags) for name, flags in WAYS.items()}
-        rounds.append({"pack": packed, "write": writes})
+        rounds.append({"pack": packed, "convert": converted, "write": writes})
     loaded = _worker("load", checkpoint, cache, case.quantize)
     shutil.rmtree(checkpoint)
     shutil.rmtree(cache, ignore_errors=True)
