@@ -37,9 +37,7 @@ NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 # Rows are whole pages in memory and in the file: written past the page cache, they drive nothing out of it, and nobody
 # reads them from there.
 DIRECT = os.O_DIRECT
-# One waits for the disk while every core converts; each holds a part of a row and what it is made from. The disk is
-# not so fast that many cores would be of use.
-WORKERS = 1 + min(4, len(os.sched_getaffinity(0)))
+WORKERS = 3  # one reads, one converts, one waits for the disk; each holds a part of a row and what it is made from
 # Floats are packed in parts: a row may have hundreds of MB, which would come from memory that caches do not hold.
 PART_BYTES = 4 << 20
 
@@ -79,6 +77,7 @@ class CheckpointStore(ExpertStore):
         self._checkpoint = checkpoint
         self._pieces = pieces
         self._form = form
+        self._repacking = threading.Lock()
 
     def read(self, expert: ExpertId, row_B: Tensor) -> None:
         """Fills a uint8 CPU row [slot_bytes], converting to what the layout has; the padding becomes zero.
@@ -126,7 +125,9 @@ class CheckpointStore(ExpertStore):
         try:
             writer = RowWriter(self.layout.weights(row_B[None]))
             for piece in sorted(self._pieces(expert), key=lambda piece: down_first(piece.matrix)):
-                writer.add(piece.matrix, read_codes(self._checkpoint, form, piece))
+                codes = read_codes(self._checkpoint, form, piece)
+                with self._repacking:  # two threads of Python would be slower: each waits for the other's turn
+                    writer.add(piece.matrix, codes)
             writer.finish()
         except CheckpointError as error:
             raise CopyError(f"expert {expert.expert} of layer {expert.layer}: {error}") from error

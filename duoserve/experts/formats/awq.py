@@ -18,7 +18,7 @@ from duoserve.experts.formats.lanes import LOW_NIBBLES, NIBBLE, Bytes, RepackedR
 from duoserve.kernels.weights import ExpertFormat
 
 NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
-TILE = 512, 128  # rows and columns of words
+TILE = 512, 256  # rows and columns of words
 
 
 @dataclass(frozen=True)

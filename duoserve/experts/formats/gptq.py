@@ -31,9 +31,9 @@ from duoserve.experts.formats.lanes import (
 from duoserve.kernels.weights import ExpertFormat
 
 ONES, EIGHTS = 0x11111111, 0x88888888 - (1 << 32)
-TILE = 128, 128  # rows and columns of words
+TILE = 512, 128  # rows and columns of words
 # An order takes its inputs from all rows: of so few columns that codes stay in a core's cache, and not of fewer.
-ORDERED_WORDS, MIN_COLUMNS = 1 << 16, 32
+ORDERED_WORDS, MIN_COLUMNS = 1 << 15, 32
 
 
 @dataclass(frozen=True)
