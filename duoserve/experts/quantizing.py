@@ -28,7 +28,7 @@ from duoserve.kernels.weights import Matrix as Packed
 INT4_SPANS = tuple(1 - step / 32 for step in range(12))
 INT8_SPANS = tuple(1 - step / 64 for step in range(8))
 INT4_CODES, INT8_CODES = (0, 15), (-127, 127)
-BLOCK = 1 << 17  # weights that are searched at a time: what is made of them stays in the caches of two cores
+BLOCK = 1 << 18  # weights that are searched at a time: what is made of them stays in the caches of two cores
 
 
 class QuantizingStore(ExpertStore):
