@@ -1,7 +1,7 @@
 """Experts in floats made int8 or int4, each scale the one of several that leaves the smallest error.
 
-One expert at a time has all of torch's threads: threads of Python that each searched for its own would mostly wait for
-each other's turn between operations as short as these.
+NumPy's loops, which stay on their thread; one expert at a time is searched. Several threads of Python would mostly wait
+for each other's turn between operations as short as these, and torch's own threads for each other.
 N rows of a matrix, D its inner dimension, G groups of D, X elements that share a scale, P places of such in a matrix.
 """
 
@@ -11,7 +11,9 @@ import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from duoserve.errors import CopyError
@@ -24,11 +26,13 @@ from duoserve.experts.store import ExpertStore
 from duoserve.kernels.weights import ExpertFormat
 from duoserve.kernels.weights import Matrix as Packed
 
+Floats = NDArray[np.float32]
+
 # How much of the range of its weights a scale spans: less of it cuts off the largest, and steps finer over the others.
 INT4_SPANS = tuple(1 - step / 32 for step in range(12))
 INT8_SPANS = tuple(1 - step / 64 for step in range(8))
 INT4_CODES, INT8_CODES = (0, 15), (-127, 127)
-BLOCK = 1 << 18  # weights that are searched at a time: what is made of them stays in the caches of two cores
+BLOCK = 1 << 16  # weights that are searched at a time: what is made of them stays in a core's cache
 
 
 class QuantizingStore(ExpertStore):
@@ -43,21 +47,21 @@ class QuantizingStore(ExpertStore):
         self._stored = stored
         self._lock = threading.Lock()
         self._searching = threading.Lock()
-        self._squares = torch.zeros(2, dtype=torch.float64)
+        self._squares = np.zeros(2)
 
     @property
     def weight_error(self) -> float:
         """Root mean square of all weights' errors so far, as a share of that of the weights; 0 before the first."""
         with self._lock:
-            error, weight = self._squares.tolist()
+            error, weight = self._squares
         return float((error / weight) ** 0.5) if weight else 0.0
 
     def read(self, expert: ExpertId, row_B: Tensor) -> None:
         """As in ExpertStore."""
-        weights, squares_2 = self.layout.weights(row_B[None]), torch.zeros(2, dtype=torch.float64)
+        weights, squares_2 = self.layout.weights(row_B[None]), np.zeros(2)
         for w_ND, first, name in self._floats(expert):
             with self._searching:
-                if not all(bool(block_ND.isfinite().all()) for block_ND in _blocks(w_ND)):
+                if not all(bool(np.isfinite(block_ND).all()) for block_ND in _blocks(w_ND)):
                     raise CopyError(
                         f"expert {expert.expert} of layer {expert.layer}: not all weights are finite numbers"
                     )
@@ -90,7 +94,7 @@ class _Made(NamedTuple):
     data_NB: Tensor
     scales_GN: Tensor
     zeros_GN: Tensor | None
-    squares_2: Tensor
+    squares_2: np.ndarray
 
 
 def quantized(w_ND: Tensor, stored: Quantized) -> Codes:
@@ -102,13 +106,14 @@ def quantized(w_ND: Tensor, stored: Quantized) -> Codes:
 
 def _quantized(w_ND: Tensor, stored: Quantized) -> _Made:
     search = _int8 if stored.format is ExpertFormat.INT8 else _int4
-    blocks = [search(block_ND.float(), stored) for block_ND in _blocks(w_ND)]
+    with np.errstate(all="ignore"):  # by a scale of 0
+        blocks = [search(block_ND, stored) for block_ND in _blocks(w_ND)]
     zeros = [block.zeros_GN for block in blocks if block.zeros_GN is not None]
     return _Made(
         torch.cat([block.data_NB for block in blocks]),
         torch.cat([block.scales_GN for block in blocks], dim=1),
         torch.cat(zeros, dim=1) if zeros else None,
-        torch.stack([block.squares_2 for block in blocks]).sum(0),
+        sum((block.squares_2 for block in blocks), np.zeros(2)),
     )
 
 
@@ -122,30 +127,31 @@ def _write(target: Packed, first: int, made: _Made) -> None:
         target.zeros_SGN[0, :, rows] = made.zeros_GN
 
 
-def _int4(w_ND: Tensor, stored: Quantized) -> _Made:
-    w_XP = w_ND.reshape(-1, stored.group).T.contiguous()  # so that loops run over many places
-    low_P = w_XP.amin(0).clamp(max=0)
-    range_P = w_XP.amax(0).clamp(min=0) - low_P
+def _int4(w_ND: Floats, stored: Quantized) -> _Made:
+    w_XP = np.ascontiguousarray(w_ND.reshape(-1, stored.group).T)  # so that loops run over many places
+    low_P = np.minimum(w_XP.min(0), 0)
+    range_P = np.maximum(w_XP.max(0), 0) - low_P
     search = _Search(w_XP, INT4_CODES, axis=0)
     for span in INT4_SPANS:
         scale_P = _rounded(range_P * span / 15, stored.scale_dtype)
-        search.attempt(scale_P, (-low_P * span / scale_P).round_().clamp_(0, 15))
+        search.attempt(scale_P, np.rint(-low_P * span / scale_P).clip(0, 15))
     codes_XP, num_rows = search.codes(), len(w_ND)
-    bytes_XP = torch.add(codes_XP[0::2], codes_XP[1::2], alpha=16).add_(search.zeros, alpha=17).to(torch.uint8)
+    bytes_P = (codes_XP[1::2] * 16 + codes_XP[0::2] + 17 * search.zeros).astype(np.uint8).T
     return _Made(
-        bytes_XP.T.reshape(num_rows, -1),
-        search.scales.view(num_rows, -1).T.to(stored.scale_dtype),
-        search.zeros.view(num_rows, -1).T.to(torch.uint8),
+        torch.from_numpy(np.ascontiguousarray(bytes_P).reshape(num_rows, -1)),
+        torch.from_numpy(search.scales.reshape(num_rows, -1)).T.to(stored.scale_dtype),
+        torch.from_numpy(search.zeros.reshape(num_rows, -1)).T.to(torch.uint8),
         search.squares(),
     )
 
 
-def _int8(w_ND: Tensor, stored: Quantized) -> _Made:
-    largest_N1 = w_ND.abs().amax(1, keepdim=True)
+def _int8(w_ND: Floats, stored: Quantized) -> _Made:
+    largest_N1 = np.abs(w_ND).max(1, keepdims=True)
     search = _Search(w_ND, INT8_CODES, axis=1)
     for span in INT8_SPANS:
-        search.attempt(_rounded(largest_N1 * span / 127, torch.float32), torch.zeros_like(largest_N1))
-    return _Made(search.codes().to(torch.int8), search.scales.T, None, search.squares())
+        search.attempt(_rounded(largest_N1 * span / 127, torch.float32), np.zeros_like(largest_N1))
+    data_ND = torch.from_numpy(search.codes().astype(np.int8))
+    return _Made(data_ND, torch.from_numpy(search.scales).T, None, search.squares())
 
 
 class _Search:
@@ -154,46 +160,60 @@ class _Search:
     Weights share them along ``axis``; where no scale was above 0, both stay 0.
     """
 
-    def __init__(self, weights: Tensor, codes: tuple[int, int], axis: int) -> None:
+    def __init__(self, weights: Floats, codes: tuple[int, int], axis: int) -> None:
         self._weights, self._codes, self._axis = weights, codes, axis
-        self._steps, self._nearest = torch.empty_like(weights), torch.empty_like(weights)
-        self.scales = torch.zeros_like(weights.sum(axis, keepdim=axis == 1))
-        self.zeros = torch.zeros_like(self.scales)
-        self._errors = torch.full_like(self.scales, torch.inf)
+        self._steps, self._nearest = np.empty_like(weights), np.empty_like(weights)
+        self.scales = np.zeros_like(weights.max(axis, keepdims=axis == 1))
+        self.zeros = self.scales.copy()
+        self._errors = np.full_like(self.scales, np.inf)
 
-    def attempt(self, scales: Tensor, zeros: Tensor) -> None:
+    def attempt(self, scales: Floats, zeros: Floats) -> None:
         """Takes them where they are better."""
         self._round(scales, zeros)
-        errors = self._nearest.sub_(self._steps).square_().sum(self._axis).view_as(scales) * scales * scales
+        self._nearest -= self._steps
+        errors = _sums_of_squares(self._nearest, self._axis).reshape(scales.shape) * scales * scales
         better = errors < self._errors  # which NaN is not
-        self._errors = torch.where(better, errors, self._errors)
-        self.scales = torch.where(better, scales, self.scales)
-        self.zeros = torch.where(better, zeros, self.zeros)
+        for best, new in ((self._errors, errors), (self.scales, scales), (self.zeros, zeros)):
+            np.copyto(best, new, where=better)
 
-    def codes(self) -> Tensor:
+    def codes(self) -> Floats:
         """Whole numbers, less the zero-points, in memory that is used again."""
-        self._round(self.scales.where(self.scales > 0, torch.inf), self.zeros)
+        self._round(np.where(self.scales == 0, np.float32(np.inf), self.scales), self.zeros)
         return self._nearest
 
-    def squares(self) -> Tensor:
+    def squares(self) -> np.ndarray:
         """The sums of squares of the errors and of the weights."""
-        weights = torch.square(self._weights).sum(self._axis).view_as(self.scales)
-        errors = torch.where(self.scales > 0, self._errors, weights)
-        return torch.stack([part.double().sum() for part in (errors, weights)])
+        weights = _sums_of_squares(self._weights, self._axis)
+        errors = np.where(self.scales == 0, weights.reshape(self.scales.shape), self._errors)
+        return np.array([errors.sum(dtype=np.float64), weights.sum(dtype=np.float64)])
 
-    def _round(self, scales: Tensor, zeros: Tensor) -> None:
+    def _round(self, scales: Floats, zeros: Floats) -> None:
         lowest, highest = self._codes
-        torch.div(self._weights, scales, out=self._steps)
-        torch.round(self._steps, out=self._nearest)
-        torch.clamp(self._nearest, lowest - zeros, highest - zeros, out=self._nearest)
+        np.divide(self._weights, scales, out=self._steps)
+        np.rint(self._steps, out=self._nearest)
+        np.maximum(self._nearest, lowest - zeros, out=self._nearest)
+        np.minimum(self._nearest, highest - zeros, out=self._nearest)
 
 
-def _rounded(scales: Tensor, dtype: torch.dtype) -> Tensor:
+def _sums_of_squares(weights: Floats, axis: int) -> Floats:
+    found: Floats = np.einsum("xp,xp->p" if axis == 0 else "px,px->p", weights, weights)
+    return found
+
+
+def _rounded(scales: Floats, dtype: torch.dtype) -> Floats:
     """As they will be stored. Where one is 0, its errors are NaN, and those are never better than none."""
-    return scales.clamp(max=torch.finfo(dtype).max).to(dtype).float()
+    found: Floats = torch.from_numpy(scales).clamp(max=torch.finfo(dtype).max).to(dtype).float().numpy()
+    return found
 
 
-def _blocks(w_ND: Tensor) -> Iterator[Tensor]:
-    """Rows that are in work together: no second matrix is held in wider numbers."""
-    rows = max(1, BLOCK // w_ND.shape[1])
-    return (w_ND[start : start + rows] for start in range(0, len(w_ND), rows))
+def _blocks(w_ND: Tensor) -> Iterator[Floats]:
+    """Rows that are in work together, in float32. Each is converted alone, for torch splits what is large over threads
+    of its own.
+    """
+    num_rows, inner = w_ND.shape
+    for start in range(0, num_rows, max(1, BLOCK // inner)):
+        rows_ND = w_ND[start : start + max(1, BLOCK // inner)]
+        block = torch.empty(rows_ND.shape, dtype=torch.float32)
+        for row_D, floats_D in zip(rows_ND, block, strict=True):
+            floats_D.copy_(row_D)
+        yield block.numpy()
