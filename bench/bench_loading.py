@@ -1,4 +1,4 @@
-"""What packing and loading take: ``python bench/bench_loading.py --folder DIR [--json OUT] [--quick]``.
+"""What packing and loading take: ``python bench/bench_loading.py --folder DIR [--json OUT] [--case NAME] [--quick]``.
 
 Makes a checkpoint of each case in DIR (2 to 3 GB each, one at a time, removed at the end), packs and loads it in
 processes of their own, and measures by how much each grew and how fast packs were written, beside what the disk writes
@@ -40,8 +40,9 @@ def measured(case: Case, folder: Path, quick: bool) -> dict[str, Any]:
     for _ in range(1 if quick else ROUNDS):
         packed = _worker("pack", checkpoint, cache, case.quantize)
         shutil.rmtree(cache)
+        converted = _worker("convert", checkpoint, cache, case.quantize)
         writes = {name: written(folder / "written", packed["bytes"], flags) for name, flags in WAYS.items()}
-        rounds.append({"pack": packed, "write": writes})
+        rounds.append({"pack": packed, "convert": converted, "write": writes})
     loaded = _worker("load", checkpoint, cache, case.quantize)
     shutil.rmtree(checkpoint)
     shutil.rmtree(cache, ignore_errors=True)
@@ -88,6 +89,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="the result; its Markdown goes beside it")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="only this, or these")
     args = parser.parse_args()
 
     result, began = conditions("bench_loading", args.quick), time.perf_counter()
@@ -96,15 +98,17 @@ def main() -> None:
     result["idle"] = {"before": foreign_cpu(0.2 if args.quick else 5)}
     result["cases"] = []
     for case in CASES:
+        if args.case and case.name not in args.case:
+            continue
         result["cases"].append(measured(case, args.folder, args.quick))
         print(table(result["cases"][-1:]), file=sys.stderr)
+        result["idle"]["after"] = foreign_cpu(0.2 if args.quick else 5)
+        result["verdicts"] = verdicts(result["cases"])
+        result["seconds"] = time.perf_counter() - began
+        if args.json:  # after each, so that a run that is stopped keeps what it has
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            args.json.with_suffix(".md").write_text(render(result))
     args.folder.rmdir()
-    result["idle"]["after"] = foreign_cpu(0.2 if args.quick else 5)
-    result["verdicts"] = verdicts(result["cases"])
-    result["seconds"] = time.perf_counter() - began
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-        args.json.with_suffix(".md").write_text(render(result))
     print(render(result))
     missed = any(found["what"] == "memory" and not found["reached"] for found in result["verdicts"])
     sys.exit(missed and not args.quick)  # small experts are less than what any process takes

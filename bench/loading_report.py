@@ -21,6 +21,11 @@ def pack_rate(case: Case) -> float:
     return statistics.median(each["pack"]["bytes"] / each["pack"]["seconds"] for each in case["rounds"])
 
 
+def convert_rate(case: Case) -> float:
+    """Bytes of the pack a second that one thread makes and nobody writes, median."""
+    return statistics.median(each["convert"]["bytes"] / each["convert"]["seconds"] for each in case["rounds"])
+
+
 def write_rate(case: Case, way: str) -> float:
     """Bytes a second, median."""
     return statistics.median(each["write"][way] for each in case["rounds"])
@@ -69,6 +74,7 @@ def table(cases: Sequence[Case]) -> str:
             "packing holds",
             "loading holds beyond the model",
             f"at most {SHARDS} shards",
+            "made by one thread, GB/s",
             "packed, GB/s",
             "of cached writes",
             "of direct writes",
@@ -85,7 +91,7 @@ def table(cases: Sequence[Case]) -> str:
                 f"{case['rounds'][0]['pack']['bytes'] / 1e9:.2f}",
                 *(f"{nbytes / shard:.2f} shards" for nbytes in beyond.values()),
                 "reached" if kept else "missed",
-                f"{pack_rate(case) / 1e9:.2f}",
+                *(f"{rate(case) / 1e9:.2f}" for rate in (convert_rate, pack_rate)),
                 *(_share(case, way) for way in ("cached", "direct")),
             ]
         )

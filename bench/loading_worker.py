@@ -1,6 +1,8 @@
-"""One checkpoint packed or loaded in a process of its own: ``python bench/loading_worker.py pack|load FOLDER CACHE``.
+"""One checkpoint packed, converted or loaded: ``python bench/loading_worker.py pack|convert|load FOLDER CACHE``.
 
-Prints JSON: the seconds, the bytes of what came of it, and by how much the process grew at most.
+``convert`` is packing without the disk, on one thread, for some seconds: what a core can give.
+
+In a process of its own. Prints JSON: the seconds, the bytes of what came of it, and by how much the process grew.
 """
 
 from __future__ import annotations
@@ -10,11 +12,15 @@ import json
 import time
 from pathlib import Path
 
+import torch
 from machine import memory_bytes, reset_peak_memory
 
 from duoserve import MoEModel
 from duoserve.experts.packing import pack_path, write_pack
+from duoserve.experts.rows import aligned_rows
 from duoserve.models.opened import opened
+
+CONVERT_SECONDS = 2.0
 
 
 def pack(folder: Path, cache: Path, quantize: str | None) -> int:
@@ -25,15 +31,35 @@ def pack(folder: Path, cache: Path, quantize: str | None) -> int:
         return len(model.experts) * store.layout.slot_bytes
 
 
+def convert(folder: Path, cache: Path, quantize: str | None) -> int:
+    """Makes parts of rows and leaves them; bytes of them."""
+    torch.set_num_threads(1)
+    nbytes, until = 0, time.perf_counter() + CONVERT_SECONDS
+    with opened(folder) as model:
+        store = model.expert_store(model.config.dtype) if quantize is None else model.quantizing_store(quantize)
+        largest = max(part.stop - part.start for part in store.parts(model.experts[0]))
+        bytes_B = aligned_rows(1, largest)[0]
+        for expert in model.experts:
+            for part in store.parts(expert):
+                store.read_part(expert, part, bytes_B[: part.stop - part.start])
+                nbytes += part.stop - part.start
+            if time.perf_counter() > until:
+                break
+    return nbytes
+
+
 def load(folder: Path, cache: Path, quantize: str | None) -> int:
     """Every expert into a slot; bytes of the memory that was planned for the model."""
     with MoEModel.from_pretrained(folder, max_context=128, quantize=quantize, cache_dir=cache) as model:
         return model.memory.total_bytes
 
 
+WORKS = {"pack": pack, "convert": convert, "load": load}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", choices=["pack", "load"])
+    parser.add_argument("work", choices=list(WORKS))
     parser.add_argument("folder", type=Path)
     parser.add_argument("cache", type=Path)
     parser.add_argument("--quantize", choices=["int8", "int4"])
@@ -41,7 +67,7 @@ def main() -> None:
 
     reset_peak_memory()
     before, began = memory_bytes()["rss"], time.perf_counter()
-    nbytes = {"pack": pack, "load": load}[args.work](args.folder, args.cache, args.quantize)
+    nbytes = WORKS[args.work](args.folder, args.cache, args.quantize)
     seconds = time.perf_counter() - began
     print(json.dumps({"seconds": seconds, "bytes": nbytes, "growth": memory_bytes()["peak_rss"] - before}))
 

@@ -32,7 +32,13 @@ def case(packing: int, loading: int, seconds: float) -> dict:
         "model": "1 of the layers of a model",
         "checkpoint_bytes": 2 * GB,
         "largest_shard_bytes": SHARD,
-        "rounds": [{"pack": packed, "write": {"direct": 1.0 * GB, "cached": 0.4 * GB}}],
+        "rounds": [
+            {
+                "pack": packed,
+                "convert": {"seconds": 2.0, "bytes": GB},
+                "write": {"direct": 1.0 * GB, "cached": 0.4 * GB},
+            }
+        ],
         "load": {"seconds": 1.0, "bytes": 3 * GB, "growth": 3 * GB + loading},
     }
 
@@ -51,6 +57,7 @@ def test_verdicts(packing: int, loading: int, seconds: float, reached: list[bool
     assert [verdict["figure"] for verdict in found] == ["packing", "loading", "direct", "cached"]
     assert [verdict["reached"] for verdict in found] == reached
     line = loading_report.table([case(packing, loading, seconds)]).splitlines()[-1]
+    assert "| 0.50 |" in line  # made by one thread
     assert ("| reached |" in line) is all(reached[:2]) and line.count("GB/s: reached") == sum(reached[2:])
 
 
@@ -69,12 +76,13 @@ def test_the_worker_counts_what_it_holds(tmp_path: Path) -> None:
     """A model that stays in memory is in its growth; that of a pack is far less than the pack."""
     make_checkpoint(CASES[1], tmp_path / "checkpoint", 16 << 20, small=True)
     found = {}
-    for work in ("pack", "load"):
+    for work in ("pack", "convert", "load"):
         command = [sys.executable, ROOT / "bench" / "loading_worker.py", work, tmp_path / "checkpoint", tmp_path / work]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found[work] = json.loads(done.stdout)
     assert found["pack"]["bytes"] == sum(file.stat().st_size for file in tmp_path.glob(f"pack/**/{PACK_FILE}"))
     assert found["pack"]["growth"] < found["pack"]["bytes"] / 2
+    assert found["convert"]["bytes"] == found["pack"]["bytes"]
     assert found["load"]["growth"] > 0.9 * found["pack"]["bytes"]
 
 

@@ -26,8 +26,8 @@ F1  kernels/checks  kernels/matmul  kernels/weights  kernels/host_rows  kernels/
     kernels/norm  kernels/rope  kernels/cache_rows  kernels/attention_gqa  kernels/attention_mla  kernels/triton_ops
     kernels/__init__  kernels/recorder  kernels/cuda_graphs
 F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safetensors_header  experts/shards
-    experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/rows  experts/pinned  experts/store
-    experts/pieces  experts/formats/__init__  experts/formats/codes  experts/formats/fp8  experts/formats/int4
+    experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/rows  experts/pinned  experts/pieces
+    experts/store  experts/formats/__init__  experts/formats/codes  experts/formats/fp8  experts/formats/int4
     experts/formats/lanes  experts/formats/awq  experts/formats/gptq  experts/formats/mxfp4  experts/formats/expert_row
     experts/formats/reading  experts/packing  experts/quantizing  experts/host_ram  experts/device  experts/budget
     experts/disk_store  experts/slots  experts/tickets  experts/copy_engine  experts/virtual  experts/streams

@@ -92,12 +92,19 @@ class Checkpoint:
         for name, shape in expected.items():
             self._check_tensor(self.tensors[name], tuple(shape), dtypes.get(name, FLOATS))
 
+    def info(self, name: str) -> TensorInfo:
+        """Where the tensor lies; CheckpointError: there is none of that name."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.folder}: has no tensor {name!r}; {_REMEDY}") from None
+
     def read(self, name: str, dtype: torch.dtype | None = None, entry: int | None = None) -> Tensor:
         """The tensor, or its part ``entry``, as a new CPU tensor in ``dtype`` or its own.
 
         CheckpointError: unknown, unreadable, truncated.
         """
-        info = self._info(name).part(entry)
+        info = self.info(name).part(entry)
         out = torch.empty(info.shape, dtype=dtype or info.dtype)
         self.read_into(name, out, entry)
         return out
@@ -107,7 +114,7 @@ class Checkpoint:
 
         ``out`` has its shape, any strides, and any dtype (converted as by ``Tensor.copy_``).
         """
-        info = self._info(name).part(entry, rows)
+        info = self.info(name).part(entry, rows)
         if tuple(out.shape) != info.shape:
             raise CheckpointError(f"{_place(info)} has shape {_show(info.shape)}, but {_show(out.shape)} is needed")
         if out.dtype == info.dtype and out.device.type == "cpu" and out.is_contiguous():
@@ -158,12 +165,6 @@ class Checkpoint:
                 f"{_place(info)} has dtype {info.dtype}; supported are {supported}, by what config.json says of "
                 "its quantization"
             )
-
-    def _info(self, name: str) -> TensorInfo:
-        try:
-            return self.tensors[name]
-        except KeyError:
-            raise CheckpointError(f"{self.folder}: has no tensor {name!r}; {_REMEDY}") from None
 
     def _read_staged(self, info: TensorInfo, out: Tensor) -> None:
         """Reads and copies by blocks of rows, so that no second whole matrix is held."""

@@ -28,7 +28,7 @@ from duoserve.experts.formats.expert_row import RowWriter, down_first
 from duoserve.experts.formats.reading import read_codes
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE, PackHeader
-from duoserve.experts.pieces import ExpertPieces, Piece, places
+from duoserve.experts.pieces import ExpertPieces, Piece, RowPart, float_parts, part_places, places, whole
 from duoserve.experts.rows import aligned_rows
 from duoserve.experts.store import ExpertStore
 
@@ -37,18 +37,26 @@ NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 # Rows are whole pages in memory and in the file: written past the page cache, they drive nothing out of it, and nobody
 # reads them from there.
 DIRECT = os.O_DIRECT
-WORKERS = 2  # one converts while another waits for the disk; each holds a row and what it is made from
+WORKERS = 3  # one reads, one converts, one waits for the disk; each holds a part of a row and what it is made from
+# Floats are packed in parts: a row may have hundreds of MB, which would come from memory that caches do not hold.
+PART_BYTES = 4 << 20
 
 
 class ExpertReader(Protocol):
-    """What ``write_pack`` needs of an ExpertStore."""
+    """What is asked of an ExpertStore whose experts are packed."""
 
     @property
     def layout(self) -> ExpertLayout:
         """The layout of the rows."""
 
     def read(self, expert: ExpertId, row_B: Tensor) -> None:
-        """Fills a uint8 CPU row [slot_bytes], 4096-aligned."""
+        """As in ExpertStore."""
+
+    def parts(self, expert: ExpertId) -> Sequence[RowPart]:
+        """As in ExpertStore."""
+
+    def read_part(self, expert: ExpertId, part: RowPart, part_B: Tensor) -> None:
+        """As in ExpertStore."""
 
 
 class CheckpointStore(ExpertStore):
@@ -69,6 +77,7 @@ class CheckpointStore(ExpertStore):
         self._checkpoint = checkpoint
         self._pieces = pieces
         self._form = form
+        self._repacking = threading.Lock()
 
     def read(self, expert: ExpertId, row_B: Tensor) -> None:
         """Fills a uint8 CPU row [slot_bytes], converting to what the layout has; the padding becomes zero.
@@ -81,6 +90,23 @@ class CheckpointStore(ExpertStore):
             self._repack(expert, row_B, self._form)
         for start, stop in self.layout.gaps:
             row_B[start:stop].zero_()
+
+    def parts(self, expert: ExpertId) -> Sequence[RowPart]:
+        """As in ExpertStore: floats in parts of some MB, where the checkpoint has them row by row."""
+        if self._form is not None or any(piece.transposed for piece in self._pieces(expert)):
+            return whole(self.layout)
+        return float_parts(self.layout, PART_BYTES)
+
+    def read_part(self, expert: ExpertId, part: RowPart, part_B: Tensor) -> None:
+        """As in ExpertStore; errors as of ``read``."""
+        if part == RowPart(0, self.layout.slot_bytes):
+            self.read(expert, part_B)
+            return
+        targets = part_places(self.layout, part, part_B)
+        for piece in self._pieces(expert):
+            if piece.matrix in targets:
+                target, rows = targets[piece.matrix]
+                self._fill(expert, piece.cut(*rows), target)
 
     def fingerprint(self) -> str:
         """The checkpoint's."""
@@ -99,7 +125,9 @@ class CheckpointStore(ExpertStore):
         try:
             writer = RowWriter(self.layout.weights(row_B[None]))
             for piece in sorted(self._pieces(expert), key=lambda piece: down_first(piece.matrix)):
-                writer.add(piece.matrix, read_codes(self._checkpoint, form, piece))
+                codes = read_codes(self._checkpoint, form, piece)
+                with self._repacking:  # two threads of Python would be slower: each waits for the other's turn
+                    writer.add(piece.matrix, codes)
             writer.finish()
         except CheckpointError as error:
             raise CopyError(f"expert {expert.expert} of layer {expert.layer}: {error}") from error
@@ -184,18 +212,27 @@ def _synced(path: Path, flags: int = 0) -> Iterator[int]:
 def _write_rows(
     store: ExpertReader, experts: Sequence[ExpertId], header: PackHeader, descriptor: int, progress: bool
 ) -> None:
-    rows = threading.local()  # each worker has one of its own
+    tasks = [(expert, part) for expert in experts for part in store.parts(expert)]
+    largest = max(part.stop - part.start for _, part in tasks)
+    buffers = threading.local()  # each worker has one of its own
 
-    def pack(expert: ExpertId) -> None:
-        if not hasattr(rows, "row_B"):
-            rows.row_B = aligned_rows(1, header.slot_bytes)[0]
-        store.read(expert, rows.row_B)
-        _write_at(descriptor, rows.row_B, header.offset(expert))
+    def pack(task: tuple[ExpertId, RowPart]) -> int:
+        expert, part = task
+        if not hasattr(buffers, "bytes_B"):
+            buffers.bytes_B = aligned_rows(1, largest)[0]
+        part_B = buffers.bytes_B[: part.stop - part.start]
+        store.read_part(expert, part, part_B)
+        _write_at(descriptor, part_B, header.offset(expert) + part.start)
+        return len(part_B)
 
-    with ThreadPoolExecutor(WORKERS) as pool:
-        done = pool.map(pack, experts)
-        for _ in tqdm(done, "packing experts", len(experts), unit="expert", disable=False if progress else None):
-            pass
+    hidden = False if progress else None
+    nbytes = len(experts) * header.slot_bytes
+    with (
+        ThreadPoolExecutor(WORKERS) as pool,
+        tqdm(desc="packing experts", total=nbytes, unit="B", unit_scale=True, disable=hidden) as bar,
+    ):
+        for done in pool.map(pack, tasks):
+            bar.update(done)
     os.truncate(descriptor, header.total_bytes)
 
 

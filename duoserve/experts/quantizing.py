@@ -1,33 +1,38 @@
 """Experts in floats made int8 or int4, each scale the one of several that leaves the smallest error.
 
+NumPy's loops, which stay on their thread; one expert at a time is searched. Several threads of Python would mostly wait
+for each other's turn between operations as short as these, and torch's own threads for each other.
 N rows of a matrix, D its inner dimension, G groups of D, X elements that share a scale, P places of such in a matrix.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from duoserve.errors import CopyError
 from duoserve.experts.formats.codes import Codes, RowsAsTheyAre
-from duoserve.experts.formats.expert_row import RowWriter, down_first
 from duoserve.experts.layout import ExpertId, ExpertLayout, Quantized
 from duoserve.experts.packing import ExpertReader
-from duoserve.experts.pieces import Matrix
+from duoserve.experts.pieces import part_places
 from duoserve.experts.rows import aligned_rows
 from duoserve.experts.store import ExpertStore
-from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat
 from duoserve.kernels.weights import Matrix as Packed
+
+Floats = NDArray[np.float32]
 
 # How much of the range of its weights a scale spans: less of it cuts off the largest, and steps finer over the others.
 INT4_SPANS = tuple(1 - step / 32 for step in range(12))
 INT8_SPANS = tuple(1 - step / 64 for step in range(8))
-# Rows that are searched at a time: what a block of 128 takes in float32 stays in the cache.
-ROWS = 128
+INT4_CODES, INT8_CODES = (0, 15), (-127, 127)
+BLOCK = 1 << 16  # weights that are searched at a time: what is made of them stays in a core's cache
 
 
 class QuantizingStore(ExpertStore):
@@ -41,116 +46,174 @@ class QuantizingStore(ExpertStore):
         self._source = source
         self._stored = stored
         self._lock = threading.Lock()
-        self._squares = torch.zeros(2, dtype=torch.float64)
+        self._searching = threading.Lock()
+        self._squares = np.zeros(2)
 
     @property
     def weight_error(self) -> float:
         """Root mean square of all weights' errors so far, as a share of that of the weights; 0 before the first."""
         with self._lock:
-            error, weight = self._squares.tolist()
+            error, weight = self._squares
         return float((error / weight) ** 0.5) if weight else 0.0
 
     def read(self, expert: ExpertId, row_B: Tensor) -> None:
         """As in ExpertStore."""
-        floats_B = aligned_rows(1, self._source.layout.slot_bytes)[0]
-        self._source.read(expert, floats_B)
-        floats, weights = self._source.layout.weights(floats_B[None]), self.layout.weights(row_B[None])
-        matrices: dict[Matrix, Tensor] = {"gate_up": floats.w13_SNH[0], "down": floats.w2_SHI[0]}
-        if not all(bool(w_ND[block].isfinite().all()) for w_ND in matrices.values() for block in _blocks(w_ND)):
-            raise CopyError(f"expert {expert.expert} of layer {expert.layer}: not all weights are finite numbers")
-        writer = RowWriter(weights)
-        for name in sorted(matrices, key=down_first):
-            writer.add(name, quantized(matrices[name], self._stored))
+        weights, squares_2 = self.layout.weights(row_B[None]), np.zeros(2)
+        for w_ND, first, name in self._floats(expert):
+            with self._searching:
+                if not all(bool(np.isfinite(block_ND).all()) for block_ND in _blocks(w_ND)):
+                    raise CopyError(
+                        f"expert {expert.expert} of layer {expert.layer}: not all weights are finite numbers"
+                    )
+                made = _quantized(w_ND, self._stored)
+            _write(weights.w2 if name == "down" else weights.w13, first, made)
+            squares_2 += made.squares_2
         for start, stop in self.layout.gaps:
             row_B[start:stop].zero_()
-        pairs = zip(matrices.values(), (weights.w13, weights.w2), strict=True)
-        squares_2 = torch.stack([_squares(w_ND, matrix) for w_ND, matrix in pairs]).sum(0)
         with self._lock:
             self._squares += squares_2
 
     def close(self) -> None:
         """Nothing to release."""
 
+    def _floats(self, expert: ExpertId) -> Iterator[tuple[Tensor, int, str]]:
+        """Rows of w13 ("gate_up") and of w2 ("down"), and the number of the first; valid until the next are taken."""
+        parts = self._source.parts(expert)
+        buffer_B = aligned_rows(1, max(part.stop - part.start for part in parts))[0]
+        for part in parts:
+            part_B = buffer_B[: part.stop - part.start]
+            self._source.read_part(expert, part, part_B)
+            for name, (w_ND, (first, _)) in part_places(self._source.layout, part, part_B).items():
+                if name in ("gate_up", "down"):
+                    yield w_ND, first, name
+
+
+class _Made(NamedTuple):
+    """Rows of a matrix as they are stored; the sums of squares of their errors and of the weights, float64."""
+
+    data_NB: Tensor
+    scales_GN: Tensor
+    zeros_GN: Tensor | None
+    squares_2: np.ndarray
+
 
 def quantized(w_ND: Tensor, stored: Quantized) -> Codes:
     """A matrix of floats as INT8 or INT4 codes, with the scales that leave the least squared error."""
+    made = _quantized(w_ND, stored)
+    group = stored.group or w_ND.shape[1]
+    return Codes(stored.format, group, RowsAsTheyAre(made.data_NB), made.scales_GN, made.zeros_GN)
+
+
+def _quantized(w_ND: Tensor, stored: Quantized) -> _Made:
     search = _int8 if stored.format is ExpertFormat.INT8 else _int4
-    blocks = [search(w_ND[block].float(), stored) for block in _blocks(w_ND)]
+    with np.errstate(all="ignore"):  # by a scale of 0
+        blocks = [search(block_ND, stored) for block_ND in _blocks(w_ND)]
     zeros = [block.zeros_GN for block in blocks if block.zeros_GN is not None]
-    return blocks[0]._replace(
-        data=RowsAsTheyAre(torch.cat([block.data_NB for block in blocks])),
-        scales_GN=torch.cat([block.scales_GN for block in blocks], dim=1),
-        zeros_GN=torch.cat(zeros, dim=1) if zeros else None,
+    return _Made(
+        torch.cat([block.data_NB for block in blocks]),
+        torch.cat([block.scales_GN for block in blocks], dim=1),
+        torch.cat(zeros, dim=1) if zeros else None,
+        sum((block.squares_2 for block in blocks), np.zeros(2)),
     )
 
 
-def _int4(w_ND: Tensor, stored: Quantized) -> Codes:
-    w_PX = w_ND.reshape(-1, stored.group)
-    low_P1 = w_PX.amin(1, keepdim=True).clamp(max=0)
-    range_P1 = w_PX.amax(1, keepdim=True).clamp(min=0) - low_P1
-    best = _Trial.none(w_PX)
+def _write(target: Packed, first: int, made: _Made) -> None:
+    """Rows from ``first`` on of the one slot."""
+    rows = slice(first, first + len(made.data_NB))
+    target.data_SNB[0, rows] = made.data_NB
+    assert target.scales_SGN is not None
+    target.scales_SGN[0, :, rows] = made.scales_GN
+    if target.zeros_SGN is not None and made.zeros_GN is not None:
+        target.zeros_SGN[0, :, rows] = made.zeros_GN
+
+
+def _int4(w_ND: Floats, stored: Quantized) -> _Made:
+    w_XP = np.ascontiguousarray(w_ND.reshape(-1, stored.group).T)  # so that loops run over many places
+    low_P = np.minimum(w_XP.min(0), 0)
+    range_P = np.maximum(w_XP.max(0), 0) - low_P
+    search = _Search(w_XP, INT4_CODES, axis=0)
     for span in INT4_SPANS:
-        scale_P1 = _rounded(range_P1 * span / 15, stored.scale_dtype)
-        zero_P1 = (-low_P1 * span / scale_P1).round_().clamp_(0, 15)
-        codes_PX = (w_PX / scale_P1).round_().add_(zero_P1).clamp_(0, 15)
-        best = best.or_better(w_PX, codes_PX, scale_P1, zero_P1)
-    codes_ND = best.codes_PX.view_as(w_ND).to(torch.uint8)
-    return Codes(
-        ExpertFormat.INT4,
-        stored.group,
-        data=RowsAsTheyAre(codes_ND[:, 0::2] | (codes_ND[:, 1::2] << 4)),
-        scales_GN=best.scale_P1.view(len(w_ND), -1).T.to(stored.scale_dtype),
-        zeros_GN=best.zero_P1.view(len(w_ND), -1).T.to(torch.uint8),
+        scale_P = _rounded(range_P * span / 15, stored.scale_dtype)
+        search.attempt(scale_P, np.rint(-low_P * span / scale_P).clip(0, 15))
+    codes_XP, num_rows = search.codes(), len(w_ND)
+    bytes_P = (codes_XP[1::2] * 16 + codes_XP[0::2] + 17 * search.zeros).astype(np.uint8).T
+    return _Made(
+        torch.from_numpy(np.ascontiguousarray(bytes_P).reshape(num_rows, -1)),
+        torch.from_numpy(search.scales.reshape(num_rows, -1)).T.to(stored.scale_dtype),
+        torch.from_numpy(search.zeros.reshape(num_rows, -1)).T.to(torch.uint8),
+        search.squares(),
     )
 
 
-def _int8(w_ND: Tensor, stored: Quantized) -> Codes:
-    largest_N1 = w_ND.abs().amax(1, keepdim=True)
-    best = _Trial.none(w_ND)
+def _int8(w_ND: Floats, stored: Quantized) -> _Made:
+    largest_N1 = np.abs(w_ND).max(1, keepdims=True)
+    search = _Search(w_ND, INT8_CODES, axis=1)
     for span in INT8_SPANS:
-        scale_N1 = _rounded(largest_N1 * span / 127, torch.float32)
-        codes_ND = (w_ND / scale_N1).round_().clamp_(-127, 127)
-        best = best.or_better(w_ND, codes_ND, scale_N1, torch.zeros_like(scale_N1))
-    data = RowsAsTheyAre(best.codes_PX.to(torch.int8))
-    return Codes(stored.format, w_ND.shape[1], data, best.scale_P1.T)
+        search.attempt(_rounded(largest_N1 * span / 127, torch.float32), np.zeros_like(largest_N1))
+    data_ND = torch.from_numpy(search.codes().astype(np.int8))
+    return _Made(data_ND, torch.from_numpy(search.scales).T, None, search.squares())
 
 
-class _Trial(NamedTuple):
-    """The best codes so far of each place, and the squared error that they leave."""
+class _Search:
+    """The scale and the zero-point of each place that leave the smallest squared error so far.
 
-    codes_PX: Tensor
-    scale_P1: Tensor
-    zero_P1: Tensor
-    error_P1: Tensor
+    Weights share them along ``axis``; where no scale was above 0, both stay 0.
+    """
 
-    @classmethod
-    def none(cls, w_PX: Tensor) -> _Trial:
-        """Before the first."""
-        empty_P1 = w_PX.new_zeros(len(w_PX), 1)
-        return cls(torch.zeros_like(w_PX), empty_P1, empty_P1, torch.full_like(empty_P1, torch.inf))
+    def __init__(self, weights: Floats, codes: tuple[int, int], axis: int) -> None:
+        self._weights, self._codes, self._axis = weights, codes, axis
+        self._steps, self._nearest = np.empty_like(weights), np.empty_like(weights)
+        self.scales = np.zeros_like(weights.max(axis, keepdims=axis == 1))
+        self.zeros = self.scales.copy()
+        self._errors = np.full_like(self.scales, np.inf)
 
-    def or_better(self, w_PX: Tensor, codes_PX: Tensor, scale_P1: Tensor, zero_P1: Tensor) -> _Trial:
-        """For each place what leaves the smaller error."""
-        error_P1 = torch.sub(codes_PX, zero_P1).mul_(scale_P1).sub_(w_PX).square_().sum(1, keepdim=True)
-        is_better_P1 = error_P1 < self.error_P1
-        pairs = zip((codes_PX, scale_P1, zero_P1, error_P1), self, strict=True)
-        return _Trial(*(torch.where(is_better_P1, new, old) for new, old in pairs))
+    def attempt(self, scales: Floats, zeros: Floats) -> None:
+        """Takes them where they are better."""
+        self._round(scales, zeros)
+        self._nearest -= self._steps
+        errors = _sums_of_squares(self._nearest, self._axis).reshape(scales.shape) * scales * scales
+        better = errors < self._errors  # which NaN is not
+        for best, new in ((self._errors, errors), (self.scales, scales), (self.zeros, zeros)):
+            np.copyto(best, new, where=better)
+
+    def codes(self) -> Floats:
+        """Whole numbers, less the zero-points, in memory that is used again."""
+        self._round(np.where(self.scales == 0, np.float32(np.inf), self.scales), self.zeros)
+        return self._nearest
+
+    def squares(self) -> np.ndarray:
+        """The sums of squares of the errors and of the weights."""
+        weights = _sums_of_squares(self._weights, self._axis)
+        errors = np.where(self.scales == 0, weights.reshape(self.scales.shape), self._errors)
+        return np.array([errors.sum(dtype=np.float64), weights.sum(dtype=np.float64)])
+
+    def _round(self, scales: Floats, zeros: Floats) -> None:
+        lowest, highest = self._codes
+        np.divide(self._weights, scales, out=self._steps)
+        np.rint(self._steps, out=self._nearest)
+        np.maximum(self._nearest, lowest - zeros, out=self._nearest)
+        np.minimum(self._nearest, highest - zeros, out=self._nearest)
 
 
-def _rounded(scale_P1: Tensor, dtype: torch.dtype) -> Tensor:
-    """As it will be stored. Where it is 0, codes come out as NaN, and those are never better than none."""
-    return scale_P1.clamp(max=torch.finfo(dtype).max).to(dtype).float()
+def _sums_of_squares(weights: Floats, axis: int) -> Floats:
+    found: Floats = np.einsum("xp,xp->p" if axis == 0 else "px,px->p", weights, weights)
+    return found
 
 
-def _squares(w_ND: Tensor, packed: Packed) -> Tensor:
-    """The sums of squares of the error and of the weights, float64."""
-    sums_2 = torch.zeros(2, dtype=torch.float64)
-    for block in _blocks(w_ND):
-        weights = w_ND[block].float()
-        sums_2 += torch.stack([part.double().square().sum() for part in (dense(packed, 0, block) - weights, weights)])
-    return sums_2
+def _rounded(scales: Floats, dtype: torch.dtype) -> Floats:
+    """As they will be stored. Where one is 0, its errors are NaN, and those are never better than none."""
+    found: Floats = torch.from_numpy(scales).clamp(max=torch.finfo(dtype).max).to(dtype).float().numpy()
+    return found
 
 
-def _blocks(w_ND: Tensor) -> list[slice]:
-    """Rows that are in work together: no second matrix is held in wider numbers."""
-    return [slice(start, start + ROWS) for start in range(0, len(w_ND), ROWS)]
+def _blocks(w_ND: Tensor) -> Iterator[Floats]:
+    """Rows that are in work together, in float32. Each is converted alone, for torch splits what is large over threads
+    of its own.
+    """
+    num_rows, inner = w_ND.shape
+    for start in range(0, num_rows, max(1, BLOCK // inner)):
+        rows_ND = w_ND[start : start + max(1, BLOCK // inner)]
+        block = torch.empty(rows_ND.shape, dtype=torch.float32)
+        for row_D, floats_D in zip(rows_ND, block, strict=True):
+            floats_D.copy_(row_D)
+        yield block.numpy()

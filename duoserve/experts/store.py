@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from duoserve.errors import ClosedError
 from duoserve.experts.layout import ExpertId, ExpertLayout
+from duoserve.experts.pieces import RowPart, whole
 from duoserve.experts.pinned import pin, unpin
 from duoserve.experts.rows import aligned_rows
 
@@ -29,6 +30,14 @@ class ExpertStore(Protocol):
         CopyError names the expert, the file and the offset when the bytes cannot be had; ClosedError after close().
         """
         ...
+
+    def parts(self, expert: ExpertId) -> Sequence[RowPart]:
+        """The parts of the expert's row that ``read_part`` can fill, together the whole row."""
+        return whole(self.layout)
+
+    def read_part(self, expert: ExpertId, part: RowPart, part_B: Tensor) -> None:
+        """Fills uint8 ``part_B``, on a 4096-byte boundary, with one of ``parts``; else as ``read``."""
+        self.read(expert, part_B)
 
     def host_row(self, expert: ExpertId) -> Tensor | None:
         """The expert's row where it lies in RAM, the same as long as the store is open; None if it must be read."""

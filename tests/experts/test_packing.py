@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from duoserve.config import ModelConfig
 from duoserve.errors import CheckpointError, CopyError
+from duoserve.experts import packing
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.layout import ExpertId, ExpertLayout
@@ -27,8 +29,11 @@ from duoserve.experts.packing import LOCK_FILE, CheckpointStore, pack_path, writ
 from duoserve.experts.rows import aligned_rows
 from duoserve.experts.store import ExpertStore
 from duoserve.models.mixtral import FAMILY
+from duoserve.models.opened import opened
 from tests.checkpoints import save_mixtral
 from tests.fakes import ArrayStore
+from tests.models.cases import FAMILIES
+from tests.models.cases.case import Case
 
 EXPERTS = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)]
 KINDS: dict[str, dict[str, Any]] = {
@@ -84,6 +89,51 @@ def test_rows_are_the_weights_bit_for_bit(folder: Path) -> None:
 def test_rows_are_converted_to_the_layouts_dtype(folder: Path, dtype: torch.dtype) -> None:
     store = open_store(folder, dtype)
     assert read_row(store, EXPERTS[9]).numpy().tobytes() == expected_row(folder, store.layout, EXPERTS[9])
+
+
+PARTED = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1}
+
+
+def saved(model_type: str, changes: dict[str, int], folder: Path) -> Path:
+    return replace(FAMILIES[model_type], cases={"only": Case(changes)}).save(folder, "only")
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["olmoe", "granitemoe"])
+def test_a_row_in_parts_has_the_bytes_of_the_whole(
+    model_type: str, stored: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three tensors an expert, or two for all; as they are, and converted."""
+    with opened(saved(model_type, PARTED, tmp_path)) as model:
+        store, expert = model.expert_store(stored), ExpertId(0, 3)
+        whole_B = read_row(store, expert)
+        for nbytes, count in ((4096, 3 * 2 * stored.itemsize // 4), (8 << 10, 3 * stored.itemsize // 4), (1 << 30, 2)):
+            monkeypatch.setattr(packing, "PART_BYTES", nbytes)
+            parts = store.parts(expert)
+            assert len(parts) == max(count, 2)
+            assert [part.start for part in parts] + [store.layout.slot_bytes] == [0, *(part.stop for part in parts)]
+            for part in parts:
+                part_B = aligned_rows(1, part.stop - part.start)[0].fill_(0xFF)
+                store.read_part(expert, part, part_B)
+                assert torch.equal(part_B, whole_B[part.start : part.stop])
+
+
+def test_a_pack_made_of_parts_is_that_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "PART_BYTES", 4096)
+    with opened(save_mixtral(tmp_path / "saved", dtype=torch.float32, **PARTED)) as model:
+        store = model.expert_store(torch.float32)
+        write_pack(store, model.experts, tmp_path / "pack", "f")
+        rows = b"".join(read_row(store, expert).numpy().tobytes() for expert in model.experts)
+    assert len(store.parts(model.experts[0])) == 6 and (tmp_path / "pack" / PACK_FILE).read_bytes() == rows
+
+
+def test_rows_that_no_page_divides_and_transposed_tensors_have_one_part(folder: Path, tmp_path: Path) -> None:
+    store = open_store(folder)
+    assert store.parts(EXPERTS[0]) == [(0, store.layout.slot_bytes)]
+    with opened(saved("gpt_oss", PARTED, tmp_path)) as model:
+        store = model.expert_store(torch.float32)
+        assert not any(start < stop for start, stop in store.layout.gaps)
+        assert store.parts(model.experts[0]) == [(0, store.layout.slot_bytes)]
 
 
 def test_many_threads_may_read_at_once(folder: Path) -> None:

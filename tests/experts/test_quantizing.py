@@ -12,6 +12,7 @@ from torch import Tensor
 from duoserve.errors import CopyError
 from duoserve.experts.formats.codes import Codes
 from duoserve.experts.layout import ExpertId, ExpertLayout, Quantized
+from duoserve.experts.pieces import RowPart, float_parts
 from duoserve.experts.quantizing import INT4_SPANS, INT8_SPANS, QuantizingStore, quantized
 from duoserve.experts.rows import aligned_rows
 from duoserve.kernels.reference_dequant import dense
@@ -99,6 +100,26 @@ def test_a_row_has_each_matrix_in_its_place(stored: Quantized) -> None:
         assert not any(row_B[start:stop].any() for start, stop in store.layout.gaps)
     assert store.weight_error == pytest.approx(float((squares[0] / squares[1]) ** 0.5))
     assert 0.001 < store.weight_error < (0.02 if stored is INT8 else 0.15)
+
+
+class InParts(ArrayStore):
+    """Gives its rows in parts, as a checkpoint does."""
+
+    def parts(self, expert: ExpertId) -> list[RowPart]:
+        return float_parts(self.layout, 8 << 10)
+
+    def read_part(self, expert: ExpertId, part: RowPart, part_B: Tensor) -> None:
+        part_B.copy_(self.row(expert)[part.start : part.stop])
+
+
+@pytest.mark.parametrize("stored", [INT8, INT4], ids=str)
+def test_floats_in_parts_give_the_same_row(stored: Quantized) -> None:
+    layout, expert = ExpertLayout(torch.float32, 64, 96), ExpertId(0, 1)
+    stores = [QuantizingStore(kind(layout, 1, 2), stored) for kind in (ArrayStore, InParts)]
+    assert len(InParts(layout, 1, 2).parts(expert)) == 6 + 2
+    whole_B, parted_B = (read(store, expert) for store in stores)
+    assert torch.equal(whole_B, parted_B)
+    assert stores[0].weight_error == pytest.approx(stores[1].weight_error)
 
 
 def test_weights_that_are_no_numbers_are_refused() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from duoserve import CheckpointError, ConfigError, MoEModel, SamplingParams, kernels
+from duoserve.async_engine import AsyncEngine
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.models.opened import opened
 from duoserve.models.registry import FAMILIES as KNOWN
+from duoserve.scheduling.policies import POLICIES
 from tests.checkpoints import reference_greedy, reference_logits
 from tests.models.cases import FAMILIES
 from tests.models.cases.case import SINGLE, FamilyCases
@@ -21,13 +25,14 @@ from tests.models.test_mixtral_parity import relative_error
 
 PROMPT = [(7 * i * i + 3 * i) % 95 + 1 for i in range(40)]
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
-STREAMING = ("on-demand", "layer-prefetch", "lru")
+STREAMING = tuple(name for name in POLICIES if name != "resident")
 ALL = [(model_type, name) for model_type, family in FAMILIES.items() for name in family.cases]
 
 
 def test_every_family_is_here() -> None:
     assert {family.model_type for family in KNOWN} == FAMILIES.keys() | {"mixtral"}
     assert all(len(family.cases) >= 4 for family in FAMILIES.values())
+    assert all({case.hub for case in family.cases.values()} == {True, False} for family in FAMILIES.values())
 
 
 @pytest.fixture(scope="module", params=ALL, ids="-".join)
@@ -55,6 +60,26 @@ def test_decode_gives_the_logits_of_prefill(folder: Path) -> None:
     assert [done.token_ids for done in together] == [done.token_ids for done in alone]
 
 
+async def decoded(model: MoEModel, prompt: list[int], count: int) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens; the 20 likeliest at each place, each with its log-probability: [count, 20, 2]."""
+    service = AsyncEngine(model)
+    try:
+        stream = await service.submit(prompt, replace(GREEDY, max_tokens=count), logprobs=20)
+        places = [place for piece in [piece async for piece in stream] for place in piece.logprobs]
+    finally:
+        await service.close()
+    return [place.token_id for place in places], torch.tensor([place.top for place in places])
+
+
+def test_decode_gives_the_probabilities_of_prefill(folder: Path) -> None:
+    with MoEModel.from_pretrained(folder, dtype="float32") as model:
+        tokens, top_C202 = asyncio.run(decoded(model, PROMPT[:5], 20))
+    with MoEModel.from_pretrained(folder, dtype="float32") as model:
+        truth_CV = model.forward(PROMPT[:5] + tokens[:-1])[4:].log_softmax(-1)
+    truth_C20 = truth_CV.gather(1, top_C202[..., 0].long())
+    assert relative_error(top_C202[..., 1], truth_C20) <= 1e-5
+
+
 @pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES)
 def hard(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -76,6 +101,16 @@ def test_bfloat16_is_close(hard: tuple[FamilyCases, Path]) -> None:
     with MoEModel.from_pretrained(folder, dtype="bfloat16") as model:
         ours = error(model.forward(PROMPT))
     assert ours <= 1.5 * error(reference_logits(folder, PROMPT, torch.bfloat16))
+
+
+def test_a_checkpoint_in_bfloat16_means_the_same_in_float32(hard: tuple[FamilyCases, Path], tmp_path: Path) -> None:
+    """Also what routers correct their scores by, which is then in bfloat16 too."""
+    family, _ = hard
+    folder = family.save(tmp_path, family.hard)
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / SINGLE).items()}
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    with MoEModel.from_pretrained(folder, dtype="float32") as model:
+        assert relative_error(model.forward(PROMPT), reference_logits(folder, PROMPT)) <= 1e-5
 
 
 def test_every_policy_and_slot_count_gives_the_same_bits(hard: tuple[FamilyCases, Path], tmp_path: Path) -> None:

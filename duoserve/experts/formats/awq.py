@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from duoserve.experts.formats.codes import Codes, Part, StoredTensor, WeightFormat
 from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, shared_parts
-from duoserve.experts.formats.lanes import RepackedRows, transposed
+from duoserve.experts.formats.lanes import LOW_NIBBLES, NIBBLE, Bytes, RepackedRows, Words, bytes_transposed
 from duoserve.kernels.weights import ExpertFormat
 
 NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
+TILE = 512, 256  # rows and columns of words
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,37 @@ class Awq(WeightFormat):
 
     def codes(self, parts: Mapping[str, Tensor]) -> Codes:
         """As in WeightFormat."""
-        zeros_GN = codes_in(parts["qzeros"])
         return Codes(
             ExpertFormat.INT4,
             self.groups.of(len(parts["qweight"])),
             _outputs(parts["qweight"]),
             scales_GN=parts["scales"],
-            zeros_GN=_by_output(zeros_GN.T).T,
+            zeros_GN=_by_output(codes_in(parts["qzeros"])),
         )
 
 
 def _outputs(words_DW: Tensor) -> RepackedRows:
     """The codes of words, two inputs in a byte."""
     inputs, words = words_DW.shape
-    return RepackedRows(words_DW, partial(transposed, lanes=NIBBLE_OF_OUTPUT), (words * CODES_IN_WORD, inputs // 2))
+    return RepackedRows(words_DW, _convert, (words * CODES_IN_WORD, inputs // 2), TILE)
 
 
-def _by_output(rows_by_nibble: Tensor) -> Tensor:
-    """The rows of outputs in their own order."""
-    eights = rows_by_nibble.reshape(-1, CODES_IN_WORD, rows_by_nibble.shape[1])
-    return eights.index_select(1, torch.tensor(NIBBLE_OF_OUTPUT)).flatten(0, 1)
+def _convert(words: Words, out: Bytes) -> None:
+    """Two inputs' codes of each output come together in a byte of one word, then bytes of words go to their rows."""
+    even, odd = words[0::2].copy(), words[1::2].copy()
+    swapped = even >> NIBBLE
+    swapped ^= odd
+    swapped &= LOW_NIBBLES
+    odd ^= swapped  # has even's upper nibbles below its own
+    swapped <<= NIBBLE
+    even ^= swapped  # has odd's lower nibbles above its own
+    for nibble, half in enumerate((even, odd)):
+        outputs = [NIBBLE_OF_OUTPUT.index(each) for each in range(nibble, CODES_IN_WORD, 2)]
+        bytes_transposed(half, [out[output::CODES_IN_WORD] for output in outputs])
+
+
+def _by_output(by_nibble_GN: Tensor) -> Tensor:
+    """The columns of outputs in their own order."""
+    by_nibble = by_nibble_GN.numpy()
+    eights_GWE = by_nibble.reshape(len(by_nibble), -1, CODES_IN_WORD)
+    return torch.from_numpy(eights_GWE[:, :, NIBBLE_OF_OUTPUT].reshape(by_nibble.shape))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import gcd
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,8 +56,9 @@ class RowsAsTheyAre:
         return num_rows, nbytes
 
     def write(self, out_NB: Tensor, rows_N: Tensor | None = None) -> None:
-        """As in RowData."""
-        out_NB.copy_(self.data_NB if rows_N is None else self.data_NB.index_select(0, rows_N))
+        """As in RowData. In NumPy, for torch would split the copy over threads of its own, and packing has threads."""
+        data_NB = self.data_NB.numpy()
+        np.copyto(out_NB.numpy(), data_NB if rows_N is None else data_NB[rows_N.numpy()])
 
 
 class Codes(NamedTuple):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,10 +71,16 @@ def _fill(target: Packed, codes: Codes, lane: slice, rows_N: Tensor | None) -> N
     if codes.scales_GN.dtype != target.scales_SGN.dtype:
         raise CheckpointError(f"scales are {codes.scales_GN.dtype}, those of other experts {target.scales_SGN.dtype}")
     codes.data.write(target.data_SNB[0, lane], rows_N)
-    scales, rows = target.scales_SGN[0], ALL if rows_N is None else rows_N
+    scales, from_scales = _bits(target.scales_SGN[0]), _bits(codes.scales_GN)
+    rows = ALL if rows_N is None else rows_N.numpy()
     if codes.format is ExpertFormat.FP8:
-        scales[lane] = codes.scales_GN
+        scales[lane] = from_scales
     else:
-        scales[:, lane] = codes.scales_GN[:, rows]
+        scales[:, lane] = from_scales[:, rows]
     if target.zeros_SGN is not None and codes.zeros_GN is not None:
-        target.zeros_SGN[0, :, lane] = codes.zeros_GN[:, rows]
+        target.zeros_SGN[0].numpy()[:, lane] = codes.zeros_GN.numpy()[:, rows]
+
+
+def _bits(scales: Tensor) -> np.ndarray:
+    """NumPy's view of them, which has no bfloat16; its loops stay on their thread, and packing has threads."""
+    return scales.view(torch.int16).numpy() if scales.itemsize == torch.int16.itemsize else scales.numpy()

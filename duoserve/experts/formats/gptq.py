@@ -10,16 +10,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from duoserve.errors import CheckpointError
 from duoserve.experts.formats.codes import Codes, Part, StoredTensor, WeightFormat
 from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, shared_parts
-from duoserve.experts.formats.lanes import RepackedRows, nibbles_of, transposed
+from duoserve.experts.formats.lanes import (
+    BYTE,
+    BYTES_IN_WORD,
+    LOW_NIBBLES,
+    NIBBLE,
+    Bytes,
+    RepackedRows,
+    Words,
+    bytes_transposed,
+    transposed,
+)
 from duoserve.kernels.weights import ExpertFormat
 
 ONES, EIGHTS = 0x11111111, 0x88888888 - (1 << 32)
+TILE = 512, 128  # rows and columns of words
+# An order takes its inputs from all rows: of so few columns that codes stay in a core's cache, and not of fewer.
+ORDERED_WORDS, MIN_COLUMNS = 1 << 15, 32
 
 
 @dataclass(frozen=True)
@@ -80,11 +94,35 @@ class Gptq(WeightFormat):
 def _outputs(words_WN: Tensor, order_D: Tensor | None) -> RepackedRows:
     """The codes of words, two in a byte; words have the inputs in turn, from the lowest bits up, and so have bytes."""
     words, num_rows = words_WN.shape
-    convert = partial(transposed, lanes=(0,)) if order_D is None else partial(_reordered, order_D=order_D)
-    return RepackedRows(words_WN, convert, (num_rows, words * words_WN.element_size()))
+    shape = num_rows, words * BYTES_IN_WORD
+    if order_D is None:
+        return RepackedRows(words_WN, transposed, shape, TILE)
+    order = order_D.numpy()
+    places_D = order % CODES_IN_WORD * words + order // CODES_IN_WORD
+    convert = partial(_reordered, even_D=places_D[0::2], odd_D=places_D[1::2])
+    return RepackedRows(words_WN, convert, shape, (words, max(MIN_COLUMNS, ORDERED_WORDS // words // 16 * 16)))
 
 
-def _reordered(words_WN: Tensor, order_D: Tensor) -> Tensor:
-    """The codes of words, inputs in this order: int32 [N, D / 8]."""
-    four_outputs_D = nibbles_of(words_WN).index_select(0, order_D).view(torch.int32)
-    return transposed((four_outputs_D[1::2] << 4).bitwise_or_(four_outputs_D[0::2]), lanes=range(4))
+def _reordered(words: Words, out: Bytes, even_D: np.ndarray, odd_D: np.ndarray) -> None:
+    """A byte of ``out`` has the codes at a place of ``even_D`` and at one of ``odd_D``."""
+    codes = _codes(words)
+    pairs = codes.take(odd_D, axis=0)
+    pairs <<= NIBBLE  # a code has the lower half of its byte, so nothing gets into the next one
+    pairs |= codes.take(even_D, axis=0)
+    bytes_transposed(pairs, [out[output::BYTES_IN_WORD] for output in range(BYTES_IN_WORD)])
+
+
+def _codes(words: Words) -> Words:
+    """The eight codes of words [X, Y] in a byte each, all of the lowest first: [8 X, Y / 4], four outputs in a word."""
+    num_words, columns = words.shape
+    bytes_4XY = np.empty((BYTES_IN_WORD, num_words, columns), np.uint8)
+    left = words.copy()
+    for bytes_XY in bytes_4XY:
+        np.copyto(bytes_XY, left, casting="unsafe")  # the low bits
+        left >>= BYTE
+    both = bytes_4XY.view(np.uint32)
+    codes_42XY = np.empty((BYTES_IN_WORD, 2, num_words, columns // BYTES_IN_WORD), np.uint32)
+    np.bitwise_and(both, LOW_NIBBLES, out=codes_42XY[:, 0])
+    both >>= NIBBLE
+    np.bitwise_and(both, LOW_NIBBLES, out=codes_42XY[:, 1])
+    return codes_42XY.reshape(num_words * CODES_IN_WORD, -1)

@@ -1,0 +1,53 @@
+"""Words turned into rows a tile at a time: the same bytes whatever the tiles, in rows of any order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from duoserve.experts.formats import awq, gptq
+from duoserve.experts.formats.lanes import RepackedRows
+
+INPUTS, OUTPUTS = 192, 416
+ORDER = torch.randperm(INPUTS, generator=torch.Generator().manual_seed(3))
+ROWS = torch.randperm(OUTPUTS, generator=torch.Generator().manual_seed(4))
+KINDS = ("awq", "gptq", "gptq, ordered")
+
+
+def codes_DN() -> Tensor:
+    return torch.randint(0, 16, (INPUTS, OUTPUTS), generator=torch.Generator().manual_seed(5))
+
+
+def words_of(codes_8XY: Tensor, places: tuple[int, ...] = tuple(range(8))) -> Tensor:
+    """Eight neighbours of the first dimension in a word, the i-th in nibble ``places[i]``."""
+    parts = codes_8XY.view(-1, 8, codes_8XY.shape[1]) << (4 * torch.tensor(places))[:, None]
+    return parts.sum(1).to(torch.int32)
+
+
+def repacked(kind: str) -> RepackedRows:
+    if kind == "awq":
+        return awq._outputs(words_of(codes_DN().T.contiguous(), awq.NIBBLE_OF_OUTPUT).T.contiguous())
+    return gptq._outputs(words_of(codes_DN()), ORDER if kind == "gptq, ordered" else None)
+
+
+def expected(kind: str) -> Tensor:
+    codes_ND = (codes_DN()[ORDER] if kind == "gptq, ordered" else codes_DN()).T
+    return (codes_ND[:, 0::2] | codes_ND[:, 1::2] << 4).to(torch.uint8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("columns", [8, 16, 40, 1000])
+@pytest.mark.parametrize("rows", [2, 6, 16, 1000])
+def test_tiles_of_any_size_give_the_same_bytes(kind: str, rows: int, columns: int) -> None:
+    found = repacked(kind)
+    if kind != "gptq, ordered":  # whose tiles have all rows
+        found = replace(found, tile=(rows, found.tile[1]))
+    found = replace(found, tile=(found.tile[0], columns))
+    for rows_N in (None, ROWS):
+        out = torch.zeros(2 * OUTPUTS, INPUTS // 2, dtype=torch.uint8)  # of which every second row is filled
+        found.write(out[1::2], rows_N)
+        assert torch.equal(out[1::2], expected(kind) if rows_N is None else expected(kind)[rows_N])
+        assert not out[0::2].any()
