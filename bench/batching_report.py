@@ -46,7 +46,7 @@ def _goodput_target(served: Result) -> Target:
     fcfs, slo = (served[name]["goodput"] for name in ("fcfs", "slo"))
     ratio = slo / fcfs if slo and fcfs else None
     name = f"{served['model']}, disk: goodput, by slack / first come first served"
-    return Target(name, ratio, GOODPUT, True, "x", f"{served['requests']} requests a trial")
+    return Target(name, ratio, GOODPUT, True, "x", f"trials of {served['seconds']:.0f} s")
 
 
 def judged(cells: list[Result]) -> list[dict[str, Any]]:
@@ -125,20 +125,32 @@ def goodput(served: Result) -> str:
     """Every trial of each scheduler."""
     alone = served["alone"]
     said = (
-        f"**{served['model']}, a quarter of the experts in slots, as a service**: {served['requests']} requests a "
-        f"trial, prompts of {served['mean_prompt']:.0f} and answers of {served['mean_tokens']:.0f} tokens on average. "
+        f"**{served['model']}, a quarter of the experts in slots, as a service**: trials of {served['seconds']:.0f} s, "
+        f"prompts of {served['mean_prompt']:.0f} and answers of {served['mean_tokens']:.0f} tokens on average. "
         f"Objectives, the same for both: TTFT {served['ttft_objective_s']:.3f} s, TPOT "
         f"{1e3 * served['tpot_objective_s']:.1f} ms; alone a request has {alone['ttft_s']:.3f} s and "
         f"{1e3 * alone['tpot_s']:.1f} ms."
     )
-    head = ["scheduler", "requests/s", "inside both", "TTFT met", "TPOT met", "TTFT p95 s", "TPOT p95 ms", "goodput"]
+    head = [
+        "scheduler",
+        "requests/s",
+        "requests",
+        "inside both",
+        "TTFT met",
+        "TPOT met",
+        "TTFT p95 s",
+        "TPOT p95 ms",
+        "goodput",
+    ]
     rows = []
     for name in ("fcfs", "slo"):
         reached = served[name]["goodput"]
         for trial in served[name]["tried"]:
             shares = [f"{trial[key]:.0%}" for key in ("attained", "first_in_time", "later_in_time")]
             latencies = [f"{trial['ttft_p95_s']:.3f}", f"{1e3 * trial['tpot_p95_s']:.1f}"]
-            rows.append([batching_plot.NAMES[name], f"{trial['rate']:.2f}", *shares, *latencies, ""])
+            rows.append(
+                [batching_plot.NAMES[name], f"{trial['rate']:.2f}", str(trial["requests"]), *shares, *latencies, ""]
+            )
         rows[-1][-1] = "none" if reached is None else f"{reached:.2f} requests/s"
     return f"{said}\n\n{table(head, rows)}"
 

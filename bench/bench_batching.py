@@ -66,19 +66,19 @@ class Subject:
 
 
 def subjects(args: argparse.Namespace, folder: Path) -> Iterator[Subject]:
-    """The models; the random one is made in ``folder``. It is eight times as slow, so it gets shorter trials."""
+    """The models; the random one is made in ``folder``. It is slower, so its requests are shorter."""
     if "bard" in args.models:
         yield _quick("bard", "bard") if args.quick else Subject("bard", "bard", 48, 5, BATCHES, Trials())
     if "random" in args.models:
         made = args.folder or folder / "mixtral"
         ensure_checkpoint(QUICK if args.quick else FULL, made)
-        shorter = Trials(requests=100, trials=5, growth=1.4, max_prompt=128, max_tokens=32)
+        shorter = Trials(start=2.5, max_prompt=128, max_tokens=32)
         name = "random Mixtral"
         yield _quick(name, str(made)) if args.quick else Subject(name, str(made), 24, 3, BATCHES, shorter)
 
 
 def _quick(name: str, folder: str) -> Subject:
-    trials = Trials(requests=6, trials=1, max_prompt=16, max_tokens=8)
+    trials = Trials(seconds=0.0, requests=6, trials=1, max_prompt=16, max_tokens=8)
     return Subject(name, folder, 8, 1, BATCHES[:2], trials)
 
 

@@ -20,25 +20,32 @@ SCHEDULERS = ("fcfs", "slo")
 # Objectives: three times a token's time alone, and for the first token as many times more as 2 s are of 100 ms.
 TPOT_SLOWER, TTFT_OF_TPOT = 3, 20
 SEED = 7
+MOST = 2000  # requests of a trial
 
 
 @dataclass(frozen=True)
 class Trials:
-    """How a service is tried: ``requests`` a trial with ShareGPT's spread of lengths, cut to what a trial has time for.
+    """How a service is tried: for ``seconds`` at each rate, and with no less than ``requests``.
 
-    Rates begin at ``start`` times that of requests one after another.
+    Rates begin at ``start`` times that of requests one after another. Lengths have ShareGPT's means and spread, cut to
+    what a trial has time for.
     """
 
+    seconds: float = 40.0
     requests: int = 200
     trials: int = 6
-    start: float = 1.0
-    growth: float = 1.25
+    start: float = 1.2
+    growth: float = 1.35
     max_prompt: int = 256
     max_tokens: int = 96
 
+    def count(self, rate: float) -> int:
+        """Requests of a trial."""
+        return min(MOST, max(self.requests, round(rate * self.seconds)))
+
     def workload(self) -> Workload:
         """The same requests, and the same gaps but for the rate, for every scheduler and rate."""
-        return Workload(self.requests, "poisson", self.max_prompt, self.max_tokens, SEED)
+        return Workload(MOST, "poisson", self.max_prompt, self.max_tokens, SEED)
 
 
 class Outcome(NamedTuple):
@@ -55,14 +62,14 @@ def goodputs(load: Callable[[], MoEModel], ids: Sequence[int], trials: Trials) -
 
 async def _goodputs(load: Callable[[], MoEModel], ids: Sequence[int], trials: Trials) -> dict[str, Any]:
     prompts = _Prompts(ids, trials)
-    alone = await _alone(load, prompts, trials)
+    alone = await _alone(load, prompts)
     objectives = Objectives(TTFT_OF_TPOT * TPOT_SLOWER * alone.tpot_s, TPOT_SLOWER * alone.tpot_s)
     start = trials.start / (alone.ttft_s + prompts.mean_tokens * alone.tpot_s)
     found: dict[str, Any] = {
         "alone": alone._asdict(),
         "ttft_objective_s": objectives.ttft_s,
         "tpot_objective_s": objectives.tpot_s,
-        "requests": trials.requests,
+        "seconds": trials.seconds,
         "mean_prompt": prompts.mean_prompt,
         "mean_tokens": prompts.mean_tokens,
     }
@@ -93,11 +100,11 @@ async def _tried(
         for name, one in searches.items():
             step = one.next_step()
             if step is not None:
-                trial = summary(
-                    await _outcomes(service=services[name], prompts=prompts, rate=one.rate(step)), objectives
-                )
+                rate = one.rate(step)
+                outcomes = await _outcomes(services[name], prompts, rate, prompts.trials.count(rate))
+                trial = summary(outcomes, objectives)
                 one.tried[step] = trial["attained"]
-                tried[name].append({"rate": one.rate(step), **trial})
+                tried[name].append({"rate": rate, "requests": len(outcomes), **trial})
     return {name: sorted(rows, key=lambda row: row["rate"]) for name, rows in tried.items()}
 
 
@@ -118,6 +125,7 @@ class _Prompts:
     """The requests of a workload as token ids: passages of ``ids`` of the lengths that it draws."""
 
     def __init__(self, ids: Sequence[int], trials: Trials) -> None:
+        self.trials = trials
         self._workload, dice = trials.workload(), random.Random(SEED)
         self.asked: list[tuple[list[int], int]] = []
         for words, max_tokens in self._workload.asked():
@@ -132,7 +140,7 @@ class _Prompts:
         return self._workload.times(rate)
 
 
-async def _alone(load: Callable[[], MoEModel], prompts: _Prompts, trials: Trials) -> Outcome:
+async def _alone(load: Callable[[], MoEModel], prompts: _Prompts) -> Outcome:
     """Requests one after another, behind two that count for nothing: medians."""
     service = AsyncEngine(load())
     try:
@@ -144,8 +152,8 @@ async def _alone(load: Callable[[], MoEModel], prompts: _Prompts, trials: Trials
     return Outcome(median(one.ttft_s for one in measured), median(one.tpot_s for one in measured))
 
 
-async def _outcomes(service: AsyncEngine, prompts: _Prompts, rate: float, requests: int | None = None) -> list[Outcome]:
-    """All requests (or some) at ``rate`` a second, until the last is done."""
+async def _outcomes(service: AsyncEngine, prompts: _Prompts, rate: float, requests: int) -> list[Outcome]:
+    """The first ``requests`` at ``rate`` a second, until the last is done."""
     loop = asyncio.get_running_loop()
     began, tasks = loop.time(), []
     for at, (prompt, tokens) in zip(prompts.times(rate)[:requests], prompts.asked[:requests], strict=True):

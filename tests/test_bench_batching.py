@@ -42,7 +42,7 @@ def cell(speedup: float, experts: str = "disk") -> dict[str, Any]:
 
 
 def served(fcfs: float | None, slo: float | None) -> dict[str, Any]:
-    return {"model": "bard", "requests": 200, "fcfs": {"goodput": fcfs}, "slo": {"goodput": slo}}
+    return {"model": "bard", "seconds": 40.0, "fcfs": {"goodput": fcfs}, "slo": {"goodput": slo}}
 
 
 @pytest.mark.parametrize(
