@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from duoserve.batching import PATIENCE_S
 from duoserve.service import Objectives, ServiceSettings
-from tests.virtual_service import Coming, Rates, attained, serve
+from tests.virtual_service import Arrival, Rates, attained, serve
 
 # The costs are lines, so what is expected of work is what it takes.
 LINEAR = Rates(num_layers=10, pass_s=0.002, token_s=1e-4, step_s={1: 0.010, 101: 0.110})
@@ -21,16 +21,16 @@ SLO, FCFS = ServiceSettings(max_waiting=4096), ServiceSettings(max_waiting=4096,
 
 
 @st.composite
-def strangers(draw: st.DrawFn) -> Coming:
+def strangers(draw: st.DrawFn) -> Arrival:
     hopes = Objectives(draw(st.sampled_from([None, 0.01, 0.5])), draw(st.sampled_from([None, 0.001, 0.02])))
-    return Coming(0.0, draw(st.integers(1, 400)), draw(st.sampled_from([1, 6, 40])), hopes)
+    return Arrival(0.0, draw(st.integers(1, 400)), draw(st.sampled_from([1, 6, 40])), hopes)
 
 
 @given(victim=strangers(), crowd=st.lists(strangers(), min_size=1, max_size=8))
-@example(victim=Coming(0, 100, 6), crowd=[Coming(0, 200, 6, Objectives(0.5))])
-@example(victim=Coming(0, 100, 6, Objectives(0.01)), crowd=[Coming(0, 200, 40, Objectives(0.5, 0.012))])
+@example(victim=Arrival(0, 100, 6), crowd=[Arrival(0, 200, 6, Objectives(0.5))])
+@example(victim=Arrival(0, 100, 6, Objectives(0.01)), crowd=[Arrival(0, 200, 40, Objectives(0.5, 0.012))])
 @settings(max_examples=12, deadline=None)
-def test_no_request_waits_for_ever(victim: Coming, crowd: list[Coming]) -> None:
+def test_no_request_waits_for_ever(victim: Arrival, crowd: list[Arrival]) -> None:
     """One comes at 1 s, and more others than can be served never stop coming: its turn comes all the same."""
     others = [crowd[n % len(crowd)]._replace(at=0.05 * n) for n in range(600)]
     arrivals = sorted([victim._replace(at=1.001), *others], key=lambda one: one.at)
@@ -42,20 +42,20 @@ def test_no_request_waits_for_ever(victim: Coming, crowd: list[Coming]) -> None:
 
 
 @st.composite
-def loads(draw: st.DrawFn) -> list[Coming]:
+def loads(draw: st.DrawFn) -> list[Arrival]:
     dice = random.Random(draw(st.integers(0, 2**31)))
     goals = draw(st.lists(st.sampled_from([None, 0.0108, 0.013, 0.02, 0.05]), min_size=1, max_size=4))
     at, coming = 0.0, []
     for _ in range(40):
         at += dice.expovariate(draw(st.sampled_from([2.0, 10.0, 50.0])))
         hopes = Objectives(dice.choice([None, 0.3, 2.0]), dice.choice(goals))
-        coming.append(Coming(at, dice.randint(1, 300), dice.randint(1, 40), hopes))
+        coming.append(Arrival(at, dice.randint(1, 300), dice.randint(1, 40), hopes))
     return coming
 
 
 @given(loads())
 @settings(max_examples=25, deadline=None)
-def test_whoever_has_a_token_gets_the_others_in_time(coming: list[Coming]) -> None:
+def test_whoever_has_a_token_gets_the_others_in_time(coming: list[Arrival]) -> None:
     """However many others come, as long as nobody's patience has ended."""
     for request in serve(coming, LINEAR, SLO):
         assert request.first_token is not None and request.last_token is not None and request.arrived is not None
@@ -64,14 +64,14 @@ def test_whoever_has_a_token_gets_the_others_in_time(coming: list[Coming]) -> No
             assert request.last_token - request.first_token <= others * goal + 1e-9
 
 
-def mix(rate: float, seed: int, together: int = 1, requests: int = 150) -> list[Coming]:
+def mix(rate: float, seed: int, together: int = 1, requests: int = 150) -> list[Arrival]:
     """Prompts and answers of mixed lengths, at ``rate`` a second, ``together`` at once; the same hopes for all."""
-    dice, at, coming = random.Random(seed), 0.0, list[Coming]()
+    dice, at, coming = random.Random(seed), 0.0, list[Arrival]()
     hopes = Objectives(60 * DISK.decode_s(1), 3 * DISK.decode_s(1))
     while len(coming) < requests:
         at += dice.expovariate(rate / together)
         for _ in range(together):
-            coming.append(Coming(at, _length(dice, 48, 768), _length(dice, 24, 96), hopes))
+            coming.append(Arrival(at, _length(dice, 48, 768), _length(dice, 24, 96), hopes))
     return coming
 
 

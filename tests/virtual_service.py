@@ -24,10 +24,7 @@ VOCAB = 4
 
 
 class Rates(NamedTuple):
-    """What work takes, in seconds: a layer of a prefill ``pass_s`` and ``token_s`` for each token, a decode step
-
-    ``step_s`` by batch size, the last entry for all larger ones in proportion.
-    """
+    """Seconds: ``pass_s`` for a layer of a prefill and ``token_s`` for each token; ``step_s``, decode by batch size."""
 
     num_layers: int
     pass_s: float
@@ -35,7 +32,7 @@ class Rates(NamedTuple):
     step_s: dict[int, float]
 
     def decode_s(self, batch: int) -> float:
-        """A step, on the line between the sizes that are known."""
+        """A step: on the line between the sizes that are known, in proportion beyond the largest."""
         sizes = sorted(self.step_s)
         above = next((size for size in sizes if size >= batch), None)
         if above is None:
@@ -122,8 +119,8 @@ class VirtualPages:
         kv.length = 0
 
 
-class Coming(NamedTuple):
-    """A request that will come: when, how long its prompt and its answer are, what it hopes for."""
+class Arrival(NamedTuple):
+    """A request: when it comes, how long its prompt and its answer are, what it hopes for."""
 
     at: float
     prompt: int
@@ -137,16 +134,16 @@ class _Vocabulary(NamedTuple):
 
 
 def serve(
-    coming: Sequence[Coming], rates: Rates, settings: ServiceSettings, *, room: int = 1 << 20, until: float = 1e9
+    arrivals: Sequence[Arrival], rates: Rates, settings: ServiceSettings, *, room: int = 1 << 20, until: float = 1e9
 ) -> list[Request]:
-    """Every request of ``coming`` (by arrival) as the engine has left it, when all are done or the time is up."""
+    """Every request of ``arrivals`` (in their order) as the engine has left it, when all are done or the time is up."""
     clock = Clock()
     parts: Any = VirtualPasses(rates, clock), _Vocabulary(), VirtualPages(room)
     engine = Engine(*parts, Meter(clock), clock)
     engine.share_out(settings)
     _warm_up(engine, rates)
     clock.now, served = 0.0, list[Request]()
-    left = list(reversed(coming))
+    left = list(reversed(arrivals))
     while (left or not engine.idle) and clock.now < until:
         if engine.idle:
             clock.now = max(clock.now, left[-1].at)
@@ -157,7 +154,7 @@ def serve(
     return served
 
 
-def _request(one: Coming) -> Request:
+def _request(one: Arrival) -> Request:
     params = SamplingParams(max_tokens=one.answer, temperature=0.0, ignore_eos=True)
     return Request([1] * one.prompt, params, objectives=one.objectives, arrived=one.at)
 
