@@ -27,7 +27,7 @@ def draw(path: Path, result: Result) -> None:
         _goodput(axis, found)
     for axis in axes[panels:]:
         axis.set_axis_off()
-    with mpl.rc_context({"svg.hashsalt": "duoserve"}):
+    with mpl.rc_context({"svg.hashsalt": "duoserve", "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})
 
 
@@ -40,7 +40,8 @@ def _batches(axis: Axes, cell: Result) -> None:
     axis.set(xlabel="batch", ylabel="tokens/s", ylim=(0, None), title=f"{cell['model']}, {cell['experts']}")
     gaps = axis.twinx()
     gaps.plot(sizes, [row["itl_p95_ms"] for row in cell["rows"]], "x--", color="tab:orange", label="p95 ITL, ms")
-    gaps.set(ylim=(0, None))
+    gaps.set(ylabel="ms", ylim=(0, None))
+    axis.set_xticks(sizes)
     lines = [*axis.get_lines(), *gaps.get_lines()]
     axis.legend(lines, [str(line.get_label()) for line in lines], fontsize="small")
 

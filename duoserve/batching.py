@@ -110,7 +110,7 @@ class Batching:
         if self._fcfs:
             return places
         late = [place for place in places if self._late(load.waiting[place], load.now)]
-        hopeful = [place for place in places if place not in set(late)]
+        hopeful = sorted(set(places) - set(late))
         hopeful.sort(key=lambda place: self._start_by(load.waiting[place], load.now))
         impatient = late[:1] if late and load.waiting[late[0]].arrived + PATIENCE_S <= load.now else []
         return impatient + hopeful + late[len(impatient) :]
