@@ -68,11 +68,12 @@ class Subject:
 def subjects(args: argparse.Namespace, folder: Path) -> Iterator[Subject]:
     """The models; the random one is made in ``folder``. It is slower, so its requests are shorter."""
     if "bard" in args.models:
-        yield _quick("bard", "bard") if args.quick else Subject("bard", "bard", 48, 5, BATCHES, Trials())
+        trials = Trials(seconds=args.seconds)
+        yield _quick("bard", "bard") if args.quick else Subject("bard", "bard", 48, 5, BATCHES, trials)
     if "random" in args.models:
         made = args.folder or folder / "mixtral"
         ensure_checkpoint(QUICK if args.quick else FULL, made)
-        shorter = Trials(start=2.5, max_prompt=128, max_tokens=32)
+        shorter = Trials(seconds=args.seconds, start=2.5, max_prompt=128, max_tokens=32)
         name = "random Mixtral"
         yield _quick(name, str(made)) if args.quick else Subject(name, str(made), 24, 3, BATCHES, shorter)
 
@@ -156,6 +157,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured (both)")
     parser.add_argument("--policy", default="duoserve", help="with experts on the disk (default: duoserve)")
     parser.add_argument("--threads", type=int, default=2, help="that compute (default: 2)")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of a trial of goodput, at least (default: 40)")
     parser.add_argument("--folder", type=Path, help="where the random model is, or will be (default: a temporary one)")
     parser.add_argument("--quick", action="store_true", help="few steps, tiny: a check of the bench, no figures")
     parser.add_argument("--json", type=Path, help="write everything to this file, and the curves beside it as SVG")

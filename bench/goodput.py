@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -105,6 +106,7 @@ async def _tried(
                 trial = summary(outcomes, objectives)
                 one.tried[step] = trial["attained"]
                 tried[name].append({"rate": rate, "requests": len(outcomes), **trial})
+                print(f"{name} {rate:.2f}/s: {trial['attained']:.1%} inside objectives", file=sys.stderr)
     return {name: sorted(rows, key=lambda row: row["rate"]) for name, rows in tried.items()}
 
 
