@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from math import inf, isinf
 from typing import NamedTuple
 
@@ -191,6 +192,15 @@ class Batching:
         begun = load.now + self._prefill_s(asked.num_prompt + sum(one.num_prompt for one in chosen))
         return all(begun + going.left * step_s <= going.due(going.left) for going in self._kept(load))
 
+    def _largest_batch(self, asked: Asked, load: Load) -> int:
+        """How many may run together by what their later tokens are due, ``asked`` among them."""
+        most = self.settings.max_batch
+        goals = [goal for one in load.running if (goal := one.tpot_s) is not None] + [asked.objectives.tpot_s or inf]
+        goal = min((PLANNED * goal for goal in goals if PLANNED * goal >= self.costs.decode_s(1)), default=inf)
+        if self._fcfs or self.costs.decode_s(most) <= goal:
+            return most
+        return next(size for size in count(1) if self.costs.decode_s(size + 1) > goal)
+
     def _kept(self, load: Load) -> list[Going]:
         """Those of the running whose later tokens will be in time, on the average, if nothing comes in between."""
         step_s = self.costs.decode_s(len(load.running))
@@ -213,7 +223,7 @@ class Batching:
 
     def _place_s(self, asked: Asked, load: Load) -> float:
         """How long until there is a place, and room in the KV cache, for all that wait and for ``asked``."""
-        places = self.settings.max_batch - len(load.running) - len(load.waiting) - 1
+        places = self._largest_batch(asked, load) - len(load.running) - len(load.waiting) - 1
         places -= load.coming.num_requests if load.coming else 0
         room = load.free - asked.room - sum(other.room for other in load.waiting)
         steps = 0

@@ -126,3 +126,13 @@ def test_a_request_is_refused_for_what_is_ahead_of_it() -> None:
     assert one.refusal(asked(), full) is None
     assert one.refusal(Asked(0.0, 1, 1, Objectives(None, 0.005)), load()) is not None
     assert Batching(SLO, Costs(), LAYERS).refusal(asked(ttft_s=0.001), full) is None  # nothing has been measured
+
+
+def test_a_request_that_the_batch_has_no_place_for_in_time_is_refused() -> None:
+    """By its objective for later tokens three may run: four take 0.013 s a step."""
+    hopes = Objectives(0.3, 0.0121 / PLANNED)
+    one, request = batching(), asked()._replace(objectives=hopes)
+    assert one.refusal(request, load(running=[going(left=50)] * 2)) is None
+    refused = one.refusal(request, load(running=[going(left=50)] * 3))
+    assert refused is not None and refused.retry_after_s == pytest.approx(50 * 0.012 + 0.1 - 0.3, rel=0.01)
+    assert Batching(FCFS, one.costs, LAYERS).refusal(request, load(running=[going(left=50)] * 3)) is None
