@@ -53,10 +53,9 @@ def judged(cells: list[Result]) -> list[dict[str, Any]]:
     """What must hold for any of this to count."""
     return [
         {
-            "name": f"{cell['model']}, {cell['experts']}, invariant: tokens alone and in a batch",
+            "name": f"{cell['model']}, {cell['experts']}, invariant, one thread: tokens alone and in a batch",
             "passed": cell["equal_if_invariant"] == cell["prompts"],
             "equal": cell["equal_if_invariant"],
-            "threads": cell["invariant_threads"],
         }
         for cell in cells
     ]
@@ -164,10 +163,7 @@ def verdicts(result: Result) -> str:
 def checks(result: Result) -> str:
     """Of every cell, how many prompts had equal tokens alone and in a batch."""
     said = {True: "passed", False: "FAILED"}
-    rows = [
-        f"{check['name']}, {check['threads']} threads: {said[check['passed']]} ({check['equal']} equal)"
-        for check in result["checks"]
-    ]
+    rows = [f"{check['name']}: {said[check['passed']]} ({check['equal']} equal)" for check in result["checks"]]
     for cell in result["cells"]:
         equal = f"{cell['equal_by_default']} of {cell['prompts']} prompts had equal tokens"
         rows.append(f"{cell['model']}, {cell['experts']}, without `invariant`: {equal}")

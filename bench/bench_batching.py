@@ -6,8 +6,8 @@
 For `bard` and a random Mixtral of 288 M parameters, batches of 1 to 16 prompts decode together, with a quarter of the
 experts in slots and the others on the disk, and with all in slots; batch sizes take turns, round by round. A step's
 bound is the time to read what it had to: missing experts at the disk's rate, and every expert that it used and the
-dense weights once at the memory's. With ``invariant=True`` (on one thread where more cannot keep it) the largest batch
-must give the tokens of each prompt alone; how many do without it is counted. Then requests arrive at random at a
+dense weights once at the memory's. With ``invariant=True``, on one thread, the largest batch must
+give the tokens of each prompt alone; how many do without it is counted. Then requests arrive at random at a
 service with experts on the disk, first come first served and by slack, with the same objectives for both; goodput is
 the rate at which nine in ten meet them.
 
@@ -35,7 +35,7 @@ from machine import ForeignCpu, conditions, foreign_cpu
 from random_mixtral import ensure_checkpoint
 from shapes import FULL, QUICK
 
-from duoserve import ConfigError, MoEModel
+from duoserve import MoEModel
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PLAY = REPOSITORY / "tests" / "macbeth.txt"
@@ -106,22 +106,20 @@ def decoded(subject: Subject, experts: str, args: argparse.Namespace, cache: Pat
         cell |= {"prompt_tokens": PROMPT_TOKENS, "new_tokens": subject.new_tokens, "prompts": len(prompts)}
         cell |= decode_rounds(model, prompts, subject.batches, subject.new_tokens, subject.rounds, cache)
         cell["equal_by_default"] = equal_tokens(model, prompts, subject.new_tokens)
-    return cell | invariant(subject, experts, cache, prompts)
+    return cell | {"equal_if_invariant": equal_if_invariant(subject, experts, cache, prompts)}
 
 
-def invariant(subject: Subject, experts: str, cache: Path, prompts: list[list[int]]) -> dict[str, int]:
-    """How many prompts have equal tokens alone and in a batch that is told to keep them, and on how many threads."""
+def equal_if_invariant(subject: Subject, experts: str, cache: Path, prompts: list[list[int]]) -> int:
+    """How many prompts have equal tokens alone and in a batch that is told to keep them.
+
+    On one thread: with more, some machines' products cannot keep them, and a model that should is refused.
+    """
     threads = torch.get_num_threads()
-    try:
-        model = subject.load(experts, cache, invariant=True)
-    except ConfigError:
-        torch.set_num_threads(1)
-        model = subject.load(experts, cache, invariant=True)
-    with model:
-        found = {"invariant_threads": torch.get_num_threads()}
-        found["equal_if_invariant"] = equal_tokens(model, prompts, subject.new_tokens)
+    torch.set_num_threads(1)
+    with subject.load(experts, cache, invariant=True) as model:
+        equal = equal_tokens(model, prompts, subject.new_tokens)
     torch.set_num_threads(threads)
-    return found
+    return equal
 
 
 def served(subject: Subject, args: argparse.Namespace, cache: Path) -> dict[str, Any]:
