@@ -57,7 +57,7 @@ def falling(values: Sequence[float]) -> list[float]:
 def goodput(curve: Sequence[tuple[float, float]]) -> float | None:
     """The rate at which the falling curve through the trials, straight between them, comes to ATTAINED.
 
-    None where no rate was good; the highest that was tried where all were.
+    None where no rate was good, or all were.
     """
     rates = [rate for rate, _ in curve]
     smooth = list(zip(rates, falling([attained for _, attained in curve]), strict=True))
@@ -66,4 +66,4 @@ def goodput(curve: Sequence[tuple[float, float]]) -> float | None:
     for (rate, before), (higher, after) in pairwise(smooth):
         if after < ATTAINED:
             return rate + (higher - rate) * (before - ATTAINED) / (before - after)
-    return rates[-1]
+    return None

@@ -78,7 +78,7 @@ def test_goodput_is_where_the_curve_comes_to_nine_in_ten() -> None:
     assert goodput([(1.0, 1.0), (2.0, 0.95), (4.0, 0.75)]) == pytest.approx(2.5)
     assert goodput([(1.0, 0.85), (2.0, 0.95), (4.0, 0.5)]) == pytest.approx(2.0)  # nine in ten on the average of both
     assert goodput([(1.0, 0.8), (2.0, 0.9)]) is None and goodput([]) is None
-    assert goodput([(1.0, 1.0), (2.0, 0.9)]) == 2.0
+    assert goodput([(1.0, 1.0), (2.0, 0.9)]) is None  # it may be anywhere above
 
 
 def test_a_request_is_in_time_if_both_of_its_figures_are() -> None:
