@@ -1,123 +1,179 @@
-"""The highest rate of arrivals at which nine requests in ten meet both of their objectives."""
+"""Requests arrive at a service at random, first come first served and by slack: how many meet their objectives."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-import time
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
+
+from goodput_search import Search, goodput
 
 from duoserve import AsyncEngine, MoEModel, Objectives, SamplingParams, ServiceSettings
+from duoserve.loadtest.figures import percentile
+from duoserve.loadtest.workload import Workload
 from duoserve.service import Times
 
-ATTAINED = 0.9
 SCHEDULERS = ("fcfs", "slo")
-TTFT_SLOWER, TPOT_SLOWER = 8, 3  # objectives, in times of what a request takes alone
-SEED = 0
+# Objectives: three times a token's time alone, and for the first token as many times more as 2 s are of 100 ms.
+TPOT_SLOWER, TTFT_OF_TPOT = 3, 20
+SEED = 7
+MOST = 2000  # requests of a trial
 
 
 @dataclass(frozen=True)
-class Arrivals:
-    """How a service is tried: ``requests`` a trial; from ``low`` to ``high`` times its rate alone, ``trials`` halvings.
+class Trials:
+    """How a service is tried: for ``seconds`` at each rate, and with no less than ``requests``.
 
-    Prompts and answers are of mixed lengths: most short, some ``long`` times as long.
+    Rates begin at ``start`` times that of requests one after another. Lengths have ShareGPT's means and spread, cut to
+    what a trial has time for.
     """
 
-    requests: int = 60
+    seconds: float = 40.0
+    requests: int = 200
     trials: int = 6
-    low: float = 0.25
-    high: float = 6.0
-    new_tokens: int = 24
-    long: int = 8
+    start: float = 1.2
+    growth: float = 1.35
+    max_prompt: int = 256
+    max_tokens: int = 96
 
-    @classmethod
-    def quick(cls) -> Arrivals:
-        """A check of the bench."""
-        return cls(requests=6, trials=1, new_tokens=4, long=2)
+    def count(self, rate: float) -> int:
+        """Requests of a trial."""
+        return min(MOST, max(self.requests, round(rate * self.seconds)))
+
+    def workload(self) -> Workload:
+        """The same requests, and the same gaps but for the rate, for every scheduler and rate."""
+        return Workload(MOST, "poisson", self.max_prompt, self.max_tokens, SEED)
 
 
-def goodputs(load: Callable[[], MoEModel], prompts: Sequence[list[int]], arrivals: Arrivals) -> dict[str, Any]:
+class Outcome(NamedTuple):
+    """Of a request: seconds to the first token, and for each later one on the average."""
+
+    ttft_s: float
+    tpot_s: float
+
+
+def goodputs(load: Callable[[], MoEModel], ids: Sequence[int], trials: Trials) -> dict[str, Any]:
     """Goodput by scheduler, all rates that were tried, and the objectives that were the same for both."""
-    return asyncio.run(_goodputs(load, prompts, arrivals))
+    return asyncio.run(_goodputs(load, ids, trials))
 
 
-async def _goodputs(load: Callable[[], MoEModel], prompts: Sequence[list[int]], arrivals: Arrivals) -> dict[str, Any]:
-    ttft_s, tpot_s = await _alone(load, prompts, arrivals)
-    objectives = Objectives(TTFT_SLOWER * ttft_s, TPOT_SLOWER * tpot_s)
-    capacity = 1 / (ttft_s + arrivals.new_tokens * tpot_s)
-    found: dict[str, Any] = {"ttft_objective_s": objectives.ttft_s, "tpot_objective_s": objectives.tpot_s}
-    for scheduler in SCHEDULERS:
-        settings = ServiceSettings(max_waiting=4096, objectives=objectives, scheduler=scheduler)
-        low, high, tried = arrivals.low * capacity, arrivals.high * capacity, []
-        for _ in range(arrivals.trials):
-            rate = (low * high) ** 0.5
-            attained = await _trial(load, prompts, arrivals, settings, rate)
-            tried.append({"rate": rate, "attained": attained})
-            low, high = (rate, high) if attained >= ATTAINED else (low, rate)
-        good = [trial["rate"] for trial in tried if trial["attained"] >= ATTAINED]
-        found[scheduler] = {"goodput": max(good, default=None), "tried": tried}
-    return found
+async def _goodputs(load: Callable[[], MoEModel], ids: Sequence[int], trials: Trials) -> dict[str, Any]:
+    prompts = _Prompts(ids, trials)
+    alone = await _alone(load, prompts)
+    objectives = Objectives(TTFT_OF_TPOT * TPOT_SLOWER * alone.tpot_s, TPOT_SLOWER * alone.tpot_s)
+    start = trials.start / (alone.ttft_s + prompts.mean_tokens * alone.tpot_s)
+    found: dict[str, Any] = {
+        "alone": alone._asdict(),
+        "ttft_objective_s": objectives.ttft_s,
+        "tpot_objective_s": objectives.tpot_s,
+        "seconds": trials.seconds,
+        "mean_prompt": prompts.mean_prompt,
+        "mean_tokens": prompts.mean_tokens,
+    }
+    services = {
+        name: AsyncEngine(load(), settings=ServiceSettings(max_waiting=4096, objectives=objectives, scheduler=name))
+        for name in SCHEDULERS
+    }
+    try:
+        tried = await _tried(services, prompts, objectives, Search(start, trials.growth, trials.trials))
+    finally:
+        for service in services.values():
+            await service.close()
+    return found | {
+        name: {"goodput": goodput([(trial["rate"], trial["attained"]) for trial in rows]), "tried": rows}
+        for name, rows in tried.items()
+    }
 
 
-async def _alone(load: Callable[[], MoEModel], prompts: Sequence[list[int]], arrivals: Arrivals) -> tuple[float, float]:
-    """TTFT and TPOT of some requests one after another: medians."""
+async def _tried(
+    services: dict[str, AsyncEngine], prompts: _Prompts, objectives: Objectives, search: Search
+) -> dict[str, list[dict[str, Any]]]:
+    """Trials of each service by rate. They take turns, so that all hear the same of what the machine is up to."""
+    searches = {name: replace(search, tried={}) for name in services}
+    tried: dict[str, list[dict[str, Any]]] = {name: [] for name in services}
+    for service in services.values():
+        await _outcomes(service, prompts, search.start, 12)
+    while any(one.next_step() is not None for one in searches.values()):
+        for name, one in searches.items():
+            step = one.next_step()
+            if step is not None:
+                rate = one.rate(step)
+                outcomes = await _outcomes(services[name], prompts, rate, prompts.trials.count(rate))
+                trial = summary(outcomes, objectives)
+                one.tried[step] = trial["attained"]
+                tried[name].append({"rate": rate, "requests": len(outcomes), **trial})
+                print(f"{name} {rate:.2f}/s: {trial['attained']:.1%} inside objectives", file=sys.stderr)
+    return {name: sorted(rows, key=lambda row: row["rate"]) for name, rows in tried.items()}
+
+
+def summary(outcomes: Sequence[Outcome], objectives: Objectives) -> dict[str, Any]:
+    """What came of a trial."""
+    ttft_s, tpot_s = objectives.ttft_s or 0.0, objectives.tpot_s or 0.0
+    ttfts, tpots = [one.ttft_s for one in outcomes], [one.tpot_s for one in outcomes]
+    return {
+        "attained": sum(one.ttft_s <= ttft_s and one.tpot_s <= tpot_s for one in outcomes) / len(outcomes),
+        "first_in_time": sum(one <= ttft_s for one in ttfts) / len(outcomes),
+        "later_in_time": sum(one <= tpot_s for one in tpots) / len(outcomes),
+        "ttft_p95_s": percentile(ttfts, 95),
+        "tpot_p95_s": percentile(tpots, 95),
+    }
+
+
+class _Prompts:
+    """The requests of a workload as token ids: passages of ``ids`` of the lengths that it draws."""
+
+    def __init__(self, ids: Sequence[int], trials: Trials) -> None:
+        self.trials = trials
+        self._workload, dice = trials.workload(), random.Random(SEED)
+        self.asked: list[tuple[list[int], int]] = []
+        for words, max_tokens in self._workload.asked():
+            length = len(words.split())
+            begin = dice.randrange(len(ids) - length)
+            self.asked.append((list(ids[begin : begin + length]), max_tokens))
+        self.mean_prompt = sum(len(prompt) for prompt, _ in self.asked) / len(self.asked)
+        self.mean_tokens = sum(tokens for _, tokens in self.asked) / len(self.asked)
+
+    def times(self, rate: float) -> list[float]:
+        """When each request comes."""
+        return self._workload.times(rate)
+
+
+async def _alone(load: Callable[[], MoEModel], prompts: _Prompts) -> Outcome:
+    """Requests one after another, behind two that count for nothing: medians."""
     service = AsyncEngine(load())
     try:
-        times = [await _one(service, prompt, arrivals.new_tokens) for prompt in prompts[:8]]
+        asked = [one for one in prompts.asked if one[1] > 1][:10]
+        outcomes = [await _one(service, prompt, tokens) for prompt, tokens in asked]
     finally:
         await service.close()
-    return _median([_ttft(t) for t in times]), _median([_tpot(t, arrivals.new_tokens) for t in times])
+    measured = outcomes[2:] or outcomes
+    return Outcome(median(one.ttft_s for one in measured), median(one.tpot_s for one in measured))
 
 
-async def _trial(
-    load: Callable[[], MoEModel],
-    prompts: Sequence[list[int]],
-    arrivals: Arrivals,
-    settings: ServiceSettings,
-    rate: float,
-) -> float:
-    """The share of requests that met both objectives, at ``rate`` a second; the same arrivals for every scheduler."""
-    service, dice = AsyncEngine(load(), settings=settings), random.Random(SEED)
-    try:
-        for prompt in prompts[:2]:
-            await _one(service, prompt, arrivals.new_tokens)
-        tasks = []
-        for number in range(arrivals.requests):
-            stretch = arrivals.long if dice.random() < 1 / arrivals.long else 1
-            prompt = (prompts[number % len(prompts)] * arrivals.long)[: len(prompts[0]) * stretch]
-            new_tokens = dice.randint(arrivals.new_tokens // 2, 3 * arrivals.new_tokens // 2)
-            tasks.append(asyncio.create_task(_met(service, prompt, new_tokens, settings.objectives)))
-            await asyncio.sleep(dice.expovariate(rate))
-        return sum(await asyncio.gather(*tasks)) / len(tasks)
-    finally:
-        await service.close()
+async def _outcomes(service: AsyncEngine, prompts: _Prompts, rate: float, requests: int) -> list[Outcome]:
+    """The first ``requests`` at ``rate`` a second, until the last is done."""
+    loop = asyncio.get_running_loop()
+    began, tasks = loop.time(), []
+    for at, (prompt, tokens) in zip(prompts.times(rate)[:requests], prompts.asked[:requests], strict=True):
+        await asyncio.sleep(began + at - loop.time())
+        tasks.append(asyncio.create_task(_one(service, prompt, tokens)))
+    return await asyncio.gather(*tasks)
 
 
-async def _met(service: AsyncEngine, prompt: list[int], new_tokens: int, objectives: Objectives) -> bool:
-    times = await _one(service, prompt, new_tokens)
-    assert objectives.ttft_s is not None and objectives.tpot_s is not None
-    return _ttft(times) <= objectives.ttft_s and _tpot(times, new_tokens) <= objectives.tpot_s
-
-
-async def _one(service: AsyncEngine, prompt: list[int], new_tokens: int) -> Times:
-    params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+async def _one(service: AsyncEngine, prompt: list[int], max_tokens: int) -> Outcome:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     stream = await service.submit(prompt, params)
     async for _ in stream:
-        last = time.monotonic()
-    return replace(stream.times, finished=stream.times.finished or last)
+        pass
+    return outcome(stream.times, max_tokens)
 
 
-def _ttft(times: Times) -> float:
-    assert times.first_token is not None
-    return times.first_token - times.arrived
-
-
-def _tpot(times: Times, new_tokens: int) -> float:
+def outcome(times: Times, tokens: int) -> Outcome:
+    """By the engine's clock, from when the request was submitted."""
     assert times.first_token is not None and times.finished is not None
-    return (times.finished - times.first_token) / max(1, new_tokens - 1)
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
+    tpot_s = (times.finished - times.first_token) / (tokens - 1) if tokens > 1 else 0.0
+    return Outcome(times.first_token - times.arrived, tpot_s)

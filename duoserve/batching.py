@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from math import inf, isinf
 from typing import NamedTuple
 
@@ -17,6 +18,10 @@ from duoserve.service import Objectives, ServiceSettings
 STEP_S = 0.05
 # A request that has no objective, or that is too late for it, is started before any that came so much later.
 PATIENCE_S = 10.0
+# So many tokens ahead the credit of a running request is counted, for it may stop before the last that it may get.
+AHEAD = 4
+# Work is planned for this share of an objective for later tokens: what steps will take is not known exactly.
+PLANNED = 0.95
 
 
 class Asked(NamedTuple):
@@ -29,20 +34,29 @@ class Asked(NamedTuple):
 
 
 class Going(NamedTuple):
-    """A request that has a token: when it got its last, how many it may still get, and the room it gives back then."""
+    """A request that has ``tokens``, the first since ``first_token``: how many it may still get, and the ``room`` that
 
-    last_token: float
+    it gives back then. Its objective is a mean: a token that came early lets a later one be late.
+    """
+
+    first_token: float
+    tokens: int
     left: int
     room: int
     tpot_s: float | None = None
 
+    def due(self, more: int) -> float:
+        """When it should have so many ``more`` tokens for its mean to stay inside its objective."""
+        return inf if self.tpot_s is None else self.first_token + (self.tokens - 1 + more) * PLANNED * self.tpot_s
+
 
 class Coming(NamedTuple):
-    """The prefill that is under way: tokens and requests in it, and layers that are left."""
+    """The prefill that is under way: tokens and requests in it, layers that are left, when its oldest request came."""
 
     num_tokens: int
     num_requests: int
     layers_left: int
+    arrived: float = inf
 
 
 class Load(NamedTuple):
@@ -78,7 +92,7 @@ class Batching:
             asked = load.waiting[place]
             soonest = min(deadline, self._deadline(asked, load.now))
             finished = load.now + self._prefill_s(tokens + asked.num_prompt)
-            if not self._may_join(len(load.running) + len(chosen), asked, load):
+            if not self._may_join([load.waiting[other] for other in chosen], asked, load):
                 break
             if asked.room > free or (chosen and finished > soonest and not self._fcfs):
                 if self._fcfs or self._start_by(asked, load.now) <= load.now:
@@ -89,25 +103,35 @@ class Batching:
         return chosen
 
     def order(self, load: Load) -> list[int]:
-        """The places of the waiting, the one that should start first in front: the least slack, or the first come."""
-        places = range(len(load.waiting))
+        """The places of the waiting, the one that should start first in front: the first come, or the least slack.
+
+        By slack, those that are too late for their first token make way, but for one whose patience has ended.
+        """
+        places = sorted(range(len(load.waiting)), key=lambda place: load.waiting[place].arrived)
         if self._fcfs:
-            return sorted(places, key=lambda place: load.waiting[place].arrived)
-        return sorted(places, key=lambda place: (self._start_by(load.waiting[place], load.now), place))
+            return places
+        late = [place for place in places if self._late(load.waiting[place], load.now)]
+        hopeful = sorted(set(places) - set(late))
+        hopeful.sort(key=lambda place: self._start_by(load.waiting[place], load.now))
+        impatient = late[:1] if late and load.waiting[late[0]].arrived + PATIENCE_S <= load.now else []
+        return impatient + hopeful + late[len(impatient) :]
 
     def layers(self, load: Load, decoded: bool) -> int:
         """How many layers of the prefill that is under way to compute now; 0: a decode step comes first.
 
-        ``decoded``: the last step was a decode step, so at least one layer is due.
+        A slice takes no more than what those who run and can keep their objective have in hand. ``decoded``: the last
+        step was a decode step, or nobody runs. After each a layer is due when patience has ended.
         """
-        assert load.coming is not None
-        layer_s = self.costs.layer_s(load.coming.num_tokens)
+        coming = load.coming
+        assert coming is not None
+        layer_s = self.costs.layer_s(coming.num_tokens)
         if layer_s == 0:
             return 1  # it has to be measured first
-        most = min(max(1, int(STEP_S / layer_s)), load.coming.layers_left)
+        most = min(max(1, int(STEP_S / layer_s)), coming.layers_left)
         spare_s = inf if self._fcfs else self._spare_s(load)
-        affordable = most if isinf(spare_s) else int(spare_s / layer_s)
-        return min(max(affordable, int(decoded)), most)
+        if spare_s < most * layer_s:
+            most = max(int(spare_s / layer_s), int(decoded and coming.arrived + PATIENCE_S <= load.now))
+        return most
 
     def refusal(self, asked: Asked, load: Load) -> Refusal | None:
         """Why ``asked``, behind all others, cannot meet its objectives; None if it can, as far as is known."""
@@ -145,26 +169,48 @@ class Batching:
         due = asked.arrived + asked.objectives.ttft_s
         return due if now + self._prefill_s(asked.num_prompt) <= due else inf
 
+    def _late(self, asked: Asked, now: float) -> bool:
+        """Whether its first token will miss its objective, whatever is done."""
+        return asked.objectives.ttft_s is not None and isinf(self._deadline(asked, now))
+
     def _start_by(self, asked: Asked, now: float) -> float:
         """When it must start to be in time; without hope of that, when patience ends."""
         in_time = self._deadline(asked, now) - self._prefill_s(asked.num_prompt)
         return min(in_time, asked.arrived + PATIENCE_S)
 
-    def _may_join(self, num_ahead: int, asked: Asked, load: Load) -> bool:
+    def _may_join(self, chosen: Sequence[Asked], asked: Asked, load: Load) -> bool:
         """Whether a batch of one more keeps every objective for later tokens that a smaller one keeps."""
-        if num_ahead + (load.coming.num_requests if load.coming else 0) >= self.settings.max_batch:
+        num_ahead = len(load.running) + len(chosen) + (load.coming.num_requests if load.coming else 0)
+        if num_ahead >= self.settings.max_batch:
             return False
         if self._fcfs or num_ahead == 0:
             return True
-        goals = [going.tpot_s for going in load.running] + [asked.objectives.tpot_s]
-        kept = [goal for goal in goals if goal is not None and goal >= self.costs.decode_s(1)]
-        return self.costs.decode_s(num_ahead + 1) <= min(kept, default=inf)
+        step_s, alone_s = self.costs.decode_s(num_ahead + 1), self.costs.decode_s(1)
+        goals = [PLANNED * (one.objectives.tpot_s or inf) for one in (*chosen, asked)]
+        if step_s > min((goal for goal in goals if goal >= alone_s), default=inf):
+            return False
+        begun = load.now + self._prefill_s(asked.num_prompt + sum(one.num_prompt for one in chosen))
+        return all(begun + going.left * step_s <= going.due(going.left) for going in self._kept(load))
+
+    def _largest_batch(self, asked: Asked, load: Load) -> int:
+        """How many may run together by what their later tokens are due, ``asked`` among them."""
+        most = self.settings.max_batch
+        goals = [goal for one in load.running if (goal := one.tpot_s) is not None] + [asked.objectives.tpot_s or inf]
+        goal = min((PLANNED * goal for goal in goals if PLANNED * goal >= self.costs.decode_s(1)), default=inf)
+        if self._fcfs or self.costs.decode_s(most) <= goal:
+            return most
+        return next(size for size in count(1) if self.costs.decode_s(size + 1) > goal)
+
+    def _kept(self, load: Load) -> list[Going]:
+        """Those of the running whose later tokens will be in time, on the average, if nothing comes in between."""
+        step_s = self.costs.decode_s(len(load.running))
+        return [going for going in load.running if load.now + going.left * step_s <= going.due(going.left)]
 
     def _spare_s(self, load: Load) -> float:
         """How long the next decode step can wait."""
         step_s = self.costs.decode_s(len(load.running))
-        dues = [going.last_token + going.tpot_s for going in load.running if going.tpot_s is not None]
-        return max(0.0, min(dues, default=inf) - step_s - load.now)
+        steps = ((min(going.left, AHEAD), going) for going in self._kept(load))
+        return max(0.0, min((going.due(ahead) - ahead * step_s for ahead, going in steps), default=inf) - load.now)
 
     def _slowdown(self, load: Load, tokens: int) -> float:
         """How much longer a prefill takes with decode steps between its slices."""
@@ -177,7 +223,7 @@ class Batching:
 
     def _place_s(self, asked: Asked, load: Load) -> float:
         """How long until there is a place, and room in the KV cache, for all that wait and for ``asked``."""
-        places = self.settings.max_batch - len(load.running) - len(load.waiting) - 1
+        places = self._largest_batch(asked, load) - len(load.running) - len(load.waiting) - 1
         places -= load.coming.num_requests if load.coming else 0
         room = load.free - asked.room - sum(other.room for other in load.waiting)
         steps = 0

@@ -296,7 +296,8 @@ class Engine:
         coming = None
         if prefill is not None:
             left = self._passes.num_layers - prefill.under_way.next_layer
-            coming = Coming(prefill.num_tokens, len(prefill.requests), left)
+            arrived = min(request.arrived or 0.0 for request in prefill.requests)
+            coming = Coming(prefill.num_tokens, len(prefill.requests), left, arrived)
         return Load(now, (), [*map(self._going, self._running)], self._cache.free_tokens, coming)
 
     def _asked(self, request: Request) -> Asked:
@@ -306,4 +307,4 @@ class Engine:
     def _going(self, request: Request) -> Going:
         room = self._cache.whole_pages(request.num_tokens)
         left = request.params.max_tokens - len(request.output_ids)
-        return Going(request.last_token or 0.0, left, room, request.objectives.tpot_s)
+        return Going(request.first_token or 0.0, len(request.output_ids), left, room, request.objectives.tpot_s)

@@ -1,15 +1,12 @@
-"""Whom to start, how far to take a prefill, whom to refuse: on plain data and virtual time."""
+"""Whom to start, how far to take a prefill, whom to refuse: on plain data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
-from duoserve.batching import PATIENCE_S, STEP_S, Asked, Batching, Coming, Going, Load
+from duoserve.batching import PATIENCE_S, PLANNED, STEP_S, Asked, Batching, Coming, Going, Load
 from duoserve.cost import Costs
 from duoserve.service import Objectives, ServiceSettings
 
@@ -30,8 +27,9 @@ def asked(arrived: float = 0.0, prompt: int = 100, room: int = 128, ttft_s: floa
     return Asked(arrived, prompt, room, Objectives(ttft_s))
 
 
-def going(tpot_s: float | None = None, last_token: float = 0.0, left: int = 10) -> Going:
-    return Going(last_token, left, 128, tpot_s)
+def going(planned_s: float | None = None, tokens: int = 1, left: int = 10) -> Going:
+    """One whose first token came at 0 s, and whose later ones are planned for ``planned_s`` each."""
+    return Going(0.0, tokens, left, 128, planned_s and planned_s / PLANNED)
 
 
 def load(waiting: Sequence[Asked] = (), running: Sequence[Going] = (), free: int = 10_000, **more: object) -> Load:
@@ -44,9 +42,11 @@ def test_the_least_slack_goes_first_and_arrival_counts_for_nothing_else() -> Non
     assert batching(FCFS).order(load(waiting, now=0.5)) == [0, 1, 2, 3]
 
 
-def test_what_is_late_already_waits_for_what_can_still_be_in_time() -> None:
-    waiting = [asked(0.0, ttft_s=0.5), asked(0.9, ttft_s=1.0)]
-    assert batching().order(load(waiting, now=1.0)) == [1, 0]
+def test_what_is_late_already_waits_for_what_can_still_be_in_time_until_its_patience_ends() -> None:
+    waiting = [asked(0.0, ttft_s=0.5), asked(0.1, ttft_s=0.5), asked(0.9, ttft_s=1.0), asked(0.95, ttft_s=0.5)]
+    assert batching().order(load(waiting, now=1.0)) == [3, 2, 0, 1]
+    later = [one._replace(arrived=one.arrived + PATIENCE_S) for one in waiting[2:]]
+    assert batching().order(load([*waiting[:2], *later], now=PATIENCE_S + 1.0)) == [0, 3, 2, 1]  # one at a time
 
 
 def test_waiting_prompts_share_a_pass_as_long_as_all_are_in_time() -> None:
@@ -70,18 +70,41 @@ def test_nobody_overtakes_one_whose_patience_has_ended() -> None:
 
 
 def test_the_batch_grows_only_as_far_as_later_tokens_stay_in_time() -> None:
-    waiting = [asked()] * 4
-    assert len(batching().start(load(waiting, [going(0.0121)]))) == 2  # three take 0.012 s a step
+    waiting = [asked(prompt=1)] * 4
+    assert len(batching(layer_s=1e-9).start(load(waiting, [going(0.0121)]))) == 2  # three take 0.012 s a step
     assert len(batching().start(load(waiting, [going(0.001)]))) == 3  # which no batch could keep
+    ours = [asked()._replace(objectives=Objectives(None, goal)) for goal in (0.0111 / PLANNED, None, None)]
+    assert batching().start(load(ours)) == [0, 1]  # the third would be too much for the first
 
 
-def test_a_slice_ends_in_time_for_the_next_decode_step() -> None:
+def test_tokens_that_came_early_pay_for_a_pass_and_for_a_larger_batch() -> None:
+    """Ten layers of 0.01 s; a step of one takes 0.01 s, of two 0.011 s."""
+    waiting = [asked()]
+    assert batching().start(load(waiting, [going(0.02)])) == []  # 0.1 s and ten tokens of 0.011 s are due after 0.2 s
+    assert batching().start(load(waiting, [going(0.0211)])) == [0]
+    assert batching().start(load(waiting, [going(0.02, tokens=3)])) == [0]
+
+
+def test_a_slice_ends_in_time_for_the_next_decode_steps() -> None:
+    """A step takes 0.01 s, a layer 0.004 s; four tokens are looked ahead."""
     coming, slow = Coming(100, 1, LAYERS), batching(layer_s=0.004)
-    assert slow.layers(load(running=[going(0.025)], coming=coming), decoded=False) == 3  # 0.025 - 0.01 = 0.015 s
-    assert slow.layers(load(running=[going(0.025)], coming=coming, now=0.012), decoded=False) == 0
-    assert slow.layers(load(running=[going(0.025)], coming=coming, now=0.9), decoded=True) == 1
-    assert slow.layers(load(running=[going()], coming=coming), decoded=False) == LAYERS
-    assert Batching(FCFS, slow.costs, LAYERS).layers(load(running=[going(0.025)], coming=coming), decoded=False) == 10
+
+    def layers(one: Going, now: float = 0.0, decoded: bool = False) -> int:
+        return slow.layers(load(running=[one], coming=coming, now=now), decoded)
+
+    assert layers(going(0.0141)) == 4  # 4 * (0.0141 - 0.01) s
+    assert layers(going(0.0141, left=1)) == 1
+    assert layers(going(0.0141, left=1), now=0.003) == layers(going(0.0141, left=1), now=0.003, decoded=True) == 0
+    assert layers(going(0.0141, tokens=2, left=1)) == 4  # its last token came 0.0141 s early
+    assert layers(going(0.0141), now=0.9) == layers(going()) == LAYERS  # nothing to lose, nothing to keep
+    assert Batching(FCFS, slow.costs, LAYERS).layers(load(running=[going(0.0101)], coming=coming), False) == LAYERS
+
+
+def test_a_prefill_goes_on_when_its_patience_has_ended() -> None:
+    coming = Coming(100, 1, LAYERS, arrived=-PATIENCE_S)
+    tight = load(running=[going(0.01, left=1)], coming=coming)
+    assert [batching().layers(tight, decoded) for decoded in (False, True)] == [0, 1]
+    assert batching().layers(tight._replace(coming=coming._replace(arrived=-1.0)), True) == 0
 
 
 def test_no_slice_is_long_and_the_first_is_one_layer() -> None:
@@ -105,105 +128,11 @@ def test_a_request_is_refused_for_what_is_ahead_of_it() -> None:
     assert Batching(SLO, Costs(), LAYERS).refusal(asked(ttft_s=0.001), full) is None  # nothing has been measured
 
 
-@dataclass
-class Simulated:
-    """A service on a virtual clock that does what ``Batching`` says; costs are exactly as expected."""
-
-    batching: Batching
-    room: int = 1024
-    now: float = 0.0
-    waiting: list[tuple[int, Asked]] = field(default_factory=list)
-    running: list[Going] = field(default_factory=list)
-    coming: Coming | None = None
-    inside: list[Asked] = field(default_factory=list)
-    started: dict[int, float] = field(default_factory=dict)
-    decoded: bool = False
-
-    def run(self, arrivals: Sequence[Asked], until: float) -> None:
-        todo = list(enumerate(arrivals))
-        while self.now < until:
-            while todo and todo[0][1].arrived <= self.now:
-                self.waiting.append(todo.pop(0))
-            self._step()
-
-    def _load(self) -> Load:
-        used = sum(one.room for one in (*self.running, *self.inside))
-        return Load(self.now, [one for _, one in self.waiting], self.running, self.room - used, self.coming)
-
-    def _step(self) -> None:
-        if self.coming is None and self.waiting:
-            chosen = self.batching.start(self._load())
-            pairs = [self.waiting[place] for place in chosen]
-            self.waiting = [pair for pair in self.waiting if pair not in pairs]
-            self.started |= {number: self.now for number, _ in pairs}
-            self.inside = [one for _, one in pairs]
-            if pairs:
-                self.coming = Coming(sum(one.num_prompt for one in self.inside), len(pairs), LAYERS)
-        layers = self.batching.layers(self._load(), self.decoded or not self.running) if self.coming else 0
-        if self.coming and layers:
-            self._slice(self.coming, layers)
-        elif self.running:
-            self._decode()
-        else:
-            self.now += 0.01
-
-    def _slice(self, coming: Coming, layers: int) -> None:
-        self.decoded = False
-        self.now += layers * self.batching.costs.layer_s(coming.num_tokens)
-        self.coming = coming._replace(layers_left=coming.layers_left - layers)
-        if not self.coming.layers_left:
-            self.running += [Going(self.now, 5, one.room, one.objectives.tpot_s) for one in self.inside]
-            self.coming, self.inside = None, []
-
-    def _decode(self) -> None:
-        self.decoded = True
-        self.now += self.batching.costs.decode_s(len(self.running))
-        later = [one._replace(left=one.left - 1, last_token=self.now) for one in self.running]
-        self.running = [one for one in later if one.left]
-
-
-STRANGERS = st.lists(
-    st.builds(
-        Asked,
-        st.just(0.0),
-        st.integers(1, 400),
-        st.sampled_from([64, 256, 1024]),
-        st.builds(Objectives, st.sampled_from([None, 0.01, 0.5]), st.sampled_from([None, 0.001, 0.02])),
-    ),
-    min_size=1,
-    max_size=8,
-)
-
-
-@given(victim=STRANGERS, crowd=STRANGERS)
-@example(victim=[asked()], crowd=[asked(prompt=200, ttft_s=0.5)])
-@settings(max_examples=8, deadline=None)
-def test_no_request_waits_for_ever(victim: list[Asked], crowd: list[Asked]) -> None:
-    """One comes at 1 s, and twice as many others as can be served never stop coming: its turn comes all the same."""
-    others = [crowd[n % len(crowd)]._replace(arrived=0.1 * n + 0.05) for n in range(250)]
-    arrivals = sorted([victim[0]._replace(arrived=1.0), *others], key=lambda one: one.arrived)
-    service = Simulated(batching())
-    service.run(arrivals, until=25.0)
-    number = [one.arrived for one in arrivals].index(1.0)
-    ahead = sum(one.arrived <= 1.0 for one in arrivals)
-    assert number in service.started
-    assert service.started[number] <= 1.0 + PATIENCE_S + 1.0 * ahead
-
-
-def test_at_the_same_load_more_requests_are_in_time_than_first_come_first_served() -> None:
-    """Bursts of long prompts without hurry among short ones with some."""
-    arrivals = []
-    for burst in range(10):
-        arrivals += [Asked(burst * 2.0, 400, 128, Objectives(5.0)) for _ in range(3)]
-        arrivals += [Asked(burst * 2.0 + 0.05 * n, 20, 128, Objectives(0.6)) for n in range(8)]
-    arrivals.sort(key=lambda one: one.arrived)
-
-    def in_time(settings: ServiceSettings) -> int:
-        service = Simulated(batching(settings))
-        service.run(arrivals, until=30.0)
-        assert len(service.started) == len(arrivals)
-        takes_s = [LAYERS * service.batching.costs.layer_s(one.num_prompt) for one in arrivals]
-        due = [one.arrived + (one.objectives.ttft_s or 0) for one in arrivals]
-        return sum(at + takes_s[number] <= due[number] for number, at in service.started.items())
-
-    assert in_time(SLO) >= 1.5 * in_time(FCFS)
+def test_a_request_that_the_batch_has_no_place_for_in_time_is_refused() -> None:
+    """By its objective for later tokens three may run: four take 0.013 s a step."""
+    hopes = Objectives(0.3, 0.0121 / PLANNED)
+    one, request = batching(), asked()._replace(objectives=hopes)
+    assert one.refusal(request, load(running=[going(left=50)] * 2)) is None
+    refused = one.refusal(request, load(running=[going(left=50)] * 3))
+    assert refused is not None and refused.retry_after_s == pytest.approx(50 * 0.012 + 0.1 - 0.3, rel=0.01)
+    assert Batching(FCFS, one.costs, LAYERS).refusal(request, load(running=[going(left=50)] * 3)) is None
