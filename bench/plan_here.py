@@ -15,14 +15,15 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from machine import REPOSITORY, ForeignCpu, conditions
-from plan_here_report import report
+from plan_here_report import BUSY, report
 from random_mixtral import ensure_checkpoint
 from shapes import SHAPES
 
@@ -38,6 +39,7 @@ from duoserve.planning.rehearsal import RESIDENT, rehearse
 from duoserve.planning.routing_curves import UNIFORM
 from duoserve.planning.speed import Step
 from duoserve.planning.this_machine import this_machine
+from duoserve.sampling import SamplingParams
 from duoserve.scheduling.hardware import GIB, Hardware
 from duoserve.scheduling.policies import get_policy
 
@@ -46,6 +48,8 @@ TEXT = REPOSITORY / "tests" / "macbeth.txt"
 SLOTS, POLICIES = ("25%", "50%", "75%"), ("lru", "duoserve", "on-demand")
 HOST = {"disk": 0, "ram": GIB}
 CONTEXT = 512
+TRIES = 3
+Done = TypeVar("Done")
 RANDOM = "random"
 
 
@@ -132,13 +136,28 @@ class Bench:
         described = find_model(subject.model)
         layout = layout_in(described.config, None, described.config.dtype)
         ways = [(RESIDENT, tier), *product(self._size.policies, (tier,))]
-        found = rehearse(described, layout, self._size.prompt, self._folder, ways)
+        found, _ = undisturbed(lambda: rehearse(described, layout, self._size.prompt, self._folder, ways))
         return Planner(subject.name, described, {self._hardware.name: found})
 
     def _round(self, subject: Subject, planner: Planner, cell: Cell) -> dict[str, Any]:
-        """Medians over the requests, and what was planned: TPOT also with the hits that there were."""
-        size, foreign, taken, tokens = self._size, ForeignCpu(), [], []
+        """What was measured, and what was planned: TPOT also with the hits that there were."""
+        done, others = undisturbed(lambda: self._requests(subject, cell))
+        plan = planner.plan(self._hardware, cell.question(subject, self._size))
+        speed = plan.speeds[cell.policy]
+        context = self._size.prompt + self._size.new_tokens // 2
+        step = Step(1, context, planner.model.config.top_k, done["hits"])
+        return done | {
+            "planned_ttft_s": speed.ttft.total,
+            "planned_tpot_s": speed.tpot.total,
+            "planned_hits": speed.hit_rate,
+            "tpot_s_by_hits": planner.costs(plan).decode(get_policy(cell.policy), step).total,
+            "foreign_cpu": others,
+        }
+
+    def _requests(self, subject: Subject, cell: Cell) -> dict[str, Any]:
+        """Medians over the requests behind a warm-up."""
         warm_up, *prompts = self._prompts[subject.name]
+        params = SamplingParams(max_tokens=self._size.new_tokens, temperature=0.0, ignore_eos=True)
         with MoEModel.from_pretrained(
             subject.model,
             device="cpu",
@@ -148,27 +167,31 @@ class Bench:
             max_context=CONTEXT,
             cache_dir=self._folder,
         ) as model:
-            model.generate(warm_up, max_tokens=size.new_tokens, temperature=0.0, ignore_eos=True)
-            with foreign.measure():
-                for prompt in prompts:
-                    done = model.generate(prompt, max_tokens=size.new_tokens, temperature=0.0, ignore_eos=True)
-                    tokens.append(done.token_ids)
-                    taken.append((done.stats.ttft_s, done.stats.tpot_s, done.stats.hit_rate(Phase.DECODE)))
-        ttft_s, tpot_s, hits = (statistics.median(column) for column in zip(*taken, strict=True))
-        plan = planner.plan(self._hardware, cell.question(subject, size))
-        speed = plan.speeds[cell.policy]
-        step = Step(1, size.prompt + size.new_tokens // 2, planner.model.config.top_k, hits)
+            model.generate(warm_up, params)
+            done = [model.generate(prompt, params) for prompt in prompts]
         return {
-            "ttft_s": ttft_s,
-            "tpot_s": tpot_s,
-            "hits": hits,
-            "planned_ttft_s": speed.ttft.total,
-            "planned_tpot_s": speed.tpot.total,
-            "planned_hits": speed.hit_rate,
-            "tpot_s_by_hits": planner.costs(plan).decode(get_policy(cell.policy), step).total,
-            "foreign_cpu": foreign.share,
-            "token_ids": tokens,
+            "ttft_s": statistics.median(one.stats.ttft_s or 0.0 for one in done),
+            "tpot_s": statistics.median(one.stats.tpot_s or 0.0 for one in done),
+            "hits": statistics.median(one.stats.hit_rate(Phase.DECODE) or 0.0 for one in done),
+            "token_ids": [one.token_ids for one in done],
         }
+
+
+def undisturbed(run: Callable[[], Done]) -> tuple[Done, float]:
+    """What ``run`` gives when others use hardly any CPU time; of TRIES the one in which they used least, and how much.
+
+    A machine that is shared stands still now and then, and nobody plans for that.
+    """
+    tried: list[tuple[float, Done]] = []
+    for _ in range(TRIES):
+        foreign = ForeignCpu()
+        with foreign.measure():
+            done = run()
+        if foreign.share <= BUSY:
+            return done, foreign.share
+        tried.append((foreign.share, done))
+    others, done = min(tried, key=lambda one: one[0])
+    return done, others
 
 
 def _rates(hardware: Hardware) -> dict[str, float]:

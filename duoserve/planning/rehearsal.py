@@ -7,7 +7,7 @@ from the computation, and how fast products of just these sizes are.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise, product
 from pathlib import Path
@@ -21,35 +21,39 @@ from duoserve.models.described import DescribedModel
 from duoserve.planning.made_up import PassNotes, Running, few_layers, running, staged
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
-from duoserve.scheduling.policies import POLICIES, Policy
+from duoserve.scheduling.policies import POLICIES
 
 TIERS = ("disk", "ram")
 RESIDENT = "resident"
 WAYS = ((RESIDENT, "disk"), *product(("duoserve", "lru", "on-demand", "layer-prefetch"), TIERS))  # policies, tiers
 LAYERS = 4
-SLOTS = 3 / 8  # of the experts, where not all are in slots
-STEPS, PROMPTS = 24, 3
+FEW, MANY = 3 / 8, 3 / 4  # shares of the experts in slots; policies that keep none need but few
+STEPS, PROMPTS = 16, 3
 MAX_PROMPT = 512
 MAX_BYTES = 1 << 30
 TRIMMED = 0.1  # of the samples, at either end: others' work on this machine
 
 
-class LayerTimes(NamedTuple):
-    """Seconds of a layer by how many of its experts are missing (or one figure for all), and of all beside the layers.
-
-    ``copies`` are those of a layer, on average.
-    """
+class StepTimes(NamedTuple):
+    """Seconds of a layer by how many of its experts are missing (or one figure for all), and of all beside them."""
 
     layer_s: tuple[float, ...]
     rest_s: float
-    copies: float
+
+
+class PromptTimes(NamedTuple):
+    """Seconds of a layer by how many experts are copied for it, on average (ascending), and of all beside them."""
+
+    copies: tuple[float, ...]
+    layer_s: tuple[float, ...]
+    rest_s: float
 
 
 class Times(NamedTuple):
     """Of one policy, with the experts in one tier."""
 
-    decode: LayerTimes
-    prefill: LayerTimes
+    decode: StepTimes
+    prefill: PromptTimes
 
 
 @dataclass(frozen=True)
@@ -71,15 +75,20 @@ class Rehearsal:
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """What ``to_dict`` gave; TypeError, ValueError or KeyError for anything else."""
         times = {
-            policy: {tier: Times(*(_layer_times(part) for part in parts)) for tier, parts in tiers.items()}
-            for policy, tiers in raw["times"].items()
+            policy: {tier: _times(*parts) for tier, parts in tiers.items()} for policy, tiers in raw["times"].items()
         }
         return cls(int(raw["slot_bytes"]), int(raw["prompt"]), times)
 
 
-def _layer_times(raw: Sequence[Any]) -> LayerTimes:
-    layer_s, rest_s, copies = raw
-    return LayerTimes(tuple(float(seconds) for seconds in layer_s), float(rest_s), float(copies))
+def _times(decode: Sequence[Any], prefill: Sequence[Any]) -> Times:
+    (step_s, step_rest_s), (copies, layer_s, rest_s) = decode, prefill
+    return Times(
+        StepTimes(_floats(step_s), float(step_rest_s)), PromptTimes(_floats(copies), _floats(layer_s), float(rest_s))
+    )
+
+
+def _floats(raw: Iterable[float]) -> tuple[float, ...]:
+    return tuple(float(value) for value in raw)
 
 
 def can_rehearse(model: DescribedModel, layout: ExpertLayout) -> bool:
@@ -100,9 +109,14 @@ def rehearse(
     with TemporaryDirectory(dir=folder) as scratch, staged(model.family, config, layout, Path(scratch)) as stage:
         for name, tier in ways:
             policy = POLICIES[name]
-            slots = total if policy.all_resident else max(config.num_experts, int(SLOTS * total))
-            with running(stage, policy, slots, tier, prompt + STEPS + 1) as run:
-                times.setdefault(name, {})[tier] = _times(run, policy, prompt)
+            shares = (1.0,) if policy.all_resident else (MANY, FEW) if policy.keeps else (FEW,)
+            runs = []
+            for slots in [max(config.num_experts, int(share * total)) for share in shares]:
+                with running(stage, policy, slots, tier, prompt + STEPS + 1) as run:
+                    runs.append(_run(run, prompt))
+            steps = [step for run in runs for step in run.steps]
+            found = Times(_of_steps(steps, policy.keeps), _of_prompts([run.prompts for run in runs]))
+            times.setdefault(name, {})[tier] = found
     return Rehearsal(layout.slot_bytes, prompt, times)
 
 
@@ -114,15 +128,18 @@ class _Pass(NamedTuple):
     copies: float
 
 
-def _times(run: Running, policy: Policy, prompt: int) -> Times:
+class _Run(NamedTuple):
+    """The prompts and the steps of some requests."""
+
+    prompts: list[_Pass]
+    steps: list[_Pass]
+
+
+def _run(run: Running, prompt: int) -> _Run:
     """Behind a request that fills the slots and warms everything up."""
     list(_passes(run, prompt, 2))
-    prefills, steps = [], []
-    for number in range(PROMPTS):
-        first, *others = _passes(run, prompt, STEPS if number == 0 else 1)
-        prefills.append(first)
-        steps += others
-    return Times(_of_steps(steps, policy.keeps), _of_prompts(prefills))
+    requests = [list(_passes(run, prompt, STEPS if number == 0 else 1)) for number in range(PROMPTS)]
+    return _Run([first for first, *_ in requests], [step for _, *steps in requests for step in steps])
 
 
 def _passes(run: Running, prompt: int, steps: int) -> Iterator[_Pass]:
@@ -135,15 +152,19 @@ def _passes(run: Running, prompt: int, steps: int) -> Iterator[_Pass]:
         yield _Pass(seconds - notes.away_s, notes, nbytes / run.slot_bytes)
 
 
-def _of_prompts(prefills: Sequence[_Pass]) -> LayerTimes:
-    layer_s = trimmed_mean([gap for run in prefills for gap in _gaps_s(run)])
-    num_layers = len(prefills[0].notes.asked_s)
-    total_s = trimmed_mean([run.seconds for run in prefills])
-    copies = statistics.mean(run.copies for run in prefills) / num_layers
-    return LayerTimes((layer_s,), total_s - num_layers * layer_s, copies)
+def _of_prompts(runs: Sequence[Sequence[_Pass]]) -> PromptTimes:
+    """Of runs with ever fewer slots."""
+    copies, layers_s, rests_s = [], [], []
+    for prompts in runs:
+        num_layers = len(prompts[0].notes.asked_s)
+        layer_s = trimmed_mean([gap for one in prompts for gap in _gaps_s(one)])
+        rests_s.append(trimmed_mean([one.seconds for one in prompts]) - num_layers * layer_s)
+        layers_s.append(layer_s)
+        copies.append(statistics.mean(one.copies for one in prompts) / num_layers)
+    return PromptTimes(tuple(copies), tuple(layers_s), statistics.mean(rests_s))
 
 
-def _of_steps(steps: Sequence[_Pass], keeps: bool) -> LayerTimes:
+def _of_steps(steps: Sequence[_Pass], keeps: bool) -> StepTimes:
     """By the number of missing experts where a policy ``keeps`` some; numbers that never came are interpolated."""
     by_missing: dict[int, list[float]] = {}
     for run in steps:
@@ -151,11 +172,10 @@ def _of_steps(steps: Sequence[_Pass], keeps: bool) -> LayerTimes:
             by_missing.setdefault(missing if keeps else 0, []).append(gap)
     seen = sorted(by_missing)
     means = [trimmed_mean(by_missing[missing]) for missing in seen]
-    layer_s = tuple(float(s) for s in np.interp(range(seen[-1] + 1), seen, means))
+    layer_s = _floats(np.interp(range(seen[-1] + 1), seen, means).tolist())
     within_s = [sum(layer_s[missing if keeps else 0] for missing in run.notes.missing) for run in steps]
     rest_s = trimmed_mean([run.seconds - within for run, within in zip(steps, within_s, strict=True)])
-    copies = statistics.mean(missing for run in steps for missing in run.notes.missing)
-    return LayerTimes(layer_s, rest_s, copies)
+    return StepTimes(layer_s, rest_s)
 
 
 def _gaps_s(run: _Pass) -> list[float]:

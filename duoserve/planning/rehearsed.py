@@ -6,13 +6,13 @@ by what the formulas of speed.py make of the difference. Seconds; counts are mea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
 
-from duoserve.planning.rehearsal import RESIDENT, TIERS, LayerTimes, Rehearsal, Times
+from duoserve.planning.rehearsal import RESIDENT, TIERS, PromptTimes, Rehearsal, StepTimes, Times
 from duoserve.planning.speed import Costs, Prompt, Seconds, Step, chances
 from duoserve.scheduling.policies import Policy
 
@@ -43,8 +43,8 @@ class RehearsedCosts(Costs):
         if policy.name not in self.rehearsal.times:
             return wanted
         base = replace(prompt, tokens=self.rehearsal.prompt, sequences=1)
-        copies = self._prefill_copies(policy, base) if policy.keeps else 0.0
-        measured_s = self._over_tiers(policy, lambda times: self._prompt_s(times.prefill, policy, copies))
+        copies = self._prefill_copies(policy, base)
+        measured_s = self._over_tiers(policy, lambda times: self._prompt_s(times.prefill, copies))
         return Seconds(measured_s * wanted.total / super().prefill(policy, base).total, wanted.busy)
 
     def _over_tiers(self, policy: Policy, seconds: Callable[[Times], float]) -> float:
@@ -54,23 +54,24 @@ class RehearsedCosts(Costs):
         disk, ram = (seconds(tiers[tier]) for tier in TIERS)
         return self.ram_share * ram + (1 - self.ram_share) * disk
 
-    def _step_s(self, times: LayerTimes, hit_rate: float) -> float:
+    def _step_s(self, times: StepTimes, hit_rate: float) -> float:
         """The mean over how many are missing in a layer, as if each were by chance."""
         top_k, num_layers = self.model.shape.top_k, len(self.model.shape.layers)
-        layer_s = times.layer_s[0]
-        if len(times.layer_s) > 1:
-            seen = range(len(times.layer_s))
-            layer_s = sum(
-                chance * float(np.interp(missing, seen, times.layer_s))
-                for missing, chance in chances(top_k, 1 - hit_rate)
-            )
+        seen = range(len(times.layer_s))
+        layer_s = sum(chance * along(seen, times.layer_s, missing) for missing, chance in chances(top_k, 1 - hit_rate))
         return num_layers * layer_s + times.rest_s
 
-    def _prompt_s(self, times: LayerTimes, policy: Policy, copies: float) -> float:
-        """Of a policy that keeps experts: from what a layer takes without copies, in proportion to these."""
-        layer_s, num_layers = times.layer_s[0], len(self.model.shape.layers)
-        resident = self.rehearsal.times.get(RESIDENT)
-        if policy.keeps and not policy.all_resident and resident and times.copies:
-            without_s = next(iter(resident.values())).prefill.layer_s[0]
-            layer_s = without_s + (layer_s - without_s) * copies / times.copies
-        return num_layers * layer_s + times.rest_s
+    def _prompt_s(self, times: PromptTimes, copies: float) -> float:
+        """By the copies of a layer; of none, where that was not seen, it takes what a resident layer takes."""
+        seen, layer_s, resident = times.copies, times.layer_s, self.rehearsal.times.get(RESIDENT)
+        if len(seen) > 1 and resident is not None:
+            seen, layer_s = (0.0, *seen), (next(iter(resident.values())).prefill.layer_s[0], *layer_s)
+        return len(self.model.shape.layers) * along(seen, layer_s, copies) + times.rest_s
+
+
+def along(places: Sequence[float], values: Sequence[float], place: float) -> float:
+    """The value at ``place`` of straight lines through ``values`` at ascending ``places``; the last of them goes on."""
+    if len(places) > 1 and place > places[-1]:
+        slope = (values[-1] - values[-2]) / (places[-1] - places[-2])
+        return values[-1] + max(0.0, slope) * (place - places[-1])
+    return float(np.interp(place, places, values))

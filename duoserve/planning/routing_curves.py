@@ -1,6 +1,7 @@
 """How models route, as far as speed depends on it: hit rates over the share of experts in slots, distinct experts.
 
-The curves are those of the cards in scheduling/synthetic.py; bench/routing_curves.py makes the file. A model without a
+The curves are those of the cards in scheduling/synthetic.py, and of what the embedded models write themselves;
+bench/routing_curves.py makes the file. A model without a
 card goes by the card that is nearest in experts and top-k, scaled to its own. Weights that nobody trained route as by
 chance: UNIFORM.
 """
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from duoserve.experts.hub import EMBEDDED
 from duoserve.experts.strict_json import read_object
 
 _FILE = Path(__file__).resolve().parents[1] / "assets" / "routing.json"
@@ -81,7 +83,8 @@ def curves_for(num_experts: int, top_k: int, model: str = "") -> RoutingCurves:
     if model == UNIFORM:
         sizes = {"num_experts": num_experts, "top_k": top_k, "batch": {}, "window": {}}
         return ByChance(UNIFORM, sizes, num_experts, top_k)
-    name = model if model in cards else min(cards, key=lambda card: _distance(cards[card], num_experts, top_k))
+    others = [card for card in cards if card not in EMBEDDED]  # which are too small to stand for anybody else
+    name = model if model in cards else min(others, key=lambda card: _distance(cards[card], num_experts, top_k))
     return RoutingCurves(name, cards[name], num_experts, top_k)
 
 
