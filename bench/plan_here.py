@@ -15,7 +15,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -58,14 +58,15 @@ class Size:
     """How much is run: ``rounds`` of a warm-up and ``requests`` requests for each way to run a model."""
 
     rounds: int = 5
-    requests: int = 2
+    requests: int = 1
+    warm_up: int = 8  # new tokens
     prompt: int = 128
     new_tokens: int = 24
     slots: tuple[str, ...] = SLOTS
     policies: tuple[str, ...] = POLICIES
 
 
-QUICK = Size(rounds=1, requests=1, prompt=16, new_tokens=4, slots=("50%",), policies=("lru", "on-demand"))
+QUICK = Size(rounds=1, prompt=16, new_tokens=4, warm_up=2, slots=("50%",), policies=("lru", "on-demand"))
 
 
 @dataclass(frozen=True)
@@ -118,18 +119,18 @@ class Bench:
         self._prompts = {one.name: one.prompts(1 + size.requests, size.prompt) for one in subjects}
         self._hardware = this_machine(folder, anew=True)
 
-    def run(self) -> dict[str, Any]:
-        """Every round of every cell."""
+    def rounds(self) -> Iterator[dict[str, Any]]:
+        """What is known after each round: every round so far of every cell."""
         size = self._size
         cells = [Cell(*way) for way in product(size.slots, size.policies, HOST)]
-        rounds: dict[tuple[str, Cell], list[dict[str, Any]]] = {}
-        for _, subject, tier in product(range(size.rounds), self._subjects, HOST):
-            chosen = [cell for cell in cells if cell.tier == tier]
-            planner = self._planner(subject, tier)
-            for cell in chosen:
-                rounds.setdefault((subject.name, cell), []).append(self._round(subject, planner, cell))
-        found = [asdict(cell) | {"model": name, "rounds": done} for (name, cell), done in rounds.items()]
-        return {"hardware": _rates(self._hardware), "size": asdict(size), "cells": found, "checks": _checks(found)}
+        done: dict[tuple[str, Cell], list[dict[str, Any]]] = {}
+        for _ in range(size.rounds):
+            for subject, tier in product(self._subjects, HOST):
+                planner = self._planner(subject, tier)
+                for cell in [cell for cell in cells if cell.tier == tier]:
+                    done.setdefault((subject.name, cell), []).append(self._round(subject, planner, cell))
+            found = [asdict(cell) | {"model": name, "rounds": rounds} for (name, cell), rounds in done.items()]
+            yield {"hardware": _rates(self._hardware), "size": asdict(size), "cells": found, "checks": _checks(found)}
 
     def _planner(self, subject: Subject, tier: str) -> Planner:
         """With a rehearsal that has just been held."""
@@ -137,7 +138,7 @@ class Bench:
         layout = layout_in(described.config, None, described.config.dtype)
         ways = [(RESIDENT, tier), *product(self._size.policies, (tier,))]
         found, _ = undisturbed(lambda: rehearse(described, layout, self._size.prompt, self._folder, ways))
-        return Planner(subject.name, described, {self._hardware.name: found})
+        return Planner(subject.name, described, {self._hardware.name: found} if found else {})
 
     def _round(self, subject: Subject, planner: Planner, cell: Cell) -> dict[str, Any]:
         """What was measured, and what was planned: TPOT also with the hits that there were."""
@@ -167,7 +168,7 @@ class Bench:
             max_context=CONTEXT,
             cache_dir=self._folder,
         ) as model:
-            model.generate(warm_up, params)
+            model.generate(warm_up, replace(params, max_tokens=self._size.warm_up))
             done = [model.generate(prompt, params) for prompt in prompts]
         return {
             "ttft_s": statistics.median(one.stats.ttft_s or 0.0 for one in done),
@@ -202,7 +203,7 @@ def _checks(cells: list[dict[str, Any]]) -> dict[str, bool]:
     """Whether all cells of a model gave the same tokens in all rounds."""
     by_model: dict[str, list[Any]] = {}
     for cell in cells:
-        by_model.setdefault(cell["model"], []).extend(done.pop("token_ids") for done in cell["rounds"])
+        by_model.setdefault(cell["model"], []).extend(done["token_ids"] for done in cell["rounds"])
     return {
         f"{model}: the same tokens in every cell": all(t == those[0] for t in those)
         for model, those in by_model.items()
@@ -236,10 +237,10 @@ def main() -> None:
     size = QUICK if args.quick else Size()
     size = replace(size, rounds=args.rounds or size.rounds)
     begun, result = time.perf_counter(), conditions("plan_here", args.quick)
-    result |= Bench(subjects(args.models, args.folder, args.quick), size, args.cache).run()
-    result["seconds"] = time.perf_counter() - begun
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    for found in Bench(subjects(args.models, args.folder, args.quick), size, args.cache).rounds():
+        result |= found | {"seconds": time.perf_counter() - begun}
+        if args.json is not None:  # after each round, so that a run may be ended early
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(report(result))
 
 

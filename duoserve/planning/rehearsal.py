@@ -16,12 +16,13 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from duoserve.experts.device import CPU, free_bytes
 from duoserve.experts.layout import ExpertLayout
 from duoserve.models.described import DescribedModel
-from duoserve.planning.made_up import PassNotes, Running, few_layers, running, staged
+from duoserve.planning.made_up import PassNotes, Running, Stage, few_layers, running, staged
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
-from duoserve.scheduling.policies import POLICIES
+from duoserve.scheduling.policies import POLICIES, Policy
 
 TIERS = ("disk", "ram")
 RESIDENT = "resident"
@@ -91,33 +92,47 @@ def _floats(raw: Iterable[float]) -> tuple[float, ...]:
     return tuple(float(value) for value in raw)
 
 
-def can_rehearse(model: DescribedModel, layout: ExpertLayout) -> bool:
-    """Whether the made-up layers are small enough to be made up: experts in RAM and on the disk, and dense weights."""
-    config = few_layers(model.config, LAYERS)
-    dense = model.family.dense_bytes(config, config.dtype)
-    return dense + len(config.moe_layers) * config.num_experts * layout.slot_bytes <= MAX_BYTES
+def layers_to_rehearse(model: DescribedModel, layout: ExpertLayout, free: int) -> int:
+    """How many layers can be made up in half of ``free`` bytes of RAM and MAX_BYTES of experts; 0 where that is none.
+
+    Of large experts the bytes take so long that nothing else counts, and formulas will do.
+    """
+    for count in range(LAYERS, 1, -1):
+        config = few_layers(model.config, count)
+        experts = len(config.moe_layers) * config.num_experts * layout.slot_bytes
+        needed = model.family.dense_bytes(config, config.dtype) + (1 + MANY) * experts
+        if experts <= MAX_BYTES and 2 * needed <= free and len(config.moe_layers) == count:
+            return count
+    return 0
 
 
 def rehearse(
     model: DescribedModel, layout: ExpertLayout, prompt: int, folder: Path, ways: Sequence[tuple[str, str]] = WAYS
-) -> Rehearsal:
-    """Runs each of ``ways``; ``folder`` is where packs lie, so its disk is the one that counts."""
-    config, prompt = few_layers(model.config, LAYERS), min(prompt, MAX_PROMPT)
-    total = len(config.moe_layers) * config.num_experts
+) -> Rehearsal | None:
+    """Runs each of ``ways``; None where the model is too large. ``folder`` is where packs lie: its disk counts."""
+    count = layers_to_rehearse(model, layout, free_bytes(CPU))
+    if not count:
+        return None
+    config, prompt = few_layers(model.config, count), min(prompt, MAX_PROMPT)
     folder.mkdir(parents=True, exist_ok=True)
     times: dict[str, dict[str, Times]] = {}
     with TemporaryDirectory(dir=folder) as scratch, staged(model.family, config, layout, Path(scratch)) as stage:
         for name, tier in ways:
-            policy = POLICIES[name]
-            shares = (1.0,) if policy.all_resident else (MANY, FEW) if policy.keeps else (FEW,)
-            runs = []
-            for slots in [max(config.num_experts, int(share * total)) for share in shares]:
-                with running(stage, policy, slots, tier, prompt + STEPS + 1) as run:
-                    runs.append(_run(run, prompt))
-            steps = [step for run in runs for step in run.steps]
-            found = Times(_of_steps(steps, policy.keeps), _of_prompts([run.prompts for run in runs]))
-            times.setdefault(name, {})[tier] = found
+            times.setdefault(name, {})[tier] = _rehearsed(stage, POLICIES[name], tier, prompt)
     return Rehearsal(layout.slot_bytes, prompt, times)
+
+
+def _rehearsed(stage: Stage, policy: Policy, tier: str, prompt: int) -> Times:
+    total = len(stage.config.moe_layers) * stage.config.num_experts
+    shares = (1.0,) if policy.all_resident else (MANY, FEW) if policy.keeps else (FEW,)
+    prompts, steps = [], []
+    for slots in [max(stage.config.num_experts, int(share * total)) for share in shares]:
+        with running(stage, policy, slots, tier, prompt + STEPS + 1) as run:
+            list(_passes(run, prompt, 2))  # fills the slots, and warms everything up
+            requests = [list(_passes(run, prompt, STEPS if number == 0 else 1)) for number in range(PROMPTS)]
+        prompts.append([first for first, *_ in requests])
+        steps += [step for _, *others in requests for step in others]
+    return Times(_of_steps(steps, policy.keeps), _of_prompts(prompts))
 
 
 class _Pass(NamedTuple):
@@ -126,20 +141,6 @@ class _Pass(NamedTuple):
     seconds: float
     notes: PassNotes
     copies: float
-
-
-class _Run(NamedTuple):
-    """The prompts and the steps of some requests."""
-
-    prompts: list[_Pass]
-    steps: list[_Pass]
-
-
-def _run(run: Running, prompt: int) -> _Run:
-    """Behind a request that fills the slots and warms everything up."""
-    list(_passes(run, prompt, 2))
-    requests = [list(_passes(run, prompt, STEPS if number == 0 else 1)) for number in range(PROMPTS)]
-    return _Run([first for first, *_ in requests], [step for _, *steps in requests for step in steps])
 
 
 def _passes(run: Running, prompt: int, steps: int) -> Iterator[_Pass]:

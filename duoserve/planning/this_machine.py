@@ -19,7 +19,7 @@ from duoserve.experts.packing import cache_folder
 from duoserve.experts.strict_json import read_object
 from duoserve.models.described import DescribedModel
 from duoserve.planning.measuring import RATES, measure
-from duoserve.planning.rehearsal import Rehearsal, can_rehearse, rehearse
+from duoserve.planning.rehearsal import Rehearsal, rehearse
 from duoserve.scheduling.hardware import Hardware
 
 THIS = "this"
@@ -56,7 +56,7 @@ def this_rehearsal(
     None on a GPU, and where the layers are too large to be made up. ConfigError for a malformed file.
     """
     device, folder = resolve("auto"), cache_folder(cache_dir)
-    if device.type != "cpu" or not can_rehearse(model, layout):
+    if device.type != "cpu":
         return None
     about = _about(device) | {"model": repr(model.config), "experts": layout.name, "prompt": prompt}
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
@@ -67,7 +67,8 @@ def this_rehearsal(
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}: no rehearsal ({error}): delete the file") from error
     found = rehearse(model, layout, prompt, folder)
-    path.write_text(json.dumps(found.to_dict()) + "\n")
+    if found is not None:
+        path.write_text(json.dumps(found.to_dict()) + "\n")
     return found
 
 

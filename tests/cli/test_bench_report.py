@@ -19,6 +19,7 @@ BENCHES = (
     "opening",
     "bench_plan",
     "bench_policies",
+    "plan_here",
     "bench_predictors",
     "bench_routing",
 )
@@ -50,7 +51,15 @@ def scripts(text: str) -> list[str]:
 def test_all_benches_run_in_order(duoserve, checkout):
     ran = duoserve("bench", "cpu", "--checkout", checkout)
     assert ran.code == 0, ran.err
-    assert scripts(ran.out) == ["bench_cpu", "report", "opening", "bench_plan", "bench_policies", "bench_newcomer"]
+    assert scripts(ran.out) == [
+        "bench_cpu",
+        "report",
+        "opening",
+        "bench_plan",
+        "bench_policies",
+        "plan_here",
+        "bench_newcomer",
+    ]
     assert "--readme README.md" in ran.out and "--quick" not in ran.out
     assert "SAID bench_cpu.py --json bench/results/cpu-" in ran.out
     written = ran.out.partition("written:\n")[2].split()
