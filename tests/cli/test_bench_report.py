@@ -70,7 +70,7 @@ def test_all_benches_run_in_order(duoserve, checkout):
 
 def test_texts_add_what_needs_them(duoserve, checkout, tmp_path):
     ran = duoserve("bench", "cpu", "--checkout", checkout, "--texts", tmp_path)
-    assert scripts(ran.out)[5:9] == ["bench_quantize", "bench_predictors", "bench_predictors", "bench_routing"]
+    assert scripts(ran.out)[6:10] == ["bench_quantize", "bench_predictors", "bench_predictors", "bench_routing"]
     assert f"--model bard-fine --texts {tmp_path}" in ran.out
 
 

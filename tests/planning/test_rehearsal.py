@@ -70,7 +70,7 @@ def test_a_long_prompt_is_cut_short(short: None, tmp_path: Path, monkeypatch: py
     ("name", "free", "layers"),
     [
         ("bard", "1GiB", 4),
-        ("bard", "64MiB", 2),
+        ("bard", "40MiB", 3),
         ("bard", "16MiB", 0),
         ("mixtral-8x7b", "4096GiB", 0),
         ("deepseek-v2-lite", "64GiB", 0),
