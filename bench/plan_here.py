@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from machine import REPOSITORY, ForeignCpu, conditions
+from machine import REPOSITORY, ForeignCpu, conditions, foreign_cpu
 from plan_here_report import BUSY, report
 from random_mixtral import ensure_checkpoint
 from shapes import SHAPES
@@ -236,11 +236,14 @@ def main() -> None:
     args = parser.parse_args()
     size = QUICK if args.quick else Size()
     size = replace(size, rounds=args.rounds or size.rounds)
-    begun, result = time.perf_counter(), conditions("plan_here", args.quick)
+    begun, result = time.perf_counter(), conditions("plan_here", args.quick) | {"others_before": foreign_cpu(1.0)}
     for found in Bench(subjects(args.models, args.folder, args.quick), size, args.cache).rounds():
         result |= found | {"seconds": time.perf_counter() - begun}
         if args.json is not None:  # after each round, so that a run may be ended early
             args.json.write_text(json.dumps(result, indent=1) + "\n")
+    result["others_after"] = foreign_cpu(1.0)
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(report(result))
 
 

@@ -102,6 +102,9 @@ def _cells(verdict: Verdict, scale: float) -> list[str]:
 
 def _closing(result: dict[str, Any]) -> Iterator[str]:
     rates = ", ".join(f"{name} {rate:.3g}" for name, rate in result["hardware"].items())
+    most = max(done["foreign_cpu"] for cell in result["cells"] for done in cell["rounds"])
+    before, after = (f"{result.get(f'others_{when}', 0.0):.0%}" for when in ("before", "after"))
+    yield f"Others used {before} of the CPU time before, {after} after, and at most {most:.0%} in a run."
     yield f"Rates of the machine, before all rounds: {rates} (bytes/s, FLOP/s, seconds)."
     yield "\n".join(f"- {check}: {'passed' if passed else 'FAILED'}" for check, passed in result["checks"].items())
 

@@ -107,6 +107,8 @@ def test_the_report_counts_what_is_off_and_warns_of_others() -> None:
         "date": "today",
         "hardware": {"disk": 1e9},
         "checks": {"same tokens": False},
+        "others_before": 0.01,
+        "others_after": 0.02,
     }
     text = report(conditions | {"cells": [here((1.0, 1.0)), here((1.0, 2.0), (1.0, 1.0), (1.0, 1.0))]})
     assert "- TTFT: 2 of 2 within 15%, the worst +0%" in text
