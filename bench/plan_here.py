@@ -48,7 +48,7 @@ TEXT = REPOSITORY / "tests" / "macbeth.txt"
 SLOTS, POLICIES = ("25%", "50%", "75%"), ("lru", "duoserve", "on-demand")
 HOST = {"disk": 0, "ram": GIB}
 CONTEXT = 512
-TRIES = 3
+TRIES = 2
 Done = TypeVar("Done")
 RANDOM = "random"
 
@@ -122,21 +122,20 @@ class Bench:
     def rounds(self) -> Iterator[dict[str, Any]]:
         """What is known after each round: every round so far of every cell."""
         size = self._size
-        cells = [Cell(*way) for way in product(size.slots, size.policies, HOST)]
         done: dict[tuple[str, Cell], list[dict[str, Any]]] = {}
         for _ in range(size.rounds):
-            for subject, tier in product(self._subjects, HOST):
-                planner = self._planner(subject, tier)
-                for cell in [cell for cell in cells if cell.tier == tier]:
+            for subject, tier, policy in product(self._subjects, HOST, size.policies):
+                planner = self._planner(subject, policy, tier)
+                for cell in [Cell(slots, policy, tier) for slots in size.slots]:
                     done.setdefault((subject.name, cell), []).append(self._round(subject, planner, cell))
             found = [asdict(cell) | {"model": name, "rounds": rounds} for (name, cell), rounds in done.items()]
             yield {"hardware": _rates(self._hardware), "size": asdict(size), "cells": found, "checks": _checks(found)}
 
-    def _planner(self, subject: Subject, tier: str) -> Planner:
+    def _planner(self, subject: Subject, policy: str, tier: str) -> Planner:
         """With a rehearsal that has just been held."""
         described = find_model(subject.model)
         layout = layout_in(described.config, None, described.config.dtype)
-        ways = [(RESIDENT, tier), *product(self._size.policies, (tier,))]
+        ways = [(RESIDENT, tier), (policy, tier)]
         found, _ = undisturbed(lambda: rehearse(described, layout, self._size.prompt, self._folder, ways))
         return Planner(subject.name, described, {self._hardware.name: found} if found else {})
 
@@ -179,7 +178,7 @@ class Bench:
 
 
 def undisturbed(run: Callable[[], Done]) -> tuple[Done, float]:
-    """What ``run`` gives when others use hardly any CPU time; of TRIES the one in which they used least, and how much.
+    """What ``run`` gives when others use hardly any CPU time; else of TRIES the one in which they used least.
 
     A machine that is shared stands still now and then, and nobody plans for that.
     """

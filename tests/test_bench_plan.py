@@ -59,7 +59,7 @@ def test_a_quick_run_here_has_every_cell_with_its_verdict(monkeypatch: pytest.Mo
     monkeypatch.setenv("DUOSERVE_CACHE", str(tmp_path))
     monkeypatch.setattr(plan_here, "this_machine", lambda folder, anew: bench_plan.cpu_machine(RESULT))
     monkeypatch.setattr(plan_here, "TRIES", 1)
-    for name, few in (("STEPS", 3), ("PROMPTS", 1), ("LAYERS", 2)):
+    for name, few in (("STEPS", 3), ("PROMPTS", 1), ("MOST_PROMPTS", 1), ("LAYERS", 2)):
         monkeypatch.setattr(rehearsal, name, few)
     out = tmp_path / "here.json"
     monkeypatch.setattr(sys, "argv", ["plan_here.py", "bard", "--quick", "--json", str(out), "--folder", str(tmp_path)])

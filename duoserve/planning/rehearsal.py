@@ -7,6 +7,7 @@ from the computation, and how fast products of just these sizes are.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise, product
@@ -29,7 +30,8 @@ RESIDENT = "resident"
 WAYS = ((RESIDENT, "disk"), *product(("duoserve", "lru", "on-demand", "layer-prefetch"), TIERS))  # policies, tiers
 LAYERS = 4
 FEW, MANY = 3 / 8, 3 / 4  # shares of the experts in slots; policies that keep none need but few
-STEPS, PROMPTS = 16, 3
+STEPS = 6  # behind a prompt
+PROMPTS, MOST_PROMPTS, ENOUGH_S = 3, 8, 0.6  # for each share of slots: more of them where they take little time
 MAX_PROMPT = 512
 MAX_BYTES = 1 << 30
 TRIMMED = 0.1  # of the samples, at either end: others' work on this machine
@@ -128,8 +130,7 @@ def _rehearsed(stage: Stage, policy: Policy, tier: str, prompt: int) -> Times:
     prompts, steps = [], []
     for slots in [max(stage.config.num_experts, int(share * total)) for share in shares]:
         with running(stage, policy, slots, tier, prompt + STEPS + 1) as run:
-            list(_passes(run, prompt, 2))  # fills the slots, and warms everything up
-            requests = [list(_passes(run, prompt, STEPS if number == 0 else 1)) for number in range(PROMPTS)]
+            requests = _requests(run, prompt)
         prompts.append([first for first, *_ in requests])
         steps += [step for _, *others in requests for step in others]
     return Times(_of_steps(steps, policy.keeps), _of_prompts(prompts))
@@ -143,6 +144,15 @@ class _Pass(NamedTuple):
     copies: float
 
 
+def _requests(run: Running, prompt: int) -> list[list[_Pass]]:
+    """Behind one that fills the slots and warms everything up."""
+    list(_passes(run, prompt, STEPS))
+    requests, begun = [list(_passes(run, prompt, STEPS))], time.perf_counter()
+    while len(requests) < PROMPTS or (len(requests) < MOST_PROMPTS and time.perf_counter() - begun < ENOUGH_S):
+        requests.append(list(_passes(run, prompt, STEPS)))
+    return requests
+
+
 def _passes(run: Running, prompt: int, steps: int) -> Iterator[_Pass]:
     """One request, pass by pass."""
     run.watch.passes.clear()
@@ -154,12 +164,12 @@ def _passes(run: Running, prompt: int, steps: int) -> Iterator[_Pass]:
 
 
 def _of_prompts(runs: Sequence[Sequence[_Pass]]) -> PromptTimes:
-    """Of runs with ever fewer slots."""
+    """Of runs with ever fewer slots; medians, for prompts are few."""
     copies, layers_s, rests_s = [], [], []
     for prompts in runs:
         num_layers = len(prompts[0].notes.asked_s)
-        layer_s = trimmed_mean([gap for one in prompts for gap in _gaps_s(one)])
-        rests_s.append(trimmed_mean([one.seconds for one in prompts]) - num_layers * layer_s)
+        layer_s = statistics.median(gap for one in prompts for gap in _gaps_s(one))
+        rests_s.append(statistics.median(one.seconds - num_layers * statistics.mean(_gaps_s(one)) for one in prompts))
         layers_s.append(layer_s)
         copies.append(statistics.mean(one.copies for one in prompts) / num_layers)
     return PromptTimes(tuple(copies), tuple(layers_s), statistics.mean(rests_s))

@@ -39,8 +39,24 @@ def test_prompts_are_told_apart_by_what_is_copied() -> None:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, few in (("STEPS", 6), ("PROMPTS", 1), ("LAYERS", 2)):
+    for name, few in (("STEPS", 6), ("PROMPTS", 1), ("MOST_PROMPTS", 1), ("LAYERS", 2)):
         monkeypatch.setattr(rehearsal, name, few)
+
+
+def test_what_takes_little_time_is_done_more_often(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def passes(run: object, prompt: int, steps: int) -> list[_Pass]:
+        asked.append(prompt)
+        return [took(1.0, [0.0], [0])]
+
+    monkeypatch.setattr(rehearsal, "_passes", passes)
+    for most, enough_s, count in ((5, 60.0, 5), (5, 0.0, 2)):
+        for name, value in (("PROMPTS", 2), ("MOST_PROMPTS", most), ("ENOUGH_S", enough_s)):
+            monkeypatch.setattr(rehearsal, name, value)
+        asked.clear()
+        assert len(rehearsal._requests(None, 16)) == count
+        assert asked == [16] * (1 + count)
 
 
 def test_every_way_is_measured_and_nothing_is_left(short: None, tmp_path: Path) -> None:
