@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Self
@@ -30,7 +30,7 @@ RESIDENT = "resident"
 WAYS = ((RESIDENT, "disk"), *product(("duoserve", "lru", "on-demand", "layer-prefetch"), TIERS))  # policies, tiers
 LAYERS = 4
 FEW, MANY = 3 / 8, 3 / 4  # shares of the experts in slots; policies that keep none need but few
-STEPS = 6  # behind a prompt
+STEPS = 12  # behind a prompt
 PROMPTS, MOST_PROMPTS, ENOUGH_S = 3, 8, 0.6  # for each share of slots: more of them where they take little time
 MAX_PROMPT = 512
 MAX_BYTES = 1 << 30
@@ -127,13 +127,12 @@ def rehearse(
 def _rehearsed(stage: Stage, policy: Policy, tier: str, prompt: int) -> Times:
     total = len(stage.config.moe_layers) * stage.config.num_experts
     shares = (1.0,) if policy.all_resident else (MANY, FEW) if policy.keeps else (FEW,)
-    prompts, steps = [], []
+    by_share = []
     for slots in [max(stage.config.num_experts, int(share * total)) for share in shares]:
         with running(stage, policy, slots, tier, prompt + STEPS + 1) as run:
-            requests = _requests(run, prompt)
-        prompts.append([first for first, *_ in requests])
-        steps += [step for _, *others in requests for step in others]
-    return Times(_of_steps(steps, policy.keeps), _of_prompts(prompts))
+            by_share.append(_requests(run, prompt))
+    steps = [others for requests in by_share for _, *others in requests]
+    return Times(_of_steps(steps, policy.keeps), _of_prompts([[first for first, *_ in one] for one in by_share]))
 
 
 class _Pass(NamedTuple):
@@ -164,29 +163,41 @@ def _passes(run: Running, prompt: int, steps: int) -> Iterator[_Pass]:
 
 
 def _of_prompts(runs: Sequence[Sequence[_Pass]]) -> PromptTimes:
-    """Of runs with ever fewer slots; medians, for prompts are few."""
+    """Of runs with ever fewer slots: medians of what one prompt takes."""
     copies, layers_s, rests_s = [], [], []
     for prompts in runs:
         num_layers = len(prompts[0].notes.asked_s)
-        layer_s = statistics.median(gap for one in prompts for gap in _gaps_s(one))
-        rests_s.append(statistics.median(one.seconds - num_layers * statistics.mean(_gaps_s(one)) for one in prompts))
-        layers_s.append(layer_s)
+        means_s = [statistics.mean(_gaps_s(one)) for one in prompts]
+        layers_s.append(statistics.median(means_s))
+        rests_s.append(statistics.median(p.seconds - num_layers * s for p, s in zip(prompts, means_s, strict=True)))
         copies.append(statistics.mean(one.copies for one in prompts) / num_layers)
     return PromptTimes(tuple(copies), tuple(layers_s), statistics.mean(rests_s))
 
 
-def _of_steps(steps: Sequence[_Pass], keeps: bool) -> StepTimes:
-    """By the number of missing experts where a policy ``keeps`` some; numbers that never came are interpolated."""
+def _of_steps(requests: Sequence[Sequence[_Pass]], keeps: bool) -> StepTimes:
+    """By the number of missing experts where a policy ``keeps`` some; numbers that never came are interpolated.
+
+    How numbers differ is told by means without extremes, how long all take by the median of the requests' means, as
+    TPOT is: what is slow now and then belongs to it, what is so once does not.
+    """
     by_missing: dict[int, list[float]] = {}
-    for run in steps:
-        for missing, gap in zip(run.notes.missing, _gaps_s(run), strict=False):
+    for step in chain.from_iterable(requests):
+        for missing, gap in zip(step.notes.missing, _gaps_s(step), strict=False):
             by_missing.setdefault(missing if keeps else 0, []).append(gap)
     seen = sorted(by_missing)
-    means = [trimmed_mean(by_missing[missing]) for missing in seen]
-    layer_s = _floats(np.interp(range(seen[-1] + 1), seen, means).tolist())
-    within_s = [sum(layer_s[missing if keeps else 0] for missing in run.notes.missing) for run in steps]
-    rest_s = trimmed_mean([run.seconds - within for run, within in zip(steps, within_s, strict=True)])
-    return StepTimes(layer_s, rest_s)
+    shape = np.interp(range(seen[-1] + 1), seen, [trimmed_mean(by_missing[missing]) for missing in seen])
+
+    def by_shape(missing: Sequence[int]) -> float:
+        return sum(float(shape[number if keeps else 0]) for number in missing)
+
+    level = statistics.median(
+        sum(sum(_gaps_s(step)) for step in steps) / sum(by_shape(step.notes.missing[:-1]) for step in steps)
+        for steps in requests
+    )
+    rest_s = statistics.median(
+        statistics.mean(step.seconds - level * by_shape(step.notes.missing) for step in steps) for steps in requests
+    )
+    return StepTimes(_floats((level * shape).tolist()), rest_s)
 
 
 def _gaps_s(run: _Pass) -> list[float]:

@@ -24,12 +24,20 @@ def took(seconds: float, asked_s: list[float], missing: list[int], copies: float
 def test_a_layer_lasts_from_its_call_to_the_next_and_all_else_is_the_rest() -> None:
     """Layers of 1, 3 and 5 s by what is missing, and 2 s beside them; no step missed one only."""
     steps = [took(1 + 5 + 1 + 2, [0, 1, 6], [0, 2, 0]), took(5 + 1 + 5 + 2, [0, 5, 6], [2, 0, 2])]
-    assert _of_steps(steps, keeps=True) == ((1.0, 3.0, 5.0), 2.0)
+    layer_s, rest_s = _of_steps([steps], keeps=True)
+    assert (layer_s, rest_s) == (pytest.approx((1.0, 3.0, 5.0)), pytest.approx(2.0))
 
 
 def test_where_nothing_is_kept_the_number_that_is_missing_does_not_count() -> None:
-    steps = [took(10.0, [0, 2, 6], [2, 1, 2])]
-    assert _of_steps(steps, keeps=False) == ((3.0,), 1.0)
+    assert _of_steps([[took(10.0, [0, 2, 6], [2, 1, 2])]], keeps=False) == ((3.0,), 1.0)
+
+
+def test_what_is_slow_now_and_then_counts_and_what_is_slow_once_does_not() -> None:
+    """In each request one layer of four takes 5 s instead of 1, in one of them another takes 1000 s."""
+    usual = [took(10.0, [0, 1, 2, 3, 8], [1] * 5)]
+    hiccup = [took(1009.0, [0, 1000, 1001, 1002, 1007], [1] * 5)]
+    layer_s, rest_s = _of_steps([usual, usual, hiccup, usual, usual], keeps=False)
+    assert (layer_s, rest_s) == (pytest.approx((2.0,)), pytest.approx(0.0))
 
 
 def test_prompts_are_told_apart_by_what_is_copied() -> None:
