@@ -7,6 +7,7 @@ from the computation, and how fast products of just these sizes are.
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from tqdm import tqdm
 
 from duoserve.experts.device import CPU, free_bytes
 from duoserve.experts.layout import ExpertLayout
@@ -119,7 +121,7 @@ def rehearse(
     folder.mkdir(parents=True, exist_ok=True)
     times: dict[str, dict[str, Times]] = {}
     with TemporaryDirectory(dir=folder) as scratch, staged(model.family, config, layout, Path(scratch)) as stage:
-        for name, tier in ways:
+        for name, tier in tqdm(ways, desc="rehearsal", unit="way", disable=not sys.stderr.isatty()):
             times.setdefault(name, {})[tier] = _rehearsed(stage, POLICIES[name], tier, prompt)
     return Rehearsal(layout.slot_bytes, prompt, times)
 
