@@ -1,7 +1,8 @@
 """Makes duoserve/assets/routing.json: what the planner knows of how models route.
 
-``python bench/routing_curves.py``: a minute or two. Traces are made up after the five cards of
-duoserve/scheduling/synthetic.py; layers are alike, so a few of them are enough. E experts, B sequences, K top-k.
+``python bench/routing_curves.py``: some minutes. Traces are made up after the five cards of
+duoserve/scheduling/synthetic.py; layers are alike, so a few of them are enough. The embedded models are traced while
+they write, each request behind a line of a play that they have not seen. E experts, B sequences, K top-k.
 """
 
 from __future__ import annotations
@@ -9,18 +10,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from duoserve.config import Phase
+from duoserve.config import EngineConfig, Phase
+from duoserve.experts.hub import EMBEDDED
+from duoserve.sampling import SamplingParams
 from duoserve.scheduling.cache_study import Step, layer_hits, prompt_step
 from duoserve.scheduling.policies import EVICTIONS
 from duoserve.scheduling.ranking import Ranking
 from duoserve.scheduling.synthetic import CARDS, RoutingCard, synthesize
 from duoserve.scheduling.trace import Trace
+from duoserve.tracing import Recording, record
 
 OUT = Path(__file__).resolve().parents[1] / "duoserve" / "assets" / "routing.json"
 SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
@@ -29,25 +34,54 @@ RANKINGS: dict[str, Callable[[int, int], Ranking]] = {name: EVICTIONS[name].rank
 WINDOWS = tuple(1 << n for n in range(12))
 ROWS = tuple(1 << n for n in range(7))
 PROMPT, TOKENS, LAYERS, PRECISION = 64, 192, 4, 0.8  # the look-ahead scores that PRECISION is of are not used
+SCENE = Path(__file__).resolve().parents[1] / "tests" / "macbeth.txt"
+WRITTEN, WRITTEN_LONG, LONG = 16, 2, 1024  # requests of an embedded model, and tokens of the long ones
 
 
 def main() -> None:
     """Writes the file anew."""
-    OUT.write_text(json.dumps({name: curves(card) for name, card in CARDS.items()}, indent=1) + "\n")
+    found = {card.name: made_up_curves(card) for card in CARDS.values()} | {name: own_curves(name) for name in EMBEDDED}
+    OUT.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def curves(card: RoutingCard) -> dict[str, Any]:
-    """Hit rates by eviction and batch over the share of a layer's experts in slots; distinct experts of tokens."""
+def made_up_curves(card: RoutingCard) -> dict[str, Any]:
+    """Of a card."""
     few = dataclasses.replace(card, num_layers=LAYERS)
     trace = synthesize(few, 4 * max(BATCHES), TOKENS, PRECISION, seed=11, prompt=PROMPT)
-    prompts = synthesize(few, 4, 1, PRECISION, seed=12, prompt=max(WINDOWS))
+    return curves(trace, synthesize(few, 4, 1, PRECISION, seed=12, prompt=max(WINDOWS)))
+
+
+def own_curves(name: str) -> dict[str, Any]:
+    """Of an embedded model."""
+    lines = [line for line in SCENE.read_text().splitlines() if len(line) > 30]
+    few, long = lines[:WRITTEN], lines[WRITTEN : WRITTEN + WRITTEN_LONG]
+    with tempfile.TemporaryDirectory() as folder:
+        return curves(
+            written(name, few, PROMPT + TOKENS, Path(folder, "few")), written(name, long, LONG, Path(folder, "long"))
+        )
+
+
+def written(name: str, lines: list[str], tokens: int, out: Path) -> Trace:
+    """The routing of what the model makes of each of ``lines``, each of at least so many ``tokens``."""
+    params = SamplingParams(max_tokens=tokens, temperature=1.0, seed=0, ignore_eos=True)
+    return record(name, lines, Recording(out, params), EngineConfig(), "resident", progress=True)
+
+
+def curves(trace: Trace, long: Trace) -> dict[str, Any]:
+    """Hit rates by eviction and batch over the share of a layer's experts in slots; distinct experts of tokens.
+
+    Prompts are windows of ``long``; batches are as large as there are requests, twice as many for the hits.
+    """
+    num_experts = trace.meta.num_experts
+    batches = [batch for batch in BATCHES if 2 * batch <= len(trace)]
+    widths = [width for width in WINDOWS if width <= len(long[0].token_ids_T)]
     return {
-        "num_experts": card.num_experts,
-        "top_k": card.top_k,
-        "shares": [count / card.num_experts for count in slot_counts(card.num_experts)],
-        "hits": {name: {batch: hit_rates(trace, batch, make) for batch in BATCHES} for name, make in RANKINGS.items()},
-        "window": {width: round(distinct_in_windows(prompts, width), 3) for width in WINDOWS},
-        "batch": {rows: round(distinct_in_batches(trace, rows), 3) for rows in ROWS},
+        "num_experts": num_experts,
+        "top_k": trace.meta.top_k,
+        "shares": [count / num_experts for count in slot_counts(num_experts)],
+        "hits": {name: {batch: hit_rates(trace, batch, make) for batch in batches} for name, make in RANKINGS.items()},
+        "window": {width: round(distinct_in_windows(long, width, max(widths)), 3) for width in widths},
+        "batch": {rows: round(distinct_in_batches(trace, rows), 3) for rows in ROWS if rows <= len(trace)},
     }
 
 
@@ -75,17 +109,17 @@ def groups(trace: Trace, layer: int, batch: int) -> Iterator[list[Step]]:
     for first in range(0, min(len(trace), 8 * batch), batch):
         ids_BNK = [trace[first + row].layers[layer].topk_ids_NK for row in range(batch)]
         steps = [prompt_step(ids_NK[:PROMPT]) for ids_NK in ids_BNK]
-        decoded = np.stack([ids_NK[PROMPT:] for ids_NK in ids_BNK], axis=1)
+        decoded = np.stack([ids_NK[PROMPT : PROMPT + TOKENS] for ids_NK in ids_BNK], axis=1)
         yield steps + [prompt_step(ids_BK)._replace(phase=Phase.DECODE) for ids_BK in decoded]
 
 
-def distinct_in_windows(trace: Trace, width: int) -> float:
-    """Experts that ``width`` consecutive tokens of a prompt use, on average over the layers."""
+def distinct_in_windows(trace: Trace, width: int, tokens: int) -> float:
+    """Experts that ``width`` consecutive ones of the first ``tokens`` tokens use, on average over the layers."""
     counts = [
         len(np.unique(request.layers[layer].topk_ids_NK[start : start + width]))
         for request in trace
         for layer in trace.meta.layers
-        for start in range(0, max(WINDOWS), max(width, 64))
+        for start in range(0, tokens, max(width, 64))
     ]
     return float(np.mean(counts))
 
@@ -94,7 +128,7 @@ def distinct_in_batches(trace: Trace, rows: int) -> float:
     """Experts that a token each of ``rows`` requests uses, on average over the layers."""
     counts = []
     for layer in trace.meta.layers:
-        ids_RNK = np.stack([request.layers[layer].topk_ids_NK for request in trace])
+        ids_RNK = np.stack([request.layers[layer].topk_ids_NK[: PROMPT + TOKENS] for request in trace])
         counts += [len(np.unique(ids_RNK[:rows, at])) for at in range(PROMPT, PROMPT + TOKENS, 8)]
     return float(np.mean(counts))
 

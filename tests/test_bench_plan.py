@@ -1,9 +1,11 @@
-"""The check of the planner: its machine, its rows, and verdicts that an error cannot hide from."""
+"""The checks of the planner: their machines, their rows, and verdicts that an error cannot hide from."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,11 @@ sys.path.insert(0, str(BENCH))
 
 import bench_plan  # noqa: E402
 import plan_here  # noqa: E402
+import plan_here_report  # noqa: E402
 from bench_plan import Row  # noqa: E402
+from plan_here_report import Verdict, report  # noqa: E402
+
+from duoserve.planning import rehearsal  # noqa: E402
 
 RESULT = json.loads((BENCH / "results" / "cpu-epyc-2026-11-23.json").read_text())
 
@@ -49,12 +55,84 @@ def test_the_machine_is_the_results_own_and_its_resident_decode_is_met(rows: dic
     assert resident.planned == pytest.approx(resident.known)
 
 
-def test_what_a_run_here_takes_stands_beside_what_was_planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_quick_run_here_has_every_cell_with_its_verdict(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DUOSERVE_CACHE", str(tmp_path))
-    for name, few in (("SLOTS", ("25%",)), ("POLICIES", ("lru",)), ("PROMPT", 8), ("NEW_TOKENS", 3), ("ROUNDS", 1)):
-        monkeypatch.setattr(plan_here, name, few)
-    from_disk, from_ram = plan_here.rows(["bard"], bench_plan.cpu_machine(RESULT))
-    assert [from_disk[:4], from_ram[3]] == [["bard", "25%", "lru", "disk"], "RAM"]
-    assert len(from_disk) == len(plan_here.HEADING)
-    ttft_s, planned_s, error = from_disk[4:7]
-    assert float(planned_s) / float(ttft_s) - 1 == pytest.approx(float(error[:-1]) / 100, abs=0.1)
+    monkeypatch.setattr(plan_here, "this_machine", lambda folder, anew: bench_plan.cpu_machine(RESULT))
+    monkeypatch.setattr(plan_here, "TRIES", 1)
+    for name, few in (("STEPS", 3), ("PROMPTS", 1), ("MOST_PROMPTS", 1), ("LAYERS", 2)):
+        monkeypatch.setattr(rehearsal, name, few)
+    out = tmp_path / "here.json"
+    monkeypatch.setattr(sys, "argv", ["plan_here.py", "bard", "--quick", "--json", str(out), "--folder", str(tmp_path)])
+    plan_here.main()
+    result = json.loads(out.read_text())
+    ways = {(cell["model"], cell["slots"], cell["policy"], cell["tier"]) for cell in result["cells"]}
+    assert ways == {("bard", "50%", policy, tier) for policy in ("lru", "on-demand") for tier in ("disk", "ram")}
+    for cell in result["cells"]:
+        (done,) = cell["rounds"]
+        assert all(done[name] > 0 for _, _, *names, _ in plan_here_report.FIGURES for name in names)
+        assert (done["hits"] > 0) == (done["planned_hits"] > 0) == (cell["policy"] == "lru")
+    assert result["checks"] == {"bard: the same tokens in every cell": True}
+
+
+def here(*rounds: tuple[float, float]) -> dict[str, object]:
+    """A cell whose TTFT, and TPOT too, was measured and planned so in each round."""
+    names = ("ttft_s", "planned_ttft_s", "tpot_s", "planned_tpot_s")
+    done = [dict(zip(names, 2 * pair, strict=True)) | {"tpot_s_by_hits": pair[1]} for pair in rounds]
+    others = {"hits": 0.5, "planned_hits": 0.6, "foreign_cpu": 0.01}
+    return {"model": "m", "slots": "50%", "policy": "lru", "tier": "disk", "rounds": [one | others for one in done]}
+
+
+def test_an_error_is_that_of_pairs_and_beyond_15_percent_it_is_off() -> None:
+    """The machine doubles its time in the third round, and the plan follows."""
+    cell = here((1.0, 1.1), (1.0, 1.14), (2.0, 2.4))
+    verdict = Verdict.of(cell["rounds"], "ttft_s", "planned_ttft_s")
+    assert verdict.error == pytest.approx(0.14)
+    assert verdict.within
+    assert not Verdict.of(here((1.0, 1.16))["rounds"], "ttft_s", "planned_ttft_s").within
+    assert not Verdict.of(here((1.0, 0.84))["rounds"], "ttft_s", "planned_ttft_s").within
+
+
+def test_the_report_counts_what_is_off_and_warns_of_others() -> None:
+    conditions = {
+        "machine": {
+            "cores": 2,
+            "cpu": "X",
+            "isa": ["avx2"],
+            "ram_bytes": 1 << 30,
+            "disk": dict.fromkeys(("filesystem", "source"), "d"),
+        },
+        "versions": {"commit": "abc", "torch": "2"},
+        "size": {"prompt": 8, "new_tokens": 4},
+        "command": "python",
+        "date": "today",
+        "hardware": {"disk": 1e9},
+        "checks": {"same tokens": False},
+        "others_before": 0.01,
+        "others_after": 0.02,
+    }
+    text = report(conditions | {"cells": [here((1.0, 1.0)), here((1.0, 2.0), (1.0, 1.0), (1.0, 1.0))]})
+    assert "- TTFT: 2 of 2 within 15%, the worst +0%" in text
+    assert "- TTFT, if the first round's rehearsal is kept for all: 1 of 2 within 15%, the worst +100%" in text
+    assert "- same tokens: FAILED" in text
+    assert "Warning" not in text
+    off = here((1.0, 1.2))
+    off["rounds"][0]["foreign_cpu"] = 0.3
+    text = report(conditions | {"cells": [off]})
+    assert "**off**" in text and "in one run others used 30% of its CPU time" in text
+
+
+def test_a_run_that_others_disturb_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = iter((0.5, 0.2, 0.9, 0.01))
+
+    class Foreign:
+        share = 0.0
+
+        @contextmanager
+        def measure(self) -> Iterator[None]:
+            yield
+            self.share = next(shares)
+
+    monkeypatch.setattr(plan_here, "ForeignCpu", Foreign)
+    runs = iter(range(10))
+    assert plan_here.undisturbed(lambda: next(runs)) == (1, 0.2)
+    assert plan_here.undisturbed(lambda: next(runs)) == (3, 0.01)

@@ -52,7 +52,8 @@ F5  service  sampling  text  chat_sandbox  chat_template  kv_cache  request  wri
     decode_inputs  recorded_decode  event_decode  graph_decode  link  decoding  workspace  memory_needs  placement
     choice  loading  tracing  evaluating  moe_model  stream  worker  async_engine  perplexity  planning/__init__
     planning/model_cards  planning/formats  planning/sizes  planning/routing_curves  planning/speed
-    planning/policy_speed  planning/planner  planning/measuring  planning/this_machine  __init__
+    planning/policy_speed  planning/made_up  planning/rehearsal  planning/rehearsed  planning/planner
+    planning/measuring  planning/this_machine  __init__
 F6  server/__init__  server/backend  server/settings  server/errors  server/fields  server/asking  server/records
     server/token_text  server/answers  server/generation  server/sse  server/http  server/host  server/metrics
     server/status  server/preparing  server/endpoints  server/app  server/run  cli/options  cli/inventory

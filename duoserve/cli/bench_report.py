@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, jobs: Jobs) -> None:
 
 
 def cpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:
-    """The CPU bench, its report, the planner against it, the policies; with texts also what predictors do."""
+    """The CPU bench, its report, the planner, the policies; with texts also what predictors do."""
     day, quick = time.strftime("%Y-%m-%d", time.gmtime()), ("--quick",) if args.quick else ()
     name = f"{_slug(_cpu_name())}-{day}" + ("-quick" if args.quick else "")
     # Results name their command, which should say nothing of where the clone is: all scripts start in it.
@@ -102,9 +102,10 @@ def cpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:
         Job("bench_plan.py", ("--cpu", str(result), "--out", str(out / f"plan-{day}.md"))),
         Job("bench_policies.py", (), out / f"policies-{day}.md"),
     ]
-    newcomer = out / f"newcomer-{name}.json"
+    here, newcomer = (out / f"{kind}-{name}.json" for kind in ("plan-here", "newcomer"))
     return [
         *jobs,
+        Job("plan_here.py", ("--json", str(here)), here.with_suffix(".md")),
         *_jobs_on_texts(out, args.texts, readme),
         Job("bench_newcomer.py", ("--json", str(newcomer), *readme), newcomer.with_suffix(".md")),
     ]

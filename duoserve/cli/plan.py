@@ -14,11 +14,12 @@ from duoserve.cli.plan_plot import draw_plans
 from duoserve.cli.plan_report import figures, lines
 from duoserve.errors import ConfigError, MemoryBudgetError
 from duoserve.experts.budget import parse_bytes
-from duoserve.planning.formats import FORMATS
+from duoserve.planning.formats import FORMATS, layout_in
 from duoserve.planning.model_cards import MODEL_CARDS, find_model
 from duoserve.planning.planner import Plan, Planner
 from duoserve.planning.policy_speed import Question
-from duoserve.planning.this_machine import THIS, this_machine
+from duoserve.planning.routing_curves import known_routings
+from duoserve.planning.this_machine import THIS, this_machine, this_rehearsal
 from duoserve.scheduling.hardware import DISKS, HARDWARE, LINKS, Hardware, find_hardware
 
 COUNT = re.compile(r"(\d{1,9})(k?)", re.ASCII | re.IGNORECASE)
@@ -51,6 +52,11 @@ def add_command(commands: Subparsers) -> None:
     parser.add_argument("--new-tokens", type=_count, default=256, metavar="N", help="behind a prompt (default: 256)")
     parser.add_argument("--batch", type=_count, default=1, metavar="N", help="sequences at a time (default: 1)")
     parser.add_argument("--max-context", type=_count, metavar="N", help="tokens that the KV cache holds")
+    parser.add_argument(
+        "--routing",
+        choices=known_routings(),
+        help="whose hit rates to go by (default: the model's, or the nearest known)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw TPOT over memory (extra: plot)")
     parser.set_defaults(command=run)
@@ -60,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints a plan for each machine; the refusal is an error where none of them can run the model."""
     planner, question = Planner(args.model.lower(), find_model(args.model)), _question(args)
     machines = [_machine(name.strip(), args) for name in args.hardware.split(",")]
+    planner = _rehearsed(planner, machines, question, args)
     answers = [_answer(planner, machine, question) for machine in machines]
     plans = [answer for answer in answers if isinstance(answer, Plan)]
     if not plans and isinstance(answers[0], MemoryBudgetError):
@@ -91,6 +98,7 @@ def _question(args: argparse.Namespace) -> Question:
         expert_slots=args.expert_slots,
         host_memory=host_memory,
         max_context=args.max_context,
+        routing=args.routing,
     )
 
 
@@ -108,6 +116,16 @@ def _machine(text: str, args: argparse.Namespace) -> Hardware:
     link_rate = LINKS[link] if link else found.link
     disk_rate = DISKS[args.disk] if args.disk else found.disk
     return replace(found, name=text, link=link_rate, disk=disk_rate)
+
+
+def _rehearsed(planner: Planner, machines: list[Hardware], question: Question, args: argparse.Namespace) -> Planner:
+    """With a rehearsal, where one of the machines is this one as it is."""
+    if args.disk or THIS not in [machine.name for machine in machines]:
+        return planner
+    config = planner.model.config
+    layout = layout_in(config, question.form, config.dtype)
+    found = this_rehearsal(planner.model, layout, question.prompt, anew=args.measure)
+    return replace(planner, rehearsals={} if found is None else {THIS: found})
 
 
 def _answer(planner: Planner, machine: Hardware, question: Question) -> Plan | MemoryBudgetError:

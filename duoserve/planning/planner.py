@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -15,7 +15,9 @@ from duoserve.memory_needs import MemoryNeeds, context_of, cpu_only
 from duoserve.models.described import DescribedModel
 from duoserve.planning.formats import layout_in
 from duoserve.planning.policy_speed import RANKED, Question, Speed, speed_of
-from duoserve.planning.routing_curves import RoutingCurves, curves_for
+from duoserve.planning.rehearsal import Rehearsal
+from duoserve.planning.rehearsed import RehearsedCosts
+from duoserve.planning.routing_curves import UNIFORM, RoutingCurves, curves_for
 from duoserve.planning.sizes import sizes_of
 from duoserve.planning.speed import Costs
 from duoserve.scheduling.hardware import GIB, HARDWARE, Hardware, Machine
@@ -45,20 +47,24 @@ class Plan:
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans of one model, known by ``name``; MemoryBudgetError, with the arithmetic, where it cannot run."""
+    """Plans of one model, known by ``name``; MemoryBudgetError, with the arithmetic, where it cannot run.
+
+    ``rehearsals`` are by the name of the hardware that they were taken on; they count for experts of the same size.
+    """
 
     name: str
     model: DescribedModel
+    rehearsals: Mapping[str, Rehearsal] = field(default_factory=dict)
 
     def plan(self, hardware: Hardware, question: Question) -> Plan:
         """How memory is divided, and how fast each policy is."""
         layout = layout_in(self.model.config, question.form, self.model.config.dtype)
         memory = self._memory(hardware, question, layout)
-        curves = curves_for(self.model.config.num_experts, self.model.config.top_k, self.name)
+        curves = curves_for(self.model.config.num_experts, self.model.config.top_k, question.routing or self.name)
         costs = self._costs(hardware, layout, memory)
         names = [name for name in RANKED if _can(POLICIES[name], memory)]
         speeds = sorted((speed_of(costs, curves, memory, question, name) for name in names), key=_by_tpot)
-        notes = tuple(self._notes(hardware, question, memory, curves))
+        notes = (*self._routing_notes(question, curves), *self._notes(hardware, question, memory, costs))
         return Plan(hardware, question, layout, memory, {s.policy: s for s in speeds}, curves.name, notes)
 
     def costs(self, plan: Plan) -> Costs:
@@ -90,7 +96,10 @@ class Planner:
         config = self.model.config
         sizes = sizes_of(self.model.family, config, layout, config.dtype)
         ram_share = 1.0 if memory.num_slots == memory.total_experts else memory.host_experts / memory.total_experts
-        return Costs(Machine(hardware, sizes.layer), sizes, ram_share)
+        costs, rehearsal = Costs(Machine(hardware, sizes.layer), sizes, ram_share), self.rehearsals.get(hardware.name)
+        if rehearsal is None or rehearsal.slot_bytes != layout.slot_bytes:
+            return costs
+        return RehearsedCosts.of(costs, rehearsal)
 
     def _memory(self, hardware: Hardware, question: Question, layout: ExpertLayout) -> MemoryPlan:
         config = self.model.config
@@ -120,16 +129,23 @@ class Planner:
         )
         return needs.plan(wanted, FreeMemory(hardware.memory_bytes, None if on_cpu else host_bytes))
 
-    def _notes(self, hardware: Hardware, question: Question, memory: MemoryPlan, curves: RoutingCurves) -> list[str]:
+    def _routing_notes(self, question: Question, curves: RoutingCurves) -> list[str]:
         config, notes = self.model.config, []
-        if curves.name != self.name:
+        if curves.name == UNIFORM:
+            notes.append("hit rates are those of chance: every expert as likely as any other, whatever came before")
+        elif curves.name != self.name:
             ours, theirs = (config.num_experts, config.top_k), (curves.raw["num_experts"], curves.raw["top_k"])
+            nearest = "" if question.routing else ", the nearest model whose routing is known"
             notes.append(
-                f"hit rates are those of {curves.name} ({theirs[0]} experts, top-{theirs[1]}), the nearest model whose "
-                f"routing is known; this one has {ours[0]}, top-{ours[1]}"
+                f"hit rates are those of {curves.name} ({theirs[0]} experts, top-{theirs[1]}){nearest}; "
+                f"this one has {ours[0]}, top-{ours[1]}"
             )
-        if question.new_tokens < CURVE_TOKENS / 2:
+        if question.new_tokens < CURVE_TOKENS / 2 and curves.name != UNIFORM:
             notes.append(f"hit rates are means over {CURVE_TOKENS} new tokens: so few as here miss more")
+        return notes
+
+    def _notes(self, hardware: Hardware, question: Question, memory: MemoryPlan, costs: Costs) -> list[str]:
+        config, notes = self.model.config, []
         if not hardware.host_computes and question.host_memory is None and memory.num_slots < memory.total_experts:
             notes.append(f"assumed: {format_bytes(hardware.host_bytes)} of RAM, of which 80 % hold experts")
         if hardware.name.partition("@")[0] in HARDWARE:
@@ -138,7 +154,9 @@ class Planner:
             )
         if not hardware.host_computes and (what := cpu_only(config)) is not None:
             notes.append(f"duoserve runs {what} on CPUs only so far: this is what a GPU would allow")
-        if hardware.host_computes and (question.form or config.quantization is not None):
+        if isinstance(costs, RehearsedCosts):
+            notes.append("times are those of made-up layers of these sizes, run on this machine")
+        elif hardware.host_computes and (question.form or config.quantization is not None):
             notes.append("a CPU decodes quantized experts before it multiplies: the time of that is left out")
         return notes
 

@@ -21,7 +21,8 @@ class Question:
 
     ``form`` is the experts' format (formats.py), None: the checkpoint's. ``memory`` caps everything on the device, in
     bytes, or ``expert_slots`` the slots (a count, or a share as "25%"), and ``host_memory`` the experts that wait in
-    RAM; ``max_context`` are the tokens of the KV cache.
+    RAM; ``max_context`` are the tokens of the KV cache. ``routing`` names the card that hit rates are taken from, or
+    UNIFORM; None: the model's own or the nearest.
     """
 
     prompt: int = 512
@@ -32,6 +33,7 @@ class Question:
     expert_slots: int | str | None = None
     host_memory: int | None = None
     max_context: int | None = None
+    routing: str | None = None
 
 
 @dataclass(frozen=True)

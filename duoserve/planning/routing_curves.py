@@ -1,7 +1,9 @@
 """How models route, as far as speed depends on it: hit rates over the share of experts in slots, distinct experts.
 
-The curves are those of the cards in scheduling/synthetic.py; bench/routing_curves.py makes the file. A model without a
-card goes by the card that is nearest in experts and top-k, scaled to its own.
+The curves are those of the cards in scheduling/synthetic.py, and of what the embedded models write themselves;
+bench/routing_curves.py makes the file. A model without a
+card goes by the card that is nearest in experts and top-k, scaled to its own. Weights that nobody trained route as by
+chance: UNIFORM.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from duoserve.experts.hub import EMBEDDED
 from duoserve.experts.strict_json import read_object
 
 _FILE = Path(__file__).resolve().parents[1] / "assets" / "routing.json"
 _MAX_BYTES = 1 << 20
+UNIFORM = "uniform"
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,31 @@ class RoutingCurves:
         return float(np.clip(share * self.num_experts, self.top_k, self.num_experts))
 
 
+class ByChance(RoutingCurves):
+    """Every token takes any experts as likely as others, whatever the last one took."""
+
+    def hit_rate(self, ranking: str, share: float, batch: int = 1) -> float:
+        """No ranking is better than another."""
+        return share
+
+    def _distinct(self, curve: Mapping[str, float], tokens: int) -> float:
+        return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** tokens)
+
+
 def curves_for(num_experts: int, top_k: int, model: str = "") -> RoutingCurves:
-    """The card named ``model``, else the one nearest in experts and top-k."""
+    """Those of chance for UNIFORM, else the card named ``model``, else the one nearest in experts and top-k."""
     cards = _cards()
-    name = model if model in cards else min(cards, key=lambda card: _distance(cards[card], num_experts, top_k))
+    if model == UNIFORM:
+        sizes = {"num_experts": num_experts, "top_k": top_k, "batch": {}, "window": {}}
+        return ByChance(UNIFORM, sizes, num_experts, top_k)
+    others = [card for card in cards if card not in EMBEDDED]  # which are too small to stand for anybody else
+    name = model if model in cards else min(others, key=lambda card: _distance(cards[card], num_experts, top_k))
     return RoutingCurves(name, cards[name], num_experts, top_k)
+
+
+def known_routings() -> list[str]:
+    """The names of all cards, and UNIFORM."""
+    return [UNIFORM, *_cards()]
 
 
 def _distance(raw: Mapping[str, Any], num_experts: int, top_k: int) -> float:

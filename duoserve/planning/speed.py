@@ -143,7 +143,7 @@ class Costs:
         The mean over how many are missing, as if each were by chance.
         """
         count = max(1, round(asked))
-        mean = sum(chance * self._with_missing_s(count, n, one) for n, chance in _binomial(count, 1 - hit_rate))
+        mean = sum(chance * self._with_missing_s(count, n, one) for n, chance in chances(count, 1 - hit_rate))
         return mean * asked / count
 
     def _with_missing_s(self, asked: int, missing: int, one: float) -> float:
@@ -208,6 +208,7 @@ class Costs:
         }
 
 
-def _binomial(count: int, chance: float) -> Iterator[tuple[int, float]]:
+def chances(count: int, chance: float) -> Iterator[tuple[int, float]]:
+    """How many of ``count`` things happen that have this chance each, and how likely that is."""
     for hits in range(count + 1):
         yield hits, comb(count, hits) * chance**hits * (1 - chance) ** (count - hits)

@@ -1,10 +1,11 @@
-"""The machine that this runs on, measured once; the rates are kept in the cache folder.
+"""The machine that this runs on, measured once; rates, and rehearsals of models, are kept in the cache folder.
 
 What is free of its memory is asked anew each time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -13,20 +14,24 @@ import torch
 
 from duoserve.errors import ConfigError
 from duoserve.experts.device import CPU, free_bytes, resolve
+from duoserve.experts.layout import ExpertLayout
 from duoserve.experts.packing import cache_folder
 from duoserve.experts.strict_json import read_object
+from duoserve.models.described import DescribedModel
 from duoserve.planning.measuring import RATES, measure
+from duoserve.planning.rehearsal import Rehearsal, rehearse
 from duoserve.scheduling.hardware import Hardware
 
 THIS = "this"
 FILE = "machine.json"
+_MAX_BYTES = 1 << 16
 
 
 def this_machine(cache_dir: str | Path | None = None, *, anew: bool = False) -> Hardware:
     """The card; measured now if it has not been, or if ``anew``. ConfigError for a malformed file."""
     device, path = resolve("auto"), cache_folder(cache_dir) / FILE
-    about = {"device": _name(device), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    kept = read_object(path, 1 << 16) if path.is_file() and not anew else {}
+    about = _about(device)
+    kept = read_object(path, _MAX_BYTES) if path.is_file() and not anew else {}
     if not kept.keys() >= set(RATES) or any(kept.get(key) != value for key, value in about.items()):
         kept = about | measure(device, path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +46,34 @@ def this_machine(cache_dir: str | Path | None = None, *, anew: bool = False) -> 
         memory_bytes=free_bytes(device),
         host_bytes=0 if on_cpu else free_bytes(CPU),
     )
+
+
+def this_rehearsal(
+    model: DescribedModel, layout: ExpertLayout, prompt: int, cache_dir: str | Path | None = None, *, anew: bool = False
+) -> Rehearsal | None:
+    """The model's layers on this machine, behind prompts of ``prompt`` tokens; rehearsed now if they have not been.
+
+    None on a GPU, and where the layers are too large to be made up. ConfigError for a malformed file.
+    """
+    device, folder = resolve("auto"), cache_folder(cache_dir)
+    if device.type != "cpu":
+        return None
+    about = _about(device) | {"model": repr(model.config), "experts": layout.name, "prompt": prompt}
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    path = folder / f"rehearsal-{key}.json"
+    if path.is_file() and not anew:
+        try:
+            return Rehearsal.from_dict(read_object(path, _MAX_BYTES))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path}: no rehearsal ({error}): delete the file") from error
+    found = rehearse(model, layout, prompt, folder)
+    if found is not None:
+        path.write_text(json.dumps(found.to_dict()) + "\n")
+    return found
+
+
+def _about(device: torch.device) -> dict[str, str | int]:
+    return {"device": _name(device), "torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def _name(device: torch.device) -> str:

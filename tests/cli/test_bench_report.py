@@ -19,6 +19,7 @@ BENCHES = (
     "opening",
     "bench_plan",
     "bench_policies",
+    "plan_here",
     "bench_predictors",
     "bench_routing",
 )
@@ -50,7 +51,15 @@ def scripts(text: str) -> list[str]:
 def test_all_benches_run_in_order(duoserve, checkout):
     ran = duoserve("bench", "cpu", "--checkout", checkout)
     assert ran.code == 0, ran.err
-    assert scripts(ran.out) == ["bench_cpu", "report", "opening", "bench_plan", "bench_policies", "bench_newcomer"]
+    assert scripts(ran.out) == [
+        "bench_cpu",
+        "report",
+        "opening",
+        "bench_plan",
+        "bench_policies",
+        "plan_here",
+        "bench_newcomer",
+    ]
     assert "--readme README.md" in ran.out and "--quick" not in ran.out
     assert "SAID bench_cpu.py --json bench/results/cpu-" in ran.out
     written = ran.out.partition("written:\n")[2].split()
@@ -61,7 +70,7 @@ def test_all_benches_run_in_order(duoserve, checkout):
 
 def test_texts_add_what_needs_them(duoserve, checkout, tmp_path):
     ran = duoserve("bench", "cpu", "--checkout", checkout, "--texts", tmp_path)
-    assert scripts(ran.out)[5:9] == ["bench_quantize", "bench_predictors", "bench_predictors", "bench_routing"]
+    assert scripts(ran.out)[6:10] == ["bench_quantize", "bench_predictors", "bench_predictors", "bench_routing"]
     assert f"--model bard-fine --texts {tmp_path}" in ran.out
 
 

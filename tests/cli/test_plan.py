@@ -14,6 +14,7 @@ from duoserve.cli.plan_plot import tpot_over_memory
 from duoserve.planning.model_cards import find_model
 from duoserve.planning.planner import Planner
 from duoserve.planning.policy_speed import Question
+from duoserve.planning.rehearsal import PromptTimes, Rehearsal, StepTimes, Times
 from duoserve.scheduling.hardware import GIB, HARDWARE, find_hardware
 
 
@@ -84,12 +85,45 @@ def test_what_cannot_be_planned_is_refused(duoserve, arguments, code, said):
     assert said in ran.err
 
 
-def test_this_machine_is_the_default(duoserve, monkeypatch):
+@pytest.fixture
+def rehearsals(monkeypatch):
+    """What was rehearsed on a made-up machine, where a resident layer takes a second, and ten milliseconds a step."""
+    asked = []
+
+    def rehearse(model, layout, prompt, *, anew):
+        asked.append((layout.slot_bytes, prompt))
+        times = Times(StepTimes((0.01,), 0.0), PromptTimes((0.0,), (1.0,), 0.0))
+        return Rehearsal(layout.slot_bytes, prompt, {"resident": {"disk": times}})
+
     monkeypatch.setattr(command, "this_machine", lambda anew: HARDWARE["ddr4"])
-    ran = duoserve("plan", "bard", "--max-context", "1024")
+    monkeypatch.setattr(command, "this_rehearsal", rehearse)
+    return asked
+
+
+def test_this_machine_is_the_default_and_the_model_is_rehearsed_on_it(duoserve, rehearsals):
+    ran = duoserve("plan", "bard", "--max-context", "1024", "--prompt", "100")
     assert ran.code == 0
     assert ran.out.startswith("this: experts in bfloat16")
     assert "  best: resident" in ran.out
+    assert "6.00 s" in ran.out
+    assert "note: times are those of made-up layers of these sizes, run on this machine" in ran.out
+    assert rehearsals == [(393216, 100)]
+
+
+@pytest.mark.parametrize("other", [("--hardware", "rtx4090"), ("--disk", "sata"), ("--hardware", "this@pcie4x8")])
+def test_other_machines_are_not_rehearsed(duoserve, rehearsals, other):
+    assert duoserve("plan", "bard", "--max-context", "1024", *other).code == 0
+    assert rehearsals == []
+
+
+def test_hit_rates_may_be_those_of_chance(duoserve):
+    asked = ("plan", "mixtral-8x7b", "--hardware", "rtx4090", "--format", "int4", "--json")
+    (own,), (chance,) = (json.loads(duoserve(*asked, *more).out)["plans"] for more in ((), ("--routing", "uniform")))
+    assert (own["routing"], chance["routing"]) == ("mixtral-8x7b", "uniform")
+    assert (
+        chance["policies"][0]["hit_rate"] == chance["slots"] / chance["total_experts"] < own["policies"][0]["hit_rate"]
+    )
+    assert chance["notes"][0].startswith("hit rates are those of chance")
 
 
 LARGE = replace(find_hardware("rtx4090"), memory_bytes=64 * GIB)

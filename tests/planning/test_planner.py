@@ -131,4 +131,13 @@ def test_what_is_assumed_is_said() -> None:
     assert "hit rates" not in notes
     assert "hit rates are those of mixtral-8x7b (8 experts, top-2)" in plan("mixtral-8x22b", "h200").notes[0]
     assert "so few as here miss more" in plan("qwen3-30b-a3b", "rtx4090", new_tokens=32).notes[0]
-    assert planner_of("bard").plan(CPU, Question(max_context=2048)).notes[0].startswith("hit rates are those of")
+    assert planner_of("bard").plan(CPU, Question(max_context=2048)).notes == ()
+    by_chance = planner_of("bard").plan(CPU, Question(max_context=2048, new_tokens=32, routing="uniform"))
+    assert by_chance.notes == (
+        "hit rates are those of chance: every expert as likely as any other, whatever came before",
+    )
+    by_another = planner_of("bard").plan(CPU, Question(max_context=2048, routing="qwen3-30b-a3b"))
+    assert by_another.notes == ("hit rates are those of qwen3-30b-a3b (128 experts, top-8); this one has 8, top-2",)
+    assert (
+        "the time of that is left out" in planner_of("bard").plan(CPU, Question(max_context=512, form="int8")).notes[0]
+    )

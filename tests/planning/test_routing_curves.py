@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from duoserve.planning.routing_curves import curves_for
+from duoserve.planning.routing_curves import UNIFORM, curves_for, known_routings
 from duoserve.scheduling.cache_study import cached_hits
 from duoserve.scheduling.policies import EVICTIONS
 from duoserve.scheduling.synthetic import CARDS, synthesize
@@ -67,3 +67,26 @@ def test_a_model_without_a_card_goes_by_the_nearest_scaled_to_its_own() -> None:
     assert deepseek.in_prompt(1) == pytest.approx(8)
     # 4 of its tokens take as many of 256 experts as 2 of Qwen3's of 128, twice.
     assert deepseek.in_prompt(4) == pytest.approx(2 * QWEN.in_prompt(2))
+
+
+def test_the_embedded_models_have_cards_and_stand_for_nobody_else() -> None:
+    assert curves_for(8, 2, "bard").name == "bard"
+    assert curves_for(64, 8, "bard-fine").is_own
+    assert curves_for(64, 8).name == "deepseek-v2-lite"
+    for share, rate in ((0.25, 0.38), (0.5, 0.64), (0.75, 0.84)):  # bench/results/routing-embedded.md, other requests
+        assert curves_for(8, 2, "bard").hit_rate("lru", share) == pytest.approx(rate, abs=0.04)
+
+
+def test_by_chance_a_cache_hits_as_often_as_its_share() -> None:
+    even = dataclasses.replace(CARDS["gpt-oss-20b"], num_layers=2, skew=0.0, request=0.0, slow=0.0, fast=0.0)
+    trace = synthesize(even, 4, 192, 0.8, seed=5, prompt=64)
+    chance = curves_for(32, 4, UNIFORM)
+    for slots in (8, 16, 24):
+        measured = cached_hits(trace, slots, EVICTIONS["lru"].ranking, 1).rate
+        assert chance.hit_rate("lru", slots / 32) == pytest.approx(measured, abs=0.02)
+    for tokens in (1, 4, 16):
+        ids = trace[0].layers[0].topk_ids_NK
+        windows = [len(set(ids[at : at + tokens].flatten())) for at in range(0, 192, tokens)]
+        assert chance.in_prompt(tokens) == pytest.approx(sum(windows) / len(windows), rel=0.05)
+        assert chance.in_batch(tokens) == chance.in_prompt(tokens)
+    assert {"uniform", "bard", "qwen3-30b-a3b"} <= set(known_routings())

@@ -9,9 +9,14 @@ import pytest
 import torch
 
 from duoserve.errors import ConfigError
+from duoserve.experts.layout import ExpertLayout
+from duoserve.models.described import DescribedModel
 from duoserve.planning import this_machine as measured
+from duoserve.planning.formats import layout_in
 from duoserve.planning.measuring import RATES
-from duoserve.planning.this_machine import FILE, this_machine
+from duoserve.planning.model_cards import find_model
+from duoserve.planning.rehearsal import PromptTimes, Rehearsal, StepTimes, Times
+from duoserve.planning.this_machine import FILE, this_machine, this_rehearsal
 
 MADE_UP = dict.fromkeys(RATES, 0.5) | {"link": 3e9}
 
@@ -62,3 +67,58 @@ def test_a_malformed_file_is_refused(times: list[Path], tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(json.dumps(kept | {"disk": "fast"}))
     with pytest.raises(ConfigError, match=r"machine\.json: not every one of .*: delete the file"):
         this_machine(tmp_path)
+
+
+def rehearsal(slot_bytes: int) -> Rehearsal:
+    times = Times(StepTimes((0.01, 0.02), 0.1), PromptTimes((0.0, 2.0), (1.0, 3.0), 0.5))
+    return Rehearsal(slot_bytes, 16, {"lru": {"disk": times, "ram": times}})
+
+
+@pytest.fixture
+def rehearsed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The prompts of rehearsals that take no time."""
+    asked: list[int] = []
+
+    def rehearse(model: DescribedModel, layout: ExpertLayout, prompt: int, folder: Path) -> Rehearsal:
+        asked.append(prompt)
+        return rehearsal(layout.slot_bytes)
+
+    monkeypatch.setattr(measured, "rehearse", rehearse)
+    monkeypatch.setattr(measured, "resolve", lambda name: torch.device("cpu"))
+    return asked
+
+
+BARD = find_model("bard")
+
+
+def rehearse_bard(folder: Path, prompt: int = 16, form: str | None = None, *, anew: bool = False) -> Rehearsal | None:
+    return this_rehearsal(BARD, layout_in(BARD.config, form, BARD.config.dtype), prompt, folder, anew=anew)
+
+
+def test_a_model_is_rehearsed_once_for_each_prompt_and_format(rehearsed: list[int], tmp_path: Path) -> None:
+    first, again = rehearse_bard(tmp_path), rehearse_bard(tmp_path)
+    assert first == again == rehearsal(393216)
+    assert rehearsed == [16]
+    rehearse_bard(tmp_path, 32)
+    rehearse_bard(tmp_path, form="int8")
+    rehearse_bard(tmp_path, anew=True)
+    assert rehearsed == [16, 32, 16, 16]
+
+
+def test_nothing_is_rehearsed_on_a_gpu_or_kept_of_what_is_too_large(
+    rehearsed: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured, "rehearse", lambda *_: None)
+    assert rehearse_bard(tmp_path) is None
+    monkeypatch.setattr(measured, "resolve", lambda name: torch.device("cuda"))
+    assert rehearse_bard(tmp_path) is None
+    assert (rehearsed, list(tmp_path.iterdir())) == ([], [])
+
+
+def test_a_malformed_rehearsal_is_refused(rehearsed: list[int], tmp_path: Path) -> None:
+    rehearse_bard(tmp_path)
+    (file,) = tmp_path.iterdir()
+    for text in ("{}", '{"slot_bytes": 1, "prompt": 2, "times": {"lru": {"disk": [1, 2]}}}'):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=r"rehearsal-.*\.json: no rehearsal .*: delete the file"):
+            rehearse_bard(tmp_path)

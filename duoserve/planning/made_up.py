@@ -1,0 +1,224 @@
+"""A few layers with a model's own sizes and made-up weights: what can be run before the model is downloaded.
+
+All that they are made of is what a loaded model is made of. S slots, T tokens, K top-k, E experts.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from duoserve.architecture import AttentionConfig
+from duoserve.config import EngineConfig, ModelConfig
+from duoserve.engine import Engine
+from duoserve.experts.copy_engine import ThreadedCopyEngine
+from duoserve.experts.disk_store import DiskStore
+from duoserve.experts.layout import ExpertId, ExpertLayout
+from duoserve.experts.packing import write_pack
+from duoserve.experts.rows import aligned_rows
+from duoserve.experts.slots import SlotPool, SlotTable
+from duoserve.experts.store import ExpertStore, HostStore
+from duoserve.kernels import ExpertFormat
+from duoserve.kv_cache import PagedKVCache
+from duoserve.metrics import Meter
+from duoserve.models.decoder import RoutedExperts
+from duoserve.models.family import Family
+from duoserve.models.listening import listened_to
+from duoserve.models.moe import MoEBlock, RoutingScript
+from duoserve.models.tensors import ReadTensor
+from duoserve.models.transformer import DecoderLayer
+from duoserve.passes import Passes
+from duoserve.scheduling.policies import Policy
+from duoserve.scheduling.scheduler import Scheduler
+from duoserve.scheduling.source import ExpertSource, Lease
+
+WEIGHT = 0.01  # every weight: activations stay finite, and none of them is so small that it is slow
+MXFP4_SCALE = 120  # 2^-7
+CODES = 0x11
+FINGERPRINT = "made up"
+
+
+def few_layers(config: ModelConfig, count: int) -> ModelConfig:
+    """The same model with ``count`` layers, all of which have experts."""
+    layers = config.moe_layers[:count]
+    blocks = replace(config.blocks, moe=replace(config.blocks.moe, layers=tuple(range(len(layers)))))
+    attention = blocks.attention
+    if isinstance(attention, AttentionConfig):
+        windows = tuple(attention.windows[layer] for layer in layers)
+        blocks = replace(blocks, attention=replace(attention, windows=windows))
+    return replace(config, num_layers=len(layers), blocks=blocks)
+
+
+class MadeUpStore(ExpertStore):
+    """Every expert is the same row."""
+
+    def __init__(self, layout: ExpertLayout) -> None:
+        self.layout = layout
+        self._row_B = aligned_rows(1, layout.slot_bytes)[0]
+        weights = layout.weights(self._row_B.view(1, -1))
+        for matrix in (weights.w13, weights.w2):
+            if matrix.format is ExpertFormat.FLOAT:
+                matrix.data_SNB.fill_(WEIGHT)
+                continue
+            matrix.data_SNB.view(torch.uint8).fill_(CODES)
+            if matrix.scales_SGN is not None:
+                matrix.scales_SGN.fill_(MXFP4_SCALE if matrix.scales_SGN.dtype is torch.uint8 else WEIGHT)
+            if matrix.order_SD is not None:
+                matrix.order_SD.copy_(torch.arange(matrix.order_SD.shape[1]))
+
+    def read(self, expert: ExpertId, row_B: Tensor) -> None:
+        """As in ExpertStore."""
+        row_B.copy_(self._row_B)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@dataclass
+class PassNotes:
+    """One forward pass: when each layer asked for its experts, in seconds, and how many of them were missing.
+
+    ``away_s`` is what the watching took; it is left out of ``asked_s``.
+    """
+
+    asked_s: list[float] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+    away_s: float = 0.0
+
+
+class Watch(ExpertSource, RoutingScript):
+    """Chooses in the routers' place and notes what comes of it; its own time is left out.
+
+    A decode step asks each layer for any number of missing experts, each number as often; a prompt's tokens choose by
+    chance.
+    """
+
+    def __init__(self, scheduler: Scheduler, table: SlotTable, config: ModelConfig) -> None:
+        self._scheduler = scheduler
+        self._table = table
+        self._config = config
+        self._random = random.Random(0)
+        self._generator = torch.Generator().manual_seed(0)
+        self._away_s = 0.0
+        self.passes: list[PassNotes] = []
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> Lease:
+        """As in ExpertSource."""
+        with self._off_the_clock() as now:
+            run = self.passes[-1]
+            run.asked_s.append(now)
+            run.missing.append(sum(not self._table.is_ready(ExpertId(layer, expert)) for expert in experts))
+        return self._scheduler.acquire(layer, experts)
+
+    def chosen(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """As in RoutingScript."""
+        with self._off_the_clock():
+            if layer == 0:
+                self.passes.append(PassNotes())
+            ids_TK = self._of_prompt(num_tokens) if num_tokens > 1 else torch.tensor([self._of_step(layer)])
+            return torch.full(ids_TK.shape, 1 / self._config.top_k), ids_TK
+
+    def _of_prompt(self, num_tokens: int) -> Tensor:
+        scores_TE = torch.rand(num_tokens, self._config.num_experts, generator=self._generator)
+        return scores_TE.topk(self._config.top_k).indices
+
+    def _of_step(self, layer: int) -> list[int]:
+        """As many missing experts as the dice say, as far as there are so many."""
+        top_k, dice = self._config.top_k, self._random
+        experts = dice.sample(range(self._config.num_experts), self._config.num_experts)
+        ready = [expert for expert in experts if self._table.is_ready(ExpertId(layer, expert))]
+        absent = [expert for expert in experts if expert not in ready]
+        num_missing = min(len(absent), max(dice.randint(0, top_k), top_k - len(ready)))
+        return absent[:num_missing] + ready[: top_k - num_missing]
+
+    @contextmanager
+    def _off_the_clock(self) -> Iterator[float]:
+        begun = time.perf_counter()
+        yield begun - self._away_s
+        taken = time.perf_counter() - begun
+        self._away_s += taken
+        if self.passes:
+            self.passes[-1].away_s += taken
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is put up once for all policies: the dense weights, and the experts on the disk and in RAM."""
+
+    family: Family
+    config: ModelConfig
+    layout: ExpertLayout
+    read: ReadTensor
+    stores: dict[str, ExpertStore]
+
+
+@contextmanager
+def staged(family: Family, config: ModelConfig, layout: ExpertLayout, folder: Path) -> Iterator[Stage]:
+    """Puts up a model of ``config``; ``folder`` is where the packed experts are while it stands."""
+    experts = [ExpertId(layer, e) for layer in config.moe_layers for e in range(config.num_experts)]
+    source = MadeUpStore(layout)
+    write_pack(source, experts, folder, FINGERPRINT)
+    needs = family.dense_needs(config)
+    tensors = {name: _dense(name, need.shape, need.dtype or config.dtype) for name, need in needs.items()}
+    with ExitStack() as held:
+        disk = DiskStore(folder, layout, config.num_layers, config.num_experts, FINGERPRINT)
+        stores = {
+            "disk": held.enter_context(closing(disk)),
+            "ram": held.enter_context(closing(HostStore(source, experts))),
+        }
+        yield Stage(family, config, layout, lambda name, dtype=None: tensors[name], stores)
+
+
+def _dense(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Norms leave things as they are."""
+    return torch.full(shape, 1.0 if "norm" in name and len(shape) == 1 else WEIGHT, dtype=dtype)
+
+
+class Running(NamedTuple):
+    """A staged model that can be asked, and who watches it."""
+
+    engine: Engine
+    meter: Meter
+    watch: Watch
+    slot_bytes: int
+
+
+@contextmanager
+def running(stage: Stage, policy: Policy, num_slots: int, tier: str, context: int) -> Iterator[Running]:
+    """The staged model under ``policy``, its experts in the store named ``tier``, room for ``context`` tokens."""
+    config, meter, pool = stage.config, Meter(), SlotPool(num_slots, stage.layout)
+    table = SlotTable(config.num_layers, config.num_experts, num_slots)
+    scheduler = Scheduler(
+        table=table,
+        pool=pool,
+        engine=ThreadedCopyEngine(stage.stores[tier], pool, EngineConfig().copy_threads, on_copied=meter.copied),
+        policy=policy,
+        top_k=config.top_k,
+        num_layers=config.num_layers,
+        num_experts=config.num_experts,
+        meter=meter,
+    )
+    with closing(scheduler):
+        if policy.all_resident:
+            scheduler.load_all()
+        watch = Watch(scheduler, table, config)
+        model = stage.family.build(config, stage.read, RoutedExperts(watch, pool.weights))
+        model = replace(model, layers=tuple(_scripted(layer, watch) for layer in model.layers))
+        tap = None
+        if scheduler.listener is not None:
+            model, tap = listened_to(model, scheduler.listener)
+        cache = PagedKVCache(config, context, config.dtype, torch.device("cpu"))
+        passes = Passes(model, scheduler, cache, meter, tap=tap)
+        yield Running(Engine(passes, config, cache, meter), meter, watch, stage.layout.slot_bytes)
+
+
+def _scripted(layer: DecoderLayer, watch: Watch) -> DecoderLayer:
+    return replace(layer, ffn=replace(layer.ffn, script=watch)) if isinstance(layer.ffn, MoEBlock) else layer

@@ -1,0 +1,213 @@
+"""Rehearsals: a few made-up layers of a model's sizes are run on this machine, and the time of each layer is taken.
+
+What formulas of rates cannot know comes out of it: the host's time for a layer, an expert and a miss, what copies take
+from the computation, and how fast products of just these sizes are.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, pairwise, product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from tqdm import tqdm
+
+from duoserve.experts.device import CPU, free_bytes
+from duoserve.experts.layout import ExpertLayout
+from duoserve.models.described import DescribedModel
+from duoserve.planning.made_up import PassNotes, Running, Stage, few_layers, running, staged
+from duoserve.request import Request
+from duoserve.sampling import SamplingParams
+from duoserve.scheduling.policies import POLICIES, Policy
+
+TIERS = ("disk", "ram")
+RESIDENT = "resident"
+WAYS = ((RESIDENT, "disk"), *product(("duoserve", "lru", "on-demand", "layer-prefetch"), TIERS))  # policies, tiers
+LAYERS = 4
+FEW, MANY = 3 / 8, 3 / 4  # shares of the experts in slots; policies that keep none need but few
+STEPS = 12  # behind a prompt
+PROMPTS, MOST_PROMPTS, ENOUGH_S = 3, 8, 0.6  # for each share of slots: more of them where they take little time
+MAX_PROMPT = 512
+MAX_BYTES = 1 << 30
+TRIMMED = 0.1  # of the samples, at either end: others' work on this machine
+
+
+class StepTimes(NamedTuple):
+    """Seconds of a layer by how many of its experts are missing (or one figure for all), and of all beside them."""
+
+    layer_s: tuple[float, ...]
+    rest_s: float
+
+
+class PromptTimes(NamedTuple):
+    """Seconds of a layer by how many experts are copied for it, on average (ascending), and of all beside them."""
+
+    copies: tuple[float, ...]
+    layer_s: tuple[float, ...]
+    rest_s: float
+
+
+class Times(NamedTuple):
+    """Of one policy, with the experts in one tier."""
+
+    decode: StepTimes
+    prefill: PromptTimes
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was measured for experts of ``slot_bytes``, prompts of ``prompt`` tokens and steps behind them.
+
+    ``times`` are by policy and by tier; "resident" knows no tier and is under the first.
+    """
+
+    slot_bytes: int
+    prompt: int
+    times: Mapping[str, Mapping[str, Times]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """What ``to_dict`` gave; TypeError, ValueError or KeyError for anything else."""
+        times = {
+            policy: {tier: _times(*parts) for tier, parts in tiers.items()} for policy, tiers in raw["times"].items()
+        }
+        return cls(int(raw["slot_bytes"]), int(raw["prompt"]), times)
+
+
+def _times(decode: Sequence[Any], prefill: Sequence[Any]) -> Times:
+    (step_s, step_rest_s), (copies, layer_s, rest_s) = decode, prefill
+    return Times(
+        StepTimes(_floats(step_s), float(step_rest_s)), PromptTimes(_floats(copies), _floats(layer_s), float(rest_s))
+    )
+
+
+def _floats(raw: Iterable[float]) -> tuple[float, ...]:
+    return tuple(float(value) for value in raw)
+
+
+def layers_to_rehearse(model: DescribedModel, layout: ExpertLayout, free: int) -> int:
+    """How many layers can be made up in half of ``free`` bytes of RAM and MAX_BYTES of experts; 0 where that is none.
+
+    Of large experts the bytes take so long that nothing else counts, and formulas will do.
+    """
+    for count in range(LAYERS, 1, -1):
+        config = few_layers(model.config, count)
+        experts = len(config.moe_layers) * config.num_experts * layout.slot_bytes
+        needed = model.family.dense_bytes(config, config.dtype) + (1 + MANY) * experts
+        if experts <= MAX_BYTES and 2 * needed <= free and len(config.moe_layers) == count:
+            return count
+    return 0
+
+
+def rehearse(
+    model: DescribedModel, layout: ExpertLayout, prompt: int, folder: Path, ways: Sequence[tuple[str, str]] = WAYS
+) -> Rehearsal | None:
+    """Runs each of ``ways``; None where the model is too large. ``folder`` is where packs lie: its disk counts."""
+    count = layers_to_rehearse(model, layout, free_bytes(CPU))
+    if not count:
+        return None
+    config, prompt = few_layers(model.config, count), min(prompt, MAX_PROMPT)
+    folder.mkdir(parents=True, exist_ok=True)
+    times: dict[str, dict[str, Times]] = {}
+    with TemporaryDirectory(dir=folder) as scratch, staged(model.family, config, layout, Path(scratch)) as stage:
+        for name, tier in tqdm(ways, desc="rehearsal", unit="way", disable=not sys.stderr.isatty()):
+            times.setdefault(name, {})[tier] = _rehearsed(stage, POLICIES[name], tier, prompt)
+    return Rehearsal(layout.slot_bytes, prompt, times)
+
+
+def _rehearsed(stage: Stage, policy: Policy, tier: str, prompt: int) -> Times:
+    total = len(stage.config.moe_layers) * stage.config.num_experts
+    shares = (1.0,) if policy.all_resident else (MANY, FEW) if policy.keeps else (FEW,)
+    by_share = []
+    for slots in [max(stage.config.num_experts, int(share * total)) for share in shares]:
+        with running(stage, policy, slots, tier, prompt + STEPS + 1) as run:
+            by_share.append(_requests(run, prompt))
+    steps = [others for requests in by_share for _, *others in requests]
+    return Times(_of_steps(steps, policy.keeps), _of_prompts([[first for first, *_ in one] for one in by_share]))
+
+
+class _Pass(NamedTuple):
+    """A pass: its seconds, the watch's notes, and how many copies had ended when it had."""
+
+    seconds: float
+    notes: PassNotes
+    copies: float
+
+
+def _requests(run: Running, prompt: int) -> list[list[_Pass]]:
+    """Behind one that fills the slots and warms everything up."""
+    list(_passes(run, prompt, STEPS))
+    requests, begun = [list(_passes(run, prompt, STEPS))], time.perf_counter()
+    while len(requests) < PROMPTS or (len(requests) < MOST_PROMPTS and time.perf_counter() - begun < ENOUGH_S):
+        requests.append(list(_passes(run, prompt, STEPS)))
+    return requests
+
+
+def _passes(run: Running, prompt: int, steps: int) -> Iterator[_Pass]:
+    """One request, pass by pass."""
+    run.watch.passes.clear()
+    params = SamplingParams(max_tokens=1 + steps, temperature=0.0, ignore_eos=True)
+    copied = [run.meter.snapshot().bytes.total for _ in run.engine.generate([Request([1] * prompt, params)])]
+    stats = run.meter.snapshot()
+    for seconds, notes, nbytes in zip([stats.ttft_s or 0.0, *stats.itl_s], run.watch.passes, copied, strict=True):
+        yield _Pass(seconds - notes.away_s, notes, nbytes / run.slot_bytes)
+
+
+def _of_prompts(runs: Sequence[Sequence[_Pass]]) -> PromptTimes:
+    """Of runs with ever fewer slots: medians of what one prompt takes."""
+    copies, layers_s, rests_s = [], [], []
+    for prompts in runs:
+        num_layers = len(prompts[0].notes.asked_s)
+        means_s = [statistics.mean(_gaps_s(one)) for one in prompts]
+        layers_s.append(statistics.median(means_s))
+        rests_s.append(statistics.median(p.seconds - num_layers * s for p, s in zip(prompts, means_s, strict=True)))
+        copies.append(statistics.mean(one.copies for one in prompts) / num_layers)
+    return PromptTimes(tuple(copies), tuple(layers_s), statistics.mean(rests_s))
+
+
+def _of_steps(requests: Sequence[Sequence[_Pass]], keeps: bool) -> StepTimes:
+    """By the number of missing experts where a policy ``keeps`` some; numbers that never came are interpolated.
+
+    How numbers differ is told by means without extremes, how long all take by the median of the requests' means, as
+    TPOT is: what is slow now and then belongs to it, what is so once does not.
+    """
+    by_missing: dict[int, list[float]] = {}
+    for step in chain.from_iterable(requests):
+        for missing, gap in zip(step.notes.missing, _gaps_s(step), strict=False):
+            by_missing.setdefault(missing if keeps else 0, []).append(gap)
+    seen = sorted(by_missing)
+    shape = np.interp(range(seen[-1] + 1), seen, [trimmed_mean(by_missing[missing]) for missing in seen])
+
+    def by_shape(missing: Sequence[int]) -> float:
+        return sum(float(shape[number if keeps else 0]) for number in missing)
+
+    level = statistics.median(
+        sum(sum(_gaps_s(step)) for step in steps) / sum(by_shape(step.notes.missing[:-1]) for step in steps)
+        for steps in requests
+    )
+    rest_s = statistics.median(
+        statistics.mean(step.seconds - level * by_shape(step.notes.missing) for step in steps) for steps in requests
+    )
+    return StepTimes(_floats((level * shape).tolist()), rest_s)
+
+
+def _gaps_s(run: _Pass) -> list[float]:
+    """From when a layer asks for its experts to when the next one does."""
+    return [later - asked for asked, later in pairwise(run.notes.asked_s)]
+
+
+def trimmed_mean(values: Sequence[float]) -> float:
+    """The mean without the share TRIMMED of the values at either end."""
+    cut = int(TRIMMED * len(values))
+    return statistics.mean(sorted(values)[cut : len(values) - cut])

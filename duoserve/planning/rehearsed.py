@@ -1,0 +1,77 @@
+"""How long a pass takes by a rehearsal: layers as they were measured, as many as the model has.
+
+Pure functions. Where a question goes beyond what was rehearsed (longer prompts, batches), the measured time is scaled
+by what the formulas of speed.py make of the difference. Seconds; counts are means over the MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+
+from duoserve.planning.rehearsal import RESIDENT, TIERS, PromptTimes, Rehearsal, StepTimes, Times
+from duoserve.planning.speed import Costs, Prompt, Seconds, Step, chances
+from duoserve.scheduling.policies import Policy
+
+
+@dataclass(frozen=True)
+class RehearsedCosts(Costs):
+    """Costs of a model whose layers were rehearsed; policies that were not are left to the formulas."""
+
+    rehearsal: Rehearsal
+
+    @classmethod
+    def of(cls, costs: Costs, rehearsal: Rehearsal) -> Self:
+        """The same by the rehearsal."""
+        return cls(costs.machine, costs.model, costs.ram_share, rehearsal)
+
+    def decode(self, policy: Policy, step: Step) -> Seconds:
+        """As in Costs."""
+        wanted = super().decode(policy, step)
+        if policy.name not in self.rehearsal.times:
+            return wanted
+        base = replace(step, sequences=1, context=self.rehearsal.prompt, asked=float(self.model.shape.top_k))
+        measured_s = self._over_tiers(policy, lambda times: self._step_s(times.decode, base.hit_rate))
+        return Seconds(measured_s * wanted.total / super().decode(policy, base).total, wanted.busy)
+
+    def prefill(self, policy: Policy, prompt: Prompt) -> Seconds:
+        """As in Costs."""
+        wanted = super().prefill(policy, prompt)
+        if policy.name not in self.rehearsal.times:
+            return wanted
+        base = replace(prompt, tokens=self.rehearsal.prompt, sequences=1)
+        copies = self._prefill_copies(policy, base)
+        measured_s = self._over_tiers(policy, lambda times: self._prompt_s(times.prefill, copies))
+        return Seconds(measured_s * wanted.total / super().prefill(policy, base).total, wanted.busy)
+
+    def _over_tiers(self, policy: Policy, seconds: Callable[[Times], float]) -> float:
+        tiers = self.rehearsal.times[policy.name]
+        if len(tiers) == 1:
+            return seconds(next(iter(tiers.values())))
+        disk, ram = (seconds(tiers[tier]) for tier in TIERS)
+        return self.ram_share * ram + (1 - self.ram_share) * disk
+
+    def _step_s(self, times: StepTimes, hit_rate: float) -> float:
+        """The mean over how many are missing in a layer, as if each were by chance."""
+        top_k, num_layers = self.model.shape.top_k, len(self.model.shape.layers)
+        seen = range(len(times.layer_s))
+        layer_s = sum(chance * along(seen, times.layer_s, missing) for missing, chance in chances(top_k, 1 - hit_rate))
+        return num_layers * layer_s + times.rest_s
+
+    def _prompt_s(self, times: PromptTimes, copies: float) -> float:
+        """By the copies of a layer; of none, where that was not seen, it takes what a resident layer takes."""
+        seen, layer_s, resident = times.copies, times.layer_s, self.rehearsal.times.get(RESIDENT)
+        if len(seen) > 1 and resident is not None:
+            seen, layer_s = (0.0, *seen), (next(iter(resident.values())).prefill.layer_s[0], *layer_s)
+        return len(self.model.shape.layers) * along(seen, layer_s, copies) + times.rest_s
+
+
+def along(places: Sequence[float], values: Sequence[float], place: float) -> float:
+    """The value at ``place`` of straight lines through ``values`` at ascending ``places``; the last of them goes on."""
+    if len(places) > 1 and place > places[-1]:
+        slope = (values[-1] - values[-2]) / (places[-1] - places[-2])
+        return values[-1] + max(0.0, slope) * (place - places[-1])
+    return float(np.interp(place, places, values))

@@ -1,0 +1,84 @@
+"""Made-up models: rows of every format, few layers of any family, and a watch whose time does not count."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from duoserve.experts.layout import ExpertId
+from duoserve.experts.rows import aligned_rows
+from duoserve.planning import made_up
+from duoserve.planning.formats import FORMATS, layout_in
+from duoserve.planning.made_up import MadeUpStore, few_layers, running, staged
+from duoserve.planning.model_cards import MODEL_CARDS, find_model
+from duoserve.planning.rehearsal import _passes
+from duoserve.scheduling.policies import POLICIES
+
+BARD = find_model("bard")
+LAYOUT = layout_in(BARD.config, None, BARD.config.dtype)
+
+
+@pytest.mark.parametrize("name", MODEL_CARDS)
+def test_few_layers_of_every_family_all_have_experts(name: str) -> None:
+    model = find_model(name)
+    few = few_layers(model.config, 2)
+    assert (few.num_layers, few.moe_layers) == (2, (0, 1))
+    names = model.family.dense_needs(few)
+    assert any(".layers.1." in name for name in names) and not any(".layers.2." in name for name in names)
+
+
+def test_few_layers_keep_the_windows_of_those_they_stand_for() -> None:
+    config = find_model("gpt-oss-20b").config
+    assert few_layers(config, 2).blocks.attention.windows == config.blocks.attention.windows[:2]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_made_up_expert_can_be_computed_in_every_format(form: str, tmp_path: Path) -> None:
+    layout = layout_in(BARD.config, form, BARD.config.dtype)
+    with staged(BARD.family, few_layers(BARD.config, 2), layout, tmp_path) as stage:
+        for tier in ("disk", "ram"):
+            with running(stage, POLICIES["lru"], 6, tier, 64) as run:
+                passes = list(_passes(run, 8, 3))
+    assert len(passes) == 4
+
+
+def test_every_expert_is_the_same_row() -> None:
+    store, rows = MadeUpStore(LAYOUT), aligned_rows(2, LAYOUT.slot_bytes)
+    for row, expert in zip(rows, (ExpertId(0, 0), ExpertId(1, 7)), strict=True):
+        store.read(expert, row)
+    assert torch.equal(rows[0], rows[1])
+    assert torch.equal(LAYOUT.weights(rows).w13.data_SNB, torch.full((2, 512, 256), 0.01, dtype=torch.bfloat16))
+
+
+def test_steps_ask_for_any_number_of_missing_experts_and_prompts_for_many(tmp_path: Path) -> None:
+    with (
+        staged(BARD.family, few_layers(BARD.config, 3), LAYOUT, tmp_path) as stage,
+        running(stage, POLICIES["lru"], 9, "ram", 128) as run,
+    ):
+        first, *steps = _passes(run, 64, 60)
+    missing = [count for step in steps for count in step.notes.missing]
+    assert {0, 1, 2} == set(missing)
+    assert all(missing.count(count) > 0.2 * len(missing) for count in (0, 1, 2))
+    assert first.copies == pytest.approx(24, abs=2)
+    assert all(len(step.notes.asked_s) == 3 for step in steps)
+
+
+def test_what_the_watch_takes_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(self: random.Random, *ends: int) -> int:
+        time.sleep(0.1)
+        return 1
+
+    monkeypatch.setattr(made_up.random.Random, "randint", slow)
+    with (
+        staged(BARD.family, few_layers(BARD.config, 3), LAYOUT, tmp_path) as stage,
+        running(stage, POLICIES["lru"], 9, "ram", 64) as run,
+    ):
+        _, *steps = _passes(run, 8, 3)
+    for step in steps:
+        assert step.notes.away_s > 0.3
+        assert step.seconds < 0.1
+        assert step.notes.asked_s[-1] - step.notes.asked_s[0] < 0.1
