@@ -32,7 +32,6 @@ SLOTS = 16
 BURST = 24  # copies in a row; so many rates are measured on
 SINGLES = 12  # copies one at a time, to see what waking takes
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)  # tokens of an expert
-UNDER_READS = 6  # tokens that are decoded while experts are read
 
 
 class Stopwatch:
@@ -40,9 +39,11 @@ class Stopwatch:
 
     def __init__(self, lookahead: int) -> None:
         self.lookahead = lookahead
+        self.phase = Phase.PREFILL
         self.passes: list[list[float]] = []
 
     def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
+        self.phase = phase
         self.passes.append([])
 
     def routed(self, routing: Routing) -> None:
@@ -52,6 +53,20 @@ class Stopwatch:
         """Of each pass since the last time, seconds from the first to the last layer."""
         passes, self.passes = self.passes, []
         return [told[-1] - told[0] for told in passes]
+
+
+class Disturber(Stopwatch):
+    """Has ``reads`` experts read in each layer of a decode step, and waits for them if it is told to."""
+
+    def __init__(self, probe: Probe) -> None:
+        super().__init__(0)
+        self._probe = probe
+        self.reads, self.waits = 0, False
+        self.tickets: list[Ticket] = []
+
+    def routed(self, routing: Routing) -> None:
+        if self.phase is Phase.DECODE:
+            self.tickets += self._probe.disturb(self.reads, self.waits)
 
 
 @dataclass
@@ -90,49 +105,51 @@ class Probe:
         self.rates = Rates()
 
     def reads(self) -> None:
-        """Reads one after another, by one thread and by all, and copies that a sleeping thread is woken for."""
+        """Reads one after another, by one thread and by all."""
         for name, engine in zip(("alone", "together"), self._engines, strict=True):
             self.rates.note(name, self._burst(engine))
-        for _ in range(SINGLES):
-            self._computed(1, 1)
-            [ticket] = self._submit(self._engines[-1], 1)
-            self._engines[-1].wait([ticket])
-            now = time.perf_counter()
+
+    def disturb(self, reads: int, waits: bool) -> list[Ticket]:
+        """So many copies by threads that sleep; what they took is noted if they are waited for."""
+        engine, tickets = self._engines[-1], []
+        for _ in range(reads):
+            begun = time.perf_counter()
+            tickets += self._submit(engine, 1)
+            self.rates.note("rouse", time.perf_counter() - begun)
+        left = tickets if waits else []
+        while left:
+            engine.wait(left)
+            left = [ticket for ticket in left if not ticket.finished]
+        if waits and reads == 1:
+            now, [ticket] = time.perf_counter(), tickets
             assert ticket.started_at is not None and ticket.finished_at is not None
             self.rates.note("wake", ticket.started_at - ticket.issued_at)
             self.rates.note("read", ticket.finished_at - ticket.started_at)
             self.rates.note("notice", now - ticket.finished_at)
+        return tickets
 
+    @torch.inference_mode()
+    def compute_one(self) -> None:
+        """What an expert leaves in the caches."""
+        self._computed(1, 1)
+
+    @torch.inference_mode()
     def experts(self) -> None:
         """Experts in slots, for so many tokens each; and two in one launch."""
         for count in COUNTS:
             self.rates.note(f"expert {count}", *(self._computed(count, 1) for _ in range(3)))
-        self.rates.note("two experts", *(self._computed(1, 2) for _ in range(9)))
-        self.rates.note("one expert", *(self._computed(1, 1) for _ in range(9)))
-
-    def computing_under_reads(self, resident: Cell, prompt: Sequence[int]) -> None:
-        """Decode steps of a resident model, while one copy thread reads, and while all do."""
-        for name, engine in zip(("one", "all"), self._engines, strict=True):
-            with self._reading(engine) as tickets:
-                begun = time.perf_counter()
-                served = resident.serve(prompt, UNDER_READS)
-                ended = time.perf_counter()
-            done = [t for t in tickets if t.finished_at is not None and t.error is None and begun < t.finished_at < ended]
-            self.rates.note(f"step under {name}", *served.itl_s)
-            self.rates.note(f"read under {name}", (ended - begun) / max(1, len(done)))
-
-    @contextmanager
-    def _reading(self, engine: ThreadedCopyEngine) -> Iterator[list[Ticket]]:
-        tickets = self._submit(engine, 4000)
-        yield tickets
-        for ticket in tickets:
-            engine.cancel(ticket)
-        while left := [ticket for ticket in tickets if not ticket.finished]:
-            engine.wait(left)
+        for _ in range(9):
+            self.rates.note("two experts", self._computed(1, 2))
+            self.rates.note("one expert", self._computed(1, 1))
+            self.store.read(self._any(), self._pool.row(self._slot))
+            self.rates.note("fresh expert", self._computed(1, 1))
 
     def _burst(self, engine: ThreadedCopyEngine) -> float:
         """Seconds for each of some copies in a row, from the end of the first."""
-        left = tickets = self._submit(engine, BURST)
+        left = tickets = self._submit(engine, 4)
+        begun = time.perf_counter()
+        tickets += self._submit(engine, BURST - 4)
+        self.rates.note("queue", (time.perf_counter() - begun) / (BURST - 4))
         while left:
             engine.wait(left)
             left = [ticket for ticket in left if not ticket.finished]

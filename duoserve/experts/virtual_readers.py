@@ -1,4 +1,4 @@
-"""Copy threads and a host that computes, on a virtual clock: what ThreadedCopyEngine takes on a CPU, without waiting."""
+"""Copy threads and a host that computes, on a virtual clock: what ThreadedCopyEngine does on a CPU, without waiting."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ class Readers:
     """Copy threads, and how they share a disk with each other and the cores with the host. Bytes/s, seconds.
 
     ``alone`` is the rate of one read at a time, ``together`` that of ``threads`` at once; in between it grows evenly.
-    Of sleepers, a thread takes ``wake_s`` to its first read, and the host ``notice_s`` to go on when one has ended. For
-    each read that runs, computing takes ``slows`` longer; while the host computes, reads take ``slowed`` longer.
+    To queue a copy takes the host ``queue_s``, or ``rouse_s`` if that wakes a thread, which begins ``wake_s`` after it
+    was asked. When the host sleeps until a copy has ended, it takes ``notice_s`` to go on as before. For each read that
+    runs, computing takes ``slows`` longer.
     """
 
     threads: int
     alone: float
     together: float
+    queue_s: float = 0.0
+    rouse_s: float = 0.0
     wake_s: float = 0.0
     notice_s: float = 0.0
     slows: float = 0.0
-    slowed: float = 0.0
 
     def rate(self, reads: int) -> float:
-        """Bytes/s of each of so many reads, while nothing is computed."""
+        """Bytes/s of each of so many reads at once."""
         beyond = (reads - 1) / (self.threads - 1) if self.threads > 1 else 0.0
         return (self.alone + beyond * (self.together - self.alone)) / reads
 
@@ -48,8 +50,8 @@ class _Read:
 class VirtualReaders(CopyEngine):
     """``readers`` that carry whole experts of ``nbytes`` bytes; for one thread.
 
-    ``wait`` advances the clock, and ``compute`` does. What falls due while somebody else advances it happens at its own
-    time, at the latest in the next call.
+    ``wait`` advances the clock, and so do ``compute`` and ``submit``. What falls due while somebody else advances it
+    happens at its own time, at the latest in the next call.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class VirtualReaders(CopyEngine):
         self._queue = TicketQueue()
         self._waking: list[float] = []  # when threads that were woken look for work, ascending
         self._reads: list[_Read] = []
+        self._fresh: set[ExpertId] = set()
         self._at = clock.now  # up to where everything has happened
         self._closed = False
 
@@ -78,7 +81,11 @@ class VirtualReaders(CopyEngine):
         self._queue.push(ticket)
         if len(self._waking) + len(self._reads) < self._readers.threads:
             self._waking.append(self.now() + self._readers.wake_s)
-            self.settle()
+            self._clock.advance(self._readers.rouse_s)
+        else:
+            self._clock.advance(self._readers.queue_s)
+        self.settle()
+        self._fresh.add(expert)
         return ticket
 
     def promote(self, ticket: Ticket) -> None:
@@ -101,8 +108,8 @@ class VirtualReaders(CopyEngine):
         """As in CopyEngine; IntegrityError for unfinished tickets of another engine, which would take for ever."""
         self.settle()
         slept = False
-        while not (finished := [ticket for ticket in tickets if ticket.finished]) and tickets:
-            event = self._next_event(1.0)
+        while tickets and not any(ticket.finished for ticket in tickets):
+            event = self._next_event()
             if event == inf:
                 raise IntegrityError(f"wait for {len(tickets)} copies, none of which was asked of this engine")
             self._clock.advance_to(event)
@@ -110,24 +117,30 @@ class VirtualReaders(CopyEngine):
             slept = True
         if slept:
             self._clock.advance(self._readers.notice_s)
-        return finished
+            self.settle()
+        return [ticket for ticket in tickets if ticket.finished]
 
     def settle(self) -> None:
-        """Lets happen what is due by now; nothing was computed meanwhile."""
+        """Lets happen what is due by now."""
         if self._waking or self._reads:
-            self._run(self.now(), 1.0)
+            self._run(self.now())
         self._at = max(self._at, self.now())
 
     def compute(self, seconds: float) -> None:
         """The host computes what takes ``seconds`` while nothing is read, and so much longer as reads slow it."""
         self.settle()
-        slower = 1.0 + self._readers.slowed
         while seconds > 0:
             pace = 1.0 + self._readers.slows * len(self._reads)
-            end, event = self.now() + seconds * pace, self._next_event(slower)
+            end, event = self.now() + seconds * pace, self._next_event()
             seconds = 0.0 if end <= event else seconds - (event - self.now()) / pace
             self._clock.advance_to(min(end, event))
-            self._run(self.now(), slower)
+            self._run(self.now())
+
+    def touch(self, expert: ExpertId) -> bool:
+        """An expert is computed: whether for the first time since it was copied."""
+        fresh = expert in self._fresh
+        self._fresh.discard(expert)
+        return fresh
 
     def close(self) -> None:
         """As in CopyEngine; the clock advances to the end of what is read."""
@@ -136,30 +149,32 @@ class VirtualReaders(CopyEngine):
         for ticket in self._queue.clear():
             ticket.cancel(self.now())
         while self._reads:
-            self._clock.advance_to(self._next_event(1.0))
+            self._clock.advance_to(self._next_event())
             self.settle()
 
-    def _next_event(self, slower: float) -> float:
-        """When a thread looks for work or the next read ends, if reads take ``slower`` times as long till then."""
+    def _next_event(self) -> float:
+        """When a thread looks for work or the next read ends."""
         event = self._waking[0] if self._waking else inf
         if self._reads:
-            rate = self._readers.rate(len(self._reads)) / slower
-            event = min(event, self._at + min(read.left for read in self._reads) / rate)
+            event = min(event, self._at + min(read.left for read in self._reads) / self._rate())
         return event
 
-    def _run(self, until: float, slower: float) -> None:
+    def _run(self, until: float) -> None:
         """Everything up to ``until``, in the order in which it happens."""
         while True:
-            event = self._next_event(slower)
+            event = self._next_event()
             now = min(event, until)
             if self._reads:
-                carried = max(0.0, now - self._at) * self._readers.rate(len(self._reads)) / slower
+                carried = max(0.0, now - self._at) * self._rate()
                 for read in self._reads:
                     read.left -= carried
             self._at = max(self._at, now)
             if event > until:
                 return
             self._happen(self._at)
+
+    def _rate(self) -> float:
+        return self._readers.rate(len(self._reads))
 
     def _happen(self, now: float) -> None:
         """Ends the reads that are through, and lets threads that are awake take what is queued."""

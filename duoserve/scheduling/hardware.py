@@ -175,6 +175,11 @@ class Machine:
         """What experts take that are computed together beyond what each of them takes."""
         return 0.0
 
+    @property
+    def fresh_s(self) -> float:
+        """What an expert takes beyond that the first time after it was copied, when no cache has its bytes."""
+        return 0.0
+
     def attention_s(self, tokens: int, context: int, sequences: int = 1) -> float:
         """One layer up to the router's choice, for ``tokens`` new tokens, each sequence's behind ``context`` others."""
         flops = self.attention_flops(tokens, context, sequences)

@@ -15,7 +15,7 @@ import torch
 
 from duoserve.config import Phase
 from duoserve.experts.copy_engine import CopyEngine, CopyListener
-from duoserve.experts.layout import ExpertLayout
+from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.slots import SlotPool, SlotTable
 from duoserve.experts.virtual import ComputeLane, VirtualClock, VirtualCopyEngine
 from duoserve.experts.virtual_readers import HostLane, VirtualReaders
@@ -29,6 +29,7 @@ from duoserve.scheduling.plan import DecodeMode, GuessMode, PrefillMode
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.scheduler import Scheduler
+from duoserve.scheduling.source import ReadyExpert
 from duoserve.scheduling.scored import Score, ScoredPredictor
 from duoserve.scheduling.trace import RequestTrace, Trace
 
@@ -153,6 +154,7 @@ class _Run:
         self._layers = trace.meta.layers
         self._clock = VirtualClock()
         self._lane, engine = _lanes(machine, self._clock, watcher.on_copied)
+        self._copied = engine if isinstance(engine, VirtualReaders) else None
         self._host: AbstractContextManager[None] = nullcontext()
         if host_clock is not None:
             self._host = host = HostTime(self._clock, host_clock, machine.hardware.host_times)
@@ -231,9 +233,14 @@ class _Run:
                     ready = next(lease, None)
                 if ready is None:
                     break
-                self._launch(layer, launch_s + sum([cost[one.expert] for one in ready]))
+                self._launch(layer, launch_s + sum([cost[one.expert] for one in ready]) + self._fresh_s(layer, ready))
                 if self._machine.hardware.host_computes:
                     self._lane.synchronize()
+
+    def _fresh_s(self, layer: int, ready: Sequence[ReadyExpert]) -> float:
+        if self._copied is None:
+            return 0.0
+        return self._machine.fresh_s * sum([self._copied.touch(ExpertId(layer, one.expert)) for one in ready])
 
     def _launch(self, layer: int, seconds: float) -> None:
         start, stop = self._lane.launch(seconds)
@@ -266,7 +273,7 @@ def _scheduler(  # noqa: PLR0913, PLR0917
     policy: Policy,
     num_slots: int,
     predictor: Predictor | None,
-    engine: VirtualCopyEngine,
+    engine: CopyEngine,
     meter: Meter,
 ) -> Scheduler:
     num_layers, num_experts = trace.meta.layers[-1] + 1, trace.meta.num_experts

@@ -1,4 +1,4 @@
-"""A machine whose parts were timed, on one model and prompts of one length: for replays that are held against reality."""
+"""A machine whose parts were timed on one model and prompts of one length: for replays that are held against reality."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ class TimedMachine(Machine):
     """``prompt`` and ``step`` are the times of a prompt's pass and of a decode step of one token.
 
     ``experts`` has, ascending, for how many tokens an expert was computed and what that took, ``launch`` what it takes
-    beyond that to compute some of them together.
+    beyond that to compute some of them together, ``fresh`` what it takes to compute one that has just been copied.
     """
 
     prompt: PassTimes
     step: PassTimes
     experts: Sequence[tuple[int, float]]
     launch: float
+    fresh: float
 
     def attention_s(self, tokens: int, context: int, sequences: int = 1) -> float:
         """As in Machine, whatever the context is."""
@@ -60,6 +61,11 @@ class TimedMachine(Machine):
     def launch_s(self) -> float:
         """As in Machine."""
         return self.launch
+
+    @property
+    def fresh_s(self) -> float:
+        """As in Machine."""
+        return self.fresh
 
     def with_times(self, prompt: PassTimes, step: PassTimes) -> Self:
         """The same with other times of passes."""
