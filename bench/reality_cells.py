@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from duoserve.config import EngineConfig, Phase
-from duoserve.loading import Runtime, load
-from duoserve.predictors.files import save_predictor
+from duoserve.config import EngineConfig
+from duoserve.loading import load
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
-from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import RoutingListener
 
@@ -45,13 +43,17 @@ class Setting:
 
 
 class Cell:
-    """``policy`` with ``slots``, loaded from disk with no expert in its slots, unless it keeps all of them there."""
+    """``policy`` with ``slots``, loaded from disk with no expert in its slots, unless it keeps all of them there.
+
+    ``served`` is for the caller to fill.
+    """
 
     def __init__(  # noqa: PLR0913
         self,
         setting: Setting,
         policy: str,
-        slots: int | str,
+        slots: int,
+        held: ExitStack,
         *,
         predictor: Predictor | None = None,
         listener: RoutingListener | None = None,
@@ -64,9 +66,8 @@ class Cell:
             copy_threads=setting.copy_threads,
         )
         self.policy, self.slots, self.predictor = policy, slots, predictor
-        self._runtime: Runtime = load(
-            setting.model, wanted, get_policy(policy), setting.cache, listener, predictor=deepcopy(predictor)
-        )
+        runtime = load(setting.model, wanted, policy, setting.cache, listener, predictor=deepcopy(predictor))
+        self._runtime = held.enter_context(closing(runtime))
         self.served: list[Served] = []
 
     def serve(self, prompt: Sequence[int], new_tokens: int) -> Served:
@@ -76,11 +77,3 @@ class Cell:
         stats = self._runtime.meter.snapshot()
         assert stats.ttft_s is not None
         return Served(stats.ttft_s, stats.itl_s, tokens, stats.to_dict())
-
-    def round(self, prompt: Sequence[int], new_tokens: int) -> None:
-        """A request whose figures are kept."""
-        self.served.append(self.serve(prompt, new_tokens))
-
-    def close(self) -> None:
-        """Frees memory and threads."""
-        self._runtime.close()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from math import inf
+from typing import Self
 
-from reality_cells import Cell
+from reality_cells import Cell, Setting
 from reality_probe import COUNTS, Disturber, Probe, Rates, Stopwatch
 
+from duoserve.config import Phase
 from duoserve.experts.virtual_readers import Readers
 from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
 from duoserve.scheduling.policies import get_policy
@@ -19,9 +22,16 @@ from duoserve.scheduling.replay import NOBODY, Replay, Watcher, replay
 from duoserve.scheduling.timed import PassTimes, TimedMachine
 from duoserve.scheduling.trace import Trace
 
-
 # Steps of a resident model in which each layer has so many experts read, and waits for them or does not.
-DISTURBANCES = (("with a read", 1, True), ("with two reads", 2, True), ("beside a read", 1, False))
+A_READ, READS, PROMPTS_READS = "step with a read", "step beside reads", "prompt beside reads"
+A_READ_BESIDE = "step beside a read"
+MANY = 8
+DISTURBANCES = (
+    (A_READ, Phase.DECODE, 1, True),
+    (A_READ_BESIDE, Phase.DECODE, 1, False),
+    (READS, Phase.DECODE, MANY, False),
+    (PROMPTS_READS, Phase.PREFILL, MANY, False),
+)
 
 
 @dataclass
@@ -33,11 +43,21 @@ class Residents:
     scored: Cell
     disturbed: Cell
     watch: Stopwatch  # the listener of ``told``
+    probe: Probe
     disturber: Disturber  # of ``disturbed``
+
+    @classmethod
+    def load(cls, setting: Setting, probe: Probe, total: int, held: ExitStack) -> Self:
+        """All four."""
+        watch, disturber = Stopwatch(0), Disturber(probe)
+        listeners = (None, watch, Stopwatch(1), disturber)
+        cells = [Cell(setting, "resident", total, held, listener=listener) for listener in listeners]
+        return cls(*cells, watch, probe, disturber)
 
     def note(self, rates: Rates, prompt: list[int], new_tokens: int) -> None:
         """A request to each, and where its time went."""
-        self.plain.round(prompt, new_tokens)
+        self.plain.served.append(self.plain.serve(prompt, new_tokens))
+        self.again(rates, prompt, new_tokens)
         for name, cell in (("plain", self.plain), ("scored", self.scored), ("told", self.told)):
             served = self.plain.served[-1] if cell is self.plain else cell.serve(prompt, new_tokens)
             rates.note(f"prompt {name}", served.ttft_s)
@@ -45,31 +65,40 @@ class Residents:
         first, *others = self.watch.spans()
         rates.note("prompt span", first)
         rates.note("step span", statistics.mean(others))
-        for name, reads, waits in DISTURBANCES:
-            self.disturber.reads, self.disturber.waits = reads, waits
-            rates.note(f"step {name}", self.disturbed.serve(prompt, new_tokens).tpot_s)
+        watch = self.disturber
+        for name, watch.disturbed, watch.reads, watch.waits in DISTURBANCES:
+            served = self.disturbed.serve(prompt, 2 if watch.disturbed is Phase.PREFILL else new_tokens)
+            rates.note(name, served.ttft_s if watch.disturbed is Phase.PREFILL else served.tpot_s)
+            self.probe.settle()
 
-    def close(self) -> None:
-        """Closes them all."""
-        for cell in (self.plain, self.told, self.scored, self.disturbed):
-            cell.close()
+    def again(self, rates: Rates, prompt: list[int], new_tokens: int) -> None:
+        """Another request to the plain one, for the machine is not the same all the time."""
+        served = self.plain.serve(prompt, new_tokens)
+        rates.note("prompt plain", served.ttft_s)
+        rates.note("step plain", served.tpot_s)
 
 
 def readers(rates: Rates, nbytes: int, threads: int, layers: int) -> Readers:
     """The copy threads, from reads alone and from steps of a resident model in which experts were read."""
-    told_s, rouse_s = rates.median("step told"), rates.median("rouse")
-    waited_s = (rates.median("step with a read") - told_s) / layers
-    beside_s = (rates.median("step beside a read") - told_s) / layers
+    told_s, rouse_s, read_s = rates.median("step told"), rates.median("rouse"), rates.median("read")
+    waited_s = (rates.median(A_READ) - told_s) / layers
+    beside_s = (rates.median(A_READ_BESIDE) - told_s) / layers
     return Readers(
         threads,
-        alone=nbytes / rates.median("read"),
+        alone=nbytes / read_s,
         together=nbytes / rates.median("together"),
         queue_s=rates.median("queue"),
         rouse_s=rouse_s,
+        roused_s=max(0.0, beside_s - rouse_s - _slows(rates, "step", threads) * read_s),
         wake_s=rates.median("wake"),
-        notice_s=max(0.0, waited_s - rates.median("wake") - rates.median("read")),
-        slows=max(0.0, beside_s - rouse_s) / rates.median("read"),
+        notice_s=max(0.0, waited_s - rates.median("wake") - read_s),
     )
+
+
+def _slows(rates: Rates, phase: str, threads: int) -> float:
+    """How much longer computing takes for each read beside it, by passes in which all threads read all the time."""
+    beside_s, told_s = rates.median(f"{phase} beside reads"), rates.median(f"{phase} told")
+    return max(0.0, beside_s / told_s - 1) / threads
 
 
 def machine(probe: Probe, trace: Trace, threads: int, predictor: Predictor) -> TimedMachine:
@@ -81,27 +110,42 @@ def machine(probe: Probe, trace: Trace, threads: int, predictor: Predictor) -> T
     rates, nbytes = probe.rates, probe.layout.slot_bytes
     launch_s = max(0.0, 2 * rates.median("one expert") - rates.median("two experts"))
     experts = tuple((count, max(1e-9, rates.median(f"expert {count}") - launch_s)) for count in COUNTS)
-    fresh_s = max(0.0, rates.median("fresh expert") - rates.median("one expert"))
     layers = len(trace.meta.layers)
     hardware = Hardware("here", inf, inf, inf, 0.0, 0.0, True, readers=readers(rates, nbytes, threads, layers))
     sizes = LayerSizes("timed", nbytes, 8, 0, 0)
-    hearing = {phase: _hearing(rates, phase, layers) for phase in ("prompt", "step")}
-    rest = {phase: _rest(rates, phase, layers) for phase in ("prompt", "step")}
-    known = {phase: PassTimes(0.0, rest[phase], *hearing[phase]) for phase in ("prompt", "step")}
-    bare = TimedMachine(hardware, sizes, known["prompt"], known["step"], experts, launch_s, fresh_s)
+    known = {phase: _known(rates, phase, layers, threads) for phase in ("prompt", "step")}
+    bare = TimedMachine(hardware, sizes, known["prompt"], known["step"], experts, launch_s)
     bare = replace(bare, hardware=replace(hardware, host_times=_host_times(probe, trace, bare, predictor)))
     done = replayed(trace, bare, "resident", trace.meta.num_experts * layers)
     missing = {
         "prompt": rates.median("prompt plain") - statistics.median(done.ttft_s),
         "step": rates.median("step plain") - statistics.median(tpots(done)),
     }
-    before = {phase: max(0.0, seconds / layers) for phase, seconds in missing.items()}
-    times = {p: PassTimes(before[p], known[p].rest, known[p].hearing, known[p].scores) for p in known}
+    times = {p: replace(known[p], before=max(0.0, seconds / layers)) for p, seconds in missing.items()}
     return bare.with_times(times["prompt"], times["step"])
 
 
+def _known(rates: Rates, phase: str, layers: int, threads: int) -> PassTimes:
+    """What is measured of a pass's times by itself."""
+    which = "used expert" if phase == "prompt" else "one expert"
+    fresh = f"fresh {'used ' if phase == 'prompt' else ''}expert"
+    plain_s, told_s, scored_s = (rates.median(f"{phase} {name}") for name in ("plain", "told", "scored"))
+    return PassTimes(
+        rest=max(0.0, told_s - rates.median(f"{phase} span") * layers / (layers - 1)),
+        hearing=max(0.0, told_s - plain_s) / layers,
+        scores=max(0.0, scored_s - told_s) / layers,
+        fresh=max(0.0, rates.median(fresh) - rates.median(which)),
+        slows=_slows(rates, phase, threads),
+    )
+
+
 def replayed(
-    trace: Trace, machine: Machine, policy: str, slots: int, predictor: Predictor | None = None, watcher: Watcher = NOBODY
+    trace: Trace,
+    machine: Machine,
+    policy: str,
+    slots: int,
+    predictor: Predictor | None = None,
+    watcher: Watcher = NOBODY,
 ) -> Replay:
     """The policy on the trace, the time of its own planning and predicting included."""
     told, clock = deepcopy(predictor), time.thread_time
@@ -126,13 +170,3 @@ def _host_times(probe: Probe, trace: Trace, machine: TimedMachine, predictor: Pr
     nothing = replay(trace, get_policy("duoserve"), machine, slots, predictor=deepcopy(predictor))
     others = sum(nothing.itl_s)
     return (host_s(computing) - others) / (host_s(NOBODY) - others)
-
-
-def _hearing(rates: Rates, phase: str, layers: int) -> tuple[float, float]:
-    plain, told, scored = (rates.median(f"{phase} {name}") for name in ("plain", "told", "scored"))
-    return max(0.0, told - plain) / layers, max(0.0, scored - told) / layers
-
-
-def _rest(rates: Rates, phase: str, layers: int) -> float:
-    """Beyond the layers: from one router's choice to the next is a layer."""
-    return max(0.0, rates.median(f"{phase} told") - rates.median(f"{phase} span") * layers / (layers - 1))

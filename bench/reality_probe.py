@@ -8,14 +8,12 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from reality_cells import Cell, Served
 
 from duoserve import kernels
 from duoserve.config import Phase
@@ -56,16 +54,16 @@ class Stopwatch:
 
 
 class Disturber(Stopwatch):
-    """Has ``reads`` experts read in each layer of a decode step, and waits for them if it is told to."""
+    """Has ``reads`` experts read in each layer of a ``disturbed`` pass, and waits for them if it is told to."""
 
     def __init__(self, probe: Probe) -> None:
         super().__init__(0)
         self._probe = probe
-        self.reads, self.waits = 0, False
+        self.reads, self.waits, self.disturbed = 0, False, Phase.DECODE
         self.tickets: list[Ticket] = []
 
     def routed(self, routing: Routing) -> None:
-        if self.phase is Phase.DECODE:
+        if self.phase is self.disturbed:
             self.tickets += self._probe.disturb(self.reads, self.waits)
 
 
@@ -92,12 +90,16 @@ class Probe:
         with opened(model) as found:
             self.layout = found.layout(found.config.dtype)
             path = pack_path(found.checkpoint, self.layout, cache)
-            self._experts = [ExpertId(layer, e) for layer in found.config.moe_layers for e in range(found.config.num_experts)]
+            self._experts = [
+                ExpertId(layer, e) for layer in found.config.moe_layers for e in range(found.config.num_experts)
+            ]
             self._dtype, size = found.config.dtype, (found.config.num_layers, found.config.num_experts)
         self.store = DiskStore(path, self.layout, *size, None)
         held.callback(self.store.close)
         self._pool = SlotPool(SLOTS, self.layout)
-        self._engines = [held.enter_context(closing(ThreadedCopyEngine(self.store, self._pool, n))) for n in (1, threads)]
+        self._engines = [
+            held.enter_context(closing(ThreadedCopyEngine(self.store, self._pool, n))) for n in (1, threads)
+        ]
         self._random = random.Random(0)
         self._slot = 0
         for slot in range(SLOTS):
@@ -108,6 +110,14 @@ class Probe:
         """Reads one after another, by one thread and by all."""
         for name, engine in zip(("alone", "together"), self._engines, strict=True):
             self.rates.note(name, self._burst(engine))
+
+    def settle(self) -> None:
+        """Waits until nothing is read any more."""
+        for engine in self._engines:
+            left = self._submit(engine, 1)
+            while left:
+                engine.wait(left)
+                left = [ticket for ticket in left if not ticket.finished]
 
     def disturb(self, reads: int, waits: bool) -> list[Ticket]:
         """So many copies by threads that sleep; what they took is noted if they are waited for."""
@@ -134,15 +144,17 @@ class Probe:
         self._computed(1, 1)
 
     @torch.inference_mode()
-    def experts(self) -> None:
-        """Experts in slots, for so many tokens each; and two in one launch."""
+    def experts(self, rows: int) -> None:
+        """Experts in slots, for so many tokens each, and for ``rows`` as in a prompt; two in one launch."""
         for count in COUNTS:
             self.rates.note(f"expert {count}", *(self._computed(count, 1) for _ in range(3)))
         for _ in range(9):
             self.rates.note("two experts", self._computed(1, 2))
             self.rates.note("one expert", self._computed(1, 1))
-            self.store.read(self._any(), self._pool.row(self._slot))
-            self.rates.note("fresh expert", self._computed(1, 1))
+            self.rates.note("used expert", self._computed(rows, 1))
+            for name, count in (("fresh expert", 1), ("fresh used expert", rows)):
+                self.store.read(self._any(), self._pool.row(self._slot))
+                self.rates.note(name, self._computed(count, 1))
 
     def _burst(self, engine: ThreadedCopyEngine) -> float:
         """Seconds for each of some copies in a row, from the end of the first."""

@@ -21,8 +21,8 @@ class Readers:
 
     ``alone`` is the rate of one read at a time, ``together`` that of ``threads`` at once; in between it grows evenly.
     To queue a copy takes the host ``queue_s``, or ``rouse_s`` if that wakes a thread, which begins ``wake_s`` after it
-    was asked. When the host sleeps until a copy has ended, it takes ``notice_s`` to go on as before. For each read that
-    runs, computing takes ``slows`` longer.
+    was asked, and keeps the host from ``roused_s`` of computing if that does not sleep. When the host sleeps until a
+    copy has ended, it takes ``notice_s`` to go on as before.
     """
 
     threads: int
@@ -30,9 +30,9 @@ class Readers:
     together: float
     queue_s: float = 0.0
     rouse_s: float = 0.0
+    roused_s: float = 0.0
     wake_s: float = 0.0
     notice_s: float = 0.0
-    slows: float = 0.0
 
     def rate(self, reads: int) -> float:
         """Bytes/s of each of so many reads at once."""
@@ -64,6 +64,8 @@ class VirtualReaders(CopyEngine):
         self._queue = TicketQueue()
         self._waking: list[float] = []  # when threads that were woken look for work, ascending
         self._reads: list[_Read] = []
+        self.slows = 0.0
+        self._owed_s = 0.0
         self._fresh: set[ExpertId] = set()
         self._at = clock.now  # up to where everything has happened
         self._closed = False
@@ -82,6 +84,7 @@ class VirtualReaders(CopyEngine):
         if len(self._waking) + len(self._reads) < self._readers.threads:
             self._waking.append(self.now() + self._readers.wake_s)
             self._clock.advance(self._readers.rouse_s)
+            self._owed_s += self._readers.roused_s
         else:
             self._clock.advance(self._readers.queue_s)
         self.settle()
@@ -116,6 +119,7 @@ class VirtualReaders(CopyEngine):
             self.settle()
             slept = True
         if slept:
+            self._owed_s = 0.0
             self._clock.advance(self._readers.notice_s)
             self.settle()
         return [ticket for ticket in tickets if ticket.finished]
@@ -127,10 +131,11 @@ class VirtualReaders(CopyEngine):
         self._at = max(self._at, self.now())
 
     def compute(self, seconds: float) -> None:
-        """The host computes what takes ``seconds`` while nothing is read, and so much longer as reads slow it."""
+        """The host computes what takes ``seconds`` while nothing is read, for each read that runs ``slows`` longer."""
         self.settle()
+        seconds, self._owed_s = seconds + self._owed_s, 0.0
         while seconds > 0:
-            pace = 1.0 + self._readers.slows * len(self._reads)
+            pace = 1.0 + self.slows * len(self._reads)
             end, event = self.now() + seconds * pace, self._next_event()
             seconds = 0.0 if end <= event else seconds - (event - self.now()) / pace
             self._clock.advance_to(min(end, event))

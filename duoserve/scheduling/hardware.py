@@ -175,9 +175,12 @@ class Machine:
         """What experts take that are computed together beyond what each of them takes."""
         return 0.0
 
-    @property
-    def fresh_s(self) -> float:
+    def fresh_s(self, tokens: int) -> float:
         """What an expert takes beyond that the first time after it was copied, when no cache has its bytes."""
+        return 0.0
+
+    def slows(self, tokens: int) -> float:
+        """For each read that runs beside it, computing a pass of ``tokens`` new tokens takes this share longer."""
         return 0.0
 
     def attention_s(self, tokens: int, context: int, sequences: int = 1) -> float:

@@ -29,8 +29,8 @@ from duoserve.scheduling.plan import DecodeMode, GuessMode, PrefillMode
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.scheduler import Scheduler
-from duoserve.scheduling.source import ReadyExpert
 from duoserve.scheduling.scored import Score, ScoredPredictor
+from duoserve.scheduling.source import ReadyExpert
 from duoserve.scheduling.trace import RequestTrace, Trace
 
 ORACLE = "oracle"
@@ -199,6 +199,8 @@ class _Run:
         begun, busy_s = self._clock.now, self._lane.busy_s
         num_tokens, context = (request.num_prompt, 0) if step == 0 else (1, request.num_prompt + step - 1)
         attention_s = self._machine.attention_s(num_tokens, context)
+        if self._copied is not None:
+            self._copied.slows = self._machine.slows(num_tokens)
         listener = self._listener
         routings = None if listener is None else request.routing(step)
         hearing_s = 0.0 if listener is None else self._machine.hearing_s(num_tokens, listener.lookahead)
@@ -213,7 +215,7 @@ class _Run:
                 routing = next(routings)
                 with self._host:
                     listener.routed(routing)
-            self._compute(layer, experts, seconds)
+            self._compute(layer, experts, seconds, self._machine.fresh_s(num_tokens))
         with self._host:
             self._scheduler.end()
         self._launch(self._layers[-1], self._machine.rest_s(num_tokens))
@@ -221,8 +223,8 @@ class _Run:
         wall_s = self._clock.now - begun
         return wall_s, wall_s - (self._lane.busy_s - busy_s)
 
-    def _compute(self, layer: int, experts: list[int], seconds: list[float]) -> None:
-        """The experts of a batch are one launch."""
+    def _compute(self, layer: int, experts: list[int], seconds: list[float], fresh_s: float) -> None:
+        """The experts of a batch are one launch; one that is fresh takes ``fresh_s`` longer."""
         cost = dict(zip(experts, seconds, strict=True))
         host, launch_s = self._host, self._machine.launch_s
         with host:
@@ -233,14 +235,15 @@ class _Run:
                     ready = next(lease, None)
                 if ready is None:
                     break
-                self._launch(layer, launch_s + sum([cost[one.expert] for one in ready]) + self._fresh_s(layer, ready))
+                fresh = self._fresh(layer, ready)
+                self._launch(layer, launch_s + sum([cost[one.expert] for one in ready]) + fresh * fresh_s)
                 if self._machine.hardware.host_computes:
                     self._lane.synchronize()
 
-    def _fresh_s(self, layer: int, ready: Sequence[ReadyExpert]) -> float:
-        if self._copied is None:
-            return 0.0
-        return self._machine.fresh_s * sum([self._copied.touch(ExpertId(layer, one.expert)) for one in ready])
+    def _fresh(self, layer: int, ready: Sequence[ReadyExpert]) -> int:
+        """How many have been copied since they were computed last, as far as that matters."""
+        copied = self._copied
+        return 0 if copied is None else sum([copied.touch(ExpertId(layer, one.expert)) for one in ready])
 
     def _launch(self, layer: int, seconds: float) -> None:
         start, stop = self._lane.launch(seconds)

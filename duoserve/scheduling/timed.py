@@ -14,13 +14,16 @@ from duoserve.scheduling.hardware import Machine
 class PassTimes:
     """Seconds of a pass: ``before`` in each layer up to the router's choice, ``rest`` outside of the layers.
 
-    ``hearing`` in each layer for a listener that wants no scores, ``scores`` for those of each layer ahead.
+    ``hearing`` in each layer for a listener that wants no scores, ``scores`` for those of each layer ahead. ``fresh``
+    with each expert that has just been copied; ``slows`` is the share that each read beside it adds to computing.
     """
 
     before: float = 0.0
     rest: float = 0.0
     hearing: float = 0.0
     scores: float = 0.0
+    fresh: float = 0.0
+    slows: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,13 @@ class TimedMachine(Machine):
     """``prompt`` and ``step`` are the times of a prompt's pass and of a decode step of one token.
 
     ``experts`` has, ascending, for how many tokens an expert was computed and what that took, ``launch`` what it takes
-    beyond that to compute some of them together, ``fresh`` what it takes to compute one that has just been copied.
+    beyond that to compute some of them together.
     """
 
     prompt: PassTimes
     step: PassTimes
     experts: Sequence[tuple[int, float]]
     launch: float
-    fresh: float
 
     def attention_s(self, tokens: int, context: int, sequences: int = 1) -> float:
         """As in Machine, whatever the context is."""
@@ -62,10 +64,13 @@ class TimedMachine(Machine):
         """As in Machine."""
         return self.launch
 
-    @property
-    def fresh_s(self) -> float:
+    def fresh_s(self, tokens: int) -> float:
         """As in Machine."""
-        return self.fresh
+        return self._times(tokens).fresh
+
+    def slows(self, tokens: int) -> float:
+        """As in Machine."""
+        return self._times(tokens).slows
 
     def with_times(self, prompt: PassTimes, step: PassTimes) -> Self:
         """The same with other times of passes."""
