@@ -1,4 +1,4 @@
-"""Replays against reality: TTFT and TPOT of every policy from a cold disk, beside what a replay of the same routing says.
+"""Replays against reality: TTFT and TPOT of every policy from a cold disk, beside a replay of the same routing.
 
     python bench/bench_reality.py --folder DIR --json bench/results/reality-NAME.json
 
@@ -107,14 +107,9 @@ def measure(model: str, cache: Path, sizes: Sizes) -> dict[str, Any]:
     with ExitStack() as held:
         probe = Probe(model, cache, COPY_THREADS, held)
         residents = Residents.load(about.setting, probe, total, held)
+        kind_of = {name: get_policy(name).predictor or "" for name in sizes.policies}
         cells = [
-            Cell(
-                about.setting,
-                name,
-                int(share * total),
-                held,
-                predictor=predictors.get(get_policy(name).predictor or ""),
-            )
+            Cell(about.setting, name, int(share * total), held, predictor=predictors.get(kind_of[name]))
             for share in sizes.shares
             for name in sizes.policies
         ]
@@ -160,7 +155,7 @@ def seconds_of(served: Sequence[Served]) -> dict[str, list[float]]:
 
 def row(about: Subject, here: TimedMachine, cell: Cell) -> dict[str, Any]:
     """A policy with its slots, measured and replayed; the first request, which fills the slots, is left out."""
-    done = replayed(about.measured, here, cell.policy, cell.slots, cell.predictor)
+    done = replayed(about.measured, here, cell.policy, cell.slots, predictor=cell.predictor)
     measured = seconds_of(cell.served[1:])
     told = {"ttft_s": done.ttft_s[1:], "tpot_s": tpots(done)[1:]}
     hits, misses = (sum(one.stats[f"{what}_decode"] for one in cell.served) for what in ("hits", "misses"))
@@ -184,19 +179,12 @@ def checks_of(
     tokens = [one.token_ids for one in plain]
     fed = [request.token_ids_T[request.num_prompt :].tolist() for request in trace]
     equal = sum([one.token_ids for one in cell.served] == tokens for cell in cells)
-    return [
-        {
-            "name": f"{name}: tokens are the resident run's",
-            "passed": equal == len(cells),
-            "detail": f"{equal}/{len(cells)}",
-        },
-        {
-            "name": f"{name}: the trace is of these requests",
-            "passed": fed == [ids[:-1] for ids in tokens],
-            "detail": "",
-        },
-        {"name": f"{name}: reads go past the page cache", "passed": probe.store.direct, "detail": "O_DIRECT"},
-    ]
+    passed = {
+        f"the resident run's tokens in {equal} of {len(cells)} cells": equal == len(cells),
+        "the trace is of these requests": fed == [ids[:-1] for ids in tokens],
+        "reads go past the page cache": probe.store.direct,
+    }
+    return [{"name": f"{name}: {what}", "passed": outcome} for what, outcome in passed.items()]
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -233,9 +221,7 @@ def main() -> int:
     """0, or 1 when a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="bard,mixtral", help="which of them (default: bard,mixtral)")
-    parser.add_argument(
-        "--folder", type=Path, help="where the checkpoint and packs are made (default: a temporary one)"
-    )
+    parser.add_argument("--folder", type=Path, help="for the checkpoint and packs (default: a temporary one)")
     parser.add_argument("--rounds", type=int, default=5, help="behind the one that fills the slots (default: 5)")
     parser.add_argument("--threads", type=int, default=2, help="that compute (default: 2)")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few cells: a check of the bench")

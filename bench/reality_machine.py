@@ -48,7 +48,7 @@ class Residents:
 
     @classmethod
     def load(cls, setting: Setting, probe: Probe, total: int, held: ExitStack) -> Self:
-        """All four."""
+        """All four, with slots for ``total`` experts."""
         watch, disturber = Stopwatch(0), Disturber(probe)
         listeners = (None, watch, Stopwatch(1), disturber)
         cells = [Cell(setting, "resident", total, held, listener=listener) for listener in listeners]
@@ -139,11 +139,12 @@ def _known(rates: Rates, phase: str, layers: int, threads: int) -> PassTimes:
     )
 
 
-def replayed(
+def replayed(  # noqa: PLR0913
     trace: Trace,
     machine: Machine,
     policy: str,
     slots: int,
+    *,
     predictor: Predictor | None = None,
     watcher: Watcher = NOBODY,
 ) -> Replay:
@@ -163,7 +164,7 @@ def _host_times(probe: Probe, trace: Trace, machine: TimedMachine, predictor: Pr
     slots = trace.meta.num_experts * len(trace.meta.layers)
 
     def host_s(watcher: Watcher) -> float:
-        done = replayed(trace, machine, "duoserve", slots, predictor, watcher)
+        done = replayed(trace, machine, "duoserve", slots, predictor=predictor, watcher=watcher)
         return sum(done.itl_s)
 
     computing = Watcher(on_computed=lambda start, stop, layer: probe.compute_one())

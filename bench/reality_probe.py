@@ -20,7 +20,7 @@ from duoserve.config import Phase
 from duoserve.experts.copy_engine import Priority, ThreadedCopyEngine, Ticket
 from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.layout import ExpertId
-from duoserve.experts.packing import pack_path
+from duoserve.experts.packing import pack_path, write_pack
 from duoserve.experts.slots import SlotPool
 from duoserve.kernels import HostWork
 from duoserve.models.opened import opened
@@ -89,7 +89,9 @@ class Probe:
     def __init__(self, model: str, cache: Path, threads: int, held: ExitStack) -> None:
         with opened(model) as found:
             self.layout = found.layout(found.config.dtype)
-            path = pack_path(found.checkpoint, self.layout, cache)
+            path, fingerprint = pack_path(found.checkpoint, self.layout, cache), found.checkpoint.fingerprint()
+            if not path.exists():
+                write_pack(found.expert_store(found.config.dtype), found.experts, path, fingerprint)
             self._experts = [
                 ExpertId(layer, e) for layer in found.config.moe_layers for e in range(found.config.num_experts)
             ]

@@ -84,8 +84,8 @@ def _sizes(model: Model) -> str:
     resident = {key: statistics.median(values) for key, values in model["resident"].items()}
     return (
         f"{model['experts']} experts of {model['expert_bytes']} bytes; {model['prompt_tokens']}-token prompts, "
-        f"{model['new_tokens']} new tokens. With all experts in slots TTFT is {1e3 * resident['ttft_s']:.1f} ms and TPOT "
-        f"{1e3 * resident['tpot_s']:.2f} ms. Others used {model['foreign_cpu']:.0%} of the CPU time meanwhile."
+        f"{model['new_tokens']} new tokens. With all experts in slots TTFT is {1e3 * resident['ttft_s']:.1f} ms "
+        f"and TPOT {1e3 * resident['tpot_s']:.2f} ms. Others used {model['foreign_cpu']:.0%} of the CPU time meanwhile."
     )
 
 
@@ -109,11 +109,9 @@ def _machine(model: Model) -> Iterator[list[str]]:
     """What the replays ran on."""
     timed = model["machine"]
     threads, hardware = timed["hardware"]["readers"], timed["hardware"]
+    rates = " / ".join(f"{threads[which] / 1e9:.2f}" for which in ("alone", "together"))
     yield ["measured of the machine", ""]
-    yield [
-        "reads of an expert, one at a time / all threads",
-        f"{threads['alone'] / 1e9:.2f} / {threads['together'] / 1e9:.2f} GB/s",
-    ]
+    yield ["reads of an expert, one at a time / all threads", f"{rates} GB/s"]
     for what, key in (
         ("a copy is queued", "queue_s"),
         ("a copy is queued and a thread woken", "rouse_s"),

@@ -1,4 +1,4 @@
-"""A machine whose parts were timed on one model and prompts of one length: for replays that are held against reality."""
+"""A machine whose parts were timed, on one model and prompts of one length: for replays held against reality."""
 
 from __future__ import annotations
 
