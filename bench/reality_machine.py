@@ -118,8 +118,8 @@ def machine(probe: Probe, trace: Trace, threads: int, predictor: Predictor) -> T
     bare = replace(bare, hardware=replace(hardware, host_times=_host_times(probe, trace, bare, predictor)))
     done = replayed(trace, bare, "resident", trace.meta.num_experts * layers)
     missing = {
-        "prompt": rates.median("prompt plain") - statistics.median(done.ttft_s),
-        "step": rates.median("step plain") - statistics.median(tpots(done)),
+        "prompt": rates.median("prompt plain") - statistics.median(done.ttft_s[1:]),
+        "step": rates.median("step plain") - statistics.median(tpots(done)[1:]),
     }
     times = {p: replace(known[p], before=max(0.0, seconds / layers)) for p, seconds in missing.items()}
     return bare.with_times(times["prompt"], times["step"])
