@@ -34,9 +34,6 @@ class TicketState(Enum):
     CANCELLED = "cancelled"
 
 
-_FINISHED = frozenset({TicketState.DONE, TicketState.FAILED, TicketState.CANCELLED})
-
-
 @dataclass(eq=False, slots=True)
 class Ticket:
     """One copy of an expert into a slot. Only the engine that issued it changes it.
@@ -60,7 +57,7 @@ class Ticket:
     @property
     def finished(self) -> bool:
         """Whether nothing will change any more: DONE, FAILED or CANCELLED."""
-        return self.state in _FINISHED
+        return self.finished_at is not None
 
     def start(self, now: float) -> None:
         """The copy has begun."""
@@ -69,14 +66,14 @@ class Ticket:
 
     def finish(self, now: float, error: CopyError | None = None) -> None:
         """The copy has ended, well unless there is an ``error``."""
-        self.finished_at = now
         self.error = error
         self.state = TicketState.DONE if error is None else TicketState.FAILED
+        self.finished_at = now  # last: other threads may ask whether it is ``finished``
 
     def cancel(self, now: float) -> None:
         """The copy will not be made, or not to its end."""
-        self.finished_at = now
         self.state = TicketState.CANCELLED
+        self.finished_at = now
 
     def failure(self, cause: BaseException) -> CopyError:
         """``cause`` itself if it is a CopyError, else a CopyError that names the expert and has it as its cause."""
@@ -135,6 +132,9 @@ class TicketQueue:
 
     def __len__(self) -> int:
         return sum(len(lane) for lane in self._lanes)
+
+    def __bool__(self) -> bool:
+        return any(self._lanes)  # asked for every event of a replay, for which counting is slow
 
     def __iter__(self) -> Iterator[Ticket]:
         """The tickets in the order in which it is their turn."""
