@@ -101,7 +101,7 @@ def subject(model: str, cache: Path, sizes: Sizes) -> Subject:
 def measure(model: str, cache: Path, sizes: Sizes) -> dict[str, Any]:
     """All of one model: its cells, its machine, and both in figures."""
     about, foreign = subject(model, cache, sizes), ForeignCpu()
-    kinds = {get_policy(name).predictor for name in (*sizes.policies, "duoserve")} - {None}
+    kinds = {get_policy(name).predictor for name in sizes.policies}
     predictors = {kind: train(about.training, kind)[0] for kind in sorted(filter(None, kinds))}
     total = about.measured.meta.num_experts * len(about.measured.meta.layers)
     with ExitStack() as held:
@@ -118,8 +118,8 @@ def measure(model: str, cache: Path, sizes: Sizes) -> dict[str, Any]:
                 one_round(probe, residents, cells, prompt, sizes)
                 if number == 0:
                     probe.rates = Rates()
-        here = machine(probe, about.measured, COPY_THREADS, predictors["duoserve"])
-        rows = [row(about, here, cell) for cell in cells]
+        here = machine(probe, about.measured, COPY_THREADS)
+        rows = [row(probe, about, here, cell) for cell in cells]
         checks = checks_of(model, probe, cells, residents.plain.served, about.measured)
     return {
         "model": Path(model).name,
@@ -142,7 +142,7 @@ def one_round(probe: Probe, residents: Residents, cells: Sequence[Cell], prompt:
     probe.reads()
     residents.note(probe.rates, prompt, sizes.new_tokens)
     for at, cell in enumerate(cells):
-        if at % len(sizes.policies) == 0:
+        if at % len(sizes.policies) == len(sizes.policies) // 2:
             residents.again(probe.rates, prompt, sizes.new_tokens)
             probe.reads()
         cell.served.append(cell.serve(prompt, sizes.new_tokens))
@@ -153,9 +153,9 @@ def seconds_of(served: Sequence[Served]) -> dict[str, list[float]]:
     return {"ttft_s": [one.ttft_s for one in served], "tpot_s": [one.tpot_s for one in served]}
 
 
-def row(about: Subject, here: TimedMachine, cell: Cell) -> dict[str, Any]:
+def row(probe: Probe, about: Subject, here: TimedMachine, cell: Cell) -> dict[str, Any]:
     """A policy with its slots, measured and replayed; the first request, which fills the slots, is left out."""
-    done = replayed(about.measured, here, cell.policy, cell.slots, predictor=cell.predictor)
+    done = replayed(probe, about.measured, here, cell.policy, cell.slots, cell.predictor)
     measured = seconds_of(cell.served[1:])
     told = {"ttft_s": done.ttft_s[1:], "tpot_s": tpots(done)[1:]}
     hits, misses = (sum(one.stats[f"{what}_decode"] for one in cell.served) for what in ("hits", "misses"))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Self
 
+import numpy as np
 from reality_cells import Cell, Setting
 from reality_probe import COUNTS, Disturber, Probe, Rates, Stopwatch
 
@@ -18,19 +19,16 @@ from duoserve.experts.virtual_readers import Readers
 from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.predictor import Predictor
-from duoserve.scheduling.replay import NOBODY, Replay, Watcher, replay
+from duoserve.scheduling.replay import Replay, Watcher, replay
 from duoserve.scheduling.timed import PassTimes, TimedMachine
 from duoserve.scheduling.trace import Trace
 
 # Steps of a resident model in which each layer has so many experts read, and waits for them or does not.
-A_READ, READS, PROMPTS_READS = "step with a read", "step beside reads", "prompt beside reads"
-A_READ_BESIDE = "step beside a read"
 MANY = 8
 DISTURBANCES = (
-    (A_READ, Phase.DECODE, 1, True),
-    (A_READ_BESIDE, Phase.DECODE, 1, False),
-    (READS, Phase.DECODE, MANY, False),
-    (PROMPTS_READS, Phase.PREFILL, MANY, False),
+    ("step with a read", Phase.DECODE, 1, True),
+    *((f"step beside {reads}", Phase.DECODE, reads, False) for reads in (1, 2, MANY)),
+    (f"prompt beside {MANY}", Phase.PREFILL, MANY, False),
 )
 
 
@@ -57,7 +55,6 @@ class Residents:
     def note(self, rates: Rates, prompt: list[int], new_tokens: int) -> None:
         """A request to each, and where its time went."""
         self.plain.served.append(self.plain.serve(prompt, new_tokens))
-        self.again(rates, prompt, new_tokens)
         for name, cell in (("plain", self.plain), ("scored", self.scored), ("told", self.told)):
             served = self.plain.served[-1] if cell is self.plain else cell.serve(prompt, new_tokens)
             rates.note(f"prompt {name}", served.ttft_s)
@@ -80,33 +77,40 @@ class Residents:
 
 def readers(rates: Rates, nbytes: int, threads: int, layers: int) -> Readers:
     """The copy threads, from reads alone and from steps of a resident model in which experts were read."""
-    told_s, rouse_s, read_s = rates.median("step told"), rates.median("rouse"), rates.median("read")
-    waited_s = (rates.median(A_READ) - told_s) / layers
-    beside_s = (rates.median(A_READ_BESIDE) - told_s) / layers
+    read_s, wake_s = rates.median("read"), rates.median("wake")
+    waited_s = (rates.median("step with a read") - rates.median("step told")) / layers
     return Readers(
         threads,
         alone=nbytes / read_s,
         together=nbytes / rates.median("together"),
         queue_s=rates.median("queue"),
-        rouse_s=rouse_s,
-        roused_s=max(0.0, beside_s - rouse_s - _slows(rates, "step", threads) * read_s),
-        wake_s=rates.median("wake"),
-        notice_s=max(0.0, waited_s - rates.median("wake") - read_s),
+        rouse_s=rates.median("rouse"),
+        wake_s=wake_s,
+        notice_s=max(0.0, waited_s - wake_s - read_s),
     )
 
 
-def _slows(rates: Rates, phase: str, threads: int) -> float:
-    """How much longer computing takes for each read beside it, by passes in which all threads read all the time."""
-    beside_s, told_s = rates.median(f"{phase} beside reads"), rates.median(f"{phase} told")
-    return max(0.0, beside_s / told_s - 1) / threads
+def disturbed(rates: Rates, phase: str, layers: int, threads: int) -> tuple[float, float]:
+    """What a layer's computing loses to a thread that is woken and to a read that ends beside it, by least squares.
 
-
-def machine(probe: Probe, trace: Trace, threads: int, predictor: Predictor) -> TimedMachine:
-    """What a resident request leaves when experts and the scheduler's work are taken off is the layers' own.
-
-    ``predictor`` is one of the policy that plans most, duoserve, by which it is measured how much slower the host's own
-    work is between computing, which leaves its caches full of weights.
+    Of prompts, which were disturbed in one way only, both are taken to be alike.
     """
+    counts = (1, 2, MANY) if phase == "step" else (MANY,)
+    told_s, rouse_s = rates.median(f"{phase} told"), rates.median("rouse")
+    woken = [min(count, threads) for count in counts]
+    lost = [
+        (rates.median(f"{phase} beside {count}") - told_s) / layers - rouse_s * threads_woken
+        for count, threads_woken in zip(counts, woken, strict=True)
+    ]
+    if phase == "prompt":
+        each = max(0.0, lost[0]) / (woken[0] + counts[0])
+        return each, each
+    roused_s, ended_s = np.linalg.lstsq(np.array([woken, counts]).T, np.array(lost), rcond=None)[0].tolist()
+    return max(0.0, roused_s), max(0.0, ended_s)
+
+
+def machine(probe: Probe, trace: Trace, threads: int) -> TimedMachine:
+    """What a resident request leaves when experts and the scheduler's work are taken off is the layers' own."""
     rates, nbytes = probe.rates, probe.layout.slot_bytes
     launch_s = max(0.0, 2 * rates.median("one expert") - rates.median("two experts"))
     experts = tuple((count, max(1e-9, rates.median(f"expert {count}") - launch_s)) for count in COUNTS)
@@ -115,8 +119,7 @@ def machine(probe: Probe, trace: Trace, threads: int, predictor: Predictor) -> T
     sizes = LayerSizes("timed", nbytes, 8, 0, 0)
     known = {phase: _known(rates, phase, layers, threads) for phase in ("prompt", "step")}
     bare = TimedMachine(hardware, sizes, known["prompt"], known["step"], experts, launch_s)
-    bare = replace(bare, hardware=replace(hardware, host_times=_host_times(probe, trace, bare, predictor)))
-    done = replayed(trace, bare, "resident", trace.meta.num_experts * layers)
+    done = replayed(probe, trace, bare, "resident", trace.meta.num_experts * layers)
     missing = {
         "prompt": rates.median("prompt plain") - statistics.median(done.ttft_s[1:]),
         "step": rates.median("step plain") - statistics.median(tpots(done)[1:]),
@@ -129,26 +132,26 @@ def _known(rates: Rates, phase: str, layers: int, threads: int) -> PassTimes:
     """What is measured of a pass's times by itself."""
     which = "used expert" if phase == "prompt" else "one expert"
     fresh = f"fresh {'used ' if phase == 'prompt' else ''}expert"
+    roused_s, ended_s = disturbed(rates, phase, layers, threads)
     plain_s, told_s, scored_s = (rates.median(f"{phase} {name}") for name in ("plain", "told", "scored"))
     return PassTimes(
         rest=max(0.0, told_s - rates.median(f"{phase} span") * layers / (layers - 1)),
         hearing=max(0.0, told_s - plain_s) / layers,
         scores=max(0.0, scored_s - told_s) / layers,
         fresh=max(0.0, rates.median(fresh) - rates.median(which)),
-        slows=_slows(rates, phase, threads),
+        roused=roused_s,
+        ended=ended_s,
     )
 
 
-def replayed(  # noqa: PLR0913
-    trace: Trace,
-    machine: Machine,
-    policy: str,
-    slots: int,
-    *,
-    predictor: Predictor | None = None,
-    watcher: Watcher = NOBODY,
+def replayed(  # noqa: PLR0913, PLR0917
+    probe: Probe, trace: Trace, machine: Machine, policy: str, slots: int, predictor: Predictor | None = None
 ) -> Replay:
-    """The policy on the trace, the time of its own planning and predicting included."""
+    """The policy on the trace. Its own planning and predicting take the time that they take here.
+
+    An expert is really computed for each launch, for planning is slower where caches are full of weights.
+    """
+    watcher = Watcher(on_computed=lambda start, stop, layer: probe.compute_one())
     told, clock = deepcopy(predictor), time.thread_time
     return replay(trace, get_policy(policy), machine, slots, predictor=told, watcher=watcher, host_clock=clock)
 
@@ -157,17 +160,3 @@ def tpots(done: Replay) -> list[float]:
     """Of each request, the mean of its steps."""
     each = len(done.itl_s) // len(done.ttft_s)
     return [statistics.mean(done.itl_s[at : at + each]) for at in range(0, len(done.itl_s), each)]
-
-
-def _host_times(probe: Probe, trace: Trace, machine: TimedMachine, predictor: Predictor) -> float:
-    """The host's work in replays with an expert really computed for each launch, over that in others."""
-    slots = trace.meta.num_experts * len(trace.meta.layers)
-
-    def host_s(watcher: Watcher) -> float:
-        done = replayed(trace, machine, "duoserve", slots, predictor=predictor, watcher=watcher)
-        return sum(done.itl_s)
-
-    computing = Watcher(on_computed=lambda start, stop, layer: probe.compute_one())
-    nothing = replay(trace, get_policy("duoserve"), machine, slots, predictor=deepcopy(predictor))
-    others = sum(nothing.itl_s)
-    return (host_s(computing) - others) / (host_s(NOBODY) - others)

@@ -127,7 +127,8 @@ class Probe:
         for _ in range(reads):
             begun = time.perf_counter()
             tickets += self._submit(engine, 1)
-            self.rates.note("rouse", time.perf_counter() - begun)
+            if reads == 1:
+                self.rates.note("rouse", time.perf_counter() - begun)
         left = tickets if waits else []
         while left:
             engine.wait(left)

@@ -108,19 +108,17 @@ def _compared(cell: Mapping[str, Any], key: str) -> list[str]:
 def _machine(model: Model) -> Iterator[list[str]]:
     """What the replays ran on."""
     timed = model["machine"]
-    threads, hardware = timed["hardware"]["readers"], timed["hardware"]
+    threads = timed["hardware"]["readers"]
     rates = " / ".join(f"{threads[which] / 1e9:.2f}" for which in ("alone", "together"))
     yield ["measured of the machine", ""]
     yield ["reads of an expert, one at a time / all threads", f"{rates} GB/s"]
     for what, key in (
         ("a copy is queued", "queue_s"),
         ("a copy is queued and a thread woken", "rouse_s"),
-        ("and computing loses beside it", "roused_s"),
         ("a woken thread begins to read", "wake_s"),
         ("the host goes on when a copy has ended", "notice_s"),
     ):
         yield [what, f"{1e6 * threads[key]:.0f} us"]
-    yield ["planning between computing, over planning alone", f"{hardware['host_times']:.2f}x"]
     yield ["experts computed together, beyond each", f"{1e6 * timed['launch']:.0f} us"]
     counts = ", ".join(f"{count}: {1e6 * seconds:.0f}" for count, seconds in timed["experts"])
     yield ["an expert, by tokens", f"{counts} us"]
@@ -130,4 +128,7 @@ def _machine(model: Model) -> Iterator[list[str]]:
         yield [f"{name}: outside of the layers", f"{1e6 * times['rest']:.0f} us"]
         yield [f"{name}: telling the routing, scores", f"{1e6 * times['hearing']:.0f}, {1e6 * times['scores']:.0f} us"]
         yield [f"{name}: an expert that has just come", f"+{1e6 * times['fresh']:.0f} us"]
-        yield [f"{name}: computing beside each read", f"+{times['slows']:.0%}"]
+        yield [
+            f"{name}: computing loses to a thread that is woken, a read that ends beside it",
+            f"{1e6 * times['roused']:.0f}, {1e6 * times['ended']:.0f} us",
+        ]

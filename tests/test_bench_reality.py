@@ -14,7 +14,7 @@ BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.append(str(BENCH))
 
 import reality_report  # noqa: E402 (the benches are no package)
-from reality_machine import readers  # noqa: E402
+from reality_machine import disturbed, readers  # noqa: E402
 from reality_probe import Rates  # noqa: E402
 
 
@@ -36,8 +36,11 @@ def test_copy_threads_come_from_reads_and_disturbed_steps_alone() -> None:
     milliseconds = {
         "step told": 10.0,
         "step with a read": 14.0,  # a layer: 0.4 for the read and waking, the rest until the host goes on
-        "step beside a read": 12.0,
-        "step beside reads": 20.0,
+        "step beside 1": 10.0 + 4 * (0.1 + 0.2 + 0.05),
+        "step beside 2": 10.0 + 4 * (0.2 + 0.4 + 0.1),
+        "step beside 8": 10.0 + 4 * (0.2 + 0.4 + 0.4),
+        "prompt told": 30.0,
+        "prompt beside 8": 30.0 + 4 * (0.2 + 0.1),
         "rouse": 0.1,
         "wake": 0.1,
         "read": 0.5,
@@ -48,7 +51,8 @@ def test_copy_threads_come_from_reads_and_disturbed_steps_alone() -> None:
     found = readers(rates, 1_000_000, threads=2, layers=4)
     assert (found.alone, found.together) == (pytest.approx(2e9), pytest.approx(2.5e9))
     assert found.notice_s == pytest.approx(1e-3 - 0.1e-3 - 0.5e-3)
-    assert found.roused_s == pytest.approx(0.5e-3 - 0.1e-3 - 0.5 * 0.5e-3)
+    assert disturbed(rates, "step", 4, 2) == pytest.approx((0.2e-3, 0.05e-3))
+    assert disturbed(rates, "prompt", 4, 2) == pytest.approx((0.01e-3, 0.01e-3))
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -21,8 +21,7 @@ class Readers:
 
     ``alone`` is the rate of one read at a time, ``together`` that of ``threads`` at once; in between it grows evenly.
     To queue a copy takes the host ``queue_s``, or ``rouse_s`` if that wakes a thread, which begins ``wake_s`` after it
-    was asked, and keeps the host from ``roused_s`` of computing if that does not sleep. When the host sleeps until a
-    copy has ended, it takes ``notice_s`` to go on as before.
+    was asked. When the host sleeps until a copy has ended, it takes ``notice_s`` to go on as before.
     """
 
     threads: int
@@ -30,7 +29,6 @@ class Readers:
     together: float
     queue_s: float = 0.0
     rouse_s: float = 0.0
-    roused_s: float = 0.0
     wake_s: float = 0.0
     notice_s: float = 0.0
 
@@ -51,7 +49,9 @@ class VirtualReaders(CopyEngine):
     """``readers`` that carry whole experts of ``nbytes`` bytes; for one thread.
 
     ``wait`` advances the clock, and so do ``compute`` and ``submit``. What falls due while somebody else advances it
-    happens at its own time, at the latest in the next call.
+    happens at its own time, at the latest in the next call. Threads of one interpreter get in each other's way: one that
+    is woken keeps the host from computing for ``roused_s``, unless that sleeps then, and so does a read that ends while
+    the host computes, for ``ended_s``.
     """
 
     def __init__(
@@ -64,8 +64,10 @@ class VirtualReaders(CopyEngine):
         self._queue = TicketQueue()
         self._waking: list[float] = []  # when threads that were woken look for work, ascending
         self._reads: list[_Read] = []
-        self.slows = 0.0
+        self.roused_s = 0.0
+        self.ended_s = 0.0
         self._owed_s = 0.0
+        self._computes = False
         self._fresh: set[ExpertId] = set()
         self._at = clock.now  # up to where everything has happened
         self._closed = False
@@ -84,7 +86,7 @@ class VirtualReaders(CopyEngine):
         if len(self._waking) + len(self._reads) < self._readers.threads:
             self._waking.append(self.now() + self._readers.wake_s)
             self._clock.advance(self._readers.rouse_s)
-            self._owed_s += self._readers.roused_s
+            self._owed_s += self.roused_s
         else:
             self._clock.advance(self._readers.queue_s)
         self.settle()
@@ -131,15 +133,16 @@ class VirtualReaders(CopyEngine):
         self._at = max(self._at, self.now())
 
     def compute(self, seconds: float) -> None:
-        """The host computes what takes ``seconds`` while nothing is read, for each read that runs ``slows`` longer."""
+        """The host computes what takes ``seconds`` when nobody is in its way."""
         self.settle()
-        seconds, self._owed_s = seconds + self._owed_s, 0.0
-        while seconds > 0:
-            pace = 1.0 + self.slows * len(self._reads)
-            end, event = self.now() + seconds * pace, self._next_event()
-            seconds = 0.0 if end <= event else seconds - (event - self.now()) / pace
-            self._clock.advance_to(min(end, event))
+        self._computes, done_at = True, self.now() + seconds
+        while True:
+            done_at, self._owed_s = done_at + self._owed_s, 0.0
+            self._clock.advance_to(min(done_at, self._next_event()))
             self._run(self.now())
+            if self.now() >= done_at and not self._owed_s:
+                break
+        self._computes = False
 
     def touch(self, expert: ExpertId) -> bool:
         """An expert is computed: whether for the first time since it was copied."""
@@ -187,6 +190,7 @@ class VirtualReaders(CopyEngine):
         self._reads = [read for read in self._reads if read.left >= _DONE_BYTES]
         awake = len(through) + sum(when <= now for when in self._waking)
         self._waking = [when for when in self._waking if when > now]
+        self._owed_s += self.ended_s * len(through) if self._computes else 0.0
         for read in through:
             read.ticket.finish(now)
             if self._on_copied is not None:
@@ -207,7 +211,7 @@ class HostLane(ComputeLane):
         self._readers = readers
 
     def launch(self, seconds: float) -> tuple[float, float]:
-        """As in ComputeLane; work that reads slow down takes longer."""
+        """As in ComputeLane; work that copies get in the way of takes longer."""
         start = self._clock.now
         self._readers.compute(seconds)
         self.free_at = self._clock.now

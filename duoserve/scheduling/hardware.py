@@ -43,7 +43,6 @@ class Hardware:
     ``expert_overhead_s`` passes with each expert that is computed. ``widening`` are the bytes/s at which weights are
     made ready for products of several rows, where that takes a pass of its own, as on a CPU. ``readers`` are the copy
     threads of a host that computes, where they were measured; else one copy after another has all of ``link``.
-    ``host_times``: how many times as long the scheduler's work takes between computing as it takes in a replay.
     """
 
     name: str
@@ -60,7 +59,6 @@ class Hardware:
     expert_overhead_s: float = 0.0
     widening: float = inf
     readers: Readers | None = None
-    host_times: float = 1.0
 
     def copy_s(self, nbytes: int) -> float:
         """A copy of ``nbytes`` over the idle link."""
@@ -179,9 +177,9 @@ class Machine:
         """What an expert takes beyond that the first time after it was copied, when no cache has its bytes."""
         return 0.0
 
-    def slows(self, tokens: int) -> float:
-        """For each read that runs beside it, computing a pass of ``tokens`` new tokens takes this share longer."""
-        return 0.0
+    def disturbed_s(self, tokens: int) -> tuple[float, float]:
+        """What computing loses to each thread that is woken beside it to read, and to each read that ends."""
+        return 0.0, 0.0
 
     def attention_s(self, tokens: int, context: int, sequences: int = 1) -> float:
         """One layer up to the router's choice, for ``tokens`` new tokens, each sequence's behind ``context`` others."""

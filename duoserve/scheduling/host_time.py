@@ -15,12 +15,11 @@ Result = TypeVar("Result")
 
 
 class HostTime:
-    """Inside of it, time of the clock ``read`` (seconds) passes on the virtual clock too, ``times`` as much."""
+    """Inside of it, time of the clock ``read`` (seconds) passes on the virtual clock too."""
 
-    def __init__(self, clock: VirtualClock, read: Callable[[], float], times: float) -> None:
+    def __init__(self, clock: VirtualClock, read: Callable[[], float]) -> None:
         self._clock = clock
         self._read = read
-        self._times = times
         self._since: float | None = None
 
     def __enter__(self) -> None:
@@ -35,7 +34,7 @@ class HostTime:
         """What has passed so far is on the virtual clock; whether time was passing."""
         if self._since is None:
             return False
-        self._clock.advance(self._times * max(0.0, self._read() - self._since))
+        self._clock.advance(max(0.0, self._read() - self._since))
         self._since = None
         return True
 

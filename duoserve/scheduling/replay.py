@@ -105,7 +105,8 @@ def replay(  # noqa: PLR0913
     """Replays all requests, one after the other, as one process would serve them; see ``oracle_of`` for the oracle.
 
     With ``host_clock`` (seconds of this thread's work) the scheduler's and the predictor's own work takes the time that
-    it takes here, and no two replays are quite alike. MemoryBudgetError when ``policy`` cannot work with so many slots.
+    it takes here, and no two replays are quite alike; it is quicker here than between computing, unless the ``watcher``
+    really computes something. MemoryBudgetError when ``policy`` cannot work with so many slots.
     """
     run = _Run(trace, policy, machine, num_slots, predictor, watcher, host_clock)
     if policy.all_resident:
@@ -157,7 +158,7 @@ class _Run:
         self._copied = engine if isinstance(engine, VirtualReaders) else None
         self._host: AbstractContextManager[None] = nullcontext()
         if host_clock is not None:
-            self._host = host = HostTime(self._clock, host_clock, machine.hardware.host_times)
+            self._host = host = HostTime(self._clock, host_clock)
             engine = UntimedEngine(engine, host)
         self._meter = Meter(lambda: self._clock.now)
         self._on_computed = watcher.on_computed
@@ -200,7 +201,7 @@ class _Run:
         num_tokens, context = (request.num_prompt, 0) if step == 0 else (1, request.num_prompt + step - 1)
         attention_s = self._machine.attention_s(num_tokens, context)
         if self._copied is not None:
-            self._copied.slows = self._machine.slows(num_tokens)
+            self._copied.roused_s, self._copied.ended_s = self._machine.disturbed_s(num_tokens)
         listener = self._listener
         routings = None if listener is None else request.routing(step)
         hearing_s = 0.0 if listener is None else self._machine.hearing_s(num_tokens, listener.lookahead)

@@ -15,7 +15,8 @@ class PassTimes:
     """Seconds of a pass: ``before`` in each layer up to the router's choice, ``rest`` outside of the layers.
 
     ``hearing`` in each layer for a listener that wants no scores, ``scores`` for those of each layer ahead. ``fresh``
-    with each expert that has just been copied; ``slows`` is the share that each read beside it adds to computing.
+    with each expert that has just been copied. ``roused`` with each thread that is woken to read beside the computing,
+    ``ended`` with each read that ends beside it.
     """
 
     before: float = 0.0
@@ -23,7 +24,8 @@ class PassTimes:
     hearing: float = 0.0
     scores: float = 0.0
     fresh: float = 0.0
-    slows: float = 0.0
+    roused: float = 0.0
+    ended: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,10 @@ class TimedMachine(Machine):
         """As in Machine."""
         return self._times(tokens).fresh
 
-    def slows(self, tokens: int) -> float:
+    def disturbed_s(self, tokens: int) -> tuple[float, float]:
         """As in Machine."""
-        return self._times(tokens).slows
+        times = self._times(tokens)
+        return times.roused, times.ended
 
     def with_times(self, prompt: PassTimes, step: PassTimes) -> Self:
         """The same with other times of passes."""

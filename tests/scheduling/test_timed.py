@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
 from math import inf
 
@@ -19,12 +20,15 @@ from tests.scheduling.traces import trace_of
 
 # A read takes 2 s alone and 3 s of two at once.
 READERS = Readers(2, alone=50.0, together=200 / 3, notice_s=0.25)
-PROMPT, STEP = PassTimes(before=4.0, rest=8.0, fresh=0.5), PassTimes(before=1.0, rest=2.0, fresh=0.25, slows=0.5)
+PROMPT, STEP = (
+    PassTimes(before=4.0, rest=8.0, fresh=0.5),
+    PassTimes(before=1.0, rest=2.0, fresh=0.25, roused=0.01, ended=0.5),
+)
 SIZES = LayerSizes("round", 100, 8, 0, 0)
 
 
-def machine_of(readers: Readers = READERS, step: PassTimes = STEP, host_times: float = 1.0) -> TimedMachine:
-    hardware = Hardware("timed", inf, inf, inf, 0.0, 0.0, True, readers=readers, host_times=host_times)
+def machine_of(readers: Readers = READERS, step: PassTimes = STEP) -> TimedMachine:
+    hardware = Hardware("timed", inf, inf, inf, 0.0, 0.0, True, readers=readers)
     return TimedMachine(hardware, SIZES, PROMPT, step, ((1, 0.1), (2, 0.2), (4, 0.8)), 0.05)
 
 
@@ -40,8 +44,8 @@ def test_a_request_by_hand() -> None:
     run = replay(trace, get_policy("lru"), machine_of(), 8)
     # The reads end together; the host notices one first, computes both in one launch, fresh as they are.
     assert run.ttft_s == [pytest.approx(4 + 3 + 0.25 + 0.05 + 2 * (0.2 + 0.5) + 8)]
-    # Expert 0 is computed beside the read of expert 2, half as fast again without it.
-    beside = 1.5 * 0.15
+    # Expert 0 is computed beside the read of expert 2, whose thread was woken; the host sleeps when that ends.
+    beside = 0.15 + 0.01
     assert run.itl_s[0] == pytest.approx(1 + 2 + 0.25 + 0.05 + 0.1 + 0.25 + 2)
     assert run.itl_s[1] == pytest.approx(1 + 0.05 + 0.2 + 2)
     assert run.decode_stall_s == pytest.approx(2 - beside + 0.25)
@@ -71,21 +75,23 @@ def test_the_hosts_work_takes_the_time_that_a_clock_says() -> None:
     """The clock ticks whenever it is read: seconds are then how often the host's work is begun or interrupted."""
     trace = trace_of([(2, [[0, 1], [0, 1], [0, 1], [0, 1]])])
     still = replay(trace, get_policy("lru"), machine_of(), 8)
-    runs = []
-    for times in (1.0, 3.0):
-        ticks = count()
-        runs.append(
-            replay(trace, get_policy("lru"), machine_of(host_times=times), 8, host_clock=lambda t=ticks: next(t) * 0.01)
-        )
-    once, thrice = (run.itl_s[-1] - still.itl_s[-1] for run in runs)
+    once, thrice = (
+        replay(trace, get_policy("lru"), machine_of(), 8, host_clock=ticking(tick)).itl_s[-1] - still.itl_s[-1]
+        for tick in (0.01, 0.03)
+    )
     assert once > 0.04 and thrice == pytest.approx(3 * once)
+
+
+def ticking(tick: float) -> Callable[[], float]:
+    ticks = count()
+    return lambda: next(ticks) * tick
 
 
 def test_the_engines_own_work_takes_no_time_of_the_host() -> None:
     clock, read = VirtualClock(), iter([0.0, 1.0, 5.0, 7.0])
-    host = HostTime(clock, lambda: next(read), 2.0)
+    host = HostTime(clock, lambda: next(read))
     engine = UntimedEngine(VirtualReaders(clock, READERS, 100), host)
     with host:
-        assert engine.now() == 2.0  # a second had passed; while the engine worked, four more
-    assert clock.now == 2.0 + 2 * 2.0
-    assert engine.wait([]) == [] and clock.now == 6.0
+        assert engine.now() == 1.0  # a second had passed; while the engine worked, four more
+    assert clock.now == 1.0 + 2.0
+    assert engine.wait([]) == [] and clock.now == 3.0
