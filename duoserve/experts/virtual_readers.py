@@ -49,9 +49,9 @@ class VirtualReaders(CopyEngine):
     """``readers`` that carry whole experts of ``nbytes`` bytes; for one thread.
 
     ``wait`` advances the clock, and so do ``compute`` and ``submit``. What falls due while somebody else advances it
-    happens at its own time, at the latest in the next call. Threads of one interpreter get in each other's way: one that
-    is woken keeps the host from computing for ``roused_s``, unless that sleeps then, and so does a read that ends while
-    the host computes, for ``ended_s``.
+    happens at its own time, at the latest in the next call. Threads of one interpreter get in each other's way: one
+    that is woken keeps the host from computing for ``roused_s``, unless that sleeps then, and so does a read that ends
+    while the host computes, for ``ended_s``.
     """
 
     def __init__(
