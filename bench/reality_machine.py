@@ -23,9 +23,10 @@ from duoserve.scheduling.replay import Replay, Watcher, replay
 from duoserve.scheduling.timed import PassTimes, TimedMachine
 from duoserve.scheduling.trace import Trace
 
-# Steps of a resident model in which each layer has so many experts read, and waits for them or does not.
 MANY = 8
-DISTURBANCES = (
+# Passes of a resident model in which each layer has so many experts read, and waits for them or does not.
+Disturbance = tuple[str, Phase, int, bool]
+DISTURBANCES: tuple[Disturbance, ...] = (
     ("step with a read", Phase.DECODE, 1, True),
     *((f"step beside {reads}", Phase.DECODE, reads, False) for reads in (1, 2, MANY)),
     (f"prompt beside {MANY}", Phase.PREFILL, MANY, False),
@@ -41,7 +42,6 @@ class Residents:
     scored: Cell
     disturbed: Cell
     watch: Stopwatch  # the listener of ``told``
-    probe: Probe
     disturber: Disturber  # of ``disturbed``
 
     @classmethod
@@ -50,7 +50,7 @@ class Residents:
         watch, disturber = Stopwatch(0), Disturber(probe)
         listeners = (None, watch, Stopwatch(1), disturber)
         cells = [Cell(setting, "resident", total, held, listener=listener) for listener in listeners]
-        return cls(*cells, watch, probe, disturber)
+        return cls(*cells, watch, disturber)
 
     def note(self, rates: Rates, prompt: list[int], new_tokens: int) -> None:
         """A request to each, and where its time went."""
@@ -62,11 +62,20 @@ class Residents:
         first, *others = self.watch.spans()
         rates.note("prompt span", first)
         rates.note("step span", statistics.mean(others))
-        watch = self.disturber
-        for name, watch.disturbed, watch.reads, watch.waits in DISTURBANCES:
-            served = self.disturbed.serve(prompt, 2 if watch.disturbed is Phase.PREFILL else new_tokens)
-            rates.note(name, served.ttft_s if watch.disturbed is Phase.PREFILL else served.tpot_s)
-            self.probe.settle()
+        for disturbance in DISTURBANCES:
+            self._disturb(rates, disturbance, prompt, new_tokens)
+
+    def _disturb(self, rates: Rates, disturbance: Disturbance, prompt: list[int], new_tokens: int) -> None:
+        name, phase, reads, waits = disturbance
+        watch, prefills = self.disturber, phase is Phase.PREFILL
+        watch.disturbed, watch.reads, watch.waits = phase, reads, waits
+        begun = time.perf_counter()
+        served = self.disturbed.serve(prompt, 2 if prefills else new_tokens)
+        woken, ended = watch.counts(begun + served.ttft_s if prefills else time.perf_counter())
+        passes = 1 if prefills else new_tokens - 1
+        rates.note(name, served.ttft_s if prefills else served.tpot_s)
+        rates.note(f"{name} woken", woken / passes)
+        rates.note(f"{name} ended", ended / passes)
 
     def again(self, rates: Rates, prompt: list[int], new_tokens: int) -> None:
         """Another request to the plain one, for the machine is not the same all the time."""
@@ -90,23 +99,23 @@ def readers(rates: Rates, nbytes: int, threads: int, layers: int) -> Readers:
     )
 
 
-def disturbed(rates: Rates, phase: str, layers: int, threads: int) -> tuple[float, float]:
-    """What a layer's computing loses to a thread that is woken and to a read that ends beside it, by least squares.
+def disturbed(rates: Rates, phase: str) -> tuple[float, float]:
+    """What computing loses to a thread that is woken and to a read that ends beside it, by least squares.
 
     Of prompts, which were disturbed in one way only, both are taken to be alike.
     """
-    counts = (1, 2, MANY) if phase == "step" else (MANY,)
-    told_s, rouse_s = rates.median(f"{phase} told"), rates.median("rouse")
-    woken = [min(count, threads) for count in counts]
-    lost = [
-        (rates.median(f"{phase} beside {count}") - told_s) / layers - rouse_s * threads_woken
-        for count, threads_woken in zip(counts, woken, strict=True)
-    ]
+    names = [name for name, *_ in DISTURBANCES if name.startswith(f"{phase} beside")]
+    counts = np.array([[rates.median(f"{name} {what}") for what in ("woken", "ended")] for name in names])
+    longer = np.array([rates.median(name) for name in names]) - rates.median(f"{phase} told")
+    lost = longer - rates.median("rouse") * counts[:, 0]
     if phase == "prompt":
-        each = max(0.0, lost[0]) / (woken[0] + counts[0])
+        each = max(0.0, float(lost[0] / counts[0].sum()))
         return each, each
-    roused_s, ended_s = np.linalg.lstsq(np.array([woken, counts]).T, np.array(lost), rcond=None)[0].tolist()
-    return max(0.0, roused_s), max(0.0, ended_s)
+    both = np.linalg.lstsq(counts, lost, rcond=None)[0]
+    if (both >= 0).all():
+        return float(both[0]), float(both[1])
+    alone = np.maximum(0.0, counts.T @ lost / (counts * counts).sum(0))  # one of them is nothing: the other by itself
+    return (0.0, float(alone[1])) if both[0] < both[1] else (float(alone[0]), 0.0)
 
 
 def machine(probe: Probe, trace: Trace, threads: int) -> TimedMachine:
@@ -117,7 +126,7 @@ def machine(probe: Probe, trace: Trace, threads: int) -> TimedMachine:
     layers = len(trace.meta.layers)
     hardware = Hardware("here", inf, inf, inf, 0.0, 0.0, True, readers=readers(rates, nbytes, threads, layers))
     sizes = LayerSizes("timed", nbytes, 8, 0, 0)
-    known = {phase: _known(rates, phase, layers, threads) for phase in ("prompt", "step")}
+    known = {phase: _known(rates, phase, layers) for phase in ("prompt", "step")}
     bare = TimedMachine(hardware, sizes, known["prompt"], known["step"], experts, launch_s)
     done = replayed(probe, trace, bare, "resident", trace.meta.num_experts * layers)
     missing = {
@@ -128,11 +137,11 @@ def machine(probe: Probe, trace: Trace, threads: int) -> TimedMachine:
     return bare.with_times(times["prompt"], times["step"])
 
 
-def _known(rates: Rates, phase: str, layers: int, threads: int) -> PassTimes:
+def _known(rates: Rates, phase: str, layers: int) -> PassTimes:
     """What is measured of a pass's times by itself."""
     which = "used expert" if phase == "prompt" else "one expert"
     fresh = f"fresh {'used ' if phase == 'prompt' else ''}expert"
-    roused_s, ended_s = disturbed(rates, phase, layers, threads)
+    roused_s, ended_s = disturbed(rates, phase)
     plain_s, told_s, scored_s = (rates.median(f"{phase} {name}") for name in ("plain", "told", "scored"))
     return PassTimes(
         rest=max(0.0, told_s - rates.median(f"{phase} span") * layers / (layers - 1)),

@@ -61,15 +61,25 @@ class Disturber(Stopwatch):
         self._probe = probe
         self.reads, self.waits, self.disturbed = 0, False, Phase.DECODE
         self.tickets: list[Ticket] = []
+        self.woken = 0
 
     def routed(self, routing: Routing) -> None:
         if self.phase is self.disturbed:
+            busy = sum(not ticket.finished for ticket in self.tickets)
+            self.woken += min(self.reads, max(0, self._probe.threads - busy))
             self.tickets += self._probe.disturb(self.reads, self.waits)
+
+    def counts(self, until: float) -> tuple[int, int]:
+        """How often a sleeping thread was asked to read, and how many reads had ended by then; drops the rest."""
+        ended = sum(ticket.finished and (ticket.finished_at or 0.0) < until for ticket in self.tickets)
+        self._probe.drop(self.tickets)
+        woken, self.woken, self.tickets = self.woken, 0, []
+        return woken, ended
 
 
 @dataclass
 class Rates:
-    """One round of measurements by name; see ``Probe.round``. Seconds."""
+    """What was measured, by name: seconds, and in ``woken`` and ``ended`` how often that happened in a pass."""
 
     figures: dict[str, list[float]] = field(default_factory=dict)
 
@@ -102,6 +112,7 @@ class Probe:
         self._engines = [
             held.enter_context(closing(ThreadedCopyEngine(self.store, self._pool, n))) for n in (1, threads)
         ]
+        self.threads = threads
         self._random = random.Random(0)
         self._slot = 0
         for slot in range(SLOTS):
@@ -113,13 +124,12 @@ class Probe:
         for name, engine in zip(("alone", "together"), self._engines, strict=True):
             self.rates.note(name, self._burst(engine))
 
-    def settle(self) -> None:
-        """Waits until nothing is read any more."""
-        for engine in self._engines:
-            left = self._submit(engine, 1)
-            while left:
-                engine.wait(left)
-                left = [ticket for ticket in left if not ticket.finished]
+    def drop(self, tickets: list[Ticket]) -> None:
+        """Cancels what is queued of these copies, and waits for the rest."""
+        for ticket in tickets:
+            self._engines[-1].cancel(ticket)
+        while left := [ticket for ticket in tickets if not ticket.finished]:
+            self._engines[-1].wait(left)
 
     def disturb(self, reads: int, waits: bool) -> list[Ticket]:
         """So many copies by threads that sleep; what they took is noted if they are waited for."""

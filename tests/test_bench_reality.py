@@ -48,11 +48,16 @@ def test_copy_threads_come_from_reads_and_disturbed_steps_alone() -> None:
         "queue": 0.01,
     }
     rates = Rates({name: [1e-3 * value] for name, value in milliseconds.items()})
+    for name, woken, ended in (("step beside 1", 4, 4), ("step beside 2", 8, 8), ("step beside 8", 8, 32)):
+        rates.note(f"{name} woken", woken)
+        rates.note(f"{name} ended", ended)
+    rates.note("prompt beside 8 woken", 8)
+    rates.note("prompt beside 8 ended", 32)
     found = readers(rates, 1_000_000, threads=2, layers=4)
     assert (found.alone, found.together) == (pytest.approx(2e9), pytest.approx(2.5e9))
     assert found.notice_s == pytest.approx(1e-3 - 0.1e-3 - 0.5e-3)
-    assert disturbed(rates, "step", 4, 2) == pytest.approx((0.2e-3, 0.05e-3))
-    assert disturbed(rates, "prompt", 4, 2) == pytest.approx((0.01e-3, 0.01e-3))
+    assert disturbed(rates, "step") == pytest.approx((0.2e-3, 0.05e-3))
+    assert disturbed(rates, "prompt") == pytest.approx((0.01e-3, 0.01e-3))
 
 
 def test_the_command(tmp_path: Path) -> None:
