@@ -14,7 +14,7 @@ import numpy as np
 from reality_cells import Cell, Setting
 from reality_probe import COUNTS, Disturber, Probe, Rates, Stopwatch
 
-from duoserve.config import Phase
+from duoserve.config import EngineConfig, Phase
 from duoserve.experts.virtual_readers import Readers
 from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
 from duoserve.scheduling.policies import get_policy
@@ -28,6 +28,7 @@ MANY = 8
 Disturbance = tuple[str, Phase, int, bool]
 DISTURBANCES: tuple[Disturbance, ...] = (
     ("step with a read", Phase.DECODE, 1, True),
+    ("step with reads", Phase.DECODE, EngineConfig().copy_threads, True),
     *((f"step beside {reads}", Phase.DECODE, reads, False) for reads in (1, 2, MANY)),
     (f"prompt beside {MANY}", Phase.PREFILL, MANY, False),
 )
@@ -86,16 +87,18 @@ class Residents:
 
 def readers(rates: Rates, nbytes: int, threads: int, layers: int) -> Readers:
     """The copy threads, from reads alone and from steps of a resident model in which experts were read."""
-    read_s, wake_s = rates.median("read"), rates.median("wake")
+    read_s, all_s, wake_s, notice_s = (rates.median(name) for name in ("read", "read of all", "wake", "notice"))
     waited_s = (rates.median("step with a read") - rates.median("step told")) / layers
     return Readers(
         threads,
         alone=nbytes / read_s,
-        together=nbytes / rates.median("together"),
+        together=threads * nbytes / all_s,
         queue_s=rates.median("queue"),
         rouse_s=rates.median("rouse"),
         wake_s=wake_s,
-        notice_s=max(0.0, waited_s - wake_s - read_s),
+        between_s=max(0.0, threads * rates.median("together") - all_s),
+        notice_s=notice_s,
+        resumed_s=max(0.0, waited_s - wake_s - read_s - notice_s),
     )
 
 

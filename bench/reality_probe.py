@@ -143,13 +143,17 @@ class Probe:
         while left:
             engine.wait(left)
             left = [ticket for ticket in left if not ticket.finished]
-        if waits and reads == 1:
-            now, [ticket] = time.perf_counter(), tickets
-            assert ticket.started_at is not None and ticket.finished_at is not None
-            self.rates.note("wake", ticket.started_at - ticket.issued_at)
-            self.rates.note("read", ticket.finished_at - ticket.started_at)
-            self.rates.note("notice", now - ticket.finished_at)
+        if waits:
+            self._note_waited(tickets, time.perf_counter())
         return tickets
+
+    def _note_waited(self, tickets: list[Ticket], now: float) -> None:
+        for ticket in tickets:
+            assert ticket.started_at is not None and ticket.finished_at is not None
+            self.rates.note("read" if len(tickets) == 1 else "read of all", ticket.finished_at - ticket.started_at)
+            if len(tickets) == 1:
+                self.rates.note("wake", ticket.started_at - ticket.issued_at)
+                self.rates.note("notice", now - ticket.finished_at)
 
     @torch.inference_mode()
     def compute_one(self) -> None:

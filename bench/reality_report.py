@@ -116,7 +116,9 @@ def _machine(model: Model) -> Iterator[list[str]]:
         ("a copy is queued", "queue_s"),
         ("a copy is queued and a thread woken", "rouse_s"),
         ("a woken thread begins to read", "wake_s"),
+        ("between two reads of a thread", "between_s"),
         ("the host goes on when a copy has ended", "notice_s"),
+        ("and loses of its next computing", "resumed_s"),
     ):
         yield [what, f"{1e6 * threads[key]:.0f} us"]
     yield ["experts computed together, beyond each", f"{1e6 * timed['launch']:.0f} us"]

@@ -44,6 +44,8 @@ def test_copy_threads_come_from_reads_and_disturbed_steps_alone() -> None:
         "rouse": 0.1,
         "wake": 0.1,
         "read": 0.5,
+        "read of all": 0.7,
+        "notice": 0.05,
         "together": 0.4,
         "queue": 0.01,
     }
@@ -54,8 +56,9 @@ def test_copy_threads_come_from_reads_and_disturbed_steps_alone() -> None:
     rates.note("prompt beside 8 woken", 8)
     rates.note("prompt beside 8 ended", 32)
     found = readers(rates, 1_000_000, threads=2, layers=4)
-    assert (found.alone, found.together) == (pytest.approx(2e9), pytest.approx(2.5e9))
-    assert found.notice_s == pytest.approx(1e-3 - 0.1e-3 - 0.5e-3)
+    assert (found.alone, found.together) == (pytest.approx(2e9), pytest.approx(2e6 / 0.7e-3))
+    assert found.between_s == pytest.approx(2 * 0.4e-3 - 0.7e-3)
+    assert found.resumed_s == pytest.approx(1e-3 - 0.1e-3 - 0.5e-3 - 0.05e-3)
     assert disturbed(rates, "step") == pytest.approx((0.2e-3, 0.05e-3))
     assert disturbed(rates, "prompt") == pytest.approx((0.01e-3, 0.01e-3))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Collection
 from dataclasses import dataclass
 from math import inf
@@ -21,7 +22,8 @@ class Readers:
 
     ``alone`` is the rate of one read at a time, ``together`` that of ``threads`` at once; in between it grows evenly.
     To queue a copy takes the host ``queue_s``, or ``rouse_s`` if that wakes a thread, which begins ``wake_s`` after it
-    was asked. When the host sleeps until a copy has ended, it takes ``notice_s`` to go on as before.
+    was asked, and is ready for its next read ``between_s`` after one has ended. When the host sleeps until a copy has
+    ended, it goes on ``notice_s`` later, and loses ``resumed_s`` of its next computing to caches that have gone cold.
     """
 
     threads: int
@@ -30,7 +32,9 @@ class Readers:
     queue_s: float = 0.0
     rouse_s: float = 0.0
     wake_s: float = 0.0
+    between_s: float = 0.0
     notice_s: float = 0.0
+    resumed_s: float = 0.0
 
     def rate(self, reads: int) -> float:
         """Bytes/s of each of so many reads at once."""
@@ -62,7 +66,7 @@ class VirtualReaders(CopyEngine):
         self._nbytes = nbytes
         self._on_copied = on_copied
         self._queue = TicketQueue()
-        self._waking: list[float] = []  # when threads that were woken look for work, ascending
+        self._waking: list[float] = []  # when threads that do not sleep look for work, ascending
         self._reads: list[_Read] = []
         self.roused_s = 0.0
         self.ended_s = 0.0
@@ -84,7 +88,7 @@ class VirtualReaders(CopyEngine):
         ticket = Ticket(expert, slot, priority, self._nbytes, self.now())
         self._queue.push(ticket)
         if len(self._waking) + len(self._reads) < self._readers.threads:
-            self._waking.append(self.now() + self._readers.wake_s)
+            insort(self._waking, self.now() + self._readers.wake_s)
             self._clock.advance(self._readers.rouse_s)
             self._owed_s += self.roused_s
         else:
@@ -121,7 +125,7 @@ class VirtualReaders(CopyEngine):
             self.settle()
             slept = True
         if slept:
-            self._owed_s = 0.0
+            self._owed_s = self._readers.resumed_s
             self._clock.advance(self._readers.notice_s)
             self.settle()
         return [ticket for ticket in tickets if ticket.finished]
@@ -188,8 +192,9 @@ class VirtualReaders(CopyEngine):
         """Ends the reads that are through, and lets threads that are awake take what is queued."""
         through = [read for read in self._reads if read.left < _DONE_BYTES]
         self._reads = [read for read in self._reads if read.left >= _DONE_BYTES]
-        awake = len(through) + sum(when <= now for when in self._waking)
-        self._waking = [when for when in self._waking if when > now]
+        self._waking = sorted([*self._waking, *[now + self._readers.between_s] * len(through)])
+        awake = sum(when <= now for when in self._waking)
+        del self._waking[:awake]
         self._owed_s += self.ended_s * len(through) if self._computes else 0.0
         for read in through:
             read.ticket.finish(now)

@@ -62,6 +62,20 @@ def test_what_waking_and_asking_take() -> None:
     assert engine.wait(tickets[:1]) == tickets[:1] and engine.now() == before
 
 
+def test_threads_take_a_breath_between_reads_and_the_host_is_slower_after_sleep() -> None:
+    engine = engine_of(Readers(1, 50.0, 50.0, queue_s=0.01, rouse_s=0.1, between_s=0.5, notice_s=0.25, resumed_s=0.4))
+    first, second = submit(engine, 0), submit(engine, 1)
+    engine.wait([first])
+    assert (first.finished_at, engine.now()) == pytest.approx((12, 12.25))
+    # The thread is not asleep, so the third is queued only; what the host had owed to sleep it pays once.
+    third = submit(engine, 2)
+    assert engine.now() == pytest.approx(12.26)
+    lane = HostLane(engine._clock, engine)
+    assert [lane.launch(0.1)[1] for _ in range(2)] == pytest.approx([12.76, 12.86])
+    wait_all(engine, [second, third])
+    assert [t.started_at for t in (second, third)] == pytest.approx([12.5, 15])
+
+
 def test_demands_overtake_guesses_and_guesses_are_promoted_or_cancelled() -> None:
     engine = engine_of(Readers(1, 50.0, 50.0))
     running, guess, other, demand = (submit(engine, n, p) for n, p in enumerate((DEMAND, PREFETCH, PREFETCH, DEMAND)))
