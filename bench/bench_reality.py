@@ -214,7 +214,7 @@ def sizes_of(model: str, args: argparse.Namespace) -> Sizes:
     """What is run of a model."""
     if args.quick:
         return Sizes(16, 4, 1, SHARES[1:2], ("on-demand", "lru", "duoserve"))
-    return Sizes(128, 24 if model == "bard" else 16, args.rounds, SHARES, POLICIES)
+    return Sizes(128, 24 if model == "bard" else 12, args.rounds, SHARES, POLICIES)
 
 
 def main() -> int:
