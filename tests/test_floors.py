@@ -30,14 +30,16 @@ F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safe
     experts/store  experts/formats/__init__  experts/formats/codes  experts/formats/fp8  experts/formats/int4
     experts/formats/lanes  experts/formats/awq  experts/formats/gptq  experts/formats/mxfp4  experts/formats/expert_row
     experts/formats/reading  experts/packing  experts/quantizing  experts/host_ram  experts/device  experts/budget
-    experts/disk_store  experts/slots  experts/tickets  experts/copy_engine  experts/virtual  experts/streams
+    experts/disk_store  experts/slots  experts/tickets  experts/copy_engine  experts/virtual
+    experts/virtual_readers  experts/streams
     experts/cuda_streams  experts/stream_engine
 F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/trace
     scheduling/trace_file  scheduling/recorder  scheduling/synthetic  scheduling/plan  scheduling/prefill
     scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/ghost  scheduling/guard
     scheduling/policies  scheduling/account  scheduling/link_budget  scheduling/foresight  scheduling/ledger
     scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/read_through  scheduling/scheduler
-    scheduling/cache_study  scheduling/hardware  scheduling/foreseen  scheduling/scored  scheduling/replay
+    scheduling/cache_study  scheduling/hardware  scheduling/timed  scheduling/host_time
+    scheduling/foreseen  scheduling/scored  scheduling/replay
     scheduling/bake_off  scheduling/selection  predictors/__init__  predictors/features  predictors/history
     predictors/base  predictors/popularity  predictors/affinity  predictors/activation_matrix  predictors/lookahead
     predictors/paper  predictors/learned  predictors/examples  predictors/networks  predictors/training

@@ -68,7 +68,7 @@ class Ticket:
         """The copy has ended, well unless there is an ``error``."""
         self.error = error
         self.state = TicketState.DONE if error is None else TicketState.FAILED
-        self.finished_at = now  # last, for another thread may look at any moment whether it is finished
+        self.finished_at = now  # last: other threads may ask whether it is ``finished``
 
     def cancel(self, now: float) -> None:
         """The copy will not be made, or not to its end."""
@@ -132,6 +132,9 @@ class TicketQueue:
 
     def __len__(self) -> int:
         return sum(len(lane) for lane in self._lanes)
+
+    def __bool__(self) -> bool:
+        return any(self._lanes)  # asked for every event of a replay, for which counting is slow
 
     def __iter__(self) -> Iterator[Ticket]:
         """The tickets in the order in which it is their turn."""

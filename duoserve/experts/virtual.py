@@ -36,11 +36,13 @@ class ComputeLane:
     def __init__(self, clock: VirtualClock) -> None:
         self._clock = clock
         self.free_at = clock.now  # when all that was launched has ended
+        self.busy_s = 0.0
 
     def launch(self, seconds: float) -> tuple[float, float]:
         """Adds work that takes ``seconds``; returns when it starts and ends. What it reads must have arrived."""
         start = max(self.free_at, self._clock.now)
         self.free_at = start + seconds
+        self.busy_s += seconds
         return start, self.free_at
 
     def synchronize(self) -> None:

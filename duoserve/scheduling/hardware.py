@@ -12,6 +12,7 @@ from math import inf
 from typing import TypeVar
 
 from duoserve.errors import ConfigError
+from duoserve.experts.virtual_readers import Readers
 
 Card = TypeVar("Card")
 
@@ -40,7 +41,8 @@ class Hardware:
     ``memory_bytes`` and ``host_bytes`` are the sizes of the device's memory and of the RAM behind it (on a CPU all is
     RAM), ``disk`` the bytes/s of what lies behind that, of which one read alone gets ``reader``.
     ``expert_overhead_s`` passes with each expert that is computed. ``widening`` are the bytes/s at which weights are
-    made ready for products of several rows, where that takes a pass of its own, as on a CPU.
+    made ready for products of several rows, where that takes a pass of its own, as on a CPU. ``readers`` are the copy
+    threads of a host that computes, where they were measured; else one copy after another has all of ``link``.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Hardware:
     reader: float = inf
     expert_overhead_s: float = 0.0
     widening: float = inf
+    readers: Readers | None = None
 
     def copy_s(self, nbytes: int) -> float:
         """A copy of ``nbytes`` over the idle link."""
@@ -149,10 +152,34 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Machine:
-    """A model on a device: how long its parts take."""
+    """A model on a device: how long its parts take.
+
+    By formula; what a formula leaves out takes no time. ``timed.py`` has one whose parts were measured.
+    """
 
     hardware: Hardware
     sizes: LayerSizes
+
+    def rest_s(self, tokens: int) -> float:
+        """What a pass of ``tokens`` new tokens takes outside of its layers."""
+        return 0.0
+
+    def hearing_s(self, tokens: int, lookahead: int) -> float:
+        """What it takes in a layer to tell a listener of the router's choice, with scores of ``lookahead`` layers."""
+        return 0.0
+
+    @property
+    def launch_s(self) -> float:
+        """What experts take that are computed together beyond what each of them takes."""
+        return 0.0
+
+    def fresh_s(self, tokens: int) -> float:
+        """What an expert takes beyond that the first time after it was copied, when no cache has its bytes."""
+        return 0.0
+
+    def disturbed_s(self, tokens: int) -> tuple[float, float]:
+        """What computing loses to each thread that is woken beside it to read, and to each read that ends."""
+        return 0.0, 0.0
 
     def attention_s(self, tokens: int, context: int, sequences: int = 1) -> float:
         """One layer up to the router's choice, for ``tokens`` new tokens, each sequence's behind ``context`` others."""

@@ -6,6 +6,7 @@ T tokens, K top-k.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
@@ -13,20 +14,23 @@ import numpy as np
 import torch
 
 from duoserve.config import Phase
-from duoserve.experts.copy_engine import CopyListener
-from duoserve.experts.layout import ExpertLayout
+from duoserve.experts.copy_engine import CopyEngine, CopyListener
+from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.slots import SlotPool, SlotTable
 from duoserve.experts.virtual import ComputeLane, VirtualClock, VirtualCopyEngine
+from duoserve.experts.virtual_readers import HostLane, VirtualReaders
 from duoserve.metrics import ByteCounts, Meter
 from duoserve.scheduling.cache_study import belady_hits, steps_of
 from duoserve.scheduling.eviction import Eviction
 from duoserve.scheduling.foreseen import Future
 from duoserve.scheduling.hardware import Machine
+from duoserve.scheduling.host_time import HostTime, UntimedEngine
 from duoserve.scheduling.plan import DecodeMode, GuessMode, PrefillMode
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.scheduling.scored import Score, ScoredPredictor
+from duoserve.scheduling.source import ReadyExpert
 from duoserve.scheduling.trace import RequestTrace, Trace
 
 ORACLE = "oracle"
@@ -96,12 +100,17 @@ def replay(  # noqa: PLR0913
     *,
     predictor: Predictor | None = None,
     watcher: Watcher = NOBODY,
+    host_clock: Callable[[], float] | None = None,
 ) -> Replay:
     """Replays all requests, one after the other, as one process would serve them; see ``oracle_of`` for the oracle.
 
-    MemoryBudgetError when ``policy`` cannot work with so many slots.
+    With ``host_clock`` (seconds of this thread's work) the scheduler's and the predictor's own work takes the time that
+    it takes here, and no two replays are quite alike; it is quicker here than between computing, unless the ``watcher``
+    really computes something. MemoryBudgetError when ``policy`` cannot work with so many slots.
     """
-    run = _Run(trace, policy, machine, num_slots, predictor, watcher)
+    run = _Run(trace, policy, machine, num_slots, predictor, watcher, host_clock)
+    if policy.all_resident:
+        run.load_all()
     for request in trace:
         run.serve(request)
     return run.result
@@ -140,22 +149,20 @@ class _Run:
         num_slots: int,
         predictor: Predictor | None,
         watcher: Watcher,
+        host_clock: Callable[[], float] | None,
     ) -> None:
         self._machine = machine
         self._layers = trace.meta.layers
         self._clock = VirtualClock()
-        self._lane = ComputeLane(self._clock)
+        self._lane, engine = _lanes(machine, self._clock, watcher.on_copied)
+        self._copied = engine if isinstance(engine, VirtualReaders) else None
+        self._host: AbstractContextManager[None] = nullcontext()
+        if host_clock is not None:
+            self._host = host = HostTime(self._clock, host_clock)
+            engine = UntimedEngine(engine, host)
         self._meter = Meter(lambda: self._clock.now)
         self._on_computed = watcher.on_computed
-        self._busy_s = 0.0  # of the compute lane
         scored = None if predictor is None else ScoredPredictor(predictor)
-        engine = VirtualCopyEngine(
-            self._clock,
-            machine.hardware.copy_s,
-            nbytes=machine.sizes.expert_bytes,
-            lane=self._lane,
-            on_copied=watcher.on_copied,
-        )
         self._scheduler = _scheduler(trace, policy, num_slots, scored, engine, self._meter)
         heard = self._scheduler.listener
         self._listener = heard
@@ -163,6 +170,10 @@ class _Run:
         self.result = Replay(
             policy.name, scored.name if scored and guesses else None, num_slots, score=scored.score if scored else None
         )
+
+    def load_all(self) -> None:
+        """Every expert into its slot, as it is done when a model is loaded."""
+        self._scheduler.load_all()
 
     def serve(self, request: RequestTrace) -> None:
         """One request from its prompt to its last token."""
@@ -186,39 +197,69 @@ class _Run:
 
     def _pass(self, phase: Phase, request: RequestTrace, step: int, asked: Sequence[_Asked]) -> tuple[float, float]:
         """A forward pass; returns its seconds, and in how many of them the compute lane stood still."""
-        begun, busy_s = self._clock.now, self._busy_s
+        begun, busy_s = self._clock.now, self._lane.busy_s
         num_tokens, context = (request.num_prompt, 0) if step == 0 else (1, request.num_prompt + step - 1)
         attention_s = self._machine.attention_s(num_tokens, context)
+        if self._copied is not None:
+            self._copied.roused_s, self._copied.ended_s = self._machine.disturbed_s(num_tokens)
         listener = self._listener
         routings = None if listener is None else request.routing(step)
-        if listener is not None:
-            listener.begin(phase, np.full(num_tokens, request.number, dtype=np.int64))
-        self._scheduler.begin(phase, num_tokens)
+        hearing_s = 0.0 if listener is None else self._machine.hearing_s(num_tokens, listener.lookahead)
+        with self._host:
+            if listener is not None:
+                listener.begin(phase, np.full(num_tokens, request.number, dtype=np.int64))
+            self._scheduler.begin(phase, num_tokens)
         for layer, (experts, seconds) in zip(self._layers, asked, strict=True):
-            self._launch(layer, attention_s)
+            self._launch(layer, attention_s + hearing_s)
             self._lane.synchronize()  # the router's choice
             if listener is not None and routings is not None:
-                listener.routed(next(routings))
-            self._compute(layer, experts, seconds)
-        self._scheduler.end()
+                routing = next(routings)
+                with self._host:
+                    listener.routed(routing)
+            self._compute(layer, experts, seconds, self._machine.fresh_s(num_tokens))
+        with self._host:
+            self._scheduler.end()
+        self._launch(self._layers[-1], self._machine.rest_s(num_tokens))
         self._lane.synchronize()
         wall_s = self._clock.now - begun
-        return wall_s, wall_s - (self._busy_s - busy_s)
+        return wall_s, wall_s - (self._lane.busy_s - busy_s)
 
-    def _compute(self, layer: int, experts: list[int], seconds: list[float]) -> None:
-        """The experts of a batch are one launch."""
+    def _compute(self, layer: int, experts: list[int], seconds: list[float], fresh_s: float) -> None:
+        """The experts of a batch are one launch; one that is fresh takes ``fresh_s`` longer."""
         cost = dict(zip(experts, seconds, strict=True))
-        with self._scheduler.acquire(layer, experts) as lease:
-            for ready in lease:
-                self._launch(layer, sum([cost[one.expert] for one in ready]))
+        host, launch_s = self._host, self._machine.launch_s
+        with host:
+            lease = self._scheduler.acquire(layer, experts)
+        with lease:
+            while True:
+                with host:
+                    ready = next(lease, None)
+                if ready is None:
+                    break
+                fresh = self._fresh(layer, ready)
+                self._launch(layer, launch_s + sum([cost[one.expert] for one in ready]) + fresh * fresh_s)
                 if self._machine.hardware.host_computes:
                     self._lane.synchronize()
 
+    def _fresh(self, layer: int, ready: Sequence[ReadyExpert]) -> int:
+        """How many have been copied since they were computed last, as far as that matters."""
+        copied = self._copied
+        return 0 if copied is None else sum([copied.touch(ExpertId(layer, one.expert)) for one in ready])
+
     def _launch(self, layer: int, seconds: float) -> None:
         start, stop = self._lane.launch(seconds)
-        self._busy_s += seconds
-        if self._on_computed is not None:
+        if self._on_computed is not None and stop > start:
             self._on_computed(start, stop, layer)
+
+
+def _lanes(machine: Machine, clock: VirtualClock, on_copied: CopyListener | None) -> tuple[ComputeLane, CopyEngine]:
+    """What computes and what copies: a host with its copy threads, or a device with its link."""
+    hardware, nbytes = machine.hardware, machine.sizes.expert_bytes
+    if hardware.readers is not None:
+        threads = VirtualReaders(clock, hardware.readers, nbytes, on_copied)
+        return HostLane(clock, threads), threads
+    lane = ComputeLane(clock)
+    return lane, VirtualCopyEngine(clock, hardware.copy_s, nbytes=nbytes, lane=lane, on_copied=on_copied)
 
 
 def _prompt_of(request: RequestTrace, layer: int, machine: Machine) -> _Asked:
@@ -236,7 +277,7 @@ def _scheduler(  # noqa: PLR0913, PLR0917
     policy: Policy,
     num_slots: int,
     predictor: Predictor | None,
-    engine: VirtualCopyEngine,
+    engine: CopyEngine,
     meter: Meter,
 ) -> Scheduler:
     num_layers, num_experts = trace.meta.layers[-1] + 1, trace.meta.num_experts

@@ -1,0 +1,224 @@
+"""Copy threads and a host that computes, on a virtual clock: what ThreadedCopyEngine does on a CPU, without waiting."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Collection
+from dataclasses import dataclass
+from math import inf
+
+from duoserve.errors import ClosedError, IntegrityError
+from duoserve.experts.copy_engine import CopyEngine, CopyListener
+from duoserve.experts.layout import ExpertId
+from duoserve.experts.tickets import Priority, Ticket, TicketQueue
+from duoserve.experts.virtual import ComputeLane, VirtualClock
+
+_DONE_BYTES = 1.0  # what is less is rounding
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Copy threads, and how they share a disk with each other and the cores with the host. Bytes/s, seconds.
+
+    ``alone`` is the rate of one read at a time, ``together`` that of ``threads`` at once; in between it grows evenly.
+    To queue a copy takes the host ``queue_s``, or ``rouse_s`` if that wakes a thread, which begins ``wake_s`` after it
+    was asked, and is ready for its next read ``between_s`` after one has ended. When the host sleeps until a copy has
+    ended, it goes on ``notice_s`` later, and loses ``resumed_s`` of its next computing to caches that have gone cold.
+    """
+
+    threads: int
+    alone: float
+    together: float
+    queue_s: float = 0.0
+    rouse_s: float = 0.0
+    wake_s: float = 0.0
+    between_s: float = 0.0
+    notice_s: float = 0.0
+    resumed_s: float = 0.0
+
+    def rate(self, reads: int) -> float:
+        """Bytes/s of each of so many reads at once."""
+        beyond = (reads - 1) / (self.threads - 1) if self.threads > 1 else 0.0
+        return (self.alone + beyond * (self.together - self.alone)) / reads
+
+
+@dataclass(eq=False)
+class _Read:
+    ticket: Ticket
+    started: float
+    left: float  # bytes
+
+
+class VirtualReaders(CopyEngine):
+    """``readers`` that carry whole experts of ``nbytes`` bytes; for one thread.
+
+    ``wait`` advances the clock, and so do ``compute`` and ``submit``. What falls due while somebody else advances it
+    happens at its own time, at the latest in the next call. Threads of one interpreter get in each other's way: one
+    that is woken keeps the host from computing for ``roused_s``, unless that sleeps then, and so does a read that ends
+    while the host computes, for ``ended_s``.
+    """
+
+    def __init__(
+        self, clock: VirtualClock, readers: Readers, nbytes: int, on_copied: CopyListener | None = None
+    ) -> None:
+        self._clock = clock
+        self._readers = readers
+        self._nbytes = nbytes
+        self._on_copied = on_copied
+        self._queue = TicketQueue()
+        self._waking: list[float] = []  # when threads that do not sleep look for work, ascending
+        self._reads: list[_Read] = []
+        self.roused_s = 0.0
+        self.ended_s = 0.0
+        self._owed_s = 0.0
+        self._computes = False
+        self._fresh: set[ExpertId] = set()
+        self._at = clock.now  # up to where everything has happened
+        self._closed = False
+
+    def now(self) -> float:
+        """Seconds of the virtual clock."""
+        return self._clock.now
+
+    def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
+        """As in CopyEngine; wakes a thread if one sleeps."""
+        if self._closed:
+            raise ClosedError(f"a copy of expert {expert.layer}/{expert.expert} was asked for after close()")
+        self.settle()
+        ticket = Ticket(expert, slot, priority, self._nbytes, self.now())
+        self._queue.push(ticket)
+        if len(self._waking) + len(self._reads) < self._readers.threads:
+            insort(self._waking, self.now() + self._readers.wake_s)
+            self._clock.advance(self._readers.rouse_s)
+            self._owed_s += self.roused_s
+        else:
+            self._clock.advance(self._readers.queue_s)
+        self.settle()
+        self._fresh.add(expert)
+        return ticket
+
+    def promote(self, ticket: Ticket) -> None:
+        """As in CopyEngine."""
+        self.settle()
+        self._queue.promote(ticket)
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """As in CopyEngine."""
+        self.settle()
+        if not self._queue.discard(ticket):
+            return False
+        ticket.cancel(self.now())
+        return True
+
+    def fence(self, slots: Collection[int]) -> None:
+        """Nothing: work on the host has ended when the call that did it returns."""
+
+    def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
+        """As in CopyEngine; IntegrityError for unfinished tickets of another engine, which would take for ever."""
+        self.settle()
+        slept = False
+        while tickets and not any(ticket.finished for ticket in tickets):
+            event = self._next_event()
+            if event == inf:
+                raise IntegrityError(f"wait for {len(tickets)} copies, none of which was asked of this engine")
+            self._clock.advance_to(event)
+            self.settle()
+            slept = True
+        if slept:
+            self._owed_s = self._readers.resumed_s
+            self._clock.advance(self._readers.notice_s)
+            self.settle()
+        return [ticket for ticket in tickets if ticket.finished]
+
+    def settle(self) -> None:
+        """Lets happen what is due by now."""
+        if self._waking or self._reads:
+            self._run(self.now())
+        self._at = max(self._at, self.now())
+
+    def compute(self, seconds: float) -> None:
+        """The host computes what takes ``seconds`` when nobody is in its way."""
+        self.settle()
+        self._computes, done_at = True, self.now() + seconds
+        while True:
+            done_at, self._owed_s = done_at + self._owed_s, 0.0
+            self._clock.advance_to(min(done_at, self._next_event()))
+            self._run(self.now())
+            if self.now() >= done_at and not self._owed_s:
+                break
+        self._computes = False
+
+    def touch(self, expert: ExpertId) -> bool:
+        """An expert is computed: whether for the first time since it was copied."""
+        fresh = expert in self._fresh
+        self._fresh.discard(expert)
+        return fresh
+
+    def close(self) -> None:
+        """As in CopyEngine; the clock advances to the end of what is read."""
+        self.settle()
+        self._closed = True
+        for ticket in self._queue.clear():
+            ticket.cancel(self.now())
+        while self._reads:
+            self._clock.advance_to(self._next_event())
+            self.settle()
+
+    def _next_event(self) -> float:
+        """When a thread looks for work or the next read ends."""
+        event = self._waking[0] if self._waking else inf
+        if self._reads:
+            event = min(event, self._at + min(read.left for read in self._reads) / self._rate())
+        return event
+
+    def _run(self, until: float) -> None:
+        """Everything up to ``until``, in the order in which it happens."""
+        while True:
+            event = self._next_event()
+            now = min(event, until)
+            if self._reads:
+                carried = max(0.0, now - self._at) * self._rate()
+                for read in self._reads:
+                    read.left -= carried
+            self._at = max(self._at, now)
+            if event > until:
+                return
+            self._happen(self._at)
+
+    def _rate(self) -> float:
+        return self._readers.rate(len(self._reads))
+
+    def _happen(self, now: float) -> None:
+        """Ends the reads that are through, and lets threads that are awake take what is queued."""
+        through = [read for read in self._reads if read.left < _DONE_BYTES]
+        self._reads = [read for read in self._reads if read.left >= _DONE_BYTES]
+        self._waking = sorted([*self._waking, *[now + self._readers.between_s] * len(through)])
+        awake = sum(when <= now for when in self._waking)
+        del self._waking[:awake]
+        self._owed_s += self.ended_s * len(through) if self._computes else 0.0
+        for read in through:
+            read.ticket.finish(now)
+            if self._on_copied is not None:
+                self._on_copied(read.started, now, self._nbytes)
+        for _ in range(awake):
+            piece = self._queue.take()
+            if piece is None:
+                break
+            piece.ticket.start(now)
+            self._reads.append(_Read(piece.ticket, now, float(piece.nbytes)))
+
+
+class HostLane(ComputeLane):
+    """A host that computes: a launch returns when the work has ended, and copies go on meanwhile."""
+
+    def __init__(self, clock: VirtualClock, readers: VirtualReaders) -> None:
+        super().__init__(clock)
+        self._readers = readers
+
+    def launch(self, seconds: float) -> tuple[float, float]:
+        """As in ComputeLane; work that copies get in the way of takes longer."""
+        start = self._clock.now
+        self._readers.compute(seconds)
+        self.free_at = self._clock.now
+        self.busy_s += self.free_at - start
+        return start, self.free_at

@@ -1,0 +1,87 @@
+"""The host's own work in a replay: planning and predicting are really done, so what they take can be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from types import TracebackType
+from typing import TypeVar
+
+from duoserve.experts.copy_engine import CopyEngine
+from duoserve.experts.layout import ExpertId
+from duoserve.experts.tickets import Priority, Ticket
+from duoserve.experts.virtual import VirtualClock
+
+Result = TypeVar("Result")
+
+
+class HostTime:
+    """Inside of it, time of the clock ``read`` (seconds) passes on the virtual clock too."""
+
+    def __init__(self, clock: VirtualClock, read: Callable[[], float]) -> None:
+        self._clock = clock
+        self._read = read
+        self._since: float | None = None
+
+    def __enter__(self) -> None:
+        self._since = self._read()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> bool:
+        """What has passed so far is on the virtual clock; whether time was passing."""
+        if self._since is None:
+            return False
+        self._clock.advance(max(0.0, self._read() - self._since))
+        self._since = None
+        return True
+
+
+class UntimedEngine(CopyEngine):
+    """``inner``, whose own work takes no time of ``host``: it stands for threads whose work takes what was measured."""
+
+    def __init__(self, inner: CopyEngine, host: HostTime) -> None:
+        self._inner = inner
+        self._host = host
+
+    def now(self) -> float:
+        """As in CopyEngine."""
+        return self._untimed(self._inner.now)
+
+    def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
+        """As in CopyEngine."""
+        return self._untimed(lambda: self._inner.submit(expert, slot, priority))
+
+    def promote(self, ticket: Ticket) -> None:
+        """As in CopyEngine."""
+        self._untimed(lambda: self._inner.promote(ticket))
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """As in CopyEngine."""
+        return self._untimed(lambda: self._inner.cancel(ticket))
+
+    def fence(self, slots: Collection[int]) -> None:
+        """As in CopyEngine."""
+        self._untimed(lambda: self._inner.fence(slots))
+
+    def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
+        """As in CopyEngine."""
+        return self._untimed(lambda: self._inner.wait(tickets))
+
+    def settle(self) -> None:
+        """As in CopyEngine."""
+        self._untimed(self._inner.settle)
+
+    def close(self) -> None:
+        """As in CopyEngine."""
+        self._untimed(self._inner.close)
+
+    def _untimed(self, call: Callable[[], Result]) -> Result:
+        passing = self._host.stop()
+        try:
+            return call()
+        finally:
+            if passing:
+                self._host.__enter__()
