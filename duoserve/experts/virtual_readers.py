@@ -113,6 +113,9 @@ class VirtualReaders(CopyEngine):
     def fence(self, slots: Collection[int]) -> None:
         """Nothing: work on the host has ended when the call that did it returns."""
 
+    def land(self) -> None:
+        """Nothing: a copy that a thread has begun cannot be cancelled."""
+
     def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
         """As in CopyEngine; IntegrityError for unfinished tickets of another engine, which would take for ever."""
         self.settle()

@@ -66,6 +66,10 @@ class UntimedEngine(CopyEngine):
         """As in CopyEngine."""
         self._untimed(lambda: self._inner.fence(slots))
 
+    def land(self) -> None:
+        """As in CopyEngine."""
+        self._untimed(self._inner.land)
+
     def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
         """As in CopyEngine."""
         return self._untimed(lambda: self._inner.wait(tickets))
