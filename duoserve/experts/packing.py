@@ -239,10 +239,11 @@ def _write_rows(
 def _write_at(descriptor: int, row_B: Tensor, offset: int) -> None:
     left = row_B.numpy().data
     while left:
+        direct = _goes_direct(descriptor)  # before the write: another thread may have it otherwise behind it
         try:
             written = os.pwrite(descriptor, left, offset)
         except OSError as error:
-            if error.errno != errno.EINVAL or not _goes_direct(descriptor):
+            if error.errno != errno.EINVAL or not direct:
                 raise
             # A file system that takes the flag and then refuses the writes; or what a short one left is no whole block.
             fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~DIRECT)
