@@ -1,0 +1,63 @@
+"""Products on a CPU by their routes: each equals float64 math, whatever the machine would choose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from duoserve.experts.layout import ExpertLayout, Quantized
+from duoserve.kernels.matmul import LEFT_ROWS, left_product, linear
+from duoserve.kernels.reference_codes import PACKED_ROWS, code_product, multiplies_codes
+from duoserve.kernels.reference_dequant import dense
+from duoserve.kernels.weights import ExpertFormat, Matrix
+from tests.kernels.common import assert_close
+
+BF16 = torch.bfloat16
+INT4 = Quantized(ExpertFormat.INT4, 32)
+INT8 = Quantized(ExpertFormat.INT8)
+
+
+@pytest.mark.parametrize("rows", [1, 2, LEFT_ROWS, LEFT_ROWS + 1])
+@pytest.mark.parametrize("biased", [False, True])
+def test_weights_on_the_left(rows: int, biased: bool) -> None:
+    x_TK, w_NK = torch.randn(rows, 75).to(BF16), torch.randn(41, 75).to(BF16)
+    bias_N = torch.randn(41).to(BF16) if biased else None
+    truth_TN = x_TK.double() @ w_NK.double().T + (0 if bias_N is None else bias_N.double())
+    assert_close(left_product(x_TK, w_NK, bias_N), truth_TN, BF16)
+    product_TN = linear(x_TK, w_NK, bias_N)
+    assert_close(product_TN, truth_TN, BF16)
+    assert product_TN.is_contiguous()
+
+
+def made(stored: Quantized, hidden: int, inter: int) -> Matrix:
+    """The up projection of random experts in three slots."""
+    layout = ExpertLayout(stored, hidden, inter)
+    pool_SB = torch.empty(3, layout.slot_bytes, dtype=torch.uint8).random_()
+    weights = layout.weights(pool_SB)
+    assert weights.s13 is not None
+    if weights.s13.is_floating_point():
+        weights.s13.copy_(torch.rand(weights.s13.shape) + 0.5)
+    if weights.z13 is not None:
+        weights.z13.copy_(torch.randint(0, 17, weights.z13.shape))
+    return weights.w13
+
+
+def truth(x_RD: Tensor, matrix: Matrix, rows: slice) -> Tensor:
+    return x_RD.double() @ dense(matrix, 1, rows).double().T
+
+
+@pytest.mark.parametrize("rows", [1, 3, PACKED_ROWS, PACKED_ROWS + 1, 40])
+@pytest.mark.parametrize(("stored", "hidden"), [(INT8, 96), (INT8, 41), (INT8, 72), (INT4, 96), (INT4, 32)])
+def test_codes_mean_what_decoded_weights_mean(stored: Quantized, hidden: int, rows: int) -> None:
+    """Rows that are whole vectors, and those that are not; positive inputs, so that zero-points have to cancel."""
+    matrix, x_RD = made(stored, hidden, 32), torch.rand(rows, hidden).to(BF16)
+    assert multiplies_codes(matrix, BF16)
+    for block in (slice(0, 64), slice(10, 31)):
+        assert_close(code_product(x_RD, matrix, 1, block), truth(x_RD, matrix, block), BF16)
+
+
+def test_what_codes_cannot_do_is_decoded() -> None:
+    assert not multiplies_codes(made(INT8, 32, 32), torch.float16)
+    assert not multiplies_codes(made(INT4, 32, 32), torch.float32)
+    assert not multiplies_codes(made(Quantized(ExpertFormat.MXFP4), 32, 32), BF16)
