@@ -6,10 +6,10 @@
 For `bard` and a random Mixtral of 288 M parameters, batches of 1 to 16 prompts decode together, with a quarter of the
 experts in slots and the others on the disk, and with all in slots; batch sizes take turns, round by round. A step's
 bound is the time to read what it had to: missing experts at the disk's rate, and every expert that it used and the
-dense weights once at the memory's. With ``invariant=True``, on one thread, the largest batch must
-give the tokens of each prompt alone; how many do without it is counted. Then requests arrive at random at a
-service with experts on the disk, first come first served and by slack, with the same objectives for both; goodput is
-the rate at which nine in ten meet them.
+dense weights once at the memory's. With ``invariant=True``, on one thread, the largest batch must give the tokens of
+each prompt alone; how many do without it is counted. Then requests arrive at random at a service with experts on the
+disk, first come first served and by slack, with the same objectives for both; goodput is the rate at which nine in ten
+meet them.
 
 Beside OUT.json comes OUT.svg, with both curves of each model.
 """
