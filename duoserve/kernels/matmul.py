@@ -122,8 +122,9 @@ def _places_keep_bits(x_TK: Tensor, w_NK: Tensor) -> bool:
 
 
 @cache
-def _tiles_share_products() -> bool:
-    """Whether a row has these bits too where several tiles are made together: threads may share out the sums."""
+def _tiles_share_products(num_threads: int) -> bool:
+    """Whether a row has these bits too where so many threads make several tiles together: they may share out sums."""
+    assert num_threads == torch.get_num_threads()
     return all(_slices_keep_bits(*_trial(40 * TILE_ROWS, num_in, num_out)) for num_in, num_out in TRIAL_SHAPES)
 
 
@@ -143,7 +144,7 @@ def _trial(num_rows: int, num_in: int, num_out: int) -> tuple[Tensor, Tensor]:
 
 def _tile_product(x_TK: Tensor, w_KN: Tensor) -> Tensor:
     """The float32 product of whole tiles, made together where that keeps their bits."""
-    if len(x_TK) == TILE_ROWS or _tiles_share_products():
+    if len(x_TK) == TILE_ROWS or _tiles_share_products(torch.get_num_threads()):
         return torch.mm(x_TK, w_KN)
     return torch.cat([torch.mm(tile_TK, w_KN) for tile_TK in torch.split(x_TK, TILE_ROWS)])
 
