@@ -86,7 +86,8 @@ def float_product(x_TK: Tensor, w_NK: Tensor, products: Products) -> Tensor:
     if products is Products.BY_ROW:
         return torch.cat([torch.mm(x_TK[t : t + 1], w_NK.T) for t in range(len(x_TK))])
     if products is Products.BY_TILE:
-        return _tile_product(_filled(x_TK), w_NK.T)[: len(x_TK)]
+        filled_TK = _filled(x_TK)
+        return _tile_product(filled_TK, w_NK.T, out=filled_TK.new_empty(len(filled_TK), len(w_NK)))[: len(x_TK)]
     return torch.mm(x_TK, w_NK.T)
 
 
@@ -142,11 +143,13 @@ def _trial(num_rows: int, num_in: int, num_out: int) -> tuple[Tensor, Tensor]:
     return torch.randn(num_rows, num_in, generator=generator), torch.randn(num_out, num_in, generator=generator)
 
 
-def _tile_product(x_TK: Tensor, w_KN: Tensor) -> Tensor:
+def _tile_product(x_TK: Tensor, w_KN: Tensor, *, out: Tensor) -> Tensor:
     """The float32 product of whole tiles, made together where that keeps their bits."""
-    if len(x_TK) == TILE_ROWS or _tiles_share_products(torch.get_num_threads()):
-        return torch.mm(x_TK, w_KN)
-    return torch.cat([torch.mm(tile_TK, w_KN) for tile_TK in torch.split(x_TK, TILE_ROWS)])
+    if _tiles_share_products(torch.get_num_threads()):
+        return torch.mm(x_TK, w_KN, out=out)
+    for start in range(0, len(x_TK), TILE_ROWS):
+        torch.mm(x_TK[start : start + TILE_ROWS], w_KN, out=out[start : start + TILE_ROWS])
+    return out
 
 
 def _filled(x_TK: Tensor) -> Tensor:
@@ -159,7 +162,7 @@ def _rounded(wide_TN: Tensor, bias_N: Tensor | None, dtype: torch.dtype) -> Tens
     return (wide_TN if bias_N is None else wide_TN.add_(bias_N)).to(dtype)
 
 
-def _widened(x_TK: Tensor, w_NK: Tensor, product: Callable[[Tensor, Tensor], Tensor] = torch.mm) -> Tensor:
+def _widened(x_TK: Tensor, w_NK: Tensor, product: Callable[..., Tensor] = torch.mm) -> Tensor:
     """The float32 ``product``, with the weights widened a block of rows at a time."""
     num_out, num_in = w_NK.shape
     rows = max(1, WIDEN_ELEMENTS // num_in)
@@ -168,5 +171,5 @@ def _widened(x_TK: Tensor, w_NK: Tensor, product: Callable[[Tensor, Tensor], Ten
     for start in range(0, num_out, rows):
         block_BK = w_NK[start : start + rows]
         wide_BK = scratch_BK[: len(block_BK)].copy_(block_BK)
-        out_TN[:, start : start + rows] = product(x_wide_TK, wide_BK.T)
+        product(x_wide_TK, wide_BK.T, out=out_TN[:, start : start + rows])
     return out_TN

@@ -164,6 +164,7 @@ def test_indices_of_64_bits_and_queries_that_are_a_slice() -> None:
 
 
 def test_a_large_score_does_not_overflow() -> None:
+    torch.manual_seed(0)  # of two scores that are all but equal, rounding would decide what each weighs
     case = paged([50], (2, 1), 16, 16, torch.float32)
     case["q_BHD"] = case["q_BHD"] * 1000
     assert_attends(case)

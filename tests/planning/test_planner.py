@@ -139,5 +139,5 @@ def test_what_is_assumed_is_said() -> None:
     by_another = planner_of("bard").plan(CPU, Question(max_context=2048, routing="qwen3-30b-a3b"))
     assert by_another.notes == ("hit rates are those of qwen3-30b-a3b (128 experts, top-8); this one has 8, top-2",)
     assert (
-        "the time of that is left out" in planner_of("bard").plan(CPU, Question(max_context=512, form="int8")).notes[0]
+        "the time of that is left out" in planner_of("bard").plan(CPU, Question(max_context=2048, form="int8")).notes[0]
     )

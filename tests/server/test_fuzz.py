@@ -127,7 +127,7 @@ def test_no_body_makes_a_500(lasting, asked):
 def test_no_bytes_make_a_500(lasting, body):
     for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
         answer = lasting.http.post(path, content=body, headers={"Content-Type": "application/json"})
-        assert told(answer) == 400
+        assert told(answer) in {200, 400}  # some bytes are a request
 
 
 @pytest.mark.parametrize(
