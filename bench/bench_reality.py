@@ -227,6 +227,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a tiny model and few cells: a check of the bench")
     parser.add_argument("--json", type=Path, help="write everything to this file, and the report beside it")
     result = run(args := parser.parse_args())
+    if args.folder is not None:
+        result["command"] = result["command"].replace(str(args.folder), "DIR", 1)
     report = reality_report.render(result)
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

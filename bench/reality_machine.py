@@ -6,12 +6,12 @@ import statistics
 import time
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Self
 
 import numpy as np
-from reality_cells import Cell, Setting
+from reality_cells import Cell, Served, Setting
 from reality_probe import COUNTS, Disturber, Probe, Rates, Stopwatch
 
 from duoserve.config import EngineConfig, Phase
@@ -44,6 +44,7 @@ class Residents:
     disturbed: Cell
     watch: Stopwatch  # the listener of ``told``
     disturber: Disturber  # of ``disturbed``
+    order: list[str] = field(default_factory=lambda: ["plain", "told", "scored"])
 
     @classmethod
     def load(cls, setting: Setting, probe: Probe, total: int, held: ExitStack) -> Self:
@@ -54,15 +55,8 @@ class Residents:
         return cls(*cells, watch, disturber)
 
     def note(self, rates: Rates, prompt: list[int], new_tokens: int) -> None:
-        """A request to each, and where its time went."""
-        self.plain.served.append(self.plain.serve(prompt, new_tokens))
-        for name, cell in (("plain", self.plain), ("scored", self.scored), ("told", self.told)):
-            served = self.plain.served[-1] if cell is self.plain else cell.serve(prompt, new_tokens)
-            rates.note(f"prompt {name}", served.ttft_s)
-            rates.note(f"step {name}", served.tpot_s)
-        first, *others = self.watch.spans()
-        rates.note("prompt span", first)
-        rates.note("step span", statistics.mean(others))
+        """A request to each, undisturbed and disturbed."""
+        self.plain.served.append(self.again(rates, prompt, new_tokens))
         for disturbance in DISTURBANCES:
             self._disturb(rates, disturbance, prompt, new_tokens)
 
@@ -78,11 +72,20 @@ class Residents:
         rates.note(f"{name} woken", woken / passes)
         rates.note(f"{name} ended", ended / passes)
 
-    def again(self, rates: Rates, prompt: list[int], new_tokens: int) -> None:
-        """Another request to the plain one, for the machine is not the same all the time."""
-        served = self.plain.serve(prompt, new_tokens)
-        rates.note("prompt plain", served.ttft_s)
-        rates.note("step plain", served.tpot_s)
+    def again(self, rates: Rates, prompt: list[int], new_tokens: int) -> Served:
+        """A request to each that nothing disturbs, and where its time went; what the plain one came to.
+
+        They take turns in being the first, which is slower.
+        """
+        self.order = [*self.order[1:], self.order[0]]
+        served = {name: getattr(self, name).serve(prompt, new_tokens) for name in self.order}
+        for name, one in served.items():
+            rates.note(f"prompt {name}", one.ttft_s)
+            rates.note(f"step {name}", one.tpot_s)
+        first, *others = self.watch.spans()
+        rates.note("prompt span", first)
+        rates.note("step span", statistics.mean(others))
+        return served["plain"]
 
 
 def readers(rates: Rates, nbytes: int, threads: int, layers: int) -> Readers:
