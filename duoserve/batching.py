@@ -45,9 +45,9 @@ class Going(NamedTuple):
     room: int
     tpot_s: float | None = None
 
-    def due(self, more: int) -> float:
-        """When it should have so many ``more`` tokens for its mean to stay inside its objective."""
-        return inf if self.tpot_s is None else self.first_token + (self.tokens - 1 + more) * PLANNED * self.tpot_s
+    def due(self, more: int, share: float = PLANNED) -> float:
+        """When it should have so many ``more`` tokens for its mean to stay inside that ``share`` of its objective."""
+        return inf if self.tpot_s is None else self.first_token + (self.tokens - 1 + more) * share * self.tpot_s
 
 
 class Coming(NamedTuple):
@@ -202,9 +202,12 @@ class Batching:
         return next(size for size in count(1) if self.costs.decode_s(size + 1) > goal)
 
     def _kept(self, load: Load) -> list[Going]:
-        """Those of the running whose later tokens will be in time, on the average, if nothing comes in between."""
+        """Those of the running whose later tokens can be in time, on the average, if nothing comes in between.
+
+        By the whole objective: one that joined a batch which takes all that is planned would else be given up at once.
+        """
         step_s = self.costs.decode_s(len(load.running))
-        return [going for going in load.running if load.now + going.left * step_s <= going.due(going.left)]
+        return [going for going in load.running if load.now + going.left * step_s <= going.due(going.left, share=1.0)]
 
     def _spare_s(self, load: Load) -> float:
         """How long the next decode step can wait."""

@@ -136,3 +136,10 @@ def test_a_request_that_the_batch_has_no_place_for_in_time_is_refused() -> None:
     refused = one.refusal(request, load(running=[going(left=50)] * 3))
     assert refused is not None and refused.retry_after_s == pytest.approx(50 * 0.012 + 0.1 - 0.3, rel=0.01)
     assert Batching(FCFS, one.costs, LAYERS).refusal(request, load(running=[going(left=50)] * 3)) is None
+
+
+def test_one_that_has_just_what_is_planned_is_not_given_up() -> None:
+    """It joined a batch whose step takes all that is planned for a token, and a moment of it has passed."""
+    coming = Coming(100, 1, LAYERS)
+    assert batching().layers(load((), [going(0.01)], now=0.001, coming=coming), decoded=True) == 0
+    assert batching().start(load([asked(prompt=1)], [going(0.01)], now=0.001)) == []
