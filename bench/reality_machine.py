@@ -102,6 +102,7 @@ def readers(rates: Rates, nbytes: int, threads: int, layers: int) -> Readers:
         between_s=max(0.0, threads * rates.median("together") - all_s),
         notice_s=notice_s,
         resumed_s=max(0.0, waited_s - wake_s - read_s - notice_s),
+        warm=max(1.0, rates.median("cold") / rates.median("warm")),
     )
 
 

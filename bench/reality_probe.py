@@ -22,13 +22,14 @@ from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.packing import pack_path, write_pack
 from duoserve.experts.slots import SlotPool
+from duoserve.experts.virtual_readers import WARM_SLOTS
 from duoserve.kernels import HostWork
 from duoserve.models.opened import opened
 from duoserve.scheduling.routing import Routing
 
 SLOTS = 16
 BURST = 24  # copies in a row; so many rates are measured on
-SINGLES = 12  # copies one at a time, to see what waking takes
+SINGLES = 12  # copies one at a time
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)  # tokens of an expert
 
 
@@ -115,14 +116,17 @@ class Probe:
         self.threads = threads
         self._random = random.Random(0)
         self._slot = 0
+        self._next = 0  # the slot that is read into next: no cache has the memory of one that was used long ago
         for slot in range(SLOTS):
             self.store.read(self._any(), self._pool.row(slot))
         self.rates = Rates()
 
     def reads(self) -> None:
-        """Reads one after another, by one thread and by all."""
+        """Reads one after another, by one thread and by all; into slots that were used long ago or just before."""
         for name, engine in zip(("alone", "together"), self._engines, strict=True):
             self.rates.note(name, self._burst(engine))
+        for name, slots in (("cold", SLOTS), ("warm", WARM_SLOTS)):
+            self.rates.note(name, *self._in_turn(slots))
 
     def drop(self, tickets: list[Ticket]) -> None:
         """Cancels what is queued of these copies, and waits for the rest."""
@@ -163,6 +167,8 @@ class Probe:
     @torch.inference_mode()
     def experts(self, rows: int) -> None:
         """Experts in slots, for so many tokens each, and for ``rows`` as in a prompt; two in one launch."""
+        for _ in range(SLOTS):
+            self._computed(1, 1)  # the last cache has them in a step, which used them in the step before
         for count in COUNTS:
             self.rates.note(f"expert {count}", *(self._computed(count, 1) for _ in range(3)))
         for _ in range(9):
@@ -185,8 +191,20 @@ class Probe:
         ends = sorted(ticket.finished_at or 0.0 for ticket in tickets)
         return (ends[-1] - ends[3]) / (BURST - 4)
 
+    def _in_turn(self, slots: int) -> list[float]:
+        """Seconds of some reads, one at a time, into so many slots in turn, with an expert computed before each."""
+        seconds = []
+        for at in range(SINGLES):
+            self.compute_one()
+            ticket = self._engines[-1].submit(self._any(), at % slots, Priority.DEMAND)
+            self._engines[-1].wait([ticket])
+            assert ticket.started_at is not None and ticket.finished_at is not None
+            seconds.append(ticket.finished_at - ticket.started_at)
+        return seconds[WARM_SLOTS:]
+
     def _submit(self, engine: ThreadedCopyEngine, count: int) -> list[Ticket]:
-        return [engine.submit(self._any(), at % SLOTS, Priority.DEMAND) for at in range(count)]
+        first, self._next = self._next, (self._next + count) % SLOTS
+        return [engine.submit(self._any(), (first + at) % SLOTS, Priority.DEMAND) for at in range(count)]
 
     def _computed(self, count: int, experts: int) -> float:
         """Seconds of ``experts`` experts in slots that were not read lately, with ``count`` tokens each."""

@@ -112,6 +112,7 @@ def _machine(model: Model) -> Iterator[list[str]]:
     rates = " / ".join(f"{threads[which] / 1e9:.2f}" for which in ("alone", "together"))
     yield ["measured of the machine", ""]
     yield ["reads of an expert, one at a time / all threads", f"{rates} GB/s"]
+    yield ["the same into memory that was used just before", f"{threads['warm']:.2f}x as fast"]
     for what, key in (
         ("a copy is queued", "queue_s"),
         ("a copy is queued and a thread woken", "rouse_s"),

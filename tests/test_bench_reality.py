@@ -46,6 +46,8 @@ def test_copy_threads_come_from_reads_and_disturbed_steps_alone() -> None:
         "read": 0.5,
         "read of all": 0.7,
         "notice": 0.05,
+        "cold": 0.6,
+        "warm": 0.5,
         "together": 0.4,
         "queue": 0.01,
     }
@@ -59,6 +61,7 @@ def test_copy_threads_come_from_reads_and_disturbed_steps_alone() -> None:
     assert (found.alone, found.together) == (pytest.approx(2e9), pytest.approx(2e6 / 0.7e-3))
     assert found.between_s == pytest.approx(2 * 0.4e-3 - 0.7e-3)
     assert found.resumed_s == pytest.approx(1e-3 - 0.1e-3 - 0.5e-3 - 0.05e-3)
+    assert found.warm == pytest.approx(1.2)
     assert disturbed(rates, "step") == pytest.approx((0.2e-3, 0.05e-3))
     assert disturbed(rates, "prompt") == pytest.approx((0.01e-3, 0.01e-3))
 

@@ -14,6 +14,9 @@ from duoserve.experts.tickets import Priority, Ticket, TicketQueue
 from duoserve.experts.virtual import ComputeLane, VirtualClock
 
 _DONE_BYTES = 1.0  # what is less is rounding
+# Memory is warm if its slot is among the last so many that were read into or computed from. Measured on a Xeon with
+# experts of 7 MB: reads into two slots in turn are as fast as into one, and into three nearly as slow as into sixteen.
+WARM_SLOTS = 2
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Readers:
     To queue a copy takes the host ``queue_s``, or ``rouse_s`` if that wakes a thread, which begins ``wake_s`` after it
     was asked, and is ready for its next read ``between_s`` after one has ended. When the host sleeps until a copy has
     ended, it goes on ``notice_s`` later, and loses ``resumed_s`` of its next computing to caches that have gone cold.
+    A read into memory that was used just before is ``warm`` times as fast, for a cache takes it.
     """
 
     threads: int
@@ -35,6 +39,7 @@ class Readers:
     between_s: float = 0.0
     notice_s: float = 0.0
     resumed_s: float = 0.0
+    warm: float = 1.0
 
     def rate(self, reads: int) -> float:
         """Bytes/s of each of so many reads at once."""
@@ -46,7 +51,7 @@ class Readers:
 class _Read:
     ticket: Ticket
     started: float
-    left: float  # bytes
+    left: float  # bytes, as many as would take as long at the common rate
 
 
 class VirtualReaders(CopyEngine):
@@ -73,6 +78,8 @@ class VirtualReaders(CopyEngine):
         self._owed_s = 0.0
         self._computes = False
         self._fresh: set[ExpertId] = set()
+        self._used: list[int] = []  # the slots that were used last, the last one last
+        self._warm: set[Ticket] = set()  # copies, not begun yet, into such slots
         self._at = clock.now  # up to where everything has happened
         self._closed = False
 
@@ -87,6 +94,8 @@ class VirtualReaders(CopyEngine):
         self.settle()
         ticket = Ticket(expert, slot, priority, self._nbytes, self.now())
         self._queue.push(ticket)
+        if self._use(slot):
+            self._warm.add(ticket)
         if len(self._waking) + len(self._reads) < self._readers.threads:
             insort(self._waking, self.now() + self._readers.wake_s)
             self._clock.advance(self._readers.rouse_s)
@@ -108,6 +117,7 @@ class VirtualReaders(CopyEngine):
         if not self._queue.discard(ticket):
             return False
         ticket.cancel(self.now())
+        self._warm.discard(ticket)
         return True
 
     def fence(self, slots: Collection[int]) -> None:
@@ -151,8 +161,9 @@ class VirtualReaders(CopyEngine):
                 break
         self._computes = False
 
-    def touch(self, expert: ExpertId) -> bool:
+    def touch(self, expert: ExpertId, slot: int) -> bool:
         """An expert is computed: whether for the first time since it was copied."""
+        self._use(slot)
         fresh = expert in self._fresh
         self._fresh.discard(expert)
         return fresh
@@ -166,6 +177,14 @@ class VirtualReaders(CopyEngine):
         while self._reads:
             self._clock.advance_to(self._next_event())
             self.settle()
+
+    def _use(self, slot: int) -> bool:
+        """Whether the slot was among those used last, of which it is the last now."""
+        among = slot in self._used
+        if among:
+            self._used.remove(slot)
+        self._used = [*self._used, slot][-WARM_SLOTS:]
+        return among
 
     def _next_event(self) -> float:
         """When a thread looks for work or the next read ends."""
@@ -208,7 +227,9 @@ class VirtualReaders(CopyEngine):
             if piece is None:
                 break
             piece.ticket.start(now)
-            self._reads.append(_Read(piece.ticket, now, float(piece.nbytes)))
+            warm = self._readers.warm if piece.ticket in self._warm else 1.0
+            self._warm.discard(piece.ticket)
+            self._reads.append(_Read(piece.ticket, now, piece.nbytes / warm))
 
 
 class HostLane(ComputeLane):

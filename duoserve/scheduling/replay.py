@@ -244,7 +244,7 @@ class _Run:
     def _fresh(self, layer: int, ready: Sequence[ReadyExpert]) -> int:
         """How many have been copied since they were computed last, as far as that matters."""
         copied = self._copied
-        return 0 if copied is None else sum([copied.touch(ExpertId(layer, one.expert)) for one in ready])
+        return 0 if copied is None else sum([copied.touch(ExpertId(layer, one.expert), one.slot) for one in ready])
 
     def _launch(self, layer: int, seconds: float) -> None:
         start, stop = self._lane.launch(seconds)

@@ -113,7 +113,7 @@ def test_a_thread_that_is_woken_costs_computing_unless_the_host_sleeps() -> None
 def test_an_expert_is_fresh_once() -> None:
     engine = engine_of()
     engine.wait([submit(engine, 3)])
-    assert [engine.touch(ExpertId(0, number)) for number in (3, 3, 4)] == [True, False, False]
+    assert [engine.touch(ExpertId(0, number), number) for number in (3, 3, 4)] == [True, False, False]
 
 
 def test_foreign_tickets_and_closed_engines_are_refused() -> None:
@@ -150,3 +150,20 @@ def test_no_read_beats_the_disk_and_none_is_lost(steps: list[tuple[str, float]],
     ends = sorted(ticket.finished_at or 0.0 for ticket in tickets)
     assert all(end >= 100 * (at + 1) / 80.0 * 0.999 for at, end in enumerate(ends))
     assert all((t.finished_at or 0) - (t.started_at or 0) >= 2 * 0.999 for t in tickets)
+
+
+def test_a_read_is_warm_where_the_slot_was_used_just_before() -> None:
+    engine = engine_of(Readers(1, 50.0, 50.0, warm=2.0))
+
+    def seconds(slot: int) -> float:
+        ticket = submit(engine, slot)
+        engine.wait([ticket])
+        assert ticket.started_at is not None and ticket.finished_at is not None
+        return ticket.finished_at - ticket.started_at
+
+    # Two slots in turn stay warm, a third one makes the one before the last cold.
+    assert [seconds(slot) for slot in (0, 1, 0, 1, 2, 0, 2)] == pytest.approx([2, 2, 1, 1, 2, 2, 1])
+    engine.touch(ExpertId(0, 5), 5)
+    assert [seconds(slot) for slot in (2, 0)] == pytest.approx([1, 2])
+    cancelled = [submit(engine, slot) for slot in (0, 2)][1]
+    assert engine.cancel(cancelled) and not engine._warm
