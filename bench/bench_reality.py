@@ -139,6 +139,7 @@ def measure(model: str, cache: Path, sizes: Sizes) -> dict[str, Any]:
 def one_round(probe: Probe, residents: Residents, cells: Sequence[Cell], prompt: list[int], sizes: Sizes) -> None:
     """A request to every cell; the machine is measured before them, and its common pace in between."""
     probe.experts(max(1, sizes.prompt // 4))
+    probe.listening(sizes.prompt)
     probe.reads()
     residents.note(probe.rates, prompt, sizes.new_tokens)
     for at, cell in enumerate(cells):

@@ -149,15 +149,30 @@ def _known(rates: Rates, phase: str, layers: int) -> PassTimes:
     which = "used expert" if phase == "prompt" else "one expert"
     fresh = f"fresh {'used ' if phase == 'prompt' else ''}expert"
     roused_s, ended_s = disturbed(rates, phase)
-    plain_s, told_s, scored_s = (rates.median(f"{phase} {name}") for name in ("plain", "told", "scored"))
+    told_s = rates.median(f"{phase} told")
+    hearing_s, scores_s = listening(rates, phase, layers)
     return PassTimes(
         rest=max(0.0, told_s - rates.median(f"{phase} span") * layers / (layers - 1)),
-        hearing=max(0.0, told_s - plain_s) / layers,
-        scores=max(0.0, scored_s - told_s) / layers,
+        hearing=hearing_s,
+        scores=scores_s,
         fresh=max(0.0, rates.median(fresh) - rates.median(which)),
+        cold=max(0.0, rates.median("cold used expert") - rates.median(which)) if phase == "prompt" else 0.0,
         roused=roused_s,
         ended=ended_s,
     )
+
+
+def listening(rates: Rates, phase: str, layers: int) -> tuple[float, float]:
+    """What it takes in a layer to tell a listener of the routing, and beyond that to make scores of the next layer.
+
+    Of steps, which are many, by the difference of whole requests. A prompt's time differs by more than that from one
+    request to the next, so what tells the listener was timed by itself.
+    """
+    if phase == "prompt":
+        without_s, with_s = rates.median("told of a prompt"), rates.median("told of a prompt with scores")
+        return without_s, max(0.0, with_s - without_s)
+    plain_s, told_s, scored_s = (rates.median(f"step {name}") for name in ("plain", "told", "scored"))
+    return max(0.0, told_s - plain_s) / layers, max(0.0, scored_s - told_s) / layers
 
 
 def replayed(  # noqa: PLR0913, PLR0917

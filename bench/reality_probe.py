@@ -24,7 +24,9 @@ from duoserve.experts.packing import pack_path, write_pack
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.virtual_readers import WARM_SLOTS
 from duoserve.kernels import HostWork
+from duoserve.models.layers import Linear
 from duoserve.models.opened import opened
+from duoserve.models.tap import RouterSite, RoutingTap
 from duoserve.scheduling.routing import Routing
 
 SLOTS = 16
@@ -107,6 +109,7 @@ class Probe:
                 ExpertId(layer, e) for layer in found.config.moe_layers for e in range(found.config.num_experts)
             ]
             self._dtype, size = found.config.dtype, (found.config.num_layers, found.config.num_experts)
+            self._top_k = found.config.top_k
         self.store = DiskStore(path, self.layout, *size, None)
         held.callback(self.store.close)
         self._pool = SlotPool(SLOTS, self.layout)
@@ -167,8 +170,8 @@ class Probe:
     @torch.inference_mode()
     def experts(self, rows: int) -> None:
         """Experts in slots, for so many tokens each, and for ``rows`` as in a prompt; two in one launch."""
-        for _ in range(SLOTS):
-            self._computed(1, 1)  # the last cache has them in a step, which used them in the step before
+        # At first no cache has them, as when a prompt comes; then the last one has, as in one step after another.
+        self.rates.note("cold used expert", *(self._computed(rows, 1) for _ in range(SLOTS)))
         for count in COUNTS:
             self.rates.note(f"expert {count}", *(self._computed(count, 1) for _ in range(3)))
         for _ in range(9):
@@ -178,6 +181,27 @@ class Probe:
             for name, count in (("fresh expert", 1), ("fresh used expert", rows)):
                 self.store.read(self._any(), self._pool.row(self._slot))
                 self.rates.note(name, self._computed(count, 1))
+
+    @torch.inference_mode()
+    def listening(self, tokens: int) -> None:
+        """To tell a listener of a layer's routing of a prompt, without scores of the next layer and with them."""
+        hidden, num_experts = self.layout.hidden, 1 + max(one.expert for one in self._experts)
+        x_TH = torch.ones(tokens, hidden, dtype=self._dtype)
+        sites = [
+            RouterSite(
+                layer, Linear(torch.ones(num_experts, hidden, dtype=self._dtype)), torch.ones(hidden, dtype=self._dtype)
+            )
+            for layer in range(2)
+        ]
+        ids_TK, weights_TK = torch.zeros(tokens, self._top_k, dtype=torch.int64), torch.ones(tokens, self._top_k)
+        for name, lookahead in (("told of a prompt", 0), ("told of a prompt with scores", 1)):
+            tap = RoutingTap(Stopwatch(lookahead), sites)
+            tap.begin(Phase.PREFILL, np.zeros(tokens, dtype=np.int64))
+            for _ in range(9):
+                self.compute_one()
+                begun = time.perf_counter()
+                tap.routed(0, x_TH, weights_TK, ids_TK)
+                self.rates.note(name, time.perf_counter() - begun)
 
     def _burst(self, engine: ThreadedCopyEngine) -> float:
         """Seconds for each of some copies in a row, from the end of the first."""

@@ -130,7 +130,10 @@ def _machine(model: Model) -> Iterator[list[str]]:
         yield [f"{name}: a layer up to its router", f"{1e6 * times['before']:.0f} us"]
         yield [f"{name}: outside of the layers", f"{1e6 * times['rest']:.0f} us"]
         yield [f"{name}: telling the routing, scores", f"{1e6 * times['hearing']:.0f}, {1e6 * times['scores']:.0f} us"]
-        yield [f"{name}: an expert that has just come", f"+{1e6 * times['fresh']:.0f} us"]
+        yield [
+            f"{name}: an expert that has just come, one that was there before",
+            f"+{1e6 * times['fresh']:.0f}, +{1e6 * times['cold']:.0f} us",
+        ]
         yield [
             f"{name}: computing loses to a thread that is woken, a read that ends beside it",
             f"{1e6 * times['roused']:.0f}, {1e6 * times['ended']:.0f} us",

@@ -14,7 +14,7 @@ BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.append(str(BENCH))
 
 import reality_report  # noqa: E402 (the benches are no package)
-from reality_machine import disturbed, readers  # noqa: E402
+from reality_machine import disturbed, listening, readers  # noqa: E402
 from reality_probe import Rates  # noqa: E402
 
 
@@ -64,6 +64,14 @@ def test_copy_threads_come_from_reads_and_disturbed_steps_alone() -> None:
     assert found.warm == pytest.approx(1.2)
     assert disturbed(rates, "step") == pytest.approx((0.2e-3, 0.05e-3))
     assert disturbed(rates, "prompt") == pytest.approx((0.01e-3, 0.01e-3))
+
+
+def test_what_a_prompt_takes_is_measured_beside_its_requests_where_those_differ_too_much() -> None:
+    milliseconds = {"told of a prompt": 0.1, "told of a prompt with scores": 0.3}
+    milliseconds |= {"step plain": 10.0, "step told": 10.4, "step scored": 11.2}
+    rates = Rates({name: [1e-3 * value] for name, value in milliseconds.items()})
+    assert listening(rates, "prompt", 4) == pytest.approx((0.1e-3, 0.2e-3))
+    assert listening(rates, "step", 4) == pytest.approx((0.1e-3, 0.2e-3))
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -174,7 +174,11 @@ class Machine:
         return 0.0
 
     def fresh_s(self, tokens: int) -> float:
-        """What an expert takes beyond that the first time after it was copied, when no cache has its bytes."""
+        """What an expert takes beyond that the first time after it was copied, when other caches have its bytes."""
+        return 0.0
+
+    def cold_s(self, tokens: int) -> float:
+        """What it takes beyond that otherwise, when the last pass is long ago and no cache has its bytes."""
         return 0.0
 
     def disturbed_s(self, tokens: int) -> tuple[float, float]:

@@ -216,7 +216,7 @@ class _Run:
                 routing = next(routings)
                 with self._host:
                     listener.routed(routing)
-            self._compute(layer, experts, seconds, self._machine.fresh_s(num_tokens))
+            self._compute(layer, experts, seconds, num_tokens)
         with self._host:
             self._scheduler.end()
         self._launch(self._layers[-1], self._machine.rest_s(num_tokens))
@@ -224,9 +224,10 @@ class _Run:
         wall_s = self._clock.now - begun
         return wall_s, wall_s - (self._lane.busy_s - busy_s)
 
-    def _compute(self, layer: int, experts: list[int], seconds: list[float], fresh_s: float) -> None:
-        """The experts of a batch are one launch; one that is fresh takes ``fresh_s`` longer."""
+    def _compute(self, layer: int, experts: list[int], seconds: list[float], num_tokens: int) -> None:
+        """The experts of a batch are one launch."""
         cost = dict(zip(experts, seconds, strict=True))
+        fresh_s, cold_s = self._machine.fresh_s(num_tokens), self._machine.cold_s(num_tokens)
         host, launch_s = self._host, self._machine.launch_s
         with host:
             lease = self._scheduler.acquire(layer, experts)
@@ -237,7 +238,8 @@ class _Run:
                 if ready is None:
                     break
                 fresh = self._fresh(layer, ready)
-                self._launch(layer, launch_s + sum([cost[one.expert] for one in ready]) + fresh * fresh_s)
+                caches_s = fresh * fresh_s + (len(ready) - fresh) * cold_s
+                self._launch(layer, launch_s + sum([cost[one.expert] for one in ready]) + caches_s)
                 if self._machine.hardware.host_computes:
                     self._lane.synchronize()
 

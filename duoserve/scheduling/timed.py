@@ -15,8 +15,8 @@ class PassTimes:
     """Seconds of a pass: ``before`` in each layer up to the router's choice, ``rest`` outside of the layers.
 
     ``hearing`` in each layer for a listener that wants no scores, ``scores`` for those of each layer ahead. ``fresh``
-    with each expert that has just been copied. ``roused`` with each thread that is woken to read beside the computing,
-    ``ended`` with each read that ends beside it.
+    with each expert that has just been copied, ``cold`` with each that lay in its slot before. ``roused`` with each
+    thread that is woken to read beside the computing, ``ended`` with each read that ends beside it.
     """
 
     before: float = 0.0
@@ -24,6 +24,7 @@ class PassTimes:
     hearing: float = 0.0
     scores: float = 0.0
     fresh: float = 0.0
+    cold: float = 0.0
     roused: float = 0.0
     ended: float = 0.0
 
@@ -69,6 +70,10 @@ class TimedMachine(Machine):
     def fresh_s(self, tokens: int) -> float:
         """As in Machine."""
         return self._times(tokens).fresh
+
+    def cold_s(self, tokens: int) -> float:
+        """As in Machine."""
+        return self._times(tokens).cold
 
     def disturbed_s(self, tokens: int) -> tuple[float, float]:
         """As in Machine."""

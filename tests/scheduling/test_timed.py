@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from math import inf
 
@@ -50,6 +51,16 @@ def test_a_request_by_hand() -> None:
     assert run.itl_s[1] == pytest.approx(1 + 0.05 + 0.2 + 2)
     assert run.decode_stall_s == pytest.approx(2 - beside + 0.25)
     assert (run.hits, run.misses) == (3, 1)
+
+
+def test_what_lay_in_its_slot_when_a_prompt_comes_is_in_no_cache() -> None:
+    trace = trace_of([(2, [[0, 1], [0, 1], [0, 2]])] * 2)
+    warm, cold = (
+        replay(trace, get_policy("lru"), machine_of().with_times(replace(PROMPT, cold=cold_s), STEP), 8)
+        for cold_s in (0.0, 0.3)
+    )
+    assert [a - b for a, b in zip(cold.ttft_s, warm.ttft_s, strict=True)] == pytest.approx([0, 2 * 0.3])
+    assert cold.itl_s == pytest.approx(warm.itl_s)
 
 
 def test_listening_takes_its_time() -> None:
