@@ -31,7 +31,7 @@ from duoserve.scheduling.routing import Routing
 
 SLOTS = 16
 BURST = 24  # copies in a row; so many rates are measured on
-SINGLES = 12  # copies one at a time
+PAIRS = 8  # of copies at once, pair by pair
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)  # tokens of an expert
 
 
@@ -215,16 +215,20 @@ class Probe:
         ends = sorted(ticket.finished_at or 0.0 for ticket in tickets)
         return (ends[-1] - ends[3]) / (BURST - 4)
 
+    @torch.inference_mode()
     def _in_turn(self, slots: int) -> list[float]:
-        """Seconds of some reads, one at a time, into so many slots in turn, with an expert computed before each."""
-        seconds = []
-        for at in range(SINGLES):
-            self.compute_one()
-            ticket = self._engines[-1].submit(self._any(), at % slots, Priority.DEMAND)
-            self._engines[-1].wait([ticket])
-            assert ticket.started_at is not None and ticket.finished_at is not None
-            seconds.append(ticket.finished_at - ticket.started_at)
-        return seconds[WARM_SLOTS:]
+        """Seconds of some reads of two experts at once, into so many slots in turn; what has come is computed."""
+        engine, seconds = self._engines[-1], []
+        for at in range(PAIRS):
+            self._slot = first = 2 * at % slots
+            begun = time.perf_counter()
+            left = [engine.submit(self._any(), slot, Priority.DEMAND) for slot in (first, first + 1)]
+            while left:
+                engine.wait(left)
+                left = [ticket for ticket in left if not ticket.finished]
+            seconds.append(time.perf_counter() - begun)
+            self._computed(1, 2)
+        return seconds[1:]
 
     def _submit(self, engine: ThreadedCopyEngine, count: int) -> list[Ticket]:
         first, self._next = self._next, (self._next + count) % SLOTS
