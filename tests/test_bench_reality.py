@@ -14,7 +14,7 @@ BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.append(str(BENCH))
 
 import reality_report  # noqa: E402 (the benches are no package)
-from reality_machine import disturbed, listening, readers  # noqa: E402
+from reality_machine import disturbed, listening, readers, undisturbed  # noqa: E402
 from reality_probe import Rates  # noqa: E402
 
 
@@ -72,6 +72,10 @@ def test_what_a_prompt_takes_is_measured_beside_its_requests_where_those_differ_
     rates = Rates({name: [1e-3 * value] for name, value in milliseconds.items()})
     assert listening(rates, "prompt", 4) == pytest.approx((0.1e-3, 0.2e-3))
     assert listening(rates, "step", 4) == pytest.approx((0.1e-3, 0.2e-3))
+    assert undisturbed(rates, "step", 4) == pytest.approx(10e-3)
+    for name, seconds in (("plain", 0.05), ("told", 0.0404), ("scored", 0.0612)):
+        rates.note(f"prompt {name}", seconds)
+    assert undisturbed(rates, "prompt", 4) == pytest.approx(0.05)
 
 
 def test_the_command(tmp_path: Path) -> None:
