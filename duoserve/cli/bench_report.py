@@ -100,7 +100,7 @@ def cpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:
         return jobs
     jobs += [
         Job("bench_plan.py", ("--cpu", str(result), "--out", str(out / f"plan-{day}.md"))),
-        Job("bench_policies.py", (), out / f"policies-{day}.md"),
+        Job("bench_policies.py", ("--json", str(out / f"policies-{day}.json"))),
     ]
     here, newcomer = (out / f"{kind}-{name}.json" for kind in ("plan-here", "newcomer"))
     return [

@@ -68,6 +68,25 @@ def belady_hits(trace: Trace, num_slots: int, warm_up: int = 0) -> Hits:
     return _sum(_belady_layer(_courses(trace, layer), num_slots, warm_up) for layer in trace.meta.layers)
 
 
+def least_copies(trace: Trace, num_slots: int) -> int:
+    """What decode steps copy at least, with ``num_slots`` slots for all layers, whatever is done and known.
+
+    Belady's misses with bypass, request by request. Each may find the best experts in its slots when its steps begin:
+    that saves no more than a copy for each slot.
+    """
+    misses = 0
+    for request in trace:
+        courses = [list(steps_of(request, layer))[1:] for layer in trace.meta.layers]
+        in_turn = [
+            (True, [at * trace.meta.num_experts + expert for expert in step.experts])
+            for steps in zip(*courses, strict=True)
+            for at, step in enumerate(steps)
+        ]
+        found = _belady(in_turn, num_slots)
+        misses += max(0, found.uses - found.hits - num_slots)
+    return misses
+
+
 def _courses(trace: Trace, layer: int) -> list[list[Step]]:
     return [list(steps_of(request, layer)) for request in trace]
 
@@ -103,6 +122,11 @@ def _admit(slots: dict[int, None], experts: Sequence[int], num_slots: int, value
 
 def _belady_layer(courses: Sequence[Sequence[Step]], num_slots: int, warm_up: int) -> Hits:
     steps = [(number >= warm_up, step.experts) for number, course in enumerate(courses) for step in course[1:]]
+    return _belady(steps, num_slots)
+
+
+def _belady(steps: Sequence[tuple[bool, list[int]]], num_slots: int) -> Hits:
+    """Over ``steps``, each with whether it is counted."""
     next_uses = next_use([experts for _, experts in steps])
     due: dict[int, int] = {}  # of the experts in slots: when they are used next
     uses = hits = 0

@@ -54,15 +54,19 @@ class Future:
 
 
 class Belady:
-    """A Ranking by the next use. A miss that is not used again soon is admitted, but it is the next to go."""
+    """A Ranking by the next use, of all layers alike: a step uses them in turn.
+
+    A miss that is not used again soon is admitted, but it is the next to go.
+    """
 
     def __init__(self, num_layers: int, num_experts: int, experts: dict[int, list[list[int]]]) -> None:
         self.values = [[float(-NEVER)] * num_experts for _ in range(num_layers)]
         self._next = {layer: next_use(steps) for layer, steps in experts.items()}
+        self._turns = {layer: turn / num_layers for turn, layer in enumerate(experts)}
         for layer, steps in experts.items():
             for step in range(len(steps) - 1, -1, -1):
                 for expert in steps[step]:
-                    self.values[layer][expert] = -step
+                    self.values[layer][expert] = -step - self._turns[layer]
         self._step = -1
 
     def begin(self, phase: Phase, num_tokens: int) -> None:
@@ -74,5 +78,6 @@ class Belady:
 
     def used(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> None:
         """As in Ranking; ``experts`` are those of the trace, in its order."""
+        turn = self._turns[layer]
         for expert, later in zip(experts, self._next[layer][self._step], strict=True):
-            self.values[layer][expert] = -later
+            self.values[layer][expert] = -later - turn

@@ -117,9 +117,9 @@ def replay(  # noqa: PLR0913
 
 
 def oracle_of(trace: Trace) -> tuple[Policy, Predictor]:
-    """The best that is known: the future is foretold, and Belady says what to keep."""
+    """The best that is known: the future is foretold, and Belady says what to keep, in one pool for all layers."""
     future = Future(list(trace), trace.meta.layers, trace.meta.num_experts)
-    eviction = Eviction(future.ranking, per_layer=True)
+    eviction = Eviction(future.ranking, per_layer=False)
     policy = Policy(ORACLE, PrefillMode.OVERLAP, DecodeMode.CACHE, eviction, predictor=ORACLE, guesses=GuessMode.BUDGET)
     return policy, future
 

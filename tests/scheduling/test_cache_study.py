@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from duoserve.config import Phase
-from duoserve.scheduling.cache_study import NEVER, belady_hits, cached_hits, next_use, prompt_step
+from duoserve.scheduling.cache_study import NEVER, belady_hits, cached_hits, least_copies, next_use, prompt_step
 from duoserve.scheduling.ranking import DecayedFrequency, Recency
 from duoserve.scheduling.synthetic import CARDS, synthesize
-from tests.scheduling.traces import trace_of
+from tests.scheduling.traces import drawn_trace, trace_of
 
 
 def test_a_prompts_experts_come_most_wanted_first() -> None:
@@ -71,3 +71,18 @@ def test_decayed_frequency_reaches_the_best_published_hit_rates(share: float, at
     best = belady_hits(trace, slots, warm_up=1).rate
     assert best == pytest.approx(belady, abs=0.03)
     assert best > ours >= at_least and ours > lru
+
+
+def test_least_copies_by_hand() -> None:
+    """Two layers take turns, one slot: of each step it can save one copy, and before the first it may be filled."""
+    trace = trace_of([(1, [[0, 1], [0, 1], [0, 1], [0, 1]])], layers=2)
+    assert [least_copies(trace, slots) for slots in (1, 2, 3, 4)] == [3 * 4 - 3, 3 * 4 - 6, 3, 0]
+    assert least_copies(trace_of([(1, [[0, 1], [0, 1], [0, 1], [0, 1]])] * 2, layers=2), 1) == 2 * 9
+
+
+@pytest.mark.parametrize("slots", [8, 16, 32])
+def test_no_cache_copies_less(slots: int) -> None:
+    trace = drawn_trace()
+    bound = least_copies(trace, slots)
+    for per_layer in (belady_hits(trace, slots // len(trace.meta.layers)), cached_hits(trace, slots // 6, Recency)):
+        assert 0 < bound <= per_layer.uses - per_layer.hits
