@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,8 +93,10 @@ class Claim(NamedTuple):
         return {run.policy: run for run in made}
 
 
-def claims() -> Iterator[Claim]:
+@cache
+def claims() -> tuple[Claim, ...]:
     """All of them. The paper's network would take long to train on a made-up trace: look-ahead of its accuracy does."""
+    made = []
     for model, routing, layers, device in CLAIMED:
         card = dataclasses.replace(CARDS[routing], num_layers=layers)
         trace = synthesize(card, 4, 64, PAPER_PRECISION, seed=5, prompt=128)
@@ -102,7 +105,9 @@ def claims() -> Iterator[Claim]:
         matrices, _ = train(rest, "activation-matrix")
         predictors = {"paper": told, "duoserve": told, "activation-matrix": matrices}
         machine = Machine(find_hardware(device), find_sizes(model))
-        yield Claim(f"{model}, {device}", machine, held, int(PAPER_SHARE * card.num_experts * layers), predictors)
+        slots = int(PAPER_SHARE * card.num_experts * layers)
+        made.append(Claim(f"{model}, {device}", machine, held, slots, predictors))
+    return tuple(made)
 
 
 def papers_claim() -> Iterator[Row]:
