@@ -32,6 +32,7 @@ def test_nothing_is_beyond_the_bound(slots: int, monkeypatch: pytest.MonkeyPatch
     copies = {row[1]: float(row[4]) for row in rows}
     assert list(ratios) == ["duoserve-paper", "lru", "duoserve", "oracle", "link bound"]
     assert ratios["duoserve-paper"] == 1.0 < ratios["lru"] < ratios["oracle"] < ratios["link bound"]
+    assert copies["oracle"] < 1.2 * copies["link bound"]
     assert max(ratios.values()) == ratios["link bound"] and min(copies.values()) == copies["link bound"] > 0
 
 
