@@ -25,7 +25,7 @@ from duoserve.errors import CheckpointError, CopyError
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.formats.codes import WeightFormat
 from duoserve.experts.formats.expert_row import RowWriter, down_first
-from duoserve.experts.formats.reading import read_codes
+from duoserve.experts.formats.reading import Buffers, read_codes
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE, PackHeader
 from duoserve.experts.pieces import ExpertPieces, Piece, RowPart, float_parts, part_places, places, whole
@@ -38,6 +38,7 @@ NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 # reads them from there.
 DIRECT = os.O_DIRECT
 WORKERS = 3  # one reads, one converts, one waits for the disk; each holds a part of a row and what it is made from
+REPACKERS = 2  # threads that move codes at once: more of them would mostly wait for each other's turn in Python
 # Floats are packed in parts: a row may have hundreds of MB, which would come from memory that caches do not hold.
 PART_BYTES = 4 << 20
 
@@ -77,7 +78,7 @@ class CheckpointStore(ExpertStore):
         self._checkpoint = checkpoint
         self._pieces = pieces
         self._form = form
-        self._repacking = threading.Lock()
+        self._repacking = threading.Semaphore(REPACKERS)
 
     def read(self, expert: ExpertId, row_B: Tensor) -> None:
         """Fills a uint8 CPU row [slot_bytes], converting to what the layout has; the padding becomes zero.
@@ -124,9 +125,10 @@ class CheckpointStore(ExpertStore):
     def _repack(self, expert: ExpertId, row_B: Tensor, form: WeightFormat) -> None:
         try:
             writer = RowWriter(self.layout.weights(row_B[None]))
+            buffers: Buffers = {}  # of one expert: what was read is there until the next matrix is
             for piece in sorted(self._pieces(expert), key=lambda piece: down_first(piece.matrix)):
-                codes = read_codes(self._checkpoint, form, piece)
-                with self._repacking:  # two threads of Python would be slower: each waits for the other's turn
+                codes = read_codes(self._checkpoint, form, piece, buffers)
+                with self._repacking:
                     writer.add(piece.matrix, codes)
             writer.finish()
         except CheckpointError as error:

@@ -9,16 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from duoserve.experts.formats.codes import Codes, Part, StoredTensor, WeightFormat
 from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, shared_parts
-from duoserve.experts.formats.lanes import LOW_NIBBLES, NIBBLE, Bytes, RepackedRows, Words, bytes_transposed
+from duoserve.experts.formats.lanes import (
+    LOW_NIBBLES,
+    NIBBLE,
+    Bytes,
+    RepackedRows,
+    Scratch,
+    Words,
+)
 from duoserve.kernels.weights import ExpertFormat
 
 NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
-TILE = 512, 256  # rows and columns of words
+TILE = 1024, 128  # rows and columns of words
 
 
 @dataclass(frozen=True)
@@ -50,18 +58,22 @@ def _outputs(words_DW: Tensor) -> RepackedRows:
     return RepackedRows(words_DW, _convert, (words * CODES_IN_WORD, inputs // 2), TILE)
 
 
-def _convert(words: Words, out: Bytes) -> None:
+def _convert(words: Words, out: Bytes, scratch: Scratch) -> None:
     """Two inputs' codes of each output come together in a byte of one word, then bytes of words go to their rows."""
-    even, odd = words[0::2].copy(), words[1::2].copy()
-    swapped = even >> NIBBLE
-    swapped ^= odd
-    swapped &= LOW_NIBBLES
-    odd ^= swapped  # has even's upper nibbles below its own
-    swapped <<= NIBBLE
-    even ^= swapped  # has odd's lower nibbles above its own
-    for nibble, half in enumerate((even, odd)):
-        outputs = [NIBBLE_OF_OUTPUT.index(each) for each in range(nibble, CODES_IN_WORD, 2)]
-        bytes_transposed(half, [out[output::CODES_IN_WORD] for output in outputs])
+    even, odd, (inputs, columns) = words[0::2], words[1::2], words.shape
+    halves = scratch.columns("halves", (2, inputs // 2, columns))
+    swapped = scratch.array("swapped", even.shape)
+    np.right_shift(even, NIBBLE, swapped)
+    np.bitwise_xor(swapped, odd, swapped)
+    np.bitwise_and(swapped, LOW_NIBBLES, swapped)
+    np.bitwise_xor(odd, swapped, halves[1])  # has even's upper nibbles below its own
+    np.left_shift(swapped, NIBBLE, swapped)
+    np.bitwise_xor(even, swapped, halves[0])  # has odd's lower nibbles above its own
+    # A byte of the first half has nibble 0, 4, 2 or 6 of the word, one of the second the nibble above it.
+    bytes_2XW22 = halves.view(np.uint8).reshape(2, -1, columns, 2, 2)
+    rows_W222X = out.reshape(columns, 2, 2, 2, -1)
+    for half, bytes_XW22 in enumerate(bytes_2XW22):
+        np.copyto(rows_W222X[:, :, half], bytes_XW22.transpose(1, 3, 2, 0))
 
 
 def _by_output(by_nibble_GN: Tensor) -> Tensor:

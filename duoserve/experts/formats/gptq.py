@@ -18,22 +18,24 @@ from duoserve.errors import CheckpointError
 from duoserve.experts.formats.codes import Codes, Part, StoredTensor, WeightFormat
 from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, shared_parts
 from duoserve.experts.formats.lanes import (
-    BYTE,
     BYTES_IN_WORD,
     LOW_NIBBLES,
     NIBBLE,
     Bytes,
     RepackedRows,
+    Scratch,
     Words,
-    bytes_transposed,
+    narrowed,
+    odd_lines,
     transposed,
 )
 from duoserve.kernels.weights import ExpertFormat
 
 ONES, EIGHTS = 0x11111111, 0x88888888 - (1 << 32)
 TILE = 512, 128  # rows and columns of words
-# An order takes its inputs from all rows: of so few columns that codes stay in a core's cache, and not of fewer.
-ORDERED_WORDS, MIN_COLUMNS = 1 << 15, 32
+# An order takes its inputs from all rows: of about so many words that codes stay in a core's cache.
+ORDERED_WORDS = 1 << 17
+SIXTEEN = np.uint8(16)
 
 
 @dataclass(frozen=True)
@@ -98,31 +100,35 @@ def _outputs(words_WN: Tensor, order_D: Tensor | None) -> RepackedRows:
     if order_D is None:
         return RepackedRows(words_WN, transposed, shape, TILE)
     order = order_D.numpy()
-    places_D = order % CODES_IN_WORD * words + order // CODES_IN_WORD
-    convert = partial(_reordered, even_D=places_D[0::2], odd_D=places_D[1::2])
-    return RepackedRows(words_WN, convert, shape, (words, max(MIN_COLUMNS, ORDERED_WORDS // words // 16 * 16)))
+    word, nibble = divmod(order, CODES_IN_WORD)
+    places_D = (nibble % 2 * BYTES_IN_WORD + nibble // 2) * words + word
+    convert = partial(_reordered, even_D=places_D[0::2].copy(), odd_D=places_D[1::2].copy())
+    return RepackedRows(words_WN, convert, shape, (words, odd_lines(ORDERED_WORDS // words)))
 
 
-def _reordered(words: Words, out: Bytes, even_D: np.ndarray, odd_D: np.ndarray) -> None:
+def _reordered(words: Words, out: Bytes, scratch: Scratch, even_D: np.ndarray, odd_D: np.ndarray) -> None:
     """A byte of ``out`` has the codes at a place of ``even_D`` and at one of ``odd_D``."""
-    codes = _codes(words)
-    pairs = codes.take(odd_D, axis=0)
-    pairs <<= NIBBLE  # a code has the lower half of its byte, so nothing gets into the next one
-    pairs |= codes.take(even_D, axis=0)
-    bytes_transposed(pairs, [out[output::BYTES_IN_WORD] for output in range(BYTES_IN_WORD)])
+    bytes_DN, columns = _codes(words, scratch), words.shape[1]
+    even, odd = (scratch.array(name, (len(even_D), columns), np.uint8) for name in ("even", "odd"))
+    bytes_DN.take(even_D, axis=0, out=even, mode="clip")  # else NumPy would not write to ``out`` directly
+    bytes_DN.take(odd_D, axis=0, out=odd, mode="clip")
+    evens, pairs = even.view(np.uint32), odd.view(np.uint32)
+    np.bitwise_and(evens, LOW_NIBBLES, evens)
+    np.multiply(odd, SIXTEEN, odd)  # a shift of bytes is no operation of vectors
+    np.bitwise_or(pairs, evens, pairs)
+    np.copyto(out, odd.T)
 
 
-def _codes(words: Words) -> Words:
-    """The eight codes of words [X, Y] in a byte each, all of the lowest first: [8 X, Y / 4], four outputs in a word."""
-    num_words, columns = words.shape
-    bytes_4XY = np.empty((BYTES_IN_WORD, num_words, columns), np.uint8)
-    left = words.copy()
-    for bytes_XY in bytes_4XY:
-        np.copyto(bytes_XY, left, casting="unsafe")  # the low bits
-        left >>= BYTE
-    both = bytes_4XY.view(np.uint32)
-    codes_42XY = np.empty((BYTES_IN_WORD, 2, num_words, columns // BYTES_IN_WORD), np.uint32)
-    np.bitwise_and(both, LOW_NIBBLES, out=codes_42XY[:, 0])
-    both >>= NIBBLE
-    np.bitwise_and(both, LOW_NIBBLES, out=codes_42XY[:, 1])
-    return codes_42XY.reshape(num_words * CODES_IN_WORD, -1)
+def _codes(words: Words, scratch: Scratch) -> Bytes:
+    """Words [X, Y] by bytes [8 X, Y]: first the low bytes of all words, and so on; then the same, half a byte lower.
+
+    So each code is in the low half of a byte; what is above it is another.
+    """
+    words_XY, bytes_24XY = scratch.array("words", words.shape), scratch.array("codes", (2, 4, *words.shape), np.uint8)
+    np.copyto(words_XY, words)
+    for byte, bytes_XY in enumerate(bytes_24XY[0]):
+        narrowed(words_XY, byte, bytes_XY)
+    low, high = bytes_24XY.view(np.uint32)
+    np.right_shift(low, NIBBLE, high)
+    codes: Bytes = bytes_24XY.reshape(-1, words.shape[1])
+    return codes

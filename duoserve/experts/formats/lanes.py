@@ -1,7 +1,9 @@
 """Matrices of 4-bit codes in words of 32 bits, turned into rows of bytes a tile at a time.
 
 NumPy's loops, for they release the GIL, stay on their thread and narrow words to bytes in vectors. They transpose words
-several times as fast as bytes. X rows of Y words; N rows of B bytes that come of them.
+several times as fast as bytes. Two threads of Python share them if each works on some hundred KB, as tiles have them:
+of shorter ones, each would mostly wait for the other's turn in between. X rows of Y words; N rows of B bytes that come
+of them.
 """
 
 from __future__ import annotations
@@ -10,16 +12,48 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 Words = NDArray[np.uint32]
 Bytes = NDArray[np.uint8]
-Convert = Callable[[Words, Bytes], None]
 
-LOW_NIBBLES, NIBBLE, BYTE = np.uint32(0x0F0F0F0F), np.uint32(4), np.uint32(8)
+LOW_NIBBLES, NIBBLE = np.uint32(0x0F0F0F0F), np.uint32(4)
 BYTES_IN_WORD = 4
-PIECE_WORDS = 1 << 13  # transposed at once: 32 KiB, which the nearest cache holds
+LINE = 64
+# Words of a column that are gathered at once: each brings a line into the nearest cache, which then has its neighbours.
+COLUMN = 512
+
+
+class Scratch:
+    """What is made of one tile on the way, by name, in memory that the next tile uses again."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Bytes] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.uint32) -> np.ndarray:
+        """Contiguous, of any values; there are BYTES_IN_WORD bytes more behind it."""
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if name not in self._memory or len(self._memory[name]) < nbytes + BYTES_IN_WORD:
+            self._memory[name] = np.empty(nbytes + BYTES_IN_WORD, np.uint8)
+        return self._memory[name][:nbytes].view(dtype).reshape(shape)
+
+    def columns(self, name: str, shape: tuple[int, ...]) -> Words:
+        """Words whose columns can be gathered: rows lie an odd number of cache lines apart.
+
+        Else the words of a column would all compete for the same few places of a cache.
+        """
+        *outer, columns = shape
+        padded = odd_lines(columns * BYTES_IN_WORD) // BYTES_IN_WORD
+        return self.array(name, (*outer, padded))[..., :columns]
+
+
+def odd_lines(nbytes: int) -> int:
+    """Bytes of an odd number of cache lines, at least ``nbytes``."""
+    return (-(-nbytes // LINE) | 1) * LINE
+
+
+Convert = Callable[[Words, Bytes, Scratch], None]
 
 
 @dataclass(frozen=True)
@@ -37,7 +71,7 @@ class RepackedRows:
 
     def write(self, out_NB: Tensor, rows_N: Tensor | None = None) -> None:
         """Fills ``out_NB``, whose row n is row ``rows_N[n]`` of the matrix, or n."""
-        words, out = self.words_XY.numpy().view(np.uint32), out_NB.numpy()
+        words, out, scratch = self.words_XY.numpy().view(np.uint32), out_NB.numpy(), Scratch()
         places_N = None if rows_N is None else np.argsort(rows_N.numpy())
         (num_words, columns), (num_rows, nbytes) = words.shape, self.shape
         for x in range(0, num_words, self.tile[0]):
@@ -48,27 +82,30 @@ class RepackedRows:
                 first = y * num_rows // columns
                 rows = slice(first, first + tile.shape[1] * num_rows // columns)
                 if places_N is None:
-                    self.convert(tile, out[rows, here])
+                    self.convert(tile, out[rows, here], scratch)
                 else:
-                    out[places_N[rows], here] = self._converted(tile, rows.stop - first, here.stop - here.start)
-
-    def _converted(self, tile: Words, num_rows: int, nbytes: int) -> Bytes:
-        made = np.empty((num_rows, nbytes), np.uint8)
-        self.convert(tile, made)
-        return made
+                    made = scratch.array("rows", (rows.stop - first, here.stop - here.start), np.uint8)
+                    self.convert(tile, made, scratch)
+                    out[places_N[rows], here] = made
 
 
-def transposed(words: Words, out: Bytes) -> None:
+def transposed(words: Words, out: Bytes, scratch: Scratch) -> None:
     """Words [X, Y] as they are, to rows [Y, 4 X] whose bytes are contiguous."""
-    words_out, step = out.view(np.uint32), max(1, PIECE_WORDS // words.shape[1])
-    for x in range(0, len(words), step):
-        np.copyto(words_out[:, x : x + step], words[x : x + step].T)
+    columns = scratch.columns("columns", words.shape)
+    np.copyto(columns, words)
+    gather_columns(columns, out.view(np.uint32))
 
 
-def bytes_transposed(words: Words, outs: list[Bytes]) -> None:
-    """Byte ``i`` of every word [X, Y], the lowest first, to ``outs[i]`` [Y, X]."""
-    words_YX = np.empty(words.shape[::-1], np.uint32)
-    transposed(words, words_YX.view(np.uint8))
-    for out in outs:
-        np.copyto(out, words_YX, casting="unsafe")  # the low bits
-        words_YX >>= BYTE
+def gather_columns(words: Words, out: Words) -> None:
+    """Words [..., X, Y] to [..., Y, X]; fast if they are Scratch's ``columns``."""
+    for x in range(0, words.shape[-2], COLUMN):
+        np.copyto(out[..., x : x + COLUMN], words[..., x : x + COLUMN, :].swapaxes(-1, -2))
+
+
+def narrowed(words: Words, byte: int, out: Bytes) -> None:
+    """Byte ``byte`` of every word, the lowest is 0; ``words`` are an array of Scratch's.
+
+    What NumPy narrows is the word that begins at that byte. It need not be aligned for that, and so none is shifted.
+    """
+    moved: Words = np.ndarray(words.shape, np.uint32, words.base, byte, words.strides)  # type: ignore[arg-type]
+    np.copyto(out, moved, casting="unsafe")  # the low bits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from duoserve.architecture import Quantization
 from duoserve.errors import CheckpointError
@@ -15,6 +16,10 @@ from duoserve.experts.formats.gptq import Gptq
 from duoserve.experts.formats.int4 import Groups
 from duoserve.experts.formats.mxfp4 import Mxfp4
 from duoserve.experts.pieces import Piece
+
+
+# Bytes by the part of a matrix that they are read for.
+Buffers = dict[str, NDArray[np.uint8]]
 
 
 def format_of(quantization: Quantization) -> WeightFormat:
@@ -34,28 +39,35 @@ def stored_piece(form: WeightFormat, piece: Piece) -> dict[str, StoredTensor]:
     return {name: tensor._replace(shape=(*experts, *tensor.shape)) for name, tensor in parts}
 
 
-def read_codes(checkpoint: Checkpoint, form: WeightFormat, piece: Piece) -> Codes:
-    """One matrix of one expert. CheckpointError: a tensor cannot be read, or its values make no sense."""
-    return _read(checkpoint, form, piece.name, piece.matrix_shape, piece.entry)
+def read_codes(checkpoint: Checkpoint, form: WeightFormat, piece: Piece, buffers: Buffers | None = None) -> Codes:
+    """One matrix of one expert. CheckpointError: a tensor cannot be read, or its values make no sense.
+
+    It lies in ``buffers``, if they are given, until they are given again: memory that was used before is there sooner.
+    """
+    return _read(checkpoint, form, piece.name, piece.matrix_shape, piece.entry, {} if buffers is None else buffers)
 
 
 def read_dense(checkpoint: Checkpoint, form: WeightFormat, name: str, shape: tuple[int, int]) -> torch.Tensor:
     """The matrix ``name`` [N, D], decoded, in float32. Errors as of ``read_codes``."""
-    return _read(checkpoint, form, name, shape, None).dense()
+    return _read(checkpoint, form, name, shape, None, {}).dense()
 
 
-def _read(checkpoint: Checkpoint, form: WeightFormat, name: str, shape: tuple[int, int], entry: int | None) -> Codes:
+def _read(
+    checkpoint: Checkpoint, form: WeightFormat, name: str, shape: tuple[int, int], entry: int | None, buffers: Buffers
+) -> Codes:
     parts = form.parts(name, *shape)
-    tensors = {role: _tensor(checkpoint, part.name, entry) for role, part in parts.items()}
+    tensors = {role: _tensor(checkpoint, part.name, entry, role, buffers) for role, part in parts.items()}
     try:
         return form.codes(tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.folder}: {name!r}: {error}") from error
 
 
-def _tensor(checkpoint: Checkpoint, name: str, entry: int | None) -> torch.Tensor:
+def _tensor(checkpoint: Checkpoint, name: str, entry: int | None, role: str, buffers: Buffers) -> torch.Tensor:
     """As of ``Checkpoint.read``, in memory of NumPy's, which asks for huge pages: it is there sooner."""
     info = checkpoint.info(name).part(entry)
-    tensor = torch.from_numpy(np.empty(info.nbytes, np.uint8)).view(info.dtype).view(info.shape)
+    if role not in buffers or len(buffers[role]) < info.nbytes:
+        buffers[role] = np.empty(info.nbytes, np.uint8)
+    tensor = torch.from_numpy(buffers[role][: info.nbytes]).view(info.dtype).view(info.shape)
     checkpoint.read_into(name, tensor, entry)
     return tensor
