@@ -37,8 +37,7 @@ NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 # Rows are whole pages in memory and in the file: written past the page cache, they drive nothing out of it, and nobody
 # reads them from there.
 DIRECT = os.O_DIRECT
-WORKERS = 3  # one reads, one converts, one waits for the disk; each holds a part of a row and what it is made from
-REPACKERS = 2  # threads that move codes at once: more of them would mostly wait for each other's turn in Python
+WORKERS = 3  # two read or convert while one waits for the disk; each holds a part of a row and what it is made from
 # Floats are packed in parts: a row may have hundreds of MB, which would come from memory that caches do not hold.
 PART_BYTES = 4 << 20
 
@@ -78,7 +77,6 @@ class CheckpointStore(ExpertStore):
         self._checkpoint = checkpoint
         self._pieces = pieces
         self._form = form
-        self._repacking = threading.Semaphore(REPACKERS)
 
     def read(self, expert: ExpertId, row_B: Tensor) -> None:
         """Fills a uint8 CPU row [slot_bytes], converting to what the layout has; the padding becomes zero.
@@ -128,8 +126,7 @@ class CheckpointStore(ExpertStore):
             buffers: Buffers = {}  # of one expert: what was read is there until the next matrix is
             for piece in sorted(self._pieces(expert), key=lambda piece: down_first(piece.matrix)):
                 codes = read_codes(self._checkpoint, form, piece, buffers)
-                with self._repacking:
-                    writer.add(piece.matrix, codes)
+                writer.add(piece.matrix, codes)
             writer.finish()
         except CheckpointError as error:
             raise CopyError(f"expert {expert.expert} of layer {expert.layer}: {error}") from error

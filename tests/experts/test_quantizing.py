@@ -131,6 +131,28 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
         read(store, ExpertId(0, 1))
 
 
+@pytest.mark.parametrize("stored", [INT8, Quantized(ExpertFormat.INT4, 64)], ids=str)
+def test_the_largest_finite_weights_are_taken(stored: Quantized) -> None:
+    """Their range and their squares are beyond what float32 holds; a pack of such is of little use, but no failure."""
+    w_ND = torch.full((3, 64), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16)
+    w_ND[:, 1::2] *= -1
+    assert decoded(quantized(w_ND, stored)).isfinite().all()
+    for wrong in (float("nan"), float("inf"), -float("inf")):
+        w_ND[1, 2] = wrong
+        with pytest.raises(CopyError, match="not all weights are finite numbers"):
+            quantized(w_ND, stored)
+
+
+@pytest.mark.parametrize("stored", KINDS, ids=str)
+def test_blocks_and_dtypes_leave_no_trace(stored: Quantized, monkeypatch: pytest.MonkeyPatch) -> None:
+    w_ND = random_matrix(5).bfloat16()
+    whole = quantized(w_ND, stored)
+    monkeypatch.setattr("duoserve.experts.quantizing.BLOCK", 7 * 128)  # and 4 rows are left over
+    for same_ND in (w_ND, w_ND.float()):
+        parted = quantized(same_ND, stored)
+        assert torch.equal(parted.data_NB, whole.data_NB) and torch.equal(parted.scales_GN, whole.scales_GN)
+
+
 def test_rows_of_a_large_model_are_3_8_times_smaller() -> None:
     """Mixtral's: 4096 x 14336 in bfloat16 against int4 in groups of 128, int8."""
     sizes = [

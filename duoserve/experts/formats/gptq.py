@@ -25,6 +25,7 @@ from duoserve.experts.formats.lanes import (
     RepackedRows,
     Scratch,
     Words,
+    gather_columns,
     narrowed,
     odd_lines,
     transposed,
@@ -116,7 +117,10 @@ def _reordered(words: Words, out: Bytes, scratch: Scratch, even_D: np.ndarray, o
     np.bitwise_and(evens, LOW_NIBBLES, evens)
     np.multiply(odd, SIXTEEN, odd)  # a shift of bytes is no operation of vectors
     np.bitwise_or(pairs, evens, pairs)
-    np.copyto(out, odd.T)
+    by_word = scratch.array("by word", pairs.shape[::-1])
+    gather_columns(pairs, by_word)
+    for byte in range(BYTES_IN_WORD):
+        narrowed(by_word, byte, out[byte::BYTES_IN_WORD])
 
 
 def _codes(words: Words, scratch: Scratch) -> Bytes:

@@ -107,5 +107,5 @@ def narrowed(words: Words, byte: int, out: Bytes) -> None:
 
     What NumPy narrows is the word that begins at that byte. It need not be aligned for that, and so none is shifted.
     """
-    moved: Words = np.ndarray(words.shape, np.uint32, words.base, byte, words.strides)  # type: ignore[arg-type]
+    moved: Words = np.ndarray(words.shape, np.uint32, words.base, byte, words.strides)
     np.copyto(out, moved, casting="unsafe")  # the low bits

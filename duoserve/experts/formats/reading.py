@@ -17,7 +17,6 @@ from duoserve.experts.formats.int4 import Groups
 from duoserve.experts.formats.mxfp4 import Mxfp4
 from duoserve.experts.pieces import Piece
 
-
 # Bytes by the part of a matrix that they are read for.
 Buffers = dict[str, NDArray[np.uint8]]
 
@@ -44,26 +43,21 @@ def read_codes(checkpoint: Checkpoint, form: WeightFormat, piece: Piece, buffers
 
     It lies in ``buffers``, if they are given, until they are given again: memory that was used before is there sooner.
     """
-    return _read(checkpoint, form, piece.name, piece.matrix_shape, piece.entry, {} if buffers is None else buffers)
+    parts = form.parts(piece.name, *piece.matrix_shape)
+    into: Buffers = {} if buffers is None else buffers
+    tensors = {role: _tensor(checkpoint, part.name, piece.entry, into, role) for role, part in parts.items()}
+    try:
+        return form.codes(tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.folder}: {piece.name!r}: {error}") from error
 
 
 def read_dense(checkpoint: Checkpoint, form: WeightFormat, name: str, shape: tuple[int, int]) -> torch.Tensor:
     """The matrix ``name`` [N, D], decoded, in float32. Errors as of ``read_codes``."""
-    return _read(checkpoint, form, name, shape, None, {}).dense()
+    return read_codes(checkpoint, form, Piece("down", name, shape)).dense()
 
 
-def _read(
-    checkpoint: Checkpoint, form: WeightFormat, name: str, shape: tuple[int, int], entry: int | None, buffers: Buffers
-) -> Codes:
-    parts = form.parts(name, *shape)
-    tensors = {role: _tensor(checkpoint, part.name, entry, role, buffers) for role, part in parts.items()}
-    try:
-        return form.codes(tensors)
-    except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint.folder}: {name!r}: {error}") from error
-
-
-def _tensor(checkpoint: Checkpoint, name: str, entry: int | None, role: str, buffers: Buffers) -> torch.Tensor:
+def _tensor(checkpoint: Checkpoint, name: str, entry: int | None, buffers: Buffers, role: str) -> torch.Tensor:
     """As of ``Checkpoint.read``, in memory of NumPy's, which asks for huge pages: it is there sooner."""
     info = checkpoint.info(name).part(entry)
     if role not in buffers or len(buffers[role]) < info.nbytes:

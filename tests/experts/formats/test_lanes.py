@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from duoserve.experts.formats import awq, gptq
-from duoserve.experts.formats.lanes import RepackedRows
+from duoserve.experts.formats.lanes import RepackedRows, Scratch, narrowed
 
 INPUTS, OUTPUTS = 192, 416
 ORDER = torch.randperm(INPUTS, generator=torch.Generator().manual_seed(3))
@@ -51,3 +52,23 @@ def test_tiles_of_any_size_give_the_same_bytes(kind: str, rows: int, columns: in
         found.write(out[1::2], rows_N)
         assert torch.equal(out[1::2], expected(kind) if rows_N is None else expected(kind)[rows_N])
         assert not out[0::2].any()
+
+
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 128, 250])
+def test_columns_lie_an_odd_number_of_lines_apart(columns: int) -> None:
+    words = Scratch().columns("a", (2, 3, columns))
+    assert words.shape == (2, 3, columns)
+    assert words.strides[1] % 128 == 64 and words.strides[0] == 3 * words.strides[1]
+
+
+def test_the_bytes_of_words_are_narrowed_one_by_one() -> None:
+    """Memory that is used again still has its spare bytes behind it, whatever was in it before."""
+    scratch = Scratch()
+    scratch.array("a", (100,))
+    for size in (100, 7, 101):
+        words = scratch.array("a", (size,))
+        words[:] = np.random.default_rng(size).integers(0, 1 << 32, size, dtype=np.uint32)
+        for byte in range(4):
+            out = np.empty(size, np.uint8)
+            narrowed(words, byte, out)
+            assert np.array_equal(out, words.view(np.uint8)[byte::4])
