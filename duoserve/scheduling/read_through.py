@@ -24,7 +24,8 @@ from duoserve.scheduling.spaces import Cache
 # overwrite what earlier ones have brought. Not measured yet.
 SPARE_SHARE = 1 / 8
 
-UseListener = Callable[[int, Sequence[int]], None]  # told of a layer and the experts that it has used
+# Told of a layer, the experts that it has used, the most wanted first, and for how many tokens each.
+UseListener = Callable[[int, Sequence[int], Sequence[int]], None]
 
 
 class Fill(NamedTuple):
@@ -136,7 +137,7 @@ class ReadThrough:
     def _touch(self, layer: int, rows: Counter[tuple[int, int]]) -> None:
         """The most wanted expert last, so that it counts as used last; what has lost its slot meanwhile not at all."""
         slots, chosen = self._residency.slots[layer], sorted(rows, key=rows.__getitem__)
-        self._used(layer, [expert for expert, _ in reversed(chosen)])
+        self._used(layer, [expert for expert, _ in reversed(chosen)], [rows[one] for one in reversed(chosen)])
         for expert, slot in chosen:
             if slot >= 0 and slots.get(expert) == slot:
                 self._residency.touch(ExpertId(layer, expert), slot)

@@ -91,8 +91,8 @@ class Scheduler(ExpertSource):
 
     @property
     def listener(self) -> RoutingListener | None:
-        """Who must hear the routing, before each ``begin`` and ``acquire``; None if the policy does without."""
-        return self._foresight if self._foresight.guesses_at_all or self._policy.counts_uses else None
+        """Who must hear the routing, before each ``begin`` and each lease's ``heard``; None if nothing is foretold."""
+        return self._foresight if self._foresight.guesses_at_all else None
 
     def begin(self, phase: Phase, num_tokens: int) -> None:
         """A forward pass of ``num_tokens`` tokens begins. ClosedError after ``close``."""
@@ -145,14 +145,14 @@ class Scheduler(ExpertSource):
             run = run._replace(space=self._open_space(run.phase, run.num_tokens))
         self._pass, self._lease = run, lease
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> SlotLease:
+    def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> SlotLease:
         """See ExpertSource: what is missing has been asked for, as far as there are slots, when this returns."""
         self._check_open()
         if self._pass is None:
             raise IntegrityError(f"layer {layer} asked for experts outside of a forward pass")
         if self._lease is not None and not self._lease.idle:
             raise IntegrityError(f"layer {layer} asked for experts while another lease was open")
-        self._used(layer, experts)
+        self._ranking.used(layer, experts, [1] * len(experts) if counts is None else counts)
         if self._link is not None and self._pass.phase is Phase.DECODE:
             self._link.routed(layer, self._engine.now())
         lease, num_ready = self._open_lease(self._pass, layer, experts)
@@ -175,7 +175,7 @@ class Scheduler(ExpertSource):
     def read_through(self) -> ReadThrough:
         """The books of decode steps that the device carries out by itself, to be kept within passes of this."""
         self._device_books = True
-        return ReadThrough(self._residency, self._cache, self._shape, self._meter, self._used)
+        return ReadThrough(self._residency, self._cache, self._shape, self._meter, self._ranking.used)
 
     def load_all(self, progress: bool = False) -> None:
         """Brings every expert into a slot, as far as there are slots; CopyError if one cannot be read."""
@@ -215,9 +215,6 @@ class Scheduler(ExpertSource):
         rival = None if eviction.rival is None else eviction.rival(num_layers, shape.num_experts)
         return Guard(own, rival, lambda: Ghost(eviction, shape, num_layers, num_slots))
 
-    def _used(self, layer: int, experts: Sequence[int]) -> None:
-        self._ranking.used(layer, experts, self._foresight.counts(layer, experts))
-
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the scheduler was used after close()")
@@ -253,7 +250,8 @@ class Scheduler(ExpertSource):
 
     def _open_lease(self, run: _Pass, layer: int, wanted: Sequence[int]) -> tuple[SlotLease, int]:
         self._residency.collect()
-        lease = self._lease = SlotLease(self._residency, run.space, self._plan(run, layer, wanted))
+        foretell = self._foretold if run.phase is Phase.DECODE and self._foresight.guesses_at_all else None
+        lease = self._lease = SlotLease(self._residency, run.space, self._plan(run, layer, wanted), foretell)
         return lease, lease.start(wanted)
 
     def _plan(self, run: _Pass, layer: int, wanted: Sequence[int]) -> LayerPlan:
@@ -265,10 +263,14 @@ class Scheduler(ExpertSource):
         view = LayerView(layer, tuple(wanted), present, run.num_tokens, run.space.ring_view(layer))
         if run.phase is Phase.PREFILL:
             return plan_prefill(self._policy.prefill, view, self._shape)
-        ledger = self._residency.ledger
-        guesses = self._foresight.guess(layer, slots, ledger.guesses, ledger.unused)
-        plan = plan_decode(self._policy.decode, view, self._shape, guesses)
+        plan = plan_decode(self._policy.decode, view, self._shape, self._foresight.so_far(layer))
         if self._link is not None and self._guard is not None and layer != BEFORE_FIRST:
-            unguessed = self._guard.missed
-            self._link.demanded(Demand(len(wanted), len(plan.demand), unguessed, alone=not ledger.guesses))
+            unguessed, alone = self._guard.missed, not self._residency.ledger.guesses
+            self._link.demanded(Demand(len(wanted), len(plan.demand), unguessed, alone))
         return plan
+
+    def _foretold(self, plan: LayerPlan) -> LayerPlan:
+        """The plan of a decode step's layer, once its routing has been heard."""
+        ledger = self._residency.ledger
+        guesses = self._foresight.guess(plan.layer, self._residency.slots, ledger.guesses, ledger.unused)
+        return plan._replace(prefetch=guesses.copies, ahead=guesses.ahead, spared=guesses.spared)
