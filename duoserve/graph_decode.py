@@ -1,6 +1,7 @@
 """Decode steps of one recording each: the device knows where the experts are and reads those that are missing through.
 
-The host learns afterwards what the routers chose, and decides which slots the misses of the next step may fill.
+The host learns afterwards what the routers chose, decides which slots the misses of the next step may fill, and copies
+ahead what that will want until it is launched.
 
 B sequences, K top-k, E experts, L layers of the model, N of them that have experts, V vocabulary.
 """
@@ -91,7 +92,8 @@ class GraphStep(Decoder):
         self._books.catch_up()
         self._recorder.wait()
         self._books.took(self._chosen.ids_NBK.numpy())
-        self._chosen.tell()
+        if self._chosen.tell():
+            self._books.guess()
         return self._logits_BV
 
     def _run(self, model: Transformer) -> None:

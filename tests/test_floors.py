@@ -37,7 +37,8 @@ F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predi
     scheduling/trace_file  scheduling/recorder  scheduling/synthetic  scheduling/plan  scheduling/prefill
     scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/ghost  scheduling/guard
     scheduling/policies  scheduling/account  scheduling/link_budget  scheduling/foresight  scheduling/ledger
-    scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/read_through  scheduling/scheduler
+    scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/step_guesses
+    scheduling/read_through  scheduling/scheduler
     scheduling/cache_study  scheduling/hardware  scheduling/timed  scheduling/host_time
     scheduling/foreseen  scheduling/scored  scheduling/replay
     scheduling/bake_off  scheduling/selection  predictors/__init__  predictors/features  predictors/history

@@ -13,7 +13,7 @@ import numpy as np
 from duoserve.config import Phase
 from duoserve.experts.layout import ExpertId
 from duoserve.scheduling.decode import next_layers
-from duoserve.scheduling.link_budget import Calibration, Guess, IdleLink, affordable
+from duoserve.scheduling.link_budget import Calibration, Guess, IdleLink, StepLink, affordable
 from duoserve.scheduling.plan import NO_GUESSES, Guesses, GuessMode, ModelShape
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import Routing, RoutingListener
@@ -86,10 +86,12 @@ class Foresight(RoutingListener):
         present: Sequence[Collection[int]],
         under_way: Collection[ExpertId],
         unused: Collection[ExpertId] = (),
+        link: StepLink | None = None,
     ) -> Guesses:
         """What to copy behind the demands of ``layer`` and those guesses ``under_way`` that are about later ones.
 
         ``present`` names by layer the experts that are in a slot or on their way, ``unused`` the guesses in slots.
+        ``link`` knows what copies may cost, if that is not what ``self.link`` has measured.
         """
         if self._mode is GuessMode.NONE or self._predictor is None:
             return NO_GUESSES
@@ -99,7 +101,8 @@ class Foresight(RoutingListener):
             guesses = self._likeliest(ahead, chances, present)
         else:
             queued = sum(one.layer in ahead for one in under_way)
-            guesses = self._paying(ahead, chances, present, queued, len(under_way) + len(unused))
+            num_open = len(under_way) + len(unused)
+            guesses = self._paying(ahead, chances, present, queued, num_open, link or self.link)
         self._spared = guesses.spared
         return guesses
 
@@ -112,13 +115,14 @@ class Foresight(RoutingListener):
         copies = tuple(one for one in wanted if one.expert not in present[one.layer])
         return Guesses(copies, tuple(ahead), frozenset(wanted))
 
-    def _paying(
+    def _paying(  # noqa: PLR0913, PLR0917
         self,
         ahead: Sequence[int],
         chances: Sequence[np.ndarray],
         present: Sequence[Collection[int]],
         queued: int,
         num_open: int,
+        link: IdleLink | StepLink,
     ) -> Guesses:
         heard = []
         for distance, (layer, chances_E) in enumerate(zip(ahead, chances, strict=True)):
@@ -127,12 +131,12 @@ class Foresight(RoutingListener):
             calibration = self._calibrations[distance]
             worth = [(distance, Guess(guess.expert, calibration.chance(guess.chance))) for guess in stated]
             heard.append(sorted(worth, key=_chance, reverse=True))
-        copy_s = self.link.copy_s
+        copy_s = link.copy_s
         if copy_s is None:
             return Guesses(ahead=tuple(ahead))
-        victims = [self.link.use_chance(len(present[layer])) for layer in ahead]
-        paying = affordable(chain.from_iterable(heard), self.link.idle_before(ahead[0]), copy_s, queued, victims)
-        allowed = max(0, self.link.account.allows(copy_s) - num_open)
+        victims = [link.use_chance(len(present[layer])) for layer in ahead]
+        paying = affordable(chain.from_iterable(heard), link.idle_before(ahead[0]), copy_s, queued, victims)
+        allowed = max(0, link.account.allows(copy_s) - num_open)
         copies = tuple(ExpertId(ahead[distance], guess.expert) for distance, guess in paying[:allowed])
         return Guesses(copies, tuple(ahead), self._worth_sparing(ahead, chances) if copies else frozenset())
 

@@ -30,6 +30,7 @@ from duoserve.scheduling.residency import Residency
 from duoserve.scheduling.routing import RoutingListener
 from duoserve.scheduling.source import ExpertSource
 from duoserve.scheduling.spaces import Cache, Ring, Scratch, Space
+from duoserve.scheduling.step_guesses import StepGuesses
 
 # Copies in the queue while all experts are loaded: enough for every copy thread to have its next one waiting.
 LOAD_AHEAD = 16
@@ -84,7 +85,7 @@ class Scheduler(ExpertSource):
         self._cache = Cache(self._residency, self._shape, policy.eviction, self._ranking)
         self._pass: _Pass | None = None
         self._aside: tuple[_Pass, SlotLease] | None = None
-        self._device_books = False
+        self._books: ReadThrough | None = None
         self._lease: SlotLease | None = None
         self._prompted = True  # the last pass did not leave the cache as decode steps do
         self._closed = False
@@ -104,7 +105,7 @@ class Scheduler(ExpertSource):
             self._guard.become(self._residency.slots)
         self._prompted = phase is Phase.PREFILL
         if self._prompted:
-            self._foresight.link.pause()
+            self._pause()
         self._pass = _Pass(phase, num_tokens, self._open_space(phase, num_tokens))
         try:
             self._open_lease(self._pass, BEFORE_FIRST, ())
@@ -123,7 +124,7 @@ class Scheduler(ExpertSource):
             raise IntegrityError("only a prefill that has computed all it asked for can be set aside")
         self._pass, self._lease, self._aside = None, None, (run, lease)
         lent = run.space.set_aside() if isinstance(run.space, Ring) else frozenset()
-        if 2 * len(lent) <= self._num_slots and not self._device_books:
+        if 2 * len(lent) <= self._num_slots and self._books is None:
             self._cache.lent = lent
         if not self._cache.lent:
             self._residency.drain()
@@ -136,7 +137,7 @@ class Scheduler(ExpertSource):
         (run, lease), self._aside = self._aside, None
         lent, self._cache.lent = self._cache.lent, frozenset()
         self._prompted = True
-        self._foresight.link.pause()
+        self._pause()
         self._ranking.resume(run.phase, run.num_tokens)
         if lent and isinstance(run.space, Ring):
             self._residency.collect()
@@ -169,13 +170,16 @@ class Scheduler(ExpertSource):
         lease, self._lease, self._pass = self._lease, None, None
         if lease is not None:
             lease.close()
-            if not (lease.complete and lease.layer == self._shape.layers[-1]):
+            by_device = self._books is not None and self._books.ended()
+            if not (by_device or (lease.complete and lease.layer == self._shape.layers[-1])):
                 self._residency.drain()
 
     def read_through(self) -> ReadThrough:
         """The books of decode steps that the device carries out by itself, to be kept within passes of this."""
-        self._device_books = True
-        return ReadThrough(self._residency, self._cache, self._shape, self._meter, self._ranking.used)
+        guesses = StepGuesses(self._residency, self._shape, self._foresight, self._engine.now)
+        books = ReadThrough(self._residency, self._cache, self._shape, self._meter, self._ranking.used, guesses)
+        self._books = books
+        return books
 
     def load_all(self, progress: bool = False) -> None:
         """Brings every expert into a slot, as far as there are slots; CopyError if one cannot be read."""
@@ -214,6 +218,12 @@ class Scheduler(ExpertSource):
         own = eviction.ranking(num_layers, shape.num_experts)
         rival = None if eviction.rival is None else eviction.rival(num_layers, shape.num_experts)
         return Guard(own, rival, lambda: Ghost(eviction, shape, num_layers, num_slots))
+
+    def _pause(self) -> None:
+        """A prompt comes between decode steps: what they say of the link's idle time would be wrong."""
+        self._foresight.link.pause()
+        if self._books is not None:
+            self._books.pause()
 
     def _check_open(self) -> None:
         if self._closed:
