@@ -40,6 +40,8 @@ class RecordedChoices:
 
     def tell(self) -> bool:
         """The taps of the blocks hear the choices, now that they are here; False if nobody listens."""
+        if not self._heard:
+            return False
         scores = iter(self._scores_MBE.numpy())
         for block, ids_BK, weights_BK, later in zip(
             self._blocks, self.ids_NBK.numpy(), self._weights_NBK.numpy(), self._later, strict=True
@@ -47,7 +49,7 @@ class RecordedChoices:
             if block.tap is not None:  # who keeps what it hears: the next step overwrites this memory
                 ahead = {layer: next(scores).copy() for layer in later}
                 block.tap.told(block.layer, ids_BK.copy(), weights_BK.copy(), ahead)
-        return self._heard
+        return True
 
 
 def _look_ahead(block: MoEBlock, routed: Routed) -> list[Tensor]:

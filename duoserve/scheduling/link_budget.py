@@ -140,7 +140,7 @@ class StepLink:
         self._ended_at: float | None = None  # the last step
         self._asked_at: float | None = None  # for the guesses that are open since
         self._ready_at = 0.0  # when they will have been copied
-        self._risked_s = 0.0  # since the last step
+        self._risked_s = 0.0  # and not accounted for yet
 
     @property
     def copy_s(self) -> float | None:
@@ -161,7 +161,8 @@ class StepLink:
         self._hits = _follow(self._hits, hits)
         if self._ended_at is not None and self.copy_s is not None:
             self.account.settle(now - self._ended_at, came_true * self.copy_s - self._risked_s, self.copy_s)
-        self._ended_at, self._risked_s = now, 0.0
+            self._risked_s = 0.0
+        self._ended_at = now
 
     def asked(self, now: float, num_slots: Sequence[int]) -> None:
         """Guesses are copied from ``now`` on, one for each layer that has so many slots."""

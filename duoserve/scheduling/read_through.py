@@ -89,6 +89,7 @@ class ReadThrough:
         self._shape = shape
         self._meter = meter
         self._used = used
+        self._places = {layer: at for at, layer in enumerate(shape.layers)}
         self._layers_N11 = np.array(shape.layers)[:, None, None]
         self._targets_NX = np.empty((len(shape.layers), 0), dtype=np.int32)
         self.slots_LE = residency.table.ready_LE.copy()  # int32: the table that the step goes by; for others to read
@@ -144,8 +145,7 @@ class ReadThrough:
         self._meter.hit(Phase.DECODE, num_hits)
         self._meter.miss(Phase.DECODE, len(made))
         self._last, self._done = (ids_NBK.copy(), slots_NBK), True
-        place = {layer: at for at, layer in enumerate(self.layers)}
-        came_true = self._residency.came_true(lambda guess: guess.expert in ids_NBK[place[guess.layer]])
+        came_true = self._residency.came_true(lambda guess: guess.expert in ids_NBK[self._places[guess.layer]])
         self._guesses.stepped(num_hits, came_true)
 
     def guess(self) -> None:
