@@ -15,6 +15,7 @@ from duoserve.errors import IntegrityError
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotState
 from duoserve.experts.tickets import TicketState
+from duoserve.scheduling.account import ALLOWED
 from duoserve.scheduling.link_budget import IdleLink, StepLink
 from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import EVICTIONS, get_policy
@@ -129,13 +130,13 @@ def test_first_choices_are_spread_and_no_layer_has_a_slot_twice() -> None:
 class Knowing(Teller):
     """Knows the first layer of the next step."""
 
-    def __init__(self, steps: list[list[int]]) -> None:
-        super().__init__(lambda layer: certain(NUM_EXPERTS, steps[0]))
+    def __init__(self, steps: list[list[int]], claim: float = 0.95) -> None:
+        super().__init__(lambda layer: certain(NUM_EXPERTS, steps[0] if steps else [], claim))
         self.steps = steps
 
     def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
         super().begin(phase, requests_T)
-        if phase is Phase.DECODE:
+        if phase is Phase.DECODE and self.steps:
             self.steps.pop(0)
 
 
@@ -184,3 +185,42 @@ class TestGuesses:
         link.pause()
         link.launched(100.0)
         assert link.idle_before(0) == 2.0
+
+    def test_what_guesses_are_worth_is_accounted_for(self) -> None:
+        """One that comes true saves a copy. Each risks a victim, and time where the next step has to wait for it."""
+        link = StepLink(IdleLink(2, 100))
+        link._link.copy_s = 1.0
+        link.stepped(0.0, hits=1.0, came_true=0)
+        link.asked(0.0, [4, 4])
+        link.launched(1.5)  # half a second early
+        link.stepped(2.0, hits=1.0, came_true=2)
+        assert link.account._funds_s == pytest.approx(ALLOWED * 2.0 + 2.0 - 2 * 0.25 - 0.5)
+
+    @given(
+        slots=st.integers(8, 20),
+        gap_s=st.floats(0.0, 3.0),
+        memory=st.floats(0.0, 0.95),
+        precision=st.sampled_from([0.0, 0.3, 0.6, 0.9, 1.0]),
+        claim=st.sampled_from([0.3, 0.6, 0.95]),
+        seed=st.integers(0, 2**31),
+    )
+    @settings(max_examples=30, deadline=None)
+    def test_they_make_no_steps_slower(
+        self, slots: int, gap_s: float, memory: float, precision: float, claim: float, seed: int
+    ) -> None:
+        """Whatever the predictor says of the next step's first layer, and of itself."""
+        rng = random.Random(seed)
+        steps = [rng.sample(range(NUM_EXPERTS), 2)]
+        for _ in range(200):
+            new = rng.sample(range(NUM_EXPERTS), 2)
+            steps.append(steps[-1] if rng.random() < memory else new)
+        walls = []
+        for policy in (get_policy("duoserve"), get_policy("duoserve").without_guesses()):
+            said = [[one if rng.random() < precision else rng.randrange(NUM_EXPERTS) for one in step] for step in steps]
+            rig = Rig(policy, layers=2, experts=NUM_EXPERTS, slots=slots, predictor=Knowing([[], *said], claim))
+            rig.decode([[0, 1]] * 2, attention_s=9.0)
+            device = FakeDevice(rig, miss_s=1.0, gap_s=gap_s)
+            for step in steps:
+                device.step({0: step, 1: step}, tokens=1)
+            walls.append(rig.clock.now)
+        assert walls[0] <= 1.01 * walls[1] + 1.0
