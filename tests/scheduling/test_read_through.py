@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import Phase as Stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -204,7 +205,9 @@ class TestGuesses:
         claim=st.sampled_from([0.3, 0.6, 0.95]),
         seed=st.integers(0, 2**31),
     )
-    @settings(max_examples=30, deadline=None)
+    @settings(
+        max_examples=30, deadline=None, phases=[Stage.explicit, Stage.reuse, Stage.generate]
+    )  # no shrinking: slow
     def test_they_make_no_steps_slower(
         self, slots: int, gap_s: float, memory: float, precision: float, claim: float, seed: int
     ) -> None:
