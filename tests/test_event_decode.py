@@ -22,7 +22,9 @@ from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.passes import Decoder
 from duoserve.recorded_decode import RecordedDecoder
 from duoserve.request import Request
+from duoserve.scheduling.lease import SlotLease
 from duoserve.scheduling.routing import Routing
+from duoserve.scheduling.source import ReadyExpert
 from tests.assembly import Parts, assembled
 from tests.checkpoints import BARD, save_mixtral
 from tests.lagging import LaggingDevice, Truth, write
@@ -89,21 +91,36 @@ def test_bard_in_a_quarter_of_its_slots() -> None:
 
 
 class Witness(Heard):
-    """Looks, whenever a decode step's layer is told, whether all it wants is in a slot or on its way by then."""
+    """Looks, whenever a decode step's layer is told, whether all it wants is in a slot or on its way by then.
+
+    ``course`` has how many experts were launched at once, and "told", in the order of these events.
+    """
 
     def __init__(self) -> None:
         super().__init__(lookahead=1)
         self.parts: Parts | None = None
         self.asked_for: list[bool] = []
+        self.course: list[int | str] = []
 
     def routed(self, routing: Routing) -> None:
         if self.parts is not None and self.begun[-1][0] is Phase.DECODE:
             slots = self.parts.scheduler._residency.slots[routing.layer]
+            self.course.append("told")
             self.asked_for.append(set(routing.topk_ids_TK.ravel().tolist()) <= slots.keys())
 
 
-def test_a_layers_demands_are_on_their_way_before_anybody_hears_of_it(folder: Path) -> None:
+def test_demands_are_on_their_way_and_hits_are_launched_before_anybody_hears_of_a_layer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device, witness = LaggingDevice(seed=4), Witness()
+    at_once = SlotLease.at_once
+
+    def noted(lease: SlotLease) -> list[ReadyExpert]:
+        ready = at_once(lease)
+        witness.course.append(len(ready))
+        return ready
+
+    monkeypatch.setattr(SlotLease, "at_once", noted)
 
     def decoder(parts: Parts) -> Decoder:
         witness.parts = parts
@@ -111,7 +128,11 @@ def test_a_layers_demands_are_on_their_way_before_anybody_hears_of_it(folder: Pa
 
     with assembled(folder, "lru", 9, device.copies, witness, make_pool=device.pool, make_decoder=decoder) as engine:
         write(engine, PROMPTS[:1], MAX_TOKENS[:1])
-        assert engine._meter.snapshot().misses["decode"] > 0
+        stats = engine._meter.snapshot()
+    assert stats.misses["decode"] > 0
+    assert (
+        witness.course[1::2] == ["told"] * len(witness.asked_for) and sum(witness.course[::2]) == stats.hits["decode"]
+    )
     assert witness.asked_for == [True] * (3 * (MAX_TOKENS[0] - 1))
 
 
