@@ -182,7 +182,10 @@ def _step(scheduler: Scheduler, streams: NoDevice, feed: WorkFeed, case: Case, s
         streams.choice += 1
         feed.rewind()
         rows = Counter(chain.from_iterable(choice_BK.tolist()))
-        with scheduler.acquire(layer, by_demand(rows)) as lease:
+        experts = by_demand(rows)
+        with scheduler.acquire(layer, experts, [rows[expert] for expert in experts]) as lease:
+            if ready := lease.at_once():
+                feed.load(ready)
             for ready in lease:
                 feed.load(ready)
     scheduler.end()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The one command for a GPU machine: bash bench/gpu_suite.sh [--within SECONDS] [PART ...]
 #
-#   gpu-tests     whole models, decode steps, caps: all that is marked gpu   at most 250 s
+#   gpu-tests     models, decode steps, timelines, caps: all marked gpu      at most 250 s
 #   kernel-tests  the kernels against their twins                            at most 220 s
 #   tests         both
 #   copy          the link between host and GPU                              at most  90 s

@@ -209,10 +209,10 @@ class AskedFor(ExpertSource):
         self._source = source
         self.experts: list[Sequence[int]] = []
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Lease:
+    def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> Lease:
         """As in ExpertSource."""
         self.experts.append(experts)
-        return self._source.acquire(layer, experts)
+        return self._source.acquire(layer, experts, counts)
 
 
 class ReplayedPasses(StepScheduler):

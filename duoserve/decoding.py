@@ -96,8 +96,9 @@ def choose_launch(
 ) -> Launch:
     """What ``wanted`` ("auto", "event" or "graph") comes to; ConfigError where that cannot be had.
 
-    A policy that brings experts ahead of a layer, or keeps none, needs the host between the layers. ``readable`` and
-    ``measure`` are called only where their answer counts.
+    A policy that brings whole layers ahead, or computes none of a layer's experts before all are there, needs the host
+    between the layers; what others guess can be copied between the steps. ``readable`` and ``measure`` are called only
+    where their answer counts.
     """
     if device.type != "cuda":
         if wanted != "auto":

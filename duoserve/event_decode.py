@@ -1,13 +1,15 @@
 """Decode steps without launch overhead: all that lies between two layers' experts is recorded, and replayed as one.
 
-The host learns each router's choice, brings what is missing and replays the experts as they become ready.
+The host learns each router's choice, asks for what is missing and replays the experts as they become ready. Who listens
+to the routing is told behind that: a demand waits for nobody's thoughts, nor does an expert that is there.
 
-B sequences, M pages of the page table, K top-k, V vocabulary.
+B sequences, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from itertools import chain
 from typing import NamedTuple
@@ -16,13 +18,14 @@ import torch
 from torch import Tensor
 
 from duoserve.decode_inputs import DecodeInputs, WorkFeed
-from duoserve.kernels import by_demand
 from duoserve.kernels.recorder import Recorder, Recording
 from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Decoder
+from duoserve.recorded_choices import RecordedChoices
 from duoserve.recorded_decode import MakeStep
+from duoserve.scheduling.source import ReadyExpert
 
 
 def event_steps(model: Transformer, cache: PagedKVCache, recorder: Recorder) -> MakeStep:
@@ -46,13 +49,13 @@ class EventStep(Decoder):
     """A recorded decode step of one shape."""
 
     def __init__(self, model: Transformer, recorder: Recorder, inputs: DecodeInputs, num_sequences: int) -> None:
-        block = moe_blocks(model)[0]
-        num_experts = block.num_experts
+        blocks = moe_blocks(model)
+        num_experts, top_k = blocks[0].num_experts, blocks[0].top_k
         self._recorder = recorder
         self._inputs = inputs
-        self._choice_BK = recorder.host((num_sequences, block.top_k), torch.int64)
+        self._chosen = {block.layer: RecordedChoices(recorder, [block], num_sequences) for block in blocks}
         self._logits_BV = recorder.host((num_sequences, len(model.head_VH)), torch.float32)
-        self._feed = WorkFeed(recorder, num_experts, min(num_experts, num_sequences * block.top_k))
+        self._feed = WorkFeed(recorder, num_experts, min(num_experts, num_sequences * top_k))
         self._layers: list[_Layer] = []
         part = recorder.record(lambda: self._told(first_part(model, inputs.batch())))
         while isinstance(choice := part.result, Choice):
@@ -75,12 +78,20 @@ class EventStep(Decoder):
     def _compute(self, layer: _Layer) -> None:
         """The chosen experts of a layer, the resident ones at once, the others behind their copies."""
         self._feed.rewind()
-        choice = layer.choice
-        rows = Counter(chain.from_iterable(self._choice_BK.tolist()))
-        with choice.block.acquire(choice.routed, by_demand(rows)) as lease:
+        block = layer.choice.block
+        chosen = self._chosen[block.layer]
+        rows = Counter(chain.from_iterable(chosen.ids_NBK[0].tolist()))
+        with block.acquire(rows) as lease:
+            if ready := lease.at_once():
+                self._replay(layer, ready)
+            if chosen.tell():
+                lease.heard()
             for ready in lease:
-                self._feed.load(ready)
-                layer.experts.replay()
+                self._replay(layer, ready)
+
+    def _replay(self, layer: _Layer, ready: Iterable[ReadyExpert]) -> None:
+        self._feed.load(ready)
+        layer.experts.replay()
 
     def _next(self, choice: Choice) -> Choice | Tensor:
         return self._told(next_part(choice))
@@ -88,7 +99,7 @@ class EventStep(Decoder):
     def _told(self, end: Choice | Tensor) -> Choice | Tensor:
         """Lets the host know, as part of what is recorded, what a part has come to."""
         if isinstance(end, Choice):
-            self._recorder.copy(self._choice_BK, end.routed.topk_ids_TK)
+            self._chosen[end.block.layer].bring([end.routed])
         else:
             self._recorder.copy(self._logits_BV, end)
         return end

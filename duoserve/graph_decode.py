@@ -1,6 +1,7 @@
 """Decode steps of one recording each: the device knows where the experts are and reads those that are missing through.
 
-The host learns afterwards what the routers chose, and decides which slots the misses of the next step may fill.
+The host learns afterwards what the routers chose, decides which slots the misses of the next step may fill, and copies
+ahead what that will want until it is launched.
 
 B sequences, K top-k, E experts, L layers of the model, N of them that have experts, V vocabulary.
 """
@@ -23,6 +24,7 @@ from duoserve.models.moe import MoEBlock
 from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Decoder
+from duoserve.recorded_choices import RecordedChoices
 from duoserve.recorded_decode import MakeStep
 from duoserve.scheduling.read_through import ReadThrough
 
@@ -74,7 +76,7 @@ class GraphStep(Decoder):
         self._host_2LE = recorder.host((2, *books.slots_LE.shape), torch.int32)
         self._host_2LE.fill_(-1)
         self._tables_2LE = self._host_2LE.to(recorder.device, copy=True)
-        self._choices_NBK = recorder.host((len(blocks), num_sequences, blocks[0].top_k), torch.int64)
+        self._chosen = RecordedChoices(recorder, blocks, num_sequences)
         self._logits_BV = recorder.host((num_sequences, len(model.head_VH)), torch.float32)
         self._recording = recorder.record(lambda: self._run(model))
 
@@ -89,21 +91,20 @@ class GraphStep(Decoder):
         self._recording.replay()
         self._books.catch_up()
         self._recorder.wait()
-        for choice in self._recording.result:
-            choice.block.announce(choice.routed)
-        self._books.took(self._choices_NBK.numpy())
+        self._books.took(self._chosen.ids_NBK.numpy())
+        if self._chosen.tell():
+            self._books.guess()
         return self._logits_BV
 
-    def _run(self, model: Transformer) -> list[Choice]:
+    def _run(self, model: Transformer) -> None:
         self._recorder.copy(self._tables_2LE, self._host_2LE)
         slots_LE, targets_LE = self._tables_2LE.unbind()
-        end, choices = first_part(model, self._inputs.batch(), slots_LE), []
+        end, chosen = first_part(model, self._inputs.batch(), slots_LE), []
         while isinstance(end, Choice):
             block, routed = end.block, end.routed
             block.compute(routed, routed.plan.resident)
             block.compute_missing(routed, self._rows[block.layer], targets_LE[block.layer])
-            choices.append(end)
+            chosen.append(routed)
             end = next_part(end)
-        self._recorder.copy(self._choices_NBK, torch.stack([choice.routed.topk_ids_TK for choice in choices]))
+        self._chosen.bring(chosen)
         self._recorder.copy(self._logits_BV, end)
-        return choices

@@ -28,8 +28,10 @@ from duoserve.kv_cache import Layout
 from duoserve.passes import Decoder
 from duoserve.recorded_decode import RecordedDecoder
 from duoserve.request import Request
+from duoserve.scheduling.predictor import Predictor
 from tests.assembly import Parts, assembled
 from tests.checkpoints import save_mixtral
+from tests.scheduling.fortune import any_teller
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,14 +64,17 @@ class Gpu:
         self.store = HostStore(store, EXPERTS, pinned=True)
         return StreamCopyEngine(self.store, pool, CudaStreams(self.device), pinned=True)
 
-    def engine(self, folder: Path, slots: int, mode: str) -> Iterator[Engine]:
-        policy = "resident" if slots == len(EXPERTS) else "lru"
+    def engine(
+        self, folder: Path, slots: int, mode: str, policy: str = "lru", predictor: Predictor | None = None
+    ) -> Iterator[Engine]:
+        policy = "resident" if slots == len(EXPERTS) else policy
         decoders = {"event": self.event, "graph": self.graph, "model": self.model}
         return assembled(
             folder,
             policy,
             slots,
             self.copies,
+            predictor=predictor,
             make_pool=self.pool,
             make_decoder=lambda parts: self.noted(decoders[mode](parts)),
             device=self.device,
@@ -127,13 +132,30 @@ def test_the_bits_of_the_model_itself(mode: str, slots: int, record_after: int, 
     assert all(torch.equal(one.view(torch.int32), other.view(torch.int32)) for one, other in pairs)
 
 
+@pytest.mark.parametrize("policy", ["lookahead", "duoserve"])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_foretold_changes_no_bit(mode: str, policy: str, folder: Path) -> None:
+    """Somebody who lies on purpose is listened to: between the layers in one mode, between the steps in the other."""
+    written, logits, tried = [], [], Gpu()
+    for gpu, slots, how, teller in ((Gpu(), 24, "model", None), (tried, 12, mode, any_teller("liar", 3, 2))):
+        with gpu.engine(folder, slots, how, policy, teller) as engine:
+            if slots == len(EXPERTS):
+                engine._passes._scheduler.load_all()
+            written.append(write(engine, PROMPTS, [12, 5, 9]))
+            copied = engine._meter.snapshot().bytes
+        logits.append(torch.cat(gpu.logits))
+    assert tried.recorded == 3 and written[0] == written[1]
+    assert torch.equal(*(one.view(torch.int32) for one in logits))
+    assert policy != "lookahead" or copied.total > copied.demanded  # others may keep what they have copied
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_stress(mode: str, tmp_path: Path) -> None:
     """Random prompts in batches of one to four; NaN from a free slot would end the run, other bytes change a token."""
     rng, folder = random.Random(7), save_mixtral(tmp_path, dtype=torch.bfloat16)
     true, tried = Gpu(), Gpu()
     with true.engine(folder, 24, "model") as resident, tried.engine(folder, 10, mode) as engine:
-        resident._scheduler.load_all()
+        resident._passes._scheduler.load_all()
         while len(tried.logits) < STRESS_STEPS:
             lengths = rng.sample(range(2, 40), rng.randint(1, 4) if tried.logits else 4)
             prompts = [[rng.randint(1, 95) for _ in range(rng.randint(1, 20))] for _ in lengths]

@@ -44,6 +44,8 @@ def test_auto_goes_by_the_link(rates: LinkRates, launch: Launch) -> None:
         ("auto", "resident", False, Launch.GRAPH),
         ("graph", "resident", False, Launch.GRAPH),
         ("graph", "lru", True, Launch.GRAPH),
+        ("graph", "lookahead", True, Launch.GRAPH),
+        ("graph", "duoserve", True, Launch.GRAPH),
         ("event", "lru", True, Launch.EVENT),
         ("event", "resident", True, Launch.EVENT),
     ],

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duoserve import SamplingParams
+from duoserve.config import Phase
 from duoserve.errors import CopyError
 from duoserve.event_decode import event_steps
 from duoserve.experts.copy_engine import Ticket
@@ -21,13 +22,17 @@ from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.passes import Decoder
 from duoserve.recorded_decode import RecordedDecoder
 from duoserve.request import Request
+from duoserve.scheduling.lease import SlotLease
+from duoserve.scheduling.routing import Routing
+from duoserve.scheduling.source import ReadyExpert
 from tests.assembly import Parts, assembled
 from tests.checkpoints import BARD, save_mixtral
 from tests.lagging import LaggingDevice, Truth, write
+from tests.listeners import Heard
+from tests.scheduling.fortune import GUESSING, STREAMING, any_teller
 
 PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in (7, 30, 1)]
 MAX_TOKENS = (12, 5, 9)
-STREAMING = ("on-demand", "layer-prefetch", "lru")
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -60,11 +65,16 @@ def recorded(device: LaggingDevice, record_after: int = 0) -> Callable[[Parts], 
 def test_the_bits_of_the_model_itself(
     policy: str, slots: int, in_ram: int, record_after: int, seed: int, folder: Path, truth: Truth
 ) -> None:
-    """Three sequences, of which two end early: shapes come and go, experts too, and free slots are NaN."""
+    """Three sequences, of which two end early: shapes come and go, experts too, and free slots are NaN.
+
+    What is foretold is of no consequence: where a policy listens to a predictor, that one lies, or says anything.
+    """
     experts = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)][:in_ram]
     device = LaggingDevice(seed, experts)
+    teller = any_teller("liar" if seed % 2 else "anything", seed, 1 + seed % 3) if policy in GUESSING else None
+    make_decoder = recorded(device, record_after)
     with assembled(
-        folder, policy, slots, device.copies, make_pool=device.pool, make_decoder=recorded(device, record_after)
+        folder, policy, slots, device.copies, predictor=teller, make_pool=device.pool, make_decoder=make_decoder
     ) as engine:
         for _ in range(2):
             assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
@@ -78,6 +88,52 @@ def test_bard_in_a_quarter_of_its_slots() -> None:
         tokens = write(engine, PROMPTS, MAX_TOKENS)
     truth = Truth(BARD, 48, PROMPTS, MAX_TOKENS)
     assert tokens == truth.tokens and truth.differences(device.logits) == []
+
+
+class Witness(Heard):
+    """Looks, whenever a decode step's layer is told, whether all it wants is in a slot or on its way by then.
+
+    ``course`` has how many experts were launched at once, and "told", in the order of these events.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(lookahead=1)
+        self.parts: Parts | None = None
+        self.asked_for: list[bool] = []
+        self.course: list[int | str] = []
+
+    def routed(self, routing: Routing) -> None:
+        if self.parts is not None and self.begun[-1][0] is Phase.DECODE:
+            slots = self.parts.scheduler._residency.slots[routing.layer]
+            self.course.append("told")
+            self.asked_for.append(set(routing.topk_ids_TK.ravel().tolist()) <= slots.keys())
+
+
+def test_demands_are_on_their_way_and_hits_are_launched_before_anybody_hears_of_a_layer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, witness = LaggingDevice(seed=4), Witness()
+    at_once = SlotLease.at_once
+
+    def noted(lease: SlotLease) -> list[ReadyExpert]:
+        ready = at_once(lease)
+        witness.course.append(len(ready))
+        return ready
+
+    monkeypatch.setattr(SlotLease, "at_once", noted)
+
+    def decoder(parts: Parts) -> Decoder:
+        witness.parts = parts
+        return recorded(device)(parts)
+
+    with assembled(folder, "lru", 9, device.copies, witness, make_pool=device.pool, make_decoder=decoder) as engine:
+        write(engine, PROMPTS[:1], MAX_TOKENS[:1])
+        stats = engine._meter.snapshot()
+    assert stats.misses["decode"] > 0
+    assert (
+        witness.course[1::2] == ["told"] * len(witness.asked_for) and sum(witness.course[::2]) == stats.hits["decode"]
+    )
+    assert witness.asked_for == [True] * (3 * (MAX_TOKENS[0] - 1))
 
 
 def test_only_so_many_shapes_are_recorded(folder: Path, truth: Truth) -> None:
@@ -102,6 +158,11 @@ def test_a_failed_copy_ends_the_request_and_the_next_has_its_bits(folder: Path, 
             if Failing.armed:
                 raise CopyError("injected")
             return super().wait(tickets)
+
+        def settle(self) -> None:
+            """No copy arrives unnoticed before it is waited for."""
+            if not Failing.armed:
+                super().settle()
 
     def copies(store: ExpertStore, pool: SlotPool) -> StreamCopyEngine:
         return Failing(store, pool, device.streams)

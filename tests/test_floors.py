@@ -37,7 +37,8 @@ F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predi
     scheduling/trace_file  scheduling/recorder  scheduling/synthetic  scheduling/plan  scheduling/prefill
     scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/ghost  scheduling/guard
     scheduling/policies  scheduling/account  scheduling/link_budget  scheduling/foresight  scheduling/ledger
-    scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/read_through  scheduling/scheduler
+    scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/step_guesses
+    scheduling/read_through  scheduling/scheduler
     scheduling/cache_study  scheduling/hardware  scheduling/timed  scheduling/host_time
     scheduling/foreseen  scheduling/scored  scheduling/replay
     scheduling/bake_off  scheduling/selection  predictors/__init__  predictors/features  predictors/history
@@ -51,9 +52,10 @@ F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  m
     models/family  models/mixtral  models/qwen3_moe  models/qwen2_moe  models/olmoe  models/deepseek  models/glm4_moe
     models/granite_moe  models/gpt_oss  models/registry  models/stored  models/opened  models/described
 F5  service  sampling  text  chat_sandbox  chat_template  kv_cache  request  writer  passes  cost  batching  engine
-    decode_inputs  recorded_decode  event_decode  graph_decode  link  decoding  workspace  memory_needs  placement
-    choice  loading  tracing  evaluating  moe_model  stream  worker  async_engine  perplexity  planning/__init__
-    planning/model_cards  planning/formats  planning/sizes  planning/routing_curves  planning/speed
+    decode_inputs  recorded_choices  recorded_decode  event_decode  graph_decode  link  decoding  workspace
+    memory_needs  placement  choice  loading  tracing  evaluating  moe_model  stream  worker  async_engine
+    perplexity  planning/__init__  planning/model_cards  planning/formats  planning/sizes  planning/routing_curves
+    planning/speed
     planning/policy_speed  planning/made_up  planning/rehearsal  planning/rehearsed  planning/planner
     planning/measuring  planning/this_machine  __init__
 F6  server/__init__  server/backend  server/settings  server/errors  server/fields  server/asking  server/records

@@ -70,7 +70,9 @@ def test_the_suite_benches_even_when_tests_fail(tmp_path: Path, pytest_status: i
     assert last in done.stdout.splitlines()[-1]
     out = tmp_path / "out"
     assert "tests/kernels" in (out / "gpu-kernel-tests.log").read_text()
-    assert "-m gpu" in (out / "gpu-tests.log").read_text() and "test_on_gpu.py" in (out / "gpu-tests.log").read_text()
+    asked = (out / "gpu-tests.log").read_text()
+    assert "-m gpu" in asked
+    assert all(f"tests/test_{what}on_gpu.py" in asked for what in ("", "decode_", "timeline_"))
     for bench in ("copy", "kernels", "serve"):
         assert [path.suffix for path in sorted(out.glob(f"{bench}-nvidia-h100-*"))] == [".json", ".md"]
 

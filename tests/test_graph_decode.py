@@ -20,6 +20,7 @@ from duoserve.scheduling.scheduler import Scheduler
 from tests.assembly import Parts, assembled
 from tests.checkpoints import BARD, save_mixtral
 from tests.lagging import LaggingDevice, Truth, write
+from tests.scheduling.fortune import GUESSING, any_teller
 
 PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in (7, 30, 1)]
 MAX_TOKENS = (12, 5, 9)
@@ -81,20 +82,56 @@ class Checked:
                 )
 
 
-@given(slots=st.integers(3, 24), record_after=st.integers(0, 2), seed=st.integers(0, 2**31))
+@given(
+    policy=st.sampled_from(["lru", *GUESSING]),
+    slots=st.integers(3, 24),
+    record_after=st.integers(0, 2),
+    seed=st.integers(0, 2**31),
+)
 @settings(max_examples=25, deadline=None)
-def test_the_bits_of_the_model_itself(slots: int, record_after: int, seed: int, folder: Path, truth: Truth) -> None:
-    """Steps that find no room for their misses go another way; prefills and such steps come in between."""
+def test_the_bits_of_the_model_itself(
+    policy: str, slots: int, record_after: int, seed: int, folder: Path, truth: Truth
+) -> None:
+    """Steps that find no room for their misses go another way; prefills and such steps come in between.
+
+    What is foretold is of no consequence: where a policy listens to a predictor, that one lies, or says anything.
+    """
     device = LaggingDevice(seed, EXPERTS)
     checked = Checked(device, record_after)
+    teller = any_teller("liar" if seed % 2 else "anything", seed, 1 + seed % 3) if policy in GUESSING else None
     with assembled(
-        folder, "lru", slots, device.copies, make_pool=checked.make_pool, make_decoder=checked.decoder
+        folder,
+        policy,
+        slots,
+        device.copies,
+        predictor=teller,
+        make_pool=checked.make_pool,
+        make_decoder=checked.decoder,
     ) as engine:
         for _ in range(2):
             assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
     assert truth.differences(device.logits, rounds=2) == []
     assert checked.steps == 2 * len(truth.logits)
     assert device.recorder.num_recordings == sum(min(8, 2 * sequences) <= slots for sequences in (1, 2, 3))
+
+
+@pytest.mark.parametrize("kind", ["liar", "anything"])
+def test_what_is_copied_between_two_steps_changes_no_bit(kind: str, folder: Path, truth: Truth) -> None:
+    device = LaggingDevice(seed=2, in_ram=EXPERTS)
+    checked, teller = Checked(device), any_teller(kind, 3, 2)
+    with assembled(
+        folder,
+        "lookahead",
+        12,
+        device.copies,
+        predictor=teller,
+        make_pool=checked.make_pool,
+        make_decoder=checked.decoder,
+    ) as engine:
+        assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
+        copied = engine._meter.snapshot().bytes
+    assert truth.differences(device.logits) == []
+    assert copied.prefetched_useful + copied.wasted > 0
 
 
 def test_bard_in_a_quarter_of_its_slots() -> None:

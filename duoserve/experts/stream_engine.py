@@ -21,14 +21,15 @@ from duoserve.experts.store import ExpertStore
 from duoserve.experts.streams import Lane, Mark, Streams
 from duoserve.experts.tickets import PIECE_BYTES, Priority, Ticket, TicketQueue, TicketState
 
-# As much of the prefetches stands on their lane as is in so many pieces: one is being copied and the next waits behind
-# it, so that the link never idles. A demand may have to wait for both: CUDA does not order copies by priority.
-PIECES_IN_FLIGHT = 2
+# No more of the prefetches stands on their lane than one piece, for a demand may have to wait for all of it: CUDA does
+# not order copies by priority. It goes in so many parts, of which one is copied while the next waits behind it, so that
+# the link never idles.
+PARTS_OF_A_PIECE = 2
 
 StallListener = Callable[[float], None]  # told for how many seconds the compute lane waited for a copy
 
 
-class _Piece(NamedTuple):
+class _Part(NamedTuple):
     """Bytes of a prefetch that stand on its lane up to this mark."""
 
     end: Mark
@@ -48,10 +49,10 @@ class StreamCopyEngine(CopyEngine):
     """Enqueues copies on the lanes of ``streams``. A ticket is DONE once kernels that read its slot may be enqueued.
 
     A demand for an expert that lies in host RAM is enqueued by ``submit`` itself, on a lane of its own. ``num_threads``
-    threads carry out all else: prefetches, in pieces of ``piece_bytes`` of which PIECES_IN_FLIGHT stand on their lane
-    at a time, and reads from the disk, through a row of their own, page-locked if ``pinned``. What has not been
-    enqueued of a prefetch can be promoted or cancelled. A copy into a slot starts after the kernels before its
-    ``fence``. ``wait`` makes the compute lane wait, and the host only for copies that no thread has enqueued yet.
+    threads carry out all else: prefetches, of which at most ``piece_bytes`` stand on their lane at a time, and reads
+    from the disk, through a row of their own, page-locked if ``pinned``. What has not been enqueued of a prefetch can
+    be promoted or cancelled. A copy into a slot starts after the kernels before its ``fence``. ``wait`` makes the
+    compute lane wait, and the host only for copies that no thread has enqueued yet.
     """
 
     def __init__(  # noqa: PLR0913
@@ -73,6 +74,7 @@ class StreamCopyEngine(CopyEngine):
         self._streams = streams
         self._slot_bytes = store.layout.slot_bytes
         self._piece_bytes = piece_bytes
+        self._part_bytes = max(1, piece_bytes // PARTS_OF_A_PIECE)
         self._on_copied = on_copied
         self._on_stalled = on_stalled
         self._queue = TicketQueue()
@@ -80,9 +82,9 @@ class StreamCopyEngine(CopyEngine):
         self._arrivals: dict[Ticket, _Copy] = {}  # enqueued and not DONE, in the order of enqueueing
         self._unreported: deque[_Copy] = deque()
         self._stalls: deque[tuple[Mark, Mark]] = deque()
-        self._standing: deque[_Piece] = deque()  # pieces of prefetches on their lane
+        self._standing: deque[_Part] = deque()  # of prefetches, on their lane
         self._readers: dict[int, Mark] = {}  # by slot: where its last readers end
-        self._landing: dict[int, Mark] = {}  # by slot: where the last piece of a copy that was cancelled ends
+        self._landing: dict[int, Mark] = {}  # by slot: where what was enqueued of a copy that was cancelled ends
         self._closed = False
         self._origin = streams.mark(Lane.DEMAND)
         streams.wait(self._origin)  # times are counted from it in every lane, which may be ahead of this one
@@ -221,13 +223,13 @@ class StreamCopyEngine(CopyEngine):
         return copy
 
     def _enqueue(self, ticket: Ticket, copy: _Copy, row_B: Tensor) -> Mark | None:
-        """All that is left of a demand or a piece of a prefetch; else returns what must pass before there is room."""
+        """All that is left of a demand or a part of a prefetch; else returns what must pass before there is room."""
         with self._lock:
             if ticket.state is TicketState.CANCELLED:
                 return None
             lane, start, stop = _lane(ticket), ticket.sent, ticket.nbytes
             if lane is Lane.PREFETCH:
-                stop = min(start + self._piece_bytes, stop)
+                stop = min(start + self._part_bytes, stop)
                 if (in_the_way := self._in_the_way(stop - start)) is not None:
                     return in_the_way
             if lane is not copy.lane:  # it has been promoted meanwhile
@@ -236,7 +238,7 @@ class StreamCopyEngine(CopyEngine):
             self._streams.copy(lane, self._pool.row(ticket.slot)[start:stop], row_B[start:stop])
             copy.end, ticket.sent = self._streams.mark(lane), stop
             if lane is Lane.PREFETCH:
-                self._standing.append(_Piece(copy.end, stop - start))
+                self._standing.append(_Part(copy.end, stop - start))
             if stop == ticket.nbytes:
                 del self._copying[ticket]
                 self._arrivals[ticket] = copy
@@ -248,8 +250,8 @@ class StreamCopyEngine(CopyEngine):
         standing = self._standing
         while standing and self._streams.passed(standing[0].end):
             standing.popleft()
-        most = PIECES_IN_FLIGHT * self._piece_bytes
-        return standing[0].end if standing and sum(one.nbytes for one in standing) + nbytes > most else None
+        too_much = sum(one.nbytes for one in standing) + nbytes > self._piece_bytes
+        return standing[0].end if standing and too_much else None
 
     def _stop(self, ticket: Ticket) -> bool:
         """Whether there is something left of a prefetch that can be kept from its lane."""

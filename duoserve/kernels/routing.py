@@ -118,10 +118,10 @@ class RoutePlan:
         """The half-open range of sorted rows that belong to ``expert``, read on the host."""
         return self.starts[expert], self.starts[expert + 1]
 
-    def by_demand(self) -> list[int]:
-        """The experts that have rows, those with most first; ties in order of their ids. Read on the host."""
+    def num_rows(self) -> dict[int, int]:
+        """How many rows each expert has that has any. Read on the host."""
         spans = enumerate(zip(self.starts, self.starts[1:], strict=False))
-        return by_demand({expert: stop - start for expert, (start, stop) in spans if stop > start})
+        return {expert: stop - start for expert, (start, stop) in spans if stop > start}
 
 
 def by_demand(rows: Mapping[int, int]) -> list[int]:

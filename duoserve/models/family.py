@@ -23,7 +23,7 @@ from duoserve.scheduling.source import ExpertSource
 class _NoSource(ExpertSource):
     """A dry run computes nothing."""
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> NoReturn:
+    def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> NoReturn:
         raise IntegrityError(f"layer {layer} of a dry run asked for experts")
 
 

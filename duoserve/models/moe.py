@@ -5,7 +5,7 @@ T tokens, K top-k, E experts, H hidden, I expert intermediate, N = T * K routed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -67,8 +67,8 @@ class MoEBlock:
 
     Each expert's rows are one product of their own and the combine has a fixed order, so the output has the same bits
     whatever slots the experts are in and in whatever order they arrive. The shared expert is computed while those that
-    are missing are on their way. ``tap`` hears what was chosen. Where there is a ``script`` the router computes all the
-    same, and the script's choice is taken.
+    are missing are on their way. ``tap`` hears meanwhile what was chosen. Where there is a ``script`` the router
+    computes all the same, and the script's choice is taken.
     """
 
     layer: int
@@ -82,7 +82,10 @@ class MoEBlock:
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         routed = self.route(x_TH)
-        with self.acquire(routed, routed.plan.by_demand()) as lease:
+        with self.acquire(routed.plan.num_rows()) as lease:
+            if self.tap is not None:
+                self.tap.routed(self.layer, routed.x_TH, routed.topk_weights_TK, routed.topk_ids_TK)
+                lease.heard()
             shared_TH = self.share(routed)
             for ready in lease:
                 self.compute(routed, HostWork.of(ready, x_TH.device))
@@ -101,15 +104,10 @@ class MoEBlock:
         y_NH = x_TH.new_empty(topk_ids_TK.numel(), x_TH.shape[1])
         return Routed(x_TH, topk_weights_TK, topk_ids_TK, plan, act_NI, y_NH)
 
-    def acquire(self, routed: Routed, experts: Sequence[int]) -> Lease:
-        """Lets the tap hear the choice, then leases its ``experts``: see ExpertSource."""
-        self.announce(routed)
-        return self.source.acquire(self.layer, experts)
-
-    def announce(self, routed: Routed) -> None:
-        """Lets the tap, if there is one, hear the choice."""
-        if self.tap is not None:
-            self.tap.routed(self.layer, routed.x_TH, routed.topk_weights_TK, routed.topk_ids_TK)
+    def acquire(self, rows: Mapping[int, int]) -> Lease:
+        """Leases the chosen experts, of which each has so many ``rows``: see ExpertSource."""
+        experts = kernels.by_demand(rows)
+        return self.source.acquire(self.layer, experts, [rows[expert] for expert in experts])
 
     def compute(self, routed: Routed, work: Work) -> None:
         """Some of the chosen experts, from the slots that they are in."""

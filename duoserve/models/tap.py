@@ -5,7 +5,7 @@ T tokens, K top-k, E experts, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -82,9 +82,22 @@ class RoutingTap:
         if late is not None:
             late.routings.append(Routing(layer, late.requests_T, _host(topk_ids_TK), _host(topk_weights_TK), {}))
             return
-        ahead = {a.layer: _host(a.logits(x_TH * a.scale_H).float()) for a in self._ahead[layer]}
-        routing = Routing(layer, self._requests_T, _host(topk_ids_TK), _host(topk_weights_TK), ahead)
-        self._listener.routed(routing)
+        ahead = {later: _host(scores_TE) for later, scores_TE in self.look_ahead(layer, x_TH).items()}
+        self.told(layer, _host(topk_ids_TK), _host(topk_weights_TK), ahead)
+
+    def later(self, layer: int) -> list[int]:
+        """The layers behind ``layer`` that it looks ahead to."""
+        return [ahead.layer for ahead in self._ahead[layer]]
+
+    def look_ahead(self, layer: int, x_TH: Tensor) -> dict[int, Tensor]:
+        """The look-ahead scores for the layers behind ``layer``: float32 [T, E] of each, where its routers are."""
+        return {ahead.layer: ahead.logits(x_TH * ahead.scale_H).float() for ahead in self._ahead[layer]}
+
+    def told(
+        self, layer: int, topk_ids_TK: np.ndarray, topk_weights_TK: np.ndarray, ahead: Mapping[int, np.ndarray]
+    ) -> None:
+        """As ``routed``, for the choice of a decode step that has been brought to the host already."""
+        self._listener.routed(Routing(layer, self._requests_T, topk_ids_TK, topk_weights_TK, ahead))
 
 
 def _look_ahead(site: RouterSite, later: RouterSite) -> _Ahead:

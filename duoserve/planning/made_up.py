@@ -110,13 +110,13 @@ class Watch(ExpertSource, RoutingScript):
         self._away_s = 0.0
         self.passes: list[PassNotes] = []
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Lease:
+    def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> Lease:
         """As in ExpertSource."""
         with self._off_the_clock() as now:
             run = self.passes[-1]
             run.asked_s.append(now)
             run.missing.append(sum(not self._table.is_ready(ExpertId(layer, expert)) for expert in experts))
-        return self._scheduler.acquire(layer, experts)
+        return self._scheduler.acquire(layer, experts, counts)
 
     def chosen(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         """As in RoutingScript."""

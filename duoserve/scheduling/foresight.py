@@ -13,8 +13,8 @@ import numpy as np
 from duoserve.config import Phase
 from duoserve.experts.layout import ExpertId
 from duoserve.scheduling.decode import next_layers
-from duoserve.scheduling.link_budget import Calibration, Guess, IdleLink, affordable
-from duoserve.scheduling.plan import BEFORE_FIRST, NO_GUESSES, Guesses, GuessMode, ModelShape
+from duoserve.scheduling.link_budget import Calibration, Guess, IdleLink, StepLink, affordable
+from duoserve.scheduling.plan import NO_GUESSES, Guesses, GuessMode, ModelShape
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import Routing, RoutingListener
 
@@ -27,8 +27,7 @@ _WORTH_HEARING = 0.05
 class Foresight(RoutingListener):
     """Hears the routing, lets ``predictor`` hear it, and makes guesses of what that says.
 
-    ``link`` is told when layers are routed and copies arrive. Without a predictor there are no guesses, but the counts
-    of what was routed are there all the same.
+    ``link`` is told when layers are routed and copies arrive. Without a predictor there are no guesses.
     """
 
     def __init__(self, predictor: Predictor | None, mode: GuessMode, shape: ModelShape, num_layers: int) -> None:
@@ -38,7 +37,7 @@ class Foresight(RoutingListener):
         self._horizon = 0 if predictor is None else min(predictor.horizon, len(shape.layers) - 1)
         self._calibrations = [Calibration() for _ in range(self._horizon)]
         self._stated: dict[int, list[tuple[int, list[Guess]]]] = {}  # by layer: how far ahead it was, what was said
-        self._routed: Routing | None = None
+        self._spared: frozenset[ExpertId] = frozenset()  # as was said last
         self.link = IdleLink(num_layers, shape.total_experts)
 
     @property
@@ -58,27 +57,28 @@ class Foresight(RoutingListener):
 
     def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
         """As in RoutingListener."""
-        self._routed = None
         if phase is Phase.PREFILL:
             self._stated.clear()
+            self._spared = frozenset()
             self.link.pause()
         if self._predictor is not None:
             self._predictor.begin(phase, requests_T)
 
     def routed(self, routing: Routing) -> None:
         """As in RoutingListener."""
-        self._routed = routing
         if self._predictor is not None:
             self._predictor.observe(routing)
             self._settle(routing)
 
-    def counts(self, layer: int, experts: Sequence[int]) -> Sequence[int]:
-        """How many tokens of this pass chose each of ``experts``; one each where the routing was not heard."""
-        routed = self._routed
-        if routed is None or routed.layer != layer or len(routed.topk_ids_TK) == 1:
-            return [1] * len(experts)
-        counts_E: list[int] = np.bincount(routed.topk_ids_TK.ravel(), minlength=self._shape.num_experts).tolist()
-        return [counts_E[expert] for expert in experts]
+    def so_far(self, layer: int) -> Guesses:
+        """What is known of the layers behind ``layer`` before its routing has been heard; nothing is to be copied.
+
+        What the layers before have guessed about them is worth its slots, and may be spared already.
+        """
+        if not self.guesses_at_all:
+            return NO_GUESSES
+        ahead = next_layers(layer, self._shape, self._horizon)
+        return Guesses((), ahead, frozenset([one for one in self._spared if one.layer in ahead]))
 
     def guess(
         self,
@@ -86,21 +86,25 @@ class Foresight(RoutingListener):
         present: Sequence[Collection[int]],
         under_way: Collection[ExpertId],
         unused: Collection[ExpertId] = (),
+        link: StepLink | None = None,
     ) -> Guesses:
         """What to copy behind the demands of ``layer`` and those guesses ``under_way`` that are about later ones.
 
         ``present`` names by layer the experts that are in a slot or on their way, ``unused`` the guesses in slots.
+        ``link`` knows what copies may cost, if that is not what ``self.link`` has measured.
         """
         if self._mode is GuessMode.NONE or self._predictor is None:
             return NO_GUESSES
         ahead = next_layers(layer, self._shape, self._horizon)
-        if layer == BEFORE_FIRST:
-            return Guesses(ahead=ahead)  # what the last step has guessed about the first layers is worth its slots
         chances = [self._predictor.predict(other) for other in ahead]
         if self._mode is GuessMode.TOP_K:
-            return self._likeliest(ahead, chances, present)
-        queued = sum(one.layer in ahead for one in under_way)
-        return self._paying(ahead, chances, present, queued, len(under_way) + len(unused))
+            guesses = self._likeliest(ahead, chances, present)
+        else:
+            queued = sum(one.layer in ahead for one in under_way)
+            num_open = len(under_way) + len(unused)
+            guesses = self._paying(ahead, chances, present, queued, num_open, link or self.link)
+        self._spared = guesses.spared
+        return guesses
 
     def _likeliest(
         self, ahead: Sequence[int], chances: Sequence[np.ndarray], present: Sequence[Collection[int]]
@@ -111,13 +115,14 @@ class Foresight(RoutingListener):
         copies = tuple(one for one in wanted if one.expert not in present[one.layer])
         return Guesses(copies, tuple(ahead), frozenset(wanted))
 
-    def _paying(
+    def _paying(  # noqa: PLR0913, PLR0917
         self,
         ahead: Sequence[int],
         chances: Sequence[np.ndarray],
         present: Sequence[Collection[int]],
         queued: int,
         num_open: int,
+        link: IdleLink | StepLink,
     ) -> Guesses:
         heard = []
         for distance, (layer, chances_E) in enumerate(zip(ahead, chances, strict=True)):
@@ -126,14 +131,14 @@ class Foresight(RoutingListener):
             calibration = self._calibrations[distance]
             worth = [(distance, Guess(guess.expert, calibration.chance(guess.chance))) for guess in stated]
             heard.append(sorted(worth, key=_chance, reverse=True))
-        copy_s = self.link.copy_s
+        copy_s = link.copy_s
         if copy_s is None:
             return Guesses(ahead=tuple(ahead))
-        victims = [self.link.use_chance(len(present[layer])) for layer in ahead]
-        paying = affordable(chain.from_iterable(heard), self.link.idle_before(ahead[0]), copy_s, queued, victims)
-        allowed = max(0, self.link.account.allows(copy_s) - num_open)
+        victims = [link.use_chance(len(present[layer])) for layer in ahead]
+        paying = affordable(chain.from_iterable(heard), link.idle_before(ahead[0]), copy_s, queued, victims)
+        allowed = max(0, link.account.allows(copy_s) - num_open)
         copies = tuple(ExpertId(ahead[distance], guess.expert) for distance, guess in paying[:allowed])
-        return Guesses(copies, tuple(ahead), self._spared(ahead, chances) if copies else frozenset())
+        return Guesses(copies, tuple(ahead), self._worth_sparing(ahead, chances) if copies else frozenset())
 
     def _absent(self, chances_E: np.ndarray, present: Collection[int]) -> list[Guess]:
         """The ``top_k`` likeliest absent experts, as stated."""
@@ -144,7 +149,7 @@ class Foresight(RoutingListener):
             absent.sort(key=_stated_chance, reverse=True)
         return absent[: self._shape.top_k]
 
-    def _spared(self, ahead: Sequence[int], chances: Sequence[np.ndarray]) -> frozenset[ExpertId]:
+    def _worth_sparing(self, ahead: Sequence[int], chances: Sequence[np.ndarray]) -> frozenset[ExpertId]:
         return frozenset(
             ExpertId(layer, expert)
             for layer, chances_E in zip(ahead, chances, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -20,10 +20,18 @@ class SlotLease(Lease):
     """Carries out the plan of one layer.
 
     A wanted expert is missing until it has a slot, then loading, arrived (and held from here on), computing, retired.
+    ``foretell`` adds to a plan what has been foretold once the layer's routing has been heard; None where nothing is.
     """
 
-    def __init__(self, residency: Residency, space: Space, plan: LayerPlan) -> None:
+    def __init__(
+        self,
+        residency: Residency,
+        space: Space,
+        plan: LayerPlan,
+        foretell: Callable[[LayerPlan], LayerPlan] | None = None,
+    ) -> None:
         self._residency = residency
+        self._foretell = foretell
         self._space = space
         self._plan = plan
         self._missing = deque(plan.demand)
@@ -72,6 +80,18 @@ class SlotLease(Lease):
 
     def __iter__(self) -> Self:
         return self
+
+    def at_once(self) -> list[ReadyExpert]:
+        """As in Lease."""
+        return next(self) if self._arrived and not self._must_wait() else []
+
+    def heard(self) -> None:
+        """As in Lease."""
+        if self._foretell is not None:
+            self._plan = self._foretell(self._plan)
+            self._prefetch.extend(self._plan.prefetch)
+            self._space.enter(self._plan)
+            self._fill()
 
     def __next__(self) -> list[ReadyExpert]:
         done, self._computing = self._computing, []

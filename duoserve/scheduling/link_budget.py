@@ -126,6 +126,68 @@ class IdleLink:
         return (measured[not after_misses] if seconds is None else seconds) or 0.0
 
 
+class StepLink:
+    """The same for steps that the device carries out by itself, which keep the link to their own misses.
+
+    It is idle for guesses from the end of such a step until the next is launched, and a copy that is not made by then
+    is of no use. How long a copy takes is known from ``link``, whose account is gone on with.
+    """
+
+    def __init__(self, link: IdleLink) -> None:
+        self._link = link
+        self._gap_s: float | None = None
+        self._hits: float | None = None  # of a layer
+        self._ended_at: float | None = None  # the last step
+        self._asked_at: float | None = None  # for the guesses that are open since
+        self._ready_at = 0.0  # when they will have been copied
+        self._risked_s = 0.0  # and not accounted for yet
+
+    @property
+    def copy_s(self) -> float | None:
+        """As in IdleLink."""
+        return self._link.copy_s
+
+    @property
+    def account(self) -> Account:
+        """As in IdleLink."""
+        return self._link.account
+
+    def pause(self) -> None:
+        """What comes until the next step has ended is not measured."""
+        self._ended_at = self._asked_at = None
+
+    def stepped(self, now: float, hits: float, came_true: int) -> None:
+        """A step has ended, whose layers hit so many experts in the mean; so many guesses are among them."""
+        self._hits = _follow(self._hits, hits)
+        if self._ended_at is not None and self.copy_s is not None:
+            self.account.settle(now - self._ended_at, came_true * self.copy_s - self._risked_s, self.copy_s)
+            self._risked_s = 0.0
+        self._ended_at = now
+
+    def asked(self, now: float, num_slots: Sequence[int]) -> None:
+        """Guesses are copied from ``now`` on, one for each layer that has so many slots."""
+        self._asked_at = self._ready_at = now
+        if self.copy_s is not None:
+            self._ready_at += len(num_slots) * self.copy_s
+            self._risked_s += self.copy_s * sum(map(self.use_chance, num_slots))
+
+    def launched(self, now: float) -> None:
+        """The next step is launched, behind what is on its way."""
+        if self._asked_at is not None:
+            self._gap_s = _follow(self._gap_s, now - self._asked_at)
+            self._risked_s += max(0.0, self._ready_at - now)
+        self._asked_at = None
+
+    def use_chance(self, num_slots: int) -> float:
+        """As in IdleLink."""
+        return min(1.0, (self._hits or 0.0) / max(1, num_slots))
+
+    def idle_before(self, layer: int) -> float:
+        """How long the link will be idle before the next step, in whole copies: a part of one is of no use."""
+        copy_s = self.copy_s
+        return 0.0 if not copy_s else copy_s * int((self._gap_s or 0.0) / copy_s)
+
+
 def affordable(
     guesses: Iterable[tuple[int, Guess]],
     idle_s: float,

@@ -40,11 +40,6 @@ class Policy:
         """Whether every expert must be in a slot before the first pass."""
         return self.decode is DecodeMode.RESIDENT
 
-    @property
-    def counts_uses(self) -> bool:
-        """Whether it matters to the eviction how many tokens of a prompt used an expert."""
-        return self.keeps and self.eviction.ranking in (DecayedFrequency, Frequency, Activation)
-
     def without_guesses(self) -> Policy:
         """The same without prefetches in decode."""
         return replace(self, predictor=None, guesses=GuessMode.NONE)

@@ -19,12 +19,14 @@ from duoserve.metrics import Meter
 from duoserve.scheduling.plan import BEFORE_FIRST, ModelShape
 from duoserve.scheduling.residency import Residency
 from duoserve.scheduling.spaces import Cache
+from duoserve.scheduling.step_guesses import StepGuesses
 
 # So much of the slots is kept EMPTY for the misses of a step. More slots hold fewer experts; with fewer, later layers
 # overwrite what earlier ones have brought. Not measured yet.
 SPARE_SHARE = 1 / 8
 
-UseListener = Callable[[int, Sequence[int]], None]  # told of a layer and the experts that it has used
+# Told of a layer, the experts that it has used, the most wanted first, and for how many tokens each.
+UseListener = Callable[[int, Sequence[int], Sequence[int]], None]
 
 
 class Fill(NamedTuple):
@@ -67,21 +69,33 @@ def fills(layers: Sequence[int], ids_NBK: np.ndarray, slots_NBK: np.ndarray, tar
 class ReadThrough:
     """The books of such steps: ``lay_out`` before each, ``took`` after it. The scheduler makes one for its passes.
 
-    What the next step need not wait for is put off until ``catch_up``, for which there is time while a step runs: then
-    ``used`` is told of every layer's experts, for the eviction to rank them by.
+    ``guess`` may follow, once the routing of the step has been heard. What the next step need not wait for is put off
+    until ``catch_up``, for which there is time while a step runs: then ``used`` is told of every layer's experts, for
+    the eviction to rank them by.
     """
 
-    def __init__(self, residency: Residency, cache: Cache, shape: ModelShape, meter: Meter, used: UseListener) -> None:
+    def __init__(  # noqa: PLR0913, PLR0917
+        self,
+        residency: Residency,
+        cache: Cache,
+        shape: ModelShape,
+        meter: Meter,
+        used: UseListener,
+        guesses: StepGuesses,
+    ) -> None:
+        self._guesses = guesses
         self._residency = residency
         self._cache = cache
         self._shape = shape
         self._meter = meter
         self._used = used
+        self._places = {layer: at for at, layer in enumerate(shape.layers)}
         self._layers_N11 = np.array(shape.layers)[:, None, None]
         self._targets_NX = np.empty((len(shape.layers), 0), dtype=np.int32)
         self.slots_LE = residency.table.ready_LE.copy()  # int32: the table that the step goes by; for others to read
         self._last: tuple[np.ndarray, np.ndarray] | None = None  # ids and slots [N, B, K] of the last step
-        self._wished = 0
+        self._most = self._wished = 0  # slots that the misses of a layer fill; that are kept free for all layers'
+        self._done = False
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -99,8 +113,9 @@ class ReadThrough:
         Experts are given up where these are too few. IntegrityError where the step does not fit. No slot changes until
         ``took``, but for ``catch_up``.
         """
-        self._residency.drain()
+        self._guesses.launched()
         num_slots, most = self._residency.table.num_slots, most_misses(self._shape, num_tokens)
+        self._most, self._done = most, False
         self._wished = max(most, min(int(SPARE_SHARE * num_slots), len(self.layers) * most))
         if len(self._residency.table.empty_slots()) < most:
             self.catch_up()
@@ -126,17 +141,39 @@ class ReadThrough:
         made = fills(self.layers, ids_NBK, slots_NBK, self._targets_NX)
         for fill in made:
             self._residency.filled_by_device(fill.expert, fill.slot if fill.stayed else None)
-        num_chosen = _num_distinct(ids_NBK)
-        self._meter.hit(Phase.DECODE, num_chosen - len(made))
+        num_hits = _num_distinct(ids_NBK) - len(made)
+        self._meter.hit(Phase.DECODE, num_hits)
         self._meter.miss(Phase.DECODE, len(made))
-        self._last = ids_NBK.copy(), slots_NBK
-        if self._residency.ledger.unused:  # a guess that was used shows in the figures of this request
+        self._last, self._done = (ids_NBK.copy(), slots_NBK), True
+        came_true = self._residency.came_true(lambda guess: guess.expert in ids_NBK[self._places[guess.layer]])
+        self._guesses.stepped(num_hits, came_true)
+
+    def guess(self) -> None:
+        """Copies ahead what the next step will want, as far as it is known and pays, until that is laid out."""
+        self._guesses.ask(self._room)
+
+    def ended(self) -> bool:
+        """A pass has ended: whether it was such a step, carried out to its end."""
+        done, self._done = self._done, False
+        if not done:
+            self._guesses.pause()
+        return done
+
+    def pause(self) -> None:
+        """A part of a pass of another kind comes before the next step."""
+        self._guesses.pause()
+
+    def _room(self, num_slots: int) -> list[int]:
+        """EMPTY slots beyond those that a layer of the next step may fill, so many if they can be had."""
+        if len(self._residency.table.empty_slots()) < self._most + num_slots:
             self.catch_up()
+            self._make_room(self._most + num_slots)
+        return self._residency.table.empty_slots()[self._most :]
 
     def _touch(self, layer: int, rows: Counter[tuple[int, int]]) -> None:
         """The most wanted expert last, so that it counts as used last; what has lost its slot meanwhile not at all."""
         slots, chosen = self._residency.slots[layer], sorted(rows, key=rows.__getitem__)
-        self._used(layer, [expert for expert, _ in reversed(chosen)])
+        self._used(layer, [expert for expert, _ in reversed(chosen)], [rows[one] for one in reversed(chosen)])
         for expert, slot in chosen:
             if slot >= 0 and slots.get(expert) == slot:
                 self._residency.touch(ExpertId(layer, expert), slot)

@@ -25,9 +25,11 @@ from duoserve.scheduling.eviction import Eviction
 from duoserve.scheduling.foreseen import Future
 from duoserve.scheduling.hardware import Machine
 from duoserve.scheduling.host_time import HostTime, UntimedEngine
+from duoserve.scheduling.lease import SlotLease
 from duoserve.scheduling.plan import DecodeMode, GuessMode, PrefillMode
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
+from duoserve.scheduling.routing import Routing
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.scheduling.scored import Score, ScoredPredictor
 from duoserve.scheduling.source import ReadyExpert
@@ -132,9 +134,10 @@ def belady_bytes(trace: Trace, machine: Machine, num_slots: int) -> float:
 
 
 class _Asked(NamedTuple):
-    """What a layer asks for in a step: its experts, the most wanted first, and the seconds that each computes."""
+    """What a layer asks for in a step: its experts, the most wanted first, for how many tokens, and for how long."""
 
     experts: list[int]
+    counts: list[int]
     seconds: list[float]
 
 
@@ -193,7 +196,7 @@ class _Run:
         result.e2e_s += self._clock.now - begun
 
     def _one_token(self, experts: list[int]) -> _Asked:
-        return _Asked(experts, [self._machine.one_token_s] * len(experts))
+        return _Asked(experts, [1] * len(experts), [self._machine.one_token_s] * len(experts))
 
     def _pass(self, phase: Phase, request: RequestTrace, step: int, asked: Sequence[_Asked]) -> tuple[float, float]:
         """A forward pass; returns its seconds, and in how many of them the compute lane stood still."""
@@ -209,14 +212,15 @@ class _Run:
             if listener is not None:
                 listener.begin(phase, np.full(num_tokens, request.number, dtype=np.int64))
             self._scheduler.begin(phase, num_tokens)
-        for layer, (experts, seconds) in zip(self._layers, asked, strict=True):
-            self._launch(layer, attention_s + hearing_s)
+        for layer, wanted in zip(self._layers, asked, strict=True):
+            self._launch(layer, attention_s)
             self._lane.synchronize()  # the router's choice
-            if listener is not None and routings is not None:
-                routing = next(routings)
-                with self._host:
-                    listener.routed(routing)
-            self._compute(layer, experts, seconds, num_tokens)
+            with self._host:
+                lease = self._scheduler.acquire(layer, wanted.experts, wanted.counts)
+            with lease:
+                if routings is not None:
+                    self._hear(layer, lease, next(routings), wanted, hearing_s, num_tokens)
+                self._compute(layer, lease, wanted, num_tokens)
         with self._host:
             self._scheduler.end()
         self._launch(self._layers[-1], self._machine.rest_s(num_tokens))
@@ -224,24 +228,39 @@ class _Run:
         wall_s = self._clock.now - begun
         return wall_s, wall_s - (self._lane.busy_s - busy_s)
 
-    def _compute(self, layer: int, experts: list[int], seconds: list[float], num_tokens: int) -> None:
+    def _hear(  # noqa: PLR0913, PLR0917
+        self, layer: int, lease: SlotLease, routing: Routing, wanted: _Asked, hearing_s: float, num_tokens: int
+    ) -> None:
+        """Behind the layer's demands; a device computes meanwhile what is there, a host does one after the other."""
+        if self._machine.hardware.host_computes:
+            self._launch(layer, hearing_s)
+            self._lane.synchronize()
+        else:
+            with self._host:
+                ready = lease.at_once()
+            self._launch_experts(layer, ready, wanted, num_tokens)
+        with self._host:
+            assert self._listener is not None
+            self._listener.routed(routing)
+            lease.heard()
+
+    def _compute(self, layer: int, lease: SlotLease, wanted: _Asked, num_tokens: int) -> None:
+        while True:
+            with self._host:
+                ready = next(lease, None)
+            if ready is None:
+                return
+            self._launch_experts(layer, ready, wanted, num_tokens)
+            if self._machine.hardware.host_computes:
+                self._lane.synchronize()
+
+    def _launch_experts(self, layer: int, ready: Sequence[ReadyExpert], wanted: _Asked, num_tokens: int) -> None:
         """The experts of a batch are one launch."""
-        cost = dict(zip(experts, seconds, strict=True))
-        fresh_s, cold_s = self._machine.fresh_s(num_tokens), self._machine.cold_s(num_tokens)
-        host, launch_s = self._host, self._machine.launch_s
-        with host:
-            lease = self._scheduler.acquire(layer, experts)
-        with lease:
-            while True:
-                with host:
-                    ready = next(lease, None)
-                if ready is None:
-                    break
-                fresh = self._fresh(layer, ready)
-                caches_s = fresh * fresh_s + (len(ready) - fresh) * cold_s
-                self._launch(layer, launch_s + sum([cost[one.expert] for one in ready]) + caches_s)
-                if self._machine.hardware.host_computes:
-                    self._lane.synchronize()
+        if ready:
+            cost, fresh = dict(zip(wanted.experts, wanted.seconds, strict=True)), self._fresh(layer, ready)
+            caches_s = fresh * self._machine.fresh_s(num_tokens)
+            caches_s += (len(ready) - fresh) * self._machine.cold_s(num_tokens)
+            self._launch(layer, self._machine.launch_s + sum([cost[one.expert] for one in ready]) + caches_s)
 
     def _fresh(self, layer: int, ready: Sequence[ReadyExpert]) -> int:
         """How many have been copied since they were computed last, as far as that matters."""
@@ -266,7 +285,7 @@ def _lanes(machine: Machine, clock: VirtualClock, on_copied: CopyListener | None
 
 def _prompt_of(request: RequestTrace, layer: int, machine: Machine) -> _Asked:
     step = next(steps_of(request, layer))
-    return _Asked(step.experts, [machine.expert_s(count) for count in step.counts])
+    return _Asked(step.experts, step.counts, [machine.expert_s(count) for count in step.counts])
 
 
 def _tokens_of(request: RequestTrace, layers: Sequence[int]) -> list[list[list[int]]]:

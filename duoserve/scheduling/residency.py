@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
 
 from duoserve.experts.copy_engine import CopyEngine, Priority, Ticket, TicketState
@@ -97,6 +97,13 @@ class Residency:
         del self.idle[expert.layer][expert.expert]
         self.ledger.used(expert)
         self.idle[expert.layer][expert.expert] = slot
+
+    def came_true(self, chosen: Callable[[ExpertId], bool]) -> int:
+        """The device has read what was ``chosen`` of the READY guesses; returns how many that are."""
+        used = [expert for expert in self.ledger.unused if chosen(expert)]
+        for expert in used:
+            self.ledger.used(expert)
+        return len(used)
 
     def filled_by_device(self, expert: ExpertId, slot: int | None) -> None:
         """The device has brought an expert by itself: into an EMPTY slot, or (None) into one it has lost since."""

@@ -29,7 +29,7 @@ class Routing(NamedTuple):
 
 
 class RoutingListener(Protocol):
-    """Hears of every layer's routing before the layer's experts are asked for.
+    """Hears of every layer's routing, behind the layer's demands and before the next layer's.
 
     ``lookahead`` says for how many of the next MoE layers it wants scores; 0 is none.
     """
@@ -41,7 +41,7 @@ class RoutingListener(Protocol):
         """A forward pass begins over rows of these requests (int64)."""
 
     def routed(self, routing: Routing) -> None:
-        """A layer's router has spoken; its experts have not been asked for yet."""
+        """A layer's router has spoken."""
 
 
 class Audience(RoutingListener):

@@ -30,6 +30,7 @@ from duoserve.scheduling.residency import Residency
 from duoserve.scheduling.routing import RoutingListener
 from duoserve.scheduling.source import ExpertSource
 from duoserve.scheduling.spaces import Cache, Ring, Scratch, Space
+from duoserve.scheduling.step_guesses import StepGuesses
 
 # Copies in the queue while all experts are loaded: enough for every copy thread to have its next one waiting.
 LOAD_AHEAD = 16
@@ -84,15 +85,15 @@ class Scheduler(ExpertSource):
         self._cache = Cache(self._residency, self._shape, policy.eviction, self._ranking)
         self._pass: _Pass | None = None
         self._aside: tuple[_Pass, SlotLease] | None = None
-        self._device_books = False
+        self._books: ReadThrough | None = None
         self._lease: SlotLease | None = None
         self._prompted = True  # the last pass did not leave the cache as decode steps do
         self._closed = False
 
     @property
     def listener(self) -> RoutingListener | None:
-        """Who must hear the routing, before each ``begin`` and ``acquire``; None if the policy does without."""
-        return self._foresight if self._foresight.guesses_at_all or self._policy.counts_uses else None
+        """Who must hear the routing, before each ``begin`` and each lease's ``heard``; None if nothing is foretold."""
+        return self._foresight if self._foresight.guesses_at_all else None
 
     def begin(self, phase: Phase, num_tokens: int) -> None:
         """A forward pass of ``num_tokens`` tokens begins. ClosedError after ``close``."""
@@ -104,7 +105,7 @@ class Scheduler(ExpertSource):
             self._guard.become(self._residency.slots)
         self._prompted = phase is Phase.PREFILL
         if self._prompted:
-            self._foresight.link.pause()
+            self._pause()
         self._pass = _Pass(phase, num_tokens, self._open_space(phase, num_tokens))
         try:
             self._open_lease(self._pass, BEFORE_FIRST, ())
@@ -123,7 +124,7 @@ class Scheduler(ExpertSource):
             raise IntegrityError("only a prefill that has computed all it asked for can be set aside")
         self._pass, self._lease, self._aside = None, None, (run, lease)
         lent = run.space.set_aside() if isinstance(run.space, Ring) else frozenset()
-        if 2 * len(lent) <= self._num_slots and not self._device_books:
+        if 2 * len(lent) <= self._num_slots and self._books is None:
             self._cache.lent = lent
         if not self._cache.lent:
             self._residency.drain()
@@ -136,7 +137,7 @@ class Scheduler(ExpertSource):
         (run, lease), self._aside = self._aside, None
         lent, self._cache.lent = self._cache.lent, frozenset()
         self._prompted = True
-        self._foresight.link.pause()
+        self._pause()
         self._ranking.resume(run.phase, run.num_tokens)
         if lent and isinstance(run.space, Ring):
             self._residency.collect()
@@ -145,14 +146,14 @@ class Scheduler(ExpertSource):
             run = run._replace(space=self._open_space(run.phase, run.num_tokens))
         self._pass, self._lease = run, lease
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> SlotLease:
+    def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> SlotLease:
         """See ExpertSource: what is missing has been asked for, as far as there are slots, when this returns."""
         self._check_open()
         if self._pass is None:
             raise IntegrityError(f"layer {layer} asked for experts outside of a forward pass")
         if self._lease is not None and not self._lease.idle:
             raise IntegrityError(f"layer {layer} asked for experts while another lease was open")
-        self._used(layer, experts)
+        self._ranking.used(layer, experts, [1] * len(experts) if counts is None else counts)
         if self._link is not None and self._pass.phase is Phase.DECODE:
             self._link.routed(layer, self._engine.now())
         lease, num_ready = self._open_lease(self._pass, layer, experts)
@@ -169,13 +170,16 @@ class Scheduler(ExpertSource):
         lease, self._lease, self._pass = self._lease, None, None
         if lease is not None:
             lease.close()
-            if not (lease.complete and lease.layer == self._shape.layers[-1]):
+            by_device = self._books is not None and self._books.ended()
+            if not (by_device or (lease.complete and lease.layer == self._shape.layers[-1])):
                 self._residency.drain()
 
     def read_through(self) -> ReadThrough:
         """The books of decode steps that the device carries out by itself, to be kept within passes of this."""
-        self._device_books = True
-        return ReadThrough(self._residency, self._cache, self._shape, self._meter, self._used)
+        guesses = StepGuesses(self._residency, self._shape, self._foresight, self._engine.now)
+        books = ReadThrough(self._residency, self._cache, self._shape, self._meter, self._ranking.used, guesses)
+        self._books = books
+        return books
 
     def load_all(self, progress: bool = False) -> None:
         """Brings every expert into a slot, as far as there are slots; CopyError if one cannot be read."""
@@ -215,8 +219,11 @@ class Scheduler(ExpertSource):
         rival = None if eviction.rival is None else eviction.rival(num_layers, shape.num_experts)
         return Guard(own, rival, lambda: Ghost(eviction, shape, num_layers, num_slots))
 
-    def _used(self, layer: int, experts: Sequence[int]) -> None:
-        self._ranking.used(layer, experts, self._foresight.counts(layer, experts))
+    def _pause(self) -> None:
+        """A prompt comes between decode steps: what they say of the link's idle time would be wrong."""
+        self._foresight.link.pause()
+        if self._books is not None:
+            self._books.pause()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -253,7 +260,8 @@ class Scheduler(ExpertSource):
 
     def _open_lease(self, run: _Pass, layer: int, wanted: Sequence[int]) -> tuple[SlotLease, int]:
         self._residency.collect()
-        lease = self._lease = SlotLease(self._residency, run.space, self._plan(run, layer, wanted))
+        foretell = self._foretold if run.phase is Phase.DECODE and self._foresight.guesses_at_all else None
+        lease = self._lease = SlotLease(self._residency, run.space, self._plan(run, layer, wanted), foretell)
         return lease, lease.start(wanted)
 
     def _plan(self, run: _Pass, layer: int, wanted: Sequence[int]) -> LayerPlan:
@@ -265,10 +273,14 @@ class Scheduler(ExpertSource):
         view = LayerView(layer, tuple(wanted), present, run.num_tokens, run.space.ring_view(layer))
         if run.phase is Phase.PREFILL:
             return plan_prefill(self._policy.prefill, view, self._shape)
-        ledger = self._residency.ledger
-        guesses = self._foresight.guess(layer, slots, ledger.guesses, ledger.unused)
-        plan = plan_decode(self._policy.decode, view, self._shape, guesses)
+        plan = plan_decode(self._policy.decode, view, self._shape, self._foresight.so_far(layer))
         if self._link is not None and self._guard is not None and layer != BEFORE_FIRST:
-            unguessed = self._guard.missed
-            self._link.demanded(Demand(len(wanted), len(plan.demand), unguessed, alone=not ledger.guesses))
+            unguessed, alone = self._guard.missed, not self._residency.ledger.guesses
+            self._link.demanded(Demand(len(wanted), len(plan.demand), unguessed, alone))
         return plan
+
+    def _foretold(self, plan: LayerPlan) -> LayerPlan:
+        """The plan of a decode step's layer, once its routing has been heard."""
+        ledger = self._residency.ledger
+        guesses = self._foresight.guess(plan.layer, self._residency.slots, ledger.guesses, ledger.unused)
+        return plan._replace(prefetch=guesses.copies, ahead=guesses.ahead, spared=guesses.spared)

@@ -29,10 +29,24 @@ class Lease(Protocol):
 
     def __iter__(self) -> Iterator[list[ReadyExpert]]: ...
 
+    def at_once(self) -> list[ReadyExpert]:
+        """The next batch if it need not be waited for; else, or if there is none, nothing."""
+        ...
+
+    def heard(self) -> None:
+        """Whoever listens to the routing has heard this layer's: what they foretell may be copied behind its demands.
+
+        Once for each layer, and before the next asks for its experts; never where nobody listens.
+        """
+        ...
+
 
 class ExpertSource(Protocol):
     """Where a model's MoE layers get their experts from."""
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Lease:
-        """Leases ``experts`` of ``layer``: distinct, the most wanted first. One lease is open at a time."""
+    def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> Lease:
+        """Leases ``experts`` of ``layer``: distinct, the most wanted first. One lease is open at a time.
+
+        ``counts`` says for how many tokens of the pass each is; one each where it is not given.
+        """
         ...

@@ -147,32 +147,81 @@ def test_the_host_waits_for_no_copy_that_is_enqueued(rig: Rig) -> None:
     del rig.engine._streams.passed
 
 
-@pytest.mark.parametrize("piece_bytes", [PIECE, 2 * SMALL.slot_bytes])
-@pytest.mark.parametrize("seed", range(5))
-def test_few_pieces_of_all_prefetches_stand_on_the_lane(piece_bytes: int, seed: int) -> None:
-    """Large experts go in pieces, of small ones several are a piece; how many threads there are does not matter."""
+class Link(FakeStreams):
+    """Counts the bytes that stand on the lane of prefetches, where nothing moves that nobody waits for.
 
-    class Counting(FakeStreams):
-        most = standing = 0
+    ``most`` at any time, ``before_demands`` whenever a demand is enqueued, and ``left`` of them when a thread has
+    waited for room; before it does, it calls ``interrupt``.
+    """
 
-        def copy(self, lane: Lane, target_B: Tensor, source_B: Tensor) -> None:
-            assert len(target_B) <= piece_bytes
+    def __init__(self, seed: int) -> None:
+        super().__init__(random.Random(seed))
+        self.most = self.standing = 0
+        self.before_demands: list[int] = []
+        self.left: list[int] = []
+        self.interrupt: Callable[[], object] = lambda: None
+
+    def passed(self, mark: Mark) -> bool:
+        return isinstance(mark, FakeMark) and mark.passed_at is not None
+
+    def copy(self, lane: Lane, target_B: Tensor, source_B: Tensor) -> None:
+        with self._lock:
+            if lane is Lane.DEMAND:
+                self.before_demands.append(self.standing)
+                return super().copy(lane, target_B, source_B)
             self._enqueue(lane, lambda: self._made(target_B, source_B))
             self.standing += len(target_B)
             self.most = max(self.most, self.standing)
 
-        def _made(self, target_B: Tensor, source_B: Tensor) -> None:
-            self.standing -= len(target_B)
-            target_B.copy_(source_B)
+    def _made(self, target_B: Tensor, source_B: Tensor) -> None:
+        self.standing -= len(target_B)
+        target_B.copy_(source_B)
 
-    store, pool, streams = PartlyInRam(EXPERTS), SlotPool(8, SMALL, poison=True), Counting(random.Random(seed))
+    def wait(self, mark: Mark) -> None:
+        threaded = threading.current_thread() is not threading.main_thread()
+        if threaded:
+            self.interrupt()
+        with self._lock:
+            super().wait(mark)
+            if threaded:
+                self.left.append(self.standing)
+
+
+def bring_all(engine: StreamCopyEngine, tickets: Collection[Ticket]) -> None:
+    while left := [ticket for ticket in tickets if not ticket.finished]:
+        engine.wait(left)
+
+
+@pytest.mark.parametrize("piece_bytes", [PIECE, 2 * PIECE, 2 * SMALL.slot_bytes])
+@pytest.mark.parametrize("seed", range(5))
+def test_one_piece_of_all_prefetches_stands_on_the_lane(piece_bytes: int, seed: int) -> None:
+    """Large experts go in parts, of small ones several are a piece; how many threads there are does not matter."""
+    store, pool, streams = PartlyInRam(EXPERTS), SlotPool(8, SMALL, poison=True), Link(seed)
     engine = StreamCopyEngine(store, pool, streams, num_threads=3, piece_bytes=piece_bytes)
-    tickets = [engine.submit(expert, slot, PREFETCH) for slot, expert in enumerate(EXPERTS)]
-    while not all(ticket.finished for ticket in tickets):
-        engine.wait([ticket for ticket in tickets if not ticket.finished])
+    bring_all(engine, [engine.submit(expert, slot, PREFETCH) for slot, expert in enumerate(EXPERTS)])
     engine.close()
-    assert PIECE < streams.most <= 2 * piece_bytes
+    assert piece_bytes // 2 < streams.most <= piece_bytes
     assert all(torch.equal(pool.row(slot), store.row(expert)) for slot, expert in enumerate(EXPERTS))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_demand_never_waits_behind_more_than_a_piece_of_guesses(seed: int) -> None:
+    """However large they are. And the link has the next part to carry whenever one has been carried."""
+    store, pool, streams = PartlyInRam(EXPERTS), SlotPool(8, SMALL, poison=True), Link(seed)
+    engine = StreamCopyEngine(store, pool, streams, piece_bytes=PIECE)
+    demands, missing = [], iter([6, 7])
+
+    def demand() -> None:
+        if (number := next(missing, None)) is not None:
+            demands.append(engine.submit(EXPERTS[number], number, DEMAND))
+
+    streams.interrupt = demand
+    guesses = [engine.submit(expert, slot, PREFETCH) for slot, expert in enumerate(EXPERTS[:6])]
+    bring_all(engine, guesses)
+    bring_all(engine, demands)
+    engine.close()
+    assert 0 < max(streams.before_demands) <= PIECE
+    assert streams.left and min(streams.left) > 0
 
 
 class Interrupting(FakeStreams):
@@ -209,7 +258,7 @@ def test_a_prefetch_that_is_cancelled_half_way_leaves_its_slot_to_others(seed: i
     streams.run(lambda: read.append(torch.equal(pool.row(2), store.row(EXPERTS[6]))))
     streams.finish()
     engine.close()
-    assert (wrong.state, wrong.sent, right.state) == (TicketState.CANCELLED, 2 * PIECE, TicketState.DONE)
+    assert (wrong.state, wrong.sent, right.state) == (TicketState.CANCELLED, PIECE, TicketState.DONE)
     assert read == [True] and not engine.cancel(wrong)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duoserve.errors import KernelError
-from duoserve.kernels import DeviceWork, HostWork, RoutePlan, reference, route
+from duoserve.kernels import DeviceWork, HostWork, RoutePlan, by_demand, reference, route
 from tests.kernels.common import DEVICE
 
 
@@ -61,7 +61,7 @@ def test_the_twin_is_the_definition(routing: tuple[torch.Tensor, torch.Tensor]) 
     wanted = sorted(set(flat) - {len(slots)})
     assert plan.resident.pairs() == [(e, int(slots[e])) for e in wanted if slots[e] >= 0]
     assert plan.missing.pairs() == [(e, -1) for e in wanted if slots[e] < 0]
-    demand = plan.by_demand()
+    demand = by_demand(plan.num_rows())
     assert sorted(demand) == wanted
     assert demand == sorted(wanted, key=lambda e: (-flat.count(e), e))
 

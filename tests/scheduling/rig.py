@@ -94,9 +94,10 @@ class Rig:
             try:
                 for layer, wanted in enumerate(routing):
                     self.clock.advance(attention_s)
-                    if heard is not None and wanted:
-                        heard.routed(routed(layer, wanted))
                     with self.scheduler.acquire(layer, wanted) as lease:
+                        if heard is not None and wanted:
+                            heard.routed(routed(layer, wanted))
+                            lease.heard()
                         for ready in lease:
                             batches.append(Batch(self.clock.now, layer, [one.expert for one in ready]))
                             look(batches[-1])

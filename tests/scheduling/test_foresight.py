@@ -12,8 +12,7 @@ from duoserve.experts.layout import ExpertId
 from duoserve.experts.tickets import TicketState
 from duoserve.scheduling.foresight import Foresight
 from duoserve.scheduling.link_budget import Demand
-from duoserve.scheduling.plan import NO_GUESSES, GuessMode, ModelShape
-from duoserve.scheduling.routing import Routing
+from duoserve.scheduling.plan import NO_GUESSES, Guesses, GuessMode, ModelShape
 from tests.fakes import SMALL
 from tests.scheduling.fortune import Teller, certain, routed
 from tests.scheduling.rig import Rig
@@ -121,39 +120,52 @@ def test_a_guess_that_the_router_contradicts_is_cancelled() -> None:
     assert [ticket.state for ticket in wrong] == [TicketState.DONE, TicketState.CANCELLED]
 
 
-def test_without_a_predictor_there_are_no_guesses_and_a_cache_that_hears_counts() -> None:
+def test_what_was_said_before_holds_until_the_layer_has_been_heard() -> None:
+    foresight = Foresight(Teller(lambda layer: certain(8, [1, layer + 2]), 2), GuessMode.TOP_K, SHAPE, 4)
+    assert foresight.so_far(0) == Guesses((), (1, 2), frozenset())
+    assert foresight.guess(0, NOBODY, ()).spared == {ExpertId(1, 1), ExpertId(1, 3), ExpertId(2, 1), ExpertId(2, 4)}
+    assert foresight.so_far(1) == Guesses((), (2, 3), frozenset({ExpertId(2, 1), ExpertId(2, 4)}))
+    foresight.begin(Phase.PREFILL, np.zeros(1, dtype=np.int64))
+    assert not foresight.so_far(1).spared
+
+
+def test_without_a_predictor_there_are_no_guesses() -> None:
     foresight = Foresight(None, GuessMode.BUDGET, SHAPE, 4)
-    assert foresight.guess(0, NOBODY, ()) is NO_GUESSES and foresight.lookahead == 0
-    ids_TK = np.array([[1, 2], [1, 3], [1, 2]])
-    foresight.routed(Routing(0, np.zeros(3, dtype=np.int64), ids_TK, np.ones((3, 2), dtype=np.float32), {}))
-    assert foresight.counts(0, [1, 2, 3]) == [3, 2, 1]
-    assert foresight.counts(1, [1, 2, 3]) == [1, 1, 1]
+    assert foresight.guess(0, NOBODY, ()) is foresight.so_far(0) is NO_GUESSES and foresight.lookahead == 0
+
+
+def test_demands_are_asked_for_before_anybody_hears_the_routing() -> None:
+    """And guesses behind that; what is there already need not wait for either."""
+    asked: list[list[ExpertId]] = []
+    rig = Rig("lookahead", slots=12, predictor=Teller(lambda layer: certain(8, [6, 7])))
+    teller = rig.scheduler.listener
+    assert teller is not None
+    rig.scheduler.begin(Phase.DECODE, 1)
+    with rig.scheduler.acquire(0, [3, 4]) as lease:
+        asked.append([ticket.expert for ticket in rig.engine.tickets])
+        assert lease.at_once() == []  # it waits for nothing
+        teller.routed(routed(0, [3, 4]))
+        lease.heard()
+        asked.append([ticket.expert for ticket in rig.engine.tickets[2:]])
+        list(lease)
+    rig.clock.advance(2.0)
+    assert asked == [[ExpertId(0, 3), ExpertId(0, 4)], [ExpertId(1, 6), ExpertId(1, 7)]]
+    with rig.scheduler.acquire(1, [6, 3]) as lease:
+        assert [one.expert for one in lease.at_once()] == [6] and lease.at_once() == []
+        assert [[one.expert for one in batch] for batch in lease] == [[3]]
 
 
 @pytest.mark.parametrize(("policy", "listens"), [("lru", False), ("on-demand", False), ("duoserve", True)])
-def test_only_policies_that_need_it_have_a_listener(policy: str, listens: bool) -> None:
-    assert (Rig(policy).scheduler.listener is not None) is listens
-
-
-def test_a_predictor_is_not_heard_by_a_policy_that_makes_no_guesses() -> None:
-    assert Rig("lru", predictor=Teller(lambda layer: certain(8, [1]))).scheduler.listener is None
-
-
-def test_a_single_token_counts_once() -> None:
-    foresight = Foresight(None, GuessMode.NONE, SHAPE, 4)
-    foresight.routed(routed(0, [4, 2]))
-    assert foresight.counts(0, [4, 2]) == [1, 1]
+def test_only_policies_that_guess_have_a_listener(policy: str, listens: bool) -> None:
+    teller = Teller(lambda layer: certain(8, [1]))
+    assert (Rig(policy, predictor=teller).scheduler.listener is not None) is listens
+    assert Rig(policy).scheduler.listener is None
 
 
 def test_the_prompts_counts_decide_what_decode_gives_up() -> None:
     rig = Rig("duoserve", layers=1, slots=4, top_k=1)
-    heard = rig.scheduler.listener
-    assert heard is not None
-    ids_TK = np.array([[5]] * 6 + [[1]] * 2 + [[2]] * 4 + [[3]] * 3)
-    heard.begin(Phase.PREFILL, np.zeros(len(ids_TK), dtype=np.int64))
-    rig.scheduler.begin(Phase.PREFILL, len(ids_TK))
-    heard.routed(Routing(0, np.zeros(len(ids_TK), dtype=np.int64), ids_TK, np.ones(ids_TK.shape), {}))
-    with rig.scheduler.acquire(0, [5, 2, 3, 1]) as lease:
+    rig.scheduler.begin(Phase.PREFILL, 15)
+    with rig.scheduler.acquire(0, [5, 2, 3, 1], [6, 4, 3, 2]) as lease:
         list(lease)
     rig.scheduler.end()
     rig.decode([[7]])

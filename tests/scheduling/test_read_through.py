@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import Phase as Stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,57 +15,17 @@ from duoserve.config import Phase
 from duoserve.errors import IntegrityError
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotState
+from duoserve.experts.tickets import TicketState
+from duoserve.scheduling.account import ALLOWED
+from duoserve.scheduling.link_budget import IdleLink, StepLink
 from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import EVICTIONS, get_policy
 from duoserve.scheduling.read_through import Fill, fills, lay_targets, most_misses
+from tests.scheduling.fortune import Teller, certain
+from tests.scheduling.read_through_rig import FakeDevice
 from tests.scheduling.rig import Rig
 
 LAYERS, NUM_EXPERTS = 3, 12
-
-
-class FakeDevice:
-    """Reads slots by the table it was given, and fills those it was told to."""
-
-    def __init__(self, rig: Rig) -> None:
-        self.rig = rig
-        self.books = rig.scheduler.read_through()
-        self.slots: dict[int, ExpertId] = {}  # what no scrub has been made of
-
-    def step(self, chosen: Mapping[int, Sequence[int]], tokens: int) -> int:
-        """Returns the hits."""
-        self.rig.scheduler.begin(Phase.DECODE, tokens)
-        targets_NX = self.books.lay_out(tokens)
-        self.learn()
-        assert all(self.rig.table.state(slot) is SlotState.EMPTY for slot in targets_NX.flatten().tolist())
-        slots_LE, hits = self.books.slots_LE.copy(), 0
-        self.books.catch_up()
-        for (layer, experts), targets_X in zip(chosen.items(), targets_NX, strict=True):
-            free = iter(targets_X.tolist())
-            for number in sorted(experts):
-                expert, slot = ExpertId(layer, number), slots_LE[layer, number]
-                if slot < 0:
-                    self.slots[next(free)] = expert
-                else:
-                    assert self.slots[slot] == expert, "a kernel read another expert, or NaN"
-                    hits += 1
-        most = max(map(len, chosen.values()))
-        ids = [[[*experts, *experts[:1] * (most - len(experts))]] for experts in chosen.values()]
-        self.books.took(np.array(ids))
-        self.rig.scheduler.end()
-        self.look()
-        return hits
-
-    def learn(self) -> None:
-        """The slots as ordinary copies have left them; EMPTY ones are scrubbed."""
-        self.slots = dict(self.rig.table.ready())
-
-    def look(self) -> None:
-        self.rig.table.check_integrity()
-        assert self.rig.num_holds() == 0 and self.rig.num_states(SlotState.LOADING) == 0
-        for slot, expert in self.rig.table.ready():
-            assert self.slots[slot] == expert
-        idle = [slot for slots in self.rig.scheduler._residency.idle for slot in slots.values()]
-        assert sorted(idle) == [slot for slot, _ in self.rig.table.ready()]
 
 
 @given(
@@ -73,16 +33,30 @@ class FakeDevice:
     top_k=st.integers(1, 2),
     tokens=st.integers(1, 3),
     moe_layers=st.sampled_from([None, [1, 2]]),
+    policy=st.sampled_from(["lru", "duoserve", "lookahead", "activation-matrix", "duoserve-paper"]),
+    gap_s=st.sampled_from([0.0, 0.5, 1.5, 4.0]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_the_books_agree_with_the_device(
-    slots: int, top_k: int, tokens: int, moe_layers: list[int] | None, seed: int
+    slots: int, top_k: int, tokens: int, moe_layers: list[int] | None, policy: str, gap_s: float, seed: int
 ) -> None:
-    """Few slots, of which all may be spare, and many, of which more are than a layer needs."""
-    rng = random.Random(seed)
-    rig = Rig("lru", layers=LAYERS, experts=NUM_EXPERTS, top_k=top_k, slots=slots, moe_layers=moe_layers)
-    device, width = FakeDevice(rig), min(NUM_EXPERTS, top_k * tokens)
+    """Few slots, of which all may be spare, and many, of which more are than a layer needs.
+
+    A copy takes a second. Some predict whatever comes to their minds, and are cut short by the next step.
+    """
+    rng, dice = random.Random(seed), np.random.default_rng(seed)
+    teller = Teller(lambda layer: dice.random(NUM_EXPERTS), horizon=1 + seed % 3) if policy != "lru" else None
+    rig = Rig(
+        policy,
+        layers=LAYERS,
+        experts=NUM_EXPERTS,
+        top_k=top_k,
+        slots=slots,
+        moe_layers=moe_layers,
+        predictor=teller,
+    )
+    device, width = FakeDevice(rig, gap_s=gap_s), min(NUM_EXPERTS, top_k * tokens)
     layers = moe_layers or list(range(LAYERS))
     for _ in range(30):
         chosen = {layer: rng.sample(range(NUM_EXPERTS), rng.randint(1, width)) for layer in layers}
@@ -98,6 +72,7 @@ def test_the_books_agree_with_the_device(
         assert after.hits["decode"] - before.hits["decode"] == hits
         assert after.misses["decode"] - before.misses["decode"] == misses
         assert after.bytes.demanded - before.bytes.demanded == misses * rig.store.layout.slot_bytes
+        assert rig.num_states(SlotState.LOADING) == len(rig.scheduler._residency.under_way())
 
 
 def test_what_is_chosen_again_is_a_hit_and_the_longest_unused_goes_first() -> None:
@@ -151,3 +126,104 @@ def test_first_choices_are_spread_and_no_layer_has_a_slot_twice() -> None:
     assert targets_LX.tolist() == [[10, 11, 12], [12, 13, 10]]
     assert lay_targets([4, 9], num_layers=3, width=2).tolist() == [[4, 9], [4, 9], [9, 4]]
     assert most_misses(ModelShape(8, 2, (0, 1)), 3) == 6 and most_misses(ModelShape(8, 2, (0, 1)), 9) == 8
+
+
+class Knowing(Teller):
+    """Knows the first layer of the next step."""
+
+    def __init__(self, steps: list[list[int]], claim: float = 0.95) -> None:
+        super().__init__(lambda layer: certain(NUM_EXPERTS, steps[0] if steps else [], claim))
+        self.steps = steps
+
+    def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
+        super().begin(phase, requests_T)
+        if phase is Phase.DECODE and self.steps:
+            self.steps.pop(0)
+
+
+def course(policy: str, gap_s: float, guesses: bool = True) -> tuple[Rig, list[int]]:
+    """Two hundred steps of two layers that never use an expert twice in a row, and their hits."""
+    steps = [[(2 * step) % NUM_EXPERTS, (2 * step + 1) % NUM_EXPERTS] for step in range(201)]
+    chosen = get_policy(policy) if guesses else get_policy(policy).without_guesses()
+    predictor = Knowing([[], *steps])
+    rig = Rig(chosen, layers=2, experts=NUM_EXPERTS, slots=12, predictor=predictor)
+    rig.decode([[0, 1]] * 2, attention_s=9.0)  # as the first steps of a shape are: the link is measured
+    device = FakeDevice(rig, miss_s=1.0, gap_s=gap_s)
+    return rig, [device.step({0: experts, 1: [0, 1]}, tokens=1) for experts in steps[:200]]
+
+
+class TestGuesses:
+    """A copy takes a second. The second layer has what it wants; the first would have to read both experts through."""
+
+    @pytest.mark.parametrize("policy", ["lookahead", "duoserve"])
+    def test_what_is_copied_between_two_steps_is_a_hit_in_the_next(self, policy: str) -> None:
+        rig, hits = course(policy, gap_s=2.5)
+        assert hits[-20:] == [4] * 20
+        assert rig.stats().bytes.prefetched_useful > 0 and rig.stats().bytes.wasted == 0
+
+    def test_only_whole_copies_between_the_steps_are_within_the_budget(self) -> None:
+        _, hits = course("duoserve", gap_s=1.5)
+        assert hits[-20:] == [3] * 20
+
+    def test_where_no_copy_is_made_in_time_the_budget_is_zero(self) -> None:
+        (rig, hits), (quiet, unguessed) = (course("duoserve", 0.9, guesses) for guesses in (True, False))
+        assert not rig.engine.guesses and hits == unguessed
+        assert rig.clock.now == quiet.clock.now
+
+    def test_nothing_is_on_its_way_while_a_step_runs(self) -> None:
+        """Where guesses are made whatever they cost, the step waits for what has begun, and the rest is cancelled."""
+        rig, _ = course("lookahead", gap_s=0.5)
+        states = {ticket.state for ticket in rig.engine.guesses if ticket.finished}
+        assert states == {TicketState.DONE, TicketState.CANCELLED}
+
+    def test_a_prompt_between_two_steps_does_not_count_as_idle_time(self) -> None:
+        link = StepLink(IdleLink(2, 4))
+        link._link.copy_s = 1.0
+        link.asked(0.0, ())
+        link.launched(2.5)
+        assert link.idle_before(0) == 2.0
+        link.asked(3.0, ())
+        link.pause()
+        link.launched(100.0)
+        assert link.idle_before(0) == 2.0
+
+    def test_what_guesses_are_worth_is_accounted_for(self) -> None:
+        """One that comes true saves a copy. Each risks a victim, and time where the next step has to wait for it."""
+        link = StepLink(IdleLink(2, 100))
+        link._link.copy_s = 1.0
+        link.stepped(0.0, hits=1.0, came_true=0)
+        link.asked(0.0, [4, 4])
+        link.launched(1.5)  # half a second early
+        link.stepped(2.0, hits=1.0, came_true=2)
+        assert link.account._funds_s == pytest.approx(ALLOWED * 2.0 + 2.0 - 2 * 0.25 - 0.5)
+
+    @given(
+        slots=st.integers(8, 20),
+        gap_s=st.floats(0.0, 3.0),
+        memory=st.floats(0.0, 0.95),
+        precision=st.sampled_from([0.0, 0.3, 0.6, 0.9, 1.0]),
+        claim=st.sampled_from([0.3, 0.6, 0.95]),
+        seed=st.integers(0, 2**31),
+    )
+    @settings(
+        max_examples=30, deadline=None, phases=[Stage.explicit, Stage.reuse, Stage.generate]
+    )  # no shrinking: slow
+    def test_they_make_no_steps_slower(
+        self, slots: int, gap_s: float, memory: float, precision: float, claim: float, seed: int
+    ) -> None:
+        """Whatever the predictor says of the next step's first layer, and of itself."""
+        rng = random.Random(seed)
+        steps = [rng.sample(range(NUM_EXPERTS), 2)]
+        for _ in range(200):
+            new = rng.sample(range(NUM_EXPERTS), 2)
+            steps.append(steps[-1] if rng.random() < memory else new)
+        walls = []
+        for policy in (get_policy("duoserve"), get_policy("duoserve").without_guesses()):
+            said = [[one if rng.random() < precision else rng.randrange(NUM_EXPERTS) for one in step] for step in steps]
+            rig = Rig(policy, layers=2, experts=NUM_EXPERTS, slots=slots, predictor=Knowing([[], *said], claim))
+            rig.decode([[0, 1]] * 2, attention_s=9.0)
+            device = FakeDevice(rig, miss_s=1.0, gap_s=gap_s)
+            for step in steps:
+                device.step({0: step, 1: step}, tokens=1)
+            walls.append(rig.clock.now)
+        assert walls[0] <= 1.01 * walls[1] + 1.0

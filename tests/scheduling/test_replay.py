@@ -13,6 +13,7 @@ from duoserve.scheduling.foreseen import Belady, Future
 from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
 from duoserve.scheduling.policies import POLICIES, get_policy
 from duoserve.scheduling.replay import Watcher, belady_bytes, oracle_of, replay
+from duoserve.scheduling.routing import Routing
 from duoserve.scheduling.scored import Score, ScoredPredictor
 from tests.scheduling.fortune import Teller, certain, routed
 from tests.scheduling.traces import drawn_trace, trace_of
@@ -75,6 +76,35 @@ def test_nothing_is_faster_than_the_oracle(slots: int, machine: Machine) -> None
     assert best.score is not None and best.score.recall == 1.0
     # Slots for one token's experts alone leave none for those that bypass the cache.
     assert slots == 12 or best.bytes.total / best.num_tokens < 1.15 * belady_bytes(trace, machine, slots)
+
+
+class Ponderer(Teller):
+    """Thinks for ``seconds`` about each layer it hears of, by a clock of its own, and expects nothing."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(lambda layer: np.zeros(8))
+        self.seconds, self.clock = seconds, 0.0
+
+    def observe(self, routing: Routing) -> None:
+        self.clock += self.seconds
+
+
+@pytest.mark.parametrize(
+    ("course", "hidden"),
+    [([[0, 1], [2, 3], [4, 5], [6, 7]], True), ([[0, 1]] * 4, False)],
+    ids=["all misses", "all hits"],
+)
+def test_what_a_predictor_takes_passes_while_the_demands_are_copied(course: list[list[int]], hidden: bool) -> None:
+    """Where there are none, while what is there is computed: only what it takes beyond that is seen."""
+    trace, slots = trace_of([(1, course)], layers=3), 6
+    compute_s, copy_s = 2 * EVEN.one_token_s, EVEN.hardware.copy_s(EVEN.sizes.expert_bytes)
+    teller = Ponderer(3 * compute_s)
+    assert compute_s < teller.seconds < copy_s
+    thoughtful = replay(trace, get_policy("duoserve"), EVEN, slots, predictor=teller, host_clock=lambda: teller.clock)
+    thoughtless = replay(trace, get_policy("duoserve"), EVEN, slots)
+    assert thoughtful.misses == (18 if hidden else 0)
+    beyond_s = 0.0 if hidden else 3 * (teller.seconds - compute_s)
+    assert thoughtful.itl_s == pytest.approx([itl_s + beyond_s for itl_s in thoughtless.itl_s], rel=1e-6)
 
 
 def test_the_lanes_can_be_watched() -> None:

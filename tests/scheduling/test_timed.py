@@ -67,10 +67,12 @@ def test_listening_takes_its_time() -> None:
     """A policy that hears of the routing is told; one whose predictor wants scores waits for these too."""
     trace = trace_of([(1, [[0, 1], [0, 1], [0, 1]])], layers=2)
     step = PassTimes(hearing=0.5, scores=0.25)
-    deaf, hearing = (replay(trace, get_policy(name), machine_of(step=step), 16) for name in ("lru", "duoserve"))
-    teller = Teller(lambda layer: certain(8, [0, 1]))
-    teller.lookahead = 1
-    scored = replay(trace, get_policy("duoserve"), machine_of(step=step), 16, predictor=teller)
+    deaf = replay(trace, get_policy("lru"), machine_of(step=step), 16)
+    tellers = [Teller(lambda layer: certain(8, [0, 1])) for _ in range(2)]
+    tellers[1].lookahead = 1
+    hearing, scored = (
+        replay(trace, get_policy("duoserve"), machine_of(step=step), 16, predictor=teller) for teller in tellers
+    )
     assert hearing.itl_s[-1] - deaf.itl_s[-1] == pytest.approx(2 * 0.5)
     assert scored.itl_s[-1] - deaf.itl_s[-1] == pytest.approx(2 * 0.75)
 

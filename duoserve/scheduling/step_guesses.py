@@ -1,0 +1,52 @@
+"""What is copied ahead between two steps that the device carries out by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from duoserve.experts.copy_engine import Priority
+from duoserve.experts.layout import ExpertId
+from duoserve.scheduling.foresight import Foresight
+from duoserve.scheduling.link_budget import StepLink
+from duoserve.scheduling.plan import ModelShape
+from duoserve.scheduling.residency import Residency
+
+
+class StepGuesses:
+    """Asks ``foresight`` behind a step for what the first layers of the next will want, and copies that.
+
+    No kernel reads or fills a slot then, and nothing else is on the link. While a step runs nothing is copied: the link
+    is its misses', and a guess about it would come too late. ``now`` is the copy engine's clock.
+    """
+
+    def __init__(self, residency: Residency, shape: ModelShape, foresight: Foresight, now: Callable[[], float]) -> None:
+        self._residency = residency
+        self._shape = shape
+        self._foresight = foresight
+        self._now = now
+        self._link = StepLink(foresight.link)
+
+    def stepped(self, num_hits: int, came_true: int) -> None:
+        """A step has ended that hit so many experts, some of them guesses that have come true."""
+        self._link.stepped(self._now(), num_hits / len(self._shape.layers), came_true)
+
+    def ask(self, room: Callable[[int], Sequence[int]]) -> None:
+        """The routing of the last step has been heard; ``room`` gives so many EMPTY slots, or less."""
+        copies: Sequence[ExpertId] = ()
+        last = self._shape.layers[-1]
+        if not self._foresight.guesses_within_budget or self._link.idle_before(last):
+            ledger, slots = self._residency.ledger, self._residency.slots
+            copies = self._foresight.guess(last, slots, ledger.guesses, ledger.unused, self._link).copies
+        loads = list(zip(copies, room(len(copies)), strict=False)) if copies else []
+        self._link.asked(self._now(), [len(self._residency.slots[expert.layer]) for expert, _ in loads])
+        for expert, slot in loads:
+            self._residency.load(expert, slot, Priority.PREFETCH)
+
+    def pause(self) -> None:
+        """Another pass comes before the next step, so that how long the link is idle until then says nothing."""
+        self._link.pause()
+
+    def launched(self) -> None:
+        """The next step is launched: what has not begun by now is cancelled, and the device waits for the rest."""
+        self._link.launched(self._now())
+        self._residency.drain()
