@@ -10,7 +10,7 @@ import torch
 from duoserve.architecture import Blocks, Quantization
 from duoserve.errors import ConfigError
 
-DECODE_MODES = ("auto", "event", "graph")
+DECODE_MODES = ("auto", "event", "graph", "compiled")
 QUANTIZE = ("int8", "int4")
 
 

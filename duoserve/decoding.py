@@ -9,6 +9,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from duoserve.compiled_decode import CompiledDecoder
 from duoserve.errors import ConfigError
 from duoserve.event_decode import event_steps
 from duoserve.experts.layout import ExpertId
@@ -49,6 +50,7 @@ class Launch(Enum):
     MODEL = "model"
     EVENT = "event"
     GRAPH = "graph"
+    COMPILED = "compiled"
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,10 @@ def make_decoder(wanted: str, policy: Policy, parts: DecoderParts) -> Decoder | 
     launch = choose_launch(wanted, parts.cache.device, policy, parts.readable, parts.measure_link)
     if launch is Launch.MODEL:
         return None
-    model, cache, recorder = parts.model, parts.cache, CudaRecorder(parts.cache.device)
+    model, cache = parts.model, parts.cache
+    if launch is Launch.COMPILED:
+        return CompiledDecoder(model, cache)
+    recorder = CudaRecorder(cache.device)
     if launch is Launch.EVENT:
         return RecordedDecoder(model, cache, event_steps(model, cache, recorder))
     books = parts.scheduler.read_through()
@@ -100,9 +105,9 @@ def choose_launch(
     ``measure`` are called only where their answer counts.
     """
     if device.type != "cuda":
-        if wanted != "auto":
+        if wanted in ("event", "graph"):
             raise ConfigError(f"decode_mode={wanted!r} takes CUDA graphs, but the device is {device}: use 'auto'")
-        return Launch.MODEL
+        return Launch.COMPILED if wanted == "compiled" else Launch.MODEL
     if wanted == "event":
         return Launch.EVENT
     obstacle = _obstacle(policy, readable)
