@@ -61,7 +61,7 @@ class CompiledStep(Decoder):
         while isinstance(choice := part.result, Choice):
             self._layers.append(_Layer(part, choice, _experts(choice, compiler)))
             part = compiler.record(partial(next_part, choice))
-        self._last = part
+        self._last, self._logits_1V = part, choice
 
     def __call__(self, layout: Layout) -> Tensor:
         """The float32 logits [1, V], which the next call overwrites."""
@@ -71,7 +71,7 @@ class CompiledStep(Decoder):
             part.replay()
             experts(choice)
         self._last.replay()
-        return self._last.result
+        return self._logits_1V
 
 
 def _experts(choice: Choice, compiler: CpuCompiler) -> Callable[[Choice], None]:

@@ -1,7 +1,11 @@
-"""How decode steps are launched: op by op as the model is written, layer by layer ("event"), or whole ("graph")."""
+"""How decode steps are launched: op by op as the model is written, layer by layer ("event"), or whole ("graph").
+
+On a CPU what lies between two layers' experts can be compiled ("compiled").
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -16,6 +20,7 @@ from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.graph_decode import graph_steps, host_rows
+from duoserve.kernels.compiler import can_compile, cpp_compiler
 from duoserve.kernels.cuda_graphs import CudaRecorder
 from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.link import LinkRates, link_rates, seconds_on_gpu
@@ -84,12 +89,23 @@ def make_decoder(wanted: str, policy: Policy, parts: DecoderParts) -> Decoder | 
         return None
     model, cache = parts.model, parts.cache
     if launch is Launch.COMPILED:
-        return CompiledDecoder(model, cache)
+        return _compiled(model, cache)
     recorder = CudaRecorder(cache.device)
     if launch is Launch.EVENT:
         return RecordedDecoder(model, cache, event_steps(model, cache, recorder))
     books = parts.scheduler.read_through()
     return RecordedDecoder(model, cache, graph_steps(model, cache, recorder, parts.store, books))
+
+
+def _compiled(model: Transformer, cache: PagedKVCache) -> Decoder | None:
+    if can_compile():
+        return CompiledDecoder(model, cache)
+    warnings.warn(
+        f"decode_mode='compiled' takes a C++ compiler, and there is no {cpp_compiler()!r}: decode steps run op by op, "
+        "more slowly (install one, or name it in CXX)",
+        stacklevel=2,
+    )
+    return None
 
 
 def choose_launch(
@@ -99,7 +115,7 @@ def choose_launch(
     readable: Callable[[], bool],
     measure: Callable[[], LinkRates],
 ) -> Launch:
-    """What ``wanted`` ("auto", "event" or "graph") comes to; ConfigError where that cannot be had.
+    """What ``wanted`` ("auto", "event", "graph" or "compiled") comes to; ConfigError where that cannot be had.
 
     A policy that brings experts ahead of a layer, or keeps none, needs the host between the layers. ``readable`` and
     ``measure`` are called only where their answer counts.
@@ -108,6 +124,8 @@ def choose_launch(
         if wanted in ("event", "graph"):
             raise ConfigError(f"decode_mode={wanted!r} takes CUDA graphs, but the device is {device}: use 'auto'")
         return Launch.COMPILED if wanted == "compiled" else Launch.MODEL
+    if wanted == "compiled":
+        raise ConfigError(f"decode_mode='compiled' is for CPUs, but the device is {device}: use 'auto'")
     if wanted == "event":
         return Launch.EVENT
     obstacle = _obstacle(policy, readable)

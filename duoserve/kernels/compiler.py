@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic
@@ -52,7 +55,10 @@ class CpuCompiler(Recorder):
 
     @torch.no_grad()
     def record(self, work: Callable[[], Result]) -> CompiledRecording[Result]:
-        """As in Recorder: the run for real makes the tensors that replays fill."""
+        """As in Recorder: the run for real makes the tensors that replays fill.
+
+        These are the ones in the result's tuples and named tuples. Others that ``work`` makes exist while it runs only.
+        """
         result = work()
         graph, operands = _lift(_trace(work, result))
         key = graph.code, tuple((o.dtype, o.shape, o.stride()) for o in operands)
@@ -62,6 +68,16 @@ class CpuCompiler(Recorder):
 
     def wait(self) -> None:
         """As in Recorder: nothing is under way."""
+
+
+def cpp_compiler() -> str:
+    """The C++ compiler that Inductor calls: ``CXX``, or this system's usual one."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
+def can_compile() -> bool:
+    """Whether that compiler is there."""
+    return shutil.which(cpp_compiler()) is not None
 
 
 def _trace(work: Callable[[], Result], result: Result) -> fx.GraphModule:

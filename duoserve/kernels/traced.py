@@ -5,7 +5,7 @@ T tokens, N rows of a matrix, K its inner dimension, R of them side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -18,22 +18,17 @@ from duoserve import kernels
 from duoserve.kernels import reference
 from duoserve.kernels.routing import HostWork, RoutePlan
 
-# Rows that are read side by side: a core asks for more memory at a time (12 GB/s with one, 16 to 18 with eight on a
+# Rows that are read side by side: a core then asks for more memory at a time (one: 12 GB/s, eight: 16 to 18, on a
 # Xeon of two cores).
 STREAMS = (8, 4, 2, 1)
 
 
 def streamed_product(w_NK: Tensor, x_K: Tensor) -> Tensor:
     """``w x`` in float32 [N], each row summed in the same order whatever else is computed."""
-    wide_K = x_K.float()
-    return torch.cat([(part_RK.float() * wide_K).sum(-1) for part_RK in side_by_side(w_NK)])
-
-
-def side_by_side(w_NK: Tensor) -> tuple[Tensor, ...]:
-    """The rows in equal parts [R, K], which one loop reads together."""
-    num_rows = len(w_NK)
+    num_rows, wide_K = len(w_NK), x_K.float()
     streams = next(count for count in STREAMS if num_rows % count == 0)
-    return w_NK.view(streams, num_rows // streams, -1).unbind()
+    parts = w_NK.view(streams, num_rows // streams, -1).unbind()
+    return torch.cat([(part_RK.float() * wide_K).sum(-1) for part_RK in parts])
 
 
 class TracedOps(TorchFunctionMode):
@@ -42,7 +37,8 @@ class TracedOps(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _TWINS.get(func, func)(*args, **(kwargs or {}))
+        twin: Callable[..., Any] = _TWINS.get(func, func)
+        return twin(*args, **(kwargs or {}))
 
 
 @torch.library.custom_op("duoserve::decode_attention", mutates_args=())
@@ -92,7 +88,7 @@ def _write_rows(values_TW: Tensor, pages_PSW: Tensor, rows_T: Tensor) -> None:
     pages_PSW.flatten(0, 1).index_copy_(0, rows_T, values_TW)
 
 
-def _rope_write_kv(  # noqa: PLR0913, PLR0917
+def _rope_write_kv(
     q_THD: Tensor,
     k_TGD: Tensor,
     v_TGD: Tensor,
@@ -128,7 +124,7 @@ def _linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     return (_mv(w_NK, x_TK[0]) if bias_N is None else _addmv(bias_N, w_NK, x_TK[0]))[None]
 
 
-_TWINS = MappingProxyType(
+_TWINS: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType(
     {
         kernels.route_plan: _no_plan,
         kernels.router_topk: reference.router_topk,
