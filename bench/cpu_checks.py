@@ -17,6 +17,7 @@ from cpu_rows import (
     LLAMAS,
     OURS,
     OURS_QUANTIZED,
+    OWN_TOKENS,
     PEER_DISK_EQUAL,
     PEER_DISK_WARM,
     PEERS,
@@ -48,14 +49,14 @@ def _check(name: str, passed: bool | None, detail: str) -> dict[str, Any]:
 def token_checks(rounds: Rounds, token_ids: list[int]) -> list[dict[str, Any]]:
     """Ours choose the same tokens in every round; a peer, fed with them, would choose nearly the same.
 
-    What has other weights may choose otherwise, but in every round alike; llama.cpp, which cannot be fed in a round, is
-    checked by its logits.
+    What has other weights, or sums in another order, may choose otherwise, but in every round alike; llama.cpp, which
+    cannot be fed in a round, is checked by its logits.
     """
     checks = []
     for name, played in rounds.items():
         if name in LLAMAS:
             continue
-        expected = played[0]["token_ids"] if name in OURS_QUANTIZED.values() else token_ids
+        expected = played[0]["token_ids"] if name in OWN_TOKENS else token_ids
         agree = min(sum(a == b for a, b in zip(r["token_ids"], expected, strict=True)) for r in played)
         needed = len(expected) if name.startswith("duoserve") else PEER_AGREEMENT * len(expected)
         whose = "in its first round" if expected is not token_ids else "as chosen"

@@ -92,9 +92,10 @@ def resident_contestants(run: Run) -> list[Contestant]:
     return [
         Contestant(cpu_rows.OURS, "duoserve", ours),
         *(
-            Contestant(name, "duoserve", ours | {"quantize": quantize})
+            Contestant(name, "duoserve", ours | {"quantize": quantize, "decode_mode": "compiled"})
             for quantize, name in cpu_rows.OURS_QUANTIZED.items()
         ),
+        Contestant(cpu_rows.COMPILED, "duoserve", ours | {"decode_mode": "compiled"}),
         *(
             Contestant(name, "xllamacpp", run.llama_options(kind))
             for name, kind in ((cpu_rows.LLAMA, "bf16"), (cpu_rows.LLAMA_Q8, "q8_0"))

@@ -10,6 +10,8 @@ from harness import Round
 
 Rounds = dict[str, list[Round]]
 OURS, OURS_DISK, OURS_POLICY = "duoserve resident", "duoserve lru", "duoserve duoserve"
+# Decode steps compiled, with sums in another order, so that its tokens are its own, as those of other weights are.
+COMPILED = "duoserve resident, compiled"
 OURS_QUANTIZED = {"int8": "duoserve resident int8", "int4": "duoserve resident int4"}
 PEERS = ("transformers grouped_mm", "transformers eager")
 PEER_DISK, PEER_DISK_WARM = "accelerate cold", "accelerate warm"
@@ -17,6 +19,7 @@ PEER_DISK_EQUAL = "accelerate cold, a quarter in RAM"
 LLAMA, LLAMA_Q8, LLAMA_DISK = "llama.cpp bf16", "llama.cpp q8_0", "llama.cpp bf16, mapped"
 LLAMAS = (LLAMA, LLAMA_Q8, LLAMA_DISK)
 REFERENCE = "transformers float32"
+OWN_TOKENS = (COMPILED, *OURS_QUANTIZED.values())
 
 
 def logits_file(scratch: Path, name: str) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 
 from cpu_checks import byte_checks, clock_checks, logit_checks, token_checks
 from cpu_rows import (
+    COMPILED,
     LLAMA,
     LLAMA_DISK,
     LLAMA_Q8,
@@ -70,7 +71,7 @@ def rates(shape: Shape, rounds: Sequence[Round]) -> dict[str, Any]:
 
 def ratios(resident: Rounds, disk: Rounds) -> list[dict[str, Any]]:
     """Speed of ours over theirs, by pairs of rounds; only of what was measured."""
-    pairs = [(OURS, peer, resident) for peer in (*PEERS, REFERENCE, LLAMA)]
+    pairs = [(ours, peer, resident) for ours in (OURS, COMPILED) for peer in (*PEERS, REFERENCE, LLAMA)]
     pairs += [(ours, LLAMA_Q8, resident) for ours in OURS_QUANTIZED.values()]
     peers = (PEER_DISK, PEER_DISK_EQUAL, PEER_DISK_WARM, LLAMA_DISK)
     pairs += [(ours, peer, disk) for ours in (OURS_DISK, OURS_POLICY) for peer in peers]

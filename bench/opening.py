@@ -39,11 +39,12 @@ class Row(NamedTuple):
 
 ROWS = (
     Row("duoserve resident", "duoserve", IN_RAM, "resident_decode_s"),
+    Row("duoserve resident, compiled", "duoserve, decode steps compiled", IN_RAM, "resident_decode_s"),
     Row("transformers grouped_mm", "transformers, `grouped_mm`", IN_RAM, "resident_decode_s"),
     Row("transformers eager", "transformers, `eager`", IN_RAM, "resident_decode_s"),
     Row("llama.cpp bf16", "llama.cpp", IN_RAM, "resident_decode_s"),
-    Row("duoserve resident int8", "duoserve, experts in int8", IN_RAM, None),
-    Row("duoserve resident int4", "duoserve, experts in int4", IN_RAM, None),
+    Row("duoserve resident int8", "duoserve, compiled, experts in int8", IN_RAM, None),
+    Row("duoserve resident int4", "duoserve, compiled, experts in int4", IN_RAM, None),
     Row("llama.cpp q8_0", "llama.cpp, q8_0", IN_RAM, None),
     Row("transformers float32", "transformers, weights as float32", TWICE, None),
     Row("duoserve lru", "duoserve", QUARTER, "disk_decode_io_s"),

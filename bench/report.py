@@ -141,6 +141,7 @@ def bounds(result: Result) -> str:
     asked = [
         ("resident prefill, FLOP / best product rate", "duoserve resident", "ttft_s", ["resident_prefill_s"]),
         ("resident decode, active bytes / memory rate", "duoserve resident", "tpot_s", ["resident_decode_s"]),
+        ("the same, compiled", "duoserve resident, compiled", "tpot_s", ["resident_decode_s"]),
         ("TTFT from disk, I/O or compute", "duoserve lru", "ttft_s", ["disk_prefill_io_s", "disk_prefill_compute_s"]),
         ("decode from disk, misses / disk rate", "duoserve lru", "tpot_s", ["disk_decode_io_s"]),
         ("decode from disk, compute", "duoserve lru", "tpot_s", ["disk_decode_compute_s"]),

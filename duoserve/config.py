@@ -10,7 +10,7 @@ import torch
 from duoserve.architecture import Blocks, Quantization
 from duoserve.errors import ConfigError
 
-DECODE_MODES = ("auto", "event", "graph")
+DECODE_MODES = ("auto", "event", "graph", "compiled")
 QUANTIZE = ("int8", "int4")
 
 
@@ -68,7 +68,8 @@ class EngineConfig:
 
     Memory sizes are bytes; ``host_memory`` None means: as the device wants it (on a CPU nothing, its tier is the disk).
     ``expert_slots`` is a count, or a share of all experts such as "25%". ``decode_mode`` says how a GPU's decode steps
-    are launched: "event" or "graph", see ``decoding.py``, or "auto". ``quantize`` makes experts int8 or int4.
+    are launched: "event" or "graph", see ``decoding.py``, or "auto"; on a CPU they may be "compiled". ``quantize``
+    makes experts int8 or int4.
     ``invariant``: no request of a batch changes the bits of another.
     """
 
@@ -90,6 +91,8 @@ class EngineConfig:
             raise ConfigError(f"{' and '.join(given)} exclude each other: give one of them")
         if self.decode_mode not in DECODE_MODES:
             raise ConfigError(f"decode_mode={self.decode_mode!r} is not known: use one of {', '.join(DECODE_MODES)}")
+        if self.invariant and self.decode_mode == "compiled":
+            raise ConfigError("invariant=True multiplies row by row, which decode_mode='compiled' does not: use 'auto'")
         if self.quantize is not None and self.quantize not in QUANTIZE:
             raise ConfigError(f"quantize={self.quantize!r} is not known: use one of {', '.join(QUANTIZE)}, or None")
         for name in ("max_context", "copy_threads"):

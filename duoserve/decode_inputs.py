@@ -28,6 +28,8 @@ class DecodeInputs:
         self._host_N = recorder.host((sum(self._sizes),), torch.int64)
         self._host_N[2 * num_sequences : 3 * num_sequences] = -1  # a negative row is not written
         self._device_N = self._host_N.to(recorder.device, copy=True)
+        self._table_BM = torch.zeros(self._shape, dtype=torch.int32, device=recorder.device)
+        self._lengths_B = torch.zeros(num_sequences, dtype=torch.int32, device=recorder.device)
 
     def load(self, layout: Layout) -> None:
         """Lays the tokens out for the next replay; the one before must be done."""
@@ -38,7 +40,9 @@ class DecodeInputs:
         """The batch, as part of what is recorded."""
         self._recorder.copy(self._device_N, self._host_N)
         token_ids_B, positions_B, rows_B, lengths_B, table = torch.split_with_sizes(self._device_N, self._sizes)
-        kv = BatchKV(self._cache, rows_B, table.view(self._shape).int(), lengths_B.int(), contexts=())
+        self._table_BM.copy_(table.view(self._shape))
+        self._lengths_B.copy_(lengths_B)
+        kv = BatchKV(self._cache, rows_B, self._table_BM, self._lengths_B, contexts=())
         return Batch(token_ids_B, positions_B, tuple((b, b + 1) for b in range(self._shape[0])), kv)
 
 

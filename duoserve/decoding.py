@@ -1,7 +1,11 @@
-"""How decode steps are launched: op by op as the model is written, layer by layer ("event"), or whole ("graph")."""
+"""How decode steps are launched: op by op as the model is written, layer by layer ("event"), or whole ("graph").
+
+On a CPU what lies between two layers' experts can be compiled ("compiled").
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -9,12 +13,14 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from duoserve.compiled_decode import CompiledDecoder
 from duoserve.errors import ConfigError
 from duoserve.event_decode import event_steps
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.graph_decode import graph_steps, host_rows
+from duoserve.kernels.compiler import can_compile, cpp_compiler
 from duoserve.kernels.cuda_graphs import CudaRecorder
 from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.link import LinkRates, link_rates, seconds_on_gpu
@@ -49,6 +55,7 @@ class Launch(Enum):
     MODEL = "model"
     EVENT = "event"
     GRAPH = "graph"
+    COMPILED = "compiled"
 
 
 @dataclass(frozen=True)
@@ -80,11 +87,25 @@ def make_decoder(wanted: str, policy: Policy, parts: DecoderParts) -> Decoder | 
     launch = choose_launch(wanted, parts.cache.device, policy, parts.readable, parts.measure_link)
     if launch is Launch.MODEL:
         return None
-    model, cache, recorder = parts.model, parts.cache, CudaRecorder(parts.cache.device)
+    model, cache = parts.model, parts.cache
+    if launch is Launch.COMPILED:
+        return _compiled(model, cache)
+    recorder = CudaRecorder(cache.device)
     if launch is Launch.EVENT:
         return RecordedDecoder(model, cache, event_steps(model, cache, recorder))
     books = parts.scheduler.read_through()
     return RecordedDecoder(model, cache, graph_steps(model, cache, recorder, parts.store, books))
+
+
+def _compiled(model: Transformer, cache: PagedKVCache) -> Decoder | None:
+    if can_compile():
+        return CompiledDecoder(model, cache)
+    warnings.warn(
+        f"decode_mode='compiled' takes a C++ compiler, and there is no {cpp_compiler()!r}: decode steps run op by op, "
+        "more slowly (install one, or name it in CXX)",
+        stacklevel=2,
+    )
+    return None
 
 
 def choose_launch(
@@ -94,16 +115,18 @@ def choose_launch(
     readable: Callable[[], bool],
     measure: Callable[[], LinkRates],
 ) -> Launch:
-    """What ``wanted`` ("auto", "event" or "graph") comes to; ConfigError where that cannot be had.
+    """What ``wanted`` ("auto", "event", "graph" or "compiled") comes to; ConfigError where that cannot be had.
 
     A policy that brings whole layers ahead, or computes none of a layer's experts before all are there, needs the host
     between the layers; what others guess can be copied between the steps. ``readable`` and ``measure`` are called only
     where their answer counts.
     """
     if device.type != "cuda":
-        if wanted != "auto":
+        if wanted in ("event", "graph"):
             raise ConfigError(f"decode_mode={wanted!r} takes CUDA graphs, but the device is {device}: use 'auto'")
-        return Launch.MODEL
+        return Launch.COMPILED if wanted == "compiled" else Launch.MODEL
+    if wanted == "compiled":
+        raise ConfigError(f"decode_mode='compiled' is for CPUs, but the device is {device}: use 'auto'")
     if wanted == "event":
         return Launch.EVENT
     obstacle = _obstacle(policy, readable)

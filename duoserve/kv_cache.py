@@ -64,9 +64,11 @@ class PagedKVCache:
     ) -> None:
         self.num_pages = -(-max_tokens // PAGE_TOKENS)
         kv = config.blocks.attention.kv
-        shape = (config.num_layers, self.num_pages, PAGE_TOKENS, kv.heads)
-        self.k_LPSGD = torch.empty((*shape, kv.key_dim), dtype=dtype, device=device)
-        self.v_LPSGD = torch.empty((*shape, kv.value_dim), dtype=dtype, device=device)
+        shape = (self.num_pages, PAGE_TOKENS, kv.heads)
+        self.layers = tuple(
+            tuple(torch.empty((*shape, dim), dtype=dtype, device=device) for dim in (kv.key_dim, kv.value_dim))
+            for _ in range(config.num_layers)
+        )
         self.device = torch.device(device)
         self._free = list(range(self.num_pages))
 
@@ -169,7 +171,8 @@ class BatchKV:
     contexts: tuple[slice | Tensor, ...]
 
     def pages(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self.cache.k_LPSGD[layer], self.cache.v_LPSGD[layer]
+        k_PSGD, v_PSGD = self.cache.layers[layer]
+        return k_PSGD, v_PSGD
 
     def context(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         rows_C = self.contexts[sequence]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TypeAlias
 
-from duoserve.config import QUANTIZE
+from duoserve.config import DECODE_MODES, QUANTIZE
 from duoserve.experts.pack_format import DTYPES
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # generic for type checkers only
@@ -20,6 +20,7 @@ LOADING = (
     "host_memory",
     "policy",
     "max_context",
+    "decode_mode",
     "quantize",
     "invariant",
 )
@@ -55,6 +56,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--policy", default="auto", help="which experts are kept, and when they are fetched")
     group.add_argument("--device", default="auto", help="default: what there is")
     add_dtype(group)
+    group.add_argument("--decode-mode", choices=DECODE_MODES, default="auto", help="how a decode step is launched")
     add_quantize(group)
     group.add_argument("--invariant", action="store_true", help="no request of a batch changes the bits of another")
 

@@ -19,6 +19,10 @@ __all__ = ["CopyEngine", "CopyListener", "Priority", "ThreadedCopyEngine", "Tick
 # threads count from when they were asked: their wake-up is part of the copy, and the lane is busy while one is
 # outstanding.
 CopyListener = Callable[[float, float, int], None]
+# A thread that has had nothing to copy for so long ends; the next copy starts another. A store that computes, as one
+# that quantizes does, leaves each thread that it ran on a team of OpenMP threads, and where all teams have more threads
+# than there are CPUs, OpenMP's threads sleep between two operations: a decode step then takes twice as long.
+IDLE_SECONDS = 1.0
 
 
 class CopyEngine(Protocol):
@@ -87,16 +91,13 @@ class ThreadedCopyEngine(CopyEngine):
         self._store = store
         self._pool = pool
         self._on_copied = on_copied
+        self._num_threads = num_threads
         self._queue = TicketQueue()
         self._closed = False
         lock = threading.Lock()
         self._queued = threading.Condition(lock)  # a ticket can be taken, or the engine closes
         self._finished = threading.Condition(lock)  # a ticket has finished
-        self._threads = [
-            threading.Thread(target=self._work, name=f"duoserve-copy-{i}", daemon=True) for i in range(num_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: set[threading.Thread] = set()
 
     def now(self) -> float:
         """Seconds of ``time.perf_counter``."""
@@ -109,6 +110,7 @@ class ThreadedCopyEngine(CopyEngine):
             if self._closed:
                 raise ClosedError(f"a copy of expert {expert.layer}/{expert.expert} was asked for after close()")
             self._queue.push(ticket)
+            self._start_threads()
             self._queued.notify()
         return ticket
 
@@ -150,8 +152,15 @@ class ThreadedCopyEngine(CopyEngine):
                 ticket.cancel(self.now())
             self._queued.notify_all()
             self._finished.notify_all()
-        for thread in self._threads:
+            threads = list(self._threads)
+        for thread in threads:
             thread.join()
+
+    def _start_threads(self) -> None:
+        while len(self._threads) < self._num_threads:
+            thread = threading.Thread(target=self._work, name="duoserve-copy", daemon=True)
+            self._threads.add(thread)
+            thread.start()
 
     def _work(self) -> None:
         while (ticket := self._take()) is not None:
@@ -161,12 +170,14 @@ class ThreadedCopyEngine(CopyEngine):
                 self._finished.notify_all()
 
     def _take(self) -> Ticket | None:
-        """The next ticket, RUNNING; blocks while there is none. None once the engine is closed."""
+        """The next ticket, RUNNING; blocks while there is none. None for a thread that is no longer needed."""
         with self._queued:
+            needed = True
             while (whole := self._queue.take()) is None:
-                if self._closed:
+                if self._closed or not needed:
+                    self._threads.remove(threading.current_thread())
                     return None
-                self._queued.wait()
+                needed = self._queued.wait(IDLE_SECONDS)
             whole.ticket.start(self.now())
             return whole.ticket
 

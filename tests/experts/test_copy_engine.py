@@ -257,6 +257,7 @@ def test_close_cancels_the_queue_and_waits_for_the_running_copy(store: ArrayStor
 def test_close_ends_the_threads_and_may_be_called_again(store: ArrayStore, pool: SlotPool) -> None:
     before = threading.active_count()
     engine = ThreadedCopyEngine(store, pool, num_threads=3)
+    submit(engine, 0)
     assert threading.active_count() == before + 3
     engine.close()
     engine.close()
@@ -308,3 +309,19 @@ def test_a_trivial_copy_takes_little_time(engine: ThreadedCopyEngine) -> None:
         return time.perf_counter() - started
 
     assert min(round_trip() for _ in range(200)) < 200e-6  # the best of many: a busy machine must not fail it
+
+
+def test_idle_threads_end_and_the_next_copy_starts_others(
+    store: ArrayStore, pool: SlotPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("duoserve.experts.copy_engine.IDLE_SECONDS", 0.05)
+    before = threading.active_count()
+    engine = ThreadedCopyEngine(store, pool, num_threads=2)
+    for number in (0, 1):
+        ticket = submit(engine, number)
+        assert threading.active_count() == before + 2
+        wait_all(engine, [ticket])
+        assert ticket.state is TicketState.DONE
+        while threading.active_count() > before:
+            time.sleep(0.01)
+    engine.close()

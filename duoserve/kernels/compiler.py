@@ -1,0 +1,115 @@
+"""Recordings for a CPU: work is traced once and compiled by Inductor, PyTorch's compiler, to a few fused loops."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from duoserve.kernels.recorder import Recorder, Result
+from duoserve.kernels.traced import TracedOps
+
+Compiled = Callable[..., object]
+
+# Rows of a matrix are read at indices that the scheduler has checked; a check in each turn of a loop costs as much as
+# the product. Multiply-adds round once.
+OPTIONS = {"assert_indirect_indexing": False, "cpp.enable_floating_point_contract_flag": "fast"}
+
+
+@dataclass(frozen=True)
+class CompiledRecording(Generic[Result]):
+    """Compiled work, and the memory that it reads and writes."""
+
+    compiled: Compiled
+    operands: Sequence[Tensor]
+    result: Result
+
+    def replay(self) -> None:
+        """As in Recording, done when it returns."""
+        self.compiled(*self.operands)
+
+
+class CpuCompiler(Recorder):
+    """Work that differs only in the tensors that it reads and writes, as layers do, is compiled once."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self._compiled: dict[object, Compiled] = {}
+
+    def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """As in Recorder."""
+        return torch.zeros(shape, dtype=dtype)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """As in Recorder."""
+        target.copy_(source)
+
+    @torch.no_grad()
+    def record(self, work: Callable[[], Result]) -> CompiledRecording[Result]:
+        """As in Recorder: the run for real makes the tensors that replays fill.
+
+        These are the ones in the result's tuples and named tuples. Others that ``work`` makes exist while it runs only.
+        """
+        result = work()
+        graph, operands = _lift(_trace(work, result))
+        key = graph.code, tuple((o.dtype, o.shape, o.stride()) for o in operands)
+        if key not in self._compiled:
+            self._compiled[key] = _compile(graph, operands)
+        return CompiledRecording(self._compiled[key], operands, result)
+
+    def wait(self) -> None:
+        """As in Recorder: nothing is under way."""
+
+
+def cpp_compiler() -> str:
+    """The C++ compiler that Inductor calls: ``CXX``, or this system's usual one."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
+def can_compile() -> bool:
+    """Whether that compiler is there."""
+    return shutil.which(cpp_compiler()) is not None
+
+
+def _trace(work: Callable[[], Result], result: Result) -> fx.GraphModule:
+    """The operations of ``work``, which end by writing what it returns into the tensors of ``result``."""
+    targets = pytree.tree_leaves(result)
+
+    def into_result() -> None:
+        with TracedOps():
+            values = pytree.tree_leaves(work())
+        for target, value in zip(targets, values, strict=True):
+            if isinstance(target, Tensor) and value is not target:
+                target.copy_(value)
+
+    return make_fx(into_result, tracing_mode="fake", _allow_non_fake_inputs=True)()
+
+
+def _lift(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
+    """The same graph with all tensors that it holds as inputs, and these tensors."""
+    graph = traced.graph
+    held = graph.find_nodes(op="get_attr")
+    operands = {node.target: getattr(traced, node.target) for node in held}
+    with graph.inserting_before(next(iter(graph.nodes))):
+        inputs = {name: graph.placeholder(name) for name in operands}
+    for node in held:
+        node.replace_all_uses_with(inputs[node.target])
+        graph.erase_node(node)
+    return fx.GraphModule({}, graph), list(operands.values())
+
+
+def _compile(graph: fx.GraphModule, operands: Sequence[Tensor]) -> Compiled:
+    # It takes a second to import, and needs a C++ compiler when it is used.
+    import torch._inductor as inductor  # noqa: PLC0415
+
+    compiled: Compiled = inductor.compile(graph, list(operands), options=OPTIONS)
+    return compiled

@@ -1,0 +1,128 @@
+"""Compiled decode steps: the numbers of the model for every family, and the same bits under every policy."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from duoserve import ConfigError, MoEModel, SamplingParams
+from duoserve.compiled_decode import CompiledStep
+from duoserve.kernels.compiler import CpuCompiler, can_compile
+from tests.checkpoints import save_mixtral
+from tests.models.cases import FAMILIES
+from tests.models.test_families import decoded
+from tests.models.test_mixtral_parity import relative_error
+
+PROMPT = [(7 * i * i + 3 * i) % 95 + 1 for i in range(40)]
+GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+# Latent attention, dense first layers and shared experts; sinks, windows and an activation of its own; a gated shared
+# expert and biases. What the others add is in the router and in norms, which are traced from the same ops.
+TYPES = ("deepseek_v3", "gpt_oss", "qwen2_moe")
+needs_compiler = pytest.mark.skipif(not can_compile(), reason="there is no C++ compiler")
+
+
+@pytest.fixture(scope="module", params=("mixtral", *TYPES))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    there = tmp_path_factory.mktemp(request.param)
+    if request.param == "mixtral":
+        return save_mixtral(there)
+    return FAMILIES[request.param].save(there, FAMILIES[request.param].hard)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_mixtral(tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture
+def compiled_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each compiled step."""
+    calls, step = [], CompiledStep.__call__
+    monkeypatch.setattr(CompiledStep, "__call__", lambda self, layout: calls.append(1) or step(self, layout))
+    return calls
+
+
+@needs_compiler
+def test_a_compiled_step_has_the_probabilities_of_prefill(folder: Path, compiled_calls: list[int]) -> None:
+    with MoEModel.from_pretrained(folder, dtype="float32", decode_mode="compiled") as model:
+        tokens, top_C202 = asyncio.run(decoded(model, PROMPT[:5], 20))
+    with MoEModel.from_pretrained(folder, dtype="float32") as model:
+        truth_CV = model.forward(PROMPT[:5] + tokens[:-1])[4:].log_softmax(-1)
+    assert len(compiled_calls) == 19
+    assert relative_error(top_C202[..., 1], truth_CV.gather(1, top_C202[..., 0].long())) <= 1e-5
+
+
+@needs_compiler
+def test_every_policy_has_the_bits_of_the_resident_run(folder: Path, tmp_path: Path) -> None:
+    def run(**options: Any) -> tuple[list[int], torch.Tensor]:
+        with MoEModel.from_pretrained(folder, decode_mode="compiled", cache_dir=tmp_path, **options) as model:
+            return asyncio.run(decoded(model, PROMPT[:9], 20))
+
+    expected, expected_top = run(policy="resident")
+    for policy, slots in (("lru", 9), ("duoserve", "50%")):
+        tokens, top = run(policy=policy, expert_slots=slots)
+        assert tokens == expected, policy
+        assert torch.equal(top, expected_top), policy
+
+
+@needs_compiler
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantized_experts_give_the_logits_of_the_model(
+    quantize: str, tmp_path: Path, compiled_calls: list[int]
+) -> None:
+    folder = save_mixtral(tmp_path, hidden_size=64, intermediate_size=64)
+    out = []
+    for mode in ("auto", "compiled"):
+        with MoEModel.from_pretrained(folder, quantize=quantize, decode_mode=mode) as model:
+            out.append(asyncio.run(decoded(model, PROMPT, 20)))
+    (expected, expected_top), (tokens, top) = out
+    assert len(compiled_calls) == 19
+    assert tokens == expected
+    assert relative_error(top, expected_top) <= 1e-5
+
+
+@needs_compiler
+def test_layers_that_differ_in_tensors_only_are_compiled_once(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    whole = "duoserve.kernels.compiler._compile"
+    monkeypatch.setattr(whole, lambda graph, operands: compiled.append(graph) or (lambda *_: None))
+    MoEModel.from_pretrained(mixtral, decode_mode="compiled").close()
+    assert len(compiled) == 4  # up to the first choice, from there to the next, to the logits; and an expert
+
+
+@needs_compiler
+def test_several_requests_at_a_time_are_computed_by_the_model(mixtral: Path, compiled_calls: list[int]) -> None:
+    prompts = [PROMPT[:3], PROMPT[4:20]]
+    with MoEModel.from_pretrained(mixtral, decode_mode="compiled") as model:
+        together = [out.token_ids for out in model.generate(prompts, GREEDY)]
+        assert not compiled_calls
+        alone = [model.generate(prompt, GREEDY).token_ids for prompt in prompts]
+    assert together == alone
+    assert len(compiled_calls) == 2 * 19
+
+
+def test_without_a_compiler_a_step_runs_op_by_op(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MoEModel.from_pretrained(mixtral) as model:
+        expected = model.generate(PROMPT, GREEDY).token_ids
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with (
+        pytest.warns(UserWarning, match="there is no 'no-such-compiler': decode steps run op by op"),
+        MoEModel.from_pretrained(mixtral, decode_mode="compiled") as model,
+    ):
+        assert model.generate(PROMPT, GREEDY).token_ids == expected
+
+
+def test_invariance_cannot_be_compiled() -> None:
+    with pytest.raises(ConfigError, match="invariant=True multiplies row by row, which decode_mode"):
+        MoEModel.from_pretrained("bard", invariant=True, decode_mode="compiled")
+
+
+def test_what_is_recorded_reads_no_values() -> None:
+    """An op that did would keep for ever the value that it saw while it was traced."""
+    compiler, source = CpuCompiler(), torch.ones(3)
+    with pytest.raises(Exception, match=r"[dD]ata.?[dD]ependent"):
+        compiler.record(lambda: source * int(source.sum()))
