@@ -57,6 +57,7 @@ def test_a_compiled_step_has_the_probabilities_of_prefill(folder: Path, compiled
 
 
 @needs_compiler
+@pytest.mark.parametrize("folder", ["mixtral", "deepseek_v3"], indirect=True)
 def test_every_policy_has_the_bits_of_the_resident_run(folder: Path, tmp_path: Path) -> None:
     def run(**options: Any) -> tuple[list[int], torch.Tensor]:
         with MoEModel.from_pretrained(folder, decode_mode="compiled", cache_dir=tmp_path, **options) as model:
