@@ -46,7 +46,8 @@ def test_the_table_of_formats_is_made_from_its_result():
 def test_the_opening_shows_what_was_measured_and_no_more():
     summary = {name: figures for name, figures in RESULT["summary"].items() if not name.startswith("accelerate")}
     text = opening.opening(RESULT | {"summary": summary}, "p.svg", "d.md")
-    assert "accelerate" not in text and text.count("| duoserve") == 2
+    ours = [row for row in opening.ROWS if row.name in summary and row.name.startswith("duoserve")]
+    assert "accelerate" not in text and text.count("| duoserve") == len(ours) >= 2
 
 
 def test_bars_are_as_long_as_speeds():

@@ -7,11 +7,10 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from duoserve.kernels.recorder import Recorder, Result
@@ -91,6 +90,8 @@ def _trace(work: Callable[[], Result], result: Result) -> fx.GraphModule:
             if isinstance(target, Tensor) and value is not target:
                 target.copy_(value)
 
+    from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415 - see _compile
+
     return make_fx(into_result, tracing_mode="fake", _allow_non_fake_inputs=True)()
 
 
@@ -108,8 +109,15 @@ def _lift(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
 
 
 def _compile(graph: fx.GraphModule, operands: Sequence[Tensor]) -> Compiled:
-    # It takes a second to import, and needs a C++ compiler when it is used.
+    # Seconds to import, for those who compile alone.
     import torch._inductor as inductor  # noqa: PLC0415
+    from torch._subclasses import FakeTensorMode  # noqa: PLC0415
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415
 
-    compiled: Compiled = inductor.compile(graph, list(operands), options=OPTIONS)
+    # Inductor keeps what it has made on disk, but not without an environment of shapes, even where none is symbolic.
+    shapes = FakeTensorMode(shape_env=ShapeEnv())
+    examples: list[Any] = [shapes.from_tensor(operand, static_shapes=True) for operand in operands]
+    # Loops are shared out when they are made, so what was made for other threads must not be taken from the disk.
+    options = OPTIONS | {"cpp.threads": torch.get_num_threads()}
+    compiled: Compiled = inductor.compile(graph, examples, options=options)
     return compiled
