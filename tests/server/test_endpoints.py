@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
+import time
 
 import pytest
 
@@ -254,6 +256,21 @@ def test_a_body_of_another_type_or_too_large_is_refused(served):
     kind = {"Content-Type": "application/json"}
     assert server.http.post("/v1/completions", content=chunks, headers=kind).status_code == 413
     assert server.complete().status_code == 200
+
+
+def test_who_writes_all_of_a_body_that_is_too_large_hears_of_it(served):
+    """A connection that is closed while the client writes would be a reset to it."""
+    server, part = served(max_body_bytes=1000), b"x" * (1 << 20)
+    connection = http.client.HTTPConnection(server.http.base_url.host, server.http.base_url.port)
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", str(8 * len(part)))
+    connection.endheaders()
+    for _ in range(8):
+        connection.send(part)
+        time.sleep(0.05)
+    assert connection.getresponse().status == 413
+    connection.close()
 
 
 def test_a_header_that_is_too_large_is_refused(lasting):
