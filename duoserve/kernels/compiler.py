@@ -18,10 +18,6 @@ from duoserve.kernels.traced import TracedOps
 
 Compiled = Callable[..., object]
 
-# Rows of a matrix are read at indices that the scheduler has checked; a check in each turn of a loop costs as much as
-# the product. Multiply-adds round once.
-OPTIONS = {"assert_indirect_indexing": False, "cpp.enable_floating_point_contract_flag": "fast"}
-
 
 @dataclass(frozen=True)
 class CompiledRecording(Generic[Result]):
@@ -118,6 +114,5 @@ def _compile(graph: fx.GraphModule, operands: Sequence[Tensor]) -> Compiled:
     shapes = FakeTensorMode(shape_env=ShapeEnv())
     examples: list[Any] = [shapes.from_tensor(operand, static_shapes=True) for operand in operands]
     # Loops are shared out when they are made, so what was made for other threads must not be taken from the disk.
-    options = OPTIONS | {"cpp.threads": torch.get_num_threads()}
-    compiled: Compiled = inductor.compile(graph, examples, options=options)
+    compiled: Compiled = inductor.compile(graph, examples, options={"cpp.threads": torch.get_num_threads()})
     return compiled

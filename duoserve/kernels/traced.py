@@ -18,8 +18,7 @@ from duoserve import kernels
 from duoserve.kernels import reference
 from duoserve.kernels.routing import HostWork, RoutePlan
 
-# Rows that are read side by side: a core then asks for more memory at a time (one: 12 GB/s, eight: 16 to 18, on a
-# Xeon of two cores).
+# Rows that are read side by side: a core then asks for more memory at a time (bench/LOG.md has what that is worth).
 STREAMS = (8, 4, 2, 1)
 
 
