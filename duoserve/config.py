@@ -89,6 +89,9 @@ class EngineConfig:
         given = [n for n in ("expert_memory", "expert_slots", "memory") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} exclude each other: give one of them")
+        _check_kind("device", self.device, str, "text such as 'auto' or 'cpu'")
+        _check_kind("dtype", self.dtype, str, "text such as 'auto' or 'bfloat16'")
+        _check_kind("invariant", self.invariant, bool, "True or False")
         if self.decode_mode not in DECODE_MODES:
             raise ConfigError(f"decode_mode={self.decode_mode!r} is not known: use one of {', '.join(DECODE_MODES)}")
         if self.invariant and self.decode_mode == "compiled":
@@ -97,5 +100,15 @@ class EngineConfig:
             raise ConfigError(f"quantize={self.quantize!r} is not known: use one of {', '.join(QUANTIZE)}, or None")
         for name in ("max_context", "copy_threads"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}, but must be at least 1")
+            if not (value is None and name == "max_context"):
+                _check_count(name, value)
+
+
+def _check_kind(name: str, value: object, kind: type, called: str) -> None:
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} is {value!r}, but must be {called}")
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} is {value!r}, but must be an integer of at least 1")
