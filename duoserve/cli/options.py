@@ -66,6 +66,22 @@ def add_quantize(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--quantize", choices=QUANTIZE, help="make experts that are in floats smaller, and less exact")
 
 
+def count(text: str) -> int:
+    """An integer of 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a count of 1 or more")
+    return value
+
+
+def natural(text: str) -> int:
+    """An integer of 0 or more, and such that every generator takes it as a seed."""
+    value = int(text)
+    if not 0 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} is not an integer in 0..{(1 << 63) - 1}")
+    return value
+
+
 def slots(text: str) -> int | str:
     """A count, or text for the library to judge."""
     return int(text) if text.isdecimal() else text
