@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
         host=args.host,
         port=args.port,
         api_key=args.api_key,
+        allowed_hosts=tuple(name for name in args.allowed_hosts.split(",") if name),
         shutdown_s=args.shutdown_timeout,
         ping_s=args.ping_interval,
         objectives=service.objectives,
@@ -91,6 +92,9 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     group.add_argument("--port", type=int, default=8000, metavar="N", help="0: any that is free (default: 8000)")
     group.add_argument("--api-key", metavar="KEY", help="what requests must show, but for /health (default: nothing)")
+    group.add_argument(
+        "--allowed-hosts", metavar="NAME,...", default="", help="names that requests may ask for (default: any)"
+    )
     group.add_argument("--served-model-name", metavar="NAME", help="the model's name in requests (default: MODEL)")
     group.add_argument(
         "--shutdown-timeout",

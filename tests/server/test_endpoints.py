@@ -379,6 +379,18 @@ def test_the_key_opens_everything_and_health_needs_none(served):
     assert server.service.asked == []
 
 
+def test_only_allowed_hosts_are_served_and_health_is_for_all(served):
+    """A web page may have its own name lead to this machine, and would read what this answers as its own."""
+    server = served(allowed_hosts=("localhost", "[::1]", "Moe.example"), api_key="s3cret")
+    key = {"Authorization": "Bearer s3cret"}
+    for host in ("localhost", "LOCALHOST:8000", "[::1]:8000", "[::1]", "moe.example"):
+        assert server.http.get("/v1/models", headers=key | {"Host": host}).status_code == 200
+    for host in ("evil.example", "127.0.0.1", "localhost.evil.example:80", "[::1", "", "[", "x[::1]"):
+        refused = server.http.get("/v1/models", headers=key | {"Host": host})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (421, "wrong_host")
+        assert server.http.get("/health", headers={"Host": host}).status_code == 200
+
+
 def test_a_browser_may_send_the_key_as_a_password(served):
     server = served(api_key="s3cret")
     assert server.http.get("/").headers["www-authenticate"].startswith("Basic")
