@@ -22,7 +22,13 @@ MAX_OBJECTIVE_MS = 86_400_000  # a day
 COMPLETION_TOKENS = 16  # OpenAI's default
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 NOT_FROM_CLIENTS = ("chat_template", "chat_template_kwargs")
-NOT_SUPPORTED = ("tools", "functions", "logit_bias", "suffix", "echo", "presence_penalty", "frequency_penalty")
+NOT_SUPPORTED = (
+    *("tools", "functions", "logit_bias", "suffix", "echo", "presence_penalty", "frequency_penalty"),
+    # vLLM's
+    *("min_tokens", "stop_token_ids", "bad_words", "allowed_token_ids", "use_beam_search", "prompt_logprobs"),
+    *("truncate_prompt_tokens", "continue_final_message", "include_stop_str_in_output"),
+    *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+)
 
 Messages = list[dict[str, str]]
 Prompt = str | list[int]
@@ -80,8 +86,6 @@ def chat(fields: Fields, defaults: Objectives) -> tuple[Asked, Messages]:
     wants = fields.flag("logprobs")
     if top is not None and not wants:
         raise bad("top_logprobs", "top_logprobs needs logprobs to be true")
-    if fields.part("response_format").text("type") not in {None, "text"}:
-        raise fields.wrong("response_format", 'of type "text": this server constrains no output')
     most = fields.integer("max_completion_tokens", 1, MAX_TOKENS) or fields.integer("max_tokens", 1, MAX_TOKENS)
     return _asked(fields, most, (top or 0) if wants else None, defaults), messages
 
@@ -114,6 +118,8 @@ def _refuse(fields: Fields) -> None:
     for name in NOT_SUPPORTED:
         if fields.raw(name):
             raise bad(name, f"{name} is not supported by this server: leave it out")
+    if fields.part("response_format").text("type") not in {None, "text"}:
+        raise fields.wrong("response_format", 'of type "text": this server constrains no output')
 
 
 def _sampling(fields: Fields) -> dict[str, Any]:
