@@ -62,6 +62,8 @@ def _lines() -> Iterator[str]:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise RequestError(f"what stdin says is not {error.encoding} text: {error.reason}") from error
         if line:
             yield line
 
