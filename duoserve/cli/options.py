@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from duoserve.config import DECODE_MODES, QUANTIZE
 from duoserve.experts.pack_format import DTYPES
@@ -43,7 +43,7 @@ def add_dtype(parser: argparse._ActionsContainer) -> None:
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
-    """How a model is loaded: the arguments of ``LOADING``."""
+    """How a model is loaded: the arguments that ``loading`` gives."""
     group = parser.add_argument_group("memory and device")
     limit = group.add_mutually_exclusive_group()
     limit.add_argument("--expert-slots", type=slots, metavar="N", help="experts in fast memory: a count, or as 25%%")
@@ -59,6 +59,11 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--decode-mode", choices=DECODE_MODES, default="auto", help="how a decode step is launched")
     add_quantize(group)
     group.add_argument("--invariant", action="store_true", help="no request of a batch changes the bits of another")
+
+
+def loading(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``add_loading`` was given, by name: what ``MoEModel.from_pretrained`` takes."""
+    return {name: getattr(args, name) for name in LOADING}
 
 
 def add_quantize(parser: argparse._ActionsContainer) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
 from duoserve.async_engine import AsyncEngine
-from duoserve.cli.options import LOADING, MODEL_HELP, Subparsers, add_loading, add_parser
+from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
 from duoserve.errors import ConfigError
 from duoserve.moe_model import MoEModel
 from duoserve.server.settings import ServerSettings
@@ -52,8 +52,7 @@ def run(args: argparse.Namespace) -> None:
         ping_s=args.ping_interval,
         objectives=service.objectives,
     )
-    wanted = {name: getattr(args, name) for name in LOADING}
-    serve(settings, lambda: _load(args.model, wanted, service), _say_ready)
+    serve(settings, lambda: _load(args.model, loading(args), service), _say_ready)
 
 
 def take_environment(parser: argparse.ArgumentParser) -> None:
