@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from duoserve.errors import RequestError
-from duoserve.sampling import SEEDS, SamplingParams
+from duoserve.sampling import HIGHEST_SEED, LOWEST_SEED, SamplingParams
 from duoserve.server.errors import ApiError, bad
 from duoserve.server.fields import Fields, shown
 from duoserve.service import Objectives
@@ -53,15 +53,16 @@ class Asked:
     def params(self, prompt_tokens: int, context: int, repeat: int) -> SamplingParams:
         """The parameters of a prompt's ``repeat``-th choice; a 400 where ``context`` tokens do not hold it.
 
-        Choices of one seed count up from it, for they would be the same otherwise.
+        Choices of one seed count up from it, for they would be the same otherwise; behind the highest comes 0.
         """
         room = context - prompt_tokens
         if room < 1 or (self.max_tokens or 1) > room:
             wanted = "" if self.max_tokens is None else f" and max_tokens={self.max_tokens}"
             raise bad("max_tokens", f"{prompt_tokens} prompt tokens{wanted} exceed the context of {context} tokens")
         sampling = dict(self.sampling)
-        if (seed := sampling.get("seed")) is not None and seed + repeat <= SEEDS[1]:
-            sampling["seed"] = seed + repeat
+        if (seed := sampling.get("seed")) is not None:
+            counted = seed + repeat
+            sampling["seed"] = counted if counted <= HIGHEST_SEED else counted - HIGHEST_SEED - 1
         return _sampling_params(max_tokens=self.max_tokens or room, **sampling)
 
 
@@ -131,7 +132,7 @@ def _sampling(fields: Fields) -> dict[str, Any]:
         "min_p": fields.number("min_p", 0.0, 1.0),
         "repetition_penalty": fields.number("repetition_penalty", 0.01, 100.0),
         "stop": fields.raw("stop"),
-        "seed": fields.integer("seed", *SEEDS),
+        "seed": fields.integer("seed", LOWEST_SEED, HIGHEST_SEED),
         "ignore_eos": fields.flag("ignore_eos"),
     }
     return {name: value for name, value in found.items() if value is not None}

@@ -71,6 +71,8 @@ def test_several_prompts_and_n_make_choices_in_order(served):
         "total_tokens": length("a") + length("bc") + 4,
     }
     assert [one["params"].seed for one in server.service.asked] == [7, 8, 7, 8]
+    server.complete(n=3, seed=2**64 - 2)
+    assert [one["params"].seed for one in server.service.asked[4:]] == [2**64 - 2, 2**64 - 1, 0]
 
 
 def test_equal_prompts_are_counted_each(served):
