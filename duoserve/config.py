@@ -98,10 +98,11 @@ class EngineConfig:
             raise ConfigError("invariant=True multiplies row by row, which decode_mode='compiled' does not: use 'auto'")
         if self.quantize is not None and self.quantize not in QUANTIZE:
             raise ConfigError(f"quantize={self.quantize!r} is not known: use one of {', '.join(QUANTIZE)}, or None")
-        for name in ("max_context", "copy_threads"):
+        for name in ("expert_memory", "memory", "host_memory", "max_context"):
             value = getattr(self, name)
-            if not (value is None and name == "max_context"):
-                _check_count(name, value)
+            if value is not None:
+                _check_integer(name, value, low=1 if name == "max_context" else 0)
+        _check_integer("copy_threads", self.copy_threads, low=1)
 
 
 def _check_kind(name: str, value: object, kind: type, called: str) -> None:
@@ -109,6 +110,6 @@ def _check_kind(name: str, value: object, kind: type, called: str) -> None:
         raise ConfigError(f"{name} is {value!r}, but must be {called}")
 
 
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} is {value!r}, but must be an integer of at least 1")
+def _check_integer(name: str, value: object, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ConfigError(f"{name} is {value!r}, but must be an integer of at least {low}")
