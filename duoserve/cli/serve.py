@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         host=args.host,
         port=args.port,
         api_key=args.api_key,
-        allowed_hosts=tuple(name for name in args.allowed_hosts.split(",") if name),
+        allowed_hosts=tuple(filter(None, map(str.strip, args.allowed_hosts.split(",")))),
         shutdown_s=args.shutdown_timeout,
         ping_s=args.ping_interval,
         objectives=service.objectives,

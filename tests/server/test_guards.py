@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from duoserve.cli import main
+
 
 def test_the_key_opens_everything_and_health_needs_none(served):
     server = served(api_key="s3cret-ü")
@@ -36,3 +38,10 @@ def test_a_browser_may_send_the_key_as_a_password(served):
     assert server.http.get("/", auth=("anyone", "s3cret")).status_code == 200
     assert server.http.get("/", auth=("s3cret", "wrong")).status_code == 401
     assert server.http.get("/", headers={"Authorization": "Basic ???"}).status_code == 401
+
+
+def test_the_command_takes_hosts_between_commas(monkeypatch):
+    told = []
+    monkeypatch.setattr("duoserve.server.run.serve", lambda settings, *_: told.append(settings))
+    assert main(["serve", "--allowed-hosts", "localhost, [::1],"]) == 0 == main(["serve"])
+    assert [settings.allowed_hosts for settings in told] == [("localhost", "[::1]"), ()]
