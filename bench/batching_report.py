@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import batching_plot
+import tables
 from harness import Target
 from report import table
 
@@ -21,7 +22,6 @@ Result = dict[str, Any]
 OF_BATCH = 8
 SPEEDUPS = {"disk": 1.5, "resident": 2.0}
 OVER_BOUND, GOODPUT = 1.15, 1.5
-BUSY_SHARE = 0.05  # of the machine's CPU time in other hands
 NAMES = {"disk": "a quarter of the experts in slots", "resident": "all experts in slots"}
 
 
@@ -73,9 +73,8 @@ def warnings(result: Result) -> str:
     """What is wrong with these figures, in bold."""
     busiest = max(result["idle"].values())
     found = ["this is `--quick`: it checks the bench and measures nothing"] * result["quick"]
-    found += [f"others used {busiest:.0%} of the machine's CPU time"] * (busiest > BUSY_SHARE)
-    found += ["the code was not a commit"] * ("uncommitted" in (result["versions"]["commit"] or "uncommitted"))
-    return "\n".join(f"**Warning: {text}.**" for text in found)
+    found += [f"others used {busiest:.0%} of the machine's CPU time"] * (busiest > tables.BUSY_SHARE)
+    return tables.warnings(result, found)
 
 
 def facts(result: Result) -> str:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import tables
 import torch
 from copy_machines import GpuCopies, HostCopies
 from copy_table import SIZES, TINY_SIZES, Way, measure, targets
@@ -52,8 +53,7 @@ def warnings(result: Result) -> str:
     """What is wrong with these figures, in bold."""
     found = ["this is `--tiny`, copies within the host: it checks the bench and measures no link"] * result["quick"]
     found += [f"{cell['way']}, {cell['size']}: {cell['error']}" for cell in result["cells"] if cell["error"]]
-    found += ["the code was not a commit"] * ("uncommitted" in (result["versions"]["commit"] or "uncommitted"))
-    return "\n".join(f"**Warning: {text}.**" for text in found)
+    return tables.warnings(result, found)
 
 
 def facts(result: Result) -> str:

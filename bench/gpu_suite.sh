@@ -80,7 +80,7 @@ echo "== what is there"
 [[ -z $(missing accelerate) ]] || echo "missing: accelerate: its offloading is not measured"
 untestable=$(missing pytest hypothesis)
 [[ -z $untestable ]] || echo "missing: ${untestable}: the tests that need it cannot run, so the suite fails"
-undressed=$(missing numpy einops safetensors tokenizers huggingface_hub tqdm)
+undressed=$(missing numpy safetensors tokenizers huggingface_hub jinja2 tqdm)
 workers=()
 runner=("$python" -m pytest)
 if [[ -n $undressed ]]; then

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import tables
 from harness import Target
 from kernel_targets import (
     Result,
@@ -46,9 +47,7 @@ def warnings(result: Result) -> str:
         if part["status"] in ("failed", "skipped"):
             found.append(f"{part['section']}, {part['name']}: {part['status']}: {_last_line(part['error'])}")
         found += [f"{part['section']}: failed: {error}" for error in part["errors"]]
-    if "uncommitted" in (result["versions"]["commit"] or "uncommitted"):
-        found.append("the code was not a commit")
-    return "\n".join(f"**Warning: {text}.**" for text in found)
+    return tables.warnings(result, found)
 
 
 def conditions(result: Result) -> str:

@@ -6,11 +6,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from tables import markdown
+from tables import markdown, not_idle, warnings
 
 SHARDS = 2  # what a process may hold beyond the result
 SHARE = 0.5  # of the disk's write rate
-BUSY_SHARE = 0.05
 VERDICT = ("case", "what", "figure", "value", "asked", "reached")
 
 Case = dict[str, Any]
@@ -105,12 +104,8 @@ def _share(case: Case, way: str) -> str:
 
 def _warnings(result: dict[str, Any]) -> str:
     found = ["this is `--quick`: experts are small, and there is one round"] if result["quick"] else []
-    busiest = max(result["idle"].values())
-    if busiest > BUSY_SHARE:
-        found.append(f"the machine was not idle: others used up to {busiest:.0%} of its CPU time")
-    if "uncommitted" in (result["versions"]["commit"] or "uncommitted"):
-        found.append("the code was not a commit")
-    return "\n".join(f"**Warning: {text}.**" for text in found)
+    found += not_idle(max(result["idle"].values()))
+    return warnings(result, found)
 
 
 def _conditions(result: dict[str, Any]) -> str:

@@ -6,12 +6,11 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from tables import markdown
+from tables import markdown, not_idle, warnings
 
 MARKERS = "<!-- newcomer -->", "<!-- /newcomer -->"
 LIMIT_S = 300.0  # five minutes, downloads not counted
 SET_UP, DOWNLOAD, FIRST_TEXT, EVALUATE = "set-up", "download", "first text", "evaluate"
-BUSY_SHARE = 0.05
 
 Result = dict[str, Any]
 
@@ -61,12 +60,8 @@ def sentence(result: Result, details: str) -> str:
 
 def _warnings(result: Result) -> str:
     found = ["this is `--quick`: no environment was made"] if result["quick"] else []
-    busiest = max(result["idle"].values())
-    if busiest > BUSY_SHARE:
-        found.append(f"the machine was not idle: others used up to {busiest:.0%} of its CPU time")
-    if "uncommitted" in (result["versions"]["commit"] or "uncommitted"):
-        found.append("the code was not a commit")
-    return "\n".join(f"**Warning: {text}.**" for text in found)
+    found += not_idle(max(result["idle"].values()))
+    return warnings(result, found)
 
 
 def _conditions(result: Result) -> str:

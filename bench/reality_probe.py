@@ -92,9 +92,6 @@ class Rates:
     def median(self, name: str) -> float:
         return statistics.median(self.figures[name])
 
-    def medians(self) -> dict[str, float]:
-        return {name: self.median(name) for name in self.figures}
-
 
 class Probe:
     """The pack of ``model`` in ``cache`` and slots to read into; ``rates`` collects what is measured."""

@@ -6,8 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from report import BUSY_SHARE
-from tables import markdown
+from tables import markdown, not_idle, warnings
 
 LIMIT = 0.15
 
@@ -35,24 +34,21 @@ def targets(models: Sequence[Model]) -> list[dict[str, Any]]:
     return found
 
 
-def render(result: Mapping[str, Any]) -> str:
+def render(result: dict[str, Any]) -> str:
     """Conditions, verdicts, then a table of cells and one of the machine for each model."""
-    parts = [*_warnings(result), _conditions(result), _verdicts(result)]
+    parts = [_warnings(result), _conditions(result), _verdicts(result)]
     for model in result["models"]:
         parts += [f"## {model['model']}", _sizes(model), markdown(_cells(model)), markdown(_machine(model))]
     outcomes = [f"{check['name']}: {'passed' if check['passed'] else '**FAILED**'}" for check in result["checks"]]
-    return "\n\n".join([*parts, "Checks in the same run: " + "; ".join(outcomes) + "."])
+    parts.append("Checks in the same run: " + "; ".join(outcomes) + ".")
+    return "\n\n".join(part for part in parts if part)
 
 
-def _warnings(result: Mapping[str, Any]) -> Iterator[str]:
+def _warnings(result: dict[str, Any]) -> str:
     idle = result["idle"]
     busiest = max(idle["foreign_cpu_before"], idle["foreign_cpu_after"], *(m["foreign_cpu"] for m in result["models"]))
-    if result["quick"]:
-        yield "**Warning: this is `--quick`: it checks the bench and measures nothing.**"
-    if busiest > BUSY_SHARE:
-        yield f"**Warning: the machine was not idle: others used up to {busiest:.0%} of its CPU time.**"
-    if "uncommitted" in (result["versions"]["commit"] or "uncommitted"):
-        yield "**Warning: the code was not a commit.**"
+    quick = ["this is `--quick`: it checks the bench and measures nothing"] * result["quick"]
+    return warnings(result, quick + not_idle(busiest))
 
 
 def _conditions(result: Mapping[str, Any]) -> str:

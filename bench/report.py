@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import tables
+
 BEGIN, END = "<!-- bench_cpu -->", "<!-- /bench_cpu -->"
-BUSY_SHARE = 0.05  # of the machine's CPU time in other hands: from there on the figures are disturbed
 
 Result = dict[str, Any]
 
@@ -42,7 +43,7 @@ def warnings(result: Result) -> str:
     idle = result["idle"]
     busiest = max(idle["foreign_cpu_before"], idle["foreign_cpu_after"])
     disturbed = max((s["foreign_cpu"] for s in result["summary"].values()), default=0.0)
-    if max(busiest, disturbed) > BUSY_SHARE:
+    if max(busiest, disturbed) > tables.BUSY_SHARE:
         found.append(
             f"the machine was not idle: others used up to {max(busiest, disturbed):.0%} of its CPU time "
             f"(load {idle['load'][0]:.1f})"
@@ -50,9 +51,7 @@ def warnings(result: Result) -> str:
     found += [f"{name} was not measured" for name in result["not_measured"]]
     if "xllamacpp" not in result["not_measured"] and "cap_bytes" in result and result["cap_bytes"] is None:
         found.append("llama.cpp was not measured from disk, as no control group can be made here")
-    if "uncommitted" in (result["versions"]["commit"] or "uncommitted"):
-        found.append("the code was not a commit")
-    return "\n".join(f"**Warning: {text}.**" for text in found)
+    return tables.warnings(result, found)
 
 
 def conditions(result: Result) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import tables
 from report import table
 from serve_cells import AUTO, Cell
 from serve_models import BF16
@@ -33,10 +34,9 @@ def warnings(result: Result) -> str:
     found = ["this is `--tiny` on a CPU: it checks the bench and measures nothing"] * result["quick"]
     failed = [part for part in result["parts"] if part["status"] in ("failed", "skipped")]
     found += [f"{part['name']}: {part['status']}: {part['why'].strip().splitlines()[-1]}" for part in failed]
-    found += ["the code was not a commit"] * ("uncommitted" in (result["versions"]["commit"] or "uncommitted"))
     if result["arena"] and not result["quick"] and not result["arena"]["arena_pinned"]:
         found.append("the experts' memory could not be page-locked")
-    return "\n".join(f"**Warning: {text}.**" for text in found)
+    return tables.warnings(result, found)
 
 
 def conditions(result: Result) -> str:

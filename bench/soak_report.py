@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import tables
 from report import table
 
 Result = dict[str, Any]
@@ -55,8 +56,7 @@ def warnings(result: Result) -> str:
     busiest = max(result["idle"].values())
     found = ["this is `--quick`: it checks the bench"] * result["quick"]
     found += [f"others used {busiest:.0%} of the machine's CPU time"] * (busiest > 0.02)
-    found += ["the code was not a commit"] * ("uncommitted" in (result["versions"]["commit"] or "uncommitted"))
-    return "\n".join(f"**Warning: {text}.**" for text in found)
+    return tables.warnings(result, found)
 
 
 def facts(result: Result) -> str:
@@ -104,10 +104,6 @@ def _rests(service: dict[str, Any]) -> bool:
 
 def _faults(tally: dict[str, Any]) -> str:
     return f"{tally['num_faults']} faults in {sum(tally['ended'].values())} requests"
-
-
-def _choices(tally: dict[str, Any]) -> str:
-    return f"{tally['choices']} choices"
 
 
 def _memory(memory: dict[str, Any]) -> str:

@@ -1,8 +1,24 @@
-"""Tables in Markdown."""
+"""Tables and warnings in Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
+
+BUSY_SHARE = 0.05  # of the machine's CPU time in other hands: from there on the figures are disturbed
+
+
+def warnings(result: dict[str, Any], texts: Iterable[str]) -> str:
+    """Why figures are worth less, in bold and a line each: ``texts``, and that the code was no commit."""
+    found = [*texts]
+    if "uncommitted" in (result["versions"]["commit"] or "uncommitted"):
+        found.append("the code was not a commit")
+    return "\n".join(f"**Warning: {text}.**" for text in found)
+
+
+def not_idle(busiest: float) -> list[str]:
+    """A warning, where others had more than BUSY_SHARE of the machine's CPU time."""
+    return [f"the machine was not idle: others used up to {busiest:.0%} of its CPU time"] * (busiest > BUSY_SHARE)
 
 
 def markdown(rows: Iterable[list[str]]) -> str:

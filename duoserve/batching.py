@@ -34,9 +34,9 @@ class Asked(NamedTuple):
 
 
 class Going(NamedTuple):
-    """A request that has ``tokens``, the first since ``first_token``: how many it may still get, and the ``room`` that
+    """A request that has ``tokens``, the first since ``first_token``, and may get ``left`` more.
 
-    it gives back then. Its objective is a mean: a token that came early lets a later one be late.
+    It gives its ``room`` back then. Its objective is a mean: a token that came early lets a later one be late.
     """
 
     first_token: float

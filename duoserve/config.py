@@ -89,13 +89,27 @@ class EngineConfig:
         given = [n for n in ("expert_memory", "expert_slots", "memory") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} exclude each other: give one of them")
+        _check_kind("device", self.device, str, "text such as 'auto' or 'cpu'")
+        _check_kind("dtype", self.dtype, str, "text such as 'auto' or 'bfloat16'")
+        _check_kind("invariant", self.invariant, bool, "True or False")
         if self.decode_mode not in DECODE_MODES:
             raise ConfigError(f"decode_mode={self.decode_mode!r} is not known: use one of {', '.join(DECODE_MODES)}")
         if self.invariant and self.decode_mode == "compiled":
             raise ConfigError("invariant=True multiplies row by row, which decode_mode='compiled' does not: use 'auto'")
         if self.quantize is not None and self.quantize not in QUANTIZE:
             raise ConfigError(f"quantize={self.quantize!r} is not known: use one of {', '.join(QUANTIZE)}, or None")
-        for name in ("max_context", "copy_threads"):
+        for name in ("expert_memory", "memory", "host_memory", "max_context"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}, but must be at least 1")
+            if value is not None:
+                _check_integer(name, value, low=1 if name == "max_context" else 0)
+        _check_integer("copy_threads", self.copy_threads, low=1)
+
+
+def _check_kind(name: str, value: object, kind: type, called: str) -> None:
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} is {value!r}, but must be {called}")
+
+
+def _check_integer(name: str, value: object, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ConfigError(f"{name} is {value!r}, but must be an integer of at least {low}")

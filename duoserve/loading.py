@@ -12,6 +12,7 @@ from duoserve.choice import Choice, find_choice, predictor_beside
 from duoserve.config import EngineConfig, ModelConfig
 from duoserve.decoding import DecoderParts, ModelDecoder, make_decoder
 from duoserve.engine import Engine
+from duoserve.errors import ConfigError
 from duoserve.experts.budget import MemoryPlan
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.copy_engine import CopyEngine
@@ -138,6 +139,8 @@ def _told(
         return predictor_beside(checkpoint, cache_dir)
     if isinstance(predictor, (str, Path)):
         return load_predictor(Path(predictor), checkpoint.fingerprint())
+    if predictor is not None and not hasattr(predictor, "predict"):
+        raise ConfigError(f"predictor is {predictor!r}, but must be a file, 'auto' or a Predictor")
     return predictor
 
 

@@ -5,10 +5,13 @@ T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import reprlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral
+from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
@@ -166,7 +169,7 @@ class MoEModel:
         ``changes`` override fields of ``params``. Raises RequestError for what cannot be served, CopyError when an
         expert cannot be brought; the model stays usable after either.
         """
-        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
+        single = _is_one(prompt)
         prompts: Sequence[Any] = [prompt] if single else prompt
         settings = _settings(params, changes)
         requests = [Request(self.encode(one), settings) for one in prompts]
@@ -196,7 +199,7 @@ class MoEModel:
     def forward(self, token_ids: Sequence[int]) -> Tensor:
         """One prefill: float32 logits [T, V] of every position."""
         with self._my_turn() as engine:
-            return engine.forward(token_ids)
+            return engine.forward(_token_ids(token_ids))
 
     def lend(self) -> Runtime:
         """The parts, for a service that runs the engine itself until the model is closed; calls are refused meanwhile.
@@ -245,10 +248,39 @@ class MoEModel:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; RequestError for text that cannot be encoded, or without a tokenizer. Any thread."""
         if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
+            return _token_ids(prompt)
         if self._runtime.text is None:
             raise RequestError("the prompt is text, but this checkpoint has no tokenizer.json: give token ids")
         return self._runtime.text.encode(prompt)
+
+
+def _is_one(prompt: Any) -> bool:
+    """Whether it is one prompt, and not a list of them; RequestError for what is neither."""
+    if isinstance(prompt, (str, bytes)):
+        return True
+    try:
+        return len(prompt) > 0 and _is_integer(prompt[0])
+    except (TypeError, LookupError) as error:
+        raise _no_prompt(prompt) from error
+
+
+def _token_ids(prompt: Any) -> list[int]:
+    """Integers of any kind, numpy's and torch's too. Bytes are a sequence of these, but not of tokens."""
+    if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+        raise _no_prompt(prompt)
+    try:
+        return [index(token) for token in prompt]
+    except TypeError as error:
+        raise _no_prompt(prompt) from error
+
+
+def _is_integer(value: Any) -> bool:
+    """A scalar: a tensor of one element would pass for an index too."""
+    return isinstance(value, Integral) or getattr(value, "ndim", 1) == 0
+
+
+def _no_prompt(prompt: object) -> RequestError:
+    return RequestError(f"a prompt must be text or token ids, and not {reprlib.repr(prompt)}")
 
 
 def _bytes(size: int | str | None) -> int | None:
@@ -256,6 +288,8 @@ def _bytes(size: int | str | None) -> int | None:
 
 
 def _settings(params: SamplingParams | None, changes: dict[str, Any]) -> SamplingParams:
+    if params is not None and not isinstance(params, SamplingParams):
+        raise RequestError(f"params is {params!r}, but must be SamplingParams; single fields go by name")
     known = SamplingParams.__dataclass_fields__
     unknown = [name for name in changes if name not in known]
     if unknown:

@@ -17,7 +17,7 @@ from duoserve.service import TokenLogprobs
 
 MAX_STOPS = 4
 GREEDY_BELOW = 1e-6  # float32 logits of ordinary size differ by more than this, so the limit has been reached
-SEEDS = (-(2**63), 2**64 - 1)  # what torch.Generator takes
+LOWEST_SEED, HIGHEST_SEED = -(2**63), 2**64 - 1  # that torch.Generator takes
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,13 @@ class SamplingParams:
         _check_integer("max_tokens", self.max_tokens, 1, None)
         _check_integer("top_k", self.top_k, 0, None)
         if self.seed is not None:
-            _check_integer("seed", self.seed, *SEEDS)
+            _check_integer("seed", self.seed, LOWEST_SEED, HIGHEST_SEED)
         _check_number("temperature", self.temperature, 0.0, 100.0)
         _check_number("top_p", self.top_p, 0.0, 1.0)
         _check_number("min_p", self.min_p, 0.0, 1.0)
         _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos is {self.ignore_eos!r}, but must be True or False")
 
     @property
     def greedy(self) -> bool:

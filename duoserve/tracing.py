@@ -49,7 +49,7 @@ def record(  # noqa: PLR0913
 
     TraceError if a file is in the way or holds another model's trace, RequestError for a prompt that cannot be served.
     """
-    if recording.out.exists() and not (recording.resume or recording.append):
+    if _is_in_the_way(recording.out) and not (recording.resume or recording.append):
         raise TraceError(f"{recording.out}: exists; --resume finishes it, --append adds to it, or give another --out")
     with opened(model) as found:
         fingerprint, config = found.checkpoint.fingerprint(), found.config
@@ -67,6 +67,11 @@ def record(  # noqa: PLR0913
             fed = token_ids + [token for _, token in runtime.engine.generate([request])][:-1]
             writer.append(fed, len(token_ids), recorder.take())
     return open_trace(recording.out, fingerprint)
+
+
+def _is_in_the_way(path: Path) -> bool:
+    """A file without a byte is what a recording leaves that has failed before its first request."""
+    return path.exists() and path.stat().st_size > 0
 
 
 def _encode(runtime: Runtime, prompt: Prompt) -> list[int]:

@@ -61,8 +61,8 @@ F5  service  sampling  text  chat_sandbox  chat_template  kv_cache  request  wri
 F6  server/__init__  server/backend  server/settings  server/errors  server/fields  server/asking  server/records
     server/token_text  server/answers  server/generation  server/sse  server/http  server/host  server/metrics
     server/status  server/preparing  server/endpoints  server/app  server/run  cli/options  cli/inventory
-    cli/generate  cli/chat  cli/info  cli/plan_plot  cli/plan_report  cli/plan  cli/pack  cli/trace
-    cli/train_predictor  cli/plots  cli/replay  cli/evaluate  cli/serve  cli/bench_report  loadtest/__init__
+    cli/generate  cli/chat  cli/info  cli/plots  cli/plan_plot  cli/plan_report  cli/plan  cli/pack  cli/trace
+    cli/train_predictor  cli/replay  cli/evaluate  cli/serve  cli/bench_report  loadtest/__init__
     loadtest/workload  loadtest/figures  loadtest/client  loadtest/measuring  cli/bench_serve  cli/bench  cli/app
     cli/__init__
 """

@@ -8,9 +8,11 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +25,7 @@ from duoserve import (
     SamplingParams,
 )
 from duoserve.config import Phase
+from duoserve.errors import TraceError
 from duoserve.request import Request
 from duoserve.text import Text
 from tests.checkpoints import BARD, save_mixtral
@@ -102,6 +105,13 @@ def test_generation_config_says_which_tokens_end_a_text(tmp_path: Path) -> None:
         ("To be", {}, "no tokenizer.json: give token ids"),
         ([1], {"stop": ("x",)}, "stop strings need a tokenizer"),
         ([1], {"temperatur": 1.0}, "unknown sampling parameter 'temperatur'"),
+        ([1], {"ignore_eos": "no"}, "ignore_eos is 'no', but must be True or False"),
+        ([1.7], {}, r"text or token ids, and not 1\.7"),
+        ([1, 1.7], {}, r"text or token ids, and not \[1, 1\.7\]"),
+        ([[1], 5], {}, "text or token ids, and not 5"),
+        (b"To be", {}, "text or token ids, and not b'To be'"),
+        (None, {}, "text or token ids, and not None"),
+        ({"prompt": [1]}, {}, "text or token ids"),
     ],
 )
 def test_bad_requests_are_refused_and_the_next_one_runs(
@@ -110,6 +120,19 @@ def test_bad_requests_are_refused_and_the_next_one_runs(
     with pytest.raises(RequestError, match=message):
         model.generate(prompt, GREEDY, **changes)
     assert len(model.generate(PROMPT, GREEDY).token_ids) == 8
+
+
+def test_parameters_of_another_kind_are_refused(model: MoEModel) -> None:
+    with pytest.raises(RequestError, match="params is 8, but must be SamplingParams"):
+        model.generate(PROMPT, 8)
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, torch.tensor])
+def test_token_ids_come_in_any_sequence_of_integers(model: MoEModel, kind: Callable[[list[int]], Any]) -> None:
+    assert model.generate(kind(PROMPT), GREEDY).token_ids == model.generate(PROMPT, GREEDY).token_ids
+    two = model.generate(kind([PROMPT, PROMPT[::-1]]), GREEDY)
+    assert [done.token_ids for done in two] == [model.generate(p, GREEDY).token_ids for p in (PROMPT, PROMPT[::-1])]
+    assert model.forward(kind(PROMPT)).equal(model.forward(PROMPT))
 
 
 def test_stream_without_a_tokenizer_says_so(model: MoEModel) -> None:
@@ -130,6 +153,15 @@ def test_stream_without_a_tokenizer_says_so(model: MoEModel) -> None:
         ({"dtype": "int3"}, ConfigError, "float16"),
         ({"max_context": 0}, ConfigError, "max_context is 0"),
         ({"copy_threads": 0}, ConfigError, "copy_threads"),
+        ({"max_context": 2.5}, ConfigError, r"max_context is 2\.5, but must be an integer"),
+        ({"max_context": "4k"}, ConfigError, "max_context is '4k'"),
+        ({"max_context": True}, ConfigError, "max_context is True"),
+        ({"copy_threads": None}, ConfigError, "copy_threads is None"),
+        ({"invariant": "no"}, ConfigError, "invariant is 'no', but must be True or False"),
+        ({"device": None}, ConfigError, "device is None, but must be text"),
+        ({"dtype": []}, ConfigError, "dtype is \\[\\], but must be text"),
+        ({"predictor": 3}, ConfigError, "predictor is 3"),
+        ({"predictor": ""}, TraceError, "cannot be read as a predictor"),
     ],
 )
 def test_bad_options_are_refused(

@@ -126,6 +126,7 @@ def test_another_models_trace_is_left_alone(folder, tmp_path):
 def test_text_needs_a_tokenizer(folder, tmp_path):
     with pytest.raises(RequestError, match=r"no tokenizer\.json"):
         run(folder, tmp_path / "t", ["text"])
+    assert len(run(folder, tmp_path / "t")) == 3  # what has failed left nothing in the way
 
 
 def test_json_lines_are_texts_or_objects(tmp_path):

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from io import TextIOWrapper
 
 from duoserve.cli import bench, chat, evaluate, generate, info, pack, plan, replay, serve, trace, train_predictor
 from duoserve.errors import DuoServeError
@@ -28,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; errors of duoserve become one line on stderr."""
     args = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], None] = args.command
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # models write what a terminal's encoding may not have
     try:
         command(args)
         sys.stdout.flush()

@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from typing import Any
 
-from duoserve.cli.options import Subparsers, add_parser
+from duoserve.cli.options import Subparsers, add_parser, count
 from duoserve.errors import ConfigError
 from duoserve.loadtest.figures import ATTAINED, PERCENTILES, GoodputSearch
 from duoserve.loadtest.workload import ARRIVALS, Workload
@@ -39,14 +39,14 @@ def add_serve(benches: Subparsers) -> None:
         "--ignore-eos", action="store_true", help="answers of full length, where the server knows ignore_eos"
     )
     parser.add_argument("--rate", type=_positive, default=1.0, metavar="R", help="requests a second (default: 1)")
-    parser.add_argument("--requests", type=_count, default=50, metavar="N", help="of a trial (default: 50)")
+    parser.add_argument("--requests", type=count, default=50, metavar="N", help="of a trial (default: 50)")
     parser.add_argument("--arrivals", choices=ARRIVALS, default="poisson", help="one by one, or eight at once")
-    parser.add_argument("--max-prompt", type=_count, default=1024, metavar="W", help="words (default: 1024)")
-    parser.add_argument("--max-tokens", type=_count, default=512, metavar="T", help="of an answer (default: 512)")
+    parser.add_argument("--max-prompt", type=count, default=1024, metavar="W", help="words (default: 1024)")
+    parser.add_argument("--max-tokens", type=count, default=512, metavar="T", help="of an answer (default: 512)")
     parser.add_argument("--slo-ttft-ms", type=_positive, metavar="MS", help="objective for the first token")
     parser.add_argument("--slo-tpot-ms", type=_positive, metavar="MS", help="objective for each token after it")
     parser.add_argument("--goodput", action="store_true", help="search, from --rate on, for the highest good rate")
-    parser.add_argument("--trials", type=_count, default=8, metavar="N", help="of that search (default: 8)")
+    parser.add_argument("--trials", type=count, default=8, metavar="N", help="of that search (default: 8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=_positive, default=600.0, metavar="S", help="of a request (default: 600)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -110,11 +110,4 @@ def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a count of 1 or more")
     return value

@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from duoserve.cli.generate import SAMPLING, add_sampling
-from duoserve.cli.options import LOADING, MODEL_HELP, Subparsers, add_loading, add_parser
+from duoserve.cli.generate import add_sampling, sampling
+from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
 from duoserve.errors import RequestError
 from duoserve.moe_model import MoEModel
 from duoserve.sampling import SamplingParams
@@ -31,8 +31,8 @@ def add_command(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answers line after line of stdin."""
-    params = SamplingParams(stop=tuple(args.stop), **{name: getattr(args, name) for name in SAMPLING})
-    with MoEModel.from_pretrained(args.model, **{name: getattr(args, name) for name in LOADING}) as model:
+    params = sampling(args)
+    with MoEModel.from_pretrained(args.model, **loading(args)) as model:
         if model.chat_template is None or model.text is None:
             missing = "chat template" if model.chat_template is None else "tokenizer"
             raise RequestError(f"{args.model} has no {missing}: use duoserve generate, which continues plain text")
@@ -62,6 +62,8 @@ def _lines() -> Iterator[str]:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise RequestError(f"what stdin says is not {error.encoding} text: {error.reason}") from error
         if line:
             yield line
 

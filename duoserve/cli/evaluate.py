@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from duoserve.choice import save_choice
-from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser
+from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser, natural
 from duoserve.cli.replay import layer_sizes
 from duoserve.cli.trace import read_prompts
 from duoserve.config import EngineConfig
@@ -39,7 +39,9 @@ def add_command(commands: Subparsers) -> None:
     parser.add_argument("--max-tokens", type=int, metavar="N", default=64, help="tokens to write for each prompt")
     parser.add_argument("--hardware", default="pcie4", metavar="NAME", help=f"one of {', '.join(HARDWARE)}")
     parser.add_argument("--slots", default="25%", metavar="N,...", help="over all layers: counts, or shares as 25%%")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the held-out requests and the training")
+    parser.add_argument(
+        "--seed", type=natural, default=0, metavar="S", help="of the held-out requests and the training"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what is best and write nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.set_defaults(command=run)

@@ -8,7 +8,7 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-from duoserve.cli.options import LOADING, MODEL_HELP, Subparsers, add_loading, add_parser
+from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
 from duoserve.errors import RequestError
 from duoserve.moe_model import MoEModel
 from duoserve.sampling import SamplingParams
@@ -42,9 +42,9 @@ def add_command(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Generates to stdout. What is wrong with the request is said before the model is loaded."""
-    params = SamplingParams(stop=tuple(args.stop), **{name: getattr(args, name) for name in SAMPLING})
+    params = sampling(args)
     prompt = _stdin() if args.prompt is None else args.prompt
-    with MoEModel.from_pretrained(args.model, **{name: getattr(args, name) for name in LOADING}) as model:
+    with MoEModel.from_pretrained(args.model, **loading(args)) as model:
         if args.json:
             print(json.dumps(_report(args.model, model, prompt, params)))
         else:
@@ -60,6 +60,11 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         flag = f"--{name.replace('_', '-')}"
         group.add_argument(flag, type=kind, metavar=metavar, default=default, help=help_text + note)
     group.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before TEXT; up to four times")
+
+
+def sampling(args: argparse.Namespace) -> SamplingParams:
+    """What ``add_sampling`` was given."""
+    return SamplingParams(stop=tuple(args.stop), **{name: getattr(args, name) for name in SAMPLING})
 
 
 def _stdin() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from duoserve.config import DECODE_MODES, QUANTIZE
 from duoserve.experts.pack_format import DTYPES
@@ -43,7 +43,7 @@ def add_dtype(parser: argparse._ActionsContainer) -> None:
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
-    """How a model is loaded: the arguments of ``LOADING``."""
+    """How a model is loaded: the arguments that ``loading`` gives."""
     group = parser.add_argument_group("memory and device")
     limit = group.add_mutually_exclusive_group()
     limit.add_argument("--expert-slots", type=slots, metavar="N", help="experts in fast memory: a count, or as 25%%")
@@ -61,9 +61,30 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--invariant", action="store_true", help="no request of a batch changes the bits of another")
 
 
+def loading(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``add_loading`` was given, by name: what ``MoEModel.from_pretrained`` takes."""
+    return {name: getattr(args, name) for name in LOADING}
+
+
 def add_quantize(parser: argparse._ActionsContainer) -> None:
     """``--quantize``: None leaves experts as they are."""
     parser.add_argument("--quantize", choices=QUANTIZE, help="make experts that are in floats smaller, and less exact")
+
+
+def count(text: str) -> int:
+    """An integer of 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a count of 1 or more")
+    return value
+
+
+def natural(text: str) -> int:
+    """An integer of 0 or more, and such that every generator takes it as a seed."""
+    value = int(text)
+    if not 0 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} is not an integer in 0..{(1 << 63) - 1}")
+    return value
 
 
 def slots(text: str) -> int | str:

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
 def _count(text: str) -> int:
     match = COUNT.fullmatch(text)
     if not match or not int(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens, such as 512 or 2k")
+        raise argparse.ArgumentTypeError(f"{text!r} is no count of 1 or more, such as 512 or 2k")
     return int(match[1]) * (1024 if match[2] else 1)
 
 

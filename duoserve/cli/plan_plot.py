@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from duoserve.errors import ConfigError
+from duoserve.cli.plots import new_figure, save
 from duoserve.planning.planner import Plan, Planner
 from duoserve.scheduling.hardware import GIB
 
@@ -16,13 +16,9 @@ POINTS = 24
 def draw_plans(path: Path, planner: Planner, plans: Sequence[Plan]) -> None:
     """TPOT of the best policy over the memory that is given, a curve for each machine, its own plan a dot.
 
-    ConfigError where matplotlib is not installed.
+    ConfigError where matplotlib is not installed, or the file cannot be drawn.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an optional extra
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'duoserve[plot]'") from error
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     for plan in plans:
         points = tpot_over_memory(planner, plan)
@@ -31,7 +27,7 @@ def draw_plans(path: Path, planner: Planner, plans: Sequence[Plan]) -> None:
     axes.set(xlabel="memory, GiB", ylabel="TPOT, ms", yscale="log", title=f"{planner.name}, the best policy")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    save(figure, path)
 
 
 def tpot_over_memory(planner: Planner, plan: Plan) -> list[tuple[int, float]]:

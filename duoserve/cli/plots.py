@@ -1,11 +1,11 @@
-"""Pictures of replays; needs matplotlib, the extra ``plot``."""
+"""Pictures of replays, and what all pictures share; needs matplotlib, the extra ``plot``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from duoserve.errors import ConfigError
 from duoserve.scheduling.hardware import Machine
@@ -14,19 +14,18 @@ from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.replay import Watcher, replay
 from duoserve.scheduling.trace import Trace
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Span = tuple[float, float]
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], lanes: tuple[list[Span], list[Span]], title: str) -> None:
     """Hit rate over capacity, by policy, and below it a decode step's copy lane, compute lane and stalls.
 
-    ConfigError where matplotlib is not installed.
+    ConfigError where matplotlib is not installed, or the file cannot be drawn.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an optional extra
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'duoserve[plot]'") from error
-    figure = Figure(figsize=(9, 7), layout="constrained")
+    figure = new_figure(9, 7)
     above, below = figure.subplots(2, 1, height_ratios=[3, 1])
     for policy in dict.fromkeys(row["policy"] for row in rows):
         mine = [row for row in rows if row["policy"] == policy]
@@ -40,7 +39,24 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], lanes: tuple[list[Span],
         )
     below.set_yticks(range(3), ["stall", "compute", "copy"])
     below.set(xlabel="ms of one decode step")
-    figure.savefig(path)
+    save(figure, path)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty picture, in inches; ConfigError where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an optional extra
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib: pip install 'duoserve[plot]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes the picture in the format that the file's name ends in; ConfigError where that cannot be."""
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not have
+        raise ConfigError(f"--plot {path}: cannot be drawn ({error})") from error
 
 
 def stalls(work: Sequence[Span]) -> list[Span]:

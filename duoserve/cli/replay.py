@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from duoserve.cli.options import Subparsers, add_parser
+from duoserve.cli.options import Subparsers, add_parser, count, natural
 from duoserve.cli.plots import draw, one_step
 from duoserve.errors import ConfigError
 from duoserve.models.opened import OpenedModel, opened
@@ -60,11 +60,11 @@ def add_command(commands: Subparsers) -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw hit rates and a decode step (extra: plot)")
     made_up = parser.add_argument_group("synthetic traces")
-    made_up.add_argument("--requests", type=int, default=4, metavar="N", help="default: 4")
-    made_up.add_argument("--tokens", type=int, default=128, metavar="N", help="of each request (default: 128)")
-    made_up.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="of each prompt (default: 128)")
+    made_up.add_argument("--requests", type=count, default=4, metavar="N", help="default: 4")
+    made_up.add_argument("--tokens", type=natural, default=128, metavar="N", help="of each request (default: 128)")
+    made_up.add_argument("--prompt-tokens", type=count, default=128, metavar="N", help="of each prompt (default: 128)")
     made_up.add_argument("--precision", type=float, default=0.8, metavar="P", help="of look-ahead (default: 0.8)")
-    made_up.add_argument("--seed", type=int, default=0, metavar="S")
+    made_up.add_argument("--seed", type=natural, default=0, metavar="S")
     parser.set_defaults(command=run)
 
 
@@ -119,7 +119,10 @@ def layer_sizes(model: OpenedModel) -> LayerSizes:
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    try:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise ConfigError(f"--csv {path}: cannot be written ({error})") from error

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
 from duoserve.async_engine import AsyncEngine
-from duoserve.cli.options import LOADING, MODEL_HELP, Subparsers, add_loading, add_parser
+from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
 from duoserve.errors import ConfigError
 from duoserve.moe_model import MoEModel
 from duoserve.server.settings import ServerSettings
@@ -47,12 +47,12 @@ def run(args: argparse.Namespace) -> None:
         host=args.host,
         port=args.port,
         api_key=args.api_key,
+        allowed_hosts=tuple(filter(None, map(str.strip, args.allowed_hosts.split(",")))),
         shutdown_s=args.shutdown_timeout,
         ping_s=args.ping_interval,
         objectives=service.objectives,
     )
-    wanted = {name: getattr(args, name) for name in LOADING}
-    serve(settings, lambda: _load(args.model, wanted, service), _say_ready)
+    serve(settings, lambda: _load(args.model, loading(args), service), _say_ready)
 
 
 def take_environment(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +91,9 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     group.add_argument("--port", type=int, default=8000, metavar="N", help="0: any that is free (default: 8000)")
     group.add_argument("--api-key", metavar="KEY", help="what requests must show, but for /health (default: nothing)")
+    group.add_argument(
+        "--allowed-hosts", metavar="NAME,...", default="", help="names that requests may ask for (default: any)"
+    )
     group.add_argument("--served-model-name", metavar="NAME", help="the model's name in requests (default: MODEL)")
     group.add_argument(
         "--shutdown-timeout",

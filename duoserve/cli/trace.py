@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from duoserve.cli.options import LOADING, MODEL_HELP, Subparsers, add_loading, add_parser
+from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
 from duoserve.config import EngineConfig
 from duoserve.errors import RequestError
 from duoserve.experts.budget import format_bytes, parse_bytes
@@ -84,7 +84,8 @@ def _from_json(line: str, where: str) -> str:
 
 
 def _wanted(args: argparse.Namespace) -> EngineConfig:
-    options = {name: getattr(args, name) for name in LOADING if name != "policy"}
+    options = loading(args)
+    del options["policy"]
     if options["host_memory"] == "auto":
         options["host_memory"] = None
     sizes = {name: None if options[name] is None else parse_bytes(options[name]) for name in SIZES}

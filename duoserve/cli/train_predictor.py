@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-from duoserve.cli.options import Subparsers, add_parser
+from duoserve.cli.options import Subparsers, add_parser, natural
 from duoserve.errors import RequestError
 from duoserve.predictors.files import save_predictor
 from duoserve.predictors.quality import measure
@@ -30,7 +30,9 @@ def add_command(commands: Subparsers) -> None:
     parser.add_argument("--kind", choices=list(KINDS), default="duoserve", help="default: duoserve")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="NAME.safetensors; NAME.json comes too")
     parser.add_argument("--horizon", type=int, choices=[1, 2, 3], default=1, help="layers that duoserve looks ahead")
-    parser.add_argument("--seed", type=int, metavar="S", default=0, help="of the held-out requests and the training")
+    parser.add_argument(
+        "--seed", type=natural, metavar="S", default=0, help="of the held-out requests and the training"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as a JSON object")
     parser.set_defaults(command=run)
 

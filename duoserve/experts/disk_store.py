@@ -19,7 +19,7 @@ from torch import Tensor
 
 from duoserve.errors import CheckpointError, ClosedError, CopyError
 from duoserve.experts.layout import ROW_ALIGNMENT, ExpertId, ExpertLayout
-from duoserve.experts.pack_format import PACK_FILE, PackHeader, read_pack_header
+from duoserve.experts.pack_format import PACK_FILE, REMEDY, PackHeader, read_pack_header
 from duoserve.experts.rows import aligned_rows
 from duoserve.experts.store import ExpertStore
 
@@ -28,7 +28,6 @@ ReadAt = Callable[[int, list[memoryview], int], int]
 
 _RETRY_PAUSES_S = (0.01, 0.1)  # a disk that is back within this time costs a hiccup, not a request
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC
-_REMEDY = "delete the folder and pack the checkpoint again"
 
 
 class DiskStore(ExpertStore):
@@ -65,7 +64,7 @@ class DiskStore(ExpertStore):
             _check_size(self.file, self._header.total_bytes)
             self._fd, self.direct = _open(self.file, read_at)
         except OSError as error:
-            raise CheckpointError(f"{self.file}: cannot be opened ({error}); {_REMEDY}") from error
+            raise CheckpointError(f"{self.file}: cannot be opened ({error}); {REMEDY}") from error
 
     @property
     def bytes_read(self) -> int:
@@ -115,7 +114,7 @@ class DiskStore(ExpertStore):
             if count == 0:
                 raise CopyError(
                     f"{self._where(expert)}: the file ends after {done} of {len(buffer)} bytes, it was "
-                    f"truncated while in use; {_REMEDY}"
+                    f"truncated while in use; {REMEDY}"
                 )
             done += count
 
@@ -149,13 +148,13 @@ def _check_header(path: Path, found: PackHeader, wanted: PackHeader) -> None:
     has, needs = asdict(found), asdict(wanted)
     wrong = [f"{name} is {has[name]!r}, needed is {needs[name]!r}" for name in needs if has[name] != needs[name]]
     if wrong:
-        raise CheckpointError(f"{path}: this pack was made for another model: {'; '.join(wrong)}; {_REMEDY}")
+        raise CheckpointError(f"{path}: this pack was made for another model: {'; '.join(wrong)}; {REMEDY}")
 
 
 def _check_size(file: Path, nbytes: int) -> None:
     found = file.stat().st_size
     if found != nbytes:
-        raise CheckpointError(f"{file}: has {found} bytes where pack.json means {nbytes}; {_REMEDY}")
+        raise CheckpointError(f"{file}: has {found} bytes where pack.json means {nbytes}; {REMEDY}")
 
 
 def _open(file: Path, read_at: ReadAt) -> tuple[int, bool]:

@@ -36,9 +36,16 @@ def resolve(model: str | Path, *, revision: str | None = None, offline: bool = F
     """
     if model in EMBEDDED:
         return _checked(EMBEDDED_FOLDER / model, f"the embedded model {model!r} is not part of this installation")
-    folder = Path(model).expanduser()
-    if folder.exists() or isinstance(model, Path) or not _HUB_ID.fullmatch(model):
-        return _checked(folder, f"{str(model)!r} is no folder here, no hub id (owner/name) and not {_NAMES}")
+    if not isinstance(model, (str, Path)):
+        raise CheckpointError(f"{model!r} is no model: give a folder, a hub id (owner/name) or {_NAMES}")
+    unknown = f"{str(model)!r} is no folder here, no hub id (owner/name) and not {_NAMES}"
+    try:
+        folder = Path(model).expanduser()
+        here = folder.exists()
+    except (OSError, RuntimeError) as error:  # too long a name, no such home
+        raise CheckpointError(f"{unknown} ({error})") from error
+    if here or isinstance(model, Path) or not _HUB_ID.fullmatch(model):
+        return _checked(folder, unknown)
     return _checked(
         _download(model, revision, offline, weights), f"the hub's {model} is no model that duoserve can load"
     )

@@ -18,7 +18,7 @@ FORMAT_VERSION = 1
 # What weights that are no codes may be, by torch's names: in a checkpoint, in a pack, in a slot.
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32)}
 _MAX_HEADER_BYTES = 65536
-_REMEDY = "delete the folder and pack the checkpoint again"
+REMEDY = "delete the folder and pack the checkpoint again"
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,13 @@ class PackHeader:
 def read_pack_header(folder: Path) -> PackHeader:
     """The checked header of the pack in ``folder``; CheckpointError: it is missing, malformed or of another version."""
     path = folder / HEADER_FILE
-    raw = read_object(path, _MAX_HEADER_BYTES)
+    try:
+        raw = read_object(path, _MAX_HEADER_BYTES)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: is no pack that can be used ({error}); {REMEDY}") from error
     if raw.get("format_version") != FORMAT_VERSION:  # looked at first: another version may have other fields
         found = raw.get("format_version")
-        raise CheckpointError(f"{path}: format_version is {found!r}, this duoserve reads {FORMAT_VERSION}; {_REMEDY}")
+        raise CheckpointError(f"{path}: format_version is {found!r}, this duoserve reads {FORMAT_VERSION}; {REMEDY}")
     _check_fields(raw, path)
     header = PackHeader(**raw)
     _check_slot_bytes(header, path)
@@ -84,20 +87,20 @@ def _check_slot_bytes(header: PackHeader, path: Path) -> None:
     try:
         takes = ExpertLayout(FORMS[header.dtype], header.hidden, header.intermediate).slot_bytes
     except KernelError as error:
-        raise CheckpointError(f"{path}: there is no {expert} ({error}); {_REMEDY}") from error
+        raise CheckpointError(f"{path}: there is no {expert} ({error}); {REMEDY}") from error
     if header.slot_bytes != takes:
-        raise CheckpointError(f"{path}: slot_bytes is {header.slot_bytes}, but {expert} takes {takes}; {_REMEDY}")
+        raise CheckpointError(f"{path}: slot_bytes is {header.slot_bytes}, but {expert} takes {takes}; {REMEDY}")
 
 
 def _check_fields(raw: dict[str, Any], path: Path) -> None:
     wanted = {field.name for field in fields(PackHeader)}
     if raw.keys() != wanted:
         odd = sorted(raw.keys() ^ wanted)
-        raise CheckpointError(f"{path}: has to hold exactly {sorted(wanted)}, wrong are {odd}; {_REMEDY}")
+        raise CheckpointError(f"{path}: has to hold exactly {sorted(wanted)}, wrong are {odd}; {REMEDY}")
     for name in sorted(wanted - {"fingerprint", "dtype"}):
         if type(raw[name]) is not int or raw[name] < 1:
-            raise CheckpointError(f"{path}: {name} is {raw[name]!r}, but must be a positive integer; {_REMEDY}")
+            raise CheckpointError(f"{path}: {name} is {raw[name]!r}, but must be a positive integer; {REMEDY}")
     if not isinstance(raw["fingerprint"], str):
-        raise CheckpointError(f"{path}: fingerprint is {raw['fingerprint']!r}, but must be text; {_REMEDY}")
+        raise CheckpointError(f"{path}: fingerprint is {raw['fingerprint']!r}, but must be text; {REMEDY}")
     if raw["dtype"] not in list(FORMS):  # a list: the value may be unhashable
-        raise CheckpointError(f"{path}: dtype is {raw['dtype']!r}, supported are {', '.join(FORMS)}; {_REMEDY}")
+        raise CheckpointError(f"{path}: dtype is {raw['dtype']!r}, supported are {', '.join(FORMS)}; {REMEDY}")

@@ -23,6 +23,7 @@ MAX_HEADER_BYTES = 16 << 20  # the largest in public use, with 90 thousand tenso
 MAX_TENSORS = 200_000
 _MAX_DIMS = 16
 _LENGTH_BYTES = 8
+_LFS_POINTER = b"version "  # of https://git-lfs.github.com/spec/v1; no header is as long as this would mean
 _REMEDY = "the file is damaged or malicious; download or save it again"
 
 DTYPES = {
@@ -114,7 +115,10 @@ def _header_bytes(file: PositionalFile, start: int) -> bytes:
     room = file.size - start - _LENGTH_BYTES
     if room < 0:
         raise CheckpointError(f"{file.path}: {file.size} bytes, too short for a safetensors file; {_REMEDY}")
-    length = int.from_bytes(file.read(start, _LENGTH_BYTES), "little")
+    first = file.read(start, _LENGTH_BYTES)
+    if first == _LFS_POINTER:
+        raise CheckpointError(f"{file.path}: only points to its content in Git LFS; git lfs pull brings that")
+    length = int.from_bytes(first, "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(f"{file.path}: header of {length} bytes, {MAX_HEADER_BYTES} are allowed; {_REMEDY}")
     if length > room:

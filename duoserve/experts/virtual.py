@@ -50,11 +50,56 @@ class ComputeLane:
         self._clock.advance_to(self.free_at)
 
 
-class VirtualCopyEngine(CopyEngine):
-    """One link that carries one piece after another, each for ``seconds(nbytes)``; for one thread.
+class ClockedCopyEngine(CopyEngine):
+    """What engines on a virtual clock share: copies of ``nbytes`` bytes wait in ``queue``; for one thread.
 
-    ``wait`` advances the clock to the completion that it waits for. Copies that fell due while somebody else advanced
-    the clock finish at their own time, at the latest in the next call. With ``store`` and ``pool`` (both or neither)
+    What falls due while somebody else advances the clock happens at its own time, at the latest in the next call.
+    """
+
+    def __init__(self, clock: VirtualClock, queue: TicketQueue, nbytes: int, on_copied: CopyListener | None) -> None:
+        self._clock = clock
+        self._queue = queue
+        self._nbytes = nbytes
+        self._on_copied = on_copied
+        self._closed = False
+
+    def now(self) -> float:
+        """Seconds of the virtual clock."""
+        return self._clock.now
+
+    def promote(self, ticket: Ticket) -> None:
+        """As in CopyEngine."""
+        self.settle()
+        self._queue.promote(ticket)
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """As in CopyEngine."""
+        self.settle()
+        if not self._queue.discard(ticket):
+            return False
+        ticket.cancel(self.now())
+        return True
+
+    def _queued(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
+        """A copy that is asked for now; ClosedError after ``close``."""
+        if self._closed:
+            raise ClosedError(f"a copy of expert {expert.layer}/{expert.expert} was asked for after close()")
+        ticket = Ticket(expert, slot, priority, self._nbytes, self.now())
+        self._queue.push(ticket)
+        return ticket
+
+    def _close_queue(self) -> None:
+        """Takes no more copies, and cancels those that have not begun."""
+        self.settle()
+        self._closed = True
+        for ticket in self._queue.clear():
+            ticket.cancel(self.now())
+
+
+class VirtualCopyEngine(ClockedCopyEngine):
+    """One link that carries one piece after another, each for ``seconds(nbytes)``.
+
+    ``wait`` advances the clock to the completion that it waits for. With ``store`` and ``pool`` (both or neither)
     the bytes are really copied, when the last piece completes, so that reading a slot too early shows. Without them an
     expert is ``nbytes`` bytes. With ``shuffle`` the link draws its next piece from all that are queued, whatever their
     priority, and decides only when time moves, so that copies asked for at one instant complete in any order. The work
@@ -76,49 +121,26 @@ class VirtualCopyEngine(CopyEngine):
     ) -> None:
         if (store is None) != (pool is None):
             raise ValueError("store and pool go together: give both or neither")
-        self._clock = clock
+        expert_bytes = nbytes if store is None else store.layout.slot_bytes
+        super().__init__(clock, TicketQueue(piece_bytes), expert_bytes, on_copied)
         self._seconds = seconds
         self._store = store
         self._pool = pool
         self._shuffle = shuffle
-        self._nbytes = nbytes if store is None else store.layout.slot_bytes
         self._lane = lane
-        self._on_copied = on_copied
-        self._queue = TicketQueue(piece_bytes)
         self._read_until: dict[int, float] = {}  # by slot, until a copy into it starts
         self.on_link: Piece | None = None  # the piece that is carried; for others to read only
         self._due = 0.0  # when it completes
         self._free_at = 0.0  # when the link began it, or could have begun the next
-        self._closed = False
-
-    def now(self) -> float:
-        """Seconds of the virtual clock."""
-        return self._clock.now
 
     def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
         """As in CopyEngine."""
-        if self._closed:
-            raise ClosedError(f"a copy of expert {expert.layer}/{expert.expert} was asked for after close()")
         self.settle()
         if self.on_link is None:
             self._free_at = self.now()
-        ticket = Ticket(expert, slot, priority, self._nbytes, self.now())
-        self._queue.push(ticket)
+        ticket = self._queued(expert, slot, priority)
         self.settle()
         return ticket
-
-    def promote(self, ticket: Ticket) -> None:
-        """As in CopyEngine."""
-        self.settle()
-        self._queue.promote(ticket)
-
-    def cancel(self, ticket: Ticket) -> bool:
-        """As in CopyEngine."""
-        self.settle()
-        if not self._queue.discard(ticket):
-            return False
-        ticket.cancel(self.now())
-        return True
 
     def fence(self, slots: Collection[int]) -> None:
         """As in CopyEngine; nothing without a lane."""
@@ -149,10 +171,7 @@ class VirtualCopyEngine(CopyEngine):
 
     def close(self) -> None:
         """As in CopyEngine; the clock advances to the end of what is on the link."""
-        self.settle()
-        self._closed = True
-        for ticket in self._queue.clear():
-            ticket.cancel(self.now())
+        self._close_queue()
         if self.on_link is not None:
             self._clock.advance_to(self._due)
             self.settle()

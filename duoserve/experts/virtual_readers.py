@@ -7,11 +7,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from math import inf
 
-from duoserve.errors import ClosedError, IntegrityError
-from duoserve.experts.copy_engine import CopyEngine, CopyListener
+from duoserve.errors import IntegrityError
+from duoserve.experts.copy_engine import CopyListener
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.tickets import Priority, Ticket, TicketQueue
-from duoserve.experts.virtual import ComputeLane, VirtualClock
+from duoserve.experts.virtual import ClockedCopyEngine, ComputeLane, VirtualClock
 
 _DONE_BYTES = 1.0  # what is less is rounding
 # Memory is warm if its slot is among the last so many that were read into or computed from. Measured on a Xeon with
@@ -54,23 +54,19 @@ class _Read:
     left: float  # bytes, as many as would take as long at the common rate
 
 
-class VirtualReaders(CopyEngine):
-    """``readers`` that carry whole experts of ``nbytes`` bytes; for one thread.
+class VirtualReaders(ClockedCopyEngine):
+    """``readers`` that carry whole experts of ``nbytes`` bytes.
 
-    ``wait`` advances the clock, and so do ``compute`` and ``submit``. What falls due while somebody else advances it
-    happens at its own time, at the latest in the next call. Threads of one interpreter get in each other's way: one
-    that is woken keeps the host from computing for ``roused_s``, unless that sleeps then, and so does a read that ends
-    while the host computes, for ``ended_s``.
+    ``wait`` advances the clock, and so do ``compute`` and ``submit``. Threads of one interpreter get in each other's
+    way: one that is woken keeps the host from computing for ``roused_s``, unless that sleeps then, and so does a read
+    that ends while the host computes, for ``ended_s``.
     """
 
     def __init__(
         self, clock: VirtualClock, readers: Readers, nbytes: int, on_copied: CopyListener | None = None
     ) -> None:
-        self._clock = clock
+        super().__init__(clock, TicketQueue(), nbytes, on_copied)
         self._readers = readers
-        self._nbytes = nbytes
-        self._on_copied = on_copied
-        self._queue = TicketQueue()
         self._waking: list[float] = []  # when threads that do not sleep look for work, ascending
         self._reads: list[_Read] = []
         self.roused_s = 0.0
@@ -81,19 +77,11 @@ class VirtualReaders(CopyEngine):
         self._used: list[int] = []  # the slots that were used last, the last one last
         self._warm: set[Ticket] = set()  # copies, not begun yet, into such slots
         self._at = clock.now  # up to where everything has happened
-        self._closed = False
-
-    def now(self) -> float:
-        """Seconds of the virtual clock."""
-        return self._clock.now
 
     def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
         """As in CopyEngine; wakes a thread if one sleeps."""
-        if self._closed:
-            raise ClosedError(f"a copy of expert {expert.layer}/{expert.expert} was asked for after close()")
         self.settle()
-        ticket = Ticket(expert, slot, priority, self._nbytes, self.now())
-        self._queue.push(ticket)
+        ticket = self._queued(expert, slot, priority)
         if self._use(slot):
             self._warm.add(ticket)
         if len(self._waking) + len(self._reads) < self._readers.threads:
@@ -106,19 +94,12 @@ class VirtualReaders(CopyEngine):
         self._fresh.add(expert)
         return ticket
 
-    def promote(self, ticket: Ticket) -> None:
-        """As in CopyEngine."""
-        self.settle()
-        self._queue.promote(ticket)
-
     def cancel(self, ticket: Ticket) -> bool:
         """As in CopyEngine."""
-        self.settle()
-        if not self._queue.discard(ticket):
-            return False
-        ticket.cancel(self.now())
-        self._warm.discard(ticket)
-        return True
+        cancelled = super().cancel(ticket)
+        if cancelled:
+            self._warm.discard(ticket)
+        return cancelled
 
     def fence(self, slots: Collection[int]) -> None:
         """Nothing: work on the host has ended when the call that did it returns."""
@@ -170,10 +151,7 @@ class VirtualReaders(CopyEngine):
 
     def close(self) -> None:
         """As in CopyEngine; the clock advances to the end of what is read."""
-        self.settle()
-        self._closed = True
-        for ticket in self._queue.clear():
-            ticket.cancel(self.now())
+        self._close_queue()
         while self._reads:
             self._clock.advance_to(self._next_event())
             self.settle()

@@ -34,11 +34,14 @@ class Target:
     ignore_eos: bool = False
 
     def client(self) -> httpx.AsyncClient:
-        """For any number of requests at once; the caller closes it."""
-        headers = {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
+        """For any number of requests at once; the caller closes it. ConfigError for what is no URL."""
+        headers = {} if self.api_key is None else {b"Authorization": f"Bearer {self.api_key}".encode()}
         base = self.url.rstrip("/").removesuffix("/v1")
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        return httpx.AsyncClient(base_url=base, headers=headers, timeout=self.timeout_s, limits=limits)
+        try:
+            return httpx.AsyncClient(base_url=base, headers=headers, timeout=self.timeout_s, limits=limits)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"--url: {self.url!r} is no URL ({error})") from error
 
 
 async def served_model(client: httpx.AsyncClient, wanted: str | None) -> str:

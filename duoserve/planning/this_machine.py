@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,14 +30,17 @@ _MAX_BYTES = 1 << 16
 
 
 def this_machine(cache_dir: str | Path | None = None, *, anew: bool = False) -> Hardware:
-    """The card; measured now if it has not been, or if ``anew``. ConfigError for a malformed file."""
+    """The card; measured now if it has not been, or if ``anew``.
+
+    ConfigError for a malformed file, or a cache folder that cannot be written.
+    """
     device, path = resolve("auto"), cache_folder(cache_dir) / FILE
     about = _about(device)
     kept = read_object(path, _MAX_BYTES) if path.is_file() and not anew else {}
     if not kept.keys() >= set(RATES) or any(kept.get(key) != value for key, value in about.items()):
-        kept = about | measure(device, path.parent)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(kept, indent=1) + "\n")
+        with _writing_to(path.parent):
+            kept = about | measure(device, path.parent)
+            path.write_text(json.dumps(kept, indent=1) + "\n")
     if not all(isinstance(kept.get(rate), float) and kept[rate] > 0 for rate in RATES):
         raise ConfigError(f"{path}: not every one of {', '.join(RATES)} is a number above 0: delete the file")
     on_cpu = device.type == "cpu"
@@ -53,7 +58,7 @@ def this_rehearsal(
 ) -> Rehearsal | None:
     """The model's layers on this machine, behind prompts of ``prompt`` tokens; rehearsed now if they have not been.
 
-    None on a GPU, and where the layers are too large to be made up. ConfigError for a malformed file.
+    None on a GPU, and where the layers are too large to be made up. ConfigError as in ``this_machine``.
     """
     device, folder = resolve("auto"), cache_folder(cache_dir)
     if device.type != "cpu":
@@ -66,10 +71,24 @@ def this_rehearsal(
             return Rehearsal.from_dict(read_object(path, _MAX_BYTES))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}: no rehearsal ({error}): delete the file") from error
-    found = rehearse(model, layout, prompt, folder)
-    if found is not None:
-        path.write_text(json.dumps(found.to_dict()) + "\n")
+    with _writing_to(folder):
+        found = rehearse(model, layout, prompt, folder)
+        if found is not None:
+            path.write_text(json.dumps(found.to_dict()) + "\n")
     return found
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Makes ``folder``: its disk is measured, and figures are kept there. ConfigError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: this machine cannot be measured there ({error}); choose another cache folder with "
+            "DUOSERVE_CACHE, or name a machine with --hardware"
+        ) from error
 
 
 def _about(device: torch.device) -> dict[str, str | int]:

@@ -62,7 +62,7 @@ def load_predictor(path: Path, fingerprint: str | None = None) -> RowPredictor:
     try:
         about = read_object(notes_path(path), MAX_JSON_BYTES)
         arrays = safetensors.numpy.load(read_capped(path, MAX_BYTES))
-    except (CheckpointError, safetensors.SafetensorError) as error:
+    except (CheckpointError, safetensors.SafetensorError, ValueError) as error:  # ValueError: a path without a name
         raise TraceError(f"{path}: cannot be read as a predictor ({error})") from error
     meta = _meta(about, path)
     if fingerprint is not None and meta.fingerprint != fingerprint:
@@ -72,7 +72,7 @@ def load_predictor(path: Path, fingerprint: str | None = None) -> RowPredictor:
         )
     try:
         return _made(str(about["kind"]), meta, arrays)
-    except (KeyError, ValueError) as error:
+    except (LookupError, ValueError) as error:
         raise TraceError(f"{path}: is not a whole predictor ({error}); train it again") from error
 
 
@@ -97,7 +97,7 @@ def _arrays(predictor: RowPredictor) -> Arrays:
 
 
 def _made(kind: str, meta: TraceMeta, arrays: Arrays) -> RowPredictor:
-    """KeyError for what is missing, ValueError for what has the wrong shape."""
+    """LookupError for what is missing, ValueError for what has the wrong shape."""
     if kind == LearnedPredictor.name:
         return LearnedPredictor(meta, _networks(meta, arrays))
     if kind == PaperPredictor.name:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from duoserve.config import Phase
+from duoserve.errors import TraceError
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import Routing
 from duoserve.scheduling.trace import Trace, TraceMeta
@@ -60,7 +61,12 @@ class Quality:
 
 
 def measure(predictor: Predictor, trace: Trace, requests: Sequence[int]) -> Quality:
-    """Runs through ``requests`` as an engine would, and compares each prediction with what came."""
+    """Runs through ``requests`` as an engine would, and compares each prediction with what came.
+
+    TraceError if none of them has a decode step.
+    """
+    if not any(trace[number].decodes for number in requests):
+        raise TraceError(f"{len(requests)} requests are held out to measure on, and none decodes: trace more tokens")
     ranks: dict[int, list[np.ndarray]] = {layer: [] for layer in trace.meta.layers}
     said, came = np.zeros(BINS), np.zeros(BINS)
     for number in requests:

@@ -42,7 +42,6 @@ class Split:
 
     train: Tokens
     held: Tokens
-    held_requests: list[int]
     horizon: int
     progress: bool
 
@@ -60,7 +59,7 @@ def train(
     order = np.random.default_rng(seed).permutation(len(trace)).tolist()
     held = sorted(order[: max(1, round(HELD_OUT_SHARE * len(trace)))])
     rest = sorted(set(order) - set(held))
-    split = Split(Tokens(trace, rest), Tokens(trace, held), held, horizon, progress)
+    split = Split(Tokens(trace, rest), Tokens(trace, held), horizon, progress)
     return KINDS[kind](split), held
 
 

@@ -35,7 +35,7 @@ def slot_count(wanted: str, trace: Trace) -> int:
     number = wanted.removesuffix("%")
     try:
         count = int(total * float(number) / 100) if wanted.endswith("%") else int(number)
-    except ValueError:
+    except (ValueError, OverflowError):  # OverflowError: an infinite share
         raise ConfigError(f"slots {wanted!r} is neither a count nor a share such as 25%") from None
     if not trace.meta.top_k < count <= total:
         raise ConfigError(f"{wanted} is {count} slots, but must lie in {trace.meta.top_k + 1}..{total}")

@@ -9,6 +9,7 @@ import json
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,17 +96,24 @@ class TraceWriter:
             raise TraceError(f"{path}: cannot be written ({error})") from error
 
     def append(self, token_ids: Sequence[int], num_prompt: int, layers: Mapping[int, LayerTrace]) -> None:
-        """Writes one request: the tokens that went through the model, and each layer's routing of them."""
+        """Writes one request: the tokens that went through the model, and each layer's routing of them.
+
+        TraceError where it cannot be written: what was there before stays whole.
+        """
         values: dict[str, np.ndarray] = {REQUESTS: np.array([[len(token_ids), num_prompt]])}
         values[TOKEN_IDS] = np.array(token_ids)
         for layer in self._meta.layers:
             values |= dict(zip(self._meta.of_layer(layer), _given(layers[layer]), strict=True))
-        self._file.write(_encoded(self._meta, values))
-        self._file.flush()
+        try:
+            self._file.write(_encoded(self._meta, values))
+            self._file.flush()
+        except OSError as error:
+            raise TraceError(f"{self._path}: cannot be written ({error}); --resume goes on with it") from error
 
     def close(self) -> None:
-        """Closes the file; idempotent."""
-        self._file.close()
+        """Closes the file; idempotent. What could not be written has been said by ``append``."""
+        with suppress(OSError):
+            self._file.close()
 
     def _cut_to_whole(self) -> None:
         file = _open(self._path)

@@ -13,7 +13,7 @@ from duoserve.errors import DuoServeError
 from duoserve.server.endpoints import Endpoints
 from duoserve.server.errors import ApiError, as_api_error, noted
 from duoserve.server.host import Host
-from duoserve.server.http import ClientGone, HeaderLimit, KeyGuard, error_response
+from duoserve.server.http import ClientGone, HeaderLimit, HostGuard, KeyGuard, error_response
 from duoserve.server.settings import ServerSettings
 
 CLIENT_GONE = 499  # nobody reads it; nginx's number, for logs
@@ -35,6 +35,8 @@ def make_app(host: Host, settings: ServerSettings) -> Starlette:
         Route("/", to.page),
     ]
     guards = [Middleware(HeaderLimit, max_bytes=settings.max_header_bytes)]
+    if settings.allowed_hosts:
+        guards.append(Middleware(HostGuard, names=settings.allowed_hosts))
     if settings.api_key is not None:
         guards.append(Middleware(KeyGuard, key=settings.api_key))
     handlers = dict.fromkeys((ApiError, DuoServeError), _failed)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from duoserve.errors import RequestError
-from duoserve.sampling import SEEDS, SamplingParams
+from duoserve.sampling import HIGHEST_SEED, LOWEST_SEED, SamplingParams
 from duoserve.server.errors import ApiError, bad
 from duoserve.server.fields import Fields, shown
 from duoserve.service import Objectives
@@ -22,7 +22,13 @@ MAX_OBJECTIVE_MS = 86_400_000  # a day
 COMPLETION_TOKENS = 16  # OpenAI's default
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 NOT_FROM_CLIENTS = ("chat_template", "chat_template_kwargs")
-NOT_SUPPORTED = ("tools", "functions", "logit_bias", "suffix", "echo", "presence_penalty", "frequency_penalty")
+NOT_SUPPORTED = (
+    *("tools", "functions", "logit_bias", "suffix", "echo", "presence_penalty", "frequency_penalty"),
+    # vLLM's
+    *("min_tokens", "stop_token_ids", "bad_words", "allowed_token_ids", "use_beam_search", "prompt_logprobs"),
+    *("truncate_prompt_tokens", "continue_final_message", "include_stop_str_in_output"),
+    *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+)
 
 Messages = list[dict[str, str]]
 Prompt = str | list[int]
@@ -47,15 +53,16 @@ class Asked:
     def params(self, prompt_tokens: int, context: int, repeat: int) -> SamplingParams:
         """The parameters of a prompt's ``repeat``-th choice; a 400 where ``context`` tokens do not hold it.
 
-        Choices of one seed count up from it, for they would be the same otherwise.
+        Choices of one seed count up from it, for they would be the same otherwise; behind the highest comes 0.
         """
         room = context - prompt_tokens
         if room < 1 or (self.max_tokens or 1) > room:
             wanted = "" if self.max_tokens is None else f" and max_tokens={self.max_tokens}"
             raise bad("max_tokens", f"{prompt_tokens} prompt tokens{wanted} exceed the context of {context} tokens")
         sampling = dict(self.sampling)
-        if (seed := sampling.get("seed")) is not None and seed + repeat <= SEEDS[1]:
-            sampling["seed"] = seed + repeat
+        if (seed := sampling.get("seed")) is not None:
+            counted = seed + repeat
+            sampling["seed"] = counted if counted <= HIGHEST_SEED else counted - HIGHEST_SEED - 1
         return _sampling_params(max_tokens=self.max_tokens or room, **sampling)
 
 
@@ -80,8 +87,6 @@ def chat(fields: Fields, defaults: Objectives) -> tuple[Asked, Messages]:
     wants = fields.flag("logprobs")
     if top is not None and not wants:
         raise bad("top_logprobs", "top_logprobs needs logprobs to be true")
-    if fields.part("response_format").text("type") not in {None, "text"}:
-        raise fields.wrong("response_format", 'of type "text": this server constrains no output')
     most = fields.integer("max_completion_tokens", 1, MAX_TOKENS) or fields.integer("max_tokens", 1, MAX_TOKENS)
     return _asked(fields, most, (top or 0) if wants else None, defaults), messages
 
@@ -114,6 +119,8 @@ def _refuse(fields: Fields) -> None:
     for name in NOT_SUPPORTED:
         if fields.raw(name):
             raise bad(name, f"{name} is not supported by this server: leave it out")
+    if fields.part("response_format").text("type") not in {None, "text"}:
+        raise fields.wrong("response_format", 'of type "text": this server constrains no output')
 
 
 def _sampling(fields: Fields) -> dict[str, Any]:
@@ -125,7 +132,7 @@ def _sampling(fields: Fields) -> dict[str, Any]:
         "min_p": fields.number("min_p", 0.0, 1.0),
         "repetition_penalty": fields.number("repetition_penalty", 0.01, 100.0),
         "stop": fields.raw("stop"),
-        "seed": fields.integer("seed", *SEEDS),
+        "seed": fields.integer("seed", LOWEST_SEED, HIGHEST_SEED),
         "ignore_eos": fields.flag("ignore_eos"),
     }
     return {name: value for name, value in found.items() if value is not None}

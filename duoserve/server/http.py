@@ -7,7 +7,7 @@ import base64
 import binascii
 import hmac
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.datastructures import Headers
@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from duoserve.server.errors import ApiError
-from duoserve.server.fields import Fields, parse_object
+from duoserve.server.fields import Fields, parse_object, shown
 from duoserve.server.sse import HEADERS
 
 OPEN_PATHS = {"/health"}
@@ -134,6 +134,31 @@ class HeaderLimit:
             return
         error = ApiError(431, f"the headers have {size} bytes, more than {self._max_bytes}")
         await error_response(error)(scope, receive, send)
+
+
+class HostGuard:
+    """Lets through who asks for one of ``names``, whatever the port; everyone to OPEN_PATHS."""
+
+    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+        self._app = app
+        self._names = {name.lower() for name in names}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application that it is."""
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        asked = Headers(scope=scope).get("host", "")
+        if _without_port(asked).lower() in self._names:
+            await self._app(scope, receive, send)
+            return
+        error = ApiError(421, f"the host {shown(asked)} is not served here: see --allowed-hosts", code="wrong_host")
+        await error_response(error)(scope, receive, send)
+
+
+def _without_port(host: str) -> str:
+    """``[::1]:80`` has colons of its own."""
+    return host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
 
 
 class KeyGuard:

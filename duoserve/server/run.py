@@ -36,8 +36,9 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=512)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}; see --host and --port") from error
+    except (OSError, TypeError) as error:  # TypeError: no name that could be looked up
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot listen on {host} port {port}: {why}; see --host and --port") from error
 
 
 def url_of(listening: socket.socket) -> str:

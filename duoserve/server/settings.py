@@ -15,13 +15,15 @@ class ServerSettings:
     """``name`` is the model's, in requests and answers. Without an ``api_key`` everyone may ask.
 
     ``shutdown_s`` is how long running requests may go on after SIGTERM, ``ping_s`` how long a stream may be silent.
-    ``objectives`` are the service's own, for requests that bring only one of theirs.
+    ``objectives`` are the service's own, for requests that bring only one of theirs. Where there are ``allowed_hosts``,
+    requests by another name of this machine are refused, as a web page's are that has its own name lead here.
     """
 
     name: str
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
     shutdown_s: float = 30.0
     ping_s: float = 10.0
     max_body_bytes: int = 4 << 20
@@ -36,5 +38,9 @@ class ServerSettings:
             raise ConfigError(f"the shutdown timeout is {self.shutdown_s} s, but must be in 0..{DAY_S}")
         if not 0 < self.ping_s <= DAY_S:
             raise ConfigError(f"the ping interval is {self.ping_s} s, but must be more than 0 and at most {DAY_S}")
+        if not self.host:
+            raise ConfigError("the host is empty: give an address to listen on; 0.0.0.0 is all of this machine's")
         if self.api_key == "":
             raise ConfigError("the API key is empty: give one, or none at all")
+        if self.api_key is not None and self.api_key != self.api_key.strip():
+            raise ConfigError("the API key begins or ends with white space, which no request can show")

@@ -51,6 +51,7 @@ def test_the_search_for_goodput_says_what_it_found(duoserve, served):  # noqa: F
     [
         (("--url", "http://127.0.0.1:9"), "--url: no server answers at http://127.0.0.1:9"),
         (("--url", "nonsense"), "--url: no server answers at"),
+        (("--url", "http://[::1"), "--url: 'http://[::1' is no URL"),
         (("--url", "http://127.0.0.1:9", "--goodput"), "--goodput counts requests inside objectives: give --slo-ttft"),
     ],
 )
@@ -60,10 +61,10 @@ def test_what_cannot_be_measured_is_refused(duoserve, words, said):
 
 
 def test_another_model_or_key_is_named(duoserve, served):  # noqa: F811
-    server = served(api_key="right")
+    server = served(api_key="rïght")
     ran = duoserve("bench", "serve", "--url", server.url, "--api-key", "wrong")
     assert ran.code == 1 and "--api-key" in ran.err and "(401)" in ran.err
-    ran = duoserve("bench", "serve", "--url", server.url, "--api-key", "right", "--model", "other")
+    ran = duoserve("bench", "serve", "--url", server.url, "--api-key", "rïght", "--model", "other")
     assert ran.code == 1 and "serves fake, not other" in ran.err
 
 

@@ -49,6 +49,13 @@ def test_reset_forgets_all_but_the_system_and_exit_ends(duoserve, chat_folder, a
     assert (ran.code, ran.out) == (0, f"{answer}\n{answer}\n")
 
 
+def test_what_is_no_text_is_refused(duoserve, chat_folder, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
+    ran = duoserve("chat", chat_folder, *GREEDY)
+    assert (ran.code, ran.out) == (1, "")
+    assert "what stdin says is not utf-8 text" in ran.err
+
+
 def test_a_model_without_a_template_is_refused(duoserve, model_folder, monkeypatch):
     say(monkeypatch, "hi")
     ran = duoserve("chat", model_folder)

@@ -31,6 +31,12 @@ def test_from_prompts_to_a_choice(
     assert said["why"].startswith("Expect ") and written["figures"]["rows"]
 
 
+def test_a_seed_that_no_generator_takes_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "bard", "--prompts", "p.txt", "--seed", "-1"])
+    assert "argument --seed: -1 is not an integer in 0.." in capsys.readouterr().err
+
+
 def test_one_prompt_is_too_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_mixtral(tmp_path / "m")
     (tmp_path / "p.txt").write_text("one\n")

@@ -164,3 +164,11 @@ def test_text_is_written_as_it_comes_and_a_reader_may_leave(model_folder, buffer
         running.stdout.close()
         errors = running.stderr.read()
         assert (running.wait(), errors) == (141, b"")
+
+
+def test_what_the_terminal_cannot_show_is_replaced(model_folder, buffered_command):
+    """The model's tokens are bytes at random, so its text is not ASCII."""
+    buffered_command["args"] += ["generate", str(model_folder), "--prompt", "a", "--max-tokens", "20", "--seed", "1"]
+    buffered_command["env"]["PYTHONIOENCODING"] = "ascii"
+    ran = subprocess.run(**buffered_command, stdout=subprocess.PIPE, check=False)
+    assert (ran.returncode, ran.stderr) == (0, b"") and b"?" in ran.stdout

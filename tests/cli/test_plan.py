@@ -75,7 +75,7 @@ def test_one_refusal_among_others_is_said_in_its_place(duoserve):
         (["mixtral-8x7b", "--hardware", "abacus"], 1, "hardware 'abacus' is not known"),
         (["mixtral-8x7b", "--hardware", "rtx4090@string"], 1, "link 'string' is not known: use one of pcie3x16"),
         (["gpt-9", "--hardware", "rtx4090"], 1, "'gpt-9' is no folder here"),
-        (["mixtral-8x7b", "--hardware", "rtx4090", "--prompt", "0"], 2, "'0' is no number of tokens"),
+        (["mixtral-8x7b", "--hardware", "rtx4090", "--prompt", "0"], 2, "'0' is no count of 1 or more"),
         (["mixtral-8x7b", "--hardware", "rtx4090", "--memory", "lots"], 1, "'lots' is not an amount of memory"),
     ],
 )
@@ -151,6 +151,14 @@ def test_a_plot_is_drawn(duoserve, tmp_path):
     path = tmp_path / "plan.png"
     assert duoserve("plan", "bard", "--hardware", "rtx4090", "--max-context", "1024", "--plot", path).code == 0
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_that_cannot_be_drawn_is_said(duoserve, tmp_path):
+    pytest.importorskip("matplotlib", reason="plots are an extra")
+    ran = duoserve(
+        "plan", "bard", "--hardware", "rtx4090", "--max-context", "1024", "--plot", tmp_path / "no" / "p.png"
+    )
+    assert ran.code == 1 and "cannot be drawn" in ran.err
 
 
 def test_a_plan_does_not_wait_for_torchs_compiler(buffered_command):

@@ -82,6 +82,33 @@ def test_what_cannot_be_replayed_is_refused(change: list[str], said: str, capsys
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "change",
+    [["--requests", "0"], ["--tokens", "-1"], ["--prompt-tokens", "0"], ["--seed", "-1"], ["--seed", str(1 << 64)]],
+)
+def test_a_made_up_trace_has_its_bounds(change: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*MADE_UP, *change])
+    assert f"argument {change[0]}: {change[1]} is not a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "said"),
+    [
+        ("--csv", "no/rows.csv", "cannot be written"),
+        ("--plot", "no/plot.png", "cannot be drawn"),
+        ("--plot", "plot.odd", "cannot be drawn"),
+    ],
+)
+def test_what_cannot_be_written_is_said_behind_the_table(
+    option: str, name: str, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib", reason="plots are an extra")
+    assert main([*MADE_UP, "--slots", "64", "--policies", "lru", option, str(tmp_path / name)]) == 1
+    found = capsys.readouterr()
+    assert "lru" in found.out and f"{option} {tmp_path / name}: {said}" in found.err
+
+
 def test_a_plot_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="plots are an extra")
     path = tmp_path / "plot.png"

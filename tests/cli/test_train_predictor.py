@@ -41,6 +41,11 @@ def test_a_bad_name(duoserve, trace, tmp_path, out, fault):
     assert (ran.code, fault in ran.err) == (1, True)
 
 
+def test_a_seed_that_no_generator_takes_is_wrong_usage(duoserve, trace, tmp_path):
+    ran = duoserve("train-predictor", trace, "--seed", "-5", "--out", tmp_path / "p.safetensors")
+    assert (ran.code, "argument --seed: -5 is not an integer in 0.." in ran.err) == (2, True)
+
+
 def test_no_trace(duoserve, tmp_path):
     (tmp_path / "t").write_bytes(b"12345678901234567890")
     ran = duoserve("train-predictor", tmp_path / "t", "--out", tmp_path / "p.safetensors")

@@ -252,6 +252,13 @@ def test_following_the_advice_succeeds_and_its_figure_is_exact(case, knobs, host
     assert refusal(case, {knob: beyond}, host_memory) is not None
 
 
+@pytest.mark.parametrize("name", ["expert_memory", "memory", "host_memory"])
+@pytest.mark.parametrize("size", [-1, "4GiB", 1.5, True])
+def test_sizes_are_bytes(name, size):
+    with pytest.raises(ConfigError, match=f"{name} is {size!r}, but must be an integer of at least 0"):
+        EngineConfig(**{name: size})
+
+
 def test_a_refusal_adds_up_where_waiting_experts_lie_in_another_memory():
     case, wanted = replace(BARD, available=FIXED), EngineConfig(host_memory=5 * ROW)
     with pytest.raises(MemoryBudgetError) as on_cpu:

@@ -100,6 +100,18 @@ def test_what_looks_like_a_path_never_goes_to_the_network(model: str, offline: H
     assert not offline.calls
 
 
+@pytest.mark.parametrize("model", [None, 5, b"bard"])
+def test_what_is_no_name_is_refused(model: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"is no model: give a folder, a hub id \(owner/name\) or 'bard' or"):
+        resolve(model)
+
+
+@pytest.mark.parametrize("model", ["x" * 5000, "~nobody-of-this-name/x"])
+def test_a_name_that_no_file_system_has_is_refused(model: str) -> None:
+    with pytest.raises(CheckpointError, match=r"no folder here, no hub id"):
+        resolve(model)
+
+
 def test_a_path_object_never_goes_to_the_network(offline: Hub) -> None:
     with pytest.raises(CheckpointError, match=r"'owner/name' is no folder here, .*: owner/name is missing; give"):
         resolve(Path("owner/name"))

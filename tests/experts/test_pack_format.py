@@ -60,6 +60,12 @@ def test_a_lacking_field_is_refused(tmp_path: Path) -> None:
         read_pack_header(tmp_path)
 
 
+def test_what_is_no_json_is_packed_again(tmp_path: Path) -> None:
+    (tmp_path / HEADER_FILE).write_text('{"format_version')
+    with pytest.raises(CheckpointError, match=r"not valid JSON .*; delete the folder and pack"):
+        read_pack_header(tmp_path)
+
+
 def test_a_missing_header_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"pack\.json: is missing"):
         read_pack_header(tmp_path)

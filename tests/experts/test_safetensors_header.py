@@ -23,6 +23,7 @@ GOOD = {"a": entry(0, 4, [2, 2]), "b": entry(4, 8, [4])}
 
 MALFORMED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "0 bytes, too short"),
+    "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", "git lfs pull"),
     "seven bytes": (b"\0" * 7, "7 bytes, too short"),
     "header beyond the file": (blob(GOOD)[:-1], "header of .* bytes in a file of"),
     "header over the cap": ((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}", "16777217 bytes, 16777216 are"),

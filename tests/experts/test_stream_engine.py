@@ -242,57 +242,56 @@ class Interrupting(FakeStreams):
         super().wait(mark)
 
 
+class HalfWay:
+    """A prefetch into slot 2 for which the engine does ``what`` when its first piece is on its way; it has finished."""
+
+    def __init__(self, seed: int, what: Callable[[StreamCopyEngine, Ticket], object]) -> None:
+        self.store, self.pool = PartlyInRam(EXPERTS), SlotPool(3, SMALL, poison=True)
+        self.streams = Interrupting(seed)
+        self.engine = StreamCopyEngine(self.store, self.pool, self.streams, num_threads=1, piece_bytes=PIECE)
+        self.ticket = self.engine.submit(EXPERTS[5], 2, PREFETCH)
+        self.streams.interrupt = lambda: what(self.engine, self.ticket)
+        self.streams.asked.set()
+        self.wait(self.ticket)
+
+    def wait(self, ticket: Ticket) -> None:
+        while not ticket.finished:
+            self.engine.wait([ticket])
+
+    def device_reads(self, expert: ExpertId) -> bool:
+        """Whether the device finds the expert in the slot; the engine ends."""
+        read: list[bool] = []
+        self.streams.run(lambda: read.append(torch.equal(self.pool.row(2), self.store.row(expert))))
+        self.streams.finish()
+        self.engine.close()
+        return read == [True]
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_a_prefetch_that_is_cancelled_half_way_leaves_its_slot_to_others(seed: int) -> None:
-    store, pool, streams = PartlyInRam(EXPERTS), SlotPool(3, SMALL, poison=True), Interrupting(seed)
-    engine = StreamCopyEngine(store, pool, streams, num_threads=1, piece_bytes=PIECE)
-    wrong = engine.submit(EXPERTS[5], 2, PREFETCH)
-    streams.interrupt = lambda: engine.cancel(wrong)
-    streams.asked.set()
-    while not wrong.finished:
-        engine.wait([wrong])
-    right = engine.submit(EXPERTS[6], 2, DEMAND)  # whose first bytes must not land before the last of the other's
-    while not right.finished:
-        engine.wait([right])
-    read: list[bool] = []
-    streams.run(lambda: read.append(torch.equal(pool.row(2), store.row(EXPERTS[6]))))
-    streams.finish()
-    engine.close()
-    assert (wrong.state, wrong.sent, right.state) == (TicketState.CANCELLED, PIECE, TicketState.DONE)
-    assert read == [True] and not engine.cancel(wrong)
+    run = HalfWay(seed, StreamCopyEngine.cancel)
+    right = run.engine.submit(EXPERTS[6], 2, DEMAND)  # whose first bytes must not land before the last of the other's
+    run.wait(right)
+    assert run.device_reads(EXPERTS[6])
+    assert (run.ticket.state, run.ticket.sent, right.state) == (TicketState.CANCELLED, PIECE, TicketState.DONE)
+    assert not run.engine.cancel(run.ticket)
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_nothing_of_a_cancelled_prefetch_lands_behind_what_the_device_writes(seed: int) -> None:
     """As a decode step does that brings its misses by itself."""
-    store, pool, streams = PartlyInRam(EXPERTS), SlotPool(3, SMALL, poison=True), Interrupting(seed)
-    engine = StreamCopyEngine(store, pool, streams, num_threads=1, piece_bytes=PIECE)
-    wrong = engine.submit(EXPERTS[5], 2, PREFETCH)
-    streams.interrupt = lambda: engine.cancel(wrong)
-    streams.asked.set()
-    while not wrong.finished:
-        engine.wait([wrong])
-    engine.land()
-    streams.run(lambda: pool.row(2).copy_(store.row(EXPERTS[6])))
-    streams.finish()
-    engine.close()
-    assert torch.equal(pool.row(2), store.row(EXPERTS[6]))
+    run = HalfWay(seed, StreamCopyEngine.cancel)
+    run.engine.land()
+    run.streams.run(lambda: run.pool.row(2).copy_(run.store.row(EXPERTS[6])))
+    run.streams.finish()
+    run.engine.close()
+    assert torch.equal(run.pool.row(2), run.store.row(EXPERTS[6]))
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_prefetch_that_is_promoted_half_way_arrives_whole(seed: int) -> None:
-    store, pool, streams = PartlyInRam(EXPERTS), SlotPool(3, SMALL, poison=True), Interrupting(seed)
-    engine = StreamCopyEngine(store, pool, streams, num_threads=1, piece_bytes=PIECE)
-    ticket = engine.submit(EXPERTS[5], 2, PREFETCH)
-    streams.interrupt = lambda: engine.promote(ticket)
-    streams.asked.set()
-    while not ticket.finished:
-        engine.wait([ticket])
-    read: list[bool] = []
-    streams.run(lambda: read.append(torch.equal(pool.row(2), store.row(EXPERTS[5]))))
-    streams.finish()
-    engine.close()
-    assert ticket.priority is DEMAND and read == [True]
+    run = HalfWay(seed, StreamCopyEngine.promote)
+    assert run.device_reads(EXPERTS[5]) and run.ticket.priority is DEMAND
 
 
 def test_a_prefetch_into_a_slot_that_is_still_read_lets_others_pass() -> None:

@@ -36,6 +36,7 @@ from duoserve.kernels import (
 from duoserve.kernels.configs import HUGE, LARGE, MEDIUM, SMALL, GemmConfig, GemvConfig, gemm_config, gemv_config
 from duoserve.kernels.host_rows import HostRows
 from duoserve.kernels.weights import ExpertFormat, QuantizedLayout
+from tests.kernels.quantized_case import LAYOUTS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
@@ -44,15 +45,7 @@ NUM_SLOTS = 64
 TOP_K, EXPERTS = 8, 128  # Qwen3-30B-A3B, as are the sizes
 HIDDEN, INTER = 2048, 768
 TOKENS = {SMALL: 16, MEDIUM: 512, LARGE: 2048, HUGE: 8192}  # of each shape class with TOP_K of EXPERTS
-FORMATS = (
-    (ExpertFormat.FLOAT, 0),
-    (ExpertFormat.INT8, 0),
-    (ExpertFormat.INT4, 32),
-    (ExpertFormat.INT4, 64),
-    (ExpertFormat.INT4, 128),
-    (ExpertFormat.FP8, 0),
-    (ExpertFormat.MXFP4, 0),
-)
+FORMATS = ((ExpertFormat.FLOAT, 0), *LAYOUTS)
 
 
 def launch(name: str, arch: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,14 @@ BARD = find_model("bard")
 
 def rehearse_bard(folder: Path, prompt: int = 16, form: str | None = None, *, anew: bool = False) -> Rehearsal | None:
     return this_rehearsal(BARD, layout_in(BARD.config, form, BARD.config.dtype), prompt, folder, anew=anew)
+
+
+@pytest.mark.usefixtures("times", "rehearsed")
+@pytest.mark.parametrize("asked", [this_machine, rehearse_bard])
+def test_a_cache_folder_that_cannot_be_is_refused(asked: Callable[[Path], object], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/cache: this machine cannot be measured there .*DUOSERVE_CACHE"):
+        asked(tmp_path / "file" / "cache")
 
 
 def test_a_model_is_rehearsed_once_for_each_prompt_and_format(rehearsed: list[int], tmp_path: Path) -> None:

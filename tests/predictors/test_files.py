@@ -67,7 +67,12 @@ def test_a_predictor_with_a_wrong_array_is_refused(trained, tmp_path, kind, faul
 
 @pytest.mark.parametrize(
     ("change", "fault"),
-    [({"format": "x"}, "not of this version"), ({"kind": "magic"}, "magic"), ({"num_experts": 9}, "has the shape")],
+    [
+        ({"format": "x"}, "not of this version"),
+        ({"kind": "magic"}, "magic"),
+        ({"kind": "duoserve"}, "not a whole predictor"),
+        ({"num_experts": 9}, "has the shape"),
+    ],
 )
 def test_notes_that_do_not_fit_are_refused(trained, tmp_path, change, fault):
     path = tmp_path / "p.safetensors"

@@ -185,6 +185,13 @@ def test_one_request_is_not_enough(trace):
         train(lonely, "popularity")
 
 
+def test_prompts_alone_are_nothing_to_measure_on():
+    prompts = synthesize(replace(CARDS["mixtral-8x7b"], num_layers=2), 4, 0, 0.6, seed=0, prompt=5)
+    predictor, held = train(prompts, "popularity")
+    with pytest.raises(TraceError, match="1 requests are held out to measure on, and none decodes"):
+        measure(predictor, prompts, held)
+
+
 def test_figures_are_json(trace, trained):
     predictor, held = trained["popularity"]
     figures = json.loads(json.dumps(measure(predictor, trace, held).to_dict()))

@@ -28,8 +28,9 @@ def test_slots_are_counts_or_shares() -> None:
     assert [slot_count(wanted, trace) for wanted in ("25%", "12.5%", "96", "3")] == [24, 12, 96, 3]
     with pytest.raises(ConfigError, match=r"2 is 2 slots.*3\.\.96"):
         slot_count("2", trace)
-    with pytest.raises(ConfigError, match="neither a count nor a share"):
-        slot_count("many", trace)
+    for wrong in ("many", "nan%", "inf%"):
+        with pytest.raises(ConfigError, match="neither a count nor a share"):
+            slot_count(wrong, trace)
 
 
 def test_rows_come_by_slots_and_policy_and_a_predictor_goes_to_its_own_kind() -> None:

@@ -108,6 +108,16 @@ def test_what_is_no_trace_is_not_overwritten(tmp_path):
     assert (tmp_path / "t").read_text().startswith("somebody's")
 
 
+def test_a_full_disk_is_said(tmp_path):
+    writer = TraceWriter(tmp_path / "t", META)
+    writer._file.close()
+    writer._file = Path("/dev/full").open("ab")  # noqa: SIM115 - the writer closes it
+    [request, *_] = small_trace()
+    with pytest.raises(TraceError, match=r"No space left.*--resume"):
+        writer.append(request.token_ids_T, request.num_prompt, request.layers)
+    writer.close()
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(TraceError, match="is missing"):
         open_trace(tmp_path / "t")

@@ -107,10 +107,17 @@ def test_a_taken_port_is_refused_before_anything_is_loaded():
         serve(settings(port=taken.getsockname()[1]), failing(AssertionError("loaded")), print)
 
 
+@pytest.mark.parametrize("host", ["no such host", "ü" * 80, "a\0b"])
+def test_a_host_that_is_none_is_refused(host):
+    with pytest.raises(ConfigError, match=r"cannot listen on .* port 0: .*; see --host"):
+        listen(host, 0)
+
+
 def test_settings_are_checked():
     nan, inf = float("nan"), float("inf")
     seconds = [{"shutdown_s": -1}, {"shutdown_s": nan}, {"shutdown_s": inf}, {"ping_s": 0}, {"ping_s": nan}]
-    for wrong in ({"port": 70_000}, {"api_key": ""}, *seconds):
+    keys = [{"api_key": ""}, {"api_key": " s3cret"}, {"api_key": "s3cret\n"}]
+    for wrong in ({"port": 70_000}, {"host": ""}, *keys, *seconds):
         with pytest.raises(ConfigError):
             settings(**wrong)
 
