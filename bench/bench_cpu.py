@@ -36,6 +36,7 @@ from memory_cap import can_cap, memory_cap
 from report import render
 from shapes import SHAPES
 
+REHEARSAL_TOKENS = 2  # of a request before each measured one, discarded: see measure_rounds
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "duoserve" / "bench"
 FULL_SCRATCH, QUICK_SCRATCH = 512 << 20, 32 << 20  # bytes that the memory probes read: far more than the caches hold
 
@@ -43,7 +44,8 @@ FULL_SCRATCH, QUICK_SCRATCH = 512 << 20, 32 << 20  # bytes that the memory probe
 def measure_rounds(run: Run, contestants: Sequence[Contestant]) -> dict[str, list[Round]]:
     """The rounds of every contestant whose engine takes part, in turn, after a warm-up round that is discarded.
 
-    All take turns in one circle, so that a minute in which the machine is slow falls on all alike.
+    All take turns in one circle, so that a minute in which the machine is slow falls on all alike. Each is awake when
+    it is measured: under a hypervisor, memory that nobody has touched for a second is slow to come back.
 
     Each leaves its logits of the whole sequence in ``run.scratch``.
     """
@@ -52,8 +54,9 @@ def measure_rounds(run: Run, contestants: Sequence[Contestant]) -> dict[str, lis
         workers: dict[str, Worker] = {}
 
         def one_round(name: str) -> Round:
-            request = {"prompt": run.prompt, "forced": run.token_ids, "new_tokens": run.shape.new_tokens}
-            played: Round = workers[name].call("round", **request, cold=playing[name].cold)
+            request = {"prompt": run.prompt, "forced": run.token_ids, "cold": playing[name].cold}
+            workers[name].call("round", **request, new_tokens=REHEARSAL_TOKENS)
+            played: Round = workers[name].call("round", **request, new_tokens=run.shape.new_tokens)
             return played
 
         for name, contestant in playing.items():
@@ -154,6 +157,7 @@ def conditions(run: Run, quick: bool) -> dict[str, Any]:
         "threads": run.threads,
         "worker_env": WORKER_ENV,
         "cap_bytes": run.cap_bytes,
+        "rehearsal_tokens": REHEARSAL_TOKENS,
         "not_measured": [name for name in SCRIPTS if name not in run.engines],
         "shape": asdict(run.shape),
     }

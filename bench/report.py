@@ -78,6 +78,11 @@ def conditions(result: Result) -> str:
         + ", ".join(f"`{name}={value}`" for name, value in result["worker_env"].items() if "HUB" not in name)
         + " for all.",
     ]
+    if tokens := result.get("rehearsal_tokens"):
+        rows.append(
+            f"Before each measured request comes one for {tokens} tokens, discarded, for every engine: memory that "
+            "lies idle while others take their turn is slow to come back under a hypervisor."
+        )
     if result.get("cap_bytes"):
         rows.append(
             f"llama.cpp's mapped file and duoserve from disk have {result['cap_bytes'] / 1e6:.0f} MB each in a control "

@@ -76,9 +76,8 @@ def left_product(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Te
     if len(x_TK) == 1:
         product_N = torch.mv(w_NK, x_TK[0]) if bias_N is None else torch.addmv(bias_N, w_NK, x_TK[0])
         return product_N[None]
-    if bias_N is None:
-        return torch.bmm(w_NK[None], x_TK.T[None])[0].T
-    return torch.baddbmm(bias_N[:, None], w_NK[None], x_TK.T[None])[0].T
+    product_NT = torch.mm(w_NK, x_TK.T) if bias_N is None else torch.addmm(bias_N[:, None], w_NK, x_TK.T)
+    return product_NT.T
 
 
 def float_product(x_TK: Tensor, w_NK: Tensor, products: Products) -> Tensor:
