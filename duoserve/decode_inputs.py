@@ -32,9 +32,16 @@ class DecodeInputs:
         self._lengths_B = torch.zeros(num_sequences, dtype=torch.int32, device=recorder.device)
 
     def load(self, layout: Layout) -> None:
-        """Lays the tokens out for the next replay; the one before must be done."""
-        tables = chain.from_iterable(layout.page_table)
-        self._host_N.numpy()[:] = [*layout.token_ids, *layout.positions, *layout.rows, *layout.lengths, *tables]
+        """Lays the tokens out for the next replay; the one before must be done.
+
+        Sequences that ``layout`` has too few are nobody's, with a token that is stored nowhere and sees nothing.
+        """
+        num_sequences, width = self._shape
+        padding, table = num_sequences - len(layout.spans), [-1] * width
+        tables = [pages + table[len(pages) :] for pages in layout.page_table] + [table] * padding
+        none, nowhere = [0] * padding, [-1] * padding
+        numbers = [layout.token_ids, none, layout.positions, none, layout.rows, nowhere, layout.lengths, none, *tables]
+        self._host_N.numpy()[:] = list(chain.from_iterable(numbers))
 
     def batch(self) -> Batch:
         """The batch, as part of what is recorded."""
