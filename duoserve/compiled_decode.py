@@ -20,33 +20,35 @@ from duoserve.passes import Decoder
 from duoserve.recorded_choices import RecordedChoices
 from duoserve.recorded_decode import MakeStep, RecordedDecoder, Shape
 
-# Sequences of the largest step that is compiled; each power of two up to it is one of its own.
-MAX_SEQUENCES = 16
+# Sequences of the steps that are compiled: few sizes, for each takes seconds to compile, and to compute four rows of a
+# product takes as long as to compute two, as its time is that of its weights.
+SIZES = (1, 4, 16)
 
 
 def compiled_decoder(model: Transformer, cache: PagedKVCache) -> RecordedDecoder:
-    """Decodes in compiled steps of 1, 2, 4, 8 or 16 sequences, the last ones padding; the model itself computes more.
+    """Decodes in compiled steps of SIZES, the last sequences padding; the model itself computes those of more.
 
     A step's bits are not quite the model's, since sums are made in another order; they are the same under every policy.
-    To compile one takes seconds, less what is found on the disk: that of one sequence is compiled here, and each other
-    one at its first step, so that who generates alone does not wait for it. Then it is the same step that is computed
-    in the same way from its first time on.
+    The step of one sequence is compiled here, others when they first occur, so that who generates alone does not wait
+    for them. They are not put off any longer, or bits would depend on how often there was such a step.
     """
 
     def padded(layout: Layout) -> Shape:
-        return 1 << (len(layout.spans) - 1).bit_length(), cache.num_pages
+        fits = (size for size in SIZES if size >= len(layout.spans))
+        return next(fits, SIZES[-1] + 1), cache.num_pages  # of all that are too large one, which is never recorded
 
-    decoder = RecordedDecoder(model, cache, compiled_steps(model, cache, CpuCompiler()), record_after=0, shape_of=padded)
+    steps = compiled_steps(model, cache, CpuCompiler())
+    decoder = RecordedDecoder(model, cache, steps, record_after=0, shape_of=padded)
     decoder.record((1, cache.num_pages))
     return decoder
 
 
 def compiled_steps(model: Transformer, cache: PagedKVCache, compiler: CpuCompiler) -> MakeStep:
     """Makes the compiled steps of ``model``, which share the memory of their routed rows."""
-    experts = CompiledExperts(compiler, model, MAX_SEQUENCES)
+    experts = CompiledExperts(compiler, model, SIZES[-1])
 
     def make(num_sequences: int, table_width: int) -> CompiledStep | None:
-        if num_sequences > MAX_SEQUENCES:
+        if num_sequences > SIZES[-1]:
             return None
         inputs = DecodeInputs(compiler, cache, num_sequences, table_width)
         return CompiledStep(model, compiler, inputs, experts, num_sequences)

@@ -37,10 +37,11 @@ class StepRows(NamedTuple):
     def holding(self, choice: Choice) -> Choice:
         """The same choice with its rows here, as part of what is recorded."""
         self.x_BH.copy_(choice.routed.x_TH)
-        return choice._replace(routed=choice.routed._replace(**dict(zip(_ROUTED, self, strict=True))))
+        return choice._replace(routed=self.in_place_of(choice.routed))
 
-
-_ROUTED = ("x_TH", "act_NI", "y_NH")  # what a Routed calls the fields of StepRows
+    def in_place_of(self, routed: Routed) -> Routed:
+        """The same choice with these rows."""
+        return routed._replace(x_TH=self.x_BH, act_NI=self.act_NI, y_NH=self.y_NH)
 
 
 class Chosen:
@@ -109,12 +110,12 @@ class CompiledExperts:
 
     def _real(self, routed: Routed, chosen: Chosen) -> Routed:
         """Without padding."""
-        x_BH, act_NI, y_NH = self.rows.first(chosen.num_sequences, self._block.top_k)
-        return routed._replace(x_TH=x_BH, act_NI=act_NI, y_NH=y_NH, plan=chosen.plan)
+        rows = self.rows.first(chosen.num_sequences, self._block.top_k)
+        return rows.in_place_of(routed)._replace(plan=chosen.plan)
 
 
 class _Call:
-    """A compiled expert of R rows, in any slot; of fewer, the others repeat the last and are written behind all rows."""
+    """A compiled expert of R rows, in any slot; of fewer, others repeat the last and are written behind all rows."""
 
     def __init__(self, compiler: CpuCompiler, block: MoEBlock, rows: StepRows, num_rows: int) -> None:
         self._num_rows, self._top_k, self._nowhere = num_rows, block.top_k, len(rows.y_NH) - 1
@@ -131,7 +132,7 @@ class _Call:
     def __call__(self, slot: int, places: Sequence[int]) -> None:
         """Computes the expert in ``slot`` for the routed rows ``places``."""
         padding = self._num_rows - len(places)
-        self._host_2R[0] = [place // self._top_k for place in (*places, *places[-1:] * padding)]
+        self._host_2R[0] = [place // self._top_k for place in (*places, *[places[-1]] * padding)]
         self._host_2R[1] = [*places, *[self._nowhere] * padding]
         self._in_slot(slot).replay()
 

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from duoserve.kernels.matmul import has_native_matmul, linear
-from duoserve.kernels.traced import streamed_product
+from duoserve.kernels.traced import shared_product, streamed_product
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights
 
-# Rows that calls are made for. Of one or two rows, products are loops; of more, those of a library, which stream a
-# matrix as fast for sixteen rows as for two where the machine multiplies its dtype.
-LOOP_ROWS = 2
-NATIVE_ROWS, WIDENED_ROWS = (1, 2, 4, 8, 16), (1, 2, 4)
+# Numbers of rows that calls are made for. Of up to LOOP_ROWS, products are loops; of more, those of a library, which
+# takes sixteen rows in the time of two where the machine multiplies their dtype.
+LOOP_ROWS = 4
+LOOPS, NATIVE = (1, 2, 4), (1, 2, 4, 16)
 
 
 def call_rows(weights: ExpertWeights) -> tuple[int, ...]:
@@ -29,8 +28,8 @@ def call_rows(weights: ExpertWeights) -> tuple[int, ...]:
     PyTorch.
     """
     if weights.format is ExpertFormat.FLOAT:
-        return NATIVE_ROWS if has_native_matmul(weights.w13_SNH.dtype) else WIDENED_ROWS
-    return tuple(range(1, LOOP_ROWS + 1)) if weights.format is ExpertFormat.INT8 else ()
+        return NATIVE if has_native_matmul(weights.w13_SNH.dtype) else LOOPS
+    return LOOPS if weights.format is ExpertFormat.INT8 else ()
 
 
 class SlotWeights(NamedTuple):
@@ -56,7 +55,7 @@ def token_expert(x_BH: Tensor, weights: SlotWeights, tokens_R: Tensor, places_R:
     Shazeer (2020).
     """
     product_RN = _product(weights.w13_NH, weights.s13_N, x_BH[tokens_R])
-    gate_RI, up_RI = product_RN.view(len(product_RN), -1, 2).unbind(-1)
+    gate_RI, up_RI = product_RN.reshape(len(product_RN), -1, 2).unbind(-1)
     act_RI = (F.silu(gate_RI) * up_RI).to(x_BH.dtype)
     y_NH.index_copy_(0, places_R, _product(weights.w2_HI, weights.s2_H, act_RI).to(y_NH.dtype))
 
@@ -65,5 +64,5 @@ def _product(w_ND: Tensor, scales_N: Tensor | None, x_RD: Tensor) -> Tensor:
     """``x w^T`` in float32 [R, N]."""
     if len(x_RD) > LOOP_ROWS:
         return linear(x_RD, w_ND).float()
-    product_RN = torch.stack([streamed_product(w_ND, x_D) for x_D in x_RD.unbind()])
+    product_RN = streamed_product(w_ND, x_RD[0])[None] if len(x_RD) == 1 else shared_product(w_ND, x_RD)
     return product_RN if scales_N is None else product_RN * scales_N

@@ -1,6 +1,6 @@
 """The ops as a tracer can follow them: none reads a value, and products of one row are loops that a compiler fuses.
 
-T tokens, N rows of a matrix, K its inner dimension, R of them side by side.
+T tokens, N rows of a matrix, K its inner dimension, R tokens of one expert.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from duoserve import kernels
 from duoserve.kernels import reference
+from duoserve.kernels.attention_together import decode_attention_together
 from duoserve.kernels.routing import HostWork, RoutePlan
 
 # Rows that are read side by side: a core then asks for more memory at a time (bench/LOG.md has what that is worth).
@@ -24,10 +25,21 @@ STREAMS = (8, 4, 2, 1)
 
 def streamed_product(w_NK: Tensor, x_K: Tensor) -> Tensor:
     """``w x`` in float32 [N], each row summed in the same order whatever else is computed."""
-    num_rows, wide_K = len(w_NK), x_K.float()
-    streams = next(count for count in STREAMS if num_rows % count == 0)
-    parts = w_NK.view(streams, num_rows // streams, -1).unbind()
-    return torch.cat([(part_RK.float() * wide_K).sum(-1) for part_RK in parts])
+    return torch.cat([(part_NK.float() * x_K.float()).sum(-1) for part_NK in _side_by_side(w_NK)])
+
+
+def shared_product(w_NK: Tensor, x_RK: Tensor) -> Tensor:
+    """``x w^T`` in float32 [R, N]: a row of ``w_NK`` is read once, and then again from the nearest cache.
+
+    Up to four rows that keeps up with the memory; R sums side by side do not, for they need too many registers.
+    """
+    wide_1RK = x_RK.float()[None]
+    return torch.cat([(part_NK.float()[:, None] * wide_1RK).sum(-1) for part_NK in _side_by_side(w_NK)]).T
+
+
+def _side_by_side(w_NK: Tensor) -> tuple[Tensor, ...]:
+    streams = next(count for count in STREAMS if len(w_NK) % count == 0)
+    return w_NK.view(streams, len(w_NK) // streams, -1).unbind()
 
 
 class TracedOps(TorchFunctionMode):
@@ -52,10 +64,9 @@ def _decode_attention(
     sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Its work depends on lengths, so a compiler must not look inside."""
-    attended_BHD = reference.decode_attention(
+    return decode_attention_together(
         q_BHD, k_pages_PSGD, v_pages_PSGD, page_table_BM, lengths_B, scale, window, sinks_H
     )
-    return attended_BHD.contiguous()
 
 
 @_decode_attention.register_fake
