@@ -36,12 +36,14 @@ class DecodeInputs:
 
         Sequences that ``layout`` has too few are nobody's, with a token that is stored nowhere and sees nothing.
         """
-        num_sequences, width = self._shape
-        padding, table = num_sequences - len(layout.spans), [-1] * width
-        tables = [pages + table[len(pages) :] for pages in layout.page_table] + [table] * padding
+        padding = self._shape[0] - len(layout.spans)
         none, nowhere = [0] * padding, [-1] * padding
-        numbers = [layout.token_ids, none, layout.positions, none, layout.rows, nowhere, layout.lengths, none, *tables]
-        self._host_N.numpy()[:] = list(chain.from_iterable(numbers))
+        numbers = layout.token_ids, none, layout.positions, none, layout.rows, nowhere, layout.lengths, none
+        host_N = self._host_N.numpy()
+        host_N[: sum(self._sizes[:4])] = list(chain.from_iterable(numbers))
+        table_BM = host_N[sum(self._sizes[:4]) :].reshape(self._shape)
+        for pages_M, pages in zip(table_BM, layout.page_table, strict=False):  # what is behind them is not read
+            pages_M[: len(pages)] = pages
 
     def batch(self) -> Batch:
         """The batch, as part of what is recorded."""
