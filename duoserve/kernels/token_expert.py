@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from duoserve.kernels.matmul import has_native_matmul, linear
-from duoserve.kernels.traced import shared_product, streamed_product
+from duoserve.kernels.traced import streamed_product
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights
 
-# Numbers of rows that calls are made for. Of up to LOOP_ROWS, products are loops; of more, those of a library, which
-# takes sixteen rows in the time of two where the machine multiplies their dtype.
-LOOP_ROWS = 4
-LOOPS, NATIVE = (1, 2, 4), (1, 2, 4, 16)
+# Numbers of rows that calls are made for. Of one or two, products are loops; of more, those of a library, which takes
+# sixteen rows in the time of two where the machine multiplies their dtype.
+LOOPS, WIDENED, NATIVE = (1, 2), (1, 2, 4), (1, 2, 4, 16)
 
 
 def call_rows(weights: ExpertWeights) -> tuple[int, ...]:
@@ -28,7 +28,7 @@ def call_rows(weights: ExpertWeights) -> tuple[int, ...]:
     PyTorch.
     """
     if weights.format is ExpertFormat.FLOAT:
-        return NATIVE if has_native_matmul(weights.w13_SNH.dtype) else LOOPS
+        return NATIVE if has_native_matmul(weights.w13_SNH.dtype) else WIDENED
     return LOOPS if weights.format is ExpertFormat.INT8 else ()
 
 
@@ -55,14 +55,14 @@ def token_expert(x_BH: Tensor, weights: SlotWeights, tokens_R: Tensor, places_R:
     Shazeer (2020).
     """
     product_RN = _product(weights.w13_NH, weights.s13_N, x_BH[tokens_R])
-    gate_RI, up_RI = product_RN.reshape(len(product_RN), -1, 2).unbind(-1)
+    gate_RI, up_RI = product_RN.view(len(product_RN), -1, 2).unbind(-1)
     act_RI = (F.silu(gate_RI) * up_RI).to(x_BH.dtype)
     y_NH.index_copy_(0, places_R, _product(weights.w2_HI, weights.s2_H, act_RI).to(y_NH.dtype))
 
 
 def _product(w_ND: Tensor, scales_N: Tensor | None, x_RD: Tensor) -> Tensor:
     """``x w^T`` in float32 [R, N]."""
-    if len(x_RD) > LOOP_ROWS:
+    if len(x_RD) > LOOPS[-1]:
         return linear(x_RD, w_ND).float()
-    product_RN = streamed_product(w_ND, x_RD[0])[None] if len(x_RD) == 1 else shared_product(w_ND, x_RD)
+    product_RN = torch.stack([streamed_product(w_ND, x_D) for x_D in x_RD.unbind()])
     return product_RN if scales_N is None else product_RN * scales_N

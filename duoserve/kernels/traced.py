@@ -1,6 +1,6 @@
 """The ops as a tracer can follow them: none reads a value, and products of one row are loops that a compiler fuses.
 
-T tokens, N rows of a matrix, K its inner dimension, R tokens of one expert.
+T tokens, N rows of a matrix, K its inner dimension, R of them side by side.
 """
 
 from __future__ import annotations
@@ -25,21 +25,10 @@ STREAMS = (8, 4, 2, 1)
 
 def streamed_product(w_NK: Tensor, x_K: Tensor) -> Tensor:
     """``w x`` in float32 [N], each row summed in the same order whatever else is computed."""
-    return torch.cat([(part_NK.float() * x_K.float()).sum(-1) for part_NK in _side_by_side(w_NK)])
-
-
-def shared_product(w_NK: Tensor, x_RK: Tensor) -> Tensor:
-    """``x w^T`` in float32 [R, N]: a row of ``w_NK`` is read once, and then again from the nearest cache.
-
-    Up to four rows that keeps up with the memory; R sums side by side do not, for they need too many registers.
-    """
-    wide_1RK = x_RK.float()[None]
-    return torch.cat([(part_NK.float()[:, None] * wide_1RK).sum(-1) for part_NK in _side_by_side(w_NK)]).T
-
-
-def _side_by_side(w_NK: Tensor) -> tuple[Tensor, ...]:
-    streams = next(count for count in STREAMS if len(w_NK) % count == 0)
-    return w_NK.view(streams, len(w_NK) // streams, -1).unbind()
+    num_rows, wide_K = len(w_NK), x_K.float()
+    streams = next(count for count in STREAMS if num_rows % count == 0)
+    parts = w_NK.view(streams, num_rows // streams, -1).unbind()
+    return torch.cat([(part_RK.float() * wide_K).sum(-1) for part_RK in parts])
 
 
 class TracedOps(TorchFunctionMode):
