@@ -17,7 +17,7 @@ from duoserve.kernels.traced import streamed_product
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights
 
 # Numbers of rows that calls are made for. Of one or two, products are loops; of more, those of a library, which takes
-# sixteen rows in the time of two where the machine multiplies their dtype.
+# sixteen rows in about the time of two where the machine multiplies their dtype.
 LOOPS, WIDENED, NATIVE = (1, 2), (1, 2, 4), (1, 2, 4, 16)
 
 
