@@ -82,7 +82,8 @@ def facts(result: Result) -> str:
     machine = result["machine"]
     software = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
     rows = [
-        f"{machine['cpu']}, {machine['cores']} cores, {result['threads']} threads, {', '.join(machine['isa'])}.",
+        f"{machine['cpu']}, {machine['cores']} cores, {result['threads']} threads, {', '.join(machine['isa'])}; "
+        f"decode steps {'compiled' if result['decode_mode'] == 'compiled' else 'op by op'}.",
         f"{software}; {result['date']}, {result['seconds']:.0f} s: `{result['command']}`.",
         "Sizes in turn, round by round, one warm-up round discarded; medians. A bound counts missing experts at the "
         "disk's rate, or used experts and dense weights (without the embedding) once at the memory's.",

@@ -1,125 +1,117 @@
 """Decode steps on a CPU that PyTorch's compiler has made: all that lies between two layers' experts is one call.
 
-B sequences, K top-k, V vocabulary.
+B sequences, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from duoserve.compiled_experts import Chosen, CompiledExperts
 from duoserve.decode_inputs import DecodeInputs
-from duoserve.kernels import HostWork, route_plan
 from duoserve.kernels.compiler import CompiledRecording, CpuCompiler
-from duoserve.kernels.token_expert import knows, token_expert
 from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Decoder
 from duoserve.recorded_choices import RecordedChoices
-from duoserve.scheduling.source import ReadyExpert
+from duoserve.recorded_decode import MakeStep, RecordedDecoder, Shape
 
-# Computes some of a token's chosen experts, which are listed in the router's order, from the slots that they are in.
-Experts = Callable[[Sequence[int], Iterable[ReadyExpert]], None]
+# Sequences of the steps that are compiled: few sizes, for each takes seconds to compile, and to compute four rows of a
+# product takes as long as to compute two, as its time is that of its weights.
+SIZES = (1, 4, 16)
 
 
-class CompiledDecoder(Decoder):
-    """Compiled steps for one sequence; the model itself computes those of several.
+def compiled_decoder(model: Transformer, cache: PagedKVCache) -> RecordedDecoder:
+    """Decodes in compiled steps of SIZES, the last sequences padding; the model itself computes those of more.
 
     A step's bits are not quite the model's, since sums are made in another order; they are the same under every policy.
+    The step of one sequence is compiled here, others when they first occur, so that who generates alone does not wait
+    for them. They are not put off any longer, or bits would depend on how often there was such a step.
     """
 
-    def __init__(self, model: Transformer, cache: PagedKVCache) -> None:
-        self._model = model
-        self._cache = cache
-        self._step = CompiledStep(model, cache, CpuCompiler())
+    def padded(layout: Layout) -> Shape:
+        fits = (size for size in SIZES if size >= len(layout.spans))
+        return next(fits, SIZES[-1] + 1), cache.num_pages  # of all that are too large one, which is never recorded
 
-    def __call__(self, layout: Layout) -> Tensor:
-        """As in Decoder; the logits are those of this step until the next one."""
-        if len(layout.spans) > 1:
-            return self._model(self._cache.batch(layout))
-        return self._step(layout)
+    steps = compiled_steps(model, cache, CpuCompiler())
+    decoder = RecordedDecoder(model, cache, steps, record_after=0, shape_of=padded)
+    decoder.record((1, cache.num_pages))
+    return decoder
+
+
+def compiled_steps(model: Transformer, cache: PagedKVCache, compiler: CpuCompiler) -> MakeStep:
+    """Makes the compiled steps of ``model``, which share the memory of their routed rows."""
+    experts = CompiledExperts(compiler, model, SIZES[-1])
+
+    def make(num_sequences: int, table_width: int) -> CompiledStep | None:
+        if num_sequences > SIZES[-1]:
+            return None
+        inputs = DecodeInputs(compiler, cache, num_sequences, table_width)
+        return CompiledStep(model, compiler, inputs, experts, num_sequences)
+
+    return make
 
 
 class _Layer(NamedTuple):
-    """A compiled part, the ``choice`` that it ends with and who is told of it, and what computes chosen experts."""
+    """A compiled part, the ``choice`` that it ends with, and who is told of it."""
 
     part: CompiledRecording[Choice | Tensor]
     choice: Choice
     chosen: RecordedChoices
-    experts: Experts
 
 
 class CompiledStep(Decoder):
-    """A compiled decode step of one sequence."""
+    """A compiled decode step of up to B sequences."""
 
-    def __init__(self, model: Transformer, cache: PagedKVCache, compiler: CpuCompiler) -> None:
-        self._inputs = DecodeInputs(compiler, cache, 1, cache.num_pages)
-        self._num_pages = cache.num_pages
-        self._chosen = {block.layer: RecordedChoices(compiler, [block], 1) for block in moe_blocks(model)}
+    def __init__(
+        self,
+        model: Transformer,
+        compiler: CpuCompiler,
+        inputs: DecodeInputs,
+        experts: CompiledExperts,
+        num_sequences: int,
+    ) -> None:
+        blocks = moe_blocks(model)
+        self._inputs = inputs
+        self._experts = experts
+        self._rows = experts.rows.first(num_sequences, blocks[0].top_k)
+        self._chosen = {block.layer: RecordedChoices(compiler, [block], num_sequences) for block in blocks}
         self._layers: list[_Layer] = []
-        part = compiler.record(lambda: self._told(first_part(model, self._inputs.batch())))
+        experts.call(1)
+        part = compiler.record(lambda: self._told(first_part(model, inputs.batch())))
         while isinstance(choice := part.result, Choice):
-            self._layers.append(_Layer(part, choice, self._chosen[choice.block.layer], _experts(choice, compiler)))
+            self._layers.append(_Layer(part, choice, self._chosen[choice.block.layer]))
             part = compiler.record(partial(self._next, choice))
-        self._last, self._logits_1V = part, choice
+        self._last, self._logits_BV = part, choice
 
     def __call__(self, layout: Layout) -> Tensor:
-        """The float32 logits [1, V], which the next call overwrites."""
-        [pages] = layout.page_table
-        self._inputs.load(layout._replace(page_table=[[*pages, *[-1] * (self._num_pages - len(pages))]]))
+        """The float32 logits [B, V] without padding, which the next call overwrites."""
+        self._inputs.load(layout)
+        num_sequences = len(layout.spans)
         for layer in self._layers:
             layer.part.replay()
-            self._compute(layer)
+            self._compute(layer, num_sequences)
         self._last.replay()
-        return self._logits_1V
+        return self._logits_BV[:num_sequences]
 
-    def _compute(self, layer: _Layer) -> None:
+    def _compute(self, layer: _Layer, num_sequences: int) -> None:
         """The chosen experts of a layer: what is missing is asked for before anybody hears of the choice."""
-        experts: list[int] = layer.chosen.ids_NBK.flatten().tolist()
-        with layer.choice.block.acquire(Counter(experts)) as lease:
-            if layer.chosen.tell():
+        chosen = Chosen(layer.chosen.ids_NBK[0, :num_sequences].tolist())
+        with layer.choice.block.acquire(chosen.num_rows) as lease:
+            if layer.chosen.tell(num_sequences):
                 lease.heard()
             for ready in lease:
-                layer.experts(experts, ready)
+                self._experts.compute(layer.choice, chosen, ready)
 
     def _next(self, choice: Choice) -> Choice | Tensor:
         return self._told(next_part(choice))
 
     def _told(self, end: Choice | Tensor) -> Choice | Tensor:
-        if isinstance(end, Choice):
-            self._chosen[end.block.layer].bring([end.routed])
-        return end
-
-
-def _experts(choice: Choice, compiler: CpuCompiler) -> Experts:
-    compiled = knows(choice.block.weights) and choice.block.clamped is None
-    return _CompiledExperts(choice, compiler) if compiled else partial(_experts_by_ops, choice)
-
-
-class _CompiledExperts:
-    """The experts of the only token, one compiled call each."""
-
-    def __init__(self, choice: Choice, compiler: CpuCompiler) -> None:
-        routed = choice.routed
-        self._slot_1, self._place_1 = (compiler.host((1,), torch.int64) for _ in range(2))
-        operands = routed.x_TH, choice.block.weights, self._slot_1, self._place_1, routed.y_NH
-        self._expert = compiler.record(partial(token_expert, *operands))
-
-    def __call__(self, experts: Sequence[int], ready: Iterable[ReadyExpert]) -> None:
-        for expert, slot in ready:
-            self._slot_1.fill_(slot)
-            self._place_1.fill_(experts.index(expert))
-            self._expert.replay()
-
-
-def _experts_by_ops(choice: Choice, experts: Sequence[int], ready: Iterable[ReadyExpert]) -> None:
-    """The experts as the model itself computes them."""
-    block, routed = choice.block, choice.routed
-    plan = route_plan(torch.tensor([experts]), torch.full((block.num_experts,), -1, dtype=torch.int32))
-    block.compute(routed._replace(plan=plan), HostWork.of(ready))
+        if not isinstance(end, Choice):
+            return end
+        self._chosen[end.block.layer].bring([end.routed])
+        return self._rows.holding(end)

@@ -32,9 +32,18 @@ class DecodeInputs:
         self._lengths_B = torch.zeros(num_sequences, dtype=torch.int32, device=recorder.device)
 
     def load(self, layout: Layout) -> None:
-        """Lays the tokens out for the next replay; the one before must be done."""
-        tables = chain.from_iterable(layout.page_table)
-        self._host_N.numpy()[:] = [*layout.token_ids, *layout.positions, *layout.rows, *layout.lengths, *tables]
+        """Lays the tokens out for the next replay; the one before must be done.
+
+        Sequences that ``layout`` has too few are nobody's, with a token that is stored nowhere and sees nothing.
+        """
+        padding = self._shape[0] - len(layout.spans)
+        none, nowhere = [0] * padding, [-1] * padding
+        numbers = layout.token_ids, none, layout.positions, none, layout.rows, nowhere, layout.lengths, none
+        host_N = self._host_N.numpy()
+        host_N[: sum(self._sizes[:4])] = list(chain.from_iterable(numbers))
+        table_BM = host_N[sum(self._sizes[:4]) :].reshape(self._shape)
+        for pages_M, pages in zip(table_BM, layout.page_table, strict=False):  # what is behind them is not read
+            pages_M[: len(pages)] = pages
 
     def batch(self) -> Batch:
         """The batch, as part of what is recorded."""

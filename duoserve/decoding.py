@@ -13,7 +13,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from duoserve.compiled_decode import CompiledDecoder
+from duoserve.compiled_decode import compiled_decoder
 from duoserve.errors import ConfigError
 from duoserve.event_decode import event_steps
 from duoserve.experts.layout import ExpertId
@@ -99,7 +99,7 @@ def make_decoder(wanted: str, policy: Policy, parts: DecoderParts) -> Decoder | 
 
 def _compiled(model: Transformer, cache: PagedKVCache) -> Decoder | None:
     if can_compile():
-        return CompiledDecoder(model, cache)
+        return compiled_decoder(model, cache)
     warnings.warn(
         f"decode_mode='compiled' takes a C++ compiler, and there is no {cpp_compiler()!r}: decode steps run op by op, "
         "more slowly (install one, or name it in CXX)",

@@ -38,13 +38,20 @@ class RecordedChoices:
         if scores:
             self._recorder.copy(self._scores_MBE, _stacked(scores))
 
-    def tell(self) -> bool:
-        """The taps of the blocks hear the choices, now that they are here; False if nobody listens."""
+    def tell(self, num_sequences: int | None = None) -> bool:
+        """The taps of the blocks hear the choices, now that they are here; False if nobody listens.
+
+        Those of the first ``num_sequences``, where the others are padding.
+        """
         if not self._heard:
             return False
-        scores = iter(self._scores_MBE.numpy())
+        scores = iter(self._scores_MBE.numpy()[:, :num_sequences])
         for block, ids_BK, weights_BK, later in zip(
-            self._blocks, self.ids_NBK.numpy(), self._weights_NBK.numpy(), self._later, strict=True
+            self._blocks,
+            self.ids_NBK.numpy()[:, :num_sequences],
+            self._weights_NBK.numpy()[:, :num_sequences],
+            self._later,
+            strict=True,
         ):
             if block.tap is not None:  # who keeps what it hears: the next step overwrites this memory
                 ahead = {layer: next(scores).copy() for layer in later}

@@ -16,40 +16,56 @@ from duoserve.passes import Decoder
 RECORD_AFTER = 4
 MAX_SHAPES = 8  # recorded at most, for each takes memory
 
+Shape = tuple[int, int]  # of a step: sequences, width of the page table
 MakeStep = Callable[[int, int], Decoder | None]  # (sequences, width) -> the recorded step, None where that cannot be
+ShapeOf = Callable[[Layout], Shape]
+
+
+def exact_shape(layout: Layout) -> Shape:
+    """The step's own shape.
+
+    Padded to the next power of two, steps would do with fewer recordings, but tiles, and the algorithms of a library's
+    matrix product, are chosen by the number of rows: the bits would not be those of the model itself.
+    """
+    return len(layout.spans), len(layout.page_table[0])
 
 
 class RecordedDecoder(Decoder):
     """Computes decode steps by the recordings of ``make_step``; unrecorded shapes go through the model itself.
 
-    A step is recorded for exactly its number of sequences. A step padded to the next power of two would do with fewer
-    recordings, but tiles, and the algorithms of a library's matrix product, are chosen by the number of rows: its bits
-    would not be those of the model itself.
+    ``shape_of`` says which shape a step is recorded in.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917
         self,
         model: Transformer,
         cache: PagedKVCache,
         make_step: MakeStep,
         record_after: int = RECORD_AFTER,
         max_shapes: int = MAX_SHAPES,
+        shape_of: ShapeOf = exact_shape,
     ) -> None:
         self._model = model
         self._cache = cache
         self._make_step = make_step
         self._record_after = record_after
         self._max_shapes = max_shapes
-        self._seen: Counter[tuple[int, int]] = Counter()
-        self._steps: dict[tuple[int, int], Decoder | None] = {}
+        self._shape_of = shape_of
+        self._seen: Counter[Shape] = Counter()
+        self._steps: dict[Shape, Decoder | None] = {}
 
     def __call__(self, layout: Layout) -> Tensor:
         """As in Decoder; the logits are those of this step until the next one."""
-        step = self._step((len(layout.spans), len(layout.page_table[0])))
+        step = self._step(self._shape_of(layout))
         return self._model(self._cache.batch(layout)).cpu() if step is None else step(layout)
 
-    def _step(self, shape: tuple[int, int]) -> Decoder | None:
-        self._seen[shape] += 1
-        if shape not in self._steps and self._seen[shape] > self._record_after and len(self._steps) < self._max_shapes:
+    def record(self, shape: Shape) -> None:
+        """Records a shape before its first step, if it is not and may be."""
+        if shape not in self._steps and len(self._steps) < self._max_shapes:
             self._steps[shape] = self._make_step(*shape)
+
+    def _step(self, shape: Shape) -> Decoder | None:
+        self._seen[shape] += 1
+        if self._seen[shape] > self._record_after:
+            self.record(shape)
         return self._steps.get(shape)

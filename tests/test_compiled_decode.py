@@ -95,17 +95,6 @@ def test_layers_that_differ_in_tensors_only_are_compiled_once(mixtral: Path, mon
     assert len(compiled) == 4  # up to the first choice, from there to the next, to the logits; and an expert
 
 
-@needs_compiler
-def test_several_requests_at_a_time_are_computed_by_the_model(mixtral: Path, compiled_calls: list[int]) -> None:
-    prompts = [PROMPT[:3], PROMPT[4:20]]
-    with MoEModel.from_pretrained(mixtral, decode_mode="compiled") as model:
-        together = [out.token_ids for out in model.generate(prompts, GREEDY)]
-        assert not compiled_calls
-        alone = [model.generate(prompt, GREEDY).token_ids for prompt in prompts]
-    assert together == alone
-    assert len(compiled_calls) == 2 * 19
-
-
 def test_without_a_compiler_a_step_runs_op_by_op(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with MoEModel.from_pretrained(mixtral) as model:
         expected = model.generate(PROMPT, GREEDY).token_ids

@@ -24,7 +24,8 @@ F1  kernels/checks  kernels/matmul  kernels/weights  kernels/host_rows  kernels/
     kernels/moe_checks  kernels/route  kernels/moe_store  kernels/moe_gemm  kernels/moe_gemv  kernels/moe_fill
     kernels/copies  kernels/combine  kernels/router
     kernels/norm  kernels/rope  kernels/cache_rows  kernels/attention_gqa  kernels/attention_mla  kernels/triton_ops
-    kernels/__init__  kernels/recorder  kernels/cuda_graphs  kernels/traced  kernels/compiler  kernels/token_expert
+    kernels/__init__  kernels/recorder  kernels/cuda_graphs  kernels/attention_together
+    kernels/traced  kernels/compiler  kernels/token_expert
 F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safetensors_header  experts/shards
     experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/rows  experts/pinned  experts/pieces
     experts/store  experts/formats/__init__  experts/formats/codes  experts/formats/fp8  experts/formats/int4
@@ -52,7 +53,8 @@ F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  m
     models/family  models/mixtral  models/qwen3_moe  models/qwen2_moe  models/olmoe  models/deepseek  models/glm4_moe
     models/granite_moe  models/gpt_oss  models/registry  models/stored  models/opened  models/described
 F5  service  sampling  text  chat_sandbox  chat_template  kv_cache  request  writer  passes  cost  batching  engine
-    decode_inputs  recorded_choices  recorded_decode  event_decode  graph_decode  compiled_decode  link  decoding
+    decode_inputs  recorded_choices  recorded_decode  event_decode  graph_decode  compiled_experts
+    compiled_decode  link  decoding
     workspace  memory_needs  placement  choice  loading  tracing  evaluating  moe_model  stream  worker  async_engine
     perplexity  planning/__init__  planning/model_cards  planning/formats  planning/sizes  planning/routing_curves
     planning/speed

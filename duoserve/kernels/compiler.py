@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 import torch
@@ -30,6 +30,10 @@ class CompiledRecording(Generic[Result]):
     def replay(self) -> None:
         """As in Recording, done when it returns."""
         self.compiled(*self.operands)
+
+    def on(self, others: Mapping[Tensor, Tensor]) -> CompiledRecording[Result]:
+        """The same work on other memory: where it has a key of ``others`` it takes the value, a tensor just like it."""
+        return replace(self, operands=[others.get(operand, operand) for operand in self.operands])
 
 
 class CpuCompiler(Recorder):

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from duoserve import kernels
 from duoserve.kernels import reference
+from duoserve.kernels.attention_together import decode_attention_together
 from duoserve.kernels.routing import HostWork, RoutePlan
 
 # Rows that are read side by side: a core then asks for more memory at a time (bench/LOG.md has what that is worth).
@@ -52,10 +53,9 @@ def _decode_attention(
     sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Its work depends on lengths, so a compiler must not look inside."""
-    attended_BHD = reference.decode_attention(
+    return decode_attention_together(
         q_BHD, k_pages_PSGD, v_pages_PSGD, page_table_BM, lengths_B, scale, window, sinks_H
     )
-    return attended_BHD.contiguous()
 
 
 @_decode_attention.register_fake
@@ -83,8 +83,9 @@ def _(q_latent_BHL: Tensor, *_rest: Any) -> Tensor:
 
 
 def _write_rows(values_TW: Tensor, pages_PSW: Tensor, rows_T: Tensor) -> None:
-    """A step that is compiled has no padding, so no row is negative."""
-    pages_PSW.flatten(0, 1).index_copy_(0, rows_T, values_TW)
+    """Padding, whose rows are negative and last, writes what the first token writes: a row less is another shape."""
+    source_T = torch.where(rows_T < 0, 0, torch.arange(len(rows_T)))
+    pages_PSW.flatten(0, 1).index_copy_(0, rows_T[source_T], values_TW[source_T])
 
 
 def _rope_write_kv(
