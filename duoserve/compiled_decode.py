@@ -5,6 +5,8 @@ B sequences, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -16,9 +18,9 @@ from duoserve.kernels.compiler import CompiledRecording, CpuCompiler
 from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
-from duoserve.passes import Decoder
+from duoserve.passes import DecodeStep
 from duoserve.recorded_choices import RecordedChoices
-from duoserve.recorded_decode import MakeStep, RecordedDecoder, Shape
+from duoserve.recorded_decode import MakeStep, RecordedDecoder, Shape, Shapes
 
 # Sequences of the steps that are compiled: few sizes, for each takes seconds to compile, and to compute four rows of a
 # product takes as long as to compute two, as its time is that of its weights.
@@ -29,18 +31,32 @@ def compiled_decoder(model: Transformer, cache: PagedKVCache) -> RecordedDecoder
     """Decodes in compiled steps of SIZES, the last sequences padding; the model itself computes those of more.
 
     A step's bits are not quite the model's, since sums are made in another order; they are the same under every policy.
-    The step of one sequence is compiled here, others when they first occur, so that who generates alone does not wait
-    for them. They are not put off any longer, or bits would depend on how often there was such a step.
+    The step of one sequence is compiled here, others when a service prepares for them or when they first occur, so that
+    who generates alone does not wait for them. They are not put off any longer, or bits would depend on how often there
+    was such a step.
     """
-
-    def padded(layout: Layout) -> Shape:
-        fits = (size for size in SIZES if size >= len(layout.spans))
-        return next(fits, SIZES[-1] + 1), cache.num_pages  # of all that are too large one, which is never recorded
-
     steps = compiled_steps(model, cache, CpuCompiler())
-    decoder = RecordedDecoder(model, cache, steps, record_after=0, shape_of=padded)
-    decoder.record((1, cache.num_pages))
+    decoder = RecordedDecoder(model, cache, steps, record_after=0, shapes=PaddedShapes(SIZES, cache.num_pages))
+    decoder.prepare(1)
     return decoder
+
+
+@dataclass(frozen=True)
+class PaddedShapes(Shapes):
+    """The least of ``sizes`` (ascending) that the sequences fit in, and page tables as wide as they can get."""
+
+    sizes: tuple[int, ...]
+    width: int
+
+    def of(self, layout: Layout) -> Shape:
+        """As in Shapes; of all steps that fit in none the same."""
+        fits = (size for size in self.sizes if size >= len(layout.spans))
+        return next(fits, self.sizes[-1] + 1), self.width
+
+    def up_to(self, num_sequences: int) -> Iterable[Shape]:
+        """As in Shapes."""
+        smaller = [size for size in self.sizes if size < num_sequences]
+        return [(size, self.width) for size in self.sizes[: len(smaller) + 1]]
 
 
 def compiled_steps(model: Transformer, cache: PagedKVCache, compiler: CpuCompiler) -> MakeStep:
@@ -64,7 +80,7 @@ class _Layer(NamedTuple):
     chosen: RecordedChoices
 
 
-class CompiledStep(Decoder):
+class CompiledStep(DecodeStep):
     """A compiled decode step of up to B sequences."""
 
     def __init__(

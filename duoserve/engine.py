@@ -80,7 +80,8 @@ class Engine:
         return 1 - self._cache.free_tokens / self._cache.num_tokens
 
     def share_out(self, settings: ServiceSettings) -> None:
-        """Works by ``settings`` from now on."""
+        """Works by ``settings`` from now on; gets ready for batches of that size first, which may take a while."""
+        self._passes.prepare(settings.max_batch)
         self._batching = Batching(settings, self._costs, self._passes.num_layers)
 
     def add(self, request: Request) -> None:

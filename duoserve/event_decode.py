@@ -22,7 +22,7 @@ from duoserve.kernels.recorder import Recorder, Recording
 from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
-from duoserve.passes import Decoder
+from duoserve.passes import DecodeStep
 from duoserve.recorded_choices import RecordedChoices
 from duoserve.recorded_decode import MakeStep
 from duoserve.scheduling.source import ReadyExpert
@@ -45,7 +45,7 @@ class _Layer(NamedTuple):
     experts: Recording[None]
 
 
-class EventStep(Decoder):
+class EventStep(DecodeStep):
     """A recorded decode step of one shape."""
 
     def __init__(self, model: Transformer, recorder: Recorder, inputs: DecodeInputs, num_sequences: int) -> None:

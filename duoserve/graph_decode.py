@@ -23,7 +23,7 @@ from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.models.moe import MoEBlock
 from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
-from duoserve.passes import Decoder
+from duoserve.passes import DecodeStep
 from duoserve.recorded_choices import RecordedChoices
 from duoserve.recorded_decode import MakeStep
 from duoserve.scheduling.read_through import ReadThrough
@@ -53,7 +53,7 @@ def host_rows(block: MoEBlock, store: ExpertStore, device: torch.device) -> Host
     return HostRows.of([store.host_row(expert) for expert in experts], device)
 
 
-class GraphStep(Decoder):
+class GraphStep(DecodeStep):
     """A recorded decode step of one shape."""
 
     def __init__(  # noqa: PLR0913

@@ -35,11 +35,19 @@ class StepScheduler(Protocol):
     def check_integrity(self) -> None: ...
 
 
-class Decoder(Protocol):
+class DecodeStep(Protocol):
     """Another way to compute a decode step, with the bits of the model."""
 
     def __call__(self, layout: Layout) -> Tensor:
         """Float32 logits [B, V], on the host, of the new token of each of B sequences."""
+        ...
+
+
+class Decoder(DecodeStep, Protocol):
+    """Another way to compute all decode steps."""
+
+    def prepare(self, num_sequences: int) -> None:
+        """Does beforehand what would hold up the first steps of up to so many sequences."""
         ...
 
 
@@ -83,6 +91,12 @@ class Passes:
         self._tap = tap
         self._decoder = decoder
         self._prefill: Prefill | None = None
+
+    @torch.inference_mode()
+    def prepare(self, num_sequences: int) -> None:
+        """Does beforehand what would hold up the first decode steps of up to so many requests."""
+        if self._decoder is not None:
+            self._decoder.prepare(num_sequences)
 
     @torch.inference_mode()
     def whole(self, number: int, kv: SequenceKV, token_ids: Sequence[int]) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from torch import Tensor
 
 from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.models.transformer import Transformer
-from duoserve.passes import Decoder
+from duoserve.passes import Decoder, DecodeStep
 
 # A shape (sequences, width of the page table) is recorded once it has been computed so often: recording costs as much
 # as many steps, and a batch that shrinks passes through shapes that it never comes back to.
@@ -17,23 +18,44 @@ RECORD_AFTER = 4
 MAX_SHAPES = 8  # recorded at most, for each takes memory
 
 Shape = tuple[int, int]  # of a step: sequences, width of the page table
-MakeStep = Callable[[int, int], Decoder | None]  # (sequences, width) -> the recorded step, None where that cannot be
-ShapeOf = Callable[[Layout], Shape]
+MakeStep = Callable[[int, int], DecodeStep | None]  # of (sequences, width), None where that cannot be recorded
 
 
-def exact_shape(layout: Layout) -> Shape:
-    """The step's own shape.
+class Shapes(Protocol):
+    """The shapes that steps are recorded in."""
+
+    def of(self, layout: Layout) -> Shape:
+        """That of a step."""
+        ...
+
+    def up_to(self, num_sequences: int) -> Iterable[Shape]:
+        """Those of all steps of up to so many sequences, where they are few enough to record them beforehand."""
+        ...
+
+
+class ExactShapes(Shapes):
+    """A step's own shape.
 
     Padded to the next power of two, steps would do with fewer recordings, but tiles, and the algorithms of a library's
     matrix product, are chosen by the number of rows: the bits would not be those of the model itself.
     """
-    return len(layout.spans), len(layout.page_table[0])
+
+    def of(self, layout: Layout) -> Shape:
+        """As in Shapes."""
+        return len(layout.spans), len(layout.page_table[0])
+
+    def up_to(self, num_sequences: int) -> Iterable[Shape]:
+        """None: nobody knows the widths that will come."""
+        return ()
+
+
+EXACT = ExactShapes()
 
 
 class RecordedDecoder(Decoder):
     """Computes decode steps by the recordings of ``make_step``; unrecorded shapes go through the model itself.
 
-    ``shape_of`` says which shape a step is recorded in.
+    ``shapes`` says which shape a step is recorded in.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917
@@ -43,29 +65,33 @@ class RecordedDecoder(Decoder):
         make_step: MakeStep,
         record_after: int = RECORD_AFTER,
         max_shapes: int = MAX_SHAPES,
-        shape_of: ShapeOf = exact_shape,
+        shapes: Shapes = EXACT,
     ) -> None:
         self._model = model
         self._cache = cache
         self._make_step = make_step
         self._record_after = record_after
         self._max_shapes = max_shapes
-        self._shape_of = shape_of
+        self._shapes = shapes
         self._seen: Counter[Shape] = Counter()
-        self._steps: dict[Shape, Decoder | None] = {}
+        self._steps: dict[Shape, DecodeStep | None] = {}
 
     def __call__(self, layout: Layout) -> Tensor:
         """As in Decoder; the logits are those of this step until the next one."""
-        step = self._step(self._shape_of(layout))
+        step = self._step(self._shapes.of(layout))
         return self._model(self._cache.batch(layout)).cpu() if step is None else step(layout)
 
-    def record(self, shape: Shape) -> None:
-        """Records a shape before its first step, if it is not and may be."""
-        if shape not in self._steps and len(self._steps) < self._max_shapes:
-            self._steps[shape] = self._make_step(*shape)
+    def prepare(self, num_sequences: int) -> None:
+        """As in Decoder."""
+        for shape in self._shapes.up_to(num_sequences):
+            self._record(shape)
 
-    def _step(self, shape: Shape) -> Decoder | None:
+    def _step(self, shape: Shape) -> DecodeStep | None:
         self._seen[shape] += 1
         if self._seen[shape] > self._record_after:
-            self.record(shape)
+            self._record(shape)
         return self._steps.get(shape)
+
+    def _record(self, shape: Shape) -> None:
+        if shape not in self._steps and len(self._steps) < self._max_shapes:
+            self._steps[shape] = self._make_step(*shape)

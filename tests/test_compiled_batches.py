@@ -16,7 +16,7 @@ from torch import Tensor
 
 from duoserve import MoEModel, SamplingParams, compiled_decode
 from duoserve.async_engine import AsyncEngine
-from duoserve.compiled_decode import CompiledStep, compiled_decoder, compiled_steps
+from duoserve.compiled_decode import CompiledStep, PaddedShapes, compiled_decoder, compiled_steps
 from duoserve.compiled_experts import CompiledExperts
 from duoserve.config import Phase
 from duoserve.experts.copy_engine import ThreadedCopyEngine
@@ -27,6 +27,7 @@ from duoserve.kv_cache import Layout
 from duoserve.models.moe import MoEBlock
 from duoserve.passes import Decoder
 from duoserve.recorded_decode import RecordedDecoder
+from duoserve.service import ServiceSettings
 from tests.assembly import Parts, assembled
 from tests.checkpoints import save_mixtral
 from tests.lagging import Truth, write
@@ -60,15 +61,11 @@ def fours(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Models compile steps of four sequences only; has how many of them were somebody's, step by step."""
     sequences, step = [], CompiledStep.__call__
     monkeypatch.setattr(compiled_decode, "SIZES", (4,))
-    monkeypatch.setattr(RecordedDecoder, "record", _unless_alone(RecordedDecoder.record))
+    monkeypatch.setattr(RecordedDecoder, "prepare", lambda self, num_sequences: None)
     monkeypatch.setattr(
         CompiledStep, "__call__", lambda self, layout: sequences.append(len(layout.spans)) or step(self, layout)
     )
     return sequences
-
-
-def _unless_alone(record: Callable[..., None]) -> Callable[..., None]:
-    return lambda self, shape: record(self, shape) if shape[0] > 1 else None
 
 
 def in_fours(logits: list[Tensor], before: Before = lambda parts, layout: None) -> Callable[[Parts], Decoder]:
@@ -76,11 +73,11 @@ def in_fours(logits: list[Tensor], before: Before = lambda parts, layout: None) 
 
     def make(parts: Parts) -> Decoder:
         steps = compiled_steps(parts.model, parts.cache, CpuCompiler())
-        width = parts.cache.num_pages
-        decode = RecordedDecoder(parts.model, parts.cache, steps, record_after=0, shape_of=lambda layout: (4, width))
+        fours = PaddedShapes((4,), parts.cache.num_pages)
+        decode = RecordedDecoder(parts.model, parts.cache, steps, record_after=0, shapes=fours)
 
         def step(layout: Layout) -> Tensor:
-            decode.record((4, width))
+            decode.prepare(4)
             before(parts, layout)
             logits.append(decode(layout).clone())
             return logits[-1]
@@ -228,6 +225,21 @@ def test_a_step_has_the_least_size_that_it_fits_in(mixtral: Path, monkeypatch: p
         assert asked == [1]
         write(engine, [[5]] * 4, (2, 3, 5, 6))
     assert asked == [1, 4]
+
+
+def test_a_service_prepares_the_sizes_of_its_batches(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def recorded(model: object, cache: object, compiler: object) -> Callable[[int, int], None]:
+        return lambda num_sequences, width: asked.append(num_sequences)
+
+    monkeypatch.setattr(compiled_decode, "compiled_steps", recorded)
+    with assembled(
+        mixtral, "lru", 9, ThreadedCopyEngine, make_decoder=lambda parts: compiled_decoder(parts.model, parts.cache)
+    ) as engine:
+        for max_batch, sizes in ((1, [1]), (4, [1, 4]), (5, [1, 4, 16]), (40, [1, 4, 16])):
+            engine.share_out(ServiceSettings(max_batch=max_batch))
+            assert asked == sizes
 
 
 @needs_compiler
