@@ -92,7 +92,7 @@ class RepackedRows:
 
 def wide_tile(words_XY: Tensor, num_rows: int) -> tuple[int, int]:
     """All columns of so many rows that some MB come of them: in each of ``num_rows`` rows an odd number of lines."""
-    num_words, columns = words_XY.shape
+    columns = words_XY.shape[1]
     lines = TILE_BYTES // num_rows // LINE | 1
     return lines * LINE * num_rows // (columns * BYTES_IN_WORD), columns
 
