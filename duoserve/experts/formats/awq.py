@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from duoserve.experts.formats.codes import Codes, Part, StoredTensor, WeightFormat
+from duoserve.experts.formats.codes import Codes, Part, Rows, StoredTensor, WeightFormat
 from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, shared_parts
 from duoserve.experts.formats.lanes import (
     LOW_NIBBLES,
@@ -40,20 +40,20 @@ class Awq(WeightFormat):
         """As in WeightFormat."""
         base = module_of(name)
         weight = Part(f"{base}.qweight", StoredTensor((inner, num_rows // CODES_IN_WORD), WORD))
-        return {"qweight": weight, **shared_parts(base, num_rows, self.groups.count(inner))}
+        return {"data": weight, **shared_parts(base, num_rows, self.groups.count(inner))}
 
-    def codes(self, parts: Mapping[str, Tensor]) -> Codes:
+    def codes(self, data: Rows, parts: Mapping[str, Tensor]) -> Codes:
         """As in WeightFormat."""
         return Codes(
             ExpertFormat.INT4,
-            self.groups.of(len(parts["qweight"])),
-            _outputs(parts["qweight"]),
+            self.groups.of(data.shape[0]),
+            _outputs(data),
             scales_GN=parts["scales"],
             zeros_GN=_by_output(codes_in(parts["qzeros"])),
         )
 
 
-def _outputs(words_DW: Tensor) -> RepackedRows:
+def _outputs(words_DW: Rows) -> RepackedRows:
     """The codes of words, two inputs in a byte."""
     inputs, words = words_DW.shape
     num_rows = words * CODES_IN_WORD

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from duoserve.errors import CheckpointError
-from duoserve.experts.formats.codes import Codes, Part, StoredTensor, WeightFormat
+from duoserve.experts.formats.codes import Codes, Part, Rows, StoredTensor, WeightFormat
 from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, shared_parts
 from duoserve.experts.formats.lanes import (
     BYTES_IN_WORD,
@@ -53,18 +53,18 @@ class Gptq(WeightFormat):
         """As in WeightFormat."""
         base = module_of(name)
         return {
-            "qweight": Part(f"{base}.qweight", StoredTensor((inner // CODES_IN_WORD, num_rows), WORD)),
+            "data": Part(f"{base}.qweight", StoredTensor((inner // CODES_IN_WORD, num_rows), WORD)),
             **shared_parts(base, num_rows, self.groups.count(inner)),
             "g_idx": Part(f"{base}.g_idx", StoredTensor((inner,), WORD)),
         }
 
-    def codes(self, parts: Mapping[str, Tensor]) -> Codes:
+    def codes(self, data: Rows, parts: Mapping[str, Tensor]) -> Codes:
         """As in WeightFormat."""
         order_D = self._order(parts["g_idx"])
         return Codes(
             ExpertFormat.INT4,
             self.groups.of(len(order_D)),
-            _outputs(parts["qweight"], order_D if self.ordered else None),
+            _outputs(data, order_D if self.ordered else None),
             scales_GN=parts["scales"],
             zeros_GN=codes_in(self._zero_words(parts["qzeros"])),
             order_D=order_D if self.ordered else None,
@@ -91,7 +91,7 @@ class Gptq(WeightFormat):
         return qzeros + ONES if self.less_one and not is_plain else qzeros
 
 
-def _outputs(words_WN: Tensor, order_D: Tensor | None) -> RepackedRows:
+def _outputs(words_WN: Rows, order_D: Tensor | None) -> RepackedRows:
     """The codes of words, two in a byte; words have the inputs in turn, from the lowest bits up, and so have bytes."""
     words, num_rows = words_WN.shape
     shape = num_rows, words * BYTES_IN_WORD

@@ -1,9 +1,7 @@
 """Matrices of 4-bit codes in words of 32 bits, turned into rows of bytes a tile at a time.
 
-NumPy's loops, for they release the GIL, stay on their thread and narrow words to bytes in vectors. Two threads of
-Python share them if each call works on a MB or more: of smaller ones, each thread would mostly wait for the other's
-turn in between, which costs more than a core's own cache would save. X rows of Y words; N rows of B bytes that come of
-them.
+NumPy's loops, for they release the GIL, stay on their thread and narrow words to bytes in vectors.
+X rows of Y words; N rows of B bytes that come of them.
 """
 
 from __future__ import annotations
@@ -17,13 +15,14 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
+from duoserve.experts.formats.codes import TILE_BYTES, Rows
+
 Words = NDArray[np.uint32]
 Bytes = NDArray[np.uint8]
 
 LOW_NIBBLES, NIBBLE = np.uint32(0x0F0F0F0F), np.uint32(4)
 BYTES_IN_WORD = 4
 LINE = 64
-TILE_BYTES = 4 << 20
 
 
 class Scratch:
@@ -65,21 +64,22 @@ class RepackedRows:
     is written to.
     """
 
-    words_XY: Tensor
+    words_XY: Rows
     convert: Convert
     shape: tuple[int, int]
     tile: tuple[int, int]
 
     def write(self, out_NB: Tensor, rows_N: Tensor | None = None) -> None:
         """Fills ``out_NB``, whose row n is row ``rows_N[n]`` of the matrix, or n."""
-        words, out, scratch = self.words_XY.numpy().view(np.uint32), out_NB.numpy(), Scratch()
+        out, scratch = out_NB.numpy(), Scratch()
         places_N = None if rows_N is None else np.argsort(rows_N.numpy())
-        (num_words, columns), (num_rows, nbytes) = words.shape, self.shape
+        (num_words, columns), (num_rows, nbytes) = self.words_XY.shape, self.shape
         for x in range(0, num_words, self.tile[0]):
             end = min(x + self.tile[0], num_words)
+            words = self.words_XY[x:end].numpy().view(np.uint32)
             here = slice(x * nbytes // num_words, end * nbytes // num_words)
             for y in range(0, columns, self.tile[1]):
-                tile = words[x:end, y : y + self.tile[1]]
+                tile = words[:, y : y + self.tile[1]]
                 first = y * num_rows // columns
                 rows = slice(first, first + tile.shape[1] * num_rows // columns)
                 if places_N is None:
@@ -90,7 +90,7 @@ class RepackedRows:
                     out[places_N[rows], here] = made
 
 
-def wide_tile(words_XY: Tensor, num_rows: int) -> tuple[int, int]:
+def wide_tile(words_XY: Rows, num_rows: int) -> tuple[int, int]:
     """All columns of so many rows that some MB come of them: in each of ``num_rows`` rows an odd number of lines."""
     columns = words_XY.shape[1]
     lines = TILE_BYTES // num_rows // LINE | 1

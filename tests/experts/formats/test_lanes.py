@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from duoserve.experts.formats import awq, gptq
-from duoserve.experts.formats.lanes import TILE_BYTES, RepackedRows, Scratch, narrowed, transposed, wide_tile
+from duoserve.experts.formats.codes import TILE_BYTES
+from duoserve.experts.formats.lanes import RepackedRows, Scratch, narrowed, transposed, wide_tile
 
 INPUTS, OUTPUTS = 192, 416
 ORDER = torch.randperm(INPUTS, generator=torch.Generator().manual_seed(3))
