@@ -15,16 +15,8 @@ from torch import Tensor
 
 from duoserve.experts.formats.codes import Codes, Part, Rows, StoredTensor, WeightFormat
 from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, shared_parts
-from duoserve.experts.formats.lanes import (
-    LOW_NIBBLES,
-    NIBBLE,
-    Bytes,
-    RepackedRows,
-    Scratch,
-    Words,
-    transposed,
-    wide_tile,
-)
+from duoserve.experts.formats.lanes import LOW_NIBBLES, NIBBLE, RepackedRows, transposed, wide_tile
+from duoserve.experts.formats.scratch import Bytes, Scratch, Words
 from duoserve.kernels.weights import ExpertFormat
 
 NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from duoserve.experts.formats.scratch import Scratch
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat, Matrix
-
 
 # About as much is read and converted at a time. Two threads of Python share them if each call works on a MB or more: of
 # smaller ones, each thread would mostly wait for the other's turn in between, which costs more than a core's own cache
@@ -56,8 +56,11 @@ class RowData(Protocol):
     def shape(self) -> tuple[int, int]:
         """N, B."""
 
-    def write(self, out_NB: Tensor, rows_N: Tensor | None = None) -> None:
-        """Fills ``out_NB`` (each row contiguous), whose row n becomes row ``rows_N[n]`` (int64), or n."""
+    def write(self, out_NB: Tensor, scratch: Scratch, rows_N: Tensor | None = None) -> None:
+        """Fills ``out_NB`` (each row contiguous), whose row n becomes row ``rows_N[n]`` (int64), or n.
+
+        What is made on the way lies in ``scratch``.
+        """
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class RowsAsTheyAre:
         """N, B."""
         return self.data.shape[0], prod(self.data.shape[1:])
 
-    def write(self, out_NB: Tensor, rows_N: Tensor | None = None) -> None:
+    def write(self, out_NB: Tensor, scratch: Scratch, rows_N: Tensor | None = None) -> None:
         """As in RowData. In NumPy, for torch would split the copy over threads of its own, and packing has threads."""
         (num_rows, nbytes), out = self.shape, out_NB.numpy()
         places_N = None if rows_N is None else np.argsort(rows_N.numpy())
@@ -103,7 +106,7 @@ class Codes(NamedTuple):
     def data_NB(self) -> Tensor:
         """The bytes, in memory of their own."""
         out_NB = torch.empty(self.data.shape, dtype=torch.int8 if self.format is ExpertFormat.INT8 else torch.uint8)
-        self.data.write(out_NB)
+        self.data.write(out_NB, Scratch())
         return out_NB
 
     def in_groups_of(self, group: int) -> Codes:

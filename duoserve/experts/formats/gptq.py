@@ -17,18 +17,8 @@ from torch import Tensor
 from duoserve.errors import CheckpointError
 from duoserve.experts.formats.codes import Codes, Part, Rows, StoredTensor, WeightFormat
 from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, shared_parts
-from duoserve.experts.formats.lanes import (
-    BYTES_IN_WORD,
-    NIBBLE,
-    Bytes,
-    RepackedRows,
-    Scratch,
-    Words,
-    narrowed,
-    odd_lines,
-    transposed,
-    wide_tile,
-)
+from duoserve.experts.formats.lanes import NIBBLE, RepackedRows, narrowed, transposed, wide_tile
+from duoserve.experts.formats.scratch import BYTES_IN_WORD, Bytes, Scratch, Words, odd_lines
 from duoserve.kernels.weights import ExpertFormat
 
 ONES, EIGHTS = 0x11111111, 0x88888888 - (1 << 32)

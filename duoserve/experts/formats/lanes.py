@@ -6,51 +6,17 @@ X rows of Y words; N rows of B bytes that come of them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from duoserve.experts.formats.codes import TILE_BYTES, Rows
-
-Words = NDArray[np.uint32]
-Bytes = NDArray[np.uint8]
+from duoserve.experts.formats.scratch import BYTES_IN_WORD, LINE, Bytes, Scratch, Words
 
 LOW_NIBBLES, NIBBLE = np.uint32(0x0F0F0F0F), np.uint32(4)
-BYTES_IN_WORD = 4
-LINE = 64
-
-
-class Scratch:
-    """What is made of one tile on the way, by name, in memory that the next tile uses again."""
-
-    def __init__(self) -> None:
-        self._memory: dict[str, Bytes] = {}
-
-    def array(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.uint32) -> np.ndarray:
-        """Contiguous, of any values; there are BYTES_IN_WORD bytes more behind it."""
-        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        if name not in self._memory or len(self._memory[name]) < nbytes + BYTES_IN_WORD:
-            self._memory[name] = np.empty(nbytes + BYTES_IN_WORD, np.uint8)
-        return self._memory[name][:nbytes].view(dtype).reshape(shape)
-
-    def columns(self, name: str, shape: tuple[int, ...]) -> Words:
-        """Words whose columns can be gathered: rows lie an odd number of cache lines apart.
-
-        Else the words of a column would all compete for the same few places of a cache.
-        """
-        *outer, columns = shape
-        padded = odd_lines(columns * BYTES_IN_WORD) // BYTES_IN_WORD
-        return self.array(name, (*outer, padded))[..., :columns]
-
-
-def odd_lines(nbytes: int) -> int:
-    """Bytes of an odd number of cache lines, at least ``nbytes``."""
-    return (-(-nbytes // LINE) | 1) * LINE
 
 
 Convert = Callable[[Words, Bytes, Scratch], None]
@@ -69,9 +35,9 @@ class RepackedRows:
     shape: tuple[int, int]
     tile: tuple[int, int]
 
-    def write(self, out_NB: Tensor, rows_N: Tensor | None = None) -> None:
+    def write(self, out_NB: Tensor, scratch: Scratch, rows_N: Tensor | None = None) -> None:
         """Fills ``out_NB``, whose row n is row ``rows_N[n]`` of the matrix, or n."""
-        out, scratch = out_NB.numpy(), Scratch()
+        out = out_NB.numpy()
         places_N = None if rows_N is None else np.argsort(rows_N.numpy())
         (num_words, columns), (num_rows, nbytes) = self.words_XY.shape, self.shape
         for x in range(0, num_words, self.tile[0]):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from duoserve.architecture import Quantization
 from duoserve.errors import CheckpointError
@@ -17,10 +16,9 @@ from duoserve.experts.formats.fp8 import Fp8
 from duoserve.experts.formats.gptq import Gptq
 from duoserve.experts.formats.int4 import Groups
 from duoserve.experts.formats.mxfp4 import Mxfp4
+from duoserve.experts.formats.scratch import Scratch
 from duoserve.experts.pieces import Piece
 
-# Bytes by the part of a matrix that they are read for.
-Buffers = dict[str, NDArray[np.uint8]]
 DATA = "data"  # the part that has a matrix's codes
 
 
@@ -43,12 +41,13 @@ def stored_piece(form: WeightFormat, piece: Piece) -> dict[str, StoredTensor]:
 
 @dataclass(frozen=True)
 class _StoredRows(Rows):
-    """Rows that are read when they are asked for, into memory that the next ones take again."""
+    """Rows that are read when they are asked for, into the memory of the ``role`` that their tensor has."""
 
     checkpoint: Checkpoint
     name: str
     entry: int | None
-    buffers: Buffers
+    role: str
+    scratch: Scratch
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,19 +57,24 @@ class _StoredRows(Rows):
     def __getitem__(self, rows: slice, /) -> torch.Tensor:
         """As in Rows."""
         first, stop, _ = rows.indices(self.shape[0])
-        return _tensor(self.checkpoint, self.name, self.entry, self.buffers, DATA, (first, stop))
+        info = self.checkpoint.info(self.name).part(self.entry, (first, stop))
+        memory = torch.from_numpy(self.scratch.array(self.role, (info.nbytes,), np.uint8))
+        tensor = memory.view(info.dtype).view(info.shape)
+        self.checkpoint.read_into(self.name, tensor, self.entry, (first, stop))
+        return tensor
 
 
-def read_codes(checkpoint: Checkpoint, form: WeightFormat, piece: Piece, buffers: Buffers | None = None) -> Codes:
+def read_codes(checkpoint: Checkpoint, form: WeightFormat, piece: Piece, scratch: Scratch) -> Codes:
     """One matrix of one expert. CheckpointError: a tensor cannot be read, or its values make no sense.
 
-    Its codes are read when they are written to a row. The rest lies in ``buffers``, if they are given, until they are
-    given again: memory that was used before is there sooner.
+    Its codes are read when they are written to a row. The rest lies in ``scratch`` until it is given again.
     """
-    parts = form.parts(piece.name, *piece.matrix_shape)
-    into: Buffers = {} if buffers is None else buffers
-    data = _StoredRows(checkpoint, parts.pop(DATA).name, piece.entry, into)
-    tensors = {role: _tensor(checkpoint, part.name, piece.entry, into, role) for role, part in parts.items()}
+    stored = {
+        role: _StoredRows(checkpoint, part.name, piece.entry, role, scratch)
+        for role, part in form.parts(piece.name, *piece.matrix_shape).items()
+    }
+    data = stored.pop(DATA)
+    tensors = {role: rows[:] for role, rows in stored.items()}
     try:
         return form.codes(data, tensors)
     except CheckpointError as error:
@@ -79,21 +83,4 @@ def read_codes(checkpoint: Checkpoint, form: WeightFormat, piece: Piece, buffers
 
 def read_dense(checkpoint: Checkpoint, form: WeightFormat, name: str, shape: tuple[int, int]) -> torch.Tensor:
     """The matrix ``name`` [N, D], decoded, in float32. Errors as of ``read_codes``."""
-    return read_codes(checkpoint, form, Piece("down", name, shape)).dense()
-
-
-def _tensor(
-    checkpoint: Checkpoint,
-    name: str,
-    entry: int | None,
-    buffers: Buffers,
-    role: str,
-    rows: tuple[int, int] | None = None,
-) -> torch.Tensor:
-    """As of ``Checkpoint.read``, in memory of NumPy's, which asks for huge pages: it is there sooner."""
-    info = checkpoint.info(name).part(entry, rows)
-    if role not in buffers or len(buffers[role]) < info.nbytes:
-        buffers[role] = np.empty(info.nbytes, np.uint8)
-    tensor = torch.from_numpy(buffers[role][: info.nbytes]).view(info.dtype).view(info.shape)
-    checkpoint.read_into(name, tensor, entry, rows)
-    return tensor
+    return read_codes(checkpoint, form, Piece("down", name, shape), Scratch()).dense()

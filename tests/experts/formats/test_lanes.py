@@ -11,7 +11,8 @@ from torch import Tensor
 
 from duoserve.experts.formats import awq, gptq
 from duoserve.experts.formats.codes import TILE_BYTES
-from duoserve.experts.formats.lanes import RepackedRows, Scratch, narrowed, transposed, wide_tile
+from duoserve.experts.formats.lanes import RepackedRows, narrowed, transposed, wide_tile
+from duoserve.experts.formats.scratch import Scratch
 
 INPUTS, OUTPUTS = 192, 416
 ORDER = torch.randperm(INPUTS, generator=torch.Generator().manual_seed(3))
@@ -50,7 +51,7 @@ def test_tiles_of_any_size_give_the_same_bytes(kind: str, rows: int, columns: in
     found = replace(found, tile=(found.tile[0], columns))
     for rows_N in (None, ROWS):
         out = torch.zeros(2 * OUTPUTS, INPUTS // 2, dtype=torch.uint8)  # of which every second row is filled
-        found.write(out[1::2], rows_N)
+        found.write(out[1::2], Scratch(), rows_N)
         assert torch.equal(out[1::2], expected(kind) if rows_N is None else expected(kind)[rows_N])
         assert not out[0::2].any()
 
