@@ -21,7 +21,7 @@ from duoserve.kernels.weights import ExpertFormat, Matrix
 # About as much is read and converted at a time. Two threads of Python share them if each call works on a MB or more: of
 # smaller ones, each thread would mostly wait for the other's turn in between, which costs more than a core's own cache
 # would save.
-TILE_BYTES = 8 << 20
+TILE_BYTES = 4 << 20
 
 
 class StoredTensor(NamedTuple):
