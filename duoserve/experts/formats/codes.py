@@ -21,7 +21,7 @@ from duoserve.kernels.weights import ExpertFormat, Matrix
 # About as much is read and converted at a time. Two threads of Python share them if each call works on a MB or more: of
 # smaller ones, each thread would mostly wait for the other's turn in between, which costs more than a core's own cache
 # would save.
-TILE_BYTES = 4 << 20
+TILE_BYTES = 2 << 20
 
 
 class StoredTensor(NamedTuple):
@@ -78,7 +78,8 @@ class RowsAsTheyAre:
         """As in RowData. In NumPy, for torch would split the copy over threads of its own, and packing has threads."""
         (num_rows, nbytes), out = self.shape, out_NB.numpy()
         places_N = None if rows_N is None else np.argsort(rows_N.numpy())
-        for first in range(0, num_rows, step := max(1, TILE_BYTES // nbytes)):
+        step = max(1, TILE_BYTES // nbytes)
+        for first in range(0, num_rows, step):
             rows = slice(first, min(first + step, num_rows))
             out[rows if places_N is None else places_N[rows]] = self.data[rows].view(out_NB.dtype).flatten(1).numpy()
 
