@@ -28,11 +28,11 @@ F1  kernels/checks  kernels/matmul  kernels/weights  kernels/host_rows  kernels/
     kernels/traced  kernels/compiler  kernels/token_expert
 F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safetensors_header  experts/shards
     experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/rows  experts/pinned  experts/pieces
-    experts/store  experts/formats/__init__  experts/formats/codes  experts/formats/fp8  experts/formats/int4
-    experts/formats/lanes  experts/formats/awq  experts/formats/gptq  experts/formats/mxfp4  experts/formats/expert_row
-    experts/formats/reading  experts/packing  experts/quantizing  experts/host_ram  experts/device  experts/budget
-    experts/disk_store  experts/slots  experts/tickets  experts/copy_engine  experts/virtual
-    experts/virtual_readers  experts/streams
+    experts/store  experts/formats/__init__  experts/formats/scratch  experts/formats/codes  experts/formats/fp8
+    experts/formats/int4  experts/formats/lanes  experts/formats/awq  experts/formats/gptq  experts/formats/mxfp4
+    experts/formats/expert_row  experts/formats/reading  experts/packing  experts/quantizing  experts/host_ram
+    experts/device  experts/budget  experts/disk_store  experts/slots  experts/tickets  experts/copy_engine
+    experts/virtual  experts/virtual_readers  experts/streams
     experts/cuda_streams  experts/stream_engine
 F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/trace
     scheduling/trace_file  scheduling/recorder  scheduling/synthetic  scheduling/plan  scheduling/prefill

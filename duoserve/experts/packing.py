@@ -25,7 +25,8 @@ from duoserve.errors import CheckpointError, CopyError
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.formats.codes import WeightFormat
 from duoserve.experts.formats.expert_row import RowWriter, down_first
-from duoserve.experts.formats.reading import Buffers, read_codes
+from duoserve.experts.formats.reading import read_codes
+from duoserve.experts.formats.scratch import Scratch
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE, PackHeader
 from duoserve.experts.pieces import ExpertPieces, Piece, RowPart, float_parts, part_places, places, whole
@@ -77,6 +78,7 @@ class CheckpointStore(ExpertStore):
         self._checkpoint = checkpoint
         self._pieces = pieces
         self._form = form
+        self._threads = threading.local()
 
     def read(self, expert: ExpertId, row_B: Tensor) -> None:
         """Fills a uint8 CPU row [slot_bytes], converting to what the layout has; the padding becomes zero.
@@ -122,14 +124,21 @@ class CheckpointStore(ExpertStore):
 
     def _repack(self, expert: ExpertId, row_B: Tensor, form: WeightFormat) -> None:
         try:
-            writer = RowWriter(self.layout.weights(row_B[None]))
-            buffers: Buffers = {}  # of one expert: what was read is there until the next matrix is
+            scratch = self._scratch()
+            writer = RowWriter(self.layout.weights(row_B[None]), scratch)
             for piece in sorted(self._pieces(expert), key=lambda piece: down_first(piece.matrix)):
-                codes = read_codes(self._checkpoint, form, piece, buffers)
+                codes = read_codes(self._checkpoint, form, piece, scratch)
                 writer.add(piece.matrix, codes)
             writer.finish()
         except CheckpointError as error:
             raise CopyError(f"expert {expert.expert} of layer {expert.layer}: {error}") from error
+
+    def _scratch(self) -> Scratch:
+        """That of the calling thread, as long as it lives."""
+        if not hasattr(self._threads, "scratch"):
+            self._threads.scratch = Scratch()
+        scratch: Scratch = self._threads.scratch
+        return scratch
 
     def _fill(self, expert: ExpertId, piece: Piece, out: Tensor) -> None:
         try:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from duoserve.errors import CopyError
 from duoserve.experts.formats.codes import Codes, RowsAsTheyAre
-from duoserve.experts.formats.lanes import Scratch, odd_lines
+from duoserve.experts.formats.scratch import Scratch, odd_lines
 from duoserve.experts.layout import ExpertId, ExpertLayout, Quantized
 from duoserve.experts.packing import ExpertReader
 from duoserve.experts.pieces import part_places

@@ -13,20 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from duoserve.experts.formats.codes import Codes, Part, StoredTensor, WeightFormat
+from duoserve.experts.formats.codes import Codes, Part, Rows, StoredTensor, WeightFormat
 from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, shared_parts
-from duoserve.experts.formats.lanes import (
-    LOW_NIBBLES,
-    NIBBLE,
-    Bytes,
-    RepackedRows,
-    Scratch,
-    Words,
-)
+from duoserve.experts.formats.lanes import LOW_NIBBLES, NIBBLE, RepackedRows, transposed, wide_tile
+from duoserve.experts.formats.scratch import Bytes, Scratch, Words
 from duoserve.kernels.weights import ExpertFormat
 
 NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
-TILE = 1024, 128  # rows and columns of words
 
 
 @dataclass(frozen=True)
@@ -39,41 +32,40 @@ class Awq(WeightFormat):
         """As in WeightFormat."""
         base = module_of(name)
         weight = Part(f"{base}.qweight", StoredTensor((inner, num_rows // CODES_IN_WORD), WORD))
-        return {"qweight": weight, **shared_parts(base, num_rows, self.groups.count(inner))}
+        return {"data": weight, **shared_parts(base, num_rows, self.groups.count(inner))}
 
-    def codes(self, parts: Mapping[str, Tensor]) -> Codes:
+    def codes(self, data: Rows, parts: Mapping[str, Tensor]) -> Codes:
         """As in WeightFormat."""
         return Codes(
             ExpertFormat.INT4,
-            self.groups.of(len(parts["qweight"])),
-            _outputs(parts["qweight"]),
+            self.groups.of(data.shape[0]),
+            _outputs(data),
             scales_GN=parts["scales"],
             zeros_GN=_by_output(codes_in(parts["qzeros"])),
         )
 
 
-def _outputs(words_DW: Tensor) -> RepackedRows:
+def _outputs(words_DW: Rows) -> RepackedRows:
     """The codes of words, two inputs in a byte."""
     inputs, words = words_DW.shape
-    return RepackedRows(words_DW, _convert, (words * CODES_IN_WORD, inputs // 2), TILE)
+    num_rows = words * CODES_IN_WORD
+    return RepackedRows(words_DW, _convert, (num_rows, inputs // 2), wide_tile(words_DW, num_rows))
 
 
 def _convert(words: Words, out: Bytes, scratch: Scratch) -> None:
     """Two inputs' codes of each output come together in a byte of one word, then bytes of words go to their rows."""
     even, odd, (inputs, columns) = words[0::2], words[1::2], words.shape
-    halves = scratch.columns("halves", (2, inputs // 2, columns))
     swapped = scratch.array("swapped", even.shape)
+    halves_X2W = scratch.array("halves", (inputs // 2, 2, columns))
     np.right_shift(even, NIBBLE, swapped)
     np.bitwise_xor(swapped, odd, swapped)
     np.bitwise_and(swapped, LOW_NIBBLES, swapped)
-    np.bitwise_xor(odd, swapped, halves[1])  # has even's upper nibbles below its own
+    np.bitwise_xor(odd, swapped, halves_X2W[:, 1])  # has even's upper nibbles below its own
     np.left_shift(swapped, NIBBLE, swapped)
-    np.bitwise_xor(even, swapped, halves[0])  # has odd's lower nibbles above its own
-    # A byte of the first half has nibble 0, 4, 2 or 6 of the word, one of the second the nibble above it.
-    bytes_2XW22 = halves.view(np.uint8).reshape(2, -1, columns, 2, 2)
-    rows_W222X = out.reshape(columns, 2, 2, 2, -1)
-    for half, bytes_XW22 in enumerate(bytes_2XW22):
-        np.copyto(rows_W222X[:, :, half], bytes_XW22.transpose(1, 3, 2, 0))
+    np.bitwise_xor(even, swapped, halves_X2W[:, 0])  # has odd's lower nibbles above its own
+    # A byte of the first half has nibble 0, 2, 4 or 6 of the word, one of the second the nibble above it.
+    bytes_2W22X = transposed(halves_X2W.view(np.uint8).reshape(inputs // 2, -1)).reshape(2, columns, 2, 2, -1)
+    np.copyto(out.reshape(columns, 2, 2, 2, -1), bytes_2W22X.transpose(1, 3, 0, 2, 4))
 
 
 def _by_output(by_nibble_GN: Tensor) -> Tensor:

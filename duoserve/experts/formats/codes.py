@@ -5,17 +5,23 @@ N rows of a matrix, D its inner dimension, B bytes of one row, G groups of D.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, prod
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from duoserve.experts.formats.scratch import Scratch
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat, Matrix
+
+# About as much is read and converted at a time. Two threads of Python share them if each call works on a MB or more: of
+# smaller ones, each thread would mostly wait for the other's turn in between, which costs more than a core's own cache
+# would save.
+TILE_BYTES = 2 << 20
 
 
 class StoredTensor(NamedTuple):
@@ -32,6 +38,17 @@ class Part(NamedTuple):
     tensor: StoredTensor
 
 
+class Rows(Protocol):
+    """The rows of a stored tensor, of which some can be had at a time; a Tensor is one."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Of all of them."""
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        """Contiguous, until the next are asked for. CheckpointError: they cannot be read."""
+
+
 class RowData(Protocol):
     """The bytes [N, B] of a matrix in a packed row, made when they are written there."""
 
@@ -39,26 +56,32 @@ class RowData(Protocol):
     def shape(self) -> tuple[int, int]:
         """N, B."""
 
-    def write(self, out_NB: Tensor, rows_N: Tensor | None = None) -> None:
-        """Fills ``out_NB`` (each row contiguous), whose row n becomes row ``rows_N[n]`` (int64), or n."""
+    def write(self, out_NB: Tensor, scratch: Scratch, rows_N: Tensor | None = None) -> None:
+        """Fills ``out_NB`` (each row contiguous), whose row n becomes row ``rows_N[n]`` (int64), or n.
+
+        What is made on the way lies in ``scratch``.
+        """
 
 
 @dataclass(frozen=True)
 class RowsAsTheyAre:
-    """The bytes are there."""
+    """The bytes are there, in elements of one byte; a row may have several dimensions."""
 
-    data_NB: Tensor
+    data: Rows
 
     @property
     def shape(self) -> tuple[int, int]:
         """N, B."""
-        num_rows, nbytes = self.data_NB.shape
-        return num_rows, nbytes
+        return self.data.shape[0], prod(self.data.shape[1:])
 
-    def write(self, out_NB: Tensor, rows_N: Tensor | None = None) -> None:
+    def write(self, out_NB: Tensor, scratch: Scratch, rows_N: Tensor | None = None) -> None:
         """As in RowData. In NumPy, for torch would split the copy over threads of its own, and packing has threads."""
-        data_NB = self.data_NB.numpy()
-        np.copyto(out_NB.numpy(), data_NB if rows_N is None else data_NB[rows_N.numpy()])
+        (num_rows, nbytes), out = self.shape, out_NB.numpy()
+        places_N = None if rows_N is None else np.argsort(rows_N.numpy())
+        step = max(1, TILE_BYTES // nbytes)
+        for first in range(0, num_rows, step):
+            rows = slice(first, min(first + step, num_rows))
+            out[rows if places_N is None else places_N[rows]] = self.data[rows].view(out_NB.dtype).flatten(1).numpy()
 
 
 class Codes(NamedTuple):
@@ -84,7 +107,7 @@ class Codes(NamedTuple):
     def data_NB(self) -> Tensor:
         """The bytes, in memory of their own."""
         out_NB = torch.empty(self.data.shape, dtype=torch.int8 if self.format is ExpertFormat.INT8 else torch.uint8)
-        self.data.write(out_NB)
+        self.data.write(out_NB, Scratch())
         return out_NB
 
     def in_groups_of(self, group: int) -> Codes:
@@ -121,7 +144,10 @@ class WeightFormat(Protocol):
     """One way to store a matrix otherwise than as floats."""
 
     def parts(self, name: str, num_rows: int, inner: int) -> dict[str, Part]:
-        """The tensors of the matrix [num_rows, inner] that is called ``name`` where it is not quantized."""
+        """The tensors of the matrix [num_rows, inner] that is called ``name`` where it is not quantized.
 
-    def codes(self, parts: Mapping[str, Tensor]) -> Codes:
+        Its codes are in ``data``.
+        """
+
+    def codes(self, data: Rows, parts: Mapping[str, Tensor]) -> Codes:
         """The matrix of these tensors, by the keys of ``parts``; CheckpointError for values that make no sense."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from duoserve.errors import CheckpointError
 from duoserve.experts.formats.codes import Codes
+from duoserve.experts.formats.scratch import Scratch
 from duoserve.experts.pieces import Matrix
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights
 from duoserve.kernels.weights import Matrix as Packed
@@ -29,8 +30,9 @@ class RowWriter:
     That of gate and up, which must be one, goes into the row.
     """
 
-    def __init__(self, weights: ExpertWeights) -> None:
+    def __init__(self, weights: ExpertWeights, scratch: Scratch) -> None:
         self._weights = weights
+        self._scratch = scratch
         self._orders: dict[Matrix, Tensor | None] = {}
 
     def add(self, matrix: Matrix, codes: Codes) -> None:
@@ -40,7 +42,7 @@ class RowWriter:
         target = self._weights.w2 if matrix == "down" else self._weights.w13
         if codes.format is ExpertFormat.INT4:
             codes = codes.in_groups_of(target.group)
-        _fill(target, codes, LANES.get(matrix, ALL), rows_I)
+        _fill(target, codes, LANES.get(matrix, ALL), rows_I, self._scratch)
 
     def finish(self) -> None:
         """All matrices are there; CheckpointError where the row has room for one order, and gate and up have two."""
@@ -54,7 +56,7 @@ class RowWriter:
 
 def fill_row(weights: ExpertWeights, codes: Mapping[Matrix, Codes]) -> None:
     """Writes all matrices of an expert into the one slot of ``weights``; errors as of RowWriter."""
-    writer = RowWriter(weights)
+    writer = RowWriter(weights, Scratch())
     for matrix in sorted(codes, key=down_first):
         writer.add(matrix, codes[matrix])
     writer.finish()
@@ -65,12 +67,12 @@ def down_first(matrix: Matrix) -> bool:
     return matrix != "down"
 
 
-def _fill(target: Packed, codes: Codes, lane: slice, rows_N: Tensor | None) -> None:
+def _fill(target: Packed, codes: Codes, lane: slice, rows_N: Tensor | None, scratch: Scratch) -> None:
     """Row n is the codes' row ``rows_N[n]``, or n; where rows are given, scales are those of single rows."""
     assert target.scales_SGN is not None
     if codes.scales_GN.dtype != target.scales_SGN.dtype:
         raise CheckpointError(f"scales are {codes.scales_GN.dtype}, those of other experts {target.scales_SGN.dtype}")
-    codes.data.write(target.data_SNB[0, lane], rows_N)
+    codes.data.write(target.data_SNB[0, lane], scratch, rows_N)
     scales, from_scales = _bits(target.scales_SGN[0]), _bits(codes.scales_GN)
     rows = ALL if rows_N is None else rows_N.numpy()
     if codes.format is ExpertFormat.FP8:

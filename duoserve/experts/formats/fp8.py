@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from duoserve.experts.formats.codes import Codes, Part, RowsAsTheyAre, StoredTensor, WeightFormat
+from duoserve.experts.formats.codes import Codes, Part, Rows, RowsAsTheyAre, StoredTensor, WeightFormat
 from duoserve.kernels.weights import FP8_BLOCK, ExpertFormat
 
 # DeepSeek's are float32; other publishers round them to bfloat16, or to powers of two of one byte.
@@ -24,11 +24,10 @@ class Fp8(WeightFormat):
         """As in WeightFormat."""
         blocks = (-(-num_rows // FP8_BLOCK), -(-inner // FP8_BLOCK))
         return {
-            "weight": Part(name, StoredTensor((num_rows, inner), (torch.float8_e4m3fn,))),
+            "data": Part(name, StoredTensor((num_rows, inner), (torch.float8_e4m3fn,))),
             "scales": Part(f"{name}_scale_inv", StoredTensor(blocks, SCALE_DTYPES)),
         }
 
-    def codes(self, parts: Mapping[str, Tensor]) -> Codes:
+    def codes(self, data: Rows, parts: Mapping[str, Tensor]) -> Codes:
         """As in WeightFormat."""
-        data = RowsAsTheyAre(parts["weight"].view(torch.uint8))
-        return Codes(ExpertFormat.FP8, FP8_BLOCK, data, parts["scales"].float())
+        return Codes(ExpertFormat.FP8, FP8_BLOCK, RowsAsTheyAre(data), parts["scales"].float())

@@ -15,28 +15,15 @@ import torch
 from torch import Tensor
 
 from duoserve.errors import CheckpointError
-from duoserve.experts.formats.codes import Codes, Part, StoredTensor, WeightFormat
+from duoserve.experts.formats.codes import Codes, Part, Rows, StoredTensor, WeightFormat
 from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, shared_parts
-from duoserve.experts.formats.lanes import (
-    BYTES_IN_WORD,
-    LOW_NIBBLES,
-    NIBBLE,
-    Bytes,
-    RepackedRows,
-    Scratch,
-    Words,
-    gather_columns,
-    narrowed,
-    odd_lines,
-    transposed,
-)
+from duoserve.experts.formats.lanes import NIBBLE, RepackedRows, narrowed, transposed, wide_tile
+from duoserve.experts.formats.scratch import BYTES_IN_WORD, Bytes, Scratch, Words, odd_lines
 from duoserve.kernels.weights import ExpertFormat
 
 ONES, EIGHTS = 0x11111111, 0x88888888 - (1 << 32)
-TILE = 512, 128  # rows and columns of words
-# An order takes its inputs from all rows: of about so many words that codes stay in a core's cache.
-ORDERED_WORDS = 1 << 17
-SIXTEEN = np.uint8(16)
+ORDERED_WORDS = 1 << 19  # of a tile: an order takes its inputs from all rows
+LOW_NIBBLE, SIXTEEN = np.uint8(15), np.uint8(16)
 
 
 @dataclass(frozen=True)
@@ -56,18 +43,18 @@ class Gptq(WeightFormat):
         """As in WeightFormat."""
         base = module_of(name)
         return {
-            "qweight": Part(f"{base}.qweight", StoredTensor((inner // CODES_IN_WORD, num_rows), WORD)),
+            "data": Part(f"{base}.qweight", StoredTensor((inner // CODES_IN_WORD, num_rows), WORD)),
             **shared_parts(base, num_rows, self.groups.count(inner)),
             "g_idx": Part(f"{base}.g_idx", StoredTensor((inner,), WORD)),
         }
 
-    def codes(self, parts: Mapping[str, Tensor]) -> Codes:
+    def codes(self, data: Rows, parts: Mapping[str, Tensor]) -> Codes:
         """As in WeightFormat."""
         order_D = self._order(parts["g_idx"])
         return Codes(
             ExpertFormat.INT4,
             self.groups.of(len(order_D)),
-            _outputs(parts["qweight"], order_D if self.ordered else None),
+            _outputs(data, order_D if self.ordered else None),
             scales_GN=parts["scales"],
             zeros_GN=codes_in(self._zero_words(parts["qzeros"])),
             order_D=order_D if self.ordered else None,
@@ -94,12 +81,12 @@ class Gptq(WeightFormat):
         return qzeros + ONES if self.less_one and not is_plain else qzeros
 
 
-def _outputs(words_WN: Tensor, order_D: Tensor | None) -> RepackedRows:
+def _outputs(words_WN: Rows, order_D: Tensor | None) -> RepackedRows:
     """The codes of words, two in a byte; words have the inputs in turn, from the lowest bits up, and so have bytes."""
     words, num_rows = words_WN.shape
     shape = num_rows, words * BYTES_IN_WORD
     if order_D is None:
-        return RepackedRows(words_WN, transposed, shape, TILE)
+        return RepackedRows(words_WN, _as_they_are, shape, wide_tile(words_WN, num_rows))
     order = order_D.numpy()
     word, nibble = divmod(order, CODES_IN_WORD)
     places_D = (nibble % 2 * BYTES_IN_WORD + nibble // 2) * words + word
@@ -107,20 +94,22 @@ def _outputs(words_WN: Tensor, order_D: Tensor | None) -> RepackedRows:
     return RepackedRows(words_WN, convert, shape, (words, odd_lines(ORDERED_WORDS // words)))
 
 
+def _as_they_are(words: Words, out: Bytes, scratch: Scratch) -> None:
+    """A column of words becomes a row of bytes."""
+    np.copyto(out.view(np.uint32), transposed(words))
+
+
 def _reordered(words: Words, out: Bytes, scratch: Scratch, even_D: np.ndarray, odd_D: np.ndarray) -> None:
     """A byte of ``out`` has the codes at a place of ``even_D`` and at one of ``odd_D``."""
-    bytes_DN, columns = _codes(words, scratch), words.shape[1]
-    even, odd = (scratch.array(name, (len(even_D), columns), np.uint8) for name in ("even", "odd"))
+    bytes_DN, (pairs, columns) = _codes(words, scratch), (len(even_D), words.shape[1])
+    padded, odd = (scratch.array(name, (odd_lines(pairs), columns), np.uint8) for name in ("even", "odd"))
+    even, odd = padded[:pairs], odd[:pairs]
     bytes_DN.take(even_D, axis=0, out=even, mode="clip")  # else NumPy would not write to ``out`` directly
     bytes_DN.take(odd_D, axis=0, out=odd, mode="clip")
-    evens, pairs = even.view(np.uint32), odd.view(np.uint32)
-    np.bitwise_and(evens, LOW_NIBBLES, evens)
+    np.bitwise_and(even, LOW_NIBBLE, even)
     np.multiply(odd, SIXTEEN, odd)  # a shift of bytes is no operation of vectors
-    np.bitwise_or(pairs, evens, pairs)
-    by_word = scratch.array("by word", pairs.shape[::-1])
-    gather_columns(pairs, by_word)
-    for byte in range(BYTES_IN_WORD):
-        narrowed(by_word, byte, out[byte::BYTES_IN_WORD])
+    np.bitwise_or(even, odd, even)
+    np.copyto(out, transposed(padded)[:, :pairs])
 
 
 def _codes(words: Words, scratch: Scratch) -> Bytes:

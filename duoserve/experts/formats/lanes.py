@@ -1,9 +1,7 @@
 """Matrices of 4-bit codes in words of 32 bits, turned into rows of bytes a tile at a time.
 
-NumPy's loops, for they release the GIL, stay on their thread and narrow words to bytes in vectors. They transpose words
-several times as fast as bytes. Two threads of Python share them if each works on some hundred KB, as tiles have them:
-of shorter ones, each would mostly wait for the other's turn in between. X rows of Y words; N rows of B bytes that come
-of them.
+NumPy's loops, for they release the GIL, stay on their thread and narrow words to bytes in vectors.
+X rows of Y words; N rows of B bytes that come of them.
 """
 
 from __future__ import annotations
@@ -12,45 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+import torch
 from torch import Tensor
 
-Words = NDArray[np.uint32]
-Bytes = NDArray[np.uint8]
+from duoserve.experts.formats.codes import TILE_BYTES, Rows
+from duoserve.experts.formats.scratch import BYTES_IN_WORD, LINE, Bytes, Scratch, Words
 
 LOW_NIBBLES, NIBBLE = np.uint32(0x0F0F0F0F), np.uint32(4)
-BYTES_IN_WORD = 4
-LINE = 64
-# Words of a column that are gathered at once: each brings a line into the nearest cache, which then has its neighbours.
-COLUMN = 512
-
-
-class Scratch:
-    """What is made of one tile on the way, by name, in memory that the next tile uses again."""
-
-    def __init__(self) -> None:
-        self._memory: dict[str, Bytes] = {}
-
-    def array(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.uint32) -> np.ndarray:
-        """Contiguous, of any values; there are BYTES_IN_WORD bytes more behind it."""
-        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        if name not in self._memory or len(self._memory[name]) < nbytes + BYTES_IN_WORD:
-            self._memory[name] = np.empty(nbytes + BYTES_IN_WORD, np.uint8)
-        return self._memory[name][:nbytes].view(dtype).reshape(shape)
-
-    def columns(self, name: str, shape: tuple[int, ...]) -> Words:
-        """Words whose columns can be gathered: rows lie an odd number of cache lines apart.
-
-        Else the words of a column would all compete for the same few places of a cache.
-        """
-        *outer, columns = shape
-        padded = odd_lines(columns * BYTES_IN_WORD) // BYTES_IN_WORD
-        return self.array(name, (*outer, padded))[..., :columns]
-
-
-def odd_lines(nbytes: int) -> int:
-    """Bytes of an odd number of cache lines, at least ``nbytes``."""
-    return (-(-nbytes // LINE) | 1) * LINE
 
 
 Convert = Callable[[Words, Bytes, Scratch], None]
@@ -60,46 +26,55 @@ Convert = Callable[[Words, Bytes, Scratch], None]
 class RepackedRows:
     """Rows that are made of columns of words, some columns of some rows at a time: ``tile`` rows and columns of them.
 
-    ``convert`` fills the bytes of a tile, which it may not write to. What it makes on the way stays in a core's cache.
-    No second matrix is held but in the place that it is written to.
+    ``convert`` fills the bytes of a tile, which it may not write to. No second matrix is held but in the place that it
+    is written to.
     """
 
-    words_XY: Tensor
+    words_XY: Rows
     convert: Convert
     shape: tuple[int, int]
     tile: tuple[int, int]
 
-    def write(self, out_NB: Tensor, rows_N: Tensor | None = None) -> None:
+    def write(self, out_NB: Tensor, scratch: Scratch, rows_N: Tensor | None = None) -> None:
         """Fills ``out_NB``, whose row n is row ``rows_N[n]`` of the matrix, or n."""
-        words, out, scratch = self.words_XY.numpy().view(np.uint32), out_NB.numpy(), Scratch()
+        out = out_NB.numpy()
         places_N = None if rows_N is None else np.argsort(rows_N.numpy())
-        (num_words, columns), (num_rows, nbytes) = words.shape, self.shape
+        (num_words, columns), (num_rows, nbytes) = self.words_XY.shape, self.shape
         for x in range(0, num_words, self.tile[0]):
             end = min(x + self.tile[0], num_words)
+            words = self.words_XY[x:end].numpy().view(np.uint32)
             here = slice(x * nbytes // num_words, end * nbytes // num_words)
             for y in range(0, columns, self.tile[1]):
-                tile = words[x:end, y : y + self.tile[1]]
+                tile = words[:, y : y + self.tile[1]]
                 first = y * num_rows // columns
                 rows = slice(first, first + tile.shape[1] * num_rows // columns)
                 if places_N is None:
                     self.convert(tile, out[rows, here], scratch)
                 else:
-                    made = scratch.array("rows", (rows.stop - first, here.stop - here.start), np.uint8)
+                    made = scratch.array("made", (rows.stop - first, here.stop - here.start), np.uint8)
                     self.convert(tile, made, scratch)
                     out[places_N[rows], here] = made
 
 
-def transposed(words: Words, out: Bytes, scratch: Scratch) -> None:
-    """Words [X, Y] as they are, to rows [Y, 4 X] whose bytes are contiguous."""
-    columns = scratch.columns("columns", words.shape)
-    np.copyto(columns, words)
-    gather_columns(columns, out.view(np.uint32))
+def wide_tile(words_XY: Rows, num_rows: int) -> tuple[int, int]:
+    """All columns of so many rows that some MB come of them: in each of ``num_rows`` rows an odd number of lines."""
+    columns = words_XY.shape[1]
+    lines = TILE_BYTES // num_rows // LINE | 1
+    return lines * LINE * num_rows // (columns * BYTES_IN_WORD), columns
 
 
-def gather_columns(words: Words, out: Words) -> None:
-    """Words [..., X, Y] to [..., Y, X]; fast if they are Scratch's ``columns``."""
-    for x in range(0, words.shape[-2], COLUMN):
-        np.copyto(out[..., x : x + COLUMN], words[..., x : x + COLUMN, :].swapaxes(-1, -2))
+def transposed(rows_XY: np.ndarray) -> np.ndarray:
+    """[X, Y] of bytes or of words to [Y, X], in new memory; fast if columns have an odd number of cache lines.
+
+    Else the lines that are written to in turn would all compete for the same few places of a cache. PyTorch's shuffle
+    of a pixel's channels is by definition this transposition. It is the only one there that works in vectors, for bytes
+    and for float32, which words are moved as, bit by bit; it is several times as fast as NumPy's and PyTorch's copies.
+    """
+    num_rows, columns = rows_XY.shape
+    moved_as = rows_XY if rows_XY.dtype == np.uint8 else rows_XY.view(np.float32)
+    pixel = torch.from_numpy(moved_as).reshape(1, 1, 1, -1).permute(0, 3, 1, 2)  # one, so that it stays on its thread
+    columns_YX: np.ndarray = torch.channel_shuffle(pixel, num_rows).view(columns, num_rows).numpy()
+    return columns_YX.view(rows_XY.dtype)
 
 
 def narrowed(words: Words, byte: int, out: Bytes) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from duoserve.experts.formats.codes import Codes, Part, RowsAsTheyAre, StoredTensor, WeightFormat
+from duoserve.experts.formats.codes import Codes, Part, Rows, RowsAsTheyAre, StoredTensor, WeightFormat
 from duoserve.kernels.weights import MXFP4_GROUP, ExpertFormat
 
 
@@ -22,11 +22,10 @@ class Mxfp4(WeightFormat):
         groups = inner // MXFP4_GROUP
         byte = (torch.uint8,)
         return {
-            "blocks": Part(f"{name}_blocks", StoredTensor((num_rows, groups, MXFP4_GROUP // 2), byte)),
+            "data": Part(f"{name}_blocks", StoredTensor((num_rows, groups, MXFP4_GROUP // 2), byte)),
             "scales": Part(f"{name}_scales", StoredTensor((num_rows, groups), byte)),
         }
 
-    def codes(self, parts: Mapping[str, Tensor]) -> Codes:
+    def codes(self, data: Rows, parts: Mapping[str, Tensor]) -> Codes:
         """As in WeightFormat."""
-        data = RowsAsTheyAre(parts["blocks"].flatten(1))
-        return Codes(ExpertFormat.MXFP4, MXFP4_GROUP, data, parts["scales"].T)
+        return Codes(ExpertFormat.MXFP4, MXFP4_GROUP, RowsAsTheyAre(data), parts["scales"].T)

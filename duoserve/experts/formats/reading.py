@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from duoserve.architecture import Quantization
 from duoserve.errors import CheckpointError
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.formats.awq import Awq
-from duoserve.experts.formats.codes import Codes, StoredTensor, WeightFormat
+from duoserve.experts.formats.codes import Codes, Rows, StoredTensor, WeightFormat
 from duoserve.experts.formats.fp8 import Fp8
 from duoserve.experts.formats.gptq import Gptq
 from duoserve.experts.formats.int4 import Groups
 from duoserve.experts.formats.mxfp4 import Mxfp4
+from duoserve.experts.formats.scratch import Scratch
 from duoserve.experts.pieces import Piece
 
-# Bytes by the part of a matrix that they are read for.
-Buffers = dict[str, NDArray[np.uint8]]
+DATA = "data"  # the part that has a matrix's codes
 
 
 def format_of(quantization: Quantization) -> WeightFormat:
@@ -38,30 +39,48 @@ def stored_piece(form: WeightFormat, piece: Piece) -> dict[str, StoredTensor]:
     return {name: tensor._replace(shape=(*experts, *tensor.shape)) for name, tensor in parts}
 
 
-def read_codes(checkpoint: Checkpoint, form: WeightFormat, piece: Piece, buffers: Buffers | None = None) -> Codes:
+@dataclass(frozen=True)
+class _StoredRows(Rows):
+    """Rows that are read when they are asked for, into the memory of the ``role`` that their tensor has."""
+
+    checkpoint: Checkpoint
+    name: str
+    entry: int | None
+    role: str
+    scratch: Scratch
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As in Rows."""
+        return self.checkpoint.info(self.name).part(self.entry).shape
+
+    def __getitem__(self, rows: slice, /) -> torch.Tensor:
+        """As in Rows."""
+        first, stop, _ = rows.indices(self.shape[0])
+        info = self.checkpoint.info(self.name).part(self.entry, (first, stop))
+        memory = torch.from_numpy(self.scratch.array(self.role, (info.nbytes,), np.uint8))
+        tensor = memory.view(info.dtype).view(info.shape)
+        self.checkpoint.read_into(self.name, tensor, self.entry, (first, stop))
+        return tensor
+
+
+def read_codes(checkpoint: Checkpoint, form: WeightFormat, piece: Piece, scratch: Scratch) -> Codes:
     """One matrix of one expert. CheckpointError: a tensor cannot be read, or its values make no sense.
 
-    It lies in ``buffers``, if they are given, until they are given again: memory that was used before is there sooner.
+    Its codes are read when they are written to a row. The rest lies in ``scratch`` until it is given again.
     """
-    parts = form.parts(piece.name, *piece.matrix_shape)
-    into: Buffers = {} if buffers is None else buffers
-    tensors = {role: _tensor(checkpoint, part.name, piece.entry, into, role) for role, part in parts.items()}
+    stored = {
+        role: _StoredRows(checkpoint, part.name, piece.entry, role, scratch)
+        for role, part in form.parts(piece.name, *piece.matrix_shape).items()
+    }
+    data = stored.pop(DATA)
+    tensors = {role: rows[:] for role, rows in stored.items()}
     try:
-        return form.codes(tensors)
+        return form.codes(data, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.folder}: {piece.name!r}: {error}") from error
 
 
 def read_dense(checkpoint: Checkpoint, form: WeightFormat, name: str, shape: tuple[int, int]) -> torch.Tensor:
     """The matrix ``name`` [N, D], decoded, in float32. Errors as of ``read_codes``."""
-    return read_codes(checkpoint, form, Piece("down", name, shape)).dense()
-
-
-def _tensor(checkpoint: Checkpoint, name: str, entry: int | None, buffers: Buffers, role: str) -> torch.Tensor:
-    """As of ``Checkpoint.read``, in memory of NumPy's, which asks for huge pages: it is there sooner."""
-    info = checkpoint.info(name).part(entry)
-    if role not in buffers or len(buffers[role]) < info.nbytes:
-        buffers[role] = np.empty(info.nbytes, np.uint8)
-    tensor = torch.from_numpy(buffers[role][: info.nbytes]).view(info.dtype).view(info.shape)
-    checkpoint.read_into(name, tensor, entry)
-    return tensor
+    return read_codes(checkpoint, form, Piece("down", name, shape), Scratch()).dense()

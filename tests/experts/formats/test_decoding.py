@@ -23,7 +23,7 @@ from tests.encoders import Encode, Encoded
 GPTQ = partial(Quantization, "gptq", symmetric=False)
 V1, V2 = partial(encoders.gptq, version=1), partial(encoders.gptq, version=2)
 SHUFFLED = np.random.default_rng(5).permutation(192)
-ROLES = {"weight_scale_inv": "scales"}
+ROLES = {"weight_scale_inv": "scales", "weight": "data", "blocks": "data", "qweight": "data"}
 
 CASES: dict[str, tuple[Quantization, Encode]] = {
     "fp8": (Quantization("fp8"), encoders.fp8),
@@ -48,7 +48,7 @@ CASES: dict[str, tuple[Quantization, Encode]] = {
 
 def codes_of(quantization: Quantization, encoded: Encoded) -> Codes:
     parts = {ROLES.get(role, role): tensor for role, tensor in encoded.tensors.items()}
-    return format_of(quantization).codes(parts)
+    return format_of(quantization).codes(parts.pop("data"), parts)
 
 
 def random_matrix(seed: int, num_rows: int = 136, inner: int = 192) -> Tensor:
@@ -84,12 +84,11 @@ def test_words_have_every_zero_point_in_every_place() -> None:
     words = encoders._words(zeros_GN.numpy(), tuple(range(8)))
     stored = encoders._signed((words - 0x11111111) % 2**32)
     parts = {
-        "qweight": torch.zeros(64, 16, dtype=torch.int32),
         "qzeros": stored,
         "scales": torch.ones(16, 16, dtype=torch.float16),
         "g_idx": torch.arange(512, dtype=torch.int32) // 32,
     }
-    found = format_of(GPTQ(32, less_one=True)).codes(parts)
+    found = format_of(GPTQ(32, less_one=True)).codes(torch.zeros(64, 16, dtype=torch.int32), parts)
     assert found.zeros_GN is not None and torch.equal(found.zeros_GN, zeros_GN.to(torch.uint8))
 
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from duoserve.experts.formats import awq, gptq
-from duoserve.experts.formats.lanes import RepackedRows, Scratch, narrowed
+from duoserve.experts.formats.codes import TILE_BYTES
+from duoserve.experts.formats.lanes import RepackedRows, narrowed, transposed, wide_tile
+from duoserve.experts.formats.scratch import Scratch
 
 INPUTS, OUTPUTS = 192, 416
 ORDER = torch.randperm(INPUTS, generator=torch.Generator().manual_seed(3))
@@ -49,7 +51,7 @@ def test_tiles_of_any_size_give_the_same_bytes(kind: str, rows: int, columns: in
     found = replace(found, tile=(found.tile[0], columns))
     for rows_N in (None, ROWS):
         out = torch.zeros(2 * OUTPUTS, INPUTS // 2, dtype=torch.uint8)  # of which every second row is filled
-        found.write(out[1::2], rows_N)
+        found.write(out[1::2], Scratch(), rows_N)
         assert torch.equal(out[1::2], expected(kind) if rows_N is None else expected(kind)[rows_N])
         assert not out[0::2].any()
 
@@ -72,3 +74,23 @@ def test_the_bytes_of_words_are_narrowed_one_by_one() -> None:
             out = np.empty(size, np.uint8)
             narrowed(words, byte, out)
             assert np.array_equal(out, words.view(np.uint8)[byte::4])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint32])
+@pytest.mark.parametrize(("num_rows", "columns"), [(1, 1), (3, 5), (64, 40), (80, 416), (257, 16)])
+def test_words_and_bytes_are_transposed_bit_by_bit(num_rows: int, columns: int, dtype: type[np.generic]) -> None:
+    """Words are any bits: among them are those of floats that are no numbers, signalling ones too."""
+    words = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (num_rows, columns), dtype, endpoint=True)
+    words[0, 0] = np.uint32(0x7FA00001).astype(dtype)
+    found = transposed(words)
+    assert found.dtype == dtype and np.array_equal(found, words.T)
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq"])
+@pytest.mark.parametrize(("inputs", "outputs"), [(4096, 14336), (14336, 4096), (256, 256)])
+def test_tiles_make_an_odd_number_of_lines_of_every_row(kind: str, inputs: int, outputs: int) -> None:
+    words_XY = torch.empty((inputs, outputs // 8) if kind == "awq" else (inputs // 8, outputs), dtype=torch.int32)
+    rows, columns = wide_tile(words_XY, outputs)
+    made, left = divmod(rows * columns * 4, outputs)
+    assert columns == words_XY.shape[1] and left == 0 and made % 128 == 64
+    assert outputs * made < 1.5 * TILE_BYTES or inputs == 256
