@@ -78,6 +78,9 @@ class VirtualPasses:
         self._rates = rates
         self._clock = clock
 
+    def prepare(self, num_sequences: int) -> None:
+        """Nothing: no step takes longer the first time."""
+
     def prefill(self, requests: list[Request], interruptible: bool) -> _Prefill:
         """Begins a pass."""
         return _Prefill(requests, sum(len(request.prompt_ids) for request in requests))
