@@ -81,7 +81,7 @@ def load(  # noqa: PLR0913
         scheduler = held.enter_context(closing(make_scheduler(found.config, pool, copies, chosen, meter, told)))
         if chosen.all_resident:
             scheduler.load_all(progress=sys.stderr.isatty())
-        built = found.family.build(found.config, place.read, RoutedExperts(scheduler, pool.weights))
+        built = found.family.build(found.config, place.dense_reader(), RoutedExperts(scheduler, pool.weights))
         heard_by = audience(scheduler.listener, listener)
         transformer, tap = (built, None) if heard_by is None else listened_to(built, heard_by)
         cache = PagedKVCache(found.config, place.max_context, place.dtype, place.device)

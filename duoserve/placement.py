@@ -20,6 +20,7 @@ from duoserve.experts.device import CPU, free_bytes, resolve
 from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.pack_format import DTYPES, HEADER_FILE
 from duoserve.experts.packing import pack_path, write_pack
+from duoserve.experts.rows import DenseMemory
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore, HostStore, TieredStore
 from duoserve.experts.stream_engine import StreamCopyEngine
@@ -27,6 +28,7 @@ from duoserve.kernels import tiles_keep_bits
 from duoserve.memory_needs import MemoryNeeds, context_of, cpu_only
 from duoserve.metrics import Meter
 from duoserve.models.opened import OpenedModel
+from duoserve.models.tensors import ReadTensor
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,14 @@ class Placement:
         free = FreeMemory(free_bytes(self.device), free_bytes(CPU) if self._on_gpu else None)
         return needs.plan(wanted, free, needs_all)
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A dense tensor by its name in the checkpoint, in ``dtype`` or the model's."""
-        return self.found.read(name, dtype or self.dtype).to(self.device)
+    def dense_reader(self) -> ReadTensor:
+        """Reads each dense tensor once, by its name in the checkpoint, in a dtype or the model's."""
+        memory = DenseMemory([] if self._on_gpu else self.found.family.dense_sizes(self.found.config, self.dtype))
+
+        def read(name: str, dtype: torch.dtype | None = None) -> Tensor:
+            return memory.keep(self.found.read(name, dtype or self.dtype)).to(self.device)
+
+        return read
 
     def slow_tier(
         self, plan: MemoryPlan, cache_dir: str | Path | None, held: ExitStack, quantize: str | None = None

@@ -53,8 +53,12 @@ class Family:
 
     def dense_bytes(self, config: ModelConfig, dtype: torch.dtype) -> int:
         """Bytes in ``dtype`` of everything that is not a routed expert."""
+        return sum(self.dense_sizes(config, dtype))
+
+    def dense_sizes(self, config: ModelConfig, dtype: torch.dtype) -> list[int]:
+        """The same, tensor by tensor."""
         needs = self.dense_needs(config).values()
-        return sum(prod(need.shape) * (need.dtype or dtype).itemsize for need in needs)
+        return [prod(need.shape) * (need.dtype or dtype).itemsize for need in needs]
 
     def expert_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Every tensor that routed experts lie in, name -> shape."""

@@ -23,7 +23,7 @@ from duoserve.experts.copy_engine import ThreadedCopyEngine
 from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.packing import write_pack
-from duoserve.experts.rows import aligned_rows
+from duoserve.experts.rows import DenseMemory, aligned_rows
 from duoserve.experts.slots import SlotPool, SlotTable
 from duoserve.experts.store import ExpertStore, HostStore
 from duoserve.kernels import ExpertFormat
@@ -166,8 +166,8 @@ def staged(family: Family, config: ModelConfig, layout: ExpertLayout, folder: Pa
     experts = [ExpertId(layer, e) for layer in config.moe_layers for e in range(config.num_experts)]
     source = MadeUpStore(layout)
     write_pack(source, experts, folder, FINGERPRINT)
-    needs = family.dense_needs(config)
-    tensors = {name: _dense(name, need.shape, need.dtype or config.dtype) for name, need in needs.items()}
+    needs, memory = family.dense_needs(config), DenseMemory(family.dense_sizes(config, config.dtype))
+    tensors = {name: memory.keep(_dense(name, need.shape, need.dtype or config.dtype)) for name, need in needs.items()}
     with ExitStack() as held:
         disk = DiskStore(folder, layout, config.num_layers, config.num_experts, FINGERPRINT)
         stores = {
