@@ -114,6 +114,16 @@ class RoutePlan:
         order: list[int] = self.order_N.tolist()
         return order
 
+    @cached_property
+    def places_N(self) -> Tensor:
+        """``order_N`` in int64."""
+        return self.order_N.long()
+
+    @cached_property
+    def tokens_N(self) -> Tensor:
+        """The tokens of the sorted rows (int64)."""
+        return self.places_N // self.top_k
+
     def rows(self, expert: int) -> tuple[int, int]:
         """The half-open range of sorted rows that belong to ``expert``, read on the host."""
         return self.starts[expert], self.starts[expert + 1]
