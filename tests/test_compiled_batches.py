@@ -212,31 +212,31 @@ def test_more_sequences_than_a_step_takes_are_computed_by_the_model(mixtral: Pat
     assert fours == []
 
 
-def test_a_step_has_the_least_size_that_it_fits_in(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the steps that were to be compiled; none is."""
+    sizes: list[int] = []
 
     def recorded(model: object, cache: object, compiler: object) -> Callable[[int, int], None]:
-        return lambda num_sequences, width: asked.append(num_sequences)
+        return lambda num_sequences, width: sizes.append(num_sequences)
 
     monkeypatch.setattr(compiled_decode, "compiled_steps", recorded)
-    with assembled(
-        mixtral, "lru", 9, ThreadedCopyEngine, make_decoder=lambda parts: compiled_decoder(parts.model, parts.cache)
-    ) as engine:
+    return sizes
+
+
+def _compiled(parts: Parts) -> Decoder:
+    return compiled_decoder(parts.model, parts.cache)
+
+
+def test_a_step_has_the_least_size_that_it_fits_in(mixtral: Path, asked: list[int]) -> None:
+    with assembled(mixtral, "lru", 9, ThreadedCopyEngine, make_decoder=_compiled) as engine:
         assert asked == [1]
         write(engine, [[5]] * 4, (2, 3, 5, 6))
     assert asked == [1, 4]
 
 
-def test_a_service_prepares_the_sizes_of_its_batches(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-
-    def recorded(model: object, cache: object, compiler: object) -> Callable[[int, int], None]:
-        return lambda num_sequences, width: asked.append(num_sequences)
-
-    monkeypatch.setattr(compiled_decode, "compiled_steps", recorded)
-    with assembled(
-        mixtral, "lru", 9, ThreadedCopyEngine, make_decoder=lambda parts: compiled_decoder(parts.model, parts.cache)
-    ) as engine:
+def test_a_service_prepares_the_sizes_of_its_batches(mixtral: Path, asked: list[int]) -> None:
+    with assembled(mixtral, "lru", 9, ThreadedCopyEngine, make_decoder=_compiled) as engine:
         for max_batch, sizes in ((1, [1]), (4, [1, 4]), (5, [1, 4, 16]), (40, [1, 4, 16])):
             engine.share_out(ServiceSettings(max_batch=max_batch))
             assert asked == sizes

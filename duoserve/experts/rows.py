@@ -66,7 +66,7 @@ def _huge_pages(nbytes: int) -> Tensor:
     """Zeroed uint8 memory, in huge pages where the kernel has them; OSError or OverflowError when it is refused.
 
     Direct reads pin every page that they write to: in huge ones they were measured 2.5 times as fast. And a guest of a
-    hypervisor looks each page up twice: with dense weights in huge ones decode steps were 1.3 to 1.5 times as fast.
+    hypervisor looks each page up twice (bench/LOG.md has what that costs a decode step).
     """
     # Private, for the default (shared) would be charged to tmpfs and keep transparent huge pages away.
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

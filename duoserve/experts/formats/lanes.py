@@ -18,7 +18,6 @@ from duoserve.experts.formats.scratch import BYTES_IN_WORD, LINE, Bytes, Scratch
 
 LOW_NIBBLES, NIBBLE = np.uint32(0x0F0F0F0F), np.uint32(4)
 
-
 Convert = Callable[[Words, Bytes, Scratch], None]
 
 
