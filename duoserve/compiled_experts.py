@@ -138,7 +138,6 @@ class _Call:
 
     def _in_slot(self, slot: int) -> CompiledRecording[None]:
         if slot not in self._by_slot:
-            pairs = zip(self._first, SlotWeights.of(self._weights, slot), strict=True)
-            others = {ours: theirs for ours, theirs in pairs if ours is not None and theirs is not None}
+            others = dict(zip(self._first.tensors, SlotWeights.of(self._weights, slot).tensors, strict=True))
             self._by_slot[slot] = self._recording.on(others)
         return self._by_slot[slot]

@@ -247,8 +247,8 @@ def test_a_service_prepares_the_sizes_of_its_batches(mixtral: Path, asked: list[
 def test_quantized_experts_of_few_and_of_many_rows(
     quantize: str, tmp_path: Path, fours: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four equal prompts: each expert has four rows. Of int8 fewer are compiled calls, all else goes by ops."""
-    folder = save_mixtral(tmp_path, hidden_size=64, intermediate_size=64)
+    """Four equal prompts: each expert has four rows. Of fewer they are compiled calls, all else goes by ops."""
+    folder = save_mixtral(tmp_path, hidden_size=128, intermediate_size=128)
     expected = []
     with MoEModel.from_pretrained(folder, quantize=quantize) as model:
         for prompts in (PROMPTS, PROMPTS[:1] * 4):

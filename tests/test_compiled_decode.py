@@ -75,7 +75,7 @@ def test_every_policy_has_the_bits_of_the_resident_run(folder: Path, tmp_path: P
 def test_quantized_experts_give_the_logits_of_the_model(
     quantize: str, tmp_path: Path, compiled_calls: list[int]
 ) -> None:
-    folder = save_mixtral(tmp_path, hidden_size=64, intermediate_size=64)
+    folder = save_mixtral(tmp_path, hidden_size=128, intermediate_size=128)
     out = []
     for mode in ("auto", "compiled"):
         with MoEModel.from_pretrained(folder, quantize=quantize, decode_mode=mode) as model:

@@ -42,16 +42,16 @@ def _int8_sums(x_RD: Tensor, q_ND: Tensor) -> Tensor:
 
 
 def _int4_product(x_RD: Tensor, data_NB: Tensor, scales_GN: Tensor, zeros_GN: Tensor) -> Tensor:
-    """Even features are in the low halves of bytes, odd ones in the high: a product of each, so none is moved."""
+    """Even features are in the low halves of bytes, odd ones in the high; of a group, all even ones come first here."""
     num_groups, num_rows = scales_GN.shape
     bytes_NGC = data_NB.view(num_rows, num_groups, -1)
     zeros_NG1 = zeros_GN.T.contiguous().view(torch.int8)[:, :, None]
-    x_GCR2 = x_RD.to(_code_dtype()).view(len(x_RD), num_groups, -1, 2).permute(1, 2, 0, 3)
-    sums_GNR = torch.zeros(num_groups, num_rows, len(x_RD))
+    codes_GN2C = torch.empty(num_groups, num_rows, 2, bytes_NGC.shape[2], dtype=_code_dtype())
     for parity, half_NGC in enumerate((bytes_NGC & 15, bytes_NGC >> 4)):
-        codes_NGC = half_NGC.view(torch.int8).sub_(zeros_NG1).to(_code_dtype())
-        sums_GNR += torch.bmm(codes_NGC.transpose(0, 1), x_GCR2[..., parity])
-    return sums_GNR.mul_(scales_GN[..., None]).sum(0).T
+        codes_GN2C[:, :, parity] = half_NGC.view(torch.int8).sub_(zeros_NG1).transpose(0, 1)
+    x_G2CR = x_RD.to(codes_GN2C.dtype).view(len(x_RD), num_groups, -1, 2).permute(1, 3, 2, 0)
+    sums_GNR = torch.bmm(codes_GN2C.flatten(2), x_G2CR.flatten(1, 2))
+    return (sums_GNR * scales_GN[..., None]).sum(0).T
 
 
 def _code_dtype() -> torch.dtype:

@@ -1,6 +1,6 @@
 """The ops as a tracer can follow them: none reads a value, and products of one row are loops that a compiler fuses.
 
-T tokens, N rows of a matrix, K its inner dimension, R of them side by side.
+T tokens, N rows of a matrix, K its inner dimension.
 """
 
 from __future__ import annotations
@@ -18,17 +18,7 @@ from duoserve import kernels
 from duoserve.kernels import reference
 from duoserve.kernels.attention_together import decode_attention_together
 from duoserve.kernels.routing import HostWork, RoutePlan
-
-# Rows that are read side by side: a core then asks for more memory at a time (bench/LOG.md has what that is worth).
-STREAMS = (8, 4, 2, 1)
-
-
-def streamed_product(w_NK: Tensor, x_K: Tensor) -> Tensor:
-    """``w x`` in float32 [N], each row summed in the same order whatever else is computed."""
-    num_rows, wide_K = len(w_NK), x_K.float()
-    streams = next(count for count in STREAMS if num_rows % count == 0)
-    parts = w_NK.view(streams, num_rows // streams, -1).unbind()
-    return torch.cat([(part_RK.float() * wide_K).sum(-1) for part_RK in parts])
+from duoserve.kernels.streamed import streamed_product
 
 
 class TracedOps(TorchFunctionMode):

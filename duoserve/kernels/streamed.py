@@ -1,0 +1,63 @@
+"""Products of one row, written so that a compiler makes loops of them that read a matrix once and keep memory busy.
+
+N rows of a matrix, K its inner dimension, R of them side by side; W words of a row, G groups of K, L words of one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Rows that are read side by side: a core then asks for more memory at a time (bench/LOG.md has what that is worth).
+STREAMS = (8, 4, 2, 1)
+CODES_IN_WORD, CODE_BITS = 8, 4
+PLACE_FACTORS = torch.tensor([2.0 ** (-CODE_BITS * place) for place in range(CODES_IN_WORD - 1)] + [1.0])
+
+
+def streamed_product(w_NK: Tensor, x_K: Tensor) -> Tensor:
+    """``w x`` in float32 [N], each row summed in the same order whatever else is computed."""
+    wide_K = x_K.float()
+    return torch.cat([(part_RK.float() * wide_K).sum(-1) for part_RK in _side_by_side(w_NK)])
+
+
+def streamed_int4_product(words_NW: Tensor, scales_GN: Tensor, zeros_GN: Tensor, x_K: Tensor) -> Tensor:
+    """``w x`` in float32 [N] of int4 codes, eight in an int32 word, the first in its lowest bits.
+
+    Codes are multiplied as they are, and scales applied to the sums of groups, of which L lanes are added up last.
+    """
+    num_groups = len(scales_GN)
+    x_8GL, sums_G = _by_place(x_K, num_groups), x_K.float().view(num_groups, -1).sum(-1)
+    parts = zip(_side_by_side(words_NW), _side_by_side(scales_GN.T), strict=True)
+    products = [
+        _scaled_sums(words_RW.unflatten(1, (num_groups, -1)), scales_RG.float(), x_8GL) for words_RW, scales_RG in parts
+    ]
+    return torch.cat(products) - (zeros_GN.float() * scales_GN.float() * sums_G[:, None]).sum(0)
+
+
+def _scaled_sums(words_RGL: Tensor, scales_RG: Tensor, x_8GL: Tensor) -> Tensor:
+    """[R], of half of the words' codes at a time: what takes many operations, a compiler would lay down in memory."""
+    halves = (range(CODES_IN_WORD // 2), range(CODES_IN_WORD // 2, CODES_IN_WORD))
+    sums = [sum(_codes(words_RGL, place) * x_8GL[place] for place in places) for places in halves]
+    low_RL, high_RL = ((sums_RGL * scales_RG[:, :, None]).sum(1) for sums_RGL in sums)
+    return (low_RL + high_RL).sum(-1)
+
+
+def _codes(words_RGL: Tensor, place: int) -> Tensor:
+    """Codes of this place, masked where they are, which ``_by_place`` makes up for; at the last one is the sign."""
+    if place == CODES_IN_WORD - 1:
+        return ((words_RGL >> (CODE_BITS * place)) & 15).float()
+    return (words_RGL & (15 << (CODE_BITS * place))).float()
+
+
+def _by_place(x_K: Tensor, num_groups: int) -> Tensor:
+    """[8, G, L] in float32: what each of a word's codes is multiplied with, over the power of two that it stands at."""
+    x_8W = (x_K.float().view(-1, CODES_IN_WORD) * PLACE_FACTORS).T.contiguous()
+    # A compiler would gather these again for every row of the matrix, but what is strided it must lay down in memory.
+    return x_8W.as_strided(x_8W.shape, x_8W.stride()).view(CODES_IN_WORD, num_groups, -1)
+
+
+def _side_by_side(matrix_NK: Tensor) -> tuple[Tensor, ...]:
+    """The rows in as many parts as are to be read at a time."""
+    streams = next(count for count in STREAMS if len(matrix_NK) % count == 0)
+    parts: tuple[Tensor, ...] = matrix_NK.unflatten(0, (streams, -1)).unbind()
+    return parts

@@ -1,0 +1,82 @@
+"""An expert of a few tokens, compiled: the numbers of its weights written out, whatever their format."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from duoserve.kernels.compiler import CpuCompiler, can_compile
+from duoserve.kernels.reference_dequant import dense
+from duoserve.kernels.streamed import streamed_int4_product
+from duoserve.kernels.token_expert import SlotMatrix, SlotWeights, call_rows, token_expert
+from duoserve.kernels.weights import INT4_GROUPS, ExpertFormat, ExpertWeights, QuantizedLayout
+from tests.kernels.quantized_case import fill_with_random_codes, written_out
+
+LAYOUTS = {
+    "int8": QuantizedLayout(ExpertFormat.INT8, 48, 36),
+    "int4": QuantizedLayout(ExpertFormat.INT4, 128, 384, 128, torch.bfloat16),
+    "ordered": QuantizedLayout(ExpertFormat.INT4, 256, 128, 128, torch.float16, ordered=True),
+}
+SLOTS = 2
+needs_compiler = pytest.mark.skipif(not can_compile(), reason="there is no C++ compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_a_compiled_expert_is_its_weights_written_out(layout: QuantizedLayout, num_rows: int) -> None:
+    weights = random_weights(layout)
+    x_BH = torch.randn(3, layout.hidden, generator=torch.Generator().manual_seed(1))
+    tokens_R, places_R = torch.tensor([2, 0])[:num_rows], torch.tensor([3, 1])[:num_rows]
+    y_NH, first = torch.full((5, layout.hidden), torch.nan), SlotWeights.of(weights, 0)
+    recording = CpuCompiler().record(partial(token_expert, x_BH, first, tokens_R, places_R, y_NH))
+    y_NH.fill_(torch.nan)
+    slot = SLOTS - 1  # not the one that was recorded
+    recording.on(dict(zip(first.tensors, SlotWeights.of(weights, slot).tensors, strict=True))).replay()
+    expected_RH = expert(weights, slot, x_BH[tokens_R].double())
+    torch.testing.assert_close(y_NH[places_R].double(), expected_RH, rtol=1e-5, atol=1e-6)
+    others = [place for place in range(len(y_NH)) if place not in places_R]
+    assert y_NH[others].isnan().all()
+
+
+@pytest.mark.parametrize("group", INT4_GROUPS)
+@pytest.mark.parametrize("hidden", [128, 384])
+def test_an_int4_product_of_one_row_takes_every_code(group: int, hidden: int) -> None:
+    weights = random_weights(QuantizedLayout(ExpertFormat.INT4, hidden, 128, group, torch.bfloat16))
+    matrix, x_K = SlotMatrix.of(weights.w13, 0), torch.randn(hidden, generator=torch.Generator().manual_seed(1))
+    assert matrix.scales is not None
+    assert matrix.zeros is not None
+    y_N = streamed_int4_product(matrix.data, matrix.scales, matrix.zeros, x_K)
+    w_NK = written_out(weights.w13, 0)
+    assert w_NK.unique().numel() > len(w_NK)  # codes, zero-points and scales differ
+    torch.testing.assert_close(y_N.double(), w_NK @ x_K.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_half_bytes_are_loops_where_a_group_fills_a_vector() -> None:
+    rows = {
+        group: call_rows(random_weights(QuantizedLayout(ExpertFormat.INT4, 128, 128, group))) for group in INT4_GROUPS
+    }
+    assert rows == {32: (), 64: (), 128: (1, 2)}
+
+
+def random_weights(layout: QuantizedLayout) -> ExpertWeights:
+    """Of SLOTS slots; an order, where there is one, is a random one."""
+    weights = layout.weights(torch.zeros(SLOTS, layout.slot_bytes, dtype=torch.uint8))
+    generator = torch.Generator().manual_seed(0)
+    for slot in range(SLOTS):
+        for matrix in (weights.w13, weights.w2):
+            fill_with_random_codes(matrix, slot, generator)
+        if weights.order_SH is not None:
+            weights.order_SH[slot] = torch.randperm(layout.hidden, generator=generator)
+    return weights
+
+
+def expert(weights: ExpertWeights, slot: int, x_RH: Tensor) -> Tensor:
+    """In the dtype of ``x_RH``."""
+    w13_NH, w2_HI = (dense(matrix, slot).to(x_RH.dtype) for matrix in (weights.w13, weights.w2))
+    product_RN = x_RH @ w13_NH.T
+    return (F.silu(product_RN[:, 0::2]) * product_RN[:, 1::2]) @ w2_HI.T
