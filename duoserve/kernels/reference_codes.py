@@ -1,16 +1,19 @@
-"""Products with int8 and int4 weights on a CPU: codes are multiplied as they are, and scales applied to the sums.
+"""Products with quantized weights on a CPU: codes are multiplied as they are, and scales applied to the sums.
 
-bfloat16 and float32 hold every code exactly, so no weight is rounded, and a matrix is read once, not written out as
-floats and read again. R rows, N rows of the matrix, D its inner dimension, G groups of D, C codes of a half group.
+bfloat16 and float32 hold every code exactly, and every weight of MXFP4, so none is rounded. R rows, N rows of the
+matrix, D its inner dimension, G groups of D, C codes of a half group.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from duoserve.kernels.matmul import has_native_matmul
-from duoserve.kernels.weights import ExpertFormat, Matrix
+from duoserve.kernels.reference_dequant import E2M1, row_scales, unpack
+from duoserve.kernels.weights import FP8_BLOCK, ExpertFormat, Matrix
 
 # Up to here PyTorch's product with int8 weights, which converts them in registers, is the faster one. It takes rows of
 # whole vectors only: of others it reads beyond the end.
@@ -19,7 +22,8 @@ PACKED_ROWS, PACKED_VECTOR = 8, 16
 
 def multiplies_codes(matrix: Matrix, dtype: torch.dtype) -> bool:
     """Whether ``code_product`` knows the format, and loses nothing of inputs of ``dtype``; float16's sums overflow."""
-    return dtype is torch.bfloat16 and matrix.format in (ExpertFormat.INT8, ExpertFormat.INT4)
+    whole_blocks = matrix.format is not ExpertFormat.FP8 or matrix.inner % FP8_BLOCK == 0
+    return dtype is torch.bfloat16 and matrix.format is not ExpertFormat.FLOAT and whole_blocks
 
 
 def code_product(x_RD: Tensor, matrix: Matrix, slot: int, rows: slice) -> Tensor:
@@ -27,11 +31,16 @@ def code_product(x_RD: Tensor, matrix: Matrix, slot: int, rows: slice) -> Tensor
     assert matrix.scales_SGN is not None
     if matrix.order_SD is not None:
         x_RD = x_RD[:, matrix.order_SD[slot].long()]
-    data_NB, scales_GN = matrix.data_SNB[slot, rows], matrix.scales_SGN[slot, :, rows].float()
+    data_NB = matrix.data_SNB[slot, rows]
+    if matrix.format is ExpertFormat.FP8:
+        return _fp8_product(x_RD, data_NB, row_scales(matrix, slot, rows).T)
+    scales_GN = matrix.scales_SGN[slot, :, rows]
     if matrix.format is ExpertFormat.INT8:
         return _int8_sums(x_RD, data_NB) * scales_GN
+    if matrix.format is ExpertFormat.MXFP4:
+        return _mxfp4_product(x_RD, data_NB, scales_GN)
     assert matrix.zeros_SGN is not None
-    return _int4_product(x_RD, data_NB, scales_GN, matrix.zeros_SGN[slot, :, rows])
+    return _int4_product(x_RD, data_NB, scales_GN.float(), matrix.zeros_SGN[slot, :, rows])
 
 
 def _int8_sums(x_RD: Tensor, q_ND: Tensor) -> Tensor:
@@ -49,9 +58,44 @@ def _int4_product(x_RD: Tensor, data_NB: Tensor, scales_GN: Tensor, zeros_GN: Te
     codes_GN2C = torch.empty(num_groups, num_rows, 2, bytes_NGC.shape[2], dtype=_code_dtype())
     for parity, half_NGC in enumerate((bytes_NGC & 15, bytes_NGC >> 4)):
         codes_GN2C[:, :, parity] = half_NGC.view(torch.int8).sub_(zeros_NG1).transpose(0, 1)
-    x_G2CR = x_RD.to(codes_GN2C.dtype).view(len(x_RD), num_groups, -1, 2).permute(1, 3, 2, 0)
-    sums_GNR = torch.bmm(codes_GN2C.flatten(2), x_G2CR.flatten(1, 2))
+    x_GR2C = x_RD.view(len(x_RD), num_groups, -1, 2).permute(1, 0, 3, 2)
+    return _scaled_sums(codes_GN2C.flatten(2), x_GR2C.flatten(2), scales_GN)
+
+
+def _fp8_product(x_RD: Tensor, data_ND: Tensor, scales_GN: Tensor) -> Tensor:
+    """A block of columns is a group."""
+    codes_GND, x_GRD = (
+        rows.reshape(len(rows), -1, FP8_BLOCK).transpose(0, 1) for rows in (_looked_up(data_ND, ExpertFormat.FP8), x_RD)
+    )
+    return _scaled_sums(codes_GND, x_GRD, scales_GN)
+
+
+def _mxfp4_product(x_RD: Tensor, data_NB: Tensor, scales_GN: Tensor) -> Tensor:
+    """Scales are powers of two, so bfloat16 holds the weights themselves."""
+    scales_NG = scales_GN.T.contiguous().view(torch.float8_e8m0fnu).to(_code_dtype())
+    w_NGD = _looked_up(data_NB, ExpertFormat.MXFP4).view(*scales_NG.shape, -1) * scales_NG[:, :, None]
+    return torch.mm(w_NGD.flatten(1), x_RD.T.to(w_NGD.dtype)).T.float()
+
+
+def _scaled_sums(codes_GND: Tensor, x_GRD: Tensor, scales_GN: Tensor) -> Tensor:
+    """[R, N] of the sums of G groups."""
+    sums_GNR = torch.bmm(codes_GND, x_GRD.transpose(1, 2).to(codes_GND.dtype))
     return (sums_GNR * scales_GN[..., None]).sum(0).T
+
+
+def _looked_up(bytes_NB: Tensor, form: ExpertFormat) -> Tensor:
+    """The numbers [N, D] of fp8 or of MXFP4, of two bytes at a time."""
+    words = bytes_NB.flatten().view(torch.uint16).int()
+    return _numbers(form).index_select(0, words).view(torch.bfloat16).view(len(bytes_NB), -1).to(_code_dtype())
+
+
+@cache
+def _numbers(form: ExpertFormat) -> Tensor:
+    """The bfloat16 numbers that each two bytes stand for, as one integer, for that is what is looked up fast."""
+    bytes_W2 = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.uint8).view(-1, 2)
+    if form is ExpertFormat.FP8:
+        return bytes_W2.view(torch.float8_e4m3fn).bfloat16().view(torch.int32).flatten()
+    return torch.tensor(E2M1, dtype=torch.bfloat16)[unpack(bytes_W2).int()].view(torch.int64).flatten()
 
 
 def _code_dtype() -> torch.dtype:

@@ -35,7 +35,8 @@ def _decoded(matrix: Matrix, slot: int, rows: slice) -> Tensor:
     assert matrix.scales_SGN is not None
     data_NB, scales = matrix.data_SNB[slot, rows], matrix.scales_SGN[slot]
     if matrix.format is ExpertFormat.FP8:
-        return data_NB.view(torch.float8_e4m3fn).float() * _block_scales(scales, matrix, rows)
+        scales_ND = row_scales(matrix, slot, rows).repeat_interleave(FP8_BLOCK, dim=1)[:, : matrix.inner]
+        return data_NB.view(torch.float8_e4m3fn).float() * scales_ND
     scales_GN = scales[:, rows]
     if matrix.format is ExpertFormat.INT8:
         return data_NB.float() * scales_GN[0][:, None]
@@ -53,14 +54,14 @@ def unpack(bytes_NB: Tensor) -> Tensor:
     return torch.stack((bytes_NB & 15, bytes_NB >> 4), dim=-1).flatten(1)
 
 
-def _per_element(values_GN: Tensor, group: int) -> Tensor:
-    return values_GN.T.repeat_interleave(group, dim=1)
-
-
-def _block_scales(scales: Tensor, matrix: Matrix, rows: slice) -> Tensor:
-    """The scale of every element of the rows, of 128 x 128 blocks."""
-    _, num_rows, num_columns = matrix.data_SNB.shape
+def row_scales(matrix: Matrix, slot: int, rows: slice = ALL_ROWS) -> Tensor:
+    """The scales [N, blocks of D] of rows of fp8, which has them for 128 x 128 blocks."""
+    assert matrix.scales_SGN is not None
+    scales, num_rows = matrix.scales_SGN[slot], matrix.data_SNB.shape[1]
     rows_N = torch.arange(num_rows, device=scales.device)[rows]
     blocks_N = rows_N // 2 // FP8_BLOCK * 2 + rows_N % 2 if matrix.interleaved else rows_N // FP8_BLOCK
-    columns_D = torch.arange(num_columns, device=scales.device) // FP8_BLOCK
-    return scales[blocks_N][:, columns_D]
+    return scales[blocks_N]
+
+
+def _per_element(values_GN: Tensor, group: int) -> Tensor:
+    return values_GN.T.repeat_interleave(group, dim=1)

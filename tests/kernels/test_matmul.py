@@ -12,10 +12,13 @@ from duoserve.kernels.reference_codes import PACKED_ROWS, code_product, multipli
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat, Matrix
 from tests.kernels.common import assert_close
+from tests.kernels.quantized_case import fill_with_random_codes
 
 BF16 = torch.bfloat16
 INT4 = Quantized(ExpertFormat.INT4, 32)
 INT8 = Quantized(ExpertFormat.INT8)
+FP8 = Quantized(ExpertFormat.FP8)
+MXFP4 = Quantized(ExpertFormat.MXFP4)
 
 
 @pytest.mark.parametrize("rows", [1, 2, LEFT_ROWS, LEFT_ROWS + 1])
@@ -33,14 +36,10 @@ def test_weights_on_the_left(rows: int, biased: bool) -> None:
 def made(stored: Quantized, hidden: int, inter: int) -> Matrix:
     """The up projection of random experts in three slots."""
     layout = ExpertLayout(stored, hidden, inter)
-    pool_SB = torch.empty(3, layout.slot_bytes, dtype=torch.uint8).random_()
-    weights = layout.weights(pool_SB)
-    assert weights.s13 is not None
-    if weights.s13.is_floating_point():
-        weights.s13.copy_(torch.rand(weights.s13.shape) + 0.5)
-    if weights.z13 is not None:
-        weights.z13.copy_(torch.randint(0, 17, weights.z13.shape))
-    return weights.w13
+    matrix = layout.weights(torch.empty(3, layout.slot_bytes, dtype=torch.uint8)).w13
+    for slot in range(3):
+        fill_with_random_codes(matrix, slot, torch.Generator().manual_seed(slot))
+    return matrix
 
 
 def truth(x_RD: Tensor, matrix: Matrix, rows: slice) -> Tensor:
@@ -48,16 +47,27 @@ def truth(x_RD: Tensor, matrix: Matrix, rows: slice) -> Tensor:
 
 
 @pytest.mark.parametrize("rows", [1, 3, PACKED_ROWS, PACKED_ROWS + 1, 40])
-@pytest.mark.parametrize(("stored", "hidden"), [(INT8, 96), (INT8, 41), (INT8, 72), (INT4, 96), (INT4, 32)])
+@pytest.mark.parametrize(
+    ("stored", "hidden"), [(INT8, 96), (INT8, 41), (INT8, 72), (INT4, 96), (INT4, 32), (FP8, 384), (MXFP4, 96)]
+)
 def test_codes_mean_what_decoded_weights_mean(stored: Quantized, hidden: int, rows: int) -> None:
     """Rows that are whole vectors, and those that are not; positive inputs, so that zero-points have to cancel."""
-    matrix, x_RD = made(stored, hidden, 32), torch.rand(rows, hidden).to(BF16)
+    matrix, x_RD = made(stored, hidden, 160), torch.rand(rows, hidden).to(BF16)
     assert multiplies_codes(matrix, BF16)
-    for block in (slice(0, 64), slice(10, 31)):
+    for block in (slice(0, 320), slice(10, 31), slice(250, 320)):
         assert_close(code_product(x_RD, matrix, 1, block), truth(x_RD, matrix, block), BF16)
+
+
+def test_a_weight_that_is_no_number_is_none_in_a_product() -> None:
+    fp8, mxfp4 = made(FP8, 128, 32), made(MXFP4, 64, 32)
+    assert mxfp4.scales_SGN is not None
+    fp8.data_SNB[1, 5, 7], mxfp4.scales_SGN[1, 1, 5] = 0x7F, 255
+    for matrix in (fp8, mxfp4):
+        y_N = code_product(torch.ones(1, matrix.inner, dtype=BF16), matrix, 1, slice(0, 64))[0]
+        assert y_N.isnan().nonzero().flatten().tolist() == [5]
 
 
 def test_what_codes_cannot_do_is_decoded() -> None:
     assert not multiplies_codes(made(INT8, 32, 32), torch.float16)
     assert not multiplies_codes(made(INT4, 32, 32), torch.float32)
-    assert not multiplies_codes(made(Quantized(ExpertFormat.MXFP4), 32, 32), BF16)
+    assert not multiplies_codes(made(FP8, 200, 128), BF16)
