@@ -223,13 +223,15 @@ def _write_rows(
     tasks = [(expert, part) for expert in experts for part in store.parts(expert)]
     largest = max(part.stop - part.start for _, part in tasks)
     buffers = threading.local()  # each worker has one of its own
+    converting = threading.Semaphore(WORKERS - 1)  # else all would convert at once, and then all wait for the disk
 
     def pack(task: tuple[ExpertId, RowPart]) -> int:
         expert, part = task
         if not hasattr(buffers, "bytes_B"):
             buffers.bytes_B = aligned_rows(1, largest)[0]
         part_B = buffers.bytes_B[: part.stop - part.start]
-        store.read_part(expert, part, part_B)
+        with converting:
+            store.read_part(expert, part, part_B)
         _write_at(descriptor, part_B, header.offset(expert) + part.start)
         return len(part_B)
 

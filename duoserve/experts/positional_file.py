@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from duoserve.errors import CheckpointError, ClosedError
 
@@ -50,9 +51,11 @@ class PositionalFile:
 
     def read_rows(self, rows: np.ndarray, offset: int) -> None:
         """Fills the rows of ``rows`` (uint8 [N, B], each contiguous) one after another; errors as in ``read_into``."""
-        row_bytes = rows.shape[1]
-        for first in range(0, len(rows), MAX_BUFFERS):
-            batch = [row.data for row in rows[first : first + MAX_BUFFERS]]
+        (num_rows, row_bytes), step = rows.shape, rows.strides[0]
+        span = as_strided(rows, ((num_rows - 1) * step + row_bytes,), (1,)).data  # whose slices cost less than its rows
+        for first in range(0, num_rows, MAX_BUFFERS):
+            starts = range(first * step, min(first + MAX_BUFFERS, num_rows) * step, step)
+            batch = [span[start : start + row_bytes] for start in starts]
             count = self._read_some(batch, offset + first * row_bytes)
             for row in range(count // row_bytes, len(batch)):  # what a short read left
                 self.read_into(batch[row], offset + (first + row) * row_bytes)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from duoserve.errors import CopyError
-from duoserve.experts.formats.codes import Codes, RowsAsTheyAre
+from duoserve.experts.formats.codes import Codes, RowsAsTheyAre, TensorRows
 from duoserve.experts.formats.scratch import Scratch, odd_lines
 from duoserve.experts.layout import ExpertId, ExpertLayout, Quantized
 from duoserve.experts.packing import ExpertReader
@@ -113,7 +113,7 @@ def quantized(w_ND: Tensor, stored: Quantized) -> Codes:
     _fill(matrix, slice(0, num_rows), w_ND, stored, Scratch())
     assert matrix.scales_SGN is not None
     zeros_GN = None if matrix.zeros_SGN is None else matrix.zeros_SGN[0]
-    return Codes(stored.format, group, RowsAsTheyAre(matrix.data_SNB[0]), matrix.scales_SGN[0], zeros_GN)
+    return Codes(stored.format, group, RowsAsTheyAre(TensorRows(matrix.data_SNB[0])), matrix.scales_SGN[0], zeros_GN)
 
 
 def _fill(matrix: Packed, rows: slice, w_ND: Tensor, stored: Quantized, scratch: Scratch) -> np.ndarray:

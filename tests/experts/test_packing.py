@@ -309,6 +309,28 @@ def test_the_lock_keeps_two_packs_from_mixing(tmp_path: Path, monkeypatch: pytes
     assert packed(tmp_path, second)
 
 
+def test_one_worker_is_left_for_the_disk(tmp_path: Path) -> None:
+    """Never do all convert at once, and never does one alone while there is more to do."""
+    counts, lock, crowd = [0], threading.Lock(), threading.Event()
+    together = threading.Barrier(packing.WORKERS - 1, timeout=60)
+
+    class Counting(ArrayStore):
+        def read(self, expert: ExpertId, row_B: Tensor) -> None:
+            with lock:
+                counts.append(counts[-1] + 1)
+            together.wait()
+            if counts[-1] >= packing.WORKERS:
+                crowd.set()
+            crowd.wait(0.03)  # time for all to come
+            super().read(expert, row_B)
+            with lock:
+                counts.append(counts[-1] - 1)
+
+    store = Counting(num_layers=3, num_experts=2 * (packing.WORKERS - 1))
+    pack(store, tmp_path)
+    assert max(counts) == packing.WORKERS - 1 and packed(tmp_path, store)
+
+
 @pytest.mark.parametrize(("forced", "shown"), [(True, True), (False, False)])
 def test_the_progress_bar_shows_off_a_terminal_only_when_forced(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], forced: bool, shown: bool

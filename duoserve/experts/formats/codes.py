@@ -22,6 +22,7 @@ from duoserve.kernels.weights import ExpertFormat, Matrix
 # smaller ones, each thread would mostly wait for the other's turn in between, which costs more than a core's own cache
 # would save.
 TILE_BYTES = 2 << 20
+LONG_ROW_BYTES = 4096  # of shorter rows a second copy costs less than a place in a list of buffers
 
 
 class StoredTensor(NamedTuple):
@@ -39,14 +40,37 @@ class Part(NamedTuple):
 
 
 class Rows(Protocol):
-    """The rows of a stored tensor, of which some can be had at a time; a Tensor is one."""
+    """The rows of a stored tensor, of which some can be had at a time. CheckpointError: they cannot be read."""
 
     @property
     def shape(self) -> Sequence[int]:
         """Of all of them."""
 
     def __getitem__(self, rows: slice, /) -> Tensor:
-        """Contiguous, until the next are asked for. CheckpointError: they cannot be read."""
+        """Contiguous, until the next are asked for."""
+
+    def copy_to(self, out_NB: Tensor) -> None:
+        """Fills ``out_NB``, whose elements are bytes and each row contiguous, with the bytes of all rows."""
+
+
+@dataclass(frozen=True)
+class TensorRows(Rows):
+    """Those of a tensor that is there."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """As in Rows."""
+        return self.tensor.shape
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        """As in Rows."""
+        return self.tensor[rows]
+
+    def copy_to(self, out_NB: Tensor) -> None:
+        """As in Rows."""
+        out_NB.numpy()[:] = _bytes(self.tensor, out_NB.dtype)
 
 
 class RowData(Protocol):
@@ -75,13 +99,21 @@ class RowsAsTheyAre:
         return self.data.shape[0], prod(self.data.shape[1:])
 
     def write(self, out_NB: Tensor, scratch: Scratch, rows_N: Tensor | None = None) -> None:
-        """As in RowData. In NumPy, for torch would split the copy over threads of its own, and packing has threads."""
+        """As in RowData."""
+        if rows_N is None and (out_NB.is_contiguous() or self.shape[1] >= LONG_ROW_BYTES):
+            self.data.copy_to(out_NB)
+            return
         (num_rows, nbytes), out = self.shape, out_NB.numpy()
         places_N = None if rows_N is None else np.argsort(rows_N.numpy())
         step = max(1, TILE_BYTES // nbytes)
         for first in range(0, num_rows, step):
             rows = slice(first, min(first + step, num_rows))
-            out[rows if places_N is None else places_N[rows]] = self.data[rows].view(out_NB.dtype).flatten(1).numpy()
+            out[rows if places_N is None else places_N[rows]] = _bytes(self.data[rows], out_NB.dtype)
+
+
+def _bytes(rows: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """Rows of elements of one byte. As NumPy's: torch would split a copy over threads, and packing has its own."""
+    return rows.view(dtype).flatten(1).numpy()
 
 
 class Codes(NamedTuple):

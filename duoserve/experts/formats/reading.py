@@ -63,6 +63,11 @@ class _StoredRows(Rows):
         self.checkpoint.read_into(self.name, tensor, self.entry, (first, stop))
         return tensor
 
+    def copy_to(self, out_NB: torch.Tensor) -> None:
+        """As in Rows."""
+        info = self.checkpoint.info(self.name).part(self.entry)
+        self.checkpoint.read_into(self.name, out_NB.view(info.dtype).view(info.shape), self.entry)
+
 
 def read_codes(checkpoint: Checkpoint, form: WeightFormat, piece: Piece, scratch: Scratch) -> Codes:
     """One matrix of one expert. CheckpointError: a tensor cannot be read, or its values make no sense.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from duoserve.architecture import Quantization
 from duoserve.errors import CheckpointError
-from duoserve.experts.formats.codes import Codes
+from duoserve.experts.formats.codes import Codes, TensorRows
 from duoserve.experts.formats.expert_row import fill_row
 from duoserve.experts.formats.reading import format_of
 from duoserve.experts.layout import ExpertLayout, Quantized
@@ -48,7 +48,7 @@ CASES: dict[str, tuple[Quantization, Encode]] = {
 
 def codes_of(quantization: Quantization, encoded: Encoded) -> Codes:
     parts = {ROLES.get(role, role): tensor for role, tensor in encoded.tensors.items()}
-    return format_of(quantization).codes(parts.pop("data"), parts)
+    return format_of(quantization).codes(TensorRows(parts.pop("data")), parts)
 
 
 def random_matrix(seed: int, num_rows: int = 136, inner: int = 192) -> Tensor:
@@ -88,7 +88,7 @@ def test_words_have_every_zero_point_in_every_place() -> None:
         "scales": torch.ones(16, 16, dtype=torch.float16),
         "g_idx": torch.arange(512, dtype=torch.int32) // 32,
     }
-    found = format_of(GPTQ(32, less_one=True)).codes(torch.zeros(64, 16, dtype=torch.int32), parts)
+    found = format_of(GPTQ(32, less_one=True)).codes(TensorRows(torch.zeros(64, 16, dtype=torch.int32)), parts)
     assert found.zeros_GN is not None and torch.equal(found.zeros_GN, zeros_GN.to(torch.uint8))
 
 

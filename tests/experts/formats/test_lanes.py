@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from duoserve.experts.formats import awq, gptq
-from duoserve.experts.formats.codes import TILE_BYTES
+from duoserve.experts.formats.codes import TILE_BYTES, TensorRows
 from duoserve.experts.formats.lanes import RepackedRows, narrowed, transposed, wide_tile
 from duoserve.experts.formats.scratch import Scratch
 
@@ -32,8 +32,8 @@ def words_of(codes_8XY: Tensor, places: tuple[int, ...] = tuple(range(8))) -> Te
 
 def repacked(kind: str) -> RepackedRows:
     if kind == "awq":
-        return awq._outputs(words_of(codes_DN().T.contiguous(), awq.NIBBLE_OF_OUTPUT).T.contiguous())
-    return gptq._outputs(words_of(codes_DN()), ORDER if kind == "gptq, ordered" else None)
+        return awq._outputs(TensorRows(words_of(codes_DN().T.contiguous(), awq.NIBBLE_OF_OUTPUT).T.contiguous()))
+    return gptq._outputs(TensorRows(words_of(codes_DN())), ORDER if kind == "gptq, ordered" else None)
 
 
 def expected(kind: str) -> Tensor:
@@ -90,7 +90,7 @@ def test_words_and_bytes_are_transposed_bit_by_bit(num_rows: int, columns: int, 
 @pytest.mark.parametrize(("inputs", "outputs"), [(4096, 14336), (14336, 4096), (256, 256)])
 def test_tiles_make_an_odd_number_of_lines_of_every_row(kind: str, inputs: int, outputs: int) -> None:
     words_XY = torch.empty((inputs, outputs // 8) if kind == "awq" else (inputs // 8, outputs), dtype=torch.int32)
-    rows, columns = wide_tile(words_XY, outputs)
+    rows, columns = wide_tile(TensorRows(words_XY), outputs)
     made, left = divmod(rows * columns * 4, outputs)
     assert columns == words_XY.shape[1] and left == 0 and made % 128 == 64
     assert outputs * made < 1.5 * TILE_BYTES or inputs == 256
