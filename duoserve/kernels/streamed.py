@@ -20,6 +20,14 @@ def streamed_product(w_NK: Tensor, x_K: Tensor) -> Tensor:
     return torch.cat([(part_RK.float() * wide_K).sum(-1) for part_RK in _side_by_side(w_NK)])
 
 
+def streamed_fp8_product(w_NK: Tensor, scales_NG: Tensor, x_K: Tensor) -> Tensor:
+    """``w x`` in float32 [N] of fp8 codes, with a scale for each row of a block of columns."""
+    x_GL = x_K.float().view(scales_NG.shape[1], -1)
+    parts = zip(_side_by_side(w_NK), _side_by_side(scales_NG), strict=True)
+    products = [((w_RK.view(-1, *x_GL.shape).float() * x_GL).sum(-1) * scales_RG).sum(-1) for w_RK, scales_RG in parts]
+    return torch.cat(products)
+
+
 def streamed_int4_product(words_NW: Tensor, scales_GN: Tensor, zeros_GN: Tensor, x_K: Tensor) -> Tensor:
     """``w x`` in float32 [N] of int4 codes, eight in an int32 word, the first in its lowest bits.
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from duoserve.kernels.matmul import has_native_matmul, linear
-from duoserve.kernels.streamed import streamed_int4_product, streamed_product
-from duoserve.kernels.weights import ExpertFormat, ExpertWeights, Matrix
+from duoserve.kernels.streamed import streamed_fp8_product, streamed_int4_product, streamed_product
+from duoserve.kernels.weights import FP8_BLOCK, ExpertFormat, ExpertWeights, Matrix
 
 # Numbers of rows that calls are made for. Of one or two, products are loops; of more, those of a library, which takes
 # sixteen rows in about the time of two where the machine multiplies their dtype.
@@ -26,35 +26,51 @@ INT4_GROUP = 128
 def call_rows(weights: ExpertWeights) -> tuple[int, ...]:
     """The numbers of rows that ``token_expert`` computes faster than the ops of a model, ascending.
 
-    Of int4 in smaller groups, of fp8 and of MXFP4 none.
+    Of int4 in smaller groups, of fp8 in blocks that are cut short and of MXFP4 none.
     """
-    if weights.format is ExpertFormat.FLOAT:
-        return NATIVE if has_native_matmul(weights.w13_SNH.dtype) else WIDENED
-    loops = weights.format is ExpertFormat.INT8 or (weights.format is ExpertFormat.INT4 and weights.group == INT4_GROUP)
-    return LOOPS if loops else ()
+    match weights.format:
+        case ExpertFormat.FLOAT:
+            return NATIVE if has_native_matmul(weights.w13_SNH.dtype) else WIDENED
+        case ExpertFormat.INT8:
+            return LOOPS
+        case ExpertFormat.INT4:
+            return LOOPS if weights.group == INT4_GROUP else ()
+        case ExpertFormat.FP8:
+            return () if weights.w13.inner % FP8_BLOCK or weights.w2.inner % FP8_BLOCK else LOOPS
+    return ()
 
 
 class SlotMatrix(NamedTuple):
-    """A matrix in one slot: [N, D] of floats or int8, or int4 codes in int32 words, with what decodes it.
+    """A matrix in one slot: [N, D] of floats, fp8 or int8, or int4 codes in int32 words, with what decodes it.
 
-    int8 has ``scales`` [N]; int4 ``scales`` and ``zeros`` [G, N] and maybe the ``order`` of features.
+    int8 has ``scales`` [N]; fp8 has ``scales`` [blocks of N, G], rows of ``lanes`` blocks in turn; int4 has ``scales``
+    and ``zeros`` [G, N] and maybe the ``order`` of features.
     """
 
     data: Tensor
     scales: Tensor | None = None
     zeros: Tensor | None = None
     order: Tensor | None = None
+    lanes: int = 1
 
     @classmethod
     def of(cls, matrix: Matrix, slot: int) -> SlotMatrix:
-        """That of FLOAT, INT8 or INT4 weights."""
+        """That of weights in any format but MXFP4."""
         data, scales = matrix.data_SNB[slot], matrix.scales_SGN
         if scales is None:
             return cls(data)
-        if matrix.zeros_SGN is None:
+        if matrix.format is ExpertFormat.INT8:
             return cls(data, scales[slot, 0])
+        if matrix.format is ExpertFormat.FP8:
+            return cls(data.view(torch.float8_e4m3fn), scales[slot], lanes=2 if matrix.interleaved else 1)
+        assert matrix.zeros_SGN is not None
         order = None if matrix.order_SD is None else matrix.order_SD[slot]
         return cls(data.view(torch.int32), scales[slot], matrix.zeros_SGN[slot], order)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that there are, in an order that every slot has."""
+        return [part for part in (self.data, self.scales, self.zeros, self.order) if part is not None]
 
     def product(self, x_RD: Tensor) -> Tensor:
         """``x w^T`` in float32 [R, N]."""
@@ -67,9 +83,16 @@ class SlotMatrix(NamedTuple):
     def _of_one(self, x_D: Tensor) -> Tensor:
         if self.scales is None:
             return streamed_product(self.data, x_D)
-        if self.zeros is None:
+        if self.data.dtype is torch.int8:
             return streamed_product(self.data, x_D) * self.scales
+        if self.zeros is None:
+            return streamed_fp8_product(self.data, self._row_scales(self.scales), x_D)
         return streamed_int4_product(self.data, self.scales, self.zeros, x_D)
+
+    def _row_scales(self, scales: Tensor) -> Tensor:
+        """Those of fp8 [N, G]."""
+        blocks_B1LG = scales.view(-1, 1, self.lanes, scales.shape[1])
+        return blocks_B1LG.expand(-1, FP8_BLOCK, -1, -1).reshape(-1, scales.shape[1])
 
 
 class SlotWeights(NamedTuple):
@@ -80,13 +103,13 @@ class SlotWeights(NamedTuple):
 
     @classmethod
     def of(cls, weights: ExpertWeights, slot: int) -> SlotWeights:
-        """Those of FLOAT, INT8 or INT4 weights."""
+        """Those of weights in any format but MXFP4."""
         return cls(SlotMatrix.of(weights.w13, slot), SlotMatrix.of(weights.w2, slot))
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All of them, in an order that every slot has."""
-        return [part for part in (*self.w13, *self.w2) if part is not None]
+        """Those of both."""
+        return [*self.w13.tensors, *self.w2.tensors]
 
 
 def token_expert(x_BH: Tensor, weights: SlotWeights, tokens_R: Tensor, places_R: Tensor, y_NH: Tensor) -> None:

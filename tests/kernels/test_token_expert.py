@@ -19,6 +19,7 @@ from tests.kernels.quantized_case import fill_with_random_codes, written_out
 LAYOUTS = {
     "int8": QuantizedLayout(ExpertFormat.INT8, 48, 36),
     "int4": QuantizedLayout(ExpertFormat.INT4, 128, 384, 128, torch.bfloat16),
+    "fp8": QuantizedLayout(ExpertFormat.FP8, 256, 384),
     "ordered": QuantizedLayout(ExpertFormat.INT4, 256, 128, 128, torch.float16, ordered=True),
 }
 SLOTS = 2
@@ -54,6 +55,11 @@ def test_an_int4_product_of_one_row_takes_every_code(group: int, hidden: int) ->
     w_NK = written_out(weights.w13, 0)
     assert w_NK.unique().numel() > len(w_NK)  # codes, zero-points and scales differ
     torch.testing.assert_close(y_N.double(), w_NK @ x_K.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_fp8_is_loops_where_blocks_are_whole() -> None:
+    rows = [call_rows(random_weights(QuantizedLayout(ExpertFormat.FP8, *sizes))) for sizes in ((128, 256), (128, 200))]
+    assert rows == [(1, 2), ()]
 
 
 def test_half_bytes_are_loops_where_a_group_fills_a_vector() -> None:
