@@ -21,7 +21,7 @@ from duoserve.compiled_experts import CompiledExperts
 from duoserve.config import Phase
 from duoserve.experts.copy_engine import ThreadedCopyEngine
 from duoserve.kernels.attention_together import decode_attention_together
-from duoserve.kernels.compiler import CpuCompiler, can_compile
+from duoserve.kernels.compiler import CpuCompiler
 from duoserve.kernels.reference import decode_attention
 from duoserve.kv_cache import Layout
 from duoserve.models.moe import MoEBlock
@@ -30,6 +30,7 @@ from duoserve.recorded_decode import RecordedDecoder
 from duoserve.service import ServiceSettings
 from tests.assembly import Parts, assembled
 from tests.checkpoints import save_mixtral
+from tests.compiled_case import needs_compiler, save
 from tests.lagging import Truth, write
 from tests.listeners import Heard
 from tests.models.cases import FAMILIES
@@ -39,21 +40,17 @@ PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in 
 MAX_TOKENS = (8, 5, 9)  # they leave one after the other, so that there is more and more padding
 GREEDY = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
 TYPES = ("mixtral", "deepseek_v3", "gpt_oss")
-needs_compiler = pytest.mark.skipif(not can_compile(), reason="there is no C++ compiler")
 Before = Callable[[Parts, Layout], None]
 
 
 @pytest.fixture(scope="module", params=TYPES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    there = tmp_path_factory.mktemp(request.param)
-    if request.param == "mixtral":
-        return save_mixtral(there)
-    return FAMILIES[request.param].save(there, FAMILIES[request.param].hard)
+    return save(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_mixtral(tmp_path_factory.mktemp("mixtral"))
+    return save("mixtral", tmp_path_factory.mktemp("mixtral"))
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import torch
 
 from duoserve import ConfigError, MoEModel, SamplingParams
 from duoserve.compiled_decode import CompiledStep
-from duoserve.kernels.compiler import CpuCompiler, can_compile
+from duoserve.kernels.compiler import CpuCompiler
 from tests.checkpoints import save_mixtral
-from tests.models.cases import FAMILIES
+from tests.compiled_case import needs_compiler, save
 from tests.models.test_families import decoded
 from tests.models.test_mixtral_parity import relative_error
 
@@ -22,20 +22,16 @@ GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
 # Latent attention, dense first layers and shared experts; sinks, windows and an activation of its own; a gated shared
 # expert and biases. What the others add is in the router and in norms, which are traced from the same ops.
 TYPES = ("deepseek_v3", "gpt_oss", "qwen2_moe")
-needs_compiler = pytest.mark.skipif(not can_compile(), reason="there is no C++ compiler")
 
 
 @pytest.fixture(scope="module", params=("mixtral", *TYPES))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    there = tmp_path_factory.mktemp(request.param)
-    if request.param == "mixtral":
-        return save_mixtral(there)
-    return FAMILIES[request.param].save(there, FAMILIES[request.param].hard)
+    return save(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_mixtral(tmp_path_factory.mktemp("mixtral"))
+    return save("mixtral", tmp_path_factory.mktemp("mixtral"))
 
 
 @pytest.fixture

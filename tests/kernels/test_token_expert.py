@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from duoserve.kernels.compiler import CpuCompiler, can_compile
+from duoserve.kernels.compiler import CpuCompiler
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.streamed import streamed_int4_product
 from duoserve.kernels.token_expert import SlotMatrix, SlotWeights, call_rows, token_expert
 from duoserve.kernels.weights import INT4_GROUPS, ExpertFormat, ExpertWeights, QuantizedLayout
+from tests.compiled_case import needs_compiler
 from tests.kernels.quantized_case import fill_with_random_codes, written_out
 
 LAYOUTS = {
@@ -23,7 +24,6 @@ LAYOUTS = {
     "ordered": QuantizedLayout(ExpertFormat.INT4, 256, 128, 128, torch.float16, ordered=True),
 }
 SLOTS = 2
-needs_compiler = pytest.mark.skipif(not can_compile(), reason="there is no C++ compiler")
 
 
 @needs_compiler
