@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-EVERY_S = 1.0
+EVERY_S = 0.25  # a short run must have looked at the second quarter too
 WARM, LATE = 0.25, 0.75  # memory is compared between the quarter of requests behind the first, and the last
 
 

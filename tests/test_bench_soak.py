@@ -126,10 +126,10 @@ def test_every_check_can_fail() -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    command = [sys.executable, str(BENCH / "bench_soak.py"), "--quick", "--requests", "100", "--json", str(out)]
+    command = [sys.executable, str(BENCH / "bench_soak.py"), "--quick", "--requests", "200", "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
-    assert sum(found["tally"]["ended"].values()) == 100 and found["tally"]["choices"] > 80
+    assert sum(found["tally"]["ended"].values()) == 200 and found["tally"]["choices"] > 160
     assert all(check["passed"] for check in found["checks"])
     assert found["service"]["finished"]["abort"] > 0 and "**FAILED**" not in soak_report.render(found)

@@ -23,7 +23,8 @@ PACKED_ROWS, PACKED_VECTOR = 8, 16
 def multiplies_codes(matrix: Matrix, dtype: torch.dtype) -> bool:
     """Whether ``code_product`` knows the format, and loses nothing of inputs of ``dtype``; float16's sums overflow."""
     whole_blocks = matrix.format is not ExpertFormat.FP8 or matrix.inner % FP8_BLOCK == 0
-    return dtype is torch.bfloat16 and matrix.format is not ExpertFormat.FLOAT and whole_blocks
+    quantized = matrix.format is not ExpertFormat.FLOAT and matrix.data_SNB.is_cpu
+    return dtype is torch.bfloat16 and quantized and whole_blocks
 
 
 def code_product(x_RD: Tensor, matrix: Matrix, slot: int, rows: slice) -> Tensor:
