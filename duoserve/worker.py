@@ -102,7 +102,9 @@ class Worker:
         try:
             self._runtime.meter.begin_request()
             while self._obey():
-                for produced in self._engine.step():
+                made = self._engine.step()
+                self._publish(fresh=False)  # who is told of a token may look at the figures at once
+                for produced in made:
                     self._deliver(produced)
         except BaseException as error:  # whatever it is: nobody else would hear of it, and all would wait for ever
             self._die(error)
@@ -143,6 +145,7 @@ class Worker:
             _answer(answer, ClosedError("the service has died of an error"))
             raise
         self._tasks[request] = task
+        self._publish(fresh=False)
         _answer(answer, None)
 
     def _deliver(self, produced: Produced) -> None:

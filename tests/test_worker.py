@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from duoserve import AsyncEngine, MoEModel, SamplingParams, State
 from duoserve.errors import ClosedError, DuoServeError, RequestError
+from duoserve.stream import Stream
 from duoserve.text import IncrementalDecoder
 from tests.checkpoints import BARD, save_mixtral
 
@@ -90,4 +92,26 @@ def test_a_tokenizer_that_fails_ends_its_request_alone(monkeypatch: pytest.Monke
         model._runtime.engine.check_integrity()
 
     model = MoEModel.from_pretrained(BARD, policy="lru", expert_slots=12)
+    serve(model, main)
+
+
+def test_figures_know_a_request_no_later_than_its_caller(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    give, seen = Stream.give, []
+
+    async def main(service: AsyncEngine) -> None:
+        def looking(self: Stream, item: Any, finished: float | None) -> bool:
+            seen.append(service.figures().running)
+            return give(self, item, finished)
+
+        monkeypatch.setattr(Stream, "give", looking)
+        monkeypatch.setattr(engine, "step", lambda: [*step()] if gate.wait(10) else [])
+        stream = await service.submit(PROMPT, PARAMS)
+        assert service.figures().waiting == 1
+        gate.set()
+        assert sum([len(piece.token_ids) async for piece in stream]) == PARAMS.max_tokens
+        assert seen == [1] * (PARAMS.max_tokens - 1) + [0]
+
+    model = MoEModel.from_pretrained(folder)
+    engine, gate = model._runtime.engine, threading.Event()
+    step = engine.step
     serve(model, main)

@@ -254,14 +254,20 @@ def test_close_cancels_the_queue_and_waits_for_the_running_copy(store: ArrayStor
     assert torch.equal(pool.row(0), store.row(EXPERTS[0])) and store.reads == [EXPERTS[0]]
 
 
+def threads_since() -> Callable[[], int]:
+    """Counts the threads that are new since now: those of other tests may end at any time."""
+    before = set(threading.enumerate())
+    return lambda: len(set(threading.enumerate()) - before)
+
+
 def test_close_ends_the_threads_and_may_be_called_again(store: ArrayStore, pool: SlotPool) -> None:
-    before = threading.active_count()
+    started = threads_since()
     engine = ThreadedCopyEngine(store, pool, num_threads=3)
     submit(engine, 0)
-    assert threading.active_count() == before + 3
+    assert started() == 3
     engine.close()
     engine.close()
-    assert threading.active_count() == before
+    assert started() == 0
     assert engine.wait([]) == []
 
 
@@ -315,13 +321,13 @@ def test_idle_threads_end_and_the_next_copy_starts_others(
     store: ArrayStore, pool: SlotPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("duoserve.experts.copy_engine.IDLE_SECONDS", 0.05)
-    before = threading.active_count()
+    started = threads_since()
     engine = ThreadedCopyEngine(store, pool, num_threads=2)
     for number in (0, 1):
         ticket = submit(engine, number)
-        assert threading.active_count() == before + 2
+        assert started() == 2
         wait_all(engine, [ticket])
         assert ticket.state is TicketState.DONE
-        while threading.active_count() > before:
+        while started():
             time.sleep(0.01)
     engine.close()
