@@ -49,17 +49,18 @@ def _check(name: str, passed: bool | None, detail: str) -> dict[str, Any]:
 def token_checks(rounds: Rounds, token_ids: list[int]) -> list[dict[str, Any]]:
     """Ours choose the same tokens in every round; a peer, fed with them, would choose nearly the same.
 
-    What has other weights, or sums in another order, may choose otherwise, but in every round alike; llama.cpp, which
-    cannot be fed in a round, is checked by its logits.
+    What has other weights, or sums in another order, may choose otherwise, but in every round alike, and from disk as
+    from RAM; llama.cpp, which cannot be fed in a round, is checked by its logits.
     """
     checks = []
     for name, played in rounds.items():
         if name in LLAMAS:
             continue
-        expected = played[0]["token_ids"] if name in OWN_TOKENS else token_ids
+        leader = OWN_TOKENS.get(name)
+        expected = token_ids if leader is None else rounds[leader][0]["token_ids"]
         agree = min(sum(a == b for a, b in zip(r["token_ids"], expected, strict=True)) for r in played)
         needed = len(expected) if name.startswith("duoserve") else PEER_AGREEMENT * len(expected)
-        whose = "in its first round" if expected is not token_ids else "as chosen"
+        whose = "as chosen" if leader is None else f"as in the first round of {leader}"
         checks.append(_check(f"tokens of {name}", agree >= needed, f"{agree} of {len(expected)} {whose}"))
     return checks
 

@@ -57,6 +57,11 @@ class Run:
         """Where duoserve keeps its packed experts."""
         return self.folder.with_name(self.folder.name + "-packs")
 
+    @property
+    def predictor(self) -> Path:
+        """Where the predictor of our policy is, once it has been trained."""
+        return self.scratch / "predictor.safetensors"
+
     def has(self, contestant: Contestant) -> bool:
         """Whether it takes part. llama.cpp from disk is nothing without a limit: the cache would hold its file."""
         limited = self.cap_bytes is not None or contestant.name != cpu_rows.LLAMA_DISK
@@ -114,9 +119,9 @@ def disk_contestants(run: Run) -> list[Contestant]:
     llama.cpp maps its file, and the limit of its memory, which is ours too, decides how much of it stays in RAM.
     """
 
-    def ours(policy: str) -> Contestant:
-        options = run.duoserve_options(policy, run.shape.quarter)
-        return Contestant(f"duoserve {policy}", "duoserve", options, cold=True, capped=True)
+    def ours(policy: str, name: str | None = None, **more: str) -> Contestant:
+        options = run.duoserve_options(policy, run.shape.quarter) | more
+        return Contestant(name or f"duoserve {policy}", "duoserve", options, cold=True, capped=True)
 
     def accelerate(name: str, resident_layers: int, cold: bool) -> Contestant:
         offload = str(run.scratch / name.replace(" ", "-"))  # one each: dropping its cache must not cool another's
@@ -125,7 +130,7 @@ def disk_contestants(run: Run) -> list[Contestant]:
 
     return [
         ours("lru"),
-        ours("duoserve"),
+        ours("duoserve", cpu_rows.OURS_POLICY, predictor=str(run.predictor), decode_mode="compiled"),
         Contestant(cpu_rows.LLAMA_DISK, "xllamacpp", run.llama_options("bf16"), cold=True, capped=True),
         accelerate(cpu_rows.PEER_DISK, 0, cold=True),
         accelerate(cpu_rows.PEER_DISK_EQUAL, run.shape.layers // 4, cold=True),

@@ -48,6 +48,7 @@ ROWS = (
     Row("llama.cpp q8_0", "llama.cpp, q8_0", IN_RAM, None),
     Row("transformers float32", "transformers, weights as float32", TWICE, None),
     Row("duoserve lru", "duoserve", QUARTER, "disk_decode_io_s"),
+    Row("duoserve duoserve, compiled", "duoserve, compiled, with a predictor", QUARTER, "policy_decode_io_s"),
     Row("llama.cpp bf16, mapped", "llama.cpp, mapped", EQUAL, None),
     Row("accelerate cold, a quarter in RAM", "transformers + accelerate", QUARTER, None),
     Row("accelerate warm", "transformers + accelerate", CACHED, None),
@@ -80,7 +81,7 @@ def _said(result: Result, details: str) -> str:
         f"{shape['hidden']} wide),\n{shape['prompt_tokens']} tokens of prompt and {shape['new_tokens']} new ones, "
         f"{result['threads']} threads of one {machine['cpu']} with {', '.join(machine['isa'])}:\nmedians (extremes) of "
         f"rounds in turn, {result['date'].partition(' ')[0]}, commit {result['versions']['commit']}.\n"
-        "The bound is that of a decode step: active weights over the rate of memory, or missing experts over that of "
+        "The bound is that of a decode step: active weights over the rate of memory, or what a step reads over that of "
         f"the disk.\n[Conditions, ceilings, checks and versions]({details})."
     )
 

@@ -16,9 +16,18 @@ from memory_cap import join, leave
 
 from duoserve import MoEModel, SamplingParams
 from duoserve.config import EngineConfig
+from duoserve.kernels.compiler import CpuCompiler
 from duoserve.loading import load
+from duoserve.predictors.files import save_predictor
+from duoserve.predictors.training import train
 from duoserve.request import Request
 from duoserve.scheduling.recorder import Recorder
+from duoserve.tracing import Recording, record
+
+
+def load_compiler() -> None:
+    """PyTorch's compiler is a library of 200 MB, and loaded before memory is limited."""
+    CpuCompiler().record(lambda: (torch.ones(64) + 1,))
 
 
 class Duoserve:
@@ -31,6 +40,8 @@ class Duoserve:
         """Packs the experts into ``cache`` where they are not yet; ``cap`` is the group to join before that."""
         self._cap = Path(cap) if cap else None
         if self._cap:
+            if options.get("decode_mode") == "compiled":
+                load_compiler()
             join(self._cap)
         model = MoEModel.from_pretrained(folder, device="cpu", cache_dir=cache, **options)
         self._model = self._opened.enter_context(model)
@@ -80,6 +91,14 @@ class Duoserve:
         with closing(load(folder, EngineConfig(device="cpu", **options), policy, cache, heard)) as runtime:
             list(runtime.engine.generate([Request(prompt, params)]))
         return [layer.topk_ids_NK[len(prompt) :].tolist() for layer in heard.take().values()]
+
+    def train(self, folder: str, prompts: list[list[int]], new_tokens: int, max_context: int, out: str) -> None:
+        """Leaves a predictor in the file ``out``, trained as ``duoserve trace`` and ``train-predictor`` do it."""
+        trace = Path(out).with_name("trace.safetensors")
+        recording = Recording(trace, SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True))
+        wanted = EngineConfig(device="cpu", max_context=max_context)
+        predictor, _ = train(record(folder, prompts, recording, wanted, "resident"), "duoserve")
+        save_predictor(predictor, Path(out), {})
 
     def footprint(self, folder: str, prompt: list[int], new_tokens: int, **options: Any) -> dict[str, int]:
         """Bytes by which loading and one request raised this fresh process: its peak, and what stays, anonymous."""

@@ -9,6 +9,7 @@ import torch
 SEED = 20250907
 ITEM_BYTES = 2  # bf16
 PAGE_TOKENS = 64
+TRAINING_PROMPTS = 12
 RUNTIME_BYTES = 100_000_000  # what an engine may take beside the model where memory is limited
 
 
@@ -86,8 +87,15 @@ class Shape:
 
     def prompt(self) -> list[int]:
         """The prompt's token ids, the same in every run."""
-        generator = torch.Generator().manual_seed(SEED)
-        return torch.randint(3, self.vocab, (self.prompt_tokens,), generator=generator).tolist()
+        return self._random_prompts(SEED, 1)[0]
+
+    def training_prompts(self) -> list[list[int]]:
+        """Other prompts, for a predictor to be trained on."""
+        return self._random_prompts(SEED + 1, TRAINING_PROMPTS)
+
+    def _random_prompts(self, seed: int, count: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, self.vocab, (count, self.prompt_tokens), generator=generator).tolist()
 
 
 # 288 M parameters, 226 M of them in experts: more than a cache holds, little enough to be built in seconds.

@@ -209,15 +209,20 @@ def test_threads_take_turns(model: MoEModel) -> None:
 def test_compute_and_stall_add_up_to_the_wall_time(tmp_path: Path) -> None:
     """Wide enough that wake-ups of threads are small; compute has timers of its own, so that a gap would show."""
     wide = save_mixtral(tmp_path / "wide", hidden_size=256, intermediate_size=1024, head_dim=64)
+    asleep = []
     with MoEModel.from_pretrained(wide, expert_slots="25%", cache_dir=tmp_path) as model:
         model.generate(PROMPT, GREEDY)
-        stats = model.generate(PROMPT * 8, GREEDY, max_tokens=30).stats
-    assert stats.compute_s + stats.stall_s == pytest.approx(stats.wall_s, rel=0.05)
-    # The copy lane ends when the bytes are there; the waiting thread still has to be woken, once a stall.
-    assert stats.compute_s + stats.transfer_s - stats.overlap_s == pytest.approx(stats.wall_s, rel=0.1)
-    assert 0 < stats.overlap_s <= min(stats.compute_s, stats.transfer_s)
-    assert stats.ttft_s is not None and stats.tpot_s is not None
-    assert stats.ttft_s + sum(stats.itl_s) == pytest.approx(stats.wall_s, rel=0.05)
+        for _ in range(5):
+            stats = model.generate(PROMPT * 8, GREEDY, max_tokens=30).stats
+            assert stats.compute_s + stats.stall_s == pytest.approx(stats.wall_s, rel=0.05)
+            assert 0 < stats.overlap_s <= min(stats.compute_s, stats.transfer_s)
+            assert stats.ttft_s is not None and stats.tpot_s is not None
+            assert stats.ttft_s + sum(stats.itl_s) == pytest.approx(stats.wall_s, rel=0.05)
+            lanes_s = stats.compute_s + stats.transfer_s - stats.overlap_s
+            asleep.append((stats.wall_s - lanes_s) / stats.wall_s)
+    # The copy lane ends when the bytes are there; the waiting thread still has to be woken, once a stall. On a busy
+    # machine that may take long, but hardly five times in turn.
+    assert min(asleep) == pytest.approx(0.0, abs=0.1)
 
 
 def test_a_slow_reader_of_a_stream_costs_no_wall_time(model: MoEModel) -> None:
