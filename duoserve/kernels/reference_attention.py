@@ -28,31 +28,51 @@ def attention(
     al. (2024) as in gpt-oss.
     """
     num_new, num_context = q_THD.shape[0], k_CGD.shape[0]
-    if window is not None and num_new == 1 and num_context > window:
-        k_CGD, v_CGD, num_context = k_CGD[-window:], v_CGD[-window:], window
-    dtype = q_THD.dtype
-    if num_new == 1 and q_THD.is_cpu and not has_native_matmul(dtype):  # a third of the time of one query in half
-        q_THD, k_CGD, v_CGD = q_THD.float(), k_CGD.float(), v_CGD.float()
+    if num_new == 1:
+        first = 0 if window is None else max(0, num_context - window)
+        return _of_one_query(q_THD, k_CGD[first:], v_CGD[first:], scale, sinks_H)
     windowed = window is not None and num_context > window
     plain_causal = num_new == num_context and not windowed and sinks_H is None
     if num_new > QUERY_ROWS and not (plain_causal and _streams_scores(q_THD, v_CGD)):
         return _in_blocks(q_THD, k_CGD, v_CGD, scale, window, sinks_H)
-    mask = None
-    if num_new > 1 and not plain_causal:
-        mask = _visible(num_new, num_context, window, q_THD.device)
+    mask = None if plain_causal else _visible(num_new, num_context, window, q_THD.device)
     if sinks_H is not None:
-        k_CGD, v_CGD = F.pad(k_CGD, (0, 0, 0, 0, 0, 1)), F.pad(v_CGD, (0, 0, 0, 0, 0, 1))
+        k_CGD, v_CGD = _with_empty_row(k_CGD), _with_empty_row(v_CGD)
         mask = _with_sinks(mask, sinks_H, num_new, num_context, q_THD.dtype)[None]  # with 3 axes scores are written out
     out_HTD = F.scaled_dot_product_attention(
         q_THD.transpose(0, 1)[None],
         k_CGD.transpose(0, 1)[None],
         v_CGD.transpose(0, 1)[None],
         attn_mask=mask,
-        is_causal=plain_causal and num_new > 1,
+        is_causal=plain_causal,
         scale=scale,
         enable_gqa=q_THD.shape[1] != k_CGD.shape[1],
     )[0]
-    return out_HTD.transpose(0, 1).to(dtype)
+    return out_HTD.transpose(0, 1)
+
+
+def _of_one_query(q_1HD: Tensor, k_CGD: Tensor, v_CGD: Tensor, scale: float, sinks_H: Tensor | None) -> Tensor:
+    """``attention`` of one query that sees all: the heads of a KV head are its queries, so that it is read once."""
+    dtype, (num_context, num_kv_heads, _) = q_1HD.dtype, k_CGD.shape
+    if q_1HD.is_cpu and not has_native_matmul(dtype):  # a third of the time that it takes in half
+        q_1HD, k_CGD, v_CGD = q_1HD.float(), k_CGD.float(), v_CGD.float()
+    mask = None
+    if sinks_H is not None:
+        k_CGD, v_CGD = _with_empty_row(k_CGD), _with_empty_row(v_CGD)
+        mask = _with_sinks(None, sinks_H, 1, num_context, q_1HD.dtype).view(1, num_kv_heads, -1, num_context + 1)
+    out_1GJD = F.scaled_dot_product_attention(
+        q_1HD.reshape(1, num_kv_heads, -1, q_1HD.shape[-1]),
+        k_CGD.transpose(0, 1)[None],
+        v_CGD.transpose(0, 1)[None],
+        attn_mask=mask,
+        scale=scale,
+    )
+    return out_1GJD.flatten(1, 2).to(dtype)
+
+
+def _with_empty_row(x_CGD: Tensor) -> Tensor:
+    """For sinks, behind the context."""
+    return F.pad(x_CGD, (0, 0, 0, 0, 0, 1))
 
 
 def _streams_scores(q_THD: Tensor, v_CGD: Tensor) -> bool:
