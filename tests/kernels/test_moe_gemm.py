@@ -97,8 +97,9 @@ def check_twins(case: Case) -> None:
     for work in (case.plan.resident, case.arrived):
         reference.moe_up(case.x_TH, case.pool.weights, case.plan, work, act)
         reference.moe_down(act, case.pool.weights, case.plan, work, y)
-    # The product, its silu and their product are each rounded.
-    assert_close(act[: len(case.computed)], case.true_act(), case.x_TH.dtype, roundings=2)
+    # Gate and up, the silu of one and its product with the other are each rounded; where one element is most of the
+    # norm, they do not cancel.
+    assert_close(act[: len(case.computed)], case.true_act(), case.x_TH.dtype, roundings=4)
     assert_close(y[case.computed], case.true_y(act), case.x_TH.dtype)
     assert bool(act[len(case.computed) :].isnan().all())
 
