@@ -16,7 +16,7 @@ from memory_cap import join, leave
 
 from duoserve import MoEModel, SamplingParams
 from duoserve.config import EngineConfig
-from duoserve.kernels.compiler import CpuCompiler
+from duoserve.kernels.compiler import CpuCompiler, can_compile
 from duoserve.loading import load
 from duoserve.predictors.files import save_predictor
 from duoserve.predictors.training import train
@@ -40,7 +40,7 @@ class Duoserve:
         """Packs the experts into ``cache`` where they are not yet; ``cap`` is the group to join before that."""
         self._cap = Path(cap) if cap else None
         if self._cap:
-            if options.get("decode_mode") == "compiled":
+            if options.get("decode_mode") == "compiled" and can_compile():
                 load_compiler()
             join(self._cap)
         model = MoEModel.from_pretrained(folder, device="cpu", cache_dir=cache, **options)
