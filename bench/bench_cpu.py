@@ -28,7 +28,7 @@ from typing import Any
 
 import cpu_rows
 import cpu_summary
-from cpu_contestants import BENCH, SCRIPTS, Contestant, Run, disk_contestants, resident_contestants
+from cpu_contestants import BENCH, SCRIPTS, Contestant, Run, disk_contestants, our_policy, resident_contestants
 from harness import WORKER_ENV, Round, Worker, interleave
 from least_bytes import least_misses
 from machine import foreign_cpu, machine_facts, versions
@@ -99,7 +99,7 @@ def measure_ceilings(run: Run, scratch_bytes: int) -> dict[str, Any]:
     return rates
 
 
-def prepare_policy(run: Run, policy: Contestant) -> None:
+def prepare(run: Run, policy: Contestant) -> None:
     """Trains its predictor, on what other prompts than the measured one route, and has its steps compiled.
 
     Where memory is limited there is none for a C++ compiler: what it has made is taken from Inductor's cache.
@@ -148,9 +148,8 @@ def measure(run: Run, scratch_bytes: int) -> dict[str, Any]:
     """All raw figures of a run."""
     busy_before = foreign_cpu(1.0)
     resident, disk = resident_contestants(run), disk_contestants(run)
-    for policy in disk:
-        if policy.name == cpu_rows.OURS_POLICY and run.has(policy):
-            prepare_policy(run, policy)
+    if "duoserve" in run.engines:
+        prepare(run, our_policy(run))
     rounds = measure_rounds(run, [*resident, *disk])
     return {
         "rounds": {

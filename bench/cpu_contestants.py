@@ -113,15 +113,22 @@ def resident_contestants(run: Run) -> list[Contestant]:
     ]
 
 
+def our_policy(run: Run) -> Contestant:
+    """From disk as its users have it, once ``run.predictor`` is there."""
+    options = run.duoserve_options("duoserve", run.shape.quarter)
+    options |= {"predictor": str(run.predictor), "decode_mode": "compiled"}
+    return Contestant(cpu_rows.OURS_POLICY, "duoserve", options, cold=True, capped=True)
+
+
 def disk_contestants(run: Run) -> list[Contestant]:
     """Experts on disk: ours with a quarter in slots, accelerate's with none in RAM and with a quarter (by layers).
 
     llama.cpp maps its file, and the limit of its memory, which is ours too, decides how much of it stays in RAM.
     """
 
-    def ours(policy: str, name: str | None = None, **more: str) -> Contestant:
-        options = run.duoserve_options(policy, run.shape.quarter) | more
-        return Contestant(name or f"duoserve {policy}", "duoserve", options, cold=True, capped=True)
+    def ours(policy: str) -> Contestant:
+        options = run.duoserve_options(policy, run.shape.quarter)
+        return Contestant(f"duoserve {policy}", "duoserve", options, cold=True, capped=True)
 
     def accelerate(name: str, resident_layers: int, cold: bool) -> Contestant:
         offload = str(run.scratch / name.replace(" ", "-"))  # one each: dropping its cache must not cool another's
@@ -130,7 +137,7 @@ def disk_contestants(run: Run) -> list[Contestant]:
 
     return [
         ours("lru"),
-        ours("duoserve", cpu_rows.OURS_POLICY, predictor=str(run.predictor), decode_mode="compiled"),
+        our_policy(run),
         Contestant(cpu_rows.LLAMA_DISK, "xllamacpp", run.llama_options("bf16"), cold=True, capped=True),
         accelerate(cpu_rows.PEER_DISK, 0, cold=True),
         accelerate(cpu_rows.PEER_DISK_EQUAL, run.shape.layers // 4, cold=True),

@@ -127,8 +127,10 @@ class Worker:
                 return not stopped
 
     def _settle(self) -> None:
-        self._publish(fresh=self._engine.idle)
-        if self._state is State.DRAINING and self._engine.idle and not self.drained.done():
+        if not self._engine.idle:
+            return
+        self._publish(fresh=True)
+        if self._state is State.DRAINING and not self.drained.done():
             self.drained.set_result(None)
 
     def _add(self, request: Request, task: Task, answer: Future[None]) -> None:

@@ -19,6 +19,7 @@ from duoserve import AsyncEngine, MoEModel, Objectives, Piece, SamplingParams, S
 from duoserve.errors import ClosedError, CopyError, DuoServeError, OverloadedError, RequestError
 from duoserve.experts.copy_engine import Ticket
 from tests.checkpoints import BARD, save_mixtral
+from tests.live_threads import threads_since
 
 PROMPT = [(11 * i * i + 5 * i) % 95 + 1 for i in range(30)]
 LONG = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
@@ -328,7 +329,7 @@ def test_drain_lets_what_runs_finish_and_then_ends_the_rest(load: Open) -> None:
 
 def test_close_ends_everything_once_and_for_all(load: Open) -> None:
     async def main() -> None:
-        threads = set(threading.enumerate())
+        threads = threads_since()
         model = load()
         service = AsyncEngine(model)
         with pytest.raises(RequestError, match="a service runs this model"):
@@ -344,7 +345,7 @@ def test_close_ends_everything_once_and_for_all(load: Open) -> None:
             await service.submit(PROMPT, LONG)
         with pytest.raises(ClosedError):
             model.stats  # noqa: B018
-        await until(lambda: len(set(threading.enumerate()) - threads) <= 1)  # the loop's own pool may keep one
+        await until(lambda: threads() <= 1)  # the loop's own pool may keep one
 
     go(main())
 

@@ -14,7 +14,8 @@ import torch
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.append(str(BENCH))
 
-import cpu_rows  # noqa: E402 (the benches are no package)
+import cpu_checks  # noqa: E402 (the benches are no package)
+import cpu_rows  # noqa: E402
 import cpu_summary  # noqa: E402
 import harness  # noqa: E402
 import report  # noqa: E402
@@ -71,6 +72,13 @@ def test_peers_that_were_not_measured_are_not_passed(quick: dict[str, Any], tmp_
     assert [(target["reached"], target["verdict"]) for target in against_peers] == [(None, "not measured")] * 7
     assert not failed(result)
     assert "transformers was not measured" in report.render(result)
+
+
+def test_our_policy_must_choose_the_tokens_of_compiled_steps_in_ram() -> None:
+    rounds = {cpu_rows.COMPILED: [{"token_ids": [1, 2, 3]}], cpu_rows.OURS_POLICY: [{"token_ids": [1, 2, 3]}]}
+    assert all(check["passed"] for check in cpu_checks.token_checks(rounds, [1, 2, 4]))
+    rounds[cpu_rows.OURS_POLICY] = [{"token_ids": [1, 2, 4]}]
+    assert [check["passed"] for check in cpu_checks.token_checks(rounds, [1, 2, 4])] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from duoserve.errors import TraceError
 from duoserve.request import Request
 from duoserve.text import Text
 from tests.checkpoints import BARD, save_mixtral
+from tests.live_threads import threads_since
 
 PROMPT = [5, 9, 2, 40, 41, 7]
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
@@ -180,15 +181,15 @@ def test_memory_bounds_everything(folder: Path, tmp_path: Path) -> None:
 
 
 def test_after_close_everything_is_refused_and_released(folder: Path, tmp_path: Path) -> None:
-    before = set(threading.enumerate())  # of other tests, and some may end meanwhile
+    threads = threads_since()
     model = MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path)
     model.generate(PROMPT, GREEDY)
-    assert set(threading.enumerate()) - before
+    assert threads() > 0
     slots = weakref.ref(model._runtime.engine._passes._model.layers[0].ffn.weights.w13_SNH)
     model.close()
     model.close()
     gc.collect()
-    assert not set(threading.enumerate()) - before and slots() is None
+    assert threads() == 0 and slots() is None
     with pytest.raises(ClosedError, match="was closed"):
         model.generate(PROMPT, GREEDY)
 

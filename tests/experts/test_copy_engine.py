@@ -14,6 +14,7 @@ from duoserve.experts.copy_engine import Priority, ThreadedCopyEngine, Ticket, T
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from tests.fakes import PATIENCE_S, SMALL, ArrayStore
+from tests.live_threads import threads_since
 
 DEMAND, PREFETCH = Priority
 EXPERTS = [ExpertId(0, e) for e in range(8)]
@@ -252,12 +253,6 @@ def test_close_cancels_the_queue_and_waits_for_the_running_copy(store: ArrayStor
     gate.open()
     assert joined(closer) and running.state is TicketState.DONE
     assert torch.equal(pool.row(0), store.row(EXPERTS[0])) and store.reads == [EXPERTS[0]]
-
-
-def threads_since() -> Callable[[], int]:
-    """Counts the threads that are new since now: those of other tests may end at any time."""
-    before = set(threading.enumerate())
-    return lambda: len(set(threading.enumerate()) - before)
 
 
 def test_close_ends_the_threads_and_may_be_called_again(store: ArrayStore, pool: SlotPool) -> None:
