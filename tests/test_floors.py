@@ -18,10 +18,10 @@ import pytest
 
 FLOORS = """
 F0  errors  architecture  config  timeline  metrics
-F1  kernels/checks  kernels/matmul  kernels/weights  kernels/host_rows  kernels/routing  kernels/paging
-    kernels/reference_dequant  kernels/reference_codes  kernels/reference_small  kernels/reference_attention
-    kernels/reference  kernels/reference_copies  kernels/numerics  kernels/configs  kernels/dequant
-    kernels/moe_checks  kernels/route  kernels/moe_store  kernels/moe_gemm  kernels/moe_gemv  kernels/moe_fill
+F1  kernels/checks  kernels/matmul  kernels/bf12  kernels/weights  kernels/host_rows  kernels/routing
+    kernels/paging  kernels/reference_dequant  kernels/reference_codes  kernels/reference_small
+    kernels/reference_attention  kernels/reference  kernels/reference_copies  kernels/numerics  kernels/configs
+    kernels/dequant  kernels/moe_checks  kernels/route  kernels/moe_store  kernels/moe_gemm  kernels/moe_gemv  kernels/moe_fill
     kernels/copies  kernels/combine  kernels/router
     kernels/norm  kernels/rope  kernels/cache_rows  kernels/attention_gqa  kernels/attention_mla  kernels/triton_ops
     kernels/__init__  kernels/recorder  kernels/cuda_graphs  kernels/attention_together
@@ -30,8 +30,8 @@ F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safe
     experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/rows  experts/pinned  experts/pieces
     experts/store  experts/formats/__init__  experts/formats/scratch  experts/formats/codes  experts/formats/fp8
     experts/formats/int4  experts/formats/lanes  experts/formats/awq  experts/formats/gptq  experts/formats/mxfp4
-    experts/formats/expert_row  experts/formats/reading  experts/packing  experts/quantizing  experts/host_ram
-    experts/device  experts/budget  experts/disk_store  experts/slots  experts/tickets  experts/copy_engine
+    experts/formats/bf12  experts/formats/expert_row  experts/formats/reading  experts/packing  experts/quantizing
+    experts/host_ram  experts/device  experts/budget  experts/disk_store  experts/slots  experts/tickets  experts/copy_engine
     experts/virtual  experts/virtual_readers  experts/streams
     experts/cuda_streams  experts/stream_engine
 F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/trace

@@ -1,4 +1,4 @@
-"""Experts in floats made int8 or int4, each scale the one of several that leaves the smallest error.
+"""Experts in floats made int8 or int4, each scale the one of several that leaves the smallest error; or made BF12.
 
 NumPy's loops, which stay on their thread. A block of weights is so large that two threads of Python share them, and so
 small that what is made of it stays in a core's cache.
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from duoserve.errors import CopyError
+from duoserve.experts.formats.bf12 import encode
 from duoserve.experts.formats.codes import Codes, RowsAsTheyAre, TensorRows
 from duoserve.experts.formats.scratch import Scratch, odd_lines
 from duoserve.experts.layout import ExpertId, ExpertLayout, Quantized
@@ -118,7 +119,7 @@ def quantized(w_ND: Tensor, stored: Quantized) -> Codes:
 
 def _fill(matrix: Packed, rows: slice, w_ND: Tensor, stored: Quantized, scratch: Scratch) -> np.ndarray:
     """Quantizes ``rows`` of the one slot; the squares of _Made. CopyError for weights that are no finite numbers."""
-    search, squares_2 = _int8 if stored.format is ExpertFormat.INT8 else _int4, np.zeros(2)
+    search, squares_2 = SEARCHES[stored.format], np.zeros(2)
     step = max(1, BLOCK // w_ND.shape[1])
     for start in range(0, len(w_ND), step):
         floats_ND = w_ND[start : start + step]
@@ -187,6 +188,16 @@ def _int4(w_ND: Tensor, stored: Quantized, scratch: Scratch) -> _Made:
     squares_2 = np.array([np.where(scales_P == 0, weights_P, errors_P), weights_P], np.float64).sum(1)
     data_NB, num_rows = _two_in_a_byte(codes_XP, len(w_ND), scratch), len(w_ND)
     return _Made(data_NB, scales_P.reshape(num_rows, -1), zeros_P.reshape(num_rows, -1), squares_2)
+
+
+def _bf12(w_ND: Tensor, stored: Quantized, scratch: Scratch) -> _Made:
+    """No weight has an error."""
+    del stored
+    data_NB, scales_N = encode(w_ND.view(torch.uint16).numpy(), scratch)
+    return _Made(data_NB, scales_N[:, None], None, np.zeros(2))
+
+
+SEARCHES = {ExpertFormat.INT8: _int8, ExpertFormat.INT4: _int4, ExpertFormat.BF12: _bf12}
 
 
 def _nearest(steps_XP: Floats, zeros_P: Floats, out_XP: Floats) -> None:

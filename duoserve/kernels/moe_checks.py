@@ -20,12 +20,14 @@ STORED = {
     ExpertFormat.INT4: (torch.uint8,),
     ExpertFormat.FP8: (torch.uint8,),
     ExpertFormat.MXFP4: (torch.uint8,),
+    ExpertFormat.BF12: (torch.uint8,),
 }
 SCALES = {
     ExpertFormat.INT8: (torch.float32,),
     ExpertFormat.INT4: HALVES,
     ExpertFormat.FP8: (torch.float32,),
     ExpertFormat.MXFP4: (torch.uint8,),
+    ExpertFormat.BF12: (torch.float32,),
 }
 
 
@@ -53,7 +55,7 @@ def check_weights(weights: ExpertWeights) -> tuple[int, int]:
     hidden, inter = w13.inner, two_inter // 2
     require(weights.order_SH is None, "features in an order of their own have no kernel in Triton yet, only on CPUs")
     require(two_inter % 2 == 0, f"w13_SNH has {two_inter} rows; gate and up rows come in pairs")
-    width = inter // 2 if weights.format.packs_two else inter
+    width = weights.format.row_width(inter)
     check_tensor("w2_SHI", w2.data_SNB, (num_slots, hidden, width), (w13.data_SNB.dtype,))
     check_one_device(w13_SNH=w13.data_SNB, w2_SHI=w2.data_SNB)
     _check_matrix("w13_SNH", w13)
@@ -65,6 +67,8 @@ def _check_matrix(name: str, matrix: Matrix) -> None:
     w, scales, zeros = matrix.data_SNB, matrix.scales_SGN, matrix.zeros_SGN
     check_tensor(name, w, (None, None, None), STORED[matrix.format])
     require(w.stride()[1:] == (w.shape[2], 1), f"the rows of {name} must lie one after another in a slot")
+    width = matrix.format.row_width(matrix.inner)
+    require(w.shape[2] == width, f"a row of {name} has {w.shape[2]} elements, but {matrix.inner} weights take {width}")
     require(w.shape[1] * matrix.inner < 2**31, f"an expert's {name} has 2^31 elements or more")
     if matrix.format is ExpertFormat.FLOAT:
         return
@@ -79,7 +83,7 @@ def _check_matrix(name: str, matrix: Matrix) -> None:
 
 def _decoder_shape(name: str, matrix: Matrix) -> tuple[int, int]:
     num_rows, inner, group = matrix.data_SNB.shape[1], matrix.inner, matrix.group
-    if matrix.format is ExpertFormat.INT8:
+    if matrix.format in (ExpertFormat.INT8, ExpertFormat.BF12):
         return 1, num_rows
     if matrix.format is ExpertFormat.FP8:
         rows = 2 * -(-num_rows // 2 // FP8_BLOCK) if matrix.interleaved else -(-num_rows // FP8_BLOCK)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from duoserve.kernels.bf12 import Bf12Rows
 from duoserve.kernels.weights import FP8_BLOCK, ExpertFormat, Matrix
 
 # e2m1: sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0, section 5.3.3)
@@ -18,7 +19,7 @@ ALL_ROWS = slice(None)
 
 
 def dense(matrix: Matrix, slot: int, rows: slice = ALL_ROWS) -> Tensor:
-    """The weights [N, D] in ``slot``, or some rows of them: FLOAT as they are, the others decoded, in float32.
+    """The weights [N, D] in ``slot``, or some rows of them: FLOAT as they are, BF12 in bfloat16, others in float32.
 
     Of what fp8 and int8 stand for this is the float32 product; the other formats' values are exact in it.
     """
@@ -40,6 +41,8 @@ def _decoded(matrix: Matrix, slot: int, rows: slice) -> Tensor:
     scales_GN = scales[:, rows]
     if matrix.format is ExpertFormat.INT8:
         return data_NB.float() * scales_GN[0][:, None]
+    if matrix.format is ExpertFormat.BF12:
+        return Bf12Rows.of(data_NB, scales_GN[0], matrix.inner).dense()
     codes_ND = unpack(data_NB)
     if matrix.format is ExpertFormat.MXFP4:
         values_ND = torch.tensor(E2M1, device=data_NB.device)[codes_ND.int()]

@@ -15,6 +15,8 @@ INT4    4 bits; an even d is in the low     float16 or bfloat16 scales [G, N], t
 FP8     e4m3 (no infinities, 0x7f is NaN)   float32 [blocks of N, blocks of D] of 128 x 128, DeepSeek-V3's; gate and
                                             up have blocks of their own, so w13's block rows alternate as its rows do
 MXFP4   e2m1, packed as INT4                uint8 e8m0 [G, N] in groups of 32, OCP MX 1.0; ``q * 2^(s - 127)``, 255 NaN
+BF12    1.5 bytes, and a few of a row       float32 [1, N], powers of two; ``bf12.py`` has the bytes of a row, which
+        again: bfloat16 without loss        stand for bfloat16 weights bit by bit
 ======  ==================================  =====================================================================
 
 Scales lie group by group, with N contiguous, so that a tile of rows reads them with wide loads. ``order`` is there for
@@ -30,6 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from duoserve.kernels.bf12 import row_bytes
 from duoserve.kernels.checks import require
 from duoserve.kernels.matmul import Products
 
@@ -37,6 +40,10 @@ SEGMENT_ALIGNMENT = 256  # TMA wants 128, and wide CPU loads never straddle a ca
 FP8_BLOCK = 128
 MXFP4_GROUP = 32
 INT4_GROUPS = (32, 64, 128)
+BF12_MULTIPLE, BF12_MOST = (
+    4,
+    (1 << 15) - 1,
+)  # of columns: two parts of a row are views of two bytes; and int16 names one
 
 
 class ExpertFormat(Enum):
@@ -47,11 +54,18 @@ class ExpertFormat(Enum):
     INT4 = "int4"
     FP8 = "fp8"
     MXFP4 = "mxfp4"
+    BF12 = "bf12"
 
     @property
     def packs_two(self) -> bool:
         """Whether a byte holds two elements."""
         return self in (ExpertFormat.INT4, ExpertFormat.MXFP4)
+
+    def row_width(self, inner: int) -> int:
+        """Elements of storage that a row of so many weights has."""
+        if self is ExpertFormat.BF12:
+            return row_bytes(inner)
+        return inner // 2 if self.packs_two else inner
 
 
 class Matrix(NamedTuple):
@@ -79,8 +93,9 @@ class ExpertWeights:
 
     ``w13_SNH`` is [S, 2I, H] with gate and up rows interleaved (gate0, up0, gate1, up1, ...); ``w2_SHI`` is
     [S, H, I]. Both are contiguous in their last dimension; the slot stride is the padded size of an expert. Formats
-    other than FLOAT hold uint8 (INT8: int8) there, [S, N, D / 2] where a byte holds two, and beside them their scales
-    ``s13``, ``s2`` ([S, G, N] or [S, blocks, blocks]) and zero-points ``z13``, ``z2``; ``group`` is their groups' size.
+    other than FLOAT hold uint8 (INT8: int8) there, [S, N, D / 2] where a byte holds two, [S, N, B] in BF12, and beside
+    them their scales ``s13``, ``s2`` ([S, G, N] or [S, blocks, blocks]) and zero-points ``z13``, ``z2``; ``group`` is
+    their groups' size.
     ``order_SH``, where it is there, says which feature each column of w13 goes with.
     ``products`` is how a CPU multiplies them.
     """
@@ -99,15 +114,20 @@ class ExpertWeights:
     @property
     def w13(self) -> Matrix:
         """The up projection."""
-        return self._matrix(self.w13_SNH, self.s13, self.z13, interleaved=True)._replace(order_SD=self.order_SH)
+        matrix = self._matrix(self.w13_SNH, self.s13, self.z13, self.w2_SHI.shape[1], interleaved=True)
+        return matrix._replace(order_SD=self.order_SH)
 
     @property
     def w2(self) -> Matrix:
         """The down projection."""
-        return self._matrix(self.w2_SHI, self.s2, self.z2, interleaved=False)
+        return self._matrix(self.w2_SHI, self.s2, self.z2, self.w13_SNH.shape[1] // 2, interleaved=False)
 
-    def _matrix(self, w: Tensor, scales: Tensor | None, zeros: Tensor | None, *, interleaved: bool) -> Matrix:
-        inner = w.shape[2] * (2 if self.format.packs_two else 1)
+    def _matrix(
+        self, w: Tensor, scales: Tensor | None, zeros: Tensor | None, features: int, *, interleaved: bool
+    ) -> Matrix:
+        """``features`` are those that the other matrix says this one takes; a row of BF12 does not say it."""
+        stored = w.shape[2] * (2 if self.format.packs_two else 1)
+        inner = features if self.format is ExpertFormat.BF12 else stored
         return Matrix(w, scales, zeros, inner, self.format, self.group, interleaved, products=self.products)
 
 
@@ -142,8 +162,15 @@ class QuantizedLayout:
             require(self.scale_dtype in half, f"int4 scales are float16 or bfloat16, not {self.scale_dtype}")
         require(self.format is ExpertFormat.INT4 or not self.ordered, f"{self.format.value} has no order of features")
         for name, inner in (("hidden", self.hidden), ("intermediate", self.intermediate)):
-            whole = {ExpertFormat.INT4: self.group, ExpertFormat.MXFP4: MXFP4_GROUP}.get(self.format, 1)
+            multiples = {
+                ExpertFormat.INT4: self.group,
+                ExpertFormat.MXFP4: MXFP4_GROUP,
+                ExpertFormat.BF12: BF12_MULTIPLE,
+            }
+            whole = multiples.get(self.format, 1)
             require(inner % whole == 0, f"{name} is {inner}; {self.format.value} takes multiples of {whole}")
+        fits = self.format is not ExpertFormat.BF12 or max(self.hidden, self.intermediate) <= BF12_MOST
+        require(fits, f"an expert of {self.hidden} x {self.intermediate}; bf12 takes up to {BF12_MOST} columns")
 
     @property
     def slot_bytes(self) -> int:
@@ -160,13 +187,12 @@ class QuantizedLayout:
         """Views of uint8 rows [S, at least slot_bytes], contiguous and on 256 bytes, as the kernels read them."""
         starts = [start for start, _ in self.segments]
         two_i, hidden, inter = 2 * self.intermediate, self.hidden, self.intermediate
-        per_byte = 2 if self.format.packs_two else 1
         stored = torch.int8 if self.format is ExpertFormat.INT8 else torch.uint8
         s13, z13 = self._decoders(rows_SB, starts[1], *self._matrices[0])
         s2, z2 = self._decoders(rows_SB, starts[3], *self._matrices[1])
         return ExpertWeights(
-            w13_SNH=_view(rows_SB, starts[0], stored, (two_i, hidden // per_byte)),
-            w2_SHI=_view(rows_SB, starts[2], stored, (hidden, inter // per_byte)),
+            w13_SNH=_view(rows_SB, starts[0], stored, (two_i, self.format.row_width(hidden))),
+            w2_SHI=_view(rows_SB, starts[2], stored, (hidden, self.format.row_width(inter))),
             format=self.format,
             group=MXFP4_GROUP if self.format is ExpertFormat.MXFP4 else self.group,
             s13=s13,
@@ -193,11 +219,11 @@ class QuantizedLayout:
             groups, width = self._scale_shape(rows, inner, interleaved)
             zero_bytes = 1 if self.format is ExpertFormat.INT4 else 0
             decoders = groups * width * (self._scale_dtype.itemsize + zero_bytes)
-            sizes += [rows * inner // (2 if self.format.packs_two else 1), decoders]
+            sizes += [rows * self.format.row_width(inner), decoders]
         return [*sizes, self.hidden * torch.int32.itemsize] if self.ordered else sizes
 
     def _scale_shape(self, rows: int, inner: int, interleaved: bool) -> tuple[int, int]:
-        if self.format is ExpertFormat.INT8:
+        if self.format in (ExpertFormat.INT8, ExpertFormat.BF12):
             return 1, rows
         if self.format is ExpertFormat.FP8:
             block_rows = 2 * _ceil(rows // 2, FP8_BLOCK) if interleaved else _ceil(rows, FP8_BLOCK)

@@ -30,7 +30,7 @@ TINY = GemmConfig(32, 16, 32, 4, 2, 1, "many tiles of small matrices", group_t=2
 class Case:
     """``slots_E`` says where every expert is; ``plan`` was made when those in ``away`` were not there yet.
 
-    ``w13_ENH`` and ``w2_EHI`` are the weights, decoded exactly: FLOAT as they are, others in float32.
+    ``w13_ENH`` and ``w2_EHI`` are the weights, decoded exactly: FLOAT as they are, BF12 in bfloat16, others in float32.
     """
 
     pool: PoisonedPool
@@ -175,6 +175,8 @@ def sizes_of(form: tuple[ExpertFormat, int]) -> tuple[list[int], list[int]]:
         return [32, 64, 96], [32, 64, 96]
     if format is ExpertFormat.FP8:  # blocks of 128: parts of one, and more than one
         return [40, 96, 144], [1, 11, 32, 144]
+    if format is ExpertFormat.BF12:
+        return [16, 40, 64, 96], [4, 8, 12, 32, 96]
     return [16, 40, 64, 96], [1, 8, 11, 32, 96]
 
 

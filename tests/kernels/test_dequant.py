@@ -67,7 +67,7 @@ def test_the_twin_decodes_by_specification(form: ExpertFormat, group: int) -> No
     case = make_case(1, 1, 1, 128, inter, torch.float32, (form, group))
     slot = int(case.slots_E[0])
     for matrix in (case.pool.weights.w13, case.pool.weights.w2):
-        assert torch.equal(dense(matrix, slot).cpu(), written_out(matrix, slot).float())
+        assert torch.equal(dense(matrix, slot).cpu().float(), written_out(matrix, slot).float())
 
 
 @pytest.mark.parametrize(("form", "group"), LAYOUTS)
