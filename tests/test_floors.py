@@ -18,55 +18,50 @@ import pytest
 
 FLOORS = """
 F0  errors  architecture  config  timeline  metrics
-F1  kernels/checks  kernels/matmul  kernels/bf12  kernels/weights  kernels/host_rows  kernels/routing
-    kernels/paging  kernels/reference_dequant  kernels/reference_codes  kernels/reference_small
-    kernels/reference_attention  kernels/reference  kernels/reference_copies  kernels/numerics  kernels/configs
-    kernels/dequant  kernels/moe_checks  kernels/route  kernels/moe_store  kernels/moe_gemm  kernels/moe_gemv  kernels/moe_fill
-    kernels/copies  kernels/combine  kernels/router
-    kernels/norm  kernels/rope  kernels/cache_rows  kernels/attention_gqa  kernels/attention_mla  kernels/triton_ops
-    kernels/__init__  kernels/recorder  kernels/cuda_graphs  kernels/attention_together
-    kernels/streamed  kernels/traced  kernels/compiler  kernels/token_expert
+F1  kernels/checks  kernels/matmul  kernels/bf12  kernels/weights  kernels/host_rows  kernels/routing  kernels/paging
+    kernels/reference_dequant  kernels/reference_codes  kernels/reference_small  kernels/reference_attention
+    kernels/reference  kernels/reference_copies  kernels/numerics  kernels/configs  kernels/dequant
+    kernels/moe_checks  kernels/route  kernels/moe_store  kernels/moe_gemm  kernels/moe_gemv  kernels/moe_fill
+    kernels/copies  kernels/combine  kernels/router  kernels/norm  kernels/rope  kernels/cache_rows
+    kernels/attention_gqa  kernels/attention_mla  kernels/triton_ops  kernels/__init__  kernels/recorder
+    kernels/cuda_graphs  kernels/attention_together  kernels/streamed  kernels/traced  kernels/compiler
+    kernels/token_expert
 F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safetensors_header  experts/shards
     experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/rows  experts/pinned  experts/pieces
     experts/store  experts/formats/__init__  experts/formats/scratch  experts/formats/codes  experts/formats/fp8
     experts/formats/int4  experts/formats/lanes  experts/formats/awq  experts/formats/gptq  experts/formats/mxfp4
     experts/formats/bf12  experts/formats/expert_row  experts/formats/reading  experts/packing  experts/quantizing
-    experts/host_ram  experts/device  experts/budget  experts/disk_store  experts/slots  experts/tickets  experts/copy_engine
-    experts/virtual  experts/virtual_readers  experts/streams
-    experts/cuda_streams  experts/stream_engine
+    experts/host_ram  experts/device  experts/budget  experts/disk_store  experts/slots  experts/tickets
+    experts/copy_engine  experts/virtual  experts/virtual_readers  experts/streams  experts/cuda_streams
+    experts/stream_engine
 F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/trace
     scheduling/trace_file  scheduling/recorder  scheduling/synthetic  scheduling/plan  scheduling/prefill
     scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/ghost  scheduling/guard
     scheduling/policies  scheduling/account  scheduling/link_budget  scheduling/foresight  scheduling/ledger
-    scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/step_guesses
-    scheduling/read_through  scheduling/scheduler
-    scheduling/cache_study  scheduling/hardware  scheduling/timed  scheduling/host_time
-    scheduling/foreseen  scheduling/scored  scheduling/replay
-    scheduling/bake_off  scheduling/selection  predictors/__init__  predictors/features  predictors/history
-    predictors/base  predictors/popularity  predictors/affinity  predictors/activation_matrix  predictors/lookahead
-    predictors/paper  predictors/learned  predictors/examples  predictors/networks  predictors/training
-    predictors/quality  predictors/files
+    scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/step_guesses  scheduling/read_through
+    scheduling/scheduler  scheduling/cache_study  scheduling/hardware  scheduling/timed  scheduling/host_time
+    scheduling/foreseen  scheduling/scored  scheduling/replay  scheduling/bake_off  scheduling/selection
+    predictors/__init__  predictors/features  predictors/history  predictors/base  predictors/popularity
+    predictors/affinity  predictors/activation_matrix  predictors/lookahead  predictors/paper  predictors/learned
+    predictors/examples  predictors/networks  predictors/training  predictors/quality  predictors/files
 F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  models/attention  models/mla
     models/router  models/tap  models/moe  models/transformer  models/parts  models/listening  models/invariant
-    models/decoder
-    models/config_fields  models/rope_fields  models/quantization_fields  models/common_fields  models/expert_names
-    models/family  models/mixtral  models/qwen3_moe  models/qwen2_moe  models/olmoe  models/deepseek  models/glm4_moe
-    models/granite_moe  models/gpt_oss  models/registry  models/stored  models/opened  models/described
+    models/decoder  models/config_fields  models/rope_fields  models/quantization_fields  models/common_fields
+    models/expert_names  models/family  models/mixtral  models/qwen3_moe  models/qwen2_moe  models/olmoe
+    models/deepseek  models/glm4_moe  models/granite_moe  models/gpt_oss  models/registry  models/stored
+    models/opened  models/described
 F5  service  sampling  text  chat_sandbox  chat_template  kv_cache  request  writer  passes  cost  batching  engine
-    decode_inputs  recorded_choices  recorded_decode  event_decode  graph_decode  compiled_experts
-    compiled_decode  link  decoding
-    workspace  memory_needs  placement  choice  loading  tracing  evaluating  moe_model  stream  worker  async_engine
-    perplexity  planning/__init__  planning/model_cards  planning/formats  planning/sizes  planning/routing_curves
-    planning/speed
-    planning/policy_speed  planning/made_up  planning/rehearsal  planning/rehearsed  planning/planner
-    planning/measuring  planning/this_machine  __init__
+    decode_inputs  recorded_choices  recorded_decode  event_decode  graph_decode  compiled_experts  compiled_decode
+    link  decoding  workspace  memory_needs  placement  choice  loading  tracing  evaluating  moe_model  stream
+    worker  async_engine  perplexity  planning/__init__  planning/model_cards  planning/formats  planning/sizes
+    planning/routing_curves  planning/speed  planning/policy_speed  planning/made_up  planning/rehearsal
+    planning/rehearsed  planning/planner  planning/measuring  planning/this_machine  __init__
 F6  server/__init__  server/backend  server/settings  server/errors  server/fields  server/asking  server/records
     server/token_text  server/answers  server/generation  server/sse  server/http  server/host  server/metrics
     server/status  server/preparing  server/endpoints  server/app  server/run  cli/options  cli/inventory
     cli/generate  cli/chat  cli/info  cli/plots  cli/plan_plot  cli/plan_report  cli/plan  cli/pack  cli/trace
-    cli/train_predictor  cli/replay  cli/evaluate  cli/serve  cli/bench_report  loadtest/__init__
-    loadtest/workload  loadtest/figures  loadtest/client  loadtest/measuring  cli/bench_serve  cli/bench  cli/app
-    cli/__init__
+    cli/train_predictor  cli/replay  cli/evaluate  cli/serve  cli/bench_report  loadtest/__init__  loadtest/workload
+    loadtest/figures  loadtest/client  loadtest/measuring  cli/bench_serve  cli/bench  cli/app  cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]
 RANK = {name: rank for rank, name in enumerate(FILES)}

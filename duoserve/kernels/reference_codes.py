@@ -1,7 +1,7 @@
 """Products with quantized weights on a CPU: codes are multiplied as they are, and scales applied to the sums.
 
-bfloat16 and float32 hold every code exactly, and every weight of MXFP4 and BF12, so none is rounded. R rows, N rows of the
-matrix, D its inner dimension, G groups of D, C codes of a half group.
+bfloat16 and float32 hold every code exactly, and every weight of MXFP4 and BF12, so none is rounded. R rows, N rows of
+the matrix, D its inner dimension, G groups of D, C codes of a half group.
 """
 
 from __future__ import annotations
