@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from duoserve.kernels.bf12 import LEAST, Bf12Rows, signed
+
 # Rows that are read side by side: a core then asks for more memory at a time (bench/LOG.md has what that is worth).
 STREAMS = (8, 4, 2, 1)
 CODES_IN_WORD, CODE_BITS = 8, 4
@@ -42,6 +44,27 @@ def streamed_int4_product(words_NW: Tensor, scales_GN: Tensor, zeros_GN: Tensor,
     return torch.cat(products) - (zeros_GN.float() * scales_GN.float() * sums_G[:, None]).sum(0)
 
 
+def streamed_bf12_product(rows: Bf12Rows, x_K: Tensor) -> Tensor:
+    """``w x`` in float32 [N] of BF12: integers that no conversion rounds, whose sums are scaled, and the escapes.
+
+    No bits are reinterpreted, which a compiler would do for one element after another.
+    """
+    wide_K = x_K.float()
+    halves = _laid_down(wide_K).chunk(2)
+    parts = zip(_side_by_side(rows.signed_ND), _side_by_side(rows.exponents_NB), strict=True)
+    sums_N = torch.cat([_integer_sums(signed_RK, exponents_RB, halves) for signed_RK, exponents_RB in parts])
+    missing_NC = rows.escapes_NC.float() - LEAST * rows.scales_N[:, None]
+    return sums_N * rows.scales_N + (missing_NC * wide_K[rows.columns_NC.long()]).sum(-1)
+
+
+def _integer_sums(signed_RK: Tensor, exponents_RB: Tensor, halves: tuple[Tensor, ...]) -> Tensor:
+    """[R], of both halves of the columns at a time, whose exponents share bytes."""
+    low_RB, high_RB = (signed(half_RB.int()) for half_RB in signed_RK.chunk(2, dim=1))
+    pairs_RB = exponents_RB.int()
+    low_RB, high_RB = low_RB << (pairs_RB & 15), high_RB << (pairs_RB >> 4)
+    return (low_RB.float() * halves[0] + high_RB.float() * halves[1]).sum(-1)
+
+
 def _scaled_sums(words_RGL: Tensor, scales_RG: Tensor, x_8GL: Tensor) -> Tensor:
     """[R], of half of the words' codes at a time: what takes many operations, a compiler would lay down in memory."""
     halves = (range(CODES_IN_WORD // 2), range(CODES_IN_WORD // 2, CODES_IN_WORD))
@@ -60,8 +83,12 @@ def _codes(words_RGL: Tensor, place: int) -> Tensor:
 def _by_place(x_K: Tensor, num_groups: int) -> Tensor:
     """[8, G, L] in float32: what each of a word's codes is multiplied with, over the power of two that it stands at."""
     x_8W = (x_K.float().view(-1, CODES_IN_WORD) * PLACE_FACTORS).T.contiguous()
-    # A compiler would gather these again for every row of the matrix, but what is strided it must lay down in memory.
-    return x_8W.as_strided(x_8W.shape, x_8W.stride()).view(CODES_IN_WORD, num_groups, -1)
+    return _laid_down(x_8W).view(CODES_IN_WORD, num_groups, -1)
+
+
+def _laid_down(x: Tensor) -> Tensor:
+    """A compiler would make these again for every row of the matrix, but what is strided it must lay down in memory."""
+    return x.as_strided(x.shape, x.stride())
 
 
 def _side_by_side(matrix_NK: Tensor) -> tuple[Tensor, ...]:

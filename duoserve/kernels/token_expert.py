@@ -12,8 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from duoserve.kernels.bf12 import Bf12Rows
 from duoserve.kernels.matmul import has_native_matmul, linear
-from duoserve.kernels.streamed import streamed_fp8_product, streamed_int4_product, streamed_product
+from duoserve.kernels.streamed import (
+    streamed_bf12_product,
+    streamed_fp8_product,
+    streamed_int4_product,
+    streamed_product,
+)
 from duoserve.kernels.weights import FP8_BLOCK, ExpertFormat, ExpertWeights, Matrix
 
 # Numbers of rows that calls are made for. Of one or two, products are loops; of more, those of a library, which takes
@@ -31,7 +37,7 @@ def call_rows(weights: ExpertWeights) -> tuple[int, ...]:
     match weights.format:
         case ExpertFormat.FLOAT:
             return NATIVE if has_native_matmul(weights.w13_SNH.dtype) else WIDENED
-        case ExpertFormat.INT8:
+        case ExpertFormat.INT8 | ExpertFormat.BF12:
             return LOOPS
         case ExpertFormat.INT4:
             return LOOPS if weights.group == INT4_GROUP else ()
@@ -44,7 +50,7 @@ class SlotMatrix(NamedTuple):
     """A matrix in one slot: [N, D] of floats, fp8 or int8, or int4 codes in int32 words, with what decodes it.
 
     int8 has ``scales`` [N]; fp8 has ``scales`` [blocks of N, G], rows of ``lanes`` blocks in turn; int4 has ``scales``
-    and ``zeros`` [G, N] and maybe the ``order`` of features.
+    and ``zeros`` [G, N] and maybe the ``order`` of features. Of BF12 ``rows`` has all, of which ``data`` is a part.
     """
 
     data: Tensor
@@ -52,6 +58,7 @@ class SlotMatrix(NamedTuple):
     zeros: Tensor | None = None
     order: Tensor | None = None
     lanes: int = 1
+    rows: Bf12Rows | None = None
 
     @classmethod
     def of(cls, matrix: Matrix, slot: int) -> SlotMatrix:
@@ -61,6 +68,9 @@ class SlotMatrix(NamedTuple):
             return cls(data)
         if matrix.format is ExpertFormat.INT8:
             return cls(data, scales[slot, 0])
+        if matrix.format is ExpertFormat.BF12:
+            rows = Bf12Rows.of(data, scales[slot, 0], matrix.inner)
+            return cls(rows.signed_ND, rows=rows)
         if matrix.format is ExpertFormat.FP8:
             return cls(data.view(torch.float8_e4m3fn), scales[slot], lanes=2 if matrix.interleaved else 1)
         assert matrix.zeros_SGN is not None
@@ -70,7 +80,8 @@ class SlotMatrix(NamedTuple):
     @property
     def tensors(self) -> list[Tensor]:
         """All that there are, in an order that every slot has."""
-        return [part for part in (self.data, self.scales, self.zeros, self.order) if part is not None]
+        parts = self.rows or (self.data, self.scales, self.zeros, self.order)
+        return [part for part in parts if part is not None]
 
     def product(self, x_RD: Tensor) -> Tensor:
         """``x w^T`` in float32 [R, N]."""
@@ -81,6 +92,8 @@ class SlotMatrix(NamedTuple):
         return torch.stack([self._of_one(x_D) for x_D in x_RD.unbind()])
 
     def _of_one(self, x_D: Tensor) -> Tensor:
+        if self.rows is not None:
+            return streamed_bf12_product(self.rows, x_D)
         if self.scales is None:
             return streamed_product(self.data, x_D)
         if self.data.dtype is torch.int8:

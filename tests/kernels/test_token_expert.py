@@ -21,6 +21,7 @@ LAYOUTS = {
     "int8": QuantizedLayout(ExpertFormat.INT8, 48, 36),
     "int4": QuantizedLayout(ExpertFormat.INT4, 128, 384, 128, torch.bfloat16),
     "fp8": QuantizedLayout(ExpertFormat.FP8, 256, 384),
+    "bf12": QuantizedLayout(ExpertFormat.BF12, 48, 36),
     "ordered": QuantizedLayout(ExpertFormat.INT4, 256, 128, 128, torch.float16, ordered=True),
 }
 SLOTS = 2
