@@ -11,7 +11,7 @@ from duoserve.architecture import Blocks, Quantization
 from duoserve.errors import ConfigError
 
 DECODE_MODES = ("auto", "event", "graph", "compiled")
-QUANTIZE = ("int8", "int4")
+QUANTIZE = ("bf12", "int8", "int4")
 
 
 class Phase(Enum):
@@ -69,7 +69,8 @@ class EngineConfig:
     Memory sizes are bytes; ``host_memory`` None means: as the device wants it (on a CPU nothing, its tier is the disk).
     ``expert_slots`` is a count, or a share of all experts such as "25%". ``decode_mode`` says how a GPU's decode steps
     are launched: "event" or "graph", see ``decoding.py``, or "auto"; on a CPU those of up to 16 requests may be
-    "compiled". ``quantize`` makes experts int8 or int4. ``invariant``: no request of a batch changes another's bits.
+    "compiled". ``quantize`` makes experts int8 or int4, or bfloat16 ones 12 bits without loss ("bf12").
+    ``invariant``: no request of a batch changes another's bits.
     """
 
     device: str = "auto"

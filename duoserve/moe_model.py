@@ -92,8 +92,9 @@ class MoEModel:
         ("graph", where all experts are in pinned RAM or in slots), or layer by layer ("event"); "auto" measures which
         suits the link. On a CPU with a C++ compiler, "compiled" makes faster steps for up to 16 requests; that takes
         some seconds more when it is loaded, and when there first are several. ``quantize`` "int8" or "int4" makes
-        experts smaller that the checkpoint has in floats, and less exact; all else stays as it is. ``invariant`` gives
-        a request the same bits alone and in any batch, on a CPU, at the price of decode steps that multiply row by row.
+        experts smaller that the checkpoint has in floats, and less exact; "bf12" makes bfloat16 ones a quarter smaller,
+        and keeps every bit; all else stays as it is. ``invariant`` gives a request the same bits alone and in any
+        batch, on a CPU, at the price of decode steps that multiply row by row.
 
         Raises ConfigError, CheckpointError or MemoryBudgetError before anything large is allocated.
         """

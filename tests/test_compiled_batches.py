@@ -240,21 +240,23 @@ def test_a_service_prepares_the_sizes_of_its_batches(mixtral: Path, asked: list[
 
 
 @needs_compiler
-@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("quantize", ["bf12", "int8", "int4"])
 def test_quantized_experts_of_few_and_of_many_rows(
     quantize: str, tmp_path: Path, fours: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four equal prompts: each expert has four rows. Of fewer they are compiled calls, all else goes by ops."""
-    folder = save_mixtral(tmp_path, hidden_size=128, intermediate_size=128)
+    dtype = torch.bfloat16 if quantize == "bf12" else torch.float32
+    folder = save_mixtral(tmp_path, hidden_size=128, intermediate_size=128, dtype=dtype)
+    options = {"quantize": quantize, "dtype": "float32"}
     expected = []
-    with MoEModel.from_pretrained(folder, quantize=quantize) as model:
+    with MoEModel.from_pretrained(folder, **options) as model:
         for prompts in (PROMPTS, PROMPTS[:1] * 4):
             expected.append([out.token_ids for out in model.generate(prompts, GREEDY)])
     rows, compute = [], MoEBlock.compute
     monkeypatch.setattr(
         MoEBlock, "compute", lambda self, routed, work: rows.append(len(routed.x_TH)) or compute(self, routed, work)
     )
-    with MoEModel.from_pretrained(folder, quantize=quantize, decode_mode="compiled") as model:
+    with MoEModel.from_pretrained(folder, decode_mode="compiled", **options) as model:
         for prompts, tokens in zip((PROMPTS, PROMPTS[:1] * 4), expected, strict=True):
             assert [out.token_ids for out in model.generate(prompts, GREEDY)] == tokens
     assert fours and 4 in rows

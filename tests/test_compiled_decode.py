@@ -67,14 +67,15 @@ def test_every_policy_has_the_bits_of_the_resident_run(folder: Path, tmp_path: P
 
 
 @needs_compiler
-@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("quantize", ["bf12", "int8", "int4"])
 def test_quantized_experts_give_the_logits_of_the_model(
     quantize: str, tmp_path: Path, compiled_calls: list[int]
 ) -> None:
-    folder = save_mixtral(tmp_path, hidden_size=128, intermediate_size=128)
+    dtype = torch.bfloat16 if quantize == "bf12" else torch.float32
+    folder = save_mixtral(tmp_path, hidden_size=128, intermediate_size=128, dtype=dtype)
     out = []
     for mode in ("auto", "compiled"):
-        with MoEModel.from_pretrained(folder, quantize=quantize, decode_mode=mode) as model:
+        with MoEModel.from_pretrained(folder, dtype="float32", quantize=quantize, decode_mode=mode) as model:
             out.append(asyncio.run(decoded(model, PROMPT, 20)))
     (expected, expected_top), (tokens, top) = out
     assert len(compiled_calls) == 19

@@ -69,9 +69,9 @@ def test_a_request_has_its_bits_in_any_batch(model: MoEModel) -> None:
     assert changed(model) == []
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("quantize", ["bf12", "int8", "int4"])
 def test_so_it_has_with_quantized_experts(tmp_path: Path, quantize: str) -> None:
-    folder = save_mixtral(tmp_path, hidden_size=64, intermediate_size=64)
+    folder = save_mixtral(tmp_path, hidden_size=64, intermediate_size=64, dtype=torch.bfloat16)
     with MoEModel.from_pretrained(
         folder, dtype="bfloat16", quantize=quantize, max_context=1024, invariant=True
     ) as model:

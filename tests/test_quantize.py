@@ -13,11 +13,14 @@ from duoserve import ConfigError, MoEModel, SamplingParams
 from duoserve.errors import RequestError
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.rows import aligned_rows
+from duoserve.experts.store import ExpertStore
 from duoserve.kernels.reference_dequant import dense
+from duoserve.kernels.weights import ExpertWeights
 from duoserve.models.opened import opened
 from duoserve.perplexity import OVERLAP, WINDOW, score
 from duoserve.text import Text
 from tests.checkpoints import BARD, reference_greedy, reference_logits, save_mixtral
+from tests.compiled_case import needs_compiler
 from tests.models.cases.quantized import CASES
 from tests.models.test_mixtral_parity import relative_error
 from tests.test_moe_model import HELD_OUT
@@ -27,8 +30,14 @@ GREEDY = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_mixtral(tmp_path_factory.mktemp("floats"), hidden_size=64, intermediate_size=96)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    sizes, dtypes = {"hidden_size": 64, "intermediate_size": 96}, {"floats": torch.float32, "bfloat16": torch.bfloat16}
+    return {name: save_mixtral(tmp_path_factory.mktemp(name), dtype=dtype, **sizes) for name, dtype in dtypes.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(folders: dict[str, Path]) -> Path:
+    return folders["floats"]
 
 
 def with_decoded_experts(folder: Path, kind: str, out: Path) -> Path:
@@ -37,10 +46,8 @@ def with_decoded_experts(folder: Path, kind: str, out: Path) -> Path:
     tensors = load_file(out / "model.safetensors")
     with opened(folder) as found:
         store = found.quantizing_store(kind)
-        row_B = aligned_rows(1, store.layout.slot_bytes)[0]
         for expert in found.experts:
-            store.read(ExpertId(*expert), row_B)
-            weights = store.layout.weights(row_B[None])
+            weights = read(store, expert)
             prefix = f"model.layers.{expert.layer}.block_sparse_moe.experts.{expert.expert}"
             w13_NH = dense(weights.w13, 0)
             for name, w in (("w1", w13_NH[0::2]), ("w3", w13_NH[1::2]), ("w2", dense(weights.w2, 0))):
@@ -58,8 +65,34 @@ def test_nothing_but_the_experts_is_changed(kind: str, folder: Path, tmp_path: P
         assert model.generate(PROMPT, GREEDY).token_ids == reference_greedy(plain, PROMPT, 32)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_every_policy_and_slot_count_gives_the_same_bits(kind: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["auto", pytest.param("compiled", marks=needs_compiler)])
+def test_bf12_changes_no_weight_and_nothing_that_is_computed(mode: str, tmp_path: Path) -> None:
+    folder = save_mixtral(tmp_path, hidden_size=64, intermediate_size=96, dtype=torch.bfloat16)
+    found = []
+    for kind in (None, "bf12"):
+        with MoEModel.from_pretrained(folder, quantize=kind, dtype="float32", decode_mode=mode) as model:
+            found.append((model.forward(PROMPT), model.generate(PROMPT, GREEDY).token_ids, model.memory.slot_bytes))
+    (before_TV, tokens, floats), (after_TV, same_tokens, smaller) = found
+    assert relative_error(after_TV, before_TV) <= 1e-6
+    assert tokens == same_tokens == reference_greedy(folder, PROMPT, 32)
+    assert smaller < floats / 2  # float32's
+    with opened(folder) as opened_model:
+        stores = opened_model.expert_store(torch.bfloat16), opened_model.quantizing_store("bf12")
+        for expert in opened_model.experts:
+            plain, packed = (read(store, expert) for store in stores)
+            for ours, w_ND in ((packed.w13, plain.w13_SNH[0]), (packed.w2, plain.w2_SHI[0])):
+                assert torch.equal(dense(ours, 0).view(torch.int16), w_ND.view(torch.int16))
+
+
+def read(store: ExpertStore, expert: ExpertId) -> ExpertWeights:
+    row_B = aligned_rows(1, store.layout.slot_bytes)[0]
+    store.read(expert, row_B)
+    return store.layout.weights(row_B[None])
+
+
+@pytest.mark.parametrize("kind", ["bf12", "int8", "int4"])
+def test_every_policy_and_slot_count_gives_the_same_bits(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = folders["bfloat16" if kind == "bf12" else "floats"]
     with MoEModel.from_pretrained(folder, quantize=kind, policy="resident") as model:
         tokens = model.generate(PROMPT, GREEDY, max_tokens=8).token_ids
         truth_TV = model.forward(PROMPT + tokens)
@@ -74,7 +107,7 @@ def test_every_policy_and_slot_count_gives_the_same_bits(kind: str, folder: Path
     assert kind in pack.name and (pack / "experts.pack").stat().st_size == 24 * slot_bytes
 
 
-LIMITS = {"int8": (1.002, 1.95), "int4": (1.02, 3.5)}
+LIMITS = {"int8": (1.002, 1.95), "int4": (1.02, 3.5)}  # bf12, which changes nothing, has a test of its own
 
 
 @pytest.mark.parametrize("kind", LIMITS)
@@ -117,13 +150,18 @@ def test_a_text_is_foretold_window_by_window(folder: Path) -> None:
 
 
 def test_what_cannot_be_quantized_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="quantize='int3' is not known: use one of int8, int4, or None"):
+    with pytest.raises(ConfigError, match="quantize='int3' is not known: use one of bf12, int8, int4, or None"):
         MoEModel.from_pretrained(folder, quantize="int3")
     odd = save_mixtral(tmp_path / "odd", intermediate_size=24)
     with pytest.raises(ConfigError, match="'int4': no groups of 32, 64 or 128 divide an expert of 32 x 24"):
         MoEModel.from_pretrained(odd, quantize="int4")
     with MoEModel.from_pretrained(odd, quantize="int8") as model:
         model.forward(PROMPT)
+    with pytest.raises(ConfigError, match=r"'bf12' keeps the bits of bfloat16, and the checkpoint has torch.float32"):
+        MoEModel.from_pretrained(odd, quantize="bf12")
+    odd = save_mixtral(tmp_path / "odder", intermediate_size=26, dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="'bf12': sizes are multiples of 4 up to 32768, an expert's 32 x 26"):
+        MoEModel.from_pretrained(odd, quantize="bf12")
     quantized, _ = CASES["qwen3_moe-awq"].save(tmp_path)
     with pytest.raises(ConfigError, match=r"'int8': the checkpoint is quantized already \(awq int4, groups of 32\)"):
         MoEModel.from_pretrained(quantized, quantize="int8")

@@ -68,7 +68,8 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_quantize(parser: argparse._ActionsContainer) -> None:
     """``--quantize``: None leaves experts as they are."""
-    parser.add_argument("--quantize", choices=QUANTIZE, help="make experts that are in floats smaller, and less exact")
+    what = "make experts that are in floats smaller: bf12 without loss, the others less exact"
+    parser.add_argument("--quantize", choices=QUANTIZE, help=what)
 
 
 def count(text: str) -> int:

@@ -68,7 +68,8 @@ def _pack(model: OpenedModel, args: argparse.Namespace) -> None:
     write_pack(store, model.experts, path, model.checkpoint.fingerprint(), progress=True)
     print(f"packed: {size}")
     if isinstance(store, QuantizingStore):
-        print(f"{layout.name}: weights are off by {store.weight_error:.3%} (root mean square)")
+        off = f"are off by {store.weight_error:.3%} (root mean square)" if store.weight_error else "keep every bit"
+        print(f"{layout.name}: weights {off}")
 
 
 def _token_ids(model: OpenedModel, path: Path) -> list[int]:

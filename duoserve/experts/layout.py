@@ -46,7 +46,7 @@ class Quantized(NamedTuple):
 Stored = torch.dtype | Quantized
 _FLOATS = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32)}
 _QUANTIZED = [
-    *(Quantized(form) for form in (ExpertFormat.INT8, ExpertFormat.FP8, ExpertFormat.MXFP4)),
+    *(Quantized(form) for form in (ExpertFormat.BF12, ExpertFormat.INT8, ExpertFormat.FP8, ExpertFormat.MXFP4)),
     *(
         Quantized(ExpertFormat.INT4, *details)
         for details in product(INT4_GROUPS, (torch.float16, torch.bfloat16), (False, True))

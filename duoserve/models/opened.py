@@ -57,7 +57,7 @@ class OpenedModel:
         return self.config.moe_layers[-1] + 1
 
     def layout(self, dtype: torch.dtype, quantize: str | None = None) -> ExpertLayout:
-        """The row of one expert: in ``dtype``, or quantized by the checkpoint, or now ("int8", "int4")."""
+        """The row of one expert: in ``dtype``, or quantized by the checkpoint, or now: one of QUANTIZE."""
         if quantize is not None:
             stored = quantized_by_us(self.config, quantize)
             return ExpertLayout(stored, self.config.hidden_size, self.config.expert_intermediate_size)
@@ -73,7 +73,7 @@ class OpenedModel:
         return CheckpointStore(self.checkpoint, self.layout(dtype), pieces, weight_format(self.config))
 
     def quantizing_store(self, kind: str) -> QuantizingStore:
-        """The same, which the checkpoint has in floats, made "int8" or "int4" when they are read."""
+        """The same, which the checkpoint has in floats, made ``kind``, one of QUANTIZE, when they are read."""
         return QuantizingStore(self.expert_store(self.config.dtype), quantized_by_us(self.config, kind))
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ from duoserve.experts.formats.int4 import row_group
 from duoserve.experts.formats.reading import format_of, stored_piece
 from duoserve.experts.layout import ExpertId, ExpertLayout, Quantized, Stored
 from duoserve.experts.safetensors_header import TensorInfo
-from duoserve.kernels.weights import ExpertFormat
+from duoserve.kernels.weights import BF12_MOST, BF12_MULTIPLE, ExpertFormat
 from duoserve.models.family import Family
 
 # Whether a matrix that is no expert's, by its name, is in the checkpoint's format.
@@ -75,17 +75,31 @@ def expert_layout(config: ModelConfig, dtype: torch.dtype, scale_dtype: torch.dt
 def quantized_by_us(config: ModelConfig, kind: str) -> Quantized:
     """What ``quantize=kind`` makes of experts: in int4 the largest groups up to 128 that divide their sizes.
 
-    ConfigError: the checkpoint is quantized already, or no groups do.
+    ConfigError: the checkpoint is quantized already, or no groups do; or what is to be BF12 cannot be.
     """
     if config.quantization is not None:
         raise ConfigError(f"quantize={kind!r}: the checkpoint is quantized already ({config.quantization})")
     if kind == "int8":
         return Quantized(ExpertFormat.INT8)
     hidden, inter = config.hidden_size, config.expert_intermediate_size
+    if kind == "bf12":
+        return _bf12(config.dtype, hidden, inter)
     group = row_group(0, hidden, inter)
     if group is None:
         raise ConfigError(f"quantize={kind!r}: no groups of 32, 64 or 128 divide an expert of {hidden} x {inter}")
     return Quantized(ExpertFormat.INT4, group)
+
+
+def _bf12(dtype: torch.dtype, hidden: int, inter: int) -> Quantized:
+    if dtype is not torch.bfloat16:
+        raise ConfigError(
+            f"quantize='bf12' keeps the bits of bfloat16, and the checkpoint has {dtype}: use None or 'int8'"
+        )
+    if hidden % BF12_MULTIPLE or inter % BF12_MULTIPLE or max(hidden, inter) > BF12_MOST:
+        raise ConfigError(
+            f"quantize='bf12': sizes are multiples of {BF12_MULTIPLE} up to {BF12_MOST}, an expert's {hidden} x {inter}"
+        )
+    return Quantized(ExpertFormat.BF12)
 
 
 def _stored(config: ModelConfig, dtype: torch.dtype, scale_dtype: torch.dtype) -> Stored:

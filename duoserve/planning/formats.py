@@ -11,7 +11,7 @@ from duoserve.config import ModelConfig
 from duoserve.experts.layout import ExpertLayout
 from duoserve.models.stored import expert_layout, quantized_by_us
 
-FORMATS = ("bf16", "fp8", "int8", "int4")
+FORMATS = ("bf16", "bf12", "fp8", "int8", "int4")
 
 
 def layout_in(config: ModelConfig, form: str | None, dtype: torch.dtype) -> ExpertLayout:

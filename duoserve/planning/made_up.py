@@ -27,6 +27,8 @@ from duoserve.experts.rows import DenseMemory, aligned_rows
 from duoserve.experts.slots import SlotPool, SlotTable
 from duoserve.experts.store import ExpertStore, HostStore
 from duoserve.kernels import ExpertFormat
+from duoserve.kernels.bf12 import LEAST, Bf12Rows
+from duoserve.kernels.weights import Matrix
 from duoserve.kv_cache import PagedKVCache
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
@@ -42,6 +44,7 @@ from duoserve.scheduling.source import ExpertSource, Lease
 
 WEIGHT = 0.01  # every weight: activations stay finite, and none of them is so small that it is slow
 MXFP4_SCALE = 120  # 2^-7
+BF12_SCALE = 2.0**-14
 CODES = 0x11
 FINGERPRINT = "made up"
 
@@ -68,6 +71,9 @@ class MadeUpStore(ExpertStore):
             if matrix.format is ExpertFormat.FLOAT:
                 matrix.data_SNB.fill_(WEIGHT)
                 continue
+            if matrix.format is ExpertFormat.BF12:
+                _fill_bf12(matrix)
+                continue
             matrix.data_SNB.view(torch.uint8).fill_(CODES)
             if matrix.scales_SGN is not None:
                 matrix.scales_SGN.fill_(MXFP4_SCALE if matrix.scales_SGN.dtype is torch.uint8 else WEIGHT)
@@ -80,6 +86,14 @@ class MadeUpStore(ExpertStore):
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _fill_bf12(matrix: Matrix) -> None:
+    """All weights alike, and none an escape."""
+    assert matrix.scales_SGN is not None
+    matrix.data_SNB.zero_()
+    matrix.scales_SGN.fill_(BF12_SCALE)
+    Bf12Rows.of(matrix.data_SNB[0], matrix.scales_SGN[0, 0], matrix.inner).escapes_NC.fill_(LEAST * BF12_SCALE)
 
 
 @dataclass

@@ -14,7 +14,9 @@ from tests.checkpoints import save_mixtral
 BF16 = torch.bfloat16
 
 
-@pytest.mark.parametrize(("form", "megabytes"), [("bf16", 352.3), ("fp8", 176.2), ("int8", 176.2), ("int4", 92.2)])
+@pytest.mark.parametrize(
+    ("form", "megabytes"), [("bf16", 352.3), ("bf12", 266.5), ("fp8", 176.2), ("int8", 176.2), ("int4", 92.2)]
+)
 def test_mixtral_in_every_format(form: str, megabytes: float) -> None:
     layout = layout_in(find_model("mixtral-8x7b").config, form, BF16)
     assert layout.slot_bytes / 1e6 == pytest.approx(megabytes, rel=2e-3)
