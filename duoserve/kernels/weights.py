@@ -40,10 +40,7 @@ SEGMENT_ALIGNMENT = 256  # TMA wants 128, and wide CPU loads never straddle a ca
 FP8_BLOCK = 128
 MXFP4_GROUP = 32
 INT4_GROUPS = (32, 64, 128)
-BF12_MULTIPLE, BF12_MOST = (
-    4,
-    (1 << 15) - 1,
-)  # of columns: two parts of a row are views of two bytes; and int16 names one
+BF12_MULTIPLE, BF12_MOST = 4, 1 << 15  # columns: escapes lie on two bytes, and int16 names each
 
 
 class ExpertFormat(Enum):
