@@ -18,6 +18,8 @@ from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.copy_engine import CopyEngine
 from duoserve.experts.slots import SlotPool, SlotTable
 from duoserve.kernels import Products
+from duoserve.kernels.compiler import can_compile
+from duoserve.kernels.unpacking import with_compiled_unpacking
 from duoserve.kv_cache import PagedKVCache
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
@@ -81,7 +83,9 @@ def load(  # noqa: PLR0913
         scheduler = held.enter_context(closing(make_scheduler(found.config, pool, copies, chosen, meter, told)))
         if chosen.all_resident:
             scheduler.load_all(progress=sys.stderr.isatty())
-        built = found.family.build(found.config, place.dense_reader(), RoutedExperts(scheduler, pool.weights))
+        compiles = wanted.decode_mode == "compiled" and can_compile()
+        weights = with_compiled_unpacking(pool.weights) if compiles else pool.weights
+        built = found.family.build(found.config, place.dense_reader(), RoutedExperts(scheduler, weights))
         heard_by = audience(scheduler.listener, listener)
         transformer, tap = (built, None) if heard_by is None else listened_to(built, heard_by)
         cache = PagedKVCache(found.config, place.max_context, place.dtype, place.device)

@@ -72,9 +72,17 @@ class Bf12Rows(NamedTuple):
         if bool(zero_N.any()):
             bits_ND[zero_N] &= ~_MAGNITUDE
         w_ND = bits_ND.view(torch.bfloat16)
+        self.put_escapes(w_ND)
+        return w_ND
+
+    def put_escapes(self, w_ND: Tensor) -> None:
+        """Into rows that are else complete."""
         rows, places = (self.escapes_NC != (LEAST * self.scales_N)[:, None]).nonzero(as_tuple=True)
         w_ND[rows, self.columns_NC[rows, places].long()] = self.escapes_NC[rows, places]
-        return w_ND
+
+    def cut(self, rows: slice) -> Bf12Rows:
+        """Some of them."""
+        return Bf12Rows(*(part[rows] for part in self))
 
 
 def signed(codes: Tensor) -> Tensor:

@@ -39,6 +39,11 @@ class Products(Enum):
     BY_TILE = "by tile"
 
 
+def power_of_two(most: int) -> int:
+    """The largest up to ``most``, and at least 1: so many rows at a time leave none over, of most models' matrices."""
+    return 1 << max(0, most.bit_length() - 1)
+
+
 @cache
 def has_native_matmul(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of ``dtype`` in hardware."""

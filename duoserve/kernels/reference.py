@@ -21,6 +21,7 @@ from duoserve.kernels.matmul import (
     float_product,
     left_product,
     linear,
+    power_of_two,
     streams_left,
 )
 from duoserve.kernels.reference_attention import attention, decode_attention, mla_decode_attention
@@ -184,7 +185,7 @@ def _product(x_RD: Tensor, matrix: Matrix, slot: int, turned: bool = False) -> T
             return left_product(x_RD, w_ND)
         return linear(x_RD, w_ND, products=matrix.products)
     num_rows = matrix.data_SNB.shape[1]
-    rows = max(1, WIDEN_ELEMENTS // matrix.inner)
+    rows = power_of_two(WIDEN_ELEMENTS // matrix.inner)
     by_codes = matrix.products is Products.FASTEST and multiplies_codes(matrix, x_RD.dtype)
     x_wide_RD, out_RN = x_RD.float(), torch.empty(len(x_RD), num_rows, device=x_RD.device)
     for start in range(0, num_rows, rows):

@@ -42,7 +42,7 @@ def _decoded(matrix: Matrix, slot: int, rows: slice) -> Tensor:
     if matrix.format is ExpertFormat.INT8:
         return data_NB.float() * scales_GN[0][:, None]
     if matrix.format is ExpertFormat.BF12:
-        return Bf12Rows.of(data_NB, scales_GN[0], matrix.inner).dense()
+        return matrix.unpack(Bf12Rows.of(data_NB, scales_GN[0], matrix.inner))
     codes_ND = unpack(data_NB)
     if matrix.format is ExpertFormat.MXFP4:
         values_ND = torch.tensor(E2M1, device=data_NB.device)[codes_ND.int()]

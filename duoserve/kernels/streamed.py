@@ -50,7 +50,7 @@ def streamed_bf12_product(rows: Bf12Rows, x_K: Tensor) -> Tensor:
     No bits are reinterpreted, which a compiler would do for one element after another.
     """
     wide_K = x_K.float()
-    halves = _laid_down(wide_K).chunk(2)
+    halves = laid_down(wide_K).chunk(2)
     parts = zip(_side_by_side(rows.signed_ND), _side_by_side(rows.exponents_NB), strict=True)
     sums_N = torch.cat([_integer_sums(signed_RK, exponents_RB, halves) for signed_RK, exponents_RB in parts])
     missing_NC = rows.escapes_NC.float() - LEAST * rows.scales_N[:, None]
@@ -83,10 +83,10 @@ def _codes(words_RGL: Tensor, place: int) -> Tensor:
 def _by_place(x_K: Tensor, num_groups: int) -> Tensor:
     """[8, G, L] in float32: what each of a word's codes is multiplied with, over the power of two that it stands at."""
     x_8W = (x_K.float().view(-1, CODES_IN_WORD) * PLACE_FACTORS).T.contiguous()
-    return _laid_down(x_8W).view(CODES_IN_WORD, num_groups, -1)
+    return laid_down(x_8W).view(CODES_IN_WORD, num_groups, -1)
 
 
-def _laid_down(x: Tensor) -> Tensor:
+def laid_down(x: Tensor) -> Tensor:
     """A compiler would make these again for every row of the matrix, but what is strided it must lay down in memory."""
     return x.as_strided(x.shape, x.stride())
 

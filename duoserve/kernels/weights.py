@@ -25,6 +25,7 @@ INT4 that was quantized in another order than the features' own: int32 [H], colu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -32,9 +33,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from duoserve.kernels.bf12 import row_bytes
+from duoserve.kernels.bf12 import Bf12Rows, row_bytes
 from duoserve.kernels.checks import require
 from duoserve.kernels.matmul import Products
+
+Unpack = Callable[[Bf12Rows], Tensor]
 
 SEGMENT_ALIGNMENT = 256  # TMA wants 128, and wide CPU loads never straddle a cache line
 FP8_BLOCK = 128
@@ -77,6 +80,7 @@ class Matrix(NamedTuple):
     interleaved: bool
     order_SD: Tensor | None = None
     products: Products = Products.FASTEST
+    unpack: Unpack = Bf12Rows.dense
 
     @property
     def parts(self) -> list[Tensor]:
@@ -94,7 +98,7 @@ class ExpertWeights:
     them their scales ``s13``, ``s2`` ([S, G, N] or [S, blocks, blocks]) and zero-points ``z13``, ``z2``; ``group`` is
     their groups' size.
     ``order_SH``, where it is there, says which feature each column of w13 goes with.
-    ``products`` is how a CPU multiplies them.
+    ``products`` is how a CPU multiplies them, and ``unpack`` how it makes BF12 bfloat16.
     """
 
     w13_SNH: Tensor
@@ -107,6 +111,7 @@ class ExpertWeights:
     z2: Tensor | None = None
     order_SH: Tensor | None = None
     products: Products = Products.FASTEST
+    unpack: Unpack = Bf12Rows.dense
 
     @property
     def w13(self) -> Matrix:
@@ -125,7 +130,9 @@ class ExpertWeights:
         """``features`` are those that the other matrix says this one takes; a row of BF12 does not say it."""
         stored = w.shape[2] * (2 if self.format.packs_two else 1)
         inner = features if self.format is ExpertFormat.BF12 else stored
-        return Matrix(w, scales, zeros, inner, self.format, self.group, interleaved, products=self.products)
+        return Matrix(
+            w, scales, zeros, inner, self.format, self.group, interleaved, products=self.products, unpack=self.unpack
+        )
 
 
 class ClampedUp(NamedTuple):

@@ -1,0 +1,59 @@
+"""BF12 unpacked by compiled loops: the bits of the twin, in pieces and in what is left over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from duoserve.kernels import unpacking
+from duoserve.kernels.bf12 import Bf12Rows
+from duoserve.kernels.reference_dequant import dense
+from duoserve.kernels.unpacking import CompiledUnpack, with_compiled_unpacking
+from duoserve.kernels.weights import ExpertFormat, ExpertWeights, QuantizedLayout
+from tests.compiled_case import needs_compiler
+from tests.kernels.quantized_case import fill_with_random_codes
+
+HIDDEN, INTER = 48, 36
+
+
+def random_weights() -> ExpertWeights:
+    layout = QuantizedLayout(ExpertFormat.BF12, HIDDEN, INTER)
+    weights = layout.weights(torch.zeros(2, layout.slot_bytes, dtype=torch.uint8))
+    for slot in range(2):
+        for matrix in (weights.w13, weights.w2):
+            fill_with_random_codes(matrix, slot, torch.Generator().manual_seed(slot))
+    return weights
+
+
+@needs_compiler
+@pytest.mark.parametrize("piece_rows", [1, 16, 64, 1024])
+def test_pieces_and_what_is_left_over_have_the_bits_of_the_twin(
+    piece_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 72 and of 48 rows: none, some or all are in pieces."""
+    monkeypatch.setattr(unpacking, "PIECE_WEIGHTS", piece_rows * HIDDEN)
+    plain = random_weights()
+    compiled = with_compiled_unpacking(plain)
+    for slot in (0, 1, 0):
+        for matrix, twin in ((compiled.w13, plain.w13), (compiled.w2, plain.w2)):
+            for rows in (slice(None), slice(5, 38)):
+                unpacked_ND, truth_ND = dense(matrix, slot, rows), dense(twin, slot, rows)
+                assert torch.equal(unpacked_ND.view(torch.int16), truth_ND.view(torch.int16))
+
+
+@needs_compiler
+def test_a_shape_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpacking, "PIECE_WEIGHTS", 16 * HIDDEN)
+    unpack, weights = CompiledUnpack(), random_weights()
+    recorded, record = [], unpack._compiler.record
+    monkeypatch.setattr(unpack._compiler, "record", lambda work: recorded.append(work) or record(work))
+    for slot in (0, 1):
+        assert weights.s13 is not None
+        unpack(Bf12Rows.of(weights.w13_SNH[slot], weights.s13[slot, 0], HIDDEN))
+    assert len(recorded) == 1
+
+
+def test_other_formats_stay_as_they_are() -> None:
+    layout = QuantizedLayout(ExpertFormat.INT8, HIDDEN, INTER)
+    weights = layout.weights(torch.zeros(1, layout.slot_bytes, dtype=torch.uint8))
+    assert with_compiled_unpacking(weights) is weights
