@@ -5,7 +5,7 @@ T tokens, K input features, N output features; H heads, B rows of one, D its dim
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from functools import cache
 
@@ -83,6 +83,23 @@ def left_product(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Te
         return product_N[None]
     product_NT = torch.mm(w_NK, x_TK.T) if bias_N is None else torch.addmm(bias_N[:, None], w_NK, x_TK.T)
     return product_NT.T
+
+
+def product_of_blocks(x_TK: Tensor, blocks: Iterable[Tensor], num_out: int, turned: bool = False) -> Tensor:
+    """``linear`` with a matrix whose rows come in ``blocks``, each there until the next is asked for: [T, num_out].
+
+    ``turned``: T may be contiguous, not the outputs, as of ``left_product``. It has the bits of the whole matrix.
+    """
+    if not x_TK.is_cpu or not streams_left(x_TK) or (len(x_TK) > LEFT_ROWS and not turned):
+        return torch.cat([linear(x_TK, w_BK) for w_BK in blocks], dim=1)
+    product_NT, start = x_TK.new_empty(num_out, len(x_TK)), 0
+    for w_BK in blocks:
+        product_BT, start = product_NT[start : start + len(w_BK)], start + len(w_BK)
+        if len(x_TK) == 1:
+            torch.mv(w_BK, x_TK[0], out=product_BT[:, 0])
+        else:
+            torch.mm(w_BK, x_TK.T, out=product_BT)
+    return product_NT.T if turned else product_NT.T.contiguous()
 
 
 def float_product(x_TK: Tensor, w_NK: Tensor, products: Products) -> Tensor:

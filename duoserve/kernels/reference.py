@@ -22,6 +22,7 @@ from duoserve.kernels.matmul import (
     left_product,
     linear,
     power_of_two,
+    product_of_blocks,
     streams_left,
 )
 from duoserve.kernels.reference_attention import attention, decode_attention, mla_decode_attention
@@ -39,7 +40,7 @@ from duoserve.kernels.reference_small import (
     write_rows,
 )
 from duoserve.kernels.routing import HostWork, RoutePlan, Work
-from duoserve.kernels.weights import ClampedUp, ExpertWeights, Matrix
+from duoserve.kernels.weights import ClampedUp, ExpertFormat, ExpertWeights, Matrix
 
 __all__ = [
     "add_rms_norm",
@@ -177,6 +178,7 @@ def _clamped(up_RN: Tensor, clamped: ClampedUp, products: Products, act_RI: Tens
 def _product(x_RD: Tensor, matrix: Matrix, slot: int, turned: bool = False) -> Tensor:
     """``x w^T`` [R, N]; quantized weights are decoded to float32, whatever ``x_RD`` is, a block of rows at a time.
 
+    BF12 is bfloat16 in a product with bfloat16, and has its bits.
     ``turned``: R may be contiguous, not N.
     """
     if x_RD.dtype == matrix.data_SNB.dtype:
@@ -186,6 +188,9 @@ def _product(x_RD: Tensor, matrix: Matrix, slot: int, turned: bool = False) -> T
         return linear(x_RD, w_ND, products=matrix.products)
     num_rows = matrix.data_SNB.shape[1]
     rows = power_of_two(WIDEN_ELEMENTS // matrix.inner)
+    if matrix.format is ExpertFormat.BF12 and x_RD.dtype is torch.bfloat16 and matrix.products is Products.FASTEST:
+        blocks = (dense(matrix, slot, slice(start, start + rows)) for start in range(0, num_rows, rows))
+        return product_of_blocks(x_RD, blocks, num_rows, turned)
     by_codes = matrix.products is Products.FASTEST and multiplies_codes(matrix, x_RD.dtype)
     x_wide_RD, out_RN = x_RD.float(), torch.empty(len(x_RD), num_rows, device=x_RD.device)
     for start in range(0, num_rows, rows):

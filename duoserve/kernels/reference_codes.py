@@ -1,7 +1,7 @@
 """Products with quantized weights on a CPU: codes are multiplied as they are, and scales applied to the sums.
 
-bfloat16 and float32 hold every code exactly, and every weight of MXFP4 and BF12, so none is rounded. R rows, N rows of
-the matrix, D its inner dimension, G groups of D, C codes of a half group.
+bfloat16 and float32 hold every code exactly, and every weight of MXFP4, so none is rounded. R rows, N rows of the
+matrix, D its inner dimension, G groups of D, C codes of a half group.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from duoserve.kernels.matmul import has_native_matmul, linear
-from duoserve.kernels.reference_dequant import E2M1, dense, row_scales, unpack
+from duoserve.kernels.matmul import has_native_matmul
+from duoserve.kernels.reference_dequant import E2M1, row_scales, unpack
 from duoserve.kernels.weights import FP8_BLOCK, ExpertFormat, Matrix
 
 # Up to here PyTorch's product with int8 weights, which converts them in registers, is the faster one. It takes rows of
@@ -23,18 +23,13 @@ PACKED_ROWS, PACKED_VECTOR = 8, 16
 def multiplies_codes(matrix: Matrix, dtype: torch.dtype) -> bool:
     """Whether ``code_product`` knows the format, and loses nothing of inputs of ``dtype``; float16's sums overflow."""
     whole_blocks = matrix.format is not ExpertFormat.FP8 or matrix.inner % FP8_BLOCK == 0
-    quantized = matrix.format is not ExpertFormat.FLOAT and matrix.data_SNB.is_cpu
+    quantized = matrix.format not in (ExpertFormat.FLOAT, ExpertFormat.BF12) and matrix.data_SNB.is_cpu
     return dtype is torch.bfloat16 and quantized and whole_blocks
 
 
 def code_product(x_RD: Tensor, matrix: Matrix, slot: int, rows: slice) -> Tensor:
-    """``x w^T`` [R, rows] in float32, of bfloat16 ``x_RD``; the sums of a group may be rounded to bfloat16.
-
-    A row of BF12 is one group.
-    """
+    """``x w^T`` [R, rows] in float32, of bfloat16 ``x_RD``; the sums of a group may be rounded to bfloat16."""
     assert matrix.scales_SGN is not None
-    if matrix.format is ExpertFormat.BF12:
-        return linear(x_RD, dense(matrix, slot, rows)).float()
     if matrix.order_SD is not None:
         x_RD = x_RD[:, matrix.order_SD[slot].long()]
     data_NB = matrix.data_SNB[slot, rows]
