@@ -28,7 +28,7 @@ from typing import Any
 
 import cpu_rows
 import cpu_summary
-from cpu_contestants import BENCH, SCRIPTS, Contestant, Run, disk_contestants, our_policy, resident_contestants
+from cpu_contestants import BENCH, SCRIPTS, Contestant, Run, disk_contestants, our_policies, resident_contestants
 from harness import WORKER_ENV, Round, Worker, interleave
 from least_bytes import least_misses
 from machine import foreign_cpu, machine_facts, versions
@@ -99,12 +99,12 @@ def measure_ceilings(run: Run, scratch_bytes: int) -> dict[str, Any]:
     return rates
 
 
-def prepare(run: Run, policy: Contestant) -> None:
-    """Trains its predictor, on what other prompts than the measured one route, and has its steps compiled.
+def prepare(run: Run, policies: Sequence[Contestant]) -> None:
+    """Trains their predictor, on what other prompts than the measured one route, and has their steps compiled.
 
     Where memory is limited there is none for a C++ compiler: what it has made is taken from Inductor's cache.
     """
-    with run.worker(f"the predictor of {policy.name}", *SCRIPTS["duoserve"]) as worker:
+    with run.worker("the predictor", *SCRIPTS["duoserve"]) as worker:
         worker.call(
             "train",
             folder=str(run.folder),
@@ -113,7 +113,9 @@ def prepare(run: Run, policy: Contestant) -> None:
             max_context=run.shape.max_context,
             out=str(run.predictor),
         )
-        worker.call("load", folder=str(run.folder), **policy.options)
+    for policy in policies:
+        with run.worker(f"the compiled steps of {policy.name}", *SCRIPTS["duoserve"]) as worker:
+            worker.call("load", folder=str(run.folder), **policy.options)
 
 
 def measure_footprint(run: Run) -> dict[str, int]:
@@ -129,8 +131,11 @@ def measure_footprint(run: Run) -> dict[str, int]:
     return growth
 
 
-def find_least_misses(run: Run) -> dict[str, int]:
-    """Of the experts that our compiled decode steps choose, how many even the best cache would have to read."""
+def find_least_misses(run: Run) -> dict[str, dict[str, int]]:
+    """Of the experts that our compiled decode steps choose, how many even the best cache would have to read.
+
+    By policy, with its slots.
+    """
     shape = run.shape
     with run.worker("duoserve's routing", *SCRIPTS["duoserve"]) as worker:
         routing = worker.call(
@@ -141,7 +146,8 @@ def find_least_misses(run: Run) -> dict[str, int]:
             decode_mode="compiled",
             **run.duoserve_options("resident", shape.num_experts),
         )
-    return least_misses(routing, shape.quarter, shape.experts)
+    slots = {policy.name: policy.options["expert_slots"] for policy in our_policies(run)}
+    return {name: least_misses(routing, count, shape.experts) for name, count in slots.items()}
 
 
 def measure(run: Run, scratch_bytes: int) -> dict[str, Any]:
@@ -149,7 +155,7 @@ def measure(run: Run, scratch_bytes: int) -> dict[str, Any]:
     busy_before = foreign_cpu(1.0)
     resident, disk = resident_contestants(run), disk_contestants(run)
     if "duoserve" in run.engines:
-        prepare(run, our_policy(run))
+        prepare(run, our_policies(run))
     rounds = measure_rounds(run, [*resident, *disk])
     return {
         "rounds": {

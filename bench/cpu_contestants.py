@@ -101,6 +101,7 @@ def resident_contestants(run: Run) -> list[Contestant]:
             for quantize, name in cpu_rows.OURS_QUANTIZED.items()
         ),
         Contestant(cpu_rows.COMPILED, "duoserve", ours | {"decode_mode": "compiled"}),
+        Contestant(cpu_rows.BF12, "duoserve", ours | {"decode_mode": "compiled", "quantize": "bf12"}),
         *(
             Contestant(name, "xllamacpp", run.llama_options(kind))
             for name, kind in ((cpu_rows.LLAMA, "bf16"), (cpu_rows.LLAMA_Q8, "q8_0"))
@@ -113,11 +114,21 @@ def resident_contestants(run: Run) -> list[Contestant]:
     ]
 
 
-def our_policy(run: Run) -> Contestant:
-    """From disk as its users have it, once ``run.predictor`` is there."""
-    options = run.duoserve_options("duoserve", run.shape.quarter)
-    options |= {"predictor": str(run.predictor), "decode_mode": "compiled"}
-    return Contestant(cpu_rows.OURS_POLICY, "duoserve", options, cold=True, capped=True)
+def our_policies(run: Run) -> list[Contestant]:
+    """From disk as its users have it, once ``run.predictor`` is there; one thread reads: it has the disk's rate."""
+    shape = run.shape
+    in_equal_memory = shape.quarter * shape.slot_bytes // shape.bf12_slot_bytes
+    told = {"predictor": str(run.predictor), "decode_mode": "compiled", "copy_threads": 1}
+
+    def ours(name: str, slots: int, quantize: str | None) -> Contestant:
+        options = run.duoserve_options("duoserve", slots) | told | {"quantize": quantize}
+        return Contestant(name, "duoserve", options, cold=True, capped=True)
+
+    return [
+        ours(cpu_rows.OURS_POLICY, shape.quarter, None),
+        ours(cpu_rows.BF12_POLICY, shape.quarter, "bf12"),
+        ours(cpu_rows.BF12_EQUAL, in_equal_memory, "bf12"),
+    ]
 
 
 def disk_contestants(run: Run) -> list[Contestant]:
@@ -137,7 +148,7 @@ def disk_contestants(run: Run) -> list[Contestant]:
 
     return [
         ours("lru"),
-        our_policy(run),
+        *our_policies(run),
         Contestant(cpu_rows.LLAMA_DISK, "xllamacpp", run.llama_options("bf16"), cold=True, capped=True),
         accelerate(cpu_rows.PEER_DISK, 0, cold=True),
         accelerate(cpu_rows.PEER_DISK_EQUAL, run.shape.layers // 4, cold=True),

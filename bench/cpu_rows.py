@@ -11,6 +11,10 @@ from harness import Round
 Rounds = dict[str, list[Round]]
 OURS, OURS_DISK = "duoserve resident", "duoserve lru"
 COMPILED, OURS_POLICY = "duoserve resident, compiled", "duoserve duoserve, compiled"
+# The same with experts in BF12, which are those of bfloat16 bit by bit: a quarter of them in slots, or as many as take
+# the memory of a quarter in bfloat16.
+BF12, BF12_POLICY, BF12_EQUAL = "duoserve resident, bf12", "duoserve duoserve, bf12", "duoserve duoserve, bf12 +"
+POLICIES = (OURS_POLICY, BF12_POLICY, BF12_EQUAL)
 OURS_QUANTIZED = {"int8": "duoserve resident int8", "int4": "duoserve resident int4"}
 PEERS = ("transformers grouped_mm", "transformers eager")
 PEER_DISK, PEER_DISK_WARM = "accelerate cold", "accelerate warm"
@@ -20,7 +24,7 @@ LLAMAS = (LLAMA, LLAMA_Q8, LLAMA_DISK)
 REFERENCE = "transformers float32"
 # Compiled decode steps make their sums in another order, and quantized experts are others: by engine, whose first round
 # has the tokens that it must choose.
-OWN_TOKENS = {COMPILED: COMPILED, OURS_POLICY: COMPILED} | {name: name for name in OURS_QUANTIZED.values()}
+OWN_TOKENS = dict.fromkeys((COMPILED, BF12, *POLICIES), COMPILED) | {name: name for name in OURS_QUANTIZED.values()}
 
 
 def logits_file(scratch: Path, name: str) -> Path:
@@ -36,6 +40,11 @@ def ttfts(rounds: Iterable[Round]) -> list[float]:
 def tpots(rounds: Iterable[Round]) -> list[float]:
     """Mean seconds between two tokens, round by round."""
     return [statistics.fmean(r["itl_s"]) for r in rounds]
+
+
+def decode_io(policy: str) -> str:
+    """The name of the bound that the disk sets to the decode steps of one of POLICIES."""
+    return f"decode_io_s of {policy}"
 
 
 def decode_bytes(played: Round) -> int:

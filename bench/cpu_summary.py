@@ -11,21 +11,23 @@ from typing import Any
 
 from cpu_checks import byte_checks, clock_checks, logit_checks, token_checks
 from cpu_rows import (
+    BF12,
     COMPILED,
     LLAMA,
     LLAMA_DISK,
     LLAMA_Q8,
     OURS,
     OURS_DISK,
-    OURS_POLICY,
     OURS_QUANTIZED,
     PEER_DISK,
     PEER_DISK_EQUAL,
     PEER_DISK_WARM,
     PEERS,
+    POLICIES,
     REFERENCE,
     Rounds,
     decode_bytes,
+    decode_io,
     tpots,
     ttfts,
 )
@@ -71,10 +73,10 @@ def rates(shape: Shape, rounds: Sequence[Round]) -> dict[str, Any]:
 
 def ratios(resident: Rounds, disk: Rounds) -> list[dict[str, Any]]:
     """Speed of ours over theirs, by pairs of rounds; only of what was measured."""
-    pairs = [(ours, peer, resident) for ours in (OURS, COMPILED) for peer in (*PEERS, REFERENCE, LLAMA)]
+    pairs = [(ours, peer, resident) for ours in (OURS, COMPILED, BF12) for peer in (*PEERS, REFERENCE, LLAMA)]
     pairs += [(ours, LLAMA_Q8, resident) for ours in OURS_QUANTIZED.values()]
     peers = (PEER_DISK, PEER_DISK_EQUAL, PEER_DISK_WARM, LLAMA_DISK)
-    pairs += [(ours, peer, disk) for ours in (OURS_DISK, OURS_POLICY) for peer in peers]
+    pairs += [(ours, peer, disk) for ours in (OURS_DISK, *POLICIES) for peer in peers]
     return [
         {
             "ours": ours,
@@ -95,10 +97,9 @@ def bounds_of(shape: Shape, raw: dict[str, Any]) -> dict[str, float]:
         "resident_decode_s": shape.active_bytes / ceilings["memory_bytes_per_s"],
     }
     rate = max(ceilings["disk_bytes_per_s"].values())
-    if OURS_POLICY in disk:
-        found["policy_decode_io_s"] = statistics.median(decode_bytes(r) for r in disk[OURS_POLICY]) / (
-            rate * (shape.new_tokens - 1)
-        )
+    for name in (name for name in POLICIES if name in disk):
+        nbytes = statistics.median(decode_bytes(played) for played in disk[name])
+        found[decode_io(name)] = nbytes / (rate * (shape.new_tokens - 1))
     if OURS_DISK in disk:
         prefill_bytes = statistics.median(r["prefill_stats"]["bytes_total"] for r in disk[OURS_DISK])
         misses = statistics.median(r["stats"]["misses_decode"] for r in disk[OURS_DISK]) / (shape.new_tokens - 1)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cpu_rows import (
+    BF12_EQUAL,
+    BF12_POLICY,
     COMPILED,
     LLAMA,
     LLAMA_DISK,
@@ -20,6 +22,7 @@ from cpu_rows import (
     PEERS,
     Rounds,
     decode_bytes,
+    decode_io,
     tpots,
     ttfts,
 )
@@ -39,13 +42,23 @@ def targets(shape: Shape, raw: dict[str, Any], bounds: dict[str, float]) -> list
         _ratio("resident prefill / llama.cpp's", 4.0, resident, OURS, [LLAMA], ttfts),
         _ratio("resident decode / llama.cpp's", 1.2, resident, COMPILED, [LLAMA], tpots),
         _ratio("int8 decode / llama.cpp's in q8_0", 1.0, resident, int8, [LLAMA_Q8], tpots),
-        _ratio("decode from a cold disk / accelerate's", 8.0, disk, OURS_POLICY, [PEER_DISK], tpots),
-        _ratio("decode from disk / llama.cpp's, in the same memory", 8.0, disk, OURS_POLICY, [LLAMA_DISK], tpots),
-        _decode_io(disk, bounds),
-        _against_belady(shape, disk, raw["least_misses"]),
+        *_from_disk(shape, raw, bounds, BF12_POLICY, "a quarter of the experts"),
+        *_from_disk(shape, raw, bounds, BF12_EQUAL, "bf12 in a quarter's memory"),
+        *_from_disk(shape, raw, bounds, OURS_POLICY, "a quarter in bfloat16"),
         _decode_bytes(shape, disk),
         _disk_ttft(resident, disk, bounds),
         _memory(shape, raw["footprint"]),
+    ]
+
+
+def _from_disk(shape: Shape, raw: dict[str, Any], bounds: dict[str, float], policy: str, slots: str) -> list[Target]:
+    """Those of our policy with so many ``slots``, of which Belady's cache gets as many experts."""
+    disk = raw["rounds"]["disk"]
+    return [
+        _ratio(f"{slots}: decode / accelerate's, cold", 8.0, disk, policy, [PEER_DISK], tpots),
+        _ratio(f"{slots}: decode / llama.cpp's, same limit", 8.0, disk, policy, [LLAMA_DISK], tpots),
+        _decode_io(slots, disk, bounds, policy),
+        _against_belady(slots, shape, disk, raw["least_misses"], policy),
     ]
 
 
@@ -65,28 +78,28 @@ def _ratio(  # noqa: PLR0913, PLR0917
     return Target(name, ratio.median, limit, at_least=True, unit="x", detail=detail)
 
 
-def _decode_io(disk: Rounds, bounds: dict[str, float]) -> Target:
+def _decode_io(slots: str, disk: Rounds, bounds: dict[str, float], policy: str) -> Target:
     """The bound is of the bytes that the policy moved, whatever for, at the best rate that the disk was seen at."""
-    name = "decode from disk / I/O bound of the bytes read"
-    if OURS_POLICY not in disk:
+    name = f"{slots}: decode / I/O bound of the bytes read"
+    if policy not in disk:
         return Target(name, None, 1.15, at_least=False, unit="x")
-    bound = bounds["policy_decode_io_s"]
-    ratio = Summary.of([seconds / bound for seconds in tpots(disk[OURS_POLICY])])
-    detail = f"{OURS_POLICY}: {_spread(ratio)}; {bound * 1e3:.4g} ms"
+    bound = bounds[decode_io(policy)]
+    ratio = Summary.of([seconds / bound for seconds in tpots(disk[policy])])
+    detail = f"{policy}: {_spread(ratio)}; {bound * 1e3:.4g} ms"
     return Target(name, ratio.median, 1.15, at_least=False, unit="x", detail=detail)
 
 
-def _against_belady(shape: Shape, disk: Rounds, least: dict[str, int] | None) -> Target:
+def _against_belady(
+    slots: str, shape: Shape, disk: Rounds, least: dict[str, dict[str, int]] | None, policy: str
+) -> Target:
     """Against the same share of slots for each layer; the bound without shares is in the detail. The worst round."""
-    name = "bytes read in decode / Belady's"
-    if OURS_POLICY not in disk or least is None:
+    name = f"{slots}: bytes read in decode / Belady's"
+    if policy not in disk or least is None:
         return Target(name, None, 1.25, at_least=False, unit="x")
-    moved = max(decode_bytes(played) for played in disk[OURS_POLICY])
-    per_layer, pooled = (least[which] * shape.slot_bytes for which in ("per_layer", "pooled"))
-    detail = f"{OURS_POLICY}: {moved / 1e6:.1f} of {per_layer / 1e6:.1f} MB; {moved / pooled:.3g}x of one pool's"
-    if OURS_DISK in disk:
-        lru = max(decode_bytes(played) for played in disk[OURS_DISK])
-        detail += f"; {OURS_DISK} {lru / per_layer:.3g}x"
+    moved = max(decode_bytes(played) for played in disk[policy])
+    nbytes = shape.slot_bytes if policy == OURS_POLICY else shape.bf12_slot_bytes
+    per_layer, pooled = (least[policy][which] * nbytes for which in ("per_layer", "pooled"))
+    detail = f"{policy}: {moved / 1e6:.1f} of {per_layer / 1e6:.1f} MB; {moved / pooled:.3g}x of one pool's"
     return Target(name, moved / per_layer, 1.25, at_least=False, unit="x", detail=detail)
 
 

@@ -17,12 +17,19 @@ def least_misses(routing_LTK: Routing, num_slots: int, num_experts: int) -> dict
 
     ``per_layer``: each layer has its share of the slots, as our policies give it; ``pooled``: all share all.
     """
-    share, in_turn = num_slots // len(routing_LTK), _in_turn(routing_LTK, num_experts)
+    shares, in_turn = _even_shares(num_slots, len(routing_LTK)), _in_turn(routing_LTK, num_experts)
     return {
         "uses": sum(len(experts) for steps in routing_LTK for experts in steps),
-        "per_layer": sum(belady_misses([*steps, *steps], share, len(steps)) for steps in routing_LTK),
+        "per_layer": sum(
+            belady_misses([*steps, *steps], share, len(steps)) for steps, share in zip(routing_LTK, shares, strict=True)
+        ),
         "pooled": belady_misses([*in_turn, *in_turn], num_slots, len(in_turn)),
     }
+
+
+def _even_shares(num_slots: int, num_layers: int) -> list[int]:
+    """Of each layer; the first have one more where the slots do not divide."""
+    return [num_slots // num_layers + (layer < num_slots % num_layers) for layer in range(num_layers)]
 
 
 def _in_turn(routing_LTK: Routing, num_experts: int) -> list[list[int]]:

@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cpu_rows import BF12, BF12_EQUAL, BF12_POLICY, OURS_POLICY, decode_io
 from report import into_readme, spread, table, warnings
 
 MARKERS = "<!-- opening -->", "<!-- /opening -->"
@@ -40,6 +41,7 @@ class Row(NamedTuple):
 ROWS = (
     Row("duoserve resident", "duoserve", IN_RAM, "resident_decode_s"),
     Row("duoserve resident, compiled", "duoserve, decode steps compiled", IN_RAM, "resident_decode_s"),
+    Row(BF12, "the same, experts in 12 bits without loss", IN_RAM, None),
     Row("transformers grouped_mm", "transformers, `grouped_mm`", IN_RAM, "resident_decode_s"),
     Row("transformers eager", "transformers, `eager`", IN_RAM, "resident_decode_s"),
     Row("llama.cpp bf16", "llama.cpp", IN_RAM, "resident_decode_s"),
@@ -48,7 +50,9 @@ ROWS = (
     Row("llama.cpp q8_0", "llama.cpp, q8_0", IN_RAM, None),
     Row("transformers float32", "transformers, weights as float32", TWICE, None),
     Row("duoserve lru", "duoserve", QUARTER, "disk_decode_io_s"),
-    Row("duoserve duoserve, compiled", "duoserve, compiled, with a predictor", QUARTER, "policy_decode_io_s"),
+    Row(OURS_POLICY, "duoserve, compiled, with a predictor", QUARTER, decode_io(OURS_POLICY)),
+    Row(BF12_POLICY, "the same, experts in 12 bits without loss", QUARTER, decode_io(BF12_POLICY)),
+    Row(BF12_EQUAL, "the same, as many slots as fit in that memory", EQUAL, decode_io(BF12_EQUAL)),
     Row("llama.cpp bf16, mapped", "llama.cpp, mapped", EQUAL, None),
     Row("accelerate cold, a quarter in RAM", "transformers + accelerate", QUARTER, None),
     Row("accelerate warm", "transformers + accelerate", CACHED, None),

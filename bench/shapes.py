@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from duoserve.experts.layout import ExpertLayout, Quantized
+from duoserve.kernels import ExpertFormat
+
 SEED = 20250907
 ITEM_BYTES = 2  # bf16
 PAGE_TOKENS = 64
@@ -47,6 +50,11 @@ class Shape:
     def slot_bytes(self) -> int:
         """Bytes of one slot: an expert, padded as direct I/O wants it."""
         return -(-self.expert_bytes // 4096) * 4096
+
+    @property
+    def bf12_slot_bytes(self) -> int:
+        """The same of an expert in BF12."""
+        return ExpertLayout(Quantized(ExpertFormat.BF12), self.hidden, self.intermediate).slot_bytes
 
     @property
     def dense_bytes(self) -> int:

@@ -47,9 +47,12 @@ def test_all_compute_the_same_and_read_from_where_they_should(quick: dict[str, A
     measured = {target["name"]: target["reached"] is not None for target in quick["targets"]}
     absent = {name for name in measured if "llama.cpp" in name} if "xllamacpp" in quick["not_measured"] else set()
     if quick["cap_bytes"] is None:
-        absent.add("decode from disk / llama.cpp's, in the same memory")
+        absent |= {name for name in measured if name.endswith("llama.cpp's, same limit")}
     assert {name for name, was in measured.items() if not was} == absent
-    assert 0 < quick["least_misses"]["pooled"] <= quick["least_misses"]["per_layer"] < quick["least_misses"]["uses"]
+    assert quick["least_misses"].keys() == set(cpu_rows.POLICIES)
+    for least in quick["least_misses"].values():
+        assert 0 <= least["pooled"] <= least["per_layer"] < least["uses"]
+    assert quick["least_misses"][cpu_rows.BF12_POLICY] == quick["least_misses"][cpu_rows.OURS_POLICY]
     assert {"logits of duoserve resident int8 equal transformers'", "tokens of duoserve resident int4"} <= names
     by_name = {target["name"]: target for target in quick["targets"]}
     assert by_name["bytes read in decode / misses x slot bytes"]["reached"] is True
@@ -69,7 +72,7 @@ def test_peers_that_were_not_measured_are_not_passed(quick: dict[str, Any], tmp_
     result = raw | cpu_summary.summarize(shapes.SHAPES["quick"], raw, disk, tmp_path)
     peers = ("transformers", "accelerate", "llama.cpp")
     against_peers = [one for one in result["targets"] if any(peer in one["name"] for peer in peers)]
-    assert [(target["reached"], target["verdict"]) for target in against_peers] == [(None, "not measured")] * 7
+    assert [(target["reached"], target["verdict"]) for target in against_peers] == [(None, "not measured")] * 11
     assert not failed(result)
     assert "transformers was not measured" in report.render(result)
 

@@ -138,6 +138,9 @@ def test_the_request_before_fills_the_slots() -> None:
     alternating = [[[0, 1], [2, 3]] * 3, [[0, 1]] * 6]  # the first layer wants four, the second two
     assert least_bytes.least_misses(alternating, 4, 4) == {"uses": 24, "per_layer": 6, "pooled": 6}
     assert least_bytes.least_misses(alternating, 6, 4)["pooled"] == 0
+    [first, _], three = alternating, 3  # of five slots the first layer gets one more
+    uneven = least_bytes.least_misses(alternating, 5, 4)["per_layer"]
+    assert uneven == least_bytes.belady_misses([*first, *first], three, len(first)) < 6
 
 
 HOLD = """
