@@ -21,11 +21,11 @@ F0  errors  architecture  config  timeline  metrics
 F1  kernels/checks  kernels/matmul  kernels/bf12  kernels/weights  kernels/host_rows  kernels/routing  kernels/paging
     kernels/reference_dequant  kernels/reference_codes  kernels/reference_small  kernels/reference_attention
     kernels/reference  kernels/reference_copies  kernels/numerics  kernels/configs  kernels/dequant
-    kernels/moe_checks  kernels/route  kernels/moe_store  kernels/moe_gemm  kernels/moe_gemv  kernels/moe_fill
-    kernels/copies  kernels/combine  kernels/router  kernels/norm  kernels/rope  kernels/cache_rows
-    kernels/attention_gqa  kernels/attention_mla  kernels/triton_ops  kernels/__init__  kernels/recorder
-    kernels/cuda_graphs  kernels/attention_together  kernels/streamed  kernels/traced  kernels/compiler
-    kernels/token_expert  kernels/unpacking
+    kernels/moe_checks  kernels/route  kernels/moe_store  kernels/moe_bf12  kernels/moe_gemm  kernels/moe_gemv
+    kernels/moe_fill  kernels/copies  kernels/combine  kernels/router  kernels/norm  kernels/rope
+    kernels/cache_rows  kernels/attention_gqa  kernels/attention_mla  kernels/triton_ops  kernels/__init__
+    kernels/recorder  kernels/cuda_graphs  kernels/attention_together  kernels/streamed  kernels/traced
+    kernels/compiler  kernels/token_expert  kernels/unpacking
 F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safetensors_header  experts/shards
     experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/rows  experts/pinned  experts/pieces
     experts/store  experts/formats/__init__  experts/formats/scratch  experts/formats/codes  experts/formats/fp8

@@ -96,6 +96,20 @@ _QUANTIZED_SM80 = {
     LARGE: GemmConfig(128, 64, 64, 8, 3, 1, "16 + 16 sums a thread; weights decoded once for 64 rows"),
     HUGE: GemmConfig(128, 64, 64, 8, 3, 1, "with 128 rows an int4 group of 128 spills"),
 }
+# Decoded in registers too, with one set of sums, and read through pointers. A step takes from both halves of a row, so
+# BK says in which order columns are summed: a table has one.
+_BF12_SM90 = {
+    SMALL: GemmConfig(64, 16, 128, 4, 4, 3, "decode: 12 KB of weights a stage, 3 CTAs"),
+    MEDIUM: GemmConfig(128, 64, 128, 8, 4, 1, "still bound by memory: 40 KB a stage, 160 KB under way"),
+    LARGE: GemmConfig(128, 128, 128, 8, 3, 1, "64 sums a thread; weights decoded once for 128 rows"),
+    HUGE: GemmConfig(128, 128, 128, 8, 3, 1, "256 rows and their escapes would spill"),
+}
+_BF12_SM80 = {
+    SMALL: GemmConfig(64, 16, 64, 4, 4, 2, "decode: 6 KB of weights a stage"),
+    MEDIUM: GemmConfig(64, 64, 64, 4, 3, 2, "32 sums a thread, 42 KB"),
+    LARGE: GemmConfig(128, 64, 64, 8, 3, 1, "as other formats that are decoded"),
+    HUGE: GemmConfig(128, 64, 64, 8, 3, 1, "as other formats that are decoded"),
+}
 
 
 def takes_gemv(num_tokens: int, format: ExpertFormat, invariant: bool) -> bool:
@@ -136,6 +150,8 @@ def gemm_config(
         config = _FP32[block_t]
     elif format is ExpertFormat.FLOAT:
         config = (_SM80 if no_wgmma else _SM90)[block_t]
+    elif format is ExpertFormat.BF12:
+        config = (_BF12_SM80 if no_wgmma else _BF12_SM90)[block_t]
     else:
         config = (_QUANTIZED_SM80 if no_wgmma else _QUANTIZED_SM90)[block_t]
     config = config if tma_fits else replace(config, tma=False)

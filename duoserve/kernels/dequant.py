@@ -67,3 +67,19 @@ def e8m0(codes):
     """``2^(code - 127)`` in float32; 255 is NaN."""
     bits = tl.where(codes == 0, 0x400000, codes.to(tl.int32) << 23)  # 2^-127 is subnormal
     return tl.where(codes == 255, float("nan"), bits.to(tl.int32).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def decode_bf12(signed, exponents, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """Sign and mantissa (uint8) times 2^exponent, 0 to 15; in float16, which has room for no more, 2^-8 of that.
+
+    The bits of a float are put together: its sign, an exponent, and the seven bits of mantissa that bfloat16 has.
+    """
+    floats: tl.constexpr = tl.float32 if INTERPRET and dtype == tl.bfloat16 else dtype
+    integers: tl.constexpr = tl.int32 if floats == tl.float32 else tl.int16
+    MANTISSA: tl.constexpr = 23 if floats == tl.float32 else 10 if floats == tl.float16 else 7
+    LEAST: tl.constexpr = 14 if floats == tl.float16 else 134  # the biased exponent of 128, or of 2^-8 of it
+    SIGN: tl.constexpr = 31 if floats == tl.float32 else 15
+    bits = signed.to(tl.int8, bitcast=True).to(integers) << (MANTISSA - 7)
+    bits ^= (bits >> SIGN) & ((1 << SIGN) - (1 << (MANTISSA - 7)))  # negative ones are in complement
+    return (bits + ((exponents.to(integers) + LEAST) << MANTISSA)).to(floats, bitcast=True)

@@ -69,7 +69,7 @@ def _check_matrix(name: str, matrix: Matrix) -> None:
     require(w.stride()[1:] == (w.shape[2], 1), f"the rows of {name} must lie one after another in a slot")
     width = matrix.format.row_width(matrix.inner)
     require(w.shape[2] == width, f"a row of {name} has {w.shape[2]} elements, but {matrix.inner} weights take {width}")
-    require(w.shape[1] * matrix.inner < 2**31, f"an expert's {name} has 2^31 elements or more")
+    require(w.shape[1] * max(width, matrix.inner) < 2**31, f"an expert's {name} has 2^31 elements or more")
     if matrix.format is ExpertFormat.FLOAT:
         return
     require(scales is not None, f"{name} is {matrix.format.value} and has no scales")

@@ -18,6 +18,7 @@ from torch import Tensor
 from duoserve.kernels.checks import check_one_device, check_tensor, require
 from duoserve.kernels.configs import MEDIUM, SMALL, GemmConfig, gemm_config, scale_group
 from duoserve.kernels.host_rows import ROW_ALIGNMENT, HostRows, check_addresses, offset_in_row
+from duoserve.kernels.moe_bf12 import bytes_of_row
 from duoserve.kernels.moe_checks import check_clamped, check_operands, check_rows
 from duoserve.kernels.moe_gemm import machine, product
 from duoserve.kernels.moe_store import clamp_operands, store_rows
@@ -80,7 +81,7 @@ def _fill_tile(
     """Weight rows ``first_n`` to ``first_n + BN`` and what decodes them, from the row at ``address`` into ``slot``."""
     last_n = tl.minimum(first_n + BN, N)
     slot = slot.to(tl.int64)
-    width = D // 2 if (FORMAT == "int4") | (FORMAT == "mxfp4") else D
+    width = D // 2 if (FORMAT == "int4") | (FORMAT == "mxfp4") else bytes_of_row(D) if FORMAT == "bf12" else D
     w_slot = w + slot * slot_stride
     _copy_run(_part(address, w_from, w), w_slot, first_n * width, last_n * width, CHUNK)
     if FORMAT != "float":
@@ -93,7 +94,8 @@ def _fill_tile(
             first = (first_n // 256 * 2 if UP else first_n // 128) * blocks
             _copy_run(s_row, s_slot, first, first + (2 if UP else 1) * blocks, CHUNK)
         else:
-            _copy_columns(s_row, s_slot, 1 if FORMAT == "int8" else D // GROUP, N, first_n, last_n, BN)
+            groups = 1 if (FORMAT == "int8") | (FORMAT == "bf12") else D // GROUP
+            _copy_columns(s_row, s_slot, groups, N, first_n, last_n, BN)
     if FORMAT == "int4":
         z_slot = zeros + slot * zeros_stride
         _copy_columns(_part(address, zeros_from, zeros), z_slot, D // GROUP, N, first_n, last_n, BN)
@@ -247,9 +249,11 @@ def fill_config(
     """The GEMMs' tiles for as many rows as there are tokens, by pointers: TMA would not see what threads stored.
 
     float32 takes 16 rows at a time by 8 warps, whatever the table says: with wider tiles or fewer warps ptxas spills.
+    BF12's narrow steps are for 4 warps there; with 8 they spill.
     """
     if dtype == torch.float32:
-        return replace(gemm_config(dtype, arch, SMALL, False, format, group), num_warps=8, num_stages=3)
+        num_warps = 4 if format is ExpertFormat.BF12 else 8
+        return replace(gemm_config(dtype, arch, SMALL, False, format, group), num_warps=num_warps, num_stages=3)
     return gemm_config(dtype, arch, SMALL if num_tokens <= SMALL else MEDIUM, False, format, group)
 
 

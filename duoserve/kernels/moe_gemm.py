@@ -18,11 +18,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from duoserve.kernels.checks import require
 from duoserve.kernels.configs import INTERPRETER, GemmConfig, gemm_config, scale_group, shape_class
 from duoserve.kernels.dequant import codes_of, decode_e2m1, decode_fp8, decode_int4, e8m0
+from duoserve.kernels.moe_bf12 import bf12_product
 from duoserve.kernels.moe_checks import check_clamped, check_operands, check_rows, tma_fits
 from duoserve.kernels.moe_store import clamp_operands, store_rows
-from duoserve.kernels.numerics import full_float32, interpreting
+from duoserve.kernels.numerics import full_float32, interpreting, matrix_product
 from duoserve.kernels.routing import RoutePlan, Work
-from duoserve.kernels.weights import ClampedUp, ExpertWeights, Matrix
+from duoserve.kernels.weights import ClampedUp, ExpertFormat, ExpertWeights, Matrix
 
 INTERPRETED_CTAS = 3  # enough to show a mistake in the persistent loop
 
@@ -70,15 +71,6 @@ def _scale_columns(n, UP: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def _matrix_product(w_tile, x_tile, acc, INTERPRET: tl.constexpr):
-    """``acc + w_tile x_tile``, float32 in full precision."""
-    if INTERPRET:  # which multiplies only float32 rightly
-        return tl.dot(w_tile.to(tl.float32), x_tile.to(tl.float32), acc, input_precision="ieee")
-    else:
-        return tl.dot(w_tile, x_tile, acc, input_precision="ieee")
-
-
-@triton.jit
 def product(
     x,
     x_rows,
@@ -108,47 +100,66 @@ def product(
     Weight rows past N and unused x rows are some row that exists: their results are never stored. Where GROUP weights
     of a row have one scale, a step lies in one group, and its sums are scaled before they are added.
     """
-    PER_BYTE: tl.constexpr = 2 if (FORMAT == "int4") | (FORMAT == "mxfp4") else 1
-    k = tl.arange(0, BK)
-    x_at = x + x_rows.to(tl.int64)[None, :] * D + k[:, None]
-    n = tl.minimum(first_n + tl.arange(0, BN), N - 1)
-    b = tl.arange(0, BK // PER_BYTE)
-    if not TMA:
-        row = D if PER_BYTE == 1 else tl.multiple_of(D // 2, 16)  # groups of 32 or more have 16 bytes or more
-        w_at = w + slot.to(tl.int64) * slot_stride + n[:, None] * row + b[None, :]
-    s_at = scales
-    z_at = zeros
-    if FORMAT != "float":
-        s_at = (
-            scales
-            + slot.to(tl.int64) * scales_stride
-            + _scale_columns(n, UP, FORMAT) * (tl.cdiv(D, GROUP) if FORMAT == "fp8" else 1)
+    if FORMAT == "bf12":
+        return bf12_product(
+            x,
+            x_rows,
+            w,
+            scales,
+            slot,
+            slot_stride,
+            scales_stride,
+            first_n,
+            N,
+            D,
+            BN,
+            BT,
+            BK,
+            EVEN,
+            INTERPRET,
         )
-    if FORMAT == "int4":
-        z_at = zeros + slot.to(tl.int64) * zeros_stride + n
-    acc = tl.zeros((BN, BT), tl.float32)
-    for first_k in range(0, D, BK):
-        left = D - first_k
-        x_tile = tl.load(x_at) if EVEN else tl.load(x_at, mask=k[:, None] < left, other=0.0)
-        if TMA:
-            w_tile = w.load([slot, first_n, first_k // PER_BYTE]).reshape(BN, BK // PER_BYTE)
-        else:
-            w_tile = tl.load(w_at) if EVEN else tl.load(w_at, mask=b[None, :] < left, other=0)
-            w_at += BK // PER_BYTE
-        x_at += BK
-        group = first_k // GROUP * (1 if FORMAT == "fp8" else N) if GROUP else 0
-        w_tile = _decode(w_tile, z_at + group, x.dtype.element_ty, FORMAT, FP8_HARDWARE, INTERPRET)
-        if (FORMAT != "float") & (x.dtype.element_ty == tl.float32) & (not INTERPRET):
-            w_tile = full_float32(w_tile)
-        if GROUP:
-            scale = tl.load(s_at + group)
-            scale = e8m0(scale) if FORMAT == "mxfp4" else scale.to(tl.float32)
-            acc += _matrix_product(w_tile, x_tile, tl.zeros((BN, BT), tl.float32), INTERPRET) * scale[:, None]
-        else:
-            acc = _matrix_product(w_tile, x_tile, acc, INTERPRET)
-    if FORMAT == "int8":
-        acc *= tl.load(s_at)[:, None]
-    return acc
+    else:
+        PER_BYTE: tl.constexpr = 2 if (FORMAT == "int4") | (FORMAT == "mxfp4") else 1
+        k = tl.arange(0, BK)
+        x_at = x + x_rows.to(tl.int64)[None, :] * D + k[:, None]
+        n = tl.minimum(first_n + tl.arange(0, BN), N - 1)
+        b = tl.arange(0, BK // PER_BYTE)
+        if not TMA:
+            row = D if PER_BYTE == 1 else tl.multiple_of(D // 2, 16)  # groups of 32 or more have 16 bytes or more
+            w_at = w + slot.to(tl.int64) * slot_stride + n[:, None] * row + b[None, :]
+        s_at = scales
+        z_at = zeros
+        if FORMAT != "float":
+            s_at = (
+                scales
+                + slot.to(tl.int64) * scales_stride
+                + _scale_columns(n, UP, FORMAT) * (tl.cdiv(D, GROUP) if FORMAT == "fp8" else 1)
+            )
+        if FORMAT == "int4":
+            z_at = zeros + slot.to(tl.int64) * zeros_stride + n
+        acc = tl.zeros((BN, BT), tl.float32)
+        for first_k in range(0, D, BK):
+            left = D - first_k
+            x_tile = tl.load(x_at) if EVEN else tl.load(x_at, mask=k[:, None] < left, other=0.0)
+            if TMA:
+                w_tile = w.load([slot, first_n, first_k // PER_BYTE]).reshape(BN, BK // PER_BYTE)
+            else:
+                w_tile = tl.load(w_at) if EVEN else tl.load(w_at, mask=b[None, :] < left, other=0)
+                w_at += BK // PER_BYTE
+            x_at += BK
+            group = first_k // GROUP * (1 if FORMAT == "fp8" else N) if GROUP else 0
+            w_tile = _decode(w_tile, z_at + group, x.dtype.element_ty, FORMAT, FP8_HARDWARE, INTERPRET)
+            if (FORMAT != "float") & (x.dtype.element_ty == tl.float32) & (not INTERPRET):
+                w_tile = full_float32(w_tile)
+            if GROUP:
+                scale = tl.load(s_at + group)
+                scale = e8m0(scale) if FORMAT == "mxfp4" else scale.to(tl.float32)
+                acc += matrix_product(w_tile, x_tile, tl.zeros((BN, BT), tl.float32), INTERPRET) * scale[:, None]
+            else:
+                acc = matrix_product(w_tile, x_tile, acc, INTERPRET)
+        if FORMAT == "int8":
+            acc *= tl.load(s_at)[:, None]
+        return acc
 
 
 @triton.jit
@@ -348,6 +359,7 @@ def _launch(
 def descriptor(matrix: Matrix, config: GemmConfig) -> TensorDescriptor:
     """How TMA reads tiles [1, BN, BK] of the weights from the slots."""
     w = matrix.data_SNB
+    require(matrix.format is not ExpertFormat.BF12, "bf12 is read through pointers, not by a tensor descriptor")
     require(tma_fits(w), "a tensor descriptor needs addresses and strides in multiples of 16 bytes")
     columns = config.block_k // (2 if matrix.format.packs_two else 1)
     return TensorDescriptor(w, list(w.shape), list(w.stride()), [1, config.block_n, columns])

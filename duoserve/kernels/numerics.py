@@ -1,4 +1,4 @@
-"""What the Triton kernels share: conversion to a storage dtype that is right in the interpreter too."""
+"""What the Triton kernels share: conversions and matrix products that are right in the interpreter too."""
 
 from __future__ import annotations
 
@@ -38,3 +38,12 @@ def full_float32(x_f32):
     issue 10176). Not for the interpreter, which knows no assembly.
     """
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x_f32], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def matrix_product(w_tile, x_tile, acc, INTERPRET: tl.constexpr):
+    """``acc + w_tile x_tile``, float32 in full precision."""
+    if INTERPRET:  # which multiplies only float32 rightly
+        return tl.dot(w_tile.to(tl.float32), x_tile.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(w_tile, x_tile, acc, input_precision="ieee")

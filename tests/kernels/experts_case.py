@@ -93,7 +93,7 @@ class Case:
         """Tiles so small that small matrices have many."""
         weights = self.pool.weights
         row = gemm_config(self.x_TH.dtype, 0, 16, tma, weights.format, weights.group)
-        grouped = weights.format not in (ExpertFormat.FLOAT, ExpertFormat.INT8)
+        grouped = weights.format not in (ExpertFormat.FLOAT, ExpertFormat.INT8, ExpertFormat.BF12)
         return replace(TINY, tma=tma, block_k=row.block_k if grouped else TINY.block_k)
 
 

@@ -264,7 +264,7 @@ FILLS = {
     for fill in (
         *(Fill(up, BF16, *FORMATS[0], tokens) for tokens in (1, 64) for up in BOTH),
         *(Fill(True, BF16, *format, MEDIUM) for format in FORMATS[3:]),
-        *(Fill(True, FP32, *format, SMALL) for format in (FORMATS[0], FORMATS[4])),
+        *(Fill(True, FP32, *format, SMALL) for format in (FORMATS[0], FORMATS[4], FORMATS[7])),
         *(Fill(True, BF16, *FORMATS[6], tokens, clamped=True) for tokens in (1, 64)),
     )
 }

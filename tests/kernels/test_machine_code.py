@@ -6,6 +6,7 @@ says, and loads as wide as the tile allows: 16 bytes a thread, or TMA.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -24,7 +25,7 @@ MULTIPLIES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 SM_KIB = {80: 164, 90: 228, 100: 228}
 CTA_KIB = {80: 99, 90: 227, 100: 227}
 WIDEST = 16  # bytes that a thread loads at a time
-BITS = {ExpertFormat.INT8: 8, ExpertFormat.FP8: 8, ExpertFormat.INT4: 4, ExpertFormat.MXFP4: 4}
+BITS = {ExpertFormat.INT8: 8, ExpertFormat.FP8: 8, ExpertFormat.INT4: 4, ExpertFormat.MXFP4: 4, ExpertFormat.BF12: 12}
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,11 @@ def faults(code: MachineCode, budget: Budget) -> list[str]:
     return [message for holds, message in found if holds]
 
 
-def wide_loads(threads: int, *tiles: int) -> dict[int, int]:
+def wide_loads(threads: int, *tiles: int, widest: int = WIDEST) -> dict[int, int]:
     """The loads of a step that brings tiles of so many bytes: 16 bytes a thread, less only where a tile has less."""
     loads: dict[int, int] = {}
     for tile in tiles:
-        width = min(WIDEST, tile // threads)
+        width = min(widest, tile // threads)
         for at_most in (size for size in (2, 4, 8, 16) if size <= width):
             loads[at_most] = loads.get(at_most, 0) + tile // (threads * width)
     return loads
@@ -78,12 +79,18 @@ def gemm_budget(gemm: Gemm | Fill, config: GemmConfig, arch: int) -> Budget:
     bits = BITS.get(gemm.format, gemm.dtype.itemsize * 8)
     weights = config.block_n * config.block_k * bits // 8
     rows = config.block_t * config.block_k * gemm.dtype.itemsize
-    tiles = [rows] if config.tma or isinstance(gemm, Fill) else [weights, rows]
+    halves = 2 if gemm.format is ExpertFormat.BF12 else 1  # of both tiles; each weight's exponent is with one of them
+    loads = Counter(wide_loads(32 * config.num_warps, *[rows // halves] * halves))
+    if not config.tma and not isinstance(gemm, Fill):
+        tiles = [weights // 3] * 3 if halves == 2 else [weights]
+        # Bytes that wgmma takes from registers pass through shared memory 8 at a time, and are loaded so.
+        widest = 8 if halves == 2 and arch == 90 and gemm.dtype != torch.float32 else WIDEST
+        loads.update(wide_loads(32 * config.num_warps, *tiles, widest=widest))
     return Budget(
         config.max_registers,
         shared_kib(config.ctas_per_sm, arch),
         None if gemm.dtype == torch.float32 else MULTIPLIES[arch],
-        wide_loads(32 * config.num_warps, *tiles),
+        loads,
         config.tma,
     )
 
@@ -186,4 +193,5 @@ def test_narrow_loads_and_small_budgets_are_found(compiler: Compiler) -> None:
 def test_what_a_step_loads() -> None:
     assert wide_loads(128, 8192) == {2: 4, 4: 4, 8: 4, 16: 4}
     assert wide_loads(128, 1024, 4096) == {2: 3, 4: 3, 8: 3, 16: 2}
+    assert wide_loads(128, 4096, widest=8) == {2: 4, 4: 4, 8: 4}
     assert shared_kib(2, 90) == 113 and shared_kib(1, 80) == 99

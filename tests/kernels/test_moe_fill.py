@@ -130,6 +130,7 @@ def test_a_tile_brings_all_that_its_product_reads(form: tuple[ExpertFormat, int]
         ((ExpertFormat.INT4, 32), 96, 64),
         ((ExpertFormat.FP8, 0), 144, 144),
         ((ExpertFormat.MXFP4, 0), 96, 96),
+        ((ExpertFormat.BF12, 0), 136, 72),
     ],
 )
 def test_fill_of_many_tiles_groups_and_blocks(form: tuple[ExpertFormat, int], hidden: int, inter: int) -> None:

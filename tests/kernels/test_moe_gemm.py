@@ -43,6 +43,9 @@ LAYERS = (
     ((ExpertFormat.FP8, 0), torch.float16, 2, 144, 32, True),
     ((ExpertFormat.MXFP4, 0), torch.bfloat16, 5, 64, 96, False),
     ((ExpertFormat.MXFP4, 0), torch.float16, 19, 32, 64, True),
+    ((ExpertFormat.BF12, 0), torch.bfloat16, 19, 40, 96, False),
+    ((ExpertFormat.BF12, 0), torch.float16, 5, 144, 12, False),
+    ((ExpertFormat.BF12, 0), torch.float32, 1, 40, 96, False),
 )
 
 
@@ -63,6 +66,8 @@ def check_gemms(case: Case, config: GemmConfig | None) -> None:
 
 
 def tma_fits(case: Case) -> bool:
+    if case.pool.weights.format is ExpertFormat.BF12:
+        return False
     return moe_checks.tma_fits(case.pool.weights.w13_SNH) and moe_checks.tma_fits(case.pool.weights.w2_SHI)
 
 

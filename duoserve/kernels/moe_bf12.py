@@ -1,0 +1,123 @@
+"""The experts' product with BF12 weights: tiles of both halves of a row in one step, then the escapes.
+
+In a kernel N is the weight's rows and D its inner dimension; a tile is BN weight rows by BT routed rows. ``bf12.py``
+has the bytes of a row.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from duoserve.kernels.dequant import decode_bf12
+from duoserve.kernels.numerics import full_float32, matrix_product
+
+
+@triton.jit
+def places_of(D):
+    """C: ``bf12.room``."""
+    return tl.minimum(tl.maximum(tl.cdiv(D, 1024) * 4, 4), 16)
+
+
+@triton.jit
+def bytes_of_row(D):
+    """B: ``bf12.row_bytes``."""
+    return tl.cdiv(D // 2 * 3 + places_of(D) * 4, 16) * 16
+
+
+@triton.jit
+def _escapes(x, x_rows, escapes_at, least, most, D):
+    """What escapes add to the sums [BN, rows], over the ``least`` in their columns, in the order of their places."""
+    places = places_of(D)
+    x_at = x + x_rows.to(tl.int64) * D
+    columns_at = escapes_at.to(tl.pointer_type(tl.int16)) - places
+    more = tl.zeros((escapes_at.shape[0], x_rows.shape[0]), tl.float32)
+    for place in range(0, most):
+        weight = tl.load(escapes_at + place).to(tl.float32)
+        column = tl.load(columns_at + place)
+        used = weight != least
+        x_tile = tl.load(x_at[None, :] + column[:, None], mask=used[:, None], other=0.0).to(tl.float32)
+        more += tl.where(used, weight - least, 0.0)[:, None] * x_tile
+    return more
+
+
+@triton.jit
+def _add_escapes(acc, x, x_rows, escapes_at, least, D, BN: tl.constexpr, BT: tl.constexpr, PLACES: tl.constexpr = 16):
+    """``acc`` [BN, BT] with each escape's weight instead of the ``least`` that stands in its column.
+
+    The weights of a row's places begin at ``escapes_at`` [BN]. Places are used from the first, so those that no row of
+    the tile uses are at the end and cost nothing. A row that uses none keeps its bits, whatever x is, and whatever rows
+    it shares the tile with. The rows of x are taken in pieces, for all their gathered columns fit in no registers.
+    """
+    PIECE: tl.constexpr = min(BT, 16)
+    PIECES: tl.constexpr = BT // PIECE
+    place = tl.arange(0, PLACES)
+    there = place[None, :] < places_of(D)
+    weights = tl.load(escapes_at[:, None] + place[None, :], mask=there, other=0.0).to(tl.float32)
+    count = tl.max(tl.where(there & (weights != least[:, None]), place[None, :] + 1, 0), axis=1)
+    most = tl.max(count, axis=0)
+    if PIECES == 1:
+        return tl.where(count[:, None] > 0, acc + _escapes(x, x_rows, escapes_at, least, most, D), acc)
+    else:
+        acc = tl.reshape(acc, (BN, PIECES, PIECE))
+        pieces = tl.arange(0, PIECES)
+        rows = tl.reshape(x_rows, (PIECES, PIECE))
+        if most > 0:
+            for piece in range(0, PIECES):
+                these = tl.sum(tl.where(pieces[:, None] == piece, rows, 0), axis=0)
+                more = _escapes(x, these, escapes_at, least, most, D)
+                here = (pieces[None, :, None] == piece) & (count[:, None, None] > 0)
+                acc = tl.where(here, acc + more[:, None, :], acc)
+        return tl.reshape(acc, (BN, BT))
+
+
+@triton.jit
+def bf12_product(
+    x,
+    x_rows,
+    w,
+    scales,
+    slot,
+    slot_stride,
+    scales_stride,
+    first_n,
+    N,
+    D,
+    BN: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """``moe_gemm.product`` of BF12 weights, read through pointers.
+
+    A step takes BK columns, half of them from each half of the rows, so that every byte of codes is read once.
+    """
+    slot = slot.to(tl.int64)
+    # EVEN says more of D / 2 than the compiler can know of it: that loads from there on are as wide as the others.
+    half = tl.multiple_of(D // 2, BK // 2) if EVEN else D // 2
+    n = tl.minimum(first_n + tl.arange(0, BN), N - 1)
+    row_at = w + slot * slot_stride + n * tl.multiple_of(bytes_of_row(D), 16)
+    x_at = x + x_rows.to(tl.int64) * D
+    k = tl.arange(0, BK // 2)
+    acc = tl.zeros((BN, BT), tl.float32)
+    for first_k in range(0, half, BK // 2):
+        w_at = row_at[:, None] + (first_k + k)[None, :]
+        xs_at = x_at[None, :] + (first_k + k)[:, None]
+        left = half - first_k
+        low = tl.load(w_at) if EVEN else tl.load(w_at, mask=k[None, :] < left, other=0)
+        high = tl.load(w_at + half) if EVEN else tl.load(w_at + half, mask=k[None, :] < left, other=0)
+        exponents = tl.load(w_at + D) if EVEN else tl.load(w_at + D, mask=k[None, :] < left, other=0)
+        low_x = tl.load(xs_at) if EVEN else tl.load(xs_at, mask=k[:, None] < left, other=0.0)
+        high_x = tl.load(xs_at + half) if EVEN else tl.load(xs_at + half, mask=k[:, None] < left, other=0.0)
+        low = decode_bf12(low, exponents & 15, x.dtype.element_ty, INTERPRET)
+        high = decode_bf12(high, exponents >> 4, x.dtype.element_ty, INTERPRET)
+        if (x.dtype.element_ty == tl.float32) & (not INTERPRET):
+            low = full_float32(low)
+            high = full_float32(high)
+        acc = matrix_product(low, low_x, acc, INTERPRET)
+        acc = matrix_product(high, high_x, acc, INTERPRET)
+    scale = tl.load(scales + slot * scales_stride + n)
+    acc *= (scale * 256.0 if x.dtype.element_ty == tl.float16 else scale)[:, None]
+    escapes_at = (row_at + D // 2 * 3).to(tl.pointer_type(tl.bfloat16)) + places_of(D)
+    return _add_escapes(acc, x, x_rows, escapes_at, scale * 128.0, D, BN, BT)
