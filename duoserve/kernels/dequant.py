@@ -69,17 +69,55 @@ def e8m0(codes):
     return tl.where(codes == 255, float("nan"), bits.to(tl.int32).to(tl.float32, bitcast=True))
 
 
-@triton.jit
-def decode_bf12(signed, exponents, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """Sign and mantissa (uint8) times 2^exponent, 0 to 15; in float16, which has room for no more, 2^-8 of that.
+# Four weights of BF12 ($2 their signs and mantissas, $3 their bytes of codes) as bfloat16, two in a register, each over
+# BF12_UNIT: 16-bit arithmetic has an instruction for every step of every weight, this has one for two or four.
+_FOUR_OF_BF12 = """{
+    .reg .b32 bytes, pair, codes;
+    prmt.b32 bytes, $2, 0, 0xba98;
+    and.b32 bytes, bytes, 0x7f7f7f7f;
+    xor.b32 bytes, bytes, $2;
+    prmt.b32 pair, bytes, 0, 0x1100;
+    and.b32 pair, pair, 0x807f807f;
+    prmt.b32 codes, $3, 0, 0x4140;
+    shl.b32 codes, codes, SHIFT;
+    and.b32 codes, codes, 0x07800780;
+    or.b32 codes, codes, 0x40004000;
+    or.b32 $0, pair, codes;
+    prmt.b32 pair, bytes, 0, 0x3322;
+    and.b32 pair, pair, 0x807f807f;
+    prmt.b32 codes, $3, 0, 0x4342;
+    shl.b32 codes, codes, SHIFT;
+    and.b32 codes, codes, 0x07800780;
+    or.b32 codes, codes, 0x40004000;
+    or.b32 $1, pair, codes;
+}"""
+FOUR_BY_LOW_HALVES = tl.constexpr(_FOUR_OF_BF12.replace("SHIFT", "7"))
+FOUR_BY_HIGH_HALVES = tl.constexpr(_FOUR_OF_BF12.replace("SHIFT", "3"))
 
-    The bits of a float are put together: its sign, an exponent, and the seven bits of mantissa that bfloat16 has.
+
+@triton.jit
+def bf12_unit(dtype: tl.constexpr):
+    """What ``decode_bf12`` leaves to multiply by, a power of two."""
+    return 256.0 if dtype == tl.float16 else 64.0
+
+
+@triton.jit
+def decode_bf12(signed, codes, HIGH: tl.constexpr, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """Sign and mantissa (uint8) times 2^exponent, over ``bf12_unit``; HIGH: the exponents are the codes' high halves.
+
+    The bits of a float are put together: its sign, an exponent, and the seven bits of mantissa that bfloat16 has. The
+    unit is what brings the exponents within those of float16, and makes one bit of all that they have in common.
     """
-    floats: tl.constexpr = tl.float32 if INTERPRET and dtype == tl.bfloat16 else dtype
-    integers: tl.constexpr = tl.int32 if floats == tl.float32 else tl.int16
-    MANTISSA: tl.constexpr = 23 if floats == tl.float32 else 10 if floats == tl.float16 else 7
-    LEAST: tl.constexpr = 14 if floats == tl.float16 else 134  # the biased exponent of 128, or of 2^-8 of it
-    SIGN: tl.constexpr = 31 if floats == tl.float32 else 15
-    bits = signed.to(tl.int8, bitcast=True).to(integers) << (MANTISSA - 7)
-    bits ^= (bits >> SIGN) & ((1 << SIGN) - (1 << (MANTISSA - 7)))  # negative ones are in complement
-    return (bits + ((exponents.to(integers) + LEAST) << MANTISSA)).to(floats, bitcast=True)
+    if dtype == tl.bfloat16 and not INTERPRET:
+        four: tl.constexpr = FOUR_BY_HIGH_HALVES if HIGH else FOUR_BY_LOW_HALVES
+        return tl.inline_asm_elementwise(four, "=r,=r,r,r", [signed, codes], dtype=tl.bfloat16, is_pure=True, pack=4)
+    else:
+        integers: tl.constexpr = tl.int16 if dtype == tl.float16 else tl.int32
+        MANTISSA: tl.constexpr = 10 if dtype == tl.float16 else 23
+        LEAST: tl.constexpr = 14 if dtype == tl.float16 else 128
+        SIGN: tl.constexpr = 15 if dtype == tl.float16 else 31
+        bits = signed.to(tl.int8, bitcast=True).to(integers) << (MANTISSA - 7)
+        bits ^= (bits >> SIGN) & ((1 << SIGN) - (1 << (MANTISSA - 7)))  # negative ones are in complement
+        exponents = (codes >> 4 if HIGH else codes & 15).to(integers)
+        bits += (exponents + LEAST) << MANTISSA
+        return bits.to(tl.float16 if dtype == tl.float16 else tl.float32, bitcast=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from duoserve.kernels.dequant import decode_bf12
+from duoserve.kernels.dequant import bf12_unit, decode_bf12
 from duoserve.kernels.numerics import full_float32, matrix_product
 
 
@@ -107,17 +107,17 @@ def bf12_product(
         left = half - first_k
         low = tl.load(w_at) if EVEN else tl.load(w_at, mask=k[None, :] < left, other=0)
         high = tl.load(w_at + half) if EVEN else tl.load(w_at + half, mask=k[None, :] < left, other=0)
-        exponents = tl.load(w_at + D) if EVEN else tl.load(w_at + D, mask=k[None, :] < left, other=0)
+        codes = tl.load(w_at + D) if EVEN else tl.load(w_at + D, mask=k[None, :] < left, other=0)
         low_x = tl.load(xs_at) if EVEN else tl.load(xs_at, mask=k[:, None] < left, other=0.0)
         high_x = tl.load(xs_at + half) if EVEN else tl.load(xs_at + half, mask=k[:, None] < left, other=0.0)
-        low = decode_bf12(low, exponents & 15, x.dtype.element_ty, INTERPRET)
-        high = decode_bf12(high, exponents >> 4, x.dtype.element_ty, INTERPRET)
+        low = decode_bf12(low, codes, False, x.dtype.element_ty, INTERPRET)
+        high = decode_bf12(high, codes, True, x.dtype.element_ty, INTERPRET)
         if (x.dtype.element_ty == tl.float32) & (not INTERPRET):
             low = full_float32(low)
             high = full_float32(high)
         acc = matrix_product(low, low_x, acc, INTERPRET)
         acc = matrix_product(high, high_x, acc, INTERPRET)
     scale = tl.load(scales + slot * scales_stride + n)
-    acc *= (scale * 256.0 if x.dtype.element_ty == tl.float16 else scale)[:, None]
+    acc *= (scale * bf12_unit(x.dtype.element_ty))[:, None]
     escapes_at = (row_at + D // 2 * 3).to(tl.pointer_type(tl.bfloat16)) + places_of(D)
     return _add_escapes(acc, x, x_rows, escapes_at, scale * 128.0, D, BN, BT)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -12,7 +14,7 @@ import triton.language as tl
 from duoserve.errors import KernelError
 from duoserve.kernels import bf12, moe_gemm
 from duoserve.kernels.configs import HUGE, INTERPRETER, LARGE, MEDIUM, SMALL, gemm_config
-from duoserve.kernels.dequant import decode_bf12
+from duoserve.kernels.dequant import FOUR_BY_HIGH_HALVES, FOUR_BY_LOW_HALVES, bf12_unit, decode_bf12
 from duoserve.kernels.moe_bf12 import bytes_of_row, places_of
 from duoserve.kernels.numerics import TRITON_DTYPES, interpreting
 from duoserve.kernels.reference_dequant import dense
@@ -24,20 +26,59 @@ BF12 = (ExpertFormat.BF12, 0)
 
 
 @triton.jit
-def decode_kernel(out, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
-    codes, exponents = tl.arange(0, 256)[:, None], tl.arange(0, 16)[None, :]
-    shape = tl.zeros((256, 16), tl.int32)
-    signed, exponents = (codes + shape).to(tl.uint8), (exponents + shape).to(tl.uint8)
-    value = decode_bf12(signed, exponents, DTYPE, INTERPRET)
-    tl.store(out + codes * 16 + tl.arange(0, 16)[None, :], value.to(tl.float32))
+def decode_kernel(out, HIGH: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    byte, code = tl.arange(0, 256)[:, None], tl.arange(0, 256)[None, :]
+    both = tl.zeros((256, 256), tl.int32)
+    value = decode_bf12((both + byte).to(tl.uint8), (both + code).to(tl.uint8), HIGH, DTYPE, INTERPRET)
+    tl.store(out + byte * 256 + code, value.to(tl.float32) * bf12_unit(DTYPE))
 
 
+def every_weight(high: bool) -> torch.Tensor:
+    """float32 [256, 256] of sign and mantissa, and of the byte that has the exponent in one half."""
+    signed, code = torch.arange(256).to(torch.uint8).view(torch.int8).int(), torch.arange(256)
+    return (bf12.signed(signed)[:, None] << (code >> 4 if high else code & 15)).float()
+
+
+@pytest.mark.parametrize("high", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_byte_and_exponent(dtype: torch.dtype) -> None:
-    out = torch.empty(256, 16, device=DEVICE)
-    decode_kernel[(1,)](out, TRITON_DTYPES[dtype], interpreting())
-    integers = bf12.signed(torch.arange(256).to(torch.uint8).view(torch.int8).int())[:, None] << torch.arange(16)
-    assert torch.equal(out.cpu(), integers.float() * (2.0**-8 if dtype == torch.float16 else 1.0))
+def test_every_byte_and_exponent(dtype: torch.dtype, high: bool) -> None:
+    out = torch.empty(256, 256, device=DEVICE)
+    decode_kernel[(1,)](out, high, TRITON_DTYPES[dtype], interpreting())
+    assert torch.equal(out.cpu(), every_weight(high))
+
+
+def permuted(first: np.ndarray, second: int, selector: int) -> np.ndarray:
+    """PTX's prmt: each byte of the result is one of the operands', or its sign eight times."""
+    assert second == 0
+    result = np.zeros_like(first)
+    for place in range(4):
+        chosen = selector >> 4 * place & 15
+        byte = first >> 8 * (chosen & 3) & 255 if chosen & 4 == 0 else np.zeros_like(first)
+        result |= (byte >> 7) * 255 << 8 * place if chosen & 8 else byte << 8 * place
+    return result
+
+
+PTX = {"prmt": permuted, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "shl": np.left_shift}
+
+
+@pytest.mark.parametrize(("assembly", "high"), [(FOUR_BY_LOW_HALVES, False), (FOUR_BY_HIGH_HALVES, True)])
+def test_the_assembly_gives_every_weight_in_every_place(assembly: tl.constexpr, high: bool) -> None:
+    """The interpreter knows none, so its text is followed here."""
+    truth = every_weight(high).numpy().ravel()
+    bytes_, codes = (grid.ravel() for grid in np.indices((256, 256)))
+    for place in range(4):
+        # The other three of a register are other weights.
+        around = [np.roll(np.arange(65536), 257 * (other - place)) for other in range(4)]
+        registers = {
+            f"${number}": sum((part[order].astype(np.int64) << 8 * at for at, order in enumerate(around)), start=0)
+            for number, part in ((2, bytes_), (3, codes))
+        }
+        for name, target, operands in re.findall(r"(\w+)\.b32 (\S+), ([^;]*);", assembly.value):
+            values = [registers[part] if part in registers else int(part, 0) for part in operands.split(", ")]
+            registers[target] = PTX[name](*values) & 0xFFFFFFFF
+        halves = registers[f"${place // 2}"] >> 16 * (place % 2) & 0xFFFF
+        floats = (halves.astype(np.uint32) << 16).view(np.float32)
+        assert np.array_equal(floats * 64, truth)
 
 
 @triton.jit
@@ -119,14 +160,17 @@ def test_a_place_that_is_not_used_reads_nothing(dtype: torch.dtype) -> None:
 
 
 def test_rows_keep_their_bits_beside_rows_with_escapes() -> None:
-    plain, mixed = with_places(0, torch.float32), with_places(0, torch.float32)
-    for matrix in (mixed.pool.weights.w13, mixed.pool.weights.w2):
-        for slot in mixed.slots_E.tolist():
-            use_places(rows_of(matrix, 0, 2), slot, 4)
-    mixed.pool.keep()
-    (act, _), (other, _) = layer(plain), layer(mixed)
-    assert_same_bits(other[:, 1:], act[:, 1:])  # the first feature's gate and up have escapes
-    assert not torch.equal(other[:, 0], act[:, 0])
+    """Also the sign of a zero, in rows without scale."""
+    case, results = with_places(0, torch.float32), []
+    w2, act = case.pool.weights.w2, torch.randn(40, 32).to(DEVICE)
+    for count in (0, 4):
+        for slot in case.slots_E.tolist():
+            use_places(rows_of(w2, 0, 2), slot, count)
+        results.append(case.y())
+        moe_gemm.moe_down(act, case.pool.weights, case.plan, case.all_work, results[-1])
+    assert_same_bits(results[1][:, 2:], results[0][:, 2:])
+    assert not torch.equal(results[1][:, :2], results[0][:, :2])
+    assert bool((results[0][:, 2:].signbit() & (results[0][:, 2:] == 0)).any())
 
 
 @pytest.mark.parametrize("arch", [INTERPRETER, 80, 86, 89, 90, 100, 120])
