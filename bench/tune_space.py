@@ -24,7 +24,8 @@ OTHER_REGISTERS = 32  # of a thread, beside its sums: addresses and operands, at
 MAX_SUMS, MAX_SCALED_SUMS, MAX_GEMV_SUMS = 128, 64, 32  # of a thread; formats with a scale for each step have two sets
 MIN_SUMS, MIN_GEMV_SUMS = 16, 4  # below these more warps than 4, or any at all, have too little to do
 GROUPED = (ExpertFormat.INT4, ExpertFormat.FP8, ExpertFormat.MXFP4)
-BYTES = {ExpertFormat.FLOAT: 2.0, ExpertFormat.INT4: 0.5, ExpertFormat.MXFP4: 0.5}  # of a weight; others have 1
+# Of a weight; others have 1.
+BYTES = {ExpertFormat.FLOAT: 2.0, ExpertFormat.INT4: 0.5, ExpertFormat.MXFP4: 0.5, ExpertFormat.BF12: 1.5}
 GEMV_SPACE: Space = {
     "block_n": (2, 4, 8, 16),
     "block_k": (128, 256, 512, 1024),
@@ -43,7 +44,7 @@ class Corner:
     inner: int
 
     def gemm_space(self) -> Space:
-        """Values of every field; BK is free only where no scale belongs to a step, TMA where there is any."""
+        """Values of every field; BK is free where it changes no bits of a row, TMA where there is any and it is used."""
         space: Space = {
             "ctas_per_sm": (1, 2, 3, 4, 6),
             "num_stages": (2, 3, 4, 5, 6, 7),
@@ -52,9 +53,9 @@ class Corner:
             "group_t": (1, 4, 8, 16),
             "block_t": tuple(sorted({max(16, self.block_t // share) for share in (1, 2, 4)})),
         }
-        if self.format not in GROUPED:
+        if self.format not in (*GROUPED, ExpertFormat.BF12):
             space["block_k"] = (32, 64, 128)
-        if self.arch in (90, 100):
+        if self.arch in (90, 100) and self.format is not ExpertFormat.BF12:
             space["tma"] = (False, True)
         return space
 

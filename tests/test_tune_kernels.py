@@ -29,7 +29,13 @@ import tune_trial  # noqa: E402
 from moe_shapes import MoEShape  # noqa: E402
 
 ARCHS = (80, 86, 89, 90, 100, 120)
-FORMATS = [(ExpertFormat.FLOAT, 0), (ExpertFormat.FP8, 0), (ExpertFormat.INT4, 128), (ExpertFormat.INT8, 0)]
+FORMATS = [
+    (ExpertFormat.FLOAT, 0),
+    (ExpertFormat.FP8, 0),
+    (ExpertFormat.INT4, 128),
+    (ExpertFormat.INT8, 0),
+    (ExpertFormat.BF12, 0),
+]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -41,7 +47,7 @@ def test_every_row_of_the_space_can_run(arch: int, format: ExpertFormat, group: 
     present = gemm_config(torch.bfloat16, arch, block_t, True, format, group)
     alone = replace(present, ctas_per_sm=1)  # the table may ask for more CTAs than this GPU holds at a time
     assert corner.gemm_fault(alone) is None and alone in rows and len(rows) > 10
-    stored = {ExpertFormat.FLOAT: 2, ExpertFormat.INT4: 0.5}.get(format, 1)
+    stored = {ExpertFormat.FLOAT: 2, ExpertFormat.INT4: 0.5, ExpertFormat.BF12: 1.5}.get(format, 1)
     shared = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}[arch] * 1024  # that one CTA may have
     for row in rows:
         tiles = row.num_stages * row.block_k * (row.block_n * stored + row.block_t * 2)
@@ -49,6 +55,7 @@ def test_every_row_of_the_space_can_run(arch: int, format: ExpertFormat, group: 
         assert row.block_n >= 64 and 16 <= row.block_t <= block_t  # what tensor cores take at least
         assert row.block_k >= 16 and row.num_warps in (4, 8) and row.num_stages >= 2
         assert format not in (ExpertFormat.INT4, ExpertFormat.FP8) or row.block_k == present.block_k
+        assert format is not ExpertFormat.BF12 or (row.block_k == present.block_k and not row.tma)
         assert not row.tma or arch in (90, 100)
         sums = row.block_n * row.block_t // (32 * row.num_warps)
         sets = 2 if format in (ExpertFormat.INT4, ExpertFormat.FP8) else 1  # sums, and scaled sums

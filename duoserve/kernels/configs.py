@@ -100,13 +100,13 @@ _QUANTIZED_SM80 = {
 # BK says in which order columns are summed: a table has one.
 _BF12_SM90 = {
     SMALL: GemmConfig(64, 16, 128, 4, 4, 3, "decode: 12 KB of weights a stage, 3 CTAs"),
-    MEDIUM: GemmConfig(128, 64, 128, 8, 4, 1, "still bound by memory: 40 KB a stage, 160 KB under way"),
+    MEDIUM: GemmConfig(128, 64, 128, 8, 4, 1, "still bound by memory: 40 KB a stage, 1 CTA"),
     LARGE: GemmConfig(128, 128, 128, 8, 3, 1, "64 sums a thread; weights decoded once for 128 rows"),
-    HUGE: GemmConfig(128, 128, 128, 8, 3, 1, "256 rows and their escapes would spill"),
+    HUGE: GemmConfig(128, 128, 128, 8, 3, 1, "256 rows take 88 KB a stage: two would be all"),
 }
 _BF12_SM80 = {
     SMALL: GemmConfig(64, 16, 64, 4, 4, 2, "decode: 6 KB of weights a stage"),
-    MEDIUM: GemmConfig(64, 64, 64, 4, 3, 2, "32 sums a thread, 42 KB"),
+    MEDIUM: GemmConfig(64, 64, 64, 4, 3, 2, "32 sums a thread, 14 KB a stage"),
     LARGE: GemmConfig(128, 64, 64, 8, 3, 1, "as other formats that are decoded"),
     HUGE: GemmConfig(128, 64, 64, 8, 3, 1, "as other formats that are decoded"),
 }

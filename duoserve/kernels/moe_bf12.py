@@ -27,17 +27,16 @@ def bytes_of_row(D):
 
 @triton.jit
 def _escapes(x, x_rows, escapes_at, least, most, D):
-    """What escapes add to the sums [BN, rows], over the ``least`` in their columns, in the order of their places."""
-    places = places_of(D)
+    """What the first ``most`` places add to the sums [BN, rows], over the ``least`` that stands in their columns."""
     x_at = x + x_rows.to(tl.int64) * D
-    columns_at = escapes_at.to(tl.pointer_type(tl.int16)) - places
+    columns_at = escapes_at.to(tl.pointer_type(tl.int16)) - places_of(D)
     more = tl.zeros((escapes_at.shape[0], x_rows.shape[0]), tl.float32)
     for place in range(0, most):
         weight = tl.load(escapes_at + place).to(tl.float32)
         column = tl.load(columns_at + place)
-        used = weight != least
+        used = weight != least  # where it is not, nothing of x may be seen: it could be no number
         x_tile = tl.load(x_at[None, :] + column[:, None], mask=used[:, None], other=0.0).to(tl.float32)
-        more += tl.where(used, weight - least, 0.0)[:, None] * x_tile
+        more += (weight - least)[:, None] * x_tile
     return more
 
 
@@ -46,28 +45,26 @@ def _add_escapes(acc, x, x_rows, escapes_at, least, D, BN: tl.constexpr, BT: tl.
     """``acc`` [BN, BT] with each escape's weight instead of the ``least`` that stands in its column.
 
     The weights of a row's places begin at ``escapes_at`` [BN]. Places are used from the first, so those that no row of
-    the tile uses are at the end and cost nothing. A row that uses none keeps its bits, whatever x is, and whatever rows
-    it shares the tile with. The rows of x are taken in pieces, for all their gathered columns fit in no registers.
+    the tile uses are at the end and cost nothing. They are added even if there are none, for a zero's sign would else
+    depend on the other rows of the tile. The rows of x are taken in pieces: all that is gathered fits in no registers.
     """
     PIECE: tl.constexpr = min(BT, 16)
     PIECES: tl.constexpr = BT // PIECE
     place = tl.arange(0, PLACES)
     there = place[None, :] < places_of(D)
     weights = tl.load(escapes_at[:, None] + place[None, :], mask=there, other=0.0).to(tl.float32)
-    count = tl.max(tl.where(there & (weights != least[:, None]), place[None, :] + 1, 0), axis=1)
-    most = tl.max(count, axis=0)
+    used = there & (weights != least[:, None])
+    most = tl.max(tl.max(tl.where(used, place[None, :] + 1, 0), axis=1), axis=0)
     if PIECES == 1:
-        return tl.where(count[:, None] > 0, acc + _escapes(x, x_rows, escapes_at, least, most, D), acc)
+        return acc + _escapes(x, x_rows, escapes_at, least, most, D)
     else:
         acc = tl.reshape(acc, (BN, PIECES, PIECE))
         pieces = tl.arange(0, PIECES)
         rows = tl.reshape(x_rows, (PIECES, PIECE))
-        if most > 0:
-            for piece in range(0, PIECES):
-                these = tl.sum(tl.where(pieces[:, None] == piece, rows, 0), axis=0)
-                more = _escapes(x, these, escapes_at, least, most, D)
-                here = (pieces[None, :, None] == piece) & (count[:, None, None] > 0)
-                acc = tl.where(here, acc + more[:, None, :], acc)
+        for piece in range(0, PIECES):
+            these = tl.sum(tl.where(pieces[:, None] == piece, rows, 0), axis=0)
+            more = _escapes(x, these, escapes_at, least, most, D)
+            acc = tl.where(pieces[None, :, None] == piece, acc + more[:, None, :], acc)
         return tl.reshape(acc, (BN, BT))
 
 

@@ -189,7 +189,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def count_instructions(listing: str) -> tuple[Counter[str], Counter[str]]:
-    """Instructions of a disassembly and of its hot loop: an innermost one with the most sums, tensor cores' first."""
+    """Instructions of a disassembly and of its hot loop: the innermost loop with the most sums."""
     names: list[str] = []
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
@@ -210,11 +210,8 @@ def _inside(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
     return inner != outer and outer[0] <= inner[0] and inner[1] <= outer[1]
 
 
-def _sums(loop: Counter[str]) -> tuple[int, int]:
-    by_tensor_cores, all_of_them = (
-        sum(count for name, count in loop.items() if name.partition(".")[0] in sums) for sums in (TENSOR_CORES, SUMS)
-    )
-    return by_tensor_cores, all_of_them
+def _sums(loop: Counter[str]) -> int:
+    return sum(count for name, count in loop.items() if name.partition(".")[0] in SUMS)
 
 
 def main() -> None:
