@@ -44,7 +44,7 @@ class Corner:
     inner: int
 
     def gemm_space(self) -> Space:
-        """Values of every field; BK is free where it changes no bits of a row, TMA where there is any and it is used."""
+        """Values of every field; BK is free where it changes no bits of a row, TMA where there is any to use."""
         space: Space = {
             "ctas_per_sm": (1, 2, 3, 4, 6),
             "num_stages": (2, 3, 4, 5, 6, 7),

@@ -90,8 +90,9 @@ class Case:
         return replace(self, x_TH=x_TH, ids_TK=ids_TK, plan=reference.route_plan(ids_TK, self.slots_E))
 
     def tiny(self, tma: bool = False) -> GemmConfig:
-        """Tiles so small that small matrices have many."""
+        """Tiles so small that small matrices have many; BF12 is read through pointers in any case."""
         weights = self.pool.weights
+        tma = tma and weights.format is not ExpertFormat.BF12
         row = gemm_config(self.x_TH.dtype, 0, 16, tma, weights.format, weights.group)
         grouped = weights.format not in (ExpertFormat.FLOAT, ExpertFormat.INT8, ExpertFormat.BF12)
         return replace(TINY, tma=tma, block_k=row.block_k if grouped else TINY.block_k)

@@ -66,8 +66,6 @@ def check_gemms(case: Case, config: GemmConfig | None) -> None:
 
 
 def tma_fits(case: Case) -> bool:
-    if case.pool.weights.format is ExpertFormat.BF12:
-        return False
     return moe_checks.tma_fits(case.pool.weights.w13_SNH) and moe_checks.tma_fits(case.pool.weights.w2_SHI)
 
 

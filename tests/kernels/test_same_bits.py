@@ -32,7 +32,7 @@ def test_runs_slots_and_the_order_of_tiles(form: tuple[ExpertFormat, int], dtype
     first = layer(case, tiny)
     assert_layers_same(layer(case, tiny), first)
     assert_layers_same(layer(moved, replace(tiny, group_t=1)), first)
-    assert_layers_same(layer(moved, replace(tiny, ctas_per_sm=100, tma=True)), first)
+    assert_layers_same(layer(moved, replace(case.tiny(tma=True), ctas_per_sm=100)), first)
     moved.pool.check()
 
 
