@@ -249,7 +249,7 @@ def fill_config(
     """The GEMMs' tiles for as many rows as there are tokens, by pointers: TMA would not see what threads stored.
 
     float32 takes 16 rows at a time by 8 warps, whatever the table says: with wider tiles or fewer warps ptxas spills.
-    BF12's narrow steps are for 4 warps there; with 8 they spill.
+    BF12's are for 4 warps: with 8 they spill on sm_80.
     """
     if dtype == torch.float32:
         num_warps = 4 if format is ExpertFormat.BF12 else 8
