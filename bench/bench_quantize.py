@@ -28,7 +28,7 @@ from duoserve.models.opened import opened
 from duoserve.perplexity import WINDOW, score
 
 MARKERS = "<!-- quantize -->", "<!-- /quantize -->"
-MODEL, FORMATS = "bard", (None, "int8", "int4")
+MODEL, FORMATS = "bard", (None, "bf12", "int8", "int4")
 
 
 def pack(quantize: str | None, cache: Path) -> dict[str, Any]:
