@@ -23,7 +23,7 @@ from duoserve.kernels.streamed import (
 from duoserve.kernels.weights import FP8_BLOCK, ExpertFormat, ExpertWeights, Matrix
 
 # Numbers of rows that calls are made for. Of one or two, products are loops; of more, those of a library, which takes
-# sixteen rows in about the time of two where the machine multiplies their dtype.
+# sixteen rows in about the time of two where the machine multiplies their dtype. BF12 would have to be unpacked for it.
 LOOPS, WIDENED, NATIVE = (1, 2), (1, 2, 4), (1, 2, 4, 16)
 # Words of codes in such a group fill a vector; with less the loops are slower than the products of PyTorch.
 INT4_GROUP = 128
@@ -37,8 +37,10 @@ def call_rows(weights: ExpertWeights) -> tuple[int, ...]:
     match weights.format:
         case ExpertFormat.FLOAT:
             return NATIVE if has_native_matmul(weights.w13_SNH.dtype) else WIDENED
-        case ExpertFormat.INT8 | ExpertFormat.BF12:
+        case ExpertFormat.INT8:
             return LOOPS
+        case ExpertFormat.BF12:
+            return WIDENED
         case ExpertFormat.INT4:
             return LOOPS if weights.group == INT4_GROUP else ()
         case ExpertFormat.FP8:
@@ -85,7 +87,7 @@ class SlotMatrix(NamedTuple):
 
     def product(self, x_RD: Tensor) -> Tensor:
         """``x w^T`` in float32 [R, N]."""
-        if len(x_RD) > LOOPS[-1]:
+        if len(x_RD) > LOOPS[-1] and self.rows is None:
             return linear(x_RD, self.data).float()
         if self.order is not None:
             x_RD = x_RD[:, self.order]

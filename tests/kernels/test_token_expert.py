@@ -28,13 +28,14 @@ SLOTS = 2
 
 
 @needs_compiler
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-@pytest.mark.parametrize("num_rows", [1, 2])
-def test_a_compiled_expert_is_its_weights_written_out(layout: QuantizedLayout, num_rows: int) -> None:
+@pytest.mark.parametrize(("name", "num_rows"), [*((name, rows) for name in LAYOUTS for rows in (1, 2)), ("bf12", 4)])
+def test_a_compiled_expert_is_its_weights_written_out(name: str, num_rows: int) -> None:
+    layout = LAYOUTS[name]
     weights = random_weights(layout)
+    assert num_rows in call_rows(weights)
     x_BH = torch.randn(3, layout.hidden, generator=torch.Generator().manual_seed(1))
-    tokens_R, places_R = torch.tensor([2, 0])[:num_rows], torch.tensor([3, 1])[:num_rows]
-    y_NH, first = torch.full((5, layout.hidden), torch.nan), SlotWeights.of(weights, 0)
+    tokens_R, places_R = torch.tensor([2, 0, 1, 2])[:num_rows], torch.tensor([3, 1, 0, 4])[:num_rows]
+    y_NH, first = torch.full((6, layout.hidden), torch.nan), SlotWeights.of(weights, 0)
     recording = CpuCompiler().record(partial(token_expert, x_BH, first, tokens_R, places_R, y_NH))
     y_NH.fill_(torch.nan)
     slot = SLOTS - 1  # not the one that was recorded
