@@ -72,12 +72,16 @@ class Bf12Rows(NamedTuple):
         if bool(zero_N.any()):
             bits_ND[zero_N] &= ~_MAGNITUDE
         w_ND = bits_ND.view(torch.bfloat16)
-        self.put_escapes(w_ND)
+        self.put_escapes(w_ND, self.used_NC())
         return w_ND
 
-    def put_escapes(self, w_ND: Tensor) -> None:
-        """Into rows that are else complete."""
-        rows, places = (self.escapes_NC != (LEAST * self.scales_N)[:, None]).nonzero(as_tuple=True)
+    def used_NC(self) -> Tensor:
+        """Which places for escapes are used."""
+        return self.escapes_NC != (LEAST * self.scales_N)[:, None]
+
+    def put_escapes(self, w_ND: Tensor, used_NC: Tensor) -> None:
+        """Those of the places ``used_NC`` into rows that are else complete."""
+        rows, places = used_NC.nonzero(as_tuple=True)
         w_ND[rows, self.columns_NC[rows, places].long()] = self.escapes_NC[rows, places]
 
     def cut(self, rows: slice) -> Bf12Rows:

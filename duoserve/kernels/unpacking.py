@@ -26,7 +26,7 @@ class CompiledUnpack:
 
     def __init__(self) -> None:
         self._compiler = CpuCompiler()
-        self._recordings: dict[int, tuple[Bf12Rows, CompiledRecording[tuple[Tensor]]]] = {}
+        self._recordings: dict[int, tuple[Bf12Rows, CompiledRecording[tuple[Tensor, Tensor]]]] = {}
 
     def __call__(self, rows: Bf12Rows) -> Tensor:
         """As ``Bf12Rows.dense``."""
@@ -38,7 +38,6 @@ class CompiledUnpack:
             self._unpack(rows.cut(slice(first, first + piece)), w_ND[first : first + piece])
         if whole < num_rows:
             w_ND[whole:] = rows.cut(slice(whole, num_rows)).dense()
-        rows.put_escapes(w_ND)
         return w_ND
 
     def prepare(self, inner: int) -> None:
@@ -51,7 +50,9 @@ class CompiledUnpack:
     def _unpack(self, rows_P: Bf12Rows, w_PD: Tensor) -> None:
         self.prepare(w_PD.shape[1])
         first_P, recording = self._recordings[w_PD.shape[1]]
-        recording.on(dict(zip(first_P, rows_P, strict=True)) | {recording.result[0]: w_PD}).replay()
+        unpacked_PD, used_PC = recording.result
+        recording.on(dict(zip(first_P, rows_P, strict=True)) | {unpacked_PD: w_PD}).replay()
+        rows_P.put_escapes(w_PD, used_PC)
 
 
 def with_compiled_unpacking(weights: ExpertWeights) -> ExpertWeights:
@@ -68,9 +69,12 @@ def _piece_rows(inner: int) -> int:
     return power_of_two(PIECE_WEIGHTS // inner)
 
 
-def _unpacked(rows: Bf12Rows) -> tuple[Tensor]:
-    """All but the escapes. In float32 first: from bytes to bfloat16 a compiler converts one element after another."""
+def _unpacked(rows: Bf12Rows) -> tuple[Tensor, Tensor]:
+    """All but the escapes, and which places of those are used: their bytes lie behind the others, in the cache by then.
+
+    In float32 first: from bytes to bfloat16 a compiler converts one element after another.
+    """
     exponents_NB, scales_N1 = rows.exponents_NB.int(), rows.scales_N[:, None]
     halves = zip(rows.signed_ND.chunk(2, dim=1), (exponents_NB & 15, exponents_NB >> 4), strict=True)
     floats = [laid_down((signed(half_NB.int()) << places_NB).float() * scales_N1) for half_NB, places_NB in halves]
-    return (torch.cat([half_NB.bfloat16() for half_NB in floats], dim=1),)
+    return torch.cat([half_NB.bfloat16() for half_NB in floats], dim=1), rows.used_NC()
