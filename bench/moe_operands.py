@@ -5,12 +5,14 @@ T tokens, K top-k, E experts, L layers, S slots, N rows of a matrix, H hidden, I
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from moe_shapes import MoEShape
 from torch import Tensor
 
+from duoserve.kernels.bf12 import LEAST, Bf12Rows
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights, Matrix
 
 # Far more than the L2 cache of any GPU: what little of it a replay leaves there does not flatter the next one.
@@ -82,6 +84,9 @@ class Pool:
             data.normal_(0.0, matrix.inner**-0.5, generator=self.generator)
             return
         data.random_(0, 256, generator=self.generator)
+        if matrix.format is ExpertFormat.BF12:
+            self._finish_bf12(matrix, slot)
+            return
         if matrix.format is ExpertFormat.FP8:  # 0x7f and 0xff are NaN
             data.copy_(data.where((data & 0x7F) != 0x7F, 0x35))
         scales = matrix.scales_SGN[slot]
@@ -89,6 +94,15 @@ class Pool:
         scales.copy_((0.5 + uniform) / TYPICAL_CODE[matrix.format] / matrix.inner**0.5)
         if matrix.zeros_SGN is not None:
             matrix.zeros_SGN[slot].random_(4, 12, generator=self.generator)
+
+    def _finish_bf12(self, matrix: Matrix, slot: int) -> None:
+        """Any signs, mantissas and exponents, which are mostly the upper ones; no escapes, which few rows have."""
+        assert matrix.scales_SGN is not None
+        scale = 2.0 ** -round(20 + math.log2(matrix.inner) / 2)
+        matrix.scales_SGN[slot].fill_(scale)
+        rows = Bf12Rows.of(matrix.data_SNB[slot], matrix.scales_SGN[slot, 0], matrix.inner)
+        rows.columns_NC.zero_()
+        rows.escapes_NC.fill_(LEAST * scale)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class MoEShape:
     top_k: int
 
     def layout(self, format: str) -> ExpertLayout | QuantizedLayout:
-        """The bytes of an expert: ``format`` is bf16, fp8 (128 x 128 blocks) or int4 (groups of 128)."""
+        """The bytes of an expert: ``format`` is bf16, bf12, fp8 (128 x 128 blocks) or int4 (groups of 128)."""
         if format == "bf16":
             return ExpertLayout(torch.bfloat16, self.hidden, self.intermediate)
         group = INT4_GROUP if format == "int4" else 0
@@ -117,6 +117,8 @@ CASES = [
     *_decode(MIXTRAL, "bf16", (252, 680, 985), ("vLLM 82 % of floor", "vLLM 91 % of floor", "vLLM 98 % of floor")),
     *_decode(MIXTRAL, "int4", (78, None, 280), ("Marlin 134", "", "Marlin 444")),
     *_decode(DEEPSEEK, "bf16", (41, None, 318)),
+    *_decode(QWEN3, "bf12", (None, None, None)),
+    *_decode(MIXTRAL, "bf12", (None, None, None)),
     LayerCase(MIXTRAL, "bf16", 8192, 10500),
     LayerCase(QWEN3, "bf16", 32768, 5500, "torch grouped_mm 10200"),
     LayerCase(MIXTRAL, "int4", 8192, 15000, "Marlin 254 TFLOP/s"),

@@ -46,7 +46,8 @@ PUBLISHED_FLOORS = {
 
 
 def test_floors_are_the_published_ones() -> None:
-    cases = {(case.shape.name, case.format, case.tokens): case for case in moe_shapes.CASES}
+    published = (case for case in moe_shapes.CASES if case.format != "bf12")
+    cases = {(case.shape.name, case.format, case.tokens): case for case in published}
     asked = {(*key, tokens): floor for key, floors in PUBLISHED_FLOORS.items() for tokens, floor in floors.items()}
     assert cases.keys() == asked.keys()
     for key, floor in asked.items():
@@ -257,7 +258,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> kernel_worker.KernelBench:
     return kernel_worker.KernelBench("cpu")
 
 
-@pytest.mark.parametrize(("format", "tokens"), [("bf16", 1), ("bf16", 3), ("fp8", 1), ("int4", 3)])
+@pytest.mark.parametrize(("format", "tokens"), [("bf16", 1), ("bf16", 3), ("bf12", 3), ("fp8", 1), ("int4", 3)])
 def test_a_layer_is_checked_and_every_kernel_timed(parts: kernel_worker.KernelBench, format: str, tokens: int) -> None:
     found = parts.layer("Qwen3-30B-A3B", format, tokens, quick=True)
     assert all(check["passed"] for check in found["checks"]) and len(found["checks"]) >= 5

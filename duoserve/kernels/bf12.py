@@ -76,8 +76,9 @@ class Bf12Rows(NamedTuple):
         return w_ND
 
     def used_NC(self) -> Tensor:
-        """Which places for escapes are used."""
-        return self.escapes_NC != (LEAST * self.scales_N)[:, None]
+        """Which places for escapes are used. One that names no column, as in a damaged pack, counts for nothing."""
+        named_NC = (self.columns_NC >= 0) & (self.columns_NC < self.signed_ND.shape[1])
+        return (self.escapes_NC != (LEAST * self.scales_N)[:, None]) & named_NC
 
     def put_escapes(self, w_ND: Tensor, used_NC: Tensor) -> None:
         """Those of the places ``used_NC`` into rows that are else complete."""

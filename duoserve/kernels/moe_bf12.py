@@ -34,7 +34,9 @@ def _escapes(x, x_rows, escapes_at, least, most, D):
     for place in range(0, most):
         weight = tl.load(escapes_at + place).to(tl.float32)
         column = tl.load(columns_at + place)
-        used = weight != least  # where it is not, nothing of x may be seen: it could be no number
+        # Where it is not used, nothing of x may be seen: it could be no number. And bytes that are no expert's must not
+        # be followed to where nothing may be read.
+        used = (weight != least) & (column >= 0) & (column < D)
         x_tile = tl.load(x_at[None, :] + column[:, None], mask=used[:, None], other=0.0).to(tl.float32)
         more += (weight - least)[:, None] * x_tile
     return more

@@ -53,8 +53,9 @@ def streamed_bf12_product(rows: Bf12Rows, x_K: Tensor) -> Tensor:
     halves = laid_down(wide_K).chunk(2)
     parts = zip(_side_by_side(rows.signed_ND), _side_by_side(rows.exponents_NB), strict=True)
     sums_N = torch.cat([_integer_sums(signed_RK, exponents_RB, halves) for signed_RK, exponents_RB in parts])
-    missing_NC = rows.escapes_NC.float() - LEAST * rows.scales_N[:, None]
-    return sums_N * rows.scales_N + (missing_NC * wide_K[rows.columns_NC.long()]).sum(-1)
+    missing_NC = (rows.escapes_NC.float() - LEAST * rows.scales_N[:, None]) * rows.used_NC()
+    columns_NC = rows.columns_NC.clamp(0, len(x_K) - 1).long()
+    return sums_N * rows.scales_N + (missing_NC * wide_K[columns_NC]).sum(-1)
 
 
 def _integer_sums(signed_RK: Tensor, exponents_RB: Tensor, halves: tuple[Tensor, ...]) -> Tensor:

@@ -188,3 +188,20 @@ def test_no_descriptor_reads_it() -> None:
     config = replace(gemm_config(torch.float16, INTERPRETER, SMALL, True, *BF12), tma=True)
     with pytest.raises(KernelError, match="bf12 is read through pointers"):
         moe_gemm.moe_up(case.x_TH, case.pool.weights, case.plan, case.all_work, case.act(), config=config)
+
+
+@pytest.mark.parametrize("column", [48, 32767, -1, -32768])
+def test_columns_that_no_row_has_are_not_read(column: int) -> None:
+    """Bytes of a damaged pack must not make a GPU read where nothing may be read."""
+    plain = with_places(1, torch.float32)
+    damaged = with_places(2, torch.float32)
+    for case in (plain, damaged):
+        for slot in case.slots_E.tolist():
+            for matrix in (case.pool.weights.w13, case.pool.weights.w2):
+                rows = bf12.Bf12Rows.of(matrix.data_SNB[slot], matrix.scales_SGN[slot, 0], matrix.inner)
+                rows.signed_ND[:, [matrix.inner - 1, matrix.inner - 4]] = 0
+                rows.exponents_NB.zero_()
+                if case is damaged:
+                    rows.columns_NC[:, 1] = column
+    for ours, theirs in zip(layer(damaged), layer(plain), strict=True):
+        assert_same_bits(ours, theirs)

@@ -13,6 +13,7 @@ from duoserve.errors import CopyError
 from duoserve.experts.formats.bf12 import encode
 from duoserve.experts.formats.scratch import Scratch
 from duoserve.kernels.bf12 import Bf12Rows, room, row_bytes
+from duoserve.kernels.streamed import streamed_bf12_product
 
 LEAST_NORMAL, SUBNORMAL, LARGEST = 2.0**-126, 2.0**-133, torch.finfo(torch.bfloat16).max
 
@@ -85,6 +86,17 @@ def test_the_window_is_where_most_weights_are() -> None:
     w_ND = normal(2, 64).abs() + 0.5
     w_ND[1, 3], w_ND[1, 9] = 1e20, 1e-20
     assert keeps_every_bit(w_ND) and escapes(encoded(w_ND)) == [0, 2]
+
+
+@pytest.mark.parametrize("column", [64, 32767, -1])
+def test_a_place_that_names_no_column_counts_for_nothing(column: int) -> None:
+    w_ND = normal(2, 64).abs() + 0.5
+    w_ND[0, 5] = w_ND[1, 7] = 0
+    rows, x_D = encoded(w_ND), torch.randn(64, generator=torch.Generator().manual_seed(1))
+    rows.columns_NC[1, 0] = column
+    found_ND = rows.dense()
+    assert torch.equal(found_ND[0], w_ND[0]) and found_ND[1, 7] == 128 * rows.scales_N[1]
+    torch.testing.assert_close(streamed_bf12_product(rows, x_D), found_ND.float() @ x_D)
 
 
 def test_rows_of_zeros_keep_their_signs() -> None:
