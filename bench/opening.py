@@ -41,7 +41,7 @@ class Row(NamedTuple):
 ROWS = (
     Row("duoserve resident", "duoserve", IN_RAM, "resident_decode_s"),
     Row("duoserve resident, compiled", "duoserve, decode steps compiled", IN_RAM, "resident_decode_s"),
-    Row(BF12, "the same, experts in 12 bits without loss", IN_RAM, None),
+    Row(BF12, "duoserve, compiled, experts in bf12", IN_RAM, None),
     Row("transformers grouped_mm", "transformers, `grouped_mm`", IN_RAM, "resident_decode_s"),
     Row("transformers eager", "transformers, `eager`", IN_RAM, "resident_decode_s"),
     Row("llama.cpp bf16", "llama.cpp", IN_RAM, "resident_decode_s"),
@@ -51,8 +51,8 @@ ROWS = (
     Row("transformers float32", "transformers, weights as float32", TWICE, None),
     Row("duoserve lru", "duoserve", QUARTER, "disk_decode_io_s"),
     Row(OURS_POLICY, "duoserve, compiled, with a predictor", QUARTER, decode_io(OURS_POLICY)),
-    Row(BF12_POLICY, "the same, experts in 12 bits without loss", QUARTER, decode_io(BF12_POLICY)),
-    Row(BF12_EQUAL, "the same, as many slots as fit in that memory", EQUAL, decode_io(BF12_EQUAL)),
+    Row(BF12_POLICY, "duoserve, compiled, with a predictor, bf12", QUARTER, decode_io(BF12_POLICY)),
+    Row(BF12_EQUAL, "duoserve, compiled, with a predictor, bf12", EQUAL, decode_io(BF12_EQUAL)),
     Row("llama.cpp bf16, mapped", "llama.cpp, mapped", EQUAL, None),
     Row("accelerate cold, a quarter in RAM", "transformers + accelerate", QUARTER, None),
     Row("accelerate warm", "transformers + accelerate", CACHED, None),
@@ -86,7 +86,7 @@ def _said(result: Result, details: str) -> str:
         f"{result['threads']} threads of one {machine['cpu']} with {', '.join(machine['isa'])}:\nmedians (extremes) of "
         f"rounds in turn, {result['date'].partition(' ')[0]}, commit {result['versions']['commit']}.\n"
         "The bound is that of a decode step: active weights over the rate of memory, or what a step reads over that of "
-        f"the disk.\n[Conditions, ceilings, checks and versions]({details})."
+        f"the disk.\nExperts in bf12 are those in bfloat16, bit by bit, in twelve bits a weight.\n[Conditions, ceilings, checks and versions]({details})."
     )
 
 
