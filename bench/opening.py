@@ -86,7 +86,8 @@ def _said(result: Result, details: str) -> str:
         f"{result['threads']} threads of one {machine['cpu']} with {', '.join(machine['isa'])}:\nmedians (extremes) of "
         f"rounds in turn, {result['date'].partition(' ')[0]}, commit {result['versions']['commit']}.\n"
         "The bound is that of a decode step: active weights over the rate of memory, or what a step reads over that of "
-        f"the disk.\nExperts in bf12 are those in bfloat16, bit by bit, in twelve bits a weight.\n[Conditions, ceilings, checks and versions]({details})."
+        "the disk.\nExperts in bf12 are those in bfloat16, bit by bit, in twelve bits a weight.\n"
+        f"[Conditions, ceilings, checks and versions]({details})."
     )
 
 
