@@ -35,9 +35,14 @@ def room(inner: int) -> int:
     return min(16, max(4, -(-inner // 1024) * 4))
 
 
+def used_bytes(inner: int) -> int:
+    """Of a row before padding, for D in multiples of 4."""
+    return inner * BITS // _BYTE + room(inner) * _PLACE
+
+
 def row_bytes(inner: int) -> int:
     """B, for D in multiples of 4."""
-    return -(-(inner * BITS // _BYTE + room(inner) * _PLACE) // ALIGNMENT) * ALIGNMENT
+    return -(-used_bytes(inner) // ALIGNMENT) * ALIGNMENT
 
 
 class Bf12Rows(NamedTuple):

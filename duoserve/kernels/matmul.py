@@ -88,7 +88,7 @@ def left_product(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Te
 def product_of_blocks(x_TK: Tensor, blocks: Iterable[Tensor], num_out: int, turned: bool = False) -> Tensor:
     """``linear`` with a matrix whose rows come in ``blocks``, each there until the next is asked for: [T, num_out].
 
-    ``turned``: T may be contiguous, not the outputs, as of ``left_product``. It has the bits of the whole matrix.
+    ``turned``: T may be contiguous, not the outputs, as of ``left_product``.
     """
     if not x_TK.is_cpu or not streams_left(x_TK) or (len(x_TK) > LEFT_ROWS and not turned):
         return torch.cat([linear(x_TK, w_BK) for w_BK in blocks], dim=1)

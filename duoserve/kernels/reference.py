@@ -178,7 +178,7 @@ def _clamped(up_RN: Tensor, clamped: ClampedUp, products: Products, act_RI: Tens
 def _product(x_RD: Tensor, matrix: Matrix, slot: int, turned: bool = False) -> Tensor:
     """``x w^T`` [R, N]; quantized weights are decoded to float32, whatever ``x_RD`` is, a block of rows at a time.
 
-    BF12 is bfloat16 in a product with bfloat16, and has its bits.
+    BF12 is bfloat16 in a product with bfloat16.
     ``turned``: R may be contiguous, not N.
     """
     if x_RD.dtype == matrix.data_SNB.dtype:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from duoserve.experts.layout import ExpertLayout, Quantized
-from duoserve.kernels.matmul import LEFT_ROWS, left_product, linear
+from duoserve.kernels.matmul import LEFT_ROWS, left_product, linear, product_of_blocks
 from duoserve.kernels.reference_codes import PACKED_ROWS, code_product, multiplies_codes
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat, Matrix
@@ -19,6 +19,18 @@ INT4 = Quantized(ExpertFormat.INT4, 32)
 INT8 = Quantized(ExpertFormat.INT8)
 FP8 = Quantized(ExpertFormat.FP8)
 MXFP4 = Quantized(ExpertFormat.MXFP4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, LEFT_ROWS, LEFT_ROWS + 1])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_matrix_may_come_in_blocks_of_rows(rows: int, turned: bool) -> None:
+    """Each is gone when the next is asked for; the last is shorter."""
+    x_TK, w_NK = torch.randn(rows, 75).to(BF16), torch.randn(41, 75).to(BF16)
+    buffer_BK = torch.empty(16, 75, dtype=BF16)
+    blocks = (buffer_BK[: len(part)].copy_(part) for part in w_NK.split(16))
+    y_TN = product_of_blocks(x_TK, blocks, 41, turned)
+    assert y_TN.dtype is BF16 and (turned or y_TN.is_contiguous())
+    assert_close(y_TN, x_TK.double() @ w_NK.double().T, BF16)
 
 
 @pytest.mark.parametrize("rows", [1, 2, LEFT_ROWS, LEFT_ROWS + 1])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from duoserve.errors import CopyError
 from duoserve.experts.formats.scratch import Scratch
-from duoserve.kernels.bf12 import EXPONENTS, LEAST, Bf12Rows, room, row_bytes
+from duoserve.kernels.bf12 import EXPONENTS, LEAST, Bf12Rows, room, row_bytes, used_bytes
 
 Bits = NDArray[np.uint16]
 NUM_EXPONENTS, NOT_FINITE = 256, 255
@@ -40,7 +40,7 @@ def encode(bits_ND: Bits, scratch: Scratch) -> tuple[NDArray[np.uint8], NDArray[
     rows = Bf12Rows.of(torch.from_numpy(data_NB), torch.from_numpy(scales_N), inner)
     _write_weights(rows, bits_ND, exponents_ND, outside_ND)
     _write_escapes(rows, bits_ND, outside_ND)
-    data_NB[:, inner * 3 // 2 + 4 * room(inner) :] = 0
+    data_NB[:, used_bytes(inner) :] = 0
     return data_NB, scales_N
 
 
