@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from duoserve.kernels import unpacking
-from duoserve.kernels.bf12 import Bf12Rows
 from duoserve.kernels.reference_dequant import dense
-from duoserve.kernels.unpacking import CompiledUnpack, with_compiled_unpacking
+from duoserve.kernels.unpacking import with_compiled_unpacking
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights, QuantizedLayout
 from tests.compiled_case import needs_compiler
 from tests.kernels.quantized_case import fill_with_random_codes
@@ -39,18 +38,6 @@ def test_pieces_and_what_is_left_over_have_the_bits_of_the_twin(
             for rows in (slice(None), slice(5, 38)):
                 unpacked_ND, truth_ND = dense(matrix, slot, rows), dense(twin, slot, rows)
                 assert torch.equal(unpacked_ND.view(torch.int16), truth_ND.view(torch.int16))
-
-
-@needs_compiler
-def test_a_shape_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpacking, "PIECE_WEIGHTS", 16 * HIDDEN)
-    unpack, weights = CompiledUnpack(), random_weights()
-    recorded, record = [], unpack._compiler.record
-    monkeypatch.setattr(unpack._compiler, "record", lambda work: recorded.append(work) or record(work))
-    for slot in (0, 1):
-        assert weights.s13 is not None
-        unpack(Bf12Rows.of(weights.w13_SNH[slot], weights.s13[slot, 0], HIDDEN))
-    assert len(recorded) == 1
 
 
 def test_other_formats_stay_as_they_are() -> None:
