@@ -2,11 +2,12 @@
 
     python bench/bench_cpu.py [--folder DIR] [--quick] [--json OUT]
 
-Builds a random bf16 Mixtral once (288 M parameters; ``--quick``: a tiny one), then measures, each engine in a process
-of its own, round by round in turn: resident speed; speed from a cold disk with a quarter of the experts in slots; every
-policy; the memory that a fresh process grows by. llama.cpp takes part where xllamacpp is installed, and from disk where
-a control group can limit its memory as ours. The machine's ceilings are measured in the same run, and the outputs
-are compared. Exits with 1 when a correctness check fails; a target that is not reached is printed, not an error.
+Builds a random bf16 Mixtral once (288 M parameters; ``--quick``: a tiny one, and fewer engines), then measures, each
+engine in a process of its own, round by round in turn: resident speed; speed from a cold disk with a quarter of the
+experts in slots; every policy; the memory that a fresh process grows by. llama.cpp takes part where xllamacpp is
+installed, and from disk where a control group can limit its memory as ours. The machine's ceilings are measured in the
+same run, and the outputs are compared. Exits with 1 when a correctness check fails; a target that is not reached is
+printed, not an error.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def prepare(run: Run, policies: Sequence[Contestant]) -> None:
 
     Where memory is limited there is none for a C++ compiler: what it has made is taken from Inductor's cache.
     """
-    with run.worker("the predictor", *SCRIPTS["duoserve"]) as worker:
+    with run.worker("the predictor and the compiled steps", *SCRIPTS["duoserve"]) as worker:
         worker.call(
             "train",
             folder=str(run.folder),
@@ -113,8 +114,7 @@ def prepare(run: Run, policies: Sequence[Contestant]) -> None:
             max_context=run.shape.max_context,
             out=str(run.predictor),
         )
-    for policy in policies:
-        with run.worker(f"the compiled steps of {policy.name}", *SCRIPTS["duoserve"]) as worker:
+        for policy in policies:
             worker.call("load", folder=str(run.folder), **policy.options)
 
 
@@ -146,7 +146,7 @@ def find_least_misses(run: Run) -> dict[str, dict[str, int]]:
             decode_mode="compiled",
             **run.duoserve_options("resident", shape.num_experts),
         )
-    slots = {policy.name: policy.options["expert_slots"] for policy in our_policies(run)}
+    slots = {policy.name: policy.options["expert_slots"] for policy in our_policies(run) if run.has(policy)}
     return {name: least_misses(routing, count, shape.experts) for name, count in slots.items()}
 
 
@@ -155,7 +155,7 @@ def measure(run: Run, scratch_bytes: int) -> dict[str, Any]:
     busy_before = foreign_cpu(1.0)
     resident, disk = resident_contestants(run), disk_contestants(run)
     if "duoserve" in run.engines:
-        prepare(run, our_policies(run))
+        prepare(run, [policy for policy in our_policies(run) if run.has(policy)])
     rounds = measure_rounds(run, [*resident, *disk])
     return {
         "rounds": {
@@ -224,7 +224,8 @@ def main() -> int:
         engines = installed(args.engines)
         shape = SHAPES[size]
         cap_bytes = shape.cap_bytes if can_cap() else None
-        run = Run(shape, folder, Path(scratch), args.threads, args.rounds, engines, shape.prompt(), cap_bytes)
+        without = cpu_rows.QUICK_WITHOUT if args.quick else frozenset()
+        run = Run(shape, folder, Path(scratch), args.threads, args.rounds, engines, shape.prompt(), cap_bytes, without)
         result = conditions(run, args.quick)
         raw = measure(run, QUICK_SCRATCH if args.quick else FULL_SCRATCH)
         disk = result["machine"]["disk"]["filesystem"]

@@ -88,7 +88,8 @@ def logit_checks(rounds: Rounds, scratch: Path) -> list[dict[str, Any]]:
 def _logit_check(name: str, scratch: Path) -> dict[str, Any]:
     """llama.cpp leaves the last tokens only, as log-probabilities: logits but for a constant of each token."""
     logits_TV, reference_TV = (torch.load(logits_file(scratch, which)) for which in (name, REFERENCE))
-    peers_TV = [torch.load(logits_file(scratch, peer)) for peer in PEERS]
+    files = [logits_file(scratch, peer) for peer in PEERS]
+    peers_TV = [torch.load(file) for file in files if file.exists()]
     last = len(logits_TV)
     yardsticks = [_errors(peer_TV[-last:], reference_TV[-last:]) for peer_TV in peers_TV]
     rounding = WEIGHT_ERRORS.get(name, 0.0)

@@ -38,7 +38,8 @@ class Run:
     """What one run measures and where its files are; ``scratch`` lies on the checkpoint's disk.
 
     ``cap_bytes`` limit the memory of those that are capped, None where this process may not limit it.
-    ``token_ids`` are what the first engine to answer chose, and ``routing`` [L][T][K] how these tokens route.
+    ``without`` names contestants that are left out. ``token_ids`` are what the first engine to answer chose, and
+    ``routing`` [L][T][K] how these tokens route.
     """
 
     shape: Shape
@@ -49,6 +50,7 @@ class Run:
     engines: tuple[str, ...]
     prompt: list[int]
     cap_bytes: int | None
+    without: frozenset[str] = frozenset()
     token_ids: list[int] | None = None
     routing: list[list[list[int]]] | None = None
 
@@ -65,7 +67,7 @@ class Run:
     def has(self, contestant: Contestant) -> bool:
         """Whether it takes part. llama.cpp from disk is nothing without a limit: the cache would hold its file."""
         limited = self.cap_bytes is not None or contestant.name != cpu_rows.LLAMA_DISK
-        return contestant.kind in self.engines and limited
+        return contestant.kind in self.engines and limited and contestant.name not in self.without
 
     def caps(self, contestant: Contestant) -> bool:
         """Whether its memory is limited."""

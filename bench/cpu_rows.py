@@ -22,6 +22,10 @@ PEER_DISK_EQUAL = "accelerate cold, a quarter in RAM"
 LLAMA, LLAMA_Q8, LLAMA_DISK = "llama.cpp bf16", "llama.cpp q8_0", "llama.cpp bf16, mapped"
 LLAMAS = (LLAMA, LLAMA_Q8, LLAMA_DISK)
 REFERENCE = "transformers float32"
+# What a quick run leaves out, for it checks the bench: each is set up as another but for a number.
+QUICK_WITHOUT = frozenset(
+    {OURS_QUANTIZED["int4"], BF12_EQUAL, PEERS[1], PEER_DISK_EQUAL, PEER_DISK_WARM, "duoserve layer-prefetch"}
+)
 # Compiled decode steps make their sums in another order, and quantized experts are others: by engine, whose first round
 # has the tokens that it must choose.
 OWN_TOKENS = dict.fromkeys((COMPILED, BF12, *POLICIES), COMPILED) | {name: name for name in OURS_QUANTIZED.values()}

@@ -72,7 +72,7 @@ def _ratio(  # noqa: PLR0913, PLR0917
     best = min(measured, key=lambda peer: statistics.median(seconds(played[peer])))
     ratio = Summary.of_pairs(seconds(played[best]), seconds(played[ours]))
     detail = f"{ours}: {_spread(ratio)} against {best}"
-    if best == PEER_DISK:
+    if best == PEER_DISK and PEER_DISK_EQUAL in played:
         equal = Summary.of_pairs(seconds(played[PEER_DISK_EQUAL]), seconds(played[ours]))
         detail += f"; {equal.median:.3g}x when accelerate keeps a quarter of the layers' experts in RAM"
     return Target(name, ratio.median, limit, at_least=True, unit="x", detail=detail)
@@ -100,6 +100,9 @@ def _against_belady(
     nbytes = shape.slot_bytes if policy == OURS_POLICY else shape.bf12_slot_bytes
     per_layer, pooled = (least[policy][which] * nbytes for which in ("per_layer", "pooled"))
     detail = f"{policy}: {moved / 1e6:.1f} of {per_layer / 1e6:.1f} MB; {moved / pooled:.3g}x of one pool's"
+    if policy != OURS_POLICY:
+        unpacked = least[OURS_POLICY]["per_layer"] * shape.slot_bytes
+        detail += f"; {moved / unpacked:.3g}x of Belady's where a quarter is in slots in bfloat16"
     return Target(name, moved / per_layer, 1.25, at_least=False, unit="x", detail=detail)
 
 

@@ -108,5 +108,5 @@ class Shape:
 
 # 288 M parameters, 226 M of them in experts: more than a cache holds, little enough to be built in seconds.
 FULL = Shape(768, 1536, 8, 8, 2, 12, 4, 32000, prompt_tokens=128, new_tokens=32)
-QUICK = Shape(128, 256, 8, 8, 2, 4, 2, 512, prompt_tokens=32, new_tokens=8)
+QUICK = Shape(128, 256, 4, 8, 2, 4, 2, 512, prompt_tokens=32, new_tokens=8)
 SHAPES = {"full": FULL, "quick": QUICK}
