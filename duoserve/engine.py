@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 
 from torch import Tensor
@@ -22,8 +23,8 @@ from duoserve.request import Produced, Request
 from duoserve.sampling import Sampler, token_logprobs
 from duoserve.service import ServiceSettings
 
-# Of a list of prompts: as many at once as the KV cache holds, in their order.
-ALL_AT_ONCE = ServiceSettings(max_batch=1 << 30, max_waiting=1 << 30, scheduler="fcfs")
+# Of a list of prompts: as many at once as the KV cache holds with all of their answers, in their order.
+ALL_AT_ONCE = ServiceSettings(max_batch=1 << 30, max_waiting=1 << 30, scheduler="fcfs", answer_room=1 << 30)
 
 
 class Engine:
@@ -202,9 +203,10 @@ class Engine:
         chosen = [self._waiting[place] for place in self._batching.start(self._load())]
         for request in chosen:
             self._waiting.remove(request)
-            request.admitted = now
-            self._cache.reserve(request.kv, request.num_tokens)
-            self._meter.prompt(len(request.prompt_ids))
+            self._cache.reserve(request.kv, self._room(request))
+            if request.admitted is None:
+                request.admitted = now
+                self._meter.prompt(len(request.prompt_ids))
         if not chosen:
             return []
         try:
@@ -230,7 +232,9 @@ class Engine:
 
     def _decode(self) -> list[Produced]:
         self._decoded = True
-        requests, begun = list(self._running), self._clock()
+        requests, begun = self._with_room(), self._clock()
+        if not requests:
+            return []
         try:
             logits_BV = self._passes.decode(requests)
         except CopyError as error:
@@ -239,10 +243,29 @@ class Engine:
         self._costs.note_decode(len(requests), self._clock() - begun)
         return produced
 
+    def _with_room(self) -> list[Request]:
+        """Those that run, each with room for its next token. Where that lacks, the last to start make way."""
+        for request in list(self._running):
+            while request in self._running and self._room(request) > request.kv.room + self._cache.free_tokens:
+                self._send_back(self._running[-1])
+            if request in self._running:
+                self._cache.reserve(request.kv, self._room(request))
+        return list(self._running)
+
+    def _send_back(self, request: Request) -> None:
+        """It waits for room again, and then computes the tokens that it has once more: so none has other bits."""
+        self._running.remove(request)
+        self._cache.release(request.kv)
+        self._waiting.append(request)
+
+    def _room(self, request: Request) -> int:
+        """Tokens of context in whole pages."""
+        return self._cache.whole_pages(request.room(self._batching.settings.answer_room))
+
     def _sample_all(self, requests: Sequence[Request], logits_BV: Tensor) -> list[Produced]:
         produced = []
         for request, logits_V in zip(requests, logits_BV, strict=True):
-            if request.finish_reason is None:
+            if request.finish_reason is None and request.caught_up:
                 try:
                     produced.append(self._sample(request, logits_V))
                 except IntegrityError:
@@ -302,10 +325,11 @@ class Engine:
         return Load(now, (), [*map(self._going, self._running)], self._cache.free_tokens, coming)
 
     def _asked(self, request: Request) -> Asked:
-        room = self._cache.whole_pages(request.num_tokens)
-        return Asked(request.arrived or 0.0, len(request.prompt_ids), room, request.objectives)
+        objectives = request.objectives
+        if request.first_token is not None:  # it was sent back
+            objectives = replace(objectives, ttft_s=None)
+        return Asked(request.arrived or 0.0, len(request.prompt_ids), self._room(request), objectives)
 
     def _going(self, request: Request) -> Going:
-        room = self._cache.whole_pages(request.num_tokens)
         left = request.params.max_tokens - len(request.output_ids)
-        return Going(request.first_token or 0.0, len(request.output_ids), left, room, request.objectives.tpot_s)
+        return Going(request.first_token or 0.0, len(request.output_ids), left, request.kv.room, request.objectives.tpot_s)

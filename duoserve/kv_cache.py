@@ -55,6 +55,11 @@ class SequenceKV:
     pages: list[int] = field(default_factory=list)
     length: int = 0
 
+    @property
+    def room(self) -> int:
+        """Tokens that its pages hold."""
+        return len(self.pages) * PAGE_TOKENS
+
 
 class PagedKVCache:
     """Pages on ``device`` for ``max_tokens`` tokens of context over all sequences, allocated once."""

@@ -107,12 +107,12 @@ class Passes:
 
     @torch.inference_mode()
     def decode(self, requests: Sequence[Request]) -> Tensor:
-        """Float32 logits [B, V] behind the last token of each request."""
-        fresh = [(request.kv, request.output_ids[-1:]) for request in requests]
+        """Float32 logits [B, V] behind the next token of each request, which is its last if it has caught up."""
+        fresh = [(request.kv, request.next_ids) for request in requests]
         if self._prefill is not None and not self._prefill.paused:
             self._scheduler.set_aside()
             self._prefill.paused = True
-        self._announce(Phase.DECODE, [(request.number, request.output_ids[-1:]) for request in requests])
+        self._announce(Phase.DECODE, [(request.number, request.next_ids) for request in requests])
         layout = self._cache.lay_out(fresh)
         return self._pass(Phase.DECODE, layout, layout.last_rows)
 

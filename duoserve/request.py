@@ -37,6 +37,23 @@ class Request:
         """Tokens of context that the request may come to need."""
         return len(self.prompt_ids) + self.params.max_tokens
 
+    def room(self, answer_room: int) -> int:
+        """Tokens of context that it should have room for: see ``answer_room`` of ServiceSettings."""
+        while answer_room <= len(self.output_ids):
+            answer_room *= 2
+        return min(self.num_tokens, len(self.prompt_ids) + answer_room)
+
+    @property
+    def next_ids(self) -> list[int]:
+        """What a decode step computes next: its last token, or the first of those whose room was taken from it."""
+        place = self.kv.length - len(self.prompt_ids)
+        return self.output_ids[place : place + 1]
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether all of its tokens are computed, so that the logits are those of a new one."""
+        return self.kv.length == len(self.prompt_ids) + len(self.output_ids)
+
     @property
     def attained(self) -> bool:
         """Whether the tokens that it has came inside its objectives: the first, and the others on the average."""

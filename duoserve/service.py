@@ -37,6 +37,9 @@ class ServiceSettings:
     ``scheduler`` "slo" starts the request with the least slack first and slices prefills between decode steps; "fcfs"
     goes by arrival, a whole prefill at a time. ``admission`` "strict" refuses at once what would miss its objectives,
     "late" serves it late. ``objectives`` are those of requests that bring none of their own.
+
+    An answer gets room for ``answer_room`` tokens in the KV cache, and for twice as many whenever it has filled it, not
+    for all that it may have: most end earlier. Where no room is left the last to start make way, and catch up later.
     """
 
     max_batch: int = 16
@@ -44,12 +47,15 @@ class ServiceSettings:
     admission: Literal["late", "strict"] = "late"
     objectives: Objectives = Objectives()
     scheduler: Literal["slo", "fcfs"] = "slo"
+    answer_room: int = 256
 
     def __post_init__(self) -> None:
         if self.max_batch < 1 or self.max_waiting < 0:
             raise ConfigError(
                 f"max_batch={self.max_batch} and max_waiting={self.max_waiting}, but they must be at least 1 and 0"
             )
+        if self.answer_room < 1:
+            raise ConfigError(f"answer_room={self.answer_room}, but an answer has at least 1 token")
         for name, value, known in (
             ("admission", self.admission, ("late", "strict")),
             ("scheduler", self.scheduler, ("slo", "fcfs")),

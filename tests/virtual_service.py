@@ -83,6 +83,8 @@ class VirtualPasses:
 
     def prefill(self, requests: list[Request], interruptible: bool) -> _Prefill:
         """Begins a pass."""
+        for request in requests:
+            request.kv.length = len(request.prompt_ids)
         return _Prefill(requests, sum(len(request.prompt_ids) for request in requests))
 
     def advance(self, prefill: _Prefill, num_layers: int) -> Tensor | None:
@@ -95,6 +97,8 @@ class VirtualPasses:
     def decode(self, requests: Sequence[Request]) -> Tensor:
         """A token for each."""
         self._clock.now += self._rates.decode_s(len(requests))
+        for request in requests:
+            request.kv.length += 1
         return torch.zeros(len(requests), VOCAB)
 
 
@@ -111,15 +115,16 @@ class VirtualPages:
 
     def reserve(self, kv: SequenceKV, num_tokens: int) -> None:
         """As in PagedKVCache."""
-        kv.length = self.whole_pages(num_tokens)
-        self.free_tokens -= kv.length
+        missing = self.whole_pages(num_tokens) - kv.room
+        kv.pages += [-1] * (missing // PAGE_TOKENS)
+        self.free_tokens -= missing
         if self.free_tokens < 0:
             raise MemoryBudgetError("the engine has started what there is no room for")
 
     def release(self, kv: SequenceKV) -> None:
         """As in PagedKVCache."""
-        self.free_tokens += kv.length
-        kv.length = 0
+        self.free_tokens += kv.room
+        kv.pages, kv.length = [], 0
 
 
 class Arrival(NamedTuple):
