@@ -331,5 +331,6 @@ class Engine:
         return Asked(request.arrived or 0.0, len(request.prompt_ids), self._room(request), objectives)
 
     def _going(self, request: Request) -> Going:
-        left = request.params.max_tokens - len(request.output_ids)
-        return Going(request.first_token or 0.0, len(request.output_ids), left, request.kv.room, request.objectives.tpot_s)
+        tokens = len(request.output_ids)
+        left, tpot_s = request.params.max_tokens - tokens, request.objectives.tpot_s
+        return Going(request.first_token or 0.0, tokens, left, request.kv.room, tpot_s)
