@@ -19,7 +19,9 @@ from duoserve.experts.formats.reading import read_dense
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.packing import CheckpointStore
 from duoserve.experts.quantizing import QuantizingStore
+from duoserve.experts.scale_search import OP_BY_OP, Way
 from duoserve.experts.strict_json import read_object
+from duoserve.kernels.compiler import can_compile
 from duoserve.models.config_fields import Fields
 from duoserve.models.family import Family
 from duoserve.models.registry import family_of
@@ -35,6 +37,7 @@ from duoserve.models.stored import (
 GENERATION_CONFIG = "generation_config.json"
 MAX_GENERATION_CONFIG_BYTES = 1 << 20
 HEAD = "lm_head.weight"
+WORTH_COMPILING = 1 << 30  # bytes of experts in floats: op by op they take about as long as compiling
 LAYER = re.compile(r"model\.layers\.(\d{1,6})\.", re.ASCII)
 
 
@@ -73,8 +76,13 @@ class OpenedModel:
         return CheckpointStore(self.checkpoint, self.layout(dtype), pieces, weight_format(self.config))
 
     def quantizing_store(self, kind: str) -> QuantizingStore:
-        """The same, which the checkpoint has in floats, made ``kind``, one of QUANTIZE, when they are read."""
-        return QuantizingStore(self.expert_store(self.config.dtype), quantized_by_us(self.config, kind))
+        """The same, which the checkpoint has in floats, made ``kind``, one of QUANTIZE, when they are read.
+
+        By compiled loops where there is a C++ compiler, and so many experts that they are worth its seconds.
+        """
+        source = self.expert_store(self.config.dtype)
+        compiles = can_compile() and len(self.experts) * source.layout.slot_bytes >= WORTH_COMPILING
+        return QuantizingStore(source, quantized_by_us(self.config, kind), Way.compiled() if compiles else OP_BY_OP)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """A tensor that no routed expert lies in, decoded if it is quantized, in ``dtype``."""

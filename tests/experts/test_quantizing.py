@@ -13,14 +13,23 @@ from duoserve.errors import CopyError
 from duoserve.experts.formats.codes import Codes
 from duoserve.experts.layout import ExpertId, ExpertLayout, Quantized
 from duoserve.experts.pieces import RowPart, float_parts
-from duoserve.experts.quantizing import INT4_SPANS, INT8_SPANS, QuantizingStore, quantized
+from duoserve.experts.quantizing import QuantizingStore, quantized
 from duoserve.experts.rows import aligned_rows
+from duoserve.experts.scale_search import INT4_SPANS, INT8_SPANS, OP_BY_OP, Way
+from duoserve.kernels.compiled_loops import CompiledLoops
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat
+from tests.compiled_case import needs_compiler
 from tests.fakes import ArrayStore
 
 INT8, INT4 = Quantized(ExpertFormat.INT8), Quantized(ExpertFormat.INT4, 32)
-KINDS = [INT8, INT4, Quantized(ExpertFormat.INT4, 64), Quantized(ExpertFormat.INT4, 128)]
+INT4_128 = Quantized(ExpertFormat.INT4, 128)
+KINDS = [INT8, INT4, Quantized(ExpertFormat.INT4, 64), INT4_128]
+COMPILED = Way(CompiledLoops(), 128 * 128)  # what is compiled serves all tests
+WAYS = [
+    *(pytest.param(kind, OP_BY_OP, id=str(kind)) for kind in KINDS),
+    *(pytest.param(kind, COMPILED, id=f"{kind}-compiled", marks=needs_compiler) for kind in (INT8, INT4_128)),
+]
 
 
 def decoded(codes: Codes) -> Tensor:
@@ -50,10 +59,10 @@ def brute_int8(row: np.ndarray) -> float:
     return float(min(((np.clip(np.rint(row / s), -127, 127) * s - row) ** 2).sum() for s in scales))
 
 
-@pytest.mark.parametrize("stored", KINDS, ids=str)
-def test_the_best_of_all_scales_is_taken_for_each_group(stored: Quantized) -> None:
+@pytest.mark.parametrize(("stored", "way"), WAYS)
+def test_the_best_of_all_scales_is_taken_for_each_group(stored: Quantized, way: Way) -> None:
     w_ND = random_matrix(3)
-    errors_PX = (decoded(quantized(w_ND, stored)) - w_ND).double().square().view(-1, stored.group or 128)
+    errors_PX = (decoded(quantized(w_ND, stored, way)) - w_ND).double().square().view(-1, stored.group or 128)
     places = w_ND.double().numpy().reshape(errors_PX.shape)
     brute = [(brute_int4 if stored.group else brute_int8)(place) for place in places]
     np.testing.assert_allclose(errors_PX.sum(1).numpy(), brute, rtol=1e-3)
@@ -81,12 +90,12 @@ def test_weights_that_are_int4_already_stay_as_they_are(seed: int, exponent: int
     assert torch.equal(decoded(quantized(w_ND, Quantized(ExpertFormat.INT4, group))), w_ND)
 
 
-@pytest.mark.parametrize("stored", KINDS, ids=str)
-def test_zeros_and_lone_weights_stay_as_they_are(stored: Quantized) -> None:
+@pytest.mark.parametrize(("stored", "way"), WAYS)
+def test_zeros_and_lone_weights_stay_as_they_are(stored: Quantized, way: Way) -> None:
     w_ND = torch.zeros(3, 128)
     w_ND[1, 70] = 1.5
     w_ND[2, 5] = -(2.0**-9)
-    torch.testing.assert_close(decoded(quantized(w_ND, stored)), w_ND, rtol=1e-3, atol=0)
+    torch.testing.assert_close(decoded(quantized(w_ND, stored, way)), w_ND, rtol=1e-3, atol=0)
 
 
 def read(store: QuantizingStore, expert: ExpertId) -> Tensor:
@@ -141,26 +150,58 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
         read(store, ExpertId(0, 1))
 
 
-@pytest.mark.parametrize("stored", [INT8, Quantized(ExpertFormat.INT4, 64)], ids=str)
-def test_the_largest_finite_weights_are_taken(stored: Quantized) -> None:
+@pytest.mark.parametrize(("stored", "way"), WAYS)
+def test_the_largest_finite_weights_are_taken(stored: Quantized, way: Way) -> None:
     """Their range and their squares are beyond what float32 holds; a pack of such is of little use, but no failure."""
-    w_ND = torch.full((3, 64), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16)
+    w_ND = torch.full((3, 128), torch.finfo(torch.bfloat16).max)
     w_ND[:, 1::2] *= -1
-    assert decoded(quantized(w_ND, stored)).isfinite().all()
+    assert decoded(quantized(w_ND, stored, way)).isfinite().all()
     for wrong in (float("nan"), float("inf"), -float("inf")):
         w_ND[1, 2] = wrong
         with pytest.raises(CopyError, match="not all weights are finite numbers"):
-            quantized(w_ND, stored)
+            quantized(w_ND, stored, way)
 
 
 @pytest.mark.parametrize("stored", KINDS, ids=str)
-def test_blocks_and_dtypes_leave_no_trace(stored: Quantized, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_and_dtypes_leave_no_trace(stored: Quantized) -> None:
     w_ND = random_matrix(5).bfloat16()
     whole = quantized(w_ND, stored)
-    monkeypatch.setattr("duoserve.experts.quantizing.BLOCK", 7 * 128)  # and 4 rows are left over
     for same_ND in (w_ND, w_ND.float()):
-        parted = quantized(same_ND, stored)
+        parted = quantized(same_ND, stored, OP_BY_OP._replace(block_weights=8 * 128))
         assert torch.equal(parted.data_NB, whole.data_NB) and torch.equal(parted.scales_GN, whole.scales_GN)
+
+
+@pytest.mark.parametrize("stored", KINDS, ids=str)
+def test_every_block_is_searched_once_and_nothing_beside_them(stored: Quantized) -> None:
+    """Whatever is left over: what is made lies where it belongs, and what surrounds it is as it was."""
+    w_ND = random_matrix(6)
+    whole = decoded(quantized(w_ND, stored))
+    for rows in (1, 3, 8, 9, 16, 21):
+        found = decoded(quantized(w_ND[:rows], stored, OP_BY_OP._replace(block_weights=8 * 128)))
+        assert torch.equal(found, whole[:rows])
+
+
+@needs_compiler
+@pytest.mark.parametrize("stored", [INT8, INT4_128], ids=str)
+def test_compiled_loops_choose_what_ops_do(stored: Quantized) -> None:
+    """But for sums of another order where two scales are all but equally good."""
+    w_ND = random_matrix(9, rows=300)
+    ops, loops = (quantized(w_ND, stored, way) for way in (OP_BY_OP, COMPILED))
+    same_P = ops.scales_GN == loops.scales_GN
+    assert same_P.float().mean() > 0.98
+    assert torch.equal(ops.data_NB[same_P[0]], loops.data_NB[same_P[0]])
+
+
+def test_a_compiler_that_fails_is_done_without() -> None:
+    """Some have a compiler, and not what it takes."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("Python.h: no such file")
+
+    w_ND = random_matrix(4)
+    with pytest.warns(UserWarning, match=r"op by op, more slowly: compiling failed \(Python.h: no such file\)"):
+        found = quantized(w_ND, INT4, Way(fail, 1 << 20))
+    assert torch.equal(decoded(found), decoded(quantized(w_ND, INT4)))
 
 
 def test_rows_of_a_large_model_are_3_8_times_smaller() -> None:

@@ -1,0 +1,221 @@
+"""Floats made int8 or int4 codes, each scale the one of several that leaves the smallest squared error.
+
+A search is plain PyTorch on a block of places, run by compiled loops or op by op. A place is what shares a scale: X
+weights, in int8 a row, in int4 a group. P places, N rows of a matrix, D its inner dimension, G groups of D, B bytes of a
+place's codes, S spans.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from duoserve.errors import CopyError
+from duoserve.experts.layout import Quantized
+from duoserve.kernels.compiled_loops import CompiledLoops
+from duoserve.kernels.matmul import power_of_two
+from duoserve.kernels.streamed import laid_down
+from duoserve.kernels.weights import ExpertFormat
+from duoserve.kernels.weights import Matrix as Packed
+
+Loops = Callable[..., None]  # of a search and what it takes
+
+# How much of the range of its weights a scale spans: less of it cuts off the largest, and steps finer over the others.
+INT4_SPANS = tuple(1 - step / 32 for step in range(12))
+INT8_SPANS = tuple(1 - step / 64 for step in range(8))
+INT4_MOST, INT8_MOST = 15, 127
+
+
+def op_by_op(search: Callable[..., None], *parts: Tensor) -> None:
+    """On the calling thread, as long as blocks are small."""
+    search(*parts)
+
+
+class Way(NamedTuple):
+    """How searches run: a block has about ``block_weights``, and there are blocks of few shapes only."""
+
+    loops: Loops
+    block_weights: int
+
+    @classmethod
+    def compiled(cls) -> Way:
+        """By compiled loops: seconds for the first block of a shape. For where there is a C++ compiler."""
+        return cls(CompiledLoops(), 1 << 20)
+
+
+OP_BY_OP = Way(op_by_op, 1 << 15)  # what is between two ops stays in a core's cache, and PyTorch shares no op out
+
+
+class ScaleSearch:
+    """Quantizes matrices. Thread-safe."""
+
+    def __init__(self, stored: Quantized, way: Way = OP_BY_OP) -> None:
+        self._stored = stored
+        self._way = way
+
+    def fill(self, matrix: Packed, rows: slice, w_ND: Tensor) -> Tensor:
+        """Quantizes ``w_ND`` (contiguous) to ``rows`` of the one slot of ``matrix``.
+
+        The sums of squares of their errors and of the weights, float64 [2]. CopyError for weights that are no finite
+        numbers.
+        """
+        places = _Places.of(matrix, rows, w_ND, self._stored)
+        try:
+            places.search(self._way)
+        except RuntimeError as error:
+            if self._way is OP_BY_OP:
+                raise
+            warnings.warn(f"scales are searched for op by op, more slowly: compiling failed ({error})", stacklevel=2)
+            self._way = OP_BY_OP
+            places.search(self._way)
+        places.write_scales(matrix, rows)
+        return places.squares_2(relative=self._stored.format is ExpertFormat.INT8)
+
+
+class _Places(NamedTuple):
+    """Weights, and what a search makes of them; of each place also its largest weight, and sums of squares."""
+
+    w_PX: Tensor
+    data_PB: Tensor
+    scales_P: Tensor
+    zeros_P: Tensor
+    errors_P: Tensor
+    weights_P: Tensor
+    largest_P: Tensor
+
+    @classmethod
+    def of(cls, matrix: Packed, rows: slice, w_ND: Tensor, stored: Quantized) -> _Places:
+        w_PX = w_ND.view(-1, stored.group or w_ND.shape[1])
+        assert matrix.scales_SGN is not None
+        return cls(
+            w_PX,
+            matrix.data_SNB[0, rows].view(len(w_PX), -1),
+            torch.empty(len(w_PX), dtype=matrix.scales_SGN.dtype),
+            torch.empty(len(w_PX), dtype=torch.uint8),
+            *torch.empty(3, len(w_PX)).unbind(),
+        )
+
+    def search(self, way: Way) -> None:
+        """In blocks of one shape: the last reaches back over places that are done, and if all are fewer, is padded."""
+        places, size = self.w_PX.shape
+        block = power_of_two(max(1, way.block_weights // size))
+        search = _int8 if self.data_PB.dtype == torch.int8 else _int4
+        if places < block:
+            padded = [torch.cat([part, part.new_zeros(block - places, *part.shape[1:])]) for part in self]
+            way.loops(search, *padded)
+            for part, made in zip(self[1:], padded[1:], strict=True):
+                part.copy_(made[:places])
+            return
+        for start in (*range(0, places - block, block), places - block):
+            way.loops(search, *(part[start : start + block] for part in self))
+
+    def write_scales(self, matrix: Packed, rows: slice) -> None:
+        for parts, part_P in ((matrix.scales_SGN, self.scales_P), (matrix.zeros_SGN, self.zeros_P)):
+            if parts is not None:
+                parts[0, :, rows] = part_P.view(rows.stop - rows.start, -1).T
+
+    def squares_2(self, relative: bool) -> Tensor:
+        """As of ScaleSearch; ``relative``: the sums are of shares of the largest weight."""
+        if not self.largest_P.isfinite().all():
+            raise CopyError("not all weights are finite numbers")
+        squares_2P = torch.stack([self.errors_P, self.weights_P]).double()
+        return (squares_2P * self.largest_P.double().square() if relative else squares_2P).sum(1)
+
+
+def _int8(  # noqa: PLR0913, PLR0917
+    w_PX: Tensor,
+    data_PX: Tensor,
+    scales_P: Tensor,
+    _zeros_P: Tensor,
+    errors_P: Tensor,
+    weights_P: Tensor,
+    largest_P: Tensor,
+) -> None:
+    """Squares are those of shares of the largest weight, which float32 holds whatever the weights."""
+    sizes_PX = w_PX.float().abs()
+    most_P = laid_down(sizes_PX.amax(1))
+    largest_P.copy_(most_P)
+    scales_SP = [most_P * (span / INT8_MOST) for span in INT8_SPANS]
+    steps_SP = laid_down(torch.stack([_steps(scale_P) for scale_P in scales_SP]))
+    errors = [
+        _int8_error(sizes_PX, steps_P) * (span / INT8_MOST) ** 2
+        for span, steps_P in zip(INT8_SPANS, steps_SP, strict=True)
+    ]
+    error_P, scale_P, chosen_P = _least(errors, scales_SP, steps_SP)
+    whole_P = _squares(sizes_PX * steps_SP[0][:, None]) * INT8_MOST**-2
+    errors_P.copy_(error_P)
+    weights_P.copy_(whole_P)
+    scales_P.copy_(scale_P)
+    codes_PX = (w_PX.float() * laid_down(chosen_P)[:, None]).round()
+    data_PX.copy_(codes_PX.clamp(-INT8_MOST, INT8_MOST).to(torch.int8))
+
+
+def _int4(  # noqa: PLR0913, PLR0917
+    w_PX: Tensor,
+    data_PB: Tensor,
+    scales_P: Tensor,
+    zeros_P: Tensor,
+    errors_P: Tensor,
+    weights_P: Tensor,
+    largest_P: Tensor,
+) -> None:
+    """Scales are laid down as they will be stored, for a compiler leaves out what rounds numbers on their way."""
+    wide_PX, dtype = w_PX.float(), scales_P.dtype
+    low_P, high_P = laid_down(wide_PX.amin(1).clamp(max=0)), laid_down(wide_PX.amax(1).clamp(min=0))
+    largest_P.copy_(torch.maximum(high_P, -low_P))
+    spanned_SP = torch.stack([(high_P - low_P) * (span / INT4_MOST) for span in INT4_SPANS])
+    scales_SP = laid_down(spanned_SP.clamp(max=torch.finfo(dtype).max).to(dtype)).float()
+    steps_SP = laid_down(_steps(scales_SP))
+    lowest_SP = torch.stack([low_P * -span for span in INT4_SPANS]) * steps_SP
+    zeros_SP = laid_down(lowest_SP.round().clamp(0, INT4_MOST))
+    errors = [_int4_error(wide_PX, *place) for place in zip(steps_SP, zeros_SP, strict=True)]
+    squares_SP = [error_P * scale_P * scale_P for error_P, scale_P in zip(errors, scales_SP, strict=True)]
+    error_P, scale_P, steps_P, zero_P = _least(squares_SP, scales_SP, steps_SP, zeros_SP)
+    whole_P = _squares(wide_PX)
+    errors_P.copy_(torch.where(scale_P > 0, error_P, whole_P))
+    weights_P.copy_(whole_P)
+    scales_P.copy_(scale_P)
+    zeros_P.copy_(zero_P)
+    codes_PX = wide_PX * laid_down(steps_P)[:, None] + laid_down(zero_P)[:, None]
+    data_PB.copy_(_two_in_a_byte(codes_PX.round().clamp(0, INT4_MOST).to(torch.uint8)))
+
+
+def _int8_error(sizes_PX: Tensor, steps_P: Tensor) -> Tensor:
+    """[P], in squares of steps."""
+    codes_PX = sizes_PX * steps_P[:, None]
+    return _squares(codes_PX.sub_(codes_PX.round().clamp_(max=INT8_MOST)))
+
+
+def _int4_error(wide_PX: Tensor, steps_P: Tensor, zeros_P: Tensor) -> Tensor:
+    """[P], in squares of steps. By ``relu``, for a compiler takes several instructions to clamp, which heeds NaN."""
+    codes_PX = (wide_PX * steps_P[:, None]).add_(zeros_P[:, None])
+    return _squares(codes_PX - codes_PX.round().relu().clamp(max=INT4_MOST))
+
+
+def _steps(scales: Tensor) -> Tensor:
+    """Of a weight of 1. None for weights so small that float32 does not hold it: they become 0."""
+    return torch.where(scales >= torch.finfo(torch.float32).tiny, 1 / scales, 0)
+
+
+def _squares(x_PX: Tensor) -> Tensor:
+    return (x_PX * x_PX).sum(1)
+
+
+def _least(errors_SP: Iterable[Tensor], *of_spans: Iterable[Tensor]) -> list[Tensor]:
+    """The least error of each place, and what belongs to its span; the first of equals."""
+    best, *others = zip(errors_SP, *of_spans, strict=True)
+    found = list(best)
+    for other in others:
+        better_P = other[0] < found[0]
+        found = [torch.where(better_P, new_P, old_P) for new_P, old_P in zip(other, found, strict=True)]
+    return found
+
+
+def _two_in_a_byte(codes_PX: Tensor) -> Tensor:
+    """[P, X / 2]; an even element is in the low half."""
+    pairs_PB = laid_down(codes_PX.contiguous()).view(torch.int16)
+    return (pairs_PB | pairs_PB >> 4) & 255
