@@ -1,8 +1,8 @@
 """Floats made int8 or int4 codes, each scale the one of several that leaves the smallest squared error.
 
 A search is plain PyTorch on a block of places, run by compiled loops or op by op. A place is what shares a scale: X
-weights, in int8 a row, in int4 a group. P places, N rows of a matrix, D its inner dimension, G groups of D, B bytes of a
-place's codes, S spans.
+weights, in int8 a row, in int4 a group. P places, N rows of a matrix, D its inner dimension, G groups of D, B bytes of
+the codes of a place, S spans.
 """
 
 from __future__ import annotations
@@ -103,15 +103,20 @@ class _Places(NamedTuple):
         """In blocks of one shape: the last reaches back over places that are done, and if all are fewer, is padded."""
         places, size = self.w_PX.shape
         block = power_of_two(max(1, way.block_weights // size))
-        search = _int8 if self.data_PB.dtype == torch.int8 else _int4
         if places < block:
-            padded = [torch.cat([part, part.new_zeros(block - places, *part.shape[1:])]) for part in self]
-            way.loops(search, *padded)
+            padded = _Places(*(torch.cat([part, part.new_zeros(block - places, *part.shape[1:])]) for part in self))
+            padded._search_block(way.loops)
             for part, made in zip(self[1:], padded[1:], strict=True):
                 part.copy_(made[:places])
             return
         for start in (*range(0, places - block, block), places - block):
-            way.loops(search, *(part[start : start + block] for part in self))
+            _Places(*(part[start : start + block] for part in self))._search_block(way.loops)
+
+    def _search_block(self, loops: Loops) -> None:
+        if self.data_PB.dtype == torch.int8:
+            loops(_int8, *self)
+        else:
+            loops(_int4, *self, *_int4_scales(self.w_PX, self.scales_P.dtype))
 
     def write_scales(self, matrix: Packed, rows: slice) -> None:
         for parts, part_P in ((matrix.scales_SGN, self.scales_P), (matrix.zeros_SGN, self.zeros_P)):
@@ -154,6 +159,16 @@ def _int8(  # noqa: PLR0913, PLR0917
     data_PX.copy_(codes_PX.clamp(-INT8_MOST, INT8_MOST).to(torch.int8))
 
 
+def _int4_scales(w_PX: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The range of each place's weights, 0 included: [P] and [P]; and scales [S, P] as they will be stored.
+
+    Never compiled: a compiler leaves out what rounds a number on its way.
+    """
+    low_P, high_P = w_PX.amin(1).float().clamp_(max=0), w_PX.amax(1).float().clamp_(min=0)
+    spanned_SP = torch.stack([(high_P - low_P) * (span / INT4_MOST) for span in INT4_SPANS])
+    return low_P, high_P, spanned_SP.clamp_(max=torch.finfo(dtype).max).to(dtype)
+
+
 def _int4(  # noqa: PLR0913, PLR0917
     w_PX: Tensor,
     data_PB: Tensor,
@@ -162,13 +177,13 @@ def _int4(  # noqa: PLR0913, PLR0917
     errors_P: Tensor,
     weights_P: Tensor,
     largest_P: Tensor,
+    low_P: Tensor,
+    high_P: Tensor,
+    rounded_SP: Tensor,
 ) -> None:
-    """Scales are laid down as they will be stored, for a compiler leaves out what rounds numbers on their way."""
-    wide_PX, dtype = w_PX.float(), scales_P.dtype
-    low_P, high_P = laid_down(wide_PX.amin(1).clamp(max=0)), laid_down(wide_PX.amax(1).clamp(min=0))
+    """Of the last three as ``_int4_scales`` makes them."""
+    wide_PX, scales_SP = w_PX.float(), rounded_SP.float()
     largest_P.copy_(torch.maximum(high_P, -low_P))
-    spanned_SP = torch.stack([(high_P - low_P) * (span / INT4_MOST) for span in INT4_SPANS])
-    scales_SP = laid_down(spanned_SP.clamp(max=torch.finfo(dtype).max).to(dtype)).float()
     steps_SP = laid_down(_steps(scales_SP))
     lowest_SP = torch.stack([low_P * -span for span in INT4_SPANS]) * steps_SP
     zeros_SP = laid_down(lowest_SP.round().clamp(0, INT4_MOST))
