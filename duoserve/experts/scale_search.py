@@ -8,7 +8,8 @@ the codes of a place, S spans.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,8 @@ Loops = Callable[..., None]  # of a search and what it takes
 INT4_SPANS = tuple(1 - step / 32 for step in range(12))
 INT8_SPANS = tuple(1 - step / 64 for step in range(8))
 INT4_MOST, INT8_MOST = 15, 127
+INT4_SPANS_S1 = torch.tensor(INT4_SPANS)[:, None]
+INT8_SHARES_S1 = torch.tensor(INT8_SPANS)[:, None] / INT8_MOST
 
 
 def op_by_op(search: Callable[..., None], *parts: Tensor) -> None:
@@ -51,11 +54,16 @@ OP_BY_OP = Way(op_by_op, 1 << 15)  # what is between two ops stays in a core's c
 
 
 class ScaleSearch:
-    """Quantizes matrices. Thread-safe."""
+    """Quantizes matrices, one at a time, from any thread.
+
+    A thread of its own does it: for each thread that calls them PyTorch's loops keep a team, and a team that waits for
+    its next turn takes the cores from the one whose turn it is.
+    """
 
     def __init__(self, stored: Quantized, way: Way = OP_BY_OP) -> None:
         self._stored = stored
         self._way = way
+        self._thread = ThreadPoolExecutor(1)
 
     def fill(self, matrix: Packed, rows: slice, w_ND: Tensor) -> Tensor:
         """Quantizes ``w_ND`` (contiguous) to ``rows`` of the one slot of ``matrix``.
@@ -64,6 +72,11 @@ class ScaleSearch:
         numbers.
         """
         places = _Places.of(matrix, rows, w_ND, self._stored)
+        self._thread.submit(self._search, places).result()
+        places.write_scales(matrix, rows)
+        return places.squares_2(relative=self._stored.format is ExpertFormat.INT8)
+
+    def _search(self, places: _Places) -> None:
         try:
             places.search(self._way)
         except RuntimeError as error:
@@ -72,8 +85,6 @@ class ScaleSearch:
             warnings.warn(f"scales are searched for op by op, more slowly: compiling failed ({error})", stacklevel=2)
             self._way = OP_BY_OP
             places.search(self._way)
-        places.write_scales(matrix, rows)
-        return places.squares_2(relative=self._stored.format is ExpertFormat.INT8)
 
 
 class _Places(NamedTuple):
@@ -116,7 +127,7 @@ class _Places(NamedTuple):
         if self.data_PB.dtype == torch.int8:
             loops(_int8, *self)
         else:
-            loops(_int4, *self, *_int4_scales(self.w_PX, self.scales_P.dtype))
+            loops(_int4, *self, *_int4_scales(loops, self.w_PX, self.scales_P.dtype))
 
     def write_scales(self, matrix: Packed, rows: slice) -> None:
         for parts, part_P in ((matrix.scales_SGN, self.scales_P), (matrix.zeros_SGN, self.zeros_P)):
@@ -144,13 +155,10 @@ def _int8(  # noqa: PLR0913, PLR0917
     sizes_PX = w_PX.float().abs()
     most_P = laid_down(sizes_PX.amax(1))
     largest_P.copy_(most_P)
-    scales_SP = [most_P * (span / INT8_MOST) for span in INT8_SPANS]
-    steps_SP = laid_down(torch.stack([_steps(scale_P) for scale_P in scales_SP]))
-    errors = [
-        _int8_error(sizes_PX, steps_P) * (span / INT8_MOST) ** 2
-        for span, steps_P in zip(INT8_SPANS, steps_SP, strict=True)
-    ]
-    error_P, scale_P, chosen_P = _least(errors, scales_SP, steps_SP)
+    scales_SP = laid_down(most_P * INT8_SHARES_S1)
+    steps_SP = laid_down(_steps(scales_SP))
+    errors_SP = torch.stack([_int8_error(sizes_PX, steps_P) for steps_P in steps_SP]) * INT8_SHARES_S1.square()
+    error_P, scale_P, chosen_P = _least(errors_SP, scales_SP, steps_SP)
     whole_P = _squares(sizes_PX * steps_SP[0][:, None]) * INT8_MOST**-2
     errors_P.copy_(error_P)
     weights_P.copy_(whole_P)
@@ -159,14 +167,21 @@ def _int8(  # noqa: PLR0913, PLR0917
     data_PX.copy_(codes_PX.clamp(-INT8_MOST, INT8_MOST).to(torch.int8))
 
 
-def _int4_scales(w_PX: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _int4_scales(loops: Loops, w_PX: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The range of each place's weights, 0 included: [P] and [P]; and scales [S, P] as they will be stored.
 
-    Never compiled: a compiler leaves out what rounds a number on its way.
+    These are not compiled: a compiler leaves out what rounds a number on its way.
     """
-    low_P, high_P = w_PX.amin(1).float().clamp_(max=0), w_PX.amax(1).float().clamp_(min=0)
-    spanned_SP = torch.stack([(high_P - low_P) * (span / INT4_MOST) for span in INT4_SPANS])
+    low_P, high_P = torch.empty(2, len(w_PX)).unbind()
+    loops(_int4_range, w_PX, low_P, high_P)
+    spanned_SP = (high_P - low_P) * (INT4_SPANS_S1 / INT4_MOST)
     return low_P, high_P, spanned_SP.clamp_(max=torch.finfo(dtype).max).to(dtype)
+
+
+def _int4_range(w_PX: Tensor, low_P: Tensor, high_P: Tensor) -> None:
+    wide_PX = w_PX.float()
+    low_P.copy_(wide_PX.amin(1).clamp(max=0))
+    high_P.copy_(wide_PX.amax(1).clamp(min=0))
 
 
 def _int4(  # noqa: PLR0913, PLR0917
@@ -185,11 +200,10 @@ def _int4(  # noqa: PLR0913, PLR0917
     wide_PX, scales_SP = w_PX.float(), rounded_SP.float()
     largest_P.copy_(torch.maximum(high_P, -low_P))
     steps_SP = laid_down(_steps(scales_SP))
-    lowest_SP = torch.stack([low_P * -span for span in INT4_SPANS]) * steps_SP
-    zeros_SP = laid_down(lowest_SP.round().clamp(0, INT4_MOST))
+    zeros_SP = laid_down((low_P * -INT4_SPANS_S1 * steps_SP).round().clamp(0, INT4_MOST))
     errors = [_int4_error(wide_PX, *place) for place in zip(steps_SP, zeros_SP, strict=True)]
-    squares_SP = [error_P * scale_P * scale_P for error_P, scale_P in zip(errors, scales_SP, strict=True)]
-    error_P, scale_P, steps_P, zero_P = _least(squares_SP, scales_SP, steps_SP, zeros_SP)
+    errors_SP = torch.stack(errors) * scales_SP * scales_SP
+    error_P, scale_P, steps_P, zero_P = _least(errors_SP, scales_SP, steps_SP, zeros_SP)
     whole_P = _squares(wide_PX)
     errors_P.copy_(torch.where(scale_P > 0, error_P, whole_P))
     weights_P.copy_(whole_P)
@@ -220,14 +234,10 @@ def _squares(x_PX: Tensor) -> Tensor:
     return (x_PX * x_PX).sum(1)
 
 
-def _least(errors_SP: Iterable[Tensor], *of_spans: Iterable[Tensor]) -> list[Tensor]:
-    """The least error of each place, and what belongs to its span; the first of equals."""
-    best, *others = zip(errors_SP, *of_spans, strict=True)
-    found = list(best)
-    for other in others:
-        better_P = other[0] < found[0]
-        found = [torch.where(better_P, new_P, old_P) for new_P, old_P in zip(other, found, strict=True)]
-    return found
+def _least(errors_SP: Tensor, *others_SP: Tensor) -> list[Tensor]:
+    """[P]: the least error of each place, and what belongs to its span."""
+    best_1P = laid_down(errors_SP).argmin(0, keepdim=True)
+    return [of_SP.gather(0, best_1P)[0] for of_SP in (errors_SP, *others_SP)]
 
 
 def _two_in_a_byte(codes_PX: Tensor) -> Tensor:
