@@ -28,6 +28,7 @@ from duoserve.kernels.weights import Matrix as Packed
 # Weights that are made BF12 at a time, in NumPy's loops, which stay on their thread: so many that two threads of Python
 # share them, and so few that what is made of them stays in a core's cache.
 BLOCK = 1 << 17
+BF12_AT_A_TIME = 2  # experts: more threads would mostly wait for each other's turn in Python
 
 
 class QuantizingStore(ExpertStore):
@@ -41,6 +42,8 @@ class QuantizingStore(ExpertStore):
         self.layout = ExpertLayout(stored, source.layout.hidden, source.layout.intermediate)
         self._source = source
         self._search = None if stored.format is ExpertFormat.BF12 else ScaleSearch(stored, way)
+        # A search takes all cores, so that who reads beside it would stop it at every one of its barriers.
+        self._turns = threading.Semaphore(BF12_AT_A_TIME if self._search is None else 1)
         self._lock = threading.Lock()
         self._squares_2 = torch.zeros(2, dtype=torch.float64)
 
@@ -55,12 +58,13 @@ class QuantizingStore(ExpertStore):
         """As in ExpertStore."""
         weights, squares_2 = self.layout.weights(row_B[None]), torch.zeros(2, dtype=torch.float64)
         fill = (self._search or _Bf12()).fill
-        for w_ND, first, name in self._floats(expert):
-            matrix = weights.w2 if name == "down" else weights.w13
-            try:
-                squares_2 += fill(matrix, slice(first, first + len(w_ND)), w_ND)
-            except CopyError as error:
-                raise CopyError(f"expert {expert.expert} of layer {expert.layer}: {error}") from error
+        with self._turns:
+            for w_ND, first, name in self._floats(expert):
+                matrix = weights.w2 if name == "down" else weights.w13
+                try:
+                    squares_2 += fill(matrix, slice(first, first + len(w_ND)), w_ND)
+                except CopyError as error:
+                    raise CopyError(f"expert {expert.expert} of layer {expert.layer}: {error}") from error
         for start, stop in self.layout.gaps:
             row_B[start:stop].zero_()
         with self._lock:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -54,16 +53,11 @@ OP_BY_OP = Way(op_by_op, 1 << 15)  # what is between two ops stays in a core's c
 
 
 class ScaleSearch:
-    """Quantizes matrices, one at a time, from any thread.
-
-    A thread of its own does it: for each thread that calls them PyTorch's loops keep a team, and a team that waits for
-    its next turn takes the cores from the one whose turn it is.
-    """
+    """Quantizes matrices, from any thread."""
 
     def __init__(self, stored: Quantized, way: Way = OP_BY_OP) -> None:
         self._stored = stored
         self._way = way
-        self._thread = ThreadPoolExecutor(1)
 
     def fill(self, matrix: Packed, rows: slice, w_ND: Tensor) -> Tensor:
         """Quantizes ``w_ND`` (contiguous) to ``rows`` of the one slot of ``matrix``.
@@ -72,7 +66,7 @@ class ScaleSearch:
         numbers.
         """
         places = _Places.of(matrix, rows, w_ND, self._stored)
-        self._thread.submit(self._search, places).result()
+        self._search(places)
         places.write_scales(matrix, rows)
         return places.squares_2(relative=self._stored.format is ExpertFormat.INT8)
 
@@ -82,7 +76,8 @@ class ScaleSearch:
         except RuntimeError as error:
             if self._way is OP_BY_OP:
                 raise
-            warnings.warn(f"scales are searched for op by op, more slowly: compiling failed ({error})", stacklevel=2)
+            cause = str(error).partition("\n")[0]
+            warnings.warn(f"scales are searched for op by op, more slowly: compiling failed ({cause})", stacklevel=2)
             self._way = OP_BY_OP
             places.search(self._way)
 

@@ -196,7 +196,7 @@ def test_a_compiler_that_fails_is_done_without() -> None:
     """Some have a compiler, and not what it takes."""
 
     def fail(*_: object) -> None:
-        raise RuntimeError("Python.h: no such file")
+        raise RuntimeError("Python.h: no such file\nand much more")
 
     w_ND = random_matrix(4)
     with pytest.warns(UserWarning, match=r"op by op, more slowly: compiling failed \(Python.h: no such file\)"):
