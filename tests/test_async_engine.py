@@ -107,22 +107,6 @@ def test_streams_give_what_generate_gives(load: Open) -> None:
     go(main())
 
 
-def test_answers_that_might_fill_the_context_are_written_side_by_side(load: Open) -> None:
-    """As of chats that name no max_tokens."""
-
-    async def main() -> None:
-        async with serving(load(max_context=512), answer_room=32) as service:
-            streams = [await service.submit(PROMPT, params(512 - len(PROMPT))) for _ in range(2)]
-            for stream in streams:
-                await anext(stream)
-            assert service.figures().running == 2
-            whole = await asyncio.gather(*map(read, streams))
-            assert [stream.output_tokens for stream in streams] == [512 - len(PROMPT)] * 2
-            assert ids(whole[0])[-300:] == ids(whole[1])[-300:]
-
-    go(main())
-
-
 def test_a_stop_string_ends_the_stream_before_it(load: Open) -> None:
     async def main() -> None:
         async with serving(load(BARD, expert_slots=12)) as service:

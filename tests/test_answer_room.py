@@ -1,0 +1,127 @@
+"""Answers are lent the KV cache as they grow: more run at once, and who makes way goes on with the same bits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from duoserve import MoEModel
+from duoserve.engine import Engine
+from duoserve.errors import ConfigError
+from duoserve.request import Request
+from duoserve.service import ServiceSettings
+from tests.assembly import assembled
+from tests.checkpoints import save_mixtral
+from tests.test_async_engine import go, ids, params, read, serving
+from tests.test_engine_steps import OTHER, PROMPT, RUNNING, asked, run, virtual_copies
+
+
+@pytest.fixture(scope="module")
+def float_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_mixtral(tmp_path_factory.mktemp("float"))
+
+
+class SentBack:
+    """How often an engine has taken a request's room for others, and how many ran at once."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.engine, self.times, self.together = engine, 0, 0
+        send_back, decode = engine._send_back, engine._passes.decode
+
+        def counted(request: Request) -> None:
+            self.times += 1
+            send_back(request)
+
+        def watched(requests: Sequence[Request]) -> Tensor:
+            self.together = max(self.together, len(requests))
+            return decode(requests)
+
+        monkeypatch.setattr(engine, "_send_back", counted)
+        monkeypatch.setattr(engine._passes, "decode", watched)
+
+
+@pytest.mark.parametrize("scheduler", ["slo", "fcfs"])
+def test_answers_grow_together_and_make_way_when_no_room_is_left(
+    float_folder: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four pages each may come to need three or four. Promised all of it, they would run one behind the other."""
+    lengths = (150, 120, 200, 10)
+    prompts = [PROMPT, OTHER, RUNNING, PROMPT[:3]]
+    with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
+        alone = [[t for _, t in engine.generate([asked(p, n)])] for p, n in zip(prompts, lengths, strict=True)]
+        engine.share_out(ServiceSettings(answer_room=8, scheduler=scheduler))  # type: ignore[arg-type]
+        seen = SentBack(engine, monkeypatch)
+        requests = [asked(p, n) for p, n in zip(prompts, lengths, strict=True)]
+        for request in requests:
+            engine.add(request)
+        assert run(engine, requests) == alone
+        assert seen.together == 4 and seen.times >= 2
+        assert engine.kv_usage == 0 and [request.finish_reason for request in requests] == ["length"] * 4
+
+
+def test_one_that_was_sent_back_can_be_aborted_and_the_others_go_on(
+    float_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
+        alone = [token for _, token in engine.generate([asked(PROMPT, 200)])]
+        engine.share_out(ServiceSettings(answer_room=8))
+        seen = SentBack(engine, monkeypatch)
+        goes_on, sent = asked(PROMPT, 200), asked(OTHER, 200)
+        for request in (goes_on, sent):
+            engine.add(request)
+        while not seen.times:
+            engine.step()
+        assert sent.output_ids and engine.waiting == 1
+        engine.abort(sent)
+        engine.check_integrity()
+        assert run(engine, [goes_on]) == [alone]
+        assert engine.kv_usage == 0
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 150)), min_size=2, max_size=5),
+    answer_room=st.sampled_from([1, 7, 64]),
+    gaps=st.lists(st.integers(0, 30), min_size=5, max_size=5),
+)
+@settings(max_examples=6, deadline=None)
+def test_whoever_comes_gets_all_that_was_asked_for(
+    float_folder: Path, lengths: list[tuple[int, int]], answer_room: int, gaps: list[int]
+) -> None:
+    with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
+        engine.share_out(ServiceSettings(answer_room=answer_room))
+        requests = [asked((PROMPT * 2)[:prompt], answer) for prompt, answer in lengths]
+        for request, gap in zip(requests, gaps, strict=False):
+            engine.add(request)
+            for _ in range(gap):
+                engine.step()
+        run(engine, requests)
+        assert [len(request.output_ids) for request in requests] == [answer for _, answer in lengths]
+        assert engine.kv_usage == 0
+
+
+def test_answers_that_might_fill_the_context_are_written_side_by_side(float_folder: Path, tmp_path: Path) -> None:
+    """As of chats that name no max_tokens."""
+    model = MoEModel.from_pretrained(float_folder, expert_slots=9, policy="lru", cache_dir=tmp_path, max_context=512)
+
+    async def main() -> None:
+        async with serving(model, answer_room=32) as service:
+            streams = [await service.submit(PROMPT, params(512 - len(PROMPT))) for _ in range(2)]
+            for stream in streams:
+                await anext(stream)
+            assert service.figures().running == 2
+            whole = await asyncio.gather(*map(read, streams))
+            assert [stream.output_tokens for stream in streams] == [512 - len(PROMPT)] * 2
+            assert ids(whole[0])[-300:] == ids(whole[1])[-300:]
+
+    go(main())
+
+
+def test_room_for_no_token_is_refused() -> None:
+    with pytest.raises(ConfigError, match="answer_room=0, but an answer has at least 1 token"):
+        ServiceSettings(answer_room=0)
