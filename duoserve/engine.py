@@ -244,12 +244,13 @@ class Engine:
         return produced
 
     def _with_room(self) -> list[Request]:
-        """Those that run, each with room for its next token. Where that lacks, the last to start make way."""
+        """Those that run, each with room for its next token at least. Where that lacks, the last to start make way."""
         for request in list(self._running):
-            while request in self._running and self._room(request) > request.kv.room + self._cache.free_tokens:
+            needed = len(request.prompt_ids) + len(request.output_ids)
+            while request in self._running and needed > (most := request.kv.room + self._cache.free_tokens):
                 self._send_back(self._running[-1])
             if request in self._running:
-                self._cache.reserve(request.kv, self._room(request))
+                self._cache.reserve(request.kv, min(self._room(request), most))
         return list(self._running)
 
     def _send_back(self, request: Request) -> None:
