@@ -146,7 +146,7 @@ def find_least_misses(run: Run) -> dict[str, dict[str, int]]:
             decode_mode="compiled",
             **run.duoserve_options("resident", shape.num_experts),
         )
-    slots = {policy.name: policy.options["expert_slots"] for policy in our_policies(run) if run.has(policy)}
+    slots = {policy.name: policy.options["expert_slots"] for policy in our_policies(run)}
     return {name: least_misses(routing, count, shape.experts) for name, count in slots.items()}
 
 
@@ -155,7 +155,7 @@ def measure(run: Run, scratch_bytes: int) -> dict[str, Any]:
     busy_before = foreign_cpu(1.0)
     resident, disk = resident_contestants(run), disk_contestants(run)
     if "duoserve" in run.engines:
-        prepare(run, [policy for policy in our_policies(run) if run.has(policy)])
+        prepare(run, our_policies(run))
     rounds = measure_rounds(run, [*resident, *disk])
     return {
         "rounds": {

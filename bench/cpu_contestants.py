@@ -117,7 +117,10 @@ def resident_contestants(run: Run) -> list[Contestant]:
 
 
 def our_policies(run: Run) -> list[Contestant]:
-    """From disk as its users have it, once ``run.predictor`` is there; one thread reads: it has the disk's rate."""
+    """Those that take part: from disk as users have it, once ``run.predictor`` is there.
+
+    One thread reads: it has the disk's rate.
+    """
     shape = run.shape
     in_equal_memory = shape.quarter * shape.slot_bytes // shape.bf12_slot_bytes
     told = {"predictor": str(run.predictor), "decode_mode": "compiled", "copy_threads": 1}
@@ -126,11 +129,12 @@ def our_policies(run: Run) -> list[Contestant]:
         options = run.duoserve_options("duoserve", slots) | told | {"quantize": quantize}
         return Contestant(name, "duoserve", options, cold=True, capped=True)
 
-    return [
+    policies = [
         ours(cpu_rows.OURS_POLICY, shape.quarter, None),
         ours(cpu_rows.BF12_POLICY, shape.quarter, "bf12"),
         ours(cpu_rows.BF12_EQUAL, in_equal_memory, "bf12"),
     ]
+    return [policy for policy in policies if run.has(policy)]
 
 
 def disk_contestants(run: Run) -> list[Contestant]:

@@ -22,7 +22,7 @@ PEER_DISK_EQUAL = "accelerate cold, a quarter in RAM"
 LLAMA, LLAMA_Q8, LLAMA_DISK = "llama.cpp bf16", "llama.cpp q8_0", "llama.cpp bf16, mapped"
 LLAMAS = (LLAMA, LLAMA_Q8, LLAMA_DISK)
 REFERENCE = "transformers float32"
-# What a quick run leaves out, for it checks the bench: each is set up as another but for a number.
+# What a quick run leaves out, for it checks the bench: each is set up as another but for a number or a name.
 QUICK_WITHOUT = frozenset(
     {OURS_QUANTIZED["int4"], BF12_EQUAL, PEERS[1], PEER_DISK_EQUAL, PEER_DISK_WARM, "duoserve layer-prefetch"}
 )

@@ -254,7 +254,7 @@ class Engine:
         return list(self._running)
 
     def _send_back(self, request: Request) -> None:
-        """It waits for room again, and then computes the tokens that it has once more: so none has other bits."""
+        """It waits for room again, and then decodes the tokens that it has again: a longer prompt has other bits."""
         self._running.remove(request)
         self._cache.release(request.kv)
         self._waiting.append(request)

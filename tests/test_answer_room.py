@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -46,6 +47,17 @@ class SentBack:
         monkeypatch.setattr(engine._passes, "decode", watched)
 
 
+def logprobs(engine: Engine, requests: Sequence[Request]) -> list[list[object]]:
+    """Of every token of each request."""
+    found: dict[Request, list[object]] = {request: [] for request in requests}
+    for request in requests:
+        engine.add(request)
+    while not engine.idle:
+        for produced in engine.step():
+            found[produced.request].append(produced.logprobs)
+    return list(found.values())
+
+
 @pytest.mark.parametrize("scheduler", ["slo", "fcfs"])
 def test_answers_grow_together_and_make_way_when_no_room_is_left(
     float_folder: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
@@ -63,6 +75,21 @@ def test_answers_grow_together_and_make_way_when_no_room_is_left(
         assert run(engine, requests) == alone
         assert seen.together == 4 and seen.times >= 2
         assert engine.kv_usage == 0 and [request.finish_reason for request in requests] == ["length"] * 4
+
+
+def test_who_comes_back_has_the_bits_that_it_has_alone_where_batches_keep_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_mixtral(tmp_path / "model", dtype=torch.bfloat16)
+    how = {"expert_slots": 9, "policy": "lru", "cache_dir": tmp_path / "packs", "max_context": 256}
+    with MoEModel.from_pretrained(folder, invariant=True, **how) as model:
+        engine = model._runtime.engine
+        alone = [logprobs(engine, [asked(prompt, 150, num_logprobs=5)]) for prompt in (PROMPT, OTHER)]
+        engine.share_out(ServiceSettings(answer_room=8))
+        seen = SentBack(engine, monkeypatch)
+        together = logprobs(engine, [asked(prompt, 150, num_logprobs=5) for prompt in (PROMPT, OTHER)])
+    assert seen.times and seen.together == 2
+    assert together == [one for single in alone for one in single]
 
 
 def test_one_that_was_sent_back_can_be_aborted_and_the_others_go_on(

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from duoserve.errors import CopyError
 from duoserve.experts.formats.bf12 import encode
-from duoserve.experts.formats.codes import Codes, RowsAsTheyAre, TensorRows
 from duoserve.experts.formats.scratch import Scratch
 from duoserve.experts.layout import ExpertId, ExpertLayout, Quantized
 from duoserve.experts.packing import ExpertReader
@@ -102,22 +101,3 @@ class _Bf12:
             np.copyto(matrix.data_SNB[0, here].numpy(), data_NB)
             matrix.scales_SGN[0, 0, here] = torch.from_numpy(scales_N)
         return torch.zeros(2, dtype=torch.float64)
-
-
-def quantized(w_ND: Tensor, stored: Quantized, way: Way = OP_BY_OP) -> Codes:
-    """A matrix of floats as INT8 or INT4 codes, with the scales that leave the least squared error."""
-    num_rows, inner = w_ND.shape
-    group, is_int4 = stored.group or inner, stored.format is ExpertFormat.INT4
-    matrix = Packed(
-        torch.empty(1, num_rows, inner // 2 if is_int4 else inner, dtype=torch.uint8 if is_int4 else torch.int8),
-        torch.empty(1, inner // group, num_rows, dtype=stored.scale_dtype if is_int4 else torch.float32),
-        torch.empty(1, inner // group, num_rows, dtype=torch.uint8) if is_int4 else None,
-        inner,
-        stored.format,
-        group,
-        interleaved=False,
-    )
-    ScaleSearch(stored, way).fill(matrix, slice(0, num_rows), w_ND)
-    assert matrix.scales_SGN is not None
-    zeros_GN = None if matrix.zeros_SGN is None else matrix.zeros_SGN[0]
-    return Codes(stored.format, group, RowsAsTheyAre(TensorRows(matrix.data_SNB[0])), matrix.scales_SGN[0], zeros_GN)

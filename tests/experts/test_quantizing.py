@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from duoserve.errors import CopyError
-from duoserve.experts.formats.codes import Codes
+from duoserve.experts.formats.codes import Codes, RowsAsTheyAre, TensorRows
 from duoserve.experts.layout import ExpertId, ExpertLayout, Quantized
 from duoserve.experts.pieces import RowPart, float_parts
-from duoserve.experts.quantizing import QuantizingStore, quantized
+from duoserve.experts.quantizing import QuantizingStore
 from duoserve.experts.rows import aligned_rows
-from duoserve.experts.scale_search import INT4_SPANS, INT8_SPANS, OP_BY_OP, Way
+from duoserve.experts.scale_search import INT4_SPANS, INT8_SPANS, OP_BY_OP, ScaleSearch, Way
 from duoserve.kernels.compiled_loops import CompiledLoops
 from duoserve.kernels.reference_dequant import dense
-from duoserve.kernels.weights import ExpertFormat
+from duoserve.kernels.weights import ExpertFormat, Matrix
 from tests.compiled_case import needs_compiler
 from tests.fakes import ArrayStore
 
@@ -30,6 +30,24 @@ WAYS = [
     *(pytest.param(kind, OP_BY_OP, id=str(kind)) for kind in KINDS),
     *(pytest.param(kind, COMPILED, id=f"{kind}-compiled", marks=needs_compiler) for kind in (INT8, INT4_128)),
 ]
+
+
+def quantized(w_ND: Tensor, stored: Quantized, way: Way = OP_BY_OP) -> Codes:
+    num_rows, inner = w_ND.shape
+    group, is_int4 = stored.group or inner, stored.format is ExpertFormat.INT4
+    matrix = Matrix(
+        torch.empty(1, num_rows, inner // 2 if is_int4 else inner, dtype=torch.uint8 if is_int4 else torch.int8),
+        torch.empty(1, inner // group, num_rows, dtype=stored.scale_dtype if is_int4 else torch.float32),
+        torch.empty(1, inner // group, num_rows, dtype=torch.uint8) if is_int4 else None,
+        inner,
+        stored.format,
+        group,
+        interleaved=False,
+    )
+    ScaleSearch(stored, way).fill(matrix, slice(0, num_rows), w_ND)
+    assert matrix.scales_SGN is not None
+    zeros_GN = None if matrix.zeros_SGN is None else matrix.zeros_SGN[0]
+    return Codes(stored.format, group, RowsAsTheyAre(TensorRows(matrix.data_SNB[0])), matrix.scales_SGN[0], zeros_GN)
 
 
 def decoded(codes: Codes) -> Tensor:
