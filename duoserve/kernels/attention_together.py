@@ -1,7 +1,7 @@
 """Decode attention of a few short sequences in one call on a CPU, where a call costs as much as a sequence's work.
 
-B sequences, H query heads, G KV heads, D head dimension, P pages, S tokens a page, M pages a sequence may have, C
-tokens of the longest context.
+B sequences, H query heads, G KV heads, J = H / G queries of one, D head dimension, P pages, S tokens a page, M pages a
+sequence may have, C tokens of the longest context.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ def decode_attention_together(
     seen = slice(len(lengths))
     rows_BC, seen_BC = _rows(page_table_BM[seen], lengths_B[seen], longest, k_pages_PSGD.shape[1])
     dtype = q_BHD.dtype if has_native_matmul(q_BHD.dtype) else torch.float32
-    attended_BH1D = F.scaled_dot_product_attention(
-        q_BHD[seen, :, None].to(dtype),
+    attended_BGJD = F.scaled_dot_product_attention(
+        q_BHD[seen].to(dtype).unflatten(1, (k_pages_PSGD.shape[2], -1)),
         _heads(k_pages_PSGD, rows_BC).to(dtype),
         _heads(v_pages_PSGD, rows_BC).to(dtype),
         attn_mask=seen_BC[:, None, None],
         scale=scale,
-        enable_gqa=q_BHD.shape[1] != k_pages_PSGD.shape[2],
     )
     out_BHD = q_BHD.new_zeros(*q_BHD.shape[:2], v_pages_PSGD.shape[-1])
-    out_BHD[seen] = attended_BH1D[:, :, 0]
+    out_BHD[seen] = attended_BGJD.flatten(1, 2)
     return out_BHD
 
 
 def _rows(page_table_BM: Tensor, lengths_B: Tensor, longest: int, page_tokens: int) -> tuple[Tensor, Tensor]:
     """The cache rows of each sequence's tokens, and which places have one; others repeat a sequence's first row."""
-    at_C = torch.arange(longest)
-    rows_BC = page_table_BM.long()[:, at_C // page_tokens] * page_tokens + at_C % page_tokens
-    seen_BC = at_C < lengths_B[:, None]
+    starts_BM1 = (page_table_BM[:, : -(-longest // page_tokens)].long() * page_tokens)[:, :, None]
+    rows_BC = (starts_BM1 + torch.arange(page_tokens)).flatten(1)[:, :longest]
+    seen_BC = torch.arange(longest) < lengths_B[:, None]
     return torch.where(seen_BC, rows_BC, rows_BC[:, :1]), seen_BC
 
 
 def _heads(pages_PSGD: Tensor, rows_BC: Tensor) -> Tensor:
-    """Keys or values as attention takes them: [B, G, C, D]."""
-    return pages_PSGD.flatten(0, 1)[rows_BC].transpose(1, 2)
+    """Keys or values as attention takes them: [B, G, C, D]. Selecting takes a third of the time of an index."""
+    heads_BCGD: Tensor = pages_PSGD.flatten(0, 1).index_select(0, rows_BC.flatten()).unflatten(0, rows_BC.shape)
+    return heads_BCGD.transpose(1, 2)
