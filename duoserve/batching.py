@@ -25,12 +25,21 @@ PLANNED = 0.95
 
 
 class Asked(NamedTuple):
-    """A request that waits: its prompt's tokens, and the ``room`` in the KV cache that it will be given."""
+    """A request that waits: its prompt's tokens, and the ``room`` in the KV cache that it will be given.
+
+    ``sent_back``: it had run before, until its room was taken from it.
+    """
 
     arrived: float
     num_prompt: int
     room: int
     objectives: Objectives = Objectives()
+    sent_back: float | None = None
+
+    @property
+    def patient_until(self) -> float:
+        """When it is to be started before any other."""
+        return PATIENCE_S + (self.arrived if self.sent_back is None else self.sent_back)
 
 
 class Going(NamedTuple):
@@ -60,7 +69,7 @@ class Coming(NamedTuple):
 
 
 class Load(NamedTuple):
-    """All that a choice depends on. ``free`` is the room in the KV cache that nobody has."""
+    """All that a choice depends on. ``free`` is the room in the KV cache for those that wait."""
 
     now: float
     waiting: Sequence[Asked]
@@ -105,16 +114,21 @@ class Batching:
     def order(self, load: Load) -> list[int]:
         """The places of the waiting, the one that should start first in front: the first come, or the least slack.
 
-        By slack, those that are too late for their first token make way, but for one whose patience has ended.
+        By slack, those that are too late for their first token make way. Before all goes the one that has waited
+        longest, once its patience has ended.
         """
         places = sorted(range(len(load.waiting)), key=lambda place: load.waiting[place].arrived)
-        if self._fcfs:
+        if self._fcfs or not places:
             return places
         late = [place for place in places if self._late(load.waiting[place], load.now)]
         hopeful = sorted(set(places) - set(late))
         hopeful.sort(key=lambda place: self._start_by(load.waiting[place], load.now))
-        impatient = late[:1] if late and load.waiting[late[0]].arrived + PATIENCE_S <= load.now else []
-        return impatient + hopeful + late[len(impatient) :]
+        ordered = hopeful + late
+        longest = min(places, key=lambda place: load.waiting[place].patient_until)
+        if load.waiting[longest].patient_until <= load.now:
+            ordered.remove(longest)
+            ordered.insert(0, longest)
+        return ordered
 
     def layers(self, load: Load, decoded: bool) -> int:
         """How many layers of the prefill that is under way to compute now; 0: a decode step comes first.
@@ -176,7 +190,7 @@ class Batching:
     def _start_by(self, asked: Asked, now: float) -> float:
         """When it must start to be in time; without hope of that, when patience ends."""
         in_time = self._deadline(asked, now) - self._prefill_s(asked.num_prompt)
-        return min(in_time, asked.arrived + PATIENCE_S)
+        return min(in_time, asked.patient_until)
 
     def _may_join(self, chosen: Sequence[Asked], asked: Asked, load: Load) -> bool:
         """Whether a batch of one more keeps every objective for later tokens that a smaller one keeps."""

@@ -16,7 +16,7 @@ from duoserve.batching import Asked, Batching, Coming, Going, Load
 from duoserve.config import ModelConfig
 from duoserve.cost import Costs
 from duoserve.errors import CopyError, DuoServeError, IntegrityError, OverloadedError, RequestError
-from duoserve.kv_cache import PagedKVCache, SequenceKV
+from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache, SequenceKV
 from duoserve.metrics import Meter
 from duoserve.passes import Passes, Prefill
 from duoserve.request import Produced, Request
@@ -90,11 +90,13 @@ class Engine:
         self.check(request.prompt_ids, request.params.max_tokens)
         if request.arrived is None:
             request.arrived = self._clock()
-        settings = self._batching.settings
-        if len(self._waiting) >= settings.max_waiting:
+        settings, num_new = self._batching.settings, sum(one.admitted is None for one in self._waiting)
+        if num_new >= settings.max_waiting + max(0, settings.max_batch - self.running):
             wait_s = self._batching.first_token_s(self._asked(request), self._load())
             raise OverloadedError(
-                f"{len(self._waiting)} requests wait already, which is max_waiting: try again later", max(0.1, wait_s)
+                f"{num_new} requests wait already, {self.running} run, and max_waiting={settings.max_waiting} beyond "
+                f"max_batch={settings.max_batch} may wait: try again later",
+                max(0.1, wait_s),
             )
         if settings.admission == "strict":
             refusal = self._batching.refusal(self._asked(request), self._load())
@@ -123,12 +125,13 @@ class Engine:
     def step(self) -> list[Produced]:
         """One unit of work, and what it came to; nothing where there is nothing to do.
 
+        Between two prefills there is a decode step: whatever keeps coming, those who run come to their end.
         A copy that fails ends the requests of its pass, non-finite logits the one that they are of. Any other error
         is raised, and leaves the engine for nothing but ``abort``.
         """
         for request in [one for one in self._running if one.finish_reason]:
             self._release(request)
-        if self._prefill is None and self._waiting:
+        if self._prefill is None and self._waiting and (self._decoded or not self._running):
             started = self._start()
             if started:
                 return started
@@ -203,7 +206,7 @@ class Engine:
         chosen = [self._waiting[place] for place in self._batching.start(self._load())]
         for request in chosen:
             self._waiting.remove(request)
-            self._cache.reserve(request.kv, self._room(request))
+            self._cache.reserve(request.kv, request.room(self._batching.settings.answer_room))
             if request.admitted is None:
                 request.admitted = now
                 self._meter.prompt(len(request.prompt_ids))
@@ -244,24 +247,33 @@ class Engine:
         return produced
 
     def _with_room(self) -> list[Request]:
-        """Those that run, each with room for its next token at least. Where that lacks, the last to start make way."""
+        """Those that run, each with room for its next token. Where that lacks, the last to start make way."""
         for request in list(self._running):
             needed = len(request.prompt_ids) + len(request.output_ids)
-            while request in self._running and needed > (most := request.kv.room + self._cache.free_tokens):
-                self._send_back(self._running[-1])
+            while request in self._running and needed > request.kv.room + self._cache.free_tokens:
+                self._make_way()
             if request in self._running:
-                self._cache.reserve(request.kv, min(self._room(request), most))
+                self._cache.reserve(request.kv, needed)
         return list(self._running)
+
+    def _make_way(self) -> None:
+        """The last to start wait again: those of the prefill that is under way, or else one that runs."""
+        prefill, self._prefill = self._prefill, None
+        if prefill is None:
+            self._send_back(self._running.pop())
+            return
+        self._passes.abandon(prefill)
+        for request in prefill.requests:
+            if request.finish_reason is None:
+                self._send_back(request)
+            else:
+                self._release(request)
 
     def _send_back(self, request: Request) -> None:
         """It waits for room again, and then decodes the tokens that it has again: a longer prompt has other bits."""
-        self._running.remove(request)
         self._cache.release(request.kv)
+        request.sent_back = self._clock()
         self._waiting.append(request)
-
-    def _room(self, request: Request) -> int:
-        """Tokens of context in whole pages."""
-        return self._cache.whole_pages(request.room(self._batching.settings.answer_room))
 
     def _sample_all(self, requests: Sequence[Request], logits_BV: Tensor) -> list[Produced]:
         produced = []
@@ -323,13 +335,22 @@ class Engine:
             left = self._passes.num_layers - prefill.under_way.next_layer
             arrived = min(request.arrived or 0.0 for request in prefill.requests)
             coming = Coming(prefill.num_tokens, len(prefill.requests), left, arrived)
-        return Load(now, (), [*map(self._going, self._running)], self._cache.free_tokens, coming)
+        # A page for each that grows: else the next to do so would send a newcomer back.
+        growing = sum(request.may_grow for request in self._running)
+        free = self._cache.free_tokens - growing * PAGE_TOKENS
+        return Load(now, (), [*map(self._going, self._running)], free, coming)
 
     def _asked(self, request: Request) -> Asked:
-        objectives = request.objectives
-        if request.first_token is not None:  # it was sent back
+        objectives, room = request.objectives, request.room(self._batching.settings.answer_room)
+        if request.first_token is not None:
             objectives = replace(objectives, ttft_s=None)
-        return Asked(request.arrived or 0.0, len(request.prompt_ids), self._room(request), objectives)
+        return Asked(
+            request.arrived or 0.0,
+            len(request.prompt_ids),
+            self._cache.whole_pages(room),
+            objectives,
+            request.sent_back,
+        )
 
     def _going(self, request: Request) -> Going:
         tokens = len(request.output_ids)

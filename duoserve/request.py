@@ -31,6 +31,7 @@ class Request:
     admitted: float | None = None
     first_token: float | None = None
     last_token: float | None = None
+    sent_back: float | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -38,10 +39,13 @@ class Request:
         return len(self.prompt_ids) + self.params.max_tokens
 
     def room(self, answer_room: int) -> int:
-        """Tokens of context that it should have room for: see ``answer_room`` of ServiceSettings."""
-        while answer_room <= len(self.output_ids):
-            answer_room *= 2
-        return min(self.num_tokens, len(self.prompt_ids) + answer_room)
+        """Tokens of context that it starts with room for: ``answer_room`` beyond those that it has."""
+        return min(self.num_tokens, len(self.prompt_ids) + len(self.output_ids) + answer_room)
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether it may come to need more room than it has."""
+        return self.kv.room < self.num_tokens
 
     @property
     def next_ids(self) -> list[int]:

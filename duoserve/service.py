@@ -38,8 +38,9 @@ class ServiceSettings:
     goes by arrival, a whole prefill at a time. ``admission`` "strict" refuses at once what would miss its objectives,
     "late" serves it late. ``objectives`` are those of requests that bring none of their own.
 
-    An answer gets room for ``answer_room`` tokens in the KV cache, and for twice as many whenever it has filled it, not
+    An answer gets room for ``answer_room`` tokens in the KV cache, and a page more whenever it has filled it, not room
     for all that it may have: most end earlier. Where no room is left the last to start make way, and catch up later.
+    ``max_waiting`` counts neither those, nor as many as still find a place among ``max_batch``.
     """
 
     max_batch: int = 16

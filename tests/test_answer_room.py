@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from duoserve import MoEModel
+from duoserve.batching import Batching
 from duoserve.engine import Engine
-from duoserve.errors import ConfigError
+from duoserve.errors import ConfigError, OverloadedError
+from duoserve.kv_cache import PAGE_TOKENS
 from duoserve.request import Request
 from duoserve.service import ServiceSettings
 from tests.assembly import assembled
@@ -111,6 +113,39 @@ def test_one_that_was_sent_back_can_be_aborted_and_the_others_go_on(
         assert engine.kv_usage == 0
 
 
+def test_a_prompt_under_way_makes_way_for_those_that_run(float_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four pages one is the prompt's, when the answer needs the last."""
+    with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
+        lengths = {"runs": (PROMPT * 2, 190), "comes": (OTHER * 10, 5)}
+        alone = [[token for _, token in engine.generate([asked(*one)])] for one in lengths.values()]
+        engine.share_out(ServiceSettings(answer_room=8))
+        runs, comes = (asked(*one) for one in lengths.values())
+        engine.add(runs)
+        while len(runs.output_ids) < 5:
+            engine.step()
+        engine.add(comes)
+        monkeypatch.setattr(Batching, "layers", lambda self, load, decoded: 0 if runs.finish_reason is None else 1)
+        assert run(engine, [runs, comes]) == alone
+        assert runs.sent_back is None and comes.sent_back is not None
+        engine.check_integrity()
+
+
+def test_who_comes_leaves_a_page_to_each_that_runs_and_one_sent_back_asks_for_no_more_than_others(
+    float_folder: Path,
+) -> None:
+    with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
+        engine.share_out(ServiceSettings(answer_room=8))
+        runs, comes = asked(PROMPT, 200), asked(OTHER * 20, 25)
+        engine.add(runs)
+        while len(runs.output_ids) < 5:
+            engine.step()
+        engine.add(comes)
+        assert engine._load().free == 2 * PAGE_TOKENS and comes.room(8) == 108
+        while len(runs.output_ids) < 150:
+            engine.step()
+        assert comes.output_ids and comes.sent_back is None and runs.room(8) == 30 + 150 + 8
+
+
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 150)), min_size=2, max_size=5),
     answer_room=st.sampled_from([1, 7, 64]),
@@ -147,6 +182,18 @@ def test_answers_that_might_fill_the_context_are_written_side_by_side(float_fold
             assert ids(whole[0])[-300:] == ids(whole[1])[-300:]
 
     go(main())
+
+
+def test_nobody_waits_where_there_is_a_place(float_folder: Path) -> None:
+    with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
+        engine.share_out(ServiceSettings(max_batch=2, max_waiting=0))
+        for _ in range(2):
+            engine.add(asked(PROMPT, 5))
+        with pytest.raises(OverloadedError, match="2 requests wait already, 0 run"):
+            engine.add(asked(PROMPT, 5))
+        engine.step(), engine.step()
+        with pytest.raises(OverloadedError, match="0 requests wait already, 2 run"):
+            engine.add(asked(PROMPT, 5))
 
 
 def test_room_for_no_token_is_refused() -> None:

@@ -69,6 +69,13 @@ def test_nobody_overtakes_one_whose_patience_has_ended() -> None:
     assert batching().start(load(waiting, free=300, now=PATIENCE_S)) == []
 
 
+def test_one_that_was_sent_back_is_patient_from_then_on() -> None:
+    waiting = [asked(0.0, room=512)._replace(sent_back=PATIENCE_S), asked(PATIENCE_S, room=128)]
+    for settings, start in ((SLO, [1]), (FCFS, [])):
+        assert batching(settings).start(load(waiting, free=300, now=2 * PATIENCE_S - 1)) == start
+    assert batching().start(load(waiting, free=300, now=2 * PATIENCE_S)) == []
+
+
 def test_the_batch_grows_only_as_far_as_later_tokens_stay_in_time() -> None:
     waiting = [asked(prompt=1)] * 4
     assert len(batching(layer_s=1e-9).start(load(waiting, [going(0.0121)]))) == 2  # three take 0.012 s a step

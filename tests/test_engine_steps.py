@@ -224,7 +224,8 @@ def test_aborted_requests_leave_nothing_behind(float_folder: Path) -> None:
             engine.step()
         for request in (one, two, waits):
             engine.add(request)
-        engine.step()
+        while engine.running == 1:
+            engine.step()
         assert engine.running == 3 and engine.waiting == 1
         for request in (waits, one, runs):
             engine.abort(request)
@@ -260,7 +261,7 @@ def test_logprobs_are_of_the_logits_before_any_rule(float_folder: Path) -> None:
 
 def test_what_cannot_be_served_is_refused(float_folder: Path) -> None:
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
-        engine.share_out(ServiceSettings(max_waiting=2, admission="strict"))
+        engine.share_out(ServiceSettings(max_batch=1, max_waiting=1, admission="strict"))
         for prompt in ([], [96], [1] * 256):
             with pytest.raises(RequestError):
                 engine.add(asked(prompt))

@@ -29,6 +29,9 @@ def strangers(draw: st.DrawFn) -> Arrival:
 @given(victim=strangers(), crowd=st.lists(strangers(), min_size=1, max_size=8))
 @example(victim=Arrival(0, 100, 6), crowd=[Arrival(0, 200, 6, Objectives(0.5))])
 @example(victim=Arrival(0, 100, 6, Objectives(0.01)), crowd=[Arrival(0, 200, 40, Objectives(0.5, 0.012))])
+@example(
+    victim=Arrival(0, 1, 1), crowd=[*[Arrival(0, 1, 1)] * 2, Arrival(0, 1, 6), Arrival(0, 374, 1, Objectives(0.5))]
+)
 @settings(max_examples=12, deadline=None)
 def test_no_request_waits_for_ever(victim: Arrival, crowd: list[Arrival]) -> None:
     """One comes at 1 s, and more others than can be served never stop coming: its turn comes all the same."""
