@@ -10,7 +10,7 @@ from duoserve.text import IncrementalDecoder, StopStrings, Text
 
 
 class Writer:
-    """Turns one request's tokens into text and ends the request at a stop string."""
+    """Turns one request's tokens into text and ends the request at a stop string, which is a reason before "length"."""
 
     def __init__(self, text: Text | None, stop: Sequence[str]) -> None:
         self._decoder = None if text is None else IncrementalDecoder(text)
@@ -38,7 +38,7 @@ class Writer:
         return None if self._decoder is None else "".join(self._pieces)
 
     def _write(self, request: Request, piece: str) -> str:
-        if self._stop.found:
-            request.finish("stop")
+        if self._stop.found and request.finish_reason in {None, "length"}:
+            request.finish_reason = "stop"  # the last permitted token may complete it
         self._pieces.append(piece)
         return piece

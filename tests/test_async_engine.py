@@ -111,10 +111,11 @@ def test_a_stop_string_ends_the_stream_before_it(load: Open) -> None:
     async def main() -> None:
         async with serving(load(BARD, expert_slots=12)) as service:
             text = "".join(p.text for p in await read(await service.submit("To be, or", params(40))))
-            stop = text[12:16]
-            pieces = await read(await service.submit("To be, or", params(40, stop=stop)))
-            assert "".join(piece.text for piece in pieces) == text[: text.index(stop)]
-            assert pieces[-1].finish_reason == "stop"
+            for stop, most in ((text[12:16], 40), ("re", 4)):  # the last of 4 tokens completes it
+                pieces = await read(await service.submit("To be, or", params(most, stop=stop)))
+                assert "".join(piece.text for piece in pieces) == text[: text.index(stop)]
+                assert pieces[-1].finish_reason == "stop"
+            assert len(ids(pieces)) == 4
 
     go(main())
 

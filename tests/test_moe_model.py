@@ -260,6 +260,14 @@ def test_a_stop_string_ends_the_text_before_it(bard: MoEModel) -> None:
     assert "".join(bard.stream("To be, or", params, stop=stop)) == held.text
 
 
+def test_a_stop_string_that_the_last_token_completes_is_why_it_ends(bard: MoEModel) -> None:
+    params = SamplingParams(max_tokens=4, temperature=0.0)
+    free = bard.generate("To be, or", params)
+    assert free.text is not None and free.finish_reason == "length"
+    held = bard.generate("To be, or", params, stop=free.text[-2:])
+    assert (held.text, held.finish_reason, held.token_ids) == (free.text[:-2], "stop", free.token_ids)
+
+
 def test_an_abandoned_stream_leaves_the_model_usable(bard: MoEModel) -> None:
     stream = bard.stream("To be, or", max_tokens=40)
     next(stream)
