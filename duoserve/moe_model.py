@@ -37,8 +37,8 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class Completion:
-    """What a prompt became. ``text`` is None when the checkpoint has no tokenizer; ``finish_reason`` is "stop" (end of
-    text or a stop string) or "length"; ``stats`` covers the call that made it.
+    """What a prompt became. ``text`` is None when the checkpoint has no tokenizer; ``finish_reason`` is "stop" (an end
+    token, which is in ``token_ids`` alone, or a stop string) or "length"; ``stats`` covers the call that made it.
     """
 
     text: str | None

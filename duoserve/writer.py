@@ -20,8 +20,8 @@ class Writer:
             raise RequestError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
 
     def push(self, request: Request, token: int) -> str:
-        """The text that became certain with ``token``."""
-        if self._decoder is None:
+        """The text that became certain with ``token``; none with one that ends the text, whatever its entry says."""
+        if self._decoder is None or request.finish_reason == "stop":
             return ""
         return self._write(request, self._stop.push(self._decoder.push(token)))
 

@@ -30,6 +30,7 @@ from duoserve.request import Request
 from duoserve.text import Text
 from tests.checkpoints import BARD, save_mixtral
 from tests.live_threads import threads_since
+from tests.small_tokenizers import byte_level_tokenizer
 
 PROMPT = [5, 9, 2, 40, 41, 7]
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
@@ -93,6 +94,21 @@ def test_generation_config_says_which_tokens_end_a_text(tmp_path: Path) -> None:
     with MoEModel.from_pretrained(folder) as model:
         done = model.generate(PROMPT, GREEDY, ignore_eos=False)
     assert done.finish_reason == "stop" and done.token_ids[-1] == third and len(done.token_ids) <= 3
+
+
+def test_an_end_token_is_no_text_though_the_tokenizer_does_not_call_it_special(tmp_path: Path) -> None:
+    folder = save_mixtral(tmp_path / "model", vocab_size=291)
+    byte_level_tokenizer().save(str(folder / "tokenizer.json"))
+    with MoEModel.from_pretrained(folder) as model:
+        free = model.generate(PROMPT, GREEDY)
+    assert free.token_ids[3] not in free.token_ids[:3]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": free.token_ids[3]}))
+    with MoEModel.from_pretrained(folder) as model:
+        done = model.generate(PROMPT, GREEDY, ignore_eos=False)
+        assert (done.token_ids, done.finish_reason) == (free.token_ids[:4], "stop")
+        assert model.text is not None and done.text == model.text.decode(free.token_ids[:3])
+        assert "".join(model.stream(PROMPT, GREEDY, ignore_eos=False)) == done.text
+        assert model.generate(PROMPT, GREEDY).text == free.text  # one that is ignored is text
 
 
 @pytest.mark.parametrize(

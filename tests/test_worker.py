@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from duoserve.errors import ClosedError, DuoServeError, RequestError
 from duoserve.stream import Stream
 from duoserve.text import IncrementalDecoder
 from tests.checkpoints import BARD, save_mixtral
+from tests.small_tokenizers import byte_level_tokenizer
 
 PROMPT = [5, 9, 2, 40, 41, 7]
 PARAMS = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
@@ -93,6 +96,23 @@ def test_a_tokenizer_that_fails_ends_its_request_alone(monkeypatch: pytest.Monke
 
     model = MoEModel.from_pretrained(BARD, policy="lru", expert_slots=12)
     serve(model, main)
+
+
+def test_the_last_piece_has_the_end_token_without_its_text(tmp_path: Path) -> None:
+    folder = save_mixtral(tmp_path / "model", vocab_size=291)
+    byte_level_tokenizer().save(str(folder / "tokenizer.json"))
+    with MoEModel.from_pretrained(folder) as model:
+        free = model.generate(PROMPT, PARAMS).token_ids
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": free[3]}))
+
+    async def main(service: AsyncEngine) -> None:
+        stream = await service.submit(PROMPT, replace(PARAMS, ignore_eos=False), logprobs=1)
+        pieces = [piece async for piece in stream]
+        assert [token for piece in pieces for token in piece.token_ids] == free[:4] and len(pieces[-1].logprobs) == 1
+        assert service.model.text is not None
+        assert "".join(piece.text for piece in pieces) == service.model.text.decode(free[:3])
+
+    serve(MoEModel.from_pretrained(folder), main)
 
 
 def test_figures_know_a_request_no_later_than_its_caller(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

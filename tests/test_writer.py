@@ -35,3 +35,10 @@ def test_a_stop_string_ends_a_text_before_its_length_does() -> None:
 @pytest.mark.parametrize("reason", ["abort", "error"])
 def test_it_is_not_why_a_request_was_given_up_or_failed(reason: str) -> None:
     assert written("▁the ▁cat s", reason, "ts") == ("the ca", reason)
+
+
+def test_an_end_token_leaves_no_text_and_brings_out_what_was_held_back() -> None:
+    assert written("▁the ▁cat s", "stop") == ("the cat", "stop")
+    assert written("▁the ▁cat s", "stop", "t!") == ("the cat", "stop")
+    assert written("▁the <0xE6> s", "stop") == ("the\ufffd", "stop")
+    assert written("▁the ▁cat s", "stop", "ts") == ("the cat", "stop")
