@@ -58,7 +58,7 @@ class CompletionWriter:
     def __init__(self, index: int, tokens: TokenText | None) -> None:
         self._index = index
         self._tokens = tokens
-        self._offset = 0
+        self._offsets = None if tokens is None else tokens.offsets()
 
     def delta(self, piece: Piece) -> dict[str, Any]:
         """The choice in a chunk."""
@@ -74,21 +74,14 @@ class CompletionWriter:
         }
 
     def _logprobs(self, tokens: list[TokenLogprobs]) -> dict[str, Any] | None:
-        if self._tokens is None:
+        if self._tokens is None or self._offsets is None:
             return None
-        label = self._tokens.label
-        labels = [label(one.token_id) for one in tokens]
-        tops = [{label(token_id): _finite(value) for token_id, value in one.top} for one in tokens]
         return {
-            "tokens": labels,
+            "tokens": [self._tokens.label(one.token_id) for one in tokens],
             "token_logprobs": [_finite(one.logprob) for one in tokens],
-            "top_logprobs": tops,
-            "text_offset": [self._advance(len(one)) for one in labels],
+            "top_logprobs": [_by_label(one.top, self._tokens) for one in tokens],
+            "text_offset": [self._offsets.next(one.token_id) for one in tokens],
         }
-
-    def _advance(self, length: int) -> int:
-        self._offset += length
-        return self._offset - length
 
 
 class ChatWriter:
@@ -176,6 +169,14 @@ def usage_of(prompt_tokens: int, output_tokens: int) -> dict[str, int]:
     """OpenAI's usage object."""
     total = prompt_tokens + output_tokens
     return {"prompt_tokens": prompt_tokens, "completion_tokens": output_tokens, "total_tokens": total}
+
+
+def _by_label(top: Sequence[tuple[int, float]], tokens: TokenText) -> dict[str, float]:
+    """The likeliest tokens, in their order; of those that look alike, the first."""
+    found: dict[str, float] = {}
+    for token_id, logprob in top:
+        found.setdefault(tokens.label(token_id), _finite(logprob))
+    return found
 
 
 def _finite(logprob: float) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from duoserve.text import Text
+from duoserve.text import IncrementalDecoder, Text
+
+WORD = "a"  # an entry that every decoder takes for a word
 
 
 class TokenText:
@@ -12,11 +14,17 @@ class TokenText:
         self._text = text
 
     def data(self, token_id: int) -> bytes:
-        """The UTF-8 bytes that the token stands for; none for special tokens, and without a tokenizer."""
+        """The UTF-8 bytes that the token stands for; none for special tokens, and without a tokenizer.
+
+        They are those that it has behind a word: in front of a text, some decoders strip its space.
+        """
         if self._text is None or (token := self._text.token(token_id)) is None:
             return b""
         data = self._text.token_bytes(token)
-        return self._text.join([token]).encode(errors="replace") if data is None else data
+        if data is not None:
+            return data
+        join = self._text.join
+        return join([WORD, token]).removeprefix(join([WORD])).encode(errors="replace")
 
     def label(self, token_id: int) -> str:
         r"""Its text; ``bytes:\xe2`` where that is no whole character, as OpenAI writes it, and its id without any."""
@@ -27,3 +35,22 @@ class TokenText:
             return data.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def offsets(self) -> Offsets:
+        """For one answer's tokens."""
+        return Offsets(self._text)
+
+
+class Offsets:
+    """Where the tokens of one answer begin in its text, in characters; all at 0 where there is no tokenizer."""
+
+    def __init__(self, text: Text | None) -> None:
+        self._decoder = None if text is None else IncrementalDecoder(text)
+        self._end = 0
+
+    def next(self, token_id: int) -> int:
+        """That of ``token_id``, which comes behind those that were asked for before."""
+        begin = self._end
+        if self._decoder is not None:
+            self._end += len(self._decoder.push(token_id))
+        return begin

@@ -1,0 +1,71 @@
+"""Single tokens in an answer, where a space belongs to the word behind it and a character to several tokens."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import Tokenizer, decoders, models
+
+from duoserve.server.answers import Completions
+from duoserve.server.token_text import TokenText
+from duoserve.service import Piece, TokenLogprobs
+from duoserve.text import Text
+from tests.small_tokenizers import byte_level_tokenizer, llama_tokenizer
+
+LLAMA = llama_tokenizer()
+WORDS = ["▁the", "the", "▁", "cat", "##s", ".", "▁é"]
+
+
+def answered(tokens: list[str], tops: list[list[str]]) -> tuple[str, dict]:
+    """The text of a completion, and the log-probabilities beside it; each of ``tops`` is a place's likeliest tokens."""
+    ids, text = [LLAMA.token_to_id(token) for token in tokens], Text(LLAMA)
+    said = [
+        TokenLogprobs(token, -1.0, tuple((LLAMA.token_to_id(name), -1.0 - n) for n, name in enumerate(top)))
+        for token, top in zip(ids, tops, strict=True)
+    ]
+    writer = Completions().writer(0, TokenText(text))
+    deltas = [writer.delta(Piece("", (one.token_id,), (one,), None))["logprobs"] for one in said]
+    return text.decode(ids), {name: [one for delta in deltas for one in delta[name]] for name in deltas[0]}
+
+
+def test_a_token_keeps_the_space_before_its_word() -> None:
+    tokens = TokenText(Text(LLAMA))
+    ids = [LLAMA.token_to_id(token) for token in ("▁the", "the", "▁", "<0xE6>", "</s>")]
+    assert [tokens.data(token) for token in ids] == [b" the", b"the", b" ", b"\xe6", b""]
+    assert [tokens.label(token) for token in ids] == [" the", "the", " ", "bytes:\\xe6", "token_id:2"]
+
+
+@pytest.mark.parametrize("decoder", [LLAMA.decoder, decoders.Metaspace(), decoders.WordPiece(cleanup=True), None])
+def test_the_bytes_of_tokens_are_those_of_their_text(decoder: decoders.Decoder | None) -> None:
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="the"))
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    ids = [*range(len(WORDS)), *range(len(WORDS))[::2]]
+    whole = tokenizer.decode([3, *ids]).removeprefix("cat")
+    assert b"".join(map(TokenText(Text(tokenizer)).data, ids)).decode() == whole
+
+
+def test_of_tokens_that_look_alike_the_likelier_counts() -> None:
+    _, found = answered(["t", "▁the"], [["t", "<0x74>", "s"], ["▁the", "the"]])
+    assert found["top_logprobs"] == [{"t": -1.0, "s": -3.0}, {" the": -1.0, "the": -2.0}]
+    assert list(found["top_logprobs"][0]) == ["t", "s"]
+
+
+def test_offsets_are_places_in_the_text() -> None:
+    tokens = ["▁the", "<s>", "▁cat", "<0xC3>", "<0xA9>", "s", "▁the"]
+    text, found = answered(tokens, [[]] * len(tokens))
+    assert text == "the caté" + "s the"
+    assert found["text_offset"] == [0, 3, 3, 7, 7, 8, 9]
+    assert text[9:] == " the" == found["tokens"][-1]
+
+
+def test_without_a_tokenizer_there_is_no_text_to_have_a_place_in() -> None:
+    writer = Completions().writer(0, TokenText(None))
+    found = writer.whole([Piece("", (token,), (TokenLogprobs(token, -1.0, ()),), "stop") for token in (5, 6)])
+    assert (found["logprobs"]["tokens"], found["logprobs"]["text_offset"]) == (["token_id:5", "token_id:6"], [0, 0])
+
+
+def test_byte_level_tokens_are_their_bytes() -> None:
+    tokenizer = byte_level_tokenizer()
+    tokens = TokenText(Text(tokenizer))
+    ids = tokenizer.encode("the cat é", add_special_tokens=False).ids
+    assert b"".join(map(tokens.data, ids)) == "the cat é".encode()
