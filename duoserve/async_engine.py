@@ -28,9 +28,9 @@ class AsyncEngine:
     def __init__(self, model: MoEModel, *, settings: ServiceSettings = DEFAULTS) -> None:
         self._model = model
         self._settings = settings
-        runtime = model.lend()
-        self._text = runtime.text
-        self._worker = Worker(runtime, settings)
+        with model.lend() as runtime:
+            self._text = runtime.text
+            self._worker = Worker(runtime, settings)
         self._closed = False
 
     @property

@@ -202,14 +202,16 @@ class MoEModel:
         with self._my_turn() as engine:
             return engine.forward(_token_ids(token_ids))
 
-    def lend(self) -> Runtime:
-        """The parts, for a service that runs the engine itself until the model is closed; calls are refused meanwhile.
+    @contextmanager
+    def lend(self) -> Iterator[Runtime]:
+        """The parts, for a service that is made in the block and runs the engine itself until the model is closed.
 
-        Waits for a call that runs; RequestError if another service has the model.
+        Waits for a call that runs; others wait for the block, and are refused from then on, unless it has raised.
+        RequestError if another service has the model.
         """
         with self._my_turn():
+            yield self._runtime
             self._lent = True
-            return self._runtime
 
     def close(self) -> None:
         """Releases threads, files and memory; calling it again does nothing."""
@@ -237,9 +239,9 @@ class MoEModel:
     def _my_turn(self) -> Iterator[Engine]:
         if self._serving_thread == threading.get_ident():
             raise RequestError("this thread's earlier stream is still open: exhaust it or call its close() first")
-        if self._lent:
-            raise RequestError("a service runs this model: submit requests to it")
         with self._turn:
+            if self._lent:
+                raise RequestError("a service runs this model: submit requests to it")
             self._serving_thread = threading.get_ident()
             try:
                 yield self._runtime.engine

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,32 @@ def test_threads_take_turns(model: MoEModel) -> None:
     for thread in threads:
         thread.join()
     assert results == [alone] * 4
+
+
+def test_who_waits_while_a_service_is_made_is_refused_but_served_if_that_fails(folder: Path) -> None:
+    def asked() -> None:
+        try:
+            found.append(model.generate(PROMPT, GREEDY).token_ids)
+        except RequestError as error:
+            found.append(str(error))
+
+    def lent(error: Exception | None) -> object:
+        """What somebody hears who asks for text while the model is lent, which then succeeds or fails."""
+        waiting = threading.Thread(target=asked)
+        with suppress(KeyError), model.lend():
+            waiting.start()
+            waiting.join(0.2)
+            assert waiting.is_alive()
+            if error is not None:
+                raise error
+        waiting.join()
+        return found.pop()
+
+    found: list[object] = []
+    with MoEModel.from_pretrained(folder) as model:
+        alone = model.generate(PROMPT, GREEDY).token_ids
+        assert lent(KeyError("no service")) == alone
+        assert lent(None) == "a service runs this model: submit requests to it"
 
 
 def test_compute_and_stall_add_up_to_the_wall_time(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_other_parts_are_copied(between: int) -> None:
 
 
 def test_the_weights_of_a_loaded_model_lie_in_one_memory() -> None:
-    with MoEModel.from_pretrained("bard", expert_slots=12) as model:
-        transformer = model.lend().engine._passes._model
+    with MoEModel.from_pretrained("bard", expert_slots=12) as model, model.lend() as runtime:
+        transformer = runtime.engine._passes._model
         weights = [transformer.embed_VH, *(layer.attention.qkv.weight_NK for layer in transformer.layers)]
         assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
