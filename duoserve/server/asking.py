@@ -68,6 +68,7 @@ class Asked:
 
 def completion(fields: Fields, defaults: Objectives) -> tuple[Asked, list[Prompt]]:
     """The body of ``/v1/completions``, and its prompts."""
+    fields.refuse_other(add_special_tokens=True, skip_special_tokens=True)
     prompts = _prompts(fields)
     best_of = fields.integer("best_of", 1, MAX_N)
     logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
@@ -81,7 +82,8 @@ def completion(fields: Fields, defaults: Objectives) -> tuple[Asked, list[Prompt
 
 
 def chat(fields: Fields, defaults: Objectives) -> tuple[Asked, Messages]:
-    """The body of ``/v1/chat/completions``, and its messages."""
+    """The body of ``/v1/chat/completions``, and its messages. Special tokens are the template's alone."""
+    fields.refuse_other(add_generation_prompt=True, add_special_tokens=False, skip_special_tokens=True)
     messages = _messages(fields)
     top = fields.integer("top_logprobs", 0, MAX_LOGPROBS)
     wants = fields.flag("logprobs")
@@ -116,9 +118,7 @@ def _refuse(fields: Fields) -> None:
     for name in NOT_FROM_CLIENTS:
         if fields.raw(name) is not None:
             raise bad(name, f"{name} is not taken from clients")
-    for name in NOT_SUPPORTED:
-        if fields.raw(name):
-            raise bad(name, f"{name} is not supported by this server: leave it out")
+    fields.refuse(*NOT_SUPPORTED)
     if fields.part("response_format").text("type") not in {None, "text"}:
         raise fields.wrong("response_format", 'of type "text": this server constrains no output')
 
@@ -189,8 +189,10 @@ def _message(value: object, where: str) -> dict[str, str]:
     role = value.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise bad(f"{where}.role", f"{where}.role is {shown(role)}, but must be one of {', '.join(ROLES)}")
+    fields = Fields(value, f"{where}.")
+    fields.refuse("tool_calls", "function_call")
     message = {"role": ROLES[role], "content": _content(value.get("content"), f"{where}.content", role)}
-    name = Fields(value, f"{where}.").text("name")
+    name = fields.text("name")
     return message if name is None else message | {"name": name}
 
 

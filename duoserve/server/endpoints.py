@@ -78,6 +78,7 @@ class Endpoints:
         model = self._host.service().model
         fields = await read_fields(request, self._settings.max_body_bytes)
         self._check_model(fields.text("model"))
+        fields.refuse_other(add_special_tokens=True)
         prompt = fields.text("prompt")
         if prompt is None:
             raise fields.wrong("prompt", "text")

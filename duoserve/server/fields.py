@@ -70,6 +70,19 @@ class Fields:
             return Fields(value or {}, f"{self._prefix}{name}.")
         raise self.wrong(name, "an object")
 
+    def refuse(self, *names: str) -> None:
+        """A 400 where one of these, which this server does not do, asks for something; null, false and "" do not."""
+        for name in names:
+            if self.raw(name):
+                message = f"{self._prefix}{name} is not supported by this server: leave it out"
+                raise bad(f"{self._prefix}{name}", message)
+
+    def refuse_other(self, **done: bool) -> None:
+        """A 400 where one of these, which this server does in one way alone, asks for another."""
+        for name, way in done.items():
+            if self.raw(name) not in (None, way):
+                raise self.wrong(name, f"{json.dumps(way)}: this server does nothing else")
+
     def wrong(self, name: str, wanted: str) -> ApiError:
         """The 400 for a field that is not what it must be."""
         return bad(f"{self._prefix}{name}", f"{self._prefix}{name} is {shown(self.raw(name))}, but must be {wanted}")

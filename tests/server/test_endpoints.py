@@ -61,6 +61,15 @@ def test_messages_may_have_text_in_parts_and_a_developer(served):
     assert said == "<system>c<user>a\nb<assistant>"
 
 
+def test_what_asks_for_what_is_done_anyway_is_not_refused(served):
+    server = served()
+    both = {"skip_special_tokens": True, "add_generation_prompt": True}
+    assert server.complete(**both, add_special_tokens=True).status_code == 200
+    message = CALLING | {"tool_calls": [], "function_call": None, "refusal": None}
+    assert server.chat(**both, add_special_tokens=False, messages=[message]).status_code == 200
+    assert server.chat(add_special_tokens=None, skip_special_tokens=None).status_code == 200
+
+
 def test_several_prompts_and_n_make_choices_in_order(served):
     server = served(lambda number: spoken(str(number)))
     body = server.complete(prompt=["a", "bc"], n=2, seed=7).json()
@@ -173,6 +182,9 @@ WRONG = [
     ({"slo_ttft_ms": 0}, "slo_ttft_ms"),
     ({"slo_tpot_ms": "fast"}, "slo_tpot_ms"),
     ({"chat_template": "x"}, "chat_template"),
+    ({"add_special_tokens": False}, "add_special_tokens"),
+    ({"skip_special_tokens": False}, "skip_special_tokens"),
+    ({"skip_special_tokens": "no"}, "skip_special_tokens"),
 ]
 
 
@@ -198,6 +210,7 @@ def test_a_wrong_field_is_a_400_that_names_it(lasting, fields, param):
     assert lasting.service.streams == []
 
 
+CALLING = {"role": "assistant", "content": None}
 WRONG_CHATS = [
     ({"messages": []}, "messages"),
     ({"messages": "hi"}, "messages"),
@@ -214,6 +227,11 @@ WRONG_CHATS = [
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"max_completion_tokens": -1}, "max_completion_tokens"),
+    ({"messages": [CALLING | {"tool_calls": [{"type": "function"}]}]}, "messages[0].tool_calls"),
+    ({"messages": [CALLING | {"function_call": {"name": "f"}}]}, "messages[0].function_call"),
+    ({"add_generation_prompt": False}, "add_generation_prompt"),
+    ({"add_special_tokens": True}, "add_special_tokens"),
+    ({"skip_special_tokens": False}, "skip_special_tokens"),
 ]
 
 
@@ -306,6 +324,8 @@ def test_models_version_and_tokenize(lasting):
         "tokens": lasting.service.model.text.encode("the cat"),
     }
     assert lasting.post("/tokenize", {}).json()["error"]["param"] == "prompt"
+    bare = {"prompt": "the cat", "add_special_tokens": False}
+    assert lasting.post("/tokenize", bare).json()["error"]["param"] == "add_special_tokens"
 
 
 def test_an_overloaded_service_is_a_429_that_says_when_to_try_again(served):

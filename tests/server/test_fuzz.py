@@ -31,7 +31,7 @@ MESSAGE = st.fixed_dictionaries(
         "role": st.sampled_from(["user", "assistant", "developer", "king"]) | ANY,
         "content": st.text(max_size=6) | st.lists(CONTENT_PART | ANY, max_size=3) | ANY,
     },
-    optional={"name": ANY},
+    optional={"name": ANY, "tool_calls": ANY},
 )
 PARTS = {  # what fields with fields of their own may hold
     "stream_options": ["include_usage", "unknown"],
@@ -42,6 +42,7 @@ NAMES = """
     model max_tokens max_completion_tokens n best_of logprobs top_logprobs stream stream_options temperature top_p
     top_k min_p repetition_penalty stop seed ignore_eos echo suffix logit_bias tools functions response_format user
     presence_penalty frequency_penalty slo_ttft_ms slo_tpot_ms chat_template chat_template_kwargs unknown
+    add_generation_prompt add_special_tokens skip_special_tokens
 """
 PART = st.sampled_from(sorted(PARTS)).flatmap(
     lambda name: st.dictionaries(st.sampled_from(PARTS[name]), ANY | st.just("text"), max_size=2).map(
