@@ -10,14 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import markupsafe
+
 from duoserve import chat_sandbox
-from duoserve.errors import CheckpointError, ClosedError, RequestError
+from duoserve.errors import CheckpointError, ClosedError, DuoServeError, RequestError
 from duoserve.experts.positional_file import read_capped
 from duoserve.experts.strict_json import read_object
 
 TEMPLATE_BYTES, CONFIG_BYTES = 1 << 20, 64 << 20
 SECONDS = 2.0  # real templates take a thousandth of it
 START_SECONDS = 20.0  # a fresh interpreter on a busy machine
+# An isolated interpreter looks neither into a user's site nor PYTHONPATH, where jinja2 may be: that folder comes last.
+START = "import runpy, sys; sys.path += sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -49,7 +54,8 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """The prompt that ``messages`` make, each of them with "role" and "content".
 
-        RequestError where the template refuses them, or takes too much time or memory.
+        RequestError where the template refuses them, or takes too much time or memory; a bare DuoServeError where its
+        process does not start.
         """
         variables = self._special_tokens | {
             "messages": list(messages),
@@ -86,8 +92,9 @@ class ChatTemplate:
 
     def _started(self) -> subprocess.Popen[str]:
         """A new process, once it has answered: its start is not the template's time."""
+        folders = [str(Path(file).parents[1]) for file in (jinja2.__file__, markupsafe.__file__)]
         self._process = process = subprocess.Popen(
-            [sys.executable, "-I", chat_sandbox.__file__],
+            [sys.executable, "-I", "-c", START, chat_sandbox.__file__, *folders],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -96,7 +103,10 @@ class ChatTemplate:
         )
         if _reply(process, json.dumps({"template": "", "variables": {}}), START_SECONDS) is None:
             self._kill()
-            raise RequestError("the process that renders chat templates does not start: is jinja2 installed?")
+            raise DuoServeError(
+                f"the process that renders chat templates died, or said nothing for {START_SECONDS:g} s, at its start: "
+                "see whether jinja2 is still where it was, and whether the machine is overloaded"
+            )
         return process
 
     def _kill(self) -> None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
 import time
+import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import markupsafe
 import pytest
 
 from duoserve.chat_template import SECONDS, ChatTemplate
-from duoserve.errors import CheckpointError, ClosedError, RequestError
+from duoserve.errors import CheckpointError, ClosedError, DuoServeError, RequestError
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -144,6 +149,30 @@ def test_what_takes_too_much_ends_and_the_next_is_served(template: str, why: str
 def test_the_sandbox_holds(template: str, make: Make) -> None:
     with pytest.raises(RequestError, match="cannot be used"):
         make(template).render([])
+
+
+def test_jinja2_may_be_where_an_isolated_interpreter_does_not_look(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a user's site or on PYTHONPATH; what else is there takes nothing's place."""
+    venv.create(tmp_path / "bare", with_pip=False)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare/bin/python"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "json.py").write_text("raise SystemExit(1)")
+    for package in (jinja2, markupsafe):
+        (elsewhere / package.__name__).symlink_to(Path(package.__file__).parent)
+        monkeypatch.setattr(package, "__file__", str(elsewhere / package.__name__ / "__init__.py"))
+    assert make("{{ bos_token | e }}").render([]) == "&lt;s&gt;"
+
+
+def test_a_process_that_does_not_start_is_no_fault_of_the_request(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(DuoServeError, match="renders chat templates") as failed:
+        make("ok").render([])
+    assert not isinstance(failed.value, RequestError)
+    monkeypatch.undo()
+    assert make("ok").render([]) == "ok"
 
 
 def test_closed_it_is_closed(make: Make) -> None:

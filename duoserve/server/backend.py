@@ -15,7 +15,7 @@ class Template(Protocol):
     """A checkpoint's chat template."""
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The prompt that ``messages`` make. RequestError where they make none."""
+        """The prompt that ``messages`` make. RequestError where they make none, DuoServeError where nobody's would."""
         ...
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +16,11 @@ from typing import Any
 import pytest
 
 from duoserve.async_engine import AsyncEngine
+from duoserve.chat_template import ChatTemplate
 from duoserve.errors import CopyError
 from duoserve.moe_model import MoEModel
 from tests.server.conftest import Serving, serving
+from tests.server.fake_service import FakeModel
 
 PROMPT, TOKENS = "Enter HAMLET", 12
 PING_S, SLOW_S = 0.05, 0.3
@@ -149,3 +153,16 @@ def test_logits_that_are_no_numbers_end_their_request_alone(bard: tuple[Serving,
     assert (good.status_code, bad.status_code) == (200, 500)
     assert "non-finite logits" in bad.json()["error"]["message"]
     assert good.json()["choices"][0]["text"].startswith(alone)
+
+
+def test_a_chat_template_that_cannot_be_run_is_the_servers_fault(
+    served: Callable[..., Serving], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = ChatTemplate("What ho! {{ messages[0].content }}", {})
+    server = served(model=FakeModel(chat_template=template))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", shutil.which("false"))
+        answer = server.chat()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "failed")
+    assert server.chat().status_code == 200
+    template.close()
