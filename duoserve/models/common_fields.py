@@ -16,8 +16,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def refuse_unsupported(fields: Fields) -> None:
-    """What no family's model has a way to compute, or to trust."""
-    fields.absent("auto_map", "code that comes with a checkpoint is never run; remove the field to use duoserve's own")
+    """What no family's model has a way to compute."""
     fields.choice("hidden_act", ["silu"])
 
 

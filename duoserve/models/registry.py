@@ -26,6 +26,7 @@ def family_of(raw: dict[str, Any]) -> Family:
     for family in FAMILIES:
         if raw.get("model_type") == family.model_type:
             _check_architectures(raw, family)
+            _check_auto_map(raw, family)
             return family
     supported = ", ".join(family.model_type for family in FAMILIES)
     raise Fields(raw).refusal("model_type", f"supported: {supported}")
@@ -36,3 +37,17 @@ def _check_architectures(raw: dict[str, Any], family: Family) -> None:
     named = raw.get("architectures")
     if named is not None and not (isinstance(named, list) and family.architecture in named):
         raise Fields(raw).refusal("architectures", f"supported: {family.architecture}")
+
+
+def _check_auto_map(raw: dict[str, Any], family: Family) -> None:
+    """``auto_map`` names classes in code that comes with a checkpoint; it is never run.
+
+    DeepSeek's names those that transformers has of its own by now. Whatever others are, duoserve's are not the same.
+    """
+    auto_map = raw.get("auto_map") or {}
+    stem = family.architecture.removesuffix("ForCausalLM")
+    same = {f"{stem}{kind}" for kind in ("Config", "Model", "ForCausalLM")}
+    classes = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    if not all(str(name).rpartition(".")[2] in same for name in classes):
+        why = "code that comes with a checkpoint is never run; remove the field to use duoserve's own"
+        raise Fields(raw).refusal("auto_map", why)

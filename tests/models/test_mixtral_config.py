@@ -137,7 +137,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"quantization_config": {}},
         "quantization_config: quant_method is absent; supported: 'awq', 'fp8', 'gptq'",
     ),
-    "remote code": ({"auto_map": {"AutoModel": "m.M"}}, r"auto_map is .*; code .* is never run; remove the field"),
     "no layers": ({"num_hidden_layers": 0}, r"num_hidden_layers is 0; it must be an integer in 1\.\.1000"),
     "ten million layers": ({"num_hidden_layers": 10_000_000}, r"num_hidden_layers is 10000000; .* 1\.\.1000"),
     "wide": ({"hidden_size": 131073}, r"hidden_size is 131073; it must be an integer in 1\.\.131072"),
@@ -200,7 +199,7 @@ VALUES = st.one_of(
     st.sampled_from([None, True, False, 0, 1, -1, 2, 10**30, 0.5, float("nan"), float("inf"), "", "silu", [], {}]),
     st.dictionaries(st.sampled_from(["rope_type", "type", "rope_theta", "quant_method"]), st.floats() | st.text()),
 )
-NAMES = [*HUB, "rope_scaling", "rope_parameters", "partial_rotary_factor", "head_dim", "dtype", "auto_map"]
+NAMES = [*HUB, "rope_scaling", "rope_parameters", "partial_rotary_factor", "head_dim", "dtype"]
 
 
 @settings(max_examples=300, deadline=None)

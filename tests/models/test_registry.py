@@ -27,8 +27,35 @@ def test_mixtral_is_known(architectures: dict[str, Any]) -> None:
         ),
         ({"model_type": "mixtral", "architectures": "MixtralForCausalLM"}, "architectures is 'Mixtral.*'; supported"),
         ({"model_type": "mixtral", "architectures": []}, r"architectures is \[\]; supported: MixtralForCausalLM"),
+        *[
+            (
+                {"model_type": "deepseek_v3", "auto_map": auto_map},
+                "auto_map is .*; code .* is never run; remove the field",
+            )
+            for auto_map in (
+                {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV2ForCausalLM"},
+                {"AutoConfig": "configuration_deepseek.DeepseekV3Config", "AutoModel": "mine.Model"},
+                {"AutoModel": None},
+                ["modeling.DeepseekV3Model"],
+                "modeling.Model",
+                1,
+            )
+        ],
     ],
 )
 def test_unknown_models_are_refused_with_what_is_supported(raw: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         family_of(raw)
+
+
+@pytest.mark.parametrize("version", ["V2", "V3"])
+def test_code_that_came_with_the_first_checkpoints_is_passed_over(version: str) -> None:
+    """As in DeepSeek's own config.json: transformers has these classes itself by now."""
+    auto_map = {
+        "AutoConfig": f"configuration_deepseek.Deepseek{version}Config",
+        "AutoModel": f"modeling_deepseek.Deepseek{version}Model",
+        "AutoModelForCausalLM": f"modeling_deepseek.Deepseek{version}ForCausalLM",
+    }
+    model_type = f"deepseek_{version.lower()}"
+    for named in (auto_map, {}, None):
+        assert family_of({"model_type": model_type, "auto_map": named}).model_type == model_type
