@@ -72,8 +72,8 @@ class Engine:
 
     @property
     def max_context(self) -> int:
-        """Tokens of context that one request may come to need at most."""
-        return self._cache.num_tokens
+        """Tokens of context that one request may come to need at most: what the model knows, and the cache holds."""
+        return min(self._cache.num_tokens, self._config.max_position_embeddings)
 
     @property
     def kv_usage(self) -> float:
@@ -179,12 +179,17 @@ class Engine:
 
     def check(self, token_ids: Sequence[int], max_tokens: int) -> None:
         """RequestError for a prompt that can never be served."""
-        vocab, room = self._config.vocab_size, self._cache.num_tokens
+        vocab, room, known = self._config.vocab_size, self._cache.num_tokens, self._config.max_position_embeddings
         if not token_ids:
             raise RequestError("the prompt is empty: give at least one token")
         bad = next((t for t in token_ids if not 0 <= t < vocab), None)
         if bad is not None:
             raise RequestError(f"token id {bad} lies outside the vocabulary, 0..{vocab - 1}")
+        if len(token_ids) + max_tokens > known:
+            raise RequestError(
+                f"{len(token_ids)} prompt tokens and max_tokens={max_tokens} exceed the {known} positions that the model "
+                "knows: lower max_tokens or shorten the prompt"
+            )
         if len(token_ids) + max_tokens > room:
             raise RequestError(
                 f"{len(token_ids)} prompt tokens and max_tokens={max_tokens} exceed the context of {room} tokens: "

@@ -167,9 +167,10 @@ def test_whoever_comes_gets_all_that_was_asked_for(
         assert engine.kv_usage == 0
 
 
-def test_answers_that_might_fill_the_context_are_written_side_by_side(float_folder: Path, tmp_path: Path) -> None:
+def test_answers_that_might_fill_the_context_are_written_side_by_side(tmp_path: Path) -> None:
     """As of chats that name no max_tokens."""
-    model = MoEModel.from_pretrained(float_folder, expert_slots=9, policy="lru", cache_dir=tmp_path, max_context=512)
+    folder = save_mixtral(tmp_path / "model", max_position_embeddings=512)
+    model = MoEModel.from_pretrained(folder, expert_slots=9, policy="lru", cache_dir=tmp_path, max_context=512)
 
     async def main() -> None:
         async with serving(model, answer_room=32) as service:

@@ -139,7 +139,7 @@ def test_what_cannot_be_served_is_refused_and_nothing_is_left_of_it(load: Open) 
                 ([], {}, "the prompt is empty"),
                 ([96], {}, "token id 96 lies outside"),
                 ("text", {}, "the prompt is text"),
-                ([1] * 1024, {}, "exceed the context"),
+                ([1] * 1024, {}, "exceed the 256 positions"),
                 ([1], {"logprobs": 21}, "logprobs is 21, but must be an integer in 0..20"),
             ):
                 with pytest.raises(RequestError, match=says):

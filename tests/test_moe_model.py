@@ -118,7 +118,7 @@ def test_an_end_token_is_no_text_though_the_tokenizer_does_not_call_it_special(t
         ([[]], {}, "the prompt is empty"),
         ([96], {}, r"token id 96 lies outside the vocabulary, 0\.\.95"),
         ([-1], {}, "token id -1"),
-        ([1] * 300, {}, r"300 prompt tokens and max_tokens=8 exceed the context of 256 tokens"),
+        ([1] * 300, {}, r"300 prompt tokens and max_tokens=8 exceed the 256 positions that the model knows"),
         ([1], {"max_tokens": 500}, "lower max_tokens"),
         ("To be", {}, "no tokenizer.json: give token ids"),
         ([1], {"stop": ("x",)}, "stop strings need a tokenizer"),

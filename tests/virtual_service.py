@@ -138,6 +138,7 @@ class Arrival(NamedTuple):
 
 class _Vocabulary(NamedTuple):
     vocab_size: int = VOCAB
+    max_position_embeddings: int = 1 << 20
     eos_token_ids: tuple[int, ...] = ()
 
 
