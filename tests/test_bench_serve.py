@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -312,16 +313,15 @@ def test_accelerate_is_measured_beside_it(model: str, bench: ServeBench) -> None
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("model", MODELS)
 def test_every_cell_on_a_gpu(model: str) -> None:
-    bench = ServeBench(is_tiny=True, arena_gib=0, host=GpuHost())
-    rates, parts = bench.ceilings(), []
-    for cell in (cell for stage in cells([model]) for cell in stage):
-        measured = bench.cell(**cell.to_dict())
-        if "unavailable" not in measured:
-            row = serve_figures.figures(measured, rates)
-            assert row["ttft_s"] > 0 and row["tpot_p50_s"] > 0
-            found = {"name": cell.name, "model": model, "cell": cell.to_dict(), "status": "measured"}
-            parts.append(found | {"measured": measured, "row": row})
-    bench.close()
+    with closing(ServeBench(is_tiny=True, arena_gib=0, host=GpuHost())) as bench:
+        rates, parts = bench.ceilings(), []
+        for cell in (cell for stage in cells([model]) for cell in stage):
+            measured = bench.cell(**cell.to_dict())
+            if "unavailable" not in measured:
+                row = serve_figures.figures(measured, rates)
+                assert row["ttft_s"] > 0 and row["tpot_p50_s"] > 0
+                found = {"name": cell.name, "model": model, "cell": cell.to_dict(), "status": "measured"}
+                parts.append(found | {"measured": measured, "row": row})
     assert len(parts) > 15 and {check["passed"] for check in serve_figures.checks(parts)} == {True}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -56,20 +57,23 @@ class Gpu:
         self.record_after = record_after
         self.logits: list[Tensor] = []
         self.recorded = 0
+        self._open = ExitStack()
 
     def pool(self, num_slots: int, layout: ExpertLayout) -> SlotPool:
         return SlotPool(num_slots, layout, poison=True, device=self.device)
 
     def copies(self, store: ExpertStore, pool: SlotPool) -> StreamCopyEngine:
         self.store = HostStore(store, EXPERTS, pinned=True)
+        self._open.callback(self.store.close)
         return StreamCopyEngine(self.store, pool, CudaStreams(self.device), pinned=True)
 
+    @contextmanager
     def engine(
         self, folder: Path, slots: int, mode: str, policy: str = "lru", predictor: Predictor | None = None
     ) -> Iterator[Engine]:
         policy = "resident" if slots == len(EXPERTS) else policy
         decoders = {"event": self.event, "graph": self.graph, "model": self.model}
-        return assembled(
+        making = assembled(
             folder,
             policy,
             slots,
@@ -79,6 +83,8 @@ class Gpu:
             make_decoder=lambda parts: self.noted(decoders[mode](parts)),
             device=self.device,
         )
+        with self._open:  # the store is closed last
+            yield self._open.enter_context(making)
 
     def model(self, parts: Parts) -> Decoder:
         return lambda layout: parts.model(parts.cache.batch(layout)).cpu()

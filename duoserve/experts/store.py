@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
+from weakref import finalize
 
 import numpy as np
 from torch import Tensor
@@ -65,7 +66,8 @@ class HostStore(ExpertStore):
         ):
             source.read(expert, row_B)
         self._rows_NB: Tensor | None = rows_NB
-        self._pinned = pinned and pin(rows_NB)
+        # A registration must not outlive its memory, even if nobody calls close().
+        self._unpin = finalize(self, unpin, rows_NB) if pinned and pin(rows_NB) else None
 
     def has(self, expert: ExpertId) -> bool:
         """Whether this expert's row is in RAM."""
@@ -87,9 +89,9 @@ class HostStore(ExpertStore):
 
     def close(self) -> None:
         """Gives the RAM back as soon as no read uses it; idempotent."""
-        rows_NB, self._rows_NB = self._rows_NB, None
-        if rows_NB is not None and self._pinned:
-            unpin(rows_NB)
+        self._rows_NB = None
+        if self._unpin is not None:
+            self._unpin()
 
 
 class TieredStore(ExpertStore):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 
 import pytest
@@ -51,6 +52,18 @@ def test_what_is_locked_is_unlocked_before_it_goes(monkeypatch: pytest.MonkeyPat
     assert len(cudart.locked) == 1
     store.close()
     assert cudart.locked == [] and cudart.forgotten == 0
+    store.close()
+
+
+def test_a_store_that_nobody_closes_unlocks_its_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudart = FakeCudart(most=1 << 20)
+    use(cudart, monkeypatch)
+    store = HostStore(ArrayStore(num_layers=1, num_experts=1), [ExpertId(0, 0)], pinned=True)
+    row_B = store.host_row(ExpertId(0, 0))
+    assert row_B is not None and cudart.locked == [row_B.data_ptr()]
+    del store
+    gc.collect()
+    assert cudart.locked == []
 
 
 def test_what_is_refused_is_said_once_and_read_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
