@@ -16,11 +16,13 @@ SMALL, MEDIUM, LARGE, HUGE = 16, 64, 128, 256  # BT of the four shape classes
 INTERPRETER = 0  # the "architecture" of Triton's interpreter
 SM_REGISTERS = 65536  # of a multiprocessor, on every architecture so far
 THREAD_REGISTERS = 255  # that an instruction can name
+LEAST_REGISTERS = 32  # of a thread, where a multiprocessor has as many threads as it can, 2048
 
 
 def _max_registers(ctas_per_sm: int, num_warps: int) -> int:
     """Registers that each thread may have so that ``ctas_per_sm`` CTAs share a multiprocessor; given out by eights."""
-    return min(THREAD_REGISTERS, SM_REGISTERS // (ctas_per_sm * num_warps * 32) // 8 * 8)
+    share = SM_REGISTERS // (ctas_per_sm * num_warps * 32) // 8 * 8
+    return max(LEAST_REGISTERS, min(THREAD_REGISTERS, share))
 
 
 @dataclass(frozen=True)

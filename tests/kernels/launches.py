@@ -36,6 +36,7 @@ from duoserve.kernels import (
 from duoserve.kernels.configs import HUGE, LARGE, MEDIUM, SMALL, GemmConfig, GemvConfig, gemm_config, gemv_config
 from duoserve.kernels.host_rows import HostRows
 from duoserve.kernels.weights import ExpertFormat, QuantizedLayout
+from tests.kernels.experts_case import TINY
 from tests.kernels.quantized_case import LAYOUTS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -320,6 +321,11 @@ def _unaligned(arch: int) -> None:
     Gemm(False, BF16, ExpertFormat.FLOAT, 0, MEDIUM, tma=False, inter=1412)(arch)
 
 
+def _crowded(arch: int) -> None:
+    """``moe_up`` with so many CTAs that no multiprocessor has room for them."""
+    GEMMS["up-bf16-float-16"].launch(replace(TINY, ctas_per_sm=100))
+
+
 # What the gate must refuse, so that it is seen to.
 SPILLING = {"huge-tile": _up_with(num_warps=4, block_t=256), "few-registers": _up_with(ctas_per_sm=4)}
 LAUNCHES: dict[str, Callable[[int], None]] = {
@@ -327,6 +333,7 @@ LAUNCHES: dict[str, Callable[[int], None]] = {
     **GEMVS,
     **SPILLING,
     "unaligned": _unaligned,
+    "crowded": _crowded,
     **FILLS,
     **{name: _ignoring_arch(launch) for name, launch in SMALL_KERNELS.items()},
 }

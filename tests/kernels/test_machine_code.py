@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from duoserve.kernels import moe_fill
-from duoserve.kernels.configs import GemmConfig
+from duoserve.kernels.configs import LEAST_REGISTERS, GemmConfig
 from duoserve.kernels.weights import ExpertFormat
 from tests.kernels.launches import FILLS, GEMMS, GEMVS, SMALL_KERNELS, SPILLING, Fill, Gemm, Gemv
 from tests.kernels.machine_code import TENSOR_CORES, Compiler, MachineCode
@@ -188,6 +188,10 @@ def test_narrow_loads_and_small_budgets_are_found(compiler: Compiler) -> None:
     assert any("too few loads of 16 bytes" in fault for fault in faults(code, budget))
     tight = faults(code, replace(budget, registers=32, shared_kib=16))
     assert any("registers, not 32" in fault for fault in tight) and any("not 16 KiB" in fault for fault in tight)
+
+
+def test_more_ctas_than_a_multiprocessor_takes_have_the_registers_of_those_it_takes(compiler: Compiler) -> None:
+    assert [code.registers for arch in ARCHES for code in compiler("crowded", arch)] == [LEAST_REGISTERS] * 3
 
 
 def test_what_a_step_loads() -> None:
