@@ -1,4 +1,4 @@
-"""A recorded decode step by the Triton kernels themselves, in the interpreter where there is no GPU."""
+"""A recorded decode step by the Triton kernels themselves, in the interpreter."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from duoserve.passes import Decoder
 from duoserve.recorded_decode import RecordedDecoder
 from tests.assembly import Parts, assembled
 from tests.checkpoints import save_mixtral
+from tests.kernels.common import INTERPRETED
 from tests.lagging import LaggingDevice, Truth, write
 
 PROMPTS, MAX_TOKENS = [[3], [1]], [3, 2]
 TINY = {"num_hidden_layers": 2, "num_local_experts": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
+@INTERPRETED
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # of work that is recorded before there is anything to read
 def test_the_bits_of_the_model_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_TRITON_ON_CPU", True)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from duoserve.experts.layout import ExpertLayout
 from duoserve.kernels import ExpertWeights
+from duoserve.kernels.numerics import interpreting
 from duoserve.kernels.weights import QuantizedLayout
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Relative norm of the error of one op against float64 truth, for results rounded once to the dtype.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 DTYPES = tuple(TOLERANCE)
+INTERPRETED = pytest.mark.skipif(not interpreting(), reason="kernels take a CPU's tensors in the interpreter alone")
 POISON = 0xFF  # all bits set: NaN in every float format
 
 

@@ -10,7 +10,7 @@ import torch
 
 from duoserve import MoEModel, SamplingParams, kernels
 from duoserve.kernels import triton_ops
-from tests.kernels.common import DEVICE, assert_close, poisoned
+from tests.kernels.common import DEVICE, INTERPRETED, assert_close, poisoned
 from tests.kernels.experts_case import make_case
 
 
@@ -55,6 +55,7 @@ def test_a_layer_by_its_public_names_agrees_with_the_twins(monkeypatch: pytest.M
     assert_close(out, y.double().sum(0, keepdim=True), torch.float16, roundings=3)
 
 
+@INTERPRETED
 def test_bard_writes_the_same_by_every_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A whole model, from prompt to text, in the interpreter: the tokens of the CPU path in float32."""
     params = SamplingParams(max_tokens=4, temperature=0.0)

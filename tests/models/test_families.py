@@ -19,6 +19,7 @@ from duoserve.models.opened import opened
 from duoserve.models.registry import FAMILIES as KNOWN
 from duoserve.scheduling.policies import POLICIES
 from tests.checkpoints import reference_greedy, reference_logits
+from tests.kernels.common import INTERPRETED
 from tests.models.cases import FAMILIES
 from tests.models.cases.case import SINGLE, FamilyCases
 from tests.models.test_mixtral_parity import relative_error
@@ -175,6 +176,7 @@ def test_a_config_with_an_unsupported_value_is_refused_by_name(
         MoEModel.from_pretrained(folder)
 
 
+@INTERPRETED
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe", "gpt_oss"])
 def test_the_kernels_agree(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Latent attention, groups of experts, half a head rotated, sinks and clamped experts, in Triton's interpreter."""
