@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The one command for a GPU machine: bash bench/gpu_suite.sh [--within SECONDS] [PART ...]
 #
-#   gpu-tests     models, decode steps, timelines, caps: all marked gpu      at most 250 s
+#   gpu-tests     timelines, decode steps, models, caps: all marked gpu      at most 250 s
 #   kernel-tests  the kernels against their twins                            at most 220 s
 #   tests         both
 #   copy          the link between host and GPU                              at most  90 s
@@ -10,12 +10,14 @@
 #   sanitize      decode steps under compute-sanitizer                       at most 180 s
 #
 # The parts run in the order in which they are named (`--part PART` does too); without any: tests copy kernels serve.
+# Each file of tests has a process, for a fault of the device fails all that comes after it in the same one, and a log,
+# which has what was found by the time it is interrupted.
 # Where a command may take ten minutes, three calls do it: `tests copy`, `kernels`, `serve`. With --within all parts
 # together end by then: the limits of later ones shrink, the benches measure their first rows alone, and what has no
 # time left is SKIPPED. So a machine that is lent for a quarter of an hour gives what matters most in two calls:
 #
-#   bash bench/gpu_suite.sh --within 480 gpu-tests copy sanitize kernel-tests
-#   SERVE_SECONDS=150 bash bench/gpu_suite.sh --within 330 serve kernels
+#   bash bench/gpu_suite.sh --within 490 tests
+#   SERVE_SECONDS=150 bash bench/gpu_suite.sh --within 330 copy serve kernels sanitize
 #
 # The benches' JSON and Markdown and the logs go to $OUT (bench/results without one), short tables to the terminal.
 # duoserve need not be installed. Where the tree has no .git, DUOSERVE_COMMIT says which commit it is of.
@@ -34,6 +36,7 @@ serve_seconds=${SERVE_SECONDS:-480}
 sanitize_seconds=${SANITIZE_SECONDS:-180}
 grace=50
 serve_grace=80 # the last cell may begin with a long prompt
+export STRESS_STEPS=${STRESS_STEPS:-1000}
 unset TRITON_INTERPRET # which a shell may have left: it would put the kernels on the CPU
 
 within=0 # no limit
@@ -43,12 +46,12 @@ while (($#)); do
     case $1 in
         --within) within=${2:-} && shift ;;
         --part) parts+=("${2:-}") && shift ;;
-        tests) parts+=(kernel-tests gpu-tests) ;;
+        tests) parts+=(gpu-tests kernel-tests) ;;
         *) parts+=("$1") ;;
     esac
     shift
 done
-((${#parts[@]})) || parts=(kernel-tests gpu-tests copy kernels serve)
+((${#parts[@]})) || parts=(gpu-tests kernel-tests copy kernels serve)
 [[ $within =~ ^[0-9]+$ ]] || { echo "gpu_suite: --within takes whole seconds"; exit 2; }
 for part in "${parts[@]}"; do
     [[ $part =~ ^(kernel-tests|gpu-tests|copy|kernels|serve|sanitize)$ ]] || {
@@ -81,7 +84,6 @@ echo "== what is there"
 untestable=$(missing pytest hypothesis)
 [[ -z $untestable ]] || echo "missing: ${untestable}: the tests that need it cannot run, so the suite fails"
 undressed=$(missing numpy safetensors tokenizers huggingface_hub jinja2 tqdm)
-workers=()
 runner=("$python" -m pytest)
 if [[ -n $undressed ]]; then
     # The package as a whole cannot be imported; its kernels need torch and triton alone. So a bare package of the same
@@ -93,8 +95,6 @@ if [[ -n $undressed ]]; then
     echo "__path__ = ['$PWD/duoserve']" >"$bare/duoserve/__init__.py"
     export PYTHONPATH="$bare:$PYTHONPATH"
     runner=("$python" -P -c 'import duoserve, pytest, sys; sys.exit(pytest.main(sys.argv[1:]))')
-elif has xdist; then
-    workers=(-n 8) # compiling is most of the time; the GPU takes them all
 fi
 gpu=$("$python" -c 'import re, torch; print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))')
 summary=()
@@ -116,24 +116,48 @@ note() {
     (($2 == 0)) || status=1
 }
 
-# tested LOG SECONDS ARGUMENT ...: pytest with these arguments.
+# interrupted SECONDS COMMAND ...: what pytest has found it says after SIGINT alone, which a job in the background ignores.
+interrupted() { timeout -s INT -k 20 "$1" env --default-signal=INT "${@:2}"; }
+
+# tested SECONDS FILE ARGUMENT ...: pytest with one file.
 tested() {
-    local log=$1 seconds=$2 ended
-    timeout -k 10 "$seconds" "${runner[@]}" "${@:3}" --continue-on-collection-errors -p no:cacheprovider \
-        >"$out/$log" 2>&1
+    local seconds=$1 log=$out/${2//\//-}.log ended
+    interrupted "$seconds" "${runner[@]}" "${@:2}" -vv --durations=15 -o faulthandler_timeout=60 -p no:cacheprovider \
+        >"$log" 2>&1
     ended=$?
-    tail -n 12 "$out/$log"
-    if ((ended == 124 || ended == 137)); then
-        echo "gpu_suite: the tests did not finish in $seconds s"
-    fi
+    ((ended != 124 && ended != 137)) || echo "gpu_suite: $2 did not finish in $seconds s" >>"$log"
+    ((ended == 0)) || grep -E '^(FAILED|ERROR|E  ) ' "$log" | cut -c -200 | head -n 8
+    echo "$2: $(tail -n 1 "$log")"
     return "$ended"
+}
+
+# tested_all SECONDS JOBS ARGUMENTS FILE ...: each file with these arguments, so many at a time. One that is alone leaves
+# a third of the time to those behind it.
+tested_all() {
+    local end=$((SECONDS + $1)) jobs=$2 arguments=$3 file job left failed=0 started=()
+    for file in "${@:4}"; do
+        while (($(jobs -rp | wc -l) >= jobs)); do sleep 0.1; done
+        left=$(((end - SECONDS) * (jobs > 1 ? 3 : 2) / 3))
+        if ((left < 1)); then
+            echo "$file: no time is left"
+            failed=1
+            continue
+        fi
+        # shellcheck disable=SC2086 # several words
+        tested "$left" "$file" $arguments &
+        started+=($!)
+    done
+    for job in "${started[@]}"; do
+        wait "$job" || failed=1
+    done
+    return $failed
 }
 
 # Decode steps under compute-sanitizer.
 sanitized() {
     local ended
-    STRESS_STEPS=60 timeout -k 10 "$(limit "$sanitize_seconds")" compute-sanitizer --error-exitcode 9 "${runner[@]}" \
-        tests/test_decode_on_gpu.py -k stress -p no:cacheprovider >"$out/sanitizer.log" 2>&1
+    STRESS_STEPS=60 interrupted "$(limit "$sanitize_seconds")" compute-sanitizer --error-exitcode 9 "${runner[@]}" \
+        tests/test_decode_on_gpu.py -k stress -vv -p no:cacheprovider >"$out/sanitizer.log" 2>&1
     ended=$?
     tail -n 4 "$out/sanitizer.log"
     if ((ended != 0)); then
@@ -171,16 +195,20 @@ for part in "${parts[@]}"; do
         kernel-tests)
             seconds=$(limit "$tests_seconds")
             echo "== the kernel tests, at most $seconds s"
-            tested gpu-kernel-tests.log "$seconds" tests/kernels "${workers[@]}" \
-                --ignore=tests/kernels/test_machine_code.py
+            # Compiling is most of the time, and the GPU takes them all; what is long comes first.
+            mapfile -t files < <(ls -S tests/kernels/test_*.py | grep -v machine_code)
+            OMP_NUM_THREADS=2 tested_all "$seconds" 8 "" "${files[@]}"
             note "kernel tests" $?
             ;;
         gpu-tests)
             seconds=$(limit "$gpu_tests_seconds")
             echo "== the other tests of a GPU, at most $seconds s"
-            mapfile -t marked < <(grep -rlE 'mark\.gpu\b' tests --include='test_*.py' | grep -v '^tests/kernels/')
+            files=(tests/test_{timeline_on_gpu,decode_on_gpu,on_gpu}.py) # what matters most
+            mapfile -t -O 3 files < <(
+                grep -rlE 'mark\.gpu\b' tests --include='test_*.py' | grep -vE '^tests/(kernels/|test_\w*on_gpu)' | sort
+            )
             # One after another: they measure memory, and count what the whole device holds.
-            tested gpu-tests.log "$seconds" -m gpu "${marked[@]}"
+            tested_all "$seconds" 1 "-m gpu" "${files[@]}"
             note "GPU tests" $?
             ;;
         copy)

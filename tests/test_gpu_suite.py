@@ -14,15 +14,19 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 
-# Claims a GPU, and to have all packages but xdist; answers for pytest and the benches; lets Python do the rest.
+# Claims a GPU, and to have all packages; answers for pytest and the benches; lets Python do the rest.
 FAKE_PYTHON = """#!/usr/bin/env bash
 all=$*
 json=${all##*--json }
 case "$*" in
     *is_available*) exit 0 ;;
     *get_device_name*) echo nvidia-h100 ;;
-    *find_spec*) [[ $* != *xdist* ]] ;;
-    *"-m pytest"*) echo "pytest $*"; exit "$PYTEST_STATUS" ;;
+    *find_spec*) exit 0 ;;
+    *"-m pytest"*)
+        echo "pytest $*"
+        trap 'echo "what was found"; exit 2' INT
+        while [[ -n ${PYTEST_HANGS:-} ]]; do sleep 0.1; done
+        exit "$PYTEST_STATUS" ;;
     *bench/bench_copy.py*--json* | *bench/bench_serve.py*--json*)
         echo "$*"; echo "{}" >"${json%% *}"; exit "$BENCH_STATUS" ;;
     *bench/serve_report.py*) echo "short report" ;;
@@ -66,15 +70,31 @@ def test_the_suite_benches_even_when_tests_fail(tmp_path: Path, pytest_status: i
     done = suite(tmp_path, PYTEST_STATUS=str(pytest_status))
     assert done.returncode == status, done.stdout + done.stderr
     tested = "FAILED" if status else "passed"
-    last = f"kernel tests {tested}, GPU tests {tested}, copy bench passed, kernel bench passed, serving bench passed"
+    last = f"GPU tests {tested}, kernel tests {tested}, copy bench passed, kernel bench passed, serving bench passed"
     assert last in done.stdout.splitlines()[-1]
     out = tmp_path / "out"
-    assert "tests/kernels" in (out / "gpu-kernel-tests.log").read_text()
-    asked = (out / "gpu-tests.log").read_text()
-    assert "-m gpu" in asked
-    assert all(f"tests/test_{what}on_gpu.py" in asked for what in ("", "decode_", "timeline_"))
+    said = [line.partition(":")[0] for line in done.stdout.splitlines() if re.match(r"tests/\S+\.py: pytest", line)]
+    assert said[:3] == [f"tests/test_{what}on_gpu.py" for what in ("timeline_", "decode_", "")]
+    assert sorted(said[3:7]) == said[3:7] and "tests/test_bench_serve.py" in said[3:7]
+    kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "tests/kernels").glob("test_*.py")}
+    assert sorted(said[7:]) == sorted(kernels - {"tests/kernels/test_machine_code.py"})
+    assert all(f"pytest {file} " in log_of(tmp_path, file).replace("-m pytest", "pytest") for file in said)
+    assert ["-m gpu" in log_of(tmp_path, file) for file in said] == [True] * 7 + [False] * len(said[7:])
     for bench in ("copy", "kernels", "serve"):
         assert [path.suffix for path in sorted(out.glob(f"{bench}-nvidia-h100-*"))] == [".json", ".md"]
+
+
+def log_of(folder: Path, file: str) -> str:
+    return (folder / "out" / f"{file.replace('/', '-')}.log").read_text()
+
+
+@NO_GPU
+def test_tests_that_hang_are_interrupted_so_that_they_say_what_they_have_found(tmp_path: Path) -> None:
+    done = suite(tmp_path, "tests", PYTEST_HANGS="1", TESTS_SECONDS="1", GPU_TESTS_SECONDS="3")
+    assert done.returncode == 1 and done.stdout.endswith(f"GPU tests FAILED, kernel tests FAILED; see {tmp_path}/out\n")
+    for file, seconds in (("tests/test_timeline_on_gpu.py", 2), ("tests/kernels/test_moe_fill.py", 1)):
+        assert f"what was found\ngpu_suite: {file} did not finish in {seconds} s" in log_of(tmp_path, file)
+    assert "tests/test_on_gpu.py: no time is left" in done.stdout
 
 
 @NO_GPU
@@ -82,7 +102,7 @@ def test_a_part_by_itself(tmp_path: Path) -> None:
     done = suite(tmp_path, "copy", "serve", BENCH_STATUS="1")
     assert done.returncode == 1
     assert "gpu_suite: copy bench FAILED, serving bench FAILED" in done.stdout.splitlines()[-1]
-    assert not (tmp_path / "out" / "gpu-tests.log").exists()
+    assert not list((tmp_path / "out").glob("tests-*"))
 
 
 @NO_GPU
@@ -90,7 +110,7 @@ def test_parts_come_in_the_order_they_are_named(tmp_path: Path) -> None:
     done = suite(tmp_path, "serve", "--part", "gpu-tests", "copy")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "serving bench passed, GPU tests passed, copy bench passed" in done.stdout.splitlines()[-1]
-    assert not (tmp_path / "out" / "gpu-kernel-tests.log").exists()
+    assert not list((tmp_path / "out").glob("tests-kernels-*"))
 
 
 @NO_GPU
