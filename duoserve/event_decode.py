@@ -9,7 +9,7 @@ B sequences, V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
 from typing import NamedTuple
@@ -57,12 +57,13 @@ class EventStep(DecodeStep):
         self._logits_BV = recorder.host((num_sequences, len(model.head_VH)), torch.float32)
         self._feed = WorkFeed(recorder, num_experts, min(num_experts, num_sequences * top_k))
         self._layers: list[_Layer] = []
-        part = recorder.record(lambda: self._told(first_part(model, inputs.batch())))
+        part = self._recorded(lambda: first_part(model, inputs.batch()))
         while isinstance(choice := part.result, Choice):
             experts = recorder.record(partial(choice.block.compute, choice.routed, self._feed.work))
             self._layers.append(_Layer(choice, part, experts))
-            part = recorder.record(partial(self._next, choice))
+            part = self._recorded(partial(next_part, choice))
         self._last = part
+        recorder.wait()  # the host may write what all that has read
 
     def __call__(self, layout: Layout) -> Tensor:
         """The float32 logits [B, V] on the host, which the next call overwrites."""
@@ -93,8 +94,11 @@ class EventStep(DecodeStep):
         self._feed.load(ready)
         layer.experts.replay()
 
-    def _next(self, choice: Choice) -> Choice | Tensor:
-        return self._told(next_part(choice))
+    def _recorded(self, work: Callable[[], Choice | Tensor]) -> Recording[Choice | Tensor]:
+        """A part, replayed with tokens of nobody: the next one is recorded by running it on what this one chose."""
+        part = self._recorder.record(lambda: self._told(work()))
+        part.replay()
+        return part
 
     def _told(self, end: Choice | Tensor) -> Choice | Tensor:
         """Lets the host know, as part of what is recorded, what a part has come to."""

@@ -52,11 +52,11 @@ class _Launch:
                 old.copy_(new)
 
     def ruin(self) -> None:
-        """Makes NaN of what the call has given, unless that is a view of what it took."""
+        """Makes NaN, or what is no index, of what the call has given, unless that is a view of what it took."""
         taken = {_storage(tensor) for tensor in _tensors((self._args, self._kwargs))}
         for tensor in _tensors(self.result):
-            if tensor.is_floating_point() and _storage(tensor) not in taken:
-                tensor.fill_(float("nan"))
+            if tensor.dtype is not torch.bool and _storage(tensor) not in taken:
+                tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
 
 
 class _Aten(TorchDispatchMode):
