@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from duoserve.decode_inputs import DecodeInputs, WorkFeed
+from duoserve.kernels.configs import MEDIUM
 from duoserve.kernels.recorder import Recorder, Recording
 from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
@@ -29,9 +30,14 @@ from duoserve.scheduling.source import ReadyExpert
 
 
 def event_steps(model: Transformer, cache: PagedKVCache, recorder: Recorder) -> MakeStep:
-    """Makes the recorded steps of ``model``, one for each shape."""
+    """Makes the recorded steps of ``model``, one for each shape of up to MEDIUM sequences.
 
-    def make(num_sequences: int, table_width: int) -> EventStep:
+    No more are counted by the memory plan, nor may so many have logits that the model brings to the host by itself.
+    """
+
+    def make(num_sequences: int, table_width: int) -> EventStep | None:
+        if num_sequences > MEDIUM:
+            return None
         return EventStep(model, recorder, DecodeInputs(recorder, cache, num_sequences, table_width), num_sequences)
 
     return make

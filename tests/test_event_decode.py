@@ -19,7 +19,8 @@ from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.stream_engine import StreamCopyEngine
-from duoserve.passes import Decoder
+from duoserve.kernels.configs import MEDIUM
+from duoserve.passes import Decoder, DecodeStep
 from duoserve.recorded_decode import RecordedDecoder
 from duoserve.request import Request
 from duoserve.scheduling.lease import SlotLease
@@ -146,6 +147,18 @@ def test_only_so_many_shapes_are_recorded(folder: Path, truth: Truth) -> None:
         assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
     assert truth.differences(device.logits) == []
     assert device.recorder.num_recordings == 2 * (3 + 3 + 1)
+
+
+def test_more_sequences_than_the_memory_plan_counts_are_left_to_the_model_itself(folder: Path) -> None:
+    device, steps = LaggingDevice(seed=5), list[DecodeStep | None]()
+
+    def decoder(parts: Parts) -> Decoder:
+        make = event_steps(parts.model, parts.cache, device.recorder)
+        steps.extend(make(num_sequences, 1) for num_sequences in (MEDIUM, MEDIUM + 1))
+        return recorded(device)(parts)
+
+    with assembled(folder, "lru", 6, device.copies, make_pool=device.pool, make_decoder=decoder):
+        assert [step is None for step in steps] == [False, True]
 
 
 def test_a_failed_copy_ends_the_request_and_the_next_has_its_bits(folder: Path, truth: Truth) -> None:
