@@ -86,8 +86,9 @@ class StreamCopyEngine(CopyEngine):
         self._readers: dict[int, Mark] = {}  # by slot: where its last readers end
         self._landing: dict[int, Mark] = {}  # by slot: where what was enqueued of a copy that was cancelled ends
         self._closed = False
+        streams.after(Lane.DEMAND, streams.mark(Lane.COMPUTE))  # the pool is still being filled with its first bytes
         self._origin = streams.mark(Lane.DEMAND)
-        streams.wait(self._origin)  # times are counted from it in every lane, which may be ahead of this one
+        streams.wait(self._origin)  # so no copy comes before them; and times are counted from it in every lane
         self._origin_s = self.now()
         self._lock = threading.RLock()
         self._queued = threading.Condition(self._lock)  # a ticket can be taken, or the engine closes

@@ -300,7 +300,6 @@ def test_a_prefetch_into_a_slot_that_is_still_read_lets_others_pass() -> None:
 
         def __init__(self) -> None:
             super().__init__(random.Random(0))
-            self._order.remove(Lane.COMPUTE)
             self.targets: list[int] = []
 
         def copy(self, lane: Lane, target_B: Tensor, source_B: Tensor) -> None:
@@ -309,6 +308,7 @@ def test_a_prefetch_into_a_slot_that_is_still_read_lets_others_pass() -> None:
 
     store, pool, streams = PartlyInRam(EXPERTS[:7]), SlotPool(3, SMALL), NeverComputing()
     engine = StreamCopyEngine(store, pool, streams, num_threads=1)
+    streams._order.remove(Lane.COMPUTE)
     gate = store.gate(EXPERTS[7])
     busy = engine.submit(EXPERTS[7], 2, DEMAND)  # which its only thread reads while the others queue up
     gate.wait_entered()
@@ -347,6 +347,19 @@ def test_what_a_failed_copy_left_on_its_way_does_not_land_in_anothers_slot(seed:
     streams.finish()
     assert (bad.state, good.state) == (TicketState.FAILED, TicketState.DONE)
     assert torch.equal(pool.row(0), store.row(EXPERTS[1]))
+
+
+@pytest.mark.parametrize("priority", Priority)
+@pytest.mark.parametrize("seed", range(10))
+def test_what_the_device_makes_the_pool_of_is_done_before_any_copy(seed: int, priority: Priority) -> None:
+    streams, pool, store = FakeStreams(random.Random(seed)), SlotPool(1, SMALL), PartlyInRam(EXPERTS)
+    streams.run(lambda: pool.rows_SB.fill_(0))
+    streams._order.sort(key=lambda lane: lane is Lane.COMPUTE)  # which comes last, until somebody changes his mind
+    engine = StreamCopyEngine(store, pool, streams)
+    bring_all(engine, [engine.submit(EXPERTS[0], 0, priority)])
+    engine.close()
+    streams.finish()
+    assert torch.equal(pool.row(0), store.row(EXPERTS[0]))
 
 
 def test_a_copy_is_timed_before_anything_was_demanded() -> None:
