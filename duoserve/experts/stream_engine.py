@@ -19,7 +19,7 @@ from duoserve.experts.rows import aligned_rows
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.streams import Lane, Mark, Streams
-from duoserve.experts.tickets import PIECE_BYTES, Priority, Ticket, TicketQueue, TicketState
+from duoserve.experts.tickets import PIECE_BYTES, Piece, Priority, Ticket, TicketQueue, TicketState
 
 # No more of the prefetches stands on their lane than one piece, for a demand may have to wait for all of it: CUDA does
 # not order copies by priority. It goes in so many parts, of which one is copied while the next waits behind it, so that
@@ -305,13 +305,23 @@ class StreamCopyEngine(CopyEngine):
     def _take(self) -> Ticket | None:
         """The next ticket, RUNNING; blocks while there is none. None once the engine is closed."""
         with self._lock:
-            while (whole := self._queue.take(self._may_start) or self._queue.take()) is None:
+            while (whole := self._next()) is None:
                 if self._closed:
                     return None
                 self._queued.wait()
             whole.ticket.start(self.now())
             whole.ticket.sent = 0  # it has been taken, but nothing of it is on its lane yet
             return whole.ticket
+
+    def _next(self) -> Piece | None:
+        """Of those that may start, else of all; None if there is none, or the device failed when it was asked."""
+        try:
+            return self._queue.take(self._may_start) or self._queue.take()
+        except BaseException as error:  # as in _carry_out
+            for ticket in self._queue.clear():
+                ticket.finish(self.now(), ticket.failure(error))
+            self._changed.notify_all()
+            return None
 
     def _may_start(self, ticket: Ticket) -> bool:
         """Whether the copy would hold up none behind it on its lane: no kernel reads the slot, or it is a demand."""

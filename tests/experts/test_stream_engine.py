@@ -324,31 +324,6 @@ def test_a_prefetch_into_a_slot_that_is_still_read_lets_others_pass() -> None:
     assert streams.targets[:2] == [pool.row(2).data_ptr(), pool.row(1).data_ptr()]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_what_a_failed_copy_left_on_its_way_does_not_land_in_anothers_slot(seed: int) -> None:
-    class Failing(FakeStreams):
-        copies = 0
-
-        def copy(self, lane: Lane, target_B: Tensor, source_B: Tensor) -> None:
-            self.copies += 1
-            if self.copies == 3:
-                raise RuntimeError("injected")
-            super().copy(lane, target_B, source_B)
-
-    store, pool, streams = PartlyInRam(EXPERTS), SlotPool(1, SMALL, poison=True), Failing(random.Random(seed))
-    engine = StreamCopyEngine(store, pool, streams, num_threads=1, piece_bytes=PIECE)
-    bad = engine.submit(EXPERTS[0], 0, PREFETCH)
-    while not bad.finished:
-        engine.wait([bad])
-    good = engine.submit(EXPERTS[1], 0, DEMAND)
-    while not good.finished:
-        engine.wait([good])
-    engine.close()
-    streams.finish()
-    assert (bad.state, good.state) == (TicketState.FAILED, TicketState.DONE)
-    assert torch.equal(pool.row(0), store.row(EXPERTS[1]))
-
-
 @pytest.mark.parametrize("priority", Priority)
 @pytest.mark.parametrize("seed", range(10))
 def test_what_the_device_makes_the_pool_of_is_done_before_any_copy(seed: int, priority: Priority) -> None:
@@ -369,16 +344,6 @@ def test_a_copy_is_timed_before_anything_was_demanded() -> None:
     rig.streams._order.append(Lane.DEMAND)
     rig.engine.close()
     assert len(rig.copied) == 1
-
-
-def test_a_failed_read_ends_its_ticket_and_nothing_else() -> None:
-    rig = Rig(PartlyInRam(in_ram=(), fail_on=[EXPERTS[6]]))
-    bad, good = (rig.engine.submit(EXPERTS[number], slot, DEMAND) for slot, number in enumerate((6, 7)))
-    rig.bring(bad)
-    rig.bring(good)
-    assert (bad.state, good.state) == (TicketState.FAILED, TicketState.DONE)
-    assert "expert 0/6" in str(bad.error)
-    rig.engine.close()
 
 
 def test_after_close_nothing_can_be_asked_for(rig: Rig) -> None:
