@@ -13,7 +13,10 @@ CPU = torch.device("cpu")
 
 
 def resolve(name: str) -> torch.device:
-    """The device that ``name`` means: "auto" is a GPU where there is one. ConfigError for one that is not there."""
+    """The device that ``name`` means: "auto" is a GPU where there is one.
+
+    ConfigError for one that is not there, or is a GPU other than torch's current one.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -25,9 +28,15 @@ def resolve(name: str) -> torch.device:
     if device.type == "cpu":
         return CPU
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = torch.cuda.current_device() if found and device.index is None else device.index or 0
+    current = torch.cuda.current_device() if found else 0
+    index = current if device.index is None else device.index
     if index >= found:
         raise ConfigError(f"device={name!r} was asked for, but torch finds {found} CUDA devices: use 'auto' or 'cpu'")
+    if index != current:  # where Triton would launch all the same, in each thread on that thread's
+        raise ConfigError(
+            f"device={name!r} was asked for, but the current device is cuda:{current}: start the process with "
+            f"CUDA_VISIBLE_DEVICES={index} and use 'cuda'"
+        )
     return torch.device("cuda", index)
 
 

@@ -1,0 +1,40 @@
+"""Which device a name means, on machines with none and with several."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from duoserve.errors import ConfigError
+from duoserve.experts.device import resolve
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, found: int, current: int = 0) -> None:
+    """So many GPUs, of which one is torch's current device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:1"])
+def test_a_gpu_is_the_current_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, found=2, current=1)
+    assert resolve(name) == torch.device("cuda", 1)
+    assert resolve("cpu") == torch.device("cpu")
+
+
+def test_another_gpu_than_the_current_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, found=3)
+    with pytest.raises(ConfigError, match=r"'cuda:2' .* current device is cuda:0: .* CUDA_VISIBLE_DEVICES=2"):
+        resolve("cuda:2")
+
+
+def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, found=2)
+    with pytest.raises(ConfigError, match="'cuda:2' was asked for, but torch finds 2 CUDA devices"):
+        resolve("cuda:2")
+    machine(monkeypatch, found=0)
+    assert resolve("auto") == torch.device("cpu")
+    for name, message in {"cuda": "torch finds 0", "mps": "is not supported", "gpu": "is no device"}.items():
+        with pytest.raises(ConfigError, match=message):
+            resolve(name)
