@@ -79,11 +79,12 @@ class HostWork:
 
     @cached_property
     def _parts(self) -> tuple[Tensor, ...]:
-        """Experts, slots and their count, in one transfer."""
+        """Experts, slots and their count, in one transfer, for which the host does not wait."""
         unused = [-1] * (self.num_entries - len(self.host_pairs))
         experts, slots = ([*(pair[i] for pair in self.host_pairs), *unused] for i in (0, 1))
-        table = torch.tensor([*experts, *slots, len(self.host_pairs)], dtype=torch.int32, device=self.device)
-        return torch.split_with_sizes(table, [self.num_entries, self.num_entries, 1])
+        on_gpu = torch.device(self.device).type == "cuda"
+        table = torch.tensor([*experts, *slots, len(self.host_pairs)], dtype=torch.int32, pin_memory=on_gpu)
+        return torch.split_with_sizes(table.to(self.device, non_blocking=True), [self.num_entries, self.num_entries, 1])
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,23 @@ def test_work_of_pairs_ascends() -> None:
     assert HostWork.of([]).pairs() == []
 
 
+def test_a_list_goes_to_a_gpu_from_pinned_memory_and_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = torch.tensor
+
+    class Pinned(torch.Tensor):
+        def to(self, device: str, *, non_blocking: bool = False) -> torch.Tensor:
+            assert (device, non_blocking) == ("cuda", True)
+            return self.as_subclass(torch.Tensor)
+
+    def tensor(numbers: list[int], *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        return made(numbers, dtype=dtype).as_subclass(Pinned)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    work = HostWork.of([(7, 1), (2, 9)], "cuda")
+    assert [part.tolist() for part in (work.experts_W, work.slots_W, work.count_1)] == [[2, 7], [9, 1], [2]]
+
+
 @pytest.mark.parametrize(
     ("ids", "slots", "message"),
     [
