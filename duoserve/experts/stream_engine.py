@@ -181,8 +181,9 @@ class StreamCopyEngine(CopyEngine):
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
-        for copy in [*self._arrivals.values(), *self._unreported]:
-            self._streams.wait(copy.end)
+        copies = [*self._arrivals.values(), *self._unreported]
+        for end in [*(copy.end for copy in copies), *self._landing.values()]:
+            self._streams.wait(end)
         self.settle()
         if self._pinned:
             unpin(self._staging_NB)

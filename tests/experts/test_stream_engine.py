@@ -288,6 +288,16 @@ def test_nothing_of_a_cancelled_prefetch_lands_behind_what_the_device_writes(see
     assert torch.equal(run.pool.row(2), run.store.row(EXPERTS[6]))
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_nothing_of_a_cancelled_prefetch_is_on_its_way_once_the_engine_is_closed(seed: int) -> None:
+    """For the rows that it reads are given back then."""
+    run = HalfWay(seed, StreamCopyEngine.cancel)
+    run.engine.close()
+    landed_B = run.pool.row(2).clone()
+    run.streams.finish()
+    assert torch.equal(run.pool.row(2), landed_B)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_a_prefetch_that_is_promoted_half_way_arrives_whole(seed: int) -> None:
     run = HalfWay(seed, StreamCopyEngine.promote)
