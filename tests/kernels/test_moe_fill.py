@@ -25,9 +25,10 @@ from tests.kernels.quantized_case import LAYOUTS
 
 
 def config_of(case: Case) -> GemmConfig:
-    """The fill's tiles: the interpreter's products have other bits in other tiles."""
+    """The fill's tiles on this machine: products have other bits in other tiles."""
     weights = case.pool.weights
-    return moe_fill.fill_config(case.x_TH.dtype, 0, len(case.x_TH), weights.format, weights.group)
+    arch, _ = moe_gemm.machine(case.x_TH.device)
+    return moe_fill.fill_config(case.x_TH.dtype, arch, len(case.x_TH), weights.format, weights.group)
 
 
 def filled(
