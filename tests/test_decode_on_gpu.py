@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -175,6 +176,8 @@ def test_no_growth(mode: str, folder: Path) -> None:
     params = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
     with MoEModel.from_pretrained(folder, device="cuda", policy="lru", expert_slots=10, decode_mode=mode) as model:
         first = model.generate(PROMPTS[1], params).token_ids
+        gc.collect()
         before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         assert model.generate(PROMPTS[1], params).token_ids == first
+        gc.collect()
         assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before

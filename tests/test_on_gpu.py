@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,8 @@ def peaks() -> dict[str, int]:
 
 @pytest.fixture
 def before() -> dict[str, int]:
-    """What is held before the test, with nothing in reserve."""
+    """What is held before the test, with nothing in reserve and no garbage."""
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return peaks()
@@ -89,8 +91,10 @@ def test_the_cap_is_kept_and_nothing_grows(policy: str, folder: Path, before: di
     settings = SamplingParams(max_tokens=1000, temperature=0.0, ignore_eos=True)
     with MoEModel.from_pretrained(folder, device="cuda", policy=policy, memory=cap, max_context=2048) as model:
         model.generate(PROMPT, settings)
+        gc.collect()
         held, warm = torch.cuda.memory_allocated(), peaks()
         model.generate(PROMPT, settings)
+        gc.collect()
         assert torch.cuda.memory_allocated() == held and peaks() == warm
         assert model.memory.total_bytes <= cap
         assert all(warm[kind] - before[kind] <= cap for kind in warm)
