@@ -162,7 +162,9 @@ def product(
         return acc
 
 
-@triton.jit
+# A list of the host's has any length, and its parts lie wherever that puts them; a step has any number of rows. None of
+# that is worth a compilation in the midst of a request.
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["slots_W", "count_1"])
 def moe_gemm_kernel(
     x,
     w,
@@ -342,7 +344,7 @@ def _launch(
         FORMAT=matrix.format.value,
         GROUP=scale_group(matrix.format, matrix.group),
         FP8_HARDWARE=arch >= 89,
-        WP=max(16, triton.next_power_of_2(max_items)),
+        WP=triton.next_power_of_2(max(16, len(plan.starts_E1) - 1, max_items)),
         BN=config.block_n,
         BT=config.block_t,
         BK=config.block_k,

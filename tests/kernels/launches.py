@@ -19,6 +19,7 @@ from duoserve.kernels import (
     ClampedUp,
     DeviceWork,
     ExpertWeights,
+    HostWork,
     RoutePlan,
     attention_gqa,
     attention_mla,
@@ -326,6 +327,17 @@ def _crowded(arch: int) -> None:
     GEMMS["up-bf16-float-16"].launch(replace(TINY, ctas_per_sm=100))
 
 
+def _lists(arch: int) -> None:
+    """``moe_up`` with lists that the host has made, of many lengths, for many numbers of rows."""
+    del arch
+    with torch.device("cpu"):  # whose memory has addresses
+        weights = expert_weights(BF16, ExpertFormat.FLOAT, 0, 64, 64)
+        for tokens in (1, 2, 3, 4, 5, 8, 17, 40):
+            work = HostWork.of([(expert, 0) for expert in range(tokens)])
+            x_TH, rows_RI = torch.empty(tokens, 64, dtype=BF16), torch.empty(tokens * TOP_K, 64, dtype=BF16)
+            moe_gemm.moe_up(x_TH, weights, routing(tokens), work, rows_RI)
+
+
 # What the gate must refuse, so that it is seen to.
 SPILLING = {"huge-tile": _up_with(num_warps=4, block_t=256), "few-registers": _up_with(ctas_per_sm=4)}
 LAUNCHES: dict[str, Callable[[int], None]] = {
@@ -334,6 +346,7 @@ LAUNCHES: dict[str, Callable[[int], None]] = {
     **SPILLING,
     "unaligned": _unaligned,
     "crowded": _crowded,
+    "lists": _lists,
     **FILLS,
     **{name: _ignoring_arch(launch) for name, launch in SMALL_KERNELS.items()},
 }

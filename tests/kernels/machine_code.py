@@ -44,11 +44,12 @@ GLOBAL_LOADS = ("LDG", "LDGSTS")
 class MachineCode:
     """One compiled kernel. ``code`` and ``loop`` count instructions by full name, in all of it and in the hot loop.
 
-    ``constants`` are the launch's keyword arguments; ``local_bytes`` a thread's stack and local memory; ``registers``
-    a thread's; ``shared_bytes`` a CTA's.
+    ``hash`` is that of what was compiled once; ``constants`` are the launch's keyword arguments; ``local_bytes`` a
+    thread's stack and local memory; ``registers`` a thread's; ``shared_bytes`` a CTA's.
     """
 
     kernel: str
+    hash: str
     constants: dict[str, Any]
     registers: int
     local_bytes: int
@@ -170,7 +171,7 @@ def compiled(launching: Callable[[], None], arch: int) -> list[MachineCode]:
 def read(binary: CompiledKernel, constants: dict[str, Any]) -> MachineCode:
     """What the tools in Triton's wheel say of a compiled kernel."""
     registers, local_bytes, code, loop = _disassembled(binary.asm["cubin"])
-    return MachineCode(binary.name, constants, registers, local_bytes, binary.metadata.shared, code, loop)
+    return MachineCode(binary.name, binary.hash, constants, registers, local_bytes, binary.metadata.shared, code, loop)
 
 
 @cache

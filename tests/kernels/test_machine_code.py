@@ -194,6 +194,11 @@ def test_more_ctas_than_a_multiprocessor_takes_have_the_registers_of_those_it_ta
     assert [code.registers for arch in ARCHES for code in compiler("crowded", arch)] == [LEAST_REGISTERS] * 3
 
 
+def test_no_length_of_a_work_list_compiles_a_kernel_of_its_own(compiler: Compiler) -> None:
+    codes = compiler("lists", 90)
+    assert len(codes) == 8 and len({code.hash for code in codes}) == 1
+
+
 def test_what_a_step_loads() -> None:
     assert wide_loads(128, 8192) == {2: 4, 4: 4, 8: 4, 16: 4}
     assert wide_loads(128, 1024, 4096) == {2: 3, 4: 3, 8: 3, 16: 2}
