@@ -93,5 +93,6 @@ class RecordedDecoder(Decoder):
         return self._steps.get(shape)
 
     def _record(self, shape: Shape) -> None:
-        if shape not in self._steps and len(self._steps) < self._max_shapes:
+        recorded = sum(step is not None for step in self._steps.values())
+        if shape not in self._steps and recorded < self._max_shapes:
             self._steps[shape] = self._make_step(*shape)

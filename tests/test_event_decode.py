@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +148,20 @@ def test_only_so_many_shapes_are_recorded(folder: Path, truth: Truth) -> None:
         assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
     assert truth.differences(device.logits) == []
     assert device.recorder.num_recordings == 2 * (3 + 3 + 1)
+
+
+def test_shapes_that_cannot_be_recorded_do_not_count() -> None:
+    made: list[int] = []
+
+    def make(num_sequences: int, table_width: int) -> DecodeStep | None:
+        made.append(num_sequences)
+        return None if num_sequences > 1 else lambda layout: torch.ones(1)
+
+    decoder = RecordedDecoder(
+        lambda batch: torch.zeros(1), SimpleNamespace(batch=lambda layout: layout), make, record_after=0, max_shapes=1
+    )
+    layouts = [SimpleNamespace(spans=[()] * num_sequences, page_table=[[0]]) for num_sequences in (3, 2, 1, 2, 1)]
+    assert [decoder(layout).item() for layout in layouts] == [0, 0, 1, 0, 1] and made == [3, 2, 1]
 
 
 def test_more_sequences_than_the_memory_plan_counts_are_left_to_the_model_itself(folder: Path) -> None:
