@@ -136,12 +136,17 @@ class Fields:
             raise self.refusal(name, f"it must be a token id in 0..{MAX_TOKEN_ID}, a list of them, or null")
         return tuple(ids)
 
+    @property
+    def says_dtype(self) -> bool:
+        """Whether the weights' dtype is there; else the weights themselves know it."""
+        return not (self.is_null("dtype") and self.is_null("torch_dtype"))
+
     def dtype(self) -> torch.dtype:
-        """The weights' dtype, from ``dtype`` or the older ``torch_dtype``; float32 where neither is there."""
-        name = "torch_dtype" if self._raw.get("dtype") is None else "dtype"
-        value = self._raw.get(name)
-        if value is None:
-            return torch.float32
+        """The weights' dtype, from ``dtype`` or the older ``torch_dtype``; bfloat16 where neither is there."""
+        if not self.says_dtype:
+            return torch.bfloat16
+        name = "torch_dtype" if self.is_null("dtype") else "dtype"
+        value = self._raw[name]
         if not isinstance(value, str) or value not in DTYPES:
             raise self.refusal(name, f"supported: {', '.join(DTYPES)}")
         return DTYPES[value]

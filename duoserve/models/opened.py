@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from duoserve.config import ModelConfig
-from duoserve.experts.checkpoint import Checkpoint, is_ignorable, resolve
+from duoserve.experts.checkpoint import FLOATS, Checkpoint, is_ignorable, resolve
 from duoserve.experts.formats.codes import WeightFormat
 from duoserve.experts.formats.reading import read_dense
 from duoserve.experts.layout import ExpertId, ExpertLayout
@@ -113,7 +113,7 @@ def opened(model: str | Path) -> Iterator[OpenedModel]:
             partial(is_unused, config),
             {name: tensor.dtypes for name, tensor in stored.items()},
         )
-        yield OpenedModel(checkpoint, family, config)
+        yield OpenedModel(checkpoint, family, _with_dtype(config, checkpoint, stored))
 
 
 def is_unused(config: ModelConfig, name: str) -> bool:
@@ -121,6 +121,14 @@ def is_unused(config: ModelConfig, name: str) -> bool:
     layer = LAYER.match(name)
     is_mtp = layer and config.num_layers <= int(layer[1]) < config.num_layers + config.blocks.mtp_layers
     return is_ignorable(name) or bool(is_mtp)
+
+
+def _with_dtype(config: ModelConfig, checkpoint: Checkpoint, names: Iterable[str]) -> ModelConfig:
+    """Where config.json says no dtype, as gpt-oss's does not: that of the first of ``names`` that is in floats."""
+    if Fields(checkpoint.config).says_dtype:
+        return config
+    dtypes = (checkpoint.info(name).dtype for name in names)
+    return replace(config, dtype=next(dtype for dtype in dtypes if dtype in FLOATS))
 
 
 def _with_end_tokens(config: ModelConfig, path: Path) -> ModelConfig:

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from duoserve import CheckpointError, ConfigError, MoEModel, SamplingParams, kernels
 from duoserve.async_engine import AsyncEngine
 from duoserve.experts.checkpoint import Checkpoint
+from duoserve.models.described import described
 from duoserve.models.opened import opened
 from duoserve.models.registry import FAMILIES as KNOWN
 from duoserve.scheduling.policies import POLICIES
@@ -112,6 +114,21 @@ def test_a_checkpoint_in_bfloat16_means_the_same_in_float32(hard: tuple[FamilyCa
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
     with MoEModel.from_pretrained(folder, dtype="float32") as model:
         assert relative_error(model.forward(PROMPT), reference_logits(folder, PROMPT)) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_say_their_dtype_where_the_config_does_not(dtype: torch.dtype, tmp_path: Path) -> None:
+    """As gpt-oss's own config.json does not. An index says nothing of it: bfloat16 is what is published."""
+    folder = FAMILIES["gpt_oss"].save(tmp_path, "windows_by_type_shards", dtype)
+    config = json.loads((folder / "config.json").read_text())
+    for unsaid in ({}, {"dtype": None, "torch_dtype": None}):
+        config = {name: config[name] for name in config if "dtype" not in name} | unsaid
+        (folder / "config.json").write_text(json.dumps(config))
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype
+        assert described(folder).config.dtype == theirs == dtype
+    for shard in folder.glob("*.safetensors"):
+        shard.unlink()
+    assert described(folder).config.dtype == torch.bfloat16
 
 
 def test_every_policy_and_slot_count_gives_the_same_bits(hard: tuple[FamilyCases, Path], tmp_path: Path) -> None:

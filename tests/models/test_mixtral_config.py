@@ -63,7 +63,7 @@ def of_transformers(theirs: MixtralConfig) -> ModelConfig:
         rms_norm_eps=theirs.rms_norm_eps,
         max_position_embeddings=theirs.max_position_embeddings,
         tie_word_embeddings=theirs.tie_word_embeddings,
-        dtype=theirs.dtype or torch.float32,
+        dtype=theirs.dtype or torch.bfloat16,
         bos_token_id=theirs.bos_token_id,
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         blocks=Blocks(
