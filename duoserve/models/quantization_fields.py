@@ -99,6 +99,8 @@ def _version(section: Fields, name: str, supported: list[str], default: str) -> 
 
 def _group(section: Fields) -> int:
     """0 for one group of all features, which files have as -1."""
+    for name in _NULL:
+        section.absent(name, "supported: null")
     section.integer("bits", 4, 4)
     section.choice("pack_dtype", ["int32"], "int32")
     size = section.integer("group_size", -1, 1 << 20)
@@ -107,20 +109,17 @@ def _group(section: Fields) -> int:
     return max(size, 0)
 
 
-_INT4 = ("quant_method", "bits", "group_size", "format", "sym", "desc_act", "pack_dtype", "lm_head")
+# Of null these two say that the weights are all that there is, and turned by nothing.
+_NULL = ("adapter", "rotation")
+_INT4 = ("quant_method", "bits", "group_size", "format", "sym", "desc_act", "pack_dtype", "lm_head", *_NULL)
 # How the codes were found, or how some other program is to run them.
 _OF_NO_EFFECT = (
-    *(
-        "act_group_aware",
-        "backend",
-        "batch_size",
-        "block_name_to_quantize",
-        "cache_block_outputs",
-        "damp_auto_increment",
-    ),
-    *("damp_percent", "dataset", "disable_exllama", "do_fuse", "exllama_config", "fuse_max_seq_len"),
-    *("max_input_length", "meta", "method", "model_file_base_name", "model_name_or_path", "model_seqlen"),
-    *("module_name_preceding_first_block", "modules_in_block_to_quantize", "modules_to_fuse", "mse", "pad_token_id"),
-    *("static_groups", "tokenizer", "true_sequential", "use_cuda_fp16", "use_exllama"),
+    *("act_group_aware", "backend", "batch_size", "block_name_to_quantize", "buffered_fwd", "cache_block_outputs"),
+    *("damp_auto_increment", "damp_percent", "dataset", "disable_exllama", "do_fuse", "exllama_config", "fail_safe"),
+    *("fuse_max_seq_len", "gptaq", "gptaq_alpha", "gptaq_memory_device", "hessian_chunk_size", "hyb_act"),
+    *("max_input_length", "meta", "method", "mock_quantization", "model_file_base_name", "model_name_or_path"),
+    *("model_seqlen", "module_name_preceding_first_block", "modules_in_block_to_quantize", "modules_to_fuse", "mse"),
+    *("offload_to_disk", "offload_to_disk_path", "pack_impl", "pad_token_id", "static_groups", "tokenizer"),
+    *("true_sequential", "use_cuda_fp16", "use_exllama", "use_marlin", "v2", "v2_alpha", "v2_memory_device"),
 )
 _PARSERS: dict[str, Callable[[Fields], Quantization]] = {"awq": _awq, "fp8": _fp8, "gptq": _gptq, "mxfp4": _mxfp4}

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from duoserve import CheckpointError, ConfigError, MoEModel, SamplingParams, placement
+from duoserve.architecture import Quantization
 from duoserve.errors import CopyError
 from duoserve.models.opened import opened
+from duoserve.models.registry import family_of
 from tests.checkpoints import reference_greedy, reference_logits
 from tests.models.cases.case import SINGLE
 from tests.models.cases.quantized import AWQ, CASES, FP8, GPTQ, QuantizedCase
@@ -129,6 +131,39 @@ def test_an_order_of_activation_is_refused_where_it_has_no_kernel(
         MoEModel.from_pretrained(quantized, device="cuda")
 
 
+GPTQMODEL = {  # what GPTQModel has written at the top level over the years
+    "hyb_act": False,
+    "v2": False,
+    "v2_alpha": 0.25,
+    "v2_memory_device": "auto",
+    "offload_to_disk": True,
+    "offload_to_disk_path": "./gptqmodel_offload/x/",
+    "pack_impl": "cpu",
+    "fail_safe": False,
+    "adapter": None,
+    "rotation": None,
+    "gptaq": False,
+    "gptaq_alpha": 0.25,
+    "gptaq_memory_device": "auto",
+    "mock_quantization": False,
+    "buffered_fwd": False,
+    "hessian_chunk_size": None,
+    "use_marlin": False,
+}
+OF_AWQ, OF_GPTQ = Quantization("awq", 32), Quantization("gptq", 32, symmetric=False, less_one=True)
+MEANT: dict[str, tuple[dict[str, Any], Quantization]] = {
+    "gptqmodel's gptq": (GPTQ | GPTQMODEL, OF_GPTQ),
+    "gptqmodel's awq": (AWQ | GPTQMODEL, OF_AWQ),
+}
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_a_quantization_means_what_its_program_means(name: str) -> None:
+    section, meant = MEANT[name]
+    raw = {"model_type": "qwen3_moe", **WIDE, "quantization_config": section}
+    assert family_of(raw).parse_config(raw).quantization == meant
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no object": ("qwen3_moe", {"quantization_config": 4}, "quantization_config is 4; it must be an object"),
     "method": ("qwen3_moe", AWQ | {"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'; supported: 'awq'"),
@@ -190,6 +225,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         GPTQ | {"dynamic": {"+:.*down": {"bits": 8}}},
         "dynamic is .*; supported: rules that leave",
     ),
+    "adapter": ("qwen3_moe", GPTQ | {"adapter": {"rank": 8}}, "adapter is {'rank': 8}; supported: null"),
+    "rotation": ("qwen3_moe", AWQ | {"rotation": "hadamard"}, "rotation is 'hadamard'; supported: null"),
     "wide words": ("qwen3_moe", GPTQ | {"pack_dtype": "int64"}, "pack_dtype is 'int64'; supported: 'int32'"),
 }
 
