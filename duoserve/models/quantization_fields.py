@@ -35,7 +35,12 @@ def quantization(fields: Fields, methods: tuple[QuantMethod, ...], hidden: int, 
 
 
 def _fp8(section: Fields) -> Quantization:
-    section.only("quant_method", "fmt", "activation_scheme", "weight_block_size", "scale_fmt", "expert_dtype", *_SKIPS)
+    section.only(
+        *("quant_method", "fmt", "activation_scheme", "weight_block_size", "scale_fmt", "expert_dtype"),
+        *("dequantize", "modules_to_convert", *_SKIPS),
+    )
+    section.flag("dequantize", False)  # what transformers is to do on loading: of the file it says nothing
+    section.absent("modules_to_convert", "supported: null")
     section.choice("fmt", ["e4m3"], "e4m3")
     section.choice("activation_scheme", ["dynamic"], "dynamic")  # activations stay as they are: nothing is lost
     section.choice("scale_fmt", ["float", "ue8m0"], "float")

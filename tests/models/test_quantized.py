@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import FineGrainedFP8Config
 
 from duoserve import CheckpointError, ConfigError, MoEModel, SamplingParams, placement
 from duoserve.architecture import Quantization
@@ -154,6 +155,8 @@ OF_AWQ, OF_GPTQ = Quantization("awq", 32), Quantization("gptq", 32, symmetric=Fa
 MEANT: dict[str, tuple[dict[str, Any], Quantization]] = {
     "gptqmodel's gptq": (GPTQ | GPTQMODEL, OF_GPTQ),
     "gptqmodel's awq": (AWQ | GPTQMODEL, OF_AWQ),
+    "transformers' fp8": (json.loads(json.dumps(FineGrainedFP8Config().to_dict())), Quantization("fp8")),
+    "fp8, decoded there": (FP8 | {"dequantize": True}, Quantization("fp8")),
 }
 
 
@@ -202,6 +205,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         FP8 | {"modules_to_not_convert": "gate"},
         "modules_to_not_convert is 'gate'; it must",
     ),
+    "more than matrices": (
+        "qwen3_moe",
+        FP8 | {"modules_to_convert": ["model.embed_tokens"]},
+        "modules_to_convert is .*; supported: null",
+    ),
+    "dequantize": ("qwen3_moe", FP8 | {"dequantize": "no"}, "dequantize is 'no'; it must be true or false"),
     "awq bits": ("qwen3_moe", AWQ | {"bits": 8}, r"bits is 8; it must be an integer in 4\.\.4"),
     "awq version": ("qwen3_moe", AWQ | {"version": "gemv"}, "version is 'gemv'; supported: 'gemm'"),
     "awq symmetric": ("qwen3_moe", AWQ | {"zero_point": False}, "zero_point is False; supported: true"),
