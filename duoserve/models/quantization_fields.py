@@ -71,8 +71,9 @@ def _check_skips(section: Fields) -> None:
 
 
 def _awq(section: Fields) -> Quantization:
-    section.only(*_INT4, "zero_point", "version", *_SKIPS, *_OF_NO_EFFECT)
-    _version(section, "version", ["gemm", "GEMM"], "gemm")
+    section.only(*_INT4, "zero_point", "version", "checkpoint_format", *_SKIPS, *_OF_NO_EFFECT)
+    for name in ("version", "checkpoint_format"):  # the second is GPTQModel's
+        _version(section, name, ["gemm", "GEMM"], "gemm")
     for name, supported in (("zero_point", True), ("desc_act", False)):
         if section.flag(name, supported) is not supported:
             raise section.refusal(name, f"supported: {str(supported).lower()}")

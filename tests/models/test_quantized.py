@@ -155,6 +155,8 @@ OF_AWQ, OF_GPTQ = Quantization("awq", 32), Quantization("gptq", 32, symmetric=Fa
 MEANT: dict[str, tuple[dict[str, Any], Quantization]] = {
     "gptqmodel's gptq": (GPTQ | GPTQMODEL, OF_GPTQ),
     "gptqmodel's awq": (AWQ | GPTQMODEL, OF_AWQ),
+    "awq's format twice": (AWQ | {"checkpoint_format": "gemm", "format": "gemm"}, OF_AWQ),
+    "awq's format alone": ({n: AWQ[n] for n in AWQ if n != "version"} | {"checkpoint_format": "GEMM"}, OF_AWQ),
     "transformers' fp8": (json.loads(json.dumps(FineGrainedFP8Config().to_dict())), Quantization("fp8")),
     "fp8, decoded there": (FP8 | {"dequantize": True}, Quantization("fp8")),
 }
@@ -213,6 +215,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "dequantize": ("qwen3_moe", FP8 | {"dequantize": "no"}, "dequantize is 'no'; it must be true or false"),
     "awq bits": ("qwen3_moe", AWQ | {"bits": 8}, r"bits is 8; it must be an integer in 4\.\.4"),
     "awq version": ("qwen3_moe", AWQ | {"version": "gemv"}, "version is 'gemv'; supported: 'gemm'"),
+    "awq format": (
+        "qwen3_moe",
+        AWQ | {"checkpoint_format": "gemv_fast"},
+        "checkpoint_format is 'gemv_fast'; supported",
+    ),
     "awq symmetric": ("qwen3_moe", AWQ | {"zero_point": False}, "zero_point is False; supported: true"),
     "groups of 16": (
         "qwen3_moe",
