@@ -89,12 +89,13 @@ def _gptq(section: Fields) -> Quantization:
     if not section.is_null("dynamic") and any(name[:1] != "-" for name in section.section("dynamic").names):
         raise section.refusal("dynamic", "supported: rules that leave modules out, which begin with '-'")
     _check_skips(section)
+    group, by_activation = _group(section), section.flag("desc_act", False)
     return Quantization(
         "gptq",
-        _group(section),
+        group,
         symmetric=section.flag("sym", True),
         less_one=version == "gptq",
-        ordered=section.flag("desc_act", False),
+        ordered=by_activation and group > 0,  # one group has no order
     )
 
 

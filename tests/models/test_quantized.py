@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,6 +156,8 @@ OF_AWQ, OF_GPTQ = Quantization("awq", 32), Quantization("gptq", 32, symmetric=Fa
 MEANT: dict[str, tuple[dict[str, Any], Quantization]] = {
     "gptqmodel's gptq": (GPTQ | GPTQMODEL, OF_GPTQ),
     "gptqmodel's awq": (AWQ | GPTQMODEL, OF_AWQ),
+    "an order": (GPTQ | {"desc_act": True}, replace(OF_GPTQ, ordered=True)),
+    "no order of one group": (GPTQ | {"desc_act": True, "group_size": -1}, replace(OF_GPTQ, group=0)),
     "awq's format twice": (AWQ | {"checkpoint_format": "gemm", "format": "gemm"}, OF_AWQ),
     "awq's format alone": ({n: AWQ[n] for n in AWQ if n != "version"} | {"checkpoint_format": "GEMM"}, OF_AWQ),
     "transformers' fp8": (json.loads(json.dumps(FineGrainedFP8Config().to_dict())), Quantization("fp8")),
