@@ -67,6 +67,6 @@ def _from_index(folder: Path, listed: Mapping[str, str] | None) -> DescribedMode
         config = replace(config, tie_word_embeddings=False)
     stored = stored_tensors(family, config, by_custom(config) if listed is None else by_names(listed))
     if listed is not None:
-        check_names(folder, listed, stored, partial(is_unused, config))
+        check_names(folder, listed, stored, partial(is_unused, config, stored))
     nbytes = {name: stored_bytes(tensor, config.dtype) for name, tensor in stored.items()}
     return DescribedModel(folder, family, config, nbytes, CONFIG if listed is None else INDEX)

@@ -1,9 +1,9 @@
-"""A checkpoint, checked against its family; no weights are read."""
+"""A checkpoint, checked against its family; of its weights no more is read than biases that must be zeros."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from duoserve.config import ModelConfig
+from duoserve.errors import CheckpointError
 from duoserve.experts.checkpoint import FLOATS, Checkpoint, is_ignorable, resolve
 from duoserve.experts.formats.codes import WeightFormat
 from duoserve.experts.formats.reading import read_dense
@@ -110,17 +111,37 @@ def opened(model: str | Path) -> Iterator[OpenedModel]:
         stored = stored_tensors(family, config, by_tensors(checkpoint.tensors))
         checkpoint.check(
             {name: tensor.shape for name, tensor in stored.items()},
-            partial(is_unused, config),
+            partial(is_unused, config, stored),
             {name: tensor.dtypes for name, tensor in stored.items()},
         )
+        _check_spare_biases(config, stored, checkpoint)
         yield OpenedModel(checkpoint, family, _with_dtype(config, checkpoint, stored))
 
 
-def is_unused(config: ModelConfig, name: str) -> bool:
-    """Whether a tensor is none of the model's: what no model needs, and the layers that guess further tokens."""
+def is_unused(config: ModelConfig, needed: Collection[str], name: str) -> bool:
+    """Whether a tensor is none of the model's ``needed`` ones: what no model needs, layers that guess further tokens,
+    and GPTQ's spare biases.
+    """
     layer = LAYER.match(name)
     is_mtp = layer and config.num_layers <= int(layer[1]) < config.num_layers + config.blocks.mtp_layers
-    return is_ignorable(name) or bool(is_mtp)
+    return is_ignorable(name) or bool(is_mtp) or _is_spare_bias(config, needed, name)
+
+
+def _is_spare_bias(config: ModelConfig, needed: Collection[str], name: str) -> bool:
+    """Whether the model has the matrix but no bias: until March 2024 AutoGPTQ wrote one of zeros all the same."""
+    module, _, part = name.rpartition(".")
+    is_gptq = config.quantization is not None and config.quantization.method == "gptq"
+    return is_gptq and part == "bias" and name not in needed and f"{module}.qweight" in needed
+
+
+def _check_spare_biases(config: ModelConfig, needed: Collection[str], checkpoint: Checkpoint) -> None:
+    """Reads them, some tens of MB; CheckpointError for one that would change what is computed."""
+    for name, info in checkpoint.tensors.items():
+        if _is_spare_bias(config, needed, name) and checkpoint.read(name, torch.float64).any():
+            raise CheckpointError(
+                f"{info.file}: tensor {name!r} is not all zeros, but the model has no place for a bias there; "
+                "config.json and weights must be of one checkpoint"
+            )
 
 
 def _with_dtype(config: ModelConfig, checkpoint: Checkpoint, names: Iterable[str]) -> ModelConfig:

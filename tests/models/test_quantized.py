@@ -15,6 +15,8 @@ from transformers import FineGrainedFP8Config
 from duoserve import CheckpointError, ConfigError, MoEModel, SamplingParams, placement
 from duoserve.architecture import Quantization
 from duoserve.errors import CopyError
+from duoserve.experts.shards import INDEX_FILE
+from duoserve.models.described import described
 from duoserve.models.opened import opened
 from duoserve.models.registry import family_of
 from tests.checkpoints import reference_greedy, reference_logits
@@ -112,6 +114,54 @@ def test_a_dense_matrix_that_is_there_in_part_is_named(method: str, part: str, t
     (quantized / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=f"what the model needs: '{name}'"):
         MoEModel.from_pretrained(quantized)
+
+
+def beside_matrices(folder: Path, name: str, value: float) -> None:
+    """Gives each quantized matrix in the file that has ``name`` a tensor ``name`` of zeros, or of ``value``."""
+    tensors = load_file(folder / SINGLE)
+    modules = [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
+    added = {f"{module}.{name}": torch.zeros(tensors[f"{module}.scales"].shape[1:]) for module in modules}
+    added[min(added)][-1] = value
+    save_file(added | tensors, folder / SINGLE)
+
+
+def test_biases_of_zeros_that_autogptq_wrote_are_passed_over(tmp_path: Path) -> None:
+    """Until March 2024, beside each matrix that has none of its own."""
+    quantized, plain = replace(CASES["qwen3_moe-gptq"], shards=1).save(tmp_path)
+    beside_matrices(quantized, "bias", 0.0)
+    with MoEModel.from_pretrained(quantized, dtype="float32") as model:
+        assert relative_error(model.forward(PROMPT), reference_logits(plain, PROMPT)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value", "fault"),
+    [
+        ("gptq-ordered", "bias", 1e-7, "'model.layers.0.mlp.experts.0.down_proj.bias' is not all zeros"),
+        ("gptq-ordered", "bias", float("nan"), "'model.layers.0.mlp.experts.0.down_proj.bias' is not all zeros"),
+        ("gptq-ordered", "biases", 0.0, "no place for 'model.layers.0.mlp.experts.0.down_proj.biases'"),
+        ("awq", "bias", 0.0, "no place for 'model.layers.0.mlp.down_proj.bias'"),
+    ],
+)
+def test_another_tensor_beside_a_matrix_is_named(
+    method: str, name: str, value: float, fault: str, tmp_path: Path
+) -> None:
+    quantized, _ = CASES[f"qwen3_moe-{method}"].save(tmp_path)
+    beside_matrices(quantized, name, value)
+    with pytest.raises(CheckpointError, match=fault):
+        MoEModel.from_pretrained(quantized)
+
+
+def test_of_an_index_a_bias_beside_a_matrix_is_believed(tmp_path: Path) -> None:
+    """Its values are seen when it is there."""
+    quantized, _ = CASES["qwen3_moe-gptq"].save(tmp_path)
+    path = quantized / INDEX_FILE
+    listed = json.loads(path.read_text())
+    files = listed["weight_map"]
+    files |= {name.replace("qweight", "bias"): file for name, file in files.items() if name.endswith("qweight")}
+    path.write_text(json.dumps(listed))
+    for file in quantized.glob("*.safetensors"):
+        file.unlink()
+    assert described(quantized).source == INDEX_FILE
 
 
 def test_orders_that_a_row_cannot_hold_are_refused_with_the_expert(tmp_path: Path) -> None:
