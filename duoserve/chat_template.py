@@ -17,13 +17,13 @@ from duoserve import chat_sandbox
 from duoserve.errors import CheckpointError, ClosedError, DuoServeError, RequestError
 from duoserve.experts.positional_file import read_capped
 from duoserve.experts.strict_json import read_object
+from duoserve.tokenizer_config import TOKENIZER_CONFIG, read_tokenizer_config, special_tokens
 
-TEMPLATE_BYTES, CONFIG_BYTES = 1 << 20, 64 << 20
+TEMPLATE_BYTES = 1 << 20
 SECONDS = 2.0  # real templates take a thousandth of it
 START_SECONDS = 20.0  # a fresh interpreter on a busy machine
 # An isolated interpreter looks neither into a user's site nor PYTHONPATH, where jinja2 may be: that folder comes last.
 START = "import runpy, sys; sys.path += sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class ChatTemplate:
@@ -46,10 +46,9 @@ class ChatTemplate:
 
         CheckpointError for one that is malformed. Of several named ones, the one called "default".
         """
-        path = folder / "tokenizer_config.json"
-        config = read_object(path, CONFIG_BYTES) if path.is_file() else {}
+        config = read_tokenizer_config(folder)
         template = _template(folder, config)
-        return None if template is None else cls(template, _special_tokens(config))
+        return None if template is None else cls(template, special_tokens(config))
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """The prompt that ``messages`` make, each of them with "role" and "content".
@@ -137,7 +136,7 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     path, older = folder / "chat_template.jinja", folder / "chat_template.json"
     if path.is_file():
         return _decoded(read_capped(path, TEMPLATE_BYTES), path)
-    found, where = config.get("chat_template"), folder / "tokenizer_config.json"
+    found, where = config.get("chat_template"), folder / TOKENIZER_CONFIG
     if older.is_file():
         found, where = read_object(older, TEMPLATE_BYTES).get("chat_template"), older
     if isinstance(found, list):
@@ -153,14 +152,3 @@ def _decoded(data: bytes, path: Path) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: not UTF-8 ({error.reason}); download the file again") from error
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Those that have a name of their own; each stands as text or as an object that has it."""
-    found = {}
-    for name in SPECIAL_TOKENS:
-        token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            found[name] = token
-    return found

@@ -5,14 +5,16 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from duoserve.errors import CheckpointError, DuoServeError, RequestError
+from duoserve.tokenizer_config import TOKENIZER_CONFIG, read_tokenizer_config, special_tokens
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -47,12 +49,16 @@ class Text:
 
     @classmethod
     def load(cls, folder: Path) -> Text | None:
-        """The tokenizer in ``folder/tokenizer.json``, None where there is none, CheckpointError for a broken one."""
+        """The tokenizer in ``folder/tokenizer.json``, None where there is none, CheckpointError for a broken one.
+
+        Where that adds no special tokens, those are added that ``tokenizer_config.json`` says.
+        """
         path = folder / "tokenizer.json"
         if not path.exists():
             return None
+        config = read_tokenizer_config(folder)
         with _guarded(CheckpointError, f"{path} is not a tokenizer that can be used: download it again"):
-            return cls(Tokenizer.from_file(str(path)))
+            return cls(_completed(Tokenizer.from_file(str(path)), config))
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Token ids of ``text`` and, if wanted, of the special tokens that the post-processor adds; else RequestError.
@@ -145,6 +151,23 @@ class StopStrings:
         """What was held back, once no text will follow."""
         held, self._held = self._held, ""
         return held
+
+
+def _completed(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
+    """The same with the tokens at both ends that ``config`` says, if it has none of its own there; else ValueError.
+
+    DeepSeek's need it. What transformers 4 made of these flags, its version 5 leaves out beside a tokenizer.json.
+    """
+    if tokenizer.num_special_tokens_to_add(is_pair=False):
+        return tokenizer
+    tokens = special_tokens(config)
+    bos, eos = ([tokens[n]] if config.get(f"add_{n}") and n in tokens else [] for n in ("bos_token", "eos_token"))
+    ids = {token: tokenizer.token_to_id(token) for token in bos + eos}
+    for token, token_id in ids.items():
+        if token_id is None:
+            raise ValueError(f"{TOKENIZER_CONFIG} adds {token!r}, which is none of its tokens")
+    tokenizer.post_processor = TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=list(ids.items()))
+    return tokenizer
 
 
 def _overlap(text: str, stop: str) -> int:

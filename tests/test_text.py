@@ -1,14 +1,18 @@
 """Text: streamed pieces add up to the whole for every kind of vocabulary, and stop strings cut wherever pieces end."""
 
 import itertools
+import json
 import random
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from duoserve.errors import CheckpointError, RequestError
 from duoserve.text import IncrementalDecoder, StopStrings, Text
@@ -111,6 +115,56 @@ def test_special_tokens_are_added_as_the_post_processor_says_and_not_shown():
     assert text.encode("the")[0] == LLAMA.token_to_id("<s>")
     assert text.decode(text.encode("the cat</s>")) == "the cat"
     assert Text(BYTE_LEVEL).encode("the") == BYTE_LEVEL.encode("the", add_special_tokens=False).ids
+
+
+def saved(folder: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> Path:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def deepseek_tokenizer() -> Tokenizer:
+    """Its tokenizer.json has a post-processor that adds nothing."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return tokenizer
+
+
+ADDED = {"__type": "AddedToken", "content": "<s>", "lstrip": False, "normalized": True, "rstrip": False}
+FLAGS = [{}, *({"add_bos_token": bos, "add_eos_token": eos} for bos in (True, False, None) for eos in (True, False))]
+
+
+@pytest.mark.parametrize("bos", ["<s>", ADDED, None, "</s>"])
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_special_tokens_that_only_the_config_adds_are_those_of_transformers(tmp_path, flags, bos):
+    """As in DeepSeek's files. It is given the flags, for it drops them in ``from_pretrained`` since its version 5."""
+    folder = saved(tmp_path, deepseek_tokenizer(), {"bos_token": bos, "eos_token": "</s>"} | flags)
+    named = {"bos_token": "<s>" if bos is ADDED else bos, "eos_token": "</s>"}
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **named, **flags)
+    assert Text.load(folder).encode("the cat") == theirs.encode("the cat")
+    assert Text.load(folder).encode("the cat", add_special=False) == theirs.encode("the cat", add_special_tokens=False)
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_special_tokens_of_the_tokenizer_itself_stay(tmp_path, flags):
+    folder = saved(tmp_path, llama_tokenizer(), {"bos_token": "<s>", "eos_token": "</s>"} | flags)
+    theirs = PreTrainedTokenizerFast.from_pretrained(folder)
+    assert Text.load(folder).encode("the cat") == theirs.encode("the cat") == LLAMA.encode("the cat").ids
+
+
+def test_a_token_to_add_that_the_tokenizer_does_not_have_is_refused(tmp_path):
+    folder = saved(tmp_path, deepseek_tokenizer(), {"bos_token": "<begin>", "add_bos_token": True})
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json adds '<begin>', which is none of its tokens"):
+        Text.load(folder)
+
+
+def test_a_tokenizer_config_that_says_a_thing_twice_is_refused(tmp_path):
+    folder = saved(tmp_path, deepseek_tokenizer(), {})
+    (folder / "tokenizer_config.json").write_text('{"add_bos_token": true, "add_bos_token": false}')
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer_config\.json: not valid JSON .*'add_bos_token' stands 2 times"
+    ):
+        Text.load(folder)
 
 
 def test_truncation_and_padding_left_in_the_file_are_not_applied(tmp_path):

@@ -1,0 +1,30 @@
+"""tokenizer_config.json: what a checkpoint says of its tokenizer beside ``tokenizer.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from duoserve.experts.strict_json import read_object
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+MAX_BYTES = 64 << 20
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """What is in the file, nothing where there is none; CheckpointError for one that is malformed."""
+    path = folder / TOKENIZER_CONFIG
+    return read_object(path, MAX_BYTES) if path.is_file() else {}
+
+
+def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Those that have a name of their own; each stands as text or as an object that has it."""
+    found = {}
+    for name in SPECIAL_TOKENS:
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            found[name] = token
+    return found
