@@ -16,9 +16,11 @@ from duoserve import CheckpointError, ConfigError, MoEModel, SamplingParams, pla
 from duoserve.architecture import Quantization
 from duoserve.errors import CopyError
 from duoserve.experts.shards import INDEX_FILE
+from duoserve.memory_needs import cpu_only
 from duoserve.models.described import described
 from duoserve.models.opened import opened
 from duoserve.models.registry import family_of
+from tests import encoders
 from tests.checkpoints import reference_greedy, reference_logits
 from tests.models.cases.case import SINGLE
 from tests.models.cases.quantized import AWQ, CASES, FP8, GPTQ, QuantizedCase
@@ -181,6 +183,19 @@ def test_an_order_of_activation_is_refused_where_it_has_no_kernel(
     monkeypatch.setattr(placement, "resolve", torch.device)
     with pytest.raises(ConfigError, match="ordered by activation runs on CPUs only so far: load it with device='cpu'"):
         MoEModel.from_pretrained(quantized, device="cuda")
+
+
+def test_one_group_has_no_order_whatever_desc_act_says(tmp_path: Path) -> None:
+    case = replace(
+        CASES["qwen3_moe-gptq"],
+        section=GPTQ | {"desc_act": True, "group_size": -1},
+        encode=lambda module, weight_ND: encoders.gptq(weight_ND, group=weight_ND.shape[1]),
+    )
+    quantized, plain = case.save(tmp_path)
+    with opened(quantized) as found:
+        assert cpu_only(found.config) is None
+    with MoEModel.from_pretrained(quantized, dtype="float32") as model:
+        assert relative_error(model.forward(PROMPT), reference_logits(plain, PROMPT)) <= 1e-5
 
 
 GPTQMODEL = {  # what GPTQModel has written at the top level over the years
