@@ -187,8 +187,8 @@ class Engine:
             raise RequestError(f"token id {bad} lies outside the vocabulary, 0..{vocab - 1}")
         if len(token_ids) + max_tokens > known:
             raise RequestError(
-                f"{len(token_ids)} prompt tokens and max_tokens={max_tokens} exceed the {known} positions that the model "
-                "knows: lower max_tokens or shorten the prompt"
+                f"{len(token_ids)} prompt tokens and max_tokens={max_tokens} exceed the {known} positions that the "
+                "model knows: lower max_tokens or shorten the prompt"
             )
         if len(token_ids) + max_tokens > room:
             raise RequestError(

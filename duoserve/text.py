@@ -158,11 +158,11 @@ def _completed(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
 
     DeepSeek's need it. What transformers 4 made of these flags, its version 5 leaves out beside a tokenizer.json.
     """
-    if tokenizer.num_special_tokens_to_add(is_pair=False):
-        return tokenizer
     tokens = special_tokens(config)
     bos, eos = ([tokens[n]] if config.get(f"add_{n}") and n in tokens else [] for n in ("bos_token", "eos_token"))
     ids = {token: tokenizer.token_to_id(token) for token in bos + eos}
+    if not ids or tokenizer.num_special_tokens_to_add(is_pair=False):
+        return tokenizer
     for token, token_id in ids.items():
         if token_id is None:
             raise ValueError(f"{TOKENIZER_CONFIG} adds {token!r}, which is none of its tokens")
