@@ -30,7 +30,8 @@ ALL_AT_ONCE = ServiceSettings(max_batch=1 << 30, max_waiting=1 << 30, scheduler=
 class Engine:
     """Runs requests in ``passes``, as ``settings`` say. Not thread-safe: one call at a time.
 
-    ``add`` and ``abort`` requests between steps; ``step`` does one unit of work.
+    ``add`` and ``abort`` requests between steps; ``step`` does one unit of work. ``sent_back`` counts how often a request
+    has made way for those that had started before it.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Engine:
         self._prefill: Prefill | None = None
         self._running: list[Request] = []
         self._decoded = False  # the last step was a decode step
+        self.sent_back = 0
 
     @property
     def waiting(self) -> int:
@@ -278,6 +280,7 @@ class Engine:
         """It waits for room again, and then decodes the tokens that it has again: a longer prompt has other bits."""
         self._cache.release(request.kv)
         request.sent_back = self._clock()
+        self.sent_back += 1
         self._waiting.append(request)
 
     def _sample_all(self, requests: Sequence[Request], logits_BV: Tensor) -> list[Produced]:

@@ -101,7 +101,8 @@ class Times:
 class ServiceFigures:
     """A service since its start. ``finished`` counts requests by "stop", "length", "abort" and "error".
 
-    ``attained`` counts those that finished inside all of their objectives, of ``with_objectives`` that had any.
+    ``attained`` counts those that finished inside all of their objectives, of ``with_objectives`` that had any;
+    ``sent_back`` how often one made way in the KV cache.
     ``stats`` are those of a single call, over all passes so far; times and rates of one request mean nothing there.
     """
 
@@ -114,3 +115,4 @@ class ServiceFigures:
     refused: int = 0
     attained: int = 0
     with_objectives: int = 0
+    sent_back: int = 0

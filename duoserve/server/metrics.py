@@ -88,6 +88,7 @@ class _ServiceCollector(Collector):
         yield self._counter("prompt_tokens", "tokens of prompts", stats.prompt_tokens)
         yield self._counter("generation_tokens", "tokens generated", stats.output_tokens)
         yield self._counter("requests_refused", "requests refused because of others", figures.refused)
+        yield self._counter("num_preemptions", "times that a request made way in the KV cache", figures.sent_back)
         yield self._counter("slo_requests", "requests with objectives that finished", figures.with_objectives)
         yield self._counter("slo_attained", "those of them inside all of their objectives", figures.attained)
         yield self._counter("stall_seconds", "computation waiting for copies", stats.stall_s)

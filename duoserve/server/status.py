@@ -49,6 +49,7 @@ def _figures(figures: ServiceFigures) -> dict[str, Any]:
         "kv_usage": figures.kv_usage,
         "finished": dict(figures.finished),
         "refused": figures.refused,
+        "sent_back": figures.sent_back,
         "attained": figures.attained,
         "with_objectives": figures.with_objectives,
         "bytes": bytes_by_use,

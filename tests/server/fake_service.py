@@ -139,7 +139,7 @@ class FakeService:
 
     def figures(self) -> ServiceFigures:
         running = sum(not stream.over for stream in self.streams)
-        return ServiceFigures(self.state, running, 2, 0.25, self.stats, dict(self.finished), 3, 4, 5)
+        return ServiceFigures(self.state, running, 2, 0.25, self.stats, dict(self.finished), 3, 4, 5, 6)
 
 
 def with_logprobs(text: str, token_id: int, finish: str | None = None) -> Piece:

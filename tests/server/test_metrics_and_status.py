@@ -77,7 +77,7 @@ def test_the_services_figures_arrive(served):
     assert value("expert_bytes", "_total", "prefetched_late") == 300
     assert (value("stall_seconds", "_total"), value("transfer_seconds", "_total")) == (0.5, 0.75)
     assert (value("requests_refused", "_total"), value("slo_attained", "_total")) == (3, 4)
-    assert value("slo_requests", "_total") == 5
+    assert (value("slo_requests", "_total"), value("num_preemptions", "_total")) == (5, 6)
 
 
 def test_latencies_are_those_of_the_requests(served):
@@ -115,6 +115,7 @@ def test_the_status_tells_latencies_and_objectives(served):
     service = found["service"]
     assert service["hit_rate"] == 31 / 43 and service["bytes"]["total"] == 1000
     assert (service["attained"], service["with_objectives"], service["refused"]) == (4, 5, 3)
+    assert service["sent_back"] == 6
 
 
 def test_of_requests_that_ended_no_gap_of_any_token_is_kept():
