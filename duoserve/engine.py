@@ -30,8 +30,8 @@ ALL_AT_ONCE = ServiceSettings(max_batch=1 << 30, max_waiting=1 << 30, scheduler=
 class Engine:
     """Runs requests in ``passes``, as ``settings`` say. Not thread-safe: one call at a time.
 
-    ``add`` and ``abort`` requests between steps; ``step`` does one unit of work. ``sent_back`` counts how often a request
-    has made way for those that had started before it.
+    ``add`` and ``abort`` requests between steps; ``step`` does one unit of work. ``sent_back`` counts how often a
+    request has made way for those that had started before it.
     """
 
     def __init__(

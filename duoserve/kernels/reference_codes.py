@@ -81,7 +81,7 @@ def _mxfp4_product(x_RD: Tensor, data_NB: Tensor, scales_GN: Tensor) -> Tensor:
 def _scaled_sums(codes_GND: Tensor, x_GRD: Tensor, scales_GN: Tensor) -> Tensor:
     """[R, N] of the sums of G groups."""
     sums_GNR = torch.bmm(codes_GND, x_GRD.transpose(1, 2).to(codes_GND.dtype))
-    return (sums_GNR * scales_GN[..., None]).sum(0).T
+    return sums_GNR.float().mul_(scales_GN[..., None]).sum(0).T
 
 
 def _looked_up(bytes_NB: Tensor, form: ExpertFormat) -> Tensor:
