@@ -15,6 +15,10 @@ class CheckpointError(DuoServeError):
     """A checkpoint file or tensor is missing, malformed, or not what the architecture needs."""
 
 
+class CutShortError(CheckpointError):
+    """A file ends before what it says it has."""
+
+
 class MemoryBudgetError(DuoServeError):
     """The memory that was allowed cannot hold what must be in it."""
 

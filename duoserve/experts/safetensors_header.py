@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from duoserve.errors import CheckpointError
+from duoserve.errors import CheckpointError, CutShortError
 from duoserve.experts.positional_file import PositionalFile
 from duoserve.experts.strict_json import parse_object
 
@@ -98,7 +98,7 @@ def read_header(file: PositionalFile) -> SafetensorsHeader:
 
 
 def read_segment(file: PositionalFile, start: int) -> SafetensorsHeader:
-    """The same of what begins at byte ``start`` of a file and may be followed by more."""
+    """The same of what begins at byte ``start`` and may be followed by more; CutShortError if the file ends in it."""
     raw = _header_bytes(file, start)
     entries = parse_object(raw, file.path)
     metadata = _checked_metadata(entries.pop("__metadata__", None), file.path)
@@ -114,7 +114,7 @@ def read_segment(file: PositionalFile, start: int) -> SafetensorsHeader:
 def _header_bytes(file: PositionalFile, start: int) -> bytes:
     room = file.size - start - _LENGTH_BYTES
     if room < 0:
-        raise CheckpointError(f"{file.path}: {file.size} bytes, too short for a safetensors file; {_REMEDY}")
+        raise CutShortError(f"{file.path}: {file.size} bytes, too short for a safetensors file; {_REMEDY}")
     first = file.read(start, _LENGTH_BYTES)
     if first == _LFS_POINTER:
         raise CheckpointError(f"{file.path}: only points to its content in Git LFS; git lfs pull brings that")
@@ -122,7 +122,7 @@ def _header_bytes(file: PositionalFile, start: int) -> bytes:
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(f"{file.path}: header of {length} bytes, {MAX_HEADER_BYTES} are allowed; {_REMEDY}")
     if length > room:
-        raise CheckpointError(f"{file.path}: header of {length} bytes in a file of {file.size}; {_REMEDY}")
+        raise CutShortError(f"{file.path}: header of {length} bytes in a file of {file.size}; {_REMEDY}")
     return file.read(start + _LENGTH_BYTES, length)
 
 
@@ -168,5 +168,5 @@ def _check_cover(tensors: Iterable[TensorInfo], file: PositionalFile, data_start
             raise CheckpointError(f"{file.path}: {fault} tensor {tensor.name!r} (byte {tensor.offset}); {_REMEDY}")
         end += tensor.nbytes
     if end > file.size:
-        raise CheckpointError(f"{file.path}: truncated: {file.size} bytes, its tensors end at byte {end}; {_REMEDY}")
+        raise CutShortError(f"{file.path}: truncated: {file.size} bytes, its tensors end at byte {end}; {_REMEDY}")
     return end

@@ -5,8 +5,8 @@ A request is written at once when it is done, so that what a crash leaves is who
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from duoserve.errors import CheckpointError, TraceError
+from duoserve.errors import CheckpointError, CutShortError, TraceError
 from duoserve.experts.positional_file import PositionalFile
 from duoserve.experts.safetensors_header import TensorInfo, read_segment
 from duoserve.scheduling.trace import REQUESTS, TOKEN_IDS, LayerTrace, Rows, Trace, TraceMeta
@@ -83,17 +83,21 @@ def open_trace(path: Path, fingerprint: str | None = None) -> Trace:
 class TraceWriter:
     """Adds requests of the model ``meta`` to the file ``path``, which is made where there is none.
 
-    What an interrupted writer left of a request is cut off. TraceError if the file is another model's trace.
+    What an interrupted writer left of a request is cut off. TraceError if the file is another model's trace, cannot be
+    read or written, or has a writer already: it is locked until ``close``.
     """
 
     def __init__(self, path: Path, meta: TraceMeta) -> None:
         self._path, self._meta = path, meta
-        if path.exists():
-            self._cut_to_whole()
         try:
-            self._file = path.open("ab")
+            self._file = path.open("a+b")  # which refuses a pipe, where "ab" would wait for its reader
         except OSError as error:
             raise TraceError(f"{path}: cannot be written ({error})") from error
+        try:
+            self._claim()
+        except BaseException:
+            self.close()
+            raise
 
     def append(self, token_ids: Sequence[int], num_prompt: int, layers: Mapping[int, LayerTrace]) -> None:
         """Writes one request: the tokens that went through the model, and each layer's routing of them.
@@ -115,7 +119,18 @@ class TraceWriter:
         with suppress(OSError):
             self._file.close()
 
-    def _cut_to_whole(self) -> None:
+    def _claim(self) -> None:
+        """Keeps other writers out, and cuts off what is no whole request."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file.truncate(self._whole_bytes())
+        except BlockingIOError as error:
+            raise TraceError(f"{self._path}: another recording goes into it; wait, or give another --out") from error
+        except OSError as error:
+            raise TraceError(f"{self._path}: cannot be written ({error})") from error
+
+    def _whole_bytes(self) -> int:
+        """Where the last whole request ends."""
         file = _open(self._path)
         try:
             segments = list(_segments(file, self._path))
@@ -125,7 +140,7 @@ class TraceWriter:
             raise TraceError(f"{self._path}: is no trace; give --out another name, or remove the file")
         if segments:
             _check_fingerprint(self._path, segments[0].meta, self._meta.fingerprint)
-        os.truncate(self._path, segments[-1].end if segments else 0)
+        return segments[-1].end if segments else 0
 
 
 def _given(layer: LayerTrace) -> list[np.ndarray]:
@@ -151,8 +166,10 @@ def _segments(file: PositionalFile, path: Path) -> Iterator[Segment]:
     while start < file.size:
         try:
             header = read_segment(file, start)
-        except CheckpointError:
-            return  # cut short here, or no safetensors: the caller sees that bytes are left over
+        except CutShortError:
+            return  # the caller sees that bytes are left over
+        except CheckpointError as error:
+            raise TraceError(f"{path}: is no trace from byte {start} on, or cannot be read ({error})") from error
         segment = Segment(_meta_of(header.metadata, path), {t.name: t for t in header.tensors}, header.end)
         first = first or segment
         if segment.meta != first.meta:

@@ -49,4 +49,4 @@ def test_a_seed_that_no_generator_takes_is_wrong_usage(duoserve, trace, tmp_path
 def test_no_trace(duoserve, tmp_path):
     (tmp_path / "t").write_bytes(b"12345678901234567890")
     ran = duoserve("train-predictor", tmp_path / "t", "--out", tmp_path / "p.safetensors")
-    assert ran.code == 1 and "no whole request" in ran.err
+    assert ran.code == 1 and "is no trace" in ran.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,49 @@ def test_a_tail_cut_short_is_refused_and_then_cut_off(tmp_path, lost):
         open_trace(path)
     write(path, trace, 2)
     assert_same(open_trace(path), trace)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), [("preadv", "Input/output error"), ("fstat", "changed after it was opened")]
+)
+def test_a_failing_read_cuts_nothing_off(tmp_path, monkeypatch, name, fault):
+    path, trace = tmp_path / "t", small_trace()
+    write(path, trace)
+    before, call, calls = path.read_bytes(), getattr(os, name), []
+
+    def fails_later(descriptor, *args):
+        calls.append(descriptor)
+        if len(calls) <= 3:
+            return call(descriptor, *args)
+        if name == "preadv":
+            raise OSError(5, "Input/output error")
+        return os.stat_result((0o100644, *[0] * 9))
+
+    monkeypatch.setattr(os, name, fails_later)
+    with pytest.raises(TraceError, match=fault):
+        TraceWriter(path, META)
+    calls.clear()
+    with pytest.raises(TraceError, match=fault):
+        open_trace(path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+
+
+def test_a_trace_has_one_writer_at_a_time(tmp_path):
+    path, trace = tmp_path / "t", small_trace()
+    first = TraceWriter(path, META)
+    with pytest.raises(TraceError, match="another recording goes into it"):
+        TraceWriter(path, META)
+    first.append(trace[0].token_ids_T, trace[0].num_prompt, trace[0].layers)
+    first.close()
+    write(path, trace, 1)
+    assert_same(open_trace(path), trace)
+
+
+def test_a_pipe_is_no_place_for_a_trace(tmp_path):
+    os.mkfifo(tmp_path / "t")
+    with pytest.raises(TraceError, match="cannot be written"):
+        TraceWriter(tmp_path / "t", META)
 
 
 def test_another_models_trace_is_refused(tmp_path):
