@@ -38,7 +38,7 @@ class CopyEngine(Protocol):
         ...
 
     def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
-        """Asks for a copy of ``expert`` into ``slot``; ClosedError after close()."""
+        """Asks for a copy of ``expert`` into ``slot``; ClosedError after close(), CopyError without a thread."""
         ...
 
     def promote(self, ticket: Ticket) -> None:
@@ -109,8 +109,8 @@ class ThreadedCopyEngine(CopyEngine):
         with self._queued:
             if self._closed:
                 raise ClosedError(f"a copy of expert {expert.layer}/{expert.expert} was asked for after close()")
-            self._queue.push(ticket)
             self._start_threads()
+            self._queue.push(ticket)
             self._queued.notify()
         return ticket
 
@@ -157,10 +157,16 @@ class ThreadedCopyEngine(CopyEngine):
             thread.join()
 
     def _start_threads(self) -> None:
+        """One is enough where no more can be had; CopyError without any."""
         while len(self._threads) < self._num_threads:
             thread = threading.Thread(target=self._work, name="duoserve-copy", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                if self._threads:
+                    return
+                raise CopyError(f"no thread can be had to copy experts ({error}): allow this process more") from error
             self._threads.add(thread)
-            thread.start()
 
     def _work(self) -> None:
         while (ticket := self._take()) is not None:

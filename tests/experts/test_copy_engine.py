@@ -326,3 +326,28 @@ def test_idle_threads_end_and_the_next_copy_starts_others(
         while started():
             time.sleep(0.01)
     engine.close()
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_threads_that_cannot_be_started(
+    allowed: int, store: ArrayStore, pool: SlotPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is enough. Without any the copy is refused, and the next is made if threads can be had by then."""
+    start, left = threading.Thread.start, [allowed]
+
+    def limited(thread: threading.Thread) -> None:
+        if not left[0]:
+            raise RuntimeError("can't start new thread")
+        left[0] -= 1
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    engine = ThreadedCopyEngine(store, pool, num_threads=2)
+    if not allowed:
+        with pytest.raises(CopyError, match="can't start new thread"):
+            submit(engine, 0)
+        left[0] = 2
+    ticket = submit(engine, 1)
+    wait_all(engine, [ticket])
+    assert ticket.state is TicketState.DONE and store.reads == [EXPERTS[1]]
+    engine.close()
