@@ -14,6 +14,7 @@ from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.hub import EMBEDDED_FOLDER
 from duoserve.experts.packing import cache_folder
 from duoserve.experts.strict_json import read_object
+from duoserve.experts.whole_file import write_whole
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.files import load_predictor, save_predictor
 from duoserve.scheduling.policies import POLICIES
@@ -42,13 +43,18 @@ def save_choice(
 
     To the cache where the model's folder is read-only or the package's own, whose files are as they were shipped.
     """
-    about = {"fingerprint": checkpoint.fingerprint(), "policy": choice.policy, "predictor": choice.use_predictor}
+    about: dict[str, Any] = {
+        "fingerprint": checkpoint.fingerprint(),
+        "policy": choice.policy,
+        "predictor": choice.use_predictor,
+    }
     folder = _writable(checkpoint, cache_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if choice.use_predictor and predictor is not None:
             save_predictor(predictor, folder / PREDICTOR_FILE, {"chosen_for": choice.policy})
-        (folder / CHOICE_FILE).write_text(json.dumps(about | {"why": choice.why, "figures": figures}, indent=1) + "\n")
+        about |= {"why": choice.why, "figures": figures}
+        write_whole(folder / CHOICE_FILE, f"{json.dumps(about, indent=1)}\n".encode())
     except OSError as error:
         raise TraceError(f"{folder}: the choice cannot be written there ({error})") from error
     return folder

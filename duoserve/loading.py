@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from duoserve.choice import Choice, find_choice, predictor_beside
 from duoserve.config import EngineConfig, ModelConfig
 from duoserve.decoding import DecoderParts, ModelDecoder, make_decoder
 from duoserve.engine import Engine
-from duoserve.errors import ConfigError
+from duoserve.errors import ConfigError, TraceError
 from duoserve.experts.budget import MemoryPlan
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.copy_engine import CopyEngine
@@ -67,14 +68,15 @@ def load(  # noqa: PLR0913
 
     ``listener`` hears what the routers choose, and ``predictor`` says what they will, if the policy makes guesses;
     neither changes a result. A predictor is an object, its file, or "auto": the one beside the model. The policy "auto"
-    is what ``duoserve evaluate`` has chosen, its predictor included, else "duoserve"; "resident" where all fit.
+    is what ``duoserve evaluate`` has chosen, its predictor included, else "duoserve"; "resident" where all fit. A
+    choice that cannot be read is passed over with a warning.
     """
     named = _named_policy(policy)
     with ExitStack() as held:
         found = held.enter_context(opened(model))
         place = Placement.of(found, wanted)
         plan = place.plan(wanted, needs_all=named is not None and named.all_resident)
-        best = None if named is not None else find_choice(found.checkpoint, cache_dir)
+        best = None if named is not None else _best(found.checkpoint, cache_dir)
         chosen = named or _automatic(plan, best[0] if best else None)
         told = _told(predictor, best, found.checkpoint, cache_dir)
         store = place.slow_tier(plan, cache_dir, held, wanted.quantize)
@@ -123,6 +125,14 @@ def make_scheduler(  # noqa: PLR0913, PLR0917
         moe_layers=config.moe_layers,
         predictor=predictor,
     )
+
+
+def _best(checkpoint: Checkpoint, cache_dir: str | Path | None) -> tuple[Choice, Path] | None:
+    try:
+        return find_choice(checkpoint, cache_dir)
+    except TraceError as error:
+        warnings.warn(f'policy="auto" goes without what was chosen for this model: {error}', stacklevel=3)
+        return None
 
 
 def _automatic(plan: MemoryPlan, best: Choice | None) -> Policy:

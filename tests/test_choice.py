@@ -86,6 +86,24 @@ def test_what_came_with_the_package_stays_as_it_came(tmp_path: Path) -> None:
     checkpoint.close()
 
 
+def test_a_choice_that_cannot_be_written_leaves_the_one_before(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(folder)
+    save_choice(checkpoint, Choice("lru", False, ""), None, {}, tmp_path)
+
+    def breaks_off(path: Path, data: str | bytes) -> None:
+        path.open("w").write("{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", breaks_off)
+    monkeypatch.setattr(Path, "write_bytes", breaks_off)
+    with pytest.raises(TraceError, match="No space left"):
+        save_choice(checkpoint, Choice("duoserve", False, ""), None, {}, tmp_path)
+    assert find_choice(checkpoint, tmp_path) == (Choice("lru", False, ""), folder)
+    checkpoint.close()
+
+
 def test_another_models_choice_is_passed_over_and_a_broken_one_refused(folder: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(folder)
     path = folder / CHOICE_FILE
@@ -98,6 +116,11 @@ def test_another_models_choice_is_passed_over_and_a_broken_one_refused(folder: P
     with pytest.raises(TraceError, match="run duoserve evaluate again"):
         find_choice(checkpoint)
     checkpoint.close()
+    with (
+        pytest.warns(UserWarning, match="run duoserve evaluate again"),
+        MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path / "c") as model,
+    ):
+        assert model.policy == "duoserve"
 
 
 def test_a_predictor_is_given_as_a_file_or_found_beside_the_model(folder: Path, tmp_path: Path) -> None:

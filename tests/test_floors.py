@@ -26,8 +26,9 @@ F1  kernels/checks  kernels/matmul  kernels/bf12  kernels/weights  kernels/host_
     kernels/cache_rows  kernels/attention_gqa  kernels/attention_mla  kernels/triton_ops  kernels/__init__
     kernels/recorder  kernels/cuda_graphs  kernels/attention_together  kernels/streamed  kernels/traced
     kernels/compiler  kernels/compiled_loops  kernels/token_expert  kernels/unpacking
-F2  experts/__init__  experts/positional_file  experts/strict_json  experts/safetensors_header  experts/shards
-    experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/rows  experts/pinned  experts/pieces
+F2  experts/__init__  experts/positional_file  experts/whole_file  experts/strict_json
+    experts/safetensors_header  experts/shards  experts/hub  experts/layout  experts/pack_format  experts/checkpoint
+    experts/rows  experts/pinned  experts/pieces
     experts/store  experts/formats/__init__  experts/formats/scratch  experts/formats/codes  experts/formats/fp8
     experts/formats/int4  experts/formats/lanes  experts/formats/awq  experts/formats/gptq  experts/formats/mxfp4
     experts/formats/bf12  experts/formats/expert_row  experts/formats/reading  experts/packing

@@ -78,4 +78,5 @@ def _trace(args: argparse.Namespace, scratch: Path) -> Trace:
         raise RequestError(f"--prompts {args.prompts}: has one prompt, but some are held out: give at least 2")
     params = SamplingParams(max_tokens=args.max_tokens, temperature=1.0, seed=args.seed)
     recording = Recording(scratch / "trace.safetensors", params)
-    return record(args.model, prompts, recording, EngineConfig(), progress=sys.stderr.isatty())
+    # Not by "auto": whatever was chosen before, a new choice must be possible.
+    return record(args.model, prompts, recording, EngineConfig(), "duoserve", progress=sys.stderr.isatty())

@@ -19,6 +19,7 @@ from duoserve.experts.device import CPU, free_bytes, resolve
 from duoserve.experts.layout import ExpertLayout
 from duoserve.experts.packing import cache_folder
 from duoserve.experts.strict_json import read_object
+from duoserve.experts.whole_file import write_whole
 from duoserve.models.described import DescribedModel
 from duoserve.planning.measuring import RATES, measure
 from duoserve.planning.rehearsal import Rehearsal, rehearse
@@ -40,7 +41,7 @@ def this_machine(cache_dir: str | Path | None = None, *, anew: bool = False) -> 
     if not kept.keys() >= set(RATES) or any(kept.get(key) != value for key, value in about.items()):
         with _writing_to(path.parent):
             kept = about | measure(device, path.parent)
-            path.write_text(json.dumps(kept, indent=1) + "\n")
+            write_whole(path, f"{json.dumps(kept, indent=1)}\n".encode())
     if not all(isinstance(kept.get(rate), float) and kept[rate] > 0 for rate in RATES):
         raise ConfigError(f"{path}: not every one of {', '.join(RATES)} is a number above 0: delete the file")
     on_cpu = device.type == "cpu"
@@ -74,7 +75,7 @@ def this_rehearsal(
     with _writing_to(folder):
         found = rehearse(model, layout, prompt, folder)
         if found is not None:
-            path.write_text(json.dumps(found.to_dict()) + "\n")
+            write_whole(path, f"{json.dumps(found.to_dict())}\n".encode())
     return found
 
 

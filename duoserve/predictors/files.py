@@ -17,6 +17,7 @@ import safetensors.numpy
 from duoserve.errors import CheckpointError, TraceError
 from duoserve.experts.positional_file import read_capped
 from duoserve.experts.strict_json import read_object
+from duoserve.experts.whole_file import write_whole
 from duoserve.predictors.activation_matrix import ActivationMatrixPredictor
 from duoserve.predictors.affinity import AffinityPredictor
 from duoserve.predictors.base import RowPredictor
@@ -51,8 +52,8 @@ def save_predictor(predictor: RowPredictor, path: Path, notes: Mapping[str, Any]
         "top_k": meta.top_k,
     }
     try:
-        path.write_bytes(safetensors.numpy.save(_arrays(predictor)))
-        notes_path(path).write_text(json.dumps(about | dict(notes), indent=1) + "\n")
+        write_whole(path, safetensors.numpy.save(_arrays(predictor)))
+        write_whole(notes_path(path), f"{json.dumps(about | dict(notes), indent=1)}\n".encode())
     except OSError as error:
         raise TraceError(f"{path}: cannot be written ({error})") from error
 

@@ -18,6 +18,7 @@ import numpy as np
 from duoserve.errors import CheckpointError, CutShortError, TraceError
 from duoserve.experts.positional_file import PositionalFile
 from duoserve.experts.safetensors_header import TensorInfo, read_segment
+from duoserve.experts.whole_file import write_whole
 from duoserve.scheduling.trace import REQUESTS, TOKEN_IDS, LayerTrace, Rows, Trace, TraceMeta
 
 FORMAT = "duoserve trace 1"
@@ -150,7 +151,7 @@ def _given(layer: LayerTrace) -> list[np.ndarray]:
 def save_trace(trace: Trace, path: Path) -> None:
     """Writes a whole trace as one safetensors file in place of what is there."""
     tensors = {name: trace.read(name) for name in trace.meta.columns()}
-    path.write_bytes(_encoded(trace.meta, tensors))
+    write_whole(path, _encoded(trace.meta, tensors))
 
 
 def _open(path: Path) -> PositionalFile:

@@ -24,6 +24,7 @@ def test_from_prompts_to_a_choice(
     command = ["evaluate", str(tmp_path / "bard"), "--prompts", str(tmp_path / "prompts.txt"), "--max-tokens", "6"]
     assert main([*command, "--dry-run"]) == 0
     assert "nothing was written" in capsys.readouterr().out and not (tmp_path / "bard" / CHOICE_FILE).exists()
+    (tmp_path / "bard" / CHOICE_FILE).write_text("{")  # a broken one, which this is the remedy for
     assert main([*command, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     written = json.loads((tmp_path / "bard" / CHOICE_FILE).read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,3 +105,17 @@ def test_a_file_cut_short_or_missing_is_refused(trained, tmp_path, cut):
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(TraceError, match="cannot be read as a predictor"):
         load_predictor(path)
+
+
+def test_a_full_disk_leaves_the_predictor_that_was_there(trained, tmp_path, monkeypatch):
+    path, write_bytes = tmp_path / "p.safetensors", Path.write_bytes
+    save_predictor(trained["popularity"][0], path, {"of": "before"})
+
+    def breaks_off(target, data):
+        write_bytes(target, data[:8])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", breaks_off)
+    with pytest.raises(TraceError, match="No space left"):
+        save_predictor(trained["popularity"][0], path, {"of": "after"})
+    assert load_predictor(path).name == "popularity"
