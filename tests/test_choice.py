@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,11 @@ class TestEvaluate:
         assert "prefetch is on" in pays.choice.why
         assert not not_.choice.use_predictor and not_.predictor is None
         assert {row["policy"] for row in pays.rows} >= {"lru", "on-demand", "duoserve", "oracle"}
+
+    def test_a_model_of_one_layer(self) -> None:
+        trace = synthesize(replace(LIKE_THE_CHECKPOINT, num_layers=1), requests=4, tokens=20, precision=0.8, seed=1)
+        done = evaluate(trace, Machine(Hardware("idle", 1e10, 1e11, 1e14, 0.0, 5e-4), SIZES), [4])
+        assert not done.choice.use_predictor and len({row["policy"] for row in done.rows}) == 6
 
     def test_prompts_alone_are_nothing_to_choose_by(self) -> None:
         prompts = synthesize(LIKE_THE_CHECKPOINT, requests=4, tokens=0, precision=0.8, seed=1, prompt=5)

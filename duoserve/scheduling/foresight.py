@@ -27,14 +27,14 @@ _WORTH_HEARING = 0.05
 class Foresight(RoutingListener):
     """Hears the routing, lets ``predictor`` hear it, and makes guesses of what that says.
 
-    ``link`` is told when layers are routed and copies arrive. Without a predictor there are no guesses.
+    ``link`` is told when layers are routed and copies arrive. There are none without a predictor, or of one layer.
     """
 
     def __init__(self, predictor: Predictor | None, mode: GuessMode, shape: ModelShape, num_layers: int) -> None:
         self._predictor = predictor
-        self._mode = GuessMode.NONE if predictor is None else mode
         self._shape = shape
         self._horizon = 0 if predictor is None else min(predictor.horizon, len(shape.layers) - 1)
+        self._mode = mode if self._horizon else GuessMode.NONE
         self._calibrations = [Calibration() for _ in range(self._horizon)]
         self._stated: dict[int, list[tuple[int, list[Guess]]]] = {}  # by layer: how far ahead it was, what was said
         self._spared: frozenset[ExpertId] = frozenset()  # as was said last
@@ -47,7 +47,7 @@ class Foresight(RoutingListener):
 
     @property
     def guesses_at_all(self) -> bool:
-        """Whether there is a predictor and it is listened to."""
+        """Whether there is a predictor that is listened to, and a layer to guess about."""
         return self._mode is not GuessMode.NONE
 
     @property

@@ -134,6 +134,12 @@ def test_without_a_predictor_there_are_no_guesses() -> None:
     assert foresight.guess(0, NOBODY, ()) is foresight.so_far(0) is NO_GUESSES and foresight.lookahead == 0
 
 
+@pytest.mark.parametrize("mode", GuessMode)
+def test_a_single_layer_is_guessed_nothing_about(mode: GuessMode) -> None:
+    foresight = Foresight(Teller(lambda layer: certain(8, [1])), mode, ModelShape(8, 2, (3,)), 4)
+    assert foresight.guess(3, NOBODY, ()) is foresight.so_far(3) is NO_GUESSES and not foresight.guesses_at_all
+
+
 def test_demands_are_asked_for_before_anybody_hears_the_routing() -> None:
     """And guesses behind that; what is there already need not wait for either."""
     asked: list[list[ExpertId]] = []
