@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,8 +31,9 @@ from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE, PackHeader
 from duoserve.experts.pieces import ExpertPieces, Piece, RowPart, float_parts, part_places, places, whole
 from duoserve.experts.rows import aligned_rows
 from duoserve.experts.store import ExpertStore
+from duoserve.experts.whole_file import scratch_folder
 
-LOCK_FILE = ".lock"
+LOCK_FILE, SCRATCH = ".lock", ".packing-"
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 # Rows are whole pages in memory and in the file: written past the page cache, they drive nothing out of it, and nobody
 # reads them from there.
@@ -168,20 +168,21 @@ def write_pack(
     """Packs ``experts`` (at least one) into the folder ``path``: PACK_FILE with their rows, HEADER_FILE.
 
     The pack has one layer more than the highest among ``experts``, and likewise experts per layer; rows of experts that
-    are not among them are zero. It appears whole or not at all, also when several processes write it at once.
-    ``progress`` forces the progress bar, which else shows on a terminal only. CheckpointError: the disk is full, fails.
+    are not among them are zero. It appears whole or not at all, also when several processes write it at once. What
+    killed ones have left is removed. ``progress`` forces the progress bar, which else shows on a terminal only.
+    CheckpointError: the disk is full, fails.
     """
     layers, numbers = (max(ids) + 1 for ids in zip(*experts, strict=True))
     header = PackHeader.for_layout(store.layout, layers, numbers, fingerprint)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _check_space(path, header.total_bytes)
-        with tempfile.TemporaryDirectory(dir=path, prefix=".packing-") as scratch:
-            with _synced(Path(scratch, PACK_FILE), DIRECT) as descriptor:
+        with scratch_folder(path, SCRATCH) as scratch:
+            _check_space(path, header.total_bytes)
+            with _synced(scratch / PACK_FILE, DIRECT) as descriptor:
                 _write_rows(store, sorted(experts), header, descriptor, progress)
-            with _synced(Path(scratch, HEADER_FILE)) as descriptor:
+            with _synced(scratch / HEADER_FILE) as descriptor:
                 os.write(descriptor, json.dumps(header.to_dict(), indent=2).encode())
-            _publish(Path(scratch), path)
+            _publish(scratch, path)
     except OSError as error:
         raise CheckpointError(_disk_failure(path, header.total_bytes, error)) from error
 

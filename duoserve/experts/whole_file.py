@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_LOCK_FILE = ".lock"
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -12,3 +18,25 @@ def write_whole(path: Path, data: bytes) -> None:
         written = Path(scratch, path.name)
         written.write_bytes(data)
         written.replace(path)
+
+
+@contextmanager
+def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A folder in ``parent`` for a file that takes long to write, gone when the block ends.
+
+    Those of ``prefix`` that killed processes have left there are removed.
+    """
+    _remove_left(parent, prefix)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as name:
+        folder = Path(name)
+        with (folder / "locking").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (folder / "locking").rename(folder / _LOCK_FILE)  # by this name it is never without its lock
+            yield folder
+
+
+def _remove_left(parent: Path, prefix: str) -> None:
+    for path in parent.glob(f"{prefix}*/{_LOCK_FILE}"):
+        with suppress(OSError), path.open("rb+") as lock:  # OSError: its process lives, or it is another user's
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.parent)

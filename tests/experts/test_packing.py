@@ -6,6 +6,8 @@ import errno
 import fcntl
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,9 +27,10 @@ from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE, read_pack_header
-from duoserve.experts.packing import LOCK_FILE, CheckpointStore, pack_path, write_pack
+from duoserve.experts.packing import LOCK_FILE, SCRATCH, CheckpointStore, pack_path, write_pack
 from duoserve.experts.rows import aligned_rows
 from duoserve.experts.store import ExpertStore
+from duoserve.experts.whole_file import scratch_folder
 from duoserve.models.mixtral import FAMILY
 from duoserve.models.opened import opened
 from tests.checkpoints import save_mixtral
@@ -250,6 +253,25 @@ def test_a_disk_that_fails_leaves_no_rubbish(
     with pytest.raises(CheckpointError, match=rf"{tmp_path}: {message}.*DUOSERVE_CACHE"):
         pack(ArrayStore(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path: Path) -> None:
+    script = """
+import os, sys, tempfile
+from pathlib import Path
+from duoserve.experts.packing import SCRATCH
+from duoserve.experts.whole_file import scratch_folder
+with scratch_folder(Path(sys.argv[1]), SCRATCH) as folder:
+    (folder / "rows").write_bytes(b"many")
+    os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", script, tmp_path], check=False).returncode == -9
+    [left] = tmp_path.iterdir()
+    with scratch_folder(tmp_path, SCRATCH) as others:
+        assert not left.exists()
+        pack(ArrayStore(), tmp_path)
+        assert others.exists()
+    assert packed(tmp_path, ArrayStore())
 
 
 @pytest.mark.parametrize("refused", ["open", "pwrite"])
