@@ -195,7 +195,8 @@ def _check_space(folder: Path, nbytes: int) -> None:
 def _disk_failure(path: Path, nbytes: int, error: OSError) -> str:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return f"{path}: the pack cannot be written ({error}); choose another cache folder (DUOSERVE_CACHE)"
-    free = shutil.disk_usage(path).free
+    there = next(folder for folder in (path, *path.parents) if folder.exists())  # it may be what could not be made
+    free = shutil.disk_usage(there).free
     return (
         f"{path}: the disk is full: the pack takes {nbytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
         "make room, or choose another cache folder (DUOSERVE_CACHE)"

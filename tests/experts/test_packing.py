@@ -274,6 +274,15 @@ with scratch_folder(Path(sys.argv[1]), SCRATCH) as folder:
     assert packed(tmp_path, ArrayStore())
 
 
+def test_a_full_disk_is_said_where_no_folder_could_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "mkdir", fails)
+    with pytest.raises(CheckpointError, match=r"the disk is full: the pack takes .* GiB are free"):
+        pack(ArrayStore(), tmp_path / "packs" / "one")
+
+
 @pytest.mark.parametrize("refused", ["open", "pwrite"])
 def test_a_file_system_without_direct_writes_takes_others(
     refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
