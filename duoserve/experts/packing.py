@@ -13,7 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +27,7 @@ from duoserve.experts.formats.expert_row import RowWriter, down_first
 from duoserve.experts.formats.reading import read_codes
 from duoserve.experts.formats.scratch import Scratch
 from duoserve.experts.layout import ExpertId, ExpertLayout
-from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE, PackHeader
+from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE, PackHeader, read_pack_header
 from duoserve.experts.pieces import ExpertPieces, Piece, RowPart, float_parts, part_places, places, whole
 from duoserve.experts.rows import aligned_rows
 from duoserve.experts.store import ExpertStore
@@ -182,7 +182,7 @@ def write_pack(
                 _write_rows(store, sorted(experts), header, descriptor, progress)
             with _synced(scratch / HEADER_FILE) as descriptor:
                 os.write(descriptor, json.dumps(header.to_dict(), indent=2).encode())
-            _publish(scratch, path)
+            _publish(scratch, path, header)
     except OSError as error:
         raise CheckpointError(_disk_failure(path, header.total_bytes, error)) from error
 
@@ -267,14 +267,22 @@ def _goes_direct(descriptor: int) -> bool:
     return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & DIRECT)
 
 
-def _publish(scratch: Path, folder: Path) -> None:
-    """Moves the two files of a finished pack into place, one process at a time."""
+def _publish(scratch: Path, folder: Path, header: PackHeader) -> None:
+    """Moves the two files of a finished pack into place, one process at a time, unless its equal is there by now."""
     with (folder / LOCK_FILE).open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        if _is_there(folder, header):
+            return
         (folder / HEADER_FILE).unlink(missing_ok=True)  # a crash in between may leave no header, never a wrong one
         (scratch / PACK_FILE).replace(folder / PACK_FILE)
         (scratch / HEADER_FILE).replace(folder / HEADER_FILE)
         _sync_folder(folder)
+
+
+def _is_there(folder: Path, header: PackHeader) -> bool:
+    with suppress(CheckpointError, FileNotFoundError):
+        return read_pack_header(folder) == header and (folder / PACK_FILE).stat().st_size == header.total_bytes
+    return False
 
 
 def _sync_folder(folder: Path) -> None:

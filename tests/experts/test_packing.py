@@ -283,6 +283,18 @@ def test_a_full_disk_is_said_where_no_folder_could_be_made(tmp_path: Path, monke
         pack(ArrayStore(), tmp_path / "packs" / "one")
 
 
+def test_of_two_equal_packs_the_first_stays(tmp_path: Path) -> None:
+    """Who reads it goes on reading it; but one that is damaged is replaced."""
+    store = ArrayStore()
+    pack(store, tmp_path)
+    first = (tmp_path / PACK_FILE).stat().st_ino
+    pack(store, tmp_path)
+    assert (tmp_path / PACK_FILE).stat().st_ino == first
+    os.truncate(tmp_path / PACK_FILE, 5)
+    pack(store, tmp_path)
+    assert packed(tmp_path, store)
+
+
 @pytest.mark.parametrize("refused", ["open", "pwrite"])
 def test_a_file_system_without_direct_writes_takes_others(
     refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
