@@ -62,14 +62,15 @@ def run(args: argparse.Namespace) -> None:
 def read_prompts(path: Path) -> list[str]:
     """The prompts in a file; RequestError if it cannot be read or has none."""
     try:
-        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"--prompts {path}: cannot be read ({error})") from error
-    if not lines:
+    numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not numbered:
         raise RequestError(f"--prompts {path}: has no prompt; write one a line")
     if path.suffix != ".jsonl":
-        return lines
-    return [_from_json(line, f"--prompts {path}, line {number}") for number, line in enumerate(lines, 1)]
+        return [line for _, line in numbered]
+    return [_from_json(line, f"--prompts {path}, line {number}") for number, line in numbered]
 
 
 def _from_json(line: str, where: str) -> str:
