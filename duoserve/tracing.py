@@ -47,7 +47,8 @@ def record(  # noqa: PLR0913
 ) -> Trace:
     """Runs ``prompts`` one after the other, and gives the trace that is then in ``recording.out``.
 
-    TraceError if a file is in the way or holds another model's trace, RequestError for a prompt that cannot be served.
+    TraceError if a file is in the way or holds another model's trace, RequestError for a prompt that cannot be served,
+    before the first is run.
     """
     if _is_in_the_way(recording.out) and not (recording.resume or recording.append):
         raise TraceError(f"{recording.out}: exists; --resume finishes it, --append adds to it, or give another --out")
@@ -60,6 +61,7 @@ def record(  # noqa: PLR0913
         closing(load(model, wanted, policy, None, recorder)) as runtime,
     ):
         encoded = [_encode(runtime, prompt) for prompt in prompts]
+        _check(runtime, encoded, recording.params.max_tokens)
         done = _check_done(recording.out, encoded) if recording.resume else 0
         numbered = list(enumerate(encoded))[done:]
         for number, token_ids in tqdm(numbered, desc="trace", unit="prompt", disable=not progress):
@@ -80,6 +82,14 @@ def _encode(runtime: Runtime, prompt: Prompt) -> list[int]:
     if runtime.text is None:
         raise RequestError("a prompt is text, but this checkpoint has no tokenizer.json: give token ids")
     return runtime.text.encode(prompt)
+
+
+def _check(runtime: Runtime, prompts: Sequence[list[int]], max_tokens: int) -> None:
+    for number, token_ids in enumerate(prompts, 1):
+        try:
+            runtime.engine.check(token_ids, max_tokens)
+        except RequestError as error:
+            raise RequestError(f"prompt {number}: {error}") from error
 
 
 def _check_done(out: Path, prompts: Sequence[list[int]]) -> int:

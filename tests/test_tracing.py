@@ -129,6 +129,12 @@ def test_text_needs_a_tokenizer(folder, tmp_path):
     assert len(run(folder, tmp_path / "t")) == 3  # what has failed left nothing in the way
 
 
+def test_all_prompts_are_checked_before_the_first_is_run(folder, tmp_path):
+    with pytest.raises(RequestError, match="prompt 3: token id 99999 lies outside"):
+        run(folder, tmp_path / "t", [*PROMPTS[:2], [99999]])
+    assert not (tmp_path / "t").stat().st_size
+
+
 def test_json_lines_are_texts_or_objects(tmp_path):
     from duoserve.cli.trace import read_prompts
 
