@@ -28,6 +28,7 @@ from duoserve.scheduling.trace import Trace
 HELD_OUT_SHARE = 0.15
 MOST_MATRICES = 128
 PAPER_DEPTH = 7
+RIDGE = 1e-9  # what large slopes cost, so that there is one best slope where all scores are equal
 LAYER_RECIPE = Recipe(
     width=64, epochs=30, patience=4, learning_rate=3e-3, weight_decay=1e-2, batch=512, epoch_rows=60_000
 )
@@ -149,12 +150,13 @@ def _layer_network(split: Split, place: int, distance: int) -> LayerNetwork:
 
 
 def _platt(margins_NE: np.ndarray, chosen_NE: np.ndarray) -> tuple[float, float]:
-    """Slope and offset of the logistic curve that fits best, by Newton's method."""
+    """Slope and offset of the logistic curve that fits best, by Newton's method; 0 for a slope without evidence."""
     scale = max(1e-6, float(margins_NE.std()))
     x_N, y_N = (margins_NE / scale).ravel().astype(np.float64), chosen_NE.ravel()
     design_N2, at_2 = np.stack([x_N, np.ones_like(x_N)], axis=1), np.array([1.0, 0.0])
     for _ in range(12):
         chance_N = logistic(design_N2 @ at_2)
         curvature_N = chance_N * (1 - chance_N) + 1e-9
-        at_2 += np.linalg.solve((design_N2 * curvature_N[:, None]).T @ design_N2, design_N2.T @ (y_N - chance_N))
+        curvature_22 = (design_N2 * curvature_N[:, None]).T @ design_N2 + RIDGE * np.eye(2)
+        at_2 += np.linalg.solve(curvature_22, design_N2.T @ (y_N - chance_N) - RIDGE * at_2)
     return float(at_2[0] / scale), float(at_2[1])

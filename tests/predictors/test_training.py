@@ -21,6 +21,7 @@ from duoserve.predictors.quality import measure
 from duoserve.predictors.training import KINDS, train
 from duoserve.scheduling.synthetic import CARDS, synthesize
 from duoserve.scheduling.trace import LayerTrace
+from tests.scheduling.traces import trace_of
 
 
 def replayed(predictor, request):
@@ -177,6 +178,13 @@ def test_a_network_keeps_its_best_state_on_what_is_held_out():
     before = held_loss(module, held_data, F.binary_cross_entropy_with_logits)
     after = held_loss(fit(module, train_data, held_data, recipe), held_data, F.binary_cross_entropy_with_logits)
     assert after <= before
+
+
+def test_look_ahead_scores_that_say_nothing_have_no_weight():
+    """As of a router that makes the same of every hidden state."""
+    trace = trace_of([(1, [[0, 1], [2, 3], [0, 2]])] * 3, layers=2)
+    predictor, _ = train(trace, "lookahead")
+    assert predictor.slopes_L[1] == pytest.approx(0, abs=1e-6) and np.isfinite(predictor.offsets_L).all()
 
 
 def test_one_request_is_not_enough(trace):
