@@ -21,6 +21,7 @@ from duoserve.planning.sizes import sizes_of
 from duoserve.predictors.files import load_predictor
 from duoserve.scheduling.bake_off import bake_off, contestant, contestants, figures, slot_count, table
 from duoserve.scheduling.hardware import HARDWARE, SIZES, LayerSizes, Machine, find_hardware, find_sizes
+from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.synthetic import CARDS, synthesize
 from duoserve.scheduling.trace import Trace
@@ -74,8 +75,7 @@ def run(args: argparse.Namespace) -> None:
     machine = Machine(find_hardware(args.hardware), _sizes(args.model, trace))
     slots = [slot_count(wanted.strip(), trace) for wanted in args.slots.split(",")]
     names = contestants(args.policies)
-    loaded = [load_predictor(path, trace.meta.fingerprint) for path in args.predictor]
-    predictors: dict[str, Predictor] = {predictor.name: predictor for predictor in loaded}
+    predictors = _predictors(args.predictor, trace.meta.fingerprint, names)
     runs = bake_off(trace, machine, slots, names, predictors)
     total = len(slots) * len(names)
     rows = [figures(done) for done in tqdm(runs, total=total, unit="replay", disable=not sys.stderr.isatty())]
@@ -98,6 +98,20 @@ def _trace(args: argparse.Namespace) -> Trace:
     if name not in CARDS:
         raise ConfigError(f"synthetic trace {name!r} is not known: use one of {', '.join(CARDS)}")
     return synthesize(CARDS[name], args.requests, args.tokens, args.precision, args.seed, prompt=args.prompt_tokens)
+
+
+def _predictors(paths: Sequence[Path], fingerprint: str, names: Sequence[str]) -> dict[str, Predictor]:
+    """By kind; ConfigError for one that no policy of these ``names`` would use."""
+    taken = {POLICIES[name].predictor for name in names if name in POLICIES}
+    found: dict[str, Predictor] = {}
+    for path in paths:
+        predictor = load_predictor(path, fingerprint)
+        if predictor.name not in taken:
+            raise ConfigError(f"--predictor {path}: none of {', '.join(names)} takes the kind {predictor.name!r}")
+        if predictor.name in found:
+            raise ConfigError(f"--predictor {path}: is the second of the kind {predictor.name!r}: give one")
+        found[predictor.name] = predictor
+    return found
 
 
 def _sizes(model: str | None, trace: Trace) -> LayerSizes:

@@ -59,6 +59,27 @@ def test_a_trained_predictor_goes_to_the_policy_of_its_kind(capsys: pytest.Captu
     assert rows[0]["recall_at_k"] > 0.5
 
 
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [
+        (["popularity"], "0.safetensors: none of lru, lookahead, oracle takes the kind 'popularity'"),
+        (["lookahead", "lookahead"], "1.safetensors: is the second of the kind 'lookahead'"),
+    ],
+)
+def test_a_predictor_that_would_not_be_used_is_refused(
+    kinds: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trace = drawn_trace(requests=4, tokens=20)
+    save_trace(trace, tmp_path / "t.safetensors")
+    command = ["replay", str(tmp_path / "t.safetensors"), "--model", "bard", "--policies", "lru,lookahead,oracle"]
+    for number, kind in enumerate(kinds):
+        path = tmp_path / f"{number}.safetensors"
+        save_predictor(train(trace, kind)[0], path, {})
+        command += ["--predictor", str(path)]
+    assert main(command) == 1
+    assert said in capsys.readouterr().err
+
+
 def test_a_checkpoints_layer_has_its_own_bytes_shared_experts_included(tmp_path: Path) -> None:
     cases = FAMILIES["deepseek_v2"]
     with opened(cases.save(tmp_path, cases.hard)) as found:
