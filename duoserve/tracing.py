@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from duoserve.config import EngineConfig
 from duoserve.errors import RequestError, TraceError
 from duoserve.loading import Runtime, load
 from duoserve.models.opened import opened
+from duoserve.placement import Placement
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
@@ -47,14 +50,15 @@ def record(  # noqa: PLR0913
 ) -> Trace:
     """Runs ``prompts`` one after the other, and gives the trace that is then in ``recording.out``.
 
-    TraceError if a file is in the way or holds another model's trace, RequestError for a prompt that cannot be served,
-    before the first is run.
+    TraceError if a file is in the way, or holds another model's trace or one that was made otherwise; RequestError for
+    a prompt that cannot be served, before the first is run.
     """
     if _is_in_the_way(recording.out) and not (recording.resume or recording.append):
         raise TraceError(f"{recording.out}: exists; --resume finishes it, --append adds to it, or give another --out")
     with opened(model) as found:
         fingerprint, config = found.checkpoint.fingerprint(), found.config
-    meta = TraceMeta(fingerprint, config.moe_layers, config.num_experts, config.top_k)
+        conditions = _conditions(Placement.of(found, wanted).dtype, wanted.quantize, recording.params)
+    meta = TraceMeta(fingerprint, config.moe_layers, config.num_experts, config.top_k, conditions)
     recorder = Recorder()
     with (
         closing(TraceWriter(recording.out, meta)) as writer,
@@ -69,6 +73,12 @@ def record(  # noqa: PLR0913
             fed = token_ids + [token for _, token in runtime.engine.generate([request])][:-1]
             writer.append(fed, len(token_ids), recorder.take())
     return open_trace(recording.out, fingerprint)
+
+
+def _conditions(dtype: torch.dtype, quantize: str | None, params: SamplingParams) -> str:
+    """What requests of one trace must have in common; their number of tokens and their seed may differ."""
+    drawn = {name: value for name, value in vars(params).items() if name not in {"max_tokens", "stop", "seed"}}
+    return json.dumps({"dtype": str(dtype).removeprefix("torch."), "quantize": quantize} | drawn)
 
 
 def _is_in_the_way(path: Path) -> bool:

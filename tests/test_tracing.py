@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,6 +106,26 @@ def test_a_trace_is_not_overwritten_but_added_to(folder, tmp_path):
     with pytest.raises(TraceError, match="exists; --resume finishes it"):
         run(folder, tmp_path / "t")
     assert [request.num_prompt for request in run(folder, tmp_path / "t", PROMPTS[1:], append=True)] == [3, 2, 4]
+
+
+@pytest.mark.parametrize("how", ["resume", "append"])
+@pytest.mark.parametrize(
+    ("wanted", "params"),
+    [
+        (EngineConfig(quantize="int8"), GREEDY),
+        (EngineConfig(dtype="bfloat16"), GREEDY),
+        (EngineConfig(), replace(GREEDY, temperature=0.7)),
+    ],
+)
+def test_what_was_made_otherwise_is_not_mixed(folder, tmp_path, how, wanted, params):
+    """Of the same checkpoint, and so with the same fingerprint; lengths and seeds may differ."""
+    run(folder, tmp_path / "t", PROMPTS[:1])
+    before = (tmp_path / "t").read_bytes()
+    with pytest.raises(TraceError, match=r'recorded with \{"dtype": "float32".*record into another'):
+        record(folder, PROMPTS[:2], Recording(tmp_path / "t", params, **{how: True}), wanted, "resident")
+    assert (tmp_path / "t").read_bytes() == before
+    longer = Recording(tmp_path / "t", replace(GREEDY, max_tokens=7, seed=3), append=True)
+    assert len(record(folder, PROMPTS[1:], longer, EngineConfig(), "resident")) == 3
 
 
 @pytest.mark.parametrize(("prompts", "fault"), [([[5, 6, 8]], "another prompt"), ([], "there are 0 prompts")])

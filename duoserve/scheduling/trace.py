@@ -29,12 +29,16 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class TraceMeta:
-    """Whose routing it is: the checkpoint's ``fingerprint``, its MoE ``layers`` in order, and their sizes."""
+    """Whose routing it is: the checkpoint's ``fingerprint``, its MoE ``layers`` in order, and their sizes.
+
+    ``conditions`` says in what precision it was computed and how tokens were drawn; empty where that is not known.
+    """
 
     fingerprint: str
     layers: tuple[int, ...]
     num_experts: int
     top_k: int
+    conditions: str = ""
 
     @property
     def ids_dtype(self) -> type[np.unsignedinteger]:

@@ -84,8 +84,8 @@ def open_trace(path: Path, fingerprint: str | None = None) -> Trace:
 class TraceWriter:
     """Adds requests of the model ``meta`` to the file ``path``, which is made where there is none.
 
-    What an interrupted writer left of a request is cut off. TraceError if the file is another model's trace, cannot be
-    read or written, or has a writer already: it is locked until ``close``.
+    What an interrupted writer left of a request is cut off. TraceError if the file is another model's trace or was
+    recorded otherwise, cannot be read or written, or has a writer already: it is locked until ``close``.
     """
 
     def __init__(self, path: Path, meta: TraceMeta) -> None:
@@ -141,6 +141,7 @@ class TraceWriter:
             raise TraceError(f"{self._path}: is no trace; give --out another name, or remove the file")
         if segments:
             _check_fingerprint(self._path, segments[0].meta, self._meta.fingerprint)
+            _check_conditions(self._path, segments[0].meta, self._meta)
         return segments[-1].end if segments else 0
 
 
@@ -174,7 +175,9 @@ def _segments(file: PositionalFile, path: Path) -> Iterator[Segment]:
         segment = Segment(_meta_of(header.metadata, path), {t.name: t for t in header.tensors}, header.end)
         first = first or segment
         if segment.meta != first.meta:
-            raise TraceError(f"{path}: holds traces of different models, one from byte {start} on; record it again")
+            raise TraceError(
+                f"{path}: holds traces of different models or conditions, another from byte {start} on; record it again"
+            )
         _check_columns(segment, path)
         yield segment
         start = segment.end
@@ -201,14 +204,21 @@ def _check_fingerprint(path: Path, meta: TraceMeta, fingerprint: str | None) -> 
         )
 
 
+def _check_conditions(path: Path, there: TraceMeta, wanted: TraceMeta) -> None:
+    if there.conditions != wanted.conditions:
+        raise TraceError(
+            f"{path}: was recorded with {there.conditions or 'nothing that is known'}, and this would be with "
+            f"{wanted.conditions}; record into another file"
+        )
+
+
 def _meta_of(metadata: Mapping[str, str], path: Path) -> TraceMeta:
     try:
         if metadata["format"] != FORMAT:
             raise ValueError(f"format {metadata['format']!r}")
         layers = tuple(int(layer) for layer in json.loads(metadata["layers"]))
-        meta = TraceMeta(
-            metadata["fingerprint"], layers, num_experts=int(metadata["num_experts"]), top_k=int(metadata["top_k"])
-        )
+        sizes = int(metadata["num_experts"]), int(metadata["top_k"])
+        meta = TraceMeta(metadata["fingerprint"], layers, *sizes, metadata.get("conditions", ""))
         if not layers or not 1 <= meta.top_k <= meta.num_experts:
             raise ValueError(f"{len(layers)} layers, top-{meta.top_k} of {meta.num_experts}")
     except (KeyError, TypeError, ValueError) as error:
@@ -220,15 +230,16 @@ def _meta_of(metadata: Mapping[str, str], path: Path) -> TraceMeta:
 
 def _encoded(meta: TraceMeta, values: Mapping[str, np.ndarray]) -> bytes:
     """One segment with ``values`` in the dtypes of ``meta``."""
-    entries: dict[str, object] = {
-        "__metadata__": {
-            "format": FORMAT,
-            "fingerprint": meta.fingerprint,
-            "layers": json.dumps(meta.layers),
-            "num_experts": str(meta.num_experts),
-            "top_k": str(meta.top_k),
-        }
+    about = {
+        "format": FORMAT,
+        "fingerprint": meta.fingerprint,
+        "layers": json.dumps(meta.layers),
+        "num_experts": str(meta.num_experts),
+        "top_k": str(meta.top_k),
     }
+    if meta.conditions:
+        about["conditions"] = meta.conditions
+    entries: dict[str, object] = {"__metadata__": about}
     data, size = [], 0
     for name, column in meta.columns().items():
         tensor = np.ascontiguousarray(_fitting(values[name], column.dtype))

@@ -130,6 +130,17 @@ def test_another_models_trace_is_refused(tmp_path):
     assert (tmp_path / "t").read_bytes() == before
 
 
+def test_how_it_was_made_is_kept_and_not_asked_of_older_traces(tmp_path):
+    told = small_trace(replace(META, conditions="this way"))
+    write(tmp_path / "t", told)
+    assert open_trace(tmp_path / "t").meta == told.meta
+    save_trace(small_trace(), tmp_path / "older")
+    assert b"conditions" not in (tmp_path / "older").read_bytes()
+    assert open_trace(tmp_path / "older").meta.conditions == ""
+    with pytest.raises(TraceError, match="recorded with nothing that is known, and this would be with this way"):
+        TraceWriter(tmp_path / "older", told.meta)
+
+
 def test_traces_of_two_models_in_one_file_are_refused(tmp_path):
     for name, fingerprint in (("a", "a"), ("b", "b")):
         write(tmp_path / name, small_trace(replace(META, fingerprint=fingerprint)))
