@@ -11,7 +11,7 @@ from duoserve.metrics import ByteCounts
 from duoserve.scheduling.hardware import Machine
 from duoserve.scheduling.policies import POLICIES, Policy, get_policy
 from duoserve.scheduling.predictor import Predictor
-from duoserve.scheduling.replay import ORACLE, Replay, belady_bytes, oracle_of, replay
+from duoserve.scheduling.replay import ORACLE, Replay, layer_belady_bytes, least_bytes, oracle_of, replay
 from duoserve.scheduling.trace import Trace
 
 # All that can be replayed with fewer slots than experts, from the baselines up.
@@ -54,11 +54,11 @@ def bake_off(
     ``predictors`` are by kind. A policy whose kind is not among them goes without guesses: its ``predictor`` is None.
     """
     for num_slots in slot_counts:
-        least = belady_bytes(trace, machine, num_slots)
+        least, belady = (bound(trace, machine, num_slots) for bound in (least_bytes, layer_belady_bytes))
         for name in names:
             policy, predictor = contestant(name, trace, predictors)
             done = replay(trace, policy, machine, num_slots, predictor=predictor)
-            done.belady_bytes = least
+            done.least_bytes, done.layer_belady_bytes = least, belady
             yield done
 
 
@@ -84,7 +84,8 @@ def figures(done: Replay) -> dict[str, Any]:
         "at_least_half": None if score is None else score.half_share,
         **kinds,
         "bytes_per_token": done.bytes.total / tokens,
-        "belady_bytes_per_token": done.belady_bytes,
+        "least_bytes_per_token": done.least_bytes,
+        "layer_belady_bytes_per_token": done.layer_belady_bytes,
         "stall_s_per_token": done.decode_stall_s / tokens,
         "ttft_s": done.ttft_mean_s,
         "tpot_s": done.tpot_s,
@@ -118,7 +119,8 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "prefetched_useful_bytes_per_token": ("useful", _megabytes),
     "prefetched_late_bytes_per_token": ("late", _megabytes),
     "wasted_bytes_per_token": ("wasted", _megabytes),
-    "belady_bytes_per_token": ("Belady", _megabytes),
+    "least_bytes_per_token": ("least", _megabytes),
+    "layer_belady_bytes_per_token": ("Belady/layer", _megabytes),
     "stall_s_per_token": ("stall ms", _milliseconds),
     "ttft_s": ("TTFT ms", _milliseconds),
     "tpot_s": ("TPOT ms", _milliseconds),

@@ -8,6 +8,7 @@ the rankings hear of them. K top-k.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 import numpy as np
@@ -129,14 +130,19 @@ def _belady(steps: Sequence[tuple[bool, list[int]]], num_slots: int) -> Hits:
     """Over ``steps``, each with whether it is counted."""
     next_uses = next_use([experts for _, experts in steps])
     due: dict[int, int] = {}  # of the experts in slots: when they are used next
+    latest: list[tuple[int, int]] = []  # the same, the latest first, and what has been used since
     uses = hits = 0
     for (counts, experts), later in zip(steps, next_uses, strict=True):
         found = sum(expert in due for expert in experts)
         if counts:
             uses, hits = uses + len(experts), hits + found
-        due.update(zip(experts, later, strict=True))
+        for expert, use in zip(experts, later, strict=True):
+            due[expert] = use
+            heappush(latest, (-use, expert))
         while len(due) > num_slots:
-            del due[max(due, key=due.__getitem__)]
+            use, expert = heappop(latest)
+            if due.get(expert) == -use:
+                del due[expert]
     return Hits(uses, hits)
 
 

@@ -20,7 +20,7 @@ from duoserve.experts.slots import SlotPool, SlotTable
 from duoserve.experts.virtual import ComputeLane, VirtualClock, VirtualCopyEngine
 from duoserve.experts.virtual_readers import HostLane, VirtualReaders
 from duoserve.metrics import ByteCounts, Meter
-from duoserve.scheduling.cache_study import belady_hits, steps_of
+from duoserve.scheduling.cache_study import belady_hits, least_copies, steps_of
 from duoserve.scheduling.eviction import Eviction
 from duoserve.scheduling.foreseen import Future
 from duoserve.scheduling.hardware import Machine
@@ -42,7 +42,11 @@ _NO_BYTES = ExpertLayout(torch.bfloat16, hidden=32, intermediate=16)
 
 @dataclass
 class Replay:
-    """What a policy came to. Seconds are the made-up machine's; ``belady_bytes`` are a token's at best."""
+    """What a policy came to. Seconds are the made-up machine's.
+
+    Two figures to hold ``bytes`` against, of a decoded token each: ``least_bytes``, which nothing can go below, and
+    ``layer_belady_bytes``, those of caches that know the future.
+    """
 
     policy: str
     predictor: str | None
@@ -55,7 +59,8 @@ class Replay:
     hits: int = 0  # of decode steps, as is all below
     misses: int = 0
     bytes: ByteCounts = field(default_factory=ByteCounts)
-    belady_bytes: float = 0.0
+    least_bytes: float = 0.0
+    layer_belady_bytes: float = 0.0
     score: Score | None = None
 
     @property
@@ -126,11 +131,22 @@ def oracle_of(trace: Trace) -> tuple[Policy, Predictor]:
     return policy, future
 
 
-def belady_bytes(trace: Trace, machine: Machine, num_slots: int) -> float:
-    """Bytes a decoded token costs at best in caches of ``num_slots`` slots, an even share for each layer."""
+def least_bytes(trace: Trace, machine: Machine, num_slots: int) -> float:
+    """Bytes that a decoded token costs at least, whatever is done with ``num_slots`` slots: see ``least_copies``."""
+    return least_copies(trace, num_slots) * machine.sizes.expert_bytes / _decoded(trace)
+
+
+def layer_belady_bytes(trace: Trace, machine: Machine, num_slots: int) -> float:
+    """Bytes that a decoded token costs with Belady's caches, one for each layer with an even share of the slots.
+
+    They are empty at first, and prompts fill nothing: one pool of slots, or one that is filled, may do with less.
+    """
     hits = belady_hits(trace, num_slots // len(trace.meta.layers))
-    tokens = sum(int(total - prompt) for total, prompt in trace.requests_R2)
-    return (hits.uses - hits.hits) * machine.sizes.expert_bytes / max(1, tokens)
+    return (hits.uses - hits.hits) * machine.sizes.expert_bytes / _decoded(trace)
+
+
+def _decoded(trace: Trace) -> int:
+    return max(1, sum(int(total - prompt) for total, prompt in trace.requests_R2))
 
 
 class _Asked(NamedTuple):

@@ -40,7 +40,10 @@ def test_rows_come_by_slots_and_policy_and_a_predictor_goes_to_its_own_kind() ->
     assert [(run.num_slots, run.policy) for run in runs] == [(slots, name) for slots in (12, 48) for name in names]
     assert [run.predictor for run in runs[:4]] == [None, "teller", None, "the future"]
     assert predictors["lookahead"].heard == []
-    assert runs[0].belady_bytes == runs[3].belady_bytes > runs[4].belady_bytes > 0
+    for bound in ("least_bytes", "layer_belady_bytes"):
+        bounds = [getattr(run, bound) for run in runs]
+        assert bounds[0] == bounds[3] > bounds[4] > 0
+    assert all(run.least_bytes < run.layer_belady_bytes for run in runs)
 
 
 def test_a_row_adds_up_and_its_table_has_every_figure() -> None:

@@ -12,7 +12,7 @@ from duoserve.errors import MemoryBudgetError
 from duoserve.scheduling.foreseen import Belady, Future
 from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
 from duoserve.scheduling.policies import POLICIES, get_policy
-from duoserve.scheduling.replay import Watcher, belady_bytes, oracle_of, replay
+from duoserve.scheduling.replay import Watcher, layer_belady_bytes, least_bytes, oracle_of, replay
 from duoserve.scheduling.routing import Routing
 from duoserve.scheduling.scored import Score, ScoredPredictor
 from tests.scheduling.fortune import Teller, certain, routed
@@ -75,7 +75,16 @@ def test_nothing_is_faster_than_the_oracle(slots: int, machine: Machine) -> None
         assert best.tpot_s is not None and other.tpot_s is not None and best.tpot_s <= other.tpot_s
     assert best.score is not None and best.score.recall == 1.0
     # Slots for one token's experts alone leave none for those that bypass the cache.
-    assert slots == 12 or best.bytes.total / best.num_tokens < 1.15 * belady_bytes(trace, machine, slots)
+    assert slots == 12 or best.bytes.total / best.num_tokens < 1.15 * layer_belady_bytes(trace, machine, slots)
+
+
+@pytest.mark.parametrize("name", STREAMING)
+@pytest.mark.parametrize("slots", [12, 24, 48])
+def test_nothing_copies_less_than_the_least(slots: int, name: str) -> None:
+    """Not even where the prompt has brought all that decode steps want."""
+    for trace in (drawn_trace(), trace_of([(2, [[3, 5]] * 9)], layers=6)):
+        done = replay(trace, get_policy(name), EVEN, slots)
+        assert done.bytes.total / done.num_tokens >= least_bytes(trace, EVEN, slots)
 
 
 class Ponderer(Teller):
