@@ -71,7 +71,10 @@ def contestant(name: str, trace: Trace, predictors: Mapping[str, Predictor]) -> 
 
 
 def figures(done: Replay) -> dict[str, Any]:
-    """One row: seconds, shares, and bytes for each decoded token. Flat and JSON-able."""
+    """One row: mean seconds (``total_s``: of all requests), shares, and bytes for each decoded token.
+
+    Flat and JSON-able.
+    """
     score, tokens = done.score, max(1, done.num_tokens)
     kinds = {f"{kind}_bytes_per_token": getattr(done.bytes, kind) / tokens for kind in ByteCounts.__annotations__}
     return {
@@ -92,7 +95,7 @@ def figures(done: Replay) -> dict[str, Any]:
         "itl_p50_s": done.itl_percentile_s(50),
         "itl_p95_s": done.itl_percentile_s(95),
         "itl_p99_s": done.itl_percentile_s(99),
-        "e2e_s": done.e2e_s,
+        "total_s": done.total_s,
     }
 
 

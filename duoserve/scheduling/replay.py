@@ -53,7 +53,7 @@ class Replay:
     num_slots: int
     ttft_s: list[float] = field(default_factory=list)  # by request
     itl_s: list[float] = field(default_factory=list)  # by decoded token
-    e2e_s: float = 0.0
+    total_s: float = 0.0  # of all requests
     prefill_stall_s: float = 0.0
     decode_stall_s: float = 0.0
     hits: int = 0  # of decode steps, as is all below
@@ -209,7 +209,7 @@ class _Run:
         stats = self._meter.snapshot()
         _add_difference(result.bytes, stats.bytes, before)
         result.hits, result.misses = stats.hits[Phase.DECODE.value], stats.misses[Phase.DECODE.value]
-        result.e2e_s += self._clock.now - begun
+        result.total_s += self._clock.now - begun
 
     def _one_token(self, experts: list[int]) -> _Asked:
         return _Asked(experts, [1] * len(experts), [self._machine.one_token_s] * len(experts))

@@ -53,6 +53,8 @@ def test_a_row_adds_up_and_its_table_has_every_figure() -> None:
     for row in rows:
         assert sum(row[f"{kind}_bytes_per_token"] for kind in kinds) == pytest.approx(row["bytes_per_token"])
         assert row["itl_p50_s"] <= row["itl_p95_s"] <= row["itl_p99_s"]
+    for row, run in zip(rows, runs, strict=True):
+        assert row["total_s"] == pytest.approx(3 * row["ttft_s"] + run.num_tokens * row["tpot_s"])
     assert rows[0]["recall_at_k"] is None and rows[1]["recall_at_k"] == 1.0
     lines = table(rows)
     assert len(lines) == 3 and len({len(line) for line in lines}) == 1
