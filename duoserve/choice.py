@@ -13,6 +13,7 @@ from duoserve.errors import CheckpointError, TraceError
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.hub import EMBEDDED_FOLDER
 from duoserve.experts.packing import cache_folder
+from duoserve.experts.positional_file import is_file
 from duoserve.experts.strict_json import read_object
 from duoserve.experts.whole_file import write_whole
 from duoserve.predictors.base import RowPredictor
@@ -67,7 +68,7 @@ def find_choice(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> 
     """
     for folder in _places(checkpoint, cache_dir):
         path = folder / CHOICE_FILE
-        if path.is_file():
+        if is_file(path):
             choice = _read(path, checkpoint.fingerprint())
             if choice is not None:
                 return choice, folder
@@ -77,7 +78,7 @@ def find_choice(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> 
 def predictor_beside(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> RowPredictor | None:
     """The predictor that lies beside the model, or in the cache; None if there is none."""
     for folder in _places(checkpoint, cache_dir):
-        if (folder / PREDICTOR_FILE).is_file():
+        if is_file(folder / PREDICTOR_FILE):
             return load_predictor(folder / PREDICTOR_FILE, checkpoint.fingerprint())
     return None
 

@@ -20,6 +20,7 @@ from duoserve.experts.device import CPU, free_bytes, resolve
 from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.pack_format import DTYPES, HEADER_FILE
 from duoserve.experts.packing import pack_path, write_pack
+from duoserve.experts.positional_file import is_file
 from duoserve.experts.rows import DenseMemory
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore, HostStore, TieredStore
@@ -128,6 +129,6 @@ def _open_pack(source: ExpertStore, found: OpenedModel, cache_dir: str | Path | 
     """The checkpoint's pack, which is made on first use."""
     folder = pack_path(found.checkpoint, source.layout, cache_dir)
     fingerprint = found.checkpoint.fingerprint()
-    if not (folder / HEADER_FILE).exists():
+    if not is_file(folder / HEADER_FILE):
         write_pack(source, found.experts, folder, fingerprint)
     return DiskStore(folder, source.layout, found.pack_layers, found.config.num_experts, fingerprint)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from duoserve.config import EngineConfig
 from duoserve.errors import RequestError, TraceError
+from duoserve.experts.positional_file import is_file
 from duoserve.loading import Runtime, load
 from duoserve.models.opened import opened
 from duoserve.placement import Placement
@@ -83,7 +84,7 @@ def _conditions(dtype: torch.dtype, quantize: str | None, params: SamplingParams
 
 def _is_in_the_way(path: Path) -> bool:
     """A file without a byte is what a recording leaves that has failed before its first request."""
-    return path.exists() and path.stat().st_size > 0
+    return is_file(path) and path.stat().st_size > 0
 
 
 def _encode(runtime: Runtime, prompt: Prompt) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 
 from duoserve import MoEModel
 from duoserve.choice import CHOICE_FILE, PREDICTOR_FILE, Choice, find_choice, predictor_beside, save_choice
-from duoserve.errors import TraceError
+from duoserve.errors import CheckpointError, TraceError
 from duoserve.evaluating import evaluate
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.predictors.files import save_predictor
@@ -122,6 +122,12 @@ def test_another_models_choice_is_passed_over_and_a_broken_one_refused(folder: P
         MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path / "c") as model,
     ):
         assert model.policy == "duoserve"
+
+
+@pytest.mark.parametrize("policy", ["auto", "lru"])
+def test_a_cache_that_cannot_be_looked_at_is_said(folder: Path, tmp_path: Path, policy: str) -> None:
+    with pytest.raises(CheckpointError, match=r"the pack cannot be written .*DUOSERVE_CACHE"):
+        MoEModel.from_pretrained(folder, policy=policy, expert_slots=6, host_memory=0, cache_dir=tmp_path / ("c" * 300))
 
 
 def test_a_predictor_is_given_as_a_file_or_found_beside_the_model(folder: Path, tmp_path: Path) -> None:

@@ -144,6 +144,11 @@ def test_another_models_trace_is_left_alone(folder, tmp_path):
     assert (tmp_path / "t").read_bytes() == before
 
 
+def test_a_place_that_cannot_be_looked_at_is_no_place_for_a_trace(folder, tmp_path):
+    with pytest.raises(TraceError, match="cannot be written"):
+        run(folder, tmp_path / ("t" * 300))
+
+
 def test_text_needs_a_tokenizer(folder, tmp_path):
     with pytest.raises(RequestError, match=r"no tokenizer\.json"):
         run(folder, tmp_path / "t", ["text"])

@@ -101,8 +101,6 @@ def _compared(before: TextScore, after: TextScore, nbytes: int) -> list[str]:
 
 
 def _is_packed(model: OpenedModel, layout: ExpertLayout, path: Path) -> bool:
-    if not path.exists():
-        return False
     try:
         DiskStore(path, layout, model.pack_layers, model.config.num_experts, model.checkpoint.fingerprint()).close()
     except CheckpointError:

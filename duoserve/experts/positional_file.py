@@ -91,6 +91,14 @@ class PositionalFile:
             raise CheckpointError(f"{self.path}: reading at byte {offset} failed ({error})") from error
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is there; False also where nobody may look, and then writing there says why."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def read_capped(path: Path, max_bytes: int) -> bytes:
     """A whole small file; CheckpointError when it has more than ``max_bytes`` bytes."""
     file = PositionalFile(path)

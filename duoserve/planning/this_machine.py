@@ -18,6 +18,7 @@ from duoserve.errors import ConfigError
 from duoserve.experts.device import CPU, free_bytes, resolve
 from duoserve.experts.layout import ExpertLayout
 from duoserve.experts.packing import cache_folder
+from duoserve.experts.positional_file import is_file
 from duoserve.experts.strict_json import read_object
 from duoserve.experts.whole_file import write_whole
 from duoserve.models.described import DescribedModel
@@ -37,7 +38,7 @@ def this_machine(cache_dir: str | Path | None = None, *, anew: bool = False) -> 
     """
     device, path = resolve("auto"), cache_folder(cache_dir) / FILE
     about = _about(device)
-    kept = read_object(path, _MAX_BYTES) if path.is_file() and not anew else {}
+    kept = read_object(path, _MAX_BYTES) if is_file(path) and not anew else {}
     if not kept.keys() >= set(RATES) or any(kept.get(key) != value for key, value in about.items()):
         with _writing_to(path.parent):
             kept = about | measure(device, path.parent)
@@ -67,7 +68,7 @@ def this_rehearsal(
     about = _about(device) | {"model": repr(model.config), "experts": layout.name, "prompt": prompt}
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     path = folder / f"rehearsal-{key}.json"
-    if path.is_file() and not anew:
+    if is_file(path) and not anew:
         try:
             return Rehearsal.from_dict(read_object(path, _MAX_BYTES))
         except (KeyError, TypeError, ValueError) as error:

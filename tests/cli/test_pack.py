@@ -66,3 +66,8 @@ def test_a_text_without_quantization_is_refused(duoserve, model_folder, tmp_path
     assert (ran.code, ran.err.count("--text says what --quantize does to a text: give both")) == (1, 1)
     ran = duoserve("pack", model_folder, "--quantize", "int8", "--text", tmp_path / "text")
     assert ran.code == 1 and f"--text: {tmp_path / 'text'} cannot be read as text" in ran.err
+
+
+def test_a_cache_that_cannot_be_looked_at_is_said(duoserve, model_folder, tmp_path):
+    ran = duoserve("pack", model_folder, "--out", tmp_path / ("c" * 300))
+    assert ran.code == 1 and "the pack cannot be written" in ran.err

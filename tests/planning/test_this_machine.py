@@ -102,6 +102,8 @@ def test_a_cache_folder_that_cannot_be_is_refused(asked: Callable[[Path], object
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/cache: this machine cannot be measured there .*DUOSERVE_CACHE"):
         asked(tmp_path / "file" / "cache")
+    with pytest.raises(ConfigError, match=r"this machine cannot be measured there .*DUOSERVE_CACHE"):
+        asked(tmp_path / ("c" * 300))
 
 
 def test_a_model_is_rehearsed_once_for_each_prompt_and_format(rehearsed: list[int], tmp_path: Path) -> None:
