@@ -10,8 +10,8 @@
 #   sanitize      decode steps under compute-sanitizer                       at most 180 s
 #
 # The parts run in the order in which they are named (`--part PART` does too); without any: tests copy kernels serve.
-# Each file of tests has a process, for a fault of the device fails all that comes after it in the same one, and a log,
-# which has what was found by the time it is interrupted.
+# Each file of tests has its own process, since after a fault of the device all else in that process fails, and its own
+# log, which keeps what was found before an interrupt.
 # Where a command may take ten minutes, three calls do it: `tests copy`, `kernels`, `serve`. With --within all parts
 # together end by then: the limits of later ones shrink, the benches measure their first rows alone, and what has no
 # time left is SKIPPED. So a machine that is lent for a quarter of an hour gives what matters most in two calls:

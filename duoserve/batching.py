@@ -16,7 +16,7 @@ from duoserve.service import Objectives, ServiceSettings
 
 # Between two steps requests come and go and are cancelled: no step is planned to take longer, but for a single layer.
 STEP_S = 0.05
-# A request that has no objective, or that is too late for it, is started before any that came so much later.
+# Whoever has waited so long goes before all others, one in each pass.
 PATIENCE_S = 10.0
 # So many tokens ahead the credit of a running request is counted, for it may stop before the last that it may get.
 AHEAD = 4
@@ -27,7 +27,7 @@ PLANNED = 0.95
 class Asked(NamedTuple):
     """A request that waits: its prompt's tokens, and the ``room`` in the KV cache that it will be given.
 
-    ``sent_back``: it had run before, until its room was taken from it.
+    ``sent_back``: when the room of one that ran was last taken from it.
     """
 
     arrived: float

@@ -21,8 +21,8 @@ from duoserve.tokenizer_config import TOKENIZER_CONFIG, read_tokenizer_config, s
 
 TEMPLATE_BYTES = 1 << 20
 SECONDS = 2.0  # real templates take a thousandth of it
-START_SECONDS = 20.0  # a fresh interpreter on a busy machine
-# An isolated interpreter looks neither into a user's site nor PYTHONPATH, where jinja2 may be: that folder comes last.
+START_SECONDS = 8.0  # a fresh interpreter on a busy machine; less than a server waits for the prompt (`text_s`)
+# An isolated interpreter looks neither into a user's site nor PYTHONPATH, where jinja2 may be: its folders come last.
 START = "import runpy, sys; sys.path += sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
 
 
@@ -33,9 +33,9 @@ class ChatTemplate:
     when it takes more than ``SECONDS``. ``close`` ends it.
     """
 
-    def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, template: str, tokens: Mapping[str, str]) -> None:
         self._template = template
-        self._special_tokens = dict(special_tokens)
+        self._special_tokens = dict(tokens)
         self._turn = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._closed = False
@@ -92,14 +92,18 @@ class ChatTemplate:
     def _started(self) -> subprocess.Popen[str]:
         """A new process, once it has answered: its start is not the template's time."""
         folders = [str(Path(file).parents[1]) for file in (jinja2.__file__, markupsafe.__file__)]
-        self._process = process = subprocess.Popen(
-            [sys.executable, "-I", "-c", START, chat_sandbox.__file__, *folders],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-        )
+        command = [sys.executable, "-I", "-c", START, chat_sandbox.__file__, *folders]
+        try:
+            self._process = process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="utf-8",
+            )
+        except OSError as error:
+            raise DuoServeError(f"the process that renders chat templates cannot be started ({error})") from error
         if _reply(process, json.dumps({"template": "", "variables": {}}), START_SECONDS) is None:
             self._kill()
             raise DuoServeError(

@@ -42,6 +42,13 @@ class ModelConfig:
     quantization: Quantization | None = None
 
     @property
+    def num_positions(self) -> int:
+        """Positions that the model knows; with YaRN, those that it is stretched to."""
+        yarn = self.blocks.rope.yarn
+        stretched = 0 if yarn is None else int(yarn.factor * yarn.original_context)
+        return max(self.max_position_embeddings, stretched)
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
         """The layers that have routed experts, in ascending order."""
         return self.blocks.moe.layers

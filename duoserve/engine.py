@@ -30,8 +30,7 @@ ALL_AT_ONCE = ServiceSettings(max_batch=1 << 30, max_waiting=1 << 30, scheduler=
 class Engine:
     """Runs requests in ``passes``, as ``settings`` say. Not thread-safe: one call at a time.
 
-    ``add`` and ``abort`` requests between steps; ``step`` does one unit of work. ``sent_back`` counts how often a
-    request has made way for those that had started before it.
+    ``add`` and ``abort`` requests between steps; ``step`` does one unit of work.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class Engine:
         self._prefill: Prefill | None = None
         self._running: list[Request] = []
         self._decoded = False  # the last step was a decode step
-        self.sent_back = 0
+        self._num_sent_back = 0
 
     @property
     def waiting(self) -> int:
@@ -68,6 +67,11 @@ class Engine:
         return len(self._running) + (0 if self._prefill is None else len(self._prefill.requests))
 
     @property
+    def num_sent_back(self) -> int:
+        """How often a request has made way in the KV cache for those that had started before it."""
+        return self._num_sent_back
+
+    @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not (self._waiting or self._running or self._prefill)
@@ -75,7 +79,7 @@ class Engine:
     @property
     def max_context(self) -> int:
         """Tokens of context that one request may come to need at most: what the model knows, and the cache holds."""
-        return min(self._cache.num_tokens, self._config.max_position_embeddings)
+        return min(self._cache.num_tokens, self._config.num_positions)
 
     @property
     def kv_usage(self) -> float:
@@ -96,8 +100,8 @@ class Engine:
         if num_new >= settings.max_waiting + max(0, settings.max_batch - self.running):
             wait_s = self._batching.first_token_s(self._asked(request), self._load())
             raise OverloadedError(
-                f"{num_new} requests wait already, {self.running} run, and max_waiting={settings.max_waiting} beyond "
-                f"max_batch={settings.max_batch} may wait: try again later",
+                f"{num_new} requests wait and {self.running} run: max_batch={settings.max_batch} and "
+                f"max_waiting={settings.max_waiting} allow no more: try again later",
                 max(0.1, wait_s),
             )
         if settings.admission == "strict":
@@ -181,7 +185,7 @@ class Engine:
 
     def check(self, token_ids: Sequence[int], max_tokens: int) -> None:
         """RequestError for a prompt that can never be served."""
-        vocab, room, known = self._config.vocab_size, self._cache.num_tokens, self._config.max_position_embeddings
+        vocab, room, known = self._config.vocab_size, self._cache.num_tokens, self._config.num_positions
         if not token_ids:
             raise RequestError("the prompt is empty: give at least one token")
         bad = next((t for t in token_ids if not 0 <= t < vocab), None)
@@ -256,11 +260,10 @@ class Engine:
     def _with_room(self) -> list[Request]:
         """Those that run, each with room for its next token. Where that lacks, the last to start make way."""
         for request in list(self._running):
-            needed = len(request.prompt_ids) + len(request.output_ids)
-            while request in self._running and needed > request.kv.room + self._cache.free_tokens:
+            while request in self._running and request.num_known > request.kv.room + self._cache.free_tokens:
                 self._make_way()
             if request in self._running:
-                self._cache.reserve(request.kv, needed)
+                self._cache.reserve(request.kv, request.num_known)
         return list(self._running)
 
     def _make_way(self) -> None:
@@ -279,8 +282,9 @@ class Engine:
     def _send_back(self, request: Request) -> None:
         """It waits for room again, and then decodes the tokens that it has again: a longer prompt has other bits."""
         self._cache.release(request.kv)
-        request.sent_back = self._clock()
-        self.sent_back += 1
+        self._num_sent_back += 1
+        if request.first_token is not None:  # else it goes on waiting as it did
+            request.sent_back = self._clock()
         self._waiting.append(request)
 
     def _sample_all(self, requests: Sequence[Request], logits_BV: Tensor) -> list[Produced]:

@@ -32,7 +32,8 @@ from duoserve.scheduling.source import ReadyExpert
 def event_steps(model: Transformer, cache: PagedKVCache, recorder: Recorder) -> MakeStep:
     """Makes the recorded steps of ``model``, one for each shape of up to MEDIUM sequences.
 
-    No more are counted by the memory plan, nor may so many have logits that the model brings to the host by itself.
+    The memory plan counts no more; and of more than LOGIT_ROWS the model brings the logits to the host itself, which
+    cannot be recorded.
     """
 
     def make(num_sequences: int, table_width: int) -> EventStep | None:

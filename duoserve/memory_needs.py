@@ -47,7 +47,7 @@ class MemoryNeeds:
 
 def context_of(config: ModelConfig, wanted: int | None) -> int:
     """The tokens that the KV cache holds where nobody, or somebody, said how many."""
-    return wanted or min(config.max_position_embeddings, DEFAULT_MAX_CONTEXT)
+    return wanted or min(config.num_positions, DEFAULT_MAX_CONTEXT)
 
 
 def cpu_only(config: ModelConfig) -> str | None:

@@ -130,7 +130,7 @@ class MoEModel:
 
     @property
     def max_context(self) -> int:
-        """Tokens of the longest request, prompt and output: what the KV cache holds."""
+        """Tokens of the longest request, prompt and output: what the KV cache holds and the model has positions for."""
         return self._runtime.engine.max_context
 
     @property

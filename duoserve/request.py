@@ -38,14 +38,19 @@ class Request:
         """Tokens of context that the request may come to need."""
         return len(self.prompt_ids) + self.params.max_tokens
 
+    @property
+    def num_known(self) -> int:
+        """Tokens of context that there are so far."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
     def room(self, answer_room: int) -> int:
         """Tokens of context that it starts with room for: ``answer_room`` beyond those that it has."""
-        return min(self.num_tokens, len(self.prompt_ids) + len(self.output_ids) + answer_room)
+        return min(self.num_tokens, self.num_known + answer_room)
 
     @property
     def may_grow(self) -> bool:
-        """Whether it may come to need more room than it has."""
-        return self.kv.room < self.num_tokens
+        """Whether it may come to need more room than it has; its last token needs none."""
+        return self.kv.room < self.num_tokens - 1
 
     @property
     def next_ids(self) -> list[int]:
@@ -56,7 +61,7 @@ class Request:
     @property
     def caught_up(self) -> bool:
         """Whether all of its tokens are computed, so that the logits are those of a new one."""
-        return self.kv.length == len(self.prompt_ids) + len(self.output_ids)
+        return self.kv.length == self.num_known
 
     @property
     def attained(self) -> bool:

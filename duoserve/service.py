@@ -40,7 +40,7 @@ class ServiceSettings:
 
     An answer gets room for ``answer_room`` tokens in the KV cache, and a page more whenever it has filled it, not room
     for all that it may have: most end earlier. Where no room is left the last to start make way, and catch up later.
-    ``max_waiting`` counts neither those, nor as many as still find a place among ``max_batch``.
+    Neither those, nor requests for which ``max_batch`` still has a place, count in ``max_waiting``.
     """
 
     max_batch: int = 16

@@ -231,7 +231,7 @@ class Worker:
             refused=self._refused,
             attained=self._attained,
             with_objectives=self._with_objectives,
-            sent_back=self._engine.sent_back,
+            sent_back=self._engine.num_sent_back,
         )
 
 

@@ -10,7 +10,10 @@ from duoserve.text import IncrementalDecoder, StopStrings, Text
 
 
 class Writer:
-    """Turns one request's tokens into text and ends the request at a stop string, which is a reason before "length"."""
+    """Turns one request's tokens into text and ends the request at a stop string.
+
+    If its last permitted token completes one, the reason is "stop" all the same.
+    """
 
     def __init__(self, text: Text | None, stop: Sequence[str]) -> None:
         self._decoder = None if text is None else IncrementalDecoder(text)
@@ -20,7 +23,7 @@ class Writer:
             raise RequestError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
 
     def push(self, request: Request, token: int) -> str:
-        """The text that became certain with ``token``; none with one that ends the text, whatever its entry says."""
+        """The text that became certain with ``token``; an end token has none, whatever its entry in the vocabulary."""
         if self._decoder is None or request.finish_reason == "stop":
             return ""
         return self._write(request, self._stop.push(self._decoder.push(token)))

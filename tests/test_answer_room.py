@@ -30,22 +30,17 @@ def float_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_mixtral(tmp_path_factory.mktemp("float"))
 
 
-class SentBack:
-    """How often an engine has taken a request's room for others, and how many ran at once."""
+class Together:
+    """How many requests an engine has decoded at once."""
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.engine, self.times, self.together = engine, 0, 0
-        send_back, decode = engine._send_back, engine._passes.decode
-
-        def counted(request: Request) -> None:
-            self.times += 1
-            send_back(request)
+        self.most = 0
+        decode = engine._passes.decode
 
         def watched(requests: Sequence[Request]) -> Tensor:
-            self.together = max(self.together, len(requests))
+            self.most = max(self.most, len(requests))
             return decode(requests)
 
-        monkeypatch.setattr(engine, "_send_back", counted)
         monkeypatch.setattr(engine._passes, "decode", watched)
 
 
@@ -70,12 +65,12 @@ def test_answers_grow_together_and_make_way_when_no_room_is_left(
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
         alone = [[t for _, t in engine.generate([asked(p, n)])] for p, n in zip(prompts, lengths, strict=True)]
         engine.share_out(ServiceSettings(answer_room=8, scheduler=scheduler))  # type: ignore[arg-type]
-        seen = SentBack(engine, monkeypatch)
+        seen = Together(engine, monkeypatch)
         requests = [asked(p, n) for p, n in zip(prompts, lengths, strict=True)]
         for request in requests:
             engine.add(request)
         assert run(engine, requests) == alone
-        assert seen.together == 4 and engine.sent_back == seen.times >= 2
+        assert seen.most == 4 and engine.num_sent_back >= 2
         assert engine.kv_usage == 0 and [request.finish_reason for request in requests] == ["length"] * 4
 
 
@@ -88,23 +83,20 @@ def test_who_comes_back_has_the_bits_that_it_has_alone_where_batches_keep_them(
         engine = model._runtime.engine
         alone = [logprobs(engine, [asked(prompt, 150, num_logprobs=5)]) for prompt in (PROMPT, OTHER)]
         engine.share_out(ServiceSettings(answer_room=8))
-        seen = SentBack(engine, monkeypatch)
+        seen = Together(engine, monkeypatch)
         together = logprobs(engine, [asked(prompt, 150, num_logprobs=5) for prompt in (PROMPT, OTHER)])
-    assert seen.times and seen.together == 2
+    assert engine.num_sent_back and seen.most == 2
     assert together == [one for single in alone for one in single]
 
 
-def test_one_that_was_sent_back_can_be_aborted_and_the_others_go_on(
-    float_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_was_sent_back_can_be_aborted_and_the_others_go_on(float_folder: Path) -> None:
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
         alone = [token for _, token in engine.generate([asked(PROMPT, 200)])]
         engine.share_out(ServiceSettings(answer_room=8))
-        seen = SentBack(engine, monkeypatch)
         goes_on, sent = asked(PROMPT, 200), asked(OTHER, 200)
         for request in (goes_on, sent):
             engine.add(request)
-        while not seen.times:
+        while not engine.num_sent_back:
             engine.step()
         assert sent.output_ids and engine.waiting == 1
         engine.abort(sent)
@@ -126,7 +118,7 @@ def test_a_prompt_under_way_makes_way_for_those_that_run(float_folder: Path, mon
         engine.add(comes)
         monkeypatch.setattr(Batching, "layers", lambda self, load, decoded: 0 if runs.finish_reason is None else 1)
         assert run(engine, [runs, comes]) == alone
-        assert runs.sent_back is None and comes.sent_back is not None
+        assert runs.sent_back is None and engine.num_sent_back == 1
         engine.check_integrity()
 
 
@@ -190,10 +182,10 @@ def test_nobody_waits_where_there_is_a_place(float_folder: Path) -> None:
         engine.share_out(ServiceSettings(max_batch=2, max_waiting=0))
         for _ in range(2):
             engine.add(asked(PROMPT, 5))
-        with pytest.raises(OverloadedError, match="2 requests wait already, 0 run"):
+        with pytest.raises(OverloadedError, match="2 requests wait and 0 run: max_batch=2 and max_waiting=0"):
             engine.add(asked(PROMPT, 5))
         engine.step(), engine.step()
-        with pytest.raises(OverloadedError, match="0 requests wait already, 2 run"):
+        with pytest.raises(OverloadedError, match="0 requests wait and 2 run"):
             engine.add(asked(PROMPT, 5))
 
 

@@ -16,8 +16,9 @@ import jinja2
 import markupsafe
 import pytest
 
-from duoserve.chat_template import SECONDS, ChatTemplate
+from duoserve.chat_template import SECONDS, START_SECONDS, ChatTemplate
 from duoserve.errors import CheckpointError, ClosedError, DuoServeError, RequestError
+from duoserve.server.settings import ServerSettings
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -184,3 +185,7 @@ def test_closed_it_is_closed(make: Make) -> None:
     assert process is not None and process.poll() is not None
     with pytest.raises(ClosedError):
         template.render([])
+
+
+def test_a_start_that_takes_too_long_is_not_taken_for_a_long_prompt() -> None:
+    assert ServerSettings.text_s > START_SECONDS

@@ -267,7 +267,7 @@ def test_what_cannot_be_served_is_refused(float_folder: Path) -> None:
                 engine.add(asked(prompt))
         engine.add(asked(PROMPT))
         engine.add(asked(OTHER))
-        with pytest.raises(OverloadedError, match="2 requests wait already") as refused:
+        with pytest.raises(OverloadedError, match="2 requests wait and 0 run") as refused:
             engine.add(asked(OTHER))
         assert refused.value.retry_after_s > 0
         run(engine, [])

@@ -44,6 +44,23 @@ def test_no_request_waits_for_ever(victim: Arrival, crowd: list[Arrival]) -> Non
     assert first_token <= 1.0 + PATIENCE_S + 0.7 * (place + 1)  # those ahead take a place each
 
 
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 200), st.integers(1, 300)), min_size=2, max_size=12),
+    gap_s=st.sampled_from([0.0, 0.2, 1.0]),
+    scheduler=st.sampled_from(["slo", "fcfs"]),
+)
+@settings(max_examples=30, deadline=None)
+def test_answers_that_outgrow_their_room_all_come_to_their_end(
+    lengths: list[tuple[int, int]], gap_s: float, scheduler: str
+) -> None:
+    """In a cache that holds little more than the largest of them."""
+    hopes = Objectives(0.5, 0.02)
+    arrivals = [Arrival(gap_s * n, *sizes, hopes if n % 2 else Objectives()) for n, sizes in enumerate(lengths)]
+    how = ServiceSettings(max_batch=4, max_waiting=4096, scheduler=scheduler, answer_room=16)  # type: ignore[arg-type]
+    served = serve(arrivals, LINEAR, how, room=512)
+    assert [len(request.output_ids) for request in served] == [answer for _, answer in lengths]
+
+
 @st.composite
 def loads(draw: st.DrawFn) -> list[Arrival]:
     dice = random.Random(draw(st.integers(0, 2**31)))

@@ -94,6 +94,9 @@ class VirtualPasses:
         done = prefill.under_way.next_layer >= self.num_layers
         return torch.zeros(len(prefill.requests), VOCAB) if done else None
 
+    def abandon(self, prefill: _Prefill) -> None:
+        """Nothing is left of it."""
+
     def decode(self, requests: Sequence[Request]) -> Tensor:
         """A token for each."""
         self._clock.now += self._rates.decode_s(len(requests))
@@ -115,7 +118,7 @@ class VirtualPages:
 
     def reserve(self, kv: SequenceKV, num_tokens: int) -> None:
         """As in PagedKVCache."""
-        missing = self.whole_pages(num_tokens) - kv.room
+        missing = max(0, self.whole_pages(num_tokens) - kv.room)
         kv.pages += [-1] * (missing // PAGE_TOKENS)
         self.free_tokens -= missing
         if self.free_tokens < 0:
@@ -138,7 +141,7 @@ class Arrival(NamedTuple):
 
 class _Vocabulary(NamedTuple):
     vocab_size: int = VOCAB
-    max_position_embeddings: int = 1 << 20
+    num_positions: int = 1 << 20
     eos_token_ids: tuple[int, ...] = ()
 
 
@@ -146,8 +149,8 @@ def serve(
     arrivals: Sequence[Arrival], rates: Rates, settings: ServiceSettings, *, room: int = 1 << 20, until: float = 1e9
 ) -> list[Request]:
     """Every request of ``arrivals`` (in their order) as the engine has left it, when all are done or the time is up."""
-    clock = Clock()
-    parts: Any = VirtualPasses(rates, clock), _Vocabulary(), VirtualPages(room)
+    clock, pages = Clock(), VirtualPages(room)
+    parts: Any = VirtualPasses(rates, clock), _Vocabulary(), pages
     engine = Engine(*parts, Meter(clock), clock)
     engine.share_out(settings)
     _warm_up(engine, rates)
@@ -160,6 +163,7 @@ def serve(
             served.append(_request(left.pop()))
             engine.add(served[-1])
         engine.step()
+        assert 0 <= pages.free_tokens == room - sum(request.kv.room for request in served)
     return served
 
 

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 def resolve(name: str) -> torch.device:
     """The device that ``name`` means: "auto" is a GPU where there is one.
 
-    ConfigError for one that is not there, or is a GPU other than torch's current one.
+    ConfigError for one that is not there, or is a GPU other than the first.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,10 +32,10 @@ def resolve(name: str) -> torch.device:
     index = current if device.index is None else device.index
     if index >= found:
         raise ConfigError(f"device={name!r} was asked for, but torch finds {found} CUDA devices: use 'auto' or 'cpu'")
-    if index != current:  # where Triton would launch all the same, in each thread on that thread's
+    if index or current:  # Triton launches on the thread's current device, which is cuda:0 in every new thread
         raise ConfigError(
-            f"device={name!r} was asked for, but the current device is cuda:{current}: start the process with "
-            f"CUDA_VISIBLE_DEVICES={index} and use 'cuda'"
+            f"device={name!r} means cuda:{index}, and cuda:{current} is the current device, but kernels run on cuda:0 "
+            "alone: start the process with CUDA_VISIBLE_DEVICES naming that GPU only, and use 'cuda'"
         )
     return torch.device("cuda", index)
 

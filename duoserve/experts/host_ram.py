@@ -19,8 +19,8 @@ class GroupFiles(NamedTuple):
     prefix: str
 
 
-FIRST = GroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-SECOND = GroupFiles("memory.max", "memory.current", "")
+V1 = GroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+V2 = GroupFiles("memory.max", "memory.current", "")
 
 
 def available_bytes(proc: Path = PROC, groups: Path = GROUPS) -> int:
@@ -40,7 +40,7 @@ def _own_groups(proc: Path, groups: Path) -> Iterator[tuple[Path, GroupFiles]]:
             _, controllers, path = line.split(":", 2)
             if controllers and "memory" not in controllers.split(","):
                 continue
-            top, files = (groups / "memory", FIRST) if controllers else (groups, SECOND)
+            top, files = (groups / "memory", V1) if controllers else (groups, V2)
             own = top / path.lstrip("/")
             yield from ((folder, files) for folder in (own, *own.parents) if folder.is_relative_to(top))
 
@@ -52,7 +52,7 @@ def _left(folder: Path, files: GroupFiles) -> int:
 
 
 def _page_cache(folder: Path, files: GroupFiles) -> int:
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         entries = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         return sum(int(entries.get(f"{files.prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
     return 0

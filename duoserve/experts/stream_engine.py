@@ -86,9 +86,10 @@ class StreamCopyEngine(CopyEngine):
         self._readers: dict[int, Mark] = {}  # by slot: where its last readers end
         self._landing: dict[int, Mark] = {}  # by slot: where what was enqueued of a copy that was cancelled ends
         self._closed = False
-        streams.after(Lane.DEMAND, streams.mark(Lane.COMPUTE))  # the pool is still being filled with its first bytes
+        # No copy comes before the pool's first bytes, and times are counted from here in every lane.
+        streams.after(Lane.DEMAND, streams.mark(Lane.COMPUTE))
         self._origin = streams.mark(Lane.DEMAND)
-        streams.wait(self._origin)  # so no copy comes before them; and times are counted from it in every lane
+        streams.wait(self._origin)
         self._origin_s = self.now()
         self._lock = threading.RLock()
         self._queued = threading.Condition(self._lock)  # a ticket can be taken, or the engine closes
@@ -293,7 +294,8 @@ class StreamCopyEngine(CopyEngine):
             begin_s = self._origin_s + self._streams.seconds(self._origin, copy.begin)
             end_s = begin_s + self._streams.seconds(copy.begin, copy.end)
             self._on_copied(begin_s, end_s, self._slot_bytes)
-            # CUDA counts in float32: after an hour, in quarters of a millisecond. What begins now comes behind it.
+            # CUDA counts in float32: after an hour, in quarters of a millisecond. What begins now comes behind this
+            # copy; while copies never cease, there is no better origin.
             if not (self._copying or self._arrivals or self._unreported):
                 self._origin, self._origin_s = copy.end, end_s
 

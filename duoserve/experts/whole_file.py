@@ -1,4 +1,4 @@
-"""Files that are there whole or as they were before, also when the disk is full or the process dies."""
+"""Files that are there whole or as they were before, also when the disk is full or the process is killed."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _LOCK_FILE = ".lock"
 
 def write_whole(path: Path, data: bytes) -> None:
     """Puts a file with ``data`` in place of what is at ``path``; OSError where that cannot be."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
-        written = Path(scratch, path.name)
+    with scratch_folder(path.parent, ".writing-") as scratch:
+        written = scratch / path.name
         written.write_bytes(data)
         written.replace(path)
 
 
 @contextmanager
 def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A folder in ``parent`` for a file that takes long to write, gone when the block ends.
+    """A folder in ``parent`` for a file that is not whole yet, gone when the block ends.
 
     Those of ``prefix`` that killed processes have left there are removed.
     """

@@ -116,7 +116,7 @@ def _group(section: Fields) -> int:
     return max(size, 0)
 
 
-# Of null these two say that the weights are all that there is, and turned by nothing.
+# Null here says that nothing is added to the weights and that they are not rotated.
 _NULL = ("adapter", "rotation")
 _INT4 = ("quant_method", "bits", "group_size", "format", "sym", "desc_act", "pack_dtype", "lm_head", *_NULL)
 # How the codes were found, or how some other program is to run them.

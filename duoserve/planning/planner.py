@@ -104,10 +104,10 @@ class Planner:
     def _memory(self, hardware: Hardware, question: Question, layout: ExpertLayout) -> MemoryPlan:
         config = self.model.config
         per_sequence = question.prompt + question.new_tokens
-        if per_sequence > config.max_position_embeddings:
+        if per_sequence > config.num_positions:
             raise ConfigError(
                 f"a prompt of {question.prompt} tokens and {question.new_tokens} new ones are more than the "
-                f"{config.max_position_embeddings} positions that the model knows: shorten either"
+                f"{config.num_positions} positions that the model knows: shorten either"
             )
         context = question.max_context or max(context_of(config, None), question.batch * per_sequence)
         if context < question.batch * per_sequence:

@@ -151,12 +151,13 @@ def _layer_network(split: Split, place: int, distance: int) -> LayerNetwork:
 
 def _platt(margins_NE: np.ndarray, chosen_NE: np.ndarray) -> tuple[float, float]:
     """Slope and offset of the logistic curve that fits best, by Newton's method; 0 for a slope without evidence."""
-    scale = max(1e-6, float(margins_NE.std()))
-    x_N, y_N = (margins_NE / scale).ravel().astype(np.float64), chosen_NE.ravel()
+    middle, scale = float(margins_NE.mean()), max(1e-6, float(margins_NE.std()))
+    x_N, y_N = ((margins_NE - middle) / scale).ravel().astype(np.float64), chosen_NE.ravel()
     design_N2, at_2 = np.stack([x_N, np.ones_like(x_N)], axis=1), np.array([1.0, 0.0])
     for _ in range(12):
         chance_N = logistic(design_N2 @ at_2)
         curvature_N = chance_N * (1 - chance_N) + 1e-9
         curvature_22 = (design_N2 * curvature_N[:, None]).T @ design_N2 + RIDGE * np.eye(2)
         at_2 += np.linalg.solve(curvature_22, design_N2.T @ (y_N - chance_N) - RIDGE * at_2)
-    return float(at_2[0] / scale), float(at_2[1])
+    slope = float(at_2[0] / scale)
+    return slope, float(at_2[1]) - slope * middle

@@ -28,7 +28,7 @@ class ServerSettings:
     ping_s: float = 10.0
     max_body_bytes: int = 4 << 20
     max_header_bytes: int = 32 << 10
-    text_s: float = 10.0  # for rendering and tokenizing one request
+    text_s: float = 10.0  # for rendering and tokenizing one request, and a template's process is given less to start
     objectives: Objectives = field(default_factory=Objectives)
 
     def __post_init__(self) -> None:

@@ -16,17 +16,23 @@ def machine(monkeypatch: pytest.MonkeyPatch, found: int, current: int = 0) -> No
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
 
 
-@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:1"])
-def test_a_gpu_is_the_current_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, found=2, current=1)
-    assert resolve(name) == torch.device("cuda", 1)
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_gpu_is_the_first_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, found=2)
+    assert resolve(name) == torch.device("cuda", 0)
     assert resolve("cpu") == torch.device("cpu")
 
 
-def test_another_gpu_than_the_current_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, found=3)
-    with pytest.raises(ConfigError, match=r"'cuda:2' .* current device is cuda:0: .* CUDA_VISIBLE_DEVICES=2"):
-        resolve("cuda:2")
+@pytest.mark.parametrize(("name", "current", "meant"), [("cuda:2", 0, 2), ("cuda", 1, 1), ("cuda:0", 1, 0)])
+def test_another_gpu_than_the_first_is_refused(
+    name: str, current: int, meant: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current device is each thread's own, and the first one in a new thread."""
+    machine(monkeypatch, found=3, current=current)
+    with pytest.raises(
+        ConfigError, match=f"{name!r} means cuda:{meant}, and cuda:{current} is .* CUDA_VISIBLE_DEVICES"
+    ):
+        resolve(name)
 
 
 def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

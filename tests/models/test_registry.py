@@ -59,3 +59,12 @@ def test_code_that_came_with_the_first_checkpoints_is_passed_over(version: str) 
     model_type = f"deepseek_{version.lower()}"
     for named in (auto_map, {}, None):
         assert family_of({"model_type": model_type, "auto_map": named}).model_type == model_type
+
+
+def test_yarn_stretches_the_positions_that_a_model_knows() -> None:
+    """As Qwen3's authors advise for long prompts, whose config.json says 40960 positions with it and without."""
+    raw = {"model_type": "qwen3_moe", "max_position_embeddings": 40960}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    for scaling, positions in ((None, 40960), (yarn, 131072), (yarn | {"factor": 1.0}, 40960)):
+        config = raw | {"rope_scaling": scaling}
+        assert family_of(config).parse_config(config).num_positions == positions
