@@ -75,7 +75,8 @@ def visible_span(lengths_ptr, sequence, window, table_tokens):
     return tl.maximum(length - window, 0), length
 
 
-@triton.jit
+# No page table's width, nor number of chunks, is worth a compilation in the midst of a request.
+@triton.jit(do_not_specialize=["table_stride", "num_chunks"])
 def _chunks_kernel(
     q_ptr,
     k_ptr,
@@ -152,7 +153,7 @@ def _chunks_kernel(
         tl.store(acc_ptr + part_H[:, None] * D + dims_D[None, :], acc_HD, mask=q_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def _merge_kernel(
     acc_ptr,
     max_ptr,

@@ -67,7 +67,8 @@ def _write_lists(counts, slots_E, starts_E1, resident, missing, E, EP: tl.conste
     return starts
 
 
-@triton.jit
+# No number of rows is worth a compilation in the midst of a request.
+@triton.jit(do_not_specialize=["N"])
 def plan_small_kernel(
     ids_N,
     slots_E,
@@ -90,7 +91,7 @@ def plan_small_kernel(
     tl.store(order_N + place, rows, mask=rows < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def count_kernel(ids_N, counts_BE, N, E, ROWS: tl.constexpr, EP: tl.constexpr):
     """Rows of each expert in each block of ROWS rows; expert E counts the rows of none."""
     block = tl.program_id(0)
@@ -100,7 +101,7 @@ def count_kernel(ids_N, counts_BE, N, E, ROWS: tl.constexpr, EP: tl.constexpr):
     tl.store(counts_BE + block.to(tl.int64) * (E + 1) + experts, counts, mask=experts <= E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def scan_kernel(counts_BE, totals_E, num_blocks, E, SCAN: tl.constexpr):
     """Turns one expert's counts into the rows before each block, and writes their total."""
     expert = tl.program_id(0)
@@ -122,7 +123,7 @@ def lists_kernel(totals_E, slots_E, starts_E1, resident, missing, E, EP: tl.cons
     _write_lists(counts, slots_E, starts_E1, resident, missing, E, EP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def scatter_kernel(ids_N, counts_BE, starts_E1, order_N, N, E, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     """Puts the rows of one block where they belong."""
     block = tl.program_id(0)

@@ -338,6 +338,18 @@ def _lists(arch: int) -> None:
             moe_gemm.moe_up(x_TH, weights, routing(tokens), work, rows_RI)
 
 
+def _sizes(arch: int) -> None:
+    """Plans of so many rows as one power of two holds, and attention with page tables of many widths."""
+    del arch
+    with torch.device("cpu"):  # whose memory has addresses
+        for tokens in (33, 40, 48, 64):
+            plan(tokens, 1, 8)
+        for columns in (32, 33, 40):
+            q_BHD, pages = torch.empty(4, 8, 64, dtype=BF16), torch.empty(4, 64, 2, 64, dtype=BF16)
+            table, lengths = torch.empty(4, columns, dtype=torch.int32), torch.empty(4, dtype=torch.int32)
+            attention_gqa.decode_attention(q_BHD, pages, torch.empty_like(pages), table, lengths, 0.1)
+
+
 # What the gate must refuse, so that it is seen to.
 SPILLING = {"huge-tile": _up_with(num_warps=4, block_t=256), "few-registers": _up_with(ctas_per_sm=4)}
 LAUNCHES: dict[str, Callable[[int], None]] = {
@@ -347,6 +359,7 @@ LAUNCHES: dict[str, Callable[[int], None]] = {
     "unaligned": _unaligned,
     "crowded": _crowded,
     "lists": _lists,
+    "sizes": _sizes,
     **FILLS,
     **{name: _ignoring_arch(launch) for name, launch in SMALL_KERNELS.items()},
 }

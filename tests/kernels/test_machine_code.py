@@ -199,6 +199,12 @@ def test_no_length_of_a_work_list_compiles_a_kernel_of_its_own(compiler: Compile
     assert len(codes) == 8 and len({code.hash for code in codes}) == 1
 
 
+def test_no_number_of_rows_nor_width_of_a_page_table_does(compiler: Compiler) -> None:
+    codes = compiler("sizes", 90)
+    found = [(code.kernel, code.hash) for code in codes]
+    assert len(found) >= 7 and len(set(found)) == len({code.kernel for code in codes})
+
+
 def test_what_a_step_loads() -> None:
     assert wide_loads(128, 8192) == {2: 4, 4: 4, 8: 4, 16: 4}
     assert wide_loads(128, 1024, 4096) == {2: 3, 4: 3, 8: 3, 16: 2}
