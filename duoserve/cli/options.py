@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from duoserve.config import DECODE_MODES, QUANTIZE
 from duoserve.experts.pack_format import DTYPES
+from duoserve.scheduling.policies import POLICIES
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # generic for type checkers only
 
@@ -19,6 +20,7 @@ LOADING = (
     "memory",
     "host_memory",
     "policy",
+    "predictor",
     "max_context",
     "decode_mode",
     "quantize",
@@ -42,8 +44,8 @@ def add_dtype(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the checkpoint's")
 
 
-def add_loading(parser: argparse.ArgumentParser) -> None:
-    """How a model is loaded: the arguments that ``loading`` gives."""
+def add_loading(parser: argparse.ArgumentParser, *, predicts: bool = True) -> None:
+    """How a model is loaded: the arguments that ``loading`` gives, ``--predictor`` if it ``predicts``."""
     group = parser.add_argument_group("memory and device")
     limit = group.add_mutually_exclusive_group()
     limit.add_argument("--expert-slots", type=slots, metavar="N", help="experts in fast memory: a count, or as 25%%")
@@ -53,7 +55,11 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--host-memory", metavar="SIZE", default="auto", help="RAM for experts that have no slot")
     group.add_argument("--max-context", type=int, metavar="N", help="tokens that the KV cache holds")
-    group.add_argument("--policy", default="auto", help="which experts are kept, and when they are fetched")
+    what = "which experts are kept, and when they are fetched"
+    group.add_argument("--policy", default="auto", metavar="NAME", help=f"{what}: auto, {', '.join(POLICIES)}")
+    if predicts:
+        what = "of what a policy guesses: what train-predictor wrote, or auto, the one beside the model"
+        group.add_argument("--predictor", metavar="FILE", help=f"{what} (default: the policy auto's own)")
     group.add_argument("--device", default="auto", help="default: what there is")
     add_dtype(group)
     group.add_argument("--decode-mode", choices=DECODE_MODES, default="auto", help="how a decode step is launched")
@@ -63,7 +69,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
 
 def loading(args: argparse.Namespace) -> dict[str, Any]:
     """What ``add_loading`` was given, by name: what ``MoEModel.from_pretrained`` takes."""
-    return {name: getattr(args, name) for name in LOADING}
+    return {name: getattr(args, name) for name in LOADING if name in args}
 
 
 def add_quantize(parser: argparse._ActionsContainer) -> None:

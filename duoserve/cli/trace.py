@@ -41,7 +41,7 @@ def add_command(commands: Subparsers) -> None:
     there.add_argument("--resume", action="store_true", help="go on with a trace that was interrupted")
     there.add_argument("--append", action="store_true", help="add these prompts to a trace of others")
     parser.add_argument("--json", action="store_true", help="print what was recorded as a JSON object")
-    add_loading(parser)
+    add_loading(parser, predicts=False)
     parser.set_defaults(command=run)
 
 

@@ -7,6 +7,8 @@ import subprocess
 import pytest
 
 from duoserve.cli import generate
+from duoserve.cli.app import _parser
+from duoserve.cli.options import loading
 from duoserve.moe_model import MoEModel
 from duoserve.sampling import SamplingParams
 
@@ -112,6 +114,7 @@ def test_every_sampling_option_arrives(duoserve, fake):
         ("memory", "12GiB", "12GiB"),
         ("host_memory", "1GiB", "1GiB"),
         ("policy", "lru", "lru"),
+        ("predictor", "auto", "auto"),
         ("device", "cpu", "cpu"),
         ("dtype", "float32", "float32"),
         ("max_context", "512", 512),
@@ -120,6 +123,13 @@ def test_every_sampling_option_arrives(duoserve, fake):
 def test_every_loading_option_arrives(duoserve, fake, flag, text, value):
     duoserve("generate", "somewhere", "--prompt", "a", f"--{flag.replace('_', '-')}", text)
     assert (fake.loaded["model"], fake.loaded[flag]) == ("somewhere", value)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "serve"])
+def test_whoever_runs_a_model_may_name_its_predictor(command):
+    args = _parser().parse_args([command, "bard", "--policy", "duoserve", "--predictor", "p.safetensors"])
+    assert (loading(args)["policy"], loading(args)["predictor"]) == ("duoserve", "p.safetensors")
+    assert loading(_parser().parse_args([command, "bard"]))["predictor"] is None
 
 
 @pytest.mark.parametrize(
@@ -145,6 +155,7 @@ def test_a_bad_request_is_refused_before_the_model_is_loaded(duoserve, fake, fla
         (["--expert-memory", "4G"], "'4G' is not an amount of memory"),
         (["--expert-memory", "20KiB"], "raise expert_memory to at least 36864 bytes"),
         (["--policy", "magic"], "'magic'"),
+        (["--predictor", "none.safetensors"], "none.safetensors"),
         (["--device", "tpu"], "'tpu'"),
         (["--max-context", "4"], "exceed the context"),
     ],
