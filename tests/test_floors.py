@@ -60,7 +60,7 @@ F5  service  sampling  tokenizer_config  text  chat_sandbox  chat_template  kv_c
     planning/rehearsal  planning/rehearsed  planning/planner  planning/measuring  planning/this_machine  __init__
 F6  server/__init__  server/backend  server/settings  server/errors  server/fields  server/asking  server/records
     server/token_text  server/answers  server/generation  server/sse  server/http  server/host  server/metrics
-    server/status  server/preparing  server/endpoints  server/app  server/run  cli/options  cli/inventory
+    server/status  server/preparing  server/endpoints  server/app  server/run  cli/options  cli/machines  cli/inventory
     cli/generate  cli/chat  cli/info  cli/plots  cli/plan_plot  cli/plan_report  cli/plan  cli/pack  cli/trace
     cli/train_predictor  cli/replay  cli/evaluate  cli/serve  cli/bench_report  loadtest/__init__  loadtest/workload
     loadtest/figures  loadtest/client  loadtest/measuring  cli/bench_serve  cli/bench  cli/app  cli/__init__

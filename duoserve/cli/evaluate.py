@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from duoserve.choice import save_choice
+from duoserve.cli.machines import add_hardware, replayed_on
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser, natural
 from duoserve.cli.replay import layer_sizes
 from duoserve.cli.trace import read_prompts
@@ -18,13 +19,13 @@ from duoserve.evaluating import evaluate
 from duoserve.models.opened import opened
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.bake_off import slot_count, table
-from duoserve.scheduling.hardware import HARDWARE, Machine, find_hardware
+from duoserve.scheduling.hardware import Machine
 from duoserve.scheduling.trace import Trace
 from duoserve.scheduling.trace_file import open_trace
 from duoserve.tracing import Recording, record
 
 EXAMPLES = """\
-  duoserve evaluate bard --prompts prompts.txt --hardware rtx4090
+  duoserve evaluate bard --prompts prompts.txt --hardware this
   duoserve evaluate ./my-mixtral --trace t.safetensors --slots 12.5%,25%
 """
 
@@ -37,8 +38,10 @@ def add_command(commands: Subparsers) -> None:
     source.add_argument("--trace", type=Path, metavar="FILE", help="what duoserve trace has recorded of the model")
     source.add_argument("--prompts", type=Path, metavar="FILE", help="record one first, of these prompts")
     parser.add_argument("--max-tokens", type=int, metavar="N", default=64, help="tokens to write for each prompt")
-    parser.add_argument("--hardware", default="pcie4", metavar="NAME", help=f"one of {', '.join(HARDWARE)}")
-    parser.add_argument("--slots", default="25%", metavar="N,...", help="over all layers: counts, or shares as 25%%")
+    add_hardware(parser)
+    parser.add_argument(
+        "--slots", default="25%", metavar="N,...", help="over all layers: counts, or shares (default: 25%%)"
+    )
     parser.add_argument(
         "--seed", type=natural, default=0, metavar="S", help="of the held-out requests and the training"
     )
@@ -56,9 +59,9 @@ def run(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace, trace: Trace) -> None:
     slots = [slot_count(wanted.strip(), trace) for wanted in args.slots.split(",")]
     with opened(args.model) as found:
-        machine = Machine(find_hardware(args.hardware), layer_sizes(found))
+        machine = Machine(replayed_on(args.hardware), layer_sizes(found))
         done = evaluate(trace, machine, slots, args.seed, progress=sys.stderr.isatty())
-        context = {"hardware": args.hardware, "rows": done.rows}
+        context = {"hardware": machine.hardware.name, "rows": done.rows}
         where = None if args.dry_run else save_choice(found.checkpoint, done.choice, done.predictor, context)
     if args.json:
         chosen = {"policy": done.choice.policy, "predictor": done.choice.use_predictor, "why": done.choice.why}

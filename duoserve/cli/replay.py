@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from duoserve.cli.machines import add_hardware, replayed_on
 from duoserve.cli.options import Subparsers, add_parser, count, natural
 from duoserve.cli.plots import draw, one_step
 from duoserve.errors import ConfigError
@@ -20,7 +21,7 @@ from duoserve.models.opened import OpenedModel, opened
 from duoserve.planning.sizes import sizes_of
 from duoserve.predictors.files import load_predictor
 from duoserve.scheduling.bake_off import bake_off, contestant, contestants, figures, slot_count, table
-from duoserve.scheduling.hardware import HARDWARE, SIZES, LayerSizes, Machine, find_hardware, find_sizes
+from duoserve.scheduling.hardware import SIZES, LayerSizes, Machine, find_sizes
 from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.synthetic import CARDS, synthesize
@@ -37,16 +38,19 @@ EXAMPLES = """\
 
 def add_command(commands: Subparsers) -> None:
     """Registers the command."""
-    parser = add_parser(commands, "replay", "compare policies on a trace, on the clock of a made-up machine", EXAMPLES)
+    parser = add_parser(commands, "replay", "compare policies on a trace, on a virtual clock", EXAMPLES)
     parser.add_argument(
         "trace", metavar="TRACE", help=f"what duoserve trace wrote, or synthetic:NAME for one of {', '.join(CARDS)}"
     )
-    parser.add_argument("--hardware", default="pcie4", metavar="NAME", help=f"one of {', '.join(HARDWARE)}")
+    add_hardware(parser)
     parser.add_argument(
         "--model", metavar="MODEL", help=f"whose sizes count: a folder, a hub id, or one of {', '.join(SIZES)}"
     )
     parser.add_argument(
-        "--slots", default="12.5%,25%,50%", metavar="N,...", help="over all layers: counts, or shares as 25%%"
+        "--slots",
+        default="12.5%,25%,50%",
+        metavar="N,...",
+        help="over all layers: counts, or shares (default: 12.5%%,25%%,50%%)",
     )
     parser.add_argument("--policies", default="all", metavar="NAME,...", help="default: all, and the oracle")
     parser.add_argument(
@@ -72,7 +76,7 @@ def add_command(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Replays, with a progress bar where stderr is a terminal, and prints a row for each slot count and policy."""
     trace = _trace(args)
-    machine = Machine(find_hardware(args.hardware), _sizes(args.model, trace))
+    machine = Machine(replayed_on(args.hardware), _sizes(args.model, trace))
     slots = [slot_count(wanted.strip(), trace) for wanted in args.slots.split(",")]
     names = contestants(args.policies)
     predictors = _predictors(args.predictor, trace.meta.fingerprint, names)

@@ -10,6 +10,7 @@ import pytest
 
 from duoserve.choice import CHOICE_FILE
 from duoserve.cli import main
+from duoserve.cli.machines import replayed_on
 from tests.checkpoints import save_mixtral
 
 BARD = Path(__file__).resolve().parents[2] / "duoserve" / "assets" / "bard"
@@ -29,6 +30,7 @@ def test_from_prompts_to_a_choice(
     said = json.loads(capsys.readouterr().out)
     written = json.loads((tmp_path / "bard" / CHOICE_FILE).read_text())
     assert said["folder"] == str(tmp_path / "bard") and written["policy"] == said["policy"]
+    assert said["hardware"] == written["figures"]["hardware"] == replayed_on(None).name
     assert said["why"].startswith("Expect ") and written["figures"]["rows"]
 
 

@@ -1,0 +1,30 @@
+"""The machine that a replay is made on: by name, else the card that is most like this one."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from duoserve.experts.device import resolve
+from duoserve.planning.this_machine import THIS, this_machine
+from duoserve.scheduling.hardware import HARDWARE, Hardware, find_hardware
+
+WITH_GPU, WITHOUT = "pcie4", "ddr4"
+
+
+def add_hardware(parser: argparse.ArgumentParser) -> None:
+    """``--hardware``: None is what ``replayed_on`` makes of it."""
+    names = f"'{THIS}' (this machine, measured once), or one of {', '.join(HARDWARE)}"
+    default = f"default: {WITH_GPU} where there is a GPU, else {WITHOUT}, whose experts come from an NVMe disk"
+    parser.add_argument("--hardware", metavar="NAME", help=f"{names} ({default})")
+
+
+def replayed_on(name: str | None) -> Hardware:
+    """The card; on a CPU its link is the disk, where the experts wait that have no slot.
+
+    ConfigError for a name that is not known, and as in ``this_machine``.
+    """
+    if name is None:
+        name = WITHOUT if resolve("auto").type == "cpu" else WITH_GPU
+    found = this_machine() if name == THIS else find_hardware(name)
+    return replace(found, link=found.disk) if found.host_computes else found
