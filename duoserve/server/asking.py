@@ -24,10 +24,12 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 NOT_FROM_CLIENTS = ("chat_template", "chat_template_kwargs")
 NOT_SUPPORTED = (
     *("tools", "functions", "logit_bias", "suffix", "echo", "presence_penalty", "frequency_penalty"),
+    "reasoning_effort",
     # vLLM's
     *("min_tokens", "stop_token_ids", "bad_words", "allowed_token_ids", "use_beam_search", "prompt_logprobs"),
     *("truncate_prompt_tokens", "continue_final_message", "include_stop_str_in_output"),
     *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    *("structural_tag", "documents", "logits_processors", "prompt_embeds"),
 )
 
 Messages = list[dict[str, str]]
@@ -119,6 +121,7 @@ def _refuse(fields: Fields) -> None:
         if fields.raw(name) is not None:
             raise bad(name, f"{name} is not taken from clients")
     fields.refuse(*NOT_SUPPORTED)
+    fields.refuse_other(length_penalty=1.0)
     if fields.part("response_format").text("type") not in {None, "text"}:
         raise fields.wrong("response_format", 'of type "text": this server constrains no output')
 

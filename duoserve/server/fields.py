@@ -77,7 +77,7 @@ class Fields:
                 message = f"{self._prefix}{name} is not supported by this server: leave it out"
                 raise bad(f"{self._prefix}{name}", message)
 
-    def refuse_other(self, **done: bool) -> None:
+    def refuse_other(self, **done: bool | float) -> None:
         """A 400 where one of these, which this server does in one way alone, asks for another."""
         for name, way in done.items():
             if self.raw(name) not in (None, way):

@@ -107,6 +107,7 @@ def test_sampling_fields_arrive_and_unknown_ones_are_ignored(served):
     server = served()
     fields = {"temperature": 0.5, "top_p": 0.9, "top_k": -1, "min_p": 0.1, "stop": ["x"], "seed": 3, "user": "me"}
     nothing = {"min_tokens": 0, "stop_token_ids": [], "use_beam_search": False, "response_format": {"type": "text"}}
+    nothing |= {"length_penalty": 1, "documents": [], "logits_processors": None, "reasoning_effort": None}
     assert server.complete(**fields, **nothing, what_is_this={"a": [1]}).status_code == 200
     params = server.service.asked[0]["params"]
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.9, 0, 0.1)
@@ -177,6 +178,11 @@ WRONG = [
     ({"min_tokens": 5}, "min_tokens"),
     ({"stop_token_ids": [13]}, "stop_token_ids"),
     ({"guided_regex": "[0-9]+"}, "guided_regex"),
+    ({"structural_tag": "{}"}, "structural_tag"),
+    ({"logits_processors": ["a.b"]}, "logits_processors"),
+    ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
+    ({"length_penalty": 0.5}, "length_penalty"),
+    ({"length_penalty": 0}, "length_penalty"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"model": 5}, "model"),
     ({"slo_ttft_ms": 0}, "slo_ttft_ms"),
@@ -226,6 +232,8 @@ WRONG_CHATS = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"tools": [{"type": "function"}]}, "tools"),
+    ({"reasoning_effort": "low"}, "reasoning_effort"),
+    ({"documents": [{"title": "a", "text": "b"}]}, "documents"),
     ({"max_completion_tokens": -1}, "max_completion_tokens"),
     ({"messages": [CALLING | {"tool_calls": [{"type": "function"}]}]}, "messages[0].tool_calls"),
     ({"messages": [CALLING | {"function_call": {"name": "f"}}]}, "messages[0].function_call"),

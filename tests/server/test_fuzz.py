@@ -42,7 +42,7 @@ NAMES = """
     model max_tokens max_completion_tokens n best_of logprobs top_logprobs stream stream_options temperature top_p
     top_k min_p repetition_penalty stop seed ignore_eos echo suffix logit_bias tools functions response_format user
     presence_penalty frequency_penalty slo_ttft_ms slo_tpot_ms chat_template chat_template_kwargs unknown
-    add_generation_prompt add_special_tokens skip_special_tokens
+    add_generation_prompt add_special_tokens skip_special_tokens length_penalty reasoning_effort documents
 """
 PART = st.sampled_from(sorted(PARTS)).flatmap(
     lambda name: st.dictionaries(st.sampled_from(PARTS[name]), ANY | st.just("text"), max_size=2).map(
