@@ -1,8 +1,15 @@
-"""From the raw rounds of ``bench_cpu`` to rates, paired ratios, bounds, correctness checks and verdicts."""
+"""From the raw rounds of ``bench_cpu`` to rates, paired ratios, bounds, correctness checks and verdicts.
+
+    python bench/cpu_summary.py RESULT.json
+
+makes the bounds and verdicts of a result anew, from its rounds and ceilings.
+"""
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -37,13 +44,11 @@ from shapes import Shape
 
 
 def summarize(shape: Shape, raw: dict[str, Any], filesystem: str, scratch: Path) -> dict[str, Any]:
-    """``summary``, ``ratios``, ``bounds``, ``routing_overlap``, ``checks`` and ``targets`` of a run's raw figures."""
+    """``summary``, ``ratios``, ``routing_overlap``, ``checks`` of a run's raw figures, and what ``judged`` makes."""
     resident, disk = raw["rounds"]["resident"], raw["rounds"]["disk"]
-    bounds = bounds_of(shape, raw)
     return {
         "summary": {name: rates(shape, rounds) for name, rounds in (resident | disk).items()},
         "ratios": ratios(resident, disk),
-        "bounds": bounds,
         "routing_overlap": routing_overlap(shape, raw["token_ids"], raw["routing"]),
         "checks": [
             *token_checks(resident | disk, raw["token_ids"]),
@@ -51,8 +56,32 @@ def summarize(shape: Shape, raw: dict[str, Any], filesystem: str, scratch: Path)
             *byte_checks(shape, disk, on_a_disk=filesystem not in ("tmpfs", "ramfs")),
             *clock_checks(resident | disk),
         ],
+    } | judged(shape, raw)
+
+
+def judged(shape: Shape, raw: dict[str, Any]) -> dict[str, Any]:
+    """``disk_best``, ``bounds`` and ``targets``."""
+    bounds = bounds_of(shape, raw)
+    return {
+        "disk_best": disk_best(raw),
+        "bounds": bounds,
         "targets": [target.to_dict() for target in targets(shape, raw, bounds)],
     }
+
+
+def disk_best(raw: dict[str, Any]) -> dict[str, Any]:
+    """The best ``bytes_per_s`` that the disk was seen at, and ``by`` whom: a probe, or an engine in a whole phase.
+
+    An engine's bytes are those that the kernel counted, and its seconds the clock's, whatever else was in them: what it
+    reached so can be reached.
+    """
+    seen = [(rate, f"the probe, {threads} threads") for threads, rate in raw["ceilings"]["disk_bytes_per_s"].items()]
+    for name, rounds in raw["rounds"]["disk"].items():
+        for played in rounds:
+            seen.append((played["prefill_read"] / played["ttft_s"], f"{name}, a prompt"))
+            seen.append((played["decode_read"] / sum(played["itl_s"]), f"{name}, decode"))
+    rate, by = max(seen)
+    return {"bytes_per_s": rate, "by": by}
 
 
 def rates(shape: Shape, rounds: Sequence[Round]) -> dict[str, Any]:
@@ -96,7 +125,7 @@ def bounds_of(shape: Shape, raw: dict[str, Any]) -> dict[str, float]:
         "resident_prefill_s": shape.prefill_flop / max(ceilings["matmul_flop_per_s"].values()),
         "resident_decode_s": shape.active_bytes / ceilings["memory_bytes_per_s"],
     }
-    rate = max(ceilings["disk_bytes_per_s"].values())
+    rate = disk_best(raw)["bytes_per_s"]
     for name in (name for name in POLICIES if name in disk):
         nbytes = statistics.median(decode_bytes(played) for played in disk[name])
         found[decode_io(name)] = nbytes / (rate * (shape.new_tokens - 1))
@@ -123,3 +152,17 @@ def routing_overlap(shape: Shape, token_ids: list[int], routing: list[list[list[
         "mean_distinct_experts_of_2_tokens": statistics.fmean(pairs),
         "if_chosen_evenly": 2 * shape.top_k - shape.top_k**2 / shape.experts,
     }
+
+
+def main() -> None:
+    """Writes the result anew, with bounds and verdicts of its own figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, help="what bench_cpu.py --json wrote")
+    args = parser.parse_args()
+    result = json.loads(args.result.read_text())
+    result |= judged(Shape(**result["shape"]), result)
+    args.result.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

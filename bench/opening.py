@@ -85,8 +85,9 @@ def _said(result: Result, details: str) -> str:
         f"{shape['hidden']} wide),\n{shape['prompt_tokens']} tokens of prompt and {shape['new_tokens']} new ones, "
         f"{result['threads']} threads of one {machine['cpu']} with {', '.join(machine['isa'])}:\nmedians (extremes) of "
         f"rounds in turn, {result['date'].partition(' ')[0]}, commit {result['versions']['commit']}.\n"
-        "The bound is that of a decode step: active weights over the rate of memory, or what a step reads over that of "
-        "the disk.\nExperts in bf12 are those in bfloat16, bit by bit, in twelve bits a weight.\n"
+        "The bound is that of a decode step: active weights over the rate of memory, or what a step reads over "
+        "the best\nrate of the disk in any round.\n"
+        "Experts in bf12 are those in bfloat16, bit by bit, in twelve bits a weight.\n"
         f"[Conditions, ceilings, checks and versions]({details})."
     )
 

@@ -100,8 +100,10 @@ def ceilings(result: Result) -> str:
     how = "O_DIRECT" if found["disk_direct"] else "buffered, cache dropped"
     disk = ", ".join(f"{rate / 1e9:.2f}" for rate in found["disk_bytes_per_s"].values())
     threads = "/".join(found["disk_bytes_per_s"])
+    best = result.get("disk_best")  # older results have the probes alone
     rows = [
         (f"disk read, {found['disk_piece_bytes'] / 1e6:.2f} MB pieces, {threads} threads, {how}", f"{disk} GB/s"),
+        *([(f"disk read, the best seen: {best['by']}", f"{best['bytes_per_s'] / 1e9:.2f} GB/s")] if best else []),
         ("memory read", f"{found['memory_bytes_per_s'] / 1e9:.1f} GB/s"),
     ]
     for name, rate in found["matmul_flop_per_s"].items():

@@ -87,6 +87,16 @@ def test_our_policy_must_choose_the_tokens_of_compiled_steps_in_ram() -> None:
     assert [check["passed"] for check in cpu_checks.token_checks(rounds, [1, 2, 4])] == [True, False]
 
 
+def test_the_disks_best_rate_is_the_best_of_all_rounds_and_of_the_probe() -> None:
+    slow = {"prefill_read": 30, "ttft_s": 2.0, "decode_read": 22, "itl_s": [1.0, 1.0]}
+    raw = {"ceilings": {"disk_bytes_per_s": {"1": 12.0, "2": 16.0}}, "rounds": {"disk": {"a": [slow, slow]}}}
+    assert cpu_summary.disk_best(raw) == {"bytes_per_s": 16.0, "by": "the probe, 2 threads"}
+    raw["rounds"]["disk"] |= {"b": [slow, slow | {"decode_read": 50}], "c": [slow | {"prefill_read": 40}]}
+    assert cpu_summary.disk_best(raw) == {"bytes_per_s": 25.0, "by": "b, decode"}
+    raw["rounds"]["disk"]["c"][0]["prefill_read"] = 60
+    assert cpu_summary.disk_best(raw) == {"bytes_per_s": 30.0, "by": "c, a prompt"}
+
+
 @pytest.mark.parametrize(
     ("value", "at_least", "reached", "verdict"),
     [

@@ -13,8 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))
 
 import bench_quantize  # noqa: E402 (the benches are no package)
+import cpu_summary  # noqa: E402
 import opening  # noqa: E402
 import report  # noqa: E402
+import shapes  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 [PLOT] = re.findall(r"!\[decode\]\((.*)\)", README)
@@ -25,6 +27,17 @@ RESULT = json.loads(FILE.read_text())
 def test_the_opening_is_made_from_the_committed_result():
     details = str(Path(PLOT).with_suffix(".md"))
     assert report.into_readme(README, opening.opening(RESULT, PLOT, details), opening.MARKERS) == README
+
+
+def test_bounds_and_verdicts_are_those_of_the_rounds():
+    made = cpu_summary.judged(shapes.Shape(**RESULT["shape"]), RESULT)
+    assert json.loads(json.dumps(made)) == {name: RESULT[name] for name in made}
+
+
+def test_no_decode_goes_below_its_bound():
+    bounded = [(row, found) for row, found in opening.measured(RESULT) if row.bound in RESULT["bounds"]]
+    assert len(bounded) >= 8
+    assert all(RESULT["bounds"][row.bound] <= found["tpot_s"]["low"] for row, found in bounded)
 
 
 def test_the_plot_is_made_from_the_committed_result():
