@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
+import pytest
 
 from duoserve.config import Phase
+from duoserve.scheduling.account import Account
 from duoserve.scheduling.plan import GuessMode
 from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.routing import Routing
 
 STREAMING = tuple(name for name in POLICIES if name != "resident")
 GUESSING = tuple(name for name in STREAMING if POLICIES[name].guesses is not GuessMode.NONE)
+
+
+@contextmanager
+def generous_link() -> Iterator[None]:
+    """Within it every guess pays: where no time passes while a model computes, no link is idle, and none would."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("duoserve.scheduling.foresight.affordable", lambda guesses, *_: list(guesses))
+        patch.setattr(Account, "allows", lambda *_: 1000)
+        yield
 
 
 def routed(layer: int, experts: Sequence[int]) -> Routing:

@@ -27,7 +27,7 @@ from duoserve.scheduling.policies import POLICIES, get_policy
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.scheduling.source import Lease, ReadyExpert
 from tests.fakes import ArrayStore
-from tests.scheduling.fortune import Teller, routed
+from tests.scheduling.fortune import GUESSING, Teller, generous_link, routed
 from tests.scheduling.recording import Read, RecordingEngine, clashes, misreadings, misshapen
 
 LAYERS, EXPERTS, TOP_K = 3, 4, 2
@@ -53,6 +53,9 @@ class Slots(RuleBasedStateMachine):
     wants the same choices to lead to the same rules.
     """
 
+    policy: str
+    guessed: list[int]  # how many guesses each layer of decode steps has copied, over all examples
+
     def make_engine(self, seed: int) -> CopyEngine:
         """A copy takes a second; prefetches go in three pieces, one of them odd, or whole."""
         self.recording = RecordingEngine(
@@ -67,13 +70,12 @@ class Slots(RuleBasedStateMachine):
         return self.recording
 
     @initialize(
-        policy=st.sampled_from(sorted(POLICIES)),
         slots=st.integers(TOP_K + 1, 12),
         seed=st.integers(0, 99),
         work_s=st.sampled_from([0.0, 0.3, 5.0]),
     )
-    def build(self, policy: str, slots: int, seed: int, work_s: float) -> None:
-        num_slots = LAYERS * EXPERTS if policy == "resident" else slots
+    def build(self, slots: int, seed: int, work_s: float) -> None:
+        num_slots = LAYERS * EXPERTS if self.policy == "resident" else slots
         self.clock = VirtualClock()
         self.lane = ComputeLane(self.clock)
         self.work_s = work_s  # of a batch, on the lane
@@ -87,7 +89,7 @@ class Slots(RuleBasedStateMachine):
             table=self.table,
             pool=self.pool,
             engine=self.engine,
-            policy=get_policy(policy),
+            policy=get_policy(self.policy),
             top_k=TOP_K,
             num_layers=LAYERS,
             num_experts=EXPERTS,
@@ -107,7 +109,7 @@ class Slots(RuleBasedStateMachine):
     def fortune_teller(self, seed: int) -> Teller | None:
         """Says anything; one time in three there is none."""
         rng = np.random.default_rng(seed)
-        return Teller(lambda layer: rng.random(EXPERTS), horizon=1 + seed % 3) if seed % 3 else None
+        return Teller(lambda layer: rng.random(EXPERTS), horizon=2 + seed % 3) if seed % 3 < 2 else None
 
     def hear(self, layer: int, wanted: list[int]) -> None:
         """The router has spoken, if anybody listens."""
@@ -208,7 +210,10 @@ class Slots(RuleBasedStateMachine):
             self.compute(self.lease.at_once())
         if sum(wanted) % 5:
             self.hear(layer, wanted)
+            guesses = self.scheduler._residency.ledger.guesses
+            before = len(guesses)
             self.lease.heard()
+            self.guessed.append(len(guesses) - before)
 
     def next_batch(self) -> None:
         self.check_batch()
@@ -271,11 +276,11 @@ class ThreadedSlots(Slots):
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-def test_any_course_of_events() -> None:
-    limits = settings(max_examples=150, stateful_step_count=30, deadline=None, suppress_health_check=CHECKS)
-    run_state_machine_as_test(Slots, settings=limits)
-
-
-def test_any_course_of_events_with_threads() -> None:
-    limits = settings(max_examples=30, stateful_step_count=30, deadline=None, suppress_health_check=CHECKS)
-    run_state_machine_as_test(ThreadedSlots, settings=limits)
+@pytest.mark.parametrize(("over", "examples"), [(Slots, 30), (ThreadedSlots, 12)])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_any_course_of_events(policy: str, over: type[Slots], examples: int) -> None:
+    machine = type(over.__name__, (over,), {"policy": policy, "guessed": []})
+    limits = settings(max_examples=examples, stateful_step_count=30, deadline=None, suppress_health_check=CHECKS)
+    with generous_link():
+        run_state_machine_as_test(machine, settings=limits)
+    assert sum(machine.guessed) > 0 or policy not in GUESSING
