@@ -204,6 +204,21 @@ def test_requests_join_and_leave_and_write_what_they_write_alone(float_folder: P
         assert engine.kv_usage == 0
 
 
+@pytest.mark.parametrize("scheduler", ["slo", "fcfs"])
+def test_a_decode_step_lies_between_two_prefills_while_somebody_runs(float_folder: Path, scheduler: str) -> None:
+    with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
+        engine.share_out(ServiceSettings(max_batch=4, scheduler=scheduler))  # type: ignore[arg-type]
+        passes, course = engine._passes, []
+        prefill, decode = passes.prefill, passes.decode
+        passes.prefill = lambda *args, **how: course.append("P") or prefill(*args, **how)  # type: ignore[method-assign]
+        passes.decode = lambda requests: course.append("D") or decode(requests)  # type: ignore[method-assign]
+        for prompt in (RUNNING, PROMPT, OTHER):
+            engine.add(asked(prompt, 20))
+            while engine.waiting or engine._prefill:
+                engine.step()
+    assert course == ["P", "D", "P", "D", "P"]
+
+
 def test_seeded_sampling_does_not_hear_the_neighbours(float_folder: Path) -> None:
     params = [SamplingParams(max_tokens=8, temperature=0.9, top_p=0.9, seed=seed, ignore_eos=True) for seed in range(4)]
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
