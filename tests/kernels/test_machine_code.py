@@ -154,7 +154,9 @@ def test_fills(compiler: Compiler, name: str, arch: int) -> None:
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("name", SMALL_KERNELS)
 def test_small_kernels(compiler: Compiler, name: str, arch: int) -> None:
-    for code in compiler(name, arch):
+    codes = compiler(name, arch)
+    assert codes
+    for code in codes:
         budget = SMALL_BUDGETS[code.kernel]
         if "chunks" in code.kernel and "fp32" not in name:
             budget = replace(budget, tensor_cores="HMMA")  # 16 query heads are too few for wgmma
