@@ -121,7 +121,7 @@ def test_slicing_changes_no_bit(policy: str, guesses: bool, folder: Path, truth:
         seed=st.integers(0, 2**31),
         piece_bytes=st.sampled_from([None, 1500]),
     )
-    @settings(max_examples=4, deadline=None)
+    @settings(max_examples=2, deadline=None)
     def check(slots: int, slices: list[tuple[int, int]], seed: int, piece_bytes: int | None) -> None:
         nonlocal guessed_bytes
         teller = any_teller("anything", seed, 2) if guesses else None

@@ -49,7 +49,7 @@ def test_no_request_waits_for_ever(victim: Arrival, crowd: list[Arrival]) -> Non
     gap_s=st.sampled_from([0.0, 0.2, 1.0]),
     scheduler=st.sampled_from(["slo", "fcfs"]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_answers_that_outgrow_their_room_all_come_to_their_end(
     lengths: list[tuple[int, int]], gap_s: float, scheduler: str
 ) -> None:

@@ -276,7 +276,7 @@ class ThreadedSlots(Slots):
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@pytest.mark.parametrize(("over", "examples"), [(Slots, 30), (ThreadedSlots, 12)])
+@pytest.mark.parametrize(("over", "examples"), [(Slots, 18), (ThreadedSlots, 6)])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_any_course_of_events(policy: str, over: type[Slots], examples: int) -> None:
     machine = type(over.__name__, (over,), {"policy": policy, "guessed": []})
