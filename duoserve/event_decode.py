@@ -18,26 +18,25 @@ import torch
 from torch import Tensor
 
 from duoserve.decode_inputs import DecodeInputs, WorkFeed
-from duoserve.kernels.configs import MEDIUM
 from duoserve.kernels.recorder import Recorder, Recording
 from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
 from duoserve.passes import DecodeStep
 from duoserve.recorded_choices import RecordedChoices
-from duoserve.recorded_decode import MakeStep
+from duoserve.recorded_decode import MAX_SEQUENCES, MakeStep
 from duoserve.scheduling.source import ReadyExpert
 
 
 def event_steps(model: Transformer, cache: PagedKVCache, recorder: Recorder) -> MakeStep:
-    """Makes the recorded steps of ``model``, one for each shape of up to MEDIUM sequences.
+    """Makes the recorded steps of ``model``, one for each shape of up to MAX_SEQUENCES sequences.
 
     The memory plan counts no more; and of more than LOGIT_ROWS the model brings the logits to the host itself, which
     cannot be recorded.
     """
 
     def make(num_sequences: int, table_width: int) -> EventStep | None:
-        if num_sequences > MEDIUM:
+        if num_sequences > MAX_SEQUENCES:
             return None
         return EventStep(model, recorder, DecodeInputs(recorder, cache, num_sequences, table_width), num_sequences)
 

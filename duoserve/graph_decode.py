@@ -17,7 +17,6 @@ from duoserve.decode_inputs import DecodeInputs
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.store import ExpertStore
 from duoserve.kernels import HostRows
-from duoserve.kernels.configs import MEDIUM
 from duoserve.kernels.recorder import Recorder
 from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.models.moe import MoEBlock
@@ -25,7 +24,7 @@ from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
 from duoserve.passes import DecodeStep
 from duoserve.recorded_choices import RecordedChoices
-from duoserve.recorded_decode import MakeStep
+from duoserve.recorded_decode import MAX_SEQUENCES, MakeStep
 from duoserve.scheduling.read_through import ReadThrough
 
 
@@ -34,12 +33,12 @@ def graph_steps(
 ) -> MakeStep:
     """Makes the recorded steps of ``model``, whose experts all lie in RAM that the device reads: see ``host_rows``.
 
-    Read-through takes up to MEDIUM sequences; more, or more misses than there are slots, make no such step.
+    Read-through takes up to MAX_SEQUENCES sequences; more, or more misses than there are slots, make no such step.
     """
     rows = {block.layer: host_rows(block, store, recorder.device) for block in moe_blocks(model)}
 
     def make(num_sequences: int, table_width: int) -> GraphStep | None:
-        if num_sequences > MEDIUM or not books.fits(num_sequences):
+        if num_sequences > MAX_SEQUENCES or not books.fits(num_sequences):
             return None
         inputs = DecodeInputs(recorder, cache, num_sequences, table_width)
         return GraphStep(model, recorder, inputs, num_sequences, rows=rows, books=books)

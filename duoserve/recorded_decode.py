@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from duoserve.kernels.configs import MEDIUM
 from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Decoder, DecodeStep
@@ -16,6 +17,7 @@ from duoserve.passes import Decoder, DecodeStep
 # as many steps, and a batch that shrinks passes through shapes that it never comes back to.
 RECORD_AFTER = 4
 MAX_SHAPES = 8  # recorded at most, for each takes memory
+MAX_SEQUENCES = MEDIUM  # of a step that a GPU records: the memory plan counts no more, and read-through takes no more
 
 Shape = tuple[int, int]  # of a step: sequences, width of the page table
 MakeStep = Callable[[int, int], DecodeStep | None]  # of (sequences, width), None where that cannot be recorded

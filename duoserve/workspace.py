@@ -12,10 +12,9 @@ import torch
 from duoserve.architecture import AttentionConfig, LatentAttentionConfig
 from duoserve.config import ModelConfig
 from duoserve.kernels import QUERY_ROWS
-from duoserve.kernels.configs import MEDIUM
 from duoserve.kv_cache import PAGE_TOKENS
 from duoserve.models.transformer import LOGIT_ROWS
-from duoserve.recorded_decode import MAX_SHAPES
+from duoserve.recorded_decode import MAX_SEQUENCES, MAX_SHAPES
 
 FLOAT_BYTES = 4
 SCORE_BYTES = 24  # of a token and expert: the router's float32 scores, their softmax and their order
@@ -37,9 +36,9 @@ def workspace_bytes(config: ModelConfig, dtype: torch.dtype, device: torch.devic
 def recorded_bytes(config: ModelConfig, dtype: torch.dtype, num_tokens: int) -> int:
     """What recorded decode steps keep: each layer's choice and results in each recording, logits, and tables.
 
-    Up to MEDIUM sequences are counted, as many as a graph takes, where the context has a page for each.
+    Up to MAX_SEQUENCES sequences are counted, as many as a graph takes, where the context has a page for each.
     """
-    num_sequences, num_layers = min(MEDIUM, max(1, num_tokens // PAGE_TOKENS)), len(config.moe_layers)
+    num_sequences, num_layers = min(MAX_SEQUENCES, max(1, num_tokens // PAGE_TOKENS)), len(config.moe_layers)
     kept = 3 * config.hidden_size + config.top_k * (config.hidden_size + config.expert_intermediate_size)
     logits = config.vocab_size * (dtype.itemsize + FLOAT_BYTES)
     steps = MAX_SHAPES * num_sequences * (num_layers * kept * dtype.itemsize + logits)

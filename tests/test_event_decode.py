@@ -20,9 +20,8 @@ from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.stream_engine import StreamCopyEngine
-from duoserve.kernels.configs import MEDIUM
 from duoserve.passes import Decoder, DecodeStep
-from duoserve.recorded_decode import RecordedDecoder
+from duoserve.recorded_decode import MAX_SEQUENCES, RecordedDecoder
 from duoserve.request import Request
 from duoserve.scheduling.lease import SlotLease
 from duoserve.scheduling.routing import Routing
@@ -169,7 +168,7 @@ def test_more_sequences_than_the_memory_plan_counts_are_left_to_the_model_itself
 
     def decoder(parts: Parts) -> Decoder:
         make = event_steps(parts.model, parts.cache, device.recorder)
-        steps.extend(make(num_sequences, 1) for num_sequences in (MEDIUM, MEDIUM + 1))
+        steps.extend(make(num_sequences, 1) for num_sequences in (MAX_SEQUENCES, MAX_SEQUENCES + 1))
         return recorded(device)(parts)
 
     with assembled(folder, "lru", 6, device.copies, make_pool=device.pool, make_decoder=decoder):
