@@ -10,6 +10,7 @@ from pathlib import Path
 
 from duoserve.chat_template import ChatTemplate
 from duoserve.choice import Choice, find_choice, predictor_beside
+from duoserve.compiled_prompts import CompiledPrompts
 from duoserve.config import EngineConfig, ModelConfig
 from duoserve.decoding import DecoderParts, ModelDecoder, make_decoder
 from duoserve.engine import Engine
@@ -20,13 +21,12 @@ from duoserve.experts.copy_engine import CopyEngine
 from duoserve.experts.slots import SlotPool, SlotTable
 from duoserve.kernels import Products
 from duoserve.kernels.compiler import can_compile
-from duoserve.kernels.unpacking import with_compiled_unpacking
 from duoserve.kv_cache import PagedKVCache
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
-from duoserve.models.invariant import with_products
 from duoserve.models.listening import listened_to
 from duoserve.models.opened import opened
+from duoserve.models.variants import with_products
 from duoserve.passes import Passes
 from duoserve.placement import Placement
 from duoserve.predictors.files import load_predictor
@@ -85,8 +85,8 @@ def load(  # noqa: PLR0913
         scheduler = held.enter_context(closing(make_scheduler(found.config, pool, copies, chosen, meter, told)))
         if chosen.all_resident:
             scheduler.load_all(progress=sys.stderr.isatty())
-        compiles = wanted.decode_mode == "compiled" and can_compile()
-        weights = with_compiled_unpacking(pool.weights) if compiles else pool.weights
+        prompts = CompiledPrompts() if wanted.decode_mode == "compiled" and can_compile() else None
+        weights = pool.weights if prompts is None else prompts.weights(pool.weights)
         built = found.family.build(found.config, place.dense_reader(), RoutedExperts(scheduler, weights))
         heard_by = audience(scheduler.listener, listener)
         transformer, tap = (built, None) if heard_by is None else listened_to(built, heard_by)
@@ -96,6 +96,8 @@ def load(  # noqa: PLR0913
         if wanted.invariant:
             decoder = ModelDecoder(with_products(transformer, Products.BY_ROW), cache)
             transformer = with_products(transformer, Products.BY_TILE)
+        if prompts is not None:
+            transformer = prompts.model(transformer, cache)
         passes = Passes(transformer, scheduler, cache, meter, tap=tap, decoder=decoder)
         engine = Engine(passes, found.config, cache, meter)
         text, template = Text.load(found.checkpoint.folder), ChatTemplate.load(found.checkpoint.folder)

@@ -21,12 +21,13 @@ FLOORS = """
 F0  errors  architecture  config  timeline  metrics
 F1  kernels/checks  kernels/matmul  kernels/bf12  kernels/weights  kernels/host_rows  kernels/routing  kernels/paging
     kernels/reference_dequant  kernels/reference_codes  kernels/reference_small  kernels/reference_attention
-    kernels/reference  kernels/reference_copies  kernels/numerics  kernels/configs  kernels/dequant
-    kernels/moe_checks  kernels/route  kernels/moe_store  kernels/moe_bf12  kernels/moe_gemm  kernels/moe_gemv
-    kernels/moe_fill  kernels/copies  kernels/combine  kernels/router  kernels/norm  kernels/rope
-    kernels/cache_rows  kernels/attention_gqa  kernels/attention_mla  kernels/triton_ops  kernels/__init__
+    kernels/experts_together  kernels/reference  kernels/reference_copies  kernels/numerics  kernels/configs
+    kernels/dequant  kernels/moe_checks  kernels/route  kernels/moe_store  kernels/moe_bf12  kernels/moe_gemm
+    kernels/moe_both  kernels/moe_gemv  kernels/moe_fill  kernels/copies  kernels/combine  kernels/router
+    kernels/norm  kernels/rope  kernels/cache_rows  kernels/attention_gqa  kernels/attention_mla  kernels/triton_ops  kernels/__init__
     kernels/recorder  kernels/cuda_graphs  kernels/attention_together  kernels/streamed  kernels/traced
-    kernels/compiler  kernels/compiled_loops  kernels/token_expert  kernels/unpacking
+    kernels/compiler  kernels/compiled_loops  kernels/small_ops  kernels/compiled_ops  kernels/token_expert
+    kernels/unpacking
 F2  experts/__init__  experts/positional_file  experts/whole_file  experts/strict_json
     experts/safetensors_header  experts/shards  experts/hub  experts/layout  experts/pack_format  experts/checkpoint
     experts/rows  experts/pinned  experts/pieces
@@ -48,15 +49,15 @@ F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predi
     predictors/affinity  predictors/activation_matrix  predictors/lookahead  predictors/paper  predictors/learned
     predictors/examples  predictors/networks  predictors/training  predictors/quality  predictors/files
 F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  models/attention  models/mla
-    models/router  models/tap  models/moe  models/transformer  models/parts  models/listening  models/invariant
+    models/router  models/tap  models/moe  models/transformer  models/parts  models/listening  models/variants
     models/decoder  models/config_fields  models/rope_fields  models/quantization_fields  models/common_fields
     models/expert_names  models/family  models/mixtral  models/qwen3_moe  models/qwen2_moe  models/olmoe
     models/deepseek  models/glm4_moe  models/granite_moe  models/gpt_oss  models/registry  models/stored
     models/opened  models/described
 F5  service  sampling  tokenizer_config  text  chat_sandbox  chat_template  kv_cache  request  writer  passes  cost
     batching  engine  decode_inputs  recorded_choices  recorded_decode  event_decode  graph_decode  compiled_experts
-    compiled_decode  link  decoding  workspace  memory_needs  placement  choice  loading  tracing  evaluating
-    moe_model  stream  worker  async_engine  perplexity  planning/__init__  planning/model_cards  planning/formats
+    compiled_decode  compiled_prompts  link  decoding  workspace  memory_needs  placement  choice  loading  tracing
+    evaluating  moe_model  stream  worker  async_engine  perplexity  planning/__init__  planning/model_cards  planning/formats
     planning/sizes  planning/routing_curves  planning/speed  planning/policy_speed  planning/made_up
     planning/rehearsal  planning/rehearsed  planning/planner  planning/measuring  planning/this_machine  __init__
 F6  server/__init__  server/backend  server/settings  server/errors  server/fields  server/asking  server/records

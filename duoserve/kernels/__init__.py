@@ -49,6 +49,7 @@ __all__ = [
     "moe_combine",
     "moe_down",
     "moe_down_fill",
+    "moe_experts",
     "moe_gemv_down",
     "moe_gemv_up",
     "moe_up",
@@ -95,6 +96,7 @@ def _in_triton(twin: Callable[_Operands, _Result]) -> Callable[_Operands, _Resul
 route_plan = _dispatched(reference.route_plan)
 moe_up = _dispatched(reference.moe_up)
 moe_down = _dispatched(reference.moe_down)
+moe_experts = _dispatched(reference.moe_experts)
 moe_combine = _dispatched(reference.moe_combine)
 moe_gemv_up = _dispatched(reference.moe_gemv_up)
 moe_gemv_down = _dispatched(reference.moe_gemv_down)

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic
+from typing import Any, Generic, cast
 
 import torch
 from torch import Tensor, fx
@@ -34,6 +34,28 @@ class CompiledRecording(Generic[Result]):
     def on(self, others: Mapping[Tensor, Tensor]) -> CompiledRecording[Result]:
         """The same work on other memory: where it has a key of ``others`` it takes the value, a tensor just like it."""
         return replace(self, operands=[others.get(operand, operand) for operand in self.operands])
+
+
+class CompiledForRows(Generic[Result]):
+    """Work compiled for any number of rows but those for which one of ``conditions`` on it, of sympy, does not hold.
+
+    For these the compiler would have made other code: they are left to ``work`` itself.
+    """
+
+    def __init__(self, work: Callable[..., Result], compiled: Compiled, conditions: Sequence[Any]) -> None:
+        self._work = work
+        self._compiled = cast(Callable[..., Result], compiled)
+        self._conditions = conditions
+        self._holds: dict[int, bool] = {}
+
+    def __call__(self, *tensors: Tensor) -> Result:
+        """The first of ``tensors`` has all rows."""
+        num_rows = len(tensors[0])
+        if num_rows not in self._holds:
+            self._holds[num_rows] = all(
+                condition.subs(dict.fromkeys(condition.free_symbols, num_rows)) for condition in self._conditions
+            )
+        return self._compiled(*tensors) if self._holds[num_rows] else self._work(*tensors)
 
 
 class CpuCompiler(Recorder):
@@ -108,15 +130,50 @@ def _lift(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
     return fx.GraphModule({}, graph), list(operands.values())
 
 
+def compile_for_rows(
+    work: Callable[..., Result], rows: Sequence[Tensor], others: Sequence[Tensor]
+) -> CompiledForRows[Result]:
+    """``work(*rows, *others)``, compiled for any number of rows from two on: the first dimension of each of ``rows``.
+
+    What else the tensors are, their strides too, stays as it is; their values do not matter here.
+    """
+    # Seconds to import, for those who compile alone, here and below.
+    from torch._dynamo.source import ConstantSource  # noqa: PLC0415
+    from torch._subclasses import FakeTensorMode  # noqa: PLC0415
+    from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext  # noqa: PLC0415
+
+    def traced(*tensors: Tensor) -> Result:
+        with TracedOps():
+            return work(*tensors)
+
+    shapes = ShapeEnv()
+    fakes = FakeTensorMode(shape_env=shapes)
+    dynamic: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext([DimDynamic.DYNAMIC])
+    counted = fakes.from_tensor(torch.empty(len(rows[0])), symbolic_context=dynamic, source=ConstantSource("rows"))
+    num_rows = counted.shape[0]
+    fixed = [fakes.from_tensor(tensor, static_shapes=True) for tensor in others]
+    with fakes:
+        free = [torch.empty_strided((num_rows, *t.shape[1:]), t.stride(), dtype=t.dtype) for t in rows]
+        graph = make_fx(traced, _allow_non_fake_inputs=True)(*free, *fixed)
+    # What Inductor keeps on disk forgets some of the conditions.
+    compiled = _made_by_inductor(graph, [*free, *fixed], fx_graph_cache=False)
+    return CompiledForRows(work, compiled, [guard.expr for guard in shapes.guards])
+
+
 def _compile(graph: fx.GraphModule, operands: Sequence[Tensor]) -> Compiled:
-    # Seconds to import, for those who compile alone.
-    import torch._inductor as inductor  # noqa: PLC0415
     from torch._subclasses import FakeTensorMode  # noqa: PLC0415
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415
 
     # Inductor keeps what it has made on disk, but not without an environment of shapes, even where none is symbolic.
     shapes = FakeTensorMode(shape_env=ShapeEnv())
-    examples: list[Any] = [shapes.from_tensor(operand, static_shapes=True) for operand in operands]
+    return _made_by_inductor(graph, [shapes.from_tensor(operand, static_shapes=True) for operand in operands])
+
+
+def _made_by_inductor(graph: fx.GraphModule, examples: list[Any], **options: Any) -> Compiled:
+    import torch._inductor as inductor  # noqa: PLC0415
+
     # Loops are shared out when they are made, so what was made for other threads must not be taken from the disk.
-    compiled: Compiled = inductor.compile(graph, examples, options={"cpp.threads": torch.get_num_threads()})
+    options["cpp.threads"] = torch.get_num_threads()
+    compiled: Compiled = inductor.compile(graph, examples, options=options)
     return compiled

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from duoserve.kernels.experts_together import experts_together, may_share, shares
 from duoserve.kernels.matmul import (
     WIDEN_ELEMENTS,
     Products,
@@ -51,6 +52,7 @@ __all__ = [
     "mla_decode_attention",
     "moe_combine",
     "moe_down",
+    "moe_experts",
     "moe_gemv_down",
     "moe_gemv_up",
     "moe_up",
@@ -122,6 +124,28 @@ def moe_down(act_NI: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work
             y_NH[plan.order[start]] = y_RH[0]
         else:
             y_NH.index_copy_(0, plan.places_N[start:stop], y_RH)
+
+
+def moe_experts(
+    x_TH: Tensor,
+    weights: ExpertWeights,
+    plan: RoutePlan,
+    work: Work,
+    act_NI: Tensor,
+    y_NH: Tensor,
+    clamped: ClampedUp | None = None,
+) -> None:
+    """``moe_up`` and ``moe_down`` of the same experts; what becomes of ``act_NI`` is left open.
+
+    A CPU computes several experts of a few rows together, and the bits of each are those that it has by itself.
+    """
+    if clamped is None and may_share(weights, x_TH):
+        pairs = work.pairs()
+        together = [pair for pair in pairs if shares(plan.rows(pair[0]))]
+        experts_together(x_TH, weights, plan, together, y_NH)
+        work = HostWork.of(set(pairs) - set(together), x_TH.device)
+    moe_up(x_TH, weights, plan, work, act_NI, clamped)
+    moe_down(act_NI, weights, plan, work, y_NH)
 
 
 def moe_gemv_up(x_1H: Tensor, weights: ExpertWeights, slots_K: Tensor, act_KI: Tensor) -> None:

@@ -74,7 +74,7 @@ def _(q_latent_BHL: Tensor, *_rest: Any) -> Tensor:
 
 def _write_rows(values_TW: Tensor, pages_PSW: Tensor, rows_T: Tensor) -> None:
     """Padding, whose rows are negative and last, writes what the first token writes: a row less is another shape."""
-    source_T = torch.where(rows_T < 0, 0, torch.arange(len(rows_T)))
+    source_T = torch.where(rows_T < 0, 0, torch.arange(rows_T.shape[0]))
     pages_PSW.flatten(0, 1).index_copy_(0, rows_T[source_T], values_TW[source_T])
 
 

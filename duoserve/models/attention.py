@@ -12,6 +12,7 @@ from torch import Tensor
 
 from duoserve import kernels
 from duoserve.architecture import AttentionConfig
+from duoserve.kernels.small_ops import SmallOps
 from duoserve.models.batch import Batch
 from duoserve.models.layers import Linear, RMSNorm
 from duoserve.models.tensors import Tensors
@@ -27,6 +28,7 @@ class GroupedQueryAttention:
     norms: tuple[RMSNorm, RMSNorm] | None
     sinks_H: Tensor | None
     out: Linear
+    ops: SmallOps = kernels
 
     @classmethod
     def load(
@@ -49,7 +51,7 @@ class GroupedQueryAttention:
 
     def __call__(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         q_THD, k_TGD, v_TGD = self._heads(x_TH)
-        q_THD = kernels.rope_write_kv(q_THD, k_TGD, v_TGD, *rope, *batch.kv.pages(self.layer), batch.kv.rows_T)
+        q_THD = self.ops.rope_write_kv(q_THD, k_TGD, v_TGD, *rope, *batch.kv.pages(self.layer), batch.kv.rows_T)
         attended_THD = self._attend_one_each(q_THD, batch) if batch.is_decode else self._attend(q_THD, batch)
         return self.out(attended_THD.flatten(1))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from duoserve import kernels
 from duoserve.kernels import Products
+from duoserve.kernels.small_ops import SmallOps
 from duoserve.models.tensors import Tensors
 
 
@@ -66,6 +67,7 @@ class RMSNorm:
 
     weight_H: Tensor
     eps: float
+    ops: SmallOps = kernels
 
     @classmethod
     def load(cls, tensors: Tensors, size: int, eps: float) -> RMSNorm:
@@ -73,13 +75,13 @@ class RMSNorm:
         return cls(tensors("weight", size), eps)
 
     def __call__(self, x_TH: Tensor) -> Tensor:
-        return kernels.rms_norm(x_TH, self.weight_H, self.eps)
+        return self.ops.rms_norm(x_TH, self.weight_H, self.eps)
 
     def after_adding(self, delta_TH: Tensor | None, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         """``x + delta``, normed and as it is; no delta is zero."""
         if delta_TH is None:
             return self(x_TH), x_TH
-        return kernels.add_rms_norm(delta_TH, x_TH, self.weight_H, self.eps)
+        return self.ops.add_rms_norm(delta_TH, x_TH, self.weight_H, self.eps)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from duoserve import kernels
 from duoserve.architecture import ClampConfig, SharedExpertConfig
 from duoserve.kernels import ClampedUp, DeviceWork, ExpertWeights, HostRows, HostWork, RoutePlan, Work
+from duoserve.kernels.small_ops import SmallOps
 from duoserve.models.layers import FeedForward, Linear
 from duoserve.models.router import Router
 from duoserve.models.tap import RoutingTap
@@ -79,6 +80,7 @@ class MoEBlock:
     clamped: ClampedExperts | None = None
     tap: RoutingTap | None = None
     script: RoutingScript | None = None
+    ops: SmallOps = kernels
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         routed = self.route(x_TH)
@@ -111,8 +113,8 @@ class MoEBlock:
 
     def compute(self, routed: Routed, work: Work) -> None:
         """Some of the chosen experts, from the slots that they are in."""
-        kernels.moe_up(routed.x_TH, self.weights, routed.plan, work, routed.act_NI, self._clamped_up)
-        kernels.moe_down(routed.act_NI, self.weights, routed.plan, work, routed.y_NH)
+        rows = routed.act_NI, routed.y_NH
+        kernels.moe_experts(routed.x_TH, self.weights, routed.plan, work, *rows, self._clamped_up)
 
     def compute_missing(self, routed: Routed, source: HostRows, slots_E: Tensor) -> None:
         """The chosen experts that were in no slot, read through from the host into the first of ``slots_E`` (int32)."""
@@ -130,7 +132,7 @@ class MoEBlock:
         y_NH, topk_ids_TK = routed.y_NH, routed.topk_ids_TK
         if self.clamped is not None:
             y_NH += self.clamped.down_bias_EH[topk_ids_TK.flatten()]
-        return kernels.moe_combine(y_NH.view(*topk_ids_TK.shape, -1), routed.topk_weights_TK, shared_TH)
+        return self.ops.moe_combine(y_NH.view(*topk_ids_TK.shape, -1), routed.topk_weights_TK, shared_TH)
 
     @property
     def _clamped_up(self) -> ClampedUp | None:

@@ -1,0 +1,47 @@
+"""Prompts on a CPU whose small ops PyTorch's compiler has made. T tokens, H hidden."""
+
+from __future__ import annotations
+
+import torch
+
+from duoserve.kernels import ExpertWeights
+from duoserve.kernels.compiled_ops import CompiledOps, with_compiled_swiglu
+from duoserve.kernels.unpacking import with_compiled_unpacking
+from duoserve.kv_cache import PagedKVCache, SequenceKV
+from duoserve.models.moe import MoEBlock
+from duoserve.models.transformer import Transformer
+from duoserve.models.variants import with_ops
+
+
+class CompiledPrompts:
+    """What one model's passes over more than one token take; all of it is compiled here, before the first prompt."""
+
+    def __init__(self) -> None:
+        self._ops = CompiledOps()
+
+    def weights(self, weights: ExpertWeights) -> ExpertWeights:
+        """The same weights, unpacked and activated by compiled loops."""
+        return with_compiled_swiglu(with_compiled_unpacking(weights), self._ops)
+
+    def model(self, model: Transformer, cache: PagedKVCache) -> Transformer:
+        """The same model with compiled ops between its products."""
+        compiled = with_ops(model, self._ops)
+        _rehearse(compiled, cache)
+        return compiled
+
+
+@torch.inference_mode()
+def _rehearse(model: Transformer, cache: PagedKVCache) -> None:
+    """Two tokens go through everything but the chosen experts, in whose place is what the memory holds."""
+    kv = SequenceKV()
+    cache.reserve(kv, 2)
+    batch = cache.batch(cache.lay_out([(kv, [0, 0])]))
+    x_TH, rope = model.embed(batch)
+    delta_TH = None
+    for layer in model.layers:
+        normed_TH, x_TH = layer.attend(delta_TH, x_TH, rope, batch)
+        if isinstance(layer.ffn, MoEBlock):
+            routed = layer.ffn.route(normed_TH)
+            delta_TH = layer.ffn.combine(routed, layer.ffn.share(routed))
+    model.logits(delta_TH, x_TH)
+    cache.release(kv)

@@ -1,0 +1,114 @@
+"""Experts of a few rows each, on a CPU that multiplies bfloat16: some share the small ops around their products.
+
+On the rows of one expert such an op is sooner done than called.
+
+S slots, N routed rows, R of one expert, C of a group of experts; P features of a product (2I or H), D its inner
+dimension, H hidden, I expert intermediate. What lies between two products is turned: rows are columns there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from duoserve.kernels.matmul import LEFT_ROWS, Products, streams_left
+from duoserve.kernels.routing import RoutePlan
+from duoserve.kernels.weights import ExpertFormat, ExpertWeights
+
+# Rows of a product are whole tiles: for each number of them the library makes code of its own, which takes it longer
+# than the product.
+TILE = 16
+# What a group has between its products stays in a core's cache.
+GROUP_ROWS = 256
+# Of the buffers: always the same, for the code depends on it too, and an odd number of cache lines.
+WIDTH = GROUP_ROWS + 2 * TILE
+
+
+class Member(NamedTuple):
+    """An expert of a group: its slot, its sorted rows, and the first of its columns in the buffers."""
+
+    slot: int
+    start: int
+    stop: int
+    column: int
+
+    @property
+    def columns(self) -> slice:
+        """Whole tiles: behind its own come others', which are computed next, or none."""
+        num_rows = self.stop - self.start
+        return slice(self.column, self.column + -(-num_rows // TILE) * TILE)
+
+
+def may_share(weights: ExpertWeights, x_TH: Tensor) -> bool:
+    """Whether experts of a few rows are computed so here."""
+    of_one_dtype = weights.format is ExpertFormat.FLOAT and weights.w13_SNH.dtype == x_TH.dtype
+    return of_one_dtype and weights.products is Products.FASTEST and streams_left(x_TH)
+
+
+def shares(rows: tuple[int, int]) -> bool:
+    """Whether an expert of these sorted rows is one for a group: of more, or of one, products are faster otherwise."""
+    start, stop = rows
+    return 1 < stop - start <= LEFT_ROWS
+
+
+def experts_together(
+    x_TH: Tensor, weights: ExpertWeights, plan: RoutePlan, pairs: Sequence[tuple[int, int]], y_NH: Tensor
+) -> None:
+    """``moe_up`` and ``moe_down`` of the (expert, slot) ``pairs``, which ``shares`` has chosen.
+
+    An expert's bits do not depend on those that it is computed with.
+    """
+    for group in _groups(plan, pairs):
+        x_CH = _gathered(x_TH, [plan.tokens_N[member.start : member.stop] for member in group])
+        act_IC = _activated(_products(weights.w13_SNH, group, x_CH.T), weights, group)
+        y_HC = _products(weights.w2_SHI, group, act_IC)
+        places_C = torch.cat([plan.places_N[member.start : member.stop] for member in group])
+        y_NH.index_copy_(0, places_C, y_HC[:, : len(places_C)].T.contiguous())
+
+
+def _groups(plan: RoutePlan, pairs: Sequence[tuple[int, int]]) -> Iterator[list[Member]]:
+    group: list[Member] = []
+    column = 0
+    for expert, slot in pairs:
+        start, stop = plan.rows(expert)
+        if column + stop - start > GROUP_ROWS:
+            yield group
+            group, column = [], 0
+        group.append(Member(slot, start, stop, column))
+        column += stop - start
+    if group:
+        yield group
+
+
+def _gathered(x_TH: Tensor, tokens: list[Tensor]) -> Tensor:
+    """The rows of these tokens; behind them zeros, for the last tile."""
+    tokens_C = torch.cat(tokens)
+    x_CH = x_TH.new_empty(len(tokens_C) + TILE, x_TH.shape[1])
+    torch.index_select(x_TH, 0, tokens_C, out=x_CH[: len(tokens_C)])
+    x_CH[len(tokens_C) :] = 0
+    return x_CH
+
+
+def _products(w_SPD: Tensor, group: Sequence[Member], x_DC: Tensor) -> Tensor:
+    """``w x`` of each expert for its columns."""
+    out_PC = x_DC.new_empty(w_SPD.shape[1], WIDTH)
+    for member in group:
+        torch.mm(w_SPD[member.slot], x_DC[:, member.columns], out=out_PC[:, member.columns])
+    return out_PC
+
+
+def _activated(up_PC: Tensor, weights: ExpertWeights, group: Sequence[Member]) -> Tensor:
+    """SwiGLU of all columns that are filled, the rest of the last tile too."""
+    act_IC = up_PC.new_empty(len(up_PC) // 2, WIDTH)
+    if weights.swiglu is not None:
+        filled = slice(group[-1].columns.stop)
+        weights.swiglu(up_PC.T[filled], act_IC.T[filled])
+        return act_IC
+    for member in group:  # by itself: the bits of PyTorch's exponential depend on an element's place among all
+        gate_IC, up_IC = up_PC[0::2, member.columns], up_PC[1::2, member.columns]
+        torch.mul(F.silu(gate_IC.contiguous(), inplace=True), up_IC, out=act_IC[:, member.columns])
+    return act_IC
