@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from duoserve.kernels import ExpertWeights
-from duoserve.kernels.compiled_ops import CompiledOps, with_compiled_swiglu
-from duoserve.kernels.unpacking import with_compiled_unpacking
+from duoserve.kernels.compiled_ops import CompiledOps
 from duoserve.kv_cache import PagedKVCache, SequenceKV
 from duoserve.models.moe import MoEBlock
 from duoserve.models.transformer import Transformer
 from duoserve.models.variants import with_ops
 
 
-class CompiledPrompts:
-    """What one model's passes over more than one token take; all of it is compiled here, before the first prompt."""
+def compiled_prompts(model: Transformer, cache: PagedKVCache) -> Transformer:
+    """The same model with compiled ops between its products, for passes over more than one token.
 
-    def __init__(self) -> None:
-        self._ops = CompiledOps()
-
-    def weights(self, weights: ExpertWeights) -> ExpertWeights:
-        """The same weights, unpacked and activated by compiled loops."""
-        return with_compiled_swiglu(with_compiled_unpacking(weights), self._ops)
-
-    def model(self, model: Transformer, cache: PagedKVCache) -> Transformer:
-        """The same model with compiled ops between its products."""
-        compiled = with_ops(model, self._ops)
-        _rehearse(compiled, cache)
-        return compiled
+    All of them are compiled here, so that no prompt waits for it. The bits are not quite the model's, since what it
+    rounds in between is not; they are the same under every policy.
+    """
+    compiled = with_ops(model, CompiledOps())
+    _rehearse(compiled, cache)
+    return compiled
 
 
 @torch.inference_mode()

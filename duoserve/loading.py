@@ -10,7 +10,7 @@ from pathlib import Path
 
 from duoserve.chat_template import ChatTemplate
 from duoserve.choice import Choice, find_choice, predictor_beside
-from duoserve.compiled_prompts import CompiledPrompts
+from duoserve.compiled_prompts import compiled_prompts
 from duoserve.config import EngineConfig, ModelConfig
 from duoserve.decoding import DecoderParts, ModelDecoder, make_decoder
 from duoserve.engine import Engine
@@ -21,6 +21,7 @@ from duoserve.experts.copy_engine import CopyEngine
 from duoserve.experts.slots import SlotPool, SlotTable
 from duoserve.kernels import Products
 from duoserve.kernels.compiler import can_compile
+from duoserve.kernels.unpacking import with_compiled_unpacking
 from duoserve.kv_cache import PagedKVCache
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
@@ -85,8 +86,8 @@ def load(  # noqa: PLR0913
         scheduler = held.enter_context(closing(make_scheduler(found.config, pool, copies, chosen, meter, told)))
         if chosen.all_resident:
             scheduler.load_all(progress=sys.stderr.isatty())
-        prompts = CompiledPrompts() if wanted.decode_mode == "compiled" and can_compile() else None
-        weights = pool.weights if prompts is None else prompts.weights(pool.weights)
+        compiles = wanted.decode_mode == "compiled" and can_compile()
+        weights = with_compiled_unpacking(pool.weights) if compiles else pool.weights
         built = found.family.build(found.config, place.dense_reader(), RoutedExperts(scheduler, weights))
         heard_by = audience(scheduler.listener, listener)
         transformer, tap = (built, None) if heard_by is None else listened_to(built, heard_by)
@@ -96,8 +97,8 @@ def load(  # noqa: PLR0913
         if wanted.invariant:
             decoder = ModelDecoder(with_products(transformer, Products.BY_ROW), cache)
             transformer = with_products(transformer, Products.BY_TILE)
-        if prompts is not None:
-            transformer = prompts.model(transformer, cache)
+        if compiles:
+            transformer = compiled_prompts(transformer, cache)
         passes = Passes(transformer, scheduler, cache, meter, tap=tap, decoder=decoder)
         engine = Engine(passes, found.config, cache, meter)
         text, template = Text.load(found.checkpoint.folder), ChatTemplate.load(found.checkpoint.folder)

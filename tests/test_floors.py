@@ -24,10 +24,10 @@ F1  kernels/checks  kernels/matmul  kernels/bf12  kernels/weights  kernels/host_
     kernels/experts_together  kernels/reference  kernels/reference_copies  kernels/numerics  kernels/configs
     kernels/dequant  kernels/moe_checks  kernels/route  kernels/moe_store  kernels/moe_bf12  kernels/moe_gemm
     kernels/moe_both  kernels/moe_gemv  kernels/moe_fill  kernels/copies  kernels/combine  kernels/router
-    kernels/norm  kernels/rope  kernels/cache_rows  kernels/attention_gqa  kernels/attention_mla  kernels/triton_ops  kernels/__init__
-    kernels/recorder  kernels/cuda_graphs  kernels/attention_together  kernels/streamed  kernels/traced
-    kernels/compiler  kernels/compiled_loops  kernels/small_ops  kernels/compiled_ops  kernels/token_expert
-    kernels/unpacking
+    kernels/norm  kernels/rope  kernels/cache_rows  kernels/attention_gqa  kernels/attention_mla
+    kernels/triton_ops  kernels/__init__  kernels/recorder  kernels/cuda_graphs  kernels/attention_together
+    kernels/streamed  kernels/traced  kernels/compiler  kernels/compiled_loops  kernels/small_ops
+    kernels/compiled_ops  kernels/token_expert  kernels/unpacking
 F2  experts/__init__  experts/positional_file  experts/whole_file  experts/strict_json
     experts/safetensors_header  experts/shards  experts/hub  experts/layout  experts/pack_format  experts/checkpoint
     experts/rows  experts/pinned  experts/pieces
@@ -57,8 +57,8 @@ F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  m
 F5  service  sampling  tokenizer_config  text  chat_sandbox  chat_template  kv_cache  request  writer  passes  cost
     batching  engine  decode_inputs  recorded_choices  recorded_decode  event_decode  graph_decode  compiled_experts
     compiled_decode  compiled_prompts  link  decoding  workspace  memory_needs  placement  choice  loading  tracing
-    evaluating  moe_model  stream  worker  async_engine  perplexity  planning/__init__  planning/model_cards  planning/formats
-    planning/sizes  planning/routing_curves  planning/speed  planning/policy_speed  planning/made_up
+    evaluating  moe_model  stream  worker  async_engine  perplexity  planning/__init__  planning/model_cards
+    planning/formats  planning/sizes  planning/routing_curves  planning/speed  planning/policy_speed  planning/made_up
     planning/rehearsal  planning/rehearsed  planning/planner  planning/measuring  planning/this_machine  __init__
 F6  server/__init__  server/backend  server/settings  server/errors  server/fields  server/asking  server/records
     server/token_text  server/answers  server/generation  server/sse  server/http  server/host  server/metrics

@@ -1,23 +1,19 @@
 """The small ops of prompts as loops that PyTorch's compiler makes for a CPU, once for all numbers of rows.
 
-Letters as in ``reference_small.py``, whose ops these are; C rows of products of experts, P features of one.
+Letters as in ``reference_small.py``, whose ops these are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from duoserve import kernels
-from duoserve.kernels.compiler import CompiledForRows, compile_for_rows
-from duoserve.kernels.experts_together import TILE, WIDTH, may_share
+from duoserve.kernels.compiler import Compiled, compile_for_rows
 from duoserve.kernels.small_ops import SmallOps
-from duoserve.kernels.weights import ExpertWeights
 
 _Result = TypeVar("_Result")
 
@@ -29,7 +25,7 @@ class CompiledOps(SmallOps):
     """
 
     def __init__(self) -> None:
-        self._made: dict[object, CompiledForRows[Any]] = {}
+        self._made: dict[object, Compiled] = {}
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         """As in ``kernels``."""
@@ -60,10 +56,6 @@ class CompiledOps(SmallOps):
         rows = [y_TKH, topk_weights_TK, *([] if shared_TH is None else [shared_TH])]
         return self._computed(kernels.moe_combine, rows, [])
 
-    def swiglu(self, up_CP: Tensor, act_CI: Tensor) -> None:
-        """``silu(gate) * up`` into ``act_CI``, of at least two rows whose features are gate and up in turn."""
-        self._computed(_swiglu, [up_CP, act_CI], [])
-
     def _computed(
         self, op: Callable[..., _Result], rows: Sequence[Tensor], others: Sequence[Tensor], *constants: float
     ) -> _Result:
@@ -75,15 +67,6 @@ class CompiledOps(SmallOps):
         if key not in self._made:
             self._made[key] = compile_for_rows(partial(_with_constants, op, constants), rows, others)
         return cast(_Result, self._made[key](*rows, *others))
-
-
-def with_compiled_swiglu(weights: ExpertWeights, ops: CompiledOps) -> ExpertWeights:
-    """The same weights; where a CPU computes experts together, ``ops`` activate them, and have been compiled for it."""
-    up_PC = weights.w13_SNH.new_zeros(weights.w13_SNH.shape[1], WIDTH)
-    if not may_share(weights, up_PC):
-        return weights
-    ops.swiglu(up_PC.T[:TILE], up_PC.new_empty(len(up_PC) // 2, WIDTH).T[:TILE])
-    return replace(weights, swiglu=ops.swiglu)
 
 
 def _with_constants(op: Callable[..., _Result], constants: Sequence[float], *tensors: Tensor) -> _Result:
@@ -103,7 +86,3 @@ def _rope_write_kv(
 ) -> Tensor:
     """The op with its rows first."""
     return kernels.rope_write_kv(q_THD, k_TGD, v_TGD, cos_T1R, sin_T1R, k_pages_PSGD, v_pages_PSGD, rows_T, interleaved)
-
-
-def _swiglu(up_CP: Tensor, act_CI: Tensor) -> None:
-    act_CI.copy_(F.silu(up_CP[:, 0::2].float()) * up_CP[:, 1::2])

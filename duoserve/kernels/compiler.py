@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, cast
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, fx
@@ -34,28 +34,6 @@ class CompiledRecording(Generic[Result]):
     def on(self, others: Mapping[Tensor, Tensor]) -> CompiledRecording[Result]:
         """The same work on other memory: where it has a key of ``others`` it takes the value, a tensor just like it."""
         return replace(self, operands=[others.get(operand, operand) for operand in self.operands])
-
-
-class CompiledForRows(Generic[Result]):
-    """Work compiled for any number of rows but those for which one of ``conditions`` on it, of sympy, does not hold.
-
-    For these the compiler would have made other code: they are left to ``work`` itself.
-    """
-
-    def __init__(self, work: Callable[..., Result], compiled: Compiled, conditions: Sequence[Any]) -> None:
-        self._work = work
-        self._compiled = cast(Callable[..., Result], compiled)
-        self._conditions = conditions
-        self._holds: dict[int, bool] = {}
-
-    def __call__(self, *tensors: Tensor) -> Result:
-        """The first of ``tensors`` has all rows."""
-        num_rows = len(tensors[0])
-        if num_rows not in self._holds:
-            self._holds[num_rows] = all(
-                condition.subs(dict.fromkeys(condition.free_symbols, num_rows)) for condition in self._conditions
-            )
-        return self._compiled(*tensors) if self._holds[num_rows] else self._work(*tensors)
 
 
 class CpuCompiler(Recorder):
@@ -130,12 +108,11 @@ def _lift(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
     return fx.GraphModule({}, graph), list(operands.values())
 
 
-def compile_for_rows(
-    work: Callable[..., Result], rows: Sequence[Tensor], others: Sequence[Tensor]
-) -> CompiledForRows[Result]:
+def compile_for_rows(work: Compiled, rows: Sequence[Tensor], others: Sequence[Tensor]) -> Compiled:
     """``work(*rows, *others)``, compiled for any number of rows from two on: the first dimension of each of ``rows``.
 
-    What else the tensors are, their strides too, stays as it is; their values do not matter here.
+    What else the tensors are, their strides too, stays as it is; their values do not matter here. ``work`` itself where
+    the compiler would make other code for other numbers of rows.
     """
     # Seconds to import, for those who compile alone, here and below.
     from torch._dynamo.source import ConstantSource  # noqa: PLC0415
@@ -143,7 +120,7 @@ def compile_for_rows(
     from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext  # noqa: PLC0415
 
-    def traced(*tensors: Tensor) -> Result:
+    def traced(*tensors: Tensor) -> object:
         with TracedOps():
             return work(*tensors)
 
@@ -156,9 +133,9 @@ def compile_for_rows(
     with fakes:
         free = [torch.empty_strided((num_rows, *t.shape[1:]), t.stride(), dtype=t.dtype) for t in rows]
         graph = make_fx(traced, _allow_non_fake_inputs=True)(*free, *fixed)
-    # What Inductor keeps on disk forgets some of the conditions.
+    # What Inductor keeps on disk forgets some of the guards.
     compiled = _made_by_inductor(graph, [*free, *fixed], fx_graph_cache=False)
-    return CompiledForRows(work, compiled, [guard.expr for guard in shapes.guards])
+    return work if shapes.guards else compiled
 
 
 def _compile(graph: fx.GraphModule, operands: Sequence[Tensor]) -> Compiled:

@@ -38,7 +38,6 @@ from duoserve.kernels.checks import require
 from duoserve.kernels.matmul import Products
 
 Unpack = Callable[[Bf12Rows], Tensor]
-Swiglu = Callable[[Tensor, Tensor], None]
 
 SEGMENT_ALIGNMENT = 256  # TMA wants 128, and wide CPU loads never straddle a cache line
 FP8_BLOCK = 128
@@ -99,8 +98,7 @@ class ExpertWeights:
     them their scales ``s13``, ``s2`` ([S, G, N] or [S, blocks, blocks]) and zero-points ``z13``, ``z2``; ``group`` is
     their groups' size.
     ``order_SH``, where it is there, says which feature each column of w13 goes with.
-    ``products`` is how a CPU multiplies them, and ``unpack`` how it makes BF12 bfloat16. ``swiglu``, where there is
-    one, fills ``act_CI`` from the products ``up_CP``; no row changes the bits of another.
+    ``products`` is how a CPU multiplies them, and ``unpack`` how it makes BF12 bfloat16.
     """
 
     w13_SNH: Tensor
@@ -114,7 +112,6 @@ class ExpertWeights:
     order_SH: Tensor | None = None
     products: Products = Products.FASTEST
     unpack: Unpack = Bf12Rows.dense
-    swiglu: Swiglu | None = None
 
     @property
     def w13(self) -> Matrix:

@@ -59,6 +59,15 @@ def test_an_expert_has_the_bits_that_it_has_by_itself(
     assert_same_bits(computed(case, [pairs[:cut], pairs[cut:]]), alone)
 
 
+def test_silu_ends_alike_wherever_an_element_lies() -> None:
+    """Of every bfloat16 there is: in a vector, and among the last of a tensor."""
+    every = torch.arange(-(1 << 15), 1 << 15).short().view(torch.bfloat16)
+    every = every[every.isfinite()]
+    for size in (1, 7, 33):
+        parts = [torch.nn.functional.silu(part.clone()) for part in every.split(size)]
+        assert_same_bits(torch.cat(parts), torch.nn.functional.silu(every))
+
+
 @pytest.mark.parametrize("tokens", [2, TILE, LEFT_ROWS, LEFT_ROWS + 1, 3 * GROUP_ROWS])
 def test_the_rows_are_those_of_the_formula(tokens: int) -> None:
     """Of some tokens more than one group has room for."""
