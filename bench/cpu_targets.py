@@ -37,9 +37,9 @@ def targets(shape: Shape, raw: dict[str, Any], bounds: dict[str, float]) -> list
     resident, disk = raw["rounds"]["resident"], raw["rounds"]["disk"]
     int8 = OURS_QUANTIZED["int8"]
     return [
-        _ratio("resident prefill / transformers' best", 1.0, resident, OURS, PEERS, ttfts),
+        _ratio("resident prefill / transformers' best", 1.0, resident, COMPILED, PEERS, ttfts),
         _ratio("resident decode / transformers' best", 2.0, resident, COMPILED, PEERS, tpots),
-        _ratio("resident prefill / llama.cpp's", 4.0, resident, OURS, [LLAMA], ttfts),
+        _ratio("resident prefill / llama.cpp's", 4.0, resident, COMPILED, [LLAMA], ttfts),
         _ratio("resident decode / llama.cpp's", 1.2, resident, COMPILED, [LLAMA], tpots),
         _ratio("int8 decode / llama.cpp's in q8_0", 1.0, resident, int8, [LLAMA_Q8], tpots),
         *_from_disk(shape, raw, bounds, BF12_POLICY, "a quarter of the experts"),

@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 ROWS = (
     Row("duoserve resident", "duoserve", IN_RAM, "resident_decode_s"),
-    Row("duoserve resident, compiled", "duoserve, decode steps compiled", IN_RAM, "resident_decode_s"),
+    Row("duoserve resident, compiled", "duoserve, compiled", IN_RAM, "resident_decode_s"),
     Row(BF12, "duoserve, compiled, experts in bf12", IN_RAM, None),
     Row("transformers grouped_mm", "transformers, `grouped_mm`", IN_RAM, "resident_decode_s"),
     Row("transformers eager", "transformers, `eager`", IN_RAM, "resident_decode_s"),
