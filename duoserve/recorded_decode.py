@@ -76,7 +76,7 @@ class RecordedDecoder(Decoder):
         self._max_shapes = max_shapes
         self._shapes = shapes
         self._seen: Counter[Shape] = Counter()
-        self._steps: dict[Shape, DecodeStep | None] = {}
+        self._steps: dict[Shape, DecodeStep | None] = {}  # the latest that occurred comes last
 
     def __call__(self, layout: Layout) -> Tensor:
         """As in Decoder; the logits are those of this step until the next one."""
@@ -95,6 +95,11 @@ class RecordedDecoder(Decoder):
         return self._steps.get(shape)
 
     def _record(self, shape: Shape) -> None:
-        recorded = sum(step is not None for step in self._steps.values())
-        if shape not in self._steps and recorded < self._max_shapes:
-            self._steps[shape] = self._make_step(*shape)
+        """Unless it is there. The shape that has not occurred for longest makes way, and has to occur as often anew."""
+        if shape in self._steps:
+            self._steps[shape] = self._steps.pop(shape)
+            return
+        recorded = [known for known, step in self._steps.items() if step is not None]
+        if len(recorded) >= self._max_shapes:
+            del self._steps[recorded[0]], self._seen[recorded[0]]
+        self._steps[shape] = self._make_step(*shape)

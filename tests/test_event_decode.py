@@ -137,16 +137,38 @@ def test_demands_are_on_their_way_and_hits_are_launched_before_anybody_hears_of_
     assert witness.asked_for == [True] * (3 * (MAX_TOKENS[0] - 1))
 
 
-def test_only_so_many_shapes_are_recorded(folder: Path, truth: Truth) -> None:
-    device = LaggingDevice(seed=2)
+def test_only_so_many_shapes_are_recorded_at_a_time(folder: Path, truth: Truth) -> None:
+    device, made = LaggingDevice(seed=2), []
 
     def decoder(parts: Parts) -> Decoder:
-        return device.lagging(_decoder(parts, device, record_after=0, max_shapes=2))
+        made.append(_decoder(parts, device, record_after=0, max_shapes=2))
+        return device.lagging(made[0])
 
     with assembled(folder, "lru", 6, device.copies, make_pool=device.pool, make_decoder=decoder) as engine:
         assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
     assert truth.differences(device.logits) == []
-    assert device.recorder.num_recordings == 2 * (3 + 3 + 1)
+    assert device.recorder.num_recordings > 2 * (3 + 3 + 1)
+    assert len(made[0]._steps) == 2
+
+
+def test_the_shape_that_has_not_occurred_for_longest_makes_way() -> None:
+    made: list[int] = []
+
+    def make(num_sequences: int, table_width: int) -> DecodeStep:
+        made.append(num_sequences)
+        return lambda layout: torch.ones(1)
+
+    decoder = RecordedDecoder(
+        lambda batch: torch.zeros(1), SimpleNamespace(batch=lambda layout: layout), make, record_after=1, max_shapes=2
+    )
+
+    def recorded(num_sequences: int) -> bool:
+        return bool(decoder(SimpleNamespace(spans=[()] * num_sequences, page_table=[[0]])).item())
+
+    assert [recorded(size) for size in (1, 1, 2, 2, 1)] == [False, True, False, True, True]
+    assert [recorded(size) for size in (3, 3, 1)] == [False, True, True]
+    assert [recorded(size) for size in (2, 2)] == [False, True]
+    assert made == [1, 2, 3, 2]
 
 
 def test_shapes_that_cannot_be_recorded_do_not_count() -> None:

@@ -5,8 +5,8 @@ may have, N chunks of a context.
 
 The context is cut into chunks at fixed places, counted from its first token. One kernel attends to every chunk that
 holds a visible token, another merges a sequence's chunks, always in the same order. Where the cuts lie depends on the
-width of the page table alone (and not at all up to 32768 tokens), so a sequence's bits are its own: neither the other
-sequences of the batch nor the number of programs changes them. Lengths are read on the device.
+width of the page table alone, and not at all up to 32768 tokens: so far a sequence's bits are its own, and beyond, they
+depend on the longest context of its batch. The number of programs never changes them. Lengths are read on the device.
 """
 
 from __future__ import annotations

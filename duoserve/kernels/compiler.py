@@ -18,6 +18,9 @@ from duoserve.kernels.traced import TracedOps
 
 Compiled = Callable[..., object]
 
+# What Inductor goes by where it need not know the number of rows: loops of few are not shared out among threads.
+USUAL_ROWS = 1024
+
 
 @dataclass(frozen=True)
 class CompiledRecording(Generic[Result]):
@@ -127,7 +130,7 @@ def compile_for_rows(work: Compiled, rows: Sequence[Tensor], others: Sequence[Te
     shapes = ShapeEnv()
     fakes = FakeTensorMode(shape_env=shapes)
     dynamic: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext([DimDynamic.DYNAMIC])
-    counted = fakes.from_tensor(torch.empty(len(rows[0])), symbolic_context=dynamic, source=ConstantSource("rows"))
+    counted = fakes.from_tensor(torch.empty(USUAL_ROWS), symbolic_context=dynamic, source=ConstantSource("rows"))
     num_rows = counted.shape[0]
     fixed = [fakes.from_tensor(tensor, static_shapes=True) for tensor in others]
     with fakes:

@@ -2,7 +2,7 @@
 
 On the rows of one expert such an op is sooner done than called.
 
-S slots, N routed rows, R of one expert, C of a group of experts; P features of a product (2I or H), D its inner
+N routed rows, R of one expert, C of a group of experts; P features of a product (2I or H), D its inner
 dimension, H hidden, I expert intermediate. What lies between two products is turned: rows are columns there.
 """
 
@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from duoserve.kernels.matmul import LEFT_ROWS, Products, streams_left
+from duoserve.kernels.matmul import LEFT_ROWS, WIDEN_ELEMENTS, Products, power_of_two, streams_left
+from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.routing import RoutePlan
-from duoserve.kernels.weights import ExpertFormat, ExpertWeights
+from duoserve.kernels.weights import ExpertFormat, ExpertWeights, Matrix
 
 # Rows of a product are whole tiles: for each number of them the library makes code of its own, which takes it longer
 # than the product.
@@ -45,7 +46,7 @@ class Member(NamedTuple):
 
 def may_share(weights: ExpertWeights, x_TH: Tensor) -> bool:
     """Whether experts of a few rows are computed so here."""
-    of_one_dtype = weights.format is ExpertFormat.FLOAT and weights.w13_SNH.dtype == x_TH.dtype
+    of_one_dtype = weights.format is ExpertFormat.BF12 or weights.w13_SNH.dtype == x_TH.dtype
     return of_one_dtype and weights.products is Products.FASTEST and streams_left(x_TH)
 
 
@@ -64,8 +65,8 @@ def experts_together(
     """
     for group in _groups(plan, pairs):
         x_CH = _gathered(x_TH, [plan.tokens_N[member.start : member.stop] for member in group])
-        act_IC = _activated(_products(weights.w13_SNH, group, x_CH.T), group)
-        y_HC = _products(weights.w2_SHI, group, act_IC)
+        act_IC = _activated(_products(weights.w13, group, x_CH.T), group)
+        y_HC = _products(weights.w2, group, act_IC)
         places_C = torch.cat([plan.places_N[member.start : member.stop] for member in group])
         y_NH.index_copy_(0, places_C, y_HC[:, : len(places_C)].T.contiguous())
 
@@ -93,11 +94,16 @@ def _gathered(x_TH: Tensor, tokens: list[Tensor]) -> Tensor:
     return x_CH
 
 
-def _products(w_SPD: Tensor, group: Sequence[Member], x_DC: Tensor) -> Tensor:
+def _products(matrix: Matrix, group: Sequence[Member], x_DC: Tensor) -> Tensor:
     """``w x`` of each expert for its columns."""
-    out_PC = x_DC.new_empty(w_SPD.shape[1], WIDTH)
+    num_features = matrix.data_SNB.shape[1]
+    # What has to be unpacked is multiplied a block at a time, while it is in the caches.
+    step = num_features if matrix.format is ExpertFormat.FLOAT else power_of_two(WIDEN_ELEMENTS // matrix.inner)
+    out_PC = x_DC.new_empty(num_features, WIDTH)
     for member in group:
-        torch.mm(w_SPD[member.slot], x_DC[:, member.columns], out=out_PC[:, member.columns])
+        for first in range(0, num_features, step):
+            block = slice(first, first + step)
+            torch.mm(dense(matrix, member.slot, block), x_DC[:, member.columns], out=out_PC[block, member.columns])
     return out_PC
 
 

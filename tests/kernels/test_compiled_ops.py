@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.codecache import CppPythonBindingsCodeCache
 
 from duoserve import kernels
 from duoserve.kernels import compiled_ops, reference
@@ -134,3 +135,20 @@ def test_one_row_is_computed_by_the_ops_of_every_device(monkeypatch: pytest.Monk
     operands = Operands(1, torch.bfloat16).of("add_rms_norm")
     for ours, theirs in zip(CompiledOps().add_rms_norm(*operands), reference.add_rms_norm(*operands), strict=True):
         assert_same_bits(ours, theirs)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["rms_norm", "rope_write_kv", "moe_combine"])
+def test_loops_are_shared_out_among_threads_though_the_example_is_short(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = []
+    load = CppPythonBindingsCodeCache.load_pybinding_async
+    monkeypatch.setattr(
+        CppPythonBindingsCodeCache,
+        "load_pybinding_async",
+        lambda argtypes, source, *more, **options: sources.append(source) or load(argtypes, source, *more, **options),
+    )
+    getattr(CompiledOps(), name)(*Operands(2, torch.bfloat16).of(name))
+    assert sources
+    assert all("#pragma omp for" in source for source in sources)

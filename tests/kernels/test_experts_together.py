@@ -14,6 +14,7 @@ from torch import Tensor
 from duoserve.kernels import ClampedUp, HostWork, Products, experts_together, reference
 from duoserve.kernels.experts_together import GROUP_ROWS, TILE
 from duoserve.kernels.matmul import LEFT_ROWS
+from duoserve.kernels.weights import ExpertFormat
 from tests.kernels.common import assert_close, assert_same_bits, poisoned
 from tests.kernels.experts_case import Case, make_case
 
@@ -28,8 +29,16 @@ def _weights_on_the_left() -> Iterator[None]:
         yield
 
 
-def bf16_case(tokens: int, experts: int, top_k: int, hidden: int = 96, inter: int = 40, seed: int = 0) -> Case:
-    return make_case(tokens, top_k, experts, hidden, inter, torch.bfloat16, away=0.0, seed=seed)
+def bf16_case(
+    tokens: int,
+    experts: int,
+    top_k: int,
+    hidden: int = 96,
+    inter: int = 40,
+    seed: int = 0,
+    form: ExpertFormat = ExpertFormat.FLOAT,
+) -> Case:
+    return make_case(tokens, top_k, experts, hidden, inter, torch.bfloat16, (form, 0), away=0.0, seed=seed)
 
 
 def computed(case: Case, parts: list[list[tuple[int, int]]]) -> Tensor:
@@ -43,15 +52,16 @@ def computed(case: Case, parts: list[list[tuple[int, int]]]) -> Tensor:
 @given(
     tokens=st.integers(1, 90),
     experts=st.integers(1, 12),
-    sizes=st.sampled_from([(8, 7), (24, 8), (96, 40), (64, 130)]),
+    sizes=st.sampled_from([(8, 12), (24, 8), (96, 40), (64, 132)]),
+    form=st.sampled_from([ExpertFormat.FLOAT, ExpertFormat.BF12]),
     seed=st.integers(0, 99),
     data=st.data(),
 )
 @settings(max_examples=40, deadline=None)
 def test_an_expert_has_the_bits_that_it_has_by_itself(
-    tokens: int, experts: int, sizes: tuple[int, int], seed: int, data: st.DataObject
+    tokens: int, experts: int, sizes: tuple[int, int], form: ExpertFormat, seed: int, data: st.DataObject
 ) -> None:
-    case = bf16_case(tokens, experts, data.draw(st.integers(1, experts)), *sizes, seed=seed)
+    case = bf16_case(tokens, experts, data.draw(st.integers(1, experts)), *sizes, seed=seed, form=form)
     pairs = data.draw(st.permutations(case.all_work.pairs()))
     cut = data.draw(st.integers(0, len(pairs)))
     alone = computed(case, [[pair] for pair in pairs])
@@ -68,10 +78,12 @@ def test_silu_ends_alike_wherever_an_element_lies() -> None:
         assert_same_bits(torch.cat(parts), torch.nn.functional.silu(every))
 
 
+@pytest.mark.parametrize("form", [ExpertFormat.FLOAT, ExpertFormat.BF12])
 @pytest.mark.parametrize("tokens", [2, TILE, LEFT_ROWS, LEFT_ROWS + 1, 3 * GROUP_ROWS])
-def test_the_rows_are_those_of_the_formula(tokens: int) -> None:
-    """Of some tokens more than one group has room for."""
-    case = bf16_case(tokens, 24, 3)
+def test_the_rows_are_those_of_the_formula(tokens: int, form: ExpertFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of some tokens more than one group has room for; what is unpacked comes in blocks."""
+    monkeypatch.setattr(experts_together, "WIDEN_ELEMENTS", 16 * 96)
+    case = bf16_case(tokens, 24, 3, form=form)
     y = computed(case, [list(case.all_work.pairs())])
     truth = case.true_y(case.true_act())
     assert_close(y[case.computed], truth, torch.bfloat16, roundings=3)
