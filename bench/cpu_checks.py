@@ -15,10 +15,12 @@ from cpu_rows import (
     BF12,
     BF12_EQUAL,
     BF12_POLICY,
+    COMPILED,
     LLAMA_DISK,
     LLAMA_Q8,
     LLAMAS,
     OURS,
+    OURS_POLICY,
     OURS_QUANTIZED,
     OWN_TOKENS,
     PEER_DISK_EQUAL,
@@ -71,15 +73,16 @@ def token_checks(rounds: Rounds, token_ids: list[int]) -> list[dict[str, Any]]:
 def logit_checks(rounds: Rounds, scratch: Path) -> list[dict[str, Any]]:
     """Ours and llama.cpp's against float32, beside transformers' own bf16 error; ours bitwise as from RAM.
 
-    Those of BF12 experts are computed a block of rows at a time, which may give large products other bits.
+    Compiled prompts have bits of their own, and so may BF12 experts, which are computed a block of rows at a time.
     """
     checks = []
     if logits_file(scratch, REFERENCE).exists():
-        judged = [name for name in (OURS, BF12, *OURS_QUANTIZED.values(), *LLAMAS) if name in rounds]
+        judged = [name for name in (OURS, COMPILED, BF12, *OURS_QUANTIZED.values(), *LLAMAS) if name in rounds]
         checks += [_logit_check(name, scratch) for name in judged]
-    in_ram = {OURS, BF12, *OURS_QUANTIZED.values()}
+    leaders = {OURS_POLICY: COMPILED, BF12_POLICY: BF12, BF12_EQUAL: BF12}
+    in_ram = {OURS, COMPILED, BF12, *OURS_QUANTIZED.values()}
     for name in (name for name in rounds if name.startswith("duoserve") and name not in in_ram):
-        leader = BF12 if name in (BF12_POLICY, BF12_EQUAL) else OURS
+        leader = leaders.get(name, OURS)
         same = torch.equal(torch.load(logits_file(scratch, name)), torch.load(logits_file(scratch, leader)))
         checks.append(_check(f"logits of {name}", same, f"bitwise {'as' if same else 'NOT as'} {leader}"))
     return checks

@@ -12,6 +12,7 @@ import torch
 from duoserve.architecture import AttentionConfig, LatentAttentionConfig
 from duoserve.config import ModelConfig
 from duoserve.kernels import QUERY_ROWS
+from duoserve.kernels.experts_together import WIDTH
 from duoserve.kv_cache import PAGE_TOKENS
 from duoserve.models.transformer import LOGIT_ROWS
 from duoserve.recorded_decode import MAX_SEQUENCES, MAX_SHAPES
@@ -117,7 +118,7 @@ class PassMemory:
         routed = config.top_k * (self._rows(inner) + self._rows(hidden) + self.num_tokens * ROUTED_ROW_BYTES)
         clamped = config.blocks.moe.clamp is not None
         up = self._rows(hidden) + self._product(hidden, 2 * inner) + self._rows(5 * inner if clamped else inner)
-        expert = 0 if self.on_gpu else max(up, self._product(inner, hidden))
+        expert = 0 if self.on_gpu else max(up, self._product(inner, hidden), self._together_bytes())
         combined = self._rows(hidden) + 3 * self._scratch(hidden)
         biases = config.top_k * self._rows(hidden) if clamped else 0
         shared = config.blocks.moe.shared
@@ -126,6 +127,13 @@ class PassMemory:
         kept = self._rows(hidden) * (3 if shared.gated else 1)
         alone = self._feed_forward(shared.intermediate_size)
         return scores + routed + kept + max(alone, expert, combined, biases)
+
+    def _together_bytes(self) -> int:
+        """A group of experts: their rows, the products and what becomes of them, in buffers that do not go by rows."""
+        if self.dtype is not torch.bfloat16:
+            return 0
+        width = 4 * self.config.expert_intermediate_size + 3 * self.config.hidden_size
+        return WIDTH * width * self.dtype.itemsize
 
     @property
     def logits_bytes(self) -> int:
