@@ -15,7 +15,7 @@ import markupsafe
 
 from duoserve import chat_sandbox
 from duoserve.errors import CheckpointError, ClosedError, DuoServeError, RequestError
-from duoserve.experts.positional_file import read_capped
+from duoserve.experts.positional_file import is_there, read_capped
 from duoserve.experts.strict_json import read_object
 from duoserve.tokenizer_config import TOKENIZER_CONFIG, read_tokenizer_config, special_tokens
 
@@ -138,10 +138,10 @@ def _reply(process: subprocess.Popen[str], line: str, seconds: float) -> dict[st
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     path, older = folder / "chat_template.jinja", folder / "chat_template.json"
-    if path.is_file():
+    if is_there(path):
         return _decoded(read_capped(path, TEMPLATE_BYTES), path)
     found, where = config.get("chat_template"), folder / TOKENIZER_CONFIG
-    if older.is_file():
+    if is_there(older):
         found, where = read_object(older, TEMPLATE_BYTES).get("chat_template"), older
     if isinstance(found, list):
         named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}

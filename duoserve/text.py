@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from duoserve.errors import CheckpointError, DuoServeError, RequestError
+from duoserve.experts.positional_file import is_there
 from duoserve.tokenizer_config import TOKENIZER_CONFIG, read_tokenizer_config, special_tokens
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -54,7 +55,7 @@ class Text:
         Where that adds no special tokens, those are added that ``tokenizer_config.json`` says.
         """
         path = folder / "tokenizer.json"
-        if not path.exists():
+        if not is_there(path):
             return None
         config = read_tokenizer_config(folder)
         with _guarded(CheckpointError, f"{path} is not a tokenizer that can be used: download it again"):

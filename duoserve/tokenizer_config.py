@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from duoserve.experts.positional_file import is_there
 from duoserve.experts.strict_json import read_object
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -16,7 +17,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """What is in the file, nothing where there is none; CheckpointError for one that is malformed."""
     path = folder / TOKENIZER_CONFIG
-    return read_object(path, MAX_BYTES) if path.is_file() else {}
+    return read_object(path, MAX_BYTES) if is_there(path) else {}
 
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

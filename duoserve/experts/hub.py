@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from duoserve.errors import CheckpointError
+from duoserve.experts.positional_file import is_there
 from duoserve.experts.shards import CONFIG_FILE
 
 EMBEDDED = ("bard", "bard-fine")
@@ -55,7 +56,7 @@ def _checked(folder: Path, fault: str) -> Path:
     if not folder.is_dir():
         kind = "a file, not a folder" if folder.exists() else "missing"
         raise CheckpointError(f"{fault}: {folder} is {kind}; give the folder that holds {CONFIG_FILE} and the weights")
-    if not (folder / CONFIG_FILE).exists():
+    if not is_there(folder / CONFIG_FILE):
         raise CheckpointError(f"{folder}: has no {CONFIG_FILE}; give the folder that save_pretrained or the hub wrote")
     return folder
 

@@ -99,6 +99,17 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_there(path: Path) -> bool:
+    """Whether anything is there; CheckpointError where nobody may look, for then it may be."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # ValueError: a name that the file system cannot have
+        raise CheckpointError(f"{path}: cannot be looked for ({error}); see who may enter that folder") from error
+    return True
+
+
 def read_capped(path: Path, max_bytes: int) -> bytes:
     """A whole small file; CheckpointError when it has more than ``max_bytes`` bytes."""
     file = PositionalFile(path)

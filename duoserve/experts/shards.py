@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from duoserve.errors import CheckpointError
+from duoserve.experts.positional_file import is_there
 from duoserve.experts.safetensors_header import MAX_HEADER_BYTES, MAX_TENSORS
 from duoserve.experts.strict_json import read_object
 
@@ -21,10 +22,10 @@ def weight_map(folder: Path) -> dict[str, str] | None:
 
     CheckpointError: neither is there, or the index is malformed or names anything but files of this folder.
     """
-    if (folder / SINGLE_FILE).exists():
+    if is_there(folder / SINGLE_FILE):
         return None
     index = folder / INDEX_FILE
-    if not index.exists():
+    if not is_there(index):
         raise CheckpointError(_why_no_weights(folder))
     return _checked(read_object(index, MAX_HEADER_BYTES).get("weight_map"), index)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from duoserve.config import ModelConfig
 from duoserve.experts.checkpoint import MAX_CONFIG_BYTES, check_names
 from duoserve.experts.hub import resolve
+from duoserve.experts.positional_file import is_there
 from duoserve.experts.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, weight_map
 from duoserve.experts.strict_json import read_object
 from duoserve.models.family import Family
@@ -38,14 +39,14 @@ def described(model: str | Path) -> DescribedModel:
     """
     folder = resolve(model, weights=False)
     listed = _listed(folder)
-    if listed is not None and all((folder / file).exists() for file in listed.values()):
+    if listed is not None and all(is_there(folder / file) for file in listed.values()):
         return _from_headers(folder)
     return _from_index(folder, listed)
 
 
 def _listed(folder: Path) -> Mapping[str, str] | None:
     """Tensor name -> file; of a single file, that it is there; None where no file says anything."""
-    if not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+    if not any(is_there(folder / name) for name in (SINGLE_FILE, INDEX_FILE)):
         return None
     listed = weight_map(folder)
     return {"": SINGLE_FILE} if listed is None else listed

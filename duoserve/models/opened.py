@@ -19,6 +19,7 @@ from duoserve.experts.formats.codes import WeightFormat
 from duoserve.experts.formats.reading import read_dense
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.packing import CheckpointStore
+from duoserve.experts.positional_file import is_there
 from duoserve.experts.quantizing import QuantizingStore
 from duoserve.experts.scale_search import OP_BY_OP, Way
 from duoserve.experts.strict_json import read_object
@@ -154,7 +155,7 @@ def _with_dtype(config: ModelConfig, checkpoint: Checkpoint, names: Iterable[str
 
 def _with_end_tokens(config: ModelConfig, path: Path) -> ModelConfig:
     """generation_config.json, where there is one, knows the tokens that end a text better than config.json."""
-    if not path.exists():
+    if not is_there(path):
         return config
     raw = read_object(path, MAX_GENERATION_CONFIG_BYTES)
     if raw.get("eos_token_id") is None:
