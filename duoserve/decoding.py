@@ -111,6 +111,14 @@ def _compiled(model: Transformer, cache: PagedKVCache) -> Decoder | None:
     return None
 
 
+def check_mode(wanted: str, device: torch.device) -> None:
+    """ConfigError for a mode that the device does not have, wherever the experts are."""
+    if wanted in ("event", "graph") and device.type != "cuda":
+        raise ConfigError(f"decode_mode={wanted!r} takes CUDA graphs, but the device is {device}: use 'auto'")
+    if wanted == "compiled" and device.type == "cuda":
+        raise ConfigError(f"decode_mode='compiled' is for CPUs, but the device is {device}: use 'auto'")
+
+
 def choose_launch(
     wanted: str,
     device: torch.device,
@@ -124,12 +132,9 @@ def choose_launch(
     between the layers; what others guess can be copied between the steps. ``readable`` and ``measure`` are called only
     where their answer counts.
     """
+    check_mode(wanted, device)
     if device.type != "cuda":
-        if wanted in ("event", "graph"):
-            raise ConfigError(f"decode_mode={wanted!r} takes CUDA graphs, but the device is {device}: use 'auto'")
         return Launch.COMPILED if wanted == "compiled" else Launch.MODEL
-    if wanted == "compiled":
-        raise ConfigError(f"decode_mode='compiled' is for CPUs, but the device is {device}: use 'auto'")
     if wanted == "event":
         return Launch.EVENT
     obstacle = _obstacle(policy, readable)

@@ -12,7 +12,7 @@ from duoserve.chat_template import ChatTemplate
 from duoserve.choice import Choice, find_choice, predictor_beside
 from duoserve.compiled_prompts import compiled_prompts
 from duoserve.config import EngineConfig, ModelConfig
-from duoserve.decoding import DecoderParts, ModelDecoder, make_decoder
+from duoserve.decoding import DecoderParts, ModelDecoder, check_mode, make_decoder
 from duoserve.engine import Engine
 from duoserve.errors import ConfigError, TraceError
 from duoserve.experts.budget import MemoryPlan
@@ -75,7 +75,11 @@ def load(  # noqa: PLR0913
     named = _named_policy(policy)
     with ExitStack() as held:
         found = held.enter_context(opened(model))
+        text, template = Text.load(found.checkpoint.folder), ChatTemplate.load(found.checkpoint.folder)
+        if template is not None:
+            held.callback(template.close)
         place = Placement.of(found, wanted)
+        check_mode(wanted.decode_mode, place.device)
         plan = place.plan(wanted, needs_all=named is not None and named.all_resident)
         best = None if named is not None else _best(found.checkpoint, cache_dir)
         chosen = named or _automatic(plan, best[0] if best else None)
@@ -101,9 +105,6 @@ def load(  # noqa: PLR0913
             transformer = compiled_prompts(transformer, cache)
         passes = Passes(transformer, scheduler, cache, meter, tap=tap, decoder=decoder)
         engine = Engine(passes, found.config, cache, meter)
-        text, template = Text.load(found.checkpoint.folder), ChatTemplate.load(found.checkpoint.folder)
-        if template is not None:
-            held.callback(template.close)
         return Runtime(found.config, plan, chosen, text, template, engine, meter, held.pop_all())
 
 

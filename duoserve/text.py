@@ -17,6 +17,7 @@ from duoserve.errors import CheckpointError, DuoServeError, RequestError
 from duoserve.experts.positional_file import is_there
 from duoserve.tokenizer_config import TOKENIZER_CONFIG, read_tokenizer_config, special_tokens
 
+TOKENIZER = "tokenizer.json"
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -54,7 +55,7 @@ class Text:
 
         Where that adds no special tokens, those are added that ``tokenizer_config.json`` says.
         """
-        path = folder / "tokenizer.json"
+        path = folder / TOKENIZER
         if not is_there(path):
             return None
         config = read_tokenizer_config(folder)

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from duoserve import CheckpointError, MoEModel
+import duoserve.placement
+from duoserve import CheckpointError, ConfigError, MoEModel
 from duoserve.models.described import described
+from duoserve.placement import Placement
 from tests.checkpoints import save_mixtral
 from tests.small_tokenizers import byte_level_tokenizer
 
@@ -57,3 +60,32 @@ def test_a_description_does_not_take_it_for_absent_either(
         described(folder)
     with pytest.raises(CheckpointError, match=rf"{folder / name}: .*Permission denied"):
         MoEModel.from_pretrained(folder)
+
+
+@pytest.fixture
+def nothing_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither packs nor slots nor weights: the slow tier is the first of them."""
+
+    def slow_tier(*_: object) -> None:
+        raise AssertionError("the model was being loaded")
+
+    monkeypatch.setattr(Placement, "slow_tier", slow_tier)
+
+
+@pytest.mark.usefixtures("nothing_large")
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.json"])
+def test_damaged_files_of_text_are_refused_before_anything_large_is_loaded(name: str, folder: Path) -> None:
+    (folder / name).write_text('{"damaged')
+    with pytest.raises(CheckpointError, match=name):
+        MoEModel.from_pretrained(folder)
+
+
+@pytest.mark.usefixtures("nothing_large")
+@pytest.mark.parametrize(("device", "mode"), [("cpu", "graph"), ("cpu", "event"), ("cuda", "compiled")])
+def test_a_mode_that_the_device_does_not_have_is_refused_before_anything_large_is_loaded(
+    device: str, mode: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duoserve.placement, "resolve", torch.device)
+    monkeypatch.setattr(duoserve.placement, "free_bytes", lambda _: 1 << 30)
+    with pytest.raises(ConfigError, match=f"decode_mode='{mode}' .* the device is {device}: use 'auto'"):
+        MoEModel.from_pretrained(folder, device=device, decode_mode=mode)

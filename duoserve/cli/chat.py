@@ -6,7 +6,8 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from duoserve.cli.generate import add_sampling, sampling
+from duoserve.chat_template import ChatTemplate
+from duoserve.cli.generate import add_sampling, folder_with_text, sampling
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
 from duoserve.errors import RequestError
 from duoserve.moe_model import MoEModel
@@ -30,12 +31,12 @@ def add_command(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Answers line after line of stdin."""
+    """Answers line after line of stdin. A model that cannot chat is refused before it is loaded."""
     params = sampling(args)
-    with MoEModel.from_pretrained(args.model, **loading(args)) as model:
-        if model.chat_template is None or model.text is None:
-            missing = "chat template" if model.chat_template is None else "tokenizer"
-            raise RequestError(f"{args.model} has no {missing}: use duoserve generate, which continues plain text")
+    folder = folder_with_text(args.model)
+    if ChatTemplate.load(folder) is None:
+        raise RequestError(f"{args.model} has no chat template: use duoserve generate, which continues plain text")
+    with MoEModel.from_pretrained(folder, **loading(args)) as model:
         _converse(model, args.system, params)
 
 

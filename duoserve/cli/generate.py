@@ -6,12 +6,16 @@ import argparse
 import json
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
 from duoserve.errors import RequestError
+from duoserve.experts.checkpoint import resolve
+from duoserve.experts.positional_file import is_there
 from duoserve.moe_model import MoEModel
 from duoserve.sampling import SamplingParams
+from duoserve.text import TOKENIZER
 
 EXAMPLES = """\
   duoserve generate --prompt "To be, or" --expert-slots 25%
@@ -44,11 +48,19 @@ def run(args: argparse.Namespace) -> None:
     """Generates to stdout. What is wrong with the request is said before the model is loaded."""
     params = sampling(args)
     prompt = _stdin() if args.prompt is None else args.prompt
-    with MoEModel.from_pretrained(args.model, **loading(args)) as model:
+    with MoEModel.from_pretrained(folder_with_text(args.model), **loading(args)) as model:
         if args.json:
             print(json.dumps(_report(args.model, model, prompt, params)))
         else:
             _stream(model, prompt, params)
+
+
+def folder_with_text(model: str) -> Path:
+    """The folder of ``model``; RequestError where it has no tokenizer, before anything is loaded."""
+    folder = resolve(model)
+    if not is_there(folder / TOKENIZER):
+        raise RequestError(f"{model} has no {TOKENIZER}, which text needs: give token ids in Python, to generate()")
+    return folder
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -25,6 +25,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def textless_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without a tokenizer."""
+    return save_mixtral(tmp_path_factory.mktemp("textless"), vocab_size=291)
+
+
 @dataclass(frozen=True)
 class Ran:
     code: int

@@ -56,8 +56,13 @@ def test_what_is_no_text_is_refused(duoserve, chat_folder, monkeypatch):
     assert "what stdin says is not utf-8 text" in ran.err
 
 
-def test_a_model_without_a_template_is_refused(duoserve, model_folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("folder", "missing"),
+    [("model_folder", "chat template: use duoserve generate"), ("textless_folder", "tokenizer.json, which text needs")],
+)
+def test_a_model_that_cannot_chat_is_refused_before_it_is_loaded(duoserve, request, monkeypatch, folder, missing):
     say(monkeypatch, "hi")
-    ran = duoserve("chat", model_folder)
+    monkeypatch.setattr(MoEModel, "from_pretrained", None)
+    ran = duoserve("chat", request.getfixturevalue(folder))
     assert (ran.code, ran.out) == (1, "")
-    assert "has no chat template: use duoserve generate" in ran.err
+    assert f"has no {missing}" in ran.err

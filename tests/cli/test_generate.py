@@ -9,6 +9,7 @@ import pytest
 from duoserve.cli import generate
 from duoserve.cli.app import _parser
 from duoserve.cli.options import loading
+from duoserve.experts.hub import EMBEDDED_FOLDER
 from duoserve.moe_model import MoEModel
 from duoserve.sampling import SamplingParams
 
@@ -93,7 +94,7 @@ def test_without_options_the_librarys_defaults_hold(duoserve, fake):
     assert duoserve("generate", "--prompt", "a").out == "one two\n"
     assert fake.asked == [("a", SamplingParams())]
     given = {name: value for name, value in fake.loaded.items() if value not in (None, "auto", False)}
-    assert given == {"model": "bard"}
+    assert given == {"model": EMBEDDED_FOLDER / "bard"}
 
 
 def test_every_sampling_option_arrives(duoserve, fake):
@@ -120,9 +121,9 @@ def test_every_sampling_option_arrives(duoserve, fake):
         ("max_context", "512", 512),
     ],
 )
-def test_every_loading_option_arrives(duoserve, fake, flag, text, value):
-    duoserve("generate", "somewhere", "--prompt", "a", f"--{flag.replace('_', '-')}", text)
-    assert (fake.loaded["model"], fake.loaded[flag]) == ("somewhere", value)
+def test_every_loading_option_arrives(duoserve, fake, model_folder, flag, text, value):
+    duoserve("generate", model_folder, "--prompt", "a", f"--{flag.replace('_', '-')}", text)
+    assert (fake.loaded["model"], fake.loaded[flag]) == (model_folder, value)
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "serve"])
@@ -145,6 +146,12 @@ def test_a_bad_request_is_refused_before_the_model_is_loaded(duoserve, fake, fla
     assert ran.code == 1
     assert message in ran.err
     assert fake.loaded == {}
+
+
+def test_a_model_without_a_tokenizer_is_refused_before_it_is_loaded(duoserve, fake, textless_folder):
+    ran = duoserve("generate", textless_folder, "--prompt", "a")
+    assert (ran.code, ran.out, fake.loaded) == (1, "", {})
+    assert f"{textless_folder} has no tokenizer.json, which text needs" in ran.err
 
 
 @pytest.mark.parametrize(
