@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import reprlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -179,23 +179,29 @@ class MoEModel:
             for request, token in self._run(requests):
                 writers[request].push(request, token)
         stats = self.stats
-        done = [Completion(writers[r].finish(r), r.output_ids, r.finish_reason or "length", stats) for r in requests]
+        done = [_completion(request, writers[request], stats) for request in requests]
         return done[0] if single else done
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **changes: Any) -> Iterator[str]:
-        """Completes one prompt, yielding text as soon as it is certain; needs a tokenizer."""
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **changes: Any
+    ) -> Generator[str, None, Completion]:
+        """Completes one prompt, yielding text as soon as it is certain; needs a tokenizer.
+
+        What the generator returns (``value`` of its StopIteration) is the whole.
+        """
         settings = _settings(params, changes)
         if self._runtime.text is None:
             raise RequestError("stream() yields text, but this checkpoint has no tokenizer.json: use generate()")
         request = Request(self.encode(prompt), settings)
         return self._stream(request, Writer(self._runtime.text, settings.stop))
 
-    def _stream(self, request: Request, writer: Writer) -> Iterator[str]:
+    def _stream(self, request: Request, writer: Writer) -> Generator[str, None, Completion]:
         for _, token in self._run([request]):
             if piece := writer.push(request, token):
                 yield piece
         if piece := writer.rest(request):
             yield piece
+        return _completion(request, writer, self.stats)
 
     def forward(self, token_ids: Sequence[int]) -> Tensor:
         """One prefill: float32 logits [T, V] of every position."""
@@ -255,6 +261,11 @@ class MoEModel:
         if self._runtime.text is None:
             raise RequestError("the prompt is text, but this checkpoint has no tokenizer.json: give token ids")
         return self._runtime.text.encode(prompt)
+
+
+def _completion(request: Request, writer: Writer, stats: Stats) -> Completion:
+    text = writer.finish(request)  # which may find out why it ended
+    return Completion(text, request.output_ids, request.finish_reason or "length", stats)
 
 
 def _is_one(prompt: Any) -> bool:

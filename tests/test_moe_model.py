@@ -8,10 +8,12 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ import torch
 
 from duoserve import (
     ClosedError,
+    Completion,
     ConfigError,
     MemoryBudgetError,
     MoEModel,
@@ -286,10 +289,19 @@ def bard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MoEModel]:
         yield model
 
 
+def returned(stream: Generator[str, None, Completion]) -> Completion:
+    try:
+        while True:
+            next(stream)
+    except StopIteration as end:
+        return end.value
+
+
 def test_bard_streams_what_generate_returns(bard: MoEModel) -> None:
     params = SamplingParams(max_tokens=40, temperature=0.8, seed=4)
     whole = bard.generate("ROMEO.\n", params)
     assert "".join(bard.stream("ROMEO.\n", params)) == whole.text
+    assert returned(bard.stream("ROMEO.\n", params)) == replace(whole, stats=ANY)
     assert whole.text and whole.text.isprintable() is False  # it has lines
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from dataclasses import replace
 
 from duoserve.chat_template import ChatTemplate
 from duoserve.cli.generate import add_sampling, folder_with_text, sampling
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
 from duoserve.errors import RequestError
-from duoserve.moe_model import MoEModel
+from duoserve.moe_model import Completion, MoEModel
 from duoserve.sampling import SamplingParams
 
 EXAMPLES = """\
@@ -25,7 +26,7 @@ def add_command(commands: Subparsers) -> None:
     parser = add_parser(commands, "chat", f"talk with a model; {RESET} forgets, {EXIT} ends", EXAMPLES)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before all else")
-    add_sampling(parser)
+    add_sampling(parser, fills_context=True)
     add_loading(parser)
     parser.set_defaults(command=run)
 
@@ -37,10 +38,10 @@ def run(args: argparse.Namespace) -> None:
     if ChatTemplate.load(folder) is None:
         raise RequestError(f"{args.model} has no chat template: use duoserve generate, which continues plain text")
     with MoEModel.from_pretrained(folder, **loading(args)) as model:
-        _converse(model, args.system, params)
+        _converse(model, args.system, params, fills_context=args.max_tokens is None)
 
 
-def _converse(model: MoEModel, system: str | None, params: SamplingParams) -> None:
+def _converse(model: MoEModel, system: str | None, params: SamplingParams, fills_context: bool) -> None:
     start = [] if system is None else [{"role": "system", "content": system}]
     messages = list(start)
     for line in _lines():
@@ -51,7 +52,7 @@ def _converse(model: MoEModel, system: str | None, params: SamplingParams) -> No
             continue
         asked = [*messages, {"role": "user", "content": line}]
         try:
-            messages = [*asked, {"role": "assistant", "content": _answer(model, asked, params)}]
+            messages = [*asked, {"role": "assistant", "content": _answer(model, asked, params, fills_context)}]
         except RequestError as error:
             print(f"duoserve: {error}", file=sys.stderr)
 
@@ -69,13 +70,25 @@ def _lines() -> Iterator[str]:
             yield line
 
 
-def _answer(model: MoEModel, messages: list[dict[str, str]], params: SamplingParams) -> str:
+def _answer(model: MoEModel, messages: list[dict[str, str]], params: SamplingParams, fills_context: bool) -> str:
     """Streams the answer and returns it. The template writes special tokens itself."""
     assert model.chat_template is not None and model.text is not None
     prompt_ids = model.text.encode(model.chat_template.render(messages), add_special=False)
-    pieces = []
-    for piece in model.stream(prompt_ids, params):
-        pieces.append(piece)
-        print(piece, end="", flush=True)
-    print()
-    return "".join(pieces)
+    if fills_context:  # of a prompt that leaves no room, the model says so
+        params = replace(params, max_tokens=max(1, model.max_context - len(prompt_ids)))
+    done = _shown(model.stream(prompt_ids, params))
+    if done.finish_reason == "length":
+        limit = f"the context is full (raise --max-context, or {RESET})" if fills_context else "raise --max-tokens"
+        print(f"duoserve: the answer was cut off after {len(done.token_ids)} tokens: {limit}", file=sys.stderr)
+    return done.text or ""
+
+
+def _shown(pieces: Generator[str, None, Completion]) -> Completion:
+    """Prints the pieces as they come."""
+    while True:
+        try:
+            print(next(pieces), end="", flush=True)
+        except StopIteration as end:
+            print()
+            done: Completion = end.value
+            return done

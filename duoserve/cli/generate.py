@@ -63,12 +63,14 @@ def folder_with_text(model: str) -> Path:
     return folder
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """The fields of SamplingParams as options."""
+def add_sampling(parser: argparse.ArgumentParser, *, fills_context: bool = False) -> None:
+    """The fields of SamplingParams as options; ``fills_context``: no --max-tokens is None, and not their default."""
     group = parser.add_argument_group("sampling")
     defaults = {field.name: field.default for field in fields(SamplingParams)}
     for name, (kind, metavar, help_text) in SAMPLING.items():
         default, note = defaults[name], "" if defaults[name] is None else f" (default: {defaults[name]})"
+        if fills_context and name == "max_tokens":
+            default, note = None, " (default: as many as the context holds)"
         flag = f"--{name.replace('_', '-')}"
         group.add_argument(flag, type=kind, metavar=metavar, default=default, help=help_text + note)
     group.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before TEXT; up to four times")
@@ -76,7 +78,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def sampling(args: argparse.Namespace) -> SamplingParams:
     """What ``add_sampling`` was given."""
-    return SamplingParams(stop=tuple(args.stop), **{name: getattr(args, name) for name in SAMPLING})
+    given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
+    return SamplingParams(stop=tuple(args.stop), **given)
 
 
 def _stdin() -> str:

@@ -16,6 +16,7 @@ GREEDY = ("--max-tokens", "6", "--temperature", "0", "--expert-slots", "25%")
 def chat_folder(model_folder, tmp_path_factory):
     folder = shutil.copytree(model_folder, tmp_path_factory.mktemp("chat") / "model")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "generation_config.json").write_text('{"eos_token_id": []}')  # no answer ends by itself
     return folder
 
 
@@ -47,6 +48,35 @@ def test_reset_forgets_all_but_the_system_and_exit_ends(duoserve, chat_folder, a
     (answer,) = answers("[system] be kind\n[user] hi\n[assistant] ")
     ran = duoserve("chat", chat_folder, *GREEDY, "--system", "be kind")
     assert (ran.code, ran.out) == (0, f"{answer}\n{answer}\n")
+
+
+def test_an_answer_may_fill_the_context_and_it_is_said_that_it_was_cut(duoserve, chat_folder, tmp_path, monkeypatch):
+    """More than the 64 tokens that others get; of --max-tokens, no more than those."""
+    say(monkeypatch, "hi")
+    with MoEModel.from_pretrained(chat_folder, max_context=128, cache_dir=tmp_path) as model:
+        prompt = model.text.encode("[user] hi\n[assistant] ", add_special=False)
+        whole = model.generate(prompt, max_tokens=128 - len(prompt), temperature=0.0)
+    assert whole.finish_reason == "length" and len(whole.token_ids) > 64
+    ran = duoserve("chat", chat_folder, "--temperature", "0", "--expert-slots", "25%", "--max-context", "128")
+    assert (ran.code, ran.out) == (0, f"{whole.text}\n")
+    assert f"cut off after {len(whole.token_ids)} tokens: the context is full" in ran.err
+    say(monkeypatch, "hi")
+    assert "cut off after 6 tokens: raise --max-tokens" in duoserve("chat", chat_folder, *GREEDY).err
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_and_the_next_is_answered(duoserve, chat_folder, answers, monkeypatch):
+    say(monkeypatch, "hi " * 200, "hi")
+    (answer,) = answers("[user] hi\n[assistant] ")
+    ran = duoserve("chat", chat_folder, "--temperature", "0", "--max-context", "128")
+    assert ran.out.startswith(answer) and "prompt tokens" in ran.err
+
+
+def test_an_answer_that_a_stop_string_ends_is_not_said_to_be_cut(duoserve, chat_folder, answers, monkeypatch):
+    say(monkeypatch, "hi")
+    (answer,) = answers("[user] hi\n[assistant] ")
+    ran = duoserve("chat", chat_folder, *GREEDY, "--stop", answer[-1])
+    assert ran.out == answer[: answer.index(answer[-1])] + "\n"
+    assert "cut off" not in ran.err
 
 
 def test_what_is_no_text_is_refused(duoserve, chat_folder, monkeypatch):
