@@ -82,6 +82,11 @@ class Text:
         with _guarded(RequestError, f"{token_id!r} is not a token id"):
             return None if token_id in self._special else self._tokenizer.id_to_token(token_id)
 
+    def special_id(self, token: str) -> int | None:
+        """The id of a special token, None where there is none of that name."""
+        token_id = self._tokenizer.token_to_id(token)
+        return token_id if token_id in self._special else None
+
     def token_bytes(self, token: str) -> bytes | None:
         """The bytes that ``token`` stands for, None where it stands for characters."""
         if self.byte_level:

@@ -36,3 +36,10 @@ def llama_tokenizer() -> Tokenizer:
     tokenizer.add_special_tokens(["<unk>", *SPECIAL])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return tokenizer
+
+
+def channel_tokenizer() -> Tokenizer:
+    """Byte-level, with the marks of gpt-oss's answers."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens(["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"])
+    return tokenizer

@@ -54,12 +54,13 @@ F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  m
     models/expert_names  models/family  models/mixtral  models/qwen3_moe  models/qwen2_moe  models/olmoe
     models/deepseek  models/glm4_moe  models/granite_moe  models/gpt_oss  models/registry  models/stored
     models/opened  models/described
-F5  service  sampling  tokenizer_config  text  chat_sandbox  chat_template  kv_cache  request  writer  passes  cost
-    batching  engine  decode_inputs  recorded_choices  recorded_decode  event_decode  graph_decode  compiled_experts
-    compiled_decode  compiled_prompts  link  decoding  workspace  memory_needs  placement  choice  loading  tracing
-    evaluating  moe_model  stream  worker  async_engine  perplexity  planning/__init__  planning/model_cards
-    planning/formats  planning/sizes  planning/routing_curves  planning/speed  planning/policy_speed  planning/made_up
-    planning/rehearsal  planning/rehearsed  planning/planner  planning/measuring  planning/this_machine  __init__
+F5  service  sampling  tokenizer_config  text  channels  chat_sandbox  chat_template  kv_cache  request  writer  passes
+    cost  batching  engine  decode_inputs  recorded_choices  recorded_decode  event_decode  graph_decode
+    compiled_experts  compiled_decode  compiled_prompts  link  decoding  workspace  memory_needs  placement  choice
+    loading  tracing  evaluating  moe_model  stream  worker  async_engine  perplexity  planning/__init__
+    planning/model_cards  planning/formats  planning/sizes  planning/routing_curves  planning/speed
+    planning/policy_speed  planning/made_up  planning/rehearsal  planning/rehearsed  planning/planner
+    planning/measuring  planning/this_machine  __init__
 F6  server/__init__  server/backend  server/settings  server/errors  server/fields  server/asking  server/records
     server/token_text  server/answers  server/generation  server/sse  server/http  server/host  server/metrics
     server/status  server/preparing  server/endpoints  server/app  server/run  cli/options  cli/machines  cli/inventory

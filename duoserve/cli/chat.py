@@ -7,6 +7,7 @@ import sys
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 
+from duoserve.channels import said
 from duoserve.chat_template import ChatTemplate
 from duoserve.cli.generate import add_sampling, folder_with_text, sampling
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
@@ -71,7 +72,7 @@ def _lines() -> Iterator[str]:
 
 
 def _answer(model: MoEModel, messages: list[dict[str, str]], params: SamplingParams, fills_context: bool) -> str:
-    """Streams the answer and returns it. The template writes special tokens itself."""
+    """Streams the answer and returns what of it was said. The template writes special tokens itself."""
     assert model.chat_template is not None and model.text is not None
     prompt_ids = model.text.encode(model.chat_template.render(messages), add_special=False)
     if fills_context:  # of a prompt that leaves no room, the model says so
@@ -80,7 +81,7 @@ def _answer(model: MoEModel, messages: list[dict[str, str]], params: SamplingPar
     if done.finish_reason == "length":
         limit = f"the context is full (raise --max-context, or {RESET})" if fills_context else "raise --max-tokens"
         print(f"duoserve: the answer was cut off after {len(done.token_ids)} tokens: {limit}", file=sys.stderr)
-    return done.text or ""
+    return said(model.text, done.text or "", done.token_ids)
 
 
 def _shown(pieces: Generator[str, None, Completion]) -> Completion:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from duoserve.channels import Channels
 from duoserve.server.token_text import TokenText
 from duoserve.service import Piece, TokenLogprobs
+from duoserve.text import Text
 
 LOWEST = -9999.0  # JSON has no minus infinity
 
@@ -85,23 +87,29 @@ class CompletionWriter:
 
 
 class ChatWriter:
-    """A choice of ``/v1/chat/completions``."""
+    """A choice of ``/v1/chat/completions``: what is said, and nothing of other channels."""
 
-    def __init__(self, index: int, tokens: TokenText | None) -> None:
+    def __init__(self, index: int, tokens: TokenText | None, channels: Channels) -> None:
         self._index = index
         self._tokens = tokens
+        self._channels = channels
         self._begun = False
 
     def delta(self, piece: Piece) -> dict[str, Any]:
         """The choice in a chunk; the first says whose turn it is."""
         role = {} if self._begun else {"role": "assistant"}
         self._begun = True
-        return self._choice([piece]) | {"delta": role | {"content": piece.text}}
+        heard = self._heard(piece)
+        return self._choice([heard]) | {"delta": role | {"content": heard.text}}
 
     def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """The choice of ``pieces``, the last of which says how it ended."""
-        text = "".join(piece.text for piece in pieces)
-        return self._choice(pieces) | {"message": {"role": "assistant", "content": text, "refusal": None}}
+        heard = [self._heard(piece) for piece in pieces]
+        text = "".join(piece.text for piece in heard)
+        return self._choice(heard) | {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _heard(self, piece: Piece) -> Piece:
+        return piece if self._channels.push(piece.token_ids) else replace(piece, text="", logprobs=())
 
     def _choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         return {
@@ -143,15 +151,16 @@ class Completions:
 
 @dataclass(frozen=True)
 class Chat:
-    """``/v1/chat/completions``."""
+    """``/v1/chat/completions`` of a model with this tokenizer."""
 
+    text: Text
     whole_object: str = "chat.completion"
     chunk_object: str = "chat.completion.chunk"
     id_prefix: str = "chatcmpl"
 
     def writer(self, index: int, tokens: TokenText | None) -> Writer:
         """A writer of choice ``index``."""
-        return ChatWriter(index, tokens)
+        return ChatWriter(index, tokens, Channels(self.text))
 
 
 def new_head(dialect: Dialect, model: str) -> Head:

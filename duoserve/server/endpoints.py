@@ -71,7 +71,8 @@ class Endpoints:
         asked, messages = asking.chat(fields, self._settings.objectives)
         self._check_model(asked.model)
         prompt_ids = await self._preparing.render(service.model, messages)
-        return await self._answered(request, service, Chat(), asked, [prompt_ids])
+        assert service.model.text is not None  # or nothing could be rendered
+        return await self._answered(request, service, Chat(service.model.text), asked, [prompt_ids])
 
     async def tokenize(self, request: Request) -> Response:
         """The token ids of a text, as vLLM gives them."""

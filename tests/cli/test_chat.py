@@ -6,7 +6,10 @@ import shutil
 import pytest
 
 from duoserve.moe_model import MoEModel
-from duoserve.sampling import SamplingParams
+from duoserve.sampling import Sampler, SamplingParams
+from duoserve.text import Text
+from tests.checkpoints import save_mixtral
+from tests.small_tokenizers import channel_tokenizer
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 GREEDY = ("--max-tokens", "6", "--temperature", "0", "--expert-slots", "25%")
@@ -77,6 +80,21 @@ def test_an_answer_that_a_stop_string_ends_is_not_said_to_be_cut(duoserve, chat_
     ran = duoserve("chat", chat_folder, *GREEDY, "--stop", answer[-1])
     assert ran.out == answer[: answer.index(answer[-1])] + "\n"
     assert "cut off" not in ran.err
+
+
+def test_thoughts_of_an_answer_are_shown_but_not_in_the_next_prompt(duoserve, tmp_path, monkeypatch):
+    folder, tokenizer = save_mixtral(tmp_path / "model", vocab_size=296), channel_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    thought, final = "<|channel|>analysis<|message|>ok?<|end|><|start|>assistant", "<|channel|>final<|message|>"
+    drawn = iter(Text(tokenizer).encode(f"{thought}{final}cat</s>{final}mat</s>"))
+    monkeypatch.setattr(Sampler, "__call__", lambda *_: next(drawn))
+    prompts, stream = [], MoEModel.stream
+    monkeypatch.setattr(MoEModel, "stream", lambda self, ids, *a: prompts.append(ids) or stream(self, ids, *a))
+    say(monkeypatch, "hi", "more")
+    ran = duoserve("chat", folder)
+    assert (ran.code, ran.out) == (0, "analysisok?assistantfinalcat\nfinalmat\n")
+    assert Text(tokenizer).decode(prompts[1]) == "[user] hi\n[assistant] cat\n[user] more\n[assistant] "
 
 
 def test_what_is_no_text_is_refused(duoserve, chat_folder, monkeypatch):

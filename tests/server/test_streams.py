@@ -6,11 +6,14 @@ import json
 import logging
 import socket
 import time
+from dataclasses import replace
 
 import pytest
 
 from duoserve.errors import CopyError, DuoServeError
-from tests.server.fake_service import script_of, spoken, with_logprobs
+from duoserve.text import IncrementalDecoder, Text
+from tests.server.fake_service import FakeModel, script_of, spoken, with_logprobs
+from tests.small_tokenizers import channel_tokenizer
 
 
 def lines(server, path="/v1/completions", **fields):
@@ -44,6 +47,23 @@ def test_a_chat_says_its_role_first_and_its_usage_last(served):
     assert deltas == [{"role": "assistant", "content": "a"}, {"content": "b"}]
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 2
     assert {one["object"] for one in chunks} == {"chat.completion.chunk"}
+
+
+def test_a_chat_says_what_is_in_the_final_channel(served):
+    """Whole and streamed, with log-probabilities of that alone; a completion gives the text as it is."""
+    text = Text(channel_tokenizer())
+    token_ids = text.encode("<|channel|>analysis<|message|>ok?<|end|><|start|>assistant<|channel|>final<|message|>cat")
+    decoder = IncrementalDecoder(text)
+    steps = [with_logprobs(decoder.push(token_id), token_id) for token_id in token_ids]
+    steps[-1] = replace(steps[-1], finish_reason="stop")
+    server = served(script_of(*steps), model=FakeModel(text=text))
+    done = server.chat(logprobs=True).json()
+    assert done["choices"][0]["message"]["content"] == "cat"
+    assert "".join(one["token"] for one in done["choices"][0]["logprobs"]["content"]) == "cat"
+    assert done["usage"]["completion_tokens"] == len(token_ids)
+    chunks = events(lines(server, "/v1/chat/completions"))
+    assert "".join(one["choices"][0]["delta"]["content"] for one in chunks) == "cat"
+    assert server.complete().json()["choices"][0]["text"] == "analysisok?assistantfinalcat"
 
 
 def test_choices_stream_side_by_side(served):
