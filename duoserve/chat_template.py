@@ -82,6 +82,8 @@ class ChatTemplate:
         """The process's answer, which is waited for no longer than it may take."""
         if self._closed:
             raise ClosedError("the chat template was used after close()")
+        if self._process is not None and self._process.poll() is not None:  # ended by somebody else
+            self._kill()
         process = self._process or self._started()
         reply = _reply(process, line, SECONDS)
         if reply is None:
@@ -101,6 +103,7 @@ class ChatTemplate:
                 stderr=subprocess.DEVNULL,
                 text=True,
                 encoding="utf-8",
+                start_new_session=True,  # Ctrl-C is for this process: it closes the other
             )
         except OSError as error:
             raise DuoServeError(f"the process that renders chat templates cannot be started ({error})") from error
@@ -144,8 +147,8 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if is_there(older):
         found, where = read_object(older, TEMPLATE_BYTES).get("chat_template"), older
     if isinstance(found, list):
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-        found = named.get("default")
+        named = [one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"]
+        found = named[-1] if named else None
     if found is not None and not isinstance(found, str):
         raise CheckpointError(f"{where}: chat_template is a {type(found).__name__}, but must be text")
     return found

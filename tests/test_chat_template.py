@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -91,6 +92,7 @@ def test_where_it_is_found(make: Make, tmp_path: Path) -> None:
     assert ChatTemplate.load(tmp_path) is None
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "named"}]
     assert make(chat_template=named).render([]) == "named"
+    assert make(chat_template=[{"name": ["x"], "template": "y"}, named[1]]).render([]) == "named"
     assert make(chat_template="plain").render([]) == "plain"
     assert make(chat_template="plain", older={"chat_template": "older"}).render([]) == "older"
     assert make("a file {{ eos_token }}", chat_template="plain").render([]) == "a file </s>"
@@ -99,6 +101,8 @@ def test_where_it_is_found(make: Make, tmp_path: Path) -> None:
 def test_a_malformed_one_is_refused(make: Make, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="chat_template is a int"):
         make(chat_template=7)
+    with pytest.raises(CheckpointError, match="chat_template is a dict"):
+        make(chat_template=[{"name": "default", "template": {}}])
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match="not UTF-8"):
         ChatTemplate.load(tmp_path)
@@ -174,6 +178,24 @@ def test_a_process_that_does_not_start_is_no_fault_of_the_request(make: Make, mo
     assert not isinstance(failed.value, RequestError)
     monkeypatch.undo()
     assert make("ok").render([]) == "ok"
+
+
+def test_a_process_that_somebody_ended_is_started_anew(make: Make) -> None:
+    template = make("ok")
+    assert template.render([]) == "ok"
+    assert template._process is not None
+    template._process.kill()
+    template._process.wait()
+    assert template.render([]) == "ok"
+
+
+def test_an_interrupt_on_the_terminal_is_not_for_the_process(make: Make) -> None:
+    """Ctrl-C goes to all of the terminal's foreground group."""
+    template = make("ok")
+    assert template.render([]) == "ok"
+    process = template._process
+    assert process is not None and os.getpgid(process.pid) != os.getpgid(0)
+    assert template.render([]) == "ok" and template._process is process
 
 
 def test_closed_it_is_closed(make: Make) -> None:
