@@ -28,11 +28,18 @@ class Fields:
 
     @classmethod
     def completed(cls, raw: Mapping[str, Any], defaults: Mapping[str, Any], aliases: Mapping[str, str]) -> Fields:
-        """A config.json whose absent fields are ``defaults``; ``aliases`` are other names of some of them."""
+        """A config.json whose absent fields are ``defaults``; ``aliases`` are other names of some of them.
+
+        Of a field and its other name, one that is null says nothing.
+        """
         named = dict(raw)
         for alias, name in aliases.items():
             value = named.pop(alias, None)
-            if value is not None and named.setdefault(name, value) != value:
+            if value is None:
+                continue
+            if named.get(name) is None:
+                named[name] = value
+            elif named[name] != value:
                 raise cls(raw).refusal(alias, f"but {name}, its other name, is {reprlib.repr(raw[name])}")
         return cls({**defaults, **named})
 

@@ -25,6 +25,7 @@ from duoserve.models.family import Family
 from duoserve.models.rope_fields import MAX_POSITIONS, rope_config
 
 MODEL_TYPE = "gpt_oss"
+ROPE = "rope_parameters"  # null is the default too
 # What transformers' GptOssConfig takes for a field that is not there.
 DEFAULTS: dict[str, Any] = {
     "attention_bias": True,
@@ -41,7 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": 8,
     "num_local_experts": 128,
     "rms_norm_eps": 1e-5,
-    "rope_parameters": {
+    ROPE: {
         "rope_type": "yarn",
         "factor": 32.0,
         "beta_fast": 32.0,
@@ -60,7 +61,8 @@ DEFAULTS: dict[str, Any] = {
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
     """The hyper-parameters of a raw ``config.json``; ConfigError names a field that is unsupported or out of bounds."""
-    fields = Fields.completed(raw, DEFAULTS, aliases={"num_experts": "num_local_experts"})
+    given = {name: value for name, value in raw.items() if name != ROPE or value is not None}
+    fields = Fields.completed(given, DEFAULTS, aliases={"num_experts": "num_local_experts"})
     refuse_unsupported(fields)
     experts = num_experts(fields, "num_local_experts")
     router = RouterConfig(experts, top_k(fields, experts), scoring="softmax_of_topk", rounded=True, bias=True)

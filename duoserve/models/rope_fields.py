@@ -8,6 +8,7 @@ from duoserve.models.rope import yarn_magnitude
 
 ROPE_TYPES = ("default", "yarn")
 MAX_POSITIONS = 1 << 30
+LEAST_TURNS = 1e-6  # of YaRN, over the original context; of still fewer, the quotient overflows
 
 
 def rope_config(fields: Fields, head_dim: int, *, partial: bool = False, interleaved: bool = False) -> RopeConfig:
@@ -52,13 +53,13 @@ def _yarn(fields: Fields, inner: Fields) -> YarnConfig:
             MAX_POSITIONS,
             fields.integer("max_position_embeddings", 1, MAX_POSITIONS),
         ),
-        beta_fast=_optional(inner, "beta_fast") or 32.0,
-        beta_slow=_optional(inner, "beta_slow") or 1.0,
+        beta_fast=_optional(inner, "beta_fast", LEAST_TURNS) or 32.0,
+        beta_slow=_optional(inner, "beta_slow", LEAST_TURNS) or 1.0,
         truncate=inner.flag("truncate", True),
         magnitude=_optional(inner, "attention_factor") or magnitude,
         score_scale=yarn_magnitude(factor, back) ** 2 if back else 1.0,
     )
 
 
-def _optional(inner: Fields, name: str) -> float | None:
-    return inner.number(name, 0, 1e6) if inner.is_set(name) else None
+def _optional(inner: Fields, name: str, low: float = 0) -> float | None:
+    return inner.number(name, low, 1e6) if inner.is_set(name) else None

@@ -35,6 +35,8 @@ EXTRA = [
     "scoring_func",
     "topk_method",
     "quantization_config",
+    "num_experts",
+    "num_local_experts",
 ]
 
 

@@ -51,6 +51,10 @@ CASES = FamilyCases(
             {"rope_scaling": {"type": "yarn", "factor": 2.0, "rope_theta": 1.0}},
             r"rope_scaling: rope_theta is 1\.0; with YaRN it must be above 1",
         ),
+        "yarn of hardly any turns": (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_slow": 1e-310}},
+            "rope_scaling: beta_slow is 1e-310; it must be a number above 1e-06",
+        ),
         "no layer has experts": ({"decoder_sparse_step": 9}, "with decoder_sparse_step 9, no layer has experts"),
         "layers no list": ({"mlp_only_layers": 1}, "mlp_only_layers is 1; it must be a list of integers in 0"),
         "two counts": ({"num_experts": 4}, "num_local_experts is 8; but num_experts, its other name, is 4"),
