@@ -20,7 +20,7 @@ from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.graph_decode import graph_steps, host_rows
-from duoserve.kernels.compiler import can_compile, cpp_compiler
+from duoserve.kernels.compiler import CpuCompiler, can_compile, cpp_compiler
 from duoserve.kernels.cuda_graphs import CudaRecorder
 from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.link import LinkRates, link_rates, seconds_on_gpu
@@ -92,7 +92,7 @@ def make_decoder(wanted: str, policy: Policy, parts: DecoderParts) -> Decoder | 
         return None
     model, cache = parts.model, parts.cache
     if launch is Launch.COMPILED:
-        return _compiled(model, cache)
+        return compiled_decoder(model, cache)
     recorder = CudaRecorder(cache.device)
     if launch is Launch.EVENT:
         return RecordedDecoder(model, cache, event_steps(model, cache, recorder))
@@ -100,14 +100,27 @@ def make_decoder(wanted: str, policy: Policy, parts: DecoderParts) -> Decoder | 
     return RecordedDecoder(model, cache, graph_steps(model, cache, recorder, parts.store, books))
 
 
-def _compiled(model: Transformer, cache: PagedKVCache) -> Decoder | None:
-    if can_compile():
-        return compiled_decoder(model, cache)
+def possible_mode(wanted: str) -> str:
+    """``wanted``, but "auto" for "compiled" where nothing can be compiled, with a warning that says why."""
+    if wanted != "compiled" or (obstacle := _compiler_fault()) is None:
+        return wanted
     warnings.warn(
-        f"decode_mode='compiled' takes a C++ compiler, and there is no {cpp_compiler()!r}: decode steps run op by op, "
-        "more slowly (install one, or name it in CXX)",
+        f"decode_mode='compiled' takes a C++ compiler, and {obstacle}: decode steps run op by op, more slowly "
+        "(install one, or name it in CXX)",
         stacklevel=2,
     )
+    return "auto"
+
+
+def _compiler_fault() -> str | None:
+    """Why nothing can be compiled, None if it can. A loop is compiled to see it: there may be no Python.h."""
+    if not can_compile():
+        return f"there is no {cpp_compiler()!r}"
+    try:
+        CpuCompiler().record(lambda: torch.ones(64) + 1)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        return f"{cpp_compiler()!r} fails ({next((line for line in lines if 'error:' in line), lines[0])})"
     return None
 
 

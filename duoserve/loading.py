@@ -12,7 +12,7 @@ from duoserve.chat_template import ChatTemplate
 from duoserve.choice import Choice, find_choice, predictor_beside
 from duoserve.compiled_prompts import compiled_prompts
 from duoserve.config import EngineConfig, ModelConfig
-from duoserve.decoding import DecoderParts, ModelDecoder, check_mode, make_decoder
+from duoserve.decoding import DecoderParts, ModelDecoder, check_mode, make_decoder, possible_mode
 from duoserve.engine import Engine
 from duoserve.errors import ConfigError, TraceError
 from duoserve.experts.budget import MemoryPlan
@@ -20,7 +20,6 @@ from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.copy_engine import CopyEngine
 from duoserve.experts.slots import SlotPool, SlotTable
 from duoserve.kernels import Products
-from duoserve.kernels.compiler import can_compile
 from duoserve.kernels.unpacking import with_compiled_unpacking
 from duoserve.kv_cache import PagedKVCache
 from duoserve.metrics import Meter
@@ -84,20 +83,21 @@ def load(  # noqa: PLR0913
         best = None if named is not None else _best(found.checkpoint, cache_dir)
         chosen = named or _automatic(plan, best[0] if best else None)
         told = _told(predictor, best, found.checkpoint, cache_dir)
+        mode = possible_mode(wanted.decode_mode)
         store = place.slow_tier(plan, cache_dir, held, wanted.quantize)
         meter, pool = Meter(), SlotPool(plan.num_slots, store.layout, device=place.device)
         copies = place.copy_engine(store, pool, wanted.copy_threads, meter)
         scheduler = held.enter_context(closing(make_scheduler(found.config, pool, copies, chosen, meter, told)))
         if chosen.all_resident:
             scheduler.load_all(progress=sys.stderr.isatty())
-        compiles = wanted.decode_mode == "compiled" and can_compile()
+        compiles = mode == "compiled"
         weights = with_compiled_unpacking(pool.weights) if compiles else pool.weights
         built = found.family.build(found.config, place.dense_reader(), RoutedExperts(scheduler, weights))
         heard_by = audience(scheduler.listener, listener)
         transformer, tap = (built, None) if heard_by is None else listened_to(built, heard_by)
         cache = PagedKVCache(found.config, place.max_context, place.dtype, place.device)
         parts = DecoderParts(transformer, cache, scheduler, store, pool)
-        decoder = make_decoder(wanted.decode_mode, chosen, parts)
+        decoder = make_decoder(mode, chosen, parts)
         if wanted.invariant:
             decoder = ModelDecoder(with_products(transformer, Products.BY_ROW), cache)
             transformer = with_products(transformer, Products.BY_TILE)

@@ -11,6 +11,7 @@ import torch
 
 from duoserve import ConfigError, MoEModel, SamplingParams
 from duoserve.compiled_decode import CompiledStep
+from duoserve.kernels import compiler
 from duoserve.kernels.compiler import CpuCompiler
 from tests.checkpoints import save_mixtral
 from tests.compiled_case import needs_compiler, save
@@ -89,7 +90,8 @@ def test_layers_that_differ_in_tensors_only_are_compiled_once(mixtral: Path, mon
     whole = "duoserve.kernels.compiler._compile"
     monkeypatch.setattr(whole, lambda graph, operands: compiled.append(graph) or (lambda *_: None))
     MoEModel.from_pretrained(mixtral, decode_mode="compiled").close()
-    assert len(compiled) == 4  # up to the first choice, from there to the next, to the logits; and an expert
+    # Up to the first choice, from there to the next, to the logits; and an expert, and what is tried before.
+    assert len(compiled) == 5
 
 
 def test_without_a_compiler_a_step_runs_op_by_op(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +101,27 @@ def test_without_a_compiler_a_step_runs_op_by_op(mixtral: Path, monkeypatch: pyt
     with (
         pytest.warns(UserWarning, match="there is no 'no-such-compiler': decode steps run op by op"),
         MoEModel.from_pretrained(mixtral, decode_mode="compiled") as model,
+    ):
+        assert model.generate(PROMPT, GREEDY).token_ids == expected
+
+
+@needs_compiler
+@pytest.mark.parametrize("quantize", [None, "bf12"])
+def test_with_a_compiler_that_fails_all_runs_op_by_op(
+    quantize: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where Python's headers are missing: Inductor raises what the compiler says."""
+
+    def failing(*_: object, **options: object) -> None:
+        raise RuntimeError("Python.h: no such file\ncompilation terminated.")
+
+    folder = save_mixtral(tmp_path, hidden_size=128, intermediate_size=128, dtype=torch.bfloat16)
+    with MoEModel.from_pretrained(folder, quantize=quantize) as model:
+        expected = model.generate(PROMPT, GREEDY).token_ids
+    monkeypatch.setattr(compiler, "_made_by_inductor", failing)
+    with (
+        pytest.warns(UserWarning, match=r"fails \(Python\.h: no such file\): decode steps run op by op"),
+        MoEModel.from_pretrained(folder, quantize=quantize, decode_mode="compiled") as model,
     ):
         assert model.generate(PROMPT, GREEDY).token_ids == expected
 
