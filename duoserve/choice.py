@@ -49,7 +49,7 @@ def save_choice(
         "policy": choice.policy,
         "predictor": choice.use_predictor,
     }
-    folder = _writable(checkpoint, cache_dir)
+    folder, _ = _places(checkpoint, cache_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if choice.use_predictor and predictor is not None:
@@ -77,10 +77,14 @@ def find_choice(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> 
 
 def predictor_beside(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> RowPredictor | None:
     """The predictor that lies beside the model, or in the cache; None if there is none."""
-    for folder in _places(checkpoint, cache_dir):
-        if is_file(folder / PREDICTOR_FILE):
-            return load_predictor(folder / PREDICTOR_FILE, checkpoint.fingerprint())
-    return None
+    found = (predictor_in(folder, checkpoint) for folder in _places(checkpoint, cache_dir))
+    return next((predictor for predictor in found if predictor is not None), None)
+
+
+def predictor_in(folder: Path, checkpoint: Checkpoint) -> RowPredictor | None:
+    """The predictor in a folder that ``find_choice`` gave; None if there is none. TraceError as in load_predictor."""
+    path = folder / PREDICTOR_FILE
+    return load_predictor(path, checkpoint.fingerprint()) if is_file(path) else None
 
 
 def _read(path: Path, fingerprint: str) -> Choice | None:
@@ -91,21 +95,13 @@ def _read(path: Path, fingerprint: str) -> Choice | None:
     if about.get("fingerprint") != fingerprint:
         return None
     policy = about.get("policy")
-    if policy not in POLICIES:
+    if not isinstance(policy, str) or policy not in POLICIES:
         raise TraceError(f"{path}: names the policy {policy!r}, which is not known; run duoserve evaluate again")
     return Choice(policy, about.get("predictor") is True, str(about.get("why", "")))
 
 
 def _places(checkpoint: Checkpoint, cache_dir: str | Path | None) -> tuple[Path, Path]:
-    """Where choices may lie, and where they are sought first: the model's folder, but for one of the package."""
-    own, cached = checkpoint.folder, _cached(checkpoint, cache_dir)
-    return (cached, own) if own.is_relative_to(EMBEDDED_FOLDER) else (own, cached)
-
-
-def _writable(checkpoint: Checkpoint, cache_dir: str | Path | None) -> Path:
-    first, second = _places(checkpoint, cache_dir)
-    return second if first == checkpoint.folder and not os.access(first, os.W_OK) else first
-
-
-def _cached(checkpoint: Checkpoint, cache_dir: str | Path | None) -> Path:
-    return cache_folder(cache_dir) / "choices" / checkpoint.fingerprint()
+    """Where choices may lie: first where they are written, so that the last one made is the first one found."""
+    own, cached = checkpoint.folder, cache_folder(cache_dir) / "choices" / checkpoint.fingerprint()
+    as_shipped = own.is_relative_to(EMBEDDED_FOLDER) or not os.access(own, os.W_OK)
+    return (cached, own) if as_shipped else (own, cached)

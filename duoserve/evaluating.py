@@ -54,6 +54,9 @@ def evaluate(
         return Evaluation(_explained(best, False, totals, totals[best]), None, list(map(figures, runs)))
     policy = POLICIES[best].without_guesses()
     quiet_runs = [replay(held, policy, machine, slots) for slots in slot_counts]
+    bounds = {run.num_slots: (run.least_bytes, run.layer_belady_bytes) for run in runs}
+    for run in quiet_runs:
+        run.least_bytes, run.layer_belady_bytes = bounds[run.num_slots]
     quiet_s = _decode_s(quiet_runs)
     pays = totals[best] <= (1 - LEAST_GAIN) * quiet_s
     rows = [figures(run) for run in (*runs, *quiet_runs)]

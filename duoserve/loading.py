@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duoserve.chat_template import ChatTemplate
-from duoserve.choice import Choice, find_choice, predictor_beside
+from duoserve.choice import Choice, find_choice, predictor_beside, predictor_in
 from duoserve.compiled_prompts import compiled_prompts
 from duoserve.config import EngineConfig, ModelConfig
 from duoserve.decoding import DecoderParts, ModelDecoder, check_mode, make_decoder, possible_mode
@@ -153,7 +153,9 @@ def _told(
     cache_dir: str | Path | None,
 ) -> Predictor | None:
     """The predictor that was asked for, or chosen with the policy."""
-    if predictor == "auto" or (predictor is None and best is not None and best[0].use_predictor):
+    if predictor is None and best is not None and best[0].use_predictor:
+        return predictor_in(best[1], checkpoint)
+    if predictor == "auto":
         return predictor_beside(checkpoint, cache_dir)
     if isinstance(predictor, (str, Path)):
         return load_predictor(Path(predictor), checkpoint.fingerprint())

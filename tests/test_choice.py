@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from duoserve.choice import CHOICE_FILE, PREDICTOR_FILE, Choice, find_choice, pr
 from duoserve.errors import CheckpointError, TraceError
 from duoserve.evaluating import evaluate
 from duoserve.experts.checkpoint import Checkpoint
-from duoserve.predictors.files import save_predictor
+from duoserve.predictors.files import load_predictor, save_predictor
 from duoserve.predictors.training import train
 from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
 from duoserve.scheduling.selection import select
@@ -74,6 +75,41 @@ def test_a_read_only_models_choice_goes_to_the_cache(
     checkpoint.close()
 
 
+def test_a_read_only_models_older_choice_gives_way_to_the_one_in_the_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(folder)
+    save_choice(checkpoint, Choice("lru", False, ""), None, {}, tmp_path / "c")
+    monkeypatch.setattr("duoserve.choice.os.access", lambda path, mode: False)
+    assert find_choice(checkpoint, tmp_path / "c") == (Choice("lru", False, ""), folder)
+    where = save_choice(checkpoint, Choice("on-demand", False, ""), None, {}, tmp_path / "c")
+    assert where != folder and find_choice(checkpoint, tmp_path / "c") == (Choice("on-demand", False, ""), where)
+    checkpoint.close()
+    with MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path / "c") as model:
+        assert model.policy == "on-demand"
+
+
+def test_the_predictor_of_a_choice_is_the_one_that_was_written_with_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another lies beside the model, which has become writable again."""
+    checkpoint = Checkpoint.open(folder)
+    chosen, other = (train(trace_for(checkpoint), kind)[0] for kind in ("lookahead", "popularity"))
+    with monkeypatch.context() as read_only:
+        read_only.setattr("duoserve.choice.os.access", lambda path, mode: False)
+        save_choice(checkpoint, Choice("lookahead", True, ""), chosen, {}, tmp_path / "c")
+    save_predictor(other, folder / PREDICTOR_FILE, {})
+    fetched, heard = [], []
+    monkeypatch.setattr(
+        "duoserve.choice.load_predictor", lambda path, of: fetched.append(path) or load_predictor(path, of)
+    )
+    checkpoint.close()
+    for told in (None, "auto"):
+        with MoEModel.from_pretrained(folder, expert_slots=6, predictor=told, cache_dir=tmp_path / "c"):
+            heard.append(fetched[-1].parent == folder)
+    assert heard == [False, True]
+
+
 def test_what_came_with_the_package_stays_as_it_came(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(BARD)
     shipped = {path.name: path.stat().st_mtime_ns for path in BARD.iterdir()}
@@ -110,9 +146,10 @@ def test_another_models_choice_is_passed_over_and_a_broken_one_refused(folder: P
     path = folder / CHOICE_FILE
     path.write_text(json.dumps({"fingerprint": "another", "policy": "lru", "predictor": False}))
     assert find_choice(checkpoint, tmp_path) is None
-    path.write_text(json.dumps({"fingerprint": checkpoint.fingerprint(), "policy": "mru", "predictor": False}))
-    with pytest.raises(TraceError, match="'mru', which is not known"):
-        find_choice(checkpoint)
+    for policy in ("mru", ["lru"], {}, None):
+        path.write_text(json.dumps({"fingerprint": checkpoint.fingerprint(), "policy": policy, "predictor": False}))
+        with pytest.raises(TraceError, match=re.escape(f"{policy!r}, which is not known")):
+            find_choice(checkpoint)
     path.write_text("{")
     with pytest.raises(TraceError, match="run duoserve evaluate again"):
         find_choice(checkpoint)
@@ -161,6 +198,15 @@ class TestEvaluate:
         assert "prefetch is on" in pays.choice.why
         assert not not_.choice.use_predictor and not_.predictor is None
         assert {row["policy"] for row in pays.rows} >= {"lru", "on-demand", "duoserve", "oracle"}
+
+    def test_whoever_has_as_many_slots_has_the_same_bounds(self) -> None:
+        trace = drawn_trace(requests=8, tokens=40, precision=0.95)
+        done = evaluate(trace, Machine(Hardware("idle", 1e10, 1e11, 1e14, 0.0, 5e-4), SIZES), [24, 48])
+        rows = {count: [row for row in done.rows if row["slots"] == count] for count in (24, 48)}
+        assert len(rows[24]) == len(rows[48]) == 7  # one of them without guesses
+        for bound in ("least_bytes_per_token", "layer_belady_bytes_per_token"):
+            few, many = ({row[bound] for row in rows[count]} for count in (24, 48))
+            assert len(few) == len(many) == 1 and few.pop() > many.pop() > 0
 
     def test_a_model_of_one_layer(self) -> None:
         trace = synthesize(replace(LIKE_THE_CHECKPOINT, num_layers=1), requests=4, tokens=20, precision=0.8, seed=1)

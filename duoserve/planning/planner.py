@@ -10,7 +10,8 @@ import torch
 from duoserve.config import EngineConfig
 from duoserve.errors import ConfigError, MemoryBudgetError
 from duoserve.experts.budget import FreeMemory, MemoryPlan, format_bytes
-from duoserve.experts.layout import ExpertLayout
+from duoserve.experts.layout import ExpertLayout, Quantized
+from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache
 from duoserve.memory_needs import MemoryNeeds, context_of, cpu_only
 from duoserve.models.described import DescribedModel
 from duoserve.planning.formats import layout_in
@@ -64,7 +65,11 @@ class Planner:
         costs = self._costs(hardware, layout, memory)
         names = [name for name in RANKED if _can(POLICIES[name], memory)]
         speeds = sorted((speed_of(costs, curves, memory, question, name) for name in names), key=_by_tpot)
-        notes = (*self._routing_notes(question, curves), *self._notes(hardware, question, memory, costs))
+        notes = (
+            *self._routing_notes(question, curves),
+            *self._notes(hardware, question, memory),
+            *_cost_notes(layout, costs),
+        )
         return Plan(hardware, question, layout, memory, {s.policy: s for s in speeds}, curves.name, notes)
 
     def costs(self, plan: Plan) -> Costs:
@@ -109,10 +114,12 @@ class Planner:
                 f"a prompt of {question.prompt} tokens and {question.new_tokens} new ones are more than the "
                 f"{config.num_positions} positions that the model knows: shorten either"
             )
-        context = question.max_context or max(context_of(config, None), question.batch * per_sequence)
-        if context < question.batch * per_sequence:
+        needed = question.batch * PagedKVCache.whole_pages(per_sequence)
+        context = question.max_context or max(context_of(config, None), needed)
+        if PagedKVCache.whole_pages(context) < needed:
             raise ConfigError(
-                f"max_context={context} holds fewer tokens than {question.batch} x {per_sequence}: raise it"
+                f"max_context={context} holds fewer tokens than {question.batch} x {per_sequence} in whole pages of "
+                f"{PAGE_TOKENS} tokens: raise it to at least {needed}"
             )
         on_cpu = hardware.host_computes
         needs = MemoryNeeds(
@@ -123,7 +130,9 @@ class Planner:
             device=torch.device("cpu" if on_cpu else "cuda"),
             max_context=context,
         )
-        host_bytes = max(hardware.host_bytes, question.host_memory or 0)
+        host_bytes = hardware.host_bytes
+        if _is_card(hardware):  # its RAM is assumed: who names more has more
+            host_bytes = max(host_bytes, question.host_memory or 0)
         wanted = EngineConfig(
             memory=question.memory, expert_slots=question.expert_slots, host_memory=question.host_memory
         )
@@ -144,21 +153,30 @@ class Planner:
             notes.append(f"hit rates are means over {CURVE_TOKENS} new tokens: so few as here miss more")
         return notes
 
-    def _notes(self, hardware: Hardware, question: Question, memory: MemoryPlan, costs: Costs) -> list[str]:
+    def _notes(self, hardware: Hardware, question: Question, memory: MemoryPlan) -> list[str]:
         config, notes = self.model.config, []
         if not hardware.host_computes and question.host_memory is None and memory.num_slots < memory.total_experts:
             notes.append(f"assumed: {format_bytes(hardware.host_bytes)} of RAM, of which 80 % hold experts")
-        if hardware.name.partition("@")[0] in HARDWARE:
+        if _is_card(hardware):
             notes.append(
                 "rates are the makers' peaks and others' figures of links: nothing was measured on this machine"
             )
         if not hardware.host_computes and (what := cpu_only(config)) is not None:
             notes.append(f"duoserve runs {what} on CPUs only so far: this is what a GPU would allow")
-        if isinstance(costs, RehearsedCosts):
-            notes.append("times are those of made-up layers of these sizes, run on this machine")
-        elif hardware.host_computes and (question.form or config.quantization is not None):
-            notes.append("a CPU decodes quantized experts before it multiplies: the time of that is left out")
         return notes
+
+
+def _cost_notes(layout: ExpertLayout, costs: Costs) -> list[str]:
+    if isinstance(costs, RehearsedCosts):
+        return ["times are those of made-up layers of these sizes, run on this machine"]
+    if costs.machine.hardware.host_computes and isinstance(layout.stored, Quantized):
+        return ["a CPU decodes quantized experts before it multiplies: the time of that is left out"]
+    return []
+
+
+def _is_card(hardware: Hardware) -> bool:
+    """Whether it is a machine by name, of which nothing was measured here."""
+    return hardware.name.partition("@")[0] in HARDWARE
 
 
 def _can(policy: Policy, memory: MemoryPlan) -> bool:

@@ -34,7 +34,7 @@ LAYERS = 4
 FEW, MANY = 3 / 8, 3 / 4  # shares of the experts in slots; policies that keep none need but few
 STEPS = 12  # behind a prompt
 PROMPTS, MOST_PROMPTS, ENOUGH_S = 3, 8, 0.6  # for each share of slots: more of them where they take little time
-MAX_PROMPT = 512
+MIN_PROMPT, MAX_PROMPT = 2, 512  # a single token is a decode step to who watches the layers
 MAX_BYTES = 1 << 30
 TRIMMED = 0.1  # of the samples, at either end: others' work on this machine
 
@@ -47,7 +47,7 @@ class StepTimes(NamedTuple):
 
 
 class PromptTimes(NamedTuple):
-    """Seconds of a layer by how many experts are copied for it, on average (ascending), and of all beside them."""
+    """Seconds of a layer by how many experts are copied for it, on average, and of all beside them."""
 
     copies: tuple[float, ...]
     layer_s: tuple[float, ...]
@@ -78,7 +78,7 @@ class Rehearsal:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """What ``to_dict`` gave; TypeError, ValueError or KeyError for anything else."""
+        """What ``to_dict`` gave; AttributeError, KeyError, TypeError or ValueError for anything else."""
         times = {
             policy: {tier: _times(*parts) for tier, parts in tiers.items()} for policy, tiers in raw["times"].items()
         }
@@ -117,7 +117,7 @@ def rehearse(
     count = layers_to_rehearse(model, layout, free_bytes(CPU))
     if not count:
         return None
-    config, prompt = few_layers(model.config, count), min(prompt, MAX_PROMPT)
+    config, prompt = few_layers(model.config, count), min(max(prompt, MIN_PROMPT), MAX_PROMPT)
     folder.mkdir(parents=True, exist_ok=True)
     times: dict[str, dict[str, Times]] = {}
     with TemporaryDirectory(dir=folder) as scratch, staged(model.family, config, layout, Path(scratch)) as stage:

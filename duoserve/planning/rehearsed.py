@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import mean
 from typing import Self
 
 import numpy as np
@@ -70,8 +71,15 @@ class RehearsedCosts(Costs):
 
 
 def along(places: Sequence[float], values: Sequence[float], place: float) -> float:
-    """The value at ``place`` of straight lines through ``values`` at ascending ``places``; the last of them goes on."""
-    if len(places) > 1 and place > places[-1]:
-        slope = (values[-1] - values[-2]) / (places[-1] - places[-2])
-        return values[-1] + max(0.0, slope) * (place - places[-1])
-    return float(np.interp(place, places, values))
+    """The value at ``place`` of straight lines through ``values`` at ``places``; the last of them goes on.
+
+    Places come in any order, for what was measured may; of one that comes more than once the values' mean counts.
+    """
+    by_place: dict[float, list[float]] = {}
+    for at, value in sorted(zip(places, values, strict=True)):
+        by_place.setdefault(at, []).append(value)
+    seen, means = list(by_place), [mean(found) for found in by_place.values()]
+    if len(seen) > 1 and place > seen[-1]:
+        slope = (means[-1] - means[-2]) / (seen[-1] - seen[-2])
+        return means[-1] + max(0.0, slope) * (place - seen[-1])
+    return float(np.interp(place, seen, means))

@@ -8,7 +8,7 @@ chance: UNIFORM.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import log
@@ -58,11 +58,13 @@ class RoutingCurves:
         """By the share of the experts: a token takes another share of them than the card's, so tokens are scaled."""
         raw = self.raw
         scaled = tokens * (self.top_k / self.num_experts) / (raw["top_k"] / raw["num_experts"])
-        widths, counts = [int(width) for width in curve], list(curve.values())
+        widths, shares = [int(width) for width in curve], [count / raw["num_experts"] for count in curve.values()]
         if scaled <= 1:
-            share = scaled * counts[0] / raw["num_experts"]
+            share = scaled * shares[0]
+        elif scaled <= widths[-1]:
+            share = float(np.interp(log(scaled), [log(width) for width in widths], shares))
         else:
-            share = float(np.interp(log(scaled), [log(width) for width in widths], counts)) / raw["num_experts"]
+            share = 1 - _unmet(widths[-2:], [1 - met for met in shares[-2:]], scaled)
         return float(np.clip(share * self.num_experts, self.top_k, self.num_experts))
 
 
@@ -91,6 +93,19 @@ def curves_for(num_experts: int, top_k: int, model: str = "") -> RoutingCurves:
 def known_routings() -> list[str]:
     """The names of all cards, and UNIFORM."""
     return [UNIFORM, *_cards()]
+
+
+def _unmet(widths: Sequence[int], unmet: Sequence[float], tokens: float) -> float:
+    """The share of the experts that none of so many tokens takes, beyond the two widths at which it is known.
+
+    By chance its logarithm would grow with the tokens. It grows with a power of them, for the experts that are left are
+    those that are seldom taken: the power by which it grew between the two.
+    """
+    fewer, more = unmet
+    if more <= 0 or fewer <= more:
+        return more
+    power = log(log(more) / log(fewer)) / log(widths[1] / widths[0])
+    return float(more ** ((tokens / widths[1]) ** power))
 
 
 def _distance(raw: Mapping[str, Any], num_experts: int, top_k: int) -> float:

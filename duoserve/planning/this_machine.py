@@ -11,10 +11,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from duoserve.errors import ConfigError
+from duoserve.errors import CheckpointError, ConfigError
 from duoserve.experts.device import CPU, free_bytes, resolve
 from duoserve.experts.layout import ExpertLayout
 from duoserve.experts.packing import cache_folder
@@ -38,7 +39,7 @@ def this_machine(cache_dir: str | Path | None = None, *, anew: bool = False) -> 
     """
     device, path = resolve("auto"), cache_folder(cache_dir) / FILE
     about = _about(device)
-    kept = read_object(path, _MAX_BYTES) if is_file(path) and not anew else {}
+    kept = _read(path) if is_file(path) and not anew else {}
     if not kept.keys() >= set(RATES) or any(kept.get(key) != value for key, value in about.items()):
         with _writing_to(path.parent):
             kept = about | measure(device, path.parent)
@@ -70,14 +71,21 @@ def this_rehearsal(
     path = folder / f"rehearsal-{key}.json"
     if is_file(path) and not anew:
         try:
-            return Rehearsal.from_dict(read_object(path, _MAX_BYTES))
-        except (KeyError, TypeError, ValueError) as error:
+            return Rehearsal.from_dict(_read(path))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}: no rehearsal ({error}): delete the file") from error
     with _writing_to(folder):
         found = rehearse(model, layout, prompt, folder)
         if found is not None:
             write_whole(path, f"{json.dumps(found.to_dict())}\n".encode())
     return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path, _MAX_BYTES)
+    except CheckpointError as error:
+        raise ConfigError(f"{path}: no JSON object of at most {_MAX_BYTES} bytes: delete the file") from error
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 from duoserve.errors import ConfigError
+from duoserve.experts import budget
 from duoserve.metrics import ByteCounts
 from duoserve.scheduling.hardware import Machine
 from duoserve.scheduling.policies import POLICIES, Policy, get_policy
@@ -30,12 +31,14 @@ def contestants(names: str) -> list[str]:
 
 
 def slot_count(wanted: str, trace: Trace) -> int:
-    """Slots over all layers: a count, or a share of all experts such as "25%". ConfigError if it cannot work."""
+    """Slots over all layers: a count, or a share of all experts as ``expert_slots`` has it, such as "25%".
+
+    ConfigError if it cannot work.
+    """
     total = trace.meta.num_experts * len(trace.meta.layers)
-    number = wanted.removesuffix("%")
     try:
-        count = int(total * float(number) / 100) if wanted.endswith("%") else int(number)
-    except (ValueError, OverflowError):  # OverflowError: an infinite share
+        count = budget.slot_count(wanted if wanted.endswith("%") else int(wanted), total)
+    except (ValueError, ConfigError):
         raise ConfigError(f"slots {wanted!r} is neither a count nor a share such as 25%") from None
     if not trace.meta.top_k < count <= total:
         raise ConfigError(f"{wanted} is {count} slots, but must lie in {trace.meta.top_k + 1}..{total}")

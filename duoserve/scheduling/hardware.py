@@ -136,6 +136,8 @@ def _gqa(hidden: int, heads: int, kv_heads: int, head_dim: int, experts: int) ->
     return 2 * hidden * (heads + kv_heads) * head_dim + hidden * experts
 
 
+# Latent attention (queries, latents, outputs; keys and values out of latents), the router, two shared experts as one.
+_DEEPSEEK_V2_LITE = 2048 * (16 * 192 + 576 + 2048) + 512 * 16 * 256 + 2048 * 64 + 3 * 2048 * 2816
 INT4 = 4.25  # groups of 128 with a scale and a zero-point
 SIZES = {
     card.name: card
@@ -145,7 +147,7 @@ SIZES = {
         LayerSizes("qwen3-30b-a3b", 3 * 2048 * 768, 8.0, _gqa(2048, 32, 4, 128, 128), 4096),
         LayerSizes("gpt-oss-120b", 3 * 2880 * 2880, INT4, _gqa(2880, 64, 8, 64, 128), 4096),
         LayerSizes("gpt-oss-20b", 3 * 2880 * 2880, INT4, _gqa(2880, 64, 8, 64, 32), 4096),
-        LayerSizes("deepseek-v2-lite", 3 * 2048 * 1408, INT4, 2048 * (16 * 192 + 576 + 2048) + 512 * 16 * 256, 2048),
+        LayerSizes("deepseek-v2-lite", 3 * 2048 * 1408, INT4, _DEEPSEEK_V2_LITE, 16 * 192),
     )
 }
 

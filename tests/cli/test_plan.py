@@ -116,6 +116,15 @@ def test_other_machines_are_not_rehearsed(duoserve, rehearsals, other):
     assert rehearsals == []
 
 
+def test_another_disk_is_not_held_to_what_one_read_gets_of_the_one_that_is_here(duoserve, monkeypatch):
+    here = replace(HARDWARE["ddr4"], disk=0.4e9, reader=0.3e9)
+    monkeypatch.setattr(command, "this_machine", lambda anew: here)
+    asked = ("plan", "mixtral-8x7b", "--format", "int4", "--expert-slots", "25%", "--host-memory", "0", "--json")
+    ran = (duoserve(*asked, *more) for more in (("--disk", "nvme5"), ("--hardware", "ddr4", "--disk", "nvme5")))
+    (this,), (card,) = (json.loads(one.out)["plans"] for one in ran)
+    assert this["policies"] == card["policies"]
+
+
 def test_hit_rates_may_be_those_of_chance(duoserve):
     asked = ("plan", "mixtral-8x7b", "--hardware", "rtx4090", "--format", "int4", "--json")
     (own,), (chance,) = (json.loads(duoserve(*asked, *more).out)["plans"] for more in ((), ("--routing", "uniform")))

@@ -88,6 +88,26 @@ def test_a_longer_context_leaves_fewer_slots_and_takes_longer() -> None:
     assert long.best.tpot.total > short.best.tpot.total
 
 
+def test_each_sequence_of_a_batch_has_whole_pages() -> None:
+    """150 tokens each lie in three pages of 64."""
+    asked = {"prompt": 100, "new_tokens": 50, "batch": 32}
+    found, one = plan("qwen3-30b-a3b", "rtx4090", **asked), plan("qwen3-30b-a3b", "rtx4090", max_context=6144)
+    assert found.memory.kv_bytes == one.memory.kv_bytes == 32 * 192 * (48 * 2 * 4 * 128 * 2)
+    assert plan("qwen3-30b-a3b", "rtx4090", max_context=6144 - 63, **asked).memory == found.memory  # rounded up
+    with pytest.raises(ConfigError, match=r"max_context=4800 holds fewer tokens than 32 x 150 .* at least 6144"):
+        plan("qwen3-30b-a3b", "rtx4090", max_context=4800, **asked)
+
+
+def test_more_ram_than_a_card_is_assumed_to_have_may_be_named_but_not_more_than_was_found() -> None:
+    planner, question = planner_of("mixtral-8x22b"), Question(host_memory=90 * GIB)
+    assert planner.plan(find_hardware("rtx4090"), question).memory.host_bytes > 64 * GIB
+    for name in ("this", "this@pcie4x8"):
+        found = replace(find_hardware("rtx4090"), name=name)
+        with pytest.raises(MemoryBudgetError, match=r"but 68719476736 bytes .* of RAM are free"):
+            planner.plan(found, question)
+        assert planner.plan(found, replace(question, host_memory=60 * GIB)).memory.host_bytes > 59 * GIB
+
+
 def test_prompts_of_a_batch_use_more_experts_than_one_and_take_longer() -> None:
     one, four = (plan("qwen3-30b-a3b", "rtx4090", prompt=64, batch=batch).best.ttft for batch in (1, 4))
     assert 1.2 * one.busy["link"] < four.busy["link"] < 4 * one.busy["link"]
@@ -138,6 +158,13 @@ def test_what_is_assumed_is_said() -> None:
     )
     by_another = planner_of("bard").plan(CPU, Question(max_context=2048, routing="qwen3-30b-a3b"))
     assert by_another.notes == ("hit rates are those of qwen3-30b-a3b (128 experts, top-8); this one has 8, top-2",)
-    assert (
-        "the time of that is left out" in planner_of("bard").plan(CPU, Question(max_context=2048, form="int8")).notes[0]
-    )
+
+
+def test_a_cpu_decodes_what_is_quantized_only() -> None:
+    planner = planner_of("bard")
+    for form, notes in (("int8", 1), ("bf12", 1), ("bf16", 0)):
+        found = planner.plan(CPU, Question(max_context=2048, form=form)).notes
+        assert ["the time of that is left out" in note for note in found] == notes * [True]
+    asked = Question(max_context=2048, form="bf16")
+    gpt = planner_of("gpt-oss-20b").plan(replace(CPU, memory_bytes=96 * GIB), asked)
+    assert not any("quantized" in note for note in gpt.notes)

@@ -90,6 +90,15 @@ def test_a_long_prompt_is_cut_short(short: None, tmp_path: Path, monkeypatch: py
     assert found is not None and found.prompt == 8
 
 
+def test_a_prompt_of_one_token_is_rehearsed_as_one_of_two(short: None, tmp_path: Path) -> None:
+    """A single token is what a decode step has: its choice would be one that asks for any number of missing experts."""
+    model = find_model("bard")
+    found = rehearse(model, layout_in(model.config, None, model.config.dtype), 1, tmp_path, [("on-demand", "ram")])
+    assert found is not None and found.prompt == 2
+    (copied,) = found.times["on-demand"]["ram"].prefill.copies
+    assert copied > model.config.top_k
+
+
 @pytest.mark.parametrize(
     ("name", "free", "layers"),
     [

@@ -87,6 +87,26 @@ def test_lines_through_points() -> None:
     assert along((5.0,), (4.0,), 9.0) == 4.0
 
 
+def test_lines_through_points_in_any_order_and_at_one_place() -> None:
+    for place, value in ((0.0, 1.0), (1.0, 2.0), (2.0, 3.0), (4.0, 7.0), (6.0, 11.0)):
+        assert along((2.0, 4.0, 0.0, 2.0, 4.0), (2.0, 8.0, 1.0, 4.0, 6.0), place) == pytest.approx(value)
+    assert along((2.0, 2.0), (3.0, 5.0), 9.0) == 4.0
+
+
+@pytest.mark.parametrize(
+    ("copies", "layers_s"), [((2.0, 2.0), (10.0, 12.0, 17.0)), ((0.0, 0.0), (34 / 3, 34 / 3, 34 / 3))]
+)
+def test_a_prompt_that_copies_as_much_into_few_slots_as_into_many(
+    copies: tuple[float, ...], layers_s: tuple[float, ...]
+) -> None:
+    """Beside what a resident layer takes without copies: 10 s."""
+    times = Times(StepTimes((2.0, 3.0, 6.0), 0.5), PromptTimes(copies, (10.0, 14.0), 1.0))
+    found = Rehearsal(1_000_000, PROMPT, {"resident": {"disk": RESIDENT}, "lru": {"disk": times, "ram": times}})
+    costs = RehearsedCosts.of(FORMULA, found)
+    for resident, layer_s in zip((1.0, 0.75, 0.125), layers_s, strict=True):
+        assert costs.prefill(POLICIES["lru"], prompt(resident)).total == pytest.approx(LAYERS * layer_s + 1.0)
+
+
 def test_a_planner_goes_by_the_rehearsal_of_the_hardware_and_of_experts_of_that_size() -> None:
     cpu = Hardware("here", 10e9, 20e9, 1e11, 1e-4, 1e-3, host_computes=True, memory_bytes=8 * GIB, host_bytes=0)
     plain = Planner("bard", find_model("bard"))

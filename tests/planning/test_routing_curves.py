@@ -55,6 +55,20 @@ def test_curves_rise_from_nothing_to_all() -> None:
     assert used[0] == 8 and used == sorted(used) and used[-1] <= 128
 
 
+@pytest.mark.parametrize("name", sorted({*CARDS, "bard", "bard-fine"}))
+def test_curves_go_on_beyond_their_last_point_as_it_lies_beyond_the_one_before(name: str) -> None:
+    curves = curves_for(1, 1, name)
+    own = curves_for(curves.raw["num_experts"], curves.raw["top_k"], name)
+    for curve, distinct in (("window", "in_prompt"), ("batch", "in_batch")):
+        *_, (last, count) = own.raw[curve].items()
+        shorter = {width: used for width, used in own.raw[curve].items() if width != last}
+        cut = dataclasses.replace(own, raw=own.raw | {curve: shorter})
+        assert getattr(cut, distinct)(int(last)) == pytest.approx(count, rel=0.03)
+        beyond = [getattr(own, distinct)(int(last) * times) for times in (1, 1.01, 2, 3, 100, 10**6)]
+        assert beyond == sorted(beyond) and beyond[-1] <= own.num_experts
+        assert count == own.num_experts or beyond[2] > count + 0.1 * (own.num_experts - count)
+
+
 def test_a_batch_asks_for_more_experts_and_finds_fewer() -> None:
     assert QWEN.in_batch(1) == 8 < QWEN.in_batch(4) < 4 * 8
     assert QWEN.hit_rate("lru", 0.25, 1) > QWEN.hit_rate("lru", 0.25, 2) > QWEN.hit_rate("lru", 0.25, 4)

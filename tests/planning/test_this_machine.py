@@ -68,6 +68,11 @@ def test_a_malformed_file_is_refused(times: list[Path], tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(json.dumps(kept | {"disk": "fast"}))
     with pytest.raises(ConfigError, match=r"machine\.json: not every one of .*: delete the file"):
         this_machine(tmp_path)
+    for text in ("", "{", "[]"):
+        (tmp_path / FILE).write_text(text)
+        with pytest.raises(ConfigError, match=r"machine\.json: no JSON object .*: delete the file"):
+            this_machine(tmp_path)
+    assert this_machine(tmp_path, anew=True) and json.loads((tmp_path / FILE).read_text()) == kept
 
 
 def rehearsal(slot_bytes: int) -> Rehearsal:
@@ -129,7 +134,15 @@ def test_nothing_is_rehearsed_on_a_gpu_or_kept_of_what_is_too_large(
 def test_a_malformed_rehearsal_is_refused(rehearsed: list[int], tmp_path: Path) -> None:
     rehearse_bard(tmp_path)
     (file,) = tmp_path.iterdir()
-    for text in ("{}", '{"slot_bytes": 1, "prompt": 2, "times": {"lru": {"disk": [1, 2]}}}'):
+    for text in (
+        "{}",
+        '{"slot_bytes": 1, "prompt": 2, "times": []}',
+        '{"slot_bytes": 1, "prompt": 2, "times": {"lru": {"disk": [1, 2]}}}',
+    ):
         file.write_text(text)
         with pytest.raises(ConfigError, match=r"rehearsal-.*\.json: no rehearsal .*: delete the file"):
+            rehearse_bard(tmp_path)
+    for text in ("", "{", "[]"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=r"rehearsal-.*\.json: no JSON object .*: delete the file"):
             rehearse_bard(tmp_path)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from duoserve.errors import ConfigError
+from duoserve.experts import budget
 from duoserve.scheduling.bake_off import CONTESTANTS, bake_off, contestants, figures, slot_count, table
 from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
 from tests.scheduling.fortune import Teller, certain
@@ -28,6 +29,8 @@ def test_slots_are_counts_or_shares() -> None:
     assert [slot_count(wanted, trace) for wanted in ("25%", "12.5%", "96", "3")] == [24, 12, 96, 3]
     with pytest.raises(ConfigError, match=r"2 is 2 slots.*3\.\.96"):
         slot_count("2", trace)
+    for share in ("12.5%", "35%", "52.6%", "99.9%"):
+        assert slot_count(share, trace) == budget.slot_count(share, 96)  # what an engine has
     for wrong in ("many", "nan%", "inf%"):
         with pytest.raises(ConfigError, match="neither a count nor a share"):
             slot_count(wrong, trace)
