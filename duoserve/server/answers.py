@@ -47,7 +47,12 @@ class Dialect(Protocol):
     @property
     def id_prefix(self) -> str: ...
 
-    def writer(self, index: int, tokens: TokenText | None) -> Writer:
+    @property
+    def goes_on(self) -> bool:
+        """Whether answers are to be put behind their prompts, as text."""
+        ...
+
+    def writer(self, index: int, tokens: TokenText | None, prompt_ids: Sequence[int]) -> Writer:
         """A writer of choice ``index``; ``tokens`` None where no log-probabilities are wanted."""
         ...
 
@@ -55,10 +60,10 @@ class Dialect(Protocol):
 class CompletionWriter:
     """A choice of ``/v1/completions``."""
 
-    def __init__(self, index: int, tokens: TokenText | None) -> None:
+    def __init__(self, index: int, tokens: TokenText | None, prompt_ids: Sequence[int]) -> None:
         self._index = index
         self._tokens = tokens
-        self._offsets = None if tokens is None else tokens.offsets()
+        self._offsets = None if tokens is None else tokens.offsets(prompt_ids)
 
     def delta(self, piece: Piece) -> dict[str, Any]:
         """The choice in a chunk."""
@@ -135,10 +140,11 @@ class Completions:
     whole_object: str = "text_completion"
     chunk_object: str = "text_completion"
     id_prefix: str = "cmpl"
+    goes_on: bool = True
 
-    def writer(self, index: int, tokens: TokenText | None) -> Writer:
+    def writer(self, index: int, tokens: TokenText | None, prompt_ids: Sequence[int]) -> Writer:
         """A writer of choice ``index``."""
-        return CompletionWriter(index, tokens)
+        return CompletionWriter(index, tokens, prompt_ids)
 
 
 @dataclass(frozen=True)
@@ -148,8 +154,9 @@ class Chat:
     whole_object: str = "chat.completion"
     chunk_object: str = "chat.completion.chunk"
     id_prefix: str = "chatcmpl"
+    goes_on: bool = False
 
-    def writer(self, index: int, tokens: TokenText | None) -> Writer:
+    def writer(self, index: int, tokens: TokenText | None, prompt_ids: Sequence[int]) -> Writer:
         """A writer of choice ``index``."""
         return ChatWriter(index, tokens)
 

@@ -81,8 +81,12 @@ class Service(Protocol):
         objectives: Objectives | None = None,
         *,
         logprobs: int | None = None,
+        goes_on: bool = False,
     ) -> Stream:
-        """RequestError: not to be served. OverloadedError: not now. ClosedError: no longer."""
+        """With ``goes_on`` the text is one to put behind the prompt's, else one of its own.
+
+        RequestError: not to be served. OverloadedError: not now. ClosedError: no longer.
+        """
         ...
 
     async def drain(self, seconds: float) -> None:

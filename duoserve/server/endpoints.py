@@ -124,7 +124,7 @@ class Endpoints:
         pairs = [(ids, repeat) for ids in prompts for repeat in range(asked.n)]
         context = service.model.max_context
         wanted = [
-            Wanted(ids, asked.params(len(ids), context, repeat), dialect.writer(index, tokens))
+            Wanted(ids, asked.params(len(ids), context, repeat), dialect.writer(index, tokens, ids), dialect.goes_on)
             for index, (ids, repeat) in enumerate(pairs)
         ]
         defaults = self._settings.objectives

@@ -84,11 +84,12 @@ class Generation:
 
 
 class Wanted(NamedTuple):
-    """What one choice needs: its prompt, its parameters, and who writes it."""
+    """What one choice needs: its prompt, its parameters, who writes it, and whether its text goes on the prompt's."""
 
     prompt_ids: Sequence[int]
     params: SamplingParams
     writer: Writer
+    goes_on: bool
 
 
 async def begin(  # noqa: PLR0913, PLR0917
@@ -102,7 +103,10 @@ async def begin(  # noqa: PLR0913, PLR0917
 ) -> Generation:
     """Submits all choices, or none: where one is refused, the others are taken back and the refusal raised."""
     streams = await _all_or_none(
-        [service.submit(one.prompt_ids, one.params, objectives, logprobs=logprobs) for one in wanted]
+        [
+            service.submit(one.prompt_ids, one.params, objectives, logprobs=logprobs, goes_on=one.goes_on)
+            for one in wanted
+        ]
     )
     choices = []
     for place, (stream, one) in enumerate(zip(streams, wanted, strict=True)):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from duoserve.text import IncrementalDecoder, Text
+from collections.abc import Sequence
 
-WORD = "a"  # an entry that every decoder takes for a word
+from duoserve.text import WORD, IncrementalDecoder, Text
 
 
 class TokenText:
@@ -36,16 +36,16 @@ class TokenText:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def offsets(self) -> Offsets:
-        """For one answer's tokens."""
-        return Offsets(self._text)
+    def offsets(self, behind: Sequence[int] = ()) -> Offsets:
+        """For one answer's tokens, whose text goes on from that of the tokens ``behind`` it."""
+        return Offsets(self._text, behind)
 
 
 class Offsets:
     """Where the tokens of one answer begin in its text, in characters; all at 0 where there is no tokenizer."""
 
-    def __init__(self, text: Text | None) -> None:
-        self._decoder = None if text is None else IncrementalDecoder(text)
+    def __init__(self, text: Text | None, behind: Sequence[int]) -> None:
+        self._decoder = None if text is None else IncrementalDecoder(text, behind)
         self._end = 0
 
     def next(self, token_id: int) -> int:
