@@ -84,7 +84,7 @@ class CompletionWriter:
         return {
             "tokens": [self._tokens.label(one.token_id) for one in tokens],
             "token_logprobs": [_finite(one.logprob) for one in tokens],
-            "top_logprobs": [_by_label(one.top, self._tokens) for one in tokens],
+            "top_logprobs": [_by_label((*one.top, (one.token_id, one.logprob)), self._tokens) for one in tokens],
             "text_offset": [self._offsets.next(one.token_id) for one in tokens],
         }
 
@@ -178,10 +178,10 @@ def usage_of(prompt_tokens: int, output_tokens: int) -> dict[str, int]:
     return {"prompt_tokens": prompt_tokens, "completion_tokens": output_tokens, "total_tokens": total}
 
 
-def _by_label(top: Sequence[tuple[int, float]], tokens: TokenText) -> dict[str, float]:
-    """The likeliest tokens, in their order; of those that look alike, the first."""
+def _by_label(chosen: Sequence[tuple[int, float]], tokens: TokenText) -> dict[str, float]:
+    """The log-probabilities of ``chosen``, in their order; of tokens that look alike, the first's."""
     found: dict[str, float] = {}
-    for token_id, logprob in top:
+    for token_id, logprob in chosen:
         found.setdefault(tokens.label(token_id), _finite(logprob))
     return found
 

@@ -57,6 +57,11 @@ def test_of_tokens_that_look_alike_the_likelier_counts() -> None:
     assert list(found["top_logprobs"][0]) == ["t", "s"]
 
 
+def test_the_sampled_token_is_among_the_top_ones_though_others_are_likelier() -> None:
+    _, found = answered(["s", "▁cat", "th"], [["t"], [], ["th", "s"]])
+    assert found["top_logprobs"] == [{"t": -1.0, "s": -1.0}, {" cat": -1.0}, {"th": -1.0, "s": -2.0}]
+
+
 def test_offsets_are_places_in_the_text() -> None:
     tokens = ["▁the", "<s>", "▁cat", "<0xC3>", "<0xA9>", "s", "▁the"]
     text, found = answered(tokens, [[]] * len(tokens))
