@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -166,7 +166,7 @@ def new_head(dialect: Dialect, model: str) -> Head:
     return Head(model, f"{dialect.id_prefix}-{uuid.uuid4().hex}")
 
 
-def answer(head: Head, kind: str, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> dict[str, Any]:
+def answer(head: Head, kind: str, choices: Iterable[dict[str, Any]], usage: dict[str, int] | None) -> dict[str, Any]:
     """An answer, or a chunk of one, as ``kind`` says; without a usage it has no such field."""
     body = {"id": head.id, "object": kind, "created": head.created, "model": head.model, "choices": choices}
     return body if usage is None else body | {"usage": usage}

@@ -11,12 +11,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from duoserve.server import asking
-from duoserve.server.answers import Chat, Completions, Dialect, answer, new_head, usage_of
+from duoserve.server.answers import Chat, Completions, Dialect, Head, answer, new_head, usage_of
 from duoserve.server.asking import Asked
 from duoserve.server.backend import Model, Service
 from duoserve.server.generation import Choice, Generation, Wanted, begin
 from duoserve.server.host import LOADING, Host
-from duoserve.server.http import EventResponse, json_response, read_fields, unless_gone
+from duoserve.server.http import EventResponse, json_response, large_json_response, read_fields, unless_gone
 from duoserve.server.metrics import Metrics
 from duoserve.server.preparing import Preparing
 from duoserve.server.records import Recorder
@@ -37,6 +37,7 @@ class Endpoints:
         self._metrics = Metrics(settings.name, lambda: None if host.known is None else host.known.figures())
         self._recorder.listeners.append(self._metrics.ended)
         self._preparing = Preparing(settings.text_s)
+        self._tokens: TokenText | None = None
         self._since, self._created = time.monotonic(), int(time.time())
 
     async def health(self, request: Request) -> Response:
@@ -111,6 +112,12 @@ class Endpoints:
             "max_model_len": model.max_context,
         }
 
+    def _token_text(self, model: Model) -> TokenText:
+        """The same one for all answers, for what it keeps."""
+        if self._tokens is None:
+            self._tokens = TokenText(model.text)
+        return self._tokens
+
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._settings.name:
             raise asking.not_found(name, self._settings.name)
@@ -120,7 +127,7 @@ class Endpoints:
     ) -> ASGIApp:
         """The answer to ``asked`` for each of ``prompts``; ClientGone when it is, and then nothing goes on."""
         head = new_head(dialect, self._settings.name)
-        tokens = None if asked.logprobs is None else TokenText(service.model.text)
+        tokens = None if asked.logprobs is None else self._token_text(service.model)
         pairs = [(ids, repeat) for ids in prompts for repeat in range(asked.n)]
         context = service.model.max_context
         wanted = [
@@ -134,19 +141,21 @@ class Endpoints:
                 first = await unless_gone(request.receive, generation.next(self._settings.ping_s))
                 frames = events(first, generation, dialect, head, asked.include_usage, self._settings.ping_s)
                 return EventResponse(frames, generation.close)
-            choices = await unless_gone(request.receive, _collect(generation))
-            usage = usage_of(generation.prompt_tokens, generation.output_tokens)
-            return json_response(answer(head, dialect.whole_object, choices, usage))
+            return await unless_gone(request.receive, _whole(generation, dialect, head, large=tokens is not None))
         except BaseException:
             generation.close()
             raise
 
 
-async def _collect(generation: Generation) -> list[dict[str, object]]:
-    """All choices, whole, in their order."""
+async def _whole(generation: Generation, dialect: Dialect, head: Head, large: bool) -> Response:
+    """All choices in their order, once they are there; ``large`` with log-probabilities, which may be a million."""
     pieces: dict[Choice, list[Piece]] = {choice: [] for choice in generation.choices}
     while not generation.finished:
         event = await generation.next(None)
         if event is not None:
             pieces[event.choice].append(event.piece)
-    return [choice.writer.whole(pieces[choice]) for choice in generation.choices]
+    usage = usage_of(generation.prompt_tokens, generation.output_tokens)
+    choices = (choice.writer.whole(pieces[choice]) for choice in generation.choices)
+    if large:
+        return await large_json_response(answer(head, dialect.whole_object, choices, usage))
+    return json_response(answer(head, dialect.whole_object, list(choices), usage))
