@@ -43,6 +43,11 @@ class AsyncEngine:
         """What is served, for its config and memory; calls of it are refused."""
         return self._model
 
+    @property
+    def capacity(self) -> int:
+        """Requests that may be there at once: those that run and those that wait."""
+        return self._settings.max_batch + self._settings.max_waiting
+
     def figures(self) -> ServiceFigures:
         """The service since its start, as of the last step. Any thread; cheap."""
         return self._worker.figures

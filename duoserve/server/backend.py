@@ -74,6 +74,11 @@ class Service(Protocol):
     @property
     def model(self) -> Model: ...
 
+    @property
+    def capacity(self) -> int:
+        """Requests that may be there at once: those that run and those that wait."""
+        ...
+
     async def submit(
         self,
         prompt: str | Sequence[int],

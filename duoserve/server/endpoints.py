@@ -14,6 +14,7 @@ from duoserve.server import asking
 from duoserve.server.answers import Chat, Completions, Dialect, Head, answer, new_head, usage_of
 from duoserve.server.asking import Asked
 from duoserve.server.backend import Model, Service
+from duoserve.server.errors import bad
 from duoserve.server.generation import Choice, Generation, Wanted, begin
 from duoserve.server.host import LOADING, Host
 from duoserve.server.http import EventResponse, json_response, large_json_response, read_fields, unless_gone
@@ -62,6 +63,7 @@ class Endpoints:
         fields = await read_fields(request, self._settings.max_body_bytes)
         asked, prompts = asking.completion(fields, self._settings.objectives)
         self._check_model(asked.model)
+        _check_room(asked, len(prompts), service.capacity)
         prompt_ids = [await self._preparing.encode(service.model, prompt) for prompt in prompts]
         return await self._answered(request, service, Completions(), asked, prompt_ids)
 
@@ -71,6 +73,7 @@ class Endpoints:
         fields = await read_fields(request, self._settings.max_body_bytes)
         asked, messages = asking.chat(fields, self._settings.objectives)
         self._check_model(asked.model)
+        _check_room(asked, 1, service.capacity)
         prompt_ids = await self._preparing.render(service.model, messages)
         return await self._answered(request, service, Chat(), asked, [prompt_ids])
 
@@ -145,6 +148,14 @@ class Endpoints:
         except BaseException:
             generation.close()
             raise
+
+
+def _check_room(asked: Asked, prompts: int, capacity: int) -> None:
+    """A 400 for what would be refused at any time: choices are taken together, as a request each."""
+    choices = asked.n * prompts
+    if choices > capacity:
+        message = f"{choices} choices are more than the {capacity} requests that this server takes at once"
+        raise bad("n" if asked.n > 1 else "prompt", f"{message} (--max-batch and --max-waiting together)")
 
 
 async def _whole(generation: Generation, dialect: Dialect, head: Head, large: bool) -> Response:

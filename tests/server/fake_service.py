@@ -109,6 +109,7 @@ class FakeService:
         self.script = script or (lambda number: spoken("Hello", " world"))
         self.model = model or FakeModel()
         self.state = State.READY
+        self.capacity = 272
         self.asked: list[dict[str, Any]] = []
         self.streams: list[FakeStream] = []
         self.finished: dict[str, int] = {}
