@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from duoserve.sampling import SamplingParams
 from duoserve.server.answers import Writer
 from duoserve.server.backend import Service, Stream
 from duoserve.server.records import Record, Recorder
-from duoserve.service import Objectives, Piece
+from duoserve.service import Objectives, Piece, Times
 
 
 @dataclass(eq=False)
@@ -74,7 +75,7 @@ class Generation:
     async def _read(self, choice: Choice) -> None:
         try:
             async for piece in choice.stream:
-                self._recorder.piece(choice.record, piece, choice.stream.times)
+                self._recorder.piece(choice.record, piece)
                 if piece.finish_reason is not None:
                     self._recorder.end(choice.record, piece.finish_reason)
                 self._events.put_nowait(Event(choice, piece))
@@ -110,10 +111,14 @@ async def begin(  # noqa: PLR0913, PLR0917
     )
     choices = []
     for place, (stream, one) in enumerate(zip(streams, wanted, strict=True)):
-        record = Record(f"{name}-{place}", len(one.prompt_ids), objectives or defaults, stream.times)
+        record = Record(f"{name}-{place}", len(one.prompt_ids), objectives or defaults, partial(_times, stream))
         recorder.begin(record)
         choices.append(Choice(stream, one.writer, record))
     return Generation(choices, sum({id(one.prompt_ids): len(one.prompt_ids) for one in wanted}.values()), recorder)
+
+
+def _times(stream: Stream) -> Times:
+    return stream.times
 
 
 async def _all_or_none(submissions: Sequence[Coroutine[Any, Any, Stream]]) -> list[Stream]:
