@@ -43,6 +43,11 @@ class AsyncEngine:
         """What is served, for its config and memory; calls of it are refused."""
         return self._model
 
+    @property
+    def capacity(self) -> int:
+        """Requests that may be there at once: those that run and those that wait."""
+        return self._settings.max_batch + self._settings.max_waiting
+
     def figures(self) -> ServiceFigures:
         """The service since its start, as of the last step. Any thread; cheap."""
         return self._worker.figures
@@ -54,8 +59,12 @@ class AsyncEngine:
         objectives: Objectives | None = None,
         *,
         logprobs: int | None = None,
+        goes_on: bool = False,
     ) -> Stream:
         """Queues a prompt. ``logprobs`` (0 to 20; None: none) is how many of the likeliest tokens to report a place.
+
+        With ``goes_on`` the text keeps the space before its first word, so that it can be put behind the prompt's;
+        without, it begins as a text of its own, where some tokenizers leave that space out.
 
         RequestError for what can never be served, OverloadedError (which says when to try again) for what cannot be
         now, ClosedError when the service takes no more.
@@ -68,7 +77,7 @@ class AsyncEngine:
         request = Request(prompt_ids, params, num_logprobs=logprobs, arrived=arrived)
         request.objectives = self._objectives(objectives)
         stream = Stream(request, self._worker.cancel)
-        task = Task(Writer(self._text, params.stop), stream)
+        task = Task(Writer(self._text, params.stop, prompt_ids if goes_on else ()), stream)
         try:
             await asyncio.wrap_future(self._worker.submit(request, task))
         except asyncio.CancelledError:

@@ -19,6 +19,8 @@ from duoserve.tokenizer_config import TOKENIZER_CONFIG, read_tokenizer_config, s
 
 TOKENIZER = "tokenizer.json"
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+WORD = "a"  # an entry that every decoder takes for a word
+LOOKED_BACK = 64  # tokens, for one that has text: special ones have none
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -102,12 +104,16 @@ class IncrementalDecoder:
     A character that is spread over tokens is held back until it is whole. Bytes that are no UTF-8 become U+FFFD, one
     for each maximal invalid part; ``tokenizers`` agrees for byte-level vocabularies, but gives up a whole run of byte
     tokens such as ``<0xE2>`` when any of it is invalid, which a stream cannot know in advance.
+
+    ``behind`` are token ids whose text this one goes on from, and keeps the space of its first word for; behind none
+    that have text it begins anew, as ``Text.decode`` does.
     """
 
-    def __init__(self, text: Text) -> None:
+    def __init__(self, text: Text, behind: Sequence[int] = ()) -> None:
         self._text = text
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._before: list[str] = []  # the last written token: spaces at a token's start depend on there being one
+        # The last written token, if any: spaces at a token's start depend on there being one.
+        self._before = _last_written(text, behind)
 
     def push(self, token_id: int) -> str:
         """The text that became certain with ``token_id``; may be empty."""
@@ -175,6 +181,14 @@ def _completed(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
             raise ValueError(f"{TOKENIZER_CONFIG} adds {token!r}, which is none of its tokens")
     tokenizer.post_processor = TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=list(ids.items()))
     return tokenizer
+
+
+def _last_written(text: Text, token_ids: Sequence[int]) -> list[str]:
+    """The last of ``token_ids`` that has text, alone; ``WORD`` for one that may be only a part of a character."""
+    token = next(filter(None, map(text.token, reversed(token_ids[-LOOKED_BACK:]))), None)
+    if token is None:
+        return []
+    return [token if text.token_bytes(token) is None else WORD]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -12,11 +12,12 @@ from duoserve.text import IncrementalDecoder, StopStrings, Text
 class Writer:
     """Turns one request's tokens into text and ends the request at a stop string.
 
-    If its last permitted token completes one, the reason is "stop" all the same.
+    If its last permitted token completes one, the reason is "stop" all the same. The text goes on from that of the
+    tokens ``behind`` it.
     """
 
-    def __init__(self, text: Text | None, stop: Sequence[str]) -> None:
-        self._decoder = None if text is None else IncrementalDecoder(text)
+    def __init__(self, text: Text | None, stop: Sequence[str], behind: Sequence[int] = ()) -> None:
+        self._decoder = None if text is None else IncrementalDecoder(text, behind)
         self._stop = StopStrings(stop)
         self._pieces: list[str] = []
         if stop and text is None:

@@ -66,7 +66,8 @@ F6  server/__init__  server/backend  server/settings  server/errors  server/fiel
     server/status  server/preparing  server/endpoints  server/app  server/run  cli/options  cli/machines  cli/inventory
     cli/generate  cli/chat  cli/info  cli/plots  cli/plan_plot  cli/plan_report  cli/plan  cli/pack  cli/trace
     cli/train_predictor  cli/replay  cli/evaluate  cli/serve  cli/bench_report  loadtest/__init__  loadtest/workload
-    loadtest/figures  loadtest/client  loadtest/measuring  cli/bench_serve  cli/bench  cli/app  cli/__init__
+    loadtest/figures  loadtest/events  loadtest/client  loadtest/measuring  cli/bench_serve  cli/bench  cli/app
+    cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]
 RANK = {name: rank for rank, name in enumerate(FILES)}

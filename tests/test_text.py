@@ -96,6 +96,17 @@ def test_broken_bytes_lose_no_valid_neighbour():
     assert "".join(streamed(LLAMA, token_ids)) == "é\ufffd cat\ufffd the"
 
 
+def test_a_text_goes_on_behind_another():
+    def behind(prompt, tokens, tokenizer=LLAMA):
+        decoder = IncrementalDecoder(Text(tokenizer), [tokenizer.token_to_id(token) for token in prompt])
+        return "".join(decoder.push(tokenizer.token_to_id(token)) for token in tokens)
+
+    assert behind(["▁cat"], ["▁the"]) == behind(["▁cat", "</s>"], ["▁the"]) == behind(["<0xC3>"], ["▁the"]) == " the"
+    assert behind([], ["▁the"]) == behind(["<s>"], ["▁the"]) == "the"
+    assert behind(["▁the"], ["s", "▁the"]) == "s the"
+    assert behind(["the"], ["the", "<s>"], BYTE_LEVEL) == behind([], ["the", "<s>"], BYTE_LEVEL) == "the"
+
+
 def test_work_per_token_does_not_grow(monkeypatch):
     """Not one join of the streamed text covers more than two tokens, however long the output is."""
     text = Text(LLAMA)

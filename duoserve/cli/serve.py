@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, get_args, get_type_hints
 
 from duoserve.async_engine import AsyncEngine
@@ -56,16 +58,39 @@ def run(args: argparse.Namespace) -> None:
 
 
 def take_environment(parser: argparse.ArgumentParser) -> None:
-    """Makes ``DUOSERVE_MAX_BATCH`` and its like the defaults of ``--max-batch`` and its like."""
+    """Makes ``DUOSERVE_MAX_BATCH`` and its like the defaults of ``--max-batch`` and its like.
+
+    Kubernetes sets DUOSERVE_PORT to an address where a Service has the name duoserve: that is passed over.
+    """
     for action in parser._actions:
         if action.option_strings and action.dest != "help":
             name = f"DUOSERVE_{action.dest.upper()}"
             action.help = f"{action.help} [{name}]"
-            action.default = os.environ.get(name, action.default)
             if action.choices is not None:
                 action.type = _one_of(list(action.choices))
             if action.nargs == 0:
                 action.type = _truth  # argparse asks it about a default that is text
+            value = os.environ.get(name)
+            if value is None or (name == "DUOSERVE_PORT" and value.startswith("tcp://")):
+                continue
+            action.default = value
+            if callable(action.type):
+                action.type = _naming(name, value, action.type)
+
+
+def _naming(name: str, value: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The same type, whose error says which variable ``value`` is from, if it is that very text."""
+
+    @wraps(kind)
+    def checked(text: str) -> Any:
+        try:
+            return kind(text)
+        except (argparse.ArgumentTypeError, TypeError, ValueError) as error:
+            if text is not value:
+                raise
+            raise argparse.ArgumentTypeError(f"{error} (from the variable {name})") from error
+
+    return checked
 
 
 def _truth(value: str) -> bool:
@@ -146,8 +171,8 @@ def _service_settings(args: argparse.Namespace) -> ServiceSettings:
 
 
 def _seconds(milliseconds: float | None) -> float | None:
-    if milliseconds is not None and not milliseconds > 0:
-        raise ConfigError(f"an objective is {milliseconds} ms, but must be more than 0")
+    if milliseconds is not None and not 0 < milliseconds < math.inf:
+        raise ConfigError(f"an objective is {milliseconds} ms, but must be more than 0, and finite")
     return None if milliseconds is None else milliseconds / 1000
 
 

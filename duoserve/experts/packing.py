@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -39,8 +40,11 @@ NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 # reads them from there.
 DIRECT = os.O_DIRECT
 WORKERS = 3  # two read or convert while one waits for the disk; each holds a part of a row and what it is made from
+# So many parts are handed to the workers at once: an exit in the middle waits until they have done all that they have.
+HANDED_OUT = 2 * WORKERS
 # Floats are packed in parts: a row may have hundreds of MB, which would come from memory that caches do not hold.
 PART_BYTES = 4 << 20
+Task = tuple[ExpertId, RowPart]
 
 
 class ExpertReader(Protocol):
@@ -227,7 +231,7 @@ def _write_rows(
     buffers = threading.local()  # each worker has one of its own
     converting = threading.Semaphore(WORKERS - 1)  # else all would convert at once, and then all wait for the disk
 
-    def pack(task: tuple[ExpertId, RowPart]) -> int:
+    def pack(task: Task) -> int:
         expert, part = task
         if not hasattr(buffers, "bytes_B"):
             buffers.bytes_B = aligned_rows(1, largest)[0]
@@ -243,9 +247,24 @@ def _write_rows(
         ThreadPoolExecutor(WORKERS) as pool,
         tqdm(desc="packing experts", total=nbytes, unit="B", unit_scale=True, disable=hidden) as bar,
     ):
-        for done in pool.map(pack, tasks):
+        for done in _few_at_once(pool, pack, tasks):
             bar.update(done)
     os.truncate(descriptor, header.total_bytes)
+
+
+def _few_at_once(pool: ThreadPoolExecutor, work: Callable[[Task], int], tasks: Iterable[Task]) -> Iterator[int]:
+    """What ``work`` gives for each of ``tasks``, in their order, of which the pool never has more than HANDED_OUT."""
+    given: deque[Future[int]] = deque()
+    try:
+        for task in tasks:
+            if len(given) == HANDED_OUT:
+                yield given.popleft().result()
+            given.append(pool.submit(work, task))
+        while given:
+            yield given.popleft().result()
+    finally:
+        for future in given:
+            future.cancel()
 
 
 def _write_at(descriptor: int, row_B: Tensor, offset: int) -> None:

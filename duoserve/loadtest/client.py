@@ -12,10 +12,11 @@ from typing import Any
 import httpx
 
 from duoserve.errors import ConfigError
+from duoserve.loadtest.events import event_data
 from duoserve.loadtest.figures import Answer
 from duoserve.loadtest.workload import Asked
 
-DATA, DONE = "data: ", "[DONE]"
+DONE = "[DONE]"
 SHOWN = 300  # characters of an error
 
 
@@ -23,7 +24,8 @@ SHOWN = 300  # characters of an error
 class Target:
     """A server under ``url`` (with or without ``/v1``); ``model`` None: the first that it has.
 
-    ``chat`` asks for chats instead of completions; ``ignore_eos``, which vLLM knows too, for full lengths.
+    ``chat`` asks for chats instead of completions; ``ignore_eos``, which vLLM knows too, for full lengths. A request
+    that is not answered to its end after ``timeout_s`` has failed.
     """
 
     url: str
@@ -63,11 +65,15 @@ async def served_model(client: httpx.AsyncClient, wanted: str | None) -> str:
 
 @dataclass(frozen=True)
 class Form:
-    """How requests are put: to which endpoint, for which model, and whether answers must have their full length."""
+    """How requests are put: to which endpoint, for which model, and whether answers must have their full length.
+
+    An answer may take ``timeout_s`` from when it is asked for to its end, whatever comes meanwhile.
+    """
 
     model: str
     chat: bool = False
     ignore_eos: bool = False
+    timeout_s: float = 600.0
 
     @property
     def path(self) -> str:
@@ -95,28 +101,54 @@ async def _answer_at(client: httpx.AsyncClient, form: Form, asked: Asked, at: fl
     """What comes of it, by the time at which it was due: where this process is late, that is part of the latency."""
     await asyncio.sleep(at - (time.perf_counter() - began))
     late_s = time.perf_counter() - began - at
-    pieces: list[float] = []
-    tokens = 0
     try:
-        async with client.stream("POST", form.path, json=form.body(asked)) as reply:
-            if reply.status_code != httpx.codes.OK:
-                text = (await reply.aread()).decode(errors="replace")
-                return Answer(at, error=f"{reply.status_code}: {text[:SHOWN]}", late_s=late_s)
-            async for line in reply.aiter_lines():
-                now = time.perf_counter() - began
-                if not line.startswith(DATA) or line.endswith(DONE):
-                    continue
-                event = json.loads(line.removeprefix(DATA))
-                if "error" in event:
-                    return Answer(at, error=str(event["error"])[:SHOWN], late_s=late_s)
-                tokens = _counted(event) or tokens
-                if any(map(_text, event.get("choices", ()))):
-                    pieces.append(now)
+        async with asyncio.timeout(form.timeout_s):
+            pieces, tokens = await _read(client, form, asked, began)
+    except TimeoutError:
+        return Answer(at, error=f"not answered to its end within {form.timeout_s:g} s", late_s=late_s)
+    except _Failed as failure:
+        return Answer(at, error=str(failure)[:SHOWN], late_s=late_s)
     except (httpx.HTTPError, ValueError) as error:
         return Answer(at, error=f"{type(error).__name__}: {error}"[:SHOWN], late_s=late_s)
     if not pieces:
         return Answer(at, error="no text came", late_s=late_s)
     return Answer(at, tuple(pieces), tokens or len(pieces), late_s=late_s)
+
+
+class _Failed(Exception):
+    """The server says that it has failed."""
+
+
+async def _read(client: httpx.AsyncClient, form: Form, asked: Asked, began: float) -> tuple[list[float], int]:
+    """When each piece of the answer came, and how many tokens the server counted; 0 where it counts none.
+
+    ValueError for what is no answer of OpenAI's.
+    """
+    pieces: list[float] = []
+    tokens = 0
+    async with client.stream("POST", form.path, json=form.body(asked)) as reply:
+        if reply.status_code != httpx.codes.OK:
+            raise _Failed(f"{reply.status_code}: {(await reply.aread()).decode(errors='replace')}")
+        async for data in event_data(reply.aiter_bytes()):
+            now = time.perf_counter() - began
+            if data == DONE:
+                continue
+            has_text, counted = _understood(data)
+            tokens = counted or tokens
+            if has_text:
+                pieces.append(now)
+    return pieces, tokens
+
+
+def _understood(data: str) -> tuple[bool, int]:
+    """Whether an event brings text, and the tokens that it counts, 0 without; ValueError for what is not OpenAI's."""
+    event = json.loads(data)
+    try:
+        if event.get("error") is not None:
+            raise _Failed(str(event["error"]))
+        return any(map(_text, event.get("choices") or ())), _counted(event)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"an event is not OpenAI's: {data}") from error
 
 
 def _text(choice: dict[str, Any]) -> str | None:
@@ -126,4 +158,4 @@ def _text(choice: dict[str, Any]) -> str | None:
 
 def _counted(event: dict[str, Any]) -> int:
     """Tokens of the answer, where the server says so."""
-    return int((event.get("usage") or {}).get("completion_tokens", 0))
+    return int((event.get("usage") or {}).get("completion_tokens") or 0)

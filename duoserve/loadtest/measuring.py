@@ -25,7 +25,7 @@ async def measured(
     trials: list[dict[str, Any]] = []
     async with target.client() as client:
         model = await served_model(client, target.model)
-        form = Form(model, target.chat, target.ignore_eos)
+        form = Form(model, target.chat, target.ignore_eos, target.timeout_s)
         while (rate := search.next_rate()) is not None:
             found = summary(await answers(client, form, load.asked(), load.times(rate)), objectives)
             if not trials and found["failed"] == found["requests"]:

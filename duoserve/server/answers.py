@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -49,7 +49,12 @@ class Dialect(Protocol):
     @property
     def id_prefix(self) -> str: ...
 
-    def writer(self, index: int, tokens: TokenText | None) -> Writer:
+    @property
+    def goes_on(self) -> bool:
+        """Whether answers are to be put behind their prompts, as text."""
+        ...
+
+    def writer(self, index: int, tokens: TokenText | None, prompt_ids: Sequence[int]) -> Writer:
         """A writer of choice ``index``; ``tokens`` None where no log-probabilities are wanted."""
         ...
 
@@ -57,10 +62,10 @@ class Dialect(Protocol):
 class CompletionWriter:
     """A choice of ``/v1/completions``."""
 
-    def __init__(self, index: int, tokens: TokenText | None) -> None:
+    def __init__(self, index: int, tokens: TokenText | None, prompt_ids: Sequence[int]) -> None:
         self._index = index
         self._tokens = tokens
-        self._offsets = None if tokens is None else tokens.offsets()
+        self._offsets = None if tokens is None else tokens.offsets(prompt_ids)
 
     def delta(self, piece: Piece) -> dict[str, Any]:
         """The choice in a chunk."""
@@ -81,7 +86,7 @@ class CompletionWriter:
         return {
             "tokens": [self._tokens.label(one.token_id) for one in tokens],
             "token_logprobs": [_finite(one.logprob) for one in tokens],
-            "top_logprobs": [_by_label(one.top, self._tokens) for one in tokens],
+            "top_logprobs": [_by_label((*one.top, (one.token_id, one.logprob)), self._tokens) for one in tokens],
             "text_offset": [self._offsets.next(one.token_id) for one in tokens],
         }
 
@@ -143,10 +148,11 @@ class Completions:
     whole_object: str = "text_completion"
     chunk_object: str = "text_completion"
     id_prefix: str = "cmpl"
+    goes_on: bool = True
 
-    def writer(self, index: int, tokens: TokenText | None) -> Writer:
+    def writer(self, index: int, tokens: TokenText | None, prompt_ids: Sequence[int]) -> Writer:
         """A writer of choice ``index``."""
-        return CompletionWriter(index, tokens)
+        return CompletionWriter(index, tokens, prompt_ids)
 
 
 @dataclass(frozen=True)
@@ -157,8 +163,9 @@ class Chat:
     whole_object: str = "chat.completion"
     chunk_object: str = "chat.completion.chunk"
     id_prefix: str = "chatcmpl"
+    goes_on: bool = False
 
-    def writer(self, index: int, tokens: TokenText | None) -> Writer:
+    def writer(self, index: int, tokens: TokenText | None, prompt_ids: Sequence[int]) -> Writer:
         """A writer of choice ``index``."""
         return ChatWriter(index, tokens, Channels(self.text))
 
@@ -168,7 +175,7 @@ def new_head(dialect: Dialect, model: str) -> Head:
     return Head(model, f"{dialect.id_prefix}-{uuid.uuid4().hex}")
 
 
-def answer(head: Head, kind: str, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> dict[str, Any]:
+def answer(head: Head, kind: str, choices: Iterable[dict[str, Any]], usage: dict[str, int] | None) -> dict[str, Any]:
     """An answer, or a chunk of one, as ``kind`` says; without a usage it has no such field."""
     body = {"id": head.id, "object": kind, "created": head.created, "model": head.model, "choices": choices}
     return body if usage is None else body | {"usage": usage}
@@ -180,10 +187,10 @@ def usage_of(prompt_tokens: int, output_tokens: int) -> dict[str, int]:
     return {"prompt_tokens": prompt_tokens, "completion_tokens": output_tokens, "total_tokens": total}
 
 
-def _by_label(top: Sequence[tuple[int, float]], tokens: TokenText) -> dict[str, float]:
-    """The likeliest tokens, in their order; of those that look alike, the first."""
+def _by_label(chosen: Sequence[tuple[int, float]], tokens: TokenText) -> dict[str, float]:
+    """The log-probabilities of ``chosen``, in their order; of tokens that look alike, the first's."""
     found: dict[str, float] = {}
-    for token_id, logprob in top:
+    for token_id, logprob in chosen:
         found.setdefault(tokens.label(token_id), _finite(logprob))
     return found
 

@@ -24,13 +24,14 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 NOT_FROM_CLIENTS = ("chat_template", "chat_template_kwargs")
 NOT_SUPPORTED = (
     *("tools", "functions", "logit_bias", "suffix", "echo", "presence_penalty", "frequency_penalty"),
-    "reasoning_effort",
+    *("reasoning_effort", "audio"),
     # vLLM's
-    *("min_tokens", "stop_token_ids", "bad_words", "allowed_token_ids", "use_beam_search", "prompt_logprobs"),
+    *("min_tokens", "stop_token_ids", "bad_words", "allowed_token_ids", "use_beam_search"),
     *("truncate_prompt_tokens", "continue_final_message", "include_stop_str_in_output"),
     *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
     *("structural_tag", "documents", "logits_processors", "prompt_embeds"),
 )
+NOT_EVEN_EMPTY = ("web_search_options", "prompt_logprobs")  # {} asks for a search, and 0 for the prompt's tokens alone
 
 Messages = list[dict[str, str]]
 Prompt = str | list[int]
@@ -118,10 +119,11 @@ def _asked(fields: Fields, max_tokens: int | None, logprobs: int | None, default
 def _refuse(fields: Fields) -> None:
     """What would change the answer and is not done is refused; a value that asks for nothing is not."""
     for name in NOT_FROM_CLIENTS:
-        if fields.raw(name) is not None:
+        if fields.raw(name) not in (None, {}):
             raise bad(name, f"{name} is not taken from clients")
     fields.refuse(*NOT_SUPPORTED)
-    fields.refuse_other(length_penalty=1.0)
+    fields.refuse_even_empty(*NOT_EVEN_EMPTY)
+    fields.refuse_other(length_penalty=1.0, modalities=["text"], verbosity="medium")
     if fields.part("response_format").text("type") not in {None, "text"}:
         raise fields.wrong("response_format", 'of type "text": this server constrains no output')
 

@@ -74,6 +74,11 @@ class Service(Protocol):
     @property
     def model(self) -> Model: ...
 
+    @property
+    def capacity(self) -> int:
+        """Requests that may be there at once: those that run and those that wait."""
+        ...
+
     async def submit(
         self,
         prompt: str | Sequence[int],
@@ -81,8 +86,12 @@ class Service(Protocol):
         objectives: Objectives | None = None,
         *,
         logprobs: int | None = None,
+        goes_on: bool = False,
     ) -> Stream:
-        """RequestError: not to be served. OverloadedError: not now. ClosedError: no longer."""
+        """With ``goes_on`` the text is one to put behind the prompt's, else one of its own.
+
+        RequestError: not to be served. OverloadedError: not now. ClosedError: no longer.
+        """
         ...
 
     async def drain(self, seconds: float) -> None:

@@ -11,12 +11,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from duoserve.server import asking
-from duoserve.server.answers import Chat, Completions, Dialect, answer, new_head, usage_of
+from duoserve.server.answers import Chat, Completions, Dialect, Head, answer, new_head, usage_of
 from duoserve.server.asking import Asked
 from duoserve.server.backend import Model, Service
+from duoserve.server.errors import bad
 from duoserve.server.generation import Choice, Generation, Wanted, begin
 from duoserve.server.host import LOADING, Host
-from duoserve.server.http import EventResponse, json_response, read_fields, unless_gone
+from duoserve.server.http import EventResponse, json_response, large_json_response, read_fields, unless_gone
 from duoserve.server.metrics import Metrics
 from duoserve.server.preparing import Preparing
 from duoserve.server.records import Recorder
@@ -37,6 +38,7 @@ class Endpoints:
         self._metrics = Metrics(settings.name, lambda: None if host.known is None else host.known.figures())
         self._recorder.listeners.append(self._metrics.ended)
         self._preparing = Preparing(settings.text_s)
+        self._tokens: TokenText | None = None
         self._since, self._created = time.monotonic(), int(time.time())
 
     async def health(self, request: Request) -> Response:
@@ -61,6 +63,7 @@ class Endpoints:
         fields = await read_fields(request, self._settings.max_body_bytes)
         asked, prompts = asking.completion(fields, self._settings.objectives)
         self._check_model(asked.model)
+        _check_room(asked, len(prompts), service.capacity)
         prompt_ids = [await self._preparing.encode(service.model, prompt) for prompt in prompts]
         return await self._answered(request, service, Completions(), asked, prompt_ids)
 
@@ -70,6 +73,7 @@ class Endpoints:
         fields = await read_fields(request, self._settings.max_body_bytes)
         asked, messages = asking.chat(fields, self._settings.objectives)
         self._check_model(asked.model)
+        _check_room(asked, 1, service.capacity)
         prompt_ids = await self._preparing.render(service.model, messages)
         assert service.model.text is not None  # or nothing could be rendered
         return await self._answered(request, service, Chat(service.model.text), asked, [prompt_ids])
@@ -112,6 +116,12 @@ class Endpoints:
             "max_model_len": model.max_context,
         }
 
+    def _token_text(self, model: Model) -> TokenText:
+        """The same one for all answers, for what it keeps."""
+        if self._tokens is None:
+            self._tokens = TokenText(model.text)
+        return self._tokens
+
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._settings.name:
             raise asking.not_found(name, self._settings.name)
@@ -121,11 +131,11 @@ class Endpoints:
     ) -> ASGIApp:
         """The answer to ``asked`` for each of ``prompts``; ClientGone when it is, and then nothing goes on."""
         head = new_head(dialect, self._settings.name)
-        tokens = None if asked.logprobs is None else TokenText(service.model.text)
+        tokens = None if asked.logprobs is None else self._token_text(service.model)
         pairs = [(ids, repeat) for ids in prompts for repeat in range(asked.n)]
         context = service.model.max_context
         wanted = [
-            Wanted(ids, asked.params(len(ids), context, repeat), dialect.writer(index, tokens))
+            Wanted(ids, asked.params(len(ids), context, repeat), dialect.writer(index, tokens, ids), dialect.goes_on)
             for index, (ids, repeat) in enumerate(pairs)
         ]
         defaults = self._settings.objectives
@@ -135,19 +145,29 @@ class Endpoints:
                 first = await unless_gone(request.receive, generation.next(self._settings.ping_s))
                 frames = events(first, generation, dialect, head, asked.include_usage, self._settings.ping_s)
                 return EventResponse(frames, generation.close)
-            choices = await unless_gone(request.receive, _collect(generation))
-            usage = usage_of(generation.prompt_tokens, generation.output_tokens)
-            return json_response(answer(head, dialect.whole_object, choices, usage))
+            return await unless_gone(request.receive, _whole(generation, dialect, head, large=tokens is not None))
         except BaseException:
             generation.close()
             raise
 
 
-async def _collect(generation: Generation) -> list[dict[str, object]]:
-    """All choices, whole, in their order."""
+def _check_room(asked: Asked, prompts: int, capacity: int) -> None:
+    """A 400 for what would be refused at any time: choices are taken together, as a request each."""
+    choices = asked.n * prompts
+    if choices > capacity:
+        message = f"{choices} choices are more than the {capacity} requests that this server takes at once"
+        raise bad("n" if asked.n > 1 else "prompt", f"{message} (--max-batch and --max-waiting together)")
+
+
+async def _whole(generation: Generation, dialect: Dialect, head: Head, large: bool) -> Response:
+    """All choices in their order, once they are there; ``large`` with log-probabilities, which may be a million."""
     pieces: dict[Choice, list[Piece]] = {choice: [] for choice in generation.choices}
     while not generation.finished:
         event = await generation.next(None)
         if event is not None:
             pieces[event.choice].append(event.piece)
-    return [choice.writer.whole(pieces[choice]) for choice in generation.choices]
+    usage = usage_of(generation.prompt_tokens, generation.output_tokens)
+    choices = (choice.writer.whole(pieces[choice]) for choice in generation.choices)
+    if large:
+        return await large_json_response(answer(head, dialect.whole_object, choices, usage))
+    return json_response(answer(head, dialect.whole_object, list(choices), usage))

@@ -74,14 +74,24 @@ class Fields:
         """A 400 where one of these, which this server does not do, asks for something; null, false and "" do not."""
         for name in names:
             if self.raw(name):
-                message = f"{self._prefix}{name} is not supported by this server: leave it out"
-                raise bad(f"{self._prefix}{name}", message)
+                raise self._not_supported(name)
 
-    def refuse_other(self, **done: bool | float) -> None:
+    def refuse_even_empty(self, *names: str) -> None:
+        """The same, where 0 and an empty value ask for something too; null and false do not."""
+        for name in names:
+            value = self.raw(name)
+            if value is not None and value is not False:
+                raise self._not_supported(name)
+
+    def refuse_other(self, **done: bool | float | str | list[str]) -> None:
         """A 400 where one of these, which this server does in one way alone, asks for another."""
         for name, way in done.items():
             if self.raw(name) not in (None, way):
                 raise self.wrong(name, f"{json.dumps(way)}: this server does nothing else")
+
+    def _not_supported(self, name: str) -> ApiError:
+        name = f"{self._prefix}{name}"
+        return bad(name, f"{name} is not supported by this server: leave it out")
 
     def wrong(self, name: str, wanted: str) -> ApiError:
         """The 400 for a field that is not what it must be."""

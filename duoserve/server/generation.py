@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from duoserve.sampling import SamplingParams
 from duoserve.server.answers import Writer
 from duoserve.server.backend import Service, Stream
 from duoserve.server.records import Record, Recorder
-from duoserve.service import Objectives, Piece
+from duoserve.service import Objectives, Piece, Times
 
 
 @dataclass(eq=False)
@@ -74,7 +75,7 @@ class Generation:
     async def _read(self, choice: Choice) -> None:
         try:
             async for piece in choice.stream:
-                self._recorder.piece(choice.record, piece, choice.stream.times)
+                self._recorder.piece(choice.record, piece)
                 if piece.finish_reason is not None:
                     self._recorder.end(choice.record, piece.finish_reason)
                 self._events.put_nowait(Event(choice, piece))
@@ -84,11 +85,12 @@ class Generation:
 
 
 class Wanted(NamedTuple):
-    """What one choice needs: its prompt, its parameters, and who writes it."""
+    """What one choice needs: its prompt, its parameters, who writes it, and whether its text goes on the prompt's."""
 
     prompt_ids: Sequence[int]
     params: SamplingParams
     writer: Writer
+    goes_on: bool
 
 
 async def begin(  # noqa: PLR0913, PLR0917
@@ -102,14 +104,21 @@ async def begin(  # noqa: PLR0913, PLR0917
 ) -> Generation:
     """Submits all choices, or none: where one is refused, the others are taken back and the refusal raised."""
     streams = await _all_or_none(
-        [service.submit(one.prompt_ids, one.params, objectives, logprobs=logprobs) for one in wanted]
+        [
+            service.submit(one.prompt_ids, one.params, objectives, logprobs=logprobs, goes_on=one.goes_on)
+            for one in wanted
+        ]
     )
     choices = []
     for place, (stream, one) in enumerate(zip(streams, wanted, strict=True)):
-        record = Record(f"{name}-{place}", len(one.prompt_ids), objectives or defaults, stream.times)
+        record = Record(f"{name}-{place}", len(one.prompt_ids), objectives or defaults, partial(_times, stream))
         recorder.begin(record)
         choices.append(Choice(stream, one.writer, record))
     return Generation(choices, sum({id(one.prompt_ids): len(one.prompt_ids) for one in wanted}.values()), recorder)
+
+
+def _times(stream: Stream) -> Times:
+    return stream.times
 
 
 async def _all_or_none(submissions: Sequence[Coroutine[Any, Any, Stream]]) -> list[Stream]:

@@ -7,7 +7,7 @@ import base64
 import binascii
 import hmac
 import json
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping
 from typing import Any, TypeVar
 
 from starlette.datastructures import Headers
@@ -33,6 +33,24 @@ class ClientGone(Exception):
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """JSON in ASCII: what came in as half a surrogate pair can go out again."""
     return Response(json.dumps(body), status, headers, "application/json")
+
+
+async def large_json_response(body: Any) -> Response:
+    """The same, written by a thread, so that the event loop goes on meanwhile; iterators in it count as lists."""
+    return Response(await asyncio.to_thread(json_in_parts, body), media_type="application/json")
+
+
+def json_in_parts(value: Any, depth: int = 5) -> str:
+    """What ``json.dumps`` gives, which lets no other thread run: so, down to ``depth``, one call for each value.
+
+    Down to there an iterator counts as a list: what it gives is there no longer than it takes to write it.
+    """
+    if depth and isinstance(value, dict):
+        items = (f"{json.dumps(name)}: {json_in_parts(one, depth - 1)}" for name, one in value.items())
+        return "{" + ", ".join(items) + "}"
+    if depth and isinstance(value, (list, Iterator)):
+        return "[" + ", ".join(json_in_parts(one, depth - 1) for one in value) + "]"
+    return json.dumps(value)
 
 
 def error_response(error: ApiError) -> Response:

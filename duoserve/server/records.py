@@ -14,16 +14,21 @@ KEPT = 512
 
 @dataclass(eq=False)
 class Record:
-    """One choice of a request. Times are of ``time.monotonic``, in seconds."""
+    """One choice of a request. Times are of ``time.monotonic``, in seconds; ``ask`` gives them as they are now."""
 
     id: str
     prompt_tokens: int
     objectives: Objectives
-    times: Times
+    ask: Callable[[], Times]
     output_tokens: int = 0
     outcome: str | None = None  # "stop", "length", "abort" or "error", once it is known
     last_token: float | None = None
     gaps: list[float] = field(default_factory=list)
+
+    @property
+    def times(self) -> Times:
+        """When things happened to it, up to now or to its end."""
+        return self.ask()
 
     @property
     def ttft_s(self) -> float | None:
@@ -78,13 +83,12 @@ class Recorder:
         """A request was taken."""
         self._live[record] = None
 
-    def piece(self, record: Record, piece: Piece, times: Times) -> None:
+    def piece(self, record: Record, piece: Piece) -> None:
         """A request gained ``piece``; tokens that come together have no gap between them."""
-        record.times = times
         record.output_tokens += len(piece.token_ids)
         if not piece.token_ids:
             return
-        now = self._clock() if record.last_token is not None else (times.first_token or self._clock())
+        now = self._clock() if record.last_token is not None else (record.times.first_token or self._clock())
         if record.last_token is not None:
             record.gaps += [max(0.0, now - record.last_token)] + [0.0] * (len(piece.token_ids) - 1)
         record.last_token = now
@@ -93,6 +97,8 @@ class Recorder:
         """A request ended; later outcomes of the same one are not heard."""
         if record in self._live:
             del self._live[record]
+            times = record.times
+            record.ask = lambda: times  # whom it asked before is not kept
             record.outcome = outcome
             self._ended.append(record)
             for listener in self.listeners:

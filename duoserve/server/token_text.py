@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
-from duoserve.text import IncrementalDecoder, Text
+from collections.abc import Sequence
 
-WORD = "a"  # an entry that every decoder takes for a word
+from duoserve.text import WORD, IncrementalDecoder, Text
 
 
 class TokenText:
-    """The bytes of each token of a vocabulary, and a label that tells tokens apart."""
+    """The bytes of each token of a vocabulary, and a label that tells tokens apart. Any thread may ask.
+
+    What was asked for once is kept: answers have many tokens, and few different ones.
+    """
 
     def __init__(self, text: Text | None) -> None:
         self._text = text
+        self._data: dict[int, bytes] = {}
+        self._labels: dict[int, str] = {}
 
     def data(self, token_id: int) -> bytes:
         """The UTF-8 bytes that the token stands for; none for special tokens, and without a tokenizer.
 
         They are those that it has behind a word: in front of a text, some decoders strip its space.
         """
+        found = self._data.get(token_id)
+        if found is None:
+            found = self._data[token_id] = self._make_data(token_id)
+        return found
+
+    def label(self, token_id: int) -> str:
+        r"""Its text; ``bytes:\xe2`` where that is no whole character, as OpenAI writes it, and its id without any."""
+        found = self._labels.get(token_id)
+        if found is None:
+            found = self._labels[token_id] = self._make_label(token_id)
+        return found
+
+    def offsets(self, behind: Sequence[int] = ()) -> Offsets:
+        """For one answer's tokens, whose text goes on from that of the tokens ``behind`` it."""
+        return Offsets(self._text, behind)
+
+    def _make_data(self, token_id: int) -> bytes:
         if self._text is None or (token := self._text.token(token_id)) is None:
             return b""
         data = self._text.token_bytes(token)
@@ -26,8 +48,7 @@ class TokenText:
         join = self._text.join
         return join([WORD, token]).removeprefix(join([WORD])).encode(errors="replace")
 
-    def label(self, token_id: int) -> str:
-        r"""Its text; ``bytes:\xe2`` where that is no whole character, as OpenAI writes it, and its id without any."""
+    def _make_label(self, token_id: int) -> str:
         data = self.data(token_id)
         if not data:
             return f"token_id:{token_id}"
@@ -36,16 +57,12 @@ class TokenText:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def offsets(self) -> Offsets:
-        """For one answer's tokens."""
-        return Offsets(self._text)
-
 
 class Offsets:
     """Where the tokens of one answer begin in its text, in characters; all at 0 where there is no tokenizer."""
 
-    def __init__(self, text: Text | None) -> None:
-        self._decoder = None if text is None else IncrementalDecoder(text)
+    def __init__(self, text: Text | None, behind: Sequence[int]) -> None:
+        self._decoder = None if text is None else IncrementalDecoder(text, behind)
         self._end = 0
 
     def next(self, token_id: int) -> int:

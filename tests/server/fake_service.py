@@ -109,6 +109,7 @@ class FakeService:
         self.script = script or (lambda number: spoken("Hello", " world"))
         self.model = model or FakeModel()
         self.state = State.READY
+        self.capacity = 272
         self.asked: list[dict[str, Any]] = []
         self.streams: list[FakeStream] = []
         self.finished: dict[str, int] = {}
@@ -116,14 +117,15 @@ class FakeService:
         self.stats = Stats()
         self.closed = False
 
-    async def submit(self, prompt, params, objectives=None, *, logprobs=None) -> FakeStream:
+    async def submit(self, prompt, params, objectives=None, *, logprobs=None, goes_on=False) -> FakeStream:
         if self.state is not State.READY:
             raise ClosedError("the service takes no more requests")
         bad = next((token for token in prompt if not 0 <= token < VOCAB), None)
         if bad is not None or not prompt:
             raise RequestError(f"token id {bad} lies outside the vocabulary" if prompt else "the prompt is empty")
         steps = self.script(len(self.streams))
-        self.asked.append({"prompt": list(prompt), "params": params, "objectives": objectives, "logprobs": logprobs})
+        asked = {"prompt": list(prompt), "params": params, "objectives": objectives, "logprobs": logprobs}
+        self.asked.append(asked | {"goes_on": goes_on})
         self.streams.append(FakeStream(self, steps, len(prompt)))
         return self.streams[-1]
 

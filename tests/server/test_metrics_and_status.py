@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 from prometheus_client import parser
 
 from duoserve.errors import CopyError
@@ -9,7 +13,7 @@ from duoserve.metrics import ByteCounts, Stats
 from duoserve.server.records import Record, Recorder
 from duoserve.service import Piece, Times
 from tests.server.conftest import NAME
-from tests.server.fake_service import hoped, spoken
+from tests.server.fake_service import hoped, script_of, spoken
 
 VLLM = {
     "time_to_first_token_seconds": "histogram",
@@ -118,12 +122,34 @@ def test_the_status_tells_latencies_and_objectives(served):
     assert service["sent_back"] == 6
 
 
+def test_a_request_runs_as_soon_as_its_prefill_begins(served):
+    server = served(script_of(0.6, *spoken("late")))
+
+    def shown():
+        [row] = server.http.get("/status").json()["requests"]
+        return row["state"], row["ttft_ms"]
+
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(server.complete)
+        while not server.service.streams:
+            time.sleep(0.005)
+        stream = server.service.streams[0]
+        assert shown() == ("waiting", None)
+        stream.times = replace(stream.times, admitted=time.monotonic())
+        assert shown() == ("running", None)
+        assert answer.result().status_code == 200
+    state, ttft_ms = shown()
+    assert state == "stop" and ttft_ms > 0
+    stream.times = Times(0.0)
+    assert shown() == (state, ttft_ms)
+
+
 def test_of_requests_that_ended_no_gap_of_any_token_is_kept():
     recorder, heard = Recorder(), []
     recorder.listeners.append(lambda record: heard.append(len(record.gaps)))
-    record = Record("a", 1, hoped(None, None), Times(0.0))
+    record = Record("a", 1, hoped(None, None), lambda: Times(0.0, 1.0, 2.0))
     recorder.begin(record)
     for _ in range(3):
-        recorder.piece(record, Piece("x", (5,)), Times(0.0, 1.0, 2.0))
+        recorder.piece(record, Piece("x", (5,)))
     recorder.end(record, "length")
     assert heard == [2] and record.gaps == [] and record.tpot_s is not None

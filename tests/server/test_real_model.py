@@ -174,6 +174,8 @@ def test_what_cannot_be_loaded_or_had_is_one_line_and_exit_code_1(tmp_path, caps
     assert code == 1 and "memory" in err and err.count("\n") == 1
     code, err = failed("bard", "--slo-ttft-ms", "0")
     assert code == 1 and "must be more than 0" in err
+    code, err = failed("bard", "--slo-ttft-ms", "inf", "--host", "no such host")
+    assert code == 1 and "finite" in err
     monkeypatch.setenv("DUOSERVE_SLO_TPOT_MS", "-5")
     code, err = failed("bard")
     assert code == 1 and "-5.0 ms" in err
@@ -200,6 +202,22 @@ def test_every_flag_is_a_variable_too(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parsed("serve", "bard")
     assert "argument --invariant: 'maybe' is none of" in capsys.readouterr().err
+
+
+def test_a_wrong_variable_is_named_and_a_services_address_is_no_port(monkeypatch, capsys):
+    monkeypatch.setenv("DUOSERVE_PORT", "tcp://10.0.0.1:8000")
+    assert parsed("serve").port == 8000
+    for name, option in (("DUOSERVE_PORT", "--port"), ("DUOSERVE_MAX_BATCH", "--max-batch")):
+        monkeypatch.setenv(name, "many")
+        with pytest.raises(SystemExit):
+            parsed("serve")
+        said = capsys.readouterr().err
+        assert f"argument {option}: " in said and "'many'" in said and name in said
+        assert 5 in vars(parsed("serve", option, "5")).values()
+        with pytest.raises(SystemExit):
+            parsed("serve", option, "few")
+        assert name not in capsys.readouterr().err
+        monkeypatch.delenv(name)
 
 
 def parsed(*words):

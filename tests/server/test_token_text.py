@@ -8,28 +8,35 @@ from tokenizers import Tokenizer, decoders, models
 from duoserve.server.answers import Completions
 from duoserve.server.token_text import TokenText
 from duoserve.service import Piece, TokenLogprobs
-from duoserve.text import Text
+from duoserve.text import IncrementalDecoder, Text
 from tests.small_tokenizers import byte_level_tokenizer, llama_tokenizer
 
 LLAMA = llama_tokenizer()
 WORDS = ["▁the", "the", "▁", "cat", "##s", ".", "▁é"]
 
 
-def answered(tokens: list[str], tops: list[list[str]]) -> tuple[str, dict]:
+def ids_of(tokens: list[str]) -> list[int]:
+    return [LLAMA.token_to_id(token) for token in tokens]
+
+
+def answered(tokens: list[str], tops: list[list[str]], prompt: tuple[str, ...] = ("<s>",)) -> tuple[str, dict]:
     """The text of a completion, and the log-probabilities beside it; each of ``tops`` is a place's likeliest tokens."""
-    ids, text = [LLAMA.token_to_id(token) for token in tokens], Text(LLAMA)
+    ids, prompt_ids, text = ids_of(tokens), ids_of([*prompt]), Text(LLAMA)
+    decoder = IncrementalDecoder(text, prompt_ids)
     said = [
         TokenLogprobs(token, -1.0, tuple((LLAMA.token_to_id(name), -1.0 - n) for n, name in enumerate(top)))
         for token, top in zip(ids, tops, strict=True)
     ]
-    writer = Completions().writer(0, TokenText(text))
+    writer = Completions().writer(0, TokenText(text), prompt_ids)
     deltas = [writer.delta(Piece("", (one.token_id,), (one,), None))["logprobs"] for one in said]
-    return text.decode(ids), {name: [one for delta in deltas for one in delta[name]] for name in deltas[0]}
+    return "".join(map(decoder.push, ids)) + decoder.flush(), {
+        name: [one for delta in deltas for one in delta[name]] for name in deltas[0]
+    }
 
 
 def test_a_token_keeps_the_space_before_its_word() -> None:
     tokens = TokenText(Text(LLAMA))
-    ids = [LLAMA.token_to_id(token) for token in ("▁the", "the", "▁", "<0xE6>", "</s>")]
+    ids = ids_of(["▁the", "the", "▁", "<0xE6>", "</s>"])
     assert [tokens.data(token) for token in ids] == [b" the", b"the", b" ", b"\xe6", b""]
     assert [tokens.label(token) for token in ids] == [" the", "the", " ", "bytes:\\xe6", "token_id:2"]
 
@@ -50,6 +57,11 @@ def test_of_tokens_that_look_alike_the_likelier_counts() -> None:
     assert list(found["top_logprobs"][0]) == ["t", "s"]
 
 
+def test_the_sampled_token_is_among_the_top_ones_though_others_are_likelier() -> None:
+    _, found = answered(["s", "▁cat", "th"], [["t"], [], ["th", "s"]])
+    assert found["top_logprobs"] == [{"t": -1.0, "s": -1.0}, {" cat": -1.0}, {"th": -1.0, "s": -2.0}]
+
+
 def test_offsets_are_places_in_the_text() -> None:
     tokens = ["▁the", "<s>", "▁cat", "<0xC3>", "<0xA9>", "s", "▁the"]
     text, found = answered(tokens, [[]] * len(tokens))
@@ -58,8 +70,15 @@ def test_offsets_are_places_in_the_text() -> None:
     assert text[9:] == " the" == found["tokens"][-1]
 
 
+@pytest.mark.parametrize("prompt", [("<s>", "▁cat"), ("▁cat", "</s>"), ("<0xC3>", "<0xA9>"), ("▁",)])
+def test_behind_a_prompt_the_tokens_are_the_text(prompt: tuple[str, ...]) -> None:
+    text, found = answered(["▁the", "▁cat"], [[], []], prompt)
+    assert text == " the cat" == "".join(found["tokens"])
+    assert found["text_offset"] == [0, 4]
+
+
 def test_without_a_tokenizer_there_is_no_text_to_have_a_place_in() -> None:
-    writer = Completions().writer(0, TokenText(None))
+    writer = Completions().writer(0, TokenText(None), [5])
     found = writer.whole([Piece("", (token,), (TokenLogprobs(token, -1.0, ()),), "stop") for token in (5, 6)])
     assert (found["logprobs"]["tokens"], found["logprobs"]["text_offset"]) == (["token_id:5", "token_id:6"], [0, 0])
 

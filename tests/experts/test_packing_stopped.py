@@ -1,0 +1,52 @@
+"""A process that is told to end while it packs does not pack on."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PACKING = """
+import sys, time
+from pathlib import Path
+from duoserve.experts.packing import write_pack
+from duoserve.server.run import serve
+from duoserve.server.settings import ServerSettings
+from tests.fakes import ArrayStore
+
+class Slow(ArrayStore):
+    def read(self, expert, row_B):
+        super().read(expert, row_B)
+        if expert == self.experts[2]:
+            print("packing", flush=True)
+        time.sleep(0.2)
+
+def pack():
+    store = Slow(num_layers=20, num_experts=20)
+    write_pack(store, store.experts, Path(sys.argv[1]), "f")
+"""
+SERVE = PACKING + "serve(ServerSettings('x', port=0), pack, print)"
+ALONE = PACKING + "pack()"
+
+
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [(SERVE, signal.SIGTERM), (SERVE, signal.SIGINT), (ALONE, signal.SIGINT)],
+    ids=["a server by SIGTERM", "a server by Ctrl-C", "a program by Ctrl-C"],
+)
+def test_a_signal_ends_a_process_that_packs(tmp_path: Path, script: str, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "packing\n"
+            told = time.monotonic()
+            process.send_signal(number)
+            process.wait(30)
+            assert time.monotonic() - told < 5.0  # all that there is to pack takes 40 s
+        finally:
+            process.kill()

@@ -1,0 +1,37 @@
+"""Fields of newer clients: what would change the answer is refused, what asks for nothing is not."""
+
+from __future__ import annotations
+
+import pytest
+
+WRONG = [
+    ({"verbosity": "low"}, "verbosity"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"modalities": "text"}, "modalities"),
+    ({"audio": {"voice": "alloy", "format": "wav"}}, "audio"),
+    ({"web_search_options": {}}, "web_search_options"),
+    ({"web_search_options": {"search_context_size": "low"}}, "web_search_options"),
+    ({"prompt_logprobs": 0}, "prompt_logprobs"),
+    ({"prompt_logprobs": 1}, "prompt_logprobs"),
+    ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+]
+NOTHING = [
+    {"modalities": ["text"], "verbosity": "medium", "chat_template_kwargs": {}},
+    dict.fromkeys(
+        ("modalities", "verbosity", "audio", "web_search_options", "prompt_logprobs", "chat_template_kwargs")
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), WRONG, ids=lambda value: str(value)[:40])
+def test_what_would_change_the_answer_is_refused(served, fields, param):
+    server = served()
+    for answer in (server.chat(**fields), server.complete(**fields)):
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert server.service.streams == []
+
+
+@pytest.mark.parametrize("fields", NOTHING, ids=["as it is done", "null"])
+def test_what_asks_for_nothing_is_not(served, fields):
+    server = served()
+    assert [server.chat(**fields).status_code, server.complete(**fields).status_code] == [200, 200]
