@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +25,15 @@ NAMES = ("rms_norm", "rms_norm of heads", "add_rms_norm", "rope_write_kv", "moe_
 @pytest.fixture(scope="module")
 def ops() -> CompiledOps:
     return CompiledOps()
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Whatever the tests have: loops are made for as many threads as there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 class Operands:
@@ -138,6 +147,7 @@ def test_one_row_is_computed_by_the_ops_of_every_device(monkeypatch: pytest.Monk
 
 
 @needs_compiler
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("name", ["rms_norm", "rope_write_kv", "moe_combine"])
 def test_loops_are_shared_out_among_threads_though_the_example_is_short(
     name: str, monkeypatch: pytest.MonkeyPatch
