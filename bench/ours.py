@@ -28,7 +28,7 @@ from duoserve.tracing import Recording, record
 def load_compiler() -> None:
     """PyTorch's compiler is a library of 200 MB, and loaded before memory is limited."""
     CpuCompiler().record(lambda: (torch.ones(64) + 1,))
-    compile_for_rows(lambda x: x + 1, [torch.ones(2, 64)], [])
+    compile_for_rows(lambda x: x + 1, [torch.ones(2, 64)], [False])
 
 
 class Duoserve:

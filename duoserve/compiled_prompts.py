@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from duoserve.kernels.compiled_ops import CompiledOps
+from duoserve.kernels.compiled_ops import compiled_ops
 from duoserve.kv_cache import PagedKVCache, SequenceKV
 from duoserve.models.moe import MoEBlock
 from duoserve.models.transformer import Transformer
@@ -17,7 +17,7 @@ def compiled_prompts(model: Transformer, cache: PagedKVCache) -> Transformer:
     All of them are compiled here, so that no prompt waits for it. The bits are not quite the model's, since what it
     rounds in between is not; they are the same under every policy.
     """
-    compiled = with_ops(model, CompiledOps())
+    compiled = with_ops(model, compiled_ops())
     _rehearse(compiled, cache)
     return compiled
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
 from duoserve.errors import RequestError
-from duoserve.experts.checkpoint import resolve
+from duoserve.experts.hub import resolve
 from duoserve.experts.positional_file import is_there
 from duoserve.moe_model import MoEModel
 from duoserve.sampling import SamplingParams

@@ -1,13 +1,9 @@
-"""The small ops of prompts as loops that PyTorch's compiler makes for a CPU, once for all numbers of rows.
-
-Letters as in ``reference_small.py``, whose ops these are.
-"""
+"""The small ops of prompts as loops that PyTorch's compiler makes for a CPU, once for all numbers of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TypeVar, cast
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor
 
@@ -18,71 +14,52 @@ from duoserve.kernels.small_ops import SmallOps
 _Result = TypeVar("_Result")
 
 
-class CompiledOps(SmallOps):
-    """Each is compiled when it first meets tensors of such dtypes, widths and strides; ``kernels`` has it for one row.
+def compiled_ops() -> SmallOps:
+    """Loops of one model's own. Rows of RoPE's that are negative must come last."""
+    return SmallOps(
+        rms_norm=ForRows(kernels.rms_norm, fixed=(1,)),
+        add_rms_norm=ForRows(kernels.add_rms_norm, fixed=(2,)),
+        rope_write_kv=ForRows(kernels.rope_write_kv, fixed=(5, 6)),
+        moe_combine=ForRows(kernels.moe_combine),
+    )
 
-    No row changes the bits of another, which are not quite those of ``kernels``: what was rounded in between is not.
+
+class ForRows(Generic[_Result]):
+    """An op of ``kernels``, compiled when it first meets tensors of such dtypes, widths and strides; of one row itself.
+
+    The rows are the first dimension of its tensors, but for those at the places ``fixed``. No row changes the bits of
+    another, which are not quite those of ``kernels``: what was rounded in between is not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, op: Callable[..., _Result], fixed: Collection[int] = ()) -> None:
+        self._op = op
+        self._fixed = fixed
         self._made: dict[object, Compiled] = {}
 
-    def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        """As in ``kernels``."""
-        return self._computed(kernels.rms_norm, [x_TH], [weight_H], eps)
-
-    def add_rms_norm(self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """As in ``kernels``."""
-        return self._computed(kernels.add_rms_norm, [x_TH, residual_TH], [weight_H], eps)
-
-    def rope_write_kv(
-        self,
-        q_THD: Tensor,
-        k_TGD: Tensor,
-        v_TGD: Tensor,
-        cos_T1R: Tensor,
-        sin_T1R: Tensor,
-        k_pages_PSGD: Tensor,
-        v_pages_PSGD: Tensor,
-        rows_T: Tensor,
-        interleaved: bool = False,
-    ) -> Tensor:
-        """As in ``kernels``; rows that are negative must come last."""
-        rows = [q_THD, k_TGD, v_TGD, cos_T1R, sin_T1R, rows_T]
-        return self._computed(_rope_write_kv, rows, [k_pages_PSGD, v_pages_PSGD], interleaved)
-
-    def moe_combine(self, y_TKH: Tensor, topk_weights_TK: Tensor, shared_TH: Tensor | None = None) -> Tensor:
-        """As in ``kernels``."""
-        rows = [y_TKH, topk_weights_TK, *([] if shared_TH is None else [shared_TH])]
-        return self._computed(kernels.moe_combine, rows, [])
-
-    def _computed(
-        self, op: Callable[..., _Result], rows: Sequence[Tensor], others: Sequence[Tensor], *constants: float
-    ) -> _Result:
-        """``op(*rows, *others, *constants)``; the rows are the first dimension of each of ``rows``."""
-        if len(rows[0]) == 1:
-            return op(*rows, *others, *constants)
-        kinds = [(tensor.dtype, tensor.shape[1:], tensor.stride()) for tensor in rows]
-        key = op, constants, *kinds, *[(tensor.dtype, tensor.shape, tensor.stride()) for tensor in others]
+    def __call__(self, *operands: Any) -> _Result:
+        """What the op makes of its operands, of which the first has rows."""
+        if len(operands[0]) == 1:
+            return self._op(*operands)
+        key = tuple(self._kind(place, operand) for place, operand in enumerate(operands))
         if key not in self._made:
-            self._made[key] = compile_for_rows(partial(_with_constants, op, constants), rows, others)
-        return cast(_Result, self._made[key](*rows, *others))
+            self._made[key] = self._compiled(operands)
+        return cast(_Result, self._made[key](*filter(_is_tensor, operands)))
+
+    def _kind(self, place: int, operand: object) -> object:
+        """What code is made for; of what is no tensor, its value."""
+        if not isinstance(operand, Tensor):
+            return operand
+        return operand.dtype, operand.shape if place in self._fixed else operand.shape[1:], operand.stride()
+
+    def _compiled(self, operands: Sequence[Any]) -> Compiled:
+        places = [place for place, operand in enumerate(operands) if isinstance(operand, Tensor)]
+
+        def work(*tensors: Tensor) -> _Result:
+            given = dict(zip(places, tensors, strict=True))
+            return self._op(*[given.get(place, operand) for place, operand in enumerate(operands)])
+
+        return compile_for_rows(work, [operands[place] for place in places], [place in self._fixed for place in places])
 
 
-def _with_constants(op: Callable[..., _Result], constants: Sequence[float], *tensors: Tensor) -> _Result:
-    return op(*tensors, *constants)
-
-
-def _rope_write_kv(
-    q_THD: Tensor,
-    k_TGD: Tensor,
-    v_TGD: Tensor,
-    cos_T1R: Tensor,
-    sin_T1R: Tensor,
-    rows_T: Tensor,
-    k_pages_PSGD: Tensor,
-    v_pages_PSGD: Tensor,
-    interleaved: bool,
-) -> Tensor:
-    """The op with its rows first."""
-    return kernels.rope_write_kv(q_THD, k_TGD, v_TGD, cos_T1R, sin_T1R, k_pages_PSGD, v_pages_PSGD, rows_T, interleaved)
+def _is_tensor(operand: object) -> bool:
+    return isinstance(operand, Tensor)

@@ -111,8 +111,8 @@ def _lift(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
     return fx.GraphModule({}, graph), list(operands.values())
 
 
-def compile_for_rows(work: Compiled, rows: Sequence[Tensor], others: Sequence[Tensor]) -> Compiled:
-    """``work(*rows, *others)``, compiled for any number of rows from two on: the first dimension of each of ``rows``.
+def compile_for_rows(work: Compiled, tensors: Sequence[Tensor], fixed: Sequence[bool]) -> Compiled:
+    """``work(*tensors)``, compiled for any number of rows from two on: the first dimension of those that are not fixed.
 
     What else the tensors are, their strides too, stays as it is; their values do not matter here. ``work`` itself where
     the compiler would make other code for other numbers of rows.
@@ -132,12 +132,15 @@ def compile_for_rows(work: Compiled, rows: Sequence[Tensor], others: Sequence[Te
     dynamic: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext([DimDynamic.DYNAMIC])
     counted = fakes.from_tensor(torch.empty(USUAL_ROWS), symbolic_context=dynamic, source=ConstantSource("rows"))
     num_rows = counted.shape[0]
-    fixed = [fakes.from_tensor(tensor, static_shapes=True) for tensor in others]
     with fakes:
-        free = [torch.empty_strided((num_rows, *t.shape[1:]), t.stride(), dtype=t.dtype) for t in rows]
-        graph = make_fx(traced, _allow_non_fake_inputs=True)(*free, *fixed)
+        sizes = [t.shape if is_fixed else (num_rows, *t.shape[1:]) for t, is_fixed in zip(tensors, fixed, strict=True)]
+        examples = [
+            torch.empty_strided(size, tensor.stride(), dtype=tensor.dtype)
+            for tensor, size in zip(tensors, sizes, strict=True)
+        ]
+        graph = make_fx(traced, _allow_non_fake_inputs=True)(*examples)
     # What Inductor keeps on disk forgets some of the guards.
-    compiled = _made_by_inductor(graph, [*free, *fixed], fx_graph_cache=False)
+    compiled = _made_by_inductor(graph, examples, fx_graph_cache=False)
     return work if shapes.guards else compiled
 
 

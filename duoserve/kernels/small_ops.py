@@ -1,32 +1,22 @@
-"""What a model asks of the ops between its products. Letters as in ``reference_small.py``, which says what they do."""
+"""The ops between a layer's products, as a model asks for them; ``reference_small.py`` says what they do."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor
 
+from duoserve import kernels
 
-class SmallOps(Protocol):
-    """``kernels`` has them for every device."""
 
-    def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor: ...
+class SmallOps(NamedTuple):
+    """Each with the operands that it has in ``kernels``, in their order."""
 
-    def add_rms_norm(
-        self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]: ...
+    rms_norm: Callable[..., Tensor] = kernels.rms_norm
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]] = kernels.add_rms_norm
+    rope_write_kv: Callable[..., Tensor] = kernels.rope_write_kv
+    moe_combine: Callable[..., Tensor] = kernels.moe_combine
 
-    def rope_write_kv(
-        self,
-        q_THD: Tensor,
-        k_TGD: Tensor,
-        v_TGD: Tensor,
-        cos_T1R: Tensor,
-        sin_T1R: Tensor,
-        k_pages_PSGD: Tensor,
-        v_pages_PSGD: Tensor,
-        rows_T: Tensor,
-        interleaved: bool = False,
-    ) -> Tensor: ...
 
-    def moe_combine(self, y_TKH: Tensor, topk_weights_TK: Tensor, shared_TH: Tensor | None = None) -> Tensor: ...
+ON_EVERY_DEVICE = SmallOps()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from duoserve import kernels
 from duoserve.architecture import AttentionConfig
-from duoserve.kernels.small_ops import SmallOps
+from duoserve.kernels.small_ops import ON_EVERY_DEVICE, SmallOps
 from duoserve.models.batch import Batch
 from duoserve.models.layers import Linear, RMSNorm
 from duoserve.models.tensors import Tensors
@@ -28,7 +28,7 @@ class GroupedQueryAttention:
     norms: tuple[RMSNorm, RMSNorm] | None
     sinks_H: Tensor | None
     out: Linear
-    ops: SmallOps = kernels
+    ops: SmallOps = ON_EVERY_DEVICE
 
     @classmethod
     def load(

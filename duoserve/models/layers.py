@@ -10,7 +10,7 @@ from torch import Tensor
 
 from duoserve import kernels
 from duoserve.kernels import Products
-from duoserve.kernels.small_ops import SmallOps
+from duoserve.kernels.small_ops import ON_EVERY_DEVICE, SmallOps
 from duoserve.models.tensors import Tensors
 
 
@@ -67,7 +67,7 @@ class RMSNorm:
 
     weight_H: Tensor
     eps: float
-    ops: SmallOps = kernels
+    ops: SmallOps = ON_EVERY_DEVICE
 
     @classmethod
     def load(cls, tensors: Tensors, size: int, eps: float) -> RMSNorm:

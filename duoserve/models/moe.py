@@ -16,7 +16,7 @@ from torch import Tensor
 from duoserve import kernels
 from duoserve.architecture import ClampConfig, SharedExpertConfig
 from duoserve.kernels import ClampedUp, DeviceWork, ExpertWeights, HostRows, HostWork, RoutePlan, Work
-from duoserve.kernels.small_ops import SmallOps
+from duoserve.kernels.small_ops import ON_EVERY_DEVICE, SmallOps
 from duoserve.models.layers import FeedForward, Linear
 from duoserve.models.router import Router
 from duoserve.models.tap import RoutingTap
@@ -80,7 +80,7 @@ class MoEBlock:
     clamped: ClampedExperts | None = None
     tap: RoutingTap | None = None
     script: RoutingScript | None = None
-    ops: SmallOps = kernels
+    ops: SmallOps = ON_EVERY_DEVICE
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         routed = self.route(x_TH)
@@ -113,8 +113,8 @@ class MoEBlock:
 
     def compute(self, routed: Routed, work: Work) -> None:
         """Some of the chosen experts, from the slots that they are in."""
-        rows = routed.act_NI, routed.y_NH
-        kernels.moe_experts(routed.x_TH, self.weights, routed.plan, work, *rows, self._clamped_up)
+        x_TH, _, _, plan, act_NI, y_NH = routed
+        kernels.moe_experts(x_TH, self.weights, plan, work, act_NI, y_NH, self._clamped_up)
 
     def compute_missing(self, routed: Routed, source: HostRows, slots_E: Tensor) -> None:
         """The chosen experts that were in no slot, read through from the host into the first of ``slots_E`` (int32)."""

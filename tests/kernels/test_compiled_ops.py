@@ -12,8 +12,8 @@ from torch._inductor.codecache import CppPythonBindingsCodeCache
 
 from duoserve import kernels
 from duoserve.kernels import compiled_ops, reference
-from duoserve.kernels.compiled_ops import CompiledOps
 from duoserve.kernels.compiler import compile_for_rows
+from duoserve.kernels.small_ops import SmallOps
 from tests.compiled_case import needs_compiler
 from tests.kernels.common import assert_close, assert_same_bits
 
@@ -23,8 +23,8 @@ NAMES = ("rms_norm", "rms_norm of heads", "add_rms_norm", "rope_write_kv", "moe_
 
 
 @pytest.fixture(scope="module")
-def ops() -> CompiledOps:
-    return CompiledOps()
+def ops() -> SmallOps:
+    return compiled_ops.compiled_ops()
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def results(op: Callable[..., Any], operands: tuple[Any, ...]) -> list[Tensor]:
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_numbers_are_those_of_the_twin(ops: CompiledOps, name: str, dtype: torch.dtype) -> None:
+def test_the_numbers_are_those_of_the_twin(ops: SmallOps, name: str, dtype: torch.dtype) -> None:
     op = name.split(" ", maxsplit=1)[0].rstrip(",")
     for num_rows in ROWS:
         ours = results(getattr(ops, op), Operands(num_rows, dtype).of(name))
@@ -91,7 +91,7 @@ def test_the_numbers_are_those_of_the_twin(ops: CompiledOps, name: str, dtype: t
 
 @needs_compiler
 @pytest.mark.parametrize("name", NAMES[:4])
-def test_no_row_changes_the_bits_of_another(ops: CompiledOps, name: str) -> None:
+def test_no_row_changes_the_bits_of_another(ops: SmallOps, name: str) -> None:
     op = getattr(ops, name.split(" ", maxsplit=1)[0])
     whole = results(op, Operands(271, torch.bfloat16).of(name))
     for num_rows in (2, 3, 31, 33, 100):
@@ -103,7 +103,7 @@ def test_no_row_changes_the_bits_of_another(ops: CompiledOps, name: str) -> None
 
 @needs_compiler
 def test_an_op_is_compiled_once_for_all_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled, ops = [], CompiledOps()
+    compiled, ops = [], compiled_ops.compiled_ops()
     monkeypatch.setattr(
         compiled_ops, "compile_for_rows", lambda *call: compiled.append(call) or compile_for_rows(*call)
     )
@@ -116,7 +116,7 @@ def test_an_op_is_compiled_once_for_all_numbers_of_rows(monkeypatch: pytest.Monk
 
 
 @needs_compiler
-def test_padding_is_written_nowhere(ops: CompiledOps) -> None:
+def test_padding_is_written_nowhere(ops: SmallOps) -> None:
     operands = Operands(40, torch.float32).of("rope_write_kv")
     operands[-1][30:] = -1
     _, *ours = results(ops.rope_write_kv, operands)
@@ -134,7 +134,7 @@ def test_code_that_only_some_numbers_of_rows_get_is_given_to_no_others() -> None
     def work(x_N: Tensor) -> Tensor:
         return x_N * 2 if x_N.shape[0] < 10 else x_N * 3
 
-    compiled = compile_for_rows(work, [torch.empty(4)], [])
+    compiled = compile_for_rows(work, [torch.empty(4)], [False])
     for size in (2, 9, 10, 64):
         assert_same_bits(compiled(torch.ones(size)), work(torch.ones(size)))
 
@@ -142,7 +142,9 @@ def test_code_that_only_some_numbers_of_rows_get_is_given_to_no_others() -> None
 def test_one_row_is_computed_by_the_ops_of_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled_ops, "compile_for_rows", None)
     operands = Operands(1, torch.bfloat16).of("add_rms_norm")
-    for ours, theirs in zip(CompiledOps().add_rms_norm(*operands), reference.add_rms_norm(*operands), strict=True):
+    for ours, theirs in zip(
+        compiled_ops.compiled_ops().add_rms_norm(*operands), reference.add_rms_norm(*operands), strict=True
+    ):
         assert_same_bits(ours, theirs)
 
 
@@ -159,6 +161,6 @@ def test_loops_are_shared_out_among_threads_though_the_example_is_short(
         "load_pybinding_async",
         lambda argtypes, source, *more, **options: sources.append(source) or load(argtypes, source, *more, **options),
     )
-    getattr(CompiledOps(), name)(*Operands(2, torch.bfloat16).of(name))
+    getattr(compiled_ops.compiled_ops(), name)(*Operands(2, torch.bfloat16).of(name))
     assert sources
     assert all("#pragma omp for" in source for source in sources)
