@@ -16,7 +16,8 @@ from memory_cap import join, leave
 
 from duoserve import MoEModel, SamplingParams
 from duoserve.config import EngineConfig
-from duoserve.kernels.compiler import CpuCompiler, can_compile, compile_for_rows
+from duoserve.kernels.compiler import CpuCompiler, can_compile
+from duoserve.kernels.inductor import compile_for_rows
 from duoserve.loading import load
 from duoserve.predictors.files import save_predictor
 from duoserve.predictors.training import train

@@ -6,7 +6,7 @@ B sequences, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from duoserve.compiled_experts import Chosen, CompiledExperts
 from duoserve.decode_inputs import DecodeInputs
 from duoserve.kernels.compiler import CompiledRecording, CpuCompiler
-from duoserve.kv_cache import Layout, PagedKVCache
+from duoserve.kv_cache import Layout, PagedKVCache, pages_for
 from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
 from duoserve.passes import DecodeStep
@@ -25,6 +25,9 @@ from duoserve.recorded_decode import MakeStep, RecordedDecoder, Shape, Shapes
 # Sequences of the steps that are compiled: few sizes, for each takes seconds to compile, and to compute four rows of a
 # product takes as long as to compute two, as its time is that of its weights.
 SIZES = (1, 4, 16)
+# Pages of a short context, 4096 tokens. Attention of one sequence is loops over its pages, and how their sums are made
+# must not depend on how many there are.
+SHORT = 64
 
 
 def compiled_decoder(model: Transformer, cache: PagedKVCache) -> RecordedDecoder:
@@ -43,20 +46,24 @@ def compiled_decoder(model: Transformer, cache: PagedKVCache) -> RecordedDecoder
 
 @dataclass(frozen=True)
 class PaddedShapes(Shapes):
-    """The least of ``sizes`` (ascending) that the sequences fit in, and page tables as wide as they can get."""
+    """The least of ``sizes`` (ascending) that the sequences fit in, and page tables as wide as they can get.
+
+    A short context of one sequence has a step of its own.
+    """
 
     sizes: tuple[int, ...]
     width: int
 
     def of(self, layout: Layout) -> Shape:
         """As in Shapes; of all steps that fit in none the same."""
-        fits = (size for size in self.sizes if size >= len(layout.spans))
-        return next(fits, self.sizes[-1] + 1), self.width
+        size = next((size for size in self.sizes if size >= len(layout.spans)), self.sizes[-1] + 1)
+        is_short = size == 1 and pages_for(layout.lengths[0]) <= SHORT
+        return size, min(self.width, SHORT) if is_short else self.width
 
     def up_to(self, num_sequences: int) -> Iterable[Shape]:
-        """As in Shapes."""
+        """As in Shapes, but for the long context of one sequence: a step of its own, that few need."""
         smaller = [size for size in self.sizes if size < num_sequences]
-        return [(size, self.width) for size in self.sizes[: len(smaller) + 1]]
+        return [(size, min(self.width, SHORT) if size == 1 else self.width) for size in self.sizes[: len(smaller) + 1]]
 
 
 def compiled_steps(model: Transformer, cache: PagedKVCache, compiler: CpuCompiler) -> MakeStep:
@@ -67,9 +74,16 @@ def compiled_steps(model: Transformer, cache: PagedKVCache, compiler: CpuCompile
         if num_sequences > SIZES[-1]:
             return None
         inputs = DecodeInputs(compiler, cache, num_sequences, table_width)
-        return CompiledStep(model, compiler, inputs, experts, num_sequences)
+        return CompiledStep(model, compiler, inputs, experts)
 
     return make
+
+
+def _widths(num_sequences: int, widest: int) -> range:
+    """The widths of page tables that such a step reads: of one sequence as few pages as it has, two at least."""
+    if num_sequences > 1 or widest < 2:
+        return range(widest, widest + 1)
+    return range(2 if widest <= SHORT else SHORT + 1, widest + 1)
 
 
 class _Layer(NamedTuple):
@@ -84,34 +98,31 @@ class CompiledStep(DecodeStep):
     """A compiled decode step of up to B sequences."""
 
     def __init__(
-        self,
-        model: Transformer,
-        compiler: CpuCompiler,
-        inputs: DecodeInputs,
-        experts: CompiledExperts,
-        num_sequences: int,
+        self, model: Transformer, compiler: CpuCompiler, inputs: DecodeInputs, experts: CompiledExperts
     ) -> None:
         blocks = moe_blocks(model)
+        num_sequences, widest = inputs.shape
+        self.widths = _widths(num_sequences, widest)
         self._inputs = inputs
         self._experts = experts
         self._rows = experts.rows.first(num_sequences, blocks[0].top_k)
         self._chosen = {block.layer: RecordedChoices(compiler, [block], num_sequences) for block in blocks}
         self._layers: list[_Layer] = []
         experts.call(1)
-        part = compiler.record(lambda: self._told(first_part(model, inputs.batch())))
+        part = compiler.record_for(partial(self._first, model), self.widths)
         while isinstance(choice := part.result, Choice):
             self._layers.append(_Layer(part, choice, self._chosen[choice.block.layer]))
-            part = compiler.record(partial(self._next, choice))
+            part = compiler.record_for(partial(self._next, choice), self.widths)
         self._last, self._logits_BV = part, choice
 
     def __call__(self, layout: Layout) -> Tensor:
         """The float32 logits [B, V] without padding, which the next call overwrites."""
         self._inputs.load(layout)
-        num_sequences = len(layout.spans)
+        num_sequences, width = len(layout.spans), max(self.widths[0], pages_for(max(layout.lengths)))
         for layer in self._layers:
-            layer.part.replay()
+            layer.part.replay(width)
             self._compute(layer, num_sequences)
-        self._last.replay()
+        self._last.replay(width)
         return self._logits_BV[:num_sequences]
 
     def _compute(self, layer: _Layer, num_sequences: int) -> None:
@@ -123,8 +134,12 @@ class CompiledStep(DecodeStep):
             for ready in lease:
                 self._experts.compute(layer.choice, chosen, ready)
 
-    def _next(self, choice: Choice) -> Choice | Tensor:
-        return self._told(next_part(choice))
+    def _first(self, model: Transformer, width: int) -> Choice | Tensor:
+        return self._told(first_part(model, self._inputs.batch(width)))
+
+    def _next(self, choice: Choice, width: int) -> Choice | Tensor:
+        batch = replace(choice.run.batch, kv=self._inputs.kv(width))
+        return self._told(next_part(choice._replace(run=choice.run._replace(batch=batch))))
 
     def _told(self, end: Choice | Tensor) -> Choice | Tensor:
         if not isinstance(end, Choice):

@@ -22,13 +22,13 @@ class DecodeInputs:
     def __init__(self, recorder: Recorder, cache: PagedKVCache, num_sequences: int, table_width: int) -> None:
         self._recorder = recorder
         self._cache = cache
-        self._shape = (num_sequences, table_width)
+        self.shape = (num_sequences, table_width)
         # Token ids, positions, cache rows and lengths, then the page table: one copy brings them all.
         self._sizes = [*[num_sequences] * 4, num_sequences * table_width]
         self._host_N = recorder.host((sum(self._sizes),), torch.int64)
         self._host_N[2 * num_sequences : 3 * num_sequences] = -1  # a negative row is not written
         self._device_N = self._host_N.to(recorder.device, copy=True)
-        self._table_BM = torch.zeros(self._shape, dtype=torch.int32, device=recorder.device)
+        self._table_BM = torch.zeros(self.shape, dtype=torch.int32, device=recorder.device)
         self._lengths_B = torch.zeros(num_sequences, dtype=torch.int32, device=recorder.device)
 
     def load(self, layout: Layout) -> None:
@@ -36,23 +36,27 @@ class DecodeInputs:
 
         Sequences that ``layout`` has too few are nobody's, with a token that is stored nowhere and sees nothing.
         """
-        padding = self._shape[0] - len(layout.spans)
+        padding = self.shape[0] - len(layout.spans)
         none, nowhere = [0] * padding, [-1] * padding
         numbers = layout.token_ids, none, layout.positions, none, layout.rows, nowhere, layout.lengths, none
         host_N = self._host_N.numpy()
         host_N[: sum(self._sizes[:4])] = list(chain.from_iterable(numbers))
-        table_BM = host_N[sum(self._sizes[:4]) :].reshape(self._shape)
+        table_BM = host_N[sum(self._sizes[:4]) :].reshape(self.shape)
         for pages_M, pages in zip(table_BM, layout.page_table, strict=False):  # what is behind them is not read
-            pages_M[: len(pages)] = pages
+            pages_M[: len(pages)] = pages[: self.shape[1]]  # a sequence may have pages that it has not come to
 
-    def batch(self) -> Batch:
-        """The batch, as part of what is recorded."""
+    def batch(self, num_pages: int | None = None) -> Batch:
+        """The batch, as part of what is recorded; see ``kv``."""
         self._recorder.copy(self._device_N, self._host_N)
-        token_ids_B, positions_B, rows_B, lengths_B, table = torch.split_with_sizes(self._device_N, self._sizes)
-        self._table_BM.copy_(table.view(self._shape))
+        token_ids_B, positions_B, _, lengths_B, table = torch.split_with_sizes(self._device_N, self._sizes)
+        self._table_BM.copy_(table.view(self.shape))
         self._lengths_B.copy_(lengths_B)
-        kv = BatchKV(self._cache, rows_B, self._table_BM, self._lengths_B, contexts=())
-        return Batch(token_ids_B, positions_B, tuple((b, b + 1) for b in range(self._shape[0])), kv)
+        return Batch(token_ids_B, positions_B, tuple((b, b + 1) for b in range(self.shape[0])), self.kv(num_pages))
+
+    def kv(self, num_pages: int | None = None) -> BatchKV:
+        """Where the batch reads and writes, of contexts of up to so many pages (M if not told)."""
+        _, _, rows_B, _, _ = torch.split_with_sizes(self._device_N, self._sizes)
+        return BatchKV(self._cache, rows_B, self._table_BM[:, :num_pages], self._lengths_B, contexts=())
 
 
 class WorkFeed:

@@ -21,6 +21,11 @@ from duoserve.models.batch import Batch
 PAGE_TOKENS = 64
 
 
+def pages_for(num_tokens: int) -> int:
+    """Pages that so many tokens take."""
+    return -(-num_tokens // PAGE_TOKENS)
+
+
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one token of context takes over all layers."""
     kv = config.blocks.attention.kv
@@ -67,7 +72,7 @@ class PagedKVCache:
     def __init__(
         self, config: ModelConfig, max_tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
-        self.num_pages = -(-max_tokens // PAGE_TOKENS)
+        self.num_pages = pages_for(max_tokens)
         kv = config.blocks.attention.kv
         shape = (self.num_pages, PAGE_TOKENS, kv.heads)
         self.layers = tuple(
@@ -85,11 +90,11 @@ class PagedKVCache:
     @staticmethod
     def whole_pages(num_tokens: int) -> int:
         """``num_tokens`` rounded up to whole pages, in tokens."""
-        return -(-num_tokens // PAGE_TOKENS) * PAGE_TOKENS
+        return pages_for(num_tokens) * PAGE_TOKENS
 
     def reserve(self, sequence: SequenceKV, num_tokens: int) -> None:
         """Gives ``sequence`` pages for ``num_tokens`` tokens in all; MemoryBudgetError when too few are free."""
-        missing = self.whole_pages(num_tokens) // PAGE_TOKENS - len(sequence.pages)
+        missing = pages_for(num_tokens) - len(sequence.pages)
         if missing > len(self._free):
             raise MemoryBudgetError(
                 f"the KV cache has room for {len(self._free) * PAGE_TOKENS} more tokens and {missing * PAGE_TOKENS} "

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from duoserve import ConfigError, MoEModel, SamplingParams
+from duoserve import ConfigError, MoEModel, SamplingParams, compiled_decode
 from duoserve.compiled_decode import CompiledStep
-from duoserve.kernels import compiler
+from duoserve.kernels import inductor
 from duoserve.kernels.compiler import CpuCompiler
+from duoserve.kernels.inductor import Traced
 from tests.checkpoints import save_mixtral
 from tests.compiled_case import needs_compiler, save
 from tests.models.test_families import decoded
@@ -54,6 +55,24 @@ def test_a_compiled_step_has_the_probabilities_of_prefill(folder: Path, compiled
 
 
 @needs_compiler
+@pytest.mark.parametrize("folder", ["mixtral"], indirect=True)
+def test_a_context_that_has_grown_long_is_attended_to_by_a_step_of_its_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three pages: the first is short, the second begins the long step, the third is more of it."""
+    monkeypatch.setattr(compiled_decode, "SHORT", 1)
+    prompt, widths, make = PROMPT * 3, [], CompiledStep.__init__
+    monkeypatch.setattr(CompiledStep, "__init__", lambda self, *parts: make(self, *parts) or widths.append(self.widths))
+    with MoEModel.from_pretrained(folder, dtype="float32", decode_mode="compiled", max_context=256) as model:
+        assert range(2, 5) not in widths
+        tokens, top_C202 = asyncio.run(decoded(model, prompt[:50], 100))
+    with MoEModel.from_pretrained(folder, dtype="float32") as model:
+        truth_CV = model.forward(prompt[:50] + tokens[:-1])[49:].log_softmax(-1)
+    assert range(2, 5) in widths
+    assert relative_error(top_C202[..., 1], truth_CV.gather(1, top_C202[..., 0].long())) <= 1e-5
+
+
+@needs_compiler
 @pytest.mark.parametrize("folder", ["mixtral", "deepseek_v3"], indirect=True)
 def test_every_policy_has_the_bits_of_the_resident_run(folder: Path, tmp_path: Path) -> None:
     def run(**options: Any) -> tuple[list[int], torch.Tensor]:
@@ -87,8 +106,7 @@ def test_quantized_experts_give_the_logits_of_the_model(
 @needs_compiler
 def test_layers_that_differ_in_tensors_only_are_compiled_once(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
-    whole = "duoserve.kernels.compiler._compile"
-    monkeypatch.setattr(whole, lambda graph, operands: compiled.append(graph) or (lambda *_: None))
+    monkeypatch.setattr(Traced, "compiled", lambda self: compiled.append(self) or (lambda *_: None))
     MoEModel.from_pretrained(mixtral, decode_mode="compiled").close()
     # Up to the first choice, from there to the next, to the logits; and an expert, and what is tried before.
     assert len(compiled) == 5
@@ -118,7 +136,7 @@ def test_with_a_compiler_that_fails_all_runs_op_by_op(
     folder = save_mixtral(tmp_path, hidden_size=128, intermediate_size=128, dtype=torch.bfloat16)
     with MoEModel.from_pretrained(folder, quantize=quantize) as model:
         expected = model.generate(PROMPT, GREEDY).token_ids
-    monkeypatch.setattr(compiler, "_made_by_inductor", failing)
+    monkeypatch.setattr(inductor, "_made_by_inductor", failing)
     with (
         pytest.warns(UserWarning, match=r"fails \(Python\.h: no such file\): decode steps run op by op"),
         MoEModel.from_pretrained(folder, quantize=quantize, decode_mode="compiled") as model,
@@ -129,6 +147,34 @@ def test_with_a_compiler_that_fails_all_runs_op_by_op(
 def test_invariance_cannot_be_compiled() -> None:
     with pytest.raises(ConfigError, match="invariant=True multiplies row by row, which decode_mode"):
         MoEModel.from_pretrained("bard", invariant=True, decode_mode="compiled")
+
+
+@needs_compiler
+def test_work_for_several_numbers_is_compiled_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded, source, sums = [], torch.rand(40, 3), torch.zeros(3)
+    compiler, compiled = CpuCompiler(), Traced.compiled
+    monkeypatch.setattr(Traced, "compiled", lambda self: recorded.append(self) or compiled(self))
+    recording = compiler.record_for(lambda number: sums.copy_(source[:number].sum(0)), range(2, 41))
+    for number in (2, 3, 7, 40):
+        recording.replay(number)
+        torch.testing.assert_close(sums, source[:number].sum(0))
+    compiler.record_for(lambda number: sums.copy_(source[:number].sum(0)), range(2, 41))
+    assert len(recorded) == 1
+
+
+@needs_compiler
+def test_code_for_some_numbers_only_is_replaced_by_that_for_the_largest() -> None:
+    mask, out = torch.tensor([1.0] * 5 + [0.0] * 35), torch.zeros(1)
+
+    def masked_sum(number: int) -> None:
+        part = mask[:number]
+        out.copy_((part * 2 if number > 10 else part).sum() / (2 if number > 10 else 1))
+
+    recording = CpuCompiler().record_for(masked_sum, range(5, 41))
+    for number in (5, 10, 11, 40):
+        out.zero_()
+        recording.replay(number)
+        assert out.item() == 5
 
 
 def test_what_is_recorded_reads_no_values() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from duoserve import MoEModel, SamplingParams, loading
-from duoserve.kernels import compiled_ops
+from duoserve.kernels import inductor
 from tests.compiled_case import needs_compiler, save
 from tests.models.test_mixtral_parity import relative_error
 
@@ -22,8 +22,8 @@ pytestmark = needs_compiler
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What has been compiled for any number of rows."""
-    calls, compile_for_rows = [], compiled_ops.compile_for_rows
-    monkeypatch.setattr(compiled_ops, "compile_for_rows", lambda *call: calls.append(call) or compile_for_rows(*call))
+    calls, compile_for_rows = [], inductor.compile_for_rows
+    monkeypatch.setattr(inductor, "compile_for_rows", lambda *call: calls.append(call) or compile_for_rows(*call))
     return calls
 
 

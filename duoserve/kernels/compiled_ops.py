@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar, cast
 from torch import Tensor
 
 from duoserve import kernels
-from duoserve.kernels.compiler import Compiled, compile_for_rows
+from duoserve.kernels.compiler import Compiled
 from duoserve.kernels.small_ops import SmallOps
 
 _Result = TypeVar("_Result")
@@ -58,7 +58,10 @@ class ForRows(Generic[_Result]):
             given = dict(zip(places, tensors, strict=True))
             return self._op(*[given.get(place, operand) for place, operand in enumerate(operands)])
 
-        return compile_for_rows(work, [operands[place] for place in places], [place in self._fixed for place in places])
+        from duoserve.kernels import inductor  # noqa: PLC0415 - takes a second
+
+        fixed = [place in self._fixed for place in places]
+        return inductor.compile_for_rows(work, [operands[place] for place in places], fixed)
 
 
 def _is_tensor(operand: object) -> bool:

@@ -48,6 +48,9 @@ def _decode_attention(
     )
 
 
+DECODE_ATTENTION = torch.ops.duoserve.decode_attention.default
+
+
 @_decode_attention.register_fake
 def _(q_BHD: Tensor, k_pages_PSGD: Tensor, v_pages_PSGD: Tensor, *_rest: Any) -> Tensor:
     return q_BHD.new_empty(*q_BHD.shape[:2], v_pages_PSGD.shape[-1])
