@@ -16,6 +16,49 @@ from duoserve.scheduling.source import Lease, ReadyExpert
 from duoserve.scheduling.spaces import Space
 
 
+class StandingLease(Lease):
+    """Experts that are in slots for good, so that nothing is held, planned or waited for."""
+
+    def __init__(self, layer: int, ready: list[ReadyExpert]) -> None:
+        self.layer = layer
+        self.complete = False
+        self._ready = ready
+
+    @property
+    def idle(self) -> bool:
+        """As in SlotLease: whether all have been handed out."""
+        return not self._ready
+
+    def close(self) -> None:
+        """As in SlotLease."""
+        self._ready = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> list[ReadyExpert]:
+        if not self._ready:
+            self.complete = True
+            raise StopIteration
+        return self.at_once()
+
+    def at_once(self) -> list[ReadyExpert]:
+        """As in Lease."""
+        ready, self._ready = self._ready, []
+        return ready
+
+    def heard(self) -> None:
+        """As in Lease: nothing is foretold."""
+
+
 class SlotLease(Lease):
     """Carries out the plan of one layer.
 

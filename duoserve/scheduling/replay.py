@@ -25,14 +25,13 @@ from duoserve.scheduling.eviction import Eviction
 from duoserve.scheduling.foreseen import Future
 from duoserve.scheduling.hardware import Machine
 from duoserve.scheduling.host_time import HostTime, UntimedEngine
-from duoserve.scheduling.lease import SlotLease
 from duoserve.scheduling.plan import DecodeMode, GuessMode, PrefillMode
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import Routing
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.scheduling.scored import Score, ScoredPredictor
-from duoserve.scheduling.source import ReadyExpert
+from duoserve.scheduling.source import Lease, ReadyExpert
 from duoserve.scheduling.trace import RequestTrace, Trace
 
 ORACLE = "oracle"
@@ -245,7 +244,7 @@ class _Run:
         return wall_s, wall_s - (self._lane.busy_s - busy_s)
 
     def _hear(  # noqa: PLR0913, PLR0917
-        self, layer: int, lease: SlotLease, routing: Routing, wanted: _Asked, hearing_s: float, num_tokens: int
+        self, layer: int, lease: Lease, routing: Routing, wanted: _Asked, hearing_s: float, num_tokens: int
     ) -> None:
         """Behind the layer's demands; a device computes meanwhile what is there, a host does one after the other."""
         if self._machine.hardware.host_computes:
@@ -260,10 +259,11 @@ class _Run:
             self._listener.routed(routing)
             lease.heard()
 
-    def _compute(self, layer: int, lease: SlotLease, wanted: _Asked, num_tokens: int) -> None:
+    def _compute(self, layer: int, lease: Lease, wanted: _Asked, num_tokens: int) -> None:
+        batches = iter(lease)
         while True:
             with self._host:
-                ready = next(lease, None)
+                ready = next(batches, None)
             if ready is None:
                 return
             self._launch_experts(layer, ready, wanted, num_tokens)

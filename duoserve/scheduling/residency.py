@@ -157,6 +157,10 @@ class Residency:
         slot = self.table.first_empty()
         return None if slot < 0 else slot
 
+    def is_complete(self, layer: int, num_experts: int) -> bool:
+        """Whether all experts of a layer are READY, and no copy of any is under way."""
+        return len(self.slots[layer]) == num_experts and not self._copies
+
     def filled(self) -> list[int]:
         """How many slots each layer fills, copies under way included."""
         return list(map(len, self.slots))

@@ -18,7 +18,7 @@ from duoserve.scheduling.decode import plan_decode
 from duoserve.scheduling.foresight import Foresight
 from duoserve.scheduling.ghost import Ghost
 from duoserve.scheduling.guard import Guard
-from duoserve.scheduling.lease import SlotLease
+from duoserve.scheduling.lease import SlotLease, StandingLease
 from duoserve.scheduling.link_budget import Demand
 from duoserve.scheduling.plan import BEFORE_FIRST, LayerPlan, LayerView, ModelShape
 from duoserve.scheduling.policies import Policy
@@ -28,7 +28,7 @@ from duoserve.scheduling.ranking import Ranking
 from duoserve.scheduling.read_through import ReadThrough
 from duoserve.scheduling.residency import Residency
 from duoserve.scheduling.routing import RoutingListener
-from duoserve.scheduling.source import ExpertSource
+from duoserve.scheduling.source import ExpertSource, ReadyExpert
 from duoserve.scheduling.spaces import Cache, Ring, Scratch, Space
 from duoserve.scheduling.step_guesses import StepGuesses
 
@@ -84,9 +84,9 @@ class Scheduler(ExpertSource):
         self._residency = Residency(table, pool, engine, meter, num_layers, link=self._link)
         self._cache = Cache(self._residency, self._shape, policy.eviction, self._ranking)
         self._pass: _Pass | None = None
-        self._aside: tuple[_Pass, SlotLease] | None = None
+        self._aside: tuple[_Pass, SlotLease | StandingLease] | None = None
         self._books: ReadThrough | None = None
-        self._lease: SlotLease | None = None
+        self._lease: SlotLease | StandingLease | None = None
         self._prompted = True  # the last pass did not leave the cache as decode steps do
         self._closed = False
 
@@ -146,13 +146,20 @@ class Scheduler(ExpertSource):
             run = run._replace(space=self._open_space(run.phase, run.num_tokens))
         self._pass, self._lease = run, lease
 
-    def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> SlotLease:
+    def acquire(
+        self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None
+    ) -> SlotLease | StandingLease:
         """See ExpertSource: what is missing has been asked for, as far as there are slots, when this returns."""
         self._check_open()
         if self._pass is None:
             raise IntegrityError(f"layer {layer} asked for experts outside of a forward pass")
         if self._lease is not None and not self._lease.idle:
             raise IntegrityError(f"layer {layer} asked for experts while another lease was open")
+        if self._policy.all_resident and self._residency.is_complete(layer, self._shape.num_experts):
+            slots = self._residency.slots[layer]
+            self._meter.hit(self._pass.phase, len(experts))
+            self._lease = StandingLease(layer, [ReadyExpert(expert, slots[expert]) for expert in experts])
+            return self._lease
         self._ranking.used(layer, experts, [1] * len(experts) if counts is None else counts)
         if self._link is not None and self._pass.phase is Phase.DECODE:
             self._link.routed(layer, self._engine.now())

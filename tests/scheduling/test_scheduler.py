@@ -194,6 +194,35 @@ class TestResident:
         assert len(rig.done()) == 32 and stats.stall_s == 0.0
         assert stats.hit_rate() == 1.0 and stats.bytes.total == 0
 
+    def test_what_stays_for_good_is_not_held_and_still_leased_once_at_a_time(self) -> None:
+        rig = Rig("resident", slots=32)
+        rig.scheduler.load_all()
+        rig.scheduler.begin(Phase.DECODE, 1)
+        with rig.scheduler.acquire(0, [2, 1]) as lease:
+            with pytest.raises(IntegrityError, match="while another lease was open"):
+                rig.scheduler.acquire(1, [1])
+            assert [one.expert for one in lease.at_once()] == [2, 1]
+            assert not any(map(rig.table.holds, range(32)))
+            assert list(lease) == []
+        for layer in (1, 2, 3):
+            slots = [rig.table.slot_of(ExpertId(layer, expert)) for expert in (5, 6)]
+            with rig.scheduler.acquire(layer, [5, 6]) as lease:
+                assert list(lease) == [list(zip((5, 6), slots, strict=True))]
+        rig.scheduler.end()
+        rig.scheduler.check_integrity()
+        assert rig.stats().hits["decode"] == 8
+
+    def test_a_lease_of_what_stays_that_was_given_up_lets_the_next_one_be(self) -> None:
+        rig = Rig("resident", slots=32)
+        rig.scheduler.load_all()
+        rig.scheduler.begin(Phase.DECODE, 1)
+        with rig.scheduler.acquire(0, [2, 1]):
+            pass
+        rig.scheduler.acquire(0, [2, 1])
+        rig.scheduler.end()
+        rig.scheduler.begin(Phase.DECODE, 1)
+        rig.scheduler.end()
+
     def test_too_few_slots_are_refused(self) -> None:
         with pytest.raises(
             MemoryBudgetError, match=r"all 32 experts in slots \(4 layers x 8\), but there are 31 slots"

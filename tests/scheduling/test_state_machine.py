@@ -23,6 +23,7 @@ from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.slots import SlotPool, SlotState, SlotTable
 from duoserve.experts.virtual import ComputeLane, VirtualClock
 from duoserve.metrics import Meter
+from duoserve.scheduling.lease import StandingLease
 from duoserve.scheduling.policies import POLICIES, get_policy
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.scheduling.source import Lease, ReadyExpert
@@ -245,9 +246,10 @@ class Slots(RuleBasedStateMachine):
         assert unused % TINY.slot_bytes == 0 and 0 <= unused <= len(self.table.ready()) * TINY.slot_bytes
 
     def check_batch(self) -> None:
-        """What the consumer computes on is what it asked for, held, and all there."""
+        """What the consumer computes on is what it asked for, held (or there for good), and all there."""
         for expert, slot in self.batch:
-            assert self.table.expert_in(slot) == (self.layer, expert) and self.table.holds(slot) == 1
+            assert self.table.expert_in(slot) == (self.layer, expert)
+            assert self.table.holds(slot) == (0 if isinstance(self.lease, StandingLease) else 1)
             assert torch.equal(self.pool.row(slot), self.store.row(ExpertId(self.layer, expert)))
 
     def is_loading(self) -> bool:
