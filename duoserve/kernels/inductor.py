@@ -15,10 +15,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
+from duoserve.kernels.compiler import Compiled
 from duoserve.kernels.decomposed import DECOMPOSED
 from duoserve.kernels.traced import TracedOps
-
-Compiled = Callable[..., object]
 
 # What Inductor goes by where it need not know the number of rows: loops of few are not shared out among threads.
 USUAL_ROWS = 1024
