@@ -38,7 +38,7 @@ def compiled_decoder(model: Transformer, cache: PagedKVCache) -> RecordedDecoder
     who generates alone does not wait for them. They are not put off any longer, or bits would depend on how often there
     was such a step.
     """
-    steps = compiled_steps(model, cache, CpuCompiler())
+    steps = compiled_steps(model, cache, CpuCompiler(taped=True))
     decoder = RecordedDecoder(model, cache, steps, record_after=0, shapes=PaddedShapes(SIZES, cache.num_pages))
     decoder.prepare(1)
     return decoder

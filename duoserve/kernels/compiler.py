@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic
 
@@ -14,17 +13,18 @@ import torch
 from torch import Tensor
 
 from duoserve.kernels.recorder import Recorder, Result
+from duoserve.kernels.tape import Bound, TapedCode
 
 Compiled = Callable[..., object]
 
 
-@dataclass(frozen=True)
 class CompiledRecording(Generic[Result]):
     """Compiled work, and the memory that it reads and writes."""
 
-    compiled: Compiled
-    operands: Sequence[Tensor]
-    result: Result
+    def __init__(self, compiled: Compiled, operands: Sequence[Tensor], result: Result) -> None:
+        self.compiled = compiled
+        self.operands = operands
+        self.result = result
 
     def replay(self, *number: int) -> None:
         """As in Recording, done when it returns; with the number that work of ``record_for`` takes."""
@@ -32,15 +32,39 @@ class CompiledRecording(Generic[Result]):
 
     def on(self, others: Mapping[Tensor, Tensor]) -> CompiledRecording[Result]:
         """The same work on other memory: where it has a key of ``others`` it takes the value, a tensor just like it."""
-        return replace(self, operands=[others.get(operand, operand) for operand in self.operands])
+        operands = [others.get(operand, operand) for operand in self.operands]
+        return type(self)(self.compiled, operands, self.result)
+
+
+class TapedRecording(CompiledRecording[Result]):
+    """The same, of ``TapedCode``."""
+
+    compiled: TapedCode
+
+    def __init__(self, compiled: TapedCode, operands: Sequence[Tensor], result: Result) -> None:
+        super().__init__(compiled, operands, result)
+        self._bound: Bound | None = None
+
+    def replay(self, *number: int) -> None:
+        """As in CompiledRecording."""
+        bound = self._bound
+        if bound is not None and bound.tape is self.compiled.tape and bound.tape.number == number:
+            bound.play()
+        else:
+            self._bound = self.compiled.replayed(self.operands, number)
 
 
 class CpuCompiler(Recorder):
-    """Work that differs only in the tensors that it reads and writes, as layers do, is compiled once."""
+    """Work that differs only in the tensors that it reads and writes, as layers do, is compiled once.
+
+    With ``taped`` the calls of kernels are written down and repeated, see ``tape.py``: for work that is replayed often,
+    as its buffers are kept.
+    """
 
     device = torch.device("cpu")
 
-    def __init__(self) -> None:
+    def __init__(self, taped: bool = False) -> None:
+        self._taped = taped
         self._compiled: dict[object, Compiled | None] = {}
 
     def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -72,7 +96,9 @@ class CpuCompiler(Recorder):
         if recording is not None:
             return recording
         of_largest = self.record(partial(work, largest))
-        return replace(of_largest, compiled=lambda *operands: of_largest.compiled(*operands[:-1]))
+        return CompiledRecording(
+            lambda *operands: of_largest.compiled(*operands[:-1]), of_largest.operands, of_largest.result
+        )
 
     def _recorded(
         self, work: Callable[..., Result], result: Result, numbers: range
@@ -82,8 +108,11 @@ class CpuCompiler(Recorder):
         traced = inductor.trace(work, result, numbers)
         key = traced.key  # compiling may change the graph
         if key not in self._compiled:
-            self._compiled[key] = traced.compiled()
+            code = traced.compiled()
+            self._compiled[key] = TapedCode(code) if code is not None and self._taped else code
         compiled = self._compiled[key]
+        if isinstance(compiled, TapedCode):
+            return TapedRecording(compiled, traced.operands, result)
         return None if compiled is None else CompiledRecording(compiled, traced.operands, result)
 
     def wait(self) -> None:

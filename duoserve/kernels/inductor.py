@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch._inductor as inductor
 from torch import SymInt, Tensor, fx
 from torch._dynamo.source import ConstantSource
+from torch._functorch import config as functorch_config
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -38,7 +39,7 @@ class Traced(NamedTuple):
         """Equal for all that is compiled alike."""
         return self.graph.code, self.numbers, tuple((o.dtype, o.shape, o.stride()) for o in self.operands)
 
-    def compiled(self) -> Compiled | None:
+    def compiled(self) -> Code | None:
         """The loops; None where they would be others for other numbers."""
         with self.fakes:
             graph = make_fx(self.graph, DECOMPOSED, _allow_non_fake_inputs=True)(*self.examples)
@@ -118,9 +119,46 @@ def compile_for_rows(work: Compiled, tensors: Sequence[Tensor], fixed: Sequence[
     return work if shapes.guards else lambda *tensors: compiled(len(tensors[with_rows]), *tensors)
 
 
-def _made_by_inductor(graph: fx.GraphModule, examples: Sequence[Tensor | SymInt]) -> Compiled:
+class Code:
+    """What Inductor has made: kernels, a wrapper that calls them, and around that what AOTAutograd does."""
+
+    def __init__(self, graph: fx.GraphModule, examples: Sequence[Tensor | SymInt], options: dict[str, Any]) -> None:
+        self._inner: Any = None
+        self._inputs: list[object] | None = None  # of the wrapper, where somebody wants to know
+        keep: Any = self._keep
+        # With AOTAutograd's cache what is inside would not be seen; Inductor's own keeps the code.
+        with functorch_config.patch(enable_autograd_cache=False):
+            self._outer: Any = compile_fx(graph, list(examples), inner_compile=keep, config_patches=options)
+
+    def __call__(self, *operands: object) -> object:
+        """Does the work on these operands."""
+        return self._outer(*operands)
+
+    def wrapper(self, operands: Sequence[object]) -> Callable[..., object] | None:
+        """Does the work; returns the wrapper if it takes a list of these ``operands``, as they are."""
+        self._inputs = []
+        self(*operands)
+        given, self._inputs = self._inputs, None
+        alike = len(given) == len(operands) and all(map(_same, given, operands))
+        return self._inner.current_callable if alike else None
+
+    def _keep(self, *args: Any, **kwargs: Any) -> Callable[[list[object]], object]:
+        self._inner = inner = compile_fx_inner(*args, **kwargs)
+
+        def call(inputs: list[object]) -> object:
+            if self._inputs is not None:
+                self._inputs = list(inputs)
+            return inner(inputs)
+
+        vars(call)["_boxed_call"] = True  # it takes one list, as what it calls does
+        return call
+
+
+def _same(one: object, other: object) -> bool:
+    return one is other or (isinstance(other, int) and one == other)
+
+
+def _made_by_inductor(graph: fx.GraphModule, examples: Sequence[Tensor | SymInt]) -> Code:
     # Loops are shared out when they are made, so what was made for other threads must not be taken from the disk. To
     # check the operands of a call again takes three times as long as the rest of it.
-    options = {"cpp.threads": torch.get_num_threads(), "size_asserts": False}
-    compiled: Compiled = inductor.compile(graph, list(examples), options=options)
-    return compiled
+    return Code(graph, examples, {"cpp.threads": torch.get_num_threads(), "size_asserts": False})
