@@ -26,7 +26,8 @@ F1  kernels/checks  kernels/matmul  kernels/bf12  kernels/weights  kernels/host_
     kernels/moe_both  kernels/moe_gemv  kernels/moe_fill  kernels/copies  kernels/combine  kernels/router
     kernels/norm  kernels/rope  kernels/cache_rows  kernels/attention_gqa  kernels/attention_mla
     kernels/triton_ops  kernels/__init__  kernels/recorder  kernels/cuda_graphs  kernels/attention_together
-    kernels/streamed  kernels/traced  kernels/compiler  kernels/compiled_loops  kernels/small_ops
+    kernels/streamed  kernels/traced  kernels/attention_loops  kernels/decomposed  kernels/tape  kernels/inductor
+    kernels/compiler  kernels/compiled_loops  kernels/small_ops
     kernels/compiled_ops  kernels/token_expert  kernels/unpacking
 F2  experts/__init__  experts/positional_file  experts/whole_file  experts/strict_json
     experts/safetensors_header  experts/shards  experts/hub  experts/layout  experts/pack_format  experts/checkpoint
@@ -88,6 +89,8 @@ MAPPERS = {
 }
 LAZY = {  # imported when asked for: extras
     ("kernels/__init__", "kernels/triton_ops"),
+    ("kernels/compiler", "kernels/inductor"),
+    ("kernels/compiled_ops", "kernels/inductor"),
     ("cli/serve", "server/run"),
     ("cli/bench_serve", "loadtest/measuring"),
 }

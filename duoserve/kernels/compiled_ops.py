@@ -8,8 +8,8 @@ from typing import Any, Generic, TypeVar, cast
 from torch import Tensor
 
 from duoserve import kernels
-from duoserve.kernels.compiler import Compiled
 from duoserve.kernels.small_ops import SmallOps
+from duoserve.kernels.tape import Compiled
 
 _Result = TypeVar("_Result")
 

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from duoserve.kernels.recorder import Recorder, Result
-from duoserve.kernels.tape import Bound, TapedCode
-
-Compiled = Callable[..., object]
+from duoserve.kernels.tape import Bound, Compiled, TapedCode
 
 
 class CompiledRecording(Generic[Result]):

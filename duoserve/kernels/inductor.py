@@ -16,8 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
-from duoserve.kernels.compiler import Compiled
 from duoserve.kernels.decomposed import DECOMPOSED
+from duoserve.kernels.tape import Compiled
 from duoserve.kernels.traced import TracedOps
 
 # What Inductor goes by where it need not know the number of rows: loops of few are not shared out among threads.

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Kernel = Callable[..., None]
+Compiled = Callable[..., object]
 
 # What Inductor's wrapper may call beside kernels: they make buffers and aliases, which are kept.
 _MAKES_BUFFERS = {"empty_strided_cpu", "reinterpret_tensor"}
