@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 Kernel = Callable[..., None]
 Compiled = Callable[..., object]
 
-# What Inductor's wrapper may call beside kernels: they make buffers and aliases, which are kept.
-_MAKES_BUFFERS = {"empty_strided_cpu", "reinterpret_tensor"}
-_KERNELS = "cpp_"
+# What Inductor's wrapper may name beside kernels and dtypes: what makes buffers and aliases, which are kept, and what
+# takes the operands out of their list.
+_BESIDE_KERNELS = {"empty_strided_cpu", "reinterpret_tensor", "torch", "clear"}
 
 
 class Bound(NamedTuple):
@@ -89,17 +89,26 @@ class TapedCode:
                 self._wrapper = None
         elif self._untried:
             self._untried = False
-            self._wrapper = self._code.wrapper([*operands, *number])
+            wrapper = self._code.wrapper([*operands, *number])
+            self._wrapper = wrapper if calls_kernels_alone(wrapper) else None
         else:
             self._code(*operands, *number)
         return None
 
 
-def write_down(wrapper: Callable[..., Any], operands: Sequence[Tensor], number: tuple[int, ...]) -> Tape | None:
-    """Does the work of Inductor's ``wrapper`` of kernels on ``operands``; None if it is more than calls of kernels.
+def calls_kernels_alone(wrapper: object) -> bool:
+    """Whether Inductor's ``wrapper`` names kernels, what makes their buffers, and nothing that may hide more work."""
+    function = wrapper.__func__ if isinstance(wrapper, MethodType) else wrapper
+    if not isinstance(function, FunctionType) or function.__closure__:
+        return False
+    names = set(function.__code__.co_names)
+    kernels = set(filter(_is_kernel, names))
+    dtypes = {name for name in names if isinstance(getattr(torch, name, None), torch.dtype)}
+    return bool(kernels) and names <= kernels | dtypes | _BESIDE_KERNELS
 
-    So it is where it calls an op, and where a kernel is given a part of an operand.
-    """
+
+def write_down(wrapper: Callable[..., Any], operands: Sequence[Tensor], number: tuple[int, ...]) -> Tape | None:
+    """Does the work of a ``wrapper`` that calls kernels alone; None if one is given a part of an operand."""
     calls: list[tuple[Kernel, Sequence[Any]]] = []
 
     def noted(kernel: Kernel) -> Kernel:
@@ -109,43 +118,17 @@ def write_down(wrapper: Callable[..., Any], operands: Sequence[Tensor], number: 
 
         return call
 
-    function, names = _function(wrapper), _called(wrapper)
-    kernels = {name: noted(function.__globals__[name]) for name in names if name.startswith(_KERNELS)}
-    spied = FunctionType(
-        function.__code__,
-        {**function.__globals__, **kernels},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    with _Ops() as ops:
-        inputs = [*operands, *number]
-        MethodType(spied, wrapper.__self__)(inputs) if isinstance(wrapper, MethodType) else spied(inputs)
-    if ops.called or not names <= kernels.keys() | _MAKES_BUFFERS or _parts_of(operands, calls):
-        return None
-    return Tape(calls, operands, number)
+    function: Any = wrapper.__func__ if isinstance(wrapper, MethodType) else wrapper
+    kernels = {name: noted(function.__globals__[name]) for name in function.__code__.co_names if _is_kernel(name)}
+    noting: Any = FunctionType(function.__code__, {**function.__globals__, **kernels})
+    if isinstance(wrapper, MethodType):
+        noting = MethodType(noting, wrapper.__self__)
+    noting([*operands, *number])
+    return None if _parts_of(operands, calls) else Tape(calls, operands, number)
 
 
-class _Ops(TorchDispatchMode):
-    """Notes whether an op is called."""
-
-    called = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.called = True
-        return func(*args, **(kwargs or {}))
-
-
-def _function(wrapper: Callable[..., Any]) -> FunctionType:
-    function = wrapper.__func__ if isinstance(wrapper, MethodType) else wrapper
-    assert isinstance(function, FunctionType)
-    return function
-
-
-def _called(wrapper: Callable[..., Any]) -> set[str]:
-    """The functions of its module that it names."""
-    function = _function(wrapper)
-    return {name for name in function.__code__.co_names if callable(function.__globals__.get(name))}
+def _is_kernel(name: str) -> bool:
+    return name.startswith("cpp_")
 
 
 def _parts_of(operands: Sequence[Tensor], calls: Sequence[tuple[Kernel, Sequence[Any]]]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -77,6 +78,24 @@ def test_the_bits_are_those_of_the_compiled_work(monkeypatch: pytest.MonkeyPatch
         results.append(out_N.clone())
     assert_same_bits(*results)
     assert len(written) == 1 and written[0] is not None
+
+
+def test_a_wrapper_that_may_hide_work_has_no_tape() -> None:
+    """A tape that lacks what others call would be silently wrong."""
+
+    def behind_another(wrapper: Callable[..., object]) -> Callable[..., object]:
+        return lambda inputs: wrapper([*inputs])
+
+    def of_kernels(inputs: list[Tensor]) -> None:
+        cpp_fused_0(empty_strided_cpu((1,), (1,), torch.float32), *inputs)  # noqa: F821
+
+    def with_partitions(inputs: list[Tensor]) -> None:
+        cpp_fused_0(*inputs)  # noqa: F821
+        inputs.partitions[0](inputs)
+
+    assert tape.calls_kernels_alone(of_kernels)
+    for wrapper in (None, print, behind_another(of_kernels), with_partitions, lambda inputs: None):
+        assert not tape.calls_kernels_alone(wrapper)
 
 
 def test_work_that_calls_an_op_has_no_tape() -> None:
