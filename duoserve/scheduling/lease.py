@@ -16,7 +16,29 @@ from duoserve.scheduling.source import Lease, ReadyExpert
 from duoserve.scheduling.spaces import Space
 
 
-class StandingLease(Lease):
+class _OpenLease(Lease):
+    """A lease that is its own iterator, and open until it is closed."""
+
+    def close(self) -> None:
+        """Takes back what is held; idempotent."""
+        raise NotImplementedError
+
+    def __next__(self) -> list[ReadyExpert]:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Self:
+        return self
+
+
+class StandingLease(_OpenLease):
     """Experts that are in slots for good, so that nothing is held, planned or waited for."""
 
     def __init__(self, layer: int, ready: list[ReadyExpert]) -> None:
@@ -33,17 +55,6 @@ class StandingLease(Lease):
         """As in SlotLease."""
         self._ready = []
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __iter__(self) -> Self:
-        return self
-
     def __next__(self) -> list[ReadyExpert]:
         if not self._ready:
             self.complete = True
@@ -59,7 +70,7 @@ class StandingLease(Lease):
         """As in Lease: nothing is foretold."""
 
 
-class SlotLease(Lease):
+class SlotLease(_OpenLease):
     """Carries out the plan of one layer.
 
     A wanted expert is missing until it has a slot, then loading, arrived (and held from here on), computing, retired.
@@ -112,17 +123,6 @@ class SlotLease(Lease):
         self._missing.clear()
         self._prefetch.clear()
         self._loading, self._arrived, self._computing = {}, [], []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __iter__(self) -> Self:
-        return self
 
     def at_once(self) -> list[ReadyExpert]:
         """As in Lease."""
