@@ -60,10 +60,11 @@ def summarize(shape: Shape, raw: dict[str, Any], filesystem: str, scratch: Path)
 
 
 def judged(shape: Shape, raw: dict[str, Any]) -> dict[str, Any]:
-    """``disk_best``, ``bounds`` and ``targets``."""
+    """``disk_best``, ``memory_best``, ``bounds`` and ``targets``."""
     bounds = bounds_of(shape, raw)
     return {
         "disk_best": disk_best(raw),
+        "memory_best": memory_best(shape, raw),
         "bounds": bounds,
         "targets": [target.to_dict() for target in targets(shape, raw, bounds)],
     }
@@ -80,6 +81,17 @@ def disk_best(raw: dict[str, Any]) -> dict[str, Any]:
         for played in rounds:
             seen.append((played["prefill_read"] / played["ttft_s"], f"{name}, a prompt"))
             seen.append((played["decode_read"] / sum(played["itl_s"]), f"{name}, decode"))
+    rate, by = max(seen)
+    return {"bytes_per_s": rate, "by": by}
+
+
+def memory_best(shape: Shape, raw: dict[str, Any]) -> dict[str, Any]:
+    """The best ``bytes_per_s`` that memory was seen at, and ``by`` whom: a probe, or an engine in a whole decode."""
+    ceilings, resident = raw["ceilings"], raw["rounds"]["resident"]
+    seen = [(rate, f"the probe, {dtype} by one row") for dtype, rate in ceilings["gemv_bytes_per_s"].items()]
+    seen.append((ceilings["memory_bytes_per_s"], "the probe"))
+    for name in (OURS, COMPILED, *PEERS, LLAMA):
+        seen += [(shape.active_bytes / tpot, f"{name}, decode") for tpot in tpots(resident.get(name, ()))]
     rate, by = max(seen)
     return {"bytes_per_s": rate, "by": by}
 
@@ -123,7 +135,7 @@ def bounds_of(shape: Shape, raw: dict[str, Any]) -> dict[str, float]:
     ceilings, resident, disk = raw["ceilings"], raw["rounds"]["resident"], raw["rounds"]["disk"]
     found = {
         "resident_prefill_s": shape.prefill_flop / max(ceilings["matmul_flop_per_s"].values()),
-        "resident_decode_s": shape.active_bytes / ceilings["memory_bytes_per_s"],
+        "resident_decode_s": shape.active_bytes / memory_best(shape, raw)["bytes_per_s"],
     }
     rate = disk_best(raw)["bytes_per_s"]
     for name in (name for name in POLICIES if name in disk):

@@ -85,8 +85,8 @@ def _said(result: Result, details: str) -> str:
         f"{shape['hidden']} wide),\n{shape['prompt_tokens']} tokens of prompt and {shape['new_tokens']} new ones, "
         f"{result['threads']} threads of one {machine['cpu']} with {', '.join(machine['isa'])}:\nmedians (extremes) of "
         f"rounds in turn, {result['date'].partition(' ')[0]}, commit {result['versions']['commit']}.\n"
-        "The bound is that of a decode step: active weights over the rate of memory, or what a step reads over "
-        "the best\nrate of the disk in any round.\n"
+        "The bound is that of a decode step: active weights over the best rate of memory, or what a step reads over "
+        "the best\nrate of the disk, in any round of any engine.\n"
         "Experts in bf12 are those in bfloat16, bit by bit, in twelve bits a weight.\n"
         f"[Conditions, ceilings, checks and versions]({details})."
     )
@@ -116,7 +116,7 @@ def _bar(row: Row, speed: dict[str, float], top: int, scale: float) -> list[str]
     middle, baseline = top + BAR / 2, top + 13
     return [
         f'<text x="{LABELS - 6}" y="{baseline}" text-anchor="end">{label}</text>',
-        f'<rect x="{LABELS}" y="{top}" width="{median:.1f}" height="{BAR}" fill="{color}"/>',
+        f'<rect x="{LABELS}" y="{top}" width="{median:.2f}" height="{BAR}" fill="{color}"/>',
         f'<path d="M{LABELS + low:.1f} {middle}H{LABELS + high:.1f}" stroke="black"/>',
         f'<text x="{LABELS + high + 6:.1f}" y="{baseline}">{speed["median"]:.1f}</text>',
     ]

@@ -100,17 +100,23 @@ def ceilings(result: Result) -> str:
     how = "O_DIRECT" if found["disk_direct"] else "buffered, cache dropped"
     disk = ", ".join(f"{rate / 1e9:.2f}" for rate in found["disk_bytes_per_s"].values())
     threads = "/".join(found["disk_bytes_per_s"])
-    best = result.get("disk_best")  # older results have the probes alone
     rows = [
         (f"disk read, {found['disk_piece_bytes'] / 1e6:.2f} MB pieces, {threads} threads, {how}", f"{disk} GB/s"),
-        *([(f"disk read, the best seen: {best['by']}", f"{best['bytes_per_s'] / 1e9:.2f} GB/s")] if best else []),
+        *_best_seen(result, "disk"),
         ("memory read", f"{found['memory_bytes_per_s'] / 1e9:.1f} GB/s"),
+        *_best_seen(result, "memory"),
     ]
     for name, rate in found["matmul_flop_per_s"].items():
         rows.append((f"{name} product, {found['matmul_rows']} rows", f"{rate / 1e9:.0f} GFLOP/s"))
     for name, rate in found["gemv_bytes_per_s"].items():
         rows.append((f"{name} product, 1 row", f"{rate / 1e9:.1f} GB/s"))
     return table(["ceiling", "measured"], rows)
+
+
+def _best_seen(result: Result, of: str) -> list[tuple[str, str]]:
+    """The best rate of the whole run; older results have the probes alone."""
+    best = result.get(f"{of}_best")
+    return [(f"{of} read, the best seen: {best['by']}", f"{best['bytes_per_s'] / 1e9:.2f} GB/s")] if best else []
 
 
 def speeds(result: Result) -> str:
@@ -147,7 +153,7 @@ def bounds(result: Result) -> str:
     found, summary = result["bounds"], result["summary"]
     asked = [
         ("resident prefill, FLOP / best product rate", "duoserve resident", "ttft_s", ["resident_prefill_s"]),
-        ("resident decode, active bytes / memory rate", "duoserve resident", "tpot_s", ["resident_decode_s"]),
+        ("resident decode, active bytes / best memory rate", "duoserve resident", "tpot_s", ["resident_decode_s"]),
         ("the same, compiled", "duoserve resident, compiled", "tpot_s", ["resident_decode_s"]),
         ("TTFT from disk, I/O or compute", "duoserve lru", "ttft_s", ["disk_prefill_io_s", "disk_prefill_compute_s"]),
         ("decode from disk, misses / disk rate", "duoserve lru", "tpot_s", ["disk_decode_io_s"]),

@@ -108,7 +108,7 @@ class CompiledStep(DecodeStep):
         self._rows = experts.rows.first(num_sequences, blocks[0].top_k)
         self._chosen = {block.layer: RecordedChoices(compiler, [block], num_sequences) for block in blocks}
         self._layers: list[_Layer] = []
-        experts.call(1)
+        experts.prepare(num_sequences)
         part = compiler.record_for(partial(self._first, model), self.widths)
         while isinstance(choice := part.result, Choice):
             self._layers.append(_Layer(part, choice, self._chosen[choice.block.layer]))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from duoserve.kernels import HostWork, RoutePlan, route_plan
 from duoserve.kernels.compiler import CompiledRecording, CpuCompiler
-from duoserve.kernels.token_expert import SlotWeights, call_rows, token_expert
+from duoserve.kernels.token_expert import NO_CALLS, SlotWeights, call_rows, token_expert
 from duoserve.models.moe import MoEBlock, Routed
 from duoserve.models.parts import Choice, moe_blocks
 from duoserve.models.transformer import Transformer
@@ -72,7 +72,7 @@ class Chosen:
 class CompiledExperts:
     """Computes the experts of steps of up to ``num_sequences`` sequences, whose ``rows`` all layers share.
 
-    So one compiled call serves the layers of every step. It is made when an expert first has so many rows.
+    So one compiled call serves the layers of every step. An expert of many rows takes several.
     """
 
     def __init__(self, compiler: CpuCompiler, model: Transformer, num_sequences: int) -> None:
@@ -85,28 +85,38 @@ class CompiledExperts:
             x_VH.new_zeros(num_rows, block.weights.w2.inner),
             x_VH.new_zeros(num_rows + 1, hidden),  # the last one is what padding of calls is written to
         )
-        self._sizes = call_rows(block.weights) if block.clamped is None else ()
+        self._sizes = call_rows(block.weights) if block.clamped is None else NO_CALLS
         self._calls: dict[int, _Call] = {}
+
+    def prepare(self, num_sequences: int) -> None:
+        """Makes the calls that steps of so many sequences need, for an expert may be chosen by all of them."""
+        for num_rows in range(1, min(num_sequences, self._sizes.most) + 1):
+            self._call(num_rows)
 
     def compute(self, choice: Choice, chosen: Chosen, ready: Iterable[ReadyExpert]) -> None:
         """The experts that are ``ready``, of a choice that ``rows`` hold."""
         by_ops = []
         for expert, slot in ready:
             places = chosen.places[expert]
-            call = self.call(len(places))
-            if call is None:
+            if len(places) > self._sizes.most:
                 by_ops.append((expert, slot))
             else:
-                call(slot, places)
+                self._by_calls(slot, places)
         if by_ops:
             choice.block.compute(self._real(choice.routed, chosen), HostWork.of(by_ops))
 
-    def call(self, num_rows: int) -> _Call | None:
-        """The compiled call for an expert of so many rows; None for one that the model's ops are to compute."""
-        size = next((size for size in self._sizes if size >= num_rows), None)
-        if size is not None and size not in self._calls:
+    def _by_calls(self, slot: int, places: Sequence[int]) -> None:
+        while places:
+            call = self._call(len(places))
+            call(slot, places[: call.num_rows])
+            places = places[call.num_rows :]
+
+    def _call(self, num_rows: int) -> _Call:
+        """Of an expert that has so many rows left."""
+        size = self._sizes.next_call(num_rows)
+        if size not in self._calls:
             self._calls[size] = _Call(self._compiler, self._block, self.rows, size)
-        return None if size is None else self._calls[size]
+        return self._calls[size]
 
     def _real(self, routed: Routed, chosen: Chosen) -> Routed:
         """Without padding."""
@@ -118,7 +128,7 @@ class _Call:
     """A compiled expert of R rows, in any slot; of fewer, others repeat the last and are written behind all rows."""
 
     def __init__(self, compiler: CpuCompiler, block: MoEBlock, rows: StepRows, num_rows: int) -> None:
-        self._num_rows, self._top_k, self._nowhere = num_rows, block.top_k, len(rows.y_NH) - 1
+        self.num_rows, self._top_k, self._nowhere = num_rows, block.top_k, len(rows.y_NH) - 1
         self._weights = block.weights
         host_2R = compiler.host((2, num_rows), torch.int64)
         tokens_R, places_R = host_2R.unbind()
@@ -131,7 +141,7 @@ class _Call:
 
     def __call__(self, slot: int, places: Sequence[int]) -> None:
         """Computes the expert in ``slot`` for the routed rows ``places``."""
-        padding = self._num_rows - len(places)
+        padding = self.num_rows - len(places)
         self._host_2R[0] = [place // self._top_k for place in (*places, *[places[-1]] * padding)]
         self._host_2R[1] = [*places, *[self._nowhere] * padding]
         self._in_slot(slot).replay()

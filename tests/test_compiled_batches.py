@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from duoserve import MoEModel, SamplingParams, compiled_decode
+from duoserve import MoEModel, SamplingParams, compiled_decode, compiled_experts
 from duoserve.async_engine import AsyncEngine
 from duoserve.compiled_decode import CompiledStep, PaddedShapes, compiled_decoder, compiled_steps
 from duoserve.compiled_experts import CompiledExperts
@@ -240,11 +240,13 @@ def test_a_service_prepares_the_sizes_of_its_batches(mixtral: Path, asked: list[
 
 
 @needs_compiler
-@pytest.mark.parametrize("quantize", ["bf12", "int8", "int4"])
+@pytest.mark.parametrize(("quantize", "most"), [("bf12", 16), ("int4", 16), ("int8", 2)])
 def test_quantized_experts_of_few_and_of_many_rows(
-    quantize: str, tmp_path: Path, fours: list[int], monkeypatch: pytest.MonkeyPatch
+    quantize: str, most: int, tmp_path: Path, fours: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four equal prompts: each expert has four rows. Of fewer, of BF12 also of four, they are compiled calls."""
+    """Four equal prompts: each expert has four rows, for one call, for two, or for the model's ops."""
+    sizes = compiled_experts.call_rows
+    monkeypatch.setattr(compiled_experts, "call_rows", lambda weights: sizes(weights)._replace(most=most))
     dtype = torch.bfloat16 if quantize == "bf12" else torch.float32
     folder = save_mixtral(tmp_path, hidden_size=128, intermediate_size=128, dtype=dtype)
     options = {"quantize": quantize, "dtype": "float32"}
@@ -259,7 +261,7 @@ def test_quantized_experts_of_few_and_of_many_rows(
     with MoEModel.from_pretrained(folder, decode_mode="compiled", **options) as model:
         for prompts, tokens in zip((PROMPTS, PROMPTS[:1] * 4), expected, strict=True):
             assert [out.token_ids for out in model.generate(prompts, GREEDY)] == tokens
-    assert fours and (4 in rows) == (quantize != "bf12")
+    assert fours and (4 in rows) == (most < 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

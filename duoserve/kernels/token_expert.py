@@ -22,30 +22,45 @@ from duoserve.kernels.streamed import (
 )
 from duoserve.kernels.weights import FP8_BLOCK, ExpertFormat, ExpertWeights, Matrix
 
-# Numbers of rows that calls are made for. Of one or two, products are loops; of more, those of a library, which takes
-# sixteen rows in about the time of two where the machine multiplies their dtype. BF12 would have to be unpacked for it.
-LOOPS, WIDENED, NATIVE = (1, 2), (1, 2, 4), (1, 2, 4, 16)
+# Products of up to so many rows are loops, of more those of a library, which takes sixteen rows in about the time of
+# four where the machine multiplies their dtype.
+LOOP_ROWS = 4
 # Words of codes in such a group fill a vector; with less the loops are slower than the products of PyTorch.
 INT4_GROUP = 128
 
 
-def call_rows(weights: ExpertWeights) -> tuple[int, ...]:
-    """The numbers of rows that ``token_expert`` computes faster than the ops of a model, ascending.
+class CallRows(NamedTuple):
+    """The numbers of rows that calls of ``token_expert`` are made for, ascending, and the most that calls pay for."""
 
-    Of int4 in smaller groups, of fp8 in blocks that are cut short and of MXFP4 none.
+    sizes: tuple[int, ...]
+    most: int
+
+    def next_call(self, num_rows: int) -> int:
+        """Of an expert's rows, the size of the call that computes the first, or all of them."""
+        return next((size for size in self.sizes if size >= num_rows), self.sizes[-1])
+
+
+NO_CALLS = CallRows((), 0)
+
+
+def call_rows(weights: ExpertWeights) -> CallRows:
+    """What ``token_expert`` computes faster than the ops of a model, which would have to decode what is quantized.
+
+    Loops over int4 and fp8 take long to compile, so these have none of four rows. Of int4 in smaller groups, of fp8 in
+    blocks that are cut short and of MXFP4 there are none at all.
     """
     match weights.format:
         case ExpertFormat.FLOAT:
-            return NATIVE if has_native_matmul(weights.w13_SNH.dtype) else WIDENED
+            return CallRows((1, 2, 4, 16), 16) if has_native_matmul(weights.w13_SNH.dtype) else CallRows((1, 2, 4), 4)
         case ExpertFormat.INT8:
-            return LOOPS
+            return CallRows((1, 2, 4), 8)
         case ExpertFormat.BF12:
-            return WIDENED
-        case ExpertFormat.INT4:
-            return LOOPS if weights.group == INT4_GROUP else ()
-        case ExpertFormat.FP8:
-            return () if weights.w13.inner % FP8_BLOCK or weights.w2.inner % FP8_BLOCK else LOOPS
-    return ()
+            return CallRows((1, 2, 4), 16)
+        case ExpertFormat.INT4 if weights.group == INT4_GROUP:
+            return CallRows((1, 2), 16)
+        case ExpertFormat.FP8 if not (weights.w13.inner % FP8_BLOCK or weights.w2.inner % FP8_BLOCK):
+            return CallRows((1, 2), 4)
+    return NO_CALLS
 
 
 class SlotMatrix(NamedTuple):
@@ -87,7 +102,7 @@ class SlotMatrix(NamedTuple):
 
     def product(self, x_RD: Tensor) -> Tensor:
         """``x w^T`` in float32 [R, N]."""
-        if len(x_RD) > LOOPS[-1] and self.rows is None:
+        if len(x_RD) > LOOP_ROWS:
             return linear(x_RD, self.data).float()
         if self.order is not None:
             x_RD = x_RD[:, self.order]

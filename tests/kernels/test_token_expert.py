@@ -12,7 +12,7 @@ from torch import Tensor
 from duoserve.kernels.compiler import CpuCompiler
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.streamed import streamed_int4_product
-from duoserve.kernels.token_expert import SlotMatrix, SlotWeights, call_rows, token_expert
+from duoserve.kernels.token_expert import NO_CALLS, CallRows, SlotMatrix, SlotWeights, call_rows, token_expert
 from duoserve.kernels.weights import INT4_GROUPS, ExpertFormat, ExpertWeights, QuantizedLayout
 from tests.compiled_case import needs_compiler
 from tests.kernels.quantized_case import fill_with_random_codes, written_out
@@ -24,15 +24,16 @@ LAYOUTS = {
     "bf12": QuantizedLayout(ExpertFormat.BF12, 48, 36),
     "ordered": QuantizedLayout(ExpertFormat.INT4, 256, 128, 128, torch.float16, ordered=True),
 }
+CASES = [*((name, rows) for name in LAYOUTS for rows in (1, 2)), ("int8", 4), ("bf12", 4)]
 SLOTS = 2
 
 
 @needs_compiler
-@pytest.mark.parametrize(("name", "num_rows"), [*((name, rows) for name in LAYOUTS for rows in (1, 2)), ("bf12", 4)])
+@pytest.mark.parametrize(("name", "num_rows"), CASES)
 def test_a_compiled_expert_is_its_weights_written_out(name: str, num_rows: int) -> None:
     layout = LAYOUTS[name]
     weights = random_weights(layout)
-    assert num_rows in call_rows(weights)
+    assert num_rows in call_rows(weights).sizes
     x_BH = torch.randn(3, layout.hidden, generator=torch.Generator().manual_seed(1))
     tokens_R, places_R = torch.tensor([2, 0, 1, 2])[:num_rows], torch.tensor([3, 1, 0, 4])[:num_rows]
     y_NH, first = torch.full((6, layout.hidden), torch.nan), SlotWeights.of(weights, 0)
@@ -61,14 +62,19 @@ def test_an_int4_product_of_one_row_takes_every_code(group: int, hidden: int) ->
 
 def test_fp8_is_loops_where_blocks_are_whole() -> None:
     rows = [call_rows(random_weights(QuantizedLayout(ExpertFormat.FP8, *sizes))) for sizes in ((128, 256), (128, 200))]
-    assert rows == [(1, 2), ()]
+    assert rows == [CallRows((1, 2), 4), NO_CALLS]
 
 
 def test_half_bytes_are_loops_where_a_group_fills_a_vector() -> None:
     rows = {
         group: call_rows(random_weights(QuantizedLayout(ExpertFormat.INT4, 128, 128, group))) for group in INT4_GROUPS
     }
-    assert rows == {32: (), 64: (), 128: (1, 2)}
+    assert rows == {32: NO_CALLS, 64: NO_CALLS, 128: CallRows((1, 2), 16)}
+
+
+def test_rows_go_into_the_least_call_that_takes_them_all_or_into_several() -> None:
+    rows = CallRows((1, 2, 4), 8)
+    assert [rows.next_call(num_rows) for num_rows in range(1, 9)] == [1, 2, 4, 4, 4, 4, 4, 4]
 
 
 def random_weights(layout: QuantizedLayout) -> ExpertWeights:
