@@ -29,7 +29,7 @@ from typing import Any
 
 import cpu_rows
 import cpu_summary
-from cpu_contestants import BENCH, SCRIPTS, Contestant, Run, disk_contestants, our_policies, resident_contestants
+from cpu_contestants import BENCH, COPY_THREADS, SCRIPTS, Contestant, Run, disk_contestants, our_policies, resident_contestants
 from harness import WORKER_ENV, Round, Worker, interleave
 from least_bytes import least_misses
 from machine import foreign_cpu, machine_facts, versions
@@ -184,6 +184,7 @@ def conditions(run: Run, quick: bool) -> dict[str, Any]:
         "worker_env": WORKER_ENV,
         "cap_bytes": run.cap_bytes,
         "rehearsal_tokens": REHEARSAL_TOKENS,
+        "copy_threads": COPY_THREADS,
         "not_measured": [name for name in SCRIPTS if name not in run.engines],
         "shape": asdict(run.shape),
     }

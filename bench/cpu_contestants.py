@@ -11,6 +11,7 @@ from harness import Worker
 from shapes import Shape
 
 BENCH = Path(__file__).resolve().parent
+COPY_THREADS = 1  # of ours: one that reads has the disk's rate
 SCRIPTS = {
     "duoserve": ("ours.py",),
     "transformers": ("peers.py", "transformers"),
@@ -89,6 +90,7 @@ class Run:
             "policy": policy,
             "expert_slots": slots,
             "max_context": self.shape.max_context,
+            "copy_threads": COPY_THREADS,
             "cache": str(self.packs),
         }
 
@@ -117,13 +119,10 @@ def resident_contestants(run: Run) -> list[Contestant]:
 
 
 def our_policies(run: Run) -> list[Contestant]:
-    """Those that take part: from disk as users have it, once ``run.predictor`` is there.
-
-    One thread reads: it has the disk's rate.
-    """
+    """Those that take part: from disk as users have it, once ``run.predictor`` is there."""
     shape = run.shape
     in_equal_memory = shape.quarter * shape.slot_bytes // shape.bf12_slot_bytes
-    told = {"predictor": str(run.predictor), "decode_mode": "compiled", "copy_threads": 1}
+    told = {"predictor": str(run.predictor), "decode_mode": "compiled"}
 
     def ours(name: str, slots: int, quantize: str | None) -> Contestant:
         options = run.duoserve_options("duoserve", slots) | told | {"quantize": quantize}

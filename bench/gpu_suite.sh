@@ -14,7 +14,7 @@
 # log, which keeps what was found before an interrupt.
 # Where a command may take ten minutes, three calls do it: `tests copy`, `kernels`, `serve`. With --within all parts
 # together end by then: the limits of later ones shrink, the benches measure their first rows alone, and what has no
-# time left is SKIPPED. So a machine that is lent for a quarter of an hour gives what matters most in two calls:
+# time left is SKIPPED. So two calls give what matters most in a quarter of an hour:
 #
 #   bash bench/gpu_suite.sh --within 490 tests
 #   SERVE_SECONDS=150 bash bench/gpu_suite.sh --within 330 copy serve kernels sanitize

@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 
 ROWS = (
-    Row("duoserve resident", "duoserve", IN_RAM, "resident_decode_s"),
+    Row("duoserve resident", "duoserve, op by op", IN_RAM, "resident_decode_s"),
     Row("duoserve resident, compiled", "duoserve, compiled", IN_RAM, "resident_decode_s"),
     Row(BF12, "duoserve, compiled, experts in bf12", IN_RAM, None),
     Row("transformers grouped_mm", "transformers, `grouped_mm`", IN_RAM, "resident_decode_s"),
@@ -49,7 +49,7 @@ ROWS = (
     Row("duoserve resident int4", "duoserve, compiled, experts in int4", IN_RAM, None),
     Row("llama.cpp q8_0", "llama.cpp, q8_0", IN_RAM, None),
     Row("transformers float32", "transformers, weights as float32", TWICE, None),
-    Row("duoserve lru", "duoserve", QUARTER, "disk_decode_io_s"),
+    Row("duoserve lru", "duoserve, op by op, `lru`", QUARTER, "disk_decode_io_s"),
     Row(OURS_POLICY, "duoserve, compiled, with a predictor", QUARTER, decode_io(OURS_POLICY)),
     Row(BF12_POLICY, "duoserve, compiled, with a predictor, bf12", QUARTER, decode_io(BF12_POLICY)),
     Row(BF12_EQUAL, "duoserve, compiled, with a predictor, bf12", EQUAL, decode_io(BF12_EQUAL)),

@@ -11,6 +11,7 @@ from duoserve.errors import (
     MemoryBudgetError,
     OverloadedError,
     RequestError,
+    TraceError,
 )
 from duoserve.metrics import Stats
 from duoserve.moe_model import Completion, MoEModel
@@ -42,4 +43,5 @@ __all__ = [
     "Stats",
     "Stream",
     "TokenLogprobs",
+    "TraceError",
 ]

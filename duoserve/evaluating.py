@@ -35,7 +35,7 @@ class Evaluation:
 def evaluate(
     trace: Trace, machine: Machine, slot_counts: Sequence[int], seed: int = 0, *, progress: bool = False
 ) -> Evaluation:
-    """Trains predictors on most of the trace's requests and replays every policy on the others.
+    """Trains predictors on most of the trace's requests, and replays BASELINES, KINDS and the oracle on the others.
 
     The choice is the policy of the least decode time over all ``slot_counts``; if that is one that makes guesses, they
     stay only if they gain LEAST_GAIN. TraceError for a trace of less than two requests, or none of which decodes.

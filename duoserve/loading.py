@@ -30,6 +30,7 @@ from duoserve.models.variants import with_products
 from duoserve.passes import Passes
 from duoserve.placement import Placement
 from duoserve.predictors.files import load_predictor
+from duoserve.scheduling.plan import GuessMode
 from duoserve.scheduling.policies import Policy, get_policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import RoutingListener, audience
@@ -69,7 +70,8 @@ def load(  # noqa: PLR0913
     ``listener`` hears what the routers choose, and ``predictor`` says what they will, if the policy makes guesses;
     neither changes a result. A predictor is an object, its file, or "auto": the one beside the model. The policy "auto"
     is what ``duoserve evaluate`` has chosen, its predictor included, else "duoserve"; "resident" where all fit. A
-    choice that cannot be read is passed over with a warning.
+    choice that cannot be read is passed over with a warning, and there is one where the predictor that was asked for
+    is not there, or "auto" comes to a policy that makes no guesses.
     """
     named = _named_policy(policy)
     with ExitStack() as held:
@@ -81,8 +83,10 @@ def load(  # noqa: PLR0913
         check_mode(wanted.decode_mode, place.device)
         plan = place.plan(wanted, needs_all=named is not None and named.all_resident)
         best = None if named is not None else _best(found.checkpoint, cache_dir)
-        chosen = named or _automatic(plan, best[0] if best else None)
+        chosen = named or _automatic(plan, best[0] if best else None, guesses=predictor is not None)
         told = _told(predictor, best, found.checkpoint, cache_dir)
+        if predictor is not None and not chosen.all_resident:
+            _warn_of_silence(told, chosen, automatic=named is None)
         mode = possible_mode(wanted.decode_mode)
         store = place.slow_tier(plan, cache_dir, held, wanted.quantize)
         meter, pool = Meter(), SlotPool(plan.num_slots, store.layout, device=place.device)
@@ -139,11 +143,21 @@ def _best(checkpoint: Checkpoint, cache_dir: str | Path | None) -> tuple[Choice,
         return None
 
 
-def _automatic(plan: MemoryPlan, best: Choice | None) -> Policy:
+def _automatic(plan: MemoryPlan, best: Choice | None, *, guesses: bool) -> Policy:
+    """``guesses``: whether they are made where they were found not to pay."""
     if plan.num_slots == plan.total_experts:
         return get_policy("resident")
     policy = get_policy("duoserve" if best is None else best.policy)
-    return policy if best is None or best.use_predictor else policy.without_guesses()
+    return policy if guesses or best is None or best.use_predictor else policy.without_guesses()
+
+
+def _warn_of_silence(told: Predictor | None, policy: Policy, *, automatic: bool) -> None:
+    """Where a predictor was asked for, and there is none, or a policy that nobody named does not hear it."""
+    if told is None:
+        warnings.warn('predictor="auto" found none beside the model: duoserve evaluate writes one', stacklevel=3)
+    elif automatic and policy.guesses is GuessMode.NONE:
+        why = f"policy={policy.name!r}, which duoserve evaluate chose for this model, makes no guesses"
+        warnings.warn(f"the predictor is not used: {why}; name a policy that does", stacklevel=3)
 
 
 def _told(

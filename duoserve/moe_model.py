@@ -96,7 +96,8 @@ class MoEModel:
         quarter smaller, and keeps every bit; all else stays as it is. ``invariant`` gives a request the same bits alone
         and in any batch, on a CPU, at the price of decode steps that multiply row by row.
 
-        Raises ConfigError, CheckpointError or MemoryBudgetError before anything large is allocated.
+        Raises ConfigError, CheckpointError, MemoryBudgetError or, of a predictor that is not there or of another model,
+        TraceError before anything large is allocated; CopyError if an expert cannot be brought or made smaller.
         """
         wanted = EngineConfig(
             device=device,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,6 +181,31 @@ def test_a_predictor_is_given_as_a_file_or_found_beside_the_model(folder: Path, 
         ) as model:
             model.generate([1, 2, 3], max_tokens=8, ignore_eos=True)
             assert model.stats.bytes.total > model.stats.bytes.demanded
+
+
+def test_a_predictor_that_is_asked_for_is_heard_where_it_was_found_not_to_pay(folder: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    predictor, _ = train(trace_for(checkpoint), "lookahead")
+    save_choice(checkpoint, Choice("lookahead", False, ""), None, {})
+    checkpoint.close()
+    with MoEModel.from_pretrained(folder, predictor=predictor, expert_slots=6, cache_dir=tmp_path / "c") as model:
+        model.generate([1, 2, 3], max_tokens=8, ignore_eos=True)
+        assert model.stats.bytes.total > model.stats.bytes.demanded
+
+
+def test_a_predictor_that_nobody_will_hear_is_said(folder: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    predictor, _ = train(trace_for(checkpoint), "lookahead")
+    save_choice(checkpoint, Choice("lru", False, ""), None, {})
+    checkpoint.close()
+    for told, words in ((predictor, "'lru', which duoserve evaluate chose"), ("auto", "found none beside the model")):
+        with pytest.warns(UserWarning, match=words):
+            MoEModel.from_pretrained(folder, predictor=told, expert_slots=6, cache_dir=tmp_path / "c").close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({"policy": "lru", "predictor": predictor}, {"predictor": "auto"}):
+            slots = 6 if "policy" in options else 24  # where all fit nobody needs one
+            MoEModel.from_pretrained(folder, expert_slots=slots, cache_dir=tmp_path / "c", **options).close()
 
 
 def test_a_predictor_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:

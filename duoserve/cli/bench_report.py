@@ -14,12 +14,13 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, Protocol, TextIO
 
 import torch
 
-from duoserve.cli.options import Subparsers, add_parser
+from duoserve.cli.options import Subparsers, add_parser, refuse_in_vain
 from duoserve.errors import ConfigError, DuoServeError
 
 CPU_EXAMPLES = """\
@@ -84,7 +85,15 @@ def run(args: argparse.Namespace, jobs: Jobs) -> None:
 
 
 def cpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:
-    """The CPU bench, its report, the planner, the policies; with texts also what predictors do."""
+    """The CPU bench, its report, the planner, the policies; with texts also what predictors do.
+
+    ConfigError without the packages that the bench makes its models with.
+    """
+    missing = [name for name in ("transformers", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"bench cpu needs {' and '.join(missing)}: in the clone, pip install -e '.[test]'")
+    if args.quick:
+        refuse_in_vain(args, ["texts"], "a --quick run makes no table of texts")
     day, quick = time.strftime("%Y-%m-%d", time.gmtime()), ("--quick",) if args.quick else ()
     name = f"{_slug(_cpu_name())}-{day}" + ("-quick" if args.quick else "")
     # Results name their command, which should say nothing of where the clone is: all scripts start in it.

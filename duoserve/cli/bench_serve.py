@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from typing import Any
 
-from duoserve.cli.options import Subparsers, add_parser, count
+from duoserve.cli.options import Subparsers, add_parser, count, refuse_in_vain
 from duoserve.errors import ConfigError
 from duoserve.loadtest.figures import ATTAINED, PERCENTILES, GoodputSearch
 from duoserve.loadtest.workload import ARRIVALS, Workload
@@ -25,6 +25,7 @@ come at their times, whether or not others have been answered, and latencies cou
 """
 NEEDS_EXTRA = "duoserve bench serve needs httpx: pip install 'duoserve[serve]'"
 MILLISECONDS = 1e-3
+TRIALS = 8
 LATE_MS = 50  # worth a word; it is in the latencies either way
 
 
@@ -46,7 +47,7 @@ def add_serve(benches: Subparsers) -> None:
     parser.add_argument("--slo-ttft-ms", type=_positive, metavar="MS", help="objective for the first token")
     parser.add_argument("--slo-tpot-ms", type=_positive, metavar="MS", help="objective for each token after it")
     parser.add_argument("--goodput", action="store_true", help="search, from --rate on, for the highest good rate")
-    parser.add_argument("--trials", type=count, default=8, metavar="N", help="of that search (default: 8)")
+    parser.add_argument("--trials", type=count, metavar="N", help="of that search (default: 8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=_positive, default=600.0, metavar="S", help="of a request (default: 600)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -58,12 +59,14 @@ def run(args: argparse.Namespace) -> None:
     objectives = Objectives(_seconds(args.slo_ttft_ms), _seconds(args.slo_tpot_ms))
     if args.goodput and objectives == Objectives():
         raise ConfigError("--goodput counts requests inside objectives: give --slo-ttft-ms, --slo-tpot-ms or both")
+    if not args.goodput:
+        refuse_in_vain(args, ["trials"], "there is one, unless --goodput searches")
     try:
         from duoserve.loadtest.measuring import Target, measured  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as error:
         raise ConfigError(f"{NEEDS_EXTRA} ({error.name} is missing)") from error
     load = Workload(args.requests, args.arrivals, args.max_prompt, args.max_tokens, args.seed)
-    search = GoodputSearch(args.rate, args.trials if args.goodput else 1)
+    search = GoodputSearch(args.rate, (args.trials or TRIALS) if args.goodput else 1)
     target = Target(args.url, args.model, args.api_key, args.timeout, args.chat, args.ignore_eos)
     found = asyncio.run(measured(target, load, search, objectives, say=partial(print, file=sys.stderr)))
     result = vars(load) | {"slo_ttft_ms": args.slo_ttft_ms, "slo_tpot_ms": args.slo_tpot_ms} | found

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from duoserve.choice import save_choice
 from duoserve.cli.machines import add_hardware, replayed_on
-from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser, natural
+from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser, natural, refuse_in_vain
 from duoserve.cli.replay import layer_sizes
 from duoserve.cli.trace import read_prompts
 from duoserve.config import EngineConfig
@@ -24,6 +24,7 @@ from duoserve.scheduling.trace import Trace
 from duoserve.scheduling.trace_file import open_trace
 from duoserve.tracing import Recording, record
 
+MAX_TOKENS = 64
 EXAMPLES = """\
   duoserve evaluate bard --prompts prompts.txt --hardware this
   duoserve evaluate ./my-mixtral --trace t.safetensors --slots 12.5%,25%
@@ -37,7 +38,7 @@ def add_command(commands: Subparsers) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--trace", type=Path, metavar="FILE", help="what duoserve trace has recorded of the model")
     source.add_argument("--prompts", type=Path, metavar="FILE", help="record one first, of these prompts")
-    parser.add_argument("--max-tokens", type=int, metavar="N", default=64, help="tokens to write for each prompt")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="tokens to write for each prompt (64)")
     add_hardware(parser)
     parser.add_argument(
         "--slots", default="25%", metavar="N,...", help="over all layers: counts, or shares (default: 25%%)"
@@ -75,11 +76,12 @@ def _trace(args: argparse.Namespace, scratch: Path) -> Trace:
     with opened(args.model) as found:
         fingerprint = found.checkpoint.fingerprint()
     if args.trace is not None:
+        refuse_in_vain(args, ["max_tokens"], "nothing is written where a --trace was recorded before: give --prompts")
         return open_trace(args.trace, fingerprint)
     prompts = read_prompts(args.prompts)
     if len(prompts) < 2:
         raise RequestError(f"--prompts {args.prompts}: has one prompt, but some are held out: give at least 2")
-    params = SamplingParams(max_tokens=args.max_tokens, temperature=1.0, seed=args.seed)
+    params = SamplingParams(max_tokens=MAX_TOKENS if args.max_tokens is None else args.max_tokens, temperature=1.0, seed=args.seed)
     recording = Recording(scratch / "trace.safetensors", params)
     # Not by "auto": whatever was chosen before, a new choice must be possible.
     return record(args.model, prompts, recording, EngineConfig(), "duoserve", progress=sys.stderr.isatty())

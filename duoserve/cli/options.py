@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 from duoserve.config import DECODE_MODES, QUANTIZE
+from duoserve.errors import ConfigError
 from duoserve.experts.pack_format import DTYPES
 from duoserve.scheduling.policies import POLICIES
 
@@ -22,6 +24,7 @@ LOADING = (
     "policy",
     "predictor",
     "max_context",
+    "copy_threads",
     "decode_mode",
     "quantize",
     "invariant",
@@ -55,6 +58,7 @@ def add_loading(parser: argparse.ArgumentParser, *, predicts: bool = True) -> No
     )
     group.add_argument("--host-memory", metavar="SIZE", default="auto", help="RAM for experts that have no slot")
     group.add_argument("--max-context", type=int, metavar="N", help="tokens that the KV cache holds")
+    group.add_argument("--copy-threads", type=count, metavar="N", default=2, help="that bring experts (default: 2)")
     what = "which experts are kept, and when they are fetched"
     group.add_argument("--policy", default="auto", metavar="NAME", help=f"{what}: auto, {', '.join(POLICIES)}")
     if predicts:
@@ -70,6 +74,13 @@ def add_loading(parser: argparse.ArgumentParser, *, predicts: bool = True) -> No
 def loading(args: argparse.Namespace) -> dict[str, Any]:
     """What ``add_loading`` was given, by name: what ``MoEModel.from_pretrained`` takes."""
     return {name: getattr(args, name) for name in LOADING if name in args}
+
+
+def refuse_in_vain(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """ConfigError that says ``why`` if any of these arguments was given: None and False are those that were not."""
+    given = [name for name in names if getattr(args, name) is not None and getattr(args, name) is not False]
+    if given:
+        raise ConfigError(f"{' and '.join('--' + name.replace('_', '-') for name in given)}: {why}")
 
 
 def add_quantize(parser: argparse._ActionsContainer) -> None:

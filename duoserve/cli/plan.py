@@ -10,7 +10,7 @@ from dataclasses import replace
 from math import inf
 from pathlib import Path
 
-from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser, slots
+from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser, refuse_in_vain, slots
 from duoserve.cli.plan_plot import draw_plans
 from duoserve.cli.plan_report import figures, lines
 from duoserve.errors import ConfigError, MemoryBudgetError
@@ -66,7 +66,10 @@ def add_command(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints a plan for each machine; the refusal is an error where none of them can run the model."""
     planner, question = Planner(args.model.lower(), find_model(args.model)), _question(args)
-    machines = [_machine(name.strip(), args) for name in args.hardware.split(",")]
+    names = [name.strip() for name in args.hardware.split(",")]
+    if not any(name.partition("@")[0] == THIS for name in names):
+        refuse_in_vain(args, ["measure"], f"it is {THIS!r} that is measured, and --hardware is {args.hardware}")
+    machines = [_machine(name, args) for name in names]
     planner = _rehearsed(planner, machines, question, args)
     answers = [_answer(planner, machine, question) for machine in machines]
     plans = [answer for answer in answers if isinstance(answer, Plan)]

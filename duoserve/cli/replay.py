@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from duoserve.cli.machines import add_hardware, replayed_on
-from duoserve.cli.options import Subparsers, add_parser, count, natural
+from duoserve.cli.options import Subparsers, add_parser, count, natural, refuse_in_vain
 from duoserve.cli.plots import draw, one_step
 from duoserve.errors import ConfigError
 from duoserve.models.opened import OpenedModel, opened
@@ -29,6 +29,8 @@ from duoserve.scheduling.trace import Trace
 from duoserve.scheduling.trace_file import open_trace
 
 MADE_UP = "synthetic:"
+# What is made up unless the options of the same names say otherwise.
+USUAL = {"requests": 4, "tokens": 128, "prompt_tokens": 128, "precision": 0.8, "seed": 0}
 EXAMPLES = """\
   duoserve replay bard-trace.safetensors --model bard --hardware rtx4090
   duoserve replay synthetic:qwen3-30b-a3b --hardware a5000 --slots 12.5%,25% --policies lru,duoserve,oracle
@@ -65,11 +67,11 @@ def add_command(commands: Subparsers) -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw hit rates and a decode step (extra: plot)")
     made_up = parser.add_argument_group("synthetic traces")
-    made_up.add_argument("--requests", type=count, default=4, metavar="N", help="default: 4")
-    made_up.add_argument("--tokens", type=natural, default=128, metavar="N", help="of each request (default: 128)")
-    made_up.add_argument("--prompt-tokens", type=count, default=128, metavar="N", help="of each prompt (default: 128)")
-    made_up.add_argument("--precision", type=float, default=0.8, metavar="P", help="of look-ahead (default: 0.8)")
-    made_up.add_argument("--seed", type=natural, default=0, metavar="S")
+    made_up.add_argument("--requests", type=count, metavar="N", help="default: 4")
+    made_up.add_argument("--tokens", type=natural, metavar="N", help="of each request (default: 128)")
+    made_up.add_argument("--prompt-tokens", type=count, metavar="N", help="of each prompt (default: 128)")
+    made_up.add_argument("--precision", type=float, metavar="P", help="of look-ahead (default: 0.8)")
+    made_up.add_argument("--seed", type=natural, metavar="S", help="default: 0")
     parser.set_defaults(command=run)
 
 
@@ -97,11 +99,13 @@ def run(args: argparse.Namespace) -> None:
 
 def _trace(args: argparse.Namespace) -> Trace:
     if not args.trace.startswith(MADE_UP):
+        refuse_in_vain(args, USUAL, f"say what {MADE_UP}NAME makes up, but {args.trace} was recorded")
         return open_trace(Path(args.trace))
     name = args.trace.removeprefix(MADE_UP)
     if name not in CARDS:
         raise ConfigError(f"synthetic trace {name!r} is not known: use one of {', '.join(CARDS)}")
-    return synthesize(CARDS[name], args.requests, args.tokens, args.precision, args.seed, prompt=args.prompt_tokens)
+    wanted: dict[str, Any] = {name: usual if getattr(args, name) is None else getattr(args, name) for name, usual in USUAL.items()}
+    return synthesize(CARDS[name], prompt=wanted.pop("prompt_tokens"), **wanted)
 
 
 def _predictors(paths: Sequence[Path], fingerprint: str, names: Sequence[str]) -> dict[str, Predictor]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-from duoserve.cli.options import Subparsers, add_parser, natural
+from duoserve.cli.options import Subparsers, add_parser, natural, refuse_in_vain
 from duoserve.errors import RequestError
 from duoserve.predictors.files import save_predictor
 from duoserve.predictors.quality import measure
@@ -29,7 +29,7 @@ def add_command(commands: Subparsers) -> None:
     parser.add_argument("trace", type=Path, metavar="TRACE", help="what duoserve trace has recorded")
     parser.add_argument("--kind", choices=list(KINDS), default="duoserve", help="default: duoserve")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="NAME.safetensors; NAME.json comes too")
-    parser.add_argument("--horizon", type=int, choices=[1, 2, 3], default=1, help="layers that duoserve looks ahead")
+    parser.add_argument("--horizon", type=int, choices=[1, 2, 3], help="layers that duoserve looks ahead (1)")
     parser.add_argument(
         "--seed", type=natural, metavar="S", default=0, help="of the held-out requests and the training"
     )
@@ -41,9 +41,11 @@ def run(args: argparse.Namespace) -> None:
     """Trains, measures on the requests that were held out, and saves."""
     if args.out.suffix != ".safetensors":
         raise RequestError(f"--out {args.out}: must be named .safetensors; the JSON beside it is named after it")
+    if args.kind != "duoserve":
+        refuse_in_vain(args, ["horizon"], f"the kind {args.kind!r} looks as far ahead as it does; only duoserve takes one")
     trace, start = open_trace(args.trace), perf_counter()
     bars = sys.stderr.isatty()
-    predictor, held = train(trace, args.kind, horizon=args.horizon, seed=args.seed, progress=bars)
+    predictor, held = train(trace, args.kind, horizon=args.horizon or 1, seed=args.seed, progress=bars)
     seconds = perf_counter() - start
     quality = measure(predictor, trace, held[:MOST_MEASURED])
     data = {"trace": args.trace.name, "requests": len(trace), "tokens": trace.num_tokens, "held_out_requests": held}

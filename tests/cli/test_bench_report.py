@@ -48,6 +48,13 @@ def scripts(text: str) -> list[str]:
     return [line.split()[1].removesuffix(".py") for line in text.splitlines() if line.startswith("SAID")]
 
 
+def test_what_the_benches_need_is_asked_for_before_any_begins(duoserve, checkout, monkeypatch):
+    monkeypatch.setattr(bench_report, "find_spec", lambda name: None)
+    ran = duoserve("bench", "cpu", "--checkout", str(checkout))
+    assert (ran.code, scripts(ran.out)) == (1, [])
+    assert "needs transformers and accelerate" in ran.err
+
+
 def test_all_benches_run_in_order(duoserve, checkout):
     ran = duoserve("bench", "cpu", "--checkout", checkout)
     assert ran.code == 0, ran.err
@@ -126,7 +133,7 @@ def test_gpu_runs_the_suite(duoserve, checkout, monkeypatch, quick, seconds):
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_the_real_scripts_take_these_arguments(quick):
-    args = argparse.Namespace(quick=quick, texts=ROOT)
+    args = argparse.Namespace(quick=quick, texts=None if quick else ROOT)
     jobs = bench_report.cpu_jobs(ROOT, ROOT / "bench" / "results", args)
     sources = {job.script: (ROOT / "bench" / job.script).read_text() for job in jobs}
     flags = [(job.script, word) for job in jobs for word in job.words if word.startswith("--")]
