@@ -29,7 +29,16 @@ from typing import Any
 
 import cpu_rows
 import cpu_summary
-from cpu_contestants import BENCH, COPY_THREADS, SCRIPTS, Contestant, Run, disk_contestants, our_policies, resident_contestants
+from cpu_contestants import (
+    BENCH,
+    COPY_THREADS,
+    SCRIPTS,
+    Contestant,
+    Run,
+    disk_contestants,
+    our_policies,
+    resident_contestants,
+)
 from harness import WORKER_ENV, Round, Worker, interleave
 from least_bytes import least_misses
 from machine import foreign_cpu, machine_facts, versions

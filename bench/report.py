@@ -85,7 +85,7 @@ def conditions(result: Result) -> str:
             "lies idle while others take their turn is slow to come back under a hypervisor."
         )
     if threads := result.get("copy_threads"):
-        rows.append(f"duoserve reads experts with `copy_threads={threads}`; `lru` and those without a policy run op by op.")
+        rows.append(f"duoserve reads experts with `copy_threads={threads}`; what is not called compiled runs op by op.")
     if result.get("cap_bytes"):
         rows.append(
             f"llama.cpp's mapped file and duoserve from disk have {result['cap_bytes'] / 1e6:.0f} MB each in a control "

@@ -81,7 +81,8 @@ def _trace(args: argparse.Namespace, scratch: Path) -> Trace:
     prompts = read_prompts(args.prompts)
     if len(prompts) < 2:
         raise RequestError(f"--prompts {args.prompts}: has one prompt, but some are held out: give at least 2")
-    params = SamplingParams(max_tokens=MAX_TOKENS if args.max_tokens is None else args.max_tokens, temperature=1.0, seed=args.seed)
+    max_tokens = MAX_TOKENS if args.max_tokens is None else args.max_tokens
+    params = SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=args.seed)
     recording = Recording(scratch / "trace.safetensors", params)
     # Not by "auto": whatever was chosen before, a new choice must be possible.
     return record(args.model, prompts, recording, EngineConfig(), "duoserve", progress=sys.stderr.isatty())

@@ -104,7 +104,8 @@ def _trace(args: argparse.Namespace) -> Trace:
     name = args.trace.removeprefix(MADE_UP)
     if name not in CARDS:
         raise ConfigError(f"synthetic trace {name!r} is not known: use one of {', '.join(CARDS)}")
-    wanted: dict[str, Any] = {name: usual if getattr(args, name) is None else getattr(args, name) for name, usual in USUAL.items()}
+    given = {name: value for name, value in vars(args).items() if name in USUAL and value is not None}
+    wanted: dict[str, Any] = USUAL | given
     return synthesize(CARDS[name], prompt=wanted.pop("prompt_tokens"), **wanted)
 
 

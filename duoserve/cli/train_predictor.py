@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out.suffix != ".safetensors":
         raise RequestError(f"--out {args.out}: must be named .safetensors; the JSON beside it is named after it")
     if args.kind != "duoserve":
-        refuse_in_vain(args, ["horizon"], f"the kind {args.kind!r} looks as far ahead as it does; only duoserve takes one")
+        refuse_in_vain(args, ["horizon"], f"the kind {args.kind!r} takes none, only duoserve does")
     trace, start = open_trace(args.trace), perf_counter()
     bars = sys.stderr.isatty()
     predictor, held = train(trace, args.kind, horizon=args.horizon or 1, seed=args.seed, progress=bars)
