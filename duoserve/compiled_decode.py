@@ -5,6 +5,7 @@ B sequences, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from duoserve.compiled_experts import Chosen, CompiledExperts
 from duoserve.decode_inputs import DecodeInputs
+from duoserve.errors import CompilerError
 from duoserve.kernels.compiler import CompiledRecording, CpuCompiler
 from duoserve.kv_cache import Layout, PagedKVCache, pages_for
 from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
@@ -28,6 +30,7 @@ SIZES = (1, 4, 16)
 # Pages of a short context, 4096 tokens. Attention of one sequence is loops over its pages, and how their sums are made
 # must not depend on how many there are.
 SHORT = 64
+_BY_OPS = "such steps run op by op, more slowly, and round other numbers"
 
 
 def compiled_decoder(model: Transformer, cache: PagedKVCache) -> RecordedDecoder:
@@ -67,14 +70,21 @@ class PaddedShapes(Shapes):
 
 
 def compiled_steps(model: Transformer, cache: PagedKVCache, compiler: CpuCompiler) -> MakeStep:
-    """Makes the compiled steps of ``model``, which share the memory of their routed rows."""
+    """Makes the compiled steps of ``model``, which share the memory of their routed rows.
+
+    None, with a warning, for one that cannot be compiled when it is wanted: requests go on op by op.
+    """
     experts = CompiledExperts(compiler, model, SIZES[-1])
 
     def make(num_sequences: int, table_width: int) -> CompiledStep | None:
         if num_sequences > SIZES[-1]:
             return None
         inputs = DecodeInputs(compiler, cache, num_sequences, table_width)
-        return CompiledStep(model, compiler, inputs, experts)
+        try:
+            return CompiledStep(model, compiler, inputs, experts)
+        except CompilerError as error:
+            warnings.warn(f"a decode step of {num_sequences} could not be compiled ({error}): {_BY_OPS}", stacklevel=2)
+            return None
 
     return make
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from duoserve.compiled_decode import compiled_decoder
-from duoserve.errors import ConfigError
+from duoserve.errors import CompilerError, ConfigError
 from duoserve.event_decode import event_steps
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
@@ -118,9 +118,8 @@ def _compiler_fault() -> str | None:
         return f"there is no {cpp_compiler()!r}"
     try:
         CpuCompiler().record(lambda: torch.ones(64) + 1)
-    except RuntimeError as error:
-        lines = str(error).splitlines()
-        return f"{cpp_compiler()!r} fails ({next((line for line in lines if 'error:' in line), lines[0])})"
+    except CompilerError as error:
+        return f"{cpp_compiler()!r} fails ({error})"
     return None
 
 

@@ -43,6 +43,10 @@ class KernelError(DuoServeError, ValueError):
     """A kernel was given operands that it cannot compute with: a dtype, shape, stride, alignment or device."""
 
 
+class CompilerError(DuoServeError, RuntimeError):
+    """PyTorch's compiler has failed, or the C++ compiler that it calls; the message is the first that it says."""
+
+
 class TraceError(DuoServeError):
     """A trace, or a predictor made from one, is malformed, cut short, or of another model."""
 

@@ -37,7 +37,9 @@ class MemoryNeeds:
             top_k=config.top_k,
             dense_bytes=self.dense_bytes,
             kv_bytes=context * kv_bytes_per_token(config, self.dtype),
-            workspace_bytes=workspace_bytes(config, self.dtype, self.device, context),
+            workspace_bytes=workspace_bytes(
+                config, self.dtype, self.device, context, compiled=wanted.decode_mode == "compiled"
+            ),
             wanted=wanted,
             available_bytes=free.device_bytes,
             host_available_bytes=free.host_bytes,

@@ -36,7 +36,7 @@ class StepScheduler(Protocol):
 
 
 class DecodeStep(Protocol):
-    """Another way to compute a decode step, with the bits of the model."""
+    """Another way to compute a decode step: with the bits of the model, unless it is compiled."""
 
     def __call__(self, layout: Layout) -> Tensor:
         """Float32 logits [B, V], on the host, of the new token of each of B sequences."""

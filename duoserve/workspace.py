@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from duoserve.architecture import AttentionConfig, LatentAttentionConfig
+from duoserve.compiled_decode import SIZES
 from duoserve.config import ModelConfig
 from duoserve.kernels import QUERY_ROWS
 from duoserve.kernels.experts_together import WIDTH
@@ -27,10 +28,18 @@ MASK_BYTES = 12  # of a query and key: their distance and whether one sees the o
 FIXED_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 
 
-def workspace_bytes(config: ModelConfig, dtype: torch.dtype, device: torch.device, num_tokens: int) -> int:
-    """The workspace of the memory plan: enough for a pass over ``num_tokens`` tokens of one or more sequences."""
+def workspace_bytes(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, num_tokens: int, *, compiled: bool = False
+) -> int:
+    """The workspace of the memory plan: enough for a pass over ``num_tokens`` tokens of one or more sequences.
+
+    ``compiled``: decode steps on a CPU are.
+    """
     on_gpu = device.type == "cuda"
-    recorded = recorded_bytes(config, dtype, num_tokens) if on_gpu else 0
+    if on_gpu:
+        recorded = recorded_bytes(config, dtype, num_tokens)
+    else:
+        recorded = compiled_bytes(config, num_tokens) if compiled else 0
     return FIXED_BYTES[device.type] + recorded + PassMemory(config, dtype, on_gpu, num_tokens).peak_bytes
 
 
@@ -44,6 +53,16 @@ def recorded_bytes(config: ModelConfig, dtype: torch.dtype, num_tokens: int) -> 
     logits = config.vocab_size * (dtype.itemsize + FLOAT_BYTES)
     steps = MAX_SHAPES * num_sequences * (num_layers * kept * dtype.itemsize + logits)
     return steps + config.num_layers * config.num_experts * TABLE_BYTES
+
+
+def compiled_bytes(config: ModelConfig, num_tokens: int) -> int:
+    """What compiled decode steps keep: the logits of each size, and what two parts of a step make on the way.
+
+    That is, of a query and token of one sequence, its score and its share; all else is no larger than a few rows.
+    """
+    logits = sum(SIZES) * config.vocab_size
+    scores = 2 * 2 * config.blocks.attention.num_heads * num_tokens
+    return FLOAT_BYTES * (logits + scores)
 
 
 @dataclass(frozen=True)

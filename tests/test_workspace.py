@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from duoserve import MoEModel, SamplingParams
-from duoserve.config import ModelConfig
+from duoserve.config import EngineConfig, ModelConfig
 from duoserve.errors import MemoryBudgetError
 from duoserve.kernels.matmul import has_native_matmul
 from duoserve.models.mixtral import parse_config
+from duoserve.models.opened import opened
 from duoserve.models.transformer import LOGIT_ROWS
+from duoserve.placement import Placement
 from duoserve.workspace import FIXED_BYTES, PassMemory, workspace_bytes
 from tests.checkpoints import save_mixtral
 from tests.live_bytes import LiveBytes
@@ -103,6 +105,18 @@ def test_a_long_answer_leaves_nothing_behind(tmp_path: Path) -> None:
         with LiveBytes() as held:
             assert len(model.generate(PROMPT[:8], GREEDY, max_tokens=200).token_ids) == 200
         assert held.live == 0 and held.peak <= model.memory.workspace_bytes - FIXED_BYTES["cpu"]
+
+
+def test_what_compiled_steps_keep_is_planned(tmp_path: Path) -> None:
+    """The logits of steps of 1, 4 and 16, and the scores and shares of a whole context in two parts of a step."""
+    folder = save_mixtral(tmp_path, num_hidden_layers=1)
+    with opened(folder) as found:
+        planned = []
+        for mode in ("auto", "compiled"):
+            wanted = EngineConfig(device="cpu", max_context=CONTEXT, decode_mode=mode)
+            planned.append(Placement.of(found, wanted).plan(wanted, needs_all=False).workspace_bytes)
+        vocab, heads = found.config.vocab_size, found.config.blocks.attention.num_heads
+    assert planned[1] - planned[0] == 4 * ((1 + 4 + 16) * vocab + 4 * heads * CONTEXT)
 
 
 def mixtral_8x7b(**changes: Any) -> ModelConfig:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor
 
 from duoserve import kernels
+from duoserve.errors import CompilerError
 from duoserve.kernels.small_ops import SmallOps
 from duoserve.kernels.tape import Compiled
 
@@ -61,7 +63,11 @@ class ForRows(Generic[_Result]):
         from duoserve.kernels import inductor  # noqa: PLC0415 - takes a second
 
         fixed = [place in self._fixed for place in places]
-        return inductor.compile_for_rows(work, [operands[place] for place in places], fixed)
+        try:
+            return inductor.compile_for_rows(work, [operands[place] for place in places], fixed)
+        except CompilerError as error:
+            warnings.warn(f"an op of prompts could not be compiled ({error}): it runs as it is", stacklevel=2)
+            return work
 
 
 def _is_tensor(operand: object) -> bool:

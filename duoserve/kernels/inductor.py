@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
+from duoserve.errors import CompilerError
 from duoserve.kernels.decomposed import DECOMPOSED
 from duoserve.kernels.tape import Compiled
 from duoserve.kernels.traced import TracedOps
@@ -159,6 +160,11 @@ def _same(one: object, other: object) -> bool:
 
 
 def _made_by_inductor(graph: fx.GraphModule, examples: Sequence[Tensor | SymInt]) -> Code:
+    """CompilerError where it fails."""
     # Loops are shared out when they are made, so what was made for other threads must not be taken from the disk. To
     # check the operands of a call again takes three times as long as the rest of it.
-    return Code(graph, examples, {"cpp.threads": torch.get_num_threads(), "size_asserts": False})
+    try:
+        return Code(graph, examples, {"cpp.threads": torch.get_num_threads(), "size_asserts": False})
+    except (RuntimeError, OSError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise CompilerError(next((line for line in lines if "error:" in line), lines[0])) from error

@@ -68,7 +68,18 @@ def linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None, products: P
         return left_product(x_TK, w_NK, bias_N).contiguous()
     if x_TK.is_cuda or x_TK.shape[0] <= NARROW_ROWS or has_native_matmul(w_NK.dtype):
         return F.linear(x_TK, w_NK, bias_N)
-    return _rounded(_widened(x_TK, w_NK), bias_N, x_TK.dtype)
+    return _rounded(widened_product(x_TK, w_NK), bias_N, x_TK.dtype)
+
+
+@torch.library.custom_op("duoserve::widened_product", mutates_args=())
+def widened_product(x_TK: Tensor, w_NK: Tensor) -> Tensor:
+    """``x_TK @ w_NK.T`` in float32. A tracer would write down block after block of the weights, so it sees a call."""
+    return _widened(x_TK, w_NK)
+
+
+@widened_product.register_fake
+def _(x_TK: Tensor, w_NK: Tensor) -> Tensor:
+    return x_TK.new_empty(len(x_TK), len(w_NK), dtype=torch.float32)
 
 
 def streams_left(w_NK: Tensor) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from duoserve.experts.layout import ExpertLayout, Quantized
+from duoserve.kernels import matmul
 from duoserve.kernels.matmul import LEFT_ROWS, left_product, linear, product_of_blocks
 from duoserve.kernels.reference_codes import PACKED_ROWS, code_product, multiplies_codes
 from duoserve.kernels.reference_dequant import dense
@@ -83,3 +85,16 @@ def test_what_codes_cannot_do_is_decoded() -> None:
     assert not multiplies_codes(made(INT8, 32, 32), torch.float16)
     assert not multiplies_codes(made(INT4, 32, 32), torch.float32)
     assert not multiplies_codes(made(FP8, 200, 128), BF16)
+
+
+def test_a_tracer_sees_one_call_however_many_blocks_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "has_native_matmul", lambda dtype: False)
+    x_TK, nodes = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)).bfloat16(), []
+    for num_blocks in (2, 8):
+        w_NK = torch.randn(8 * num_blocks, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+        monkeypatch.setattr(matmul, "WIDEN_ELEMENTS", w_NK.numel() // num_blocks)
+        traced = make_fx(lambda x_TK, w_NK: matmul.linear(x_TK, w_NK))(x_TK, w_NK)
+        nodes.append(len(traced.graph.nodes))
+        expected_TN = (x_TK.double() @ w_NK.double().T).bfloat16()
+        torch.testing.assert_close(traced(x_TK, w_NK), expected_TN)
+    assert nodes[0] == nodes[1]
