@@ -42,9 +42,15 @@ def environment() -> ImmutableSandboxedEnvironment:
     return made
 
 
-def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """JSON for people: not escaped for HTML, as jinja2's own filter is."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def raise_exception(message: str) -> None:

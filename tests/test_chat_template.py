@@ -44,6 +44,8 @@ MARKED = """{% macro turn(role, text) %}<|im_start|>{{ role }}
     {% set state.count = state.count + 1 %}
 {{ turn(message.role, message.content) }}
 {% endfor %}
+{{ {'b': 1, 'a': [1, 2]} | tojson(separators=(',', ':'), sort_keys=true) }}
+{{ {'b': 1, 'a': {'ü': 2}} | tojson(true, 1, (';', '='), true) }}
 {{ state.count }} {{ {'é': [1, '<']} | tojson }} {{ {'a': 1} | tojson(indent=2) }} {{ strftime_now('%Y') | length }}
 {% if tools is none and add_generation_prompt %}<|im_start|>assistant{% endif %}
 """
