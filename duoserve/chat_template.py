@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -22,8 +23,20 @@ from duoserve.tokenizer_config import TOKENIZER_CONFIG, read_tokenizer_config, s
 TEMPLATE_BYTES = 1 << 20
 SECONDS = 2.0  # real templates take a thousandth of it
 START_SECONDS = 8.0  # a fresh interpreter on a busy machine; less than a server waits for the prompt (`text_s`)
-# An isolated interpreter looks neither into a user's site nor PYTHONPATH, where jinja2 may be: its folders come last.
-START = "import runpy, sys; sys.path += sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
+LEAST_JINJA2 = (3, 1, 6)  # templates get out of the sandbox of those before it (CVE-2024-56326, CVE-2025-27516)
+# An isolated interpreter looks neither into a user's site nor PYTHONPATH, and where it looks may be another jinja2: it
+# gets the two packages that are in use here, and no other module of the folders that they are in.
+START = """
+import runpy, sys
+from importlib import machinery, util
+
+script, *folders = sys.argv[1:]
+for name, folder in zip(("markupsafe", "jinja2"), folders, strict=True):
+    spec = machinery.PathFinder.find_spec(name, [folder])
+    sys.modules[name] = module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+runpy.run_path(script, run_name="__main__")
+"""
 
 
 class ChatTemplate:
@@ -54,7 +67,7 @@ class ChatTemplate:
         """The prompt that ``messages`` make, each of them with "role" and "content".
 
         RequestError where the template refuses them, or takes too much time or memory; a bare DuoServeError where its
-        process does not start.
+        process does not start, or jinja2 is older than LEAST_JINJA2.
         """
         variables = self._special_tokens | {
             "messages": list(messages),
@@ -93,7 +106,8 @@ class ChatTemplate:
 
     def _started(self) -> subprocess.Popen[str]:
         """A new process, once it has answered: its start is not the template's time."""
-        folders = [str(Path(file).parents[1]) for file in (jinja2.__file__, markupsafe.__file__)]
+        _check_jinja2(jinja2.__version__)
+        folders = [str(Path(file).parents[1]) for file in (markupsafe.__file__, jinja2.__file__)]
         command = [sys.executable, "-I", "-c", START, chat_sandbox.__file__, *folders]
         try:
             self._process = process = subprocess.Popen(
@@ -120,6 +134,16 @@ class ChatTemplate:
         if process is not None:
             process.kill()
             process.communicate()
+
+
+def _check_jinja2(version: str) -> None:
+    """DuoServeError for one whose sandbox does not hold."""
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < LEAST_JINJA2:
+        least = ".".join(map(str, LEAST_JINJA2))
+        raise DuoServeError(
+            f"jinja2 {version} is installed, whose sandbox chat templates can get out of: "
+            f"install jinja2 {least} or newer (pip install -U jinja2), and start again"
+        )
 
 
 def _reply(process: subprocess.Popen[str], line: str, seconds: float) -> dict[str, str] | None:

@@ -151,6 +151,7 @@ def test_what_takes_too_much_ends_and_the_next_is_served(template: str, why: str
         "{{ lipsum.__globals__['os'].popen('id').read() }}",
         "{{ messages.append(1) }}",
         "{% include '/etc/passwd' %}",
+        "{{ ('{0.__globals__[json]}' | attr('format'))(strftime_now) }}",  # jinja2 3.1.5 writes it
     ],
 )
 def test_the_sandbox_holds(template: str, make: Make) -> None:
@@ -161,8 +162,11 @@ def test_the_sandbox_holds(template: str, make: Make) -> None:
 def test_jinja2_may_be_where_an_isolated_interpreter_does_not_look(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a user's site or on PYTHONPATH; what else is there takes nothing's place."""
+    """In a user's site or on PYTHONPATH; what else is there takes nothing's place, nor another one where it looks."""
     venv.create(tmp_path / "bare", with_pip=False)
+    (site,) = (tmp_path / "bare").glob("lib/python*/site-packages")
+    for package in (jinja2, markupsafe):
+        (site / f"{package.__name__}.py").write_text("raise SystemExit(1)")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bare/bin/python"))
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -171,6 +175,22 @@ def test_jinja2_may_be_where_an_isolated_interpreter_does_not_look(
         (elsewhere / package.__name__).symlink_to(Path(package.__file__).parent)
         monkeypatch.setattr(package, "__file__", str(elsewhere / package.__name__ / "__init__.py"))
     assert make("{{ bos_token | e }}").render([]) == "&lt;s&gt;"
+
+
+@pytest.mark.parametrize("version", ["3.1.2", "2.11.3", "3.1", "3.0.10"])
+def test_a_jinja2_whose_sandbox_does_not_hold_is_refused(
+    version: str, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jinja2, "__version__", version)
+    with pytest.raises(DuoServeError, match=rf"jinja2 {version} is installed.*install jinja2 3\.1\.6 or") as failed:
+        make("ok").render([])
+    assert not isinstance(failed.value, RequestError)
+
+
+@pytest.mark.parametrize("version", ["3.1.6", "3.1.10", "3.2", "4.0.0rc1"])
+def test_a_later_jinja2_serves(version: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jinja2, "__version__", version)
+    assert make("ok").render([]) == "ok"
 
 
 def test_a_process_that_does_not_start_is_no_fault_of_the_request(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
