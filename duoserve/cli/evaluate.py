@@ -52,7 +52,10 @@ def add_command(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints a row for each policy, what to expect, and where the choice was written."""
+    """Prints rows for the policies that evaluating.py compares, what to expect, and where the choice was written.
+
+    These are its BASELINES, its KINDS (the best of them without guesses too) and the oracle, not every policy.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         _evaluate(args, _trace(args, Path(scratch)))
 
