@@ -32,13 +32,18 @@ class TextScore(NamedTuple):
         return self.nats / math.log(2) / nbytes
 
 
+def check_length(token_ids: Sequence[int]) -> None:
+    """RequestError: there are fewer than two, so that none is foretold."""
+    if len(token_ids) < 2:
+        raise RequestError(f"{len(token_ids)} tokens are no text that could be foretold: at least 2 are needed")
+
+
 def score(model: MoEModel, token_ids: Sequence[int]) -> TextScore:
     """Every token but the first, foretold from those before it. RequestError: there are fewer than two.
 
     The model must take WINDOW tokens at once.
     """
-    if len(token_ids) < 2:
-        raise RequestError(f"{len(token_ids)} tokens are no text that could be foretold: at least 2 are needed")
+    check_length(token_ids)
     ids_T, nats, known = torch.tensor(token_ids), 0.0, 1
     while known < len(ids_T):
         start = max(0, known - OVERLAP)

@@ -15,7 +15,7 @@ from duoserve.experts.packing import pack_path, write_pack
 from duoserve.experts.quantizing import QuantizingStore
 from duoserve.models.opened import OpenedModel, opened
 from duoserve.moe_model import MoEModel
-from duoserve.perplexity import WINDOW, TextScore, score
+from duoserve.perplexity import WINDOW, TextScore, check_length, score
 from duoserve.text import Text
 
 EXAMPLES = """\
@@ -37,7 +37,11 @@ def add_command(commands: Subparsers) -> None:
         help="the cache folder to write to (default: $DUOSERVE_CACHE, else ~/.cache/duoserve)",
     )
     parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="with --quantize: say what that does to the perplexity of this text"
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="with --quantize: say what that does to the perplexity of this text; scores the model as it is too, whose "
+        "experts are then packed as well where they do not all fit in RAM",
     )
     add_dtype(parser)
     add_quantize(parser)
@@ -49,11 +53,12 @@ def run(args: argparse.Namespace) -> None:
     if args.text is not None and args.quantize is None:
         raise ConfigError("--text says what --quantize does to a text: give both")
     with opened(args.model) as model:
-        token_ids = None if args.text is None else _token_ids(model, args.text)
+        text = None if args.text is None else _text(args.text)
+        token_ids = [] if text is None else _token_ids(model, text)
         _pack(model, args)
-    if token_ids is not None:
+    if text is not None:
         before, after = (_score(args, quantize, token_ids) for quantize in (None, args.quantize))
-        print("\n".join(_compared(before, after, args.text.stat().st_size)))
+        print("\n".join(_compared(before, after, len(text.encode()))))
 
 
 def _pack(model: OpenedModel, args: argparse.Namespace) -> None:
@@ -72,17 +77,27 @@ def _pack(model: OpenedModel, args: argparse.Namespace) -> None:
         print(f"{layout.name}: weights {off}")
 
 
-def _token_ids(model: OpenedModel, path: Path) -> list[int]:
-    """The text's tokens behind the token that begins one."""
-    text = Text.load(model.checkpoint.folder)
-    if text is None:
-        raise RequestError(f"--text: {model.checkpoint.folder} has no tokenizer.json")
+def _text(path: Path) -> str:
+    """What the file says, every byte of it; read once, for it may be a pipe."""
     try:
-        ids = text.encode(path.read_text())
+        text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"--text: {path} cannot be read as text: {error}") from error
-    first = model.config.bos_token_id
-    return ids if first is None or ids[:1] == [first] else [first, *ids]
+        raise RequestError(f"--text: {path} cannot be read as text in UTF-8: {error}") from error
+    if not text:
+        raise RequestError(f"--text: {path} is empty")
+    return text
+
+
+def _token_ids(model: OpenedModel, text: str) -> list[int]:
+    """The text's tokens behind the token that begins one; at least two, else RequestError."""
+    tokenizer = Text.load(model.checkpoint.folder)
+    if tokenizer is None:
+        raise RequestError(f"--text: {model.checkpoint.folder} has no tokenizer.json")
+    ids, first = tokenizer.encode(text), model.config.bos_token_id
+    if first is not None and ids[:1] != [first]:
+        ids = [first, *ids]
+    check_length(ids)
+    return ids
 
 
 def _score(args: argparse.Namespace, quantize: str | None, token_ids: list[int]) -> TextScore:

@@ -1,6 +1,10 @@
 """``duoserve pack``: what it writes is what the engine reads."""
 
+import json
+import os
 import re
+import shutil
+import threading
 
 import pytest
 import torch
@@ -59,6 +63,38 @@ def test_quantizing_says_what_it_costs(duoserve, model_folder, tmp_path):
         assert change == pytest.approx(100 * (after / before - 1), abs=1e-2) and before != after
     again = duoserve("pack", model_folder, "--quantize", "int8")
     assert again.out.startswith("already packed: 24 experts, 96.00 KiB") and len(again.out.splitlines()) == 1
+
+
+def test_a_text_may_come_through_a_pipe(duoserve, model_folder, tmp_path):
+    said = "To be, or not to bé,\r\nthat is the question"
+    (tmp_path / "text").write_bytes(said.encode())
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[said.encode()], daemon=True)
+    writer.start()
+    piped, plain = (
+        duoserve("pack", model_folder, "--quantize", "int8", "--text", tmp_path / name) for name in ("pipe", "text")
+    )
+    writer.join(60)
+    assert piped.code == 0
+    assert len(piped.out.splitlines()) == 4 and piped.out.splitlines()[2:] == plain.out.splitlines()[1:]
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "text is empty"),
+        (b"a", "1 tokens are no text that could be foretold: at least 2 are needed"),
+        (b"caf\xe9 au lait", "text cannot be read as text in UTF-8"),
+    ],
+)
+def test_a_text_that_cannot_be_scored_is_refused_before_anything_is_packed(duoserve, model_folder, tmp_path, data, why):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": None}))
+    (tmp_path / "text").write_bytes(data)
+    ran = duoserve("pack", folder, "--quantize", "int8", "--text", tmp_path / "text")
+    assert (ran.code, ran.out) == (1, "") and why in ran.err
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_text_without_quantization_is_refused(duoserve, model_folder, tmp_path):
