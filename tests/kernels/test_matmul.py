@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from duoserve.experts.layout import ExpertLayout, Quantized
 from duoserve.kernels import matmul
-from duoserve.kernels.matmul import LEFT_ROWS, left_product, linear, product_of_blocks
+from duoserve.kernels.matmul import LEFT_ROWS, Products, left_product, linear, product_of_blocks
 from duoserve.kernels.reference_codes import PACKED_ROWS, code_product, multiplies_codes
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat, Matrix
@@ -93,7 +95,7 @@ def test_a_tracer_sees_one_call_however_many_blocks_are_widened(monkeypatch: pyt
     for num_blocks in (2, 8):
         w_NK = torch.randn(8 * num_blocks, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
         monkeypatch.setattr(matmul, "WIDEN_ELEMENTS", w_NK.numel() // num_blocks)
-        traced = make_fx(lambda x_TK, w_NK: matmul.linear(x_TK, w_NK))(x_TK, w_NK)
+        traced = make_fx(partial(matmul.linear, bias_N=None, products=Products.FASTEST))(x_TK, w_NK)
         nodes.append(len(traced.graph.nodes))
         expected_TN = (x_TK.double() @ w_NK.double().T).bfloat16()
         torch.testing.assert_close(traced(x_TK, w_NK), expected_TN)
