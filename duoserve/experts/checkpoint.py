@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,6 +29,7 @@ MAX_CONFIG_BYTES = 1 << 20
 # own (it does from 32768 elements): they would take the cores from the computation.
 _STAGE_ELEMENTS = 32767
 _SAMPLE_BYTES = 4096
+_MAX_ENTRIES = 4096  # more than any layer has experts: a header may claim any number of empty ones
 _MIN_ROW_BYTES = 512  # of shorter rows a copy costs less than a place in the list of buffers
 _NAMES_SHOWN = 3
 FLOATS = tuple(DTYPES.values())
@@ -124,8 +126,16 @@ class Checkpoint:
         elif info.nbytes:
             self._read_staged(info, out if out.dim() else out[None])
 
+    @property
+    def changed_ns(self) -> int:
+        """When a shard was last changed, in ns since the epoch, as it was on opening."""
+        return max(shard.file.modified_ns for shard in self._shards.values())
+
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over config.json, the shards' names, sizes and headers, and 4 KiB from each tensor's middle."""
+        """SHA-256 (hex) over config.json, the shards' names, sizes and headers, and 4 KiB from each tensor's middle.
+
+        Of a tensor that holds a layer's experts, 4 KiB from each one's middle. ``changed_ns`` is for what it misses.
+        """
         if self._fingerprint is None:
             self._fingerprint = self._compute_fingerprint()
         return self._fingerprint
@@ -141,9 +151,9 @@ class Checkpoint:
         for name, shard in sorted(self._shards.items()):
             _add(digest, f"{name} {shard.file.size}".encode())
             _add(digest, shard.header.sha256)
-            for tensor in shard.header.tensors:
-                nbytes = min(tensor.nbytes, _SAMPLE_BYTES)
-                _add(digest, shard.file.read(tensor.offset + (tensor.nbytes - nbytes) // 2, nbytes))
+            for part in chain.from_iterable(map(_sampled, shard.header.tensors)):
+                nbytes = min(part.nbytes, _SAMPLE_BYTES)
+                _add(digest, shard.file.read(part.offset + (part.nbytes - nbytes) // 2, nbytes))
         return digest.hexdigest()
 
     def _check_listed(self, listed: Mapping[str, str]) -> None:
@@ -212,6 +222,13 @@ def _open_shard(path: Path, opened: ExitStack) -> _Shard:
     file = PositionalFile(path)
     opened.callback(file.close)
     return _Shard(file, read_header(file))
+
+
+def _sampled(tensor: TensorInfo) -> list[TensorInfo]:
+    """The parts of which a fingerprint has samples: where matrices lie in one tensor, each of them."""
+    if len(tensor.shape) < 3 or tensor.shape[0] > _MAX_ENTRIES:
+        return [tensor]
+    return [tensor.part(entry) for entry in range(tensor.shape[0])]
 
 
 def _merge(headers: Iterable[SafetensorsHeader]) -> dict[str, TensorInfo]:

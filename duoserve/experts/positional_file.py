@@ -17,7 +17,7 @@ MAX_BUFFERS = 1024  # that one call takes (IOV_MAX)
 class PositionalFile:
     """A regular file, open for reading at any offset from any thread (no shared file position).
 
-    ``size`` is in bytes, as it was on opening.
+    ``size`` is in bytes, ``modified_ns`` the time of the last change, both as they were on opening.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +35,7 @@ class PositionalFile:
             self.close()
             raise CheckpointError(f"{path}: is not a regular file")
         self.size = status.st_size
-        self._modified_ns = status.st_mtime_ns
+        self.modified_ns = status.st_mtime_ns
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fills ``buffer`` (writable bytes) from byte ``offset``; CheckpointError: short read, or the file changed."""
@@ -74,7 +74,7 @@ class PositionalFile:
 
     def _check_unchanged(self) -> None:
         now = os.fstat(self._fd)
-        if (now.st_size, now.st_mtime_ns) != (self.size, self._modified_ns):
+        if (now.st_size, now.st_mtime_ns) != (self.size, self.modified_ns):
             raise CheckpointError(
                 f"{self.path}: changed after it was opened ({self.size} bytes then, {now.st_size} now); "
                 "load the model again"

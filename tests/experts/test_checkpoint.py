@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from duoserve.errors import CheckpointError, ClosedError
 from duoserve.experts import checkpoint as checkpoint_module
 from duoserve.experts.checkpoint import Checkpoint
+from duoserve.experts.hub import EMBEDDED, EMBEDDED_FOLDER
 from duoserve.models.registry import family_of
 from tests.checkpoints import save_mixtral
 from tests.experts.safetensors_files import SINGLE, single_file, write_bytes_tensors
@@ -231,6 +232,32 @@ def test_the_fingerprint_tells_checkpoints_apart(folder: Path, change: Callable[
     assert len(first) == 64 and fingerprint(folder) == first
     change(folder)
     assert fingerprint(folder) != first
+
+
+@pytest.mark.parametrize("shape", [(8, 64, 64), (8, 4, 16, 64)])
+def test_the_fingerprint_knows_each_entry_of_a_fused_tensor(shape: tuple[int, ...], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    first = []
+    for changed in (None, *range(8)):
+        tensor = torch.zeros(shape)
+        if changed is not None:
+            tensor[changed] = 1
+        save_file({"x": tensor}, tmp_path / SINGLE)
+        first.append(fingerprint(tmp_path))
+    assert len(set(first)) == 9
+
+
+def test_a_tensor_of_countless_empty_entries_is_one_sample(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1 << 60, 0, 1], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header)
+    assert len(fingerprint(tmp_path)) == 64
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_fingerprints_of_the_embedded_models_are_those_that_their_predictors_name(name: str) -> None:
+    named = json.loads((EMBEDDED_FOLDER / name / "predictor.json").read_text())["fingerprint"]
+    assert fingerprint(EMBEDDED_FOLDER / name) == named
 
 
 def test_the_fingerprint_moves_with_its_files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
