@@ -22,7 +22,8 @@ from shakespeare import HELD_OUT, title
 from tables import markdown
 
 from duoserve import MoEModel
-from duoserve.experts.packing import pack_path, write_pack
+from duoserve.experts.pack_folder import pack_path
+from duoserve.experts.packing import write_pack
 from duoserve.experts.quantizing import QuantizingStore
 from duoserve.models.opened import opened
 from duoserve.perplexity import WINDOW, score

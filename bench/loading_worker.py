@@ -16,7 +16,8 @@ import torch
 from machine import memory_bytes, reset_peak_memory
 
 from duoserve import MoEModel
-from duoserve.experts.packing import pack_path, write_pack
+from duoserve.experts.pack_folder import pack_path
+from duoserve.experts.packing import write_pack
 from duoserve.experts.rows import aligned_rows
 from duoserve.models.opened import opened
 

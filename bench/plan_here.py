@@ -29,7 +29,7 @@ from shapes import SHAPES
 
 from duoserve import MoEModel
 from duoserve.config import Phase
-from duoserve.experts.packing import cache_folder
+from duoserve.experts.pack_folder import cache_folder
 from duoserve.planning.formats import layout_in
 from duoserve.planning.measuring import RATES
 from duoserve.planning.model_cards import find_model

@@ -20,7 +20,8 @@ from duoserve.config import Phase
 from duoserve.experts.copy_engine import Priority, ThreadedCopyEngine, Ticket
 from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.layout import ExpertId
-from duoserve.experts.packing import pack_path, write_pack
+from duoserve.experts.pack_folder import pack_path
+from duoserve.experts.packing import write_pack
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.virtual_readers import WARM_SLOTS
 from duoserve.kernels import HostWork

@@ -12,7 +12,7 @@ from typing import Any
 from duoserve.errors import CheckpointError, TraceError
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.hub import EMBEDDED_FOLDER
-from duoserve.experts.packing import cache_folder
+from duoserve.experts.pack_folder import cache_folder
 from duoserve.experts.positional_file import is_file
 from duoserve.experts.strict_json import read_object
 from duoserve.experts.whole_file import write_whole
@@ -42,14 +42,15 @@ def save_choice(
 ) -> Path:
     """Writes the choice beside the model; returns the folder.
 
-    To the cache where the model's folder is read-only or the package's own, whose files are as they were shipped.
+    To the cache where the model's folder is read-only or the package's own, whose files are as they were shipped;
+    CheckpointError: there is none.
     """
     about: dict[str, Any] = {
         "fingerprint": checkpoint.fingerprint(),
         "policy": choice.policy,
         "predictor": choice.use_predictor,
     }
-    folder, _ = _places(checkpoint, cache_dir)
+    folder = _cached(checkpoint, cache_folder(cache_dir)) if _is_as_shipped(checkpoint) else checkpoint.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if choice.use_predictor and predictor is not None:
@@ -100,8 +101,20 @@ def _read(path: Path, fingerprint: str) -> Choice | None:
     return Choice(policy, about.get("predictor") is True, str(about.get("why", "")))
 
 
-def _places(checkpoint: Checkpoint, cache_dir: str | Path | None) -> tuple[Path, Path]:
+def _places(checkpoint: Checkpoint, cache_dir: str | Path | None) -> list[Path]:
     """Where choices may lie: first where they are written, so that the last one made is the first one found."""
-    own, cached = checkpoint.folder, cache_folder(cache_dir) / "choices" / checkpoint.fingerprint()
-    as_shipped = own.is_relative_to(EMBEDDED_FOLDER) or not os.access(own, os.W_OK)
-    return (cached, own) if as_shipped else (own, cached)
+    try:
+        cache = cache_folder(cache_dir)
+    except CheckpointError:  # without a cache, models run that need none
+        return [checkpoint.folder]
+    own, cached = checkpoint.folder, _cached(checkpoint, cache)
+    return [cached, own] if _is_as_shipped(checkpoint) else [own, cached]
+
+
+def _is_as_shipped(checkpoint: Checkpoint) -> bool:
+    """Whether nothing may be written beside the model."""
+    return checkpoint.folder.is_relative_to(EMBEDDED_FOLDER) or not os.access(checkpoint.folder, os.W_OK)
+
+
+def _cached(checkpoint: Checkpoint, cache: Path) -> Path:
+    return cache / "choices" / checkpoint.fingerprint()

@@ -18,9 +18,9 @@ from duoserve.experts.copy_engine import CopyEngine, ThreadedCopyEngine
 from duoserve.experts.cuda_streams import CudaStreams
 from duoserve.experts.device import CPU, free_bytes, resolve
 from duoserve.experts.disk_store import DiskStore
-from duoserve.experts.pack_format import DTYPES, HEADER_FILE
-from duoserve.experts.packing import pack_path, write_pack
-from duoserve.experts.positional_file import is_file
+from duoserve.experts.pack_folder import is_current, pack_path
+from duoserve.experts.pack_format import DTYPES
+from duoserve.experts.packing import write_pack
 from duoserve.experts.rows import DenseMemory
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore, HostStore, TieredStore
@@ -126,9 +126,9 @@ def _check_invariance(device: torch.device) -> None:
 
 
 def _open_pack(source: ExpertStore, found: OpenedModel, cache_dir: str | Path | None) -> DiskStore:
-    """The checkpoint's pack, which is made on first use."""
+    """The checkpoint's pack, which is made on first use, and again when the checkpoint's files have changed."""
     folder = pack_path(found.checkpoint, source.layout, cache_dir)
-    fingerprint = found.checkpoint.fingerprint()
-    if not is_file(folder / HEADER_FILE):
-        write_pack(source, found.experts, folder, fingerprint)
+    fingerprint, changed_ns = found.checkpoint.fingerprint(), found.checkpoint.changed_ns
+    if not is_current(folder, changed_ns):
+        write_pack(source, found.experts, folder, fingerprint, changed_ns=changed_ns)
     return DiskStore(folder, source.layout, found.pack_layers, found.config.num_experts, fingerprint)

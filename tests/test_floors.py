@@ -34,7 +34,8 @@ F2  experts/__init__  experts/positional_file  experts/whole_file  experts/stric
     experts/rows  experts/pinned  experts/pieces
     experts/store  experts/formats/__init__  experts/formats/scratch  experts/formats/codes  experts/formats/fp8
     experts/formats/int4  experts/formats/lanes  experts/formats/awq  experts/formats/gptq  experts/formats/mxfp4
-    experts/formats/bf12  experts/formats/expert_row  experts/formats/reading  experts/packing
+    experts/formats/bf12  experts/formats/expert_row  experts/formats/reading  experts/pack_folder
+    experts/packing
     experts/scale_search  experts/quantizing
     experts/host_ram  experts/device  experts/budget  experts/disk_store  experts/slots  experts/tickets
     experts/copy_engine  experts/virtual  experts/virtual_readers  experts/streams  experts/cuda_streams

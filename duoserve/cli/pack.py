@@ -6,12 +6,11 @@ import argparse
 from pathlib import Path
 
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_dtype, add_parser, add_quantize
-from duoserve.errors import CheckpointError, ConfigError, RequestError
+from duoserve.errors import ConfigError, RequestError
 from duoserve.experts.budget import format_bytes
-from duoserve.experts.disk_store import DiskStore
-from duoserve.experts.layout import ExpertLayout
-from duoserve.experts.pack_format import DTYPES
-from duoserve.experts.packing import pack_path, write_pack
+from duoserve.experts.pack_folder import is_packed, pack_path
+from duoserve.experts.pack_format import DTYPES, PackHeader
+from duoserve.experts.packing import write_pack
 from duoserve.experts.quantizing import QuantizingStore
 from duoserve.models.opened import OpenedModel, opened
 from duoserve.moe_model import MoEModel
@@ -64,13 +63,17 @@ def run(args: argparse.Namespace) -> None:
 def _pack(model: OpenedModel, args: argparse.Namespace) -> None:
     dtype = model.config.dtype if args.dtype == "auto" else DTYPES[args.dtype]
     layout = model.layout(dtype, args.quantize)
-    path = pack_path(model.checkpoint, layout, args.out)
+    path, fingerprint = pack_path(model.checkpoint, layout, args.out), model.checkpoint.fingerprint()
+    changed_ns = model.checkpoint.changed_ns
+    header = PackHeader.for_layout(layout, model.pack_layers, model.config.num_experts, fingerprint)
     size = f"{len(model.experts)} experts, {format_bytes(len(model.experts) * layout.slot_bytes)}, {path}"
-    if _is_packed(model, layout, path):
+    if is_packed(path, header, changed_ns):
         print(f"already packed: {size}")
         return
     store = model.expert_store(dtype) if args.quantize is None else model.quantizing_store(args.quantize)
-    write_pack(store, model.experts, path, model.checkpoint.fingerprint(), progress=True)
+    if not write_pack(store, model.experts, path, fingerprint, progress=True, changed_ns=changed_ns):
+        print(f"already packed: {size}")  # by the process that was waited for
+        return
     print(f"packed: {size}")
     if isinstance(store, QuantizingStore):
         off = f"are off by {store.weight_error:.3%} (root mean square)" if store.weight_error else "keep every bit"
@@ -113,11 +116,3 @@ def _compared(before: TextScore, after: TextScore, nbytes: int) -> list[str]:
         ("bits per byte", before.bits_per_byte(nbytes), after.bits_per_byte(nbytes)),
     )
     return [f"{name}: {old:.4f} -> {new:.4f} ({new / old - 1:+.3%})" for name, old, new in figures]
-
-
-def _is_packed(model: OpenedModel, layout: ExpertLayout, path: Path) -> bool:
-    try:
-        DiskStore(path, layout, model.pack_layers, model.config.num_experts, model.checkpoint.fingerprint()).close()
-    except CheckpointError:
-        return False
-    return True

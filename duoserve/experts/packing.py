@@ -11,10 +11,11 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -28,13 +29,13 @@ from duoserve.experts.formats.expert_row import RowWriter, down_first
 from duoserve.experts.formats.reading import read_codes
 from duoserve.experts.formats.scratch import Scratch
 from duoserve.experts.layout import ExpertId, ExpertLayout
-from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE, PackHeader, read_pack_header
+from duoserve.experts.pack_folder import SCRATCH, alone_in, is_packed, publish, say
+from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE, PackHeader
 from duoserve.experts.pieces import ExpertPieces, Piece, RowPart, float_parts, part_places, places, whole
 from duoserve.experts.rows import aligned_rows
 from duoserve.experts.store import ExpertStore
-from duoserve.experts.whole_file import scratch_folder
+from duoserve.experts.whole_file import remove_left, scratch_folder
 
-LOCK_FILE, SCRATCH = ".lock", ".packing-"
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 # Rows are whole pages in memory and in the file: written past the page cache, they drive nothing out of it, and nobody
 # reads them from there.
@@ -153,42 +154,51 @@ class CheckpointStore(ExpertStore):
             raise CopyError(f"expert {expert.expert} of layer {expert.layer}{place}: {error}") from error
 
 
-def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """``cache_dir``, or ``$DUOSERVE_CACHE``, or ``~/.cache/duoserve``."""
-    return Path(cache_dir or os.environ.get("DUOSERVE_CACHE") or Path.home() / ".cache" / "duoserve")
-
-
-def pack_path(checkpoint: Checkpoint, layout: ExpertLayout, cache_dir: str | Path | None = None) -> Path:
-    """The folder for a checkpoint's pack, which need not exist: ``<cache>/packs/<fingerprint>-<layout>``.
-
-    See cache_folder for the cache.
-    """
-    return cache_folder(cache_dir) / "packs" / f"{checkpoint.fingerprint()}-{layout.name}"
-
-
-def write_pack(
-    store: ExpertReader, experts: Sequence[ExpertId], path: Path, fingerprint: str, progress: bool = False
-) -> None:
+def write_pack(  # noqa: PLR0913
+    store: ExpertReader,
+    experts: Sequence[ExpertId],
+    path: Path,
+    fingerprint: str,
+    progress: bool = False,
+    *,
+    changed_ns: int = 0,
+) -> bool:
     """Packs ``experts`` (at least one) into the folder ``path``: PACK_FILE with their rows, HEADER_FILE.
 
     The pack has one layer more than the highest among ``experts``, and likewise experts per layer; rows of experts that
-    are not among them are zero. It appears whole or not at all, also when several processes write it at once. What
-    killed ones have left is removed. ``progress`` forces the progress bar, which else shows on a terminal only.
-    CheckpointError: the disk is full, fails.
+    are not among them are zero. It appears whole or not at all. One that is there already stays, if it is not older
+    than ``changed_ns``, the checkpoint's; False then. Of several processes one packs, and the others wait. What killed
+    ones have left, here and in the folders beside this one, is removed. ``progress`` forces the progress bar, which
+    else shows on a terminal only. CheckpointError: the disk is full, fails.
     """
     layers, numbers = (max(ids) + 1 for ids in zip(*experts, strict=True))
     header = PackHeader.for_layout(store.layout, layers, numbers, fingerprint)
+    nbytes = len(experts) * header.slot_bytes  # the rows of layers without experts are holes in the file
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(path, SCRATCH) as scratch:
-            _check_space(path, header.total_bytes)
-            with _synced(scratch / PACK_FILE, DIRECT) as descriptor:
-                _write_rows(store, sorted(experts), header, descriptor, progress)
-            with _synced(scratch / HEADER_FILE) as descriptor:
-                os.write(descriptor, json.dumps(header.to_dict(), indent=2).encode())
-            _publish(scratch, path, header)
+        with alone_in(path):
+            remove_left(path.parent, f"*/{SCRATCH}")
+            if is_packed(path, header, changed_ns):
+                return False
+            if is_packed(path, header):
+                say(f"{path}: the checkpoint is newer than this pack: packing it again")
+            _check_space(path, nbytes)
+            made_ns = max(time.time_ns(), changed_ns)  # before the first read: what changes while it is read is newer
+            with scratch_folder(path, SCRATCH) as scratch:
+                _write_files(store, experts, header, scratch, progress)
+                publish(scratch, path, made_ns)
+        return True
     except OSError as error:
-        raise CheckpointError(_disk_failure(path, header.total_bytes, error)) from error
+        raise CheckpointError(_disk_failure(path, nbytes, error)) from error
+
+
+def _write_files(
+    store: ExpertReader, experts: Sequence[ExpertId], header: PackHeader, folder: Path, progress: bool
+) -> None:
+    with _synced(folder / PACK_FILE, DIRECT) as descriptor:
+        _write_rows(store, sorted(experts), header, descriptor, progress)
+    with _synced(folder / HEADER_FILE) as descriptor:
+        os.write(descriptor, json.dumps(header.to_dict(), indent=2).encode())
 
 
 def _check_space(folder: Path, nbytes: int) -> None:
@@ -284,29 +294,3 @@ def _write_at(descriptor: int, row_B: Tensor, offset: int) -> None:
 
 def _goes_direct(descriptor: int) -> bool:
     return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & DIRECT)
-
-
-def _publish(scratch: Path, folder: Path, header: PackHeader) -> None:
-    """Moves the two files of a finished pack into place, one process at a time, unless its equal is there by now."""
-    with (folder / LOCK_FILE).open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
-        if _is_there(folder, header):
-            return
-        (folder / HEADER_FILE).unlink(missing_ok=True)  # a crash in between may leave no header, never a wrong one
-        (scratch / PACK_FILE).replace(folder / PACK_FILE)
-        (scratch / HEADER_FILE).replace(folder / HEADER_FILE)
-        _sync_folder(folder)
-
-
-def _is_there(folder: Path, header: PackHeader) -> bool:
-    with suppress(CheckpointError, FileNotFoundError):
-        return read_pack_header(folder) == header and (folder / PACK_FILE).stat().st_size == header.total_bytes
-    return False
-
-
-def _sync_folder(folder: Path) -> None:
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -26,7 +26,7 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
     Those of ``prefix`` that killed processes have left there are removed.
     """
-    _remove_left(parent, prefix)
+    remove_left(parent, prefix)
     with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as name:
         folder = Path(name)
         with (folder / "locking").open("wb") as lock:
@@ -35,7 +35,8 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
             yield folder
 
 
-def _remove_left(parent: Path, prefix: str) -> None:
+def remove_left(parent: Path, prefix: str) -> None:
+    """Removes the scratch folders of killed processes; ``prefix`` may lead through folders: ``*/.writing-``."""
     for path in parent.glob(f"{prefix}*/{_LOCK_FILE}"):
         with suppress(OSError), path.open("rb+") as lock:  # OSError: its process lives, or it is another user's
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -18,7 +18,7 @@ import torch
 from duoserve.errors import CheckpointError, ConfigError
 from duoserve.experts.device import CPU, free_bytes, resolve
 from duoserve.experts.layout import ExpertLayout
-from duoserve.experts.packing import cache_folder
+from duoserve.experts.pack_folder import cache_folder
 from duoserve.experts.positional_file import is_file
 from duoserve.experts.strict_json import read_object
 from duoserve.experts.whole_file import write_whole
@@ -35,7 +35,7 @@ _MAX_BYTES = 1 << 16
 def this_machine(cache_dir: str | Path | None = None, *, anew: bool = False) -> Hardware:
     """The card; measured now if it has not been, or if ``anew``.
 
-    ConfigError for a malformed file, or a cache folder that cannot be written.
+    ConfigError for a malformed file, or a cache folder that cannot be written; CheckpointError as in cache_folder.
     """
     device, path = resolve("auto"), cache_folder(cache_dir) / FILE
     about = _about(device)
@@ -61,7 +61,7 @@ def this_rehearsal(
 ) -> Rehearsal | None:
     """The model's layers on this machine, behind prompts of ``prompt`` tokens; rehearsed now if they have not been.
 
-    None on a GPU, and where the layers are too large to be made up. ConfigError as in ``this_machine``.
+    None on a GPU, and where the layers are too large to be made up. Errors as in ``this_machine``.
     """
     device, folder = resolve("auto"), cache_folder(cache_dir)
     if device.type != "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from duoserve.experts.pack_folder import LOCK_FILE
 
 PACKING = """
 import sys, time
@@ -50,3 +53,22 @@ def test_a_signal_ends_a_process_that_packs(tmp_path: Path, script: str, number:
             assert time.monotonic() - told < 5.0  # all that there is to pack takes 40 s
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [(SERVE, signal.SIGTERM), (ALONE, signal.SIGINT)],
+    ids=["a server by SIGTERM", "a program by Ctrl-C"],
+)
+def test_a_signal_ends_a_process_that_waits_for_another(tmp_path: Path, script: str, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with (tmp_path / LOCK_FILE).open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stderr is not None
+                assert "another process is packing there: waiting for it" in process.stderr.readline()
+                process.send_signal(number)
+                process.wait(10)
+            finally:
+                process.kill()
