@@ -42,6 +42,15 @@ def test_a_pack_that_is_there_is_kept_and_a_broken_one_made_anew(duoserve, model
     assert duoserve("pack", model_folder).out.startswith("already packed")
 
 
+def test_a_pack_older_than_the_checkpoint_is_made_anew(duoserve, model_folder, tmp_path):
+    duoserve("pack", model_folder)
+    (path,) = (tmp_path / "cache" / "packs").iterdir()
+    os.utime(path / "pack.json", (1, 1))
+    ran = duoserve("pack", model_folder)
+    assert ran.out.startswith("packed: 24 experts") and f"{path}: the checkpoint is newer than this pack" in ran.err
+    assert duoserve("pack", model_folder).out.startswith("already packed")
+
+
 def test_an_unwritable_folder_is_one_error(duoserve, model_folder, tmp_path):
     (tmp_path / "file").write_text("")
     ran = duoserve("pack", model_folder, "--out", tmp_path / "file")
