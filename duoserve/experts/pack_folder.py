@@ -46,10 +46,10 @@ def is_current(folder: Path, changed_ns: int) -> bool:
 
 
 def is_packed(folder: Path, header: PackHeader, changed_ns: int = 0) -> bool:
-    """Whether the pack that is there is whole, has that header, and is current."""
+    """Whether the pack that is there is whole, has that header, and is current; False also where nobody may look."""
     try:
         whole = read_pack_header(folder) == header and (folder / PACK_FILE).stat().st_size == header.total_bytes
-    except (CheckpointError, FileNotFoundError):
+    except (CheckpointError, OSError):
         return False
     return whole and is_current(folder, changed_ns)
 
