@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from duoserve.experts.copy_engine import CopyEngine, ThreadedCopyEngine
 from duoserve.experts.cuda_streams import CudaStreams
 from duoserve.experts.device import CPU, free_bytes, resolve
 from duoserve.experts.disk_store import DiskStore
-from duoserve.experts.pack_folder import is_current, pack_path
+from duoserve.experts.pack_folder import is_current, is_out_of_reach, pack_path
 from duoserve.experts.pack_format import DTYPES
 from duoserve.experts.packing import write_pack
 from duoserve.experts.rows import DenseMemory
@@ -126,9 +127,14 @@ def _check_invariance(device: torch.device) -> None:
 
 
 def _open_pack(source: ExpertStore, found: OpenedModel, cache_dir: str | Path | None) -> DiskStore:
-    """The checkpoint's pack, which is made on first use, and again when the checkpoint's files have changed."""
+    """The checkpoint's pack, which is made on first use, and again when the checkpoint's files have changed.
+
+    One that may not be replaced serves as it is, with a warning: a copy of a checkpoint is newer too.
+    """
     folder = pack_path(found.checkpoint, source.layout, cache_dir)
     fingerprint, changed_ns = found.checkpoint.fingerprint(), found.checkpoint.changed_ns
-    if not is_current(folder, changed_ns):
+    if is_out_of_reach(folder) and not is_current(folder, changed_ns):
+        warnings.warn(f"{folder} is older than {found.checkpoint.folder}, and may not be made again", stacklevel=2)
+    elif not is_current(folder, changed_ns):
         write_pack(source, found.experts, folder, fingerprint, changed_ns=changed_ns)
     return DiskStore(folder, source.layout, found.pack_layers, found.config.num_experts, fingerprint)

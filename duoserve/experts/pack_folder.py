@@ -45,6 +45,11 @@ def is_current(folder: Path, changed_ns: int) -> bool:
         return False
 
 
+def is_out_of_reach(folder: Path) -> bool:
+    """Whether a pack is there that this process may not replace, as in a cache that many share."""
+    return is_current(folder, 0) and not os.access(folder, os.W_OK)
+
+
 def is_packed(folder: Path, header: PackHeader, changed_ns: int = 0) -> bool:
     """Whether the pack that is there is whole, has that header, and is current; False also where nobody may look."""
     try:

@@ -172,6 +172,18 @@ def test_a_changed_row_is_served(mixtral: Path, tmp_path: Path, capfd: pytest.Ca
     assert capfd.readouterr().err.count("the checkpoint is newer than this pack: packing it again") == 1
 
 
+def test_a_pack_that_may_not_be_replaced_serves_as_it_is(
+    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a cache that many share, whose pack is older than this user's copy of the checkpoint."""
+    expected = logits(mixtral, tmp_path / "cache")
+    os.utime(mixtral / WEIGHTS)
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and may(path, mode))
+    with pytest.warns(UserWarning, match=f"is older than {mixtral}, and may not be made again"):
+        assert torch.equal(logits(mixtral, tmp_path / "cache"), expected)
+
+
 def test_a_file_of_the_future_is_packed_once(mixtral: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Also where the folder has but a link to it, as a hub's cache has."""
     (mixtral / WEIGHTS).rename(tmp_path / "blob")
