@@ -49,6 +49,16 @@ def test_the_other_tables_are_made_from_the_same_result():
     assert FILE.with_suffix(".md").read_text() == report.render(RESULT) + "\n"
 
 
+def test_every_result_and_its_markdown_are_of_one_run():
+    compared = []
+    for file in (ROOT / "bench" / "results").glob("*.json"):
+        result, markdown = json.loads(file.read_text()), file.with_suffix(".md").read_text()
+        said = [result.get("versions", {}).get("commit"), result.get("date")]
+        compared += [(file.name, one in markdown) for one in said if one]
+    assert len(compared) >= 30
+    assert [name for name, agrees in compared if not agrees] == []
+
+
 def test_the_table_of_formats_is_made_from_its_result():
     file = ROOT / "bench" / "results" / "quantize-bard.json"
     result = json.loads(file.read_text())
