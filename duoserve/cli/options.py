@@ -58,7 +58,8 @@ def add_loading(parser: argparse.ArgumentParser, *, predicts: bool = True) -> No
     )
     group.add_argument("--host-memory", metavar="SIZE", default="auto", help="RAM for experts that have no slot")
     group.add_argument("--max-context", type=int, metavar="N", help="tokens that the KV cache holds")
-    group.add_argument("--copy-threads", type=count, metavar="N", default=2, help="that bring experts (default: 2)")
+    threads = "that bring experts (default: 2)"
+    group.add_argument("--copy-threads", type=count, metavar="N", default=argparse.SUPPRESS, help=threads)
     what = "which experts are kept, and when they are fetched"
     group.add_argument("--policy", default="auto", metavar="NAME", help=f"{what}: auto, {', '.join(POLICIES)}")
     if predicts:
@@ -72,7 +73,7 @@ def add_loading(parser: argparse.ArgumentParser, *, predicts: bool = True) -> No
 
 
 def loading(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``add_loading`` was given, by name: what ``MoEModel.from_pretrained`` takes."""
+    """What ``add_loading`` was given, by name: what ``MoEModel.from_pretrained`` takes, whose defaults hold else."""
     return {name: getattr(args, name) for name in LOADING if name in args}
 
 

@@ -97,6 +97,11 @@ def test_without_options_the_librarys_defaults_hold(duoserve, fake):
     assert given == {"model": EMBEDDED_FOLDER / "bard"}
 
 
+def test_threads_that_copy_are_handed_on(duoserve, fake):
+    duoserve("generate", "--prompt", "a", "--copy-threads", "1")
+    assert fake.loaded["copy_threads"] == 1
+
+
 def test_every_sampling_option_arrives(duoserve, fake):
     params = SamplingParams(
         max_tokens=5, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, repetition_penalty=1.2, seed=3, stop=("x", "y")
