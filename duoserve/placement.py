@@ -133,8 +133,9 @@ def _open_pack(source: ExpertStore, found: OpenedModel, cache_dir: str | Path | 
     """
     folder = pack_path(found.checkpoint, source.layout, cache_dir)
     fingerprint, changed_ns = found.checkpoint.fingerprint(), found.checkpoint.changed_ns
-    if is_out_of_reach(folder) and not is_current(folder, changed_ns):
-        warnings.warn(f"{folder} is older than {found.checkpoint.folder}, and may not be made again", stacklevel=2)
-    elif not is_current(folder, changed_ns):
-        write_pack(source, found.experts, folder, fingerprint, changed_ns=changed_ns)
+    if not is_current(folder, changed_ns):
+        if is_out_of_reach(folder):
+            warnings.warn(f"{folder} is older than {found.checkpoint.folder}, and may not be made again", stacklevel=2)
+        else:
+            write_pack(source, found.experts, folder, fingerprint, changed_ns=changed_ns)
     return DiskStore(folder, source.layout, found.pack_layers, found.config.num_experts, fingerprint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from duoserve.choice import CHOICE_FILE, PREDICTOR_FILE, Choice, find_choice, pr
 from duoserve.errors import CheckpointError, TraceError
 from duoserve.evaluating import evaluate
 from duoserve.experts.checkpoint import Checkpoint
+from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.files import load_predictor, save_predictor
 from duoserve.predictors.training import train
 from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
@@ -183,21 +185,22 @@ def test_a_predictor_is_given_as_a_file_or_found_beside_the_model(folder: Path, 
             assert model.stats.bytes.total > model.stats.bytes.demanded
 
 
+def trained_beside(folder: Path, choice: Choice) -> RowPredictor:
+    """A predictor of the model that nobody has saved, beside a choice without one."""
+    with closing(Checkpoint.open(folder)) as checkpoint:
+        save_choice(checkpoint, choice, None, {})
+        return train(trace_for(checkpoint), "lookahead")[0]
+
+
 def test_a_predictor_that_is_asked_for_is_heard_where_it_was_found_not_to_pay(folder: Path, tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(folder)
-    predictor, _ = train(trace_for(checkpoint), "lookahead")
-    save_choice(checkpoint, Choice("lookahead", False, ""), None, {})
-    checkpoint.close()
+    predictor = trained_beside(folder, Choice("lookahead", False, ""))
     with MoEModel.from_pretrained(folder, predictor=predictor, expert_slots=6, cache_dir=tmp_path / "c") as model:
         model.generate([1, 2, 3], max_tokens=8, ignore_eos=True)
         assert model.stats.bytes.total > model.stats.bytes.demanded
 
 
 def test_a_predictor_that_nobody_will_hear_is_said(folder: Path, tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(folder)
-    predictor, _ = train(trace_for(checkpoint), "lookahead")
-    save_choice(checkpoint, Choice("lru", False, ""), None, {})
-    checkpoint.close()
+    predictor = trained_beside(folder, Choice("lru", False, ""))
     for told, words in ((predictor, "'lru', which duoserve evaluate chose"), ("auto", "found none beside the model")):
         with pytest.warns(UserWarning, match=words):
             MoEModel.from_pretrained(folder, predictor=told, expert_slots=6, cache_dir=tmp_path / "c").close()

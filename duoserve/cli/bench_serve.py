@@ -47,7 +47,7 @@ def add_serve(benches: Subparsers) -> None:
     parser.add_argument("--slo-ttft-ms", type=_positive, metavar="MS", help="objective for the first token")
     parser.add_argument("--slo-tpot-ms", type=_positive, metavar="MS", help="objective for each token after it")
     parser.add_argument("--goodput", action="store_true", help="search, from --rate on, for the highest good rate")
-    parser.add_argument("--trials", type=count, metavar="N", help="of that search (default: 8)")
+    parser.add_argument("--trials", type=count, metavar="N", help=f"of that search (default: {TRIALS})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=_positive, default=600.0, metavar="S", help="of a request (default: 600)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -38,7 +38,7 @@ def add_command(commands: Subparsers) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--trace", type=Path, metavar="FILE", help="what duoserve trace has recorded of the model")
     source.add_argument("--prompts", type=Path, metavar="FILE", help="record one first, of these prompts")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="tokens to write for each prompt (64)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help=f"for each prompt (default: {MAX_TOKENS})")
     add_hardware(parser)
     parser.add_argument(
         "--slots", default="25%", metavar="N,...", help="over all layers: counts, or shares (default: 25%%)"

@@ -67,11 +67,13 @@ def add_command(commands: Subparsers) -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw hit rates and a decode step (extra: plot)")
     made_up = parser.add_argument_group("synthetic traces")
-    made_up.add_argument("--requests", type=count, metavar="N", help="default: 4")
-    made_up.add_argument("--tokens", type=natural, metavar="N", help="of each request (default: 128)")
-    made_up.add_argument("--prompt-tokens", type=count, metavar="N", help="of each prompt (default: 128)")
-    made_up.add_argument("--precision", type=float, metavar="P", help="of look-ahead (default: 0.8)")
-    made_up.add_argument("--seed", type=natural, metavar="S", help="default: 0")
+    made_up.add_argument("--requests", type=count, metavar="N", help=f"default: {USUAL['requests']}")
+    made_up.add_argument("--tokens", type=natural, metavar="N", help=f"of each request (default: {USUAL['tokens']})")
+    made_up.add_argument(
+        "--prompt-tokens", type=count, metavar="N", help=f"of each prompt (default: {USUAL['prompt_tokens']})"
+    )
+    made_up.add_argument("--precision", type=float, metavar="P", help=f"of look-ahead (default: {USUAL['precision']})")
+    made_up.add_argument("--seed", type=natural, metavar="S", help=f"default: {USUAL['seed']}")
     parser.set_defaults(command=run)
 
 
