@@ -67,7 +67,7 @@ def test_nothing_but_the_experts_is_changed(kind: str, folder: Path, tmp_path: P
 
 @pytest.mark.parametrize("mode", ["auto", pytest.param("compiled", marks=needs_compiler)])
 def test_bf12_changes_no_weight_and_nothing_that_is_computed(mode: str, tmp_path: Path) -> None:
-    folder = save_mixtral(tmp_path, hidden_size=64, intermediate_size=96, dtype=torch.bfloat16)
+    folder = save_mixtral(tmp_path, hidden_size=128, intermediate_size=128, dtype=torch.bfloat16)
     found = []
     for kind in (None, "bf12"):
         with MoEModel.from_pretrained(folder, quantize=kind, dtype="float32", decode_mode=mode) as model:

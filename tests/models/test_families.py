@@ -20,6 +20,7 @@ from duoserve.models.described import described
 from duoserve.models.opened import opened
 from duoserve.models.registry import FAMILIES as KNOWN
 from duoserve.scheduling.policies import POLICIES
+from duoserve.service import ServiceSettings
 from tests.checkpoints import reference_greedy, reference_logits
 from tests.kernels.common import INTERPRETED
 from tests.models.cases import FAMILIES
@@ -65,7 +66,7 @@ def test_decode_gives_the_logits_of_prefill(folder: Path) -> None:
 
 async def decoded(model: MoEModel, prompt: list[int], count: int) -> tuple[list[int], torch.Tensor]:
     """Greedy tokens; the 20 likeliest at each place, each with its log-probability: [count, 20, 2]."""
-    service = AsyncEngine(model)
+    service = AsyncEngine(model, settings=ServiceSettings(max_batch=1))
     try:
         stream = await service.submit(prompt, replace(GREEDY, max_tokens=count), logprobs=20)
         places = [place for piece in [piece async for piece in stream] for place in piece.logprobs]
