@@ -31,7 +31,7 @@ from duoserve.experts.formats.scratch import Scratch
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.pack_folder import SCRATCH, alone_in, is_packed, publish, say
 from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE, PackHeader
-from duoserve.experts.pieces import ExpertPieces, Piece, RowPart, float_parts, part_places, places, whole
+from duoserve.experts.pieces import ExpertPieces, MatrixPiece, RowPart, float_parts, part_places, places, whole
 from duoserve.experts.rows import aligned_rows
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.whole_file import remove_left, scratch_folder
@@ -145,7 +145,7 @@ class CheckpointStore(ExpertStore):
         scratch: Scratch = self._threads.scratch
         return scratch
 
-    def _fill(self, expert: ExpertId, piece: Piece, out: Tensor) -> None:
+    def _fill(self, expert: ExpertId, piece: MatrixPiece, out: Tensor) -> None:
         try:
             self._checkpoint.read_into(piece.name, out, piece.entry, piece.rows)
         except CheckpointError as error:

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from duoserve.experts.layout import ROW_ALIGNMENT, ExpertLayout
 
-Matrix = Literal["gate", "up", "gate_up", "down"]
+MatrixName = Literal["gate", "up", "gate_up", "down"]
 
 
-class Piece(NamedTuple):
+class MatrixPiece(NamedTuple):
     """One matrix of one expert: ``gate`` or ``up`` [I, H], ``gate_up`` [2I, H] (their rows in turn), ``down`` [H, I].
 
     It is the tensor ``name``, of ``shape``; of a tensor for all experts, its part ``entry``, and of that only the
     ``rows`` from the first number to before the second, where they are given. ``transposed``: stored [in, out].
     """
 
-    matrix: Matrix
+    matrix: MatrixName
     name: str
     shape: tuple[int, ...]
     entry: int | None = None
@@ -37,13 +37,13 @@ class Piece(NamedTuple):
         num_rows, inner = self.shape[-2:]
         return (inner, num_rows) if self.transposed else (num_rows, inner)
 
-    def cut(self, first: int, stop: int) -> Piece:
+    def cut(self, first: int, stop: int) -> MatrixPiece:
         """Only rows ``first`` to before ``stop`` of this matrix, which is not transposed."""
         start = self.rows[0] if self.rows else 0
         return self._replace(rows=(start + first, start + stop))
 
 
-ExpertPieces = Sequence[Piece]
+ExpertPieces = Sequence[MatrixPiece]
 
 
 class RowPart(NamedTuple):
@@ -74,7 +74,7 @@ def float_parts(layout: ExpertLayout, nbytes: int) -> list[RowPart]:
     return parts
 
 
-def places(layout: ExpertLayout, row_B: Tensor) -> dict[Matrix, Tensor]:
+def places(layout: ExpertLayout, row_B: Tensor) -> dict[MatrixName, Tensor]:
     """The view of a packed expert's row (uint8 [slot_bytes]) that each matrix goes to."""
     weights = layout.weights(row_B[None])
     w13_NH = weights.w13_SNH[0]
@@ -82,7 +82,7 @@ def places(layout: ExpertLayout, row_B: Tensor) -> dict[Matrix, Tensor]:
     return {"gate": w13_IPH[:, 0], "up": w13_IPH[:, 1], "gate_up": w13_NH, "down": weights.w2_SHI[0]}
 
 
-def part_places(layout: ExpertLayout, part: RowPart, out_B: Tensor) -> dict[Matrix, tuple[Tensor, tuple[int, int]]]:
+def part_places(layout: ExpertLayout, part: RowPart, out_B: Tensor) -> dict[MatrixName, tuple[Tensor, tuple[int, int]]]:
     """For a part of a row of floats and its bytes (uint8): the view that rows of each matrix go to, and which rows.
 
     The part is the row, or one of ``float_parts``. Matrices that have no rows in it are not among them.

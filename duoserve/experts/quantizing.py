@@ -21,8 +21,7 @@ from duoserve.experts.pieces import part_places
 from duoserve.experts.rows import aligned_rows
 from duoserve.experts.scale_search import OP_BY_OP, ScaleSearch, Way
 from duoserve.experts.store import ExpertStore
-from duoserve.kernels.weights import ExpertFormat
-from duoserve.kernels.weights import Matrix as Packed
+from duoserve.kernels.weights import ExpertFormat, Matrix
 
 # Weights that are made BF12 at a time, in NumPy's loops, which stay on their thread: so many that two threads of Python
 # share them, and so few that what is made of them stays in a core's cache.
@@ -90,7 +89,7 @@ class _Bf12:
     def __init__(self) -> None:
         self._scratch = Scratch()
 
-    def fill(self, matrix: Packed, rows: slice, w_ND: Tensor) -> Tensor:
+    def fill(self, matrix: Matrix, rows: slice, w_ND: Tensor) -> Tensor:
         """As of ScaleSearch, and no weight has an error. CopyError also for rows that the format has no room for."""
         assert matrix.scales_SGN is not None
         step = max(1, BLOCK // w_ND.shape[1])

@@ -19,8 +19,7 @@ from duoserve.experts.layout import Quantized
 from duoserve.kernels.compiled_loops import CompiledLoops
 from duoserve.kernels.matmul import power_of_two
 from duoserve.kernels.streamed import laid_down
-from duoserve.kernels.weights import ExpertFormat
-from duoserve.kernels.weights import Matrix as Packed
+from duoserve.kernels.weights import ExpertFormat, Matrix
 
 Loops = Callable[..., None]  # of a search and what it takes
 
@@ -59,7 +58,7 @@ class ScaleSearch:
         self._stored = stored
         self._way = way
 
-    def fill(self, matrix: Packed, rows: slice, w_ND: Tensor) -> Tensor:
+    def fill(self, matrix: Matrix, rows: slice, w_ND: Tensor) -> Tensor:
         """Quantizes ``w_ND`` (contiguous) to ``rows`` of the one slot of ``matrix``.
 
         The sums of squares of their errors and of the weights, float64 [2]. CopyError for weights that are no finite
@@ -94,7 +93,7 @@ class _Places(NamedTuple):
     largest_P: Tensor
 
     @classmethod
-    def of(cls, matrix: Packed, rows: slice, w_ND: Tensor, stored: Quantized) -> _Places:
+    def of(cls, matrix: Matrix, rows: slice, w_ND: Tensor, stored: Quantized) -> _Places:
         w_PX = w_ND.view(-1, stored.group or w_ND.shape[1])
         assert matrix.scales_SGN is not None
         return cls(
@@ -124,7 +123,7 @@ class _Places(NamedTuple):
         else:
             loops(_int4, *self, *_int4_scales(loops, self.w_PX, self.scales_P.dtype))
 
-    def write_scales(self, matrix: Packed, rows: slice) -> None:
+    def write_scales(self, matrix: Matrix, rows: slice) -> None:
         for parts, part_P in ((matrix.scales_SGN, self.scales_P), (matrix.zeros_SGN, self.zeros_P)):
             if parts is not None:
                 parts[0, :, rows] = part_P.view(rows.stop - rows.start, -1).T

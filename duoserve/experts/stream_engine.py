@@ -19,7 +19,7 @@ from duoserve.experts.rows import aligned_rows
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.streams import Lane, Mark, Streams
-from duoserve.experts.tickets import PIECE_BYTES, Piece, Priority, Ticket, TicketQueue, TicketState
+from duoserve.experts.tickets import PIECE_BYTES, CopyPiece, Priority, Ticket, TicketQueue, TicketState
 
 # No more of the prefetches stands on their lane than one piece, for a demand may have to wait for all of it: CUDA does
 # not order copies by priority. It goes in so many parts, of which one is copied while the next waits behind it, so that
@@ -318,7 +318,7 @@ class StreamCopyEngine(CopyEngine):
             whole.ticket.sent = 0  # it has been taken, but nothing of it is on its lane yet
             return whole.ticket
 
-    def _next(self) -> Piece | None:
+    def _next(self) -> CopyPiece | None:
         """Of those that may start, else of all; None if there is none, or the device failed when it was asked."""
         try:
             return self._queue.take(self._may_start) or self._queue.take()

@@ -87,7 +87,7 @@ class Ticket:
         return error
 
 
-class Piece(NamedTuple):
+class CopyPiece(NamedTuple):
     """Bytes ``start`` to ``stop`` of a ticket's copy."""
 
     ticket: Ticket
@@ -144,12 +144,12 @@ class TicketQueue:
         """Puts the ticket behind all others of its priority."""
         self._lanes[ticket.priority][ticket] = None
 
-    def take(self, may_start: Callable[[Ticket], bool] = always) -> Piece | None:
+    def take(self, may_start: Callable[[Ticket], bool] = always) -> CopyPiece | None:
         """The next piece of the ticket whose turn it is among those that may start; None when there is none."""
         ticket = next(filter(may_start, self), None)
         return None if ticket is None else self._cut(ticket)
 
-    def draw(self, rng: random.Random, may_start: Callable[[Ticket], bool] = always) -> Piece | None:
+    def draw(self, rng: random.Random, may_start: Callable[[Ticket], bool] = always) -> CopyPiece | None:
         """The next piece of any ticket that may start, whatever its priority; None when there is none."""
         tickets = list(filter(may_start, self))
         return self._cut(rng.choice(tickets)) if tickets else None
@@ -175,10 +175,10 @@ class TicketQueue:
             ticket.priority = Priority.DEMAND
             self.push(ticket)
 
-    def _cut(self, ticket: Ticket) -> Piece:
+    def _cut(self, ticket: Ticket) -> CopyPiece:
         start, ticket.sent = ticket.sent, ticket.nbytes
         if ticket.priority is Priority.PREFETCH and self._piece_bytes is not None:
             ticket.sent = min(ticket.nbytes, start + self._piece_bytes)
         if ticket.sent == ticket.nbytes:
             self.discard(ticket)
-        return Piece(ticket, start, ticket.sent)
+        return CopyPiece(ticket, start, ticket.sent)

@@ -10,7 +10,7 @@ from duoserve.experts.copy_engine import CopyEngine, CopyListener
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
-from duoserve.experts.tickets import PIECE_BYTES, Piece, Priority, Ticket, TicketQueue
+from duoserve.experts.tickets import PIECE_BYTES, CopyPiece, Priority, Ticket, TicketQueue
 
 
 class VirtualClock:
@@ -129,7 +129,7 @@ class VirtualCopyEngine(ClockedCopyEngine):
         self._shuffle = shuffle
         self._lane = lane
         self._read_until: dict[int, float] = {}  # by slot, until a copy into it starts
-        self.on_link: Piece | None = None  # the piece that is carried; for others to read only
+        self.on_link: CopyPiece | None = None  # the piece that is carried; for others to read only
         self._due = 0.0  # when it completes
         self._free_at = 0.0  # when the link began it, or could have begun the next
 
@@ -199,7 +199,7 @@ class VirtualCopyEngine(ClockedCopyEngine):
             self._read_until.pop(piece.ticket.slot, None)
         self.on_link, self._free_at, self._due = piece, when, when + self._seconds(piece.nbytes)
 
-    def _complete(self, piece: Piece) -> None:
+    def _complete(self, piece: CopyPiece) -> None:
         ticket = piece.ticket
         error = self._copy(ticket) if piece.is_last else None
         if error is None and self._on_copied is not None:

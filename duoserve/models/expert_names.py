@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from duoserve.config import ModelConfig
 from duoserve.experts.layout import ExpertId
-from duoserve.experts.pieces import ExpertPieces, Piece
+from duoserve.experts.pieces import ExpertPieces, MatrixPiece
 
 
 def separate(
@@ -20,7 +20,7 @@ def separate(
     prefix = f"model.layers.{expert.layer}.{block}.experts.{expert.expert}"
     gate, up, down = (f"{prefix}.{name}.weight" for name in names)
     wide = (config.expert_intermediate_size, config.hidden_size)
-    return (Piece("gate", gate, wide), Piece("up", up, wide), Piece("down", down, wide[::-1]))
+    return (MatrixPiece("gate", gate, wide), MatrixPiece("up", up, wide), MatrixPiece("down", down, wide[::-1]))
 
 
 def fused(config: ModelConfig, expert: ExpertId) -> ExpertPieces:
@@ -29,9 +29,9 @@ def fused(config: ModelConfig, expert: ExpertId) -> ExpertPieces:
     experts, hidden, inter = config.num_experts, config.hidden_size, config.expert_intermediate_size
     up_name, up_shape = f"{prefix}.input_linear.weight", (experts, 2 * inter, hidden)
     return (
-        Piece("gate", up_name, up_shape, expert.expert, rows=(0, inter)),
-        Piece("up", up_name, up_shape, expert.expert, rows=(inter, 2 * inter)),
-        Piece("down", f"{prefix}.output_linear.weight", (experts, hidden, inter), expert.expert),
+        MatrixPiece("gate", up_name, up_shape, expert.expert, rows=(0, inter)),
+        MatrixPiece("up", up_name, up_shape, expert.expert, rows=(inter, 2 * inter)),
+        MatrixPiece("down", f"{prefix}.output_linear.weight", (experts, hidden, inter), expert.expert),
     )
 
 
@@ -41,6 +41,6 @@ def transposed(config: ModelConfig, expert: ExpertId) -> ExpertPieces:
     experts, hidden, inter = config.num_experts, config.hidden_size, config.expert_intermediate_size
     up_shape, down_shape = (experts, hidden, 2 * inter), (experts, inter, hidden)
     return (
-        Piece("gate_up", f"{prefix}.gate_up_proj", up_shape, expert.expert, transposed=True),
-        Piece("down", f"{prefix}.down_proj", down_shape, expert.expert, transposed=True),
+        MatrixPiece("gate_up", f"{prefix}.gate_up_proj", up_shape, expert.expert, transposed=True),
+        MatrixPiece("down", f"{prefix}.down_proj", down_shape, expert.expert, transposed=True),
     )

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from duoserve.experts.layout import ExpertId
-from duoserve.experts.tickets import Piece, Priority, Ticket, TicketQueue
+from duoserve.experts.tickets import CopyPiece, Priority, Ticket, TicketQueue
 
 DEMAND, PREFETCH = Priority
 
@@ -23,7 +23,7 @@ def ticket(priority: Priority, nbytes: int = 10, slot: int = 0) -> Ticket:
     return Ticket(ExpertId(0, slot), slot, priority, nbytes, 0.0)
 
 
-def take_all(queue: TicketQueue) -> list[Piece]:
+def take_all(queue: TicketQueue) -> list[CopyPiece]:
     pieces = []
     while (piece := queue.take()) is not None:
         pieces.append(piece)

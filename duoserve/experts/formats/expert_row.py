@@ -14,12 +14,11 @@ from torch import Tensor
 from duoserve.errors import CheckpointError
 from duoserve.experts.formats.codes import Codes
 from duoserve.experts.formats.scratch import Scratch
-from duoserve.experts.pieces import Matrix
-from duoserve.kernels.weights import ExpertFormat, ExpertWeights
-from duoserve.kernels.weights import Matrix as Packed
+from duoserve.experts.pieces import MatrixName
+from duoserve.kernels.weights import ExpertFormat, ExpertWeights, Matrix
 
 # Gate and up rows lie in turn.
-LANES: dict[Matrix, slice] = {"gate": slice(0, None, 2), "up": slice(1, None, 2)}
+LANES: dict[MatrixName, slice] = {"gate": slice(0, None, 2), "up": slice(1, None, 2)}
 ALL = slice(None)
 
 
@@ -33,9 +32,9 @@ class RowWriter:
     def __init__(self, weights: ExpertWeights, scratch: Scratch) -> None:
         self._weights = weights
         self._scratch = scratch
-        self._orders: dict[Matrix, Tensor | None] = {}
+        self._orders: dict[MatrixName, Tensor | None] = {}
 
-    def add(self, matrix: Matrix, codes: Codes) -> None:
+    def add(self, matrix: MatrixName, codes: Codes) -> None:
         """CheckpointError for scales in another dtype than the row's."""
         rows_I = None if matrix == "down" else self._orders["down"]
         self._orders[matrix] = codes.order_D
@@ -54,7 +53,7 @@ class RowWriter:
         self._weights.order_SH[0].copy_(gate_H)
 
 
-def fill_row(weights: ExpertWeights, codes: Mapping[Matrix, Codes]) -> None:
+def fill_row(weights: ExpertWeights, codes: Mapping[MatrixName, Codes]) -> None:
     """Writes all matrices of an expert into the one slot of ``weights``; errors as of RowWriter."""
     writer = RowWriter(weights, Scratch())
     for matrix in sorted(codes, key=down_first):
@@ -62,12 +61,12 @@ def fill_row(weights: ExpertWeights, codes: Mapping[Matrix, Codes]) -> None:
     writer.finish()
 
 
-def down_first(matrix: Matrix) -> bool:
+def down_first(matrix: MatrixName) -> bool:
     """Sorts matrices as RowWriter wants them."""
     return matrix != "down"
 
 
-def _fill(target: Packed, codes: Codes, lane: slice, rows_N: Tensor | None, scratch: Scratch) -> None:
+def _fill(target: Matrix, codes: Codes, lane: slice, rows_N: Tensor | None, scratch: Scratch) -> None:
     """Row n is the codes' row ``rows_N[n]``, or n; where rows are given, scales are those of single rows."""
     assert target.scales_SGN is not None
     if codes.scales_GN.dtype != target.scales_SGN.dtype:

@@ -17,7 +17,7 @@ from duoserve.experts.formats.gptq import Gptq
 from duoserve.experts.formats.int4 import Groups
 from duoserve.experts.formats.mxfp4 import Mxfp4
 from duoserve.experts.formats.scratch import Scratch
-from duoserve.experts.pieces import Piece
+from duoserve.experts.pieces import MatrixPiece
 
 DATA = "data"  # the part that has a matrix's codes
 
@@ -32,7 +32,7 @@ def format_of(quantization: Quantization) -> WeightFormat:
     return Fp8() if quantization.method == "fp8" else Mxfp4()
 
 
-def stored_piece(form: WeightFormat, piece: Piece) -> dict[str, StoredTensor]:
+def stored_piece(form: WeightFormat, piece: MatrixPiece) -> dict[str, StoredTensor]:
     """The tensors, by name, that a piece of an expert lies in; one for all experts of a layer where the piece's is."""
     experts = piece.shape[:1] if piece.entry is not None else ()
     parts = form.parts(piece.name, *piece.matrix_shape).values()
@@ -69,7 +69,7 @@ class _StoredRows(Rows):
         self.checkpoint.read_into(self.name, out_NB.view(info.dtype).view(info.shape), self.entry)
 
 
-def read_codes(checkpoint: Checkpoint, form: WeightFormat, piece: Piece, scratch: Scratch) -> Codes:
+def read_codes(checkpoint: Checkpoint, form: WeightFormat, piece: MatrixPiece, scratch: Scratch) -> Codes:
     """One matrix of one expert. CheckpointError: a tensor cannot be read, or its values make no sense.
 
     Its codes are read when they are written to a row. The rest lies in ``scratch`` until it is given again.
@@ -88,4 +88,4 @@ def read_codes(checkpoint: Checkpoint, form: WeightFormat, piece: Piece, scratch
 
 def read_dense(checkpoint: Checkpoint, form: WeightFormat, name: str, shape: tuple[int, int]) -> torch.Tensor:
     """The matrix ``name`` [N, D], decoded, in float32. Errors as of ``read_codes``."""
-    return read_codes(checkpoint, form, Piece("down", name, shape), Scratch()).dense()
+    return read_codes(checkpoint, form, MatrixPiece("down", name, shape), Scratch()).dense()

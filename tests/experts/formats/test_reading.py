@@ -15,7 +15,7 @@ from duoserve.experts.formats.fp8 import Fp8
 from duoserve.experts.formats.mxfp4 import Mxfp4
 from duoserve.experts.formats.reading import read_codes
 from duoserve.experts.formats.scratch import Scratch
-from duoserve.experts.pieces import Piece
+from duoserve.experts.pieces import MatrixPiece
 
 ROWS = 259  # of short ones a tile; of long ones more than one
 WIDTHS = (1, 130, LONG_ROW_BYTES - 1, LONG_ROW_BYTES, 2 * LONG_ROW_BYTES + 33)
@@ -59,7 +59,7 @@ def test_fp8_rows_are_those_of_the_file(
     checkpoint: Checkpoint, stored: dict[str, Tensor], width: int, lane: slice
 ) -> None:
     name = f"w{width}.weight"
-    data = read_codes(checkpoint, Fp8(), Piece("gate", name, (ROWS, width)), Scratch()).data
+    data = read_codes(checkpoint, Fp8(), MatrixPiece("gate", name, (ROWS, width)), Scratch()).data
     assert isinstance(data, RowsAsTheyAre)
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))
     for found in (data, RowsAsTheyAre(TensorRows(stored[name]))):
@@ -68,7 +68,7 @@ def test_fp8_rows_are_those_of_the_file(
 
 
 def test_blocks_of_one_expert_are_read_as_one_range(checkpoint: Checkpoint, stored: dict[str, Tensor]) -> None:
-    piece = Piece("gate_up", "all", (3, 64, 160), entry=1)
+    piece = MatrixPiece("gate_up", "all", (3, 64, 160), entry=1)
     data = read_codes(checkpoint, Mxfp4(), piece, Scratch()).data
     assert isinstance(data, RowsAsTheyAre)
     assert torch.equal(written(data, slice(64, None)), stored["all_blocks"][1].flatten(1))
