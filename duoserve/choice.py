@@ -25,7 +25,7 @@ _MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Choice:
+class BestPolicy:
     """``policy`` is a name; ``use_predictor`` False means that its prefetch does not pay."""
 
     policy: str
@@ -35,7 +35,7 @@ class Choice:
 
 def save_choice(
     checkpoint: Checkpoint,
-    choice: Choice,
+    choice: BestPolicy,
     predictor: RowPredictor | None,
     figures: Mapping[str, Any],
     cache_dir: str | Path | None = None,
@@ -62,7 +62,7 @@ def save_choice(
     return folder
 
 
-def find_choice(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> tuple[Choice, Path] | None:
+def find_choice(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> tuple[BestPolicy, Path] | None:
     """The choice for this model and the folder it lies in; None if there is none.
 
     One that was made for another model is passed over. TraceError for one that is malformed.
@@ -88,7 +88,7 @@ def predictor_in(folder: Path, checkpoint: Checkpoint) -> RowPredictor | None:
     return load_predictor(path, checkpoint.fingerprint()) if is_file(path) else None
 
 
-def _read(path: Path, fingerprint: str) -> Choice | None:
+def _read(path: Path, fingerprint: str) -> BestPolicy | None:
     try:
         about = read_object(path, _MAX_BYTES)
     except CheckpointError as error:
@@ -98,7 +98,7 @@ def _read(path: Path, fingerprint: str) -> Choice | None:
     policy = about.get("policy")
     if not isinstance(policy, str) or policy not in POLICIES:
         raise TraceError(f"{path}: names the policy {policy!r}, which is not known; run duoserve evaluate again")
-    return Choice(policy, about.get("predictor") is True, str(about.get("why", "")))
+    return BestPolicy(policy, about.get("predictor") is True, str(about.get("why", "")))
 
 
 def _places(checkpoint: Checkpoint, cache_dir: str | Path | None) -> list[Path]:

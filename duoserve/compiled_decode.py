@@ -18,7 +18,7 @@ from duoserve.decode_inputs import DecodeInputs
 from duoserve.errors import CompilerError
 from duoserve.kernels.compiler import CompiledRecording, CpuCompiler
 from duoserve.kv_cache import Layout, PagedKVCache, pages_for
-from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
+from duoserve.models.parts import PartEnd, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
 from duoserve.passes import DecodeStep
 from duoserve.recorded_choices import RecordedChoices
@@ -97,10 +97,10 @@ def _widths(num_sequences: int, widest: int) -> range:
 
 
 class _Layer(NamedTuple):
-    """A compiled part, the ``choice`` that it ends with, and who is told of it."""
+    """A compiled part, the ``end`` that it comes to, and who is told of it."""
 
-    part: CompiledRecording[Choice | Tensor]
-    choice: Choice
+    part: CompiledRecording[PartEnd | Tensor]
+    end: PartEnd
     chosen: RecordedChoices
 
 
@@ -120,10 +120,10 @@ class CompiledStep(DecodeStep):
         self._layers: list[_Layer] = []
         experts.prepare(num_sequences)
         part = compiler.record_for(partial(self._first, model), self.widths)
-        while isinstance(choice := part.result, Choice):
-            self._layers.append(_Layer(part, choice, self._chosen[choice.block.layer]))
-            part = compiler.record_for(partial(self._next, choice), self.widths)
-        self._last, self._logits_BV = part, choice
+        while isinstance(end := part.result, PartEnd):
+            self._layers.append(_Layer(part, end, self._chosen[end.block.layer]))
+            part = compiler.record_for(partial(self._next, end), self.widths)
+        self._last, self._logits_BV = part, end
 
     def __call__(self, layout: Layout) -> Tensor:
         """The float32 logits [B, V] without padding, which the next call overwrites."""
@@ -138,21 +138,21 @@ class CompiledStep(DecodeStep):
     def _compute(self, layer: _Layer, num_sequences: int) -> None:
         """The chosen experts of a layer: what is missing is asked for before anybody hears of the choice."""
         chosen = Chosen(layer.chosen.ids_NBK[0, :num_sequences].tolist())
-        with layer.choice.block.acquire(chosen.num_rows) as lease:
+        with layer.end.block.acquire(chosen.num_rows) as lease:
             if layer.chosen.tell(num_sequences):
                 lease.heard()
             for ready in lease:
-                self._experts.compute(layer.choice, chosen, ready)
+                self._experts.compute(layer.end, chosen, ready)
 
-    def _first(self, model: Transformer, width: int) -> Choice | Tensor:
+    def _first(self, model: Transformer, width: int) -> PartEnd | Tensor:
         return self._told(first_part(model, self._inputs.batch(width)))
 
-    def _next(self, choice: Choice, width: int) -> Choice | Tensor:
-        batch = replace(choice.run.batch, kv=self._inputs.kv(width))
-        return self._told(next_part(choice._replace(run=choice.run._replace(batch=batch))))
+    def _next(self, end: PartEnd, width: int) -> PartEnd | Tensor:
+        batch = replace(end.run.batch, kv=self._inputs.kv(width))
+        return self._told(next_part(end._replace(run=end.run._replace(batch=batch))))
 
-    def _told(self, end: Choice | Tensor) -> Choice | Tensor:
-        if not isinstance(end, Choice):
+    def _told(self, end: PartEnd | Tensor) -> PartEnd | Tensor:
+        if not isinstance(end, PartEnd):
             return end
         self._chosen[end.block.layer].bring([end.routed])
         return self._rows.holding(end)

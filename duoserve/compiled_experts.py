@@ -17,7 +17,7 @@ from duoserve.kernels import HostWork, RoutePlan, route_plan
 from duoserve.kernels.compiler import CompiledRecording, CpuCompiler
 from duoserve.kernels.token_expert import NO_CALLS, SlotWeights, call_rows, token_expert
 from duoserve.models.moe import MoEBlock, Routed
-from duoserve.models.parts import Choice, moe_blocks
+from duoserve.models.parts import PartEnd, moe_blocks
 from duoserve.models.transformer import Transformer
 from duoserve.scheduling.source import ReadyExpert
 
@@ -34,10 +34,10 @@ class StepRows(NamedTuple):
         num_rows = num_sequences * top_k
         return StepRows(self.x_BH[:num_sequences], self.act_NI[:num_rows], self.y_NH[:num_rows])
 
-    def holding(self, choice: Choice) -> Choice:
-        """The same choice with its rows here, as part of what is recorded."""
-        self.x_BH.copy_(choice.routed.x_TH)
-        return choice._replace(routed=self.in_place_of(choice.routed))
+    def holding(self, end: PartEnd) -> PartEnd:
+        """The same end with its rows here, as part of what is recorded."""
+        self.x_BH.copy_(end.routed.x_TH)
+        return end._replace(routed=self.in_place_of(end.routed))
 
     def in_place_of(self, routed: Routed) -> Routed:
         """The same choice with these rows."""
@@ -93,7 +93,7 @@ class CompiledExperts:
         for num_rows in range(1, min(num_sequences, self._sizes.most) + 1):
             self._call(num_rows)
 
-    def compute(self, choice: Choice, chosen: Chosen, ready: Iterable[ReadyExpert]) -> None:
+    def compute(self, end: PartEnd, chosen: Chosen, ready: Iterable[ReadyExpert]) -> None:
         """The experts that are ``ready``, of a choice that ``rows`` hold."""
         by_ops = []
         for expert, slot in ready:
@@ -103,7 +103,7 @@ class CompiledExperts:
             else:
                 self._by_calls(slot, places)
         if by_ops:
-            choice.block.compute(self._real(choice.routed, chosen), HostWork.of(by_ops))
+            end.block.compute(self._real(end.routed, chosen), HostWork.of(by_ops))
 
     def _by_calls(self, slot: int, places: Sequence[int]) -> None:
         while places:

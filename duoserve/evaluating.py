@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from duoserve.choice import Choice
+from duoserve.choice import BestPolicy
 from duoserve.errors import TraceError
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.training import train
@@ -27,7 +27,7 @@ LEAST_GAIN = 0.01
 class Evaluation:
     """``choice``, its predictor, and a row of figures for each replay on the requests that were held out."""
 
-    choice: Choice
+    choice: BestPolicy
     predictor: RowPredictor | None
     rows: list[dict[str, Any]]
 
@@ -67,7 +67,7 @@ def _decode_s(runs: Iterable[Replay]) -> float:
     return float(sum(sum(run.itl_s) for run in runs))
 
 
-def _explained(best: str, pays: bool, totals: dict[str, float], quiet_s: float) -> Choice:
+def _explained(best: str, pays: bool, totals: dict[str, float], quiet_s: float) -> BestPolicy:
     """The choice, with a paragraph on what to expect and why."""
     expected = totals[best] if pays else quiet_s
     words = [
@@ -85,4 +85,4 @@ def _explained(best: str, pays: bool, totals: dict[str, float], quiet_s: float) 
             )
         )
     words.append("Prefetch creates no bandwidth: it only fills the time in which the link would be idle.")
-    return Choice(best, pays, " ".join(words))
+    return BestPolicy(best, pays, " ".join(words))

@@ -20,7 +20,7 @@ from torch import Tensor
 from duoserve.decode_inputs import DecodeInputs, WorkFeed
 from duoserve.kernels.recorder import Recorder, Recording
 from duoserve.kv_cache import Layout, PagedKVCache
-from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
+from duoserve.models.parts import PartEnd, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
 from duoserve.passes import DecodeStep
 from duoserve.recorded_choices import RecordedChoices
@@ -44,10 +44,10 @@ def event_steps(model: Transformer, cache: PagedKVCache, recorder: Recorder) -> 
 
 
 class _Layer(NamedTuple):
-    """A recorded part that ends with ``choice``, and the recorded experts of whatever is in the feed."""
+    """A recorded part that comes to ``end``, and the recorded experts of whatever is in the feed."""
 
-    choice: Choice
-    part: Recording[Choice | Tensor]
+    end: PartEnd
+    part: Recording[PartEnd | Tensor]
     experts: Recording[None]
 
 
@@ -64,10 +64,10 @@ class EventStep(DecodeStep):
         self._feed = WorkFeed(recorder, num_experts, min(num_experts, num_sequences * top_k))
         self._layers: list[_Layer] = []
         part = self._recorded(lambda: first_part(model, inputs.batch()))
-        while isinstance(choice := part.result, Choice):
-            experts = recorder.record(partial(choice.block.compute, choice.routed, self._feed.work))
-            self._layers.append(_Layer(choice, part, experts))
-            part = self._recorded(partial(next_part, choice))
+        while isinstance(end := part.result, PartEnd):
+            experts = recorder.record(partial(end.block.compute, end.routed, self._feed.work))
+            self._layers.append(_Layer(end, part, experts))
+            part = self._recorded(partial(next_part, end))
         self._last = part
         recorder.wait()  # the host may write what all that has read
 
@@ -85,7 +85,7 @@ class EventStep(DecodeStep):
     def _compute(self, layer: _Layer) -> None:
         """The chosen experts of a layer, the resident ones at once, the others behind their copies."""
         self._feed.rewind()
-        block = layer.choice.block
+        block = layer.end.block
         chosen = self._chosen[block.layer]
         rows = Counter(chain.from_iterable(chosen.ids_NBK[0].tolist()))
         with block.acquire(rows) as lease:
@@ -100,15 +100,15 @@ class EventStep(DecodeStep):
         self._feed.load(ready)
         layer.experts.replay()
 
-    def _recorded(self, work: Callable[[], Choice | Tensor]) -> Recording[Choice | Tensor]:
+    def _recorded(self, work: Callable[[], PartEnd | Tensor]) -> Recording[PartEnd | Tensor]:
         """A part, replayed with tokens of nobody: the next one is recorded by running it on what this one chose."""
         part = self._recorder.record(lambda: self._told(work()))
         part.replay()
         return part
 
-    def _told(self, end: Choice | Tensor) -> Choice | Tensor:
+    def _told(self, end: PartEnd | Tensor) -> PartEnd | Tensor:
         """Lets the host know, as part of what is recorded, what a part has come to."""
-        if isinstance(end, Choice):
+        if isinstance(end, PartEnd):
             self._chosen[end.block.layer].bring([end.routed])
         else:
             self._recorder.copy(self._logits_BV, end)

@@ -20,7 +20,7 @@ from duoserve.kernels import HostRows
 from duoserve.kernels.recorder import Recorder
 from duoserve.kv_cache import Layout, PagedKVCache
 from duoserve.models.moe import MoEBlock
-from duoserve.models.parts import Choice, first_part, moe_blocks, next_part
+from duoserve.models.parts import PartEnd, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
 from duoserve.passes import DecodeStep
 from duoserve.recorded_choices import RecordedChoices
@@ -99,7 +99,7 @@ class GraphStep(DecodeStep):
         self._recorder.copy(self._tables_2LE, self._host_2LE)
         slots_LE, targets_LE = self._tables_2LE.unbind()
         end, chosen = first_part(model, self._inputs.batch(), slots_LE), []
-        while isinstance(end, Choice):
+        while isinstance(end, PartEnd):
             block, routed = end.block, end.routed
             block.compute(routed, routed.plan.resident)
             block.compute_missing(routed, self._rows[block.layer], targets_LE[block.layer])

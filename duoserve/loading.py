@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duoserve.chat_template import ChatTemplate
-from duoserve.choice import Choice, find_choice, predictor_beside, predictor_in
+from duoserve.choice import BestPolicy, find_choice, predictor_beside, predictor_in
 from duoserve.compiled_prompts import compiled_prompts
 from duoserve.config import EngineConfig, ModelConfig
 from duoserve.decoding import DecoderParts, ModelDecoder, check_mode, make_decoder, possible_mode
@@ -135,7 +135,7 @@ def make_scheduler(  # noqa: PLR0913, PLR0917
     )
 
 
-def _best(checkpoint: Checkpoint, cache_dir: str | Path | None) -> tuple[Choice, Path] | None:
+def _best(checkpoint: Checkpoint, cache_dir: str | Path | None) -> tuple[BestPolicy, Path] | None:
     try:
         return find_choice(checkpoint, cache_dir)
     except TraceError as error:
@@ -143,7 +143,7 @@ def _best(checkpoint: Checkpoint, cache_dir: str | Path | None) -> tuple[Choice,
         return None
 
 
-def _automatic(plan: MemoryPlan, best: Choice | None, *, guesses: bool) -> Policy:
+def _automatic(plan: MemoryPlan, best: BestPolicy | None, *, guesses: bool) -> Policy:
     """``guesses``: whether they are made where they were found not to pay."""
     if plan.num_slots == plan.total_experts:
         return get_policy("resident")
@@ -162,7 +162,7 @@ def _warn_of_silence(told: Predictor | None, policy: Policy, *, automatic: bool)
 
 def _told(
     predictor: Predictor | str | Path | None,
-    best: tuple[Choice, Path] | None,
+    best: tuple[BestPolicy, Path] | None,
     checkpoint: Checkpoint,
     cache_dir: str | Path | None,
 ) -> Predictor | None:

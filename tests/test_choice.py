@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from duoserve import MoEModel
-from duoserve.choice import CHOICE_FILE, PREDICTOR_FILE, Choice, find_choice, predictor_beside, save_choice
+from duoserve.choice import CHOICE_FILE, PREDICTOR_FILE, BestPolicy, find_choice, predictor_beside, save_choice
 from duoserve.errors import CheckpointError, TraceError
 from duoserve.evaluating import evaluate
 from duoserve.experts.checkpoint import Checkpoint
@@ -44,9 +44,10 @@ def trace_for(checkpoint: Checkpoint) -> Trace:
 def test_a_choice_beside_the_model_is_what_auto_does(folder: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(folder)
     predictor, _ = train(trace_for(checkpoint), "lookahead")
-    where = save_choice(checkpoint, Choice("lookahead", True, "it is best"), predictor, {"rows": []}, tmp_path / "c")
+    best = BestPolicy("lookahead", True, "it is best")
+    where = save_choice(checkpoint, best, predictor, {"rows": []}, tmp_path / "c")
     assert where == folder
-    assert find_choice(checkpoint) == (Choice("lookahead", True, "it is best"), folder)
+    assert find_choice(checkpoint) == (best, folder)
     checkpoint.close()
     with MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path / "c") as model:
         assert model.policy == "lookahead"
@@ -58,7 +59,7 @@ def test_a_choice_beside_the_model_is_what_auto_does(folder: Path, tmp_path: Pat
 
 def test_a_choice_without_prefetch_makes_no_guesses(folder: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(folder)
-    save_choice(checkpoint, Choice("lookahead", False, ""), None, {})
+    save_choice(checkpoint, BestPolicy("lookahead", False, ""), None, {})
     checkpoint.close()
     assert not (folder / PREDICTOR_FILE).exists()
     with MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path / "c") as model:
@@ -71,9 +72,9 @@ def test_a_read_only_models_choice_goes_to_the_cache(
 ) -> None:
     checkpoint = Checkpoint.open(folder)
     monkeypatch.setattr("duoserve.choice.os.access", lambda path, mode: False)
-    where = save_choice(checkpoint, Choice("lru", False, ""), None, {}, tmp_path / "cache")
+    where = save_choice(checkpoint, BestPolicy("lru", False, ""), None, {}, tmp_path / "cache")
     assert where.is_relative_to(tmp_path / "cache") and not (folder / CHOICE_FILE).exists()
-    assert find_choice(checkpoint, tmp_path / "cache") == (Choice("lru", False, ""), where)
+    assert find_choice(checkpoint, tmp_path / "cache") == (BestPolicy("lru", False, ""), where)
     assert find_choice(checkpoint, tmp_path / "elsewhere") is None
     checkpoint.close()
 
@@ -82,11 +83,11 @@ def test_a_read_only_models_older_choice_gives_way_to_the_one_in_the_cache(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint.open(folder)
-    save_choice(checkpoint, Choice("lru", False, ""), None, {}, tmp_path / "c")
+    save_choice(checkpoint, BestPolicy("lru", False, ""), None, {}, tmp_path / "c")
     monkeypatch.setattr("duoserve.choice.os.access", lambda path, mode: False)
-    assert find_choice(checkpoint, tmp_path / "c") == (Choice("lru", False, ""), folder)
-    where = save_choice(checkpoint, Choice("on-demand", False, ""), None, {}, tmp_path / "c")
-    assert where != folder and find_choice(checkpoint, tmp_path / "c") == (Choice("on-demand", False, ""), where)
+    assert find_choice(checkpoint, tmp_path / "c") == (BestPolicy("lru", False, ""), folder)
+    where = save_choice(checkpoint, BestPolicy("on-demand", False, ""), None, {}, tmp_path / "c")
+    assert where != folder and find_choice(checkpoint, tmp_path / "c") == (BestPolicy("on-demand", False, ""), where)
     checkpoint.close()
     with MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path / "c") as model:
         assert model.policy == "on-demand"
@@ -100,7 +101,7 @@ def test_the_predictor_of_a_choice_is_the_one_that_was_written_with_it(
     chosen, other = (train(trace_for(checkpoint), kind)[0] for kind in ("lookahead", "popularity"))
     with monkeypatch.context() as read_only:
         read_only.setattr("duoserve.choice.os.access", lambda path, mode: False)
-        save_choice(checkpoint, Choice("lookahead", True, ""), chosen, {}, tmp_path / "c")
+        save_choice(checkpoint, BestPolicy("lookahead", True, ""), chosen, {}, tmp_path / "c")
     save_predictor(other, folder / PREDICTOR_FILE, {})
     fetched, heard = [], []
     monkeypatch.setattr(
@@ -117,9 +118,10 @@ def test_what_came_with_the_package_stays_as_it_came(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(BARD)
     shipped = {path.name: path.stat().st_mtime_ns for path in BARD.iterdir()}
     predictor, _ = train(trace_for(checkpoint), "popularity")
-    where = save_choice(checkpoint, Choice("duoserve", True, ""), predictor, {}, tmp_path)
+    best = BestPolicy("duoserve", True, "")
+    where = save_choice(checkpoint, best, predictor, {}, tmp_path)
     assert {path.name: path.stat().st_mtime_ns for path in BARD.iterdir()} == shipped
-    assert where.is_relative_to(tmp_path) and find_choice(checkpoint, tmp_path) == (Choice("duoserve", True, ""), where)
+    assert where.is_relative_to(tmp_path) and find_choice(checkpoint, tmp_path) == (best, where)
     chosen, others = predictor_beside(checkpoint, tmp_path), predictor_beside(checkpoint, tmp_path / "elsewhere")
     assert chosen is not None and chosen.name == "popularity"
     assert others is not None and others.name == "duoserve"
@@ -130,7 +132,7 @@ def test_a_choice_that_cannot_be_written_leaves_the_one_before(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint.open(folder)
-    save_choice(checkpoint, Choice("lru", False, ""), None, {}, tmp_path)
+    save_choice(checkpoint, BestPolicy("lru", False, ""), None, {}, tmp_path)
 
     def breaks_off(path: Path, data: str | bytes) -> None:
         path.open("w").write("{")
@@ -139,8 +141,8 @@ def test_a_choice_that_cannot_be_written_leaves_the_one_before(
     monkeypatch.setattr(Path, "write_text", breaks_off)
     monkeypatch.setattr(Path, "write_bytes", breaks_off)
     with pytest.raises(TraceError, match="No space left"):
-        save_choice(checkpoint, Choice("duoserve", False, ""), None, {}, tmp_path)
-    assert find_choice(checkpoint, tmp_path) == (Choice("lru", False, ""), folder)
+        save_choice(checkpoint, BestPolicy("duoserve", False, ""), None, {}, tmp_path)
+    assert find_choice(checkpoint, tmp_path) == (BestPolicy("lru", False, ""), folder)
     checkpoint.close()
 
 
@@ -185,7 +187,7 @@ def test_a_predictor_is_given_as_a_file_or_found_beside_the_model(folder: Path, 
             assert model.stats.bytes.total > model.stats.bytes.demanded
 
 
-def trained_beside(folder: Path, choice: Choice) -> RowPredictor:
+def trained_beside(folder: Path, choice: BestPolicy) -> RowPredictor:
     """A predictor of the model that nobody has saved, beside a choice without one."""
     with closing(Checkpoint.open(folder)) as checkpoint:
         save_choice(checkpoint, choice, None, {})
@@ -193,14 +195,14 @@ def trained_beside(folder: Path, choice: Choice) -> RowPredictor:
 
 
 def test_a_predictor_that_is_asked_for_is_heard_where_it_was_found_not_to_pay(folder: Path, tmp_path: Path) -> None:
-    predictor = trained_beside(folder, Choice("lookahead", False, ""))
+    predictor = trained_beside(folder, BestPolicy("lookahead", False, ""))
     with MoEModel.from_pretrained(folder, predictor=predictor, expert_slots=6, cache_dir=tmp_path / "c") as model:
         model.generate([1, 2, 3], max_tokens=8, ignore_eos=True)
         assert model.stats.bytes.total > model.stats.bytes.demanded
 
 
 def test_a_predictor_that_nobody_will_hear_is_said(folder: Path, tmp_path: Path) -> None:
-    predictor = trained_beside(folder, Choice("lru", False, ""))
+    predictor = trained_beside(folder, BestPolicy("lru", False, ""))
     for told, words in ((predictor, "'lru', which duoserve evaluate chose"), ("auto", "found none beside the model")):
         with pytest.warns(UserWarning, match=words):
             MoEModel.from_pretrained(folder, predictor=told, expert_slots=6, cache_dir=tmp_path / "c").close()

@@ -23,7 +23,7 @@ class Pass(NamedTuple):
     slots_LE: Tensor | None
 
 
-class Choice(NamedTuple):
+class PartEnd(NamedTuple):
     """Where a part ends: ``block`` has chosen its experts, which are to be computed before the next part begins."""
 
     block: MoEBlock
@@ -38,24 +38,24 @@ def moe_blocks(model: Transformer) -> list[MoEBlock]:
     return [layer.ffn for layer in model.layers if isinstance(layer.ffn, MoEBlock)]
 
 
-def first_part(model: Transformer, batch: Batch, slots_LE: Tensor | None = None) -> Choice | Tensor:
+def first_part(model: Transformer, batch: Batch, slots_LE: Tensor | None = None) -> PartEnd | Tensor:
     """From the tokens to the first choice, or to the logits [T, V] of a model without one."""
     x_TH, rope = model.embed(batch)
     return _go_on(Pass(model, batch, rope, slots_LE), 0, None, x_TH)
 
 
-def next_part(choice: Choice) -> Choice | Tensor:
+def next_part(end: PartEnd) -> PartEnd | Tensor:
     """From the chosen experts, all computed, to the next choice; behind the last one to the float32 logits [T, V]."""
-    block, routed, layer = choice.block, choice.routed, choice.run.model.layers[choice.at]
+    block, routed, layer = end.block, end.routed, end.run.model.layers[end.at]
     delta_TH = times(block.combine(routed, block.share(routed)), layer.multiplier)
-    return _go_on(choice.run, choice.at + 1, delta_TH, choice.x_TH)
+    return _go_on(end.run, end.at + 1, delta_TH, end.x_TH)
 
 
-def _go_on(run: Pass, first: int, delta_TH: Tensor | None, x_TH: Tensor) -> Choice | Tensor:
+def _go_on(run: Pass, first: int, delta_TH: Tensor | None, x_TH: Tensor) -> PartEnd | Tensor:
     for at, layer in enumerate(run.model.layers[first:], first):
         normed_TH, x_TH = layer.attend(delta_TH, x_TH, run.rope, run.batch)
         if isinstance(layer.ffn, MoEBlock):
             slots_E = None if run.slots_LE is None else run.slots_LE[layer.ffn.layer]
-            return Choice(layer.ffn, layer.ffn.route(normed_TH, slots_E), at, x_TH, run)
+            return PartEnd(layer.ffn, layer.ffn.route(normed_TH, slots_E), at, x_TH, run)
         delta_TH = times(layer.ffn(normed_TH), layer.multiplier)
     return run.model.logits(delta_TH, x_TH)
