@@ -24,7 +24,7 @@ AHEAD = 4
 PLANNED = 0.95
 
 
-class Asked(NamedTuple):
+class WaitingRequest(NamedTuple):
     """A request that waits: its prompt's tokens, and the ``room`` in the KV cache that it will be given.
 
     ``sent_back``: when the room of one that ran was last taken from it.
@@ -42,7 +42,7 @@ class Asked(NamedTuple):
         return PATIENCE_S + (self.arrived if self.sent_back is None else self.sent_back)
 
 
-class Going(NamedTuple):
+class RunningRequest(NamedTuple):
     """A request that has ``tokens``, the first since ``first_token``, and may get ``left`` more.
 
     It gives its ``room`` back then. Its objective is a mean: a token that came early lets a later one be late.
@@ -59,7 +59,7 @@ class Going(NamedTuple):
         return inf if self.tpot_s is None else self.first_token + (self.tokens - 1 + more) * share * self.tpot_s
 
 
-class Coming(NamedTuple):
+class PrefillUnderWay(NamedTuple):
     """The prefill that is under way: tokens and requests in it, layers that are left, when its oldest request came."""
 
     num_tokens: int
@@ -72,10 +72,10 @@ class Load(NamedTuple):
     """All that a choice depends on. ``free`` is the room in the KV cache for those that wait."""
 
     now: float
-    waiting: Sequence[Asked]
-    running: Sequence[Going]
+    waiting: Sequence[WaitingRequest]
+    running: Sequence[RunningRequest]
     free: int
-    coming: Coming | None = None
+    coming: PrefillUnderWay | None = None
 
 
 class Refusal(NamedTuple):
@@ -147,7 +147,7 @@ class Batching:
             most = max(int(spare_s / layer_s), int(decoded and coming.arrived + PATIENCE_S <= load.now))
         return most
 
-    def refusal(self, asked: Asked, load: Load) -> Refusal | None:
+    def refusal(self, asked: WaitingRequest, load: Load) -> Refusal | None:
         """Why ``asked``, behind all others, cannot meet its objectives; None if it can, as far as is known."""
         ttft_s, tpot_s = asked.objectives.ttft_s, asked.objectives.tpot_s
         if tpot_s is not None and self.costs.decode_s(1) > tpot_s:
@@ -161,7 +161,7 @@ class Batching:
         why = f"its first token is expected after {expected:.3g} s, its objective is {ttft_s:.3g} s"
         return Refusal(why, max(0.1, expected - ttft_s))
 
-    def first_token_s(self, asked: Asked, load: Load) -> float:
+    def first_token_s(self, asked: WaitingRequest, load: Load) -> float:
         """In how many seconds ``asked`` can expect its first token, behind all that wait and are under way."""
         coming = load.coming
         begun = 0.0 if coming is None else coming.layers_left * self.costs.layer_s(coming.num_tokens)
@@ -176,23 +176,23 @@ class Batching:
     def _prefill_s(self, tokens: int) -> float:
         return self.num_layers * self.costs.layer_s(tokens)
 
-    def _deadline(self, asked: Asked, now: float) -> float:
+    def _deadline(self, asked: WaitingRequest, now: float) -> float:
         """When its first token is due; never, if that can no longer be met."""
         if asked.objectives.ttft_s is None:
             return inf
         due = asked.arrived + asked.objectives.ttft_s
         return due if now + self._prefill_s(asked.num_prompt) <= due else inf
 
-    def _late(self, asked: Asked, now: float) -> bool:
+    def _late(self, asked: WaitingRequest, now: float) -> bool:
         """Whether its first token will miss its objective, whatever is done."""
         return asked.objectives.ttft_s is not None and isinf(self._deadline(asked, now))
 
-    def _start_by(self, asked: Asked, now: float) -> float:
+    def _start_by(self, asked: WaitingRequest, now: float) -> float:
         """When it must start to be in time; without hope of that, when patience ends."""
         in_time = self._deadline(asked, now) - self._prefill_s(asked.num_prompt)
         return min(in_time, asked.patient_until)
 
-    def _may_join(self, chosen: Sequence[Asked], asked: Asked, load: Load) -> bool:
+    def _may_join(self, chosen: Sequence[WaitingRequest], asked: WaitingRequest, load: Load) -> bool:
         """Whether a batch of one more keeps every objective for later tokens that a smaller one keeps."""
         num_ahead = len(load.running) + len(chosen) + (load.coming.num_requests if load.coming else 0)
         if num_ahead >= self.settings.max_batch:
@@ -206,7 +206,7 @@ class Batching:
         begun = load.now + self._prefill_s(asked.num_prompt + sum(one.num_prompt for one in chosen))
         return all(begun + going.left * step_s <= going.due(going.left) for going in self._kept(load))
 
-    def _largest_batch(self, asked: Asked, load: Load) -> int:
+    def _largest_batch(self, asked: WaitingRequest, load: Load) -> int:
         """How many may run together by what their later tokens are due, ``asked`` among them."""
         most = self.settings.max_batch
         goals = [goal for one in load.running if (goal := one.tpot_s) is not None] + [asked.objectives.tpot_s or inf]
@@ -215,7 +215,7 @@ class Batching:
             return most
         return next(size for size in count(1) if self.costs.decode_s(size + 1) > goal)
 
-    def _kept(self, load: Load) -> list[Going]:
+    def _kept(self, load: Load) -> list[RunningRequest]:
         """Those of the running whose later tokens can be in time, on the average, if nothing comes in between.
 
         By the whole objective: one that joined a batch which takes all that is planned would else be given up at once.
@@ -238,7 +238,7 @@ class Batching:
         slice_s = max(min(goals) - step_s, layer_s)
         return 1.0 + step_s / slice_s if slice_s > 0 else 1.0
 
-    def _place_s(self, asked: Asked, load: Load) -> float:
+    def _place_s(self, asked: WaitingRequest, load: Load) -> float:
         """How long until there is a place, and room in the KV cache, for all that wait and for ``asked``."""
         places = self._largest_batch(asked, load) - len(load.running) - len(load.waiting) - 1
         places -= load.coming.num_requests if load.coming else 0

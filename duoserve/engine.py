@@ -12,7 +12,7 @@ from itertools import count
 
 from torch import Tensor
 
-from duoserve.batching import Asked, Batching, Coming, Going, Load
+from duoserve.batching import Batching, Load, PrefillUnderWay, RunningRequest, WaitingRequest
 from duoserve.config import ModelConfig
 from duoserve.cost import Costs
 from duoserve.errors import CopyError, DuoServeError, IntegrityError, OverloadedError, RequestError
@@ -346,17 +346,17 @@ class Engine:
         if prefill is not None:
             left = self._passes.num_layers - prefill.under_way.next_layer
             arrived = min(request.arrived or 0.0 for request in prefill.requests)
-            coming = Coming(prefill.num_tokens, len(prefill.requests), left, arrived)
+            coming = PrefillUnderWay(prefill.num_tokens, len(prefill.requests), left, arrived)
         # A page for each that grows: else the next to do so would send a newcomer back.
         growing = sum(request.may_grow for request in self._running)
         free = self._cache.free_tokens - growing * PAGE_TOKENS
         return Load(now, (), [*map(self._going, self._running)], free, coming)
 
-    def _asked(self, request: Request) -> Asked:
+    def _asked(self, request: Request) -> WaitingRequest:
         objectives, room = request.objectives, request.room(self._batching.settings.answer_room)
         if request.first_token is not None:
             objectives = replace(objectives, ttft_s=None)
-        return Asked(
+        return WaitingRequest(
             request.arrived or 0.0,
             len(request.prompt_ids),
             self._cache.whole_pages(room),
@@ -364,7 +364,7 @@ class Engine:
             request.sent_back,
         )
 
-    def _going(self, request: Request) -> Going:
+    def _going(self, request: Request) -> RunningRequest:
         tokens = len(request.output_ids)
         left, tpot_s = request.params.max_tokens - tokens, request.objectives.tpot_s
-        return Going(request.first_token or 0.0, tokens, left, request.kv.room, tpot_s)
+        return RunningRequest(request.first_token or 0.0, tokens, left, request.kv.room, tpot_s)

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 
 import pytest
 
-from duoserve.batching import PATIENCE_S, PLANNED, STEP_S, Asked, Batching, Coming, Going, Load
+from duoserve.batching import (
+    PATIENCE_S,
+    PLANNED,
+    STEP_S,
+    Batching,
+    Load,
+    PrefillUnderWay,
+    RunningRequest,
+    WaitingRequest,
+)
 from duoserve.cost import Costs
 from duoserve.service import Objectives, ServiceSettings
 
@@ -23,16 +32,18 @@ def batching(settings: ServiceSettings = SLO, *, step_s: float = 0.01, layer_s: 
     return Batching(settings, costs, LAYERS)
 
 
-def asked(arrived: float = 0.0, prompt: int = 100, room: int = 128, ttft_s: float | None = None) -> Asked:
-    return Asked(arrived, prompt, room, Objectives(ttft_s))
+def asked(arrived: float = 0.0, prompt: int = 100, room: int = 128, ttft_s: float | None = None) -> WaitingRequest:
+    return WaitingRequest(arrived, prompt, room, Objectives(ttft_s))
 
 
-def going(planned_s: float | None = None, tokens: int = 1, left: int = 10) -> Going:
+def going(planned_s: float | None = None, tokens: int = 1, left: int = 10) -> RunningRequest:
     """One whose first token came at 0 s, and whose later ones are planned for ``planned_s`` each."""
-    return Going(0.0, tokens, left, 128, planned_s and planned_s / PLANNED)
+    return RunningRequest(0.0, tokens, left, 128, planned_s and planned_s / PLANNED)
 
 
-def load(waiting: Sequence[Asked] = (), running: Sequence[Going] = (), free: int = 10_000, **more: object) -> Load:
+def load(
+    waiting: Sequence[WaitingRequest] = (), running: Sequence[RunningRequest] = (), free: int = 10_000, **more: object
+) -> Load:
     return Load(more.pop("now", 0.0), waiting, running, free, **more)  # type: ignore[arg-type]
 
 
@@ -94,9 +105,9 @@ def test_tokens_that_came_early_pay_for_a_pass_and_for_a_larger_batch() -> None:
 
 def test_a_slice_ends_in_time_for_the_next_decode_steps() -> None:
     """A step takes 0.01 s, a layer 0.004 s; four tokens are looked ahead."""
-    coming, slow = Coming(100, 1, LAYERS), batching(layer_s=0.004)
+    coming, slow = PrefillUnderWay(100, 1, LAYERS), batching(layer_s=0.004)
 
-    def layers(one: Going, now: float = 0.0, decoded: bool = False) -> int:
+    def layers(one: RunningRequest, now: float = 0.0, decoded: bool = False) -> int:
         return slow.layers(load(running=[one], coming=coming, now=now), decoded)
 
     assert layers(going(0.0141)) == 4  # 4 * (0.0141 - 0.01) s
@@ -108,14 +119,14 @@ def test_a_slice_ends_in_time_for_the_next_decode_steps() -> None:
 
 
 def test_a_prefill_goes_on_when_its_patience_has_ended() -> None:
-    coming = Coming(100, 1, LAYERS, arrived=-PATIENCE_S)
+    coming = PrefillUnderWay(100, 1, LAYERS, arrived=-PATIENCE_S)
     tight = load(running=[going(0.01, left=1)], coming=coming)
     assert [batching().layers(tight, decoded) for decoded in (False, True)] == [0, 1]
     assert batching().layers(tight._replace(coming=coming._replace(arrived=-1.0)), True) == 0
 
 
 def test_no_slice_is_long_and_the_first_is_one_layer() -> None:
-    coming = Coming(1000, 1, LAYERS)
+    coming = PrefillUnderWay(1000, 1, LAYERS)
     assert batching(layer_s=0.001).layers(load(coming=coming), decoded=False) == STEP_S / 0.01
     assert batching(layer_s=1.0).layers(load(coming=coming), decoded=False) == 1
     assert Batching(SLO, Costs(), LAYERS).layers(load(coming=coming), decoded=False) == 1
@@ -126,12 +137,12 @@ def test_a_request_is_refused_for_what_is_ahead_of_it() -> None:
     assert one.refusal(asked(ttft_s=0.15), load()) is None
     refused = one.refusal(asked(ttft_s=0.15), load([asked()] * 2))
     assert refused is not None and refused.retry_after_s == pytest.approx(0.15, rel=0.01) and "0.3 s" in refused.why
-    assert one.refusal(asked(ttft_s=0.15), load(coming=Coming(100, 1, 9))) is not None
+    assert one.refusal(asked(ttft_s=0.15), load(coming=PrefillUnderWay(100, 1, 9))) is not None
     full = load(running=[going(left=50)] * 4)
     refused = one.refusal(asked(ttft_s=0.15), full)
     assert refused is not None and refused.retry_after_s == pytest.approx(50 * 0.013 - 0.05, rel=0.01)
     assert one.refusal(asked(), full) is None
-    assert one.refusal(Asked(0.0, 1, 1, Objectives(None, 0.005)), load()) is not None
+    assert one.refusal(WaitingRequest(0.0, 1, 1, Objectives(None, 0.005)), load()) is not None
     assert Batching(SLO, Costs(), LAYERS).refusal(asked(ttft_s=0.001), full) is None  # nothing has been measured
 
 
@@ -147,6 +158,6 @@ def test_a_request_that_the_batch_has_no_place_for_in_time_is_refused() -> None:
 
 def test_one_that_has_just_what_is_planned_is_not_given_up() -> None:
     """It joined a batch whose step takes all that is planned for a token, and a moment of it has passed."""
-    coming = Coming(100, 1, LAYERS)
+    coming = PrefillUnderWay(100, 1, LAYERS)
     assert batching().layers(load((), [going(0.01)], now=0.001, coming=coming), decoded=True) == 0
     assert batching().start(load([asked(prompt=1)], [going(0.01)], now=0.001)) == []

@@ -14,7 +14,7 @@ import httpx
 from duoserve.errors import ConfigError
 from duoserve.loadtest.events import event_data
 from duoserve.loadtest.figures import Answer
-from duoserve.loadtest.workload import Asked
+from duoserve.loadtest.workload import LoadRequest
 
 DONE = "[DONE]"
 SHOWN = 300  # characters of an error
@@ -80,7 +80,7 @@ class Form:
         """Of the endpoint."""
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
-    def body(self, asked: Asked) -> dict[str, Any]:
+    def body(self, asked: LoadRequest) -> dict[str, Any]:
         """Of a streamed request whose tokens the server counts."""
         said = {"messages": [{"role": "user", "content": asked.prompt}]} if self.chat else {"prompt": asked.prompt}
         options = {"stream": True, "stream_options": {"include_usage": True}}
@@ -89,7 +89,7 @@ class Form:
 
 
 async def answers(
-    client: httpx.AsyncClient, form: Form, asked: Sequence[Asked], times: Sequence[float]
+    client: httpx.AsyncClient, form: Form, asked: Sequence[LoadRequest], times: Sequence[float]
 ) -> list[Answer]:
     """Asks each at its time (seconds from now), whatever has become of the others."""
     began = time.perf_counter()
@@ -97,7 +97,7 @@ async def answers(
     return await asyncio.gather(*tasks)
 
 
-async def _answer_at(client: httpx.AsyncClient, form: Form, asked: Asked, at: float, began: float) -> Answer:
+async def _answer_at(client: httpx.AsyncClient, form: Form, asked: LoadRequest, at: float, began: float) -> Answer:
     """What comes of it, by the time at which it was due: where this process is late, that is part of the latency."""
     await asyncio.sleep(at - (time.perf_counter() - began))
     late_s = time.perf_counter() - began - at
@@ -119,7 +119,7 @@ class _Failed(Exception):
     """The server says that it has failed."""
 
 
-async def _read(client: httpx.AsyncClient, form: Form, asked: Asked, began: float) -> tuple[list[float], int]:
+async def _read(client: httpx.AsyncClient, form: Form, asked: LoadRequest, began: float) -> tuple[list[float], int]:
     """When each piece of the answer came, and how many tokens the server counted; 0 where it counts none.
 
     ValueError for what is no answer of OpenAI's.

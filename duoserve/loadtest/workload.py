@@ -16,7 +16,7 @@ PROMPT_MEAN, ANSWER_MEAN, SPREAD = 161.0, 338.0, 1.0
 TEXT = "the king and queen of night will speak no more to men who come with swords but ask what time has done"
 
 
-class Asked(NamedTuple):
+class LoadRequest(NamedTuple):
     """One request: its prompt, of words that most tokenizers have as one token each, and how many tokens it wants."""
 
     prompt: str
@@ -33,11 +33,11 @@ class Workload:
     max_tokens: int = 512
     seed: int = 0
 
-    def asked(self) -> list[Asked]:
+    def asked(self) -> list[LoadRequest]:
         """All requests, in the order in which they come."""
         dice = random.Random(self.seed)
         return [
-            Asked(
+            LoadRequest(
                 " ".join(dice.choices(TEXT.split(), k=_length(dice, PROMPT_MEAN, self.max_prompt))),
                 _length(dice, ANSWER_MEAN, self.max_tokens),
             )

@@ -13,7 +13,7 @@ import pytest
 from duoserve.loadtest.client import Form, answers
 from duoserve.loadtest.events import event_data
 from duoserve.loadtest.figures import Answer
-from duoserve.loadtest.workload import Asked
+from duoserve.loadtest.workload import LoadRequest
 
 
 def answer(*parts: bytes, timeout_s: float = 5.0, pause_s: float = 0.0) -> Answer:
@@ -27,7 +27,7 @@ def answer(*parts: bytes, timeout_s: float = 5.0, pause_s: float = 0.0) -> Answe
     async def main() -> Answer:
         transport = httpx.MockTransport(lambda request: httpx.Response(200, content=content()))
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            [found] = await answers(client, Form("m", timeout_s=timeout_s), [Asked("a", 4)], [0.0])
+            [found] = await answers(client, Form("m", timeout_s=timeout_s), [LoadRequest("a", 4)], [0.0])
             return found
 
     return asyncio.run(main())
