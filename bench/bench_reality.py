@@ -40,7 +40,7 @@ from duoserve.scheduling.selection import select
 from duoserve.scheduling.timed import TimedMachine
 from duoserve.scheduling.trace import Trace
 from duoserve.text import Text
-from duoserve.tracing import Recording, record
+from duoserve.tracing import RecordingSpec, record
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PLAY = REPOSITORY / "tests" / "macbeth.txt"
@@ -93,7 +93,7 @@ def subject(model: str, cache: Path, sizes: Sizes) -> Subject:
     wanted = EngineConfig(device="cpu", max_context=context)
     out = cache / f"{Path(model).name}-trace.safetensors"
     out.unlink(missing_ok=True)
-    trace = record(model, prompts, Recording(out, params), wanted, "resident")
+    trace = record(model, prompts, RecordingSpec(out, params), wanted, "resident")
     measured, training = select(trace, range(count)), select(trace, range(count, len(prompts)))
     return Subject(Setting(model, cache, context, COPY_THREADS), prompts[:count], measured, training)
 

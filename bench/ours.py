@@ -22,8 +22,8 @@ from duoserve.loading import load
 from duoserve.predictors.files import save_predictor
 from duoserve.predictors.training import train
 from duoserve.request import Request
-from duoserve.scheduling.recorder import Recorder
-from duoserve.tracing import Recording, record
+from duoserve.scheduling.recorder import TraceRecorder
+from duoserve.tracing import RecordingSpec, record
 
 
 def load_compiler() -> None:
@@ -87,7 +87,7 @@ class Duoserve:
 
     def routing(self, folder: str, prompt: list[int], new_tokens: int, cache: str, **options: Any) -> list[Any]:
         """The experts that this engine's decode steps choose, as lists [L][T][K]; loads a model for it."""
-        heard = Recorder()
+        heard = TraceRecorder()
         policy = options.pop("policy")
         params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
         with closing(load(folder, EngineConfig(device="cpu", **options), policy, cache, heard)) as runtime:
@@ -97,7 +97,7 @@ class Duoserve:
     def train(self, folder: str, prompts: list[list[int]], new_tokens: int, max_context: int, out: str) -> None:
         """Leaves a predictor in the file ``out``, trained as ``duoserve trace`` and ``train-predictor`` do it."""
         trace = Path(out).with_name("trace.safetensors")
-        recording = Recording(trace, SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True))
+        recording = RecordingSpec(trace, SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True))
         wanted = EngineConfig(device="cpu", max_context=max_context)
         predictor, _ = train(record(folder, prompts, recording, wanted, "resident"), "duoserve")
         save_predictor(predictor, Path(out), {})

@@ -25,7 +25,7 @@ from duoserve.scheduling.policies import EVICTIONS
 from duoserve.scheduling.ranking import Ranking
 from duoserve.scheduling.synthetic import CARDS, RoutingCard, synthesize
 from duoserve.scheduling.trace import Trace
-from duoserve.tracing import Recording, record
+from duoserve.tracing import RecordingSpec, record
 
 OUT = Path(__file__).resolve().parents[1] / "duoserve" / "assets" / "routing.json"
 SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
@@ -64,7 +64,7 @@ def own_curves(name: str) -> dict[str, Any]:
 def written(name: str, lines: list[str], tokens: int, out: Path) -> Trace:
     """The routing of what the model makes of each of ``lines``, each of at least so many ``tokens``."""
     params = SamplingParams(max_tokens=tokens, temperature=1.0, seed=0, ignore_eos=True)
-    return record(name, lines, Recording(out, params), EngineConfig(), "resident", progress=True)
+    return record(name, lines, RecordingSpec(out, params), EngineConfig(), "resident", progress=True)
 
 
 def curves(trace: Trace, long: Trace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from shakespeare import HELD_OUT, read_works
 from duoserve.config import EngineConfig
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.trace import Trace
-from duoserve.tracing import Recording, record
+from duoserve.tracing import RecordingSpec, record
 
 NEW_TOKENS = 128
 TRAIN, HELD = "train", "held"
@@ -36,5 +36,5 @@ def prompts(texts: Path, part: str, count: int) -> list[str]:
 def traced(model: str, those: list[str], file: Path) -> Trace:
     """The trace of these prompts in ``file``, recorded as far as it is not there."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    recording = Recording(file, SamplingParams(max_tokens=NEW_TOKENS, temperature=1.0, seed=0), resume=True)
+    recording = RecordingSpec(file, SamplingParams(max_tokens=NEW_TOKENS, temperature=1.0, seed=0), resume=True)
     return record(model, those, recording, EngineConfig(), "resident", progress=True)

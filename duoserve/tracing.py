@@ -20,7 +20,7 @@ from duoserve.placement import Placement
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
-from duoserve.scheduling.recorder import Recorder
+from duoserve.scheduling.recorder import TraceRecorder
 from duoserve.scheduling.trace import Trace, TraceMeta
 from duoserve.scheduling.trace_file import TraceWriter, open_trace
 
@@ -28,7 +28,7 @@ Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True)
-class Recording:
+class RecordingSpec:
     """What is run for a trace: ``params`` for every prompt, but with the prompt's number added to their seed.
 
     ``resume``: ``out`` has the first of the prompts, and the rest is added. ``append``: ``out`` has other requests.
@@ -43,7 +43,7 @@ class Recording:
 def record(  # noqa: PLR0913
     model: str | Path,
     prompts: Sequence[Prompt],
-    recording: Recording,
+    recording: RecordingSpec,
     wanted: EngineConfig,
     policy: str | Policy = "auto",
     *,
@@ -60,7 +60,7 @@ def record(  # noqa: PLR0913
         fingerprint, config = found.checkpoint.fingerprint(), found.config
         conditions = _conditions(Placement.of(found, wanted).dtype, wanted.quantize, recording.params)
     meta = TraceMeta(fingerprint, config.moe_layers, config.num_experts, config.top_k, conditions)
-    recorder = Recorder()
+    recorder = TraceRecorder()
     with (
         closing(TraceWriter(recording.out, meta)) as writer,
         closing(load(model, wanted, policy, None, recorder)) as runtime,

@@ -16,7 +16,7 @@ from duoserve import MoEModel, SamplingParams
 from duoserve.config import EngineConfig
 from duoserve.experts.hub import EMBEDDED, EMBEDDED_FOLDER
 from duoserve.text import Text
-from duoserve.tracing import Recording, record
+from duoserve.tracing import RecordingSpec, record
 
 # A scene that no embedded model was trained on.
 SCENE = (Path(__file__).parent / "macbeth.txt").read_text()
@@ -94,7 +94,8 @@ def test_every_expert_has_work(model: MoEModel, folder: Path, tmp_path: Path) ->
     That is 2 % of the uses of 8 experts, and 0.25 % of the uses of 64.
     """
     router = model.config
-    trace = record(folder, [SCENE], Recording(tmp_path / "t", SamplingParams(max_tokens=1)), EngineConfig(), "resident")
+    recording = RecordingSpec(tmp_path / "t", SamplingParams(max_tokens=1))
+    trace = record(folder, [SCENE], recording, EngineConfig(), "resident")
     for layer, said in trace[0].layers.items():
         assert len(np.unique(said.topk_ids_NK)) == router.num_experts, f"layer {layer}"
     least, even = card(folder, r"Least used of all: (\d+\.\d)%")[0], 100 * router.top_k / router.num_experts

@@ -15,7 +15,7 @@ from duoserve.errors import RequestError, TraceError
 from duoserve.predictors.training import train
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.trace_file import open_trace
-from duoserve.tracing import Recording, record
+from duoserve.tracing import RecordingSpec, record
 from tests.checkpoints import save_mixtral
 from tests.listeners import Heard
 from tests.models.cases import FAMILIES
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 def run(folder, out, prompts=PROMPTS, **how):
-    return record(folder, prompts, Recording(out, GREEDY, **how), EngineConfig(), "resident")
+    return record(folder, prompts, RecordingSpec(out, GREEDY, **how), EngineConfig(), "resident")
 
 
 def test_the_tokens_and_what_they_were_routed_to(folder, tmp_path):
@@ -122,9 +122,9 @@ def test_what_was_made_otherwise_is_not_mixed(folder, tmp_path, how, wanted, par
     run(folder, tmp_path / "t", PROMPTS[:1])
     before = (tmp_path / "t").read_bytes()
     with pytest.raises(TraceError, match=r'recorded with \{"dtype": "float32".*record into another'):
-        record(folder, PROMPTS[:2], Recording(tmp_path / "t", params, **{how: True}), wanted, "resident")
+        record(folder, PROMPTS[:2], RecordingSpec(tmp_path / "t", params, **{how: True}), wanted, "resident")
     assert (tmp_path / "t").read_bytes() == before
-    longer = Recording(tmp_path / "t", replace(GREEDY, max_tokens=7, seed=3), append=True)
+    longer = RecordingSpec(tmp_path / "t", replace(GREEDY, max_tokens=7, seed=3), append=True)
     assert len(record(folder, PROMPTS[1:], longer, EngineConfig(), "resident")) == 3
 
 

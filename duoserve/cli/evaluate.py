@@ -22,7 +22,7 @@ from duoserve.scheduling.bake_off import slot_count, table
 from duoserve.scheduling.hardware import Machine
 from duoserve.scheduling.trace import Trace
 from duoserve.scheduling.trace_file import open_trace
-from duoserve.tracing import Recording, record
+from duoserve.tracing import RecordingSpec, record
 
 MAX_TOKENS = 64
 EXAMPLES = """\
@@ -86,6 +86,6 @@ def _trace(args: argparse.Namespace, scratch: Path) -> Trace:
         raise RequestError(f"--prompts {args.prompts}: has one prompt, but some are held out: give at least 2")
     max_tokens = MAX_TOKENS if args.max_tokens is None else args.max_tokens
     params = SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=args.seed)
-    recording = Recording(scratch / "trace.safetensors", params)
+    recording = RecordingSpec(scratch / "trace.safetensors", params)
     # Not by "auto": whatever was chosen before, a new choice must be possible.
     return record(args.model, prompts, recording, EngineConfig(), "duoserve", progress=sys.stderr.isatty())

@@ -12,7 +12,7 @@ from duoserve.config import EngineConfig
 from duoserve.errors import RequestError
 from duoserve.experts.budget import format_bytes, parse_bytes
 from duoserve.sampling import SamplingParams
-from duoserve.tracing import Recording, record
+from duoserve.tracing import RecordingSpec, record
 
 EXAMPLES = """\
   duoserve trace bard --prompts prompts.txt --out bard-trace.safetensors
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     """Records, with a progress bar where stderr is a terminal, and says how much there is."""
     prompts = read_prompts(args.prompts)
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
-    recording = Recording(args.out, params, args.resume, args.append)
+    recording = RecordingSpec(args.out, params, args.resume, args.append)
     trace = record(args.model, prompts, recording, _wanted(args), args.policy, progress=sys.stderr.isatty())
     size = args.out.stat().st_size
     figures = {"requests": len(trace), "tokens": trace.num_tokens, "layers": len(trace.meta.layers), "bytes": size}

@@ -12,7 +12,7 @@ from duoserve.scheduling.routing import Routing
 from duoserve.scheduling.trace import LayerTrace
 
 
-class Recorder:
+class TraceRecorder:
     """A RoutingListener; ``take`` gives what was heard since the last time."""
 
     lookahead = 1

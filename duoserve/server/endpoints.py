@@ -20,7 +20,7 @@ from duoserve.server.host import LOADING, Host
 from duoserve.server.http import EventResponse, json_response, large_json_response, read_fields, unless_gone
 from duoserve.server.metrics import Metrics
 from duoserve.server.preparing import Preparing
-from duoserve.server.records import Recorder
+from duoserve.server.records import RequestLog
 from duoserve.server.settings import ServerSettings
 from duoserve.server.sse import events
 from duoserve.server.status import PAGE, PAGE_HEADERS, status
@@ -34,9 +34,9 @@ class Endpoints:
     def __init__(self, host: Host, settings: ServerSettings) -> None:
         self._host = host
         self._settings = settings
-        self._recorder = Recorder()
+        self._request_log = RequestLog()
         self._metrics = Metrics(settings.name, lambda: None if host.known is None else host.known.figures())
-        self._recorder.listeners.append(self._metrics.ended)
+        self._request_log.listeners.append(self._metrics.ended)
         self._preparing = Preparing(settings.text_s)
         self._tokens: TokenText | None = None
         self._since, self._created = time.monotonic(), int(time.time())
@@ -104,7 +104,7 @@ class Endpoints:
 
     async def status(self, request: Request) -> Response:
         """What the status page shows."""
-        data = status(self._host, self._recorder, self._settings, self._since)
+        data = status(self._host, self._request_log, self._settings, self._since)
         return json_response(data, headers={"Cache-Control": "no-store"})
 
     def _model_card(self, model: Model) -> dict[str, object]:
@@ -139,7 +139,9 @@ class Endpoints:
             for index, (ids, repeat) in enumerate(pairs)
         ]
         defaults = self._settings.objectives
-        generation = await begin(service, self._recorder, head.id, wanted, asked.objectives, asked.logprobs, defaults)
+        generation = await begin(
+            service, self._request_log, head.id, wanted, asked.objectives, asked.logprobs, defaults
+        )
         try:
             if asked.stream:
                 first = await unless_gone(request.receive, generation.next(self._settings.ping_s))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from duoserve.sampling import SamplingParams
 from duoserve.server.answers import Writer
 from duoserve.server.backend import Service, Stream
-from duoserve.server.records import Record, Recorder
+from duoserve.server.records import Record, RequestLog
 from duoserve.service import Objectives, Piece, Times
 
 
@@ -34,10 +34,10 @@ class Event(NamedTuple):
 class Generation:
     """Begins to read all ``choices`` at once; must be closed, which stops the work on those that have not ended."""
 
-    def __init__(self, choices: Sequence[Choice], prompt_tokens: int, recorder: Recorder) -> None:
+    def __init__(self, choices: Sequence[Choice], prompt_tokens: int, request_log: RequestLog) -> None:
         self.choices = choices
         self.prompt_tokens = prompt_tokens
-        self._recorder = recorder
+        self._request_log = request_log
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         self._open = len(choices)
         self._tasks = [asyncio.create_task(self._read(choice)) for choice in choices]
@@ -70,17 +70,17 @@ class Generation:
             if not task.done():
                 choice.stream.cancel()
                 task.cancel()
-            self._recorder.end(choice.record, "abort")
+            self._request_log.end(choice.record, "abort")
 
     async def _read(self, choice: Choice) -> None:
         try:
             async for piece in choice.stream:
-                self._recorder.piece(choice.record, piece)
+                self._request_log.piece(choice.record, piece)
                 if piece.finish_reason is not None:
-                    self._recorder.end(choice.record, piece.finish_reason)
+                    self._request_log.end(choice.record, piece.finish_reason)
                 self._events.put_nowait(Event(choice, piece))
         except Exception as error:
-            self._recorder.end(choice.record, "error")
+            self._request_log.end(choice.record, "error")
             self._events.put_nowait(error)
 
 
@@ -95,7 +95,7 @@ class Wanted(NamedTuple):
 
 async def begin(  # noqa: PLR0913, PLR0917
     service: Service,
-    recorder: Recorder,
+    request_log: RequestLog,
     name: str,
     wanted: Sequence[Wanted],
     objectives: Objectives | None,
@@ -112,9 +112,9 @@ async def begin(  # noqa: PLR0913, PLR0917
     choices = []
     for place, (stream, one) in enumerate(zip(streams, wanted, strict=True)):
         record = Record(f"{name}-{place}", len(one.prompt_ids), objectives or defaults, partial(_times, stream))
-        recorder.begin(record)
+        request_log.begin(record)
         choices.append(Choice(stream, one.writer, record))
-    return Generation(choices, sum({id(one.prompt_ids): len(one.prompt_ids) for one in wanted}.values()), recorder)
+    return Generation(choices, sum({id(one.prompt_ids): len(one.prompt_ids) for one in wanted}.values()), request_log)
 
 
 def _times(stream: Stream) -> Times:

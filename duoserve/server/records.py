@@ -60,7 +60,7 @@ class Record:
         return all(judged) if judged else None
 
 
-class Recorder:
+class RequestLog:
     """The requests that run, and the last ``KEPT`` that ended, without gaps. ``listeners`` hear of each that ends."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

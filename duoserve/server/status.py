@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from duoserve.server.host import Host
-from duoserve.server.records import Record, Recorder
+from duoserve.server.records import Record, RequestLog
 from duoserve.server.settings import ServerSettings
 from duoserve.service import Objectives, ServiceFigures
 
@@ -23,10 +23,10 @@ PAGE_HEADERS = {
 }
 
 
-def status(host: Host, recorder: Recorder, settings: ServerSettings, since: float) -> dict[str, Any]:
+def status(host: Host, request_log: RequestLog, settings: ServerSettings, since: float) -> dict[str, Any]:
     """The whole page's data. ``since`` is when the server began, of ``time.monotonic``."""
     service = host.known
-    ended = list(recorder.ended)
+    ended = list(request_log.ended)
     return {
         "model": settings.name,
         "state": host.state,
@@ -35,7 +35,7 @@ def status(host: Host, recorder: Recorder, settings: ServerSettings, since: floa
         "objectives": _milliseconds(settings.objectives),
         "latency": _latencies(ended),
         "service": None if service is None else _figures(service.figures()),
-        "requests": [_row(one) for one in [*recorder.live, *reversed(ended)][:SHOWN]],
+        "requests": [_row(one) for one in [*request_log.live, *reversed(ended)][:SHOWN]],
     }
 
 

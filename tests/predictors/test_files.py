@@ -17,7 +17,7 @@ from duoserve.predictors.files import load_predictor, notes_path, save_predictor
 from duoserve.predictors.quality import measure
 from duoserve.predictors.training import KINDS
 from duoserve.sampling import SamplingParams
-from duoserve.tracing import Recording, record
+from duoserve.tracing import RecordingSpec, record
 
 
 def predictions(predictor, trace):
@@ -85,7 +85,7 @@ def test_notes_that_do_not_fit_are_refused(trained, tmp_path, change, fault):
 @pytest.mark.parametrize(("model", "least_recall"), [("bard", 0.75), ("bard-fine", 0.7)])
 def test_the_embedded_ones_come_with_their_own(tmp_path, model, least_recall):
     """It is the model's by the fingerprint, and foretells what it does with a line that nothing was trained on."""
-    recording = Recording(tmp_path / "t", SamplingParams(max_tokens=60, temperature=1.0, seed=0))
+    recording = RecordingSpec(tmp_path / "t", SamplingParams(max_tokens=60, temperature=1.0, seed=0))
     trace = record(model, ["What beast was't, then, That made you break this"], recording, EngineConfig(), "resident")
     shipped = EMBEDDED_FOLDER / model / "predictor.safetensors"
     predictor = load_predictor(shipped, trace.meta.fingerprint)

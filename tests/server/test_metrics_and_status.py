@@ -10,7 +10,7 @@ from prometheus_client import parser
 
 from duoserve.errors import CopyError
 from duoserve.metrics import ByteCounts, Stats
-from duoserve.server.records import Record, Recorder
+from duoserve.server.records import Record, RequestLog
 from duoserve.service import Piece, Times
 from tests.server.conftest import NAME
 from tests.server.fake_service import hoped, script_of, spoken
@@ -145,11 +145,11 @@ def test_a_request_runs_as_soon_as_its_prefill_begins(served):
 
 
 def test_of_requests_that_ended_no_gap_of_any_token_is_kept():
-    recorder, heard = Recorder(), []
-    recorder.listeners.append(lambda record: heard.append(len(record.gaps)))
+    request_log, heard = RequestLog(), []
+    request_log.listeners.append(lambda record: heard.append(len(record.gaps)))
     record = Record("a", 1, hoped(None, None), lambda: Times(0.0, 1.0, 2.0))
-    recorder.begin(record)
+    request_log.begin(record)
     for _ in range(3):
-        recorder.piece(record, Piece("x", (5,)))
-    recorder.end(record, "length")
+        request_log.piece(record, Piece("x", (5,)))
+    request_log.end(record, "length")
     assert heard == [2] and record.gaps == [] and record.tpot_s is not None
