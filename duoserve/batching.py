@@ -11,7 +11,7 @@ from itertools import count
 from math import inf, isinf
 from typing import NamedTuple
 
-from duoserve.cost import Costs
+from duoserve.cost import MeasuredCosts
 from duoserve.service import Objectives, ServiceSettings
 
 # Between two steps requests come and go and are cancelled: no step is planned to take longer, but for a single layer.
@@ -90,7 +90,7 @@ class Batching:
     """Chooses by ``settings`` and by what work is expected to cost on a model of ``num_layers`` layers."""
 
     settings: ServiceSettings
-    costs: Costs
+    costs: MeasuredCosts
     num_layers: int
 
     def start(self, load: Load) -> list[int]:

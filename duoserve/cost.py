@@ -48,7 +48,7 @@ class Line:
         return self._seconds + each * (size - self._size)
 
 
-class Costs:
+class MeasuredCosts:
     """What the two kinds of work are expected to take; 0 until they have been measured."""
 
     def __init__(self) -> None:

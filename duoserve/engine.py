@@ -14,7 +14,7 @@ from torch import Tensor
 
 from duoserve.batching import Batching, Load, PrefillUnderWay, RunningRequest, WaitingRequest
 from duoserve.config import ModelConfig
-from duoserve.cost import Costs
+from duoserve.cost import MeasuredCosts
 from duoserve.errors import CopyError, DuoServeError, IntegrityError, OverloadedError, RequestError
 from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache, SequenceKV
 from duoserve.metrics import Meter
@@ -47,7 +47,7 @@ class Engine:
         self._meter = meter
         self._clock = clock
         self._numbers = count()
-        self._costs = Costs()
+        self._costs = MeasuredCosts()
         self._batching = Batching(ALL_AT_ONCE, self._costs, passes.num_layers)
         self._samplers: dict[Request, Sampler] = {}
         self._waiting: list[Request] = []

@@ -16,7 +16,7 @@ from duoserve.batching import (
     RunningRequest,
     WaitingRequest,
 )
-from duoserve.cost import Costs
+from duoserve.cost import MeasuredCosts
 from duoserve.service import Objectives, ServiceSettings
 
 LAYERS = 10
@@ -25,7 +25,7 @@ SLO, FCFS = ServiceSettings(max_batch=4), ServiceSettings(max_batch=4, scheduler
 
 def batching(settings: ServiceSettings = SLO, *, step_s: float = 0.01, layer_s: float = 0.01) -> Batching:
     """A decode step takes ``step_s`` and a tenth of it for each request, a layer ``layer_s`` for each 100 tokens."""
-    costs = Costs()
+    costs = MeasuredCosts()
     for size in (1, 11):
         costs.note_decode(size, step_s * (0.9 + 0.1 * size))
         costs.note_prefill(100 * size, 1, layer_s * size)
@@ -129,7 +129,7 @@ def test_no_slice_is_long_and_the_first_is_one_layer() -> None:
     coming = PrefillUnderWay(1000, 1, LAYERS)
     assert batching(layer_s=0.001).layers(load(coming=coming), decoded=False) == STEP_S / 0.01
     assert batching(layer_s=1.0).layers(load(coming=coming), decoded=False) == 1
-    assert Batching(SLO, Costs(), LAYERS).layers(load(coming=coming), decoded=False) == 1
+    assert Batching(SLO, MeasuredCosts(), LAYERS).layers(load(coming=coming), decoded=False) == 1
 
 
 def test_a_request_is_refused_for_what_is_ahead_of_it() -> None:
@@ -143,7 +143,8 @@ def test_a_request_is_refused_for_what_is_ahead_of_it() -> None:
     assert refused is not None and refused.retry_after_s == pytest.approx(50 * 0.013 - 0.05, rel=0.01)
     assert one.refusal(asked(), full) is None
     assert one.refusal(WaitingRequest(0.0, 1, 1, Objectives(None, 0.005)), load()) is not None
-    assert Batching(SLO, Costs(), LAYERS).refusal(asked(ttft_s=0.001), full) is None  # nothing has been measured
+    unmeasured = Batching(SLO, MeasuredCosts(), LAYERS)
+    assert unmeasured.refusal(asked(ttft_s=0.001), full) is None
 
 
 def test_a_request_that_the_batch_has_no_place_for_in_time_is_refused() -> None:

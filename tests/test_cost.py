@@ -8,24 +8,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duoserve.cost import Costs, Line
+from duoserve.cost import Line, MeasuredCosts
 
 
 def test_nothing_is_known_before_the_first_measurement() -> None:
-    costs = Costs()
+    costs = MeasuredCosts()
     assert costs.decode_s(8) == 0 and costs.layer_s(1000) == 0
     assert not Line().measured
 
 
 def test_one_size_says_that_more_costs_in_proportion_and_less_the_same() -> None:
-    costs = Costs()
+    costs = MeasuredCosts()
     costs.note_prefill(100, layers=4, seconds=8.0)
     assert costs.layer_s(100) == costs.layer_s(10) == pytest.approx(2.0)
     assert costs.layer_s(300) == pytest.approx(6.0)
 
 
 def test_two_sizes_make_a_line() -> None:
-    costs = Costs()
+    costs = MeasuredCosts()
     for _ in range(20):
         for batch in (1, 4):
             costs.note_decode(batch, 0.010 + 0.002 * batch)

@@ -29,7 +29,7 @@ from duoserve.scheduling.read_through import ReadThrough
 from duoserve.scheduling.residency import Residency
 from duoserve.scheduling.routing import RoutingListener
 from duoserve.scheduling.source import ExpertSource, ReadyExpert
-from duoserve.scheduling.spaces import Cache, Ring, Scratch, Space
+from duoserve.scheduling.spaces import Cache, Ring, Space, Uncached
 from duoserve.scheduling.step_guesses import StepGuesses
 
 # Copies in the queue while all experts are loaded: enough for every copy thread to have its next one waiting.
@@ -253,7 +253,7 @@ class Scheduler(ExpertSource):
     def _open_space(self, phase: Phase, num_tokens: int) -> Space:
         if phase is Phase.PREFILL and self._policy.prefill.has_ring:
             return self._open_ring(num_tokens)
-        return self._cache if self._policy.keeps else Scratch(self._residency, self._cache.lent)
+        return self._cache if self._policy.keeps else Uncached(self._residency, self._cache.lent)
 
     def _open_ring(self, num_tokens: int) -> Ring:
         """A ring of EMPTY slots, for which the least valuable experts are given up where there are too few."""

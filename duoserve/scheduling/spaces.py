@@ -132,7 +132,7 @@ class Cache(Shared):
         return (expert for expert in experts if expert is not None)
 
 
-class Scratch(Shared):
+class Uncached(Shared):
     """Nothing is kept: a slot is freed as soon as its expert has been computed."""
 
     def __init__(self, residency: Residency, lent: Set[int] = frozenset()) -> None:

@@ -25,7 +25,7 @@ class Head:
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-class Writer(Protocol):
+class ChoiceWriter(Protocol):
     """Writes one choice of an answer."""
 
     def delta(self, piece: Piece) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class Dialect(Protocol):
         """Whether answers are to be put behind their prompts, as text."""
         ...
 
-    def writer(self, index: int, tokens: TokenText | None, prompt_ids: Sequence[int]) -> Writer:
+    def writer(self, index: int, tokens: TokenText | None, prompt_ids: Sequence[int]) -> ChoiceWriter:
         """A writer of choice ``index``; ``tokens`` None where no log-probabilities are wanted."""
         ...
 
@@ -150,7 +150,7 @@ class Completions:
     id_prefix: str = "cmpl"
     goes_on: bool = True
 
-    def writer(self, index: int, tokens: TokenText | None, prompt_ids: Sequence[int]) -> Writer:
+    def writer(self, index: int, tokens: TokenText | None, prompt_ids: Sequence[int]) -> ChoiceWriter:
         """A writer of choice ``index``."""
         return CompletionWriter(index, tokens, prompt_ids)
 
@@ -165,7 +165,7 @@ class Chat:
     id_prefix: str = "chatcmpl"
     goes_on: bool = False
 
-    def writer(self, index: int, tokens: TokenText | None, prompt_ids: Sequence[int]) -> Writer:
+    def writer(self, index: int, tokens: TokenText | None, prompt_ids: Sequence[int]) -> ChoiceWriter:
         """A writer of choice ``index``."""
         return ChatWriter(index, tokens, Channels(self.text))
 

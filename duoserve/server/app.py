@@ -12,16 +12,16 @@ from starlette.routing import Route
 from duoserve.errors import DuoServeError
 from duoserve.server.endpoints import Endpoints
 from duoserve.server.errors import ApiError, as_api_error, noted
-from duoserve.server.host import Host
+from duoserve.server.host import ServiceLoader
 from duoserve.server.http import ClientGone, HeaderLimit, HostGuard, KeyGuard, error_response
 from duoserve.server.settings import ServerSettings
 
 CLIENT_GONE = 499  # nobody reads it; nginx's number, for logs
 
 
-def make_app(host: Host, settings: ServerSettings) -> Starlette:
-    """The application over ``host``, whose loading and closing are its caller's affair."""
-    to = Endpoints(host, settings)
+def make_app(loader: ServiceLoader, settings: ServerSettings) -> Starlette:
+    """The application over ``loader``, whose loading and closing are its caller's affair."""
+    to = Endpoints(loader, settings)
     routes = [
         Route("/health", to.health),
         Route("/v1/models", to.models),

@@ -16,7 +16,7 @@ from duoserve.server.asking import Asked
 from duoserve.server.backend import Model, Service
 from duoserve.server.errors import bad
 from duoserve.server.generation import Choice, Generation, Wanted, begin
-from duoserve.server.host import LOADING, Host
+from duoserve.server.host import LOADING, ServiceLoader
 from duoserve.server.http import EventResponse, json_response, large_json_response, read_fields, unless_gone
 from duoserve.server.metrics import Metrics
 from duoserve.server.preparing import Preparing
@@ -29,13 +29,13 @@ from duoserve.service import Piece, State
 
 
 class Endpoints:
-    """The handlers of all paths, over one ``host``."""
+    """The handlers of all paths, over one ``loader``."""
 
-    def __init__(self, host: Host, settings: ServerSettings) -> None:
-        self._host = host
+    def __init__(self, loader: ServiceLoader, settings: ServerSettings) -> None:
+        self._loader = loader
         self._settings = settings
         self._request_log = RequestLog()
-        self._metrics = Metrics(settings.name, lambda: None if host.known is None else host.known.figures())
+        self._metrics = Metrics(settings.name, lambda: None if loader.known is None else loader.known.figures())
         self._request_log.listeners.append(self._metrics.ended)
         self._preparing = Preparing(settings.text_s)
         self._tokens: TokenText | None = None
@@ -43,23 +43,23 @@ class Endpoints:
 
     async def health(self, request: Request) -> Response:
         """200 when requests are taken, 503 else; a probe needs no key."""
-        state = self._host.state
+        state = self._loader.state
         code = 200 if state == State.READY else 503
         return json_response({"status": state}, code, {"Retry-After": "5"} if state == LOADING else None)
 
     async def models(self, request: Request) -> Response:
         """The one model."""
-        return json_response({"object": "list", "data": [self._model_card(self._host.service().model)]})
+        return json_response({"object": "list", "data": [self._model_card(self._loader.service().model)]})
 
     async def model(self, request: Request) -> Response:
         """The one model by its name, which may have slashes."""
-        service = self._host.service()
+        service = self._loader.service()
         self._check_model(request.path_params["name"])
         return json_response(self._model_card(service.model))
 
     async def completions(self, request: Request) -> ASGIApp:
         """``/v1/completions``."""
-        service = self._host.service()
+        service = self._loader.service()
         fields = await read_fields(request, self._settings.max_body_bytes)
         asked, prompts = asking.completion(fields, self._settings.objectives)
         self._check_model(asked.model)
@@ -69,7 +69,7 @@ class Endpoints:
 
     async def chat(self, request: Request) -> ASGIApp:
         """``/v1/chat/completions``."""
-        service = self._host.service()
+        service = self._loader.service()
         fields = await read_fields(request, self._settings.max_body_bytes)
         asked, messages = asking.chat(fields, self._settings.objectives)
         self._check_model(asked.model)
@@ -80,7 +80,7 @@ class Endpoints:
 
     async def tokenize(self, request: Request) -> Response:
         """The token ids of a text, as vLLM gives them."""
-        model = self._host.service().model
+        model = self._loader.service().model
         fields = await read_fields(request, self._settings.max_body_bytes)
         self._check_model(fields.text("model"))
         fields.refuse_other(add_special_tokens=True)
@@ -104,7 +104,7 @@ class Endpoints:
 
     async def status(self, request: Request) -> Response:
         """What the status page shows."""
-        data = status(self._host, self._request_log, self._settings, self._since)
+        data = status(self._loader, self._request_log, self._settings, self._since)
         return json_response(data, headers={"Cache-Control": "no-store"})
 
     def _model_card(self, model: Model) -> dict[str, object]:

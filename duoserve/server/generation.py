@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from duoserve.sampling import SamplingParams
-from duoserve.server.answers import Writer
+from duoserve.server.answers import ChoiceWriter
 from duoserve.server.backend import Service, Stream
 from duoserve.server.records import Record, RequestLog
 from duoserve.service import Objectives, Piece, Times
@@ -20,7 +20,7 @@ class Choice:
     """One choice: where its tokens come from, who writes them, what is noted of it."""
 
     stream: Stream
-    writer: Writer
+    writer: ChoiceWriter
     record: Record
 
 
@@ -89,7 +89,7 @@ class Wanted(NamedTuple):
 
     prompt_ids: Sequence[int]
     params: SamplingParams
-    writer: Writer
+    writer: ChoiceWriter
     goes_on: bool
 
 

@@ -16,7 +16,7 @@ from duoserve.service import State
 LOADING = "loading"
 
 
-class Host:
+class ServiceLoader:
     """Loads a service in a thread of its own, so that the socket can say meanwhile that it is not ready."""
 
     def __init__(self, load: Callable[[], Service]) -> None:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from duoserve.errors import ConfigError
 from duoserve.server.app import make_app
 from duoserve.server.backend import Service
-from duoserve.server.host import Host
+from duoserve.server.host import ServiceLoader
 from duoserve.server.settings import ServerSettings
 
 LAST_WORDS_S = 5.0  # for what was cut off to say so to its clients
@@ -28,7 +28,7 @@ def serve(settings: ServerSettings, load: Callable[[], Service], ready: Callable
     """
     listening = listen(settings.host, settings.port)
     with listening:
-        asyncio.run(_serve(settings, Host(load), listening, ready))
+        asyncio.run(_serve(settings, ServiceLoader(load), listening, ready))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -50,7 +50,7 @@ def url_of(listening: socket.socket) -> str:
 class Listener(uvicorn.Server):
     """uvicorn's server, which lets the service drain while it waits for its connections to end."""
 
-    def __init__(self, app: ASGIApp, host: Host, settings: ServerSettings) -> None:
+    def __init__(self, app: ASGIApp, loader: ServiceLoader, settings: ServerSettings) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -64,18 +64,18 @@ class Listener(uvicorn.Server):
                 timeout_graceful_shutdown=int(settings.shutdown_s + LAST_WORDS_S) + 1,
             )
         )
-        self._host = host
+        self._loader = loader
         self._shutdown_s = settings.shutdown_s
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stops accepting, drains, and lets answers end; then releases the model."""
-        draining = asyncio.create_task(self._host.drain(self._shutdown_s))
+        draining = asyncio.create_task(self._loader.drain(self._shutdown_s))
         await super().shutdown(sockets)
         if self.force_exit:
             draining.cancel()
         with suppress(asyncio.CancelledError):
             await draining
-        await self._host.close()
+        await self._loader.close()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -91,19 +91,21 @@ class Listener(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
-async def _serve(settings: ServerSettings, host: Host, listening: socket.socket, ready: Callable[[str], None]) -> None:
-    listener = Listener(make_app(host, settings), host, settings)
-    loading = asyncio.create_task(_load(host, listener, partial(ready, url_of(listening))))
+async def _serve(
+    settings: ServerSettings, loader: ServiceLoader, listening: socket.socket, ready: Callable[[str], None]
+) -> None:
+    listener = Listener(make_app(loader, settings), loader, settings)
+    loading = asyncio.create_task(_load(loader, listener, partial(ready, url_of(listening))))
     await listener.serve(sockets=[listening])
     loading.cancel()
-    if host.failure is not None:
-        raise host.failure
+    if loader.failure is not None:
+        raise loader.failure
 
 
-async def _load(host: Host, listener: Listener, ready: Callable[[], None]) -> None:
+async def _load(loader: ServiceLoader, listener: Listener, ready: Callable[[], None]) -> None:
     try:
-        await host.start()
+        await loader.start()
     except Exception:
-        listener.should_exit = True  # the failure is the host's to tell
+        listener.should_exit = True  # the failure is the loader's to tell
     else:
         ready()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
-from duoserve.server.host import Host
+from duoserve.server.host import ServiceLoader
 from duoserve.server.records import Record, RequestLog
 from duoserve.server.settings import ServerSettings
 from duoserve.service import Objectives, ServiceFigures
@@ -23,13 +23,13 @@ PAGE_HEADERS = {
 }
 
 
-def status(host: Host, request_log: RequestLog, settings: ServerSettings, since: float) -> dict[str, Any]:
+def status(loader: ServiceLoader, request_log: RequestLog, settings: ServerSettings, since: float) -> dict[str, Any]:
     """The whole page's data. ``since`` is when the server began, of ``time.monotonic``."""
-    service = host.known
+    service = loader.known
     ended = list(request_log.ended)
     return {
         "model": settings.name,
-        "state": host.state,
+        "state": loader.state,
         "policy": None if service is None else service.model.policy,
         "uptime_s": time.monotonic() - since,
         "objectives": _milliseconds(settings.objectives),

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from duoserve.server.app import make_app
-from duoserve.server.host import Host
+from duoserve.server.host import ServiceLoader
 from duoserve.server.run import Listener, listen, url_of
 from duoserve.server.settings import ServerSettings
 from tests.server.fake_service import FakeService
@@ -60,11 +60,11 @@ def serving(load: Callable[[], Any], **settings: Any) -> Iterator[Serving]:
     """Runs a server over what ``load`` gives, until the block ends."""
     wanted = ServerSettings(**({"name": NAME, "port": 0, "shutdown_s": 0.5, "ping_s": 5.0} | settings))
     listening = listen(wanted.host, wanted.port)
-    host = Host(load)
-    listener = InThread(make_app(host, wanted), host, wanted)
+    loader = ServiceLoader(load)
+    listener = InThread(make_app(loader, wanted), loader, wanted)
 
     async def run() -> None:
-        loading = asyncio.create_task(host.start())
+        loading = asyncio.create_task(loader.start())
         await listener.serve(sockets=[listening])
         await asyncio.gather(loading, return_exceptions=True)
 
@@ -72,7 +72,7 @@ def serving(load: Callable[[], Any], **settings: Any) -> Iterator[Serving]:
     url = url_of(listening)
     thread.start()
     with httpx.Client(base_url=url, timeout=10) as client:
-        running = Serving(url, host, listener, thread, client)
+        running = Serving(url, loader, listener, thread, client)
         try:
             yield running
         finally:

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from duoserve.errors import CheckpointError, ConfigError, MemoryBudgetError
-from duoserve.server.host import Host
+from duoserve.server.host import ServiceLoader
 from duoserve.server.run import listen, serve
 from duoserve.server.settings import ServerSettings
 from duoserve.service import State
@@ -123,7 +123,7 @@ def test_settings_are_checked():
 
 
 def test_a_host_whose_model_could_not_be_loaded_is_dead():
-    host = Host(failing(CheckpointError("broken")))
+    loader = ServiceLoader(failing(CheckpointError("broken")))
     with pytest.raises(CheckpointError):
-        asyncio.run(host.start())
-    assert host.state == State.DEAD
+        asyncio.run(loader.start())
+    assert loader.state == State.DEAD
