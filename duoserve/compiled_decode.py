@@ -139,19 +139,19 @@ class CompiledStep(DecodeStep):
         """The chosen experts of a layer: what is missing is asked for before anybody hears of the choice."""
         chosen = Chosen(layer.chosen.ids_NBK[0, :num_sequences].tolist())
         with layer.end.block.acquire(chosen.num_rows) as lease:
-            if layer.chosen.tell(num_sequences):
-                lease.heard()
+            if layer.chosen.report(num_sequences):
+                lease.prefetch()
             for ready in lease:
                 self._experts.compute(layer.end, chosen, ready)
 
     def _first(self, model: Transformer, width: int) -> PartEnd | Tensor:
-        return self._told(first_part(model, self._inputs.batch(width)))
+        return self._with_outputs(first_part(model, self._inputs.batch(width)))
 
     def _next(self, end: PartEnd, width: int) -> PartEnd | Tensor:
         batch = replace(end.run.batch, kv=self._inputs.kv(width))
-        return self._told(next_part(end._replace(run=end.run._replace(batch=batch))))
+        return self._with_outputs(next_part(end._replace(run=end.run._replace(batch=batch))))
 
-    def _told(self, end: PartEnd | Tensor) -> PartEnd | Tensor:
+    def _with_outputs(self, end: PartEnd | Tensor) -> PartEnd | Tensor:
         if not isinstance(end, PartEnd):
             return end
         self._chosen[end.block.layer].bring([end.routed])

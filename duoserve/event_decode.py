@@ -91,8 +91,8 @@ class EventStep(DecodeStep):
         with block.acquire(rows) as lease:
             if ready := lease.at_once():
                 self._replay(layer, ready)
-            if chosen.tell():
-                lease.heard()
+            if chosen.report():
+                lease.prefetch()
             for ready in lease:
                 self._replay(layer, ready)
 
@@ -102,11 +102,11 @@ class EventStep(DecodeStep):
 
     def _recorded(self, work: Callable[[], PartEnd | Tensor]) -> Recording[PartEnd | Tensor]:
         """A part, replayed with tokens of nobody: the next one is recorded by running it on what this one chose."""
-        part = self._recorder.record(lambda: self._told(work()))
+        part = self._recorder.record(lambda: self._with_outputs(work()))
         part.replay()
         return part
 
-    def _told(self, end: PartEnd | Tensor) -> PartEnd | Tensor:
+    def _with_outputs(self, end: PartEnd | Tensor) -> PartEnd | Tensor:
         """Lets the host know, as part of what is recorded, what a part has come to."""
         if isinstance(end, PartEnd):
             self._chosen[end.block.layer].bring([end.routed])

@@ -91,7 +91,7 @@ class GraphStep(DecodeStep):
         self._books.catch_up()
         self._recorder.wait()
         self._books.took(self._chosen.ids_NBK.numpy())
-        if self._chosen.tell():
+        if self._chosen.report():
             self._books.guess()
         return self._logits_BV
 

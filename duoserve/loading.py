@@ -84,14 +84,15 @@ def load(  # noqa: PLR0913
         plan = place.plan(wanted, needs_all=named is not None and named.all_resident)
         best = None if named is not None else _best(found.checkpoint, cache_dir)
         chosen = named or _automatic(plan, best[0] if best else None, guesses=predictor is not None)
-        told = _told(predictor, best, found.checkpoint, cache_dir)
+        found_predictor = _find_predictor(predictor, best, found.checkpoint, cache_dir)
         if predictor is not None and not chosen.all_resident:
-            _warn_of_silence(told, chosen, automatic=named is None)
+            _warn_of_silence(found_predictor, chosen, automatic=named is None)
         mode = possible_mode(wanted.decode_mode)
         store = place.slow_tier(plan, cache_dir, held, wanted.quantize)
         meter, pool = Meter(), SlotPool(plan.num_slots, store.layout, device=place.device)
         copies = place.copy_engine(store, pool, wanted.copy_threads, meter)
-        scheduler = held.enter_context(closing(make_scheduler(found.config, pool, copies, chosen, meter, told)))
+        scheduler = make_scheduler(found.config, pool, copies, chosen, meter, found_predictor)
+        held.enter_context(closing(scheduler))
         if chosen.all_resident:
             scheduler.load_all(progress=sys.stderr.isatty())
         compiles = mode == "compiled"
@@ -151,16 +152,16 @@ def _automatic(plan: MemoryPlan, best: BestPolicy | None, *, guesses: bool) -> P
     return policy if guesses or best is None or best.use_predictor else policy.without_guesses()
 
 
-def _warn_of_silence(told: Predictor | None, policy: Policy, *, automatic: bool) -> None:
+def _warn_of_silence(predictor: Predictor | None, policy: Policy, *, automatic: bool) -> None:
     """Where a predictor was asked for, and there is none, or a policy that nobody named does not hear it."""
-    if told is None:
+    if predictor is None:
         warnings.warn('predictor="auto" found none beside the model: duoserve evaluate writes one', stacklevel=3)
     elif automatic and policy.guesses is GuessMode.NONE:
         why = f"policy={policy.name!r}, which duoserve evaluate chose for this model, makes no guesses"
         warnings.warn(f"the predictor is not used: {why}; name a policy that does", stacklevel=3)
 
 
-def _told(
+def _find_predictor(
     predictor: Predictor | str | Path | None,
     best: tuple[BestPolicy, Path] | None,
     checkpoint: Checkpoint,

@@ -148,7 +148,7 @@ class Passes:
         if logits_BV is not None:
             self._end(prefill)
             if prefill.late is not None and self._tap is not None:
-                self._tap.tell(prefill.late)
+                self._tap.deliver(prefill.late)
         return logits_BV
 
     def abandon(self, prefill: Prefill) -> None:

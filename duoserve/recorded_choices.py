@@ -38,7 +38,7 @@ class RecordedChoices:
         if scores:
             self._recorder.copy(self._scores_MBE, _stacked(scores))
 
-    def tell(self, num_sequences: int | None = None) -> bool:
+    def report(self, num_sequences: int | None = None) -> bool:
         """The taps of the blocks hear the choices, now that they are here; False if nobody listens.
 
         Those of the first ``num_sequences``, where the others are padding.
@@ -55,7 +55,7 @@ class RecordedChoices:
         ):
             if block.tap is not None:  # who keeps what it hears: the next step overwrites this memory
                 ahead = {layer: next(scores).copy() for layer in later}
-                block.tap.told(block.layer, ids_BK.copy(), weights_BK.copy(), ahead)
+                block.tap.routed_on_host(block.layer, ids_BK.copy(), weights_BK.copy(), ahead)
         return True
 
 

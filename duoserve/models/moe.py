@@ -87,7 +87,7 @@ class MoEBlock:
         with self.acquire(routed.plan.num_rows()) as lease:
             if self.tap is not None:
                 self.tap.routed(self.layer, routed.x_TH, routed.topk_weights_TK, routed.topk_ids_TK)
-                lease.heard()
+                lease.prefetch()
             shared_TH = self.share(routed)
             for ready in lease:
                 self.compute(routed, HostWork.of(ready, x_TH.device))

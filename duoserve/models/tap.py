@@ -67,10 +67,10 @@ class RoutingTap:
         self._listener.begin(phase, requests_T)
 
     def follow(self, late: LatePass) -> None:
-        """What comes is of a pass that others may interrupt: it is kept until ``tell``."""
+        """What comes is of a pass that others may interrupt: it is kept until ``deliver``."""
         self._late = late
 
-    def tell(self, late: LatePass) -> None:
+    def deliver(self, late: LatePass) -> None:
         """The listener hears of the whole pass, now that it has ended."""
         self.begin(late.phase, late.requests_T)
         for routing in late.routings:
@@ -83,7 +83,7 @@ class RoutingTap:
             late.routings.append(Routing(layer, late.requests_T, _host(topk_ids_TK), _host(topk_weights_TK), {}))
             return
         ahead = {later: _host(scores_TE) for later, scores_TE in self.look_ahead(layer, x_TH).items()}
-        self.told(layer, _host(topk_ids_TK), _host(topk_weights_TK), ahead)
+        self.routed_on_host(layer, _host(topk_ids_TK), _host(topk_weights_TK), ahead)
 
     def later(self, layer: int) -> list[int]:
         """The layers behind ``layer`` that it looks ahead to."""
@@ -93,7 +93,7 @@ class RoutingTap:
         """The look-ahead scores for the layers behind ``layer``: float32 [T, E] of each, where its routers are."""
         return {ahead.layer: ahead.logits(x_TH * ahead.scale_H).float() for ahead in self._ahead[layer]}
 
-    def told(
+    def routed_on_host(
         self, layer: int, topk_ids_TK: np.ndarray, topk_weights_TK: np.ndarray, ahead: Mapping[int, np.ndarray]
     ) -> None:
         """As ``routed``, for the choice of a decode step that has been brought to the host already."""

@@ -66,7 +66,7 @@ class StandingLease(_OpenLease):
         ready, self._ready = self._ready, []
         return ready
 
-    def heard(self) -> None:
+    def prefetch(self) -> None:
         """As in Lease: nothing is foretold."""
 
 
@@ -74,7 +74,7 @@ class SlotLease(_OpenLease):
     """Carries out the plan of one layer.
 
     A wanted expert is missing until it has a slot, then loading, arrived (and held from here on), computing, retired.
-    ``foretell`` adds to a plan what has been foretold once the layer's routing has been heard; None where nothing is.
+    ``plan_prefetch`` adds to a plan what is foretold once the layer's routing has been heard; None where nothing is.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class SlotLease(_OpenLease):
         residency: Residency,
         space: Space,
         plan: LayerPlan,
-        foretell: Callable[[LayerPlan], LayerPlan] | None = None,
+        plan_prefetch: Callable[[LayerPlan], LayerPlan] | None = None,
     ) -> None:
         self._residency = residency
-        self._foretell = foretell
+        self._plan_prefetch = plan_prefetch
         self._space = space
         self._plan = plan
         self._missing = deque(plan.demand)
@@ -128,10 +128,10 @@ class SlotLease(_OpenLease):
         """As in Lease."""
         return next(self) if self._arrived and not self._must_wait() else []
 
-    def heard(self) -> None:
+    def prefetch(self) -> None:
         """As in Lease."""
-        if self._foretell is not None:
-            self._plan = self._foretell(self._plan)
+        if self._plan_prefetch is not None:
+            self._plan = self._plan_prefetch(self._plan)
             self._prefetch.extend(self._plan.prefetch)
             self._space.enter(self._plan)
             self._fill()

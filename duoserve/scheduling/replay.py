@@ -257,7 +257,7 @@ class _Run:
         with self._host:
             assert self._listener is not None
             self._listener.routed(routing)
-            lease.heard()
+            lease.prefetch()
 
     def _compute(self, layer: int, lease: Lease, wanted: _Asked, num_tokens: int) -> None:
         batches = iter(lease)

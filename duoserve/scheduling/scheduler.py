@@ -92,7 +92,7 @@ class Scheduler(ExpertSource):
 
     @property
     def listener(self) -> RoutingListener | None:
-        """Who must hear the routing, before each ``begin`` and each lease's ``heard``; None if nothing is foretold."""
+        """Who must hear the routing, before each ``begin`` and a lease's ``prefetch``; None if nothing is foretold."""
         return self._foresight if self._foresight.guesses_at_all else None
 
     def begin(self, phase: Phase, num_tokens: int) -> None:
@@ -267,8 +267,8 @@ class Scheduler(ExpertSource):
 
     def _open_lease(self, run: _Pass, layer: int, wanted: Sequence[int]) -> tuple[SlotLease, int]:
         self._residency.collect()
-        foretell = self._foretold if run.phase is Phase.DECODE and self._foresight.guesses_at_all else None
-        lease = self._lease = SlotLease(self._residency, run.space, self._plan(run, layer, wanted), foretell)
+        plan_prefetch = self._with_guesses if run.phase is Phase.DECODE and self._foresight.guesses_at_all else None
+        lease = self._lease = SlotLease(self._residency, run.space, self._plan(run, layer, wanted), plan_prefetch)
         return lease, lease.start(wanted)
 
     def _plan(self, run: _Pass, layer: int, wanted: Sequence[int]) -> LayerPlan:
@@ -286,7 +286,7 @@ class Scheduler(ExpertSource):
             self._link.demanded(Demand(len(wanted), len(plan.demand), unguessed, alone))
         return plan
 
-    def _foretold(self, plan: LayerPlan) -> LayerPlan:
+    def _with_guesses(self, plan: LayerPlan) -> LayerPlan:
         """The plan of a decode step's layer, once its routing has been heard."""
         ledger = self._residency.ledger
         guesses = self._foresight.guess(plan.layer, self._residency.slots, ledger.guesses, ledger.unused)

@@ -33,8 +33,8 @@ class Lease(Protocol):
         """The next batch if it need not be waited for; else, or if there is none, nothing."""
         ...
 
-    def heard(self) -> None:
-        """Whoever listens to the routing has heard this layer's: what they foretell may be copied behind its demands.
+    def prefetch(self) -> None:
+        """Asks, behind this layer's demands, for what those foretell who listen to the routing and have heard it.
 
         Once for each layer, and before the next asks for its experts; never where nobody listens.
         """

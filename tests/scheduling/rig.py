@@ -97,7 +97,7 @@ class Rig:
                     with self.scheduler.acquire(layer, wanted) as lease:
                         if heard is not None and wanted:
                             heard.routed(routed(layer, wanted))
-                            lease.heard()
+                            lease.prefetch()
                         for ready in lease:
                             batches.append(Batch(self.clock.now, layer, [one.expert for one in ready]))
                             look(batches[-1])

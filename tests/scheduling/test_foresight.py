@@ -151,7 +151,7 @@ def test_demands_are_asked_for_before_anybody_hears_the_routing() -> None:
         asked.append([ticket.expert for ticket in rig.engine.tickets])
         assert lease.at_once() == []  # it waits for nothing
         teller.routed(routed(0, [3, 4]))
-        lease.heard()
+        lease.prefetch()
         asked.append([ticket.expert for ticket in rig.engine.tickets[2:]])
         list(lease)
     rig.clock.advance(2.0)

@@ -213,7 +213,7 @@ class Slots(RuleBasedStateMachine):
             self.hear(layer, wanted)
             guesses = self.scheduler._residency.ledger.guesses
             before = len(guesses)
-            self.lease.heard()
+            self.lease.prefetch()
             self.guessed.append(len(guesses) - before)
 
     def next_batch(self) -> None:
