@@ -16,7 +16,7 @@ from duoserve.experts.checkpoint import FLOATS
 from duoserve.experts.formats.codes import StoredTensor
 from duoserve.experts.shards import CONFIG_FILE, INDEX_FILE
 from duoserve.models.registry import family_of
-from duoserve.models.stored import by_custom, stored_bytes, stored_tensors
+from duoserve.models.stored import by_convention, stored_bytes, stored_tensors
 
 CONFIGS = Path(__file__).resolve().parent.parent / "duoserve" / "assets" / "configs"
 VOCAB = 4096  # of the embeddings, which a loader has no trouble with
@@ -62,7 +62,7 @@ def make_checkpoint(case: Case, folder: Path, shard_bytes: int, small: bool) -> 
     (folder / CONFIG_FILE).write_text(json.dumps(raw))
     files: dict[str, str] = {}
     largest = 0
-    for number, shard in enumerate(_shards(stored_tensors(family, config, by_custom(config)), shard_bytes)):
+    for number, shard in enumerate(_shards(stored_tensors(family, config, by_convention(config)), shard_bytes)):
         file = folder / f"model-{number:05}.safetensors"
         save_file({name: _random(name, tensor, case) for name, tensor in shard.items()}, file)
         files |= dict.fromkeys(shard, file.name)

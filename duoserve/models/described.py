@@ -16,7 +16,7 @@ from duoserve.experts.strict_json import read_object
 from duoserve.models.family import Family
 from duoserve.models.opened import HEAD, is_unused, opened
 from duoserve.models.registry import family_of
-from duoserve.models.stored import by_custom, by_names, by_tensors, stored_bytes, stored_tensors
+from duoserve.models.stored import by_convention, by_names, by_tensors, stored_bytes, stored_tensors
 
 HEADERS, INDEX, CONFIG = "the weights' headers", INDEX_FILE, CONFIG_FILE
 
@@ -66,7 +66,7 @@ def _from_index(folder: Path, listed: Mapping[str, str] | None) -> DescribedMode
     config = family.parse_config(raw)
     if listed is not None and HEAD in listed:
         config = replace(config, tie_word_embeddings=False)
-    stored = stored_tensors(family, config, by_custom(config) if listed is None else by_names(listed))
+    stored = stored_tensors(family, config, by_convention(config) if listed is None else by_names(listed))
     if listed is not None:
         check_names(folder, listed, stored, partial(is_unused, config, stored))
     nbytes = {name: stored_bytes(tensor, config.dtype) for name, tensor in stored.items()}

@@ -61,7 +61,7 @@ def by_names(names: Collection[str]) -> IsQuantized:
     return lambda name, form: any(part.name in names for part in form.parts(name, 1, 1).values() if part.name != name)
 
 
-def by_custom(config: ModelConfig) -> IsQuantized:
+def by_convention(config: ModelConfig) -> IsQuantized:
     """Where nothing but the config is there: what most do. In MXFP4 only experts are."""
     mixed = config.quantization is not None and config.quantization.method == "mxfp4"
     return lambda name, form: not mixed and PROJECTION.fullmatch(name) is not None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 # What guesses may have cost in all, as a share of the time in which they could be made.
-ALLOWED = 0.004
+ALLOWED_TIME = 0.004
 
 
 class Account:
-    """What guesses have saved less what they have cost, and ALLOWED of the time on top: that is what they may risk.
+    """What guesses have saved less what they have cost, and ALLOWED_TIME of the time on top: so much they may risk.
 
     A guess is open until its expert is used or given up. One that is wrong costs a copy at most: it delays a demand, or
     its victim has to come back. At most ``most_open`` copies are put by, so that a predictor that was good for a
@@ -20,7 +20,7 @@ class Account:
 
     def settle(self, seconds: float, saved_s: float, copy_s: float) -> None:
         """A layer took ``seconds`` and, had there been no guesses, would have taken ``saved_s`` more or (< 0) less."""
-        self._funds_s = min(self._funds_s + ALLOWED * seconds + saved_s, self._most_open * copy_s)
+        self._funds_s = min(self._funds_s + ALLOWED_TIME * seconds + saved_s, self._most_open * copy_s)
 
     def allows(self, copy_s: float) -> int:
         """How many guesses may be open now."""

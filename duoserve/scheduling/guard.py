@@ -10,16 +10,16 @@ from duoserve.scheduling.ghost import Ghost
 from duoserve.scheduling.ranking import Ranking, Values
 
 # Misses that may be lost to the rival, as a share of the rival's own.
-ALLOWED = 0.005
+ALLOWED_MISSES = 0.005
 
 
 class Guard(Ranking):
     """``own`` as far as it has earned that, else ``rival`` (None: always ``own``), judged by caches without guesses.
 
-    The credit is how many misses the rival has had more, and ALLOWED of all that it had. It must cover what ``own`` may
-    lose by chance: our cache lacks some experts that the rival's has, and has as many others instead. The uses of the
-    ones and of the others cancel, but for a difference that grows as the root of their number; a loss beyond chance
-    shows in the credit. So ``own`` begins with nothing, and what it gains lets it depart further.
+    The credit is how many misses the rival has had more, and ALLOWED_MISSES of all that it had. It must cover what
+    ``own`` may lose by chance: our cache lacks some experts that the rival's has, and has as many others instead. The
+    uses of the ones and of the others cancel, but for a difference that grows as the root of their number; a loss
+    beyond chance shows in the credit. So ``own`` begins with nothing, and what it gains lets it depart further.
     """
 
     def __init__(self, own: Ranking, rival: Ranking | None, new_ghost: Callable[[], Ghost]) -> None:
@@ -74,7 +74,7 @@ class Guard(Ranking):
         if not (rivals or self.missed):
             return  # neither cache has changed
         most = self._ghost.num_slots  # more would change nothing today, and let through too much on another day
-        self._credit = min(most, self._credit + (1 + ALLOWED) * rivals - self.missed)
+        self._credit = min(most, self._credit + (1 + ALLOWED_MISSES) * rivals - self.missed)
         apart = len(self._rivals_ghost.slots[layer].keys() - self._ghost.slots[layer].keys())
         self._num_apart += apart - self._apart[layer]
         self._apart[layer] = apart

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from duoserve.scheduling.account import ALLOWED, Account
+from duoserve.scheduling.account import ALLOWED_TIME, Account
 
 
 def test_the_first_guess_waits_for_its_share_of_the_time() -> None:
     account = Account(most_open=9)
-    account.settle(0.9 / ALLOWED, 0.0, copy_s=1.0)
+    account.settle(0.9 / ALLOWED_TIME, 0.0, copy_s=1.0)
     assert account.allows(1.0) == 0
-    account.settle(0.2 / ALLOWED, 0.0, copy_s=1.0)
+    account.settle(0.2 / ALLOWED_TIME, 0.0, copy_s=1.0)
     assert account.allows(1.0) == 1
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from duoserve.config import Phase
 from duoserve.scheduling.ghost import Ghost
-from duoserve.scheduling.guard import ALLOWED, Guard
+from duoserve.scheduling.guard import ALLOWED_MISSES, Guard
 from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import EVICTIONS, get_policy
 from duoserve.scheduling.ranking import DecayedFrequency, Ranking, Recency
@@ -83,7 +83,7 @@ def test_what_is_held_is_not_given_up() -> None:
 def test_it_goes_by_the_rival_until_it_may_lose_a_miss() -> None:
     judged, rival = guard(8), Recency(2, 8)
     steps = wanderings(random.Random(1), 25)
-    assert misses_of(judged, ghost(8), steps) == misses_of(rival, ghost(8), steps) < 1 / ALLOWED
+    assert misses_of(judged, ghost(8), steps) == misses_of(rival, ghost(8), steps) < 1 / ALLOWED_MISSES
 
 
 def test_in_the_end_it_is_as_good_as_its_own() -> None:

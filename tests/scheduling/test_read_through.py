@@ -16,7 +16,7 @@ from duoserve.errors import IntegrityError
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotState
 from duoserve.experts.tickets import TicketState
-from duoserve.scheduling.account import ALLOWED
+from duoserve.scheduling.account import ALLOWED_TIME
 from duoserve.scheduling.link_budget import IdleLink, StepLink
 from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import EVICTIONS, get_policy
@@ -195,7 +195,7 @@ class TestGuesses:
         link.asked(0.0, [4, 4])
         link.launched(1.5)  # half a second early
         link.stepped(2.0, hits=1.0, came_true=2)
-        assert link.account._funds_s == pytest.approx(ALLOWED * 2.0 + 2.0 - 2 * 0.25 - 0.5)
+        assert link.account._funds_s == pytest.approx(ALLOWED_TIME * 2.0 + 2.0 - 2 * 0.25 - 0.5)
 
     @given(
         slots=st.integers(8, 20),
