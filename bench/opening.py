@@ -87,7 +87,9 @@ def _said(result: Result, details: str) -> str:
         f"rounds in turn, {result['date'].partition(' ')[0]}, commit {result['versions']['commit']}.\n"
         "The bound is that of a decode step: active weights over the best rate of memory, or what a step reads over "
         "the best\nrate of the disk, in any round of any engine.\n"
-        "Experts in bf12 are those in bfloat16, bit by bit, in twelve bits a weight.\n"
+        "Op by op, a decode step runs as PyTorch's operations; compiled, as loops that PyTorch's compiler makes of it. "
+        "A predictor\nguesses which experts the next layer will choose; `lru` guesses nothing. "
+        "Experts in bf12 are those in bfloat16, bit by\nbit, in twelve bits a weight.\n"
         f"[Conditions, ceilings, checks and versions]({details})."
     )
 

@@ -4,18 +4,23 @@ from duoserve.async_engine import AsyncEngine
 from duoserve.errors import (
     CheckpointError,
     ClosedError,
+    CompilerError,
     ConfigError,
     CopyError,
     DuoServeError,
     IntegrityError,
+    KernelError,
     MemoryBudgetError,
     OverloadedError,
     RequestError,
     TraceError,
 )
+from duoserve.experts.budget import MemoryPlan
 from duoserve.metrics import Stats
 from duoserve.moe_model import Completion, MoEModel
 from duoserve.sampling import SamplingParams
+from duoserve.scheduling.policies import Policy, get_policy
+from duoserve.scheduling.predictor import Predictor
 from duoserve.service import Objectives, Piece, ServiceFigures, ServiceSettings, State, TokenLogprobs
 from duoserve.stream import Stream
 
@@ -25,16 +30,21 @@ __all__ = [
     "AsyncEngine",
     "CheckpointError",
     "ClosedError",
+    "CompilerError",
     "Completion",
     "ConfigError",
     "CopyError",
     "DuoServeError",
     "IntegrityError",
+    "KernelError",
     "MemoryBudgetError",
+    "MemoryPlan",
     "MoEModel",
     "Objectives",
     "OverloadedError",
     "Piece",
+    "Policy",
+    "Predictor",
     "RequestError",
     "SamplingParams",
     "ServiceFigures",
@@ -44,4 +54,5 @@ __all__ = [
     "Stream",
     "TokenLogprobs",
     "TraceError",
+    "get_policy",
 ]

@@ -41,8 +41,10 @@ def cell(speedup: float, experts: str = "disk") -> dict[str, Any]:
     return {"model": "bard", "experts": experts, "rows": rows}
 
 
-def served(fcfs: float | None, slo: float | None) -> dict[str, Any]:
-    return {"model": "bard", "seconds": 40.0, "fcfs": {"goodput": fcfs}, "slo": {"goodput": slo}}
+def served(fcfs: float | None, slo: float | None, attained: float = 0.8) -> dict[str, Any]:
+    """``attained``: what first come first served has attained at one request a second, the least that was tried."""
+    tried = [{"rate": 1.0, "attained": attained}]
+    return {"model": "bard", "seconds": 40.0, "fcfs": {"goodput": fcfs, "tried": tried}, "slo": {"goodput": slo}}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,8 @@ def served(fcfs: float | None, slo: float | None) -> dict[str, Any]:
     [
         ([cell(1.6)], [served(2.0, 3.2)], [True, True, True]),
         ([cell(1.6, "resident"), cell(1.6)], [served(2.0, 2.9)], [False, True, True, True, False]),
-        ([cell(1.4)], [served(None, 3.2), served(1.0, 2.0)], [False, True, None, True]),
+        ([cell(1.4)], [served(None, None), served(1.0, 2.0)], [False, True, None, True]),
+        ([], [served(None, 1.6), served(None, 1.4), served(None, 1.6, attained=0.95)], [True, None, None]),
         ([cell(1.4) | {"rows": []}], [], [None, None]),
     ],
 )

@@ -31,7 +31,8 @@ HEAD_ROWS = 16
 NUM_WARPS = 8
 
 
-@triton.jit
+# As in ``attention_gqa``: neither is worth a compilation in the midst of a request.
+@triton.jit(do_not_specialize=["table_stride", "num_chunks"])
 def _mla_chunks_kernel(
     q_latent_ptr,
     q_rope_ptr,

@@ -3,7 +3,8 @@
 T tokens, K top-k, E experts, H hidden, I expert intermediate, R = T * K routed rows. A CTA owns a tile of weights: it
 brings the whole tile through the link into the slot, once and with the widest loads, and then computes from there,
 where the tile is in the L2 cache. So a miss costs the time of the link and that of one CTA's tile; the other CTAs keep
-the link busy meanwhile. No CTA reads what another writes, and the product is that of ``moe_gemm``, hence its bits.
+the link busy meanwhile. No CTA reads what another writes otherwise than it does itself, and the product is that of
+``moe_gemm``, hence its bits.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from duoserve.kernels.checks import check_one_device, check_tensor, require
-from duoserve.kernels.configs import MEDIUM, SMALL, GemmConfig, gemm_config, scale_group
+from duoserve.kernels.configs import MEDIUM, SMALL, GemmConfig, gemm_config, scale_group, shape_class
 from duoserve.kernels.host_rows import ROW_ALIGNMENT, HostRows, check_addresses, offset_in_row
 from duoserve.kernels.moe_bf12 import bytes_of_row
 from duoserve.kernels.moe_checks import check_clamped, check_operands, check_rows
@@ -101,7 +102,8 @@ def _fill_tile(
         _copy_columns(_part(address, zeros_from, zeros), z_slot, D // GROUP, N, first_n, last_n, BN)
 
 
-@triton.jit
+# As in ``moe_gemm_kernel``. The lists of a layer lie wherever those of the layers before it end.
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["slots_W", "count_1"])
 def moe_fill_kernel(
     x,
     w,
@@ -244,9 +246,9 @@ def moe_down_fill(
 
 
 def fill_config(
-    dtype: torch.dtype, arch: int, num_tokens: int, format: ExpertFormat = ExpertFormat.FLOAT, group: int = 0
+    dtype: torch.dtype, arch: int, block_t: int, format: ExpertFormat = ExpertFormat.FLOAT, group: int = 0
 ) -> GemmConfig:
-    """The GEMMs' tiles for as many rows as there are tokens, by pointers: TMA would not see what threads stored.
+    """The GEMMs' tiles of that ``shape_class``, up to MEDIUM, by pointers: TMA would not see what threads stored.
 
     float32 takes 16 rows at a time by 8 warps, whatever the table says: with wider tiles or fewer warps ptxas spills.
     BF12's are for 4 warps: with 8 they spill on sm_80.
@@ -254,7 +256,7 @@ def fill_config(
     if dtype == torch.float32:
         num_warps = 4 if format is ExpertFormat.BF12 else 8
         return replace(gemm_config(dtype, arch, SMALL, False, format, group), num_warps=num_warps, num_stages=3)
-    return gemm_config(dtype, arch, SMALL if num_tokens <= SMALL else MEDIUM, False, format, group)
+    return gemm_config(dtype, arch, min(block_t, MEDIUM), False, format, group)
 
 
 def _check(weights: ExpertWeights, source: HostRows, plan: RoutePlan, work: Work) -> tuple[int, int]:
@@ -295,7 +297,8 @@ def _launch(
     if num_rows == 0 or max_items == 0 or num_slots == 0:
         return
     arch, num_sms = machine(w.device)
-    config = fill_config(x.dtype, arch, num_rows // plan.top_k, matrix.format, matrix.group)
+    block_t = shape_class(num_rows // plan.top_k, plan.top_k, len(plan.starts_E1) - 1)
+    config = fill_config(x.dtype, arch, block_t, matrix.format, matrix.group)
     moe_fill_kernel[(min(triton.cdiv(N, config.block_n) * max_items, num_sms * config.ctas_per_sm),)](
         x,
         w,

@@ -34,7 +34,17 @@ from duoserve.kernels import (
     route,
     router,
 )
-from duoserve.kernels.configs import HUGE, LARGE, MEDIUM, SMALL, GemmConfig, GemvConfig, gemm_config, gemv_config
+from duoserve.kernels.configs import (
+    HUGE,
+    LARGE,
+    MEDIUM,
+    SMALL,
+    GemmConfig,
+    GemvConfig,
+    gemm_config,
+    gemv_config,
+    shape_class,
+)
 from duoserve.kernels.host_rows import HostRows
 from duoserve.kernels.weights import ExpertFormat, QuantizedLayout
 from tests.kernels.experts_case import TINY
@@ -45,6 +55,7 @@ NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 NUM_SMS = 132
 NUM_SLOTS = 64
 TOP_K, EXPERTS = 8, 128  # Qwen3-30B-A3B, as are the sizes
+FEW_EXPERTS = 32  # of which 64 tokens choose so many rows each that their tiles are MEDIUM
 HIDDEN, INTER = 2048, 768
 TOKENS = {SMALL: 16, MEDIUM: 512, LARGE: 2048, HUGE: 8192}  # of each shape class with TOP_K of EXPERTS
 FORMATS = ((ExpertFormat.FLOAT, 0), *LAYOUTS)
@@ -145,16 +156,18 @@ class Fill:
 
     def config(self, arch: int) -> GemmConfig:
         """The row, as the op chooses it."""
-        return moe_fill.fill_config(self.dtype, arch, self.tokens, self.format, self.group)
+        block_t = shape_class(self.tokens, TOP_K, FEW_EXPERTS)
+        return moe_fill.fill_config(self.dtype, arch, block_t, self.format, self.group)
 
     def __call__(self, arch: int) -> None:
         del arch
-        weights, plan = expert_weights(self.dtype, self.format, self.group, HIDDEN, INTER), routing(self.tokens)
-        source = HostRows((None,) * EXPERTS, torch.empty(EXPERTS, dtype=torch.int64))
+        weights = expert_weights(self.dtype, self.format, self.group, HIDDEN, INTER)
+        plan = routing(self.tokens, FEW_EXPERTS)
+        source = HostRows((None,) * FEW_EXPERTS, torch.empty(FEW_EXPERTS, dtype=torch.int64))
         rows_RI = torch.empty(self.tokens * TOP_K, INTER, dtype=self.dtype)
         if self.up:
             x_TH = torch.empty(self.tokens, HIDDEN, dtype=self.dtype)
-            clamped = clamp(self.clamped, INTER)
+            clamped = clamp(self.clamped, INTER, FEW_EXPERTS)
             moe_fill.moe_up_fill(x_TH, weights, source, plan, plan.missing, rows_RI, clamped)
         else:
             y_RH = torch.empty(self.tokens * TOP_K, HIDDEN, dtype=self.dtype)
@@ -168,16 +181,16 @@ def expert_weights(dtype: torch.dtype, format: ExpertFormat, group: int, hidden:
     return layout.weights(torch.empty(NUM_SLOTS, layout.slot_bytes, dtype=torch.uint8))
 
 
-def clamp(wanted: bool, inter: int) -> ClampedUp | None:
+def clamp(wanted: bool, inter: int, experts: int = EXPERTS) -> ClampedUp | None:
     """gpt-oss's activation."""
-    return ClampedUp(torch.empty(EXPERTS, 2 * inter, dtype=BF16), 1.702, 7.0) if wanted else None
+    return ClampedUp(torch.empty(experts, 2 * inter, dtype=BF16), 1.702, 7.0) if wanted else None
 
 
-def routing(tokens: int) -> RoutePlan:
-    """A plan of TOP_K of EXPERTS; no kernel makes it."""
-    lists = torch.empty(2, 3, EXPERTS, dtype=torch.int32)
-    resident, missing = (DeviceWork(experts, slots, count[:1]) for experts, slots, count in lists)
-    order_R, starts_E1 = (torch.empty(size, dtype=torch.int32) for size in (tokens * TOP_K, EXPERTS + 1))
+def routing(tokens: int, experts: int = EXPERTS) -> RoutePlan:
+    """A plan of TOP_K of so many; no kernel makes it."""
+    lists = torch.empty(2, 3, experts, dtype=torch.int32)
+    resident, missing = (DeviceWork(chosen, slots, count[:1]) for chosen, slots, count in lists)
+    order_R, starts_E1 = (torch.empty(size, dtype=torch.int32) for size in (tokens * TOP_K, experts + 1))
     return RoutePlan(order_R, starts_E1, resident, missing, TOP_K)
 
 
@@ -338,16 +351,42 @@ def _lists(arch: int) -> None:
             moe_gemm.moe_up(x_TH, weights, routing(tokens), work, rows_RI)
 
 
+def _read_through(tokens: int, layer: int) -> None:
+    """``moe_up_fill`` of a layer's list behind those of other layers with an odd number of experts."""
+    experts = 35
+    weights, plan = expert_weights(BF16, ExpertFormat.FLOAT, 0, 64, 64), routing(tokens, experts)
+    work = replace(plan.missing, slots_W=torch.empty(layer + 1, experts, dtype=torch.int32)[layer])
+    source = HostRows((None,) * experts, torch.empty(experts, dtype=torch.int64))
+    x_TH, rows_RI = torch.empty(tokens, 64, dtype=BF16), torch.empty(tokens * TOP_K, 64, dtype=BF16)
+    moe_fill.moe_up_fill(x_TH, weights, source, plan, work, rows_RI)
+
+
+WIDTHS = (1, 2, 8, 16, 32, 33, 40, 64)  # of page tables
+
+
 def _sizes(arch: int) -> None:
-    """Plans of so many rows as one power of two holds, and attention with page tables of many widths."""
+    """Plans of so many rows as one power of two holds, read-through of many rows, attention with many page tables."""
     del arch
     with torch.device("cpu"):  # whose memory has addresses
         for tokens in (33, 40, 48, 64):
             plan(tokens, 1, 8)
-        for columns in (32, 33, 40):
+        for tokens, layer in ((1, 0), (7, 1), (8, 2), (16, 3)):
+            _read_through(tokens, layer)
+        for columns in WIDTHS:
             q_BHD, pages = torch.empty(4, 8, 64, dtype=BF16), torch.empty(4, 64, 2, 64, dtype=BF16)
             table, lengths = torch.empty(4, columns, dtype=torch.int32), torch.empty(4, dtype=torch.int32)
             attention_gqa.decode_attention(q_BHD, pages, torch.empty_like(pages), table, lengths, 0.1)
+
+
+def _latent_sizes(arch: int) -> None:
+    """Attention over latents with many page tables."""
+    del arch
+    with torch.device("cpu"):  # whose memory has addresses
+        for columns in WIDTHS:
+            q_latent, q_rope = torch.empty(4, 16, 512, dtype=BF16), torch.empty(4, 16, 64, dtype=BF16)
+            table, lengths = torch.empty(4, columns, dtype=torch.int32), torch.empty(4, dtype=torch.int32)
+            pages = torch.empty(64, 64, 576, dtype=BF16)
+            attention_mla.mla_decode_attention(q_latent, q_rope, pages, table, lengths, 0.1)
 
 
 # What the gate must refuse, so that it is seen to.
@@ -360,6 +399,7 @@ LAUNCHES: dict[str, Callable[[int], None]] = {
     "crowded": _crowded,
     "lists": _lists,
     "sizes": _sizes,
+    "latent-sizes": _latent_sizes,
     **FILLS,
     **{name: _ignoring_arch(launch) for name, launch in SMALL_KERNELS.items()},
 }

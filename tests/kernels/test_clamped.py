@@ -11,6 +11,7 @@ from torch import Tensor
 from duoserve import kernels
 from duoserve.errors import KernelError
 from duoserve.kernels import ClampedUp, moe_fill, moe_gemm, reference
+from duoserve.kernels.configs import SMALL
 from duoserve.kernels.weights import ExpertFormat
 from tests.kernels.common import DEVICE, DTYPES, assert_close, assert_same_bits
 from tests.kernels.experts_case import FLOAT, Case, make_case
@@ -64,7 +65,7 @@ def test_the_clamped_activation(
 def test_reading_through_gives_the_same_bits(form: tuple[ExpertFormat, int]) -> None:
     case = make_case(5, 2, 6, 64, 32, torch.bfloat16, form, away=0.8)
     clamped, weights = clamped_up(case, 0.5), case.pool.weights
-    config = moe_fill.fill_config(torch.bfloat16, 0, 5, weights.format, weights.group)
+    config = moe_fill.fill_config(torch.bfloat16, 0, SMALL, weights.format, weights.group)
     resident_RI = activations(case, clamped, config=config)
     away, act_RI = Away(case), case.act()
     assert away.work.pairs()

@@ -201,8 +201,10 @@ def test_no_length_of_a_work_list_compiles_a_kernel_of_its_own(compiler: Compile
     assert len(codes) == 8 and len({code.hash for code in codes}) == 1
 
 
-def test_no_number_of_rows_nor_width_of_a_page_table_does(compiler: Compiler) -> None:
-    codes = compiler("sizes", 90)
+@pytest.mark.parametrize("arch", [90])
+@pytest.mark.parametrize("name", ["sizes", "latent-sizes"])
+def test_no_number_of_rows_nor_width_of_a_page_table_does(compiler: Compiler, name: str, arch: int) -> None:
+    codes = compiler(name, arch)
     found = [(code.kernel, code.hash) for code in codes]
     assert len(found) >= 7 and len(set(found)) == len({code.kernel for code in codes})
 

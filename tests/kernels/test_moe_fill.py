@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from duoserve.errors import KernelError
 from duoserve.kernels import HostWork, Work, moe_fill, moe_gemm, reference, reference_copies
-from duoserve.kernels.configs import GemmConfig
+from duoserve.kernels.configs import GemmConfig, shape_class
 from duoserve.kernels.host_rows import HostRows, offset_in_row
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat
@@ -28,7 +28,8 @@ def config_of(case: Case) -> GemmConfig:
     """The fill's tiles on this machine: products have other bits in other tiles."""
     weights = case.pool.weights
     arch, _ = moe_gemm.machine(case.x_TH.device)
-    return moe_fill.fill_config(case.x_TH.dtype, arch, len(case.x_TH), weights.format, weights.group)
+    block_t = shape_class(len(case.x_TH), case.plan.top_k, len(case.slots_E))
+    return moe_fill.fill_config(case.x_TH.dtype, arch, block_t, weights.format, weights.group)
 
 
 def filled(

@@ -125,12 +125,13 @@ def test_all_but_one_in_a_thousand_are_within_one_ulp(form: tuple[ExpertFormat, 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_shape_class_gives_a_row_the_same_bits(dtype: torch.dtype) -> None:
+def test_every_shape_class_gives_a_row_the_same_bits(dtype: torch.dtype, form: tuple[ExpertFormat, int]) -> None:
     """What makes the whole table batch-invariant. The interpreter's products promise no such thing."""
-    case = make_case(300, 2, 4, 512, 384, dtype, away=0.0)
+    case = make_case(300, 2, 4, 512, 384, dtype, form, away=0.0)
     arch, _ = moe_gemm.machine(case.x_TH.device)
-    configs = [gemm_config(dtype, arch, block_t) for block_t in (SMALL, MEDIUM, LARGE, HUGE)]
+    configs = [gemm_config(dtype, arch, block_t, True, *form) for block_t in (SMALL, MEDIUM, LARGE, HUGE)]
     first_act, first_y = layer(case, configs[0])
     for config in configs[1:]:
         act, y = layer(case, config)
