@@ -16,11 +16,7 @@ import torch
 
 from duoserve.experts.layout import ExpertLayout
 from duoserve.kernels import (
-    ClampedUp,
-    DeviceWork,
-    ExpertWeights,
     HostWork,
-    RoutePlan,
     attention_gqa,
     attention_mla,
     cache_rows,
@@ -46,15 +42,13 @@ from duoserve.kernels.configs import (
     shape_class,
 )
 from duoserve.kernels.host_rows import HostRows
-from duoserve.kernels.weights import ExpertFormat, QuantizedLayout
+from duoserve.kernels.weights import ExpertFormat
 from tests.kernels.experts_case import TINY
+from tests.kernels.launch_operands import BF16, EXPERTS, FP16, FP32, NUM_SLOTS, TOP_K, clamp, expert_weights, routing
 from tests.kernels.quantized_case import LAYOUTS
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 NUM_SMS = 132
-NUM_SLOTS = 64
-TOP_K, EXPERTS = 8, 128  # Qwen3-30B-A3B, as are the sizes
 FEW_EXPERTS = 32  # of which 64 tokens choose so many rows each that their tiles are MEDIUM
 HIDDEN, INTER = 2048, 768
 TOKENS = {SMALL: 16, MEDIUM: 512, LARGE: 2048, HUGE: 8192}  # of each shape class with TOP_K of EXPERTS
@@ -172,26 +166,6 @@ class Fill:
         else:
             y_RH = torch.empty(self.tokens * TOP_K, HIDDEN, dtype=self.dtype)
             moe_fill.moe_down_fill(rows_RI, weights, source, plan, plan.missing, y_RH)
-
-
-def expert_weights(dtype: torch.dtype, format: ExpertFormat, group: int, hidden: int, inter: int) -> ExpertWeights:
-    """A pool of experts whose activations have ``dtype``."""
-    is_float = format is ExpertFormat.FLOAT
-    layout = ExpertLayout(dtype, hidden, inter) if is_float else QuantizedLayout(format, hidden, inter, group)
-    return layout.weights(torch.empty(NUM_SLOTS, layout.slot_bytes, dtype=torch.uint8))
-
-
-def clamp(wanted: bool, inter: int, experts: int = EXPERTS) -> ClampedUp | None:
-    """gpt-oss's activation."""
-    return ClampedUp(torch.empty(experts, 2 * inter, dtype=BF16), 1.702, 7.0) if wanted else None
-
-
-def routing(tokens: int, experts: int = EXPERTS) -> RoutePlan:
-    """A plan of TOP_K of so many; no kernel makes it."""
-    lists = torch.empty(2, 3, experts, dtype=torch.int32)
-    resident, missing = (DeviceWork(chosen, slots, count[:1]) for chosen, slots, count in lists)
-    order_R, starts_E1 = (torch.empty(size, dtype=torch.int32) for size in (tokens * TOP_K, experts + 1))
-    return RoutePlan(order_R, starts_E1, resident, missing, TOP_K)
 
 
 def plan(tokens: int, top_k: int, experts: int) -> None:
