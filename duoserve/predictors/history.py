@@ -112,8 +112,9 @@ class History:
         self.path = deque((_taken(old_TE, rows_T, known_T1) for old_TE in self.path), maxlen=PATH)
         self.whole_path_TE = _taken(self.whole_path_TE, rows_T, known_T1)
         self._requests_T = requests_T
-        most = max(_REMEMBERED, len(requests_T))
-        self._slots_T = np.array([self._slot(number, most) for number in requests_T.tolist()], dtype=np.int64)
+        numbers = requests_T.tolist()
+        most = max(_REMEMBERED, len(set(numbers)))  # a prompt has a row for each of its tokens
+        self._slots_T = np.array([self._slot(number, most) for number in numbers], dtype=np.int64)
 
     def _slot(self, number: int, most: int) -> int:
         """Where the request is remembered; of more than ``most``, the one not seen for longest is forgotten."""

@@ -94,6 +94,16 @@ def test_the_request_not_seen_for_longest_is_forgotten():
     assert not history.counts(1)[0].any()
 
 
+def test_a_prompt_of_many_rows_is_one_request():
+    history = History(META)
+    for number in range(65):
+        step(history, [number] * 100, *[[A] * 100] * 4, phase=Phase.PREFILL)
+    step(history, [1])
+    assert history.counts(1)[0].any()
+    step(history, [0])
+    assert not history.counts(1)[0].any()
+
+
 def test_more_requests_at_once_than_are_remembered():
     history = History(META)
     step(history, list(range(100)), *[[A, B] * 50] * 4)
