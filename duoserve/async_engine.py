@@ -31,7 +31,7 @@ class AsyncEngine:
         with model.lend() as runtime:
             self._text = runtime.text
             self._worker = Worker(runtime, settings)
-        self._closed = False
+        self._closing: asyncio.Task[None] | None = None
 
     @property
     def state(self) -> State:
@@ -94,11 +94,17 @@ class AsyncEngine:
             await asyncio.wrap_future(self._worker.end_all())
 
     async def close(self) -> None:
-        """Ends all requests with ClosedError, then the thread, then the model; calling it again does nothing."""
-        if not self._closed:
-            self._closed = True
-            await asyncio.to_thread(self._worker.stop)
-            self._model.close()
+        """Ends all requests with ClosedError, then the thread, then the model.
+
+        Who calls it again waits for the same end, which comes even if everybody who waits is cancelled.
+        """
+        if self._closing is None or self._closing.cancelled():
+            self._closing = asyncio.create_task(asyncio.to_thread(self._end))
+        await asyncio.shield(self._closing)
+
+    def _end(self) -> None:
+        self._worker.stop()
+        self._model.close()
 
     def _objectives(self, wanted: Objectives | None) -> Objectives:
         """Those of the service where a request brings none."""

@@ -18,6 +18,7 @@ from duoserve.errors import ClosedError, DuoServeError, RequestError
 from duoserve.stream import Stream
 from duoserve.text import IncrementalDecoder
 from tests.checkpoints import BARD, save_mixtral
+from tests.fakes import Gate
 from tests.small_tokenizers import byte_level_tokenizer
 
 PROMPT = [5, 9, 2, 40, 41, 7]
@@ -54,6 +55,31 @@ def test_a_service_that_cannot_be_made_does_not_keep_the_model(folder: Path, mon
             with pytest.raises(MemoryError):
                 AsyncEngine(model)
         assert len(model.generate(PROMPT, PARAMS).token_ids) == PARAMS.max_tokens
+
+
+def test_a_close_that_is_cancelled_comes_to_its_end(folder: Path) -> None:
+    """It waits for a step that is under way; who calls it again waits for the same end."""
+    gate = Gate()
+
+    async def main() -> None:
+        service = AsyncEngine(MoEModel.from_pretrained(folder))
+        engine = service.model._runtime.engine
+        step, engine.step = engine.step, lambda: gate.pass_through() or step()  # type: ignore[method-assign, func-returns-value]
+        stream = await service.submit(PROMPT, PARAMS)
+        await asyncio.to_thread(gate.wait_entered)
+        first = asyncio.create_task(service.close())
+        await asyncio.sleep(0)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        gate.open()
+        await service.close()
+        with pytest.raises(ClosedError, match="this model was closed"):
+            _ = service.model.config
+        with pytest.raises(ClosedError):
+            [_ async for _ in stream]
+
+    asyncio.run(asyncio.wait_for(main(), 20))
 
 
 def test_an_error_while_requests_are_added_reaches_all_who_wait(
