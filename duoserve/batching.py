@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from itertools import count
 from math import inf, isinf
 from typing import NamedTuple
@@ -20,6 +21,8 @@ STEP_S = 0.05
 PATIENCE_S = 10.0
 # So many tokens ahead the credit of a running request is counted, for it may stop before the last that it may get.
 AHEAD = 4
+# What steps took so long ago on a service that has been idle since says little of what they would take now.
+STALE_S = 5.0
 # Work is planned for this share of an objective for later tokens: what steps will take is not known exactly.
 PLANNED = 0.95
 
@@ -27,7 +30,7 @@ PLANNED = 0.95
 class WaitingRequest(NamedTuple):
     """A request that waits: its prompt's tokens, and the ``room`` in the KV cache that it will be given.
 
-    ``sent_back``: when the room of one that ran was last taken from it.
+    ``sent_back``: when the room of one that ran was last taken from it. It may get ``left`` tokens.
     """
 
     arrived: float
@@ -35,6 +38,7 @@ class WaitingRequest(NamedTuple):
     room: int
     objectives: Objectives = Objectives()
     sent_back: float | None = None
+    left: int = 1
 
     @property
     def patient_until(self) -> float:
@@ -60,22 +64,36 @@ class RunningRequest(NamedTuple):
 
 
 class PrefillUnderWay(NamedTuple):
-    """The prefill that is under way: tokens and requests in it, layers that are left, when its oldest request came."""
+    """The prefill that is under way: tokens and requests in it, layers that are left, when its oldest request came.
+
+    Its requests have ``room`` together, and any of them may get ``left`` tokens at most.
+    """
 
     num_tokens: int
     num_requests: int
     layers_left: int
     arrived: float = inf
+    room: int = 0
+    left: int = 1
 
 
 class Load(NamedTuple):
-    """All that a choice depends on. ``free`` is the room in the KV cache for those that wait."""
+    """All that a choice depends on. ``free`` is the room in the KV cache for those that wait.
+
+    The last step that was measured ended at ``measured``, None: just now.
+    """
 
     now: float
     waiting: Sequence[WaitingRequest]
     running: Sequence[RunningRequest]
     free: int
     coming: PrefillUnderWay | None = None
+    measured: float | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether nobody is there."""
+        return not (self.waiting or self.running or self.coming)
 
 
 class Refusal(NamedTuple):
@@ -148,18 +166,24 @@ class Batching:
         return most
 
     def refusal(self, asked: WaitingRequest, load: Load) -> Refusal | None:
-        """Why ``asked``, behind all others, cannot meet its objectives; None if it can, as far as is known."""
+        """Why ``asked``, behind all others, cannot meet its objectives; None if it can, as far as is known.
+
+        Only what is served is measured: where nobody is there and the last measurement is old, one goes through.
+        """
+        if load.empty and load.measured is not None and load.now - load.measured > STALE_S:
+            return None
         ttft_s, tpot_s = asked.objectives.ttft_s, asked.objectives.tpot_s
         if tpot_s is not None and self.costs.decode_s(1) > tpot_s:
             needed = self.costs.decode_s(1)
             return Refusal(f"a token takes {needed:.3g} s even alone, its objective is {tpot_s:.3g} s", needed)
         if ttft_s is None:
             return None
-        expected = self.first_token_s(asked, load)
+        ahead_s = self.first_token_s(asked, load)
+        expected = load.now - asked.arrived + ahead_s
         if expected <= ttft_s:
             return None
         why = f"its first token is expected after {expected:.3g} s, its objective is {ttft_s:.3g} s"
-        return Refusal(why, max(0.1, expected - ttft_s))
+        return Refusal(why, max(0.1, ahead_s - ttft_s))
 
     def first_token_s(self, asked: WaitingRequest, load: Load) -> float:
         """In how many seconds ``asked`` can expect its first token, behind all that wait and are under way."""
@@ -239,13 +263,21 @@ class Batching:
         return 1.0 + step_s / slice_s if slice_s > 0 else 1.0
 
     def _place_s(self, asked: WaitingRequest, load: Load) -> float:
-        """How long until there is a place, and room in the KV cache, for all that wait and for ``asked``."""
-        places = self._largest_batch(asked, load) - len(load.running) - len(load.waiting) - 1
-        places -= load.coming.num_requests if load.coming else 0
-        room = load.free - asked.room - sum(other.room for other in load.waiting)
-        steps = 0
-        for going in sorted(load.running, key=lambda going: going.left):
-            if places >= 0 and room >= 0:
-                break
-            places, room, steps = places + 1, room + going.room, going.left
-        return steps * self.costs.decode_s(len(load.running))
+        """How long until there is a place, and room in the KV cache, for all that wait and then for ``asked``.
+
+        Each of them has its own place from then on, until it has the tokens that it may get.
+        """
+        ends = [(going.left, 1, going.room) for going in load.running]  # after so many steps: places and room
+        if load.coming is not None:
+            ends.append((load.coming.left, load.coming.num_requests, load.coming.room))
+        heapify(ends)
+        started, largest = sum(num for _, num, _ in ends), self._largest_batch(asked, load)
+        places, room, steps = largest - started, load.free, 0
+        for one in (*load.waiting, asked):
+            while ends and (places < 1 or room < one.room):
+                steps, num, freed = heappop(ends)
+                places, room = places + num, room + freed
+            places, room = places - 1, room - one.room
+            heappush(ends, (steps + one.left, 1, one.room))
+        batch = max(len(load.running), min(largest, started + len(load.waiting)))
+        return steps * self.costs.decode_s(batch)

@@ -54,6 +54,7 @@ class Engine:
         self._prefill: Prefill | None = None
         self._running: list[Request] = []
         self._decoded = False  # the last step was a decode step
+        self._measured = clock()  # when the last step ended that the costs know of
         self._num_sent_back = 0
 
     @property
@@ -237,7 +238,8 @@ class Engine:
         except CopyError as error:
             self._prefill = None
             return self._fail(prefill.requests, error)
-        self._costs.note_prefill(prefill.num_tokens, num_layers, self._clock() - begun)
+        self._measured = self._clock()
+        self._costs.note_prefill(prefill.num_tokens, num_layers, self._measured - begun)
         if logits_BV is None:
             return []
         self._prefill = None
@@ -254,7 +256,8 @@ class Engine:
         except CopyError as error:
             return self._fail(requests, error)
         produced = self._sample_all(requests, logits_BV)
-        self._costs.note_decode(len(requests), self._clock() - begun)
+        self._measured = self._clock()
+        self._costs.note_decode(len(requests), self._measured - begun)
         return produced
 
     def _with_room(self) -> list[Request]:
@@ -346,11 +349,13 @@ class Engine:
         if prefill is not None:
             left = self._passes.num_layers - prefill.under_way.next_layer
             arrived = min(request.arrived or 0.0 for request in prefill.requests)
-            coming = PrefillUnderWay(prefill.num_tokens, len(prefill.requests), left, arrived)
+            room = sum(request.kv.room for request in prefill.requests)
+            longest = max(request.params.max_tokens for request in prefill.requests)
+            coming = PrefillUnderWay(prefill.num_tokens, len(prefill.requests), left, arrived, room, longest)
         # A page for each that grows: else the next to do so would send a newcomer back.
         growing = sum(request.may_grow for request in self._running)
         free = self._cache.free_tokens - growing * PAGE_TOKENS
-        return Load(now, (), [*map(self._going, self._running)], free, coming)
+        return Load(now, (), [*map(self._going, self._running)], free, coming, self._measured)
 
     def _asked(self, request: Request) -> WaitingRequest:
         objectives, room = request.objectives, request.room(self._batching.settings.answer_room)
@@ -362,6 +367,7 @@ class Engine:
             self._cache.whole_pages(room),
             objectives,
             request.sent_back,
+            request.params.max_tokens,
         )
 
     def _going(self, request: Request) -> RunningRequest:

@@ -36,7 +36,8 @@ class ServiceSettings:
 
     ``scheduler`` "slo" starts the request with the least slack first and slices prefills between decode steps; "fcfs"
     goes by arrival, a whole prefill at a time. ``admission`` "strict" refuses at once what would miss its objectives,
-    "late" serves it late. ``objectives`` are those of requests that bring none of their own.
+    though not the first to come where nobody has been served for some seconds; "late" serves it late. ``objectives``
+    are those of requests that bring none of their own.
 
     An answer gets room for ``answer_room`` tokens in the KV cache, and a page more whenever it has filled it, not room
     for all that it may have: most end earlier. Where no room is left the last to start make way, and catch up later.

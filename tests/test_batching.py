@@ -9,6 +9,7 @@ import pytest
 from duoserve.batching import (
     PATIENCE_S,
     PLANNED,
+    STALE_S,
     STEP_S,
     Batching,
     Load,
@@ -32,8 +33,10 @@ def batching(settings: ServiceSettings = SLO, *, step_s: float = 0.01, layer_s: 
     return Batching(settings, costs, LAYERS)
 
 
-def asked(arrived: float = 0.0, prompt: int = 100, room: int = 128, ttft_s: float | None = None) -> WaitingRequest:
-    return WaitingRequest(arrived, prompt, room, Objectives(ttft_s))
+def asked(
+    arrived: float = 0.0, prompt: int = 100, room: int = 128, ttft_s: float | None = None, left: int = 1
+) -> WaitingRequest:
+    return WaitingRequest(arrived, prompt, room, Objectives(ttft_s), left=left)
 
 
 def going(planned_s: float | None = None, tokens: int = 1, left: int = 10) -> RunningRequest:
@@ -145,6 +148,47 @@ def test_a_request_is_refused_for_what_is_ahead_of_it() -> None:
     assert one.refusal(WaitingRequest(0.0, 1, 1, Objectives(None, 0.005)), load()) is not None
     unmeasured = Batching(SLO, MeasuredCosts(), LAYERS)
     assert unmeasured.refusal(asked(ttft_s=0.001), full) is None
+
+
+def test_what_a_request_has_waited_counts_for_its_objective_but_not_for_its_next_try() -> None:
+    one, request = batching(), asked(ttft_s=0.15)
+    assert one.first_token_s(request, load(now=0.1)) == pytest.approx(0.1, rel=0.01)
+    assert one.refusal(request, load(now=0.04)) is None
+    refused = one.refusal(request, load(now=0.1))
+    assert refused is not None and refused.retry_after_s == 0.1 and "after 0.2 s" in refused.why
+
+
+def test_where_nobody_is_there_an_old_measurement_refuses_nobody() -> None:
+    one, now = batching(), 2 * STALE_S
+    hopeless = [asked(now, ttft_s=0.01), asked(now)._replace(objectives=Objectives(None, 0.005))]
+    for request in hopeless:
+        assert one.refusal(request, load(now=now, measured=now - 0.5 * STALE_S)) is not None
+        assert one.refusal(request, load(now=now, measured=now - 1.1 * STALE_S)) is None
+        for busy in ({"waiting": [asked()]}, {"running": [going()]}, {"coming": PrefillUnderWay(100, 1, LAYERS)}):
+            assert one.refusal(request, load(now=now, measured=0.0, **busy)) is not None  # type: ignore[arg-type]
+
+
+def test_those_that_wait_take_places_from_each_other() -> None:
+    """Four run at a time, 0.013 s a step: every four of those that wait are another batch of 50 steps."""
+    one, full = batching(), [going(left=50)] * 4
+    begun = one.first_token_s(asked(), load([asked(left=50)] * 3, full)) - 4 * 0.1
+    assert begun == pytest.approx(50 * 0.013, rel=0.01)
+    for num_waiting, batches in ((4, 1), (7, 1), (8, 2), (16, 4)):
+        waiting, prefill_s = [asked(left=50)] * num_waiting, (num_waiting + 1) * 0.1
+        for running, before in ((full, 1), ([], 0)):
+            expected = one.first_token_s(asked(), load(waiting, running)) - prefill_s
+            assert expected == pytest.approx((batches + before) * 50 * 0.013, rel=0.01)
+
+
+def test_those_that_wait_and_those_that_come_in_give_their_room_back() -> None:
+    coming = PrefillUnderWay(100, 1, 0, room=128, left=20)
+    waits = [asked(left=30)]
+    for behind, expected in (
+        (load(waits, free=128), 30 * 0.01 + 2 * 0.1),
+        (load(free=0, coming=coming), 20 * 0.01 + 0.1),
+        (load(waits, free=0, coming=coming), (20 + 30) * 0.011 + 2 * 0.1),
+    ):
+        assert batching().first_token_s(asked(), behind) == pytest.approx(expected, rel=0.01)
 
 
 def test_a_request_that_the_batch_has_no_place_for_in_time_is_refused() -> None:

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from duoserve.batching import PATIENCE_S
+from duoserve.request import Request
 from duoserve.service import Objectives, ServiceSettings
-from tests.virtual_service import Arrival, Rates, attained, serve
+from tests.virtual_service import Arrival, Rates, VirtualPasses, attained, serve
 
 # The costs are lines, so what is expected of work is what it takes.
 LINEAR = Rates(num_layers=10, pass_s=0.002, token_s=1e-4, step_s={1: 0.010, 101: 0.110})
@@ -127,3 +129,20 @@ def test_a_service_without_objectives_serves_in_order() -> None:
     coming = [one._replace(objectives=Objectives()) for one in mix(8.0, 2)]
     first = [request.first_token or 0.0 for request in serve(coming, DISK, SLO)]
     assert first == sorted(first)
+
+
+class ColdPasses(VirtualPasses):
+    """The first request's decode steps take twenty times as long as all later ones."""
+
+    def decode(self, requests: Sequence[Request]) -> Tensor:
+        if any(request.number == 0 for request in requests):
+            self._clock.now += 19 * self._rates.decode_s(len(requests))
+        return super().decode(requests)
+
+
+def test_a_cold_start_does_not_close_a_strict_service_for_good() -> None:
+    strict = ServiceSettings(admission="strict", objectives=Objectives(None, 0.05))
+    coming = [Arrival(float(n), 50, 10, strict.objectives) for n in range(60)]
+    admitted = [bool(request.output_ids) for request in serve(coming, LINEAR, strict, passes=ColdPasses)]
+    assert admitted[0] and not all(admitted)
+    assert all(admitted[30:])

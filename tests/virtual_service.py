@@ -6,6 +6,7 @@ B sequences, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from duoserve import SamplingParams
 from duoserve.engine import Engine
-from duoserve.errors import MemoryBudgetError
+from duoserve.errors import MemoryBudgetError, OverloadedError
 from duoserve.kv_cache import PAGE_TOKENS, SequenceKV
 from duoserve.metrics import Meter
 from duoserve.request import Request
@@ -146,11 +147,20 @@ class _Vocabulary(NamedTuple):
 
 
 def serve(
-    arrivals: Sequence[Arrival], rates: Rates, settings: ServiceSettings, *, room: int = 1 << 20, until: float = 1e9
+    arrivals: Sequence[Arrival],
+    rates: Rates,
+    settings: ServiceSettings,
+    *,
+    room: int = 1 << 20,
+    until: float = 1e9,
+    passes: type[VirtualPasses] = VirtualPasses,
 ) -> list[Request]:
-    """Every request of ``arrivals`` (in their order) as the engine has left it, when all are done or the time is up."""
+    """Every request of ``arrivals`` (in their order) as the engine has left it, when all are done or the time is up.
+
+    One that is refused has no number.
+    """
     clock, pages = Clock(), VirtualPages(room)
-    parts: Any = VirtualPasses(rates, clock), _Vocabulary(), pages
+    parts: Any = passes(rates, clock), _Vocabulary(), pages
     engine = Engine(*parts, Meter(clock), clock)
     engine.share_out(settings)
     _warm_up(engine, rates)
@@ -161,7 +171,8 @@ def serve(
             clock.now = max(clock.now, left[-1].at)
         while left and left[-1].at <= clock.now:
             served.append(_request(left.pop()))
-            engine.add(served[-1])
+            with suppress(OverloadedError):
+                engine.add(served[-1])
         engine.step()
         assert 0 <= pages.free_tokens == room - sum(request.kv.room for request in served)
     return served
