@@ -239,6 +239,10 @@ class ReplayedPasses(StepScheduler):
         """Never: see ``set_aside``."""
         raise IntegrityError("a replayed prefill cannot be resumed")
 
+    def give_up_aside(self) -> None:
+        """Never: see ``set_aside``."""
+        raise IntegrityError("a replayed prefill cannot be given up")
+
     def check_integrity(self) -> None:
         """See Scheduler."""
         self._scheduler.check_integrity()

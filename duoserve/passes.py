@@ -32,6 +32,8 @@ class StepScheduler(Protocol):
 
     def resume(self) -> None: ...
 
+    def give_up_aside(self) -> None: ...
+
     def check_integrity(self) -> None: ...
 
 
@@ -153,8 +155,12 @@ class Passes:
 
     def abandon(self, prefill: Prefill) -> None:
         """Ends a prefill before its last layer; nothing is left of it. Does nothing to one that has ended."""
-        if self._prefill is prefill:
-            self._go_on(prefill)
+        if self._prefill is not prefill:
+            return
+        if prefill.paused:
+            self._prefill = None
+            self._scheduler.give_up_aside()
+        else:
             self._end(prefill)
 
     def check_integrity(self) -> None:

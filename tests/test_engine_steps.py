@@ -169,6 +169,30 @@ def test_a_prefill_set_aside_leaves_the_decode_cache_and_its_speculation_alone(f
         engine.check_integrity()
 
 
+def test_a_prefill_that_is_given_up_while_set_aside_replaces_nothing(folder: Path) -> None:
+    """Where the device carries out decode steps by itself, its ring has no slots meanwhile."""
+    with assembled(folder, "lru", 12, virtual_copies(1)) as engine:
+        scheduler, passes, cache = engine._passes._scheduler, engine._passes, engine._cache
+        scheduler.read_through()
+        table = scheduler._residency.table
+        runner, newcomer = Request(RUNNING, GREEDY, number=0), Request(PROMPT, GREEDY, number=1)
+        for request in (runner, newcomer):
+            cache.reserve(request.kv, request.num_tokens)
+        passes.advance(passes.prefill([runner], interruptible=False), NUM_LAYERS)
+        coming = passes.prefill([newcomer], interruptible=True)
+        passes.advance(coming, 1)
+        for token in (3, 5, 7):
+            runner.output_ids.append(token)
+            passes.decode([runner])
+        before = set(table.ready())
+        assert len(before) == 12
+        passes.abandon(coming)
+        assert set(table.ready()) == before
+        for request in (runner, newcomer):
+            cache.release(request.kv)
+        engine.check_integrity()
+
+
 def run(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
     while not engine.idle:
         for produced in engine.step():

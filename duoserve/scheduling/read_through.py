@@ -6,7 +6,7 @@ N layers that have experts, L layers of the model, B tokens, K top-k, E experts,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -96,6 +96,7 @@ class ReadThrough:
         self._last: tuple[np.ndarray, np.ndarray] | None = None  # ids and slots [N, B, K] of the last step
         self._most = self._wished = 0  # slots that the misses of a layer fill; that are kept free for all layers'
         self._done = False
+        self._wrong: frozenset[ExpertId] = frozenset()  # guesses that the last step did not want
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -119,6 +120,7 @@ class ReadThrough:
         self._wished = max(most, min(int(SPARE_SHARE * num_slots), len(self.layers) * most))
         if len(self._residency.table.empty_slots()) < most:
             self.catch_up()
+            self._make_room(most)
         spare = self._residency.table.empty_slots()
         width = min(most, self._shape.total_experts - sum(self._residency.filled()))
         if len(spare) < width:
@@ -128,12 +130,12 @@ class ReadThrough:
         return self._targets_NX
 
     def catch_up(self) -> None:
-        """Notes the hits of the last step as used, then makes room for the misses of the next but one."""
-        if self._last is not None:
-            for layer, ids_BK, slots_BK in zip(self.layers, *map(np.ndarray.tolist, self._last), strict=True):
-                self._touch(layer, Counter(zip(chain(*ids_BK), chain(*slots_BK), strict=True)))
-            self._last = None
-        self._make_room(self._wished)
+        """Notes the hits of the last step as used, then makes room for the misses of the next but one.
+
+        What was guessed for the step that runs is not given up for that: it has yet to be read.
+        """
+        self._note_last()
+        self._make_room(self._wished, [guess for guess in self._residency.ledger.unused if guess not in self._wrong])
 
     def took(self, ids_NBK: np.ndarray) -> None:
         """The step that was laid out has been carried out; ``ids_NBK`` are the experts chosen in every layer."""
@@ -146,6 +148,7 @@ class ReadThrough:
         self._meter.miss(Phase.DECODE, len(made))
         self._last, self._done = (ids_NBK.copy(), slots_NBK), True
         came_true = self._residency.came_true(lambda guess: guess.expert in ids_NBK[self._places[guess.layer]])
+        self._wrong = frozenset(self._residency.ledger.unused)
         self._guesses.stepped(num_hits, came_true)
 
     def guess(self) -> None:
@@ -160,7 +163,8 @@ class ReadThrough:
         return done
 
     def pause(self) -> None:
-        """A part of a pass of another kind comes before the next step."""
+        """A part of a pass of another kind comes before the next step; what the last one used was before that."""
+        self._note_last()
         self._guesses.pause()
 
     def _room(self, num_slots: int) -> list[int]:
@@ -170,6 +174,12 @@ class ReadThrough:
             self._make_room(self._most + num_slots)
         return self._residency.table.empty_slots()[self._most :]
 
+    def _note_last(self) -> None:
+        if self._last is not None:
+            for layer, ids_BK, slots_BK in zip(self.layers, *map(np.ndarray.tolist, self._last), strict=True):
+                self._touch(layer, Counter(zip(chain(*ids_BK), chain(*slots_BK), strict=True)))
+            self._last = None
+
     def _touch(self, layer: int, rows: Counter[tuple[int, int]]) -> None:
         """The most wanted expert last, so that it counts as used last; what has lost its slot meanwhile not at all."""
         slots, chosen = self._residency.slots[layer], sorted(rows, key=rows.__getitem__)
@@ -178,10 +188,12 @@ class ReadThrough:
             if slot >= 0 and slots.get(expert) == slot:
                 self._residency.touch(ExpertId(layer, expert), slot)
 
-    def _make_room(self, num_slots: int) -> None:
+    def _make_room(self, num_slots: int, spared: Collection[ExpertId] = ()) -> None:
+        """So many EMPTY slots, or as many as there can be without giving up what is ``spared``."""
         if self._residency.table.num_slots < self._shape.total_experts:  # else what is absent finds an EMPTY slot
             for _ in range(num_slots - len(self._residency.table.empty_slots())):
-                self._cache.give_up(BEFORE_FIRST)
+                if self._cache.give_up(BEFORE_FIRST, spared) is None:
+                    break
 
 
 def _num_distinct(ids_NBK: np.ndarray) -> int:

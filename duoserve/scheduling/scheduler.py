@@ -100,12 +100,12 @@ class Scheduler(ExpertSource):
         self._check_between_passes("a forward pass began")
         if self._aside is not None and phase is Phase.PREFILL:
             raise IntegrityError("a prefill began before the one that was set aside had ended")
+        if phase is Phase.PREFILL:
+            self._pause()
         self._ranking.begin(phase, num_tokens)
         if self._guard is not None and phase is Phase.DECODE and self._prompted:
             self._guard.become(self._residency.slots)
         self._prompted = phase is Phase.PREFILL
-        if self._prompted:
-            self._pause()
         self._pass = _Pass(phase, num_tokens, self._open_space(phase, num_tokens))
         try:
             self._open_lease(self._pass, BEFORE_FIRST, ())
@@ -145,6 +145,17 @@ class Scheduler(ExpertSource):
         else:
             run = run._replace(space=self._open_space(run.phase, run.num_tokens))
         self._pass, self._lease = run, lease
+
+    def give_up_aside(self) -> None:
+        """The prefill that was set aside will not be resumed: what its ring holds is for decode steps from now on."""
+        self._check_between_passes("a prefill was given up")
+        if self._aside is None:
+            raise IntegrityError("a prefill was given up, but none had been set aside")
+        self._aside = None
+        if self._cache.lent:
+            self._cache.lent, self._prompted = frozenset(), True
+            self._pause()
+            self._residency.drain()
 
     def acquire(
         self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None

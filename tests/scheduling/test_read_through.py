@@ -94,6 +94,16 @@ def test_the_eviction_hears_what_a_step_has_used() -> None:
     assert {ExpertId(0, 0), ExpertId(0, 1)} <= rig.resident()
 
 
+def test_what_a_step_has_used_was_before_the_prompt_that_follows() -> None:
+    rig = Rig("lru", layers=1, experts=8, top_k=2, slots=6)
+    device = FakeDevice(rig)
+    device.step({0: [0, 1]}, tokens=1)
+    rig.prefill([[2, 3]], tokens=1)
+    device.step({0: [4, 5]}, tokens=1)
+    device.books.catch_up()
+    assert rig.resident() == {ExpertId(0, expert) for expert in (2, 3, 4, 5)}
+
+
 def test_a_step_keeps_an_eighth_of_the_slots_free() -> None:
     rig = Rig("lru", layers=2, experts=32, top_k=2, slots=40)
     device = FakeDevice(rig)
@@ -131,8 +141,8 @@ def test_first_choices_are_spread_and_no_layer_has_a_slot_twice() -> None:
 class Knowing(Teller):
     """Knows the first layer of the next step."""
 
-    def __init__(self, steps: list[list[int]], claim: float = 0.95) -> None:
-        super().__init__(lambda layer: certain(NUM_EXPERTS, steps[0] if steps else [], claim))
+    def __init__(self, steps: list[list[int]], claim: float = 0.95, experts: int = NUM_EXPERTS) -> None:
+        super().__init__(lambda layer: certain(experts, steps[0] if steps else [], claim))
         self.steps = steps
 
     def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
@@ -141,23 +151,26 @@ class Knowing(Teller):
             self.steps.pop(0)
 
 
-def course(policy: str, gap_s: float, guesses: bool = True) -> tuple[Rig, list[int]]:
-    """Two hundred steps of two layers that never use an expert twice in a row, and their hits."""
-    steps = [[(2 * step) % NUM_EXPERTS, (2 * step + 1) % NUM_EXPERTS] for step in range(201)]
+def course(
+    policy: str, gap_s: float, guesses: bool = True, experts: int = NUM_EXPERTS, slots: int = 12
+) -> tuple[Rig, list[int]]:
+    """Two hundred steps of two layers, of which the first never uses an expert twice in a row, and their hits."""
+    steps = [[(2 * step) % experts, (2 * step + 1) % experts] for step in range(201)]
     chosen = get_policy(policy) if guesses else get_policy(policy).without_guesses()
-    predictor = Knowing([[], *steps])
-    rig = Rig(chosen, layers=2, experts=NUM_EXPERTS, slots=12, predictor=predictor)
+    predictor = Knowing([[], *steps], experts=experts)
+    rig = Rig(chosen, layers=2, experts=experts, slots=slots, predictor=predictor)
     rig.decode([[0, 1]] * 2, attention_s=9.0)  # as the first steps of a shape are: the link is measured
     device = FakeDevice(rig, miss_s=1.0, gap_s=gap_s)
-    return rig, [device.step({0: experts, 1: [0, 1]}, tokens=1) for experts in steps[:200]]
+    return rig, [device.step({0: step, 1: [0, 1]}, tokens=1) for step in steps[:200]]
 
 
 class TestGuesses:
     """A copy takes a second. The second layer has what it wants; the first would have to read both experts through."""
 
     @pytest.mark.parametrize("policy", ["lookahead", "duoserve"])
-    def test_what_is_copied_between_two_steps_is_a_hit_in_the_next(self, policy: str) -> None:
-        rig, hits = course(policy, gap_s=2.5)
+    @pytest.mark.parametrize(("experts", "slots"), [(12, 12), (32, 24)])  # with 24 more are kept free than a layer fills
+    def test_what_is_copied_between_two_steps_is_a_hit_in_the_next(self, policy: str, experts: int, slots: int) -> None:
+        rig, hits = course(policy, gap_s=2.5, experts=experts, slots=slots)
         assert hits[-20:] == [4] * 20
         assert rig.stats().bytes.prefetched_useful > 0 and rig.stats().bytes.wasted == 0
 

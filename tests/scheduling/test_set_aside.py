@@ -8,6 +8,7 @@ import pytest
 
 from duoserve.config import Phase
 from duoserve.errors import IntegrityError
+from duoserve.experts.layout import ExpertId
 from tests.scheduling.rig import Rig
 
 EVERY = list(range(8))
@@ -71,6 +72,20 @@ def test_what_is_set_aside_can_be_ended() -> None:
         rig.scheduler.resume()
     with pytest.raises(IntegrityError, match="only a prefill"):
         rig.scheduler.set_aside()
+
+
+def test_what_is_set_aside_can_be_given_up_and_leaves_its_ring_to_decode_steps() -> None:
+    rig, lent = set_aside()
+    rig.scheduler.give_up_aside()
+    assert not rig.scheduler._residency.under_way()
+    assert lent <= {slot for slot, _ in rig.table.ready()} | set(rig.table.empty_slots())
+    for first in range(0, 8, 2):
+        rig.decode([[first, first + 1]] * 4)
+    assert rig.resident() == {ExpertId(layer, expert) for layer in range(4) for expert in (6, 7)}
+    rig.scheduler.check_integrity()
+    rig.prefill()
+    with pytest.raises(IntegrityError, match="none had been set aside"):
+        rig.scheduler.give_up_aside()
 
 
 @pytest.mark.parametrize("policy", ["on-demand", "layer-prefetch", "duoserve-paper", "duoserve"])
