@@ -44,7 +44,7 @@ def _per_phase() -> dict[str, int]:
 class Stats:
     """What one request cost. ``compute_s + stall_s`` is the wall time, but for what runs outside both.
 
-    ``transfer_s`` is how long the copy lane was busy, ``overlap_s`` how much of that the compute lane was busy too.
+    ``transfer_s`` is how long the copy lane was busy, ``overlap_s`` how much of that the compute lane was at work too.
     ``hits`` and ``misses`` count the experts that a layer asked for, by ``Phase.value``.
     """
 
@@ -189,10 +189,11 @@ class Meter:
         """Notes that a copy ran from ``started`` to ``finished``; its bytes are counted when their use is known."""
         self._timeline.add_copy(started, finished)
 
-    def stalled(self, seconds: float) -> None:
+    def stalled(self, started: float, finished: float) -> None:
         """Notes that the device, not the host, waited for a copy within ``compute()``."""
-        self._stats.compute_s -= seconds
-        self._stats.stall_s += seconds
+        self._stats.compute_s -= finished - started
+        self._stats.stall_s += finished - started
+        self._timeline.add_stall(started, finished)
 
     def hit(self, phase: Phase, n: int = 1) -> None:
         """Counts ``n`` experts that were READY when their layer asked for them."""

@@ -1,4 +1,4 @@
-"""When two lanes were busy: how long copies ran, and for how much of that the compute lane was busy too.
+"""When two lanes were busy: how long copies ran, and for how much of that the compute lane was at work too.
 
 All times are seconds on one clock.
 """
@@ -22,6 +22,7 @@ class Timeline:
         self._lock = threading.Lock()
         self._copies: list[Interval] = []  # as they were added
         self._computes: list[Interval] = []  # disjoint, in order
+        self._stalls: list[Interval] = []  # as they were added
         self._computing_since: float | None = None
         self._folded_until = start
         self._transfer = 0.0
@@ -31,6 +32,11 @@ class Timeline:
         """A copy ran from ``start`` to ``stop``; copies may overlap and come in any order."""
         with self._lock:
             self._add(self._copies, start, stop)
+
+    def add_stall(self, start: float, stop: float) -> None:
+        """The compute lane, though busy, waited from ``start`` to ``stop``; stalls may come late, and in any order."""
+        with self._lock:
+            self._add(self._stalls, start, stop)
 
     def start_compute(self, now: float) -> None:
         """The compute lane is busy from ``now`` on."""
@@ -49,7 +55,7 @@ class Timeline:
         with self._lock:
             copies = _clip(_merge(self._copies), float("-inf"), until)
             computing = [] if self._computing_since is None else [(self._computing_since, until)]
-            overlap = _common_seconds(copies, self._computes + computing)
+            overlap = self._seconds_of_both(copies, self._computes + computing)
             return self._transfer + _seconds_in(copies), self._overlap + overlap
 
     def _add(self, lane: list[Interval], start: float, stop: float) -> None:
@@ -65,10 +71,16 @@ class Timeline:
             self._computing_since = until
         copies = _clip(_merge(self._copies), float("-inf"), until)
         self._transfer += _seconds_in(copies)
-        self._overlap += _common_seconds(copies, self._computes)
+        self._overlap += self._seconds_of_both(copies, self._computes)
         self._copies = _clip(self._copies, until, float("inf"))
         self._computes = _clip(self._computes, until, float("inf"))
+        self._stalls = _clip(self._stalls, until, float("inf"))
         self._folded_until = until
+
+    def _seconds_of_both(self, copies: Sequence[Interval], computes: Sequence[Interval]) -> float:
+        """In which both lanes were busy, and no stall was."""
+        both = _common(copies, computes)
+        return _seconds_in(both) - _seconds_in(_common(both, _merge(self._stalls)))
 
 
 def _merge(intervals: Iterable[Interval]) -> list[Interval]:
@@ -91,11 +103,14 @@ def _seconds_in(intervals: Iterable[Interval]) -> float:
     return sum(stop - start for start, stop in intervals)
 
 
-def _common_seconds(left: Sequence[Interval], right: Sequence[Interval]) -> float:
-    """Seconds that two ordered lists of disjoint intervals have in common."""
-    common, i, j = 0.0, 0, 0
+def _common(left: Sequence[Interval], right: Sequence[Interval]) -> list[Interval]:
+    """What two ordered lists of disjoint intervals have in common, as such a list."""
+    common: list[Interval] = []
+    i = j = 0
     while i < len(left) and j < len(right):
-        common += max(0.0, min(left[i][1], right[j][1]) - max(left[i][0], right[j][0]))
+        start, stop = max(left[i][0], right[j][0]), min(left[i][1], right[j][1])
+        if start < stop:
+            common.append((start, stop))
         if left[i][1] < right[j][1]:
             i += 1
         else:

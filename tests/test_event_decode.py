@@ -18,7 +18,7 @@ from duoserve.event_decode import event_steps
 from duoserve.experts.copy_engine import Ticket
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
-from duoserve.experts.store import ExpertStore
+from duoserve.experts.store import ExpertStore, HostStore
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.passes import Decoder, DecodeStep
 from duoserve.recorded_decode import MAX_SEQUENCES, RecordedDecoder
@@ -34,6 +34,7 @@ from tests.scheduling.fortune import GUESSING, STREAMING, any_teller
 
 PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in (7, 30, 1)]
 MAX_TOKENS = (12, 5, 9)
+EXPERTS = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)]
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -195,6 +196,27 @@ def test_more_sequences_than_the_memory_plan_counts_are_left_to_the_model_itself
 
     with assembled(folder, "lru", 6, device.copies, make_pool=device.pool, make_decoder=decoder):
         assert [step is None for step in steps] == [False, True]
+
+
+def test_what_a_request_has_waited_for_is_in_its_own_figures(folder: Path) -> None:
+    """The misses of its last layer too, behind which nothing else is asked for."""
+    device, reported, engines = LaggingDevice(seed=4), [0, 0], list[StreamCopyEngine]()
+
+    def report(which: int) -> None:
+        reported[which] += 1
+
+    def copies(store: ExpertStore, pool: SlotPool) -> StreamCopyEngine:
+        heard = {"on_copied": lambda *_: report(0), "on_stalled": lambda *_: report(1)}
+        engines.append(StreamCopyEngine(HostStore(store, EXPERTS), pool, device.streams, **heard))
+        return engines[0]
+
+    with assembled(folder, "on-demand", 6, copies, make_pool=device.pool, make_decoder=recorded(device)) as engine:
+        write(engine, PROMPTS[:1], [3])
+        figures, before = engine._meter.snapshot(), list(reported)
+        engines[0].settle()
+        slot_bytes = engines[0]._slot_bytes
+    assert before == reported and reported[1] > 0
+    assert reported[0] * slot_bytes == figures.bytes.total
 
 
 def test_a_failed_copy_ends_the_request_and_the_next_has_its_bits(folder: Path, truth: Truth) -> None:

@@ -49,6 +49,17 @@ def test_a_stall_interrupts_the_computation(clock: Clock, meter: Meter) -> None:
     assert (stats.transfer_s, stats.overlap_s) == (6.0, 1.0)
 
 
+def test_what_the_device_waited_is_a_stall_and_no_overlap(clock: Clock, meter: Meter) -> None:
+    """It is heard of only behind the computation, and the copy that it waited for is still heard of later."""
+    meter.begin_request()
+    with meter.compute():
+        clock.advance(10)
+    meter.stalled(100.5, 109.0)
+    meter.copied(100.0, 109.0, 10)
+    stats = meter.snapshot()
+    assert (stats.compute_s, stats.stall_s, stats.transfer_s, stats.overlap_s) == (1.5, 8.5, 9.0, 0.5)
+
+
 def test_open_sections_count_up_to_the_snapshot(clock: Clock, meter: Meter) -> None:
     meter.begin_request()
     with meter.compute():

@@ -16,9 +16,11 @@ def ticks(intervals: list[tuple[int, int]]) -> set[int]:
     return {tick for start, stop in intervals for tick in range(start, stop)}
 
 
-@given(copies=st.lists(INTERVAL), computes=st.lists(INTERVAL), until=st.integers(0, 80))
+@given(
+    copies=st.lists(INTERVAL), computes=st.lists(INTERVAL), stalls=st.lists(INTERVAL), until=st.integers(0, 80)
+)
 def test_totals_are_those_of_a_count(
-    copies: list[tuple[int, int]], computes: list[tuple[int, int]], until: int
+    copies: list[tuple[int, int]], computes: list[tuple[int, int]], stalls: list[tuple[int, int]], until: int
 ) -> None:
     lanes, busy = Timeline(0.0), ticks(computes)
     for copy in copies:
@@ -26,8 +28,10 @@ def test_totals_are_those_of_a_count(
     for tick in sorted(busy):
         lanes.start_compute(tick)
         lanes.stop_compute(tick + 1)
+    for stall in stalls:
+        lanes.add_stall(*stall)
     moved = {tick for tick in ticks(copies) if tick < until}
-    assert lanes.totals(until) == (len(moved), len(moved & busy))
+    assert lanes.totals(until) == (len(moved), len((moved & busy) - ticks(stalls)))
 
 
 def test_a_running_computation_counts() -> None:
@@ -51,10 +55,11 @@ def test_folding_keeps_the_totals_and_bounds_the_memory(computing: str, monkeypa
     lanes.start_compute(0.0)
     for i in range(1000):  # two copies at a time: each takes 1.5 seconds, and one starts every second
         lanes.add_copy(i, i + 1.5)
+        lanes.add_stall(i + 0.125, i + 0.25)
         if computing == "in pieces":
             lanes.stop_compute(i + 0.25)
             lanes.start_compute(i + 1.0)
     transfer, overlap = lanes.totals(1000.0)
     assert transfer == pytest.approx(1000)
-    assert overlap == pytest.approx(1000 if computing == "throughout" else 250)
-    assert len(lanes._copies) < 32 and len(lanes._computes) < 32
+    assert overlap == pytest.approx(875 if computing == "throughout" else 125)
+    assert len(lanes._copies) < 32 and len(lanes._computes) < 32 and len(lanes._stalls) < 32

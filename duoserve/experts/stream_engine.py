@@ -26,7 +26,7 @@ from duoserve.experts.tickets import PIECE_BYTES, CopyPiece, Priority, Ticket, T
 # the link never idles.
 PARTS_OF_A_PIECE = 2
 
-StallListener = Callable[[float], None]  # told for how many seconds the compute lane waited for a copy
+StallListener = Callable[[float, float], None]  # told from when to when the compute lane waited for a copy
 
 
 class _Part(NamedTuple):
@@ -282,22 +282,26 @@ class StreamCopyEngine(CopyEngine):
                     self._finish(ticket)
                 else:
                     held_up = copy.lane
+        while self._stalls and self._streams.passed(self._stalls[0][1]):
+            stall = self._stalls.popleft()
+            if self._on_stalled is not None:
+                self._on_stalled(*self._seconds_at(*stall))
         while self._unreported and self._streams.passed(self._unreported[0].end):
             self._report(self._unreported.popleft())
-        while self._stalls and self._streams.passed(self._stalls[0][1]):
-            before, after = self._stalls.popleft()
-            if self._on_stalled is not None:
-                self._on_stalled(self._streams.seconds(before, after))
 
     def _report(self, copy: _Copy) -> None:
         if self._on_copied is not None:
-            begin_s = self._origin_s + self._streams.seconds(self._origin, copy.begin)
-            end_s = begin_s + self._streams.seconds(copy.begin, copy.end)
+            begin_s, end_s = self._seconds_at(copy.begin, copy.end)
             self._on_copied(begin_s, end_s, self._slot_bytes)
             # CUDA counts in float32: after an hour, in quarters of a millisecond. What begins now comes behind this
             # copy; while copies never cease, there is no better origin.
-            if not (self._copying or self._arrivals or self._unreported):
+            if not (self._copying or self._arrivals or self._unreported or self._stalls):
                 self._origin, self._origin_s = copy.end, end_s
+
+    def _seconds_at(self, begin: Mark, end: Mark) -> tuple[float, float]:
+        """When two marks on one lane were passed, on the clock of ``now``."""
+        begin_s = self._origin_s + self._streams.seconds(self._origin, begin)
+        return begin_s, begin_s + self._streams.seconds(begin, end)
 
     def _work(self, staging_B: Tensor) -> None:
         while (ticket := self._take()) is not None:

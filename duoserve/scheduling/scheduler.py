@@ -191,6 +191,7 @@ class Scheduler(ExpertSource):
             by_device = self._books is not None and self._books.ended()
             if not (by_device or (lease.complete and lease.layer == self._shape.layers[-1])):
                 self._residency.drain()
+            self._engine.settle()  # what was measured belongs to this pass
 
     def read_through(self) -> ReadThrough:
         """The books of decode steps that the device carries out by itself, to be kept within passes of this."""
