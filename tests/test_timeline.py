@@ -16,9 +16,7 @@ def ticks(intervals: list[tuple[int, int]]) -> set[int]:
     return {tick for start, stop in intervals for tick in range(start, stop)}
 
 
-@given(
-    copies=st.lists(INTERVAL), computes=st.lists(INTERVAL), stalls=st.lists(INTERVAL), until=st.integers(0, 80)
-)
+@given(copies=st.lists(INTERVAL), computes=st.lists(INTERVAL), stalls=st.lists(INTERVAL), until=st.integers(0, 80))
 def test_totals_are_those_of_a_count(
     copies: list[tuple[int, int]], computes: list[tuple[int, int]], stalls: list[tuple[int, int]], until: int
 ) -> None:

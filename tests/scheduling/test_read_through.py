@@ -104,6 +104,17 @@ def test_what_a_step_has_used_was_before_the_prompt_that_follows() -> None:
     assert rig.resident() == {ExpertId(0, expert) for expert in (2, 3, 4, 5)}
 
 
+def test_what_a_step_has_used_is_worth_less_once_a_prompt_has_come() -> None:
+    seldom_used_first = replace(get_policy("duoserve"), eviction=EVICTIONS["lfru"])
+    rig = Rig(seldom_used_first, layers=1, experts=8, top_k=2, slots=6)
+    device = FakeDevice(rig)
+    for chosen in ([2, 3], [2, 3], [0, 1]):
+        device.step({0: chosen}, tokens=1)
+    rig.prefill([[4, 5]], tokens=1)
+    device.step({0: [4, 5]}, tokens=1)
+    assert rig.resident() == {ExpertId(0, expert) for expert in (2, 3, 4, 5)}
+
+
 def test_a_step_keeps_an_eighth_of_the_slots_free() -> None:
     rig = Rig("lru", layers=2, experts=32, top_k=2, slots=40)
     device = FakeDevice(rig)
@@ -168,7 +179,9 @@ class TestGuesses:
     """A copy takes a second. The second layer has what it wants; the first would have to read both experts through."""
 
     @pytest.mark.parametrize("policy", ["lookahead", "duoserve"])
-    @pytest.mark.parametrize(("experts", "slots"), [(12, 12), (32, 24)])  # with 24 more are kept free than a layer fills
+    @pytest.mark.parametrize(
+        ("experts", "slots"), [(12, 12), (32, 24)]
+    )  # with 24 more are kept free than a layer fills
     def test_what_is_copied_between_two_steps_is_a_hit_in_the_next(self, policy: str, experts: int, slots: int) -> None:
         rig, hits = course(policy, gap_s=2.5, experts=experts, slots=slots)
         assert hits[-20:] == [4] * 20
