@@ -31,13 +31,14 @@ from torch import Tensor
 from duoserve.config import Phase
 from duoserve.decode_inputs import WorkFeed
 from duoserve.experts.layout import ExpertId, ExpertLayout
-from duoserve.experts.slots import SlotPool, SlotTable
+from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.experts.streams import Lane, Mark, Streams
 from duoserve.kernels import by_demand
 from duoserve.kernels.recorder import Recorder
 from duoserve.metrics import Meter
+from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.scheduler import Scheduler
 
@@ -147,16 +148,8 @@ def measure(case: Case) -> dict[str, Any]:
     num_slots = case.layers * case.slots_per_layer
     pool = SlotPool(num_slots, LAYOUT)
     engine = StreamCopyEngine(store, pool, streams, on_copied=meter.copied, on_stalled=meter.stalled)
-    scheduler = Scheduler(
-        table=SlotTable(case.layers, case.experts, num_slots),
-        pool=pool,
-        engine=engine,
-        policy=get_policy(case.policy),
-        top_k=case.top_k,
-        num_layers=case.layers,
-        num_experts=case.experts,
-        meter=meter,
-    )
+    shape = ModelShape(case.experts, case.top_k, tuple(range(case.layers)))
+    scheduler = Scheduler(shape, pool, engine, get_policy(case.policy), meter)
     feed = WorkFeed(NoRecorder(), case.experts, case.top_k)
     with closing(scheduler):
         for step in range(WARM_STEPS):

@@ -26,7 +26,6 @@ from duoserve.experts.slots import SlotPool
 from duoserve.experts.tickets import PIECE_BYTES
 from duoserve.kv_cache import PagedKVCache, kv_bytes_per_token
 from duoserve.link import LinkRates
-from duoserve.loading import make_scheduler
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
@@ -34,6 +33,7 @@ from duoserve.passes import Passes
 from duoserve.predictors.lookahead import LookaheadPredictor
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
+from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import Policy
 from duoserve.workspace import workspace_bytes
 
@@ -124,7 +124,8 @@ class Ground:
         meter, pool = Meter(), SlotPool(plan.num_slots, store.layout, device=device)
         piece_bytes = plan.slot_bytes if part.whole_rows else PIECE_BYTES
         copies = self.host.copy_engine(store, pool, meter, piece_bytes)
-        with closing(make_scheduler(config, pool, copies, policy, meter, self._predictor(policy))) as scheduler:
+        scheduler = Scheduler(ModelShape.of(config), pool, copies, policy, meter, self._predictor(policy))
+        with closing(scheduler):
             if policy.all_resident:
                 scheduler.load_all()
             asked_for = AskedFor(scheduler)

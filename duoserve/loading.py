@@ -17,8 +17,7 @@ from duoserve.engine import Engine
 from duoserve.errors import ConfigError, TraceError
 from duoserve.experts.budget import MemoryPlan
 from duoserve.experts.checkpoint import Checkpoint
-from duoserve.experts.copy_engine import CopyEngine
-from duoserve.experts.slots import SlotPool, SlotTable
+from duoserve.experts.slots import SlotPool
 from duoserve.kernels import Products
 from duoserve.kernels.unpacking import with_compiled_unpacking
 from duoserve.kv_cache import PagedKVCache
@@ -30,7 +29,7 @@ from duoserve.models.variants import with_products
 from duoserve.passes import Passes
 from duoserve.placement import Placement
 from duoserve.predictors.files import load_predictor
-from duoserve.scheduling.plan import GuessMode
+from duoserve.scheduling.plan import GuessMode, ModelShape
 from duoserve.scheduling.policies import Policy, get_policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import RoutingListener, audience
@@ -91,7 +90,7 @@ def load(  # noqa: PLR0913
         store = place.slow_tier(plan, cache_dir, held, wanted.quantize)
         meter, pool = Meter(), SlotPool(plan.num_slots, store.layout, device=place.device)
         copies = place.copy_engine(store, pool, wanted.copy_threads, meter)
-        scheduler = make_scheduler(found.config, pool, copies, chosen, meter, found_predictor)
+        scheduler = Scheduler(ModelShape.of(found.config), pool, copies, chosen, meter, found_predictor)
         held.enter_context(closing(scheduler))
         if chosen.all_resident:
             scheduler.load_all(progress=sys.stderr.isatty())
@@ -111,29 +110,6 @@ def load(  # noqa: PLR0913
         passes = Passes(transformer, scheduler, cache, meter, tap=tap, decoder=decoder)
         engine = Engine(passes, found.config, cache, meter)
         return Runtime(found.config, plan, chosen, text, template, engine, meter, held.pop_all())
-
-
-def make_scheduler(  # noqa: PLR0913, PLR0917
-    config: ModelConfig,
-    pool: SlotPool,
-    copies: CopyEngine,
-    policy: Policy,
-    meter: Meter,
-    predictor: Predictor | None = None,
-) -> Scheduler:
-    """A scheduler over an empty pool."""
-    return Scheduler(
-        table=SlotTable(config.num_layers, config.num_experts, pool.num_slots),
-        pool=pool,
-        engine=copies,
-        policy=policy,
-        top_k=config.top_k,
-        num_layers=config.num_layers,
-        num_experts=config.num_experts,
-        meter=meter,
-        moe_layers=config.moe_layers,
-        predictor=predictor,
-    )
 
 
 def _best(checkpoint: Checkpoint, cache_dir: str | Path | None) -> tuple[BestPolicy, Path] | None:

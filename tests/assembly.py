@@ -17,7 +17,6 @@ from duoserve.experts.layout import ExpertLayout
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.kv_cache import PagedKVCache
-from duoserve.loading import make_scheduler
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
@@ -25,6 +24,7 @@ from duoserve.models.opened import opened
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Decoder, Passes
 from duoserve.request import Request
+from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import RoutingListener, audience
@@ -67,7 +67,8 @@ def assembled(
         config = found.config
         store = found.expert_store(config.dtype)
         pool, meter = make_pool(slots, store.layout), Meter()
-        scheduler = make_scheduler(config, pool, make_copies(store, pool), get_policy(policy), meter, predictor)
+        copies = make_copies(store, pool)
+        scheduler = Scheduler(ModelShape.of(config), pool, copies, get_policy(policy), meter, predictor)
         with closing(scheduler):
             built = found.family.build(
                 config,

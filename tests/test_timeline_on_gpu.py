@@ -16,11 +16,12 @@ from torch import Tensor
 from duoserve.config import Phase
 from duoserve.experts.cuda_streams import CudaStreams
 from duoserve.experts.layout import ExpertId, ExpertLayout
-from duoserve.experts.slots import SlotPool, SlotTable
+from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.experts.tickets import PIECE_BYTES, Priority
 from duoserve.metrics import Meter
+from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.scheduler import Scheduler
 
@@ -63,16 +64,8 @@ class Rig:
         self.streams = CudaStreams(device)
         self.engine = StreamCopyEngine(store, self.pool, self.streams, on_copied=self.copied)
         self.wrong = torch.zeros((), dtype=torch.int64, device=device)
-        self.scheduler = Scheduler(
-            table=SlotTable(LAYERS, EXPERTS, slots),
-            pool=self.pool,
-            engine=self.engine,
-            policy=get_policy(policy),
-            top_k=TOP_K,
-            num_layers=LAYERS,
-            num_experts=EXPERTS,
-            meter=self.meter,
-        )
+        shape = ModelShape(EXPERTS, TOP_K, tuple(range(LAYERS)))
+        self.scheduler = Scheduler(shape, self.pool, self.engine, get_policy(policy), self.meter)
 
     def copied(self, begin_s: float, end_s: float, nbytes: int) -> None:
         self.copies += 1

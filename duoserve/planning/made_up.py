@@ -24,7 +24,7 @@ from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.packing import write_pack
 from duoserve.experts.rows import DenseMemory, aligned_rows
-from duoserve.experts.slots import SlotPool, SlotTable
+from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore, HostStore
 from duoserve.kernels import ExpertFormat
 from duoserve.kernels.bf12 import LEAST, Bf12Rows
@@ -38,6 +38,7 @@ from duoserve.models.moe import MoEBlock, RoutingScript
 from duoserve.models.tensors import ReadTensor
 from duoserve.models.transformer import DecoderLayer
 from duoserve.passes import Passes
+from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.scheduling.source import ExpertSource, Lease
@@ -115,9 +116,8 @@ class Watch(ExpertSource, RoutingScript):
     chance.
     """
 
-    def __init__(self, scheduler: Scheduler, table: SlotTable, config: ModelConfig) -> None:
+    def __init__(self, scheduler: Scheduler, config: ModelConfig) -> None:
         self._scheduler = scheduler
-        self._table = table
         self._config = config
         self._random = random.Random(0)
         self._generator = torch.Generator().manual_seed(0)
@@ -129,7 +129,7 @@ class Watch(ExpertSource, RoutingScript):
         with self._off_the_clock() as now:
             run = self.passes[-1]
             run.asked_s.append(now)
-            run.missing.append(sum(not self._table.is_ready(ExpertId(layer, expert)) for expert in experts))
+            run.missing.append(sum(not self._scheduler.table.is_ready(ExpertId(layer, expert)) for expert in experts))
         return self._scheduler.acquire(layer, experts, counts)
 
     def chosen(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ class Watch(ExpertSource, RoutingScript):
         """As many missing experts as the dice say, as far as there are so many."""
         top_k, dice = self._config.top_k, self._random
         experts = dice.sample(range(self._config.num_experts), self._config.num_experts)
-        ready = [expert for expert in experts if self._table.is_ready(ExpertId(layer, expert))]
+        ready = [expert for expert in experts if self._scheduler.table.is_ready(ExpertId(layer, expert))]
         absent = [expert for expert in experts if expert not in ready]
         num_missing = min(len(absent), max(dice.randint(0, top_k), top_k - len(ready)))
         return absent[:num_missing] + ready[: top_k - num_missing]
@@ -209,21 +209,12 @@ class Running(NamedTuple):
 def running(stage: Stage, policy: Policy, num_slots: int, tier: str, context: int) -> Iterator[Running]:
     """The staged model under ``policy``, its experts in the store named ``tier``, room for ``context`` tokens."""
     config, meter, pool = stage.config, Meter(), SlotPool(num_slots, stage.layout)
-    table = SlotTable(config.num_layers, config.num_experts, num_slots)
-    scheduler = Scheduler(
-        table=table,
-        pool=pool,
-        engine=ThreadedCopyEngine(stage.stores[tier], pool, EngineConfig().copy_threads, on_copied=meter.copied),
-        policy=policy,
-        top_k=config.top_k,
-        num_layers=config.num_layers,
-        num_experts=config.num_experts,
-        meter=meter,
-    )
+    copies = ThreadedCopyEngine(stage.stores[tier], pool, EngineConfig().copy_threads, on_copied=meter.copied)
+    scheduler = Scheduler(ModelShape.of(config), pool, copies, policy, meter)
     with closing(scheduler):
         if policy.all_resident:
             scheduler.load_all()
-        watch = Watch(scheduler, table, config)
+        watch = Watch(scheduler, config)
         model = stage.family.build(config, stage.read, RoutedExperts(watch, pool.weights))
         model = replace(model, layers=tuple(_scripted(layer, watch) for layer in model.layers))
         tap = None

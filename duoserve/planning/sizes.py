@@ -50,7 +50,7 @@ def sizes_of(family: Family, config: ModelConfig, layout: ExpertLayout, dtype: t
     )
     return ModelSizes(
         layer,
-        ModelShape(config.num_experts, config.top_k, moe),
+        ModelShape.of(config),
         sum(count for number, count in params.items() if number not in moe),
         config.vocab_size * config.hidden_size,
         kv_bytes_per_token(config, dtype) // config.num_layers,

@@ -56,9 +56,9 @@ class Eviction:
     per_layer: bool
     rival: Callable[[int, int], Ranking] | None = None
 
-    def quotas(self, num_slots: int, shape: ModelShape, num_layers: int) -> list[int]:
+    def quotas(self, num_slots: int, shape: ModelShape) -> list[int]:
         """By layer of the model: the slots it may fill before its own experts go first; 0 if they always do."""
-        quotas = [0] * num_layers
+        quotas = [0] * shape.depth
         if self.per_layer:
             shares = layer_quotas(num_slots, len(shape.layers), shape.top_k)
             for layer, share in zip(shape.layers, shares, strict=True):

@@ -30,7 +30,7 @@ class Foresight(RoutingListener):
     ``link`` is told when layers are routed and copies arrive. There are none without a predictor, or of one layer.
     """
 
-    def __init__(self, predictor: Predictor | None, mode: GuessMode, shape: ModelShape, num_layers: int) -> None:
+    def __init__(self, predictor: Predictor | None, mode: GuessMode, shape: ModelShape) -> None:
         self._predictor = predictor
         self._shape = shape
         self._horizon = 0 if predictor is None else min(predictor.horizon, len(shape.layers) - 1)
@@ -38,7 +38,7 @@ class Foresight(RoutingListener):
         self._calibrations = [Calibration() for _ in range(self._horizon)]
         self._stated: dict[int, list[tuple[int, list[Guess]]]] = {}  # by layer: how far ahead it was, what was said
         self._spared: frozenset[ExpertId] = frozenset()  # as was said last
-        self.link = IdleLink(num_layers, shape.total_experts)
+        self.link = IdleLink(shape.depth, shape.total_experts)
 
     @property
     def lookahead(self) -> int:

@@ -16,10 +16,10 @@ class Ghost:
     number that it has among all experts. For others to read only.
     """
 
-    def __init__(self, eviction: Eviction, shape: ModelShape, num_layers: int, num_slots: int) -> None:
+    def __init__(self, eviction: Eviction, shape: ModelShape, num_slots: int) -> None:
         self._eviction = eviction
         self._num_experts = shape.num_experts
-        self._quotas = eviction.quotas(num_slots, shape, num_layers)
+        self._quotas = eviction.quotas(num_slots, shape)
         self.num_slots = self._free = num_slots
         self.slots: list[dict[int, int]] = [{} for _ in self._quotas]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+from duoserve.config import ModelConfig
 from duoserve.experts.layout import ExpertId
 
 # The layer of a view before the first layer has been routed, when nothing is wanted yet.
@@ -53,10 +54,20 @@ class ModelShape:
     top_k: int
     layers: tuple[int, ...]
 
+    @classmethod
+    def of(cls, config: ModelConfig) -> ModelShape:
+        """The shape of a model."""
+        return cls(config.num_experts, config.top_k, config.moe_layers)
+
     @property
     def total_experts(self) -> int:
         """Experts of the whole model."""
         return self.num_experts * len(self.layers)
+
+    @property
+    def depth(self) -> int:
+        """Layers up to the last that has experts: so many rows has what is kept by layer."""
+        return self.layers[-1] + 1
 
     def after(self, layer: int) -> tuple[int, ...]:
         """The layers behind ``layer``, in order; all of them behind BEFORE_FIRST."""

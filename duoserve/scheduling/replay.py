@@ -16,7 +16,7 @@ import torch
 from duoserve.config import Phase
 from duoserve.experts.copy_engine import CopyEngine, CopyListener
 from duoserve.experts.layout import ExpertId, ExpertLayout
-from duoserve.experts.slots import SlotPool, SlotTable
+from duoserve.experts.slots import SlotPool
 from duoserve.experts.virtual import ComputeLane, VirtualClock, VirtualCopyEngine
 from duoserve.experts.virtual_readers import HostLane, VirtualReaders
 from duoserve.metrics import ByteCounts, Meter
@@ -181,7 +181,8 @@ class _Run:
         self._meter = Meter(lambda: self._clock.now)
         self._on_computed = watcher.on_computed
         scored = None if predictor is None else ScoredPredictor(predictor)
-        self._scheduler = _scheduler(trace, policy, num_slots, scored, engine, self._meter)
+        pool = SlotPool(num_slots, _NO_BYTES)
+        self._scheduler = Scheduler(trace.meta.shape, pool, engine, policy, self._meter, scored)
         heard = self._scheduler.listener
         self._listener = heard
         guesses = scored is not None and heard is not None
@@ -307,29 +308,6 @@ def _prompt_of(request: RequestTrace, layer: int, machine: Machine) -> _Asked:
 def _tokens_of(request: RequestTrace, layers: Sequence[int]) -> list[list[list[int]]]:
     """By layer, by decoded token: the experts."""
     return [request.layers[layer].topk_ids_NK[request.num_prompt :].tolist() for layer in layers]
-
-
-def _scheduler(  # noqa: PLR0913, PLR0917
-    trace: Trace,
-    policy: Policy,
-    num_slots: int,
-    predictor: Predictor | None,
-    engine: CopyEngine,
-    meter: Meter,
-) -> Scheduler:
-    num_layers, num_experts = trace.meta.layers[-1] + 1, trace.meta.num_experts
-    return Scheduler(
-        table=SlotTable(num_layers, num_experts, num_slots),
-        pool=SlotPool(num_slots, _NO_BYTES),
-        engine=engine,
-        policy=policy,
-        top_k=trace.meta.top_k,
-        num_layers=num_layers,
-        num_experts=num_experts,
-        meter=meter,
-        moe_layers=trace.meta.layers,
-        predictor=predictor,
-    )
 
 
 def _add_difference(counts: ByteCounts, after: ByteCounts, before: ByteCounts) -> None:

@@ -22,20 +22,13 @@ class Residency:
     ``table``, ``ledger``, ``slots`` and ``idle`` are for others to read only.
     """
 
-    def __init__(  # noqa: PLR0913
-        self,
-        table: SlotTable,
-        pool: SlotPool,
-        engine: CopyEngine,
-        meter: Meter,
-        num_layers: int,
-        *,
-        link: IdleLink | None = None,
+    def __init__(
+        self, table: SlotTable, pool: SlotPool, engine: CopyEngine, meter: Meter, link: IdleLink | None = None
     ) -> None:
         self.table = table
         self.ledger = Ledger(meter)
-        self.slots: list[dict[int, int]] = [{} for _ in range(num_layers)]  # by layer: expert -> slot, arrived or not
-        self.idle: list[dict[int, int]] = [{} for _ in range(num_layers)]  # by layer: see IdleExperts
+        self.slots: list[dict[int, int]] = [{} for _ in table.ready_LE]  # by layer: expert -> slot, arrived or not
+        self.idle: list[dict[int, int]] = [{} for _ in table.ready_LE]  # by layer: see IdleExperts
         self._pool = pool
         self._engine = engine
         self._meter = meter

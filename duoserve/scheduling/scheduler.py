@@ -47,41 +47,37 @@ class _Pass(NamedTuple):
 class Scheduler(ExpertSource):
     """Brings experts into slots for one forward pass at a time: ``begin``, ``acquire`` layer by layer, ``end``.
 
-    It alone changes ``table``, ``pool`` and ``engine`` (which ``close`` closes). ``moe_layers`` are the layers that
-    have experts, in order; all of them by default. MemoryBudgetError if ``policy`` wants all experts resident and the
-    slots are fewer. What ``predictor`` says goes into decode steps if the policy makes guesses. Not thread-safe.
+    The slots are those of an empty ``pool``, which it alone changes, as it does ``engine`` (which ``close`` closes).
+    MemoryBudgetError if ``policy`` wants all experts resident and the slots are fewer. What ``predictor`` says goes
+    into decode steps if the policy makes guesses. Not thread-safe.
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(  # noqa: PLR0913, PLR0917
         self,
-        *,
-        table: SlotTable,
+        shape: ModelShape,
         pool: SlotPool,
         engine: CopyEngine,
         policy: Policy,
-        top_k: int,
-        num_layers: int,
-        num_experts: int,
         meter: Meter,
-        moe_layers: Sequence[int] | None = None,
         predictor: Predictor | None = None,
     ) -> None:
-        self._shape = ModelShape(num_experts, top_k, tuple(range(num_layers) if moe_layers is None else moe_layers))
+        self._shape = shape
         self._policy = policy
-        self._num_slots = table.num_slots
-        if policy.all_resident and table.num_slots < self._shape.total_experts:
+        self._num_slots = pool.num_slots
+        if policy.all_resident and pool.num_slots < shape.total_experts:
             raise MemoryBudgetError(
-                f"policy {policy.name!r} keeps all {self._shape.total_experts} experts in slots "
-                f"({len(self._shape.layers)} layers x {num_experts}), but there are {table.num_slots} slots: "
+                f"policy {policy.name!r} keeps all {shape.total_experts} experts in slots "
+                f"({len(shape.layers)} layers x {shape.num_experts}), but there are {pool.num_slots} slots: "
                 "give the experts more memory or choose another policy"
             )
         self._engine = engine
         self._meter = meter
-        self._foresight = Foresight(predictor, policy.guesses, self._shape, num_layers)
+        self._foresight = Foresight(predictor, policy.guesses, shape)
         self._link = self._foresight.link if self._foresight.guesses_within_budget else None
-        self._guard = self._new_guard(num_layers)
-        self._ranking: Ranking = self._guard or policy.eviction.ranking(num_layers, num_experts)
-        self._residency = Residency(table, pool, engine, meter, num_layers, link=self._link)
+        self._guard = self._new_guard()
+        self._ranking: Ranking = self._guard or policy.eviction.ranking(shape.depth, shape.num_experts)
+        table = SlotTable(shape.depth, shape.num_experts, pool.num_slots)
+        self._residency = Residency(table, pool, engine, meter, link=self._link)
         self._cache = Cache(self._residency, self._shape, policy.eviction, self._ranking)
         self._pass: _Pass | None = None
         self._aside: tuple[_Pass, SlotLease | StandingLease] | None = None
@@ -89,6 +85,11 @@ class Scheduler(ExpertSource):
         self._lease: SlotLease | StandingLease | None = None
         self._prompted = True  # the last pass did not leave the cache as decode steps do
         self._closed = False
+
+    @property
+    def table(self) -> SlotTable:
+        """Who is in which slot, for others to read only."""
+        return self._residency.table
 
     @property
     def listener(self) -> RoutingListener | None:
@@ -203,9 +204,8 @@ class Scheduler(ExpertSource):
     def load_all(self, progress: bool = False) -> None:
         """Brings every expert into a slot, as far as there are slots; CopyError if one cannot be read."""
         self._check_between_passes("all experts were asked for")
-        table = self._residency.table
-        absent = [expert for expert in self._shape.experts(self._shape.layers) if table.slot_of(expert) < 0]
-        loads = deque(zip(absent, table.empty_slots(), strict=False))
+        absent = [expert for expert in self._shape.experts(self._shape.layers) if self.table.slot_of(expert) < 0]
+        loads = deque(zip(absent, self.table.empty_slots(), strict=False))
         try:
             with tqdm(total=len(loads), desc="experts to slots", unit="expert", disable=not progress) as bar:
                 self._load(loads, bar)
@@ -215,9 +215,8 @@ class Scheduler(ExpertSource):
 
     def check_integrity(self) -> None:
         """Compares the books of the slots; IntegrityError if they disagree, or a slot is held between passes."""
-        table = self._residency.table
-        table.check_integrity()
-        held = [slot for slot in range(table.num_slots) if table.holds(slot)]
+        self.table.check_integrity()
+        held = [slot for slot in range(self.table.num_slots) if self.table.holds(slot)]
         if self._pass is None and held:
             raise IntegrityError(f"slots {held} are held, but no forward pass is under way")
 
@@ -229,14 +228,14 @@ class Scheduler(ExpertSource):
         self._engine.close()
         self._residency.collect()
 
-    def _new_guard(self, num_layers: int) -> Guard | None:
+    def _new_guard(self) -> Guard | None:
         """Where the eviction has a rival, or it must be known what guesses cost."""
         eviction, shape, num_slots = self._policy.eviction, self._shape, self._num_slots
         if eviction.rival is None and self._link is None:
             return None
-        own = eviction.ranking(num_layers, shape.num_experts)
-        rival = None if eviction.rival is None else eviction.rival(num_layers, shape.num_experts)
-        return Guard(own, rival, lambda: Ghost(eviction, shape, num_layers, num_slots))
+        own = eviction.ranking(shape.depth, shape.num_experts)
+        rival = None if eviction.rival is None else eviction.rival(shape.depth, shape.num_experts)
+        return Guard(own, rival, lambda: Ghost(eviction, shape, num_slots))
 
     def _pause(self) -> None:
         """A prompt comes between decode steps: what they say of the link's idle time would be wrong."""
@@ -274,7 +273,7 @@ class Scheduler(ExpertSource):
         size = ring_size(self._policy.prefill, self._shape, num_tokens, self._num_slots, num_absent)
         for _ in range(size - len(self._residency.table.empty_slots())):
             self._cache.give_up(BEFORE_FIRST)
-        slots = self._residency.table.empty_slots()
+        slots = self.table.empty_slots()
         return Ring(self._residency, self._shape, size, slots if self._policy.keeps else slots[:size])
 
     def _open_lease(self, run: _Pass, layer: int, wanted: Sequence[int]) -> tuple[SlotLease, int]:

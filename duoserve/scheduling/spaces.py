@@ -100,7 +100,7 @@ class Cache(Shared):
         super().__init__(residency)
         self._eviction = eviction
         self._ranking = ranking
-        self._quotas = eviction.quotas(residency.table.num_slots, shape, len(residency.slots))
+        self._quotas = eviction.quotas(residency.table.num_slots, shape)
 
     def spare(self, layer: int) -> int | None:
         """An EMPTY slot, else that of a victim that the plan does not spare."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from duoserve.errors import TraceError
+from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.routing import Routing
 
 # What a trace consists of: its tensors by name. Those of a layer end in its number.
@@ -39,6 +40,11 @@ class TraceMeta:
     num_experts: int
     top_k: int
     conditions: str = ""
+
+    @property
+    def shape(self) -> ModelShape:
+        """What a scheduler must know of the model."""
+        return ModelShape(self.num_experts, self.top_k, self.layers)
 
     @property
     def ids_dtype(self) -> type[np.unsignedinteger]:

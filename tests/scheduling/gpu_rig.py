@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from duoserve.config import Phase
 from duoserve.experts.layout import ExpertId
-from duoserve.experts.slots import SlotPool, SlotTable
+from duoserve.experts.slots import SlotPool
 from duoserve.experts.tickets import PIECE_BYTES
 from duoserve.experts.virtual import ComputeLane, VirtualClock
 from duoserve.metrics import Meter
@@ -91,17 +91,9 @@ class GpuRig:
             lane=self.lane,
             on_copied=self.meter.copied,
         )
-        self.table = SlotTable(shape.layers, shape.experts, slots)
-        self.scheduler = Scheduler(
-            table=self.table,
-            pool=SlotPool(slots, SMALL),
-            engine=self.engine,
-            policy=get_policy(policy),
-            top_k=shape.top_k,
-            num_layers=shape.layers,
-            num_experts=shape.experts,
-            meter=self.meter,
-        )
+        pool = SlotPool(slots, SMALL)
+        self.scheduler = Scheduler(shape.of_model(), pool, self.engine, get_policy(policy), self.meter)
+        self.table = self.scheduler.table
 
     @property
     def copy_s(self) -> float:

@@ -11,9 +11,10 @@ import numpy as np
 from duoserve.config import Phase
 from duoserve.experts.copy_engine import Ticket, TicketState
 from duoserve.experts.layout import ExpertId
-from duoserve.experts.slots import SlotPool, SlotState, SlotTable
+from duoserve.experts.slots import SlotPool, SlotState
 from duoserve.experts.virtual import VirtualClock
 from duoserve.metrics import Meter, Stats
+from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import Policy, get_policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.scheduler import Scheduler
@@ -51,7 +52,6 @@ class Rig:
     ) -> None:
         self.clock = VirtualClock()
         self.meter = Meter(lambda: self.clock.now)
-        self.table = SlotTable(layers, experts, slots)
         self.store = store or ArrayStore(SMALL, layers, experts)
         pool = SlotPool(slots, SMALL, poison=True)
         rng = None if shuffle is None else random.Random(shuffle)
@@ -61,18 +61,10 @@ class Rig:
         self.pool = pool
         self.num_layers = layers
         self.num_experts = experts
-        self.scheduler = Scheduler(
-            table=self.table,
-            pool=pool,
-            engine=self.engine,
-            policy=get_policy(policy) if isinstance(policy, str) else policy,
-            top_k=top_k,
-            num_layers=layers,
-            num_experts=experts,
-            meter=self.meter,
-            moe_layers=moe_layers,
-            predictor=predictor,
-        )
+        shape = ModelShape(experts, top_k, tuple(range(layers) if moe_layers is None else moe_layers))
+        chosen = get_policy(policy) if isinstance(policy, str) else policy
+        self.scheduler = Scheduler(shape, pool, self.engine, chosen, self.meter, predictor)
+        self.table = self.scheduler.table
 
     def run(
         self,

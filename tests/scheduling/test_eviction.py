@@ -16,7 +16,7 @@ from tests.scheduling.rig import Rig
 
 LAYER_LRU = EVICTIONS["lru"]
 GLOBAL_LRU = Eviction(Recency, per_layer=False)
-FOUR_LAYERS = ModelShape(num_experts=8, top_k=2, layers=(0, 1, 2, 3))
+FOUR_LAYERS = ModelShape(num_experts=8, top_k=2, layers=(1, 2, 3, 4))
 VALUES = [[3.0, 1.0, 2.0], [1.5, 1.0, 0.5]]
 
 
@@ -56,8 +56,8 @@ def test_a_layer_below_its_quota_takes_from_those_above_theirs() -> None:
     [(16, [4, 4, 4, 4]), (18, [5, 5, 4, 4]), (8, [2, 2, 2, 2]), (7, [2, 2, 2, 0]), (4, [2, 2, 0, 0]), (1, [0] * 4)],
 )
 def test_quotas(num_slots: int, quotas: list[int]) -> None:
-    assert LAYER_LRU.quotas(num_slots, FOUR_LAYERS, num_layers=5) == [*quotas, 0]
-    assert GLOBAL_LRU.quotas(num_slots, FOUR_LAYERS, num_layers=5) == [0] * 5
+    assert LAYER_LRU.quotas(num_slots, FOUR_LAYERS) == [0, *quotas]
+    assert GLOBAL_LRU.quotas(num_slots, FOUR_LAYERS) == [0] * 5
 
 
 @pytest.mark.parametrize("slots", [8, 14])

@@ -48,7 +48,7 @@ class Seer(Teller):
 
 class TestTopK:
     def test_the_likeliest_of_the_next_layers_are_copied_unless_they_are_there(self) -> None:
-        foresight = Foresight(Teller(lambda layer: np.linspace(0, 0.7, 8), 2), GuessMode.TOP_K, SHAPE, 4)
+        foresight = Foresight(Teller(lambda layer: np.linspace(0, 0.7, 8), 2), GuessMode.TOP_K, SHAPE)
         guesses = foresight.guess(2, [set(), set(), set(), {7}], ())
         assert guesses.ahead == (3, 0)
         assert guesses.copies == (ExpertId(3, 6), ExpertId(0, 7), ExpertId(0, 6))
@@ -65,7 +65,7 @@ class TestTopK:
 
 class TestBudget:
     def test_nothing_is_copied_before_the_link_has_been_measured(self) -> None:
-        foresight = Foresight(Teller(lambda layer: certain(8, [1])), GuessMode.BUDGET, SHAPE, 4)
+        foresight = Foresight(Teller(lambda layer: certain(8, [1])), GuessMode.BUDGET, SHAPE)
         assert foresight.guess(0, NOBODY, ()).copies == ()
 
     def test_a_seer_turns_idle_time_into_hits(self) -> None:
@@ -103,7 +103,7 @@ class TestBudget:
         assert not rig.engine.guesses
 
     def test_of_two_layers_ahead_the_nearer_comes_first(self) -> None:
-        foresight = Foresight(Teller(lambda layer: certain(8, [layer]), 2), GuessMode.BUDGET, SHAPE, 4)
+        foresight = Foresight(Teller(lambda layer: certain(8, [layer]), 2), GuessMode.BUDGET, SHAPE)
         foresight.link.copy_s = 1.0
         foresight.link.account.settle(1.0, 31.0, 1.0)
         for layer in (0, 1, 2, 3, 0):
@@ -121,7 +121,7 @@ def test_a_guess_that_the_router_contradicts_is_cancelled() -> None:
 
 
 def test_what_was_said_before_holds_until_the_layer_has_been_heard() -> None:
-    foresight = Foresight(Teller(lambda layer: certain(8, [1, layer + 2]), 2), GuessMode.TOP_K, SHAPE, 4)
+    foresight = Foresight(Teller(lambda layer: certain(8, [1, layer + 2]), 2), GuessMode.TOP_K, SHAPE)
     assert foresight.so_far(0) == Guesses((), (1, 2), frozenset())
     assert foresight.guess(0, NOBODY, ()).spared == {ExpertId(1, 1), ExpertId(1, 3), ExpertId(2, 1), ExpertId(2, 4)}
     assert foresight.so_far(1) == Guesses((), (2, 3), frozenset({ExpertId(2, 1), ExpertId(2, 4)}))
@@ -130,13 +130,13 @@ def test_what_was_said_before_holds_until_the_layer_has_been_heard() -> None:
 
 
 def test_without_a_predictor_there_are_no_guesses() -> None:
-    foresight = Foresight(None, GuessMode.BUDGET, SHAPE, 4)
+    foresight = Foresight(None, GuessMode.BUDGET, SHAPE)
     assert foresight.guess(0, NOBODY, ()) is foresight.so_far(0) is NO_GUESSES and foresight.lookahead == 0
 
 
 @pytest.mark.parametrize("mode", GuessMode)
 def test_a_single_layer_is_guessed_nothing_about(mode: GuessMode) -> None:
-    foresight = Foresight(Teller(lambda layer: certain(8, [1])), mode, ModelShape(8, 2, (3,)), 4)
+    foresight = Foresight(Teller(lambda layer: certain(8, [1])), mode, ModelShape(8, 2, (3,)))
     assert foresight.guess(3, NOBODY, ()) is foresight.so_far(3) is NO_GUESSES and not foresight.guesses_at_all
 
 

@@ -32,7 +32,7 @@ def wanderings(rng: random.Random, steps: int) -> Steps:
 
 
 def ghost(num_slots: int) -> Ghost:
-    return Ghost(EVICTIONS["lru"], SHAPE, 2, num_slots)
+    return Ghost(EVICTIONS["lru"], SHAPE, num_slots)
 
 
 def misses_of(ranking: Ranking, cache: Ghost, steps: Steps) -> int:
@@ -57,7 +57,7 @@ def test_a_ghost_misses_what_the_real_cache_misses(name: str, seed: int) -> None
     rig = Rig(type(policy)("as it is", policy.prefill, policy.decode, eviction), layers=2, slots=7)
     for step in steps:
         rig.decode(step)
-    cache = Ghost(eviction, SHAPE, 2, 7)
+    cache = Ghost(eviction, SHAPE, 7)
     assert misses_of(eviction.ranking(2, 8), cache, steps) == rig.stats().misses["decode"]
     assert {(one.layer, one.expert) for one in rig.resident()} == {
         (layer, expert) for layer, here in enumerate(cache.slots) for expert in here

@@ -29,7 +29,7 @@ def test_a_freed_slot_is_scrubbed_behind_its_readers_and_before_the_next_copy(se
     store, streams = InRam(num_layers=1, num_experts=8), FakeStreams(rng)
     pool = LaggingPool(2, SMALL, streams)
     engine = StreamCopyEngine(store, pool, streams, num_threads=1)
-    residency = Residency(SlotTable(1, 8, 2), pool, engine, Meter(), num_layers=1)
+    residency = Residency(SlotTable(1, 8, 2), pool, engine, Meter())
     wrong: list[ExpertId] = []
     reads = 0
 

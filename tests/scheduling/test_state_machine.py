@@ -20,10 +20,11 @@ from duoserve.config import Phase
 from duoserve.errors import ClosedError, CopyError
 from duoserve.experts.copy_engine import CopyEngine, ThreadedCopyEngine, TicketState
 from duoserve.experts.layout import ExpertId, ExpertLayout
-from duoserve.experts.slots import SlotPool, SlotState, SlotTable
+from duoserve.experts.slots import SlotPool, SlotState
 from duoserve.experts.virtual import ComputeLane, VirtualClock
 from duoserve.metrics import Meter
 from duoserve.scheduling.lease import StandingLease
+from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import POLICIES, get_policy
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.scheduling.source import Lease, ReadyExpert
@@ -84,19 +85,10 @@ class Slots(RuleBasedStateMachine):
         self.meter = Meter()
         self.store = ArrayStore(TINY, LAYERS, EXPERTS)
         self.pool = SlotPool(num_slots, TINY, poison=True)
-        self.table = SlotTable(LAYERS, EXPERTS, num_slots)
         self.engine = self.make_engine(seed)
-        self.scheduler = Scheduler(
-            table=self.table,
-            pool=self.pool,
-            engine=self.engine,
-            policy=get_policy(self.policy),
-            top_k=TOP_K,
-            num_layers=LAYERS,
-            num_experts=EXPERTS,
-            meter=self.meter,
-            predictor=self.fortune_teller(seed),
-        )
+        shape, policy = ModelShape(EXPERTS, TOP_K, tuple(range(LAYERS))), get_policy(self.policy)
+        self.scheduler = Scheduler(shape, self.pool, self.engine, policy, self.meter, self.fortune_teller(seed))
+        self.table = self.scheduler.table
         self.was_broken = False
         self.closed = False
         self.in_pass = False
