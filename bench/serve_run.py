@@ -20,7 +20,7 @@ from duoserve.config import EngineConfig
 from duoserve.decoding import DecoderParts, Launch, choose_launch, make_decoder
 from duoserve.engine import Engine
 from duoserve.errors import ConfigError, MemoryBudgetError
-from duoserve.experts.budget import MemoryPlan, plan_memory
+from duoserve.experts.budget import FreeMemory, MemoryPlan, plan_memory
 from duoserve.experts.device import CPU, free_bytes
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.tickets import PIECE_BYTES
@@ -35,6 +35,7 @@ from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import Policy
+from duoserve.scheduling.scheduler import Scheduler
 from duoserve.workspace import workspace_bytes
 
 CHECKED_TOKENS = 16  # of a prompt whose logits must have the same bits in every cell of a group
@@ -109,8 +110,7 @@ class Ground:
                 kv_bytes=max_context * kv_bytes_per_token(config, config.dtype),
                 workspace_bytes=workspace_bytes(config, config.dtype, device, max_context),
                 wanted=EngineConfig(expert_slots=cell.share, host_memory=0),
-                available_bytes=free_bytes(device),
-                host_available_bytes=free_bytes(CPU) if self.host.pins else None,
+                free=FreeMemory(free_bytes(device), free_bytes(CPU) if self.host.pins else None),
                 needs_all=policy.all_resident,
             )
         except MemoryBudgetError as error:

@@ -41,8 +41,7 @@ class MemoryNeeds:
                 config, self.dtype, self.device, context, compiled=wanted.decode_mode == "compiled"
             ),
             wanted=wanted,
-            available_bytes=free.device_bytes,
-            host_available_bytes=free.host_bytes,
+            free=free,
             needs_all=needs_all,
         )
 

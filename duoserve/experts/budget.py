@@ -136,18 +136,15 @@ def plan_memory(  # noqa: PLR0913
     kv_bytes: int,
     workspace_bytes: int,
     wanted: EngineConfig,
-    available_bytes: int,
-    host_available_bytes: int | None = None,
+    free: FreeMemory,
     needs_all: bool = False,
 ) -> MemoryPlan:
     """Slots from ``expert_slots``, ``expert_memory`` or ``memory``, else as many as fit in 80 % of what is free.
 
     ``num_layers`` counts MoE layers, ``num_experts`` experts a layer; ``needs_all`` asks for a slot for each of them.
-    ``available_bytes`` are free where the slots are; ``host_available_bytes`` are free in RAM where that is another
-    memory, and None on a CPU. Raises MemoryBudgetError, with the arithmetic and the figure that would do, below
-    ``top_k`` + 1 slots (all, with ``needs_all``) and above what is free.
+    Raises MemoryBudgetError, with the arithmetic and the figure that would do, below ``top_k`` + 1 slots (all, with
+    ``needs_all``) and above what is ``free``.
     """
-    free = FreeMemory(available_bytes, host_available_bytes)
     total = num_layers * num_experts
     least = total if needs_all else min(top_k + 1, total)
     smallest = MemoryPlan(
@@ -166,13 +163,7 @@ def plan_memory(  # noqa: PLR0913
         raise MemoryBudgetError(_too_few(smallest, why, slots, wanted, free))
     slots = min(slots, total)
     plan = replace(smallest, num_slots=slots, host_experts=_host_experts(wanted, layout, slots, total, free))
-    if free.taken(plan) > free.device_bytes:
-        raise MemoryBudgetError(_too_much(plan, smallest, wanted, free))
-    if free.host_bytes is not None and plan.host_bytes > free.host_bytes:
-        raise MemoryBudgetError(
-            f"{plan.host_experts} experts x {_exact(plan.slot_bytes)} = {_exact(plan.host_bytes)} of host memory, but "
-            f"{_exact(free.host_bytes)} of RAM are free: lower host_memory to at most {_exact(free.host_bytes)}"
-        )
+    _check_fits(plan, smallest, wanted, free)
     return plan
 
 
@@ -199,6 +190,16 @@ def _check_smallest_fits(smallest: MemoryPlan, why: str, free: FreeMemory) -> No
         raise MemoryBudgetError(
             f"at least {needed} bytes of {free.name} must be free ({format_bytes(needed)}: {_terms(smallest, free)}; "
             f"slots for {why}), but {_exact(free.device_bytes)} are: free some, or lower max_context or host_memory"
+        )
+
+
+def _check_fits(plan: MemoryPlan, smallest: MemoryPlan, wanted: EngineConfig, free: FreeMemory) -> None:
+    if free.taken(plan) > free.device_bytes:
+        raise MemoryBudgetError(_too_much(plan, smallest, wanted, free))
+    if free.host_bytes is not None and plan.host_bytes > free.host_bytes:
+        raise MemoryBudgetError(
+            f"{plan.host_experts} experts x {_exact(plan.slot_bytes)} = {_exact(plan.host_bytes)} of host memory, but "
+            f"{_exact(free.host_bytes)} of RAM are free: lower host_memory to at most {_exact(free.host_bytes)}"
         )
 
 

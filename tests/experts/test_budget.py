@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from duoserve.config import EngineConfig
 from duoserve.errors import ConfigError, MemoryBudgetError
-from duoserve.experts.budget import MemoryPlan, format_bytes, parse_bytes, plan_memory, slot_count
+from duoserve.experts.budget import FreeMemory, MemoryPlan, format_bytes, parse_bytes, plan_memory, slot_count
 from duoserve.experts.layout import ExpertLayout
 
 GIB = 2**30
@@ -48,8 +48,7 @@ class Case:
             kv_bytes=self.kv,
             workspace_bytes=self.workspace,
             wanted=wanted,
-            available_bytes=self.available,
-            host_available_bytes=host_available,
+            free=FreeMemory(self.available, host_available),
             needs_all=self.needs_all,
         )
 
