@@ -13,7 +13,7 @@ import numpy as np
 from duoserve.config import Phase
 from duoserve.experts.layout import ExpertId
 from duoserve.scheduling.decode import next_layers
-from duoserve.scheduling.link_budget import Calibration, Guess, IdleLink, StepLink, affordable
+from duoserve.scheduling.link_budget import Calibration, Guess, IdleLink, Link, affordable
 from duoserve.scheduling.plan import NO_GUESSES, Guesses, GuessMode, ModelShape
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import Routing, RoutingListener
@@ -86,7 +86,7 @@ class Foresight(RoutingListener):
         present: Sequence[Collection[int]],
         under_way: Collection[ExpertId],
         unused: Collection[ExpertId] = (),
-        link: StepLink | None = None,
+        link: Link | None = None,
     ) -> Guesses:
         """What to copy behind the demands of ``layer`` and those guesses ``under_way`` that are about later ones.
 
@@ -122,7 +122,7 @@ class Foresight(RoutingListener):
         present: Sequence[Collection[int]],
         queued: int,
         num_open: int,
-        link: IdleLink | StepLink,
+        link: Link,
     ) -> Guesses:
         heard = []
         for distance, (layer, chances_E) in enumerate(zip(ahead, chances, strict=True)):

@@ -6,7 +6,7 @@ All times are seconds on the copy engine's clock.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from duoserve.experts.tickets import Priority, Ticket
 from duoserve.scheduling.account import Account
@@ -59,6 +59,24 @@ class Demand(NamedTuple):
     copies: int
     unguessed: int
     alone: bool
+
+
+class Link(Protocol):
+    """What guesses are weighed by."""
+
+    @property
+    def copy_s(self) -> float | None:
+        """How long a copy takes; None until one has been made on demand."""
+
+    @property
+    def account(self) -> Account:
+        """What guesses have saved and cost."""
+
+    def use_chance(self, num_slots: int) -> float:
+        """The chance that a layer with ``num_slots`` of them uses the expert in any one in its next step."""
+
+    def idle_before(self, layer: int) -> float:
+        """How long the link will have been idle, demands apart, when ``layer``, the next one, is routed."""
 
 
 class IdleLink:
@@ -115,11 +133,11 @@ class IdleLink:
             self.account.settle(seconds, unguessed_s - max(0.0, waited_s - covered_s), self.copy_s)
 
     def use_chance(self, num_slots: int) -> float:
-        """The chance that a layer with ``num_slots`` of them uses the expert in any one in its next step."""
-        return min(1.0, (self._hits or 0.0) / max(1, num_slots))
+        """As in Link."""
+        return _use_chance(self._hits, num_slots)
 
     def idle_before(self, layer: int) -> float:
-        """How long the link will have been idle, demands apart, when ``layer``, the next one, is routed."""
+        """As in Link."""
         measured = self._idle_s[layer]
         after_misses = self._demand.copies > 0
         seconds = measured[after_misses]
@@ -144,12 +162,12 @@ class StepLink:
 
     @property
     def copy_s(self) -> float | None:
-        """As in IdleLink."""
+        """As in Link."""
         return self._link.copy_s
 
     @property
     def account(self) -> Account:
-        """As in IdleLink."""
+        """As in Link."""
         return self._link.account
 
     def pause(self) -> None:
@@ -179,8 +197,8 @@ class StepLink:
         self._asked_at = None
 
     def use_chance(self, num_slots: int) -> float:
-        """As in IdleLink."""
-        return min(1.0, (self._hits or 0.0) / max(1, num_slots))
+        """As in Link."""
+        return _use_chance(self._hits, num_slots)
 
     def idle_before(self, layer: int) -> float:
         """How long the link will be idle before the next step, in whole copies: a part of one is of no use."""
@@ -209,6 +227,11 @@ def affordable(
             chosen.append((ahead, guess))
             free_at += copy_s
     return chosen
+
+
+def _use_chance(hits: float | None, num_slots: int) -> float:
+    """Of a layer that hits so many of its experts in the mean; None where that is not known yet."""
+    return min(1.0, (hits or 0.0) / max(1, num_slots))
 
 
 def _follow(mean: float | None, measured: float) -> float:
