@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor
 from tqdm import tqdm
@@ -46,23 +45,6 @@ HANDED_OUT = 2 * WORKERS
 # Floats are packed in parts: a row may have hundreds of MB, which would come from memory that caches do not hold.
 PART_BYTES = 4 << 20
 Task = tuple[ExpertId, RowPart]
-
-
-class ExpertReader(Protocol):
-    """What is asked of an ExpertStore whose experts are packed."""
-
-    @property
-    def layout(self) -> ExpertLayout:
-        """The layout of the rows."""
-
-    def read(self, expert: ExpertId, row_B: Tensor) -> None:
-        """As in ExpertStore."""
-
-    def parts(self, expert: ExpertId) -> Sequence[RowPart]:
-        """As in ExpertStore."""
-
-    def read_part(self, expert: ExpertId, part: RowPart, part_B: Tensor) -> None:
-        """As in ExpertStore."""
 
 
 class CheckpointStore(ExpertStore):
@@ -155,7 +137,7 @@ class CheckpointStore(ExpertStore):
 
 
 def write_pack(  # noqa: PLR0913
-    store: ExpertReader,
+    store: ExpertStore,
     experts: Sequence[ExpertId],
     path: Path,
     fingerprint: str,
@@ -193,7 +175,7 @@ def write_pack(  # noqa: PLR0913
 
 
 def _write_files(
-    store: ExpertReader, experts: Sequence[ExpertId], header: PackHeader, folder: Path, progress: bool
+    store: ExpertStore, experts: Sequence[ExpertId], header: PackHeader, folder: Path, progress: bool
 ) -> None:
     with _synced(folder / PACK_FILE, DIRECT) as descriptor:
         _write_rows(store, sorted(experts), header, descriptor, progress)
@@ -234,7 +216,7 @@ def _synced(path: Path, flags: int = 0) -> Iterator[int]:
 
 
 def _write_rows(
-    store: ExpertReader, experts: Sequence[ExpertId], header: PackHeader, descriptor: int, progress: bool
+    store: ExpertStore, experts: Sequence[ExpertId], header: PackHeader, descriptor: int, progress: bool
 ) -> None:
     tasks = [(expert, part) for expert in experts for part in store.parts(expert)]
     largest = max(part.stop - part.start for _, part in tasks)

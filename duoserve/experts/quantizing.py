@@ -16,7 +16,6 @@ from duoserve.errors import CopyError
 from duoserve.experts.formats.bf12 import encode
 from duoserve.experts.formats.scratch import Scratch
 from duoserve.experts.layout import ExpertId, ExpertLayout, Quantized
-from duoserve.experts.packing import ExpertReader
 from duoserve.experts.pieces import part_places
 from duoserve.experts.rows import aligned_rows
 from duoserve.experts.scale_search import OP_BY_OP, ScaleSearch, Way
@@ -36,7 +35,7 @@ class QuantizingStore(ExpertStore):
     numbers. Thread-safe.
     """
 
-    def __init__(self, source: ExpertReader, stored: Quantized, way: Way = OP_BY_OP) -> None:
+    def __init__(self, source: ExpertStore, stored: Quantized, way: Way = OP_BY_OP) -> None:
         self.layout = ExpertLayout(stored, source.layout.hidden, source.layout.intermediate)
         self._source = source
         self._search = None if stored.format is ExpertFormat.BF12 else ScaleSearch(stored, way)
