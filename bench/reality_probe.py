@@ -17,12 +17,13 @@ import torch
 
 from duoserve import kernels
 from duoserve.config import Phase
-from duoserve.experts.copy_engine import Priority, ThreadedCopyEngine, Ticket
+from duoserve.experts.copy_engine import ThreadedCopyEngine
 from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.pack_folder import pack_path
 from duoserve.experts.packing import write_pack
 from duoserve.experts.slots import SlotPool
+from duoserve.experts.tickets import Priority, Ticket
 from duoserve.experts.virtual_readers import WARM_SLOTS
 from duoserve.kernels import HostWork
 from duoserve.models.layers import Linear

@@ -17,7 +17,7 @@ from duoserve.errors import ConfigError
 from duoserve.experts.budget import FreeMemory, MemoryPlan
 from duoserve.experts.copy_engine import CopyEngine, ThreadedCopyEngine
 from duoserve.experts.cuda_streams import CudaStreams
-from duoserve.experts.device import CPU, free_bytes, resolve
+from duoserve.experts.device import CPU, free_bytes, resolve_device
 from duoserve.experts.disk_store import DiskStore
 from duoserve.experts.pack_folder import is_current, is_out_of_reach, pack_path
 from duoserve.experts.pack_format import DTYPES
@@ -45,7 +45,7 @@ class Placement:
     @classmethod
     def of(cls, found: OpenedModel, wanted: EngineConfig) -> Placement:
         """As ``wanted``, where it says so; ConfigError for a device or dtype that cannot be had."""
-        device, only_cpu = resolve(wanted.device), cpu_only(found.config)
+        device, only_cpu = resolve_device(wanted.device), cpu_only(found.config)
         if device.type != "cpu" and only_cpu is not None:
             raise ConfigError(f"{only_cpu} runs on CPUs only so far: load it with device='cpu'")
         if wanted.invariant:

@@ -17,7 +17,7 @@ import torch
 
 from duoserve import AsyncEngine, MoEModel, Objectives, Piece, SamplingParams, ServiceSettings, State
 from duoserve.errors import ClosedError, CopyError, DuoServeError, OverloadedError, RequestError
-from duoserve.experts.copy_engine import Ticket
+from duoserve.experts.tickets import Ticket
 from tests.checkpoints import BARD, save_mixtral
 from tests.live_threads import threads_since
 

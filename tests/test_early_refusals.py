@@ -85,7 +85,7 @@ def test_damaged_files_of_text_are_refused_before_anything_large_is_loaded(name:
 def test_a_mode_that_the_device_does_not_have_is_refused_before_anything_large_is_loaded(
     device: str, mode: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(duoserve.placement, "resolve", torch.device)
+    monkeypatch.setattr(duoserve.placement, "resolve_device", torch.device)
     monkeypatch.setattr(duoserve.placement, "free_bytes", lambda _: 1 << 30)
     with pytest.raises(ConfigError, match=f"decode_mode='{mode}' .* the device is {device}: use 'auto'"):
         MoEModel.from_pretrained(folder, device=device, decode_mode=mode)

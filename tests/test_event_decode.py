@@ -15,11 +15,11 @@ from duoserve import SamplingParams
 from duoserve.config import Phase
 from duoserve.errors import CopyError
 from duoserve.event_decode import event_steps
-from duoserve.experts.copy_engine import Ticket
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore, HostStore
 from duoserve.experts.stream_engine import StreamCopyEngine
+from duoserve.experts.tickets import Ticket
 from duoserve.passes import Decoder, DecodeStep
 from duoserve.recorded_decode import MAX_SEQUENCES, RecordedDecoder
 from duoserve.request import Request

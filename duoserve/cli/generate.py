@@ -11,7 +11,7 @@ from typing import Any
 
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
 from duoserve.errors import RequestError
-from duoserve.experts.hub import resolve
+from duoserve.experts.hub import resolve_model
 from duoserve.experts.positional_file import is_there
 from duoserve.moe_model import MoEModel
 from duoserve.sampling import SamplingParams
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
 
 def folder_with_text(model: str) -> Path:
     """The folder of ``model``; RequestError where it has no tokenizer, before anything is loaded."""
-    folder = resolve(model)
+    folder = resolve_model(model)
     if not is_there(folder / TOKENIZER):
         raise RequestError(f"{model} has no {TOKENIZER}, which text needs: give token ids in Python, to generate()")
     return folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from duoserve.experts.device import resolve
+from duoserve.experts.device import resolve_device
 from duoserve.planning.this_machine import THIS, this_machine
 from duoserve.scheduling.hardware import HARDWARE, Hardware, find_hardware
 
@@ -25,6 +25,6 @@ def replayed_on(name: str | None) -> Hardware:
     ConfigError for a name that is not known, and as in ``this_machine``.
     """
     if name is None:
-        name = WITHOUT if resolve("auto").type == "cpu" else WITH_GPU
+        name = WITHOUT if resolve_device("auto").type == "cpu" else WITH_GPU
     found = this_machine() if name == THIS else find_hardware(name)
     return replace(found, link=found.disk) if found.host_computes else found

@@ -15,14 +15,11 @@ import torch
 from torch import Tensor
 
 from duoserve.errors import CheckpointError
-from duoserve.experts.hub import resolve
 from duoserve.experts.pack_format import DTYPES
 from duoserve.experts.positional_file import PositionalFile, read_capped
 from duoserve.experts.safetensors_header import MAX_TENSORS, SafetensorsHeader, TensorInfo, read_header
 from duoserve.experts.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, weight_map
 from duoserve.experts.strict_json import parse_object
-
-__all__ = ["Checkpoint", "TensorInfo", "is_ignorable", "resolve"]
 
 MAX_CONFIG_BYTES = 1 << 20
 # A converting read goes through cache-sized blocks, small enough for torch not to split the copy over threads of its

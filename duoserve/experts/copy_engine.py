@@ -13,8 +13,6 @@ from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.tickets import Priority, Ticket, TicketQueue, TicketState
 
-__all__ = ["CopyEngine", "CopyListener", "Priority", "ThreadedCopyEngine", "Ticket", "TicketState"]
-
 # Told of everything that was copied: from when to when that took (seconds on the engine's clock), and its bytes. Copy
 # threads count from when they were asked: their wake-up is part of the copy, and the lane is busy while one is
 # outstanding.

@@ -12,7 +12,7 @@ from duoserve.experts.rows import aligned_rows
 CPU = torch.device("cpu")
 
 
-def resolve(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     """The device that ``name`` means: "auto" is a GPU where there is one.
 
     ConfigError for one that is not there, or is a GPU other than the first.

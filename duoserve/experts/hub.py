@@ -28,7 +28,9 @@ _NAMES = " or ".join(map(repr, EMBEDDED))
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
-def resolve(model: str | Path, *, revision: str | None = None, offline: bool = False, weights: bool = True) -> Path:
+def resolve_model(
+    model: str | Path, *, revision: str | None = None, offline: bool = False, weights: bool = True
+) -> Path:
     """The folder of a model: a folder with config.json, the name of an embedded model or a hub id, ``"owner/name"``.
 
     A hub id is downloaded to huggingface_hub's cache, or with ``offline`` only looked up there; ``revision`` is its

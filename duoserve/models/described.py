@@ -9,7 +9,7 @@ from pathlib import Path
 
 from duoserve.config import ModelConfig
 from duoserve.experts.checkpoint import MAX_CONFIG_BYTES, check_names
-from duoserve.experts.hub import resolve
+from duoserve.experts.hub import resolve_model
 from duoserve.experts.positional_file import is_there
 from duoserve.experts.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, weight_map
 from duoserve.experts.strict_json import read_object
@@ -37,7 +37,7 @@ def described(model: str | Path) -> DescribedModel:
 
     ConfigError or CheckpointError for what cannot be run, as far as it can be seen.
     """
-    folder = resolve(model, weights=False)
+    folder = resolve_model(model, weights=False)
     listed = _listed(folder)
     if listed is not None and all(is_there(folder / file) for file in listed.values()):
         return _from_headers(folder)

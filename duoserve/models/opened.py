@@ -14,9 +14,10 @@ from torch import Tensor
 
 from duoserve.config import ModelConfig
 from duoserve.errors import CheckpointError
-from duoserve.experts.checkpoint import FLOATS, Checkpoint, is_ignorable, resolve
+from duoserve.experts.checkpoint import FLOATS, Checkpoint, is_ignorable
 from duoserve.experts.formats.codes import WeightFormat
 from duoserve.experts.formats.reading import read_dense
+from duoserve.experts.hub import resolve_model
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.packing import CheckpointStore
 from duoserve.experts.positional_file import is_there
@@ -104,7 +105,7 @@ class OpenedModel:
 @contextmanager
 def opened(model: str | Path) -> Iterator[OpenedModel]:
     """The model by folder, hub id or embedded name; ConfigError or CheckpointError for what cannot be run."""
-    with closing(Checkpoint.open(resolve(model))) as checkpoint:
+    with closing(Checkpoint.open(resolve_model(model))) as checkpoint:
         family = family_of(checkpoint.config)
         config = _with_end_tokens(family.parse_config(checkpoint.config), checkpoint.folder / GENERATION_CONFIG)
         if HEAD in checkpoint.tensors:  # a head of its own is used even where the config calls it tied

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from duoserve.errors import CheckpointError, ConfigError
-from duoserve.experts.device import CPU, free_bytes, resolve
+from duoserve.experts.device import CPU, free_bytes, resolve_device
 from duoserve.experts.layout import ExpertLayout
 from duoserve.experts.pack_folder import cache_folder
 from duoserve.experts.positional_file import is_file
@@ -37,7 +37,7 @@ def this_machine(cache_dir: str | Path | None = None, *, anew: bool = False) -> 
 
     ConfigError for a malformed file, or a cache folder that cannot be written; CheckpointError as in cache_folder.
     """
-    device, path = resolve("auto"), cache_folder(cache_dir) / FILE
+    device, path = resolve_device("auto"), cache_folder(cache_dir) / FILE
     about = _about(device)
     kept = _read(path) if is_file(path) and not anew else {}
     if not kept.keys() >= set(RATES) or any(kept.get(key) != value for key, value in about.items()):
@@ -63,7 +63,7 @@ def this_rehearsal(
 
     None on a GPU, and where the layers are too large to be made up. Errors as in ``this_machine``.
     """
-    device, folder = resolve("auto"), cache_folder(cache_dir)
+    device, folder = resolve_device("auto"), cache_folder(cache_dir)
     if device.type != "cpu":
         return None
     about = _about(device) | {"model": repr(model.config), "experts": layout.name, "prompt": prompt}

@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import Self
 
 from duoserve.errors import ClosedError, IntegrityError
-from duoserve.experts.copy_engine import Priority, Ticket
 from duoserve.experts.layout import ExpertId
+from duoserve.experts.tickets import Priority, Ticket
 from duoserve.scheduling.plan import LayerPlan
 from duoserve.scheduling.residency import Residency
 from duoserve.scheduling.source import Lease, ReadyExpert

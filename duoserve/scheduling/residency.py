@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
 
-from duoserve.experts.copy_engine import CopyEngine, Priority, Ticket, TicketState
+from duoserve.experts.copy_engine import CopyEngine
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool, SlotTable
+from duoserve.experts.tickets import Priority, Ticket, TicketState
 from duoserve.metrics import Meter
 from duoserve.scheduling.ledger import Ledger
 from duoserve.scheduling.link_budget import IdleLink

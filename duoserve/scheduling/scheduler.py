@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 from duoserve.config import Phase
 from duoserve.errors import ClosedError, IntegrityError, MemoryBudgetError
-from duoserve.experts.copy_engine import CopyEngine, Priority
+from duoserve.experts.copy_engine import CopyEngine
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool, SlotTable
+from duoserve.experts.tickets import Priority
 from duoserve.metrics import Meter
 from duoserve.scheduling.decode import plan_decode
 from duoserve.scheduling.foresight import Foresight

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from duoserve.experts.copy_engine import Priority
 from duoserve.experts.layout import ExpertId
+from duoserve.experts.tickets import Priority
 from duoserve.scheduling.foresight import Foresight
 from duoserve.scheduling.link_budget import StepLink
 from duoserve.scheduling.plan import ModelShape

@@ -16,7 +16,7 @@ MADE_UP = ("replay", "synthetic:mixtral-8x7b", "--requests", "1", "--tokens", "4
 
 @pytest.mark.parametrize(("device", "name"), [("cpu", "ddr4"), ("cuda", "pcie4")])
 def test_without_a_name_it_is_the_card_most_like_this_one(monkeypatch, device, name):
-    monkeypatch.setattr(machines, "resolve", {"auto": torch.device(device)}.__getitem__)
+    monkeypatch.setattr(machines, "resolve_device", {"auto": torch.device(device)}.__getitem__)
     assert machines.replayed_on(None).name == name
 
 

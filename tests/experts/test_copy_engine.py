@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from duoserve.errors import ClosedError, ConfigError, CopyError
-from duoserve.experts.copy_engine import Priority, ThreadedCopyEngine, Ticket, TicketState
+from duoserve.experts.copy_engine import ThreadedCopyEngine
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
+from duoserve.experts.tickets import Priority, Ticket, TicketState
 from tests.fakes import PATIENCE_S, SMALL, ArrayStore
 from tests.live_threads import threads_since
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from duoserve.errors import ConfigError
-from duoserve.experts.device import resolve
+from duoserve.experts.device import resolve_device
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, found: int, current: int = 0) -> None:
@@ -19,8 +19,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, found: int, current: int = 0) -> No
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
 def test_a_gpu_is_the_first_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, found=2)
-    assert resolve(name) == torch.device("cuda", 0)
-    assert resolve("cpu") == torch.device("cpu")
+    assert resolve_device(name) == torch.device("cuda", 0)
+    assert resolve_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize(("name", "current", "meant"), [("cuda:2", 0, 2), ("cuda", 1, 1), ("cuda:0", 1, 0)])
@@ -32,15 +32,15 @@ def test_another_gpu_than_the_first_is_refused(
     with pytest.raises(
         ConfigError, match=f"{name!r} means cuda:{meant}, and cuda:{current} is .* CUDA_VISIBLE_DEVICES"
     ):
-        resolve(name)
+        resolve_device(name)
 
 
 def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, found=2)
     with pytest.raises(ConfigError, match="'cuda:2' was asked for, but torch finds 2 CUDA devices"):
-        resolve("cuda:2")
+        resolve_device("cuda:2")
     machine(monkeypatch, found=0)
-    assert resolve("auto") == torch.device("cpu")
+    assert resolve_device("auto") == torch.device("cpu")
     for name, message in {"cuda": "torch finds 0", "mps": "is not supported", "gpu": "is no device"}.items():
         with pytest.raises(ConfigError, match=message):
-            resolve(name)
+            resolve_device(name)

@@ -1,4 +1,4 @@
-"""resolve(): folders, the embedded model, the hub (which is never really reached here)."""
+"""resolve_model(): folders, the embedded model, the hub (which is never really reached here)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 
 from duoserve.errors import CheckpointError
 from duoserve.experts import hub
-from duoserve.experts.checkpoint import resolve
+from duoserve.experts.hub import resolve_model
 
 
 class Hub:
@@ -62,12 +62,12 @@ def offline(connect: Callable[[Path | Exception], Hub]) -> Hub:
 
 
 def test_a_folder_is_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve(folder) == folder
-    assert resolve(str(folder)) == folder
+    assert resolve_model(folder) == folder
+    assert resolve_model(str(folder)) == folder
     monkeypatch.setenv("HOME", str(folder.parent))
-    assert resolve("~/model") == folder
+    assert resolve_model("~/model") == folder
     monkeypatch.chdir(folder.parent)
-    assert resolve("model") == Path("model")
+    assert resolve_model("model") == Path("model")
 
 
 @pytest.mark.parametrize("name", ["bard", "bard-fine"])
@@ -76,19 +76,19 @@ def test_the_embedded_models_have_names(name: str, tmp_path: Path, monkeypatch: 
     (tmp_path / name).mkdir()
     (tmp_path / name / "config.json").write_text("{}")
     monkeypatch.setattr(hub, "EMBEDDED_FOLDER", tmp_path)
-    assert resolve(name) == tmp_path / name
+    assert resolve_model(name) == tmp_path / name
 
 
 @pytest.mark.parametrize("name", ["bard", "bard-fine"])
 def test_one_missing_from_the_installation_says_so(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "EMBEDDED_FOLDER", tmp_path)
     with pytest.raises(CheckpointError, match=rf"'{name}' is not part of this installation: .*{name} is missing; "):
-        resolve(name)
+        resolve_model(name)
 
 
 def test_a_name_that_is_close_to_an_embedded_models_gets_them_named() -> None:
     with pytest.raises(CheckpointError, match=r"'bard-fin' is no folder here, .* and not 'bard' or 'bard-fine'"):
-        resolve("bard-fin")
+        resolve_model("bard-fin")
 
 
 @pytest.mark.parametrize(
@@ -96,41 +96,41 @@ def test_a_name_that_is_close_to_an_embedded_models_gets_them_named() -> None:
 )
 def test_what_looks_like_a_path_never_goes_to_the_network(model: str, offline: Hub) -> None:
     with pytest.raises(CheckpointError, match=r"no folder here, no hub id|has no config\.json"):
-        resolve(model)
+        resolve_model(model)
     assert not offline.calls
 
 
 @pytest.mark.parametrize("model", [None, 5, b"bard"])
 def test_what_is_no_name_is_refused(model: Any) -> None:
     with pytest.raises(CheckpointError, match=r"is no model: give a folder, a hub id \(owner/name\) or 'bard' or"):
-        resolve(model)
+        resolve_model(model)
 
 
 @pytest.mark.parametrize("model", ["x" * 5000, "~nobody-of-this-name/x"])
 def test_a_name_that_no_file_system_has_is_refused(model: str) -> None:
     with pytest.raises(CheckpointError, match=r"no folder here, no hub id"):
-        resolve(model)
+        resolve_model(model)
 
 
 def test_a_path_object_never_goes_to_the_network(offline: Hub) -> None:
     with pytest.raises(CheckpointError, match=r"'owner/name' is no folder here, .*: owner/name is missing; give"):
-        resolve(Path("owner/name"))
+        resolve_model(Path("owner/name"))
     assert not offline.calls
 
 
 def test_a_file_is_refused(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json is a file, not a folder; give the folder that holds"):
-        resolve(folder / "config.json")
+        resolve_model(folder / "config.json")
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"{tmp_path}: has no config\.json; give the folder"):
-        resolve(tmp_path)
+        resolve_model(tmp_path)
 
 
 def test_a_hub_id_is_downloaded(folder: Path, connect: Callable[[Path | Exception], Hub]) -> None:
     made = connect(folder)
-    assert resolve("mistralai/Mixtral-8x7B-v0.1", revision="main", offline=True) == folder
+    assert resolve_model("mistralai/Mixtral-8x7B-v0.1", revision="main", offline=True) == folder
     wanted = {"repo_id": "mistralai/Mixtral-8x7B-v0.1", "revision": "main", "local_files_only": True}
     assert wanted.items() <= made.calls[0].items()
 
@@ -158,7 +158,7 @@ def test_only_harmless_files_are_downloaded(
     folder: Path, connect: Callable[[Path | Exception], Hub], file: str, taken: bool
 ) -> None:
     made = connect(folder)
-    resolve("owner/name")
+    resolve_model("owner/name")
     assert made.takes(file) is taken
 
 
@@ -178,7 +178,7 @@ def test_without_weights_only_what_describes_them_is_downloaded(
     folder: Path, connect: Callable[[Path | Exception], Hub], file: str, taken: bool
 ) -> None:
     made = connect(folder)
-    assert resolve("owner/name", weights=False) == folder
+    assert resolve_model("owner/name", weights=False) == folder
     assert made.takes(file) is taken
 
 
@@ -203,11 +203,11 @@ def test_errors_of_the_hub_come_with_a_remedy(
 ) -> None:
     connect(error)
     with pytest.raises(CheckpointError, match=f"owner/name: .*{message}") as caught:
-        resolve("owner/name", revision="v9")
+        resolve_model("owner/name", revision="v9")
     assert caught.value.__cause__ is error
 
 
 def test_a_hub_model_without_config_is_refused(tmp_path: Path, connect: Callable[[Path | Exception], Hub]) -> None:
     connect(tmp_path)
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
-        resolve("owner/name")
+        resolve_model("owner/name")

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from duoserve.errors import ClosedError, ConfigError
-from duoserve.experts.copy_engine import Priority, Ticket, TicketState
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.experts.streams import Lane, Mark
+from duoserve.experts.tickets import Priority, Ticket, TicketState
 from tests.fake_streams import FakeMark, FakeStreams
 from tests.fakes import PATIENCE_S, SMALL, ArrayStore
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from duoserve.experts.copy_engine import TicketState
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.experts.streams import Lane, Mark
+from duoserve.experts.tickets import TicketState
 from tests.experts.test_stream_engine import DEMAND, EXPERTS, PIECE, PREFETCH, PartlyInRam, Rig, bring_all
 from tests.fake_streams import FakeStreams
 from tests.fakes import SMALL

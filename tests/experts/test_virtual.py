@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from duoserve.errors import ClosedError, CopyError, IntegrityError
-from duoserve.experts.copy_engine import Priority, Ticket, TicketState
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
+from duoserve.experts.tickets import Priority, Ticket, TicketState
 from duoserve.experts.virtual import VirtualClock, VirtualCopyEngine
 from tests.fakes import SMALL, ArrayStore
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from duoserve.experts.copy_engine import Priority, Ticket, TicketState
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
+from duoserve.experts.tickets import Priority, Ticket, TicketState
 from duoserve.experts.virtual import ComputeLane, VirtualClock, VirtualCopyEngine
 from tests.fakes import SMALL, ArrayStore
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from duoserve.errors import ClosedError, IntegrityError
-from duoserve.experts.copy_engine import Priority, Ticket, TicketState
 from duoserve.experts.layout import ExpertId
+from duoserve.experts.tickets import Priority, Ticket, TicketState
 from duoserve.experts.virtual import VirtualClock
 from duoserve.experts.virtual_readers import HostLane, Readers, VirtualReaders
 

@@ -180,7 +180,7 @@ def test_an_order_of_activation_is_refused_where_it_has_no_kernel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantized, _ = CASES["qwen3_moe-gptq-ordered"].save(tmp_path)
-    monkeypatch.setattr(placement, "resolve", torch.device)
+    monkeypatch.setattr(placement, "resolve_device", torch.device)
     with pytest.raises(ConfigError, match="ordered by activation runs on CPUs only so far: load it with device='cpu'"):
         MoEModel.from_pretrained(quantized, device="cuda")
 

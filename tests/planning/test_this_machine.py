@@ -32,7 +32,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return MADE_UP
 
     monkeypatch.setattr(measured, "measure", measure)
-    monkeypatch.setattr(measured, "resolve", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(measured, "resolve_device", lambda name: torch.device("cpu"))
     return asked
 
 
@@ -90,7 +90,7 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return rehearsal(layout.slot_bytes)
 
     monkeypatch.setattr(measured, "rehearse", rehearse)
-    monkeypatch.setattr(measured, "resolve", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(measured, "resolve_device", lambda name: torch.device("cpu"))
     return asked
 
 
@@ -126,7 +126,7 @@ def test_nothing_is_rehearsed_on_a_gpu_or_kept_of_what_is_too_large(
 ) -> None:
     monkeypatch.setattr(measured, "rehearse", lambda *_: None)
     assert rehearse_bard(tmp_path) is None
-    monkeypatch.setattr(measured, "resolve", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(measured, "resolve_device", lambda name: torch.device("cuda"))
     assert rehearse_bard(tmp_path) is None
     assert (rehearsed, list(tmp_path.iterdir())) == ([], [])
 

@@ -6,8 +6,9 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from typing import Any, NamedTuple
 
-from duoserve.experts.copy_engine import CopyListener, Priority, Ticket, TicketState
+from duoserve.experts.copy_engine import CopyListener
 from duoserve.experts.layout import ExpertId
+from duoserve.experts.tickets import Priority, Ticket, TicketState
 from duoserve.experts.virtual import VirtualCopyEngine
 
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from duoserve.config import Phase
-from duoserve.experts.copy_engine import Ticket, TicketState
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool, SlotState
+from duoserve.experts.tickets import Ticket, TicketState
 from duoserve.experts.virtual import VirtualClock
 from duoserve.metrics import Meter, Stats
 from duoserve.scheduling.plan import ModelShape

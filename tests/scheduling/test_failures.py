@@ -6,9 +6,9 @@ import pytest
 
 from duoserve.config import Phase
 from duoserve.errors import ClosedError, CopyError
-from duoserve.experts.copy_engine import TicketState
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotState
+from duoserve.experts.tickets import TicketState
 from tests.scheduling.rig import Rig
 
 ALL = list(range(8))

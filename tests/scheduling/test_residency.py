@@ -7,10 +7,10 @@ import random
 import pytest
 import torch
 
-from duoserve.experts.copy_engine import Priority
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotTable
 from duoserve.experts.stream_engine import StreamCopyEngine
+from duoserve.experts.tickets import Priority
 from duoserve.metrics import Meter
 from duoserve.scheduling.residency import Residency
 from duoserve.scheduling.source import ReadyExpert

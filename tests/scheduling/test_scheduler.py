@@ -6,9 +6,9 @@ import pytest
 
 from duoserve.config import Phase
 from duoserve.errors import ClosedError, IntegrityError, MemoryBudgetError
-from duoserve.experts.copy_engine import Priority
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotState
+from duoserve.experts.tickets import Priority
 from tests.fakes import SMALL
 from tests.scheduling.rig import Batch, Rig
 

@@ -18,9 +18,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from duoserve.config import Phase
 from duoserve.errors import ClosedError, CopyError
-from duoserve.experts.copy_engine import CopyEngine, ThreadedCopyEngine, TicketState
+from duoserve.experts.copy_engine import CopyEngine, ThreadedCopyEngine
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.slots import SlotPool, SlotState
+from duoserve.experts.tickets import TicketState
 from duoserve.experts.virtual import ComputeLane, VirtualClock
 from duoserve.metrics import Meter
 from duoserve.scheduling.lease import StandingLease

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from duoserve.config import Phase
-from duoserve.experts.copy_engine import Priority, TicketState
 from duoserve.experts.layout import ExpertId
+from duoserve.experts.tickets import Priority, TicketState
 from duoserve.scheduling.prefill import RING_SLOTS
 from tests.scheduling.rig import Batch, Rig
 
