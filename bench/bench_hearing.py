@@ -26,7 +26,6 @@ from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.replay import replay
 from duoserve.scheduling.routing import Routing
-from duoserve.scheduling.selection import select
 from duoserve.scheduling.synthetic import CARDS, synthesize
 
 TOKENS, SHARE, PRECISION = 32, 0.25, 0.8
@@ -72,8 +71,8 @@ def measure(case: Case) -> dict[str, float]:
     """Milliseconds of a step: at best, with the predictor's thoughts, and these by themselves."""
     card = CARDS[case.model]
     trace = synthesize(card, 4, TOKENS, PRECISION, seed=3, prompt=64)
-    inner, _ = train(select(trace, [2, 3]), "lookahead")
-    held, machine = select(trace, [0, 1]), Machine(find_hardware(case.hardware), find_sizes(case.model))
+    inner, _ = train(trace.select([2, 3]), "lookahead")
+    held, machine = trace.select([0, 1]), Machine(find_hardware(case.hardware), find_sizes(case.model))
     slots, policy, predictor = int(SHARE * card.num_experts * card.num_layers), get_policy("duoserve"), Thinking(inner)
     best = replay(held, policy, machine, slots, predictor=inner)
     predictor.seconds = 0.0

@@ -30,7 +30,6 @@ from duoserve.scheduling.hardware import LINKS, Machine, find_hardware, find_siz
 from duoserve.scheduling.policies import EVICTIONS, get_policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.replay import ORACLE, Replay, replay
-from duoserve.scheduling.selection import select
 from duoserve.scheduling.synthetic import CARDS, synthesize
 from duoserve.scheduling.trace import Trace
 
@@ -67,8 +66,8 @@ def prefetch_by_precision() -> Iterator[Row]:
     for precision in PRECISIONS:
         trace = synthesize(CARDS["qwen3-30b-a3b"], 4, 64, precision, seed=3, prompt=64)
         slots = int(0.25 * 128 * 48)
-        predictor, _ = train(select(trace, [2, 3]), "lookahead")
-        held = select(trace, [0, 1])
+        predictor, _ = train(trace.select([2, 3]), "lookahead")
+        held = trace.select([0, 1])
         names = ["lru", "lookahead", "duoserve", "oracle"]
         runs = bake_off(held, machine, [slots], names, {"lookahead": predictor, "duoserve": predictor})
         lru, lookahead, ours, oracle = runs
@@ -100,7 +99,7 @@ def claims() -> tuple[Claim, ...]:
     for model, routing, layers, device in CLAIMED:
         card = dataclasses.replace(CARDS[routing], num_layers=layers)
         trace = synthesize(card, 4, 64, PAPER_PRECISION, seed=5, prompt=128)
-        held, rest = select(trace, [0, 1]), select(trace, [2, 3])
+        held, rest = trace.select([0, 1]), trace.select([2, 3])
         told, _ = train(rest, "lookahead")
         matrices, _ = train(rest, "activation-matrix")
         predictors = {"paper": told, "duoserve": told, "activation-matrix": matrices}

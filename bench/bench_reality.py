@@ -36,7 +36,6 @@ from duoserve.config import EngineConfig
 from duoserve.predictors.training import train
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import get_policy
-from duoserve.scheduling.selection import select
 from duoserve.scheduling.timed import TimedMachine
 from duoserve.scheduling.trace import Trace
 from duoserve.text import Text
@@ -94,7 +93,7 @@ def subject(model: str, cache: Path, sizes: Sizes) -> Subject:
     out = cache / f"{Path(model).name}-trace.safetensors"
     out.unlink(missing_ok=True)
     trace = record(model, prompts, RecordingSpec(out, params), wanted, "resident")
-    measured, training = select(trace, range(count)), select(trace, range(count, len(prompts)))
+    measured, training = trace.select(range(count)), trace.select(range(count, len(prompts)))
     return Subject(Setting(model, cache, context, COPY_THREADS), prompts[:count], measured, training)
 
 

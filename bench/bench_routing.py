@@ -25,7 +25,6 @@ from tqdm import tqdm
 from duoserve.experts.hub import EMBEDDED
 from duoserve.scheduling.cache_study import belady_hits, cached_hits
 from duoserve.scheduling.policies import EVICTIONS
-from duoserve.scheduling.selection import select
 from duoserve.scheduling.trace import Trace
 
 WINDOWS = (2, 4, 8, 16, 32)
@@ -55,7 +54,7 @@ def by_chance(window: int, num_experts: int, top_k: int) -> float:
 
 def hit_rates(trace: Trace) -> dict[str, dict[str, float | None]]:
     """Decode hits by cache and by share of the experts in slots; None where the slots do not hold one token's."""
-    few, meta = select(trace, range(STUDIED)), trace.meta
+    few, meta = trace.select(range(STUDIED)), trace.meta
     found: dict[str, dict[str, float | None]] = {name: {} for name in (*CACHES, BELADY)}
     for share in tqdm(SHARES, desc="caches"):
         slots = int(share * meta.num_experts)

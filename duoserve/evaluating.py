@@ -14,7 +14,6 @@ from duoserve.scheduling.bake_off import bake_off, figures
 from duoserve.scheduling.hardware import Machine
 from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.replay import ORACLE, Replay, replay
-from duoserve.scheduling.selection import select
 from duoserve.scheduling.trace import Trace
 
 KINDS = ("activation-matrix", "lookahead", "duoserve")
@@ -42,7 +41,7 @@ def evaluate(
     """
     trained = {kind: train(trace, kind, seed=seed, progress=progress) for kind in KINDS}
     predictors = {kind: predictor for kind, (predictor, _) in trained.items()}
-    held = select(trace, next(iter(trained.values()))[1])
+    held = trace.select(next(iter(trained.values()))[1])
     if not any(request.decodes for request in held):
         raise TraceError(f"{len(held)} requests are held out to replay, and none decodes: trace more tokens")
     names = [*BASELINES, *KINDS, ORACLE]

@@ -20,7 +20,6 @@ from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.files import load_predictor, save_predictor
 from duoserve.predictors.training import train
 from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
-from duoserve.scheduling.selection import select
 from duoserve.scheduling.synthetic import RoutingCard, synthesize
 from duoserve.scheduling.trace import Trace, TraceMeta
 from tests.checkpoints import BARD, save_mixtral
@@ -252,7 +251,7 @@ class TestEvaluate:
     def test_it_judges_by_requests_that_no_predictor_was_trained_on(self) -> None:
         trace = drawn_trace(requests=8, tokens=10)
         _, held = train(trace, "lookahead")
-        some = select(trace, held)
+        some = trace.select(held)
         assert len(some) == len(held) < len(trace)
         for at, number in enumerate(held):
             for layer in trace.meta.layers:

@@ -40,13 +40,13 @@ F2  experts/__init__  experts/positional_file  experts/whole_file  experts/stric
     experts/host_ram  experts/device  experts/budget  experts/disk_store  experts/slots  experts/tickets
     experts/copy_engine  experts/virtual  experts/virtual_readers  experts/streams  experts/cuda_streams
     experts/stream_engine
-F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/trace
-    scheduling/trace_file  scheduling/recorder  scheduling/synthetic  scheduling/plan  scheduling/prefill
+F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/plan
+    scheduling/trace  scheduling/trace_file  scheduling/recorder  scheduling/synthetic  scheduling/prefill
     scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/ghost  scheduling/guard
     scheduling/policies  scheduling/account  scheduling/link_budget  scheduling/foresight  scheduling/ledger
     scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/step_guesses  scheduling/read_through
     scheduling/scheduler  scheduling/cache_study  scheduling/hardware  scheduling/timed  scheduling/host_time
-    scheduling/foreseen  scheduling/scored  scheduling/replay  scheduling/bake_off  scheduling/selection
+    scheduling/foreseen  scheduling/scored  scheduling/replay  scheduling/bake_off
     predictors/__init__  predictors/features  predictors/history  predictors/base  predictors/popularity
     predictors/affinity  predictors/activation_matrix  predictors/lookahead  predictors/paper  predictors/learned
     predictors/examples  predictors/networks  predictors/training  predictors/quality  predictors/files

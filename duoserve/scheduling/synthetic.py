@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from duoserve.errors import ConfigError
-from duoserve.scheduling.trace import IDS, LOOKAHEAD, REQUESTS, TOKEN_IDS, WEIGHTS, MemoryRows, Trace, TraceMeta
+from duoserve.scheduling.trace import LayerTrace, Trace, TraceMeta
 
 _LEAST_DRAW = np.float32(1e-30)  # an exponential draw may be 0, which has no logarithm
 _FLAT_NOISE = 64.0  # noise of so many logits leaves next to nothing of the scores
@@ -71,21 +71,19 @@ def synthesize(  # noqa: PLR0913
     rng = np.random.default_rng(seed)
     meta = TraceMeta(f"synthetic:{card.name}", tuple(range(card.num_layers)), card.num_experts, card.top_k)
     shape = requests, prompt + tokens
-    tensors = {
-        REQUESTS: np.tile(np.array([shape[1], prompt], dtype=np.int32), (requests, 1)),
-        TOKEN_IDS: np.zeros(requests * shape[1], dtype=np.int32),
-    }
+    layers: dict[int, LayerTrace] = {}
     noise = 0.0
     for layer in meta.layers:
         logits_NE = _logits(card, rng, *shape).reshape(-1, card.num_experts)
         ids_NK, weights_NK = _choose(logits_NE, card.top_k)
-        tensors[f"{IDS}.{layer}"] = ids_NK.astype(meta.ids_dtype)
-        tensors[f"{WEIGHTS}.{layer}"] = weights_NK.astype(np.float16)
+        ahead_NE = None
         if layer:
             noise = noise or _noise_for(precision, logits_NE, ids_NK, rng)
             blurred_NE = logits_NE + noise * rng.standard_normal(logits_NE.shape, dtype=np.float32)
-            tensors[f"{LOOKAHEAD}.{layer}"] = blurred_NE.astype(np.float16)
-    return Trace(meta, MemoryRows(tensors))
+            ahead_NE = blurred_NE.astype(np.float16)
+        layers[layer] = LayerTrace(ids_NK.astype(meta.ids_dtype), weights_NK.astype(np.float16), ahead_NE)
+    requests_R2 = np.tile(np.array([shape[1], prompt], dtype=np.int32), (requests, 1))
+    return Trace.in_memory(meta, requests_R2, np.zeros(requests * shape[1], dtype=np.int32), layers)
 
 
 def recall(scores_NE: np.ndarray, ids_NK: np.ndarray, count: int) -> float:

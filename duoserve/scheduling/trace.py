@@ -5,7 +5,7 @@ R requests, N tokens of all requests laid end to end, T tokens of one, K top-k, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -63,12 +63,21 @@ class TraceMeta:
         look-ahead scores: nothing comes before it.
         """
         found = {REQUESTS: Column(np.dtype(np.int32), (2,)), TOKEN_IDS: Column(np.dtype(np.int32), ())}
+        chosen = Column(np.dtype(self.ids_dtype), (self.top_k,)), Column(np.dtype(np.float16), (self.top_k,))
+        scores = Column(np.dtype(np.float16), (self.num_experts,))
         for layer in self.layers:
-            found[f"{IDS}.{layer}"] = Column(np.dtype(self.ids_dtype), (self.top_k,))
-            found[f"{WEIGHTS}.{layer}"] = Column(np.dtype(np.float16), (self.top_k,))
-            if layer != self.layers[0]:
-                found[f"{LOOKAHEAD}.{layer}"] = Column(np.dtype(np.float16), (self.num_experts,))
+            found |= zip(self.of_layer(layer), (*chosen, scores), strict=False)
         return found
+
+    def named(
+        self, requests_R2: np.ndarray, token_ids_N: np.ndarray, layers: Mapping[int, LayerTrace]
+    ) -> dict[str, np.ndarray]:
+        """The tensors of a trace by name, as in ``columns``."""
+        tensors = {REQUESTS: requests_R2, TOKEN_IDS: token_ids_N}
+        for layer in self.layers:
+            given = (tensor for tensor in layers[layer] if tensor is not None)
+            tensors |= zip(self.of_layer(layer), given, strict=True)
+        return tensors
 
 
 class Rows(Protocol):
@@ -147,6 +156,24 @@ class Trace:
         self.meta = meta
         self._rows = rows
 
+    @classmethod
+    def in_memory(
+        cls, meta: TraceMeta, requests_R2: np.ndarray, token_ids_N: np.ndarray, layers: Mapping[int, LayerTrace]
+    ) -> Trace:
+        """A trace of these arrays, whose dtypes are those of ``meta.columns()``."""
+        return cls(meta, MemoryRows(meta.named(requests_R2, token_ids_N, layers)))
+
+    def select(self, numbers: Sequence[int]) -> Trace:
+        """The requests of these ``numbers``, in that order, as a trace of its own in memory."""
+        requests = [self[number] for number in numbers]
+        sizes = [(len(request.token_ids_T), request.num_prompt) for request in requests]
+        return Trace.in_memory(
+            self.meta,
+            np.array(sizes, dtype=np.int32).reshape(-1, 2),
+            np.concatenate([request.token_ids_T for request in requests]),
+            {layer: _joined([request.layers[layer] for request in requests]) for layer in self.meta.layers},
+        )
+
     def __len__(self) -> int:
         return len(self.requests_R2)
 
@@ -183,3 +210,8 @@ class Trace:
     def layer(self, layer: int, start: int = 0, stop: int | None = None) -> LayerTrace:
         """One layer's routing of all tokens, or of rows ``start`` to ``stop``."""
         return LayerTrace(*(self._rows.read(name, start, stop) for name in self.meta.of_layer(layer)))
+
+
+def _joined(parts: Sequence[LayerTrace]) -> LayerTrace:
+    """One layer's routing of all the tokens of ``parts``."""
+    return LayerTrace(*(np.concatenate(column) for column in zip(*parts, strict=True) if column[0] is not None))

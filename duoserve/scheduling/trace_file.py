@@ -105,10 +105,7 @@ class TraceWriter:
 
         TraceError where it cannot be written: what was there before stays whole.
         """
-        values: dict[str, np.ndarray] = {REQUESTS: np.array([[len(token_ids), num_prompt]])}
-        values[TOKEN_IDS] = np.array(token_ids)
-        for layer in self._meta.layers:
-            values |= dict(zip(self._meta.of_layer(layer), _given(layers[layer]), strict=True))
+        values = self._meta.named(np.array([[len(token_ids), num_prompt]]), np.array(token_ids), layers)
         try:
             self._file.write(_encoded(self._meta, values))
             self._file.flush()
@@ -143,10 +140,6 @@ class TraceWriter:
             _check_fingerprint(self._path, segments[0].meta, self._meta.fingerprint)
             _check_conditions(self._path, segments[0].meta, self._meta)
         return segments[-1].end if segments else 0
-
-
-def _given(layer: LayerTrace) -> list[np.ndarray]:
-    return [tensor for tensor in layer if tensor is not None]
 
 
 def save_trace(trace: Trace, path: Path) -> None:

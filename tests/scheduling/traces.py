@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from duoserve.scheduling.synthetic import RoutingCard, synthesize
-from duoserve.scheduling.trace import IDS, LOOKAHEAD, REQUESTS, TOKEN_IDS, WEIGHTS, MemoryRows, Trace, TraceMeta
+from duoserve.scheduling.trace import LayerTrace, Trace, TraceMeta
 
 
 def trace_of(requests: list[tuple[int, list[list[int]]]], layers: int = 1, num_experts: int = 8) -> Trace:
@@ -15,16 +15,11 @@ def trace_of(requests: list[tuple[int, list[list[int]]]], layers: int = 1, num_e
     tokens = [token for _, course in requests for token in course]
     meta = TraceMeta("by hand", tuple(range(layers)), num_experts, len(tokens[0]))
     ids_NK = np.array(tokens, dtype=meta.ids_dtype)
-    tensors = {
-        REQUESTS: np.array([[len(course), prompt] for prompt, course in requests], dtype=np.int32),
-        TOKEN_IDS: np.zeros(len(tokens), dtype=np.int32),
-    }
-    for layer in range(layers):
-        tensors[f"{IDS}.{layer}"] = ids_NK
-        tensors[f"{WEIGHTS}.{layer}"] = np.full(ids_NK.shape, 1 / ids_NK.shape[1], dtype=np.float16)
-        if layer:
-            tensors[f"{LOOKAHEAD}.{layer}"] = np.zeros((len(tokens), num_experts), dtype=np.float16)
-    return Trace(meta, MemoryRows(tensors))
+    weights_NK = np.full(ids_NK.shape, 1 / ids_NK.shape[1], dtype=np.float16)
+    ahead_NE = np.zeros((len(tokens), num_experts), dtype=np.float16)
+    routed = {layer: LayerTrace(ids_NK, weights_NK, ahead_NE if layer else None) for layer in range(layers)}
+    requests_R2 = np.array([[len(course), prompt] for prompt, course in requests], dtype=np.int32)
+    return Trace.in_memory(meta, requests_R2, np.zeros(len(tokens), dtype=np.int32), routed)
 
 
 SMALL_CARD = RoutingCard("small", 16, 2, 6, 0.5, 1.5, 0.6, 0.9, 0.3, 0.6)
