@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import count
 
 from torch import Tensor
 
-from duoserve.batching import Batching, Load, PrefillUnderWay, RunningRequest, WaitingRequest
+from duoserve.batching import Batching, Load, WaitingRequest
 from duoserve.config import ModelConfig
 from duoserve.cost import MeasuredCosts
 from duoserve.errors import CopyError, DuoServeError, IntegrityError, OverloadedError, RequestError
 from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache, SequenceKV
+from duoserve.load_view import as_running, as_under_way, as_waiting
 from duoserve.metrics import Meter
 from duoserve.passes import Passes, Prefill
 from duoserve.request import Produced, Request
@@ -28,9 +28,10 @@ ALL_AT_ONCE = ServiceSettings(max_batch=1 << 30, max_waiting=1 << 30, scheduler=
 
 
 class Engine:
-    """Runs requests in ``passes``, as ``settings`` say. Not thread-safe: one call at a time.
+    """Runs requests in ``passes``. Not thread-safe: one call at a time.
 
-    ``add`` and ``abort`` requests between steps; ``step`` does one unit of work.
+    ``add`` and ``abort`` requests between steps; ``step`` does one unit of work. All at once, in their order, until
+    ``serve_by`` says otherwise.
     """
 
     def __init__(
@@ -51,7 +52,6 @@ class Engine:
         self._batching = Batching(ALL_AT_ONCE, self._costs, passes.num_layers)
         self._samplers: dict[Request, Sampler] = {}
         self._waiting: list[Request] = []
-        self._prefill: Prefill | None = None
         self._running: list[Request] = []
         self._decoded = False  # the last step was a decode step
         self._measured = clock()  # when the last step ended that the costs know of
@@ -65,7 +65,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Requests that have been started and not ended."""
-        return len(self._running) + (0 if self._prefill is None else len(self._prefill.requests))
+        return len(self._started())
 
     @property
     def num_sent_back(self) -> int:
@@ -75,7 +75,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._waiting or self._running or self._prefill)
+        return not (self._waiting or self._running or self._passes.under_way)
 
     @property
     def max_context(self) -> int:
@@ -87,7 +87,7 @@ class Engine:
         """The share of the KV cache that requests have, 0 to 1."""
         return 1 - self._cache.free_tokens / self._cache.num_tokens
 
-    def share_out(self, settings: ServiceSettings) -> None:
+    def serve_by(self, settings: ServiceSettings) -> None:
         """Works by ``settings`` from now on; gets ready for batches of that size first, which may take a while."""
         self._passes.prepare(settings.max_batch)
         self._batching = Batching(settings, self._costs, self._passes.num_layers)
@@ -99,14 +99,14 @@ class Engine:
             request.arrived = self._clock()
         settings, num_new = self._batching.settings, sum(one.admitted is None for one in self._waiting)
         if num_new >= settings.max_waiting + max(0, settings.max_batch - self.running):
-            wait_s = self._batching.first_token_s(self._asked(request), self._load())
+            wait_s = self._batching.first_token_s(self._as_waiting(request), self._load())
             raise OverloadedError(
                 f"{num_new} requests wait and {self.running} run: max_batch={settings.max_batch} and "
                 f"max_waiting={settings.max_waiting} allow no more: try again later",
                 max(0.1, wait_s),
             )
         if settings.admission == "strict":
-            refusal = self._batching.refusal(self._asked(request), self._load())
+            refusal = self._batching.refusal(self._as_waiting(request), self._load())
             if refusal is not None:
                 raise OverloadedError(f"the request would miss its objective: {refusal.why}", refusal.retry_after_s)
         request.number = next(self._numbers)
@@ -121,11 +121,10 @@ class Engine:
         if request not in self._samplers:
             return
         request.finish("abort")
-        prefill = self._prefill
+        prefill = self._passes.under_way
         if prefill is None or request not in prefill.requests:
             self._release(request)
         elif all(other.finish_reason for other in prefill.requests):
-            self._prefill = None
             self._passes.abandon(prefill)
             self._release_all(prefill.requests)
 
@@ -138,14 +137,15 @@ class Engine:
         """
         for request in [one for one in self._running if one.finish_reason]:
             self._release(request)
-        if self._prefill is None and self._waiting and (self._decoded or not self._running):
+        if self._passes.under_way is None and self._waiting and (self._decoded or not self._running):
             started = self._start()
             if started:
                 return started
-        if self._prefill is not None:
+        prefill = self._passes.under_way
+        if prefill is not None:
             num_layers = self._batching.layers(self._started_load(), self._decoded or not self._running)
             if num_layers:
-                return self._advance(self._prefill, num_layers)
+                return self._advance(prefill, num_layers)
         return self._decode() if self._running else []
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, int]]:
@@ -205,12 +205,16 @@ class Engine:
 
     def check_integrity(self) -> None:
         """IntegrityError if pages or holds outlive their requests, or the books of the slots disagree."""
-        started = [*self._running, *(self._prefill.requests if self._prefill else ())]
+        started = self._started()
         self._cache.check_integrity([request.kv for request in started])
         known = [*self._waiting, *started]
         if len(known) != len(self._samplers) or not all(request in self._samplers for request in known):
             raise IntegrityError(f"{len(known)} requests wait or run, but {len(self._samplers)} have samplers")
         self._passes.check_integrity()
+
+    def _started(self) -> list[Request]:
+        prefill = self._passes.under_way
+        return [*self._running, *(() if prefill is None else prefill.requests)]
 
     def _start(self) -> list[Produced]:
         """Begins a prefill of those of the waiting whose turn it is."""
@@ -225,7 +229,7 @@ class Engine:
         if not chosen:
             return []
         try:
-            self._prefill = self._passes.prefill(chosen, interruptible=bool(self._running))
+            self._passes.prefill(chosen, interruptible=bool(self._running))
         except CopyError as error:
             return self._fail(chosen, error)
         return []
@@ -236,13 +240,11 @@ class Engine:
         try:
             logits_BV = self._passes.advance(prefill, num_layers)
         except CopyError as error:
-            self._prefill = None
             return self._fail(prefill.requests, error)
         self._measured = self._clock()
         self._costs.note_prefill(prefill.num_tokens, num_layers, self._measured - begun)
         if logits_BV is None:
             return []
-        self._prefill = None
         self._running += prefill.requests
         return self._sample_all(prefill.requests, logits_BV)
 
@@ -271,7 +273,7 @@ class Engine:
 
     def _make_way(self) -> None:
         """The last to start wait again: those of the prefill that is under way, or else one that runs."""
-        prefill, self._prefill = self._prefill, None
+        prefill = self._passes.under_way
         if prefill is None:
             self._send_back(self._running.pop())
             return
@@ -339,38 +341,17 @@ class Engine:
             if request in requests:
                 requests.remove(request)
 
+    def _as_waiting(self, request: Request) -> WaitingRequest:
+        return as_waiting(request, self._batching.settings.answer_room)
+
     def _load(self) -> Load:
-        return self._started_load()._replace(waiting=[*map(self._asked, self._waiting)])
+        return self._started_load()._replace(waiting=[*map(self._as_waiting, self._waiting)])
 
     def _started_load(self) -> Load:
         """Without those that wait, of whom there may be many."""
-        prefill, now = self._prefill, self._clock()
-        coming = None
-        if prefill is not None:
-            left = self._passes.num_layers - prefill.under_way.next_layer
-            arrived = min(request.arrived or 0.0 for request in prefill.requests)
-            room = sum(request.kv.room for request in prefill.requests)
-            longest = max(request.params.max_tokens for request in prefill.requests)
-            coming = PrefillUnderWay(prefill.num_tokens, len(prefill.requests), left, arrived, room, longest)
         # A page for each that grows: else the next to do so would send a newcomer back.
         growing = sum(request.may_grow for request in self._running)
         free = self._cache.free_tokens - growing * PAGE_TOKENS
-        return Load(now, (), [*map(self._going, self._running)], free, coming, self._measured)
-
-    def _asked(self, request: Request) -> WaitingRequest:
-        objectives, room = request.objectives, request.room(self._batching.settings.answer_room)
-        if request.first_token is not None:
-            objectives = replace(objectives, ttft_s=None)
-        return WaitingRequest(
-            request.arrived or 0.0,
-            len(request.prompt_ids),
-            self._cache.whole_pages(room),
-            objectives,
-            request.sent_back,
-            request.params.max_tokens,
-        )
-
-    def _going(self, request: Request) -> RunningRequest:
-        tokens = len(request.output_ids)
-        left, tpot_s = request.params.max_tokens - tokens, request.objectives.tpot_s
-        return RunningRequest(request.first_token or 0.0, tokens, left, request.kv.room, tpot_s)
+        prefill = self._passes.under_way
+        coming = None if prefill is None else as_under_way(prefill, self._passes.num_layers)
+        return Load(self._clock(), (), [*map(as_running, self._running)], free, coming, self._measured)

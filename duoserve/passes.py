@@ -94,6 +94,11 @@ class Passes:
         self._decoder = decoder
         self._prefill: Prefill | None = None
 
+    @property
+    def under_way(self) -> Prefill | None:
+        """The prefill that has begun and not ended."""
+        return self._prefill
+
     @torch.inference_mode()
     def prepare(self, num_sequences: int) -> None:
         """Does beforehand what would hold up the first decode steps of up to so many requests."""

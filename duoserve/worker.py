@@ -36,7 +36,7 @@ class Worker:
     def __init__(self, runtime: Runtime, settings: ServiceSettings) -> None:
         self._runtime = runtime
         self._engine = runtime.engine
-        self._engine.share_out(settings)
+        self._engine.serve_by(settings)
         self._tasks: dict[Request, Task] = {}
         self._finished: Counter[str] = Counter()
         self._refused = self._attained = self._with_objectives = 0

@@ -64,7 +64,7 @@ def test_answers_grow_together_and_make_way_when_no_room_is_left(
     prompts = [PROMPT, OTHER, RUNNING, PROMPT[:3]]
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
         alone = [[t for _, t in engine.generate([asked(p, n)])] for p, n in zip(prompts, lengths, strict=True)]
-        engine.share_out(ServiceSettings(answer_room=8, scheduler=scheduler))  # type: ignore[arg-type]
+        engine.serve_by(ServiceSettings(answer_room=8, scheduler=scheduler))  # type: ignore[arg-type]
         seen = Together(engine, monkeypatch)
         requests = [asked(p, n) for p, n in zip(prompts, lengths, strict=True)]
         for request in requests:
@@ -82,7 +82,7 @@ def test_who_comes_back_has_the_bits_that_it_has_alone_where_batches_keep_them(
     with MoEModel.from_pretrained(folder, invariant=True, **how) as model:
         engine = model._runtime.engine
         alone = [logprobs(engine, [asked(prompt, 150, num_logprobs=5)]) for prompt in (PROMPT, OTHER)]
-        engine.share_out(ServiceSettings(answer_room=8))
+        engine.serve_by(ServiceSettings(answer_room=8))
         seen = Together(engine, monkeypatch)
         together = logprobs(engine, [asked(prompt, 150, num_logprobs=5) for prompt in (PROMPT, OTHER)])
     assert engine.num_sent_back and seen.most == 2
@@ -92,7 +92,7 @@ def test_who_comes_back_has_the_bits_that_it_has_alone_where_batches_keep_them(
 def test_one_that_was_sent_back_can_be_aborted_and_the_others_go_on(float_folder: Path) -> None:
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
         alone = [token for _, token in engine.generate([asked(PROMPT, 200)])]
-        engine.share_out(ServiceSettings(answer_room=8))
+        engine.serve_by(ServiceSettings(answer_room=8))
         goes_on, sent = asked(PROMPT, 200), asked(OTHER, 200)
         for request in (goes_on, sent):
             engine.add(request)
@@ -110,7 +110,7 @@ def test_a_prompt_under_way_makes_way_for_those_that_run(float_folder: Path, mon
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
         lengths = {"runs": (PROMPT * 2, 190), "comes": (OTHER * 10, 5)}
         alone = [[token for _, token in engine.generate([asked(*one)])] for one in lengths.values()]
-        engine.share_out(ServiceSettings(answer_room=8))
+        engine.serve_by(ServiceSettings(answer_room=8))
         runs, comes = (asked(*one) for one in lengths.values())
         engine.add(runs)
         while len(runs.output_ids) < 5:
@@ -126,7 +126,7 @@ def test_who_comes_leaves_a_page_to_each_that_runs_and_one_sent_back_asks_for_no
     float_folder: Path,
 ) -> None:
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
-        engine.share_out(ServiceSettings(answer_room=8))
+        engine.serve_by(ServiceSettings(answer_room=8))
         runs, comes = asked(PROMPT, 200), asked(OTHER * 20, 25)
         engine.add(runs)
         while len(runs.output_ids) < 5:
@@ -148,7 +148,7 @@ def test_whoever_comes_gets_all_that_was_asked_for(
     float_folder: Path, lengths: list[tuple[int, int]], answer_room: int, gaps: list[int]
 ) -> None:
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
-        engine.share_out(ServiceSettings(answer_room=answer_room))
+        engine.serve_by(ServiceSettings(answer_room=answer_room))
         requests = [asked((PROMPT * 2)[:prompt], answer) for prompt, answer in lengths]
         for request, gap in zip(requests, gaps, strict=False):
             engine.add(request)
@@ -179,7 +179,7 @@ def test_answers_that_might_fill_the_context_are_written_side_by_side(tmp_path: 
 
 def test_nobody_waits_where_there_is_a_place(float_folder: Path) -> None:
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
-        engine.share_out(ServiceSettings(max_batch=2, max_waiting=0))
+        engine.serve_by(ServiceSettings(max_batch=2, max_waiting=0))
         for _ in range(2):
             engine.add(asked(PROMPT, 5))
         with pytest.raises(OverloadedError, match="2 requests wait and 0 run: max_batch=2 and max_waiting=0"):

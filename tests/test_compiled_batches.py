@@ -235,7 +235,7 @@ def test_a_step_has_the_least_size_that_it_fits_in(mixtral: Path, asked: list[in
 def test_a_service_prepares_the_sizes_of_its_batches(mixtral: Path, asked: list[int]) -> None:
     with assembled(mixtral, "lru", 9, ThreadedCopyEngine, make_decoder=_compiled) as engine:
         for max_batch, sizes in ((1, [1]), (4, [1, 4]), (5, [1, 4, 16]), (40, [1, 4, 16])):
-            engine.share_out(ServiceSettings(max_batch=max_batch))
+            engine.serve_by(ServiceSettings(max_batch=max_batch))
             assert asked == sizes
 
 

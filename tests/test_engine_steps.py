@@ -215,7 +215,7 @@ def test_requests_join_and_leave_and_write_what_they_write_alone(float_folder: P
     prompts = [PROMPT, OTHER, RUNNING, PROMPT[:3], OTHER[:1]]
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
         alone = [[token for _, token in engine.generate([asked(prompt, 4 + i)])] for i, prompt in enumerate(prompts)]
-        engine.share_out(ServiceSettings(max_batch=3, scheduler=scheduler))  # type: ignore[arg-type]
+        engine.serve_by(ServiceSettings(max_batch=3, scheduler=scheduler))  # type: ignore[arg-type]
         requests = [asked(p, 4 + i, objectives=Objectives(1.0, 1e-4 * i or None)) for i, p in enumerate(prompts)]
         for request in requests[:2]:
             engine.add(request)
@@ -231,14 +231,14 @@ def test_requests_join_and_leave_and_write_what_they_write_alone(float_folder: P
 @pytest.mark.parametrize("scheduler", ["slo", "fcfs"])
 def test_a_decode_step_lies_between_two_prefills_while_somebody_runs(float_folder: Path, scheduler: str) -> None:
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
-        engine.share_out(ServiceSettings(max_batch=4, scheduler=scheduler))  # type: ignore[arg-type]
+        engine.serve_by(ServiceSettings(max_batch=4, scheduler=scheduler))  # type: ignore[arg-type]
         passes, course = engine._passes, []
         prefill, decode = passes.prefill, passes.decode
         passes.prefill = lambda *args, **how: course.append("P") or prefill(*args, **how)  # type: ignore[method-assign]
         passes.decode = lambda requests: course.append("D") or decode(requests)  # type: ignore[method-assign]
         for prompt in (RUNNING, PROMPT, OTHER):
             engine.add(asked(prompt, 20))
-            while engine.waiting or engine._prefill:
+            while engine.waiting or passes.under_way:
                 engine.step()
     assert course == ["P", "D", "P", "D", "P"]
 
@@ -258,7 +258,7 @@ def test_aborted_requests_leave_nothing_behind(float_folder: Path) -> None:
     """One that waits, one in a prefill with another, one that runs, and a prefill of which nothing is left."""
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
         alone = [token for _, token in engine.generate([asked(OTHER)])]
-        engine.share_out(ServiceSettings(max_batch=3))
+        engine.serve_by(ServiceSettings(max_batch=3))
         runs, one, two, waits = asked(RUNNING, 20), asked(PROMPT), asked(OTHER), asked(OTHER)
         engine.add(runs)
         while not runs.output_ids:
@@ -302,7 +302,7 @@ def test_logprobs_are_of_the_logits_before_any_rule(float_folder: Path) -> None:
 
 def test_what_cannot_be_served_is_refused(float_folder: Path) -> None:
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
-        engine.share_out(ServiceSettings(max_batch=1, max_waiting=1, admission="strict"))
+        engine.serve_by(ServiceSettings(max_batch=1, max_waiting=1, admission="strict"))
         for prompt in ([], [96], [1] * 256):
             with pytest.raises(RequestError):
                 engine.add(asked(prompt))

@@ -57,7 +57,7 @@ F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  m
     models/deepseek  models/glm4_moe  models/granite_moe  models/gpt_oss  models/registry  models/stored
     models/opened  models/described
 F5  service  sampling  tokenizer_config  text  channels  chat_sandbox  chat_template  kv_cache  request  writer  passes
-    cost  batching  engine  decode_inputs  recorded_choices  recorded_decode  event_decode  graph_decode
+    cost  batching  load_view  engine  decode_inputs  recorded_choices  recorded_decode  event_decode  graph_decode
     compiled_experts  compiled_decode  compiled_prompts  link  decoding  workspace  memory_needs  placement  choice
     loading  tracing  evaluating  moe_model  stream  worker  async_engine  perplexity  planning/__init__
     planning/model_cards  planning/formats  planning/sizes  planning/routing_curves  planning/speed

@@ -51,7 +51,7 @@ def broken(error: BaseException) -> Callable[..., None]:
 def test_a_service_that_cannot_be_made_does_not_keep_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with MoEModel.from_pretrained(folder) as model:
         with monkeypatch.context() as patch:
-            patch.setattr(model._runtime.engine, "share_out", broken(MemoryError("no room for batches")))
+            patch.setattr(model._runtime.engine, "serve_by", broken(MemoryError("no room for batches")))
             with pytest.raises(MemoryError):
                 AsyncEngine(model)
         assert len(model.generate(PROMPT, PARAMS).token_ids) == PARAMS.max_tokens

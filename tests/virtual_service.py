@@ -76,6 +76,7 @@ class VirtualPasses:
 
     def __init__(self, rates: Rates, clock: Clock) -> None:
         self.num_layers = rates.num_layers
+        self.under_way: _Prefill | None = None
         self._rates = rates
         self._clock = clock
 
@@ -86,17 +87,22 @@ class VirtualPasses:
         """Begins a pass."""
         for request in requests:
             request.kv.length = len(request.prompt_ids)
-        return _Prefill(requests, sum(len(request.prompt_ids) for request in requests))
+        self.under_way = _Prefill(requests, sum(len(request.prompt_ids) for request in requests))
+        return self.under_way
 
     def advance(self, prefill: _Prefill, num_layers: int) -> Tensor | None:
         """Some layers of it."""
         prefill.under_way.next_layer += num_layers
         self._clock.now += num_layers * self._rates.layer_s(prefill.num_tokens)
         done = prefill.under_way.next_layer >= self.num_layers
-        return torch.zeros(len(prefill.requests), VOCAB) if done else None
+        if not done:
+            return None
+        self.under_way = None
+        return torch.zeros(len(prefill.requests), VOCAB)
 
     def abandon(self, prefill: _Prefill) -> None:
         """Nothing is left of it."""
+        self.under_way = None
 
     def decode(self, requests: Sequence[Request]) -> Tensor:
         """A token for each."""
@@ -162,7 +168,7 @@ def serve(
     clock, pages = Clock(), VirtualPages(room)
     parts: Any = passes(rates, clock), _Vocabulary(), pages
     engine = Engine(*parts, Meter(clock), clock)
-    engine.share_out(settings)
+    engine.serve_by(settings)
     _warm_up(engine, rates)
     clock.now, served = 0.0, list[Request]()
     left = list(reversed(arrivals))

@@ -11,7 +11,7 @@ from duoserve.errors import ClosedError, ConfigError, CopyError
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
-from duoserve.experts.tickets import Priority, Ticket, TicketQueue, TicketState
+from duoserve.experts.tickets import Priority, Ticket, TicketQueue
 
 # Told of everything that was copied: from when to when that took (seconds on the engine's clock), and its bytes. Copy
 # threads count from when they were asked: their wake-up is part of the copy, and the lane is busy while one is
