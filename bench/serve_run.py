@@ -17,7 +17,7 @@ from serve_replay import AskedFor, HostArena, ReplayedPasses, RoutingReplay, Sha
 
 from duoserve.architecture import LatentAttentionConfig
 from duoserve.config import EngineConfig
-from duoserve.decoding import DecoderParts, Launch, choose_launch, make_decoder
+from duoserve.decoding import DecoderParts, Launch, choose_launch, make_decoder, resolve_mode
 from duoserve.engine import Engine
 from duoserve.errors import ConfigError, MemoryBudgetError
 from duoserve.experts.budget import FreeMemory, MemoryPlan, plan_memory
@@ -144,7 +144,8 @@ class Ground:
 
     def _launch(self, mode: str, policy: Policy, parts: DecoderParts) -> Launch:
         try:
-            return choose_launch(mode, self.host.device, policy, parts.readable, lambda: self.link.rates(parts))
+            resolved = resolve_mode(mode, self.host.device)
+            return choose_launch(resolved, self.host.device, policy, parts.readable, lambda: self.link.rates(parts))
         except ConfigError as error:
             raise Unavailable(str(error)) from error
 

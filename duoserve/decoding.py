@@ -100,8 +100,13 @@ def make_decoder(wanted: str, policy: Policy, parts: DecoderParts) -> Decoder | 
     return RecordedDecoder(model, cache, graph_steps(model, cache, recorder, parts.store, books))
 
 
-def possible_mode(wanted: str) -> str:
-    """``wanted``, but "auto" for "compiled" where nothing can be compiled, with a warning that says why."""
+def resolve_mode(wanted: str, device: torch.device) -> str:
+    """``wanted`` where ``device`` has it, else ConfigError; wherever the experts are.
+
+    "auto" for "compiled" where nothing can be compiled, with a warning that says why. To see that takes a second or two
+    for "compiled" alone.
+    """
+    _check_device(wanted, device)
     if wanted != "compiled" or (obstacle := _compiler_fault()) is None:
         return wanted
     warnings.warn(
@@ -123,8 +128,7 @@ def _compiler_fault() -> str | None:
     return None
 
 
-def check_mode(wanted: str, device: torch.device) -> None:
-    """ConfigError for a mode that the device does not have, wherever the experts are."""
+def _check_device(wanted: str, device: torch.device) -> None:
     if wanted in ("event", "graph") and device.type != "cuda":
         raise ConfigError(f"decode_mode={wanted!r} takes CUDA graphs, but the device is {device}: use 'auto'")
     if wanted == "compiled" and device.type == "cuda":
@@ -138,13 +142,12 @@ def choose_launch(
     readable: Callable[[], bool],
     measure: Callable[[], LinkRates],
 ) -> Launch:
-    """What ``wanted`` ("auto", "event", "graph" or "compiled") comes to; ConfigError where that cannot be had.
+    """What ``wanted``, a mode that ``resolve_mode`` has let pass, comes to; ConfigError for a graph that cannot be had.
 
     A policy that brings whole layers ahead, or computes none of a layer's experts before all are there, needs the host
     between the layers; what others guess can be copied between the steps. ``readable`` and ``measure`` are called only
     where their answer counts.
     """
-    check_mode(wanted, device)
     if device.type != "cuda":
         return Launch.COMPILED if wanted == "compiled" else Launch.MODEL
     if wanted == "event":

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 import warnings
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from duoserve.chat_template import ChatTemplate
 from duoserve.choice import BestPolicy, find_choice, predictor_beside, predictor_in
 from duoserve.compiled_prompts import compiled_prompts
 from duoserve.config import EngineConfig, ModelConfig
-from duoserve.decoding import DecoderParts, ModelDecoder, check_mode, make_decoder, possible_mode
+from duoserve.decoding import DecoderParts, ModelDecoder, make_decoder, resolve_mode
 from duoserve.engine import Engine
 from duoserve.errors import ConfigError, TraceError
 from duoserve.experts.budget import MemoryPlan
@@ -25,8 +26,10 @@ from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
 from duoserve.models.opened import opened
+from duoserve.models.tap import RoutingTap
+from duoserve.models.transformer import Transformer
 from duoserve.models.variants import with_products
-from duoserve.passes import Passes
+from duoserve.passes import Decoder, Passes
 from duoserve.placement import Placement
 from duoserve.predictors.files import load_predictor
 from duoserve.scheduling.plan import GuessMode, ModelShape
@@ -55,6 +58,14 @@ class Runtime:
         self._held.close()
 
 
+class Decision(NamedTuple):
+    """What a model will be run by, and how memory is divided for that."""
+
+    policy: Policy
+    predictor: Predictor | None
+    plan: MemoryPlan
+
+
 def load(  # noqa: PLR0913
     model: str | Path,
     wanted: EngineConfig,
@@ -79,44 +90,77 @@ def load(  # noqa: PLR0913
         if template is not None:
             held.callback(template.close)
         place = Placement.of(found, wanted)
-        check_mode(wanted.decode_mode, place.device)
-        plan = place.plan(wanted, needs_all=named is not None and named.all_resident)
-        best = None if named is not None else _best(found.checkpoint, cache_dir)
-        chosen = named or _automatic(plan, best[0] if best else None, guesses=predictor is not None)
-        found_predictor = _find_predictor(predictor, best, found.checkpoint, cache_dir)
-        if predictor is not None and not chosen.all_resident:
-            _warn_of_silence(found_predictor, chosen, automatic=named is None)
-        mode = possible_mode(wanted.decode_mode)
-        store = place.slow_tier(plan, cache_dir, held, wanted.quantize)
-        meter, pool = Meter(), SlotPool(plan.num_slots, store.layout, device=place.device)
+        # Before the plan: compiled steps take memory, and so does the compiler that is tried.
+        wanted = replace(wanted, decode_mode=resolve_mode(wanted.decode_mode, place.device))
+        decision = _decide(place, wanted, named, predictor, cache_dir)
+        store = place.slow_tier(decision.plan, cache_dir, held, wanted.quantize)
+        meter, pool = Meter(), SlotPool(decision.plan.num_slots, store.layout, device=place.device)
         copies = place.copy_engine(store, pool, wanted.copy_threads, meter)
-        scheduler = Scheduler(ModelShape.of(found.config), pool, copies, chosen, meter, found_predictor)
+        shape = ModelShape.of(found.config)
+        scheduler = Scheduler(shape, pool, copies, decision.policy, meter, decision.predictor)
         held.enter_context(closing(scheduler))
-        if chosen.all_resident:
+        if decision.policy.all_resident:
             scheduler.load_all(progress=sys.stderr.isatty())
-        compiles = mode == "compiled"
-        weights = with_compiled_unpacking(pool.weights) if compiles else pool.weights
-        built = found.family.build(found.config, place.dense_reader(), RoutedExperts(scheduler, weights))
-        heard_by = audience(scheduler.listener, listener)
-        transformer, tap = (built, None) if heard_by is None else listened_to(built, heard_by)
+        transformer, tap = _build(place, scheduler, pool, listener, compiles=wanted.decode_mode == "compiled")
         cache = PagedKVCache(found.config, place.max_context, place.dtype, place.device)
         parts = DecoderParts(transformer, cache, scheduler, store, pool)
-        decoder = make_decoder(mode, chosen, parts)
-        if wanted.invariant:
-            decoder = ModelDecoder(with_products(transformer, Products.BY_ROW), cache)
-            transformer = with_products(transformer, Products.BY_TILE)
-        if compiles:
-            transformer = compiled_prompts(transformer, cache)
-        passes = Passes(transformer, scheduler, cache, meter, tap=tap, decoder=decoder)
-        engine = Engine(passes, found.config, cache, meter)
-        return Runtime(found.config, plan, chosen, text, template, engine, meter, held.pop_all())
+        prompts, decoder = _ways(parts, wanted, decision.policy)
+        passes = Passes(prompts, scheduler, cache, meter, tap=tap, decoder=decoder)
+        return Runtime(
+            config=found.config,
+            plan=decision.plan,
+            policy=decision.policy,
+            text=text,
+            chat_template=template,
+            engine=Engine(passes, found.config, cache, meter),
+            meter=meter,
+            _held=held.pop_all(),
+        )
+
+
+def _decide(
+    place: Placement,
+    wanted: EngineConfig,
+    named: Policy | None,
+    predictor: Predictor | str | Path | None,
+    cache_dir: str | Path | None,
+) -> Decision:
+    """How the model will be run: under the policy that was ``named``, or else what suits its memory."""
+    checkpoint = place.found.checkpoint
+    plan = place.plan(wanted, needs_all=named is not None and named.all_resident)
+    best = None if named is not None else _best(checkpoint, cache_dir)
+    policy = named or _automatic(plan, best[0] if best else None, guesses=predictor is not None)
+    found_predictor = _find_predictor(predictor, best, checkpoint, cache_dir)
+    if predictor is not None and not policy.all_resident:
+        _warn_of_silence(found_predictor, policy, automatic=named is None)
+    return Decision(policy, found_predictor, plan)
+
+
+def _build(
+    place: Placement, scheduler: Scheduler, pool: SlotPool, listener: RoutingListener | None, *, compiles: bool
+) -> tuple[Transformer, RoutingTap | None]:
+    """The model over the experts in the slots, and the tap of its routers if anybody listens."""
+    found = place.found
+    weights = with_compiled_unpacking(pool.weights) if compiles else pool.weights
+    built = found.family.build(found.config, place.dense_reader(), RoutedExperts(scheduler, weights))
+    heard_by = audience(scheduler.listener, listener)
+    return (built, None) if heard_by is None else listened_to(built, heard_by)
+
+
+def _ways(parts: DecoderParts, wanted: EngineConfig, policy: Policy) -> tuple[Transformer, Decoder | None]:
+    """What computes prompts, and what computes decode steps in its place, if that is something else."""
+    model, cache = parts.model, parts.cache
+    if wanted.invariant:
+        return with_products(model, Products.BY_TILE), ModelDecoder(with_products(model, Products.BY_ROW), cache)
+    decoder = make_decoder(wanted.decode_mode, policy, parts)
+    return compiled_prompts(model, cache) if wanted.decode_mode == "compiled" else model, decoder
 
 
 def _best(checkpoint: Checkpoint, cache_dir: str | Path | None) -> tuple[BestPolicy, Path] | None:
     try:
         return find_choice(checkpoint, cache_dir)
     except TraceError as error:
-        warnings.warn(f'policy="auto" goes without what was chosen for this model: {error}', stacklevel=3)
+        warnings.warn(f'policy="auto" goes without what was chosen for this model: {error}', stacklevel=4)
         return None
 
 
@@ -131,10 +175,10 @@ def _automatic(plan: MemoryPlan, best: BestPolicy | None, *, guesses: bool) -> P
 def _warn_of_silence(predictor: Predictor | None, policy: Policy, *, automatic: bool) -> None:
     """Where a predictor was asked for, and there is none, or a policy that nobody named does not hear it."""
     if predictor is None:
-        warnings.warn('predictor="auto" found none beside the model: duoserve evaluate writes one', stacklevel=3)
+        warnings.warn('predictor="auto" found none beside the model: duoserve evaluate writes one', stacklevel=4)
     elif automatic and policy.guesses is GuessMode.NONE:
         why = f"policy={policy.name!r}, which duoserve evaluate chose for this model, makes no guesses"
-        warnings.warn(f"the predictor is not used: {why}; name a policy that does", stacklevel=3)
+        warnings.warn(f"the predictor is not used: {why}; name a policy that does", stacklevel=4)
 
 
 def _find_predictor(

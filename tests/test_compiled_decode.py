@@ -115,13 +115,14 @@ def test_layers_that_differ_in_tensors_only_are_compiled_once(mixtral: Path, mon
 
 def test_without_a_compiler_a_step_runs_op_by_op(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with MoEModel.from_pretrained(mixtral) as model:
-        expected = model.generate(PROMPT, GREEDY).token_ids
+        expected, needed = model.generate(PROMPT, GREEDY).token_ids, model.memory
     monkeypatch.setenv("CXX", "no-such-compiler")
     with (
         pytest.warns(UserWarning, match="there is no 'no-such-compiler': decode steps run op by op"),
-        MoEModel.from_pretrained(mixtral, decode_mode="compiled") as model,
+        MoEModel.from_pretrained(mixtral, decode_mode="compiled", memory=needed.total_bytes) as model,
     ):
         assert model.generate(PROMPT, GREEDY).token_ids == expected
+        assert model.memory == needed  # nothing is set aside for compiled steps
 
 
 @needs_compiler
