@@ -41,8 +41,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that this process may still take on ``device``."""
-    return available_bytes() if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[0])
+    """Bytes that this process may still take on ``device``, those included that PyTorch keeps for whoever asks next."""
+    if device.type == "cpu":
+        return available_bytes()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def new_rows(n: int, row_bytes: int, device: torch.device) -> Tensor:

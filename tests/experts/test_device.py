@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from duoserve.errors import ConfigError
-from duoserve.experts.device import resolve_device
+from duoserve.experts.device import free_bytes, resolve_device
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, found: int, current: int = 0) -> None:
@@ -44,3 +44,9 @@ def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, message in {"cuda": "torch finds 0", "mps": "is not supported", "gpu": "is no device"}.items():
         with pytest.raises(ConfigError, match=message):
             resolve_device(name)
+
+
+def test_what_a_closed_model_has_left_to_the_allocator_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, answer in {"mem_get_info": (100, 1000), "memory_reserved": 600, "memory_allocated": 50}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    assert free_bytes(torch.device("cuda", 0)) == 100 + 550
