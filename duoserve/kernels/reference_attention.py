@@ -86,14 +86,25 @@ def _streams_scores(q_THD: Tensor, v_CGD: Tensor) -> bool:
 def _in_blocks(
     q_THD: Tensor, k_CGD: Tensor, v_CGD: Tensor, scale: float, window: int | None, sinks_H: Tensor | None
 ) -> Tensor:
-    """``attention`` of QUERY_ROWS queries after another, each over what they can see of the context."""
+    """``attention`` of QUERY_ROWS queries after another, each over what they can see of the context.
+
+    The largest block comes first, and the memory of its scores serves all others: a GPU's allocator keeps what it has.
+    """
     num_new, before = q_THD.shape[0], k_CGD.shape[0] - q_THD.shape[0]
-    attended = []
+    blocks = []
     for start in range(0, num_new, QUERY_ROWS):
         stop = min(start + QUERY_ROWS, num_new)
-        seen = slice(0 if window is None else max(0, before + start + 1 - window), before + stop)
-        attended.append(attention(q_THD[start:stop], k_CGD[seen], v_CGD[seen], scale, window, sinks_H))
-    return torch.cat(attended)
+        first = 0 if window is None else max(0, before + start + 1 - window)
+        blocks.append((slice(start, stop), slice(first, before + stop)))
+    blocks.sort(key=lambda block: _length(block[0]) * _length(block[1]), reverse=True)
+    attended_THD = q_THD.new_empty((num_new, q_THD.shape[1], v_CGD.shape[-1]))
+    for new, seen in blocks:
+        attended_THD[new] = attention(q_THD[new], k_CGD[seen], v_CGD[seen], scale, window, sinks_H)
+    return attended_THD
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
 
 
 def _visible(num_new: int, num_context: int, window: int | None, device: torch.device) -> Tensor:

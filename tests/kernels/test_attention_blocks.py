@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from duoserve.kernels import QUERY_ROWS, attention
+from duoserve.kernels import QUERY_ROWS, attention, reference_attention
 from tests.kernels.common import DEVICE, assert_close
 
 HEADS, GROUPS, DIM = 4, 2, 16
@@ -37,3 +39,21 @@ def test_blocks_of_queries(earlier: int, window: int | None, sinks: bool, dtype:
     sinks_H = torch.randn(HEADS, device=DEVICE).to(dtype) if sinks else None
     got = attention(q_THD, k_CGD, v_CGD, DIM**-0.5, window, sinks_H)
     assert_close(got, truth(q_THD, k_CGD, v_CGD, window, sinks_H), dtype, roundings=2)
+
+
+@pytest.mark.parametrize("rest", [0, 1, 200], ids=["whole", "one_query", "200_queries"])
+@pytest.mark.parametrize("window", [None, 300])
+def test_no_block_is_larger_than_the_one_before(window: int | None, rest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's allocator would keep the memory of each."""
+    sizes: list[int] = []
+
+    def noted(q_THD: Tensor, k_CGD: Tensor, *others: Any) -> Tensor:
+        sizes.append(len(q_THD) * len(k_CGD))
+        return attention(q_THD, k_CGD, *others)
+
+    monkeypatch.setattr(reference_attention, "attention", noted)
+    num_new = 3 * QUERY_ROWS + rest
+    q_THD, kv_CGD = torch.zeros(num_new, HEADS, DIM), torch.zeros(num_new + 70, GROUPS, DIM)
+    reference_attention.attention(q_THD, kv_CGD, kv_CGD, 1.0, window)
+    blocks = sizes[1:]
+    assert len(blocks) == 3 + (rest > 0) and blocks == sorted(blocks, reverse=True)
