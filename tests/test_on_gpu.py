@@ -85,11 +85,16 @@ def before() -> dict[str, int]:
     return peaks()
 
 
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def long_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_mixtral(tmp_path_factory.mktemp("long"), dtype=request.param, max_position_embeddings=2048)
+
+
 @pytest.mark.parametrize("policy", ["on-demand", "layer-prefetch", "lru"])
-def test_the_cap_is_kept_and_nothing_grows(policy: str, folder: Path, before: dict[str, int]) -> None:
+def test_the_cap_is_kept_and_nothing_grows(policy: str, long_folder: Path, before: dict[str, int]) -> None:
     cap = 200 << 20
     settings = SamplingParams(max_tokens=1000, temperature=0.0, ignore_eos=True)
-    with MoEModel.from_pretrained(folder, device="cuda", policy=policy, memory=cap, max_context=2048) as model:
+    with MoEModel.from_pretrained(long_folder, device="cuda", policy=policy, memory=cap, max_context=2048) as model:
         model.generate(PROMPT, settings)
         gc.collect()
         held, warm = torch.cuda.memory_allocated(), peaks()
