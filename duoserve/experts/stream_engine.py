@@ -84,7 +84,7 @@ class StreamCopyEngine(CopyEngine):
         self._stalls: deque[tuple[Mark, Mark]] = deque()
         self._standing: deque[_Part] = deque()  # of prefetches, on their lane
         self._readers: dict[int, Mark] = {}  # by slot: where its last readers end
-        self._landing: dict[int, Mark] = {}  # by slot: where what was enqueued of a copy that was cancelled ends
+        self._landing: dict[int, Mark] = {}  # by slot: the end of a copy that DONE or CANCELLED may precede
         self._closed = False
         # No copy comes before the pool's first bytes, and times are counted from here in every lane.
         streams.after(Lane.DEMAND, streams.mark(Lane.COMPUTE))
@@ -268,6 +268,7 @@ class StreamCopyEngine(CopyEngine):
         before = self._streams.mark(Lane.COMPUTE)
         self._streams.after(Lane.COMPUTE, self._arrivals[ticket].end)
         self._stalls.append((before, self._streams.mark(Lane.COMPUTE)))
+        self._landing[ticket.slot] = self._arrivals[ticket].end  # DONE, but a slot that nobody reads has no fence
         self._finish(ticket)
 
     def _finish(self, ticket: Ticket) -> None:
