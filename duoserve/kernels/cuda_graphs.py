@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Generic
 
 import torch
@@ -50,20 +51,35 @@ class CudaRecorder(Recorder):
         target.copy_(source, non_blocking=True)
 
     def record(self, work: Callable[[], Result]) -> Recording[Result]:
-        """As in Recorder. The run before the capture compiles kernels and makes what libraries make once."""
+        """As in Recorder. The run before the capture compiles kernels and makes what libraries make once.
+
+        Raises what ``work`` does; later recordings are not affected.
+        """
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
             work()
-            # Copy threads go on calling CUDA meanwhile, which the default mode would take for a fault of the capture.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                result = work()
-            finally:
-                graph.capture_end()
+                result = self._capture(graph, work)
+            except BaseException:
+                # A pool ends with its last graph, which may be this one, and takes no other after that.
+                self._pool = torch.cuda.graph_pool_handle()
+                raise
         current.wait_stream(self._stream)
         return CudaRecording(graph, result)
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, work: Callable[[], Result]) -> Result:
+        # Copy threads go on calling CUDA meanwhile, which the default mode would take for a fault of the capture.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            result = work()
+        except BaseException:
+            with suppress(RuntimeError):  # the capture is not valid, of which ``work`` has said why
+                graph.capture_end()
+            raise
+        graph.capture_end()
+        return result
 
     def wait(self) -> None:
         """As in Recorder; releases the GIL."""

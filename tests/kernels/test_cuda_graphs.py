@@ -1,0 +1,97 @@
+"""Recordings that fail: what is raised, and that the next one succeeds; on fake CUDA graphs, and on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import count
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+from duoserve.kernels.cuda_graphs import CudaRecorder
+
+DEVICE = torch.device("cuda", 0)
+
+
+class FakeGraph:
+    """As PyTorch's: a capture in which something was raised is not valid, and a pool without graphs has ended."""
+
+    captures = True  # whether what is captured is valid
+    alive: dict[int, int]  # how many graphs each pool has or had, less those that failed
+
+    def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+        if self.alive.get(pool) == 0:
+            raise RuntimeError("the pool has ended")
+        self.pool = pool
+        self.alive[pool] = self.alive.get(pool, 0) + 1
+
+    def capture_end(self) -> None:
+        if not self.captures:
+            self.alive[self.pool] -= 1
+            raise RuntimeError("invalid capture")
+
+    def replay(self) -> None:
+        pass
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> CudaRecorder:
+    handles = count()
+    monkeypatch.setattr(FakeGraph, "captures", True)
+    monkeypatch.setattr(FakeGraph, "alive", {}, raising=False)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    return CudaRecorder(DEVICE)
+
+
+def failing_when_captured(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> Callable[[], int]:
+    """Work whose first run is a success."""
+    runs = count()
+
+    def work() -> int:
+        if next(runs) == 1:
+            monkeypatch.setattr(FakeGraph, "captures", False)
+            if error is not None:
+                raise error
+        return 3
+
+    return work
+
+
+@pytest.mark.parametrize("recorded", [0, 2])
+@pytest.mark.parametrize(("error", "said"), [(ValueError("why"), "why"), (None, "invalid capture")])
+def test_what_fails_says_why_and_the_next_one_succeeds(
+    recorder: CudaRecorder, recorded: int, error: Exception | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(recorded):
+        recorder.record(lambda: 1)
+    with pytest.raises(type(error) if error else RuntimeError, match=said):
+        recorder.record(failing_when_captured(monkeypatch, error))
+    monkeypatch.setattr(FakeGraph, "captures", True)
+    assert [recorder.record(lambda: 2).result for _ in range(2)] == [2, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_records_after_it_could_not() -> None:
+    recorder, x = CudaRecorder(DEVICE), torch.ones(4, device=DEVICE)
+    runs = count()
+
+    def reads_the_device() -> float:
+        if next(runs) == 0:
+            return 0.0
+        (x + 1).sum()
+        return float(x.sum())
+
+    with pytest.raises(RuntimeError, match="capturing"):
+        recorder.record(reads_the_device)
+    recording = recorder.record(lambda: x * 2)
+    x.fill_(5.0)
+    recording.replay()
+    recorder.wait()
+    assert recording.result.tolist() == [10.0] * 4
