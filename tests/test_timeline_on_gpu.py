@@ -31,6 +31,7 @@ pytestmark = [
 ]
 LAYERS, EXPERTS, TOP_K = 4, 8, 2
 LAYOUT = ExpertLayout(torch.bfloat16, hidden=2048, intermediate=2048)  # 24 MiB: three pieces
+LARGE = ExpertLayout(torch.bfloat16, hidden=4096, intermediate=4096)  # 96 MiB: what the host does is little beside it
 SLOWER = 1.10  # than what the bytes take on the link
 SPIN = 2_000_000  # cycles: about a millisecond
 
@@ -38,10 +39,9 @@ SPIN = 2_000_000  # cycles: about a millisecond
 class Numbered(ExpertStore):
     """Experts in pinned RAM; every byte of one is its number."""
 
-    layout = LAYOUT
-
-    def __init__(self) -> None:
-        self.rows_NB = torch.empty(LAYERS * EXPERTS, LAYOUT.slot_bytes, dtype=torch.uint8, pin_memory=True)
+    def __init__(self, layout: ExpertLayout) -> None:
+        self.layout = layout
+        self.rows_NB = torch.empty(LAYERS * EXPERTS, layout.slot_bytes, dtype=torch.uint8, pin_memory=True)
         self.rows_NB.copy_(torch.arange(LAYERS * EXPERTS, dtype=torch.uint8)[:, None])
 
     def host_row(self, expert: ExpertId) -> Tensor:
@@ -60,7 +60,7 @@ class Rig:
         self.store = store
         self.meter = Meter()
         self.copies = 0
-        self.pool = SlotPool(slots, LAYOUT, device=device)
+        self.pool = SlotPool(slots, store.layout, device=device)
         self.streams = CudaStreams(device)
         self.engine = StreamCopyEngine(store, self.pool, self.streams, on_copied=self.copied)
         self.wrong = torch.zeros((), dtype=torch.int64, device=device)
@@ -93,14 +93,14 @@ class Rig:
 
 
 @pytest.fixture(scope="module")
-def store() -> Numbered:
-    return Numbered()
+def store(request: pytest.FixtureRequest) -> Numbered:
+    return Numbered(getattr(request, "param", LAYOUT))
 
 
 @pytest.fixture(scope="module")
 def copy_s(store: Numbered) -> float:
     """Seconds of an expert on the link, one behind another: the median of five times ten."""
-    row_B, took = torch.empty(LAYOUT.slot_bytes, dtype=torch.uint8, device="cuda"), []
+    row_B, took = torch.empty(store.layout.slot_bytes, dtype=torch.uint8, device="cuda"), []
     for _ in range(5):
         torch.cuda.synchronize()
         begun = time.perf_counter()
@@ -131,6 +131,7 @@ def test_the_link_is_busy_in_a_prefill(rig: Rig, copy_s: float) -> None:
     assert max(shares) >= 0.95
 
 
+@pytest.mark.parametrize("store", [LARGE], indirect=True, ids=["large"])
 @pytest.mark.parametrize("rig", [("lru", LAYERS * TOP_K)], indirect=True)
 def test_a_token_takes_what_its_misses_take_on_the_link(rig: Rig, copy_s: float) -> None:
     """Every expert of every second token is missing; the median of ten."""
