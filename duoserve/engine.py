@@ -6,7 +6,7 @@ T tokens, B sequences, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import count
 
 from torch import Tensor
@@ -148,7 +148,7 @@ class Engine:
                 return self._advance(prefill, num_layers)
         return self._decode() if self._running else []
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, int]]:
+    def generate(self, requests: Sequence[Request]) -> Generator[tuple[Request, int]]:
         """Yields each new token with its request, as many requests at a time as the KV cache holds.
 
         Raises RequestError before any work when a request cannot be served, CopyError when an expert cannot be brought.

@@ -56,6 +56,7 @@ class MoEModel:
     def __init__(self, runtime: Runtime) -> None:
         self._open_runtime: Runtime | None = runtime
         self._turn = threading.Lock()
+        self._computing = threading.RLock()  # held for a step at a time: a stream that nobody reads holds up no close()
         self._serving_thread: int | None = None
         self._lent = False
 
@@ -84,7 +85,8 @@ class MoEModel:
         At most one of these bounds fast memory: ``expert_slots`` (a count, or a share of all experts such as "25%"),
         ``expert_memory`` (the slot pool) or ``memory`` (slots, dense weights, KV cache and workspace); with none of
         them, as many experts as comfortably fit. Memory is bytes or text such as "4GiB". ``host_memory`` bounds the
-        packed experts that wait in RAM; the others stay on disk ("auto" on a CPU: all of them).
+        packed experts that wait in RAM; the others stay on disk ("auto" on a CPU: all of them). On a GPU ``memory``
+        counts one calling thread: cuBLAS takes up to 64 MiB more for each further one.
         ``policy`` is a name or a :class:`Policy`; those that copy ahead in decode do what ``predictor`` says (a file of
         train-predictor's, or "auto": the one beside the model); "auto" is what ``duoserve evaluate`` has chosen, with
         its predictor. ``max_context`` counts tokens over all running sequences; ``cache_dir`` is where a packed copy of
@@ -206,7 +208,7 @@ class MoEModel:
 
     def forward(self, token_ids: Sequence[int]) -> Tensor:
         """One prefill: float32 logits [T, V] of every position."""
-        with self._my_turn() as engine:
+        with self._my_turn() as engine, self._step():
             return engine.forward(_token_ids(token_ids))
 
     @contextmanager
@@ -221,10 +223,14 @@ class MoEModel:
             self._lent = True
 
     def close(self) -> None:
-        """Releases threads, files and memory; calling it again does nothing."""
+        """Releases threads, files and memory; calling it again does nothing.
+
+        It waits for the step, or the ``forward``, that another thread computes, whose call then raises ClosedError.
+        """
         runtime, self._open_runtime = self._open_runtime, None
         if runtime is not None:
-            runtime.close()
+            with self._computing:
+                runtime.close()
 
     def __enter__(self) -> MoEModel:
         return self
@@ -240,7 +246,24 @@ class MoEModel:
 
     def _run(self, requests: list[Request]) -> Iterator[tuple[Request, int]]:
         with self._my_turn() as engine:
-            yield from engine.generate(requests)
+            tokens = engine.generate(requests)
+            try:
+                while (token := self._next(tokens)) is not None:
+                    yield token
+            finally:
+                with self._computing:
+                    tokens.close()
+
+    def _next(self, tokens: Generator[tuple[Request, int]]) -> tuple[Request, int] | None:
+        with self._step():
+            return next(tokens, None)
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        """While it lasts nobody closes the model; ClosedError if somebody has."""
+        with self._computing:
+            _ = self._runtime
+            yield
 
     @contextmanager
     def _my_turn(self) -> Iterator[Engine]:

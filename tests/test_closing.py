@@ -1,0 +1,84 @@
+"""close() while other threads use the model: nothing is released under a step, and a step is all it waits for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from duoserve import ClosedError, MoEModel, SamplingParams
+from tests.fakes import PATIENCE_S
+
+GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Iterator[MoEModel]:
+    with MoEModel.from_pretrained("bard", expert_slots="25%", cache_dir=tmp_path) as model:
+        yield model
+
+
+class Call:
+    """What ``call`` does in a thread of its own, which has begun."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call = call
+        self._error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._call()
+        except BaseException as error:
+            self._error = error
+
+    def error(self) -> BaseException | None:
+        """What it raised, once it is over."""
+        self.thread.join(PATIENCE_S)
+        assert not self.thread.is_alive()
+        return self._error
+
+
+@pytest.mark.parametrize("what", ["generate", "forward"])
+def test_nothing_is_released_under_a_step(what: str, model: MoEModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, gate, released = threading.Event(), threading.Event(), threading.Event()
+    passes = model._runtime.engine._passes
+    name = "decode" if what == "generate" else "whole"
+    step = getattr(passes, name)
+
+    def held_up(*args: object) -> Tensor:
+        entered.set()
+        assert gate.wait(PATIENCE_S)
+        assert not released.is_set()
+        return step(*args)
+
+    monkeypatch.setattr(passes, name, held_up)
+    model._runtime._held.callback(released.set)  # the first thing that is released
+    call = Call(lambda: model.generate("To be", GREEDY) if what == "generate" else model.forward([1, 2, 3]))
+    assert entered.wait(PATIENCE_S)
+    waiting, closing = Call(lambda: model.generate("To be", GREEDY)), Call(model.close)
+    assert not released.wait(0.2), "the model was closed under a step"
+    gate.set()
+    assert closing.error() is None and released.is_set()
+    assert isinstance(waiting.error(), ClosedError)
+    assert isinstance(call.error(), ClosedError if what == "generate" else type(None))
+
+
+def test_a_stream_that_nobody_reads_holds_up_no_close(model: MoEModel) -> None:
+    stream = model.stream("To be", GREEDY)
+    assert Call(lambda: next(stream)).error() is None
+    assert Call(model.close).error() is None
+    with pytest.raises(ClosedError, match="was closed"):
+        next(stream)
+
+
+def test_a_thread_may_close_the_model_under_its_own_stream(model: MoEModel) -> None:
+    stream = model.stream("To be", GREEDY)
+    next(stream)
+    model.close()
+    with pytest.raises(ClosedError, match="was closed"):
+        next(stream)
