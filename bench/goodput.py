@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from goodput_search import Search, goodput
 
 from duoserve import AsyncEngine, MoEModel, Objectives, SamplingParams, ServiceSettings
-from duoserve.loadtest.figures import percentile
 from duoserve.loadtest.workload import Workload
+from duoserve.metrics import percentile
 from duoserve.service import Times
 
 SCHEDULERS = ("fcfs", "slo")

@@ -6,14 +6,22 @@ waits for a copy. The copy lane is busy while at least one copy runs. All times 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from duoserve.config import Phase
 from duoserve.timeline import Timeline
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The smallest value that at least ``percent`` of 100 are not above; NaN of none."""
+    if not values:
+        return math.nan
+    return sorted(values)[max(0, math.ceil(percent / 100 * len(values)) - 1)]
 
 
 @dataclass

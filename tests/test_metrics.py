@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
 from duoserve.config import Phase
-from duoserve.metrics import ByteCounts, Meter, Stats
+from duoserve.metrics import ByteCounts, Meter, Stats, percentile
 
 
 class Clock:
@@ -193,3 +194,9 @@ def test_the_table_is_aligned() -> None:
     assert "MB demanded           2.0" in lines
     assert "TPOT                  0.5000 s" in lines
     assert str(Stats()).count("\n") == len(lines) - 1
+
+
+@pytest.mark.parametrize(("percent", "value"), [(0, 1), (50, 2), (75, 3), (76, 4), (100, 4)])
+def test_percentiles_are_of_the_values(percent: float, value: float) -> None:
+    assert percentile([4, 1, 3, 2], percent) == value
+    assert math.isnan(percentile([], percent))

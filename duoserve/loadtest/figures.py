@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from duoserve.metrics import percentile
 from duoserve.service import Objectives
 
 PERCENTILES = (50, 90, 95, 99)
@@ -41,13 +42,6 @@ class Answer:
         """Whether it came, and in time; an objective that is None is met."""
         limits = (objectives.ttft_s, self.ttft_s), (objectives.tpot_s, self.tpot_s)
         return not self.error and all(limit is None or value <= limit for limit, value in limits)
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that at least ``percent`` of 100 are not above; NaN of none."""
-    if not values:
-        return math.nan
-    return sorted(values)[max(0, math.ceil(percent / 100 * len(values)) - 1)]
 
 
 def attainment(answers: Sequence[Answer], objectives: Objectives) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
+from duoserve.metrics import percentile
 from duoserve.server.host import ServiceLoader
 from duoserve.server.records import Record, RequestLog
 from duoserve.server.settings import ServerSettings
@@ -67,11 +68,8 @@ def _latencies(records: Sequence[Record]) -> dict[str, Any]:
 
 def _spread(seconds: Iterable[float | None]) -> dict[str, float] | None:
     """Median and 95th percentile in milliseconds, by nearest rank."""
-    known = sorted(1000 * value for value in seconds if value is not None)
-    if not known:
-        return None
-    last = len(known) - 1
-    return {"p50": known[round(0.5 * last)], "p95": known[round(0.95 * last)]}
+    known = [1000 * value for value in seconds if value is not None]
+    return {f"p{percent}": percentile(known, percent) for percent in (50, 95)} if known else None
 
 
 def _row(record: Record) -> dict[str, Any]:

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 
-from duoserve.loadtest.figures import Answer, GoodputSearch, attainment, percentile, summary
+from duoserve.loadtest.figures import Answer, GoodputSearch, attainment, summary
 from duoserve.service import Objectives
 
 # 1 s to the first token, then 0.5 s a token; the second failed; the third is one token.
 ANSWERS = [Answer(1.0, (2.0, 2.5, 3.0), 3), Answer(0.0, error="500: x"), Answer(2.0, (2.25,), 1)]
-
-
-@pytest.mark.parametrize(("percent", "value"), [(0, 1), (50, 2), (75, 3), (76, 4), (100, 4)])
-def test_percentiles_are_of_the_values(percent: float, value: float) -> None:
-    assert percentile([4, 1, 3, 2], percent) == value
-    assert math.isnan(percentile([], percent))
 
 
 @pytest.mark.parametrize(
