@@ -10,12 +10,11 @@ from duoserve.errors import ClosedError, RequestError
 from duoserve.moe_model import MoEModel
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
-from duoserve.service import Objectives, ServiceFigures, ServiceSettings, State
+from duoserve.service import MAX_LOGPROBS, Objectives, ServiceFigures, ServiceSettings, State
 from duoserve.stream import Stream
 from duoserve.worker import Task, Worker
 from duoserve.writer import Writer
 
-MAX_LOGPROBS = 20
 DEFAULTS = ServiceSettings()
 
 
@@ -48,6 +47,11 @@ class AsyncEngine:
         """Requests that may be there at once: those that run and those that wait."""
         return self._settings.max_batch + self._settings.max_waiting
 
+    @property
+    def objectives(self) -> Objectives:
+        """What holds where a request brings none of its own."""
+        return self._settings.objectives
+
     def figures(self) -> ServiceFigures:
         """The service since its start, as of the last step. Any thread; cheap."""
         return self._worker.figures
@@ -62,6 +66,7 @@ class AsyncEngine:
         goes_on: bool = False,
     ) -> Stream:
         """Queues a prompt. ``logprobs`` (0 to 20; None: none) is how many of the likeliest tokens to report a place.
+        What ``objectives`` leave open is the service's.
 
         With ``goes_on`` the text keeps the space before its first word, so that it can be put behind the prompt's;
         without, it begins as a text of its own, where some tokenizers leave that space out.
@@ -75,7 +80,7 @@ class AsyncEngine:
         _check_logprobs(logprobs)
         prompt_ids = await asyncio.to_thread(self._model.encode, prompt)
         request = Request(prompt_ids, params, num_logprobs=logprobs, arrived=arrived)
-        request.objectives = self._objectives(objectives)
+        request.objectives = (objectives or Objectives()).or_else(self.objectives)
         stream = Stream(request, self._worker.cancel)
         task = Task(Writer(self._text, params.stop, prompt_ids if goes_on else ()), stream)
         try:
@@ -105,14 +110,6 @@ class AsyncEngine:
     def _end(self) -> None:
         self._worker.stop()
         self._model.close()
-
-    def _objectives(self, wanted: Objectives | None) -> Objectives:
-        """Those of the service where a request brings none."""
-        ours = self._settings.objectives
-        if wanted is None:
-            return ours
-        ttft_s = ours.ttft_s if wanted.ttft_s is None else wanted.ttft_s
-        return Objectives(ttft_s, ours.tpot_s if wanted.tpot_s is None else wanted.tpot_s)
 
 
 def _check_logprobs(logprobs: int | None) -> None:

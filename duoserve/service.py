@@ -13,6 +13,8 @@ from typing import Literal
 from duoserve.errors import ConfigError
 from duoserve.metrics import Stats
 
+MAX_LOGPROBS = 20  # of the likeliest tokens at a place
+
 
 class State(StrEnum):
     """Whether a service takes requests. ``DRAINING``: it finishes those that it has. ``DEAD``: it never will again."""
@@ -28,6 +30,13 @@ class Objectives:
 
     ttft_s: float | None = None
     tpot_s: float | None = None
+
+    def or_else(self, defaults: Objectives) -> Objectives:
+        """These, and those of ``defaults`` where there is none."""
+        return Objectives(
+            defaults.ttft_s if self.ttft_s is None else self.ttft_s,
+            defaults.tpot_s if self.tpot_s is None else self.tpot_s,
+        )
 
 
 @dataclass(frozen=True)

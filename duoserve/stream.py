@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from duoserve.errors import DuoServeError
 from duoserve.request import Request
-from duoserve.service import Piece, Times
+from duoserve.service import Objectives, Piece, Times
 
 
 class Stream:
@@ -34,6 +34,11 @@ class Stream:
     def output_tokens(self) -> int:
         """Tokens that have been made so far."""
         return len(self._request.output_ids)
+
+    @property
+    def objectives(self) -> Objectives:
+        """What the request is held to: its own, and the service's where it brought none."""
+        return self._request.objectives
 
     @property
     def times(self) -> Times:

@@ -160,8 +160,10 @@ def test_what_cannot_be_served_is_refused_and_nothing_is_left_of_it(load: Open) 
 def test_objectives_are_counted_and_strict_admission_refuses(load: Open) -> None:
     async def main() -> None:
         async with serving(load(), admission="strict", objectives=Objectives(ttft_s=60.0)) as service:
-            await read(await service.submit(PROMPT, params()))
-            await read(await service.submit(PROMPT, params(), Objectives(None, 60.0)))
+            plain = await service.submit(PROMPT, params())
+            mixed = await service.submit(PROMPT, params(), Objectives(None, 60.0))
+            assert (plain.objectives, mixed.objectives) == (Objectives(60.0), Objectives(60.0, 60.0))
+            await read(plain), await read(mixed)
             with pytest.raises(OverloadedError, match="would miss its objective"):
                 await service.submit(PROMPT, params(), Objectives(1e-9))
             figures = service.figures()

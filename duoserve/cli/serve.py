@@ -52,7 +52,6 @@ def run(args: argparse.Namespace) -> None:
         allowed_hosts=tuple(filter(None, map(str.strip, args.allowed_hosts.split(",")))),
         shutdown_s=args.shutdown_timeout,
         ping_s=args.ping_interval,
-        objectives=service.objectives,
     )
     serve(settings, lambda: _load(args.model, loading(args), service), _say_ready)
 

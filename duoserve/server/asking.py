@@ -10,13 +10,12 @@ from duoserve.errors import RequestError
 from duoserve.sampling import HIGHEST_SEED, LOWEST_SEED, SamplingParams
 from duoserve.server.errors import ApiError, bad
 from duoserve.server.fields import Fields, shown
-from duoserve.service import Objectives
+from duoserve.service import MAX_LOGPROBS, Objectives
 
 MAX_N = 16
 MAX_PROMPTS = 128
 MAX_CHOICES = 256  # of one request: its prompts, each ``n`` times
 MAX_MESSAGES = 2048
-MAX_LOGPROBS = 20
 MAX_TOKENS = 2**31  # beyond any context; the engine knows the real bound
 MAX_OBJECTIVE_MS = 86_400_000  # a day
 COMPLETION_TOKENS = 16  # OpenAI's default
@@ -51,7 +50,7 @@ class Asked:
     logprobs: int | None
     stream: bool
     include_usage: bool
-    objectives: Objectives | None
+    objectives: Objectives
 
     def params(self, prompt_tokens: int, context: int, repeat: int) -> SamplingParams:
         """The parameters of a prompt's ``repeat``-th choice; a 400 where ``context`` tokens do not hold it.
@@ -69,14 +68,14 @@ class Asked:
         return _sampling_params(max_tokens=self.max_tokens or room, **sampling)
 
 
-def completion(fields: Fields, defaults: Objectives) -> tuple[Asked, list[Prompt]]:
+def completion(fields: Fields) -> tuple[Asked, list[Prompt]]:
     """The body of ``/v1/completions``, and its prompts."""
     fields.refuse_other(add_special_tokens=True, skip_special_tokens=True)
     prompts = _prompts(fields)
     best_of = fields.integer("best_of", 1, MAX_N)
     logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
     max_tokens = fields.integer("max_tokens", 1, MAX_TOKENS)
-    asked = _asked(fields, max_tokens or COMPLETION_TOKENS, logprobs, defaults)
+    asked = _asked(fields, max_tokens or COMPLETION_TOKENS, logprobs)
     if best_of not in {None, asked.n}:
         raise bad("best_of", f"best_of is {best_of} and n is {asked.n}, but this server makes no more than it returns")
     if asked.n * len(prompts) > MAX_CHOICES:
@@ -84,7 +83,7 @@ def completion(fields: Fields, defaults: Objectives) -> tuple[Asked, list[Prompt
     return asked, prompts
 
 
-def chat(fields: Fields, defaults: Objectives) -> tuple[Asked, Messages]:
+def chat(fields: Fields) -> tuple[Asked, Messages]:
     """The body of ``/v1/chat/completions``, and its messages. Special tokens are the template's alone."""
     fields.refuse_other(add_generation_prompt=True, add_special_tokens=False, skip_special_tokens=True)
     messages = _messages(fields)
@@ -93,10 +92,10 @@ def chat(fields: Fields, defaults: Objectives) -> tuple[Asked, Messages]:
     if top is not None and not wants:
         raise bad("top_logprobs", "top_logprobs needs logprobs to be true")
     most = fields.integer("max_completion_tokens", 1, MAX_TOKENS) or fields.integer("max_tokens", 1, MAX_TOKENS)
-    return _asked(fields, most, (top or 0) if wants else None, defaults), messages
+    return _asked(fields, most, (top or 0) if wants else None), messages
 
 
-def _asked(fields: Fields, max_tokens: int | None, logprobs: int | None, defaults: Objectives) -> Asked:
+def _asked(fields: Fields, max_tokens: int | None, logprobs: int | None) -> Asked:
     _refuse(fields)
     stream = fields.flag("stream")
     options = fields.part("stream_options")
@@ -112,7 +111,7 @@ def _asked(fields: Fields, max_tokens: int | None, logprobs: int | None, default
         logprobs=logprobs,
         stream=stream,
         include_usage=options.flag("include_usage"),
-        objectives=_objectives(fields, defaults),
+        objectives=_objectives(fields),
     )
 
 
@@ -153,16 +152,10 @@ def _sampling_params(**values: Any) -> SamplingParams:
         raise bad(name if name in values else None, str(error)) from error
 
 
-def _objectives(fields: Fields, defaults: Objectives) -> Objectives | None:
-    """The request's own, the service's where it has none."""
+def _objectives(fields: Fields) -> Objectives:
     ttft_ms = fields.number("slo_ttft_ms", 0.001, MAX_OBJECTIVE_MS)
     tpot_ms = fields.number("slo_tpot_ms", 0.001, MAX_OBJECTIVE_MS)
-    if ttft_ms is None and tpot_ms is None:
-        return None
-    return Objectives(
-        defaults.ttft_s if ttft_ms is None else ttft_ms / 1000,
-        defaults.tpot_s if tpot_ms is None else tpot_ms / 1000,
-    )
+    return Objectives(None if ttft_ms is None else ttft_ms / 1000, None if tpot_ms is None else tpot_ms / 1000)
 
 
 def _prompts(fields: Fields) -> list[Prompt]:

@@ -52,6 +52,11 @@ class Stream(Protocol):
     def output_tokens(self) -> int: ...
 
     @property
+    def objectives(self) -> Objectives:
+        """Its own, and the service's where it brought none."""
+        ...
+
+    @property
     def times(self) -> Times: ...
 
     def __aiter__(self) -> Self: ...
@@ -77,6 +82,11 @@ class Service(Protocol):
     @property
     def capacity(self) -> int:
         """Requests that may be there at once: those that run and those that wait."""
+        ...
+
+    @property
+    def objectives(self) -> Objectives:
+        """Those of requests that bring none of their own."""
         ...
 
     async def submit(

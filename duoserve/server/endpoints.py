@@ -61,7 +61,7 @@ class Endpoints:
         """``/v1/completions``."""
         service = self._loader.service()
         fields = await read_fields(request, self._settings.max_body_bytes)
-        asked, prompts = asking.completion(fields, self._settings.objectives)
+        asked, prompts = asking.completion(fields)
         self._check_model(asked.model)
         _check_room(asked, len(prompts), service.capacity)
         prompt_ids = [await self._preparing.encode(service.model, prompt) for prompt in prompts]
@@ -71,7 +71,7 @@ class Endpoints:
         """``/v1/chat/completions``."""
         service = self._loader.service()
         fields = await read_fields(request, self._settings.max_body_bytes)
-        asked, messages = asking.chat(fields, self._settings.objectives)
+        asked, messages = asking.chat(fields)
         self._check_model(asked.model)
         _check_room(asked, 1, service.capacity)
         prompt_ids = await self._preparing.render(service.model, messages)
@@ -138,10 +138,7 @@ class Endpoints:
             Wanted(ids, asked.params(len(ids), context, repeat), dialect.writer(index, tokens, ids), dialect.goes_on)
             for index, (ids, repeat) in enumerate(pairs)
         ]
-        defaults = self._settings.objectives
-        generation = await begin(
-            service, self._request_log, head.id, wanted, asked.objectives, asked.logprobs, defaults
-        )
+        generation = await begin(service, self._request_log, head.id, wanted, asked.objectives, asked.logprobs)
         try:
             if asked.stream:
                 first = await unless_gone(request.receive, generation.next(self._settings.ping_s))

@@ -98,9 +98,8 @@ async def begin(  # noqa: PLR0913, PLR0917
     request_log: RequestLog,
     name: str,
     wanted: Sequence[Wanted],
-    objectives: Objectives | None,
+    objectives: Objectives,
     logprobs: int | None,
-    defaults: Objectives,
 ) -> Generation:
     """Submits all choices, or none: where one is refused, the others are taken back and the refusal raised."""
     streams = await _all_or_none(
@@ -111,7 +110,7 @@ async def begin(  # noqa: PLR0913, PLR0917
     )
     choices = []
     for place, (stream, one) in enumerate(zip(streams, wanted, strict=True)):
-        record = Record(f"{name}-{place}", len(one.prompt_ids), objectives or defaults, partial(_times, stream))
+        record = Record(f"{name}-{place}", len(one.prompt_ids), stream.objectives, partial(_times, stream))
         request_log.begin(record)
         choices.append(Choice(stream, one.writer, record))
     return Generation(choices, sum({id(one.prompt_ids): len(one.prompt_ids) for one in wanted}.values()), request_log)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from duoserve.errors import ConfigError
-from duoserve.service import Objectives
 
 DAY_S = 86_400
 
@@ -15,8 +14,8 @@ class ServerSettings:
     """``name`` is the model's, in requests and answers. Without an ``api_key`` everyone may ask.
 
     ``shutdown_s`` is how long running requests may go on after SIGTERM, ``ping_s`` how long a stream may be silent.
-    ``objectives`` are the service's own, for requests that bring only one of theirs. Where there are ``allowed_hosts``,
-    requests by another name of this machine are refused, as a web page's are that has its own name lead here.
+    Where there are ``allowed_hosts``, requests by another name of this machine are refused, as a web page's are that
+    has its own name lead here.
     """
 
     name: str
@@ -29,7 +28,6 @@ class ServerSettings:
     max_body_bytes: int = 4 << 20
     max_header_bytes: int = 32 << 10
     text_s: float = 10.0  # for rendering and tokenizing one request, and a template's process is given less to start
-    objectives: Objectives = field(default_factory=Objectives)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -33,7 +33,7 @@ def status(loader: ServiceLoader, request_log: RequestLog, settings: ServerSetti
         "state": loader.state,
         "policy": None if service is None else service.model.policy,
         "uptime_s": time.monotonic() - since,
-        "objectives": _milliseconds(settings.objectives),
+        "objectives": _milliseconds(Objectives() if service is None else service.objectives),
         "latency": _latencies(ended),
         "service": None if service is None else _figures(service.figures()),
         "requests": [_row(one) for one in [*request_log.live, *reversed(ended)][:SHOWN]],

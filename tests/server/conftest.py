@@ -92,8 +92,8 @@ def served() -> Iterator[Callable[..., Serving]]:
     """Starts a server over a FakeService; called with a script and settings."""
     running: list[Any] = []
 
-    def start(script: Any = None, *, model: Any = None, **settings: Any) -> Serving:
-        service = FakeService(script, model)
+    def start(script: Any = None, *, model: Any = None, objectives: Any = None, **settings: Any) -> Serving:
+        service = FakeService(script, model, objectives)
         context = serving(lambda: service, **settings)
         found = context.__enter__()
         running.append(context)

@@ -51,10 +51,11 @@ class FakeModel:
 class FakeStream:
     """Plays one script."""
 
-    def __init__(self, service: FakeService, steps: Sequence[Step], prompt_tokens: int) -> None:
+    def __init__(self, service: FakeService, steps: Sequence[Step], prompt_tokens: int, objectives: Objectives) -> None:
         self._service = service
         self._steps = iter(steps)
         self.prompt_tokens = prompt_tokens
+        self.objectives = objectives
         self.output_tokens = 0
         self.times = Times(time.monotonic())
         self.cancelled_at: float | None = None
@@ -105,11 +106,17 @@ class FakeStream:
 class FakeService:
     """Plays ``script``: called with a request's number, it gives the steps, or raises a refusal."""
 
-    def __init__(self, script: Callable[[int], Sequence[Step]] | None = None, model: FakeModel | None = None) -> None:
+    def __init__(
+        self,
+        script: Callable[[int], Sequence[Step]] | None = None,
+        model: FakeModel | None = None,
+        objectives: Objectives | None = None,
+    ) -> None:
         self.script = script or (lambda number: spoken("Hello", " world"))
         self.model = model or FakeModel()
         self.state = State.READY
         self.capacity = 272
+        self.objectives = objectives or Objectives()
         self.asked: list[dict[str, Any]] = []
         self.streams: list[FakeStream] = []
         self.finished: dict[str, int] = {}
@@ -126,7 +133,7 @@ class FakeService:
         steps = self.script(len(self.streams))
         asked = {"prompt": list(prompt), "params": params, "objectives": objectives, "logprobs": logprobs}
         self.asked.append(asked | {"goes_on": goes_on})
-        self.streams.append(FakeStream(self, steps, len(prompt)))
+        self.streams.append(FakeStream(self, steps, len(prompt), objectives.or_else(self.objectives)))
         return self.streams[-1]
 
     async def drain(self, seconds: float) -> None:

@@ -31,7 +31,8 @@ def test_the_socket_answers_503_while_the_model_loads():
         for answer in (server.complete(), server.http.get("/v1/models")):
             assert answer.status_code == 503 and "loading" in answer.json()["error"]["message"]
             assert answer.headers["retry-after"] == "5"
-        assert server.http.get("/status").json()["state"] == "loading"
+        found = server.http.get("/status").json()
+        assert found["state"] == "loading" and found["objectives"] == {"ttft_ms": None, "tpot_ms": None}
         assert server.http.get("/metrics").status_code == 200
         go.set()
         wait_ready(server)
