@@ -1,27 +1,29 @@
 #!/usr/bin/env bash
 # The one command for a GPU machine: bash bench/gpu_suite.sh [--within SECONDS] [PART ...]
 #
-#   gpu-tests     timelines, decode steps, models, caps: all marked gpu      at most 250 s
+#   gpu-tests     timelines, decode steps, caps, models: all marked gpu      at most 250 s
+#   stress        10,000 decode steps of random routing, poisoned slots      at most 150 s
 #   kernel-tests  the kernels against their twins                            at most 220 s
-#   tests         both
+#   tests         all three
 #   copy          the link between host and GPU                              at most  90 s
 #   kernels       the kernel bench                                           at most 275 s
 #   serve         whole models on replayed routing, beside accelerate        at most 560 s
-#   sanitize      decode steps under compute-sanitizer                       at most 180 s
+#   sanitize      decode steps under compute-sanitizer                       at most 150 s
 #
 # The parts run in the order in which they are named (`--part PART` does too); without any: tests copy kernels serve.
-# Each file of tests has its own process, since after a fault of the device all else in that process fails, and its own
-# log, which keeps what was found before an interrupt.
-# Where a command may take ten minutes, three calls do it: `tests copy`, `kernels`, `serve`. With --within all parts
-# together end by then: the limits of later ones shrink, the benches measure their first rows alone, and what has no
-# time left is SKIPPED. So two calls give what matters most in a quarter of an hour:
+# Each file of tests has its own process, since after a fault of the device all else in that process fails.
+# Where a command may take ten minutes, four calls do it: `gpu-tests stress sanitize`, `kernel-tests copy`, `kernels`,
+# `serve`. With --within all parts together end by then: the limits of later ones shrink, the benches measure their first
+# rows alone, and what has no time left is SKIPPED. Two calls give what matters most on a machine that one has for a
+# quarter of an hour, two starts included:
 #
-#   bash bench/gpu_suite.sh --within 490 tests
-#   SERVE_SECONDS=150 bash bench/gpu_suite.sh --within 330 copy serve kernels sanitize
+#   GPU_TESTS_SECONDS=130 bash bench/gpu_suite.sh --within 320 gpu-tests stress sanitize
+#   SERVE_SECONDS=190 bash bench/gpu_suite.sh --within 320 copy serve kernels kernel-tests
 #
-# The benches' JSON and Markdown and the logs go to $OUT (bench/results without one), short tables to the terminal.
+# The benches' JSON and Markdown go to $OUT (bench/results without one), beside tests.log, sanitizer.log and bench.log;
+# short tables to the terminal.
 # duoserve need not be installed. Where the tree has no .git, DUOSERVE_COMMIT says which commit it is of.
-# Exit status: 0 all passed; 1 a test or a part of a bench failed, could not run or was SKIPPED; 2 Python or torch is
+# Exit status: 0 all passed; 1 a test or a part of a bench failed, could not run, was cut off or SKIPPED; 2 Python or torch is
 # missing, or a PART is unknown; 3 there is no CUDA GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -33,10 +35,13 @@ gpu_tests_seconds=${GPU_TESTS_SECONDS:-250}
 copy_seconds=${COPY_SECONDS:-90}
 bench_seconds=${BENCH_SECONDS:-225} # after which no part is begun; the last may take until the timeout
 serve_seconds=${SERVE_SECONDS:-480}
-sanitize_seconds=${SANITIZE_SECONDS:-180}
+sanitize_seconds=${SANITIZE_SECONDS:-150}
+stress_seconds=${STRESS_SECONDS:-150}
 grace=50
 serve_grace=80 # the last cell may begin with a long prompt
-export STRESS_STEPS=${STRESS_STEPS:-1000}
+steps=${STRESS_STEPS:-10000}
+# Of the tests in tests/kernels those that run nothing on a GPU.
+cpu_only='machine_code|compiled_loops|compiled_ops|decomposed|matmul|reference|tape|token_expert|unpacking|experts_together'
 unset TRITON_INTERPRET # which a shell may have left: it would put the kernels on the CPU
 
 within=0 # no limit
@@ -46,15 +51,15 @@ while (($#)); do
     case $1 in
         --within) within=${2:-} && shift ;;
         --part) parts+=("${2:-}") && shift ;;
-        tests) parts+=(gpu-tests kernel-tests) ;;
+        tests) parts+=(gpu-tests stress kernel-tests) ;;
         *) parts+=("$1") ;;
     esac
     shift
 done
-((${#parts[@]})) || parts=(gpu-tests kernel-tests copy kernels serve)
+((${#parts[@]})) || parts=(gpu-tests stress kernel-tests copy kernels serve)
 [[ $within =~ ^[0-9]+$ ]] || { echo "gpu_suite: --within takes whole seconds"; exit 2; }
 for part in "${parts[@]}"; do
-    [[ $part =~ ^(kernel-tests|gpu-tests|copy|kernels|serve|sanitize)$ ]] || {
+    [[ $part =~ ^(kernel-tests|gpu-tests|stress|copy|kernels|serve|sanitize)$ ]] || {
         echo "gpu_suite: no part is called $part"
         exit 2
     }
@@ -77,6 +82,9 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
     exit 3
 fi
 
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
 echo "== what is there"
 [[ -z $(missing triton) ]] || echo "missing: triton: neither tests nor bench can run"
 [[ -z $(missing transformers) ]] || echo "missing: transformers: its experts are not among the peers"
@@ -89,9 +97,8 @@ if [[ -n $undressed ]]; then
     # The package as a whole cannot be imported; its kernels need torch and triton alone. So a bare package of the same
     # name stands before it, whose modules are the real ones.
     echo "missing: ${undressed}: only duoserve.kernels can be imported, which is what is tested here"
-    bare=$(mktemp -d)
-    trap 'rm -rf "$bare"' EXIT
-    mkdir "$bare/duoserve"
+    bare=$scratch/bare
+    mkdir -p "$bare/duoserve"
     echo "__path__ = ['$PWD/duoserve']" >"$bare/duoserve/__init__.py"
     export PYTHONPATH="$bare:$PYTHONPATH"
     runner=("$python" -P -c 'import duoserve, pytest, sys; sys.exit(pytest.main(sys.argv[1:]))')
@@ -110,47 +117,67 @@ limit() {
 # beginning SECONDS GRACE: after how many of these a bench begins nothing more.
 beginning() { echo $(($1 > $2 ? $1 - $2 : 1)); }
 
+CUT_OFF=124 # as timeout has it
+
 # note WHAT STATUS: for the last line, and for the exit status.
 note() {
-    summary+=("$1 $( (($2 == 0)) && echo passed || echo FAILED)")
+    case $2 in
+        0) summary+=("$1 passed") ;;
+        "$CUT_OFF") summary+=("$1 cut off") ;;
+        *) summary+=("$1 FAILED") ;;
+    esac
     (($2 == 0)) || status=1
 }
 
 # interrupted SECONDS COMMAND ...: what pytest has found it says after SIGINT alone, which a job in the background ignores.
 interrupted() { timeout -s INT -k 20 "$1" env --default-signal=INT "${@:2}"; }
 
-# tested SECONDS FILE ARGUMENT ...: pytest with one file.
+# tested SECONDS FILE ARGUMENT ...: pytest with one file. CUT_OFF where that took longer and nothing had failed by then.
 tested() {
-    local seconds=$1 log=$out/${2//\//-}.log ended
+    local seconds=$1 log ended
+    log=$(mktemp -p "$scratch")
     interrupted "$seconds" "${runner[@]}" "${@:2}" -vv --durations=15 -o faulthandler_timeout=60 -p no:cacheprovider \
         >"$log" 2>&1
     ended=$?
-    ((ended != 124 && ended != 137)) || echo "gpu_suite: $2 did not finish in $seconds s" >>"$log"
+    if ((ended == 124 || ended == 137)); then
+        ended=$CUT_OFF
+        ! grep -qE '(^| )(FAILED|ERROR)( |$)' "$log" || ended=1
+        echo "gpu_suite: $2 did not finish in $seconds s" >>"$log"
+    fi
     ((ended == 0)) || grep -E '^(FAILED|ERROR|E  ) ' "$log" | cut -c -200 | head -n 8
     echo "$2: $(tail -n 1 "$log")"
+    { flock 9; echo "== $*"; cat "$log"; } 9>>"$out/tests.log" >&9
     return "$ended"
 }
 
-# tested_all SECONDS JOBS ARGUMENTS FILE ...: each file with these arguments, so many at a time. One that is alone leaves
-# a third of the time to those behind it.
+# tested_all SECONDS JOBS ARGUMENTS FILE ...: each file with these arguments, so many at a time; of "FILE|WHICH" the tests
+# that `-k WHICH` chooses. One that is alone leaves a third of the time to those behind it. Its status is that of the
+# worst: a failure, then CUT_OFF.
 tested_all() {
-    local end=$((SECONDS + $1)) jobs=$2 arguments=$3 file job left failed=0 started=()
+    local end=$((SECONDS + $1)) jobs=$2 arguments=$3 file which job left worst=0 started=()
     for file in "${@:4}"; do
         while (($(jobs -rp | wc -l) >= jobs)); do sleep 0.1; done
         left=$(((end - SECONDS) * (jobs > 1 ? 3 : 2) / 3))
         if ((left < 1)); then
-            echo "$file: no time is left"
-            failed=1
+            echo "${file%%|*}: no time is left"
+            worst=$CUT_OFF
             continue
         fi
+        which=()
+        [[ $file != *"|"* ]] || which=(-k "${file#*|}")
         # shellcheck disable=SC2086 # several words
-        tested "$left" "$file" $arguments &
+        tested "$left" "${file%%|*}" $arguments "${which[@]}" &
         started+=($!)
     done
     for job in "${started[@]}"; do
-        wait "$job" || failed=1
+        wait "$job"
+        case $? in
+            0) ;;
+            "$CUT_OFF") ((worst)) || worst=$CUT_OFF ;;
+            *) worst=1 ;;
+        esac
     done
-    return $failed
+    return $worst
 }
 
 # Decode steps under compute-sanitizer.
@@ -166,10 +193,11 @@ sanitized() {
     return "$ended"
 }
 
-# measured NAME LOG SECONDS REPORT COMMAND ...: a bench; REPORT makes Markdown of its JSON where it was cut off.
+# measured NAME SECONDS REPORT COMMAND ...: a bench; REPORT makes Markdown of its JSON where it was cut off.
 measured() {
-    local result="$out/$1-$gpu-$(date -u +%Y-%m-%d)" log="$out/$2" seconds=$3 report=$4 ended
-    timeout -k 10 "$seconds" "$python" "${@:5}" --json "$result.json" >"$result.md" 2>"$log"
+    local result="$out/$1-$gpu-$(date -u +%Y-%m-%d)" log="$out/bench.log" seconds=$2 report=$3 ended
+    echo "== the $1 bench" >>"$log"
+    timeout -k 10 "$seconds" "$python" "${@:4}" --json "$result.json" >"$result.md" 2>>"$log"
     ended=$?
     if ((ended != 0)); then
         tail -n 20 "$log"
@@ -196,38 +224,51 @@ for part in "${parts[@]}"; do
             seconds=$(limit "$tests_seconds")
             echo "== the kernel tests, at most $seconds s"
             # Compiling is most of the time, and the GPU takes them all; what is long comes first.
-            mapfile -t files < <(ls -S tests/kernels/test_*.py | grep -v machine_code)
+            mapfile -t files < <(ls -S tests/kernels/test_*.py | grep -vE "/test_($cpu_only)\.py")
             OMP_NUM_THREADS=2 tested_all "$seconds" 8 "" "${files[@]}"
             note "kernel tests" $?
             ;;
         gpu-tests)
             seconds=$(limit "$gpu_tests_seconds")
             echo "== the other tests of a GPU, at most $seconds s"
-            files=(tests/test_{timeline_on_gpu,decode_on_gpu,on_gpu}.py) # what matters most
-            mapfile -t -O 3 files < <(
+            caps="cap or plan"
+            files=( # what matters most
+                tests/test_timeline_on_gpu.py
+                "tests/test_decode_on_gpu.py|not stress"
+                "tests/test_on_gpu.py|$caps"
+                "tests/test_on_gpu.py|not ($caps)"
+            )
+            mapfile -t -O ${#files[@]} files < <(
                 grep -rlE 'mark\.gpu\b' tests --include='test_*.py' | grep -vE '^tests/(kernels/|test_\w*on_gpu)' | sort
             )
             # One after another: they measure memory, and count what the whole device holds.
             tested_all "$seconds" 1 "-m gpu" "${files[@]}"
             note "GPU tests" $?
             ;;
+        stress)
+            seconds=$(limit "$stress_seconds")
+            echo "== $steps decode steps of random routing, at most $seconds s"
+            # One process: it has all of the time.
+            STRESS_STEPS=$steps tested "$seconds" tests/test_decode_on_gpu.py -m gpu -k stress
+            note "stress of $steps steps" $?
+            ;;
         copy)
             seconds=$(limit "$copy_seconds")
             echo "== the link, at most $seconds s"
-            measured copy copy.log "$seconds" "" bench/bench_copy.py
+            measured copy "$seconds" "" bench/bench_copy.py
             note "copy bench" $?
             ;;
         kernels)
             seconds=$(limit $((bench_seconds + grace)))
             echo "== the kernel bench, at most $seconds s"
-            measured kernels bench.log "$seconds" bench/kernel_report.py \
+            measured kernels "$seconds" bench/kernel_report.py \
                 bench/bench_kernels.py --seconds "$(beginning "$seconds" "$grace")"
             note "kernel bench" $?
             ;;
         serve)
             seconds=$(limit $((serve_seconds + serve_grace)))
             echo "== whole models, at most $seconds s"
-            measured serve serve.log "$seconds" bench/serve_report.py \
+            measured serve "$seconds" bench/serve_report.py \
                 bench/bench_serve.py --seconds "$(beginning "$seconds" "$serve_grace")"
             note "serving bench" $?
             ;;
