@@ -80,6 +80,8 @@ def checks(parts: Iterable[dict[str, Any]]) -> list[Row]:
         found.append(_check(f"equal tokens: {where}", same_tokens(measured), f"{len(measured)} cells"))
     asked = [part["name"] for part in done if not asks_for_the_tape(part["measured"])]
     found.append(_check("experts asked for are the tape's", not asked, "; ".join(asked) or f"{len(done)} cells"))
+    late = [part["name"] for part in done if part["measured"]["recorded_while_timed"]]
+    found.append(_check("nothing was recorded while it was timed", not late, "; ".join(late) or f"{len(done)} cells"))
     over = [part["name"] for part in done if not keeps_the_plan(part["measured"])]
     counted = [part for part in done if part["measured"]["peak_bytes"] is not None]
     found.append(

@@ -29,8 +29,9 @@ from duoserve.link import LinkRates
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
-from duoserve.passes import Passes
+from duoserve.passes import Decoder, Passes
 from duoserve.predictors.lookahead import LookaheadPredictor
+from duoserve.recorded_decode import RECORD_AFTER, RecordedDecoder
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.plan import ModelShape
@@ -44,16 +45,27 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a cell is measured: ``steps`` of decode, but no more than ``seconds`` once there are ``least``."""
+    """How long a cell is measured: ``steps`` of decode, but no more than ``seconds`` once there are ``least``.
+
+    Of steps that are recorded there are ``least_recorded``.
+    """
 
     steps: int = 128
-    warm_steps: int = 64
     seconds: float = 1.5
     least: int = 3
+    least_recorded: int = 16
 
     def to_warm_up(self) -> Limits:
-        """For the request before: it compiles, and fills the slots with what another request left."""
-        return replace(self, steps=self.warm_steps, seconds=self.seconds / 3)
+        """For the request before: it compiles, records, and fills the slots with what another request left.
+
+        It may take as many steps, since the pages of all of them are kept at once, and their number is part of the
+        shape that is recorded.
+        """
+        return replace(self, seconds=self.seconds / 3, least_recorded=RECORD_AFTER + 2)
+
+    def of(self, launch: Launch) -> Limits:
+        """For steps that are launched so."""
+        return self if launch is Launch.MODEL else replace(self, least=self.least_recorded)
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,12 @@ class Served:
     replay: RoutingReplay
     asked_for: AskedFor
     launch: Launch
+    decoder: Decoder | None
+
+    @property
+    def num_recordings(self) -> int:
+        """Steps that were recorded so far."""
+        return self.decoder.num_recordings if isinstance(self.decoder, RecordedDecoder) else 0
 
 
 class KnownLink:
@@ -140,7 +158,7 @@ class Ground:
             decoder = None if launch is Launch.MODEL else make_decoder(launch.value, policy, parts)
             replayed = ReplayedPasses(scheduler, replay)
             passes = Passes(model, replayed, cache, meter, tap=tap, decoder=decoder)
-            yield Served(Engine(passes, config, cache, meter), meter, replay, asked_for, launch)
+            yield Served(Engine(passes, config, cache, meter), meter, replay, asked_for, launch, decoder)
 
     def _launch(self, mode: str, policy: Policy, parts: DecoderParts) -> Launch:
         try:
@@ -167,8 +185,10 @@ def run(cell: Cell, ground: Ground, limits: Limits) -> Figures:
     held = ground.host.reset_peak()
     plan = ground.plan(cell, policy, max_context)
     with ground.served(plan, policy, part, max_context, cell.mode) as served:
-        _request(served, ground.warm, cell, ground.host, limits.to_warm_up())
-        figures = _request(served, ground.measured, cell, ground.host, limits)
+        _request(served, ground.warm, cell, ground.host, limits.to_warm_up().of(served.launch))
+        recorded = served.num_recordings
+        figures = _request(served, ground.measured, cell, ground.host, limits.of(served.launch))
+        figures["recorded_while_timed"] = served.num_recordings - recorded
         asked = served.asked_for.experts[ground.num_moe_layers :]  # behind the prompt's
         digest = _digest(served, ground.measured, cell)
         peak = ground.host.peak_bytes()
@@ -205,8 +225,7 @@ def _request(served: Served, tape: Tape, cell: Cell, host: Host, limits: Limits)
     """One request of ``cell.batch`` prompts, for ``limits.steps`` of decode or as long as there is time."""
     served.replay.play(tape)
     served.asked_for.experts.clear()
-    settings = SamplingParams(max_tokens=min(limits.steps, len(tape.ids_SLRK)) + 1, temperature=0.0, ignore_eos=True)
-    requests = [Request(_prompt(cell, row), settings) for row in range(cell.batch)]
+    requests = requests_of(cell, limits, len(tape.ids_SLRK))
     energy, first, began = [host.joules()], None, time.perf_counter()
     with closing(served.engine.generate(requests)) as tokens:
         for made, _ in enumerate(tokens, 1):
@@ -225,6 +244,12 @@ def _request(served: Served, tape: Tape, cell: Cell, host: Host, limits: Limits)
         "tokens": [request.output_ids for request in requests],
         "joules": [*energy, host.joules()],
     }
+
+
+def requests_of(cell: Cell, limits: Limits, taped_steps: int) -> list[Request]:
+    """The cell's prompts, each followed by a token and one for each step."""
+    settings = SamplingParams(max_tokens=min(limits.steps, taped_steps) + 1, temperature=0.0, ignore_eos=True)
+    return [Request(_prompt(cell, row), settings) for row in range(cell.batch)]
 
 
 def _prompt(cell: Cell, row: int) -> list[int]:

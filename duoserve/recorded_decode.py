@@ -57,7 +57,7 @@ EXACT = ExactShapes()
 class RecordedDecoder(Decoder):
     """Computes decode steps by the recordings of ``make_step``; unrecorded shapes go through the model itself.
 
-    ``shapes`` says which shape a step is recorded in.
+    ``shapes`` says which shape a step is recorded in; ``num_recordings`` counts what was tried, recordable or not.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917
@@ -76,6 +76,7 @@ class RecordedDecoder(Decoder):
         self._max_shapes = max_shapes
         self._shapes = shapes
         self._seen: Counter[Shape] = Counter()
+        self.num_recordings = 0
         self._steps: dict[Shape, DecodeStep | None] = {}  # the latest that occurred comes last
 
     def __call__(self, layout: Layout) -> Tensor:
@@ -102,4 +103,5 @@ class RecordedDecoder(Decoder):
         recorded = [known for known, step in self._steps.items() if step is not None]
         if len(recorded) >= self._max_shapes:
             del self._steps[recorded[0]], self._seen[recorded[0]]
+        self.num_recordings += 1
         self._steps[shape] = self._make_step(*shape)

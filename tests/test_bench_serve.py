@@ -17,8 +17,11 @@ import torch
 
 from duoserve.architecture import LatentAttentionConfig
 from duoserve.config import Phase
+from duoserve.decoding import DecoderParts, Launch
 from duoserve.experts.layout import ExpertId, ExpertLayout
-from duoserve.scheduling.policies import POLICIES
+from duoserve.passes import DecodeStep
+from duoserve.recorded_decode import RecordedDecoder
+from duoserve.scheduling.policies import POLICIES, Policy
 from duoserve.scheduling.routing import Routing
 from duoserve.scheduling.synthetic import CARDS, synthesize
 from tests.listeners import Heard
@@ -29,10 +32,12 @@ sys.path.append(str(BENCH))
 import bench_serve  # noqa: E402 (the benches are no package)
 import serve_figures  # noqa: E402
 import serve_report  # noqa: E402
+import serve_run  # noqa: E402
 from serve_cells import BASE, BATCHES, EVENT, GRAPH, PARTS, PROMPTS, SHARES, Cell, cells  # noqa: E402
 from serve_host import CpuHost, GpuHost  # noqa: E402
 from serve_models import MODELS, Unavailable, tiny  # noqa: E402
 from serve_replay import HostArena, RoutingReplay, SharedRows, Tape, TapedScores  # noqa: E402
+from serve_run import Limits, requests_of  # noqa: E402
 from serve_worker import ServeBench  # noqa: E402
 
 MIXTRAL, QWEN3, DEEPSEEK = "Mixtral-8x7B", "Qwen3-30B-A3B", "DeepSeek-V2-Lite"
@@ -66,6 +71,7 @@ MEASURED: dict[str, Any] = {
     "tokens": [[1, 2, 3, 4, 5]],
     "launch": "model",
     "guesses": "",
+    "recorded_while_timed": 0,
 }
 
 
@@ -110,6 +116,7 @@ def test_a_prompt_that_computes_longer_than_it_streams_is_bound_by_that() -> Non
         ({"asked": 17}, ["experts asked for"]),
         ({"as_taped": False}, ["experts asked for"]),
         ({"peak_bytes": 10_001}, ["peak memory"]),
+        ({"recorded_while_timed": 1}, ["nothing was recorded"]),
     ],
 )
 def test_checks_bite(changes: dict[str, Any], failing: list[str]) -> None:
@@ -120,7 +127,7 @@ def test_checks_bite(changes: dict[str, Any], failing: list[str]) -> None:
 
 def test_what_was_not_compared_is_not_passed() -> None:
     outcomes = {c["name"]: c["passed"] for c in serve_figures.checks([part(peak_bytes=None)])}
-    assert list(outcomes.values()) == [None, None, True, None]
+    assert list(outcomes.values()) == [None, None, True, True, None]
 
 
 def test_verdicts() -> None:
@@ -236,7 +243,8 @@ def test_policies_compute_the_same_on_replayed_routing(model: str, bench: ServeB
         parts.append(found | {"measured": measured, "row": row})
     outcomes = {check["name"].partition(":")[0]: check["passed"] for check in serve_figures.checks(parts)}
     asked = "experts asked for are the tape's"
-    assert outcomes == {"equal logits": True, "equal tokens": True, asked: True, "peak memory / plan": None}
+    timed = "nothing was recorded while it was timed"
+    assert outcomes == {"equal logits": True, "equal tokens": True, asked: True, timed: True, "peak memory / plan": None}
     by_policy = {entry["cell"]["policy"]: entry["row"] for entry in parts[:3]}
     assert by_policy["resident"]["hit_rate"] == 1 and by_policy["on-demand"]["hit_rate"] == 0
     assert by_policy["resident"]["decode_bytes_per_s"] == 0 < by_policy["on-demand"]["decode_bytes_per_s"]
@@ -251,6 +259,33 @@ def test_experts_in_another_format(form: str, bench: ServeBench) -> None:
     )
     assert all(one["slot_bytes"] < plain["slot_bytes"] and one["asked"] == plain["asked"] for one in others)
     assert others[0]["logits"] == others[1]["logits"] != plain["logits"] and others[0]["logits"] != "not finite"
+
+
+@pytest.mark.parametrize(("prompt", "batch"), [(prompt, batch) for prompt in PROMPTS for batch in BATCHES])
+def test_requests_that_warm_up_keep_as_many_pages_as_those_that_are_measured(prompt: int, batch: int) -> None:
+    cell, limits = Cell(QWEN3, BASE, "25%", prompt, batch), Limits()
+    tokens = [
+        [len(request.prompt_ids) + request.params.max_tokens for request in requests_of(cell, used, limits.steps + 1)]
+        for used in (limits.to_warm_up(), limits)
+    ]
+    assert tokens[0] == tokens[1] and len(tokens[0]) == batch
+
+
+def test_no_step_is_recorded_while_it_is_timed(bench: ServeBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By steps that are the model's own, for a CPU records none; all of the warm-up's and none of those behind it."""
+    made: list[tuple[int, int]] = []
+
+    def decoder(wanted: str, policy: Policy, parts: DecoderParts) -> RecordedDecoder:
+        def make_step(*shape: int) -> DecodeStep:
+            made.append(shape)
+            return lambda layout: parts.model(parts.cache.batch(layout)).cpu()
+
+        return RecordedDecoder(parts.model, parts.cache, make_step)
+
+    monkeypatch.setattr(serve_run, "make_decoder", decoder)
+    monkeypatch.setattr(serve_run, "choose_launch", lambda *_: Launch.EVENT)
+    measured = bench.cell(**Cell(MIXTRAL, BASE, "25%").to_dict())
+    assert len(made) == 1 and measured["recorded_while_timed"] == 0 and measured["steps"] == 8
 
 
 def guessed_bytes(measured: dict[str, Any]) -> dict[str, int]:
