@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from harness import Worker, WorkerError
 from machine import conditions
-from serve_cells import BASE, PROMPTS, Cell, cells
+from serve_cells import BASE, PROMPTS, Cell, cells, promised
 from serve_figures import checks, figures, targets
 from serve_models import MODELS
 from serve_report import render
@@ -36,10 +36,18 @@ Part = dict[str, Any]
 
 
 def all_parts(models: list[str]) -> list[Part]:
-    """Every cell, stage by stage; the peers come behind the first stage, with which they are compared."""
+    """What most promises are about, of two models, for a run may be cut short; then every other cell, by stages."""
     first, *others = cells(models)
-    peers = [{"name": f"{model}, transformers + accelerate", "model": model} for model in models]
-    return [*map(_part, first), *peers, *(_part(cell) for stage in others for cell in stage)]
+    parts = []
+    for model in models[:2]:
+        compared, cells_of = promised(model)
+        parts += [_part(compared), _peer(model), *map(_part, cells_of)]
+    parts += [*map(_part, first), *map(_peer, models[2:]), *(_part(cell) for stage in others for cell in stage)]
+    return list({part["name"]: part for part in parts}.values())
+
+
+def _peer(model: str) -> Part:
+    return {"name": f"{model}, transformers + accelerate", "model": model}
 
 
 def _part(cell: Cell) -> Part:

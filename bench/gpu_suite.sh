@@ -18,7 +18,7 @@
 # quarter of an hour, two starts included:
 #
 #   GPU_TESTS_SECONDS=130 bash bench/gpu_suite.sh --within 320 gpu-tests stress sanitize
-#   SERVE_SECONDS=190 bash bench/gpu_suite.sh --within 320 copy serve kernels kernel-tests
+#   SERVE_ARENA_GIB=8 SERVE_SECONDS=190 bash bench/gpu_suite.sh --within 320 copy serve kernels kernel-tests
 #
 # The benches' JSON and Markdown go to $OUT (bench/results without one), beside tests.log, sanitizer.log and bench.log;
 # short tables to the terminal.
@@ -35,6 +35,7 @@ gpu_tests_seconds=${GPU_TESTS_SECONDS:-250}
 copy_seconds=${COPY_SECONDS:-90}
 bench_seconds=${BENCH_SECONDS:-225} # after which no part is begun; the last may take until the timeout
 serve_seconds=${SERVE_SECONDS:-480}
+serve_arena_gib=${SERVE_ARENA_GIB:-32} # of pinned memory, which takes its time to be pinned
 sanitize_seconds=${SANITIZE_SECONDS:-150}
 stress_seconds=${STRESS_SECONDS:-150}
 grace=50
@@ -269,7 +270,7 @@ for part in "${parts[@]}"; do
             seconds=$(limit $((serve_seconds + serve_grace)))
             echo "== whole models, at most $seconds s"
             measured serve "$seconds" bench/serve_report.py \
-                bench/bench_serve.py --seconds "$(beginning "$seconds" "$serve_grace")"
+                bench/bench_serve.py --arena-gib "$serve_arena_gib" --seconds "$(beginning "$seconds" "$serve_grace")"
             note "serving bench" $?
             ;;
         sanitize)

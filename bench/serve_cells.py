@@ -97,6 +97,16 @@ def cells(models: Sequence[str] = tuple(MODELS)) -> list[list[Cell]]:
     return [[cell for stages in by_model for cell in stages[at]] for at in range(len(by_model[0]))]
 
 
+def promised(model: str) -> tuple[Cell, list[Cell]]:
+    """What most promises are about: the cell that accelerate is held against, and the ways to launch and extremes."""
+    launches = [Cell(model, BASE, MIDDLE_SHARE, mode=mode) for mode in (EVENT, GRAPH)]
+    return Cell(model, BASE, PAPER_SHARE), [
+        *launches,
+        Cell(model, "resident", ALL),
+        Cell(model, "on-demand", PAPER_SHARE),
+    ]
+
+
 def _stages(model: str) -> list[list[Cell]]:
     """Budgets and baselines; formats; other policies; parts; ways to launch; prompts; batches."""
     others = [p.name for p in POLICIES.values() if p.keeps and not p.all_resident and p.name != BASE]

@@ -81,8 +81,17 @@ _DEEPSEEK = _COMMON | {
     "topk_method": "greedy",
     "n_group": 1,
     "topk_group": 1,
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 163840,
     "rope_theta": 10000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "original_max_position_embeddings": 4096,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    },
     "rms_norm_eps": 1e-6,
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -69,11 +70,16 @@ def offloaded(raw: dict[str, Any], device: torch.device) -> tuple[nn.Module, int
 def _random(shape: torch.Size, device: torch.device) -> Tensor:
     """Small bfloat16 numbers, a block of them over and over: quickly made, and no product overflows."""
     flat = torch.empty(prod(shape), dtype=torch.bfloat16, device=device)
-    block = random_weights(2 * BLOCK_ELEMENTS).view(torch.bfloat16).to(device)
+    block = _block(device)
     for start in range(0, len(flat), BLOCK_ELEMENTS):
         part = flat[start : start + BLOCK_ELEMENTS]
         part.copy_(block[: len(part)])
     return flat.view(shape)
+
+
+@cache
+def _block(device: torch.device) -> Tensor:
+    return random_weights(2 * BLOCK_ELEMENTS).view(torch.bfloat16).to(device)
 
 
 @torch.inference_mode()

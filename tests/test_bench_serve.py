@@ -244,7 +244,13 @@ def test_policies_compute_the_same_on_replayed_routing(model: str, bench: ServeB
     outcomes = {check["name"].partition(":")[0]: check["passed"] for check in serve_figures.checks(parts)}
     asked = "experts asked for are the tape's"
     timed = "nothing was recorded while it was timed"
-    assert outcomes == {"equal logits": True, "equal tokens": True, asked: True, timed: True, "peak memory / plan": None}
+    assert outcomes == {
+        "equal logits": True,
+        "equal tokens": True,
+        asked: True,
+        timed: True,
+        "peak memory / plan": None,
+    }
     by_policy = {entry["cell"]["policy"]: entry["row"] for entry in parts[:3]}
     assert by_policy["resident"]["hit_rate"] == 1 and by_policy["on-demand"]["hit_rate"] == 0
     assert by_policy["resident"]["decode_bytes_per_s"] == 0 < by_policy["on-demand"]["decode_bytes_per_s"]

@@ -1,0 +1,35 @@
+"""Which parts the serving bench runs, and in which order: a run may be cut short."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
+
+from bench_serve import all_parts
+from serve_cells import EVENT, GRAPH, Cell, cells
+from serve_models import MODELS
+from serve_run import Limits
+
+
+def test_what_most_promises_are_about_comes_first() -> None:
+    parts = all_parts(list(MODELS))
+    first = parts[:12]
+    assert sum("cell" not in part for part in first) == 2
+    for model in list(MODELS)[:2]:
+        own = [Cell(**part["cell"]) for part in first if part["model"] == model and "cell" in part]
+        assert {EVENT, GRAPH} < {cell.mode for cell in own}
+        assert {"lru", "resident", "on-demand"} == {cell.policy for cell in own}
+
+
+def test_every_part_is_there_once() -> None:
+    names = [part["name"] for part in all_parts(list(MODELS))]
+    every = [cell.name for stage in cells() for cell in stage]
+    assert len(set(names)) == len(names) == len(every) + len(MODELS) and set(every) < set(names)
+
+
+def test_every_model_has_the_positions_that_its_cells_ask_for() -> None:
+    positions = {name: model.wired().config.num_positions for name, model in MODELS.items()}
+    asked = [(cell.model, cell.prompt + Limits().steps + 1) for stage in cells() for cell in stage]
+    assert [model for model, tokens in asked if tokens > positions[model]] == []
