@@ -13,7 +13,7 @@ from typing import Any
 
 import tables
 from report import table
-from serve_cells import AUTO, Cell
+from serve_cells import AUTO, GRAPH, Cell
 from serve_models import BF16
 
 Result = dict[str, Any]
@@ -121,7 +121,8 @@ def _line(part: Part) -> Sequence[str]:
         "-" if row["hit_rate"] is None else f"{row['hit_rate']:.1%}",
         f"{row['misses_per_step']:.1f}",
         f"{row['decode_bytes_per_s'] / 1e9:.2f} ({row['decode_link_share']:.0%})",
-        f"{row['prefill_stall_share']:.0%} / {row['decode_stall_share']:.0%}",
+        # A step that is one graph waits for the link inside its kernels, where nobody takes the time.
+        f"{row['prefill_stall_share']:.0%} / {'-' if mode == GRAPH else format(row['decode_stall_share'], '.0%')}",
         f"{peak}({row['planned_bytes'] / 1e9:.2f})",
         NOT_MEASURED if row["joules_per_token"] is None else f"{row['joules_per_token']:.2f}",
     ]

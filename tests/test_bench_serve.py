@@ -140,8 +140,10 @@ def test_verdicts() -> None:
     assert found[f"{QWEN3}: TTFT, accelerate / lru at 15%"].value == pytest.approx(6 / 1.1)
     end_to_end = (6 + 63 * 0.2) / (1.1 + 63 * 0.025)
     assert found[f"{QWEN3}: end to end, accelerate / lru at 15%"].value == pytest.approx(end_to_end)
-    freetoken = found["Qwen3-30B-A3B: TPOT / FreeToken's cost model, worst"]
-    assert freetoken.value == pytest.approx(0.025 / (5.44e-3 + 0.194e-3 * 46.7 / 50))
+    freetoken = "Qwen3-30B-A3B: TPOT / FreeToken's cost model, at this link{}, worst"
+    assert found[freetoken.format("")].value == pytest.approx(0.025 / (5.44e-3 + 0.194e-3 * 46.7 / 50))
+    fixed = 5.44e-3 + 6.7e9 / 3e12 - 6.7e9 / 1.79e12
+    assert found[freetoken.format(" and memory")].value == pytest.approx(0.025 / (fixed + 0.194e-3 * 46.7 / 50))
     launched = [part(replace(PAPER, mode=mode), launch=mode) for mode in (EVENT, GRAPH)]
     launched.append(part(replace(PAPER, format="int4")))
     found = {t.name: t.value for t in serve_figures.targets(launched, CEILINGS)}

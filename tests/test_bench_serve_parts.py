@@ -10,7 +10,10 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 from bench_serve import all_parts
 from serve_cells import EVENT, GRAPH, Cell, cells
 from serve_models import MODELS
+from serve_report import rows
 from serve_run import Limits
+
+from tests.test_bench_serve import part
 
 
 def test_what_most_promises_are_about_comes_first() -> None:
@@ -33,3 +36,9 @@ def test_every_model_has_the_positions_that_its_cells_ask_for() -> None:
     positions = {name: model.wired().config.num_positions for name, model in MODELS.items()}
     asked = [(cell.model, cell.prompt + Limits().steps + 1) for stage in cells() for cell in stage]
     assert [model for model, tokens in asked if tokens > positions[model]] == []
+
+
+def test_no_stall_is_claimed_for_steps_that_wait_in_their_kernels() -> None:
+    shown = [rows({"parts": [part(launch=launch, prompt=128)]}) for launch in (EVENT, GRAPH)]
+    assert "50% / 80%" in shown[0]
+    assert "50% / -" in shown[1]
