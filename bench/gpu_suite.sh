@@ -17,7 +17,7 @@
 # rows alone, and what has no time left is SKIPPED. Two calls give what matters most on a machine that one has for a
 # quarter of an hour, two starts included:
 #
-#   GPU_TESTS_SECONDS=130 bash bench/gpu_suite.sh --within 320 gpu-tests stress sanitize
+#   GPU_TESTS_SECONDS=130 STRESS_SECONDS=100 bash bench/gpu_suite.sh --within 320 gpu-tests stress sanitize
 #   SERVE_ARENA_GIB=8 SERVE_SECONDS=190 bash bench/gpu_suite.sh --within 320 copy serve kernels kernel-tests
 #
 # The benches' JSON and Markdown go to $OUT (bench/results without one), beside tests.log, sanitizer.log and bench.log;
