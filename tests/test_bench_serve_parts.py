@@ -13,6 +13,8 @@ from serve_models import MODELS
 from serve_report import rows
 from serve_run import Limits
 
+from duoserve.decoding import Launch
+from duoserve.recorded_decode import RECORD_AFTER
 from tests.test_bench_serve import part
 
 
@@ -36,6 +38,13 @@ def test_every_model_has_the_positions_that_its_cells_ask_for() -> None:
     positions = {name: model.wired().config.num_positions for name, model in MODELS.items()}
     asked = [(cell.model, cell.prompt + Limits().steps + 1) for stage in cells() for cell in stage]
     assert [model for model, tokens in asked if tokens > positions[model]] == []
+
+
+def test_a_warm_up_goes_on_until_a_step_was_recorded_and_replayed_and_a_measurement_for_some_more() -> None:
+    limits = Limits()
+    assert limits.to_warm_up().of(Launch.GRAPH).least > RECORD_AFTER + 1
+    assert limits.of(Launch.EVENT).least >= 16
+    assert limits.of(Launch.MODEL).least == limits.least < 16  # whose steps may take half a second each
 
 
 def test_no_stall_is_claimed_for_steps_that_wait_in_their_kernels() -> None:

@@ -43,7 +43,6 @@ class SlotTable:
         self._holds = [0] * num_slots
         self._empty = list(range(num_slots))  # ascending
         self._ready_LE = np.full((num_layers, num_experts), -1, dtype=np.int32)
-        self._rows: list[Tensor] = list(torch.from_numpy(self._ready_LE))
 
     def slot_of(self, expert: ExpertId) -> int:
         """The slot that holds or is loading this expert, -1 if none."""
@@ -85,13 +84,9 @@ class SlotTable:
             if expert is not None and self._states[slot] is SlotState.READY
         ]
 
-    def row(self, layer: int) -> Tensor:
-        """int32 [E]: the slot of each READY expert of this layer, -1 for the others. A live view: never write to it."""
-        return self._rows[layer]
-
     @property
     def ready_LE(self) -> np.ndarray:
-        """int32 [L, E]: ``row`` of every layer. A live view: never write to it."""
+        """int32 [L, E]: the slot of each READY expert, -1 for the others. A live view: never write to it."""
         return self._ready_LE
 
     def begin_load(self, expert: ExpertId, slot: int) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -33,11 +34,11 @@ def test_an_expert_goes_through_the_states() -> None:
     assert table.slot_of(A) == -1 and table.state(2) is SlotState.EMPTY and table.expert_in(2) is None
     table.begin_load(A, 2)
     assert table.slot_of(A) == 2 and table.state(2) is SlotState.LOADING and table.expert_in(2) == A
-    assert not table.is_ready(A) and table.row(0).tolist() == [-1, -1, -1] and table.ready() == []
+    assert not table.is_ready(A) and table.ready_LE[0].tolist() == [-1, -1, -1] and table.ready() == []
     table.finish_load(2)
-    assert table.is_ready(A) and table.row(0).tolist() == [-1, 2, -1] and table.ready() == [(2, A)]
+    assert table.is_ready(A) and table.ready_LE[0].tolist() == [-1, 2, -1] and table.ready() == [(2, A)]
     table.evict(2)
-    assert table.slot_of(A) == -1 and table.row(0).tolist() == [-1, -1, -1]
+    assert table.slot_of(A) == -1 and table.ready_LE[0].tolist() == [-1, -1, -1]
     table.check_integrity()
 
 
@@ -67,13 +68,13 @@ def test_the_list_of_empty_slots_is_the_callers_own() -> None:
     table.check_integrity()
 
 
-def test_the_kernels_row_is_int32_and_live() -> None:
+def test_the_table_of_slots_is_int32_and_live() -> None:
     table = SlotTable(LAYERS, EXPERTS, SLOTS)
-    row_E = table.row(1)
+    row_E = table.ready_LE[1]
     table.begin_load(B, 1)
     table.finish_load(1)
-    assert row_E.dtype == torch.int32 and row_E.tolist() == [-1, -1, 1]
-    assert row_E.data_ptr() == table.row(1).data_ptr()
+    assert row_E.dtype == np.int32 and row_E.tolist() == [-1, -1, 1]
+    assert np.shares_memory(row_E, table.ready_LE[1])
 
 
 def test_every_hold_has_to_be_taken_back_before_eviction() -> None:
@@ -134,11 +135,11 @@ def forget_the_slot(table: SlotTable) -> None:
 
 
 def mislead_the_kernels(table: SlotTable) -> None:
-    table._rows[0][0] = 1
+    table._ready_LE[0, 0] = 1
 
 
 def hide_from_the_kernels(table: SlotTable) -> None:
-    table._rows[1][2] = -1
+    table._ready_LE[1, 2] = -1
 
 
 def hold_while_loading(table: SlotTable) -> None:
@@ -254,7 +255,7 @@ class TableAgainstModel(RuleBasedStateMachine):
                 expert = ExpertId(layer, e)
                 assert self.table.slot_of(expert) == where.get(expert, -1)
                 assert self.table.is_ready(expert) == (expert in ready.values())
-                assert int(self.table.row(layer)[e]) == (where[expert] if expert in ready.values() else -1)
+                assert int(self.table.ready_LE[layer, e]) == (where[expert] if expert in ready.values() else -1)
         assert self.table.ready() == sorted(ready.items())
         assert self.table.empty_slots() == [slot for slot in range(SLOTS) if slot not in self.model]
 

@@ -27,15 +27,6 @@ class Scratch:
             self._memory[name] = np.empty(nbytes + BYTES_IN_WORD, np.uint8)
         return self._memory[name][:nbytes].view(dtype).reshape(shape)
 
-    def columns(self, name: str, shape: tuple[int, ...]) -> Words:
-        """Words whose columns can be gathered: rows lie an odd number of cache lines apart.
-
-        Else the words of a column would all compete for the same few places of a cache.
-        """
-        *outer, columns = shape
-        padded = odd_lines(columns * BYTES_IN_WORD) // BYTES_IN_WORD
-        return self.array(name, (*outer, padded))[..., :columns]
-
 
 def odd_lines(nbytes: int) -> int:
     """Bytes of an odd number of cache lines, at least ``nbytes``."""

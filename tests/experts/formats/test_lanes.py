@@ -56,13 +56,6 @@ def test_tiles_of_any_size_give_the_same_bytes(kind: str, rows: int, columns: in
         assert not out[0::2].any()
 
 
-@pytest.mark.parametrize("columns", [1, 15, 16, 17, 128, 250])
-def test_columns_lie_an_odd_number_of_lines_apart(columns: int) -> None:
-    words = Scratch().columns("a", (2, 3, columns))
-    assert words.shape == (2, 3, columns)
-    assert words.strides[1] % 128 == 64 and words.strides[0] == 3 * words.strides[1]
-
-
 def test_the_bytes_of_words_are_narrowed_one_by_one() -> None:
     """Memory that is used again still has its spare bytes behind it, whatever was in it before."""
     scratch = Scratch()
