@@ -6,9 +6,9 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from io import TextIOWrapper
 
+from duoserve import __version__
 from duoserve.cli import bench, chat, evaluate, generate, info, pack, plan, replay, serve, trace, train_predictor
 from duoserve.errors import DuoServeError
 
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-V", "--version", action="version", version=f"duoserve {version('duoserve')}")
+    parser.add_argument("-V", "--version", action="version", version=f"duoserve {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (generate, chat, info, plan, pack, trace, train_predictor, replay, evaluate, serve, bench):
         module.add_command(commands)

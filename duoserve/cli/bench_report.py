@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Mapping
 from functools import partial
-from importlib.metadata import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, Protocol, TextIO
@@ -71,7 +70,8 @@ def run(args: argparse.Namespace, jobs: Jobs) -> None:
     checkout = args.checkout.expanduser().resolve()
     if not (checkout / "bench").is_dir():
         raise ConfigError(
-            f"{checkout} has no bench/, which the package does not bring along: {_clone()}, and --checkout"
+            f"{checkout} has no bench/, which the package does not bring along: clone the repository that it was built "
+            "from, and give that folder as --checkout"
         )
     out = (args.out or checkout / "bench" / "results").expanduser().resolve()
     planned = jobs(checkout, out, args)
@@ -165,13 +165,6 @@ def _carry_out(job: Job, checkout: Path, terminal: TextIO) -> None:
 
 def _ages(folder: Path) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file()}
-
-
-def _clone() -> str:
-    """How to get a checkout, as far as the package says where it is from."""
-    urls = dict(said.split(", ", 1) for said in metadata("duoserve").get_all("Project-URL") or [])
-    source = next((url for name, url in urls.items() if name.lower() in {"repository", "source", "homepage"}), None)
-    return f"git clone {source}" if source else "clone the repository that it was built from"
 
 
 def _cpu_name() -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from duoserve import __version__
 from duoserve.server import asking
 from duoserve.server.answers import Chat, Completions, Dialect, Head, answer, new_head, usage_of
 from duoserve.server.asking import Asked
@@ -96,7 +96,7 @@ class Endpoints:
 
     async def version(self, request: Request) -> Response:
         """The version of duoserve."""
-        return json_response({"version": version("duoserve")})
+        return json_response({"version": __version__})
 
     async def page(self, request: Request) -> Response:
         """The status page."""

@@ -7,12 +7,14 @@ from importlib.metadata import version
 
 import pytest
 
+from duoserve import __version__
 from duoserve.cli import generate
 from duoserve.errors import ConfigError
 
 
-def test_version(duoserve):
-    assert duoserve("--version").out.strip() == f"duoserve {version('duoserve')}"
+def test_the_version_is_that_of_the_installed_package(duoserve):
+    assert duoserve("--version").out == f"duoserve {__version__}\n"
+    assert version("duoserve") == __version__
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["info"], ["pack"], ["trace"], ["train-predictor"]])

@@ -105,15 +105,6 @@ def test_no_checkout_is_refused(duoserve, tmp_path, monkeypatch):
     assert ran.code == 1 and f"{tmp_path} has no bench/" in ran.err and "--checkout" in ran.err
 
 
-def test_the_clone_command_is_what_the_package_says(monkeypatch):
-    class Said:
-        def get_all(self, name):
-            return ["Issues, https://x/issues", "Repository, https://x/duoserve"]
-
-    monkeypatch.setattr(bench_report, "metadata", lambda name: Said())
-    assert bench_report._clone() == "git clone https://x/duoserve"
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_gpu_is_refused_without_one(duoserve, checkout):
     ran = duoserve("bench", "gpu", "--checkout", checkout)
