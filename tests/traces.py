@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from duoserve.scheduling.trace import LOOKAHEAD, REQUESTS, TOKEN_IDS, MemoryRows, Trace, TraceMeta
+from duoserve.scheduling.trace_file import TraceWriter
 
 META = TraceMeta("a fingerprint", (0, 2, 3), num_experts=6, top_k=2)
 LENGTHS = [(4, 2), (5, 3), (3, 1)]
@@ -21,3 +24,11 @@ def small_trace(meta: TraceMeta = META, lengths: list[tuple[int, int]] = LENGTHS
         elif name.startswith(("topk_weights", LOOKAHEAD)):
             tensors[name] = rng.random((total, *width)).astype(dtype)
     return Trace(meta, MemoryRows(tensors))
+
+
+def save_trace(trace: Trace, path: Path, first: int = 0, last: int = 99) -> None:
+    """Adds some of its requests to the file, one by one."""
+    writer = TraceWriter(path, trace.meta)
+    for request in list(trace)[first:last]:
+        writer.append(request.token_ids_T, request.num_prompt, request.layers)
+    writer.close()

@@ -57,7 +57,6 @@ class DiskStore(ExpertStore):
         self._read_at = read_at
         self._sleep = sleep
         self._lock = threading.Lock()
-        self._bytes_read = 0
         self._readers = 0
         self._closed = False
         try:
@@ -65,12 +64,6 @@ class DiskStore(ExpertStore):
             self._fd, self.direct = _open(self.file, read_at)
         except OSError as error:
             raise CheckpointError(f"{self.file}: cannot be opened ({error}); {REMEDY}") from error
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes that have come from the file so far, over all threads."""
-        with self._lock:
-            return self._bytes_read
 
     def read(self, expert: ExpertId, row_B: Tensor) -> None:
         """As in ExpertStore; KeyError for an expert that the model has not.
@@ -109,8 +102,6 @@ class DiskStore(ExpertStore):
         done = 0
         while done < len(buffer):
             count = self._read_at(fd, [buffer[done:]], offset + done)
-            with self._lock:
-                self._bytes_read += count
             if count == 0:
                 raise CopyError(
                     f"{self._where(expert)}: the file ends after {done} of {len(buffer)} bytes, it was "

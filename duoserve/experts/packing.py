@@ -96,10 +96,6 @@ class CheckpointStore(ExpertStore):
                 target, rows = targets[piece.matrix]
                 self._fill(expert, piece.cut(*rows), target)
 
-    def fingerprint(self) -> str:
-        """The checkpoint's."""
-        return self._checkpoint.fingerprint()
-
     def close(self) -> None:
         """Nothing to release."""
 

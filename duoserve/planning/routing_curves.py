@@ -1,9 +1,8 @@
 """How models route, as far as speed depends on it: hit rates over the share of experts in slots, distinct experts.
 
 The curves are those of the cards in scheduling/synthetic.py, and of what the embedded models write themselves;
-bench/routing_curves.py makes the file. A model without a
-card goes by the card that is nearest in experts and top-k, scaled to its own. Weights that nobody trained route as by
-chance: UNIFORM.
+bench/routing_curves.py makes the file. A model without a card goes by the card that is nearest in experts and top-k,
+scaled to its own. Weights that nobody trained route as by chance: UNIFORM.
 """
 
 from __future__ import annotations
@@ -33,11 +32,6 @@ class RoutingCurves:
     raw: Mapping[str, Any]
     num_experts: int
     top_k: int
-
-    @property
-    def is_own(self) -> bool:
-        """Whether the card has as many experts, and takes as many for a token."""
-        return (self.raw["num_experts"], self.raw["top_k"]) == (self.num_experts, self.top_k)
 
     def hit_rate(self, ranking: str, share: float, batch: int = 1) -> float:
         """Of the experts that a decode step of ``batch`` sequences asks for, with that share of a layer's in slots."""

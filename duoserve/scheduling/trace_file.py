@@ -18,7 +18,6 @@ import numpy as np
 from duoserve.errors import CheckpointError, CutShortError, TraceError
 from duoserve.experts.positional_file import PositionalFile
 from duoserve.experts.safetensors_header import TensorInfo, read_segment
-from duoserve.experts.whole_file import write_whole
 from duoserve.scheduling.trace import REQUESTS, TOKEN_IDS, LayerTrace, Rows, Trace, TraceMeta
 
 FORMAT = "duoserve trace 1"
@@ -140,12 +139,6 @@ class TraceWriter:
             _check_fingerprint(self._path, segments[0].meta, self._meta.fingerprint)
             _check_conditions(self._path, segments[0].meta, self._meta)
         return segments[-1].end if segments else 0
-
-
-def save_trace(trace: Trace, path: Path) -> None:
-    """Writes a whole trace as one safetensors file in place of what is there."""
-    tensors = {name: trace.read(name) for name in trace.meta.columns()}
-    write_whole(path, _encoded(trace.meta, tensors))
 
 
 def _open(path: Path) -> PositionalFile:

@@ -16,9 +16,9 @@ from duoserve.predictors.files import save_predictor
 from duoserve.predictors.training import train
 from duoserve.scheduling.hardware import HARDWARE, SIZES, Machine
 from duoserve.scheduling.policies import get_policy
-from duoserve.scheduling.trace_file import save_trace
 from tests.models.cases import FAMILIES
 from tests.scheduling.traces import drawn_trace
+from tests.traces import save_trace
 
 MADE_UP = ["replay", "synthetic:mixtral-8x7b", "--requests", "1", "--tokens", "4", "--prompt-tokens", "3"]
 

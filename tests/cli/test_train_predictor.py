@@ -7,7 +7,7 @@ import pytest
 
 from duoserve.predictors.files import load_predictor
 from duoserve.scheduling.synthetic import CARDS, synthesize
-from duoserve.scheduling.trace_file import save_trace
+from tests.traces import save_trace
 
 
 @pytest.fixture

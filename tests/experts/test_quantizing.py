@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from duoserve.errors import CopyError
-from duoserve.experts.formats.codes import Codes, RowsAsTheyAre, TensorRows
+from duoserve.experts.formats.codes import Codes, RowsAsTheyAre
 from duoserve.experts.layout import ExpertId, ExpertLayout, Quantized
 from duoserve.experts.pieces import RowPart, float_parts
 from duoserve.experts.quantizing import QuantizingStore
@@ -20,6 +20,7 @@ from duoserve.kernels.compiled_loops import CompiledLoops
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat, Matrix
 from tests.compiled_case import needs_compiler
+from tests.experts.formats.tensor_rows import TensorRows
 from tests.fakes import ArrayStore
 
 INT8, INT4 = Quantized(ExpertFormat.INT8), Quantized(ExpertFormat.INT4, 32)

@@ -41,7 +41,6 @@ def test_a_point_is_what_a_cache_does_on_other_made_up_requests() -> None:
     card = dataclasses.replace(CARDS["gpt-oss-20b"], num_layers=2)
     trace = synthesize(card, 6, 192, 0.8, seed=99, prompt=64)
     curves = curves_for(32, 4, "gpt-oss-20b")
-    assert curves.is_own
     for name in ("lru", "lfru"):
         measured = cached_hits(trace, 8, EVICTIONS[name].ranking, 1).rate
         assert curves.hit_rate(name, 0.25) == pytest.approx(measured, abs=0.03)
@@ -76,7 +75,7 @@ def test_a_batch_asks_for_more_experts_and_finds_fewer() -> None:
 
 def test_a_model_without_a_card_goes_by_the_nearest_scaled_to_its_own() -> None:
     deepseek = curves_for(256, 8)
-    assert (deepseek.name, deepseek.is_own) == ("qwen3-30b-a3b", False)
+    assert deepseek.name == "qwen3-30b-a3b"
     assert curves_for(8, 2, "mixtral-8x22b").name == "mixtral-8x7b"
     assert deepseek.in_prompt(1) == pytest.approx(8)
     # 4 of its tokens take as many of 256 experts as 2 of Qwen3's of 128, twice.
@@ -85,7 +84,8 @@ def test_a_model_without_a_card_goes_by_the_nearest_scaled_to_its_own() -> None:
 
 def test_the_embedded_models_have_cards_and_stand_for_nobody_else() -> None:
     assert curves_for(8, 2, "bard").name == "bard"
-    assert curves_for(64, 8, "bard-fine").is_own
+    fine = curves_for(64, 8, "bard-fine")
+    assert (fine.name, fine.raw["num_experts"], fine.raw["top_k"]) == ("bard-fine", 64, 8)
     assert curves_for(64, 8).name == "deepseek-v2-lite"
     for share, rate in ((0.25, 0.38), (0.5, 0.64), (0.75, 0.84)):  # bench/results/routing-embedded.md, other requests
         assert curves_for(8, 2, "bard").hit_rate("lru", share) == pytest.approx(rate, abs=0.04)

@@ -8,19 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from duoserve.errors import TraceError
 from duoserve.scheduling.trace import Trace, TraceMeta
-from duoserve.scheduling.trace_file import TraceWriter, open_trace, save_trace
-from tests.traces import META, small_trace
-
-
-def write(path: Path, trace: Trace, first: int = 0, last: int = 99) -> None:
-    writer = TraceWriter(path, trace.meta)
-    for request in list(trace)[first:last]:
-        writer.append(request.token_ids_T, request.num_prompt, request.layers)
-    writer.close()
+from duoserve.scheduling.trace_file import TraceWriter, open_trace
+from tests.traces import META, save_trace, small_trace
 
 
 def assert_same(one: Trace, other: Trace) -> None:
@@ -31,7 +25,7 @@ def assert_same(one: Trace, other: Trace) -> None:
 
 def test_what_is_written_request_by_request_is_read(tmp_path):
     trace = small_trace()
-    write(tmp_path / "t", trace)
+    save_trace(trace, tmp_path / "t")
     read = open_trace(tmp_path / "t", META.fingerprint)
     assert_same(read, trace)
     for one, other in zip(read, trace, strict=True):
@@ -43,37 +37,45 @@ def test_what_is_written_request_by_request_is_read(tmp_path):
 
 def test_rows_over_the_borders_of_segments(tmp_path):
     trace = small_trace()
-    write(tmp_path / "t", trace)
+    save_trace(trace, tmp_path / "t")
     for start, stop in [(0, 12), (3, 5), (4, 9), (8, 10), (5, 5), (11, 12)]:
         ours, theirs = open_trace(tmp_path / "t").layer(2, start, stop), trace.layer(2, start, stop)
         np.testing.assert_array_equal(ours.ahead_NE, theirs.ahead_NE)
         assert ours.topk_ids_NK.dtype == np.uint8
 
 
-def test_a_whole_trace_is_a_plain_safetensors_file(tmp_path):
+def test_a_request_is_a_plain_safetensors_file(tmp_path):
     trace = small_trace()
-    save_trace(trace, tmp_path / "t")
-    assert_same(open_trace(tmp_path / "t"), trace)
+    save_trace(trace, tmp_path / "t", last=1)
     tensors = load_file(tmp_path / "t")
     assert tensors.keys() == trace.meta.columns().keys()
-    np.testing.assert_array_equal(tensors["topk_ids.3"], trace.layer(3).topk_ids_NK)
+    np.testing.assert_array_equal(tensors["topk_ids.3"], trace[0].layers[3].topk_ids_NK)
+
+
+def test_several_requests_in_one_safetensors_file_are_read(tmp_path):
+    trace = small_trace()
+    save_trace(trace, tmp_path / "one", last=1)
+    with safe_open(tmp_path / "one", "numpy") as file:
+        about = file.metadata()
+    save_file({name: trace.read(name) for name in trace.meta.columns()}, tmp_path / "t", metadata=about)
+    assert_same(open_trace(tmp_path / "t"), trace)
 
 
 def test_requests_are_added(tmp_path):
     trace = small_trace()
-    write(tmp_path / "t", trace, 0, 2)
-    write(tmp_path / "t", trace, 2)
+    save_trace(trace, tmp_path / "t", 0, 2)
+    save_trace(trace, tmp_path / "t", 2)
     assert_same(open_trace(tmp_path / "t"), trace)
 
 
 @pytest.mark.parametrize("lost", [1, 100, 700])
 def test_a_tail_cut_short_is_refused_and_then_cut_off(tmp_path, lost):
     path, trace = tmp_path / "t", small_trace()
-    write(path, trace)
+    save_trace(trace, path)
     path.write_bytes(path.read_bytes()[:-lost])
     with pytest.raises(TraceError, match=r"the last \d+ bytes are no whole request; .*--resume.* 2 whole"):
         open_trace(path)
-    write(path, trace, 2)
+    save_trace(trace, path, 2)
     assert_same(open_trace(path), trace)
 
 
@@ -82,7 +84,7 @@ def test_a_tail_cut_short_is_refused_and_then_cut_off(tmp_path, lost):
 )
 def test_a_failing_read_cuts_nothing_off(tmp_path, monkeypatch, name, fault):
     path, trace = tmp_path / "t", small_trace()
-    write(path, trace)
+    save_trace(trace, path)
     before, call, calls = path.read_bytes(), getattr(os, name), []
 
     def fails_later(descriptor, *args):
@@ -110,7 +112,7 @@ def test_a_trace_has_one_writer_at_a_time(tmp_path):
         TraceWriter(path, META)
     first.append(trace[0].token_ids_T, trace[0].num_prompt, trace[0].layers)
     first.close()
-    write(path, trace, 1)
+    save_trace(trace, path, 1)
     assert_same(open_trace(path), trace)
 
 
@@ -121,7 +123,7 @@ def test_a_pipe_is_no_place_for_a_trace(tmp_path):
 
 
 def test_another_models_trace_is_refused(tmp_path):
-    write(tmp_path / "t", small_trace())
+    save_trace(small_trace(), tmp_path / "t")
     with pytest.raises(TraceError, match=r"another model \(fingerprint a fingerprint, this model's is b"):
         open_trace(tmp_path / "t", "b")
     before = (tmp_path / "t").read_bytes()
@@ -132,7 +134,7 @@ def test_another_models_trace_is_refused(tmp_path):
 
 def test_how_it_was_made_is_kept_and_not_asked_of_older_traces(tmp_path):
     told = small_trace(replace(META, conditions="this way"))
-    write(tmp_path / "t", told)
+    save_trace(told, tmp_path / "t")
     assert open_trace(tmp_path / "t").meta == told.meta
     save_trace(small_trace(), tmp_path / "older")
     assert b"conditions" not in (tmp_path / "older").read_bytes()
@@ -143,7 +145,7 @@ def test_how_it_was_made_is_kept_and_not_asked_of_older_traces(tmp_path):
 
 def test_traces_of_two_models_in_one_file_are_refused(tmp_path):
     for name, fingerprint in (("a", "a"), ("b", "b")):
-        write(tmp_path / name, small_trace(replace(META, fingerprint=fingerprint)))
+        save_trace(small_trace(replace(META, fingerprint=fingerprint)), tmp_path / name)
     (tmp_path / "t").write_bytes((tmp_path / "a").read_bytes() + (tmp_path / "b").read_bytes())
     with pytest.raises(TraceError, match="different models"):
         open_trace(tmp_path / "t")
@@ -179,14 +181,8 @@ def test_a_missing_file(tmp_path):
 
 
 def test_a_tensor_of_the_wrong_shape_is_refused(tmp_path):
-    trace = small_trace()
     path = tmp_path / "t"
-    save_trace(trace, path)
-    path.write_bytes(
-        path.read_bytes().replace(
-            b'"topk_ids.2":{"dtype":"U8","shape":[12, 2]', b'"topk_ids.2":{"dtype":"U8","shape":[6, 4] '
-        )
-    )
+    save_trace(small_trace(lengths=[(12, 2)]), path)
     path.write_bytes(
         path.read_bytes().replace(
             b'"topk_ids.2":{"dtype":"U8","shape":[12,2]', b'"topk_ids.2":{"dtype":"U8","shape":[6,4] '

@@ -53,26 +53,6 @@ class Rows(Protocol):
         """Fills ``out_NB``, whose elements are bytes and each row contiguous, with the bytes of all rows."""
 
 
-@dataclass(frozen=True)
-class TensorRows(Rows):
-    """Those of a tensor that is there."""
-
-    tensor: Tensor
-
-    @property
-    def shape(self) -> Sequence[int]:
-        """As in Rows."""
-        return self.tensor.shape
-
-    def __getitem__(self, rows: slice, /) -> Tensor:
-        """As in Rows."""
-        return self.tensor[rows]
-
-    def copy_to(self, out_NB: Tensor) -> None:
-        """As in Rows."""
-        out_NB.numpy()[:] = _bytes(self.tensor, out_NB.dtype)
-
-
 class RowData(Protocol):
     """The bytes [N, B] of a matrix in a packed row, made when they are written there."""
 

@@ -5,8 +5,6 @@ N rows of a matrix, D its inner dimension, B bytes of one row, G groups of D, H 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -51,14 +49,6 @@ class RowWriter:
         if gate_H is None or up_H is None or not torch.equal(gate_H, up_H):
             raise CheckpointError("gate and up have features in different orders (g_idx), and a row has room for one")
         self._weights.order_SH[0].copy_(gate_H)
-
-
-def fill_row(weights: ExpertWeights, codes: Mapping[MatrixName, Codes]) -> None:
-    """Writes all matrices of an expert into the one slot of ``weights``; errors as of RowWriter."""
-    writer = RowWriter(weights, Scratch())
-    for matrix in sorted(codes, key=down_first):
-        writer.add(matrix, codes[matrix])
-    writer.finish()
 
 
 def down_first(matrix: MatrixName) -> bool:

@@ -11,14 +11,17 @@ from torch import Tensor
 
 from duoserve.architecture import Quantization
 from duoserve.errors import CheckpointError
-from duoserve.experts.formats.codes import Codes, TensorRows
-from duoserve.experts.formats.expert_row import fill_row
+from duoserve.experts.formats.codes import Codes
+from duoserve.experts.formats.expert_row import RowWriter, down_first
 from duoserve.experts.formats.reading import format_of
+from duoserve.experts.formats.scratch import Scratch
 from duoserve.experts.layout import ExpertLayout, Quantized
+from duoserve.experts.pieces import MatrixName
 from duoserve.kernels.reference_dequant import dense
-from duoserve.kernels.weights import ExpertFormat
+from duoserve.kernels.weights import ExpertFormat, ExpertWeights
 from tests import encoders
 from tests.encoders import Encode, Encoded
+from tests.experts.formats.tensor_rows import TensorRows
 
 GPTQ = partial(Quantization, "gptq", symmetric=False)
 V1, V2 = partial(encoders.gptq, version=1), partial(encoders.gptq, version=2)
@@ -49,6 +52,14 @@ CASES: dict[str, tuple[Quantization, Encode]] = {
 def codes_of(quantization: Quantization, encoded: Encoded) -> Codes:
     parts = {ROLES.get(role, role): tensor for role, tensor in encoded.tensors.items()}
     return format_of(quantization).codes(TensorRows(parts.pop("data")), parts)
+
+
+def fill_row(weights: ExpertWeights, codes: dict[MatrixName, Codes]) -> None:
+    """Writes all matrices of an expert into the one slot of ``weights``."""
+    writer = RowWriter(weights, Scratch())
+    for matrix in sorted(codes, key=down_first):
+        writer.add(matrix, codes[matrix])
+    writer.finish()
 
 
 def random_matrix(seed: int, num_rows: int = 136, inner: int = 192) -> Tensor:

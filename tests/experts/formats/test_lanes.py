@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from duoserve.experts.formats import awq, gptq
-from duoserve.experts.formats.codes import TILE_BYTES, TensorRows
+from duoserve.experts.formats.codes import TILE_BYTES
 from duoserve.experts.formats.lanes import RepackedRows, narrowed, transposed, wide_tile
 from duoserve.experts.formats.scratch import Scratch
+from tests.experts.formats.tensor_rows import TensorRows
 
 INPUTS, OUTPUTS = 192, 416
 ORDER = torch.randperm(INPUTS, generator=torch.Generator().manual_seed(3))

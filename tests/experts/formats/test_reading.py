@@ -10,12 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from duoserve.experts.checkpoint import Checkpoint
-from duoserve.experts.formats.codes import LONG_ROW_BYTES, RowsAsTheyAre, TensorRows
+from duoserve.experts.formats.codes import LONG_ROW_BYTES, RowsAsTheyAre
 from duoserve.experts.formats.fp8 import Fp8
 from duoserve.experts.formats.mxfp4 import Mxfp4
 from duoserve.experts.formats.reading import read_codes
 from duoserve.experts.formats.scratch import Scratch
 from duoserve.experts.pieces import MatrixPiece
+from tests.experts.formats.tensor_rows import TensorRows
 
 ROWS = 259  # of short ones a tile; of long ones more than one
 WIDTHS = (1, 130, LONG_ROW_BYTES - 1, LONG_ROW_BYTES, 2 * LONG_ROW_BYTES + 33)
