@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -159,25 +158,3 @@ def test_all_prompts_are_checked_before_the_first_is_run(folder, tmp_path):
     with pytest.raises(RequestError, match="prompt 3: token id 99999 lies outside"):
         run(folder, tmp_path / "t", [*PROMPTS[:2], [99999]])
     assert not (tmp_path / "t").stat().st_size
-
-
-def test_json_lines_are_texts_or_objects(tmp_path):
-    from duoserve.cli.trace import read_prompts
-
-    (tmp_path / "p.jsonl").write_text(json.dumps("a\nb") + "\n\n" + json.dumps({"prompt": "c", "id": 1}) + "\n")
-    assert read_prompts(tmp_path / "p.jsonl") == ["a\nb", "c"]
-    for line, fault in [("[1]", "must be a text"), ("{", "is not JSON"), ('{"prompt": 3}', "must be a text")]:
-        (tmp_path / "q.jsonl").write_text(f'"fine"\n\n{line}\n')
-        with pytest.raises(RequestError, match=f"line 3: {fault}"):
-            read_prompts(tmp_path / "q.jsonl")
-
-
-def test_only_a_line_feed_ends_a_prompt(tmp_path):
-    """Not what Unicode calls a line's end besides; and a mark of the byte order, as Windows sets it, is no text."""
-    from duoserve.cli.trace import read_prompts
-
-    texts = ["one\u2028line\x0bof\x85many\x0cends\rhere", "another"]
-    (tmp_path / "p.txt").write_bytes("\r\n".join(["\ufeff" + texts[0], "", texts[1], ""]).encode())
-    assert read_prompts(tmp_path / "p.txt") == texts
-    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(text, ensure_ascii=False) for text in texts), "utf-8-sig")
-    assert read_prompts(tmp_path / "p.jsonl") == texts

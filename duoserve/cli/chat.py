@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from duoserve.channels import said
 from duoserve.chat_template import ChatTemplate
-from duoserve.cli.generate import add_sampling, folder_with_text, sampling
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
+from duoserve.cli.writing import add_sampling, folder_with_text, sampling
 from duoserve.errors import RequestError
 from duoserve.moe_model import Completion, MoEModel
 from duoserve.sampling import SamplingParams

@@ -11,12 +11,12 @@ from pathlib import Path
 from duoserve.choice import save_choice
 from duoserve.cli.machines import add_hardware, replayed_on
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser, natural, refuse_in_vain
-from duoserve.cli.replay import layer_sizes
-from duoserve.cli.trace import read_prompts
+from duoserve.cli.prompts import read_prompts
 from duoserve.config import EngineConfig
 from duoserve.errors import RequestError
 from duoserve.evaluating import evaluate
 from duoserve.models.opened import opened
+from duoserve.planning.sizes import layer_sizes
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.bake_off import slot_count, table
 from duoserve.scheduling.hardware import Machine

@@ -17,8 +17,8 @@ from duoserve.cli.machines import add_hardware, replayed_on
 from duoserve.cli.options import Subparsers, add_parser, count, natural, refuse_in_vain
 from duoserve.cli.plots import draw, one_step
 from duoserve.errors import ConfigError
-from duoserve.models.opened import OpenedModel, opened
-from duoserve.planning.sizes import sizes_of
+from duoserve.models.opened import opened
+from duoserve.planning.sizes import layer_sizes
 from duoserve.predictors.files import load_predictor
 from duoserve.scheduling.bake_off import bake_off, contestant, contestants, figures, slot_count, table
 from duoserve.scheduling.hardware import SIZES, LayerSizes, Machine, find_sizes
@@ -135,12 +135,6 @@ def _sizes(model: str | None, trace: Trace) -> LayerSizes:
         return find_sizes(model)
     with opened(model) as found:
         return replace(layer_sizes(found), name=model)
-
-
-def layer_sizes(model: OpenedModel) -> LayerSizes:
-    """Those of a checkpoint, in its own format."""
-    dtype = model.config.dtype
-    return sizes_of(model.family, model.config, model.layout(dtype), dtype).layer
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
+from duoserve.cli.prompts import read_prompts
 from duoserve.config import EngineConfig
-from duoserve.errors import RequestError
 from duoserve.experts.budget import format_bytes, parse_bytes
 from duoserve.sampling import SamplingParams
 from duoserve.tracing import RecordingSpec, record
@@ -57,31 +57,6 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(figures | {"fingerprint": trace.meta.fingerprint}))
     else:
         print(f"{args.out}: {len(trace)} requests, {trace.num_tokens} tokens, {format_bytes(size)}")
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts in a file; RequestError if it cannot be read or has none."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"--prompts {path}: cannot be read ({error})") from error
-    numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not numbered:
-        raise RequestError(f"--prompts {path}: has no prompt; write one a line")
-    if path.suffix != ".jsonl":
-        return [line for _, line in numbered]
-    return [_from_json(line, f"--prompts {path}, line {number}") for number, line in numbered]
-
-
-def _from_json(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise RequestError(f"{where}: is not JSON ({error})") from error
-    prompt = value.get("prompt") if isinstance(value, dict) else value
-    if not isinstance(prompt, str):
-        raise RequestError(f'{where}: must be a text, or an object with a text "prompt"')
-    return prompt
 
 
 def _wanted(args: argparse.Namespace) -> EngineConfig:

@@ -12,6 +12,7 @@ from duoserve.config import ModelConfig
 from duoserve.experts.layout import ExpertLayout
 from duoserve.kv_cache import kv_bytes_per_token
 from duoserve.models.family import Family
+from duoserve.models.opened import OpenedModel
 from duoserve.scheduling.hardware import LayerSizes
 from duoserve.scheduling.plan import ModelShape
 
@@ -55,3 +56,9 @@ def sizes_of(family: Family, config: ModelConfig, layout: ExpertLayout, dtype: t
         config.vocab_size * config.hidden_size,
         kv_bytes_per_token(config, dtype) // config.num_layers,
     )
+
+
+def layer_sizes(model: OpenedModel) -> LayerSizes:
+    """One MoE layer of a checkpoint, in its own format."""
+    dtype = model.config.dtype
+    return sizes_of(model.family, model.config, model.layout(dtype), dtype).layer

@@ -23,12 +23,16 @@ class HostTime:
         self._since: float | None = None
 
     def __enter__(self) -> None:
-        self._since = self._read()
+        self.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.stop()
+
+    def start(self) -> None:
+        """From now on time passes."""
+        self._since = self._read()
 
     def stop(self) -> bool:
         """What has passed so far is on the virtual clock; whether time was passing."""
@@ -88,4 +92,4 @@ class UntimedEngine(CopyEngine):
             return call()
         finally:
             if passing:
-                self._host.__enter__()
+                self._host.start()

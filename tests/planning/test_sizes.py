@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from math import prod
+from pathlib import Path
 
 import pytest
 
+from duoserve.models.opened import opened
 from duoserve.planning.formats import layout_in
 from duoserve.planning.model_cards import find_model
-from duoserve.planning.sizes import sizes_of
+from duoserve.planning.sizes import layer_sizes, sizes_of
 from duoserve.scheduling.hardware import SIZES, find_sizes
+from tests.models.cases import FAMILIES
 
 
 @pytest.mark.parametrize("name", ["mixtral-8x7b", "deepseek-v2-lite", "gpt-oss-20b", "glm-4.5-air", "bard"])
@@ -46,3 +49,13 @@ def test_shared_experts_are_read_by_every_token_and_dense_layers_are_apart() -> 
     assert sizes.dense_params > 3 * 2048 * 10944
     assert sizes.shape.layers == tuple(range(1, 27))
     assert sizes.kv_bytes == 576 * 2
+
+
+def test_a_checkpoints_layer_has_its_own_bytes_shared_experts_included(tmp_path: Path) -> None:
+    cases = FAMILIES["deepseek_v2"]
+    with opened(cases.save(tmp_path, cases.hard)) as found:
+        sizes, hidden = layer_sizes(found), found.config.hidden_size
+        assert sizes.expert_params == 3 * hidden * 12
+        assert sizes.expert_bytes == found.layout(found.config.dtype).slot_bytes
+        assert sizes.other_bits == 32
+    assert sizes.other_params > 3 * hidden * 2 * 12

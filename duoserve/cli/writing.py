@@ -1,0 +1,50 @@
+"""What commands that write text share: how tokens are drawn, and a model that has a tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from duoserve.errors import RequestError
+from duoserve.experts.hub import resolve_model
+from duoserve.experts.positional_file import is_there
+from duoserve.sampling import SamplingParams
+from duoserve.text import TOKENIZER
+
+SAMPLING = {
+    "max_tokens": (int, "N", "most tokens to write"),
+    "temperature": (float, "T", "0 takes the most likely token"),
+    "top_k": (int, "K", "draw from the K most likely tokens; 0: off"),
+    "top_p": (float, "P", "draw from the most likely tokens that together reach probability P"),
+    "min_p": (float, "P", "draw from tokens at least P times as likely as the most likely one"),
+    "repetition_penalty": (float, "R", "above 1, tokens that have occurred become less likely"),
+    "seed": (int, "S", "makes the draw repeatable"),
+}
+
+
+def folder_with_text(model: str) -> Path:
+    """The folder of ``model``; RequestError where it has no tokenizer, before anything is loaded."""
+    folder = resolve_model(model)
+    if not is_there(folder / TOKENIZER):
+        raise RequestError(f"{model} has no {TOKENIZER}, which text needs: give token ids in Python, to generate()")
+    return folder
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, fills_context: bool = False) -> None:
+    """The fields of SamplingParams as options; ``fills_context``: no --max-tokens is None, and not their default."""
+    group = parser.add_argument_group("sampling")
+    defaults = {field.name: field.default for field in fields(SamplingParams)}
+    for name, (kind, metavar, help_text) in SAMPLING.items():
+        default, note = defaults[name], "" if defaults[name] is None else f" (default: {defaults[name]})"
+        if fills_context and name == "max_tokens":
+            default, note = None, " (default: as many as the context holds)"
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=kind, metavar=metavar, default=default, help=help_text + note)
+    group.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before TEXT; up to four times")
+
+
+def sampling(args: argparse.Namespace) -> SamplingParams:
+    """What ``add_sampling`` was given."""
+    given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
+    return SamplingParams(stop=tuple(args.stop), **given)
