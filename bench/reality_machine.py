@@ -131,7 +131,9 @@ def machine(probe: Probe, trace: Trace, threads: int) -> TimedMachine:
     launch_s = max(0.0, 2 * rates.median("one expert") - rates.median("two experts"))
     experts = tuple((count, max(1e-9, rates.median(f"expert {count}") - launch_s)) for count in COUNTS)
     layers = len(trace.meta.layers)
-    hardware = Hardware("here", inf, inf, inf, 0.0, 0.0, True, readers=readers(rates, nbytes, threads, layers))
+    hardware = Hardware(
+        "here", inf, inf, inf, 0.0, 0.0, host_computes=True, readers=readers(rates, nbytes, threads, layers)
+    )
     sizes = LayerSizes("timed", nbytes, 8, 0, 0)
     known = {phase: _known(rates, phase, layers) for phase in ("prompt", "step")}
     bare = TimedMachine(hardware, sizes, known["prompt"], known["step"], experts, launch_s)

@@ -6,7 +6,7 @@ project. The latency of a copy and the overhead of a layer are assumed. Seconds,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from math import inf
 from typing import TypeVar
@@ -51,6 +51,7 @@ class Hardware:
     flops: float
     copy_latency_s: float = 10e-6
     layer_overhead_s: float = 50e-6
+    _: KW_ONLY
     host_computes: bool = False
     memory_bytes: int = 24 * GIB
     host_bytes: int = 64 * GIB
@@ -74,8 +75,18 @@ def _cpu(name: str, megatransfers: int, cores: int, gigahertz: float, disk: str)
     """Two channels of DDR, 8 bytes each; two FMAs of 8 floats a cycle. Copies read and write, so they have half."""
     memory = 2 * 8 * megatransfers * 1e6
     flops = cores * gigahertz * 1e9 * 2 * 2 * 8
-    size = 32 * GIB
-    return Hardware(name, memory / 2, memory, flops, 1e-4, 1e-4, True, size, 0, DISKS[disk])
+    return Hardware(
+        name,
+        link=memory / 2,
+        memory=memory,
+        flops=flops,
+        copy_latency_s=1e-4,
+        layer_overhead_s=1e-4,
+        host_computes=True,
+        memory_bytes=32 * GIB,
+        host_bytes=0,
+        disk=DISKS[disk],
+    )
 
 
 # FLOP/s are dense, with sums in float32; on GeForce cards that is twice the rate without matrix units.

@@ -29,7 +29,7 @@ SIZES = LayerSizes("round", 100, 8, 0, 0)
 
 
 def machine_of(readers: Readers = READERS, step: PassTimes = STEP) -> TimedMachine:
-    hardware = Hardware("timed", inf, inf, inf, 0.0, 0.0, True, readers=readers)
+    hardware = Hardware("timed", inf, inf, inf, 0.0, 0.0, host_computes=True, readers=readers)
     return TimedMachine(hardware, SIZES, PROMPT, step, ((1, 0.1), (2, 0.2), (4, 0.8)), 0.05)
 
 
