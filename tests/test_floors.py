@@ -39,7 +39,7 @@ F2  experts/__init__  experts/positional_file  experts/whole_file  experts/stric
     experts/scale_search  experts/quantizing
     experts/host_ram  experts/device  experts/budget  experts/disk_store  experts/slots  experts/tickets
     experts/copy_engine  experts/virtual  experts/virtual_readers  experts/streams  experts/cuda_streams
-    experts/stream_engine
+    experts/lane_marks  experts/stream_engine
 F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/plan
     scheduling/trace  scheduling/trace_file  scheduling/recorder  scheduling/synthetic  scheduling/prefill
     scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/ghost  scheduling/guard

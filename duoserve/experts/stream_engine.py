@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
 from duoserve.errors import ClosedError, ConfigError, CopyError
 from duoserve.experts.copy_engine import CopyEngine, CopyListener
+from duoserve.experts.lane_marks import LaneTimes, PrefetchLane, SlotUsers, StallListener
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.pinned import pin, unpin
 from duoserve.experts.rows import aligned_rows
@@ -20,20 +19,6 @@ from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.streams import Lane, Mark, Streams
 from duoserve.experts.tickets import PIECE_BYTES, CopyPiece, Priority, Ticket, TicketQueue, TicketState
-
-# No more of the prefetches stands on their lane than one piece, for a demand may have to wait for all of it: CUDA does
-# not order copies by priority. It goes in so many parts, of which one is copied while the next waits behind it, so that
-# the link never idles.
-PARTS_OF_A_PIECE = 2
-
-StallListener = Callable[[float, float], None]  # told from when to when the compute lane waited for a copy
-
-
-class _Part(NamedTuple):
-    """Bytes of a prefetch that stand on its lane up to this mark."""
-
-    end: Mark
-    nbytes: int
 
 
 @dataclass(slots=True)
@@ -73,24 +58,14 @@ class StreamCopyEngine(CopyEngine):
         self._pool = pool
         self._streams = streams
         self._slot_bytes = store.layout.slot_bytes
-        self._piece_bytes = piece_bytes
-        self._part_bytes = max(1, piece_bytes // PARTS_OF_A_PIECE)
-        self._on_copied = on_copied
-        self._on_stalled = on_stalled
         self._queue = TicketQueue()
         self._copying: dict[Ticket, _Copy] = {}  # of which something has not been enqueued yet
         self._arrivals: dict[Ticket, _Copy] = {}  # enqueued and not DONE, in the order of enqueueing
-        self._unreported: deque[_Copy] = deque()
-        self._stalls: deque[tuple[Mark, Mark]] = deque()
-        self._standing: deque[_Part] = deque()  # of prefetches, on their lane
-        self._readers: dict[int, Mark] = {}  # by slot: where its last readers end
-        self._landing: dict[int, Mark] = {}  # by slot: the end of a copy that DONE or CANCELLED may precede
+        self._users = SlotUsers(streams)
+        self._prefetches = PrefetchLane(streams, piece_bytes)
         self._closed = False
-        # No copy comes before the pool's first bytes, and times are counted from here in every lane.
-        streams.after(Lane.DEMAND, streams.mark(Lane.COMPUTE))
-        self._origin = streams.mark(Lane.DEMAND)
-        streams.wait(self._origin)
-        self._origin_s = self.now()
+        streams.after(Lane.DEMAND, streams.mark(Lane.COMPUTE))  # no copy comes before the pool's first bytes
+        self._times = LaneTimes(streams, self.now, self._slot_bytes, on_copied, on_stalled)
         self._lock = threading.RLock()
         self._queued = threading.Condition(self._lock)  # a ticket can be taken, or the engine closes
         self._changed = threading.Condition(self._lock)  # a ticket has been enqueued or has finished
@@ -156,16 +131,12 @@ class StreamCopyEngine(CopyEngine):
         """As in CopyEngine: what the compute lane has been filled with so far may read these slots."""
         mark = self._streams.mark(Lane.COMPUTE)
         with self._lock:
-            self._readers.update(dict.fromkeys(slots, mark))
+            self._users.read(slots, mark)
 
     def land(self) -> None:
         """As in CopyEngine."""
         with self._lock:
-            for slot, end in [*self._landing.items()]:
-                if self._streams.passed(end):
-                    del self._landing[slot]
-                else:
-                    self._streams.after(Lane.COMPUTE, end)
+            self._users.precede_compute()
 
     def settle(self) -> None:
         """Tickets whose copies have been made are DONE, and what was measured is reported."""
@@ -182,8 +153,7 @@ class StreamCopyEngine(CopyEngine):
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
-        copies = [*self._arrivals.values(), *self._unreported]
-        for end in [*(copy.end for copy in copies), *self._landing.values()]:
+        for end in [*(copy.end for copy in self._arrivals.values()), *self._times.ends(), *self._users.landing()]:
             self._streams.wait(end)
         self.settle()
         if self._pinned:
@@ -218,9 +188,7 @@ class StreamCopyEngine(CopyEngine):
     def _begin(self, ticket: Ticket) -> _Copy:
         lane = _lane(ticket)
         with self._lock:
-            for users in (self._readers.pop(ticket.slot, None), self._landing.pop(ticket.slot, None)):
-                if users is not None:
-                    self._streams.after(lane, users)
+            self._users.precede(lane, ticket.slot)
             begin = self._streams.mark(lane)
             copy = self._copying[ticket] = _Copy(lane, begin, begin)
         return copy
@@ -232,8 +200,8 @@ class StreamCopyEngine(CopyEngine):
                 return None
             lane, start, stop = _lane(ticket), ticket.sent, ticket.nbytes
             if lane is Lane.PREFETCH:
-                stop = min(start + self._part_bytes, stop)
-                if (in_the_way := self._in_the_way(stop - start)) is not None:
+                stop = min(start + self._prefetches.part_bytes, stop)
+                if (in_the_way := self._prefetches.in_the_way(stop - start)) is not None:
                     return in_the_way
             if lane is not copy.lane:  # it has been promoted meanwhile
                 self._streams.after(lane, copy.end)
@@ -241,38 +209,31 @@ class StreamCopyEngine(CopyEngine):
             self._streams.copy(lane, self._pool.row(ticket.slot)[start:stop], row_B[start:stop])
             copy.end, ticket.sent = self._streams.mark(lane), stop
             if lane is Lane.PREFETCH:
-                self._standing.append(_Part(copy.end, stop - start))
+                self._prefetches.add(copy.end, stop - start)
             if stop == ticket.nbytes:
                 del self._copying[ticket]
                 self._arrivals[ticket] = copy
                 self._changed.notify_all()
         return None
 
-    def _in_the_way(self, nbytes: int) -> Mark | None:
-        """What must pass before ``nbytes`` more of prefetches may stand on their lane; None if they may now."""
-        standing = self._standing
-        while standing and self._streams.passed(standing[0].end):
-            standing.popleft()
-        too_much = sum(one.nbytes for one in standing) + nbytes > self._piece_bytes
-        return standing[0].end if standing and too_much else None
-
     def _stop(self, ticket: Ticket) -> bool:
         """Whether there is something left of a prefetch that can be kept from its lane."""
         if ticket.priority is Priority.DEMAND or ticket not in self._copying:
             return False
-        self._landing[ticket.slot] = self._copying.pop(ticket).end
+        self._users.land(ticket.slot, self._copying.pop(ticket).end)
         return True
 
     def _join(self, ticket: Ticket) -> None:
         """Makes the compute lane wait for the copy, and takes note of for how long it does."""
-        before = self._streams.mark(Lane.COMPUTE)
-        self._streams.after(Lane.COMPUTE, self._arrivals[ticket].end)
-        self._stalls.append((before, self._streams.mark(Lane.COMPUTE)))
-        self._landing[ticket.slot] = self._arrivals[ticket].end  # DONE, but a slot that nobody reads has no fence
+        before, end = self._streams.mark(Lane.COMPUTE), self._arrivals[ticket].end
+        self._streams.after(Lane.COMPUTE, end)
+        self._times.stalled(before, self._streams.mark(Lane.COMPUTE))
+        self._users.land(ticket.slot, end)  # DONE, but a slot that nobody reads has no fence
         self._finish(ticket)
 
     def _finish(self, ticket: Ticket) -> None:
-        self._unreported.append(self._arrivals.pop(ticket))
+        copy = self._arrivals.pop(ticket)
+        self._times.copied(copy.begin, copy.end)
         ticket.finish(self.now())
 
     def _reap(self) -> None:
@@ -283,26 +244,7 @@ class StreamCopyEngine(CopyEngine):
                     self._finish(ticket)
                 else:
                     held_up = copy.lane
-        while self._stalls and self._streams.passed(self._stalls[0][1]):
-            stall = self._stalls.popleft()
-            if self._on_stalled is not None:
-                self._on_stalled(*self._seconds_at(*stall))
-        while self._unreported and self._streams.passed(self._unreported[0].end):
-            self._report(self._unreported.popleft())
-
-    def _report(self, copy: _Copy) -> None:
-        if self._on_copied is not None:
-            begin_s, end_s = self._seconds_at(copy.begin, copy.end)
-            self._on_copied(begin_s, end_s, self._slot_bytes)
-            # CUDA counts in float32: after an hour, in quarters of a millisecond. What begins now comes behind this
-            # copy; while copies never cease, there is no better origin.
-            if not (self._copying or self._arrivals or self._unreported or self._stalls):
-                self._origin, self._origin_s = copy.end, end_s
-
-    def _seconds_at(self, begin: Mark, end: Mark) -> tuple[float, float]:
-        """When two marks on one lane were passed, on the clock of ``now``."""
-        begin_s = self._origin_s + self._streams.seconds(self._origin, begin)
-        return begin_s, begin_s + self._streams.seconds(begin, end)
+        self._times.report(copying=bool(self._copying or self._arrivals))
 
     def _work(self, staging_B: Tensor) -> None:
         while (ticket := self._take()) is not None:
@@ -335,8 +277,7 @@ class StreamCopyEngine(CopyEngine):
 
     def _may_start(self, ticket: Ticket) -> bool:
         """Whether the copy would hold up none behind it on its lane: no kernel reads the slot, or it is a demand."""
-        readers = self._readers.get(ticket.slot)
-        return ticket.priority is Priority.DEMAND or readers is None or self._streams.passed(readers)
+        return ticket.priority is Priority.DEMAND or not self._users.is_read(ticket.slot)
 
     def _carry_out(self, ticket: Ticket, staging_B: Tensor) -> CopyError | None:
         try:

@@ -26,8 +26,6 @@ from tests.fakes import PATIENCE_S, SMALL, ArrayStore
 DEMAND, PREFETCH = Priority
 EXPERTS = [ExpertId(0, e) for e in range(8)]
 PIECE = 4096  # a third of an expert
-START = FakeMark()
-START.passed_at = 0
 
 
 class PartlyInRam(ArrayStore):
@@ -352,38 +350,6 @@ def test_what_the_device_makes_the_pool_of_is_done_before_any_copy(seed: int, pr
     engine.close()
     streams.finish()
     assert torch.equal(pool.row(0), store.row(EXPERTS[0]))
-
-
-def test_times_are_counted_from_a_copy_that_is_not_long_ago() -> None:
-    """For a device counts in float32; and they are the right times all the same."""
-
-    class Clock(FakeStreams):
-        longest = 0.0
-
-        def seconds(self, earlier: Mark, later: Mark) -> float:
-            self.longest = max(self.longest, super().seconds(earlier, later))
-            return super().seconds(earlier, later)
-
-    streams, pool, copied = Clock(random.Random(0)), SlotPool(3, SMALL), list[tuple[float, float, int]]()
-    engine = StreamCopyEngine(PartlyInRam(EXPERTS), pool, streams, on_copied=lambda *copy: copied.append(copy))
-    engine._origin_s = streams.seconds(START, engine._origin)  # the clock's seconds are the device's steps
-    for number in range(100):
-        begun = streams._steps
-        bring_all(engine, [engine.submit(EXPERTS[number % 8], number % 3, Priority(number % 2))])
-        streams.finish()
-        engine.settle()
-        assert len(copied) == number + 1 and begun <= copied[-1][0] < copied[-1][1] <= streams._steps
-    engine.close()
-    assert 0 < streams.longest < streams._steps / 10
-
-
-def test_a_copy_is_timed_before_anything_was_demanded() -> None:
-    rig = Rig(PartlyInRam(in_ram=EXPERTS))
-    rig.streams._order.remove(Lane.DEMAND)
-    rig.bring(rig.engine.submit(EXPERTS[0], 0, PREFETCH))
-    rig.streams._order.append(Lane.DEMAND)
-    rig.engine.close()
-    assert len(rig.copied) == 1
 
 
 def test_after_close_nothing_can_be_asked_for(rig: Rig) -> None:

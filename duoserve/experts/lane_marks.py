@@ -1,0 +1,154 @@
+"""What marks on lanes say to the engine of streams: who uses a slot, what stands in line, and when it was done.
+
+Not thread-safe: the engine holds its lock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from duoserve.experts.copy_engine import CopyListener
+from duoserve.experts.streams import Lane, Mark, Streams
+
+# No more of the prefetches stands on their lane than one piece, for a demand may have to wait for all of it: CUDA does
+# not order copies by priority. It goes in so many parts, of which one is copied while the next waits behind it, so that
+# the link never idles.
+PARTS_OF_A_PIECE = 2
+
+StallListener = Callable[[float, float], None]  # told from when to when the compute lane waited for a copy
+
+
+class SlotUsers:
+    """Up to which marks slots are in use: by kernels, and by copies whose tickets were DONE or CANCELLED before."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._readers: dict[int, Mark] = {}  # by slot
+        self._landing: dict[int, Mark] = {}  # by slot
+
+    def read(self, slots: Collection[int], until: Mark) -> None:
+        """Kernels before ``until`` may read these slots."""
+        self._readers.update(dict.fromkeys(slots, until))
+
+    def is_read(self, slot: int) -> bool:
+        """Whether a kernel may still read the slot."""
+        until = self._readers.get(slot)
+        return until is not None and not self._streams.passed(until)
+
+    def land(self, slot: int, until: Mark) -> None:
+        """Bytes of a copy into the slot land before ``until``, and its ticket does not say so any more."""
+        self._landing[slot] = until
+
+    def landing(self) -> list[Mark]:
+        """Up to where such copies land."""
+        return [*self._landing.values()]
+
+    def precede(self, lane: Lane, slot: int) -> None:
+        """What is enqueued on ``lane`` from now on comes behind all that uses the slot, and is the next to use it."""
+        for until in (self._readers.pop(slot, None), self._landing.pop(slot, None)):
+            if until is not None:
+                self._streams.after(lane, until)
+
+    def precede_compute(self) -> None:
+        """What is enqueued on COMPUTE from now on comes behind all that still lands."""
+        for slot, until in [*self._landing.items()]:
+            if self._streams.passed(until):
+                del self._landing[slot]
+            else:
+                self._streams.after(Lane.COMPUTE, until)
+
+
+class _Part(NamedTuple):
+    """Bytes of a prefetch that stand on its lane up to this mark."""
+
+    end: Mark
+    nbytes: int
+
+
+class PrefetchLane:
+    """Room on the lane of prefetches: at most ``piece_bytes`` stand there, in parts of ``part_bytes``."""
+
+    def __init__(self, streams: Streams, piece_bytes: int) -> None:
+        self._streams = streams
+        self._piece_bytes = piece_bytes
+        self._standing: deque[_Part] = deque()
+        self.part_bytes = max(1, piece_bytes // PARTS_OF_A_PIECE)
+
+    def add(self, end: Mark, nbytes: int) -> None:
+        """So many bytes have been enqueued, up to ``end``."""
+        self._standing.append(_Part(end, nbytes))
+
+    def in_the_way(self, nbytes: int) -> Mark | None:
+        """What must pass before ``nbytes`` more may stand there; None if they may now."""
+        standing = self._standing
+        while standing and self._streams.passed(standing[0].end):
+            standing.popleft()
+        too_much = sum(one.nbytes for one in standing) + nbytes > self._piece_bytes
+        return standing[0].end if standing and too_much else None
+
+
+class _Stretch(NamedTuple):
+    """What lies between two marks."""
+
+    begin: Mark
+    end: Mark
+
+
+class LaneTimes:
+    """Tells the listeners when copies of ``nbytes`` were made and stalls were, once their marks have passed.
+
+    Waits until the device comes to what is enqueued on DEMAND now: times are counted from there in every lane.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        now: Callable[[], float],
+        nbytes: int,
+        on_copied: CopyListener | None,
+        on_stalled: StallListener | None,
+    ) -> None:
+        self._streams = streams
+        self._nbytes = nbytes
+        self._on_copied = on_copied
+        self._on_stalled = on_stalled
+        self._copies: deque[_Stretch] = deque()
+        self._stalls: deque[_Stretch] = deque()
+        self._origin = streams.mark(Lane.DEMAND)
+        streams.wait(self._origin)
+        self._origin_s = now()
+
+    def copied(self, begin: Mark, end: Mark) -> None:
+        """A copy lies between these marks."""
+        self._copies.append(_Stretch(begin, end))
+
+    def stalled(self, begin: Mark, end: Mark) -> None:
+        """Between these marks COMPUTE does nothing but wait for a copy."""
+        self._stalls.append(_Stretch(begin, end))
+
+    def ends(self) -> list[Mark]:
+        """Of the copies that have not been told of."""
+        return [copy.end for copy in self._copies]
+
+    def report(self, copying: bool) -> None:
+        """Tells of what has passed; ``copying``: some has begun that this has not been told of."""
+        while self._stalls and self._streams.passed(self._stalls[0].end):
+            stall = self._stalls.popleft()
+            if self._on_stalled is not None:
+                self._on_stalled(*self._seconds_at(stall))
+        while self._copies and self._streams.passed(self._copies[0].end):
+            copy = self._copies.popleft()
+            if self._on_copied is not None:
+                begin_s, end_s = self._seconds_at(copy)
+                self._on_copied(begin_s, end_s, self._nbytes)
+                # CUDA counts in float32: after an hour, in quarters of a millisecond. What begins now comes behind this
+                # copy; while copies never cease, there is no better origin.
+                if not (copying or self._copies or self._stalls):
+                    self._origin, self._origin_s = copy.end, end_s
+
+    def _seconds_at(self, stretch: _Stretch) -> tuple[float, float]:
+        """When its marks were passed, on the clock of ``now``."""
+        begin_s = self._origin_s + self._streams.seconds(self._origin, stretch.begin)
+        return begin_s, begin_s + self._streams.seconds(*stretch)
