@@ -23,6 +23,7 @@ from duoserve.config import EngineConfig, ModelConfig
 from duoserve.engine import Engine
 from duoserve.errors import ClosedError, RequestError
 from duoserve.experts.budget import MemoryPlan, parse_bytes
+from duoserve.experts.hub import at_revision
 from duoserve.loading import Runtime, load
 from duoserve.metrics import Stats
 from duoserve.request import Request
@@ -65,6 +66,7 @@ class MoEModel:
         cls,
         model: str | Path,
         *,
+        revision: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
         expert_memory: int | str | None = None,
@@ -81,6 +83,8 @@ class MoEModel:
         cache_dir: str | Path | None = None,
     ) -> MoEModel:
         """Loads a folder, a hub id, or an embedded model ("bard", "bard-fine").
+
+        ``revision`` is a hub id's branch, tag or commit, as in "owner/name@revision".
 
         At most one of these bounds fast memory: ``expert_slots`` (a count, or a share of all experts such as "25%"),
         ``expert_memory`` (the slot pool) or ``memory`` (slots, dense weights, KV cache and workspace); with none of
@@ -114,7 +118,7 @@ class MoEModel:
             quantize=quantize,
             invariant=invariant,
         )
-        return cls(load(model, wanted, policy, cache_dir, predictor=predictor))
+        return cls(load(at_revision(model, revision), wanted, policy, cache_dir, predictor=predictor))
 
     @property
     def config(self) -> ModelConfig:

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from duoserve import (
+    CheckpointError,
     ClosedError,
     Completion,
     ConfigError,
@@ -49,6 +50,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(folder: Path, tmp_path: Path) -> Iterator[MoEModel]:
     with MoEModel.from_pretrained(folder, expert_slots="25%", cache_dir=tmp_path) as model:
         yield model
+
+
+def test_a_revision_is_what_the_hub_is_asked_for(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def download(name: str, *, revision: str, **options: Any) -> str:
+        asked.append((name, revision))
+        return str(folder)
+
+    monkeypatch.setattr("duoserve.experts.hub.snapshot_download", download)
+    with MoEModel.from_pretrained("owner/name", revision="v1", expert_slots="25%", cache_dir=tmp_path) as model:
+        assert model.generate(PROMPT, GREEDY).token_ids
+    assert asked == [("owner/name", "v1")]
+    with pytest.raises(CheckpointError, match=r"revision is 'v1', but .* is no hub id"):
+        MoEModel.from_pretrained(str(folder), revision="v1")
 
 
 def test_stats_count_every_expert_and_every_byte(model: MoEModel) -> None:

@@ -13,7 +13,7 @@ from duoserve.scheduling.policies import POLICIES
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # generic for type checkers only
 
-MODEL_HELP = 'a folder, a hub id (owner/name), or an embedded model, "bard" or "bard-fine"'
+MODEL_HELP = 'a folder, a hub id (owner/name or owner/name@revision), or an embedded model, "bard" or "bard-fine"'
 LOADING = (
     "device",
     "dtype",

@@ -25,16 +25,24 @@ _ALLOWED_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merg
 _SMALL_FILES = ["config.json", "generation_config.json", "model.safetensors.index.json"]
 _IGNORED_FILES = ["*/*", "consolidated*"]
 _NAMES = " or ".join(map(repr, EMBEDDED))
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\S+))?", re.ASCII)
 
 
-def resolve_model(
-    model: str | Path, *, revision: str | None = None, offline: bool = False, weights: bool = True
-) -> Path:
-    """The folder of a model: a folder with config.json, the name of an embedded model or a hub id, ``"owner/name"``.
+def at_revision(model: str | Path, revision: str | None) -> str | Path:
+    """The name of that branch, tag or commit of a hub id; ``model`` for None. CheckpointError if it has none."""
+    if revision is None:
+        return model
+    hub_id = _HUB_ID.fullmatch(model) if isinstance(model, str) else None
+    if hub_id is None or hub_id["revision"] is not None:
+        raise CheckpointError(f"revision is {revision!r}, but {str(model)!r} is no hub id (owner/name) without one")
+    return f"{model}@{revision}"
 
-    A hub id is downloaded to huggingface_hub's cache, or with ``offline`` only looked up there; ``revision`` is its
-    branch, tag or commit. ``Path("bard")`` and ``"./bard"`` are folders. Without ``weights``, they are not downloaded.
+
+def resolve_model(model: str | Path, *, weights: bool = True) -> Path:
+    """The folder of a model: a folder with config.json, the name of an embedded model or a hub id.
+
+    A hub id is ``"owner/name"``, or ``"owner/name@revision"`` for a branch, tag or commit; it is downloaded to
+    huggingface_hub's cache, ``weights`` only if they are wanted. ``Path("bard")`` and ``"./bard"`` are folders.
     CheckpointError says what was not found.
     """
     if model in EMBEDDED:
@@ -47,11 +55,11 @@ def resolve_model(
         here = folder.exists()
     except (OSError, RuntimeError) as error:  # too long a name, no such home
         raise CheckpointError(f"{unknown} ({error})") from error
-    if here or isinstance(model, Path) or not _HUB_ID.fullmatch(model):
+    hub_id = None if here or isinstance(model, Path) else _HUB_ID.fullmatch(model)
+    if hub_id is None:
         return _checked(folder, unknown)
-    return _checked(
-        _download(model, revision, offline, weights), f"the hub's {model} is no model that duoserve can load"
-    )
+    downloaded = _download(hub_id["name"], hub_id["revision"], weights)
+    return _checked(downloaded, f"the hub's {model} is no model that duoserve can load")
 
 
 def _checked(folder: Path, fault: str) -> Path:
@@ -63,12 +71,11 @@ def _checked(folder: Path, fault: str) -> Path:
     return folder
 
 
-def _download(model: str, revision: str | None, offline: bool, weights: bool) -> Path:
+def _download(model: str, revision: str | None, weights: bool) -> Path:
     try:
         folder = snapshot_download(
             model,
             revision=revision,
-            local_files_only=offline,
             allow_patterns=_ALLOWED_FILES if weights else _SMALL_FILES,
             ignore_patterns=_IGNORED_FILES,
         )

@@ -38,6 +38,18 @@ def test_tables_for_people(duoserve, model_folder):
     assert any(line.startswith("total ") and line.endswith("100.0%") for line in lines)
 
 
+def test_a_revision_stands_in_the_hub_id(duoserve, model_folder, monkeypatch):
+    asked = []
+
+    def download(name, *, revision, **options):
+        asked.append((name, revision))
+        return str(model_folder)
+
+    monkeypatch.setattr("duoserve.experts.hub.snapshot_download", download)
+    assert duoserve("info", "owner/name@refs/pr/3").code == 0
+    assert asked == [("owner/name", "refs/pr/3")]
+
+
 def test_no_weight_is_read(duoserve, model_folder, monkeypatch):
     def read(self, name, *args):
         raise AssertionError(f"read {name}")

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 
 from duoserve.errors import CheckpointError
 from duoserve.experts import hub
-from duoserve.experts.hub import resolve_model
+from duoserve.experts.hub import at_revision, resolve_model
 
 
 class Hub:
@@ -92,7 +92,8 @@ def test_a_name_that_is_close_to_an_embedded_models_gets_them_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "model", ["./mine/model", "/no/such/folder", "~/no/such", "../x", "a/b/c", "mistral", "owner/", "", "bard/", "a\\b"]
+    "model",
+    ["./mine/model", "/no/such/folder", "~/no/such", "../x", "a/b/c", "mistral", "owner/", "", "bard/", "a\\b", "o/n@"],
 )
 def test_what_looks_like_a_path_never_goes_to_the_network(model: str, offline: Hub) -> None:
     with pytest.raises(CheckpointError, match=r"no folder here, no hub id|has no config\.json"):
@@ -128,11 +129,19 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
         resolve_model(tmp_path)
 
 
-def test_a_hub_id_is_downloaded(folder: Path, connect: Callable[[Path | Exception], Hub]) -> None:
+@pytest.mark.parametrize("revision", [None, "main", "v0.1", "refs/pr/3", "0123abc"])
+def test_a_hub_id_is_downloaded(folder: Path, connect: Callable[[Path | Exception], Hub], revision: str | None) -> None:
     made = connect(folder)
-    assert resolve_model("mistralai/Mixtral-8x7B-v0.1", revision="main", offline=True) == folder
-    wanted = {"repo_id": "mistralai/Mixtral-8x7B-v0.1", "revision": "main", "local_files_only": True}
+    assert resolve_model(at_revision("mistralai/Mixtral-8x7B-v0.1", revision)) == folder
+    wanted = {"repo_id": "mistralai/Mixtral-8x7B-v0.1", "revision": revision}
     assert wanted.items() <= made.calls[0].items()
+
+
+@pytest.mark.parametrize("model", ["bard", "./mine", "owner/name@v1", Path("owner/name")])
+def test_a_revision_is_of_a_hub_id_that_has_none(model: str | Path) -> None:
+    assert at_revision(model, None) == model
+    with pytest.raises(CheckpointError, match=rf"revision is 'v2', but '{model}' is no hub id \(owner/name\) without"):
+        at_revision(model, "v2")
 
 
 @pytest.mark.parametrize(
@@ -203,7 +212,7 @@ def test_errors_of_the_hub_come_with_a_remedy(
 ) -> None:
     connect(error)
     with pytest.raises(CheckpointError, match=f"owner/name: .*{message}") as caught:
-        resolve_model("owner/name", revision="v9")
+        resolve_model("owner/name@v9")
     assert caught.value.__cause__ is error
 
 
