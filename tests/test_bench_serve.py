@@ -356,8 +356,8 @@ def test_every_cell_on_a_gpu(model: str) -> None:
                 assert row["ttft_s"] > 0 and row["tpot_p50_s"] > 0
                 found = {"name": cell.name, "model": model, "cell": cell.to_dict(), "status": "measured"}
                 parts.append(found | {"measured": measured, "row": row})
-                timed = measured["launch"] in {EVENT, GRAPH}
-                assert timed and measured["timed"]["busy_s"] > 0 and row["host_s_per_recorded_step"] > 0
+    by_mode = {mode: [one["row"] for one in parts if one["cell"]["mode"] == mode] for mode in (EVENT, GRAPH)}
+    assert all(row["host_s_per_step"] > row["host_s_per_recorded_step"] > 0 for (row,) in by_mode.values())
     assert len(parts) > 15 and {check["passed"] for check in serve_figures.checks(parts)} == {True}
 
 
