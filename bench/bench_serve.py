@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from harness import Worker, WorkerError
 from machine import conditions
-from serve_cells import BASE, PROMPTS, Cell, cells, promised
+from serve_cells import AUTO, BASE, EVENT, GRAPH, PROMPTS, Cell, cells, promised, shown
 from serve_figures import checks, figures, targets
 from serve_models import MODELS
 from serve_report import render
@@ -30,6 +30,7 @@ from serve_worker import ARENA_GIB, IS_TINY
 
 BENCH = Path(__file__).resolve().parent
 PEER_STEPS = 4
+TIMELINE_SECONDS = 20  # kept for the timeline, which comes last; no more than a tenth of all
 
 Result = dict[str, Any]
 Part = dict[str, Any]
@@ -61,17 +62,23 @@ class Bench:
         self.result, self.out = result, out
         self._began = time.perf_counter()
         self._deadline = self._began + seconds
+        self._last_cell = self._deadline - min(TIMELINE_SECONDS, seconds / 10)
         threads = os.environ.get("OMP_NUM_THREADS") or str(min(8, len(os.sched_getaffinity(0))))
         self._env = env | {"OMP_NUM_THREADS": threads}
         self._worker = self._new_worker()
 
-    def run(self, parts: list[Part]) -> None:
-        """Facts and ceilings first; a part that fails is noted, and the next runs in a fresh process."""
+    def run(self, parts: list[Part], shown: list[Cell]) -> None:
+        """Facts and ceilings first; a part that fails is noted, and the next runs in a fresh process.
+
+        The timeline of ``shown`` comes last: the profiler may stay in the process of what is measured.
+        """
         facts = self._worker.call("facts")  # a machine where this fails measures nothing, and its traceback says why
         self.result |= {"gpu": facts.pop("gpu"), "arena": facts, "ceilings": self._worker.call("ceilings")}
         for part in parts:
             self.result["parts"].append(part | self._outcome(part))
             self.finish()
+        self.result["timeline"] = self._timeline(shown)
+        self.finish()
         self._worker.close()
 
     def finish(self) -> None:
@@ -86,25 +93,34 @@ class Bench:
             self.out.write_text(json.dumps(self.result, indent=1) + "\n")
 
     def _outcome(self, part: Part) -> Part:
-        if time.perf_counter() > self._deadline:
+        method, arguments = "peer", {"model": part["model"], "prompt": PROMPTS[0], "steps": PEER_STEPS}
+        if "cell" in part:
+            method, arguments = "cell", part["cell"]
+        found = self._asked(part["name"], self._last_cell, method, arguments)
+        if "why" in found:
+            return found
+        row = {"row": figures(found, self.result["ceilings"])} if "cell" in part else {}
+        return {"status": "measured", "measured": found} | row
+
+    def _timeline(self, cells: list[Cell]) -> Part:
+        names = ", ".join(cell.name for cell in cells)
+        arguments = {"cells": [cell.to_dict() for cell in cells]}
+        found = self._asked(f"a timeline: {names}", self._deadline, "timeline", arguments)
+        return {"name": names} | (found if "why" in found else {"status": "measured"} | found)
+
+    def _asked(self, what: str, until: float, method: str, arguments: Part) -> Part:
+        """What the worker answers; a status and why, where there is no time or it cannot."""
+        if time.perf_counter() > until:
             return {"status": "skipped", "why": "the time was up"}
-        say(part["name"])
+        say(what)
         try:
-            found = self._measure(part)
+            found: Part = self._worker.call(method, **arguments)
         except WorkerError as error:
             say(str(error))
             self._worker.close()
             self._worker = self._new_worker()
             return {"status": "failed", "why": str(error)}
-        if "unavailable" in found:
-            return {"status": "not measured", "why": found["unavailable"]}
-        row = {"row": figures(found, self.result["ceilings"])} if "cell" in part else {}
-        return {"status": "measured", "measured": found} | row
-
-    def _measure(self, part: Part) -> Part:
-        if "cell" in part:
-            return self._worker.call("cell", **part["cell"])
-        return self._worker.call("peer", model=part["model"], prompt=PROMPTS[0], steps=PEER_STEPS)
+        return {"status": "not measured", "why": found["unavailable"]} if "unavailable" in found else found
 
     def _new_worker(self) -> Worker:
         return Worker("the models", [str(BENCH / "serve_worker.py")], self._env)
@@ -134,11 +150,13 @@ def main() -> int:
         return 3
     result = conditions("bench_serve", args.tiny)
     result |= {"arena": None, "ceilings": None, "base_policy": BASE, "parts": [], "checks": [], "targets": []}
+    result["timeline"] = None
     env = {IS_TINY: str(int(args.tiny)), ARENA_GIB: str(args.arena_gib)}
     bench = Bench(result, args.json, args.seconds, env)
-    bench.run(all_parts(args.models))
+    modes = [AUTO] if args.tiny else [EVENT, GRAPH]  # a CPU has none but the engine's own choice
+    bench.run(all_parts(args.models), shown(args.models[0], modes))
     print(render(result))
-    failed = any(part["status"] == "failed" for part in result["parts"])
+    failed = any(part["status"] == "failed" for part in (*result["parts"], result["timeline"]))
     return int(failed or any(check["passed"] is False for check in result["checks"]))
 
 

@@ -20,8 +20,8 @@
 #   GPU_TESTS_SECONDS=130 STRESS_SECONDS=100 bash bench/gpu_suite.sh --within 320 gpu-tests stress sanitize
 #   SERVE_ARENA_GIB=8 SERVE_SECONDS=190 bash bench/gpu_suite.sh --within 320 copy serve kernels kernel-tests
 #
-# The benches' JSON and Markdown go to $OUT (bench/results without one), beside tests.log, sanitizer.log and bench.log;
-# short tables to the terminal.
+# The benches' JSON and Markdown go to $OUT (bench/results without one), beside suite.log, with all that tests and benches
+# print, and sanitizer.log: at most seven files a call. Short tables go to the terminal.
 # duoserve need not be installed. Where the tree has no .git, DUOSERVE_COMMIT says which commit it is of.
 # Exit status: 0 all passed; 1 a test or a part of a bench failed, could not run, was cut off or SKIPPED; 2 Python or torch is
 # missing, or a PART is unknown; 3 there is no CUDA GPU.
@@ -133,21 +133,40 @@ note() {
 # interrupted SECONDS COMMAND ...: what pytest has found it says after SIGINT alone, which a job in the background ignores.
 interrupted() { timeout -s INT -k 20 "$1" env --default-signal=INT "${@:2}"; }
 
+# faults LOG: the tests that have failed by then, and the errors that compute-sanitizer has found, a line each.
+faults() {
+    grep -E '^={9} [^ ]' "$1" | grep -vE '^={9} (COMPUTE-SANITIZER|ERROR SUMMARY: 0|Error: |Warning: |Target app)|=$'
+    grep -vE '^={9}( |$)' "$1" | grep -E '(^| )(FAILED|ERROR)( |$)'
+}
+
+# steps_of LOG: how many steps of stress were run in each mode, as the test says now and then.
+steps_of() {
+    local said
+    said=$(grep -oE 'stress: [0-9]+ steps in [a-z]+ mode' "$1" | awk '
+        !($5 in steps) { modes[++n] = $5 }
+        { steps[$5] = $2 }
+        END { for (i = 1; i <= n; i++) printf "%s%d %s steps", (i > 1 ? " and " : ""), steps[modes[i]], modes[i] }
+    ')
+    echo "${said:-no steps}"
+}
+
 # tested SECONDS FILE ARGUMENT ...: pytest with one file. CUT_OFF where that took longer and nothing had failed by then.
+# What it printed is in the file $tested_log, and in suite.log.
 tested() {
     local seconds=$1 log ended
     log=$(mktemp -p "$scratch")
+    tested_log=$log
     interrupted "$seconds" "${runner[@]}" "${@:2}" -vv --durations=15 -o faulthandler_timeout=60 -p no:cacheprovider \
         >"$log" 2>&1
     ended=$?
     if ((ended == 124 || ended == 137)); then
         ended=$CUT_OFF
-        ! grep -qE '(^| )(FAILED|ERROR)( |$)' "$log" || ended=1
+        [[ -z $(faults "$log") ]] || ended=1
         echo "gpu_suite: $2 did not finish in $seconds s" >>"$log"
     fi
     ((ended == 0)) || grep -E '^(FAILED|ERROR|E  ) ' "$log" | cut -c -200 | head -n 8
     echo "$2: $(tail -n 1 "$log")"
-    { flock 9; echo "== $*"; cat "$log"; } 9>>"$out/tests.log" >&9
+    { flock 9; echo "== $*"; cat "$log"; } 9>>"$out/suite.log" >&9
     return "$ended"
 }
 
@@ -181,22 +200,28 @@ tested_all() {
     return $worst
 }
 
-# Decode steps under compute-sanitizer.
+# worse STATUS STATUS: a failure before CUT_OFF before 0.
+worse() { echo $(($1 == 0 || ($1 == CUT_OFF && $2 != 0) ? $2 : $1)); }
+
+# Decode steps under compute-sanitizer. CUT_OFF where that took longer and nothing had been found by then.
 sanitized() {
-    local ended
+    local log="$out/sanitizer.log" ended
     STRESS_STEPS=60 interrupted "$(limit "$sanitize_seconds")" compute-sanitizer --error-exitcode 9 "${runner[@]}" \
-        tests/test_decode_on_gpu.py -k stress -vv -p no:cacheprovider >"$out/sanitizer.log" 2>&1
+        tests/test_decode_on_gpu.py -k stress -vv -s -p no:cacheprovider >"$log" 2>&1
     ended=$?
-    tail -n 4 "$out/sanitizer.log"
+    tail -n 4 "$log"
     if ((ended != 0)); then
-        echo "gpu_suite: compute-sanitizer ended with status $ended (9: it found errors; 127: it is not there)"
+        echo "gpu_suite: compute-sanitizer ended with status $ended (9: it found errors; 124: its time was up; 127: not there)"
+        faults "$log" | cut -c -200 | head -n 8
     fi
+    ((ended != 137)) || ended=$CUT_OFF
+    [[ $ended != "$CUT_OFF" || -z $(faults "$log") ]] || ended=1
     return "$ended"
 }
 
 # measured NAME SECONDS REPORT COMMAND ...: a bench; REPORT makes Markdown of its JSON where it was cut off.
 measured() {
-    local result="$out/$1-$gpu-$(date -u +%Y-%m-%d)" log="$out/bench.log" seconds=$2 report=$3 ended
+    local result="$out/$1-$gpu-$(date -u +%Y-%m-%d)" log="$out/suite.log" seconds=$2 report=$3 ended
     echo "== the $1 bench" >>"$log"
     timeout -k 10 "$seconds" "$python" "${@:4}" --json "$result.json" >"$result.md" 2>>"$log"
     ended=$?
@@ -234,24 +259,28 @@ for part in "${parts[@]}"; do
             echo "== the other tests of a GPU, at most $seconds s"
             caps="cap or plan"
             files=( # what matters most
-                tests/test_timeline_on_gpu.py
-                "tests/test_decode_on_gpu.py|not stress"
                 "tests/test_on_gpu.py|$caps"
                 "tests/test_on_gpu.py|not ($caps)"
             )
             mapfile -t -O ${#files[@]} files < <(
                 grep -rlE 'mark\.gpu\b' tests --include='test_*.py' | grep -vE '^tests/(kernels/|test_\w*on_gpu)' | sort
             )
-            # One after another: they measure memory, and count what the whole device holds.
-            tested_all "$seconds" 1 "-m gpu" "${files[@]}"
-            note "GPU tests" $?
+            # One after another: they measure memory, and count what the whole device holds. A quarter of the time is
+            # kept from the first two, which may hang.
+            end=$((SECONDS + seconds))
+            tested_all $((seconds * 3 / 4)) 1 "-m gpu" \
+                tests/test_timeline_on_gpu.py "tests/test_decode_on_gpu.py|not stress"
+            ended=$?
+            tested_all $((end - SECONDS)) 1 "-m gpu" "${files[@]}"
+            note "GPU tests" "$(worse $ended $?)"
             ;;
         stress)
             seconds=$(limit "$stress_seconds")
             echo "== $steps decode steps of random routing, at most $seconds s"
             # One process: it has all of the time.
-            STRESS_STEPS=$steps tested "$seconds" tests/test_decode_on_gpu.py -m gpu -k stress
-            note "stress of $steps steps" $?
+            STRESS_STEPS=$steps tested "$seconds" tests/test_decode_on_gpu.py -m gpu -k stress -s
+            ended=$?
+            note "stress of $(steps_of "$tested_log")" "$ended"
             ;;
         copy)
             seconds=$(limit "$copy_seconds")
@@ -276,7 +305,8 @@ for part in "${parts[@]}"; do
         sanitize)
             echo "== decode steps under compute-sanitizer, at most $(limit "$sanitize_seconds") s"
             sanitized
-            note "sanitizer" $?
+            ended=$?
+            note "sanitizer over $(steps_of "$out/sanitizer.log")" "$ended"
             ;;
     esac
 done

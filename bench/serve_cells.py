@@ -99,12 +99,16 @@ def cells(models: Sequence[str] = tuple(MODELS)) -> list[list[Cell]]:
 
 def promised(model: str) -> tuple[Cell, list[Cell]]:
     """What most promises are about: the cell that accelerate is held against, and the ways to launch and extremes."""
-    launches = [Cell(model, BASE, MIDDLE_SHARE, mode=mode) for mode in (EVENT, GRAPH)]
     return Cell(model, BASE, PAPER_SHARE), [
-        *launches,
+        *shown(model),
         Cell(model, "resident", ALL),
         Cell(model, "on-demand", PAPER_SHARE),
     ]
+
+
+def shown(model: str, modes: Sequence[str] = (EVENT, GRAPH)) -> list[Cell]:
+    """Both ways to launch a step, by which one is shown as a timeline."""
+    return [Cell(model, BASE, MIDDLE_SHARE, mode=mode) for mode in modes]
 
 
 def _stages(model: str) -> list[list[Cell]]:
@@ -115,7 +119,7 @@ def _stages(model: str) -> list[list[Cell]]:
     formats = [Cell(model, BASE, share, format=f) for f in _other_formats(model) for share in SHARES]
     policies = [Cell(model, name, share) for name in others for share in (PAPER_SHARE, MIDDLE_SHARE)]
     parts = [Cell(model, part.base, MIDDLE_SHARE, without=part.name) for part in PARTS.values()]
-    launches = [Cell(model, BASE, MIDDLE_SHARE, mode=mode) for mode in (EVENT, GRAPH)]
+    launches = shown(model)
     prompts = [cell for prompt in PROMPTS[1:] for cell in _varied(model, prompt=prompt)]
     batches = [cell for batch in BATCHES[1:] for cell in _varied(model, batch=batch)]
     first = [*budgets, Cell(model, "resident", ALL), *baselines]

@@ -11,12 +11,14 @@ import torch
 from copy_machines import HostCopies
 from copy_table import Way
 from gpu_ceilings import gpu_facts, measure_ceilings
+from serve_steps import TimedRecorder
 
 from duoserve.experts.copy_engine import CopyEngine, ThreadedCopyEngine
 from duoserve.experts.cuda_streams import CudaStreams
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.stream_engine import StreamCopyEngine
+from duoserve.kernels.cuda_graphs import CudaRecorder
 from duoserve.metrics import Meter
 
 COPY_THREADS = 2
@@ -39,6 +41,10 @@ class Host(Protocol):
 
     def copy_engine(self, store: ExpertStore, pool: SlotPool, meter: Meter, piece_bytes: int) -> CopyEngine:
         """What fills the slots."""
+        ...
+
+    def recorder(self) -> TimedRecorder:
+        """What records decode steps, where some are recorded."""
         ...
 
     def reset_peak(self) -> int:
@@ -89,6 +95,10 @@ class GpuHost(Host):
             on_stalled=meter.stalled,
         )
 
+    def recorder(self) -> TimedRecorder:
+        """As in Host."""
+        return TimedRecorder(CudaRecorder(self.device), CudaStreams(self.device))
+
     def reset_peak(self) -> int:
         """As in Host."""
         gc.collect()
@@ -129,6 +139,10 @@ class CpuHost(Host):
     def copy_engine(self, store: ExpertStore, pool: SlotPool, meter: Meter, piece_bytes: int) -> CopyEngine:
         """As in Host; a thread reads a row whole, whatever ``piece_bytes``."""
         return ThreadedCopyEngine(store, pool, COPY_THREADS, on_copied=meter.copied)
+
+    def recorder(self) -> TimedRecorder:
+        """Never: a CPU records no steps."""
+        raise NotImplementedError("a CPU records no steps")
 
     def reset_peak(self) -> int:
         """As in Host."""

@@ -5,6 +5,7 @@ L MoE layers, R requests, P prompt tokens, K top-k, S decode steps, B bytes of a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -104,6 +105,10 @@ class Tape:
         prompts, *steps = [_chosen(layers) for layers in said]
         decoded = [np.stack(parts) for parts in zip(*steps, strict=True)]
         return cls(said, *(torch.from_numpy(part).to(device) for part in (*prompts, *decoded)))
+
+    def prompt_experts(self) -> list[set[int]]:
+        """What each layer's prompts are routed to."""
+        return [set(ids_NK.unique().tolist()) for ids_NK in self.prompt_ids_LNK]
 
     def experts(self, num_steps: int) -> list[set[int]]:
         """What each layer asks for in the first ``num_steps`` decode steps, layer by layer in every step."""
@@ -216,15 +221,18 @@ class AskedFor(ExpertSource):
 
 
 class ReplayedPasses(StepScheduler):
-    """Tells the replay of each pass before the scheduler."""
+    """Tells the replay of each pass before the scheduler; ``seconds`` is what that has taken of the host in all."""
 
     def __init__(self, scheduler: StepScheduler, replay: RoutingReplay) -> None:
+        self.seconds = 0.0
         self._scheduler = scheduler
         self._replay = replay
 
     def begin(self, phase: Phase, num_tokens: int) -> None:
         """A pass begins."""
+        began = time.perf_counter()
         self._replay.begin(phase)
+        self.seconds += time.perf_counter() - began
         self._scheduler.begin(phase, num_tokens)
 
     def end(self) -> None:

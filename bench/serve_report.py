@@ -1,6 +1,7 @@
 """A result of ``bench_serve`` as Markdown: ``python bench/serve_report.py RESULT.json [--short]``.
 
-``--short`` leaves out the parts, the targets and what was not measured.
+``--short`` leaves out the parts, the targets and what was not measured. ``--timeline OUT.json.gz`` writes the
+timeline of decode steps that the result holds as a file for Perfetto (https://ui.perfetto.dev), and prints no report.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tables
 from report import table
 from serve_cells import AUTO, GRAPH, Cell
 from serve_models import BF16
+from serve_timeline import write
 
 Result = dict[str, Any]
 Part = dict[str, Any]
@@ -25,7 +27,8 @@ NOT_MEASURED = "not measured"
 def render(result: Result, short: bool = False) -> str:
     """The whole report."""
     sections = [warnings(result), conditions(result), ceilings(result), rows(result), peers(result)]
-    sections += [checks(result)] if short else [parts_off(result), targets(result), checks(result), missing(result)]
+    whole = [parts_off, targets, checks, timeline, missing]
+    sections += [section(result) for section in ([checks] if short else whole)]
     return "\n\n".join(section for section in sections if section)
 
 
@@ -97,7 +100,8 @@ def _model_rows(result: Result, model: str) -> str:
         "hits",
         "misses a step",
     ]
-    head += ["GB/s (of the link)", "stall, prefill / decode", "peak GB (plan)", "J a token"]
+    head += ["GB/s (of the link)", "stall, prefill / decode", "not needed, prefill", "host us a step"]
+    head += ["peak GB (plan)", "J a token"]
     mine = [part for part in _cells(result) if part["model"] == model and not Cell(**part["cell"]).without]
     return table(head, [_line(part) for part in mine])
 
@@ -106,7 +110,7 @@ def _line(part: Part) -> Sequence[str]:
     cell = Cell(**part["cell"])
     name, size = f"{cell.policy} {cell.format}", (cell.share, f"{cell.prompt} x {cell.batch}")
     if part["status"] != "measured":
-        return [name, "", cell.mode, *size, f"{NOT_MEASURED}: {_brief(part['why'])}", *[""] * 8]
+        return [name, "", cell.mode, *size, f"{NOT_MEASURED}: {_brief(part['why'])}", *[""] * 10]
     row, measured = part["row"], part["measured"]
     mode = measured["launch"] if cell.mode == AUTO else cell.mode
     known = [name, measured["guesses"] or "-", mode, cell.share, f"{measured['prompt']} x {measured['batch']}"]
@@ -123,6 +127,8 @@ def _line(part: Part) -> Sequence[str]:
         f"{row['decode_bytes_per_s'] / 1e9:.2f} ({row['decode_link_share']:.0%})",
         # A step that is one graph waits for the link inside its kernels, where nobody takes the time.
         f"{row['prefill_stall_share']:.0%} / {'-' if mode == GRAPH else format(row['decode_stall_share'], '.0%')}",
+        f"{row['prefill_unneeded_share']:.0%}",
+        "-" if row["host_s_per_step"] is None else f"{1e6 * row['host_s_per_step']:.0f}",
         f"{peak}({row['planned_bytes'] / 1e9:.2f})",
         NOT_MEASURED if row["joules_per_token"] is None else f"{row['joules_per_token']:.2f}",
     ]
@@ -177,6 +183,16 @@ def checks(result: Result) -> str:
     return table(["correctness, in the same run", "", ""], lines) if lines else ""
 
 
+def timeline(result: Result) -> str:
+    """Which steps there is a timeline of."""
+    found = result["timeline"]
+    if found is None:
+        return ""
+    if found["status"] != "measured":
+        return f"- Timeline {NOT_MEASURED} ({found['name']}): {_brief(found['why'])}"
+    return f"- Timeline of a step of each ({found['events']} events; see `--timeline`): {found['name']}."
+
+
 def missing(result: Result) -> str:
     """What was not measured, by reason."""
     reasons: dict[str, list[str]] = {}
@@ -208,8 +224,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, help="what bench_serve.py --json wrote")
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--timeline", type=Path, metavar="OUT.json.gz")
     args = parser.parse_args()
-    print(render(json.loads(args.result.read_text()), args.short))
+    result = json.loads(args.result.read_text())
+    if args.timeline is None:
+        print(render(result, args.short))
+    elif (result["timeline"] or {}).get("status") == "measured":
+        write(result["timeline"]["trace"], args.timeline)
+    else:
+        parser.error("the result holds no timeline")
 
 
 if __name__ == "__main__":

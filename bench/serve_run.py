@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import torch
 from serve_cells import Cell, Part
+from serve_digest import NotedPasses, digest
 from serve_host import Host
 from serve_models import Unavailable, Wired
 from serve_replay import AskedFor, HostArena, ReplayedPasses, RoutingReplay, SharedRows, Tape, TapedScores, scripted
+from serve_steps import StallMeter, TimedDecoder, timed_decoder
+from serve_timeline import packed, timeline
+from torch import Tensor
 
 from duoserve.architecture import LatentAttentionConfig
 from duoserve.config import EngineConfig
-from duoserve.decoding import DecoderParts, Launch, choose_launch, make_decoder, resolve_mode
+from duoserve.decoding import DecoderParts, Launch, choose_launch, resolve_mode
 from duoserve.engine import Engine
 from duoserve.errors import ConfigError, MemoryBudgetError
 from duoserve.experts.budget import FreeMemory, MemoryPlan, plan_memory
 from duoserve.experts.device import CPU, free_bytes
+from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.tickets import PIECE_BYTES
 from duoserve.kv_cache import PagedKVCache, kv_bytes_per_token
 from duoserve.link import LinkRates
-from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
-from duoserve.passes import Decoder, Passes
 from duoserve.predictors.lookahead import LookaheadPredictor
-from duoserve.recorded_decode import RECORD_AFTER, RecordedDecoder
+from duoserve.recorded_decode import RECORD_AFTER
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.plan import ModelShape
@@ -39,7 +41,8 @@ from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.workspace import workspace_bytes
 
-CHECKED_TOKENS = 16  # of a prompt whose logits must have the same bits in every cell of a group
+# Of a prompt and of a decode: their logits must have the same bits in every cell of a group.
+CHECKED_TOKENS, CHECKED_STEPS = 16, 8
 Figures = dict[str, Any]
 
 
@@ -47,13 +50,19 @@ Figures = dict[str, Any]
 class Limits:
     """How long a cell is measured: ``steps`` of decode, but no more than ``seconds`` once there are ``least``.
 
-    Of steps that are recorded there are ``least_recorded``.
+    Of steps that are recorded there are ``least_recorded``, and then ``timed`` more, which are timed one by one.
     """
 
     steps: int = 128
     seconds: float = 1.5
     least: int = 3
     least_recorded: int = 16
+    timed: int = 8
+
+    @property
+    def most(self) -> int:
+        """Decode steps that a request has room for."""
+        return self.steps + self.timed
 
     def to_warm_up(self) -> Limits:
         """For the request before: it compiles, records, and fills the slots with what another request left.
@@ -73,16 +82,24 @@ class Served:
     """A model that is ready for requests."""
 
     engine: Engine
-    meter: Meter
+    meter: StallMeter
+    scheduler: Scheduler
     replay: RoutingReplay
+    replayed: ReplayedPasses
+    passes: NotedPasses
     asked_for: AskedFor
     launch: Launch
-    decoder: Decoder | None
+    decoder: TimedDecoder | None
 
     @property
     def num_recordings(self) -> int:
         """Steps that were recorded so far."""
-        return self.decoder.num_recordings if isinstance(self.decoder, RecordedDecoder) else 0
+        return self.decoder.num_recordings if self.decoder is not None else 0
+
+    @property
+    def resident(self) -> set[ExpertId]:
+        """The experts that are in slots now."""
+        return {expert for _, expert in self.scheduler.table.ready()}
 
 
 class KnownLink:
@@ -136,10 +153,15 @@ class Ground:
 
     @contextmanager
     def served(self, plan: MemoryPlan, policy: Policy, part: Part, max_context: int, mode: str) -> Iterator[Served]:
-        """The model with ``policy`` in decode mode ``mode``; all of it is given back at the end."""
+        """The model with ``policy`` in decode mode ``mode``; all of it is given back at the end.
+
+        Unavailable for what this machine cannot have.
+        """
+        if part.whole_rows and not self.host.pins:
+            raise Unavailable("copy threads read whole rows")
         config, device = self.model.config, self.host.device
         store = SharedRows(self.arena, self.model.layout, config.num_experts)
-        meter, pool = Meter(), SlotPool(plan.num_slots, store.layout, device=device)
+        meter, pool = StallMeter(), SlotPool(plan.num_slots, store.layout, device=device)
         piece_bytes = plan.slot_bytes if part.whole_rows else PIECE_BYTES
         copies = self.host.copy_engine(store, pool, meter, piece_bytes)
         scheduler = Scheduler(ModelShape.of(config), pool, copies, policy, meter, self._predictor(policy))
@@ -155,10 +177,11 @@ class Ground:
             cache = PagedKVCache(config, max_context, config.dtype, device)
             parts = DecoderParts(model, cache, scheduler, store, pool)
             launch = self._launch(mode, policy, parts)
-            decoder = None if launch is Launch.MODEL else make_decoder(launch.value, policy, parts)
+            decoder = None if launch is Launch.MODEL else timed_decoder(launch, parts, self.host.recorder())
             replayed = ReplayedPasses(scheduler, replay)
-            passes = Passes(model, replayed, cache, meter, tap=tap, decoder=decoder)
-            yield Served(Engine(passes, config, cache, meter), meter, replay, asked_for, launch, decoder)
+            passes = NotedPasses(model, replayed, cache, meter, tap=tap, decoder=decoder)
+            engine = Engine(passes, config, cache, meter)
+            yield Served(engine, meter, scheduler, replay, replayed, passes, asked_for, launch, decoder)
 
     def _launch(self, mode: str, policy: Policy, parts: DecoderParts) -> Launch:
         try:
@@ -179,34 +202,77 @@ class Ground:
 def run(cell: Cell, ground: Ground, limits: Limits) -> Figures:
     """Figures of one cell; Unavailable for what cannot be."""
     policy, part = cell.switched()
-    if part.whole_rows and not ground.host.pins:
-        raise Unavailable("copy threads read whole rows")
-    max_context = cell.batch * PagedKVCache.whole_pages(cell.prompt + limits.steps + 1)
+    max_context = _max_context(cell, limits)
     held = ground.host.reset_peak()
     plan = ground.plan(cell, policy, max_context)
     with ground.served(plan, policy, part, max_context, cell.mode) as served:
         _request(served, ground.warm, cell, ground.host, limits.to_warm_up().of(served.launch))
-        recorded = served.num_recordings
-        figures = _request(served, ground.measured, cell, ground.host, limits.of(served.launch))
+        recorded, resident = served.num_recordings, served.resident
+        figures = _request(served, ground.measured, cell, ground.host, limits.of(served.launch), limits.timed)
         figures["recorded_while_timed"] = served.num_recordings - recorded
         asked = served.asked_for.experts[ground.num_moe_layers :]  # behind the prompt's
-        digest = _digest(served, ground.measured, cell)
+        digests = {
+            "logits": _digest(served, ground.measured, cell),
+            "decoded_logits": _decode_digest(served, ground.measured, cell, limits),
+        }
         peak = ground.host.peak_bytes()
-    taped = ground.measured.experts(figures["steps"])
-    return figures | {
-        "slots": plan.num_slots,
-        "slot_bytes": plan.slot_bytes,
-        "launch": served.launch.value,
-        "guesses": "" if policy.predictor is None else ground.guesser.name,
-        "planned_bytes": plan.total_bytes,
-        "peak_bytes": None if peak is None else peak - held,
-        "logits": digest,
-        "asked": sum(map(len, taped)),
-        "as_taped": [set(experts) for experts in asked] == taped if len(asked) == len(taped) else None,
-        "layers": ground.num_moe_layers,
-        "dense_active_bytes": ground.model.active_dense_elements * ground.model.config.dtype.itemsize,
-        "flop": prefill_flop(ground.model, ground.num_moe_layers, cell),
-    }
+    every_step = ground.measured.experts(len(figures["tokens"][0]) - 1)
+    return (
+        figures
+        | digests
+        | {
+            "slots": plan.num_slots,
+            "slot_bytes": plan.slot_bytes,
+            "launch": served.launch.value,
+            "guesses": "" if policy.predictor is None else ground.guesser.name,
+            "planned_bytes": plan.total_bytes,
+            "peak_bytes": None if peak is None else peak - held,
+            "needed_bytes": plan.slot_bytes * len(_wanted(ground) - resident),
+            "asked": sum(map(len, every_step[: figures["steps"] * ground.num_moe_layers])),
+            "as_taped": [set(experts) for experts in asked] == every_step if len(asked) == len(every_step) else None,
+            "layers": ground.num_moe_layers,
+            "dense_active_bytes": ground.model.active_dense_elements * ground.model.config.dtype.itemsize,
+            "flop": prefill_flop(ground.model, ground.num_moe_layers, cell),
+        }
+    )
+
+
+def trace(cells: Sequence[Cell], ground: Ground, limits: Limits) -> Figures:
+    """The timeline of a decode step of each cell, as serve_timeline packs it; Unavailable for what cannot be.
+
+    Whoever traces measures nothing afterwards in the same process: the profiler may stay with the device.
+    """
+    with ExitStack() as stack:
+        steps = {cell.name: partial(next, stack.enter_context(_decoding(cell, ground, limits))) for cell in cells}
+        events = timeline(steps, ground.host.device)
+    return {"events": len(events), "trace": packed(events)}
+
+
+@contextmanager
+def _decoding(cell: Cell, ground: Ground, limits: Limits) -> Iterator[Iterator[None]]:
+    """The decode steps of a cell behind its first ones."""
+    policy, part = cell.switched()
+    max_context = _max_context(cell, limits)
+    plan = ground.plan(cell, policy, max_context)
+    with ground.served(plan, policy, part, max_context, cell.mode) as served:
+        _request(served, ground.warm, cell, ground.host, limits.to_warm_up().of(served.launch))
+        served.replay.play(ground.measured)
+        requests = requests_of(cell, limits, len(ground.measured.ids_SLRK))
+        with closing(served.engine.generate(requests)) as tokens:
+            steps = _steps(tokens, cell.batch)
+            for _ in range(1 + limits.least):
+                next(steps)
+            yield steps
+
+
+def _max_context(cell: Cell, limits: Limits) -> int:
+    return cell.batch * PagedKVCache.whole_pages(cell.prompt + limits.most + 1)
+
+
+def _wanted(ground: Ground) -> set[ExpertId]:
+    """The experts that the measured prompts are routed to."""
+    by_layer = zip(ground.model.config.moe_layers, ground.measured.prompt_experts(), strict=True)
+    return {ExpertId(layer, expert) for layer, experts in by_layer for expert in experts}
 
 
 def prefill_flop(model: Wired, num_moe_layers: int, cell: Cell) -> int:
@@ -221,35 +287,66 @@ def prefill_flop(model: Wired, num_moe_layers: int, cell: Cell) -> int:
     return 2 * (tokens * per_token + cell.batch * head) + attention
 
 
-def _request(served: Served, tape: Tape, cell: Cell, host: Host, limits: Limits) -> Figures:
-    """One request of ``cell.batch`` prompts, for ``limits.steps`` of decode or as long as there is time."""
+def _request(served: Served, tape: Tape, cell: Cell, host: Host, limits: Limits, num_timed: int = 0) -> Figures:  # noqa: PLR0913, PLR0917
+    """One request of ``cell.batch`` prompts, for ``limits.steps`` of decode or as long as there is time.
+
+    ``num_timed`` steps that are timed one by one come behind these, whose figures they would change.
+    """
     served.replay.play(tape)
     served.asked_for.experts.clear()
     requests = requests_of(cell, limits, len(tape.ids_SLRK))
-    energy, first, began = [host.joules()], None, time.perf_counter()
+    energy, most = [host.joules()], requests[0].params.max_tokens - 1 - limits.timed
     with closing(served.engine.generate(requests)) as tokens:
-        for made, _ in enumerate(tokens, 1):
-            if made % cell.batch:
-                continue
-            if first is None:
-                first, began = served.meter.snapshot(), time.perf_counter()
-                energy.append(host.joules())
-            elif made >= cell.batch * (limits.least + 1) and time.perf_counter() - began > limits.seconds:
-                break
-    assert first is not None
+        steps = _steps(tokens, cell.batch)
+        next(steps)
+        first, began, made = served.meter.snapshot(), time.perf_counter(), 0
+        energy.append(host.joules())
+        while made < most and (made < limits.least or time.perf_counter() - began <= limits.seconds):
+            next(steps)
+            made += 1
+        stats = served.meter.snapshot()
+        energy.append(host.joules())
+        timed = _timed_steps(served, steps, num_timed)
     return {
-        "steps": len(requests[0].output_ids) - 1,
+        "steps": made,
         "prefill": first.to_dict(),
-        "stats": served.meter.snapshot().to_dict(),
+        "stats": stats.to_dict(),
+        "timed": timed,
         "tokens": [request.output_ids for request in requests],
-        "joules": [*energy, host.joules()],
+        "joules": energy,
     }
 
 
-def requests_of(cell: Cell, limits: Limits, taped_steps: int) -> list[Request]:
-    """The cell's prompts, each followed by a token and one for each step."""
-    settings = SamplingParams(max_tokens=min(limits.steps, taped_steps) + 1, temperature=0.0, ignore_eos=True)
-    return [Request(_prompt(cell, row), settings) for row in range(cell.batch)]
+def _steps(tokens: Iterable[object], batch: int) -> Iterator[None]:
+    """A step at a time: the first tokens of all sequences, then the next one of each."""
+    for made, _ in enumerate(tokens, 1):
+        if made % batch == 0:
+            yield
+
+
+def _timed_steps(served: Served, steps: Iterator[None], num: int) -> Figures | None:
+    """Times of ``num`` more steps, as ``host_seconds`` takes them; None where steps are not recorded."""
+    if served.decoder is None or not num:
+        return None
+    meter, replayed = served.meter, served.replayed
+    wall_s, stall_s, replay_s = meter.snapshot().wall_s, meter.device_stall_s, replayed.seconds
+    with served.decoder.timing() as times:
+        for _ in range(num):
+            next(steps)
+    found = times.to_dict() | {"wall_s": meter.snapshot().wall_s - wall_s, "stall_s": meter.device_stall_s - stall_s}
+    found["aside_s"] += replayed.seconds - replay_s
+    return found if times.steps == num else None
+
+
+def requests_of(cell: Cell, limits: Limits, taped_steps: int, prompt: int | None = None) -> list[Request]:
+    """The cell's prompts, each followed by a token and one for each step; of their first ``prompt`` tokens, if told.
+
+    All have the same room whatever is told: the number of a request's pages is part of the shape that is recorded.
+    """
+    taken = cell.prompt if prompt is None else prompt
+    tokens = min(limits.most, taped_steps) + 1 + cell.prompt - taken
+    settings = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    return [Request(_prompt(cell, row)[:taken], settings) for row in range(cell.batch)]
 
 
 def _prompt(cell: Cell, row: int) -> list[int]:
@@ -260,7 +357,19 @@ def _prompt(cell: Cell, row: int) -> list[int]:
 def _digest(served: Served, tape: Tape, cell: Cell) -> str:
     """Of the bits of the logits of a prompt's beginning."""
     served.replay.play(tape)
-    logits_TV = served.engine.forward(_prompt(cell, 0)[:CHECKED_TOKENS])
-    if not bool(torch.isfinite(logits_TV).all()):
-        return "not finite"
-    return hashlib.sha256(logits_TV.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    return digest([served.engine.forward(_prompt(cell, 0)[:CHECKED_TOKENS])])
+
+
+def _decode_digest(served: Served, tape: Tape, cell: Cell, limits: Limits) -> str:
+    """Of the bits of the logits of decode steps behind one token; recorded ones where the cell's are."""
+    served.replay.play(tape)
+    requests = requests_of(cell, limits, len(tape.ids_SLRK), prompt=1)
+    logits: list[Tensor] = []
+    with closing(served.engine.generate(requests)) as tokens:
+        steps = _steps(tokens, cell.batch)
+        next(steps)
+        for _ in range(CHECKED_STEPS):
+            next(steps)
+            assert served.passes.logits_BV is not None
+            logits.append(served.passes.logits_BV.clone())
+    return digest(logits)

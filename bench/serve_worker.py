@@ -15,7 +15,7 @@ from serve_host import CpuHost, GpuHost, Host
 from serve_models import MODELS, ServeModel, Unavailable, tiny
 from serve_peers import accelerate_offload
 from serve_replay import HostArena, Tape
-from serve_run import Ground, KnownLink, Limits, run
+from serve_run import Figures, Ground, KnownLink, Limits, run, trace
 
 from duoserve.predictors.lookahead import LookaheadPredictor
 from duoserve.predictors.training import train
@@ -29,7 +29,7 @@ PAGEABLE_SHARE = 4  # so much less memory for the one cell whose host memory is 
 TINY_ARENA_BYTES = 10 << 20
 TINY_PROMPTS = {128: 8, 2048: 24, 8192: 300}
 TINY_BATCHES = {1: 1, 4: 2, 12: 3}
-TINY_LIMITS = Limits(steps=8, seconds=2.0)
+TINY_LIMITS = Limits(steps=8, seconds=2.0, timed=2)
 
 
 class ServeBench:
@@ -37,6 +37,7 @@ class ServeBench:
 
     def __init__(self, is_tiny: bool, arena_gib: float, host: Host | None = None) -> None:
         self._tiny = is_tiny
+        self._limits = TINY_LIMITS if is_tiny else Limits()
         self._arena_bytes = TINY_ARENA_BYTES if is_tiny else int(arena_gib * 2**30)
         self._host: Host = host or (CpuHost() if is_tiny else GpuHost())
         self._arenas: dict[bool, HostArena] = {}
@@ -62,6 +63,10 @@ class ServeBench:
         """One row of the table; ``unavailable`` says why there is none."""
         return self._unless_unavailable(lambda: self._cell(Cell(**cell)))
 
+    def timeline(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
+        """A decode step of each of ``cells``, of one model. What is measured later in this process may take longer."""
+        return self._unless_unavailable(lambda: self._timeline([self._sized(Cell(**cell)) for cell in cells]))
+
     def peer(self, model: str, prompt: int, steps: int) -> dict[str, Any]:
         """What transformers with accelerate's offloading takes on the same machine."""
         raw, prompt = self._model(model).raw, TINY_PROMPTS[prompt] if self._tiny else prompt
@@ -73,18 +78,26 @@ class ServeBench:
         except Unavailable as reason:
             return {"unavailable": str(reason)}
 
-    def _cell(self, cell: Cell) -> dict[str, Any]:
-        if self._tiny:
-            cell = replace(cell, prompt=TINY_PROMPTS[cell.prompt], batch=TINY_BATCHES[cell.batch])
+    def _cell(self, cell: Cell) -> Figures:
+        cell = self._sized(cell)
+        return run(cell, self._ground(cell), self._limits) | {"batch": cell.batch, "prompt": cell.prompt}
+
+    def _timeline(self, cells: list[Cell]) -> Figures:
+        return trace(cells, self._ground(cells[0]), self._limits)
+
+    def _sized(self, cell: Cell) -> Cell:
+        if not self._tiny:
+            return cell
+        return replace(cell, prompt=TINY_PROMPTS[cell.prompt], batch=TINY_BATCHES[cell.batch])
+
+    def _ground(self, cell: Cell) -> Ground:
         model = self._model(cell.model)
-        wired, limits = model.wired(cell.format), TINY_LIMITS if self._tiny else Limits()
         pageable = cell.without in PARTS and PARTS[cell.without].pageable
         if pageable and not self._host.pins:
             raise Unavailable("there is no link that page-locked memory would be better for")
         link = self._links.setdefault((model.name, cell.format), KnownLink())
-        tapes = self._tapes_of(model, cell, limits)
-        ground = Ground(self._host, wired, link, self._arena(pageable), *tapes, self._guesser(model))
-        return run(cell, ground, limits) | {"batch": cell.batch, "prompt": cell.prompt}
+        tapes, guesser = self._tapes_of(model, cell, self._limits), self._guesser(model)
+        return Ground(self._host, model.wired(cell.format), link, self._arena(pageable), *tapes, guesser)
 
     def _model(self, name: str) -> ServeModel:
         return tiny(MODELS[name]) if self._tiny else MODELS[name]
@@ -109,7 +122,7 @@ class ServeBench:
         key = (model.name, cell.prompt, cell.batch)
         if key not in self._tapes:
             self._tapes.clear()
-            requests, steps = 2 * cell.batch, limits.steps + 1
+            requests, steps = 2 * cell.batch, limits.most + 1
             trace = synthesize(model.card, requests, steps, PRECISION, SEED, prompt=cell.prompt)
             numbers = range(cell.batch), range(cell.batch, requests)
             self._tapes[key] = tuple(Tape.of(trace, chosen, self._host.device) for chosen in numbers)

@@ -36,7 +36,7 @@ def test_every_part_is_there_once() -> None:
 
 def test_every_model_has_the_positions_that_its_cells_ask_for() -> None:
     positions = {name: model.wired().config.num_positions for name, model in MODELS.items()}
-    asked = [(cell.model, cell.prompt + Limits().steps + 1) for stage in cells() for cell in stage]
+    asked = [(cell.model, cell.prompt + Limits().most + 1) for stage in cells() for cell in stage]
     assert [model for model, tokens in asked if tokens > positions[model]] == []
 
 

@@ -40,6 +40,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 STRESS_STEPS = int(os.environ.get("STRESS_STEPS", "10000"))
+SAID_EVERY = max(1, min(250, STRESS_STEPS // 10))  # steps of that run
 EXPERTS = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)]
 PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in (7, 30, 1)]
 MODES = ["event", "graph"]
@@ -48,6 +49,20 @@ MODES = ["event", "graph"]
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_mixtral(tmp_path_factory.mktemp("decode"), dtype=request.param)
+
+
+class Progress:
+    """Prints now and then how many steps of the long run are done: it may be cut off. bench/gpu_suite.sh reads that."""
+
+    def __init__(self, mode: str) -> None:
+        self._mode = mode
+        self._said = 0
+
+    def done(self, steps: int, every: int = SAID_EVERY) -> None:
+        """``steps`` are done; prints that if they are ``every`` more than when it last did."""
+        if steps - self._said >= every:
+            self._said = steps
+            print(f"stress: {steps} steps in {self._mode} mode", flush=True)
 
 
 class Gpu:
@@ -160,13 +175,15 @@ def test_what_is_foretold_changes_no_bit(mode: str, policy: str, folder: Path) -
 def test_stress(mode: str, tmp_path: Path) -> None:
     """Random prompts in batches of one to four; NaN from a free slot would end the run, other bytes change a token."""
     rng, folder = random.Random(7), save_mixtral(tmp_path, dtype=torch.bfloat16)
-    true, tried = Gpu(), Gpu()
+    true, tried, progress = Gpu(), Gpu(), Progress(mode)
     with true.engine(folder, 24, "model") as resident, tried.engine(folder, 10, mode) as engine:
         resident._passes._scheduler.load_all()
         while len(tried.logits) < STRESS_STEPS:
             lengths = rng.sample(range(2, 40), rng.randint(1, 4) if tried.logits else 4)
             prompts = [[rng.randint(1, 95) for _ in range(rng.randint(1, 20))] for _ in lengths]
             assert write(engine, prompts, lengths) == write(resident, prompts, lengths)
+            progress.done(len(tried.logits))
+    progress.done(len(tried.logits), every=1)
     assert tried.recorded == 4
 
 
