@@ -9,12 +9,9 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from math import inf
-from typing import TypeVar
 
 from duoserve.errors import ConfigError
 from duoserve.experts.virtual_readers import Readers
-
-Card = TypeVar("Card")
 
 # From pinned RAM to a device: what others have measured, with 16 lanes and with 8; 3.0 and 5.0 x8 are half of x16.
 PCIE3, PCIE4, PCIE5 = 12e9, 25e9, 50e9
@@ -142,27 +139,6 @@ class LayerSizes:
         return int(self.expert_params * self.expert_bits / 8)
 
 
-def _gqa(hidden: int, heads: int, kv_heads: int, head_dim: int, experts: int) -> int:
-    """Parameters of attention and router."""
-    return 2 * hidden * (heads + kv_heads) * head_dim + hidden * experts
-
-
-# Latent attention (queries, latents, outputs; keys and values out of latents), the router, two shared experts as one.
-_DEEPSEEK_V2_LITE = 2048 * (16 * 192 + 576 + 2048) + 512 * 16 * 256 + 2048 * 64 + 3 * 2048 * 2816
-INT4 = 4.25  # groups of 128 with a scale and a zero-point
-SIZES = {
-    card.name: card
-    for card in (
-        LayerSizes("mixtral-8x7b", 3 * 4096 * 14336, INT4, _gqa(4096, 32, 8, 128, 8), 4096),
-        LayerSizes("mixtral-8x22b", 3 * 6144 * 16384, INT4, _gqa(6144, 48, 8, 128, 8), 6144),
-        LayerSizes("qwen3-30b-a3b", 3 * 2048 * 768, 8.0, _gqa(2048, 32, 4, 128, 128), 4096),
-        LayerSizes("gpt-oss-120b", 3 * 2880 * 2880, INT4, _gqa(2880, 64, 8, 64, 128), 4096),
-        LayerSizes("gpt-oss-20b", 3 * 2880 * 2880, INT4, _gqa(2880, 64, 8, 64, 32), 4096),
-        LayerSizes("deepseek-v2-lite", 3 * 2048 * 1408, INT4, _DEEPSEEK_V2_LITE, 16 * 192),
-    )
-}
-
-
 @dataclass(frozen=True)
 class Machine:
     """A model on a device: how long its parts take.
@@ -221,15 +197,6 @@ class Machine:
 
 def find_hardware(name: str) -> Hardware:
     """The card of that name; ConfigError with the names there are for any other."""
-    return _find(HARDWARE, name, "hardware")
-
-
-def find_sizes(name: str) -> LayerSizes:
-    """The sizes of the model of that name; ConfigError with the names there are for any other."""
-    return _find(SIZES, name, "model")
-
-
-def _find(cards: dict[str, Card], name: str, kind: str) -> Card:
-    if name not in cards:
-        raise ConfigError(f"{kind} {name!r} is not known: use one of {', '.join(cards)}")
-    return cards[name]
+    if name not in HARDWARE:
+        raise ConfigError(f"hardware {name!r} is not known: use one of {', '.join(HARDWARE)}")
+    return HARDWARE[name]
