@@ -1,4 +1,4 @@
-"""What a machine reaches and what a model's layers ask of it: the numbers that a replay's clock runs by.
+"""How fast machines are and how much a model's layers ask of them: the numbers that a replay's clock runs by.
 
 Links are measured figures of pinned copies, memory and FLOP/s are the makers' peaks; nothing here was measured by this
 project. The latency of a copy and the overhead of a layer are assumed. Seconds, bytes, FLOPs.
@@ -130,20 +130,20 @@ class LayerSizes:
 
     @property
     def other_bytes(self) -> int:
-        """Of what every token reads of a layer."""
+        """Bytes of what every token reads of a layer."""
         return self.other_params * self.other_bits // 8
 
     @property
     def expert_bytes(self) -> int:
-        """Of one expert on the link and in a slot."""
+        """Bytes of one expert, on the link and in a slot."""
         return int(self.expert_params * self.expert_bits / 8)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A model on a device: how long its parts take.
+    """How long the parts of a model take on a device, by formula. What the formulas leave out takes no time.
 
-    By formula; what a formula leaves out takes no time. ``timed.py`` has one whose parts were measured.
+    ``timed.py`` has a machine whose parts were measured.
     """
 
     hardware: Hardware
@@ -154,24 +154,24 @@ class Machine:
         return 0.0
 
     def hearing_s(self, tokens: int, lookahead: int) -> float:
-        """What it takes in a layer to tell a listener of the router's choice, with scores of ``lookahead`` layers."""
+        """What it takes to tell a listener of one layer's choice, with scores for ``lookahead`` layers ahead."""
         return 0.0
 
     @property
     def launch_s(self) -> float:
-        """What experts take that are computed together beyond what each of them takes."""
+        """What a batch of experts takes beyond ``expert_s`` of each of them."""
         return 0.0
 
     def fresh_s(self, tokens: int) -> float:
-        """What an expert takes beyond that the first time after it was copied, when other caches have its bytes."""
+        """What an expert takes beyond ``expert_s`` the first time after its copy: another core's cache has it."""
         return 0.0
 
     def cold_s(self, tokens: int) -> float:
-        """What it takes beyond that otherwise, when the last pass is long ago and no cache has its bytes."""
+        """What an expert takes beyond ``expert_s`` later on: it was used long ago, and no cache has its bytes."""
         return 0.0
 
     def disturbed_s(self, tokens: int) -> tuple[float, float]:
-        """What computing loses to each thread that is woken beside it to read, and to each read that ends."""
+        """How long computing is held up by each thread that is woken to read beside it, and by each read that ends."""
         return 0.0, 0.0
 
     def attention_s(self, tokens: int, context: int, sequences: int = 1) -> float:
@@ -180,7 +180,7 @@ class Machine:
         return self.hardware.layer_overhead_s + self.hardware.product_s(self.sizes.other_bytes, flops, tokens)
 
     def attention_flops(self, tokens: int, context: int, sequences: int = 1) -> float:
-        """Of the products with weights, and of the scores."""
+        """FLOPs of ``attention_s``: those of products with weights, and of attention scores."""
         seen = tokens * (context + tokens / sequences / 2)
         return 2 * tokens * self.sizes.other_params + 4 * seen * self.sizes.attention_width
 
