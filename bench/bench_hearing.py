@@ -20,8 +20,10 @@ from machine import conditions
 from tables import markdown
 
 from duoserve.config import Phase
+from duoserve.planning.model_cards import find_model
+from duoserve.planning.sizes import layer_sizes
 from duoserve.predictors.training import train
-from duoserve.scheduling.hardware import Machine, find_hardware, find_sizes
+from duoserve.scheduling.hardware import Machine, find_hardware
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.replay import replay
@@ -32,13 +34,16 @@ TOKENS, SHARE, PRECISION = 32, 0.25, 0.8
 
 
 class Case(NamedTuple):
-    """A model with slots for a quarter of its experts."""
+    """A model with slots for a quarter of its experts, which are in ``form``."""
 
     model: str
+    form: str
     hardware: str
 
 
-CASES = [Case(model, gpu) for model in ("qwen3-30b-a3b", "mixtral-8x7b") for gpu in ("h100", "rtx4090")]
+CASES = [
+    Case(*model, gpu) for model in (("qwen3-30b-a3b", "fp8"), ("mixtral-8x7b", "int4")) for gpu in ("h100", "rtx4090")
+]
 
 
 class Thinking:
@@ -72,7 +77,8 @@ def measure(case: Case) -> dict[str, float]:
     card = CARDS[case.model]
     trace = synthesize(card, 4, TOKENS, PRECISION, seed=3, prompt=64)
     inner, _ = train(trace.select([2, 3]), "lookahead")
-    held, machine = trace.select([0, 1]), Machine(find_hardware(case.hardware), find_sizes(case.model))
+    sizes = layer_sizes(find_model(case.model), case.form)
+    held, machine = trace.select([0, 1]), Machine(find_hardware(case.hardware), sizes)
     slots, policy, predictor = int(SHARE * card.num_experts * card.num_layers), get_policy("duoserve"), Thinking(inner)
     best = replay(held, policy, machine, slots, predictor=inner)
     predictor.seconds = 0.0

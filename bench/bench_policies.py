@@ -23,10 +23,12 @@ import numpy as np
 from machine import conditions
 from tables import markdown
 
+from duoserve.planning.model_cards import find_model
+from duoserve.planning.sizes import layer_sizes
 from duoserve.predictors.training import train
 from duoserve.scheduling.bake_off import bake_off
 from duoserve.scheduling.cache_study import belady_hits, cached_hits, least_copies
-from duoserve.scheduling.hardware import LINKS, Machine, find_hardware, find_sizes
+from duoserve.scheduling.hardware import LINKS, Machine, find_hardware
 from duoserve.scheduling.policies import EVICTIONS, get_policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.replay import ORACLE, Replay, replay
@@ -37,12 +39,13 @@ Row = list[str]
 PRECISIONS = (0.35, 0.6, 0.8, 0.95)
 # Of arXiv 2509.07379: the most that it gains over each baseline, over all its models, devices and data.
 PUBLISHED_TTFT, PUBLISHED_E2E = 5.34, 7.55
-# Its models and devices, the routing they are replayed with, and the layers. DeepSeek-V2-Lite is not among its models.
+# Its models, their experts' formats, the routing they are replayed with, the layers, and its devices.
+# DeepSeek-V2-Lite is not among its models.
 CLAIMED = (
-    ("mixtral-8x7b", "mixtral-8x7b", 32, "a5000"),
-    ("mixtral-8x22b", "mixtral-8x7b", 56, "a6000"),
-    ("qwen3-30b-a3b", "qwen3-30b-a3b", 48, "a5000"),
-    ("deepseek-v2-lite", "deepseek-v2-lite", 26, "a5000"),
+    ("mixtral-8x7b", "int4", "mixtral-8x7b", 32, "a5000"),
+    ("mixtral-8x22b", "int4", "mixtral-8x7b", 56, "a6000"),
+    ("qwen3-30b-a3b", "fp8", "qwen3-30b-a3b", 48, "a5000"),
+    ("deepseek-v2-lite", "int4", "deepseek-v2-lite", 26, "a5000"),
 )
 PAPER_SHARE, PAPER_PRECISION = 0.15, 0.8  # its share of the model in slots
 TIMES_ASKED = 2.0  # duoserve-paper's end-to-end time over duoserve's
@@ -62,7 +65,7 @@ def hit_rates() -> Iterator[Row]:
 def prefetch_by_precision() -> Iterator[Row]:
     """Qwen3-30B FP8 on an RTX 4090 with a quarter of its experts in slots; look-ahead scores of every precision."""
     yield ["precision", "lru", "duoserve, no guesses", "lookahead", "duoserve", "oracle", "wasted", "TPOT gain"]
-    machine = Machine(find_hardware("rtx4090"), find_sizes("qwen3-30b-a3b"))
+    machine = Machine(find_hardware("rtx4090"), layer_sizes(find_model("qwen3-30b-a3b"), "fp8"))
     for precision in PRECISIONS:
         trace = synthesize(CARDS["qwen3-30b-a3b"], 4, 64, precision, seed=3, prompt=64)
         slots = int(0.25 * 128 * 48)
@@ -96,14 +99,14 @@ class Claim(NamedTuple):
 def claims() -> tuple[Claim, ...]:
     """All of them. The paper's network would take long to train on a made-up trace: look-ahead of its accuracy does."""
     made = []
-    for model, routing, layers, device in CLAIMED:
+    for model, form, routing, layers, device in CLAIMED:
         card = dataclasses.replace(CARDS[routing], num_layers=layers)
         trace = synthesize(card, 4, 64, PAPER_PRECISION, seed=5, prompt=128)
         held, rest = trace.select([0, 1]), trace.select([2, 3])
         told, _ = train(rest, "lookahead")
         matrices, _ = train(rest, "activation-matrix")
         predictors = {"paper": told, "duoserve": told, "activation-matrix": matrices}
-        machine = Machine(find_hardware(device), find_sizes(model))
+        machine = Machine(find_hardware(device), layer_sizes(find_model(model), form))
         slots = int(PAPER_SHARE * card.num_experts * layers)
         made.append(Claim(f"{model}, {device}", machine, held, slots, predictors))
     return tuple(made)
@@ -148,7 +151,8 @@ def long_prompts() -> Iterator[Row]:
     """Qwen3-30B FP8 on an A5000 with a link of 50 GB/s: 8192 tokens through few slots, then 32 new ones."""
     yield ["slots", "TTFT of the first prompt, s", "TTFT of later ones, s", "/ bound", "TPOT, ms", "decode hits"]
     trace = synthesize(CARDS["qwen3-30b-a3b"], 3, 33, 0.8, seed=1, prompt=8192)
-    machine = Machine(dataclasses.replace(find_hardware("a5000"), link=LINKS["pcie5x16"]), find_sizes("qwen3-30b-a3b"))
+    hardware = dataclasses.replace(find_hardware("a5000"), link=LINKS["pcie5x16"])
+    machine = Machine(hardware, layer_sizes(find_model("qwen3-30b-a3b"), "fp8"))
     resident = replay(trace, get_policy("resident"), machine, 128 * 48)
     for share in (0.01, 0.02, 0.05, 0.125):
         run = replay(trace, get_policy("lru"), machine, int(share * 128 * 48))

@@ -30,32 +30,36 @@ Result = dict[str, Any]
 
 
 class Row(NamedTuple):
-    """An engine of the bench as the README calls it; ``bound``: what its decode is held against, None: nothing fits."""
+    """An engine of the bench as the README calls it; ``bound``: what its decode is held against, None: nothing fits.
+
+    ``in_table`` False: the plot shows it, but of the README's tables only the one of all engines.
+    """
 
     name: str
     label: str
     experts: str
     bound: str | None
+    in_table: bool = True
 
 
 ROWS = (
     Row("duoserve resident", "duoserve, op by op", IN_RAM, "resident_decode_s"),
     Row("duoserve resident, compiled", "duoserve, compiled", IN_RAM, "resident_decode_s"),
-    Row(BF12, "duoserve, compiled, experts in bf12", IN_RAM, None),
+    Row(BF12, "duoserve, compiled, experts in bf12", IN_RAM, None, in_table=False),
     Row("transformers grouped_mm", "transformers, `grouped_mm`", IN_RAM, "resident_decode_s"),
-    Row("transformers eager", "transformers, `eager`", IN_RAM, "resident_decode_s"),
+    Row("transformers eager", "transformers, `eager`", IN_RAM, "resident_decode_s", in_table=False),
     Row("llama.cpp bf16", "llama.cpp", IN_RAM, "resident_decode_s"),
     Row("duoserve resident int8", "duoserve, compiled, experts in int8", IN_RAM, None),
-    Row("duoserve resident int4", "duoserve, compiled, experts in int4", IN_RAM, None),
+    Row("duoserve resident int4", "duoserve, compiled, experts in int4", IN_RAM, None, in_table=False),
     Row("llama.cpp q8_0", "llama.cpp, q8_0", IN_RAM, None),
-    Row("transformers float32", "transformers, weights as float32", TWICE, None),
+    Row("transformers float32", "transformers, weights as float32", TWICE, None, in_table=False),
     Row("duoserve lru", "duoserve, op by op, `lru`", QUARTER, "disk_decode_io_s"),
     Row(OURS_POLICY, "duoserve, compiled, with a predictor", QUARTER, decode_io(OURS_POLICY)),
-    Row(BF12_POLICY, "duoserve, compiled, with a predictor, bf12", QUARTER, decode_io(BF12_POLICY)),
+    Row(BF12_POLICY, "duoserve, compiled, with a predictor, bf12", QUARTER, decode_io(BF12_POLICY), in_table=False),
     Row(BF12_EQUAL, "duoserve, compiled, with a predictor, bf12", EQUAL, decode_io(BF12_EQUAL)),
     Row("llama.cpp bf16, mapped", "llama.cpp, mapped", EQUAL, None),
     Row("accelerate cold, a quarter in RAM", "transformers + accelerate", QUARTER, None),
-    Row("accelerate warm", "transformers + accelerate", CACHED, None),
+    Row("accelerate warm", "transformers + accelerate", CACHED, None, in_table=False),
 )
 
 
@@ -68,6 +72,8 @@ def opening(result: Result, plot: str, details: str) -> str:
     """What the README opens with; ``plot`` and ``details`` are links."""
     rows = []
     for row, figures in measured(result):
+        if not row.in_table:
+            continue
         bound = result["bounds"].get(row.bound)
         reached = f"{bound / figures['tpot_s']['median']:.0%}" if bound else ""
         speeds = spread(figures["prefill_tok_s"], "{:.0f}"), spread(figures["decode_tok_s"], "{:.1f}")
@@ -81,16 +87,17 @@ def opening(result: Result, plot: str, details: str) -> str:
 def _said(result: Result, details: str) -> str:
     shape, machine = result["shape"], result["machine"]
     return (
+        "Op by op, a decode step runs as PyTorch's operations; compiled, as loops that PyTorch's compiler makes of it. "
+        "A predictor\nguesses which experts the next layer will choose; `lru` guesses nothing. "
+        "Experts in bf12 are those in bfloat16, bit by\nbit, in twelve bits a weight.\n\n"
         f"A Mixtral of random weights in bfloat16 ({shape['layers']} layers of {shape['experts']} experts, "
         f"{shape['hidden']} wide),\n{shape['prompt_tokens']} tokens of prompt and {shape['new_tokens']} new ones, "
         f"{result['threads']} threads of one {machine['cpu']} with {', '.join(machine['isa'])}:\nmedians (extremes) of "
         f"rounds in turn, {result['date'].partition(' ')[0]}, commit {result['versions']['commit']}.\n"
         "The bound is that of a decode step: active weights over the best rate of memory, or what a step reads over "
         "the best\nrate of the disk, in any round of any engine.\n"
-        "Op by op, a decode step runs as PyTorch's operations; compiled, as loops that PyTorch's compiler makes of it. "
-        "A predictor\nguesses which experts the next layer will choose; `lru` guesses nothing. "
-        "Experts in bf12 are those in bfloat16, bit by\nbit, in twelve bits a weight.\n"
-        f"[Conditions, ceilings, checks and versions]({details})."
+        "All engines of the plot, with bytes and verdicts, are under [Measured](#measured);\n"
+        f"[conditions, ceilings, checks and versions]({details})."
     )
 
 

@@ -1,4 +1,7 @@
-"""What to do next: whom to start, how far to take a prefill, whom to refuse. Pure functions of plain data.
+"""What a service does next: which requests to start, how far to take a prefill, which requests to refuse.
+
+Pure functions of plain data. An objective for the first token has a deadline; one for later tokens is a mean, which a
+request keeps if its last token comes in time.
 
 All times are seconds on one clock.
 """
@@ -19,18 +22,18 @@ from duoserve.service import Objectives, ServiceSettings
 STEP_S = 0.05
 # Whoever has waited so long goes before all others, one in each pass.
 PATIENCE_S = 10.0
-# So many tokens ahead the credit of a running request is counted, for it may stop before the last that it may get.
+# The credit of a running request is counted at most so many tokens ahead, for it may stop before its last token.
 AHEAD = 4
-# What steps took so long ago on a service that has been idle since says little of what they would take now.
+# Measurements that are older than this, on a service that has been idle since, say little of what steps take now.
 STALE_S = 5.0
 # Work is planned for this share of an objective for later tokens: what steps will take is not known exactly.
 PLANNED = 0.95
 
 
 class WaitingRequest(NamedTuple):
-    """A request that waits: its prompt's tokens, and the ``room`` in the KV cache that it will be given.
+    """A request that waits, with ``num_prompt`` tokens of prompt. It starts with ``room`` tokens of the KV cache.
 
-    ``sent_back``: when the room of one that ran was last taken from it. It may get ``left`` tokens.
+    It may get ``left`` tokens. ``sent_back``: if it has run already, when it had to make way in the KV cache.
     """
 
     arrived: float
@@ -42,14 +45,15 @@ class WaitingRequest(NamedTuple):
 
     @property
     def patient_until(self) -> float:
-        """When it is to be started before any other."""
+        """From when on it is started before all others."""
         return PATIENCE_S + (self.arrived if self.sent_back is None else self.sent_back)
 
 
 class RunningRequest(NamedTuple):
-    """A request that has ``tokens``, the first since ``first_token``, and may get ``left`` more.
+    """A request that runs: it got its first token at ``first_token``, has ``tokens`` now, and may get ``left`` more.
 
-    It gives its ``room`` back then. Its objective is a mean: a token that came early lets a later one be late.
+    When it ends it frees ``room`` tokens of the KV cache. Its objective ``tpot_s`` is a mean: a token that comes early
+    lets a later one be late.
     """
 
     first_token: float
@@ -59,14 +63,14 @@ class RunningRequest(NamedTuple):
     tpot_s: float | None = None
 
     def due(self, more: int, share: float = PLANNED) -> float:
-        """When it should have so many ``more`` tokens for its mean to stay inside that ``share`` of its objective."""
+        """By when it must have ``more`` further tokens so that its mean stays within ``share`` of its objective."""
         return inf if self.tpot_s is None else self.first_token + (self.tokens - 1 + more) * share * self.tpot_s
 
 
 class PrefillUnderWay(NamedTuple):
-    """The prefill that is under way: tokens and requests in it, layers that are left, when its oldest request came.
+    """The prefill that is under way. ``arrived`` is when its oldest request came, ``layers_left`` what is to be done.
 
-    Its requests have ``room`` together, and any of them may get ``left`` tokens at most.
+    Its requests have ``room`` tokens of the KV cache together, and none of them may get more than ``left`` tokens.
     """
 
     num_tokens: int
@@ -78,9 +82,9 @@ class PrefillUnderWay(NamedTuple):
 
 
 class Load(NamedTuple):
-    """All that a choice depends on. ``free`` is the room in the KV cache for those that wait.
+    """All that a choice depends on. ``free`` is the room in the KV cache that no request has, in tokens.
 
-    The last step that was measured ended at ``measured``, None: just now.
+    ``measured`` is when the last step that was measured ended; None: just now.
     """
 
     now: float
@@ -92,12 +96,12 @@ class Load(NamedTuple):
 
     @property
     def empty(self) -> bool:
-        """Whether nobody is there."""
+        """Whether there is no request at all."""
         return not (self.waiting or self.running or self.coming)
 
 
 class Refusal(NamedTuple):
-    """Why a request cannot be served in time, and when it is worth another try."""
+    """Why a request cannot be served in time, and after how many seconds it is worth another try."""
 
     why: str
     retry_after_s: float
@@ -105,14 +109,14 @@ class Refusal(NamedTuple):
 
 @dataclass(frozen=True)
 class Batching:
-    """Chooses by ``settings`` and by what work is expected to cost on a model of ``num_layers`` layers."""
+    """Makes the choices, by ``settings`` and by what work is expected to cost on a model of ``num_layers`` layers."""
 
     settings: ServiceSettings
     costs: MeasuredCosts
     num_layers: int
 
     def start(self, load: Load) -> list[int]:
-        """Which of the waiting, by their places, to prefill together now; only when no prefill is under way."""
+        """Which of ``load.waiting`` to prefill together now, by index; not to be asked while a prefill is under way."""
         chosen: list[int] = []
         free, tokens, deadline = load.free, 0, inf
         for place in self.order(load):
@@ -130,10 +134,10 @@ class Batching:
         return chosen
 
     def order(self, load: Load) -> list[int]:
-        """The places of the waiting, the one that should start first in front: the first come, or the least slack.
+        """The order in which the waiting should start, as indices of ``load.waiting``: by arrival, or by least slack.
 
-        By slack, those that are too late for their first token make way. Before all goes the one that has waited
-        longest, once its patience has ended.
+        By slack, requests that cannot get their first token in time come last. The one that has waited longest comes
+        first of all once its patience has ended.
         """
         places = sorted(range(len(load.waiting)), key=lambda place: load.waiting[place].arrived)
         if self._fcfs or not places:
@@ -149,10 +153,11 @@ class Batching:
         return ordered
 
     def layers(self, load: Load, decoded: bool) -> int:
-        """How many layers of the prefill that is under way to compute now; 0: a decode step comes first.
+        """How many layers of the prefill that is under way to compute now; 0: make a decode step first.
 
-        A slice takes no more than what those who run and can keep their objective have in hand. ``decoded``: the last
-        step was a decode step, or nobody runs. After each a layer is due when patience has ended.
+        The slice takes no longer than the running requests that can keep their objectives can spare. Once the patience
+        of the prefill has ended, it gets one layer after each decode step all the same. ``decoded``: the last step was
+        a decode step, or nobody runs.
         """
         coming = load.coming
         assert coming is not None
@@ -166,9 +171,10 @@ class Batching:
         return most
 
     def refusal(self, asked: WaitingRequest, load: Load) -> Refusal | None:
-        """Why ``asked``, behind all others, cannot meet its objectives; None if it can, as far as is known.
+        """Why ``asked``, which comes behind all others, cannot meet its objectives; None if it can, as far as is known.
 
-        Only what is served is measured: where nobody is there and the last measurement is old, one goes through.
+        Costs are known from what was served. If there are no requests, and the last measurement is old, ``asked`` goes
+        through, so that costs are measured again.
         """
         if load.empty and load.measured is not None and load.now - load.measured > STALE_S:
             return None
@@ -186,7 +192,7 @@ class Batching:
         return Refusal(why, max(0.1, ahead_s - ttft_s))
 
     def first_token_s(self, asked: WaitingRequest, load: Load) -> float:
-        """In how many seconds ``asked`` can expect its first token, behind all that wait and are under way."""
+        """In how many seconds ``asked`` can expect its first token, behind all that wait or are being prefilled."""
         coming = load.coming
         begun = 0.0 if coming is None else coming.layers_left * self.costs.layer_s(coming.num_tokens)
         tokens = asked.num_prompt + sum(other.num_prompt for other in load.waiting)
@@ -201,23 +207,23 @@ class Batching:
         return self.num_layers * self.costs.layer_s(tokens)
 
     def _deadline(self, asked: WaitingRequest, now: float) -> float:
-        """When its first token is due; never, if that can no longer be met."""
+        """When the first token of ``asked`` is due; infinity if it has no objective, or can no longer meet it."""
         if asked.objectives.ttft_s is None:
             return inf
         due = asked.arrived + asked.objectives.ttft_s
         return due if now + self._prefill_s(asked.num_prompt) <= due else inf
 
     def _late(self, asked: WaitingRequest, now: float) -> bool:
-        """Whether its first token will miss its objective, whatever is done."""
+        """Whether the first token of ``asked`` will be late even if it is started now."""
         return asked.objectives.ttft_s is not None and isinf(self._deadline(asked, now))
 
     def _start_by(self, asked: WaitingRequest, now: float) -> float:
-        """When it must start to be in time; without hope of that, when patience ends."""
+        """When ``asked`` must start so that its first token is in time; no later than when its patience ends."""
         in_time = self._deadline(asked, now) - self._prefill_s(asked.num_prompt)
         return min(in_time, asked.patient_until)
 
     def _may_join(self, chosen: Sequence[WaitingRequest], asked: WaitingRequest, load: Load) -> bool:
-        """Whether a batch of one more keeps every objective for later tokens that a smaller one keeps."""
+        """Whether ``asked`` may start too: the larger batch makes no request miss its objective for later tokens."""
         num_ahead = len(load.running) + len(chosen) + (load.coming.num_requests if load.coming else 0)
         if num_ahead >= self.settings.max_batch:
             return False
@@ -231,7 +237,7 @@ class Batching:
         return all(begun + going.left * step_s <= going.due(going.left) for going in self._kept(load))
 
     def _largest_batch(self, asked: WaitingRequest, load: Load) -> int:
-        """How many may run together by what their later tokens are due, ``asked`` among them."""
+        """How many requests may run at once, ``asked`` among them, so that their objectives can be met."""
         most = self.settings.max_batch
         goals = [goal for one in load.running if (goal := one.tpot_s) is not None] + [asked.objectives.tpot_s or inf]
         goal = min((PLANNED * goal for goal in goals if PLANNED * goal >= self.costs.decode_s(1)), default=inf)
@@ -240,21 +246,22 @@ class Batching:
         return next(size for size in count(1) if self.costs.decode_s(size + 1) > goal)
 
     def _kept(self, load: Load) -> list[RunningRequest]:
-        """Those of the running whose later tokens can be in time, on the average, if nothing comes in between.
+        """The running requests that can keep their objectives for later tokens, if only decode steps follow.
 
-        By the whole objective: one that joined a batch which takes all that is planned would else be given up at once.
+        They are held against the whole objective, not the PLANNED share: a request that has just joined a batch whose
+        steps take all of that share would be given up at once.
         """
         step_s = self.costs.decode_s(len(load.running))
         return [going for going in load.running if load.now + going.left * step_s <= going.due(going.left, share=1.0)]
 
     def _spare_s(self, load: Load) -> float:
-        """How long the next decode step can wait."""
+        """How long the next decode step can wait before a running request misses its objective."""
         step_s = self.costs.decode_s(len(load.running))
         steps = ((min(going.left, AHEAD), going) for going in self._kept(load))
         return max(0.0, min((going.due(ahead) - ahead * step_s for ahead, going in steps), default=inf) - load.now)
 
     def _slowdown(self, load: Load, tokens: int) -> float:
-        """How much longer a prefill takes with decode steps between its slices."""
+        """How many times as long a prefill takes with decode steps between its slices; at least 1."""
         goals = [going.tpot_s for going in load.running if going.tpot_s is not None]
         if self._fcfs or not goals:
             return 1.0
@@ -263,11 +270,11 @@ class Batching:
         return 1.0 + step_s / slice_s if slice_s > 0 else 1.0
 
     def _place_s(self, asked: WaitingRequest, load: Load) -> float:
-        """How long until there is a place, and room in the KV cache, for all that wait and then for ``asked``.
+        """In how many seconds ``asked`` can start: until it and all before it have a place, and room in the KV cache.
 
-        Each of them has its own place from then on, until it has the tokens that it may get.
+        Each request keeps its place until it has all the tokens that it may get.
         """
-        ends = [(going.left, 1, going.room) for going in load.running]  # after so many steps: places and room
+        ends = [(going.left, 1, going.room) for going in load.running]  # steps until they end; places and room then
         if load.coming is not None:
             ends.append((load.coming.left, load.coming.num_requests, load.coming.room))
         heapify(ends)

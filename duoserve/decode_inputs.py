@@ -1,4 +1,4 @@
-"""What a recorded decode step reads of the host: its tokens, and which experts to compute from which slots.
+"""What a recorded decode step gets from the host: its tokens, and which experts to compute from which slots.
 
 B sequences, M pages of the page table, E experts, W = E entries of a work list.
 """
@@ -17,7 +17,10 @@ from duoserve.models.batch import Batch
 
 
 class DecodeInputs:
-    """The tokens of a step of B sequences whose page table is M wide; before the first ``load``, tokens of nobody."""
+    """The tokens of a recorded step of B sequences whose page table is M wide.
+
+    Before the first ``load`` its rows belong to no sequence: they are stored nowhere.
+    """
 
     def __init__(self, recorder: Recorder, cache: PagedKVCache, num_sequences: int, table_width: int) -> None:
         self._recorder = recorder
@@ -32,9 +35,10 @@ class DecodeInputs:
         self._lengths_B = torch.zeros(num_sequences, dtype=torch.int32, device=recorder.device)
 
     def load(self, layout: Layout) -> None:
-        """Lays the tokens out for the next replay; the one before must be done.
+        """Writes the tokens of ``layout`` for the next replay; the one before must have ended.
 
-        Sequences that ``layout`` has too few are nobody's, with a token that is stored nowhere and sees nothing.
+        If ``layout`` has fewer than B sequences, the others are padding: a token that is stored nowhere and attends to
+        nothing.
         """
         padding = self.shape[0] - len(layout.spans)
         none, nowhere = [0] * padding, [-1] * padding
@@ -46,7 +50,7 @@ class DecodeInputs:
             pages_M[: len(pages)] = pages[: self.shape[1]]  # a sequence may have pages that it has not come to
 
     def batch(self, num_pages: int | None = None) -> Batch:
-        """The batch, as part of what is recorded; see ``kv``."""
+        """While the step is recorded, adds the copy of the tokens to the device; gives their batch, as for ``kv``."""
         self._recorder.copy(self._device_N, self._host_N)
         token_ids_B, positions_B, _, lengths_B, table = torch.split_with_sizes(self._device_N, self._sizes)
         self._table_BM.copy_(table.view(self.shape))
@@ -54,15 +58,15 @@ class DecodeInputs:
         return Batch(token_ids_B, positions_B, tuple((b, b + 1) for b in range(self.shape[0])), self.kv(num_pages))
 
     def kv(self, num_pages: int | None = None) -> BatchKV:
-        """Where the batch reads and writes, of contexts of up to so many pages (M if not told)."""
+        """Where the batch reads and writes keys and values; contexts have up to ``num_pages`` pages (None: M)."""
         _, _, rows_B, _, _ = torch.split_with_sizes(self._device_N, self._sizes)
         return BatchKV(self._cache, rows_B, self._table_BM[:, :num_pages], self._lengths_B, contexts=())
 
 
 class WorkFeed:
-    """A work list on the device whose entries come from the host, one list behind another.
+    """A list on the device of experts to compute, which the host sends anew, one list after the other.
 
-    ``num_lists`` lists may be on their way at a time.
+    Up to ``num_lists`` lists may be on their way before ``rewind``.
     """
 
     def __init__(self, recorder: Recorder, num_experts: int, num_lists: int) -> None:
@@ -75,7 +79,7 @@ class WorkFeed:
         self.work = DeviceWork(*torch.split_with_sizes(self._device_W, [num_experts, num_experts, 1]))
 
     def rewind(self) -> None:
-        """No list is on its way any more."""
+        """All lists have arrived: their memory on the host may be written again."""
         self._next = 0
 
     def load(self, pairs: Iterable[tuple[int, int]]) -> None:

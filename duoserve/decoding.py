@@ -38,8 +38,8 @@ ZERO_COPY_SHARE = 0.85
 
 
 @dataclass(frozen=True)
-class ModelDecoder(Decoder):
-    """Decode steps of a model that is not the one of the prefills."""
+class VariantDecoder(Decoder):
+    """Computes decode steps with ``model``, a variant (models/variants.py) of the model that computes the prompts."""
 
     model: Transformer
     cache: PagedKVCache
@@ -49,7 +49,7 @@ class ModelDecoder(Decoder):
         return self.model(self.cache.batch(layout), layout.last_rows).cpu()
 
     def prepare(self, num_sequences: int) -> None:
-        """Nothing: no step takes longer the first time."""
+        """Does nothing: the first step takes no longer than the others."""
 
 
 class Launch(Enum):
@@ -63,7 +63,7 @@ class Launch(Enum):
 
 @dataclass(frozen=True)
 class DecoderParts:
-    """What decode steps are computed with. The experts wait in ``store``; the slots of ``pool`` are EMPTY or READY."""
+    """All that a decoder is built from. ``store`` holds every expert; the slots of ``pool`` are EMPTY or READY."""
 
     model: Transformer
     cache: PagedKVCache
@@ -72,20 +72,20 @@ class DecoderParts:
     pool: SlotPool
 
     def readable(self) -> bool:
-        """Whether all experts lie in pinned RAM, where a GPU reads them by itself."""
+        """Whether all experts lie in pinned RAM, which the kernels of a GPU can read."""
         experts = (ExpertId(b.layer, e) for b in moe_blocks(self.model) for e in range(b.num_experts))
         return all((row_B := self.store.host_row(expert)) is not None and row_B.is_pinned() for expert in experts)
 
     def measure_link(self) -> LinkRates:
-        """The rates at which experts come; destroys what is in the first slots."""
+        """Measures how fast experts come over the link; overwrites the first slots."""
         rows = host_rows(moe_blocks(self.model)[0], self.store, self.cache.device)
         return link_rates(rows, self.pool, seconds_on_gpu)
 
 
 def make_decoder(wanted: str, policy: Policy, parts: DecoderParts) -> Decoder | None:
-    """What computes decode steps in place of the model, None where it does that itself; see ``choose_launch``.
+    """The decoder for the mode ``wanted`` (see ``choose_launch``); None where the model computes its own decode steps.
 
-    To be called before any expert is in a slot, unless all are.
+    Call it before any expert is in a slot, or after all are: measuring the link overwrites slots.
     """
     launch = choose_launch(wanted, parts.cache.device, policy, parts.readable, parts.measure_link)
     if launch is Launch.MODEL:
@@ -101,10 +101,10 @@ def make_decoder(wanted: str, policy: Policy, parts: DecoderParts) -> Decoder | 
 
 
 def resolve_mode(wanted: str, device: torch.device) -> str:
-    """``wanted`` where ``device`` has it, else ConfigError; wherever the experts are.
+    """The decode mode to use on ``device``, wherever the experts are; ConfigError if the device has no ``wanted`` mode.
 
-    "auto" for "compiled" where nothing can be compiled, with a warning that says why. To see that takes a second or two
-    for "compiled" alone.
+    For "compiled" a small loop is compiled as a trial, which takes a second or two; if that fails, the answer is
+    "auto", with a warning that says why.
     """
     _check_device(wanted, device)
     if wanted != "compiled" or (obstacle := _compiler_fault()) is None:
@@ -118,7 +118,7 @@ def resolve_mode(wanted: str, device: torch.device) -> str:
 
 
 def _compiler_fault() -> str | None:
-    """Why nothing can be compiled, None if it can. A loop is compiled to see it: there may be no Python.h."""
+    """Why nothing can be compiled, None if it can. Only a trial shows it: Python.h may be missing, for one."""
     if not can_compile():
         return f"there is no {cpp_compiler()!r}"
     try:

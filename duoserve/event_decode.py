@@ -1,7 +1,7 @@
-"""Decode steps without launch overhead: all that lies between two layers' experts is recorded, and replayed as one.
+"""Decode steps in recorded parts: all that lies between two layers' experts is one recording, replayed in one launch.
 
-The host learns each router's choice, asks for what is missing and replays the experts as they become ready. Who listens
-to the routing is told behind that: a demand waits for nobody's thoughts, nor does an expert that is there.
+After each part the host reads the router's choice, asks for the missing experts, and replays the experts as they become
+ready. Only then are listeners told of the routing, so that no copy and no resident expert waits for a predictor.
 
 B sequences, V vocabulary.
 """
@@ -29,10 +29,10 @@ from duoserve.scheduling.source import ReadyExpert
 
 
 def event_steps(model: Transformer, cache: PagedKVCache, recorder: Recorder) -> MakeStep:
-    """Makes the recorded steps of ``model``, one for each shape of up to MAX_SEQUENCES sequences.
+    """A maker of recorded steps for ``model``. It makes none (gives None) for more than MAX_SEQUENCES sequences.
 
-    The memory plan counts no more; and of more than LOGIT_ROWS the model brings the logits to the host itself, which
-    cannot be recorded.
+    The memory plan counts no more than those. Nor could more than LOGIT_ROWS be recorded: the model itself brings their
+    logits to the host.
     """
 
     def make(num_sequences: int, table_width: int) -> EventStep | None:

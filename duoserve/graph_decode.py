@@ -1,7 +1,9 @@
-"""Decode steps of one recording each: the device knows where the experts are and reads those that are missing through.
+"""Decode steps that are one recording each, which the device carries out without the host.
 
-The host learns afterwards what the routers chose, decides which slots the misses of the next step may fill, and copies
-ahead what that will want until it is launched.
+The device knows which slots the experts are in, and a kernel brings those that are missing from the host's RAM into
+slots that are kept free for them ("read-through"). The host learns afterwards what the routers chose. Before it
+launches the next step, it sets slots aside for that step's misses, and copies experts ahead that the step is likely to
+want.
 
 B sequences, K top-k, E experts, L layers of the model, N of them that have experts, V vocabulary.
 """
@@ -31,9 +33,10 @@ from duoserve.scheduling.read_through import ReadThrough
 def graph_steps(
     model: Transformer, cache: PagedKVCache, recorder: Recorder, store: ExpertStore, books: ReadThrough
 ) -> MakeStep:
-    """Makes the recorded steps of ``model``, whose experts all lie in RAM that the device reads: see ``host_rows``.
+    """A maker of recorded steps for ``model``, whose experts all lie in RAM that the device reads: see ``host_rows``.
 
-    Read-through takes up to MAX_SEQUENCES sequences; more, or more misses than there are slots, make no such step.
+    It makes none (gives None) for more than MAX_SEQUENCES sequences, or where a layer may miss more experts than there
+    are slots.
     """
     rows = {block.layer: host_rows(block, store, recorder.device) for block in moe_blocks(model)}
 
@@ -47,13 +50,16 @@ def graph_steps(
 
 
 def host_rows(block: MoEBlock, store: ExpertStore, device: torch.device) -> HostRows:
-    """The rows in RAM of a layer's experts; KernelError for memory that ``device`` cannot read."""
+    """Where each expert of a layer lies in RAM; KernelError if ``device`` cannot read there."""
     experts = (ExpertId(block.layer, expert) for expert in range(block.num_experts))
     return HostRows.of([store.host_row(expert) for expert in experts], device)
 
 
 class GraphStep(DecodeStep):
-    """A recorded decode step of one shape."""
+    """A recorded decode step for batches of one size with one width of page table. ``books`` say who is in which slot.
+
+    ``rows`` has the host's rows by layer.
+    """
 
     def __init__(  # noqa: PLR0913
         self,
@@ -80,7 +86,7 @@ class GraphStep(DecodeStep):
         self._recording = recorder.record(lambda: self._run(model))
 
     def __call__(self, layout: Layout) -> Tensor:
-        """The float32 logits [B, V] on the host, which the next call overwrites."""
+        """Replays the step; gives float32 logits [B, V] on the host, which the next call overwrites."""
         self._inputs.load(layout)
         targets_NX = self._books.lay_out(self._num_sequences)
         slots_LE, targets_LE = self._host_2LE.numpy()

@@ -11,7 +11,7 @@ from duoserve.request import Request
 
 
 def as_waiting(request: Request, answer_room: int) -> WaitingRequest:
-    """One that waits, and will start with room for ``answer_room`` tokens beyond those that it has."""
+    """A request that waits; it will start with room for ``answer_room`` tokens beyond those that it has."""
     objectives = request.objectives
     if request.first_token is not None:
         objectives = replace(objectives, ttft_s=None)
@@ -26,14 +26,14 @@ def as_waiting(request: Request, answer_room: int) -> WaitingRequest:
 
 
 def as_running(request: Request) -> RunningRequest:
-    """One that runs."""
+    """A request that runs."""
     tokens = len(request.output_ids)
     left, tpot_s = request.params.max_tokens - tokens, request.objectives.tpot_s
     return RunningRequest(request.first_token or 0.0, tokens, left, request.kv.room, tpot_s)
 
 
 def as_under_way(prefill: Prefill, num_layers: int) -> PrefillUnderWay:
-    """A prefill of a model of ``num_layers`` layers."""
+    """The prefill that is under way, on a model of ``num_layers`` layers."""
     left = num_layers - prefill.under_way.next_layer
     arrived = min(request.arrived or 0.0 for request in prefill.requests)
     room = sum(request.kv.room for request in prefill.requests)

@@ -13,7 +13,7 @@ from duoserve.chat_template import ChatTemplate
 from duoserve.choice import BestPolicy, find_choice, predictor_beside, predictor_in
 from duoserve.compiled_prompts import compiled_prompts
 from duoserve.config import EngineConfig, ModelConfig
-from duoserve.decoding import DecoderParts, ModelDecoder, make_decoder, resolve_mode
+from duoserve.decoding import DecoderParts, VariantDecoder, make_decoder, resolve_mode
 from duoserve.engine import Engine
 from duoserve.errors import ConfigError, TraceError
 from duoserve.experts.budget import MemoryPlan
@@ -132,7 +132,7 @@ def _decide(
     policy = named or _automatic(plan, best[0] if best else None, guesses=predictor is not None)
     found_predictor = _find_predictor(predictor, best, checkpoint, cache_dir)
     if predictor is not None and not policy.all_resident:
-        _warn_of_silence(found_predictor, policy, automatic=named is None)
+        _warn_if_unused(found_predictor, policy, automatic=named is None)
     return Decision(policy, found_predictor, plan)
 
 
@@ -148,15 +148,16 @@ def _build(
 
 
 def _ways(parts: DecoderParts, wanted: EngineConfig, policy: Policy) -> tuple[Transformer, Decoder | None]:
-    """What computes prompts, and what computes decode steps in its place, if that is something else."""
+    """The model that computes prompts, and the decoder for decode steps; without one, that model computes them too."""
     model, cache = parts.model, parts.cache
     if wanted.invariant:
-        return with_products(model, Products.BY_TILE), ModelDecoder(with_products(model, Products.BY_ROW), cache)
+        return with_products(model, Products.BY_TILE), VariantDecoder(with_products(model, Products.BY_ROW), cache)
     decoder = make_decoder(wanted.decode_mode, policy, parts)
     return compiled_prompts(model, cache) if wanted.decode_mode == "compiled" else model, decoder
 
 
 def _best(checkpoint: Checkpoint, cache_dir: str | Path | None) -> tuple[BestPolicy, Path] | None:
+    """What ``duoserve evaluate`` chose for this model, and the folder it is in; a broken choice is only warned of."""
     try:
         return find_choice(checkpoint, cache_dir)
     except TraceError as error:
@@ -165,15 +166,18 @@ def _best(checkpoint: Checkpoint, cache_dir: str | Path | None) -> tuple[BestPol
 
 
 def _automatic(plan: MemoryPlan, best: BestPolicy | None, *, guesses: bool) -> Policy:
-    """``guesses``: whether they are made where they were found not to pay."""
+    """What "auto" comes to: "resident" where every expert has a slot, else the policy of ``best``, else "duoserve".
+
+    With ``guesses`` the policy keeps its guesses even if ``best`` found that they do not pay.
+    """
     if plan.num_slots == plan.total_experts:
         return get_policy("resident")
     policy = get_policy("duoserve" if best is None else best.policy)
     return policy if guesses or best is None or best.use_predictor else policy.without_guesses()
 
 
-def _warn_of_silence(predictor: Predictor | None, policy: Policy, *, automatic: bool) -> None:
-    """Where a predictor was asked for, and there is none, or a policy that nobody named does not hear it."""
+def _warn_if_unused(predictor: Predictor | None, policy: Policy, *, automatic: bool) -> None:
+    """Warns that the predictor the caller asked for was not found, or that an ``automatic`` policy ignores it."""
     if predictor is None:
         warnings.warn('predictor="auto" found none beside the model: duoserve evaluate writes one', stacklevel=4)
     elif automatic and policy.guesses is GuessMode.NONE:

@@ -22,7 +22,7 @@ from duoserve.request import Request
 
 
 class StepScheduler(Protocol):
-    """What passes need of the scheduler: to be told where each begins, pauses and ends."""
+    """What passes need of the scheduler: they tell it when each pass begins, pauses, resumes and ends."""
 
     def begin(self, phase: Phase, num_tokens: int) -> None: ...
 
@@ -38,24 +38,28 @@ class StepScheduler(Protocol):
 
 
 class DecodeStep(Protocol):
-    """Another way to compute a decode step: with the bits of the model, unless it is compiled."""
+    """Computes a decode step in the model's place. The logits have the model's bits, unless the step is compiled."""
 
     def __call__(self, layout: Layout) -> Tensor:
-        """Float32 logits [B, V], on the host, of the new token of each of B sequences."""
+        """Takes B sequences with one new token each; gives float32 logits [B, V] on the host, one row a sequence."""
         ...
 
 
 class Decoder(DecodeStep, Protocol):
-    """Another way to compute all decode steps."""
+    """Computes decode steps of every size in the model's place."""
 
     def prepare(self, num_sequences: int) -> None:
-        """Does beforehand what would hold up the first steps of up to so many sequences."""
+        """Records or compiles now what the first steps of up to ``num_sequences`` sequences would wait for."""
         ...
 
 
 @dataclass(eq=False)
 class Prefill:
-    """The prompts of ``requests`` in one pass. ``late`` is where the routing is kept if others may come between."""
+    """The prompts of ``requests`` in one pass.
+
+    ``late`` keeps the routing until the pass has ended, if decode steps may interrupt it and somebody listens. While it
+    is ``paused``, decode steps have the scheduler.
+    """
 
     requests: list[Request]
     layout: Layout
@@ -70,9 +74,10 @@ class Prefill:
 
 
 class Passes:
-    """Runs passes of ``model``, whose ``tap`` (if its routers are listened to) hears of each as a whole.
+    """Runs the passes of ``model``. One prefill may be under way at a time, with decode steps between its layers.
 
-    One prefill may be under way at a time. ``decoder``, if there is one, computes the decode steps.
+    ``tap`` is given if somebody listens to the routers; it hears each pass without others in between. ``decoder``, if
+    given, computes the decode steps.
     """
 
     def __init__(  # noqa: PLR0913
@@ -101,7 +106,7 @@ class Passes:
 
     @torch.inference_mode()
     def prepare(self, num_sequences: int) -> None:
-        """Does beforehand what would hold up the first decode steps of up to so many requests."""
+        """Makes decode steps of up to ``num_sequences`` requests ready, so that the first of them need not wait."""
         if self._decoder is not None:
             self._decoder.prepare(num_sequences)
 
@@ -114,7 +119,11 @@ class Passes:
 
     @torch.inference_mode()
     def decode(self, requests: Sequence[Request]) -> Tensor:
-        """Float32 logits [B, V] behind the next token of each request, which is its last if it has caught up."""
+        """Takes one token of each of B requests through the model; float32 logits [B, V] of the tokens behind them.
+
+        It is a request's last token or, while one that was sent back catches up, an earlier one. A prefill that is
+        under way is paused.
+        """
         fresh = [(request.kv, request.next_ids) for request in requests]
         if self._prefill is not None and not self._prefill.paused:
             self._scheduler.set_aside()
@@ -139,7 +148,7 @@ class Passes:
 
     @torch.inference_mode()
     def advance(self, prefill: Prefill, num_layers: int) -> Tensor | None:
-        """The next layers of a prefill; behind the last, float32 logits [B, V] of each prompt's last token."""
+        """Computes the next layers of a prefill; behind the last, float32 logits [B, V] of each prompt's last token."""
         if prefill.late is not None and self._tap is not None:
             self._tap.follow(prefill.late)
         logits_BV = None
@@ -159,7 +168,7 @@ class Passes:
         return logits_BV
 
     def abandon(self, prefill: Prefill) -> None:
-        """Ends a prefill before its last layer; nothing is left of it. Does nothing to one that has ended."""
+        """Drops a prefill that has not come to its last layer. Does nothing to one that has ended."""
         if self._prefill is not prefill:
             return
         if prefill.paused:

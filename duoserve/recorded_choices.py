@@ -1,4 +1,4 @@
-"""What the routers of a recorded step chose, on the host: for the scheduler, and for whoever listens.
+"""What the routers chose in a recorded step, brought to the host for the scheduler and for listeners.
 
 N layers that have experts, B sequences, K top-k, E experts, M look-ahead scores over all layers.
 """
@@ -15,7 +15,7 @@ from duoserve.models.moe import MoEBlock, Routed
 
 
 class RecordedChoices:
-    """The choices of ``blocks``, which come in the order of their layers. Before a replay they are of nobody."""
+    """The choices of ``blocks`` (in the order of their layers) in the last replay; before the first, meaningless."""
 
     def __init__(self, recorder: Recorder, blocks: Sequence[MoEBlock], num_sequences: int) -> None:
         self._recorder = recorder
@@ -29,7 +29,7 @@ class RecordedChoices:
         self._scores_MBE = recorder.host(scores_shape, torch.float32) if num_scores else torch.empty(scores_shape)
 
     def bring(self, chosen: Sequence[Routed]) -> None:
-        """Enqueues the copies of what each block chose, as part of what is recorded; what listeners want too."""
+        """While the step is recorded, adds the copies of the choices to the host, and of what listeners want."""
         self._recorder.copy(self.ids_NBK, _stacked([routed.topk_ids_TK for routed in chosen]))
         if not self._heard:
             return
@@ -39,9 +39,9 @@ class RecordedChoices:
             self._recorder.copy(self._scores_MBE, _stacked(scores))
 
     def report(self, num_sequences: int | None = None) -> bool:
-        """The taps of the blocks hear the choices, now that they are here; False if nobody listens.
+        """After a replay, tells the taps of the blocks what was chosen; gives False if nobody listens.
 
-        Those of the first ``num_sequences``, where the others are padding.
+        They hear of the first ``num_sequences`` sequences (None: of all); any others are padding.
         """
         if not self._heard:
             return False
@@ -64,5 +64,5 @@ def _look_ahead(block: MoEBlock, routed: Routed) -> list[Tensor]:
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Without a kernel where there is only one."""
+    """The tensors stacked along a new first axis; for a single one no kernel is launched."""
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))

@@ -1,4 +1,4 @@
-"""Decode steps that are recorded shape by shape."""
+"""A decoder that records decode steps, one recording for each shape, and replays them."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ MakeStep = Callable[[int, int], DecodeStep | None]  # of (sequences, width), Non
 
 
 class Shapes(Protocol):
-    """The shapes that steps are recorded in."""
+    """Which shapes are recorded: a step may have a shape of its own, or be padded to a larger one."""
 
     def of(self, layout: Layout) -> Shape:
-        """That of a step."""
+        """The shape that the step of ``layout`` is recorded in."""
         ...
 
     def up_to(self, num_sequences: int) -> Iterable[Shape]:
-        """Those of all steps of up to so many sequences, where they are few enough to record them beforehand."""
+        """The shapes of all steps of up to ``num_sequences`` sequences; none if they are too many to record ahead."""
         ...
 
 
 class ExactShapes(Shapes):
-    """A step's own shape.
+    """Every step is recorded in its own shape, without padding, so that its bits are those of the model itself.
 
-    Padded to the next power of two, steps would do with fewer recordings, but tiles, and the algorithms of a library's
-    matrix product, are chosen by the number of rows: the bits would not be those of the model itself.
+    Steps padded to the next power of two would need fewer recordings. But kernels choose their tiles, and libraries the
+    algorithm of a matrix product, by the number of rows: other numbers of rows have other bits.
     """
 
     def of(self, layout: Layout) -> Shape:
@@ -47,7 +47,7 @@ class ExactShapes(Shapes):
         return len(layout.spans), len(layout.page_table[0])
 
     def up_to(self, num_sequences: int) -> Iterable[Shape]:
-        """None: nobody knows the widths that will come."""
+        """None: the widths of the page tables to come are not known."""
         return ()
 
 
@@ -55,9 +55,10 @@ EXACT = ExactShapes()
 
 
 class RecordedDecoder(Decoder):
-    """Computes decode steps by the recordings of ``make_step``; unrecorded shapes go through the model itself.
+    """Computes decode steps with the recordings that ``make_step`` makes; ``model`` computes those of other shapes.
 
-    ``shapes`` says which shape a step is recorded in; ``num_recordings`` counts what was tried, recordable or not.
+    A shape is recorded when it has occurred more than ``record_after`` times; at most ``max_shapes`` recordings are
+    kept. ``num_recordings`` counts the calls of ``make_step``.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917
@@ -80,7 +81,7 @@ class RecordedDecoder(Decoder):
         self._steps: dict[Shape, DecodeStep | None] = {}  # the latest that occurred comes last
 
     def __call__(self, layout: Layout) -> Tensor:
-        """As in Decoder; the logits are those of this step until the next one."""
+        """As in Decoder; the next call may overwrite the logits."""
         step = self._step(self._shapes.of(layout))
         return self._model(self._cache.batch(layout)).cpu() if step is None else step(layout)
 
@@ -96,7 +97,10 @@ class RecordedDecoder(Decoder):
         return self._steps.get(shape)
 
     def _record(self, shape: Shape) -> None:
-        """Unless it is there. The shape that has not occurred for longest makes way, and has to occur as often anew."""
+        """Records the shape, unless it has been tried before.
+
+        If there are too many, the recording that was not used for longest is dropped; its shape is counted anew.
+        """
         if shape in self._steps:
             self._steps[shape] = self._steps.pop(shape)
             return

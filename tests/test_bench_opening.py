@@ -69,8 +69,14 @@ def test_the_table_of_formats_is_made_from_its_result():
 def test_the_opening_shows_what_was_measured_and_no_more():
     summary = {name: figures for name, figures in RESULT["summary"].items() if not name.startswith("accelerate")}
     text = opening.opening(RESULT | {"summary": summary}, "p.svg", "d.md")
-    ours = [row for row in opening.ROWS if row.name in summary and row.name.startswith("duoserve")]
+    ours = [row for row in opening.ROWS if row.name in summary and row.name.startswith("duoserve") and row.in_table]
     assert "accelerate" not in text and text.count("| duoserve") == len(ours) >= 2
+
+
+def test_what_the_opening_leaves_out_is_in_the_table_of_all_engines():
+    left_out = [row for row, _ in opening.measured(RESULT) if not row.in_table]
+    table = report.headline(RESULT)
+    assert left_out and all(f"| {row.name} " in table for row in left_out)
 
 
 def test_bars_are_as_long_as_speeds():

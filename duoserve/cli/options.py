@@ -9,11 +9,14 @@ from typing import Any, TypeAlias
 from duoserve.config import DECODE_MODES, QUANTIZE
 from duoserve.errors import ConfigError
 from duoserve.experts.pack_format import DTYPES
+from duoserve.planning.formats import FORMATS
+from duoserve.planning.model_cards import MODEL_CARDS
 from duoserve.scheduling.policies import POLICIES
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # generic for type checkers only
 
 MODEL_HELP = 'a folder, a hub id (owner/name or owner/name@revision), or an embedded model, "bard" or "bard-fine"'
+DESCRIBED_HELP = f"{MODEL_HELP}, or one of {', '.join(MODEL_CARDS)}; no weights are needed"
 LOADING = (
     "device",
     "dtype",
@@ -88,6 +91,11 @@ def add_quantize(parser: argparse._ActionsContainer) -> None:
     """``--quantize``: None leaves experts as they are."""
     what = "make experts that are in floats smaller: bf12 without loss, the others less exact"
     parser.add_argument("--quantize", choices=QUANTIZE, help=what)
+
+
+def add_format(parser: argparse._ActionsContainer) -> None:
+    """``--format``: None is the checkpoint's."""
+    parser.add_argument("--format", choices=FORMATS, help="of the experts (default: the checkpoint's)")
 
 
 def count(text: str) -> int:

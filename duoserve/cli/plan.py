@@ -10,13 +10,13 @@ from dataclasses import replace
 from math import inf
 from pathlib import Path
 
-from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser, refuse_in_vain, slots
+from duoserve.cli.options import DESCRIBED_HELP, Subparsers, add_format, add_parser, refuse_in_vain, slots
 from duoserve.cli.plan_plot import draw_plans
 from duoserve.cli.plan_report import figures, lines
 from duoserve.errors import ConfigError, MemoryBudgetError
 from duoserve.experts.budget import parse_bytes
-from duoserve.planning.formats import FORMATS, layout_in
-from duoserve.planning.model_cards import MODEL_CARDS, find_model
+from duoserve.planning.formats import layout_in
+from duoserve.planning.model_cards import find_model
 from duoserve.planning.planner import Plan, Planner
 from duoserve.planning.policy_speed import Question
 from duoserve.planning.routing_curves import known_routings
@@ -34,7 +34,7 @@ EXAMPLES = """\
 def add_command(commands: Subparsers) -> None:
     """Registers the command."""
     parser = add_parser(commands, "plan", "say whether a model will fit, and how fast it will be", EXAMPLES)
-    parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, or one of {', '.join(MODEL_CARDS)}")
+    parser.add_argument("model", metavar="MODEL", help=DESCRIBED_HELP)
     parser.add_argument(
         "--hardware",
         default=THIS,
@@ -48,7 +48,7 @@ def add_command(commands: Subparsers) -> None:
     limit.add_argument("--memory", metavar="SIZE", help="everything on the device (default: 80 %% of what is free)")
     limit.add_argument("--expert-slots", type=slots, metavar="N", help="experts in fast memory: a count, or as 25%%")
     parser.add_argument("--host-memory", metavar="SIZE", help="RAM for experts that have no slot")
-    parser.add_argument("--format", choices=FORMATS, help="of the experts (default: the checkpoint's)")
+    add_format(parser)
     parser.add_argument("--prompt", type=_count, default=512, metavar="N", help="tokens, as 512 or 2k (default: 512)")
     parser.add_argument("--new-tokens", type=_count, default=256, metavar="N", help="behind a prompt (default: 256)")
     parser.add_argument("--batch", type=_count, default=1, metavar="N", help="sequences at a time (default: 1)")

@@ -14,14 +14,14 @@ from typing import Any
 from tqdm import tqdm
 
 from duoserve.cli.machines import add_hardware, replayed_on
-from duoserve.cli.options import Subparsers, add_parser, count, natural, refuse_in_vain
+from duoserve.cli.options import DESCRIBED_HELP, Subparsers, add_format, add_parser, count, natural, refuse_in_vain
 from duoserve.cli.plots import draw, one_step
 from duoserve.errors import ConfigError
-from duoserve.models.opened import opened
+from duoserve.planning.model_cards import find_model
 from duoserve.planning.sizes import layer_sizes
 from duoserve.predictors.files import load_predictor
 from duoserve.scheduling.bake_off import bake_off, contestant, contestants, figures, slot_count, table
-from duoserve.scheduling.hardware import SIZES, LayerSizes, Machine, find_sizes
+from duoserve.scheduling.hardware import Machine
 from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.synthetic import CARDS, synthesize
@@ -45,9 +45,8 @@ def add_command(commands: Subparsers) -> None:
         "trace", metavar="TRACE", help=f"what duoserve trace wrote, or synthetic:NAME for one of {', '.join(CARDS)}"
     )
     add_hardware(parser)
-    parser.add_argument(
-        "--model", metavar="MODEL", help=f"whose sizes count: a folder, a hub id, or one of {', '.join(SIZES)}"
-    )
+    parser.add_argument("--model", metavar="MODEL", help=f"whose sizes count: {DESCRIBED_HELP}")
+    add_format(parser)
     parser.add_argument(
         "--slots",
         default="12.5%,25%,50%",
@@ -80,7 +79,9 @@ def add_command(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Replays, with a progress bar where stderr is a terminal, and prints a row for each slot count and policy."""
     trace = _trace(args)
-    machine = Machine(replayed_on(args.hardware), _sizes(args.model, trace))
+    model = args.model or _made_after(trace)
+    sizes = replace(layer_sizes(find_model(model), args.format), name=model)
+    machine = Machine(replayed_on(args.hardware), sizes)
     slots = [slot_count(wanted.strip(), trace) for wanted in args.slots.split(",")]
     names = contestants(args.policies)
     predictors = _predictors(args.predictor, trace.meta.fingerprint, names)
@@ -125,16 +126,11 @@ def _predictors(paths: Sequence[Path], fingerprint: str, names: Sequence[str]) -
     return found
 
 
-def _sizes(model: str | None, trace: Trace) -> LayerSizes:
-    """Of a card or a checkpoint; by default those of the model that a synthetic trace is made after."""
-    if model is None:
-        if not trace.meta.fingerprint.startswith(MADE_UP):
-            raise ConfigError("the trace does not say how large the model's experts are: give --model")
-        return find_sizes(trace.meta.fingerprint.removeprefix(MADE_UP))
-    if model in SIZES:
-        return find_sizes(model)
-    with opened(model) as found:
-        return replace(layer_sizes(found), name=model)
+def _made_after(trace: Trace) -> str:
+    """The model that a synthetic trace is made after; ConfigError for a recorded one."""
+    if not trace.meta.fingerprint.startswith(MADE_UP):
+        raise ConfigError("the trace does not say how large the model's experts are: give --model")
+    return trace.meta.fingerprint.removeprefix(MADE_UP)
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

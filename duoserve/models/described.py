@@ -1,4 +1,4 @@
-"""What can be said of a model whose weights are here in part or not at all: from its config and its index."""
+"""What is known of a model from its config and its index, while its weights are here in part or not at all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HEADERS, INDEX, CONFIG = "the weights' headers", INDEX_FILE, CONFIG_FILE
 
 @dataclass(frozen=True)
 class DescribedModel:
-    """``nbytes`` has the size of every tensor that the model needs; ``source`` says where that was read."""
+    """A model by its config. ``nbytes`` has the bytes of every tensor that it needs; ``source`` says where from."""
 
     folder: Path
     family: Family
@@ -33,9 +33,9 @@ class DescribedModel:
 
 
 def described(model: str | Path) -> DescribedModel:
-    """The model by folder, hub id or embedded name; of a hub id only small files are fetched.
+    """The model of a folder, a hub id or an embedded name; of a hub id only small files are downloaded.
 
-    ConfigError or CheckpointError for what cannot be run, as far as it can be seen.
+    ConfigError or CheckpointError if it cannot be run, as far as these files show.
     """
     folder = resolve_model(model, weights=False)
     listed = _listed(folder)
@@ -45,7 +45,7 @@ def described(model: str | Path) -> DescribedModel:
 
 
 def _listed(folder: Path) -> Mapping[str, str] | None:
-    """Tensor name -> file; of a single file, that it is there; None where no file says anything."""
+    """Which file each tensor is in, by name. A single file of weights is named alone; None if there is no such file."""
     if not any(is_there(folder / name) for name in (SINGLE_FILE, INDEX_FILE)):
         return None
     listed = weight_map(folder)
@@ -60,7 +60,7 @@ def _from_headers(folder: Path) -> DescribedModel:
 
 
 def _from_index(folder: Path, listed: Mapping[str, str] | None) -> DescribedModel:
-    """Sizes are what shapes and dtype make them."""
+    """Without the weights: bytes follow from shapes and dtypes."""
     raw = read_object(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
     family = family_of(raw)
     config = family.parse_config(raw)

@@ -1,4 +1,4 @@
-"""A model whose routers are listened to."""
+"""A variant of a model whose routers report what they choose."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from duoserve.scheduling.routing import RoutingListener
 
 
 def listened_to(model: Transformer, listener: RoutingListener) -> tuple[Transformer, RoutingTap]:
-    """The same model (all tensors shared) with a tap at every MoE layer; the engine tells the tap of every pass."""
+    """A variant of ``model`` (all tensors shared) with a tap at every MoE layer, and that tap.
+
+    Whoever runs passes must tell the tap of each before it begins.
+    """
     sites = [
         RouterSite(layer.ffn.layer, layer.ffn.router.logits, layer.ffn_norm.weight_H)
         for layer in model.layers

@@ -1,4 +1,4 @@
-"""The MoE block: router -> acquire -> kernels.
+"""The MoE block of a layer: its router chooses experts, they are acquired in slots, and kernels compute them.
 
 T tokens, K top-k, E experts, H hidden, I expert intermediate, N = T * K routed rows.
 """
@@ -25,7 +25,10 @@ from duoserve.scheduling.source import ExpertSource, Lease
 
 
 class Routed(NamedTuple):
-    """What the router chose for ``x_TH``, and where the experts' results go."""
+    """What the router chose for the tokens ``x_TH``, and the memory that the experts' results go to.
+
+    ``act_NI`` takes activations and ``y_NH`` outputs, one row for each token and expert that it chose.
+    """
 
     x_TH: Tensor
     topk_weights_TK: Tensor
@@ -48,14 +51,14 @@ class GatedFeedForward:
 
 @dataclass(frozen=True)
 class ClampedExperts:
-    """What gpt-oss's experts have beside their matrices: an activation of their own, and ``down_bias_EH``."""
+    """What gpt-oss's experts have besides matrices: ``up``, a clamped activation with its bias, and another bias."""
 
     up: ClampedUp
     down_bias_EH: Tensor
 
 
 class RoutingScript(Protocol):
-    """Chooses in the routers' place, so that weights which route like nothing real can be run on recorded routing."""
+    """Chooses experts in the routers' place, so that made-up weights can be run on routing that was recorded."""
 
     def chosen(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Weights (float32) and ids (int64) [T, K] for the rows of the pass that runs."""
@@ -66,10 +69,10 @@ class RoutingScript(Protocol):
 class MoEBlock:
     """Routes each token to its top-k experts and computes them as they become ready, residents first.
 
-    Each expert's rows are one product of their own and the combine has a fixed order, so the output has the same bits
-    whatever slots the experts are in and in whatever order they arrive. The shared expert is computed while those that
-    are missing are on their way. ``tap`` hears meanwhile what was chosen. Where there is a ``script`` the router
-    computes all the same, and the script's choice is taken.
+    Each expert's rows are one product of their own, and the combine has a fixed order. So the output has the same bits
+    whatever slots the experts are in, and in whatever order they arrive. While missing experts are on their way,
+    ``tap`` hears what was chosen and the shared expert is computed. With a ``script`` the router computes all the same,
+    but the script's choice is taken.
     """
 
     layer: int
@@ -94,9 +97,9 @@ class MoEBlock:
         return self.combine(routed, shared_TH)
 
     def route(self, x_TH: Tensor, slots_E: Tensor | None = None) -> Routed:
-        """The router's choice, and room for the experts' results; nothing waits for the device.
+        """Lets the router choose, and allocates the experts' results; the host does not wait for the device.
 
-        ``slots_E`` (int32) says where the experts are, where that is known before the lease.
+        ``slots_E`` (int32) has the slot of each expert if that is known already, and not only from the lease.
         """
         topk_weights_TK, topk_ids_TK = self.router.choose(self.router.logits(x_TH), x_TH.dtype)
         if self.script is not None:
@@ -107,28 +110,31 @@ class MoEBlock:
         return Routed(x_TH, topk_weights_TK, topk_ids_TK, plan, act_NI, y_NH)
 
     def acquire(self, rows: Mapping[int, int]) -> Lease:
-        """Leases the chosen experts, of which each has so many ``rows``: see ExpertSource."""
+        """Leases the chosen experts; ``rows`` has for each how many tokens chose it. See ExpertSource."""
         experts = kernels.by_demand(rows)
         return self.source.acquire(self.layer, experts, [rows[expert] for expert in experts])
 
     def compute(self, routed: Routed, work: Work) -> None:
-        """Some of the chosen experts, from the slots that they are in."""
+        """Computes those of the chosen experts that ``work`` names, from the slots that it says they are in."""
         x_TH, _, _, plan, act_NI, y_NH = routed
         kernels.moe_experts(x_TH, self.weights, plan, work, act_NI, y_NH, self._clamped_up)
 
     def compute_missing(self, routed: Routed, source: HostRows, slots_E: Tensor) -> None:
-        """The chosen experts that were in no slot, read through from the host into the first of ``slots_E`` (int32)."""
+        """Computes the chosen experts that are in no slot, as their rows are copied from ``source`` into slots.
+
+        These are the first of ``slots_E`` (int32), in ascending order of the experts.
+        """
         missing = routed.plan.missing
         work = DeviceWork(missing.experts_W, slots_E, missing.count_1)
         kernels.moe_up_fill(routed.x_TH, self.weights, source, routed.plan, work, routed.act_NI, self._clamped_up)
         kernels.moe_down_fill(routed.act_NI, self.weights, source, routed.plan, work, routed.y_NH)
 
     def share(self, routed: Routed) -> Tensor | None:
-        """The shared expert's output, where there is one: it needs nothing of the chosen."""
+        """The shared expert's output, None if there is none; the chosen experts need not be there for it."""
         return None if self.shared is None else self.shared(routed.x_TH)
 
     def combine(self, routed: Routed, shared_TH: Tensor | None) -> Tensor:
-        """The block's output, once all chosen experts have been computed."""
+        """The block's output [T, H], from the results of all chosen experts and of the shared one."""
         y_NH, topk_ids_TK = routed.y_NH, routed.topk_ids_TK
         if self.clamped is not None:
             y_NH += self.clamped.down_bias_EH[topk_ids_TK.flatten()]
@@ -145,12 +151,12 @@ class MoEBlock:
 
     @property
     def top_k(self) -> int:
-        """Experts that it chooses for a token."""
+        """Experts that the router chooses for a token."""
         return self.router.config.top_k
 
     @cached_property
     def _unknown_slots_E(self) -> Tensor:
-        """The lease says where the experts are, batch by batch; the plan is made before."""
+        """A table without slots, for plans that are made before the lease says where the experts are."""
         weight_EH = self.router.gate.weight_NK
         return torch.full((len(weight_EH),), -1, dtype=torch.int32, device=weight_EH.device)
 

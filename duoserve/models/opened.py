@@ -1,4 +1,4 @@
-"""A checkpoint, checked against its family; of its weights no more is read than biases that must be zeros."""
+"""Opens a checkpoint and checks it against its family. Of the weights, only biases that must be zeros are read."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LAYER = re.compile(r"model\.layers\.(\d{1,6})\.", re.ASCII)
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A checkpoint, what its config.json means, and who knows its tensors."""
+    """A checkpoint that can be run: its files, its family, and what its config.json means."""
 
     checkpoint: Checkpoint
     family: Family
@@ -59,36 +59,39 @@ class OpenedModel:
 
     @property
     def pack_layers(self) -> int:
-        """Layers of a pack: up to the last that has experts."""
+        """How many layers a pack has: all up to the last with experts."""
         return self.config.moe_layers[-1] + 1
 
     def layout(self, dtype: torch.dtype, quantize: str | None = None) -> ExpertLayout:
-        """The row of one expert: in ``dtype``, or quantized by the checkpoint, or now: one of QUANTIZE."""
+        """The row of bytes of one expert: made ``quantize`` (one of QUANTIZE), or as the checkpoint quantizes it.
+
+        In ``dtype`` if neither does.
+        """
         if quantize is not None:
             stored = quantized_by_us(self.config, quantize)
             return ExpertLayout(stored, self.config.hidden_size, self.config.expert_intermediate_size)
         return expert_layout(self.config, dtype, scale_dtype_of(self.family, self.config, self.checkpoint.tensors))
 
     def dense_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes in ``dtype`` of everything that is not a routed expert."""
+        """The bytes that everything but the routed experts takes in ``dtype``."""
         return self.family.dense_bytes(self.config, dtype)
 
     def expert_store(self, dtype: torch.dtype) -> CheckpointStore:
-        """The routed experts, packed when they are read."""
+        """A store of the routed experts that reads them from the checkpoint and packs each as it is read."""
         pieces = partial(self.family.expert_pieces, self.config)
         return CheckpointStore(self.checkpoint, self.layout(dtype), pieces, weight_format(self.config))
 
     def quantizing_store(self, kind: str) -> QuantizingStore:
-        """The same, which the checkpoint has in floats, made ``kind``, one of QUANTIZE, when they are read.
+        """A store that quantizes each expert to ``kind`` (one of QUANTIZE) as it is read; the checkpoint has floats.
 
-        By compiled loops where there is a C++ compiler, and so many experts that they are worth its seconds.
+        Compiled loops do it if there is a C++ compiler, and enough experts to be worth its seconds.
         """
         source = self.expert_store(self.config.dtype)
         compiles = can_compile() and len(self.experts) * source.layout.slot_bytes >= WORTH_COMPILING
         return QuantizingStore(source, quantized_by_us(self.config, kind), Way.compiled() if compiles else OP_BY_OP)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor that no routed expert lies in, decoded if it is quantized, in ``dtype``."""
+        """Reads a tensor that is not a routed expert's, in ``dtype``; a quantized one is decoded."""
         if name not in self._quantized:
             return self.checkpoint.read(name, dtype)
         form, (num_rows, inner) = self._quantized[name]
@@ -96,7 +99,7 @@ class OpenedModel:
 
     @cached_property
     def _quantized(self) -> dict[str, tuple[WeightFormat, tuple[int, ...]]]:
-        """The format and the shape of every dense matrix that is quantized."""
+        """By name, the format and the shape of every quantized matrix that is not a routed expert's."""
         form, is_quantized = weight_format(self.config), by_tensors(self.checkpoint.tensors)
         needs = self.family.dense_needs(self.config).items()
         return {} if form is None else {n: (form, need.shape) for n, need in needs if is_quantized(n, form)}
@@ -104,7 +107,7 @@ class OpenedModel:
 
 @contextmanager
 def opened(model: str | Path) -> Iterator[OpenedModel]:
-    """The model by folder, hub id or embedded name; ConfigError or CheckpointError for what cannot be run."""
+    """Opens the model of a folder, a hub id or an embedded name; ConfigError or CheckpointError if it cannot be run."""
     with closing(Checkpoint.open(resolve_model(model))) as checkpoint:
         family = family_of(checkpoint.config)
         config = _with_end_tokens(family.parse_config(checkpoint.config), checkpoint.folder / GENERATION_CONFIG)
@@ -121,8 +124,9 @@ def opened(model: str | Path) -> Iterator[OpenedModel]:
 
 
 def is_unused(config: ModelConfig, needed: Collection[str], name: str) -> bool:
-    """Whether a tensor is none of the model's ``needed`` ones: what no model needs, layers that guess further tokens,
-    and GPTQ's spare biases.
+    """Whether a checkpoint may have the tensor ``name`` though the model does not need it.
+
+    That are tensors that no model needs, those of layers that guess further tokens, and GPTQ's spare biases.
     """
     layer = LAYER.match(name)
     is_mtp = layer and config.num_layers <= int(layer[1]) < config.num_layers + config.blocks.mtp_layers
@@ -130,14 +134,14 @@ def is_unused(config: ModelConfig, needed: Collection[str], name: str) -> bool:
 
 
 def _is_spare_bias(config: ModelConfig, needed: Collection[str], name: str) -> bool:
-    """Whether the model has the matrix but no bias: until March 2024 AutoGPTQ wrote one of zeros all the same."""
+    """Whether it is the bias of a matrix that has none in the model: until March 2024 AutoGPTQ wrote zeros there."""
     module, _, part = name.rpartition(".")
     is_gptq = config.quantization is not None and config.quantization.method == "gptq"
     return is_gptq and part == "bias" and name not in needed and f"{module}.qweight" in needed
 
 
 def _check_spare_biases(config: ModelConfig, needed: Collection[str], checkpoint: Checkpoint) -> None:
-    """Reads them, some tens of MB; CheckpointError for one that would change what is computed."""
+    """Reads GPTQ's spare biases, some tens of MB; CheckpointError if one is not all zeros, for it would be missed."""
     for name, info in checkpoint.tensors.items():
         if _is_spare_bias(config, needed, name) and checkpoint.read(name, torch.float64).any():
             raise CheckpointError(
@@ -147,7 +151,7 @@ def _check_spare_biases(config: ModelConfig, needed: Collection[str], checkpoint
 
 
 def _with_dtype(config: ModelConfig, checkpoint: Checkpoint, names: Iterable[str]) -> ModelConfig:
-    """Where config.json says no dtype, as gpt-oss's does not: that of the first of ``names`` that is in floats."""
+    """``config`` with the dtype of the first float tensor of ``names``, if config.json has none (as gpt-oss's)."""
     if Fields(checkpoint.config).says_dtype:
         return config
     dtypes = (checkpoint.info(name).dtype for name in names)
@@ -155,7 +159,7 @@ def _with_dtype(config: ModelConfig, checkpoint: Checkpoint, names: Iterable[str
 
 
 def _with_end_tokens(config: ModelConfig, path: Path) -> ModelConfig:
-    """generation_config.json, where there is one, knows the tokens that end a text better than config.json."""
+    """``config`` with the end tokens of generation_config.json, which are more complete, if it is there and has any."""
     if not is_there(path):
         return config
     raw = read_object(path, MAX_GENERATION_CONFIG_BYTES)

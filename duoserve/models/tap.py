@@ -1,4 +1,4 @@
-"""Where a listener hears a model's routers.
+"""The tap between a model's routers and whoever listens to them.
 
 T tokens, K top-k, E experts, H hidden.
 """
@@ -20,7 +20,7 @@ Logits = Callable[[Tensor], Tensor]  # of normed hidden states [T, H]: [T, E]
 
 
 class RouterSite(NamedTuple):
-    """One layer's router, and the weight of the norm that its input comes from."""
+    """The router of one layer, and the weight of the norm before it."""
 
     layer: int
     logits: Logits
@@ -28,7 +28,7 @@ class RouterSite(NamedTuple):
 
 
 class _Ahead(NamedTuple):
-    """A later layer's router; ``scale_H`` makes its kind of normed input from an earlier layer's."""
+    """A later layer's router; an earlier layer's normed input times ``scale_H`` is normed as this router wants it."""
 
     layer: int
     logits: Logits
@@ -37,7 +37,7 @@ class _Ahead(NamedTuple):
 
 @dataclass
 class LatePass:
-    """What the routers said in a pass that others may interrupt; without look-ahead scores, which would be large."""
+    """Keeps what the routers chose in a pass that other passes may interrupt; look-ahead scores would be too large."""
 
     phase: Phase
     requests_T: np.ndarray
@@ -67,11 +67,11 @@ class RoutingTap:
         self._listener.begin(phase, requests_T)
 
     def follow(self, late: LatePass) -> None:
-        """What comes is of a pass that others may interrupt: it is kept until ``deliver``."""
+        """The choices to come are of a pass that others may interrupt: they are kept in ``late`` until ``deliver``."""
         self._late = late
 
     def deliver(self, late: LatePass) -> None:
-        """The listener hears of the whole pass, now that it has ended."""
+        """The pass has ended: tells the listener of the whole of it."""
         self.begin(late.phase, late.requests_T)
         for routing in late.routings:
             self._listener.routed(routing)
@@ -101,7 +101,10 @@ class RoutingTap:
 
 
 def _look_ahead(site: RouterSite, later: RouterSite) -> _Ahead:
-    """Where this layer's norm has a weight of zero its input says nothing, and the later router hears nothing."""
+    """The router of ``later`` as asked at ``site``.
+
+    Where the norm at ``site`` has a weight of zero, its output does not show the hidden state: the scale is zero too.
+    """
     norm_H = site.norm_H.float()
     scale_H = torch.where(norm_H == 0, 0, later.norm_H.float() / norm_H)
     return _Ahead(later.layer, later.logits, scale_H.to(site.norm_H.dtype))

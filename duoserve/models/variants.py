@@ -1,4 +1,4 @@
-"""Models that compute otherwise than the one that was built, with its tensors."""
+"""Variants of a loaded model: they share its tensors and compute in another way. The model itself is unchanged."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from duoserve.models.transformer import Transformer
 
 
 def with_products(model: Transformer, products: Products) -> Transformer:
-    """The same model with all its products made so."""
+    """A variant whose matrix products on a CPU share rows as ``products`` says."""
     changed: Transformer = _changed(model, "products", products)
     return changed
 
 
 def with_ops(model: Transformer, ops: SmallOps) -> Transformer:
-    """The same model with these ops between its products."""
+    """A variant that calls ``ops`` for the small ops between its matrix products."""
     changed: Transformer = _changed(model, "ops", ops)
     return changed
 
 
 def _changed(part: Any, name: str, value: object) -> Any:
-    """``part`` itself where nothing in it has such a field. What is not frozen has a state of its own: it is shared."""
+    """A copy of ``part`` with ``value`` in every field called ``name``, at any depth; ``part`` itself if there is none.
+
+    Only tuples and frozen dataclasses are searched. Other objects have a state of their own, so both models share them.
+    """
     if type(part) is tuple:
         return tuple(_changed(each, name, value) for each in part)
     if not is_dataclass(part) or isinstance(part, type) or not part.__dataclass_params__.frozen:  # type: ignore[attr-defined]

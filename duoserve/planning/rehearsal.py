@@ -1,7 +1,7 @@
-"""Rehearsals: a few made-up layers of a model's sizes are run on this machine, and the time of each layer is taken.
+"""Rehearsals: a few layers of a model's sizes, with made-up weights, are run on this machine, and each layer is timed.
 
-What formulas of rates cannot know comes out of it: the host's time for a layer, an expert and a miss, what copies take
-from the computation, and how fast products of just these sizes are.
+They measure what formulas cannot know: what the host takes for a layer, an expert and a miss, how much copies slow down
+the computation, and how fast matrix products of just these sizes are.
 """
 
 from __future__ import annotations
@@ -40,14 +40,20 @@ TRIMMED = 0.1  # of the samples, at either end: others' work on this machine
 
 
 class StepTimes(NamedTuple):
-    """Seconds of a layer by how many of its experts are missing (or one figure for all), and of all beside them."""
+    """Seconds of a decode step: ``layer_s[n]`` of a layer that misses n experts, ``rest_s`` outside of the layers.
+
+    Under a policy that keeps no experts, ``layer_s`` has one figure for all layers.
+    """
 
     layer_s: tuple[float, ...]
     rest_s: float
 
 
 class PromptTimes(NamedTuple):
-    """Seconds of a layer by how many experts are copied for it, on average, and of all beside them."""
+    """Seconds of a prompt: of a layer for which ``copies[i]`` experts are copied, ``layer_s[i]``; ``rest_s`` outside.
+
+    There is an entry for each share of the experts in slots that was rehearsed.
+    """
 
     copies: tuple[float, ...]
     layer_s: tuple[float, ...]
@@ -55,7 +61,7 @@ class PromptTimes(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Of one policy, with the experts in one tier."""
+    """What was measured of one policy, with the experts in one tier."""
 
     decode: StepTimes
     prefill: PromptTimes
@@ -63,9 +69,9 @@ class Times(NamedTuple):
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What was measured for experts of ``slot_bytes``, prompts of ``prompt`` tokens and steps behind them.
+    """What was measured with experts of ``slot_bytes`` bytes, prompts of ``prompt`` tokens and the steps behind them.
 
-    ``times`` are by policy and by tier; "resident" knows no tier and is under the first.
+    ``times`` are by policy and then by tier. "resident" is the same in every tier, and is under the first.
     """
 
     slot_bytes: int
@@ -97,9 +103,9 @@ def _floats(raw: Iterable[float]) -> tuple[float, ...]:
 
 
 def layers_to_rehearse(model: DescribedModel, layout: ExpertLayout, free: int) -> int:
-    """How many layers can be made up in half of ``free`` bytes of RAM and MAX_BYTES of experts; 0 where that is none.
+    """How many layers to rehearse: they fit in half of ``free`` bytes of RAM, and their experts in MAX_BYTES.
 
-    Of large experts the bytes take so long that nothing else counts, and formulas will do.
+    0 if even two do not. Larger experts need no rehearsal: moving their bytes takes so long that formulas will do.
     """
     for count in range(LAYERS, 1, -1):
         config = few_layers(model.config, count)
@@ -113,7 +119,10 @@ def layers_to_rehearse(model: DescribedModel, layout: ExpertLayout, free: int) -
 def rehearse(
     model: DescribedModel, layout: ExpertLayout, prompt: int, folder: Path, ways: Sequence[tuple[str, str]] = WAYS
 ) -> Rehearsal | None:
-    """Runs each of ``ways``; None where the model is too large. ``folder`` is where packs lie: its disk counts."""
+    """Measures each of ``ways`` (policy, tier); None if the model is too large.
+
+    Experts are read from the disk that ``folder`` is on, so it should be where packs lie.
+    """
     count = layers_to_rehearse(model, layout, free_bytes(CPU))
     if not count:
         return None
@@ -138,7 +147,7 @@ def _rehearsed(stage: Stage, policy: Policy, tier: str, prompt: int) -> Times:
 
 
 class _Pass(NamedTuple):
-    """A pass: its seconds, the watch's notes, and how many copies had ended when it had."""
+    """One pass: its seconds, the watch's notes, and how many copies had ended since its request began."""
 
     seconds: float
     notes: PassNotes
@@ -146,7 +155,7 @@ class _Pass(NamedTuple):
 
 
 def _requests(run: Running, prompt: int) -> list[list[_Pass]]:
-    """Behind one that fills the slots and warms everything up."""
+    """Several requests, pass by pass, after one that fills the slots and warms everything up."""
     list(_passes(run, prompt, STEPS))
     requests, begun = [list(_passes(run, prompt, STEPS))], time.perf_counter()
     while len(requests) < PROMPTS or (len(requests) < MOST_PROMPTS and time.perf_counter() - begun < ENOUGH_S):
@@ -165,7 +174,7 @@ def _passes(run: Running, prompt: int, steps: int) -> Iterator[_Pass]:
 
 
 def _of_prompts(runs: Sequence[Sequence[_Pass]]) -> PromptTimes:
-    """Of runs with ever fewer slots: medians of what one prompt takes."""
+    """From the prompts' passes of each run (they have fewer and fewer slots) to medians of what one prompt takes."""
     copies, layers_s, rests_s = [], [], []
     for prompts in runs:
         num_layers = len(prompts[0].notes.asked_s)
@@ -177,10 +186,11 @@ def _of_prompts(runs: Sequence[Sequence[_Pass]]) -> PromptTimes:
 
 
 def _of_steps(requests: Sequence[Sequence[_Pass]], keeps: bool) -> StepTimes:
-    """By the number of missing experts where a policy ``keeps`` some; numbers that never came are interpolated.
+    """From the decode steps of each request to seconds by how many experts a layer misses (``keeps``), or for all.
 
-    How numbers differ is told by means without extremes, how long all take by the median of the requests' means, as
-    TPOT is: what is slow now and then belongs to it, what is so once does not.
+    Numbers that never occurred are interpolated. How the numbers differ comes from trimmed means over all steps. How
+    long steps take as a whole comes from the median of the requests' means, as TPOT does: what is slow now and then
+    counts, what was slow in one request does not.
     """
     by_missing: dict[int, list[float]] = {}
     for step in chain.from_iterable(requests):
@@ -203,11 +213,11 @@ def _of_steps(requests: Sequence[Sequence[_Pass]], keeps: bool) -> StepTimes:
 
 
 def _gaps_s(run: _Pass) -> list[float]:
-    """From when a layer asks for its experts to when the next one does."""
+    """Seconds from when each layer asks for its experts until the next one does."""
     return [later - asked for asked, later in pairwise(run.notes.asked_s)]
 
 
 def trimmed_mean(values: Sequence[float]) -> float:
-    """The mean without the share TRIMMED of the values at either end."""
+    """The mean without the smallest and the largest values, a share TRIMMED of all at either end."""
     cut = int(TRIMMED * len(values))
     return statistics.mean(sorted(values)[cut : len(values) - cut])

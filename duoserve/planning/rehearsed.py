@@ -1,7 +1,7 @@
-"""How long a pass takes by a rehearsal: layers as they were measured, as many as the model has.
+"""How long a pass takes by a rehearsal: the time that a layer took, times the number of layers.
 
-Pure functions. Where a question goes beyond what was rehearsed (longer prompts, batches), the measured time is scaled
-by what the formulas of speed.py make of the difference. Seconds; counts are means over the MoE layers.
+Pure functions. For what was not rehearsed (longer prompts, batches), the measured time is scaled by the ratio that the
+formulas of speed.py give. Seconds; counts are means over the MoE layers.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from duoserve.scheduling.policies import Policy
 
 @dataclass(frozen=True)
 class RehearsedCosts(Costs):
-    """Costs of a model whose layers were rehearsed; policies that were not are left to the formulas."""
+    """Costs of a model whose layers were rehearsed; formulas answer for policies that were not."""
 
     rehearsal: Rehearsal
 
     @classmethod
     def of(cls, costs: Costs, rehearsal: Rehearsal) -> Self:
-        """The same by the rehearsal."""
+        """The same model and machine, with times by ``rehearsal``."""
         return cls(costs.machine, costs.model, costs.ram_share, rehearsal)
 
     def decode(self, policy: Policy, step: Step) -> Seconds:
@@ -56,14 +56,14 @@ class RehearsedCosts(Costs):
         return self.ram_share * ram + (1 - self.ram_share) * disk
 
     def _step_s(self, times: StepTimes, hit_rate: float) -> float:
-        """The mean over how many are missing in a layer, as if each were by chance."""
+        """The mean over how many experts a layer misses, if each is missing with the chance ``1 - hit_rate``."""
         top_k, num_layers = self.model.shape.top_k, len(self.model.shape.layers)
         seen = range(len(times.layer_s))
         layer_s = sum(chance * along(seen, times.layer_s, missing) for missing, chance in chances(top_k, 1 - hit_rate))
         return num_layers * layer_s + times.rest_s
 
     def _prompt_s(self, times: PromptTimes, copies: float) -> float:
-        """By the copies of a layer; of none, where that was not seen, it takes what a resident layer takes."""
+        """By interpolation at so many ``copies`` a layer. A layer without copies takes what a resident one took."""
         seen, layer_s, resident = times.copies, times.layer_s, self.rehearsal.times.get(RESIDENT)
         if len(seen) > 1 and resident is not None:
             seen, layer_s = (0.0, *seen), (next(iter(resident.values())).prefill.layer_s[0], *layer_s)
@@ -71,9 +71,10 @@ class RehearsedCosts(Costs):
 
 
 def along(places: Sequence[float], values: Sequence[float], place: float) -> float:
-    """The value at ``place`` of straight lines through ``values`` at ``places``; the last of them goes on.
+    """The value at ``place`` of straight lines through ``values`` at ``places``.
 
-    Places come in any order, for what was measured may; of one that comes more than once the values' mean counts.
+    ``places`` may come in any order; where one comes twice, the mean of its values counts. Beyond the last place the
+    last line goes on, though it never falls; before the first place its value holds.
     """
     by_place: dict[float, list[float]] = {}
     for at, value in sorted(zip(places, values, strict=True)):

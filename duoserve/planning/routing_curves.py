@@ -1,8 +1,9 @@
-"""How models route, as far as speed depends on it: hit rates over the share of experts in slots, distinct experts.
+"""Two things that speed depends on in a model's routing: hit rates of caches, and how many distinct experts are used.
 
-The curves are those of the cards in scheduling/synthetic.py, and of what the embedded models write themselves;
-bench/routing_curves.py makes the file. A model without a card goes by the card that is nearest in experts and top-k,
-scaled to its own. Weights that nobody trained route as by chance: UNIFORM.
+Both are curves, over the share of the experts that is in slots and over the number of tokens. bench/routing_curves.py
+makes them from the cards of scheduling/synthetic.py, and from what the embedded models write. A model without curves of
+its own gets those of the model that is nearest in experts and top-k, scaled to its numbers. UNIFORM stands for weights
+that nobody trained, which route by chance.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ UNIFORM = "uniform"
 
 @dataclass(frozen=True)
 class RoutingCurves:
-    """The curves of the card ``name``, for a model of ``num_experts`` and ``top_k``; ``raw`` is the card's record."""
+    """The curves of the card ``name``, to be read for a model of ``num_experts`` and ``top_k``.
+
+    ``raw`` is the card's record in assets/routing.json.
+    """
 
     name: str
     raw: Mapping[str, Any]
@@ -34,22 +38,28 @@ class RoutingCurves:
     top_k: int
 
     def hit_rate(self, ranking: str, share: float, batch: int = 1) -> float:
-        """Of the experts that a decode step of ``batch`` sequences asks for, with that share of a layer's in slots."""
+        """How many of the experts that a decode step asks for are in slots, 0 to 1, under an eviction by ``ranking``.
+
+        ``share`` (0 to 1) of a layer's experts are in slots; the step has ``batch`` sequences.
+        """
         by_batch = {int(rows): rates for rows, rates in self.raw["hits"][ranking].items()}
         shares = [0.0, *self.raw["shares"], 1.0]
         at_share = [float(np.interp(share, shares, [0.0, *rates, 1.0])) for rates in by_batch.values()]
         return float(np.interp(log(batch), [log(rows) for rows in by_batch], at_share))
 
     def in_batch(self, batch: int) -> float:
-        """Distinct experts that one token of each of ``batch`` sequences takes in a layer, on average."""
+        """How many distinct experts of a layer one token of each of ``batch`` sequences uses, on average."""
         return self._distinct(self.raw["batch"], batch)
 
     def in_prompt(self, tokens: int) -> float:
-        """Distinct experts that a prompt of so many tokens takes in a layer, on average."""
+        """How many distinct experts of a layer a prompt of so many tokens uses, on average."""
         return self._distinct(self.raw["window"], tokens)
 
     def _distinct(self, curve: Mapping[str, float], tokens: int) -> float:
-        """By the share of the experts: a token takes another share of them than the card's, so tokens are scaled."""
+        """How many distinct experts ``tokens`` tokens use, by the card's ``curve`` of tokens to distinct experts.
+
+        A token of the model uses another share of the experts than one of the card, so that tokens are scaled by that.
+        """
         raw = self.raw
         scaled = tokens * (self.top_k / self.num_experts) / (raw["top_k"] / raw["num_experts"])
         widths, shares = [int(width) for width in curve], [count / raw["num_experts"] for count in curve.values()]
@@ -63,10 +73,10 @@ class RoutingCurves:
 
 
 class ByChance(RoutingCurves):
-    """Every token takes any experts as likely as others, whatever the last one took."""
+    """Curves by formula: every token chooses every expert with the same chance, whatever was chosen before."""
 
     def hit_rate(self, ranking: str, share: float, batch: int = 1) -> float:
-        """No ranking is better than another."""
+        """The share that is in slots: no ranking is better than another."""
         return share
 
     def _distinct(self, curve: Mapping[str, float], tokens: int) -> float:
@@ -74,7 +84,10 @@ class ByChance(RoutingCurves):
 
 
 def curves_for(num_experts: int, top_k: int, model: str = "") -> RoutingCurves:
-    """Those of chance for UNIFORM, else the card named ``model``, else the one nearest in experts and top-k."""
+    """Curves by chance if ``model`` is UNIFORM, else of the card of that name, else of the most similar card.
+
+    The most similar one is nearest in ``num_experts`` and ``top_k``.
+    """
     cards = _cards()
     if model == UNIFORM:
         sizes = {"num_experts": num_experts, "top_k": top_k, "batch": {}, "window": {}}
@@ -90,10 +103,11 @@ def known_routings() -> list[str]:
 
 
 def _unmet(widths: Sequence[int], unmet: Sequence[float], tokens: float) -> float:
-    """The share of the experts that none of so many tokens takes, beyond the two widths at which it is known.
+    """The share of the experts that none of ``tokens`` tokens uses, for more tokens than any of the ``widths``.
 
-    By chance its logarithm would grow with the tokens. It grows with a power of them, for the experts that are left are
-    those that are seldom taken: the power by which it grew between the two.
+    ``unmet`` has that share at the two largest widths. Were experts chosen by chance, its logarithm would grow in
+    proportion to the tokens. The experts that are left are those that are seldom chosen, so it grows with a power of
+    the tokens instead: the power by which it grew between the two widths.
     """
     fewer, more = unmet
     if more <= 0 or fewer <= more:

@@ -11,8 +11,10 @@ import torch
 from duoserve.config import ModelConfig
 from duoserve.experts.layout import ExpertLayout
 from duoserve.kv_cache import kv_bytes_per_token
+from duoserve.models.described import DescribedModel
 from duoserve.models.family import Family
 from duoserve.models.opened import OpenedModel
+from duoserve.planning.formats import layout_in
 from duoserve.scheduling.hardware import LayerSizes
 from duoserve.scheduling.plan import ModelShape
 
@@ -58,7 +60,7 @@ def sizes_of(family: Family, config: ModelConfig, layout: ExpertLayout, dtype: t
     )
 
 
-def layer_sizes(model: OpenedModel) -> LayerSizes:
-    """One MoE layer of a checkpoint, in its own format."""
-    dtype = model.config.dtype
-    return sizes_of(model.family, model.config, model.layout(dtype), dtype).layer
+def layer_sizes(model: DescribedModel | OpenedModel, form: str | None = None) -> LayerSizes:
+    """One MoE layer with its experts in ``form``, one of FORMATS, or None for the checkpoint's; as in ``layout_in``."""
+    config = model.config
+    return sizes_of(model.family, config, layout_in(config, form, config.dtype), config.dtype).layer

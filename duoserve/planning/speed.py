@@ -1,7 +1,7 @@
-"""How long a prompt and a decode step take, by formula: the replay's clock without the replay.
+"""How long a prompt and a decode step take, by formulas for what a replay would find.
 
-Pure functions of rates and counts. A layer's copies and computation overlap as the policy lets them; what is busy
-longest is the bound. Seconds; counts are means over the MoE layers.
+Pure functions of rates and counts. Copies and computation of a layer overlap as far as the policy allows. The bound is
+the part of the machine that is busy longest. Seconds; counts are means over the MoE layers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ COPY_THREADS = EngineConfig().copy_threads
 
 @dataclass(frozen=True)
 class Prompt:
-    """``sequences`` prompts of together ``tokens`` tokens, which use ``used`` experts of a layer.
+    """``sequences`` prompts with ``tokens`` tokens in all, which use ``used`` experts of a layer.
 
-    ``resident`` is the share of the experts (0 to 1) that are in slots when it begins and stay there.
+    ``resident`` is the share of the experts (0 to 1) that are in slots before the prompts and stay there.
     """
 
     tokens: int
@@ -39,9 +39,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Step:
-    """A decode step of ``sequences`` sequences behind ``context`` tokens each: ``asked`` experts a layer.
+    """A decode step of ``sequences`` sequences, each behind ``context`` tokens; a layer uses ``asked`` experts.
 
-    ``hit_rate`` is the share of these that a cache holds.
+    ``hit_rate`` is the share (0 to 1) of these that are in slots, under policies that keep experts.
     """
 
     sequences: int
@@ -52,7 +52,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Seconds:
-    """What a pass takes, and for how long each part of the machine is busy in it."""
+    """How long a pass takes in ``total``, and for how long of that each part of the machine is busy."""
 
     total: float
     busy: Mapping[str, float]
@@ -64,7 +64,7 @@ class Seconds:
 
 
 class _Work(NamedTuple):
-    """What a pass computes: new tokens, their sequences and the context of each, and a layer's experts."""
+    """What a pass computes: new tokens, the sequences they belong to, the context of each, and experts of a layer."""
 
     tokens: int
     sequences: int
@@ -74,7 +74,7 @@ class _Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """A model on a machine. ``ram_share`` of its experts (0 to 1) wait in RAM, the others on the disk."""
+    """What a model's passes cost on a machine. ``ram_share`` of its experts (0 to 1) wait in RAM, the rest on disk."""
 
     machine: Machine
     model: ModelSizes
@@ -101,7 +101,7 @@ class Costs:
         return Seconds(num_layers * layer + self._rest_s(work), self._busy(work, copies))
 
     def prefill(self, policy: Policy, prompt: Prompt) -> Seconds:
-        """The pass over all prompts, up to their first tokens."""
+        """One pass over all prompts, up to their first tokens."""
         num_layers, used = len(self.model.shape.layers), prompt.used
         before, one = self._attention_s(prompt.tokens, prompt.sequences, 0), self._expert_s(prompt.tokens, used)
         copies = self._prefill_copies(policy, prompt)
@@ -117,12 +117,12 @@ class Costs:
 
     @cached_property
     def copy_s(self) -> float:
-        """An expert among others on its way to a slot, on average over where it may wait."""
+        """The copy of an expert while others are copied too; the mean over those in RAM and on disk."""
         return self._copy_s(self.machine.hardware.disk)
 
     @cached_property
     def _lone_copy_s(self) -> float:
-        """The same, with no other on its way."""
+        """The copy of an expert while no other is copied."""
         return self._copy_s(min(self.machine.hardware.disk, self.machine.hardware.reader))
 
     def _copy_s(self, disk: float) -> float:
@@ -133,14 +133,14 @@ class Costs:
         return hardware.copy_latency_s + nbytes * waiting
 
     def _arrival_s(self, copies: float) -> float:
-        """Until so many demands have all arrived; readers take turns, and none is faster than it is alone."""
+        """How long ``copies`` demands take; COPY_THREADS are read at a time, and none faster than it would be alone."""
         turns = ceil(copies / COPY_THREADS)
         return max(copies * self.copy_s, turns * self._lone_copy_s if self.machine.hardware.host_computes else 0.0)
 
     def _mixed_s(self, asked: float, hit_rate: float, one: float) -> float:
-        """Experts of a layer of which some are missing: those in slots are computed while the others come.
+        """A layer's experts, of which some are missing: those in slots are computed while the others are copied.
 
-        The mean over how many are missing, as if each were by chance.
+        The mean over how many are missing, if each is with the chance ``1 - hit_rate``.
         """
         count = max(1, round(asked))
         mean = sum(chance * self._with_missing_s(count, n, one) for n, chance in chances(count, 1 - hit_rate))
@@ -152,7 +152,7 @@ class Costs:
         return max(asked * one, self._arrival_s(missing) + one, self._arrival_s(1) + missing * one)
 
     def _prefill_copies(self, policy: Policy, prompt: Prompt) -> float:
-        """Of a layer, on average. Where the link is the bound, hardly any guess is copied before the router speaks."""
+        """Copies of a layer, on average. Wrong guesses do not count: where the link is the bound, few are ever made."""
         match policy.prefill:
             case PrefillMode.RESIDENT:
                 return 0.0
@@ -162,23 +162,23 @@ class Costs:
                 return prompt.used * (1 - prompt.resident)
 
     def _speculates(self, policy: Policy, prompt: Prompt) -> bool:
-        """Whether experts are copied before they are routed to, so that the link never rests."""
+        """Whether experts are copied before their layer is routed, so that the link is never idle."""
         return (
             policy.prefill is PrefillMode.NEXT_LAYER
             or active_share(self.model.shape, prompt.tokens) >= SPECULATION_SHARE
         )
 
     def _expert_s(self, tokens: int, experts: float) -> float:
-        """One of the ``experts`` that ``tokens`` tokens are spread over."""
+        """Computing one of the ``experts`` that a layer's ``tokens`` tokens are spread over."""
         return self.machine.expert_s(tokens * self.model.shape.top_k / experts)
 
     def _attention_s(self, tokens: int, sequences: int, context: int) -> float:
-        """A layer up to its router's choice, keys and values of the context read as well."""
+        """A layer up to its router's choice; reading the keys and values of the context is included."""
         cached = sequences * context * self.model.kv_bytes / self.machine.hardware.memory
         return self.machine.attention_s(tokens, context, sequences) + cached
 
     def _rest_s(self, work: _Work) -> float:
-        """Layers without experts, and the head."""
+        """The layers without experts, and the head."""
         hardware, nbytes = self.machine.hardware, self.model.layer.other_bits / 8
         parts = (self.model.dense_params, work.tokens), (self.model.head_params, work.sequences)
         return sum(hardware.product_s(params * nbytes, 2.0 * rows * params, rows) for params, rows in parts)
@@ -191,7 +191,7 @@ class Costs:
         return 2.0 * (work.tokens * self.model.dense_params + work.sequences * self.model.head_params)
 
     def _busy(self, work: _Work, copies: float) -> dict[str, float]:
-        """Seconds of each part over a whole pass; a disk read on its way to a device crosses the link too."""
+        """How long each part is busy in a whole pass. What is read from disk for a device crosses the link as well."""
         hardware, layer, num_layers = self.machine.hardware, self.model.layer, len(self.model.shape.layers)
         crossing = self.ram_share if hardware.host_computes else 1.0
         moved = num_layers * copies * layer.expert_bytes
@@ -209,6 +209,6 @@ class Costs:
 
 
 def chances(count: int, chance: float) -> Iterator[tuple[int, float]]:
-    """How many of ``count`` things happen that have this chance each, and how likely that is."""
+    """The binomial distribution: each number of hits in ``count`` trials, and its probability."""
     for hits in range(count + 1):
         yield hits, comb(count, hits) * chance**hits * (1 - chance) ** (count - hits)

@@ -1,4 +1,4 @@
-"""What a predictor says, weighed: which copies to make ahead of their routing.
+"""From a predictor's chances to guesses: which experts to copy before their layer has been routed.
 
 T tokens, K top-k, E experts.
 """
@@ -25,9 +25,10 @@ _WORTH_HEARING = 0.05
 
 
 class Foresight(RoutingListener):
-    """Hears the routing, lets ``predictor`` hear it, and makes guesses of what that says.
+    """Passes the routing on to ``predictor``, and turns the chances that it gives into guesses.
 
-    ``link`` is told when layers are routed and copies arrive. There are none without a predictor, or of one layer.
+    ``link`` measures the link for the guesses' budget; the scheduler tells it when layers are routed and copies arrive.
+    No guesses are made without a predictor, or where the model has one layer with experts.
     """
 
     def __init__(self, predictor: Predictor | None, mode: GuessMode, shape: ModelShape) -> None:
@@ -42,17 +43,17 @@ class Foresight(RoutingListener):
 
     @property
     def lookahead(self) -> int:
-        """As the predictor wants it."""
+        """For how many layers ahead the predictor wants look-ahead scores."""
         return 0 if self._predictor is None else self._predictor.lookahead
 
     @property
     def guesses_at_all(self) -> bool:
-        """Whether there is a predictor that is listened to, and a layer to guess about."""
+        """Whether guesses are made: the policy wants them, and there are a predictor and a layer to guess about."""
         return self._mode is not GuessMode.NONE
 
     @property
     def guesses_within_budget(self) -> bool:
-        """Whether ``link`` is read."""
+        """Whether guesses have a budget, for which ``link`` must measure."""
         return self._mode is GuessMode.BUDGET
 
     def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
@@ -71,9 +72,9 @@ class Foresight(RoutingListener):
             self._settle(routing)
 
     def so_far(self, layer: int) -> Guesses:
-        """What is known of the layers behind ``layer`` before its routing has been heard; nothing is to be copied.
+        """What the plan of ``layer`` may use before its routing has been heard: earlier guesses, and no new copies.
 
-        What the layers before have guessed about them is worth its slots, and may be spared already.
+        Guesses of earlier layers about the layers ahead keep their slots, and what was spared for these stays so.
         """
         if not self.guesses_at_all:
             return NO_GUESSES
@@ -88,10 +89,11 @@ class Foresight(RoutingListener):
         unused: Collection[ExpertId] = (),
         link: Link | None = None,
     ) -> Guesses:
-        """What to copy behind the demands of ``layer`` and those guesses ``under_way`` that are about later ones.
+        """New guesses, now that the routing of ``layer`` has been heard: copies to make behind its demands.
 
-        ``present`` names by layer the experts that are in a slot or on their way, ``unused`` the guesses in slots.
-        ``link`` knows what copies may cost, if that is not what ``self.link`` has measured.
+        ``present`` has by layer the experts that are in a slot or on their way. ``under_way`` are the guesses that are
+        being copied, ``unused`` those in slots that no layer has used yet. Copies cost what ``link`` has measured
+        (``self.link`` if it is not given).
         """
         if self._mode is GuessMode.NONE or self._predictor is None:
             return NO_GUESSES
@@ -141,7 +143,7 @@ class Foresight(RoutingListener):
         return Guesses(copies, tuple(ahead), self._worth_sparing(ahead, chances) if copies else frozenset())
 
     def _absent(self, chances_E: np.ndarray, present: Collection[int]) -> list[Guess]:
-        """The ``top_k`` likeliest absent experts, as stated."""
+        """The ``top_k`` likeliest experts that are not ``present``, with the chances that the predictor states."""
         likely = np.flatnonzero(chances_E >= _WORTH_HEARING)
         stated = map(Guess, likely.tolist(), chances_E[likely].tolist())
         absent = [guess for guess in stated if guess.expert not in present]
@@ -157,7 +159,7 @@ class Foresight(RoutingListener):
         )
 
     def _settle(self, routing: Routing) -> None:
-        """Finds out what has come true of what was said about this layer."""
+        """Tells the calibrations which of the chances stated for this layer came true."""
         stated = self._stated.pop(routing.layer, ())
         if stated:
             wanted = set(routing.topk_ids_TK.ravel().tolist())

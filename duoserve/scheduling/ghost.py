@@ -1,4 +1,4 @@
-"""A cache of which there are only the books: what slots would hold had another ranking or no guess had its way."""
+"""A cache without slots: it keeps books of what slots would hold under another ranking, or if no guesses were made."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from duoserve.scheduling.ranking import Values
 
 
 class Ghost:
-    """Admits every miss of a decode step and gives up experts as a Cache of ``num_slots`` slots does.
+    """Admits every miss of decode steps, and gives up experts as a Cache (spaces.py) of ``num_slots`` slots does.
 
-    ``slots`` names by layer the experts that would have one, the least recently used first, each with its seat: the
-    number that it has among all experts. For others to read only.
+    ``slots`` has by layer the experts that would be in slots, the least recently used first. Each comes with its seat,
+    its number among the experts of all layers. Others may only read it.
     """
 
     def __init__(self, eviction: Eviction, shape: ModelShape, num_slots: int) -> None:
@@ -24,12 +24,12 @@ class Ghost:
         self.slots: list[dict[int, int]] = [{} for _ in self._quotas]
 
     def become(self, slots: Iterable[Iterable[int]]) -> None:
-        """From here on with these experts, by layer, as a cache that a prompt has gone through."""
+        """Begins anew with these experts, by layer: those in slots once a prompt has gone through the real cache."""
         self.slots = [{expert: self._seat(layer, expert) for expert in here} for layer, here in enumerate(slots)]
         self._free = self.num_slots - sum(map(len, self.slots))
 
     def use(self, layer: int, experts: Sequence[int], values: Values) -> int:
-        """A decode step's layer uses ``experts``, for which the least of ``values`` go; returns how many it misses."""
+        """A decode step's layer uses ``experts``; gives how many it misses. These replace those of least ``values``."""
         here = self.slots[layer]
         missing = [expert for expert in experts if expert not in here]
         if missing:
@@ -41,7 +41,7 @@ class Ghost:
         return len(missing)
 
     def _admit(self, layer: int, missing: Sequence[int], held: Collection[int], values: Values) -> None:
-        """As far as there are slots, or experts that are not ``held`` in this layer can be given up."""
+        """Puts missing experts into free slots, or in place of others than those that this layer has ``held``."""
         here, idle = self.slots[layer], [*self.slots]
         idle[layer] = {expert: seat for expert, seat in here.items() if expert not in held}
         for expert in missing:
@@ -50,7 +50,7 @@ class Ghost:
                 here[expert] = self._seat(layer, expert)
 
     def _give_up(self, loading: int, idle: Sequence[dict[int, int]], values: Values) -> bool:
-        """Makes a slot free; False if the layer that is ``loading`` holds them all."""
+        """Gives up an expert for a miss of the layer ``loading``; False if that layer holds all there are."""
         for layers in self._eviction.groups(loading, self.slots, self._quotas):
             seat = least_valued(layers, idle, values, ())
             if seat is not None:

@@ -1,4 +1,4 @@
-"""A ranking that must not lose to another: caches of which there are only the books say which of the two to go by."""
+"""A ranking that must not lose to another: two ghosts, one by each ranking, show which of the two misses less."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ ALLOWED_MISSES = 0.005
 
 
 class Guard(Ranking):
-    """``own`` as far as it has earned that, else ``rival`` (None: always ``own``), judged by caches without guesses.
+    """Ranks by ``own`` while its credit allows that, else by ``rival``; without a rival always by ``own``.
 
-    The credit is how many misses the rival has had more, and ALLOWED_MISSES of all that it had. It must cover what
-    ``own`` may lose by chance: our cache lacks some experts that the rival's has, and has as many others instead. The
-    uses of the ones and of the others cancel, but for a difference that grows as the root of their number; a loss
-    beyond chance shows in the credit. So ``own`` begins with nothing, and what it gains lets it depart further.
+    Two caches without slots and without guesses are kept: one by this ranking, one by the rival's. The credit is how
+    many more misses the rival's has had, plus ALLOWED_MISSES of all of its misses.
+
+    The credit must cover what ``own`` may lose by chance. The cache lacks some experts that the rival's has, and has as
+    many others instead. The uses of the ones and of the others cancel, except for a difference that grows with the root
+    of their number; a loss beyond that shows in the credit. So ``own`` begins without credit, and each gain lets the
+    cache differ in more experts.
     """
 
     def __init__(self, own: Ranking, rival: Ranking | None, new_ghost: Callable[[], Ghost]) -> None:
@@ -38,7 +41,7 @@ class Guard(Ranking):
         return self._leader.values
 
     def become(self, slots: Sequence[Iterable[int]]) -> None:
-        """A prompt has gone through the cache, which holds these experts now, by layer; so does the rival's."""
+        """A prompt has gone through the slots: both ghosts begin anew with what these hold now, by layer."""
         self._ghost.become(slots)
         self._rivals_ghost.become(slots)
         self._apart, self._num_apart = [0] * len(self._apart), 0

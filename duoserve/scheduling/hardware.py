@@ -1,4 +1,4 @@
-"""What a machine reaches and what a model's layers ask of it: the numbers that a replay's clock runs by.
+"""How fast machines are and how much a model's layers ask of them: the numbers that a replay's clock runs by.
 
 Links are measured figures of pinned copies, memory and FLOP/s are the makers' peaks; nothing here was measured by this
 project. The latency of a copy and the overhead of a layer are assumed. Seconds, bytes, FLOPs.
@@ -9,12 +9,9 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from math import inf
-from typing import TypeVar
 
 from duoserve.errors import ConfigError
 from duoserve.experts.virtual_readers import Readers
-
-Card = TypeVar("Card")
 
 # From pinned RAM to a device: what others have measured, with 16 lanes and with 8; 3.0 and 5.0 x8 are half of x16.
 PCIE3, PCIE4, PCIE5 = 12e9, 25e9, 50e9
@@ -133,41 +130,20 @@ class LayerSizes:
 
     @property
     def other_bytes(self) -> int:
-        """Of what every token reads of a layer."""
+        """Bytes of what every token reads of a layer."""
         return self.other_params * self.other_bits // 8
 
     @property
     def expert_bytes(self) -> int:
-        """Of one expert on the link and in a slot."""
+        """Bytes of one expert, on the link and in a slot."""
         return int(self.expert_params * self.expert_bits / 8)
-
-
-def _gqa(hidden: int, heads: int, kv_heads: int, head_dim: int, experts: int) -> int:
-    """Parameters of attention and router."""
-    return 2 * hidden * (heads + kv_heads) * head_dim + hidden * experts
-
-
-# Latent attention (queries, latents, outputs; keys and values out of latents), the router, two shared experts as one.
-_DEEPSEEK_V2_LITE = 2048 * (16 * 192 + 576 + 2048) + 512 * 16 * 256 + 2048 * 64 + 3 * 2048 * 2816
-INT4 = 4.25  # groups of 128 with a scale and a zero-point
-SIZES = {
-    card.name: card
-    for card in (
-        LayerSizes("mixtral-8x7b", 3 * 4096 * 14336, INT4, _gqa(4096, 32, 8, 128, 8), 4096),
-        LayerSizes("mixtral-8x22b", 3 * 6144 * 16384, INT4, _gqa(6144, 48, 8, 128, 8), 6144),
-        LayerSizes("qwen3-30b-a3b", 3 * 2048 * 768, 8.0, _gqa(2048, 32, 4, 128, 128), 4096),
-        LayerSizes("gpt-oss-120b", 3 * 2880 * 2880, INT4, _gqa(2880, 64, 8, 64, 128), 4096),
-        LayerSizes("gpt-oss-20b", 3 * 2880 * 2880, INT4, _gqa(2880, 64, 8, 64, 32), 4096),
-        LayerSizes("deepseek-v2-lite", 3 * 2048 * 1408, INT4, _DEEPSEEK_V2_LITE, 16 * 192),
-    )
-}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A model on a device: how long its parts take.
+    """How long the parts of a model take on a device, by formula. What the formulas leave out takes no time.
 
-    By formula; what a formula leaves out takes no time. ``timed.py`` has one whose parts were measured.
+    ``timed.py`` has a machine whose parts were measured.
     """
 
     hardware: Hardware
@@ -178,24 +154,24 @@ class Machine:
         return 0.0
 
     def hearing_s(self, tokens: int, lookahead: int) -> float:
-        """What it takes in a layer to tell a listener of the router's choice, with scores of ``lookahead`` layers."""
+        """What it takes to tell a listener of one layer's choice, with scores for ``lookahead`` layers ahead."""
         return 0.0
 
     @property
     def launch_s(self) -> float:
-        """What experts take that are computed together beyond what each of them takes."""
+        """What a batch of experts takes beyond ``expert_s`` of each of them."""
         return 0.0
 
     def fresh_s(self, tokens: int) -> float:
-        """What an expert takes beyond that the first time after it was copied, when other caches have its bytes."""
+        """What an expert takes beyond ``expert_s`` the first time after its copy: another core's cache has it."""
         return 0.0
 
     def cold_s(self, tokens: int) -> float:
-        """What it takes beyond that otherwise, when the last pass is long ago and no cache has its bytes."""
+        """What an expert takes beyond ``expert_s`` later on: it was used long ago, and no cache has its bytes."""
         return 0.0
 
     def disturbed_s(self, tokens: int) -> tuple[float, float]:
-        """What computing loses to each thread that is woken beside it to read, and to each read that ends."""
+        """How long computing is held up by each thread that is woken to read beside it, and by each read that ends."""
         return 0.0, 0.0
 
     def attention_s(self, tokens: int, context: int, sequences: int = 1) -> float:
@@ -204,7 +180,7 @@ class Machine:
         return self.hardware.layer_overhead_s + self.hardware.product_s(self.sizes.other_bytes, flops, tokens)
 
     def attention_flops(self, tokens: int, context: int, sequences: int = 1) -> float:
-        """Of the products with weights, and of the scores."""
+        """FLOPs of ``attention_s``: those of products with weights, and of attention scores."""
         seen = tokens * (context + tokens / sequences / 2)
         return 2 * tokens * self.sizes.other_params + 4 * seen * self.sizes.attention_width
 
@@ -221,15 +197,6 @@ class Machine:
 
 def find_hardware(name: str) -> Hardware:
     """The card of that name; ConfigError with the names there are for any other."""
-    return _find(HARDWARE, name, "hardware")
-
-
-def find_sizes(name: str) -> LayerSizes:
-    """The sizes of the model of that name; ConfigError with the names there are for any other."""
-    return _find(SIZES, name, "model")
-
-
-def _find(cards: dict[str, Card], name: str, kind: str) -> Card:
-    if name not in cards:
-        raise ConfigError(f"{kind} {name!r} is not known: use one of {', '.join(cards)}")
-    return cards[name]
+    if name not in HARDWARE:
+        raise ConfigError(f"hardware {name!r} is not known: use one of {', '.join(HARDWARE)}")
+    return HARDWARE[name]

@@ -1,4 +1,4 @@
-"""The experts of one layer on their way through the slots."""
+"""Leases: what a layer holds while its experts are brought into slots, handed out and computed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _OpenLease(Lease):
     """A lease that is its own iterator, and open until it is closed."""
 
     def close(self) -> None:
-        """Takes back what is held; idempotent."""
+        """Gives back all slots that are held; idempotent."""
         raise NotImplementedError
 
     def __next__(self) -> list[ReadyExpert]:
@@ -39,7 +39,7 @@ class _OpenLease(Lease):
 
 
 class StandingLease(_OpenLease):
-    """Experts that are in slots for good, so that nothing is held, planned or waited for."""
+    """A lease where all experts are in slots for good: nothing has to be held, planned or waited for."""
 
     def __init__(self, layer: int, ready: list[ReadyExpert]) -> None:
         self.layer = layer
@@ -73,8 +73,9 @@ class StandingLease(_OpenLease):
 class SlotLease(_OpenLease):
     """Carries out the plan of one layer.
 
-    A wanted expert is missing until it has a slot, then loading, arrived (and held from here on), computing, retired.
-    ``plan_prefetch`` adds to a plan what is foretold once the layer's routing has been heard; None where nothing is.
+    A wanted expert is first *missing* (it has no slot), then *loading* (its copy is under way), *arrived* and
+    *computing* (held in its slot), and at last retired. ``plan_prefetch`` adds guesses to the plan once the layer's
+    routing has been heard; None: there are none.
     """
 
     def __init__(
@@ -96,7 +97,9 @@ class SlotLease(_OpenLease):
         self.complete = False  # every wanted expert has been handed out and retired
 
     def start(self, wanted: Sequence[int]) -> int:
-        """Holds what is READY, hastens what is on its way, asks for what is missing; returns how many are READY."""
+        """Holds the experts that are READY, speeds up those on their way, and asks for the others; gives how many were
+        READY.
+        """
         self._claim(wanted)
         num_ready = len(self._arrived)
         self._space.enter(self._plan)
@@ -114,7 +117,7 @@ class SlotLease(_OpenLease):
         return not (self._missing or self._loading or self._arrived or self._computing)
 
     def close(self) -> None:
-        """Takes back all holds; copies that are still under way turn into guesses. Idempotent."""
+        """Gives back all slots that are held; copies that are still under way become guesses. Idempotent."""
         if self.complete:
             return
         self._retire([*self._computing, *self._arrived])
@@ -163,7 +166,7 @@ class SlotLease(_OpenLease):
                     self._arrived.append(ReadyExpert(number, slot))
 
     def _fill(self) -> None:
-        """Asks for as many copies as can have a slot: first what is missing here, then what is planned ahead."""
+        """Starts copies while there are slots for them: first of this layer's missing experts, then of guesses."""
         while self._missing and (slot := self._space.take()) is not None:
             expert = ExpertId(self._plan.layer, self._missing.popleft())
             self._loading[expert] = self._residency.load(expert, slot, Priority.DEMAND)
@@ -174,7 +177,7 @@ class SlotLease(_OpenLease):
             self._residency.load(self._prefetch.popleft(), slot, Priority.PREFETCH)
 
     def _take(self, finished: Sequence[Ticket]) -> None:
-        """Holds what has arrived; raises the error of a copy that is needed and has failed."""
+        """Holds the experts whose copies have ended; raises the error of a copy of this layer that has failed."""
         failed: list[Ticket] = []
         for ticket in finished:
             if self._loading.pop(ticket.expert, None) is None:
@@ -193,7 +196,7 @@ class SlotLease(_OpenLease):
         return bool(self._loading or self._missing)
 
     def _awaited(self) -> list[Ticket]:
-        """The copies of this layer; where all slots are taken by guesses that run, those."""
+        """The copies to wait for: this layer's, or any that run if guesses have all the slots it needs."""
         awaited = list(self._loading.values()) or self._residency.under_way()
         if not awaited:
             raise IntegrityError(f"layer {self._plan.layer} needs a slot, but none is free, idle or on its way")

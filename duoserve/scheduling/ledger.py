@@ -1,4 +1,4 @@
-"""What prefetched copies have come to, and with that what each copied byte was good for."""
+"""Follows prefetched copies to their end, so that each copied byte is counted as useful, late or wasted."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Ledger:
         self.unused: dict[ExpertId, int] = {}  # arrived, oldest first, and their bytes
 
     def guess(self, expert: ExpertId) -> None:
-        """A copy that nobody has asked for (any more) is under way."""
+        """A copy is under way that no layer waits for: a new prefetch, or one whose layer no longer wants it."""
         self._late.discard(expert)
         self.guesses[expert] = None
 
     def asked_under_way(self, expert: ExpertId) -> bool:
-        """A layer asks for an expert on its way: whether that was a guess."""
+        """A layer asks for an expert whose copy is under way; gives whether that copy was a guess until now."""
         if expert not in self.guesses:
             return False
         del self.guesses[expert]
@@ -34,7 +34,7 @@ class Ledger:
         return True
 
     def arrived(self, expert: ExpertId, nbytes: int) -> None:
-        """A copy has been made."""
+        """A copy of ``nbytes`` has arrived; counts them, unless they are a guess that is yet to be used."""
         if expert in self.guesses:
             del self.guesses[expert]
             self.unused[expert] = nbytes
@@ -51,11 +51,11 @@ class Ledger:
         self._meter.count_bytes("wasted", nbytes)
 
     def used(self, expert: ExpertId) -> None:
-        """A layer asks for an expert that is READY."""
+        """A layer asks for an expert that is READY: if it was an unused guess, its bytes were useful."""
         if expert in self.unused:
             self._meter.count_bytes("prefetched_useful", self.unused.pop(expert))
 
     def given_up(self, expert: ExpertId) -> None:
-        """A READY expert loses its slot."""
+        """A READY expert loses its slot: if it was an unused guess, its bytes were wasted."""
         if expert in self.unused:
             self._meter.count_bytes("wasted", self.unused.pop(expert))

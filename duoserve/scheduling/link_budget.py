@@ -1,6 +1,7 @@
-"""What a prefetch may cost: the time in which the link would be idle, and how often guesses have come true.
+"""Which guesses are worth a prefetch, by how long the link would be idle and how often guesses have come true.
 
-All times are seconds on the copy engine's clock.
+A guess costs nothing while the link is idle; beyond that it delays the copies that layers wait for. All times are
+seconds on the copy engine's clock.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ class Guess(NamedTuple):
 
 
 class Calibration:
-    """How often guesses of each stated chance came true of late, which is the chance that they are given.
+    """Corrects the chances that a predictor states by how often such guesses have come true of late.
 
-    The record is of what was predicted, copied or not, so that a predictor that was no use is heard again when it is.
+    All predictions count, whether they were copied or not: a predictor that was wrong for a while, and got no copies,
+    can earn them back.
     """
 
     def __init__(self) -> None:
@@ -38,21 +40,23 @@ class Calibration:
         self._counts = [_PRIOR] * _BINS
 
     def chance(self, stated: float) -> float:
-        """What a guess with the chance ``stated`` by its predictor is worth."""
+        """The corrected chance of a guess whose predictor has ``stated`` this one."""
         bin_ = min(_BINS - 1, int(stated * _BINS))
         return self._said[bin_] / self._counts[bin_]
 
     def note(self, stated: float, came_true: bool) -> None:
-        """A guess has been settled."""
+        """Notes whether a guess, made with the chance ``stated``, came true."""
         bin_ = min(_BINS - 1, int(stated * _BINS))
         self._said[bin_] = _KEEP * self._said[bin_] + came_true
         self._counts[bin_] = _KEEP * self._counts[bin_] + 1
 
 
 class Demand(NamedTuple):
-    """What a layer asks for: ``copies`` of the experts ``wanted`` are neither in slots nor on their way.
+    """What one layer of a decode step asked for, as counts of experts.
 
-    Without guesses it would be ``unguessed``. The layer is ``alone`` with the link if no guess is under way.
+    ``wanted`` experts were routed to, and ``copies`` of them had to be copied: they were neither in slots nor on their
+    way. ``unguessed`` would have had to be copied if no guesses had ever been made. ``alone``: no guess is under way,
+    so the copies have the link to themselves.
     """
 
     wanted: int
@@ -62,7 +66,7 @@ class Demand(NamedTuple):
 
 
 class Link(Protocol):
-    """What guesses are weighed by."""
+    """What is known of the link when guesses are weighed."""
 
     @property
     def copy_s(self) -> float | None:
@@ -70,26 +74,28 @@ class Link(Protocol):
 
     @property
     def account(self) -> Account:
-        """What guesses have saved and cost."""
+        """What guesses have saved and cost so far."""
 
     def use_chance(self, num_slots: int) -> float:
-        """The chance that a layer with ``num_slots`` of them uses the expert in any one in its next step."""
+        """The chance that a layer which has ``num_slots`` slots uses the expert in one of them in its next step."""
 
     def idle_before(self, layer: int) -> float:
-        """How long the link will have been idle, demands apart, when ``layer``, the next one, is routed."""
+        """For how long no demanded copy will use the link, from now until ``layer``, the next one, is routed."""
 
 
 class IdleLink:
-    """How long the link has nothing to do for demands before each layer is routed, and how long a copy takes.
+    """Measures decode steps: for how long no layer waits for the link, and how long a demanded copy takes.
 
-    The idle time is counted apart for what comes after a layer that had to wait: its end is the arrival of the last.
-    ``account`` is kept of how long layers would have waited without guesses.
+    Before each layer, the link is idle (for demands) from when the layer before it has all its experts until this one
+    is routed. There are two means for each layer: one after layers that found all experts in slots, and one after
+    layers that had to wait, whose idle time begins when the last copy arrives. ``account`` keeps what guesses have
+    saved or cost, by how long each layer would have waited without them.
     """
 
     def __init__(self, num_layers: int, most_open: int) -> None:
         self.copy_s: float | None = None
         self.account = Account(most_open)
-        self._miss_s: float | None = None  # how long a miss makes its layer wait: no full copy where two run at once
+        self._miss_s: float | None = None  # that a layer waits for each miss: less than copy_s if two run at once
         self._idle_s: list[list[float | None]] = [[None, None] for _ in range(num_layers)]
         self._routed_at: float | None = None
         self._since = 0.0  # when the last copy that is waited for arrived
@@ -97,11 +103,11 @@ class IdleLink:
         self._hits: float | None = None  # of a layer
 
     def pause(self) -> None:
-        """What comes until the next layer is routed is not measured."""
+        """Something else comes before the next layer is routed: the time until then is not measured."""
         self._routed_at = None
 
     def arrived(self, ticket: Ticket, asked: bool) -> None:
-        """A copy has been made, of an expert that was ``asked`` for before, or is a guess still."""
+        """A copy has arrived. ``asked``: a layer has asked for its expert; else it still is a guess."""
         assert ticket.started_at is not None and ticket.finished_at is not None
         if ticket.priority is Priority.DEMAND:
             self.copy_s = _follow(self.copy_s, ticket.finished_at - ticket.started_at)
@@ -117,12 +123,15 @@ class IdleLink:
         self._routed_at = self._since = now
 
     def demanded(self, demand: Demand) -> None:
-        """What the layer that was routed last wants."""
+        """Takes the demand of the layer that was routed last."""
         self._demand = demand
         self._hits = _follow(self._hits, demand.wanted - demand.copies)
 
     def _settle(self, layer: int, seconds: float, waited_s: float) -> None:
-        """Accounts for the layer before ``layer``, of which the computing covers some waiting, guesses or not."""
+        """Accounts for the layer before ``layer``, which took ``seconds`` in all and waited ``waited_s`` for copies.
+
+        Computing its resident experts covers some of the waiting, with guesses and without: that part costs no time.
+        """
         demand = self._demand
         if demand.alone and demand.copies:
             self._miss_s = _follow(self._miss_s, waited_s / demand.copies)
@@ -145,10 +154,10 @@ class IdleLink:
 
 
 class StepLink:
-    """The same for steps that the device carries out by itself, which keep the link to their own misses.
+    """The link for steps that the device carries out by itself: while one runs, only its own misses are copied.
 
-    It is idle for guesses from the end of such a step until the next is launched, and a copy that is not made by then
-    is of no use. How long a copy takes is known from ``link``, whose account is gone on with.
+    Guesses have the link from the end of such a step until the next is launched. A copy that has not arrived by then is
+    of no use. ``link`` knows how long a copy takes, and its account goes on.
     """
 
     def __init__(self, link: IdleLink) -> None:
@@ -158,7 +167,7 @@ class StepLink:
         self._ended_at: float | None = None  # the last step
         self._asked_at: float | None = None  # for the guesses that are open since
         self._ready_at = 0.0  # when they will have been copied
-        self._risked_s = 0.0  # and not accounted for yet
+        self._risked_s = 0.0  # what guesses may have cost since the account was settled last
 
     @property
     def copy_s(self) -> float | None:
@@ -171,11 +180,11 @@ class StepLink:
         return self._link.account
 
     def pause(self) -> None:
-        """What comes until the next step has ended is not measured."""
+        """Another pass comes: the time until the next step has ended is not measured."""
         self._ended_at = self._asked_at = None
 
     def stepped(self, now: float, hits: float, came_true: int) -> None:
-        """A step has ended, whose layers hit so many experts in the mean; so many guesses are among them."""
+        """A step has ended: ``hits`` experts of a layer were in slots, on average; ``came_true`` guesses were used."""
         self._hits = _follow(self._hits, hits)
         if self._ended_at is not None and self.copy_s is not None:
             self.account.settle(now - self._ended_at, came_true * self.copy_s - self._risked_s, self.copy_s)
@@ -183,14 +192,14 @@ class StepLink:
         self._ended_at = now
 
     def asked(self, now: float, num_slots: Sequence[int]) -> None:
-        """Guesses are copied from ``now`` on, one for each layer that has so many slots."""
+        """Guesses are copied from ``now`` on: one for each number of slots, which is that of the guess's layer."""
         self._asked_at = self._ready_at = now
         if self.copy_s is not None:
             self._ready_at += len(num_slots) * self.copy_s
             self._risked_s += self.copy_s * sum(map(self.use_chance, num_slots))
 
     def launched(self, now: float) -> None:
-        """The next step is launched, behind what is on its way."""
+        """The next step is launched; it starts once the copies under way have arrived."""
         if self._asked_at is not None:
             self._gap_s = _follow(self._gap_s, now - self._asked_at)
             self._risked_s += max(0.0, self._ready_at - now)
@@ -213,11 +222,12 @@ def affordable(
     queued: int,
     victim_chances: Sequence[float],
 ) -> list[tuple[int, Guess]]:
-    """The ``guesses`` that pay, each with how many layers ahead (from 0) it is, when ``queued`` copies go before them.
+    """Those of ``guesses`` that pay, in their order. Each comes with how many layers ahead (from 0) it is.
 
-    The link is idle for ``idle_s`` until the next layer is routed; the share of a copy that is left then delays that
-    layer's demands, whatever layer it is for. A guess that is right saves the rest of it. One that is wrong gives up an
-    expert that would have been used with one of ``victim_chances``, which are by layers ahead.
+    ``queued`` copies go before them, and the link is idle for ``idle_s`` until the next layer is routed. What is left
+    of a copy then delays that layer's demands. A guess that comes true saves the part of its copy that was made before;
+    one that does not has taken the slot of an expert, which would have been used with the chance that
+    ``victim_chances`` has for so many layers ahead.
     """
     free_at, chosen = queued * copy_s, []
     for ahead, guess in guesses:
@@ -230,7 +240,7 @@ def affordable(
 
 
 def _use_chance(hits: float | None, num_slots: int) -> float:
-    """Of a layer that hits so many of its experts in the mean; None where that is not known yet."""
+    """``Link.use_chance`` of a layer that finds ``hits`` experts in its slots on average; None: not known yet."""
     return min(1.0, (hits or 0.0) / max(1, num_slots))
 
 

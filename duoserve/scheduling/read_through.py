@@ -1,4 +1,6 @@
-"""Decode steps that the device carries out by itself: where its misses may go, and what the books make of them.
+"""The host's books of decode steps that the device carries out by itself, with their misses read from the host's RAM.
+
+Before a step they say which slots its misses may fill; after it they note what the device has done.
 
 N layers that have experts, L layers of the model, B tokens, K top-k, E experts, X misses that a layer can have.
 """
@@ -25,12 +27,15 @@ from duoserve.scheduling.step_guesses import StepGuesses
 # overwrite what earlier ones have brought. Not measured yet.
 SPARE_SHARE = 1 / 8
 
-# Told of a layer, the experts that it has used, the most wanted first, and for how many tokens each.
+# Called with a layer, the experts that it has used, the most wanted first, and the number of tokens of each.
 UseListener = Callable[[int, Sequence[int], Sequence[int]], None]
 
 
 class Fill(NamedTuple):
-    """A miss of a step: the device has brought ``expert`` into ``slot``; ``stayed`` unless a later layer took that."""
+    """A miss of a step: the device has brought ``expert`` into ``slot``.
+
+    ``stayed`` is False if a later layer of the step has overwritten the slot with a miss of its own.
+    """
 
     expert: ExpertId
     slot: int
@@ -38,14 +43,15 @@ class Fill(NamedTuple):
 
 
 def most_misses(shape: ModelShape, num_tokens: int) -> int:
-    """X: the slots that a layer must find free before a step."""
+    """X: how many experts a layer of a step of ``num_tokens`` tokens can miss; so many slots must be free before it."""
     return min(shape.num_experts, num_tokens * shape.top_k)
 
 
 def lay_targets(spare: Sequence[int], num_layers: int, width: int) -> np.ndarray:
-    """int32 [N, X]: the slots that the misses of each layer fill, in this order; X = ``width`` is at most len(spare).
+    """For each layer the slots that its misses fill, in this order: int32 [N, X]. X = ``width`` is at most len(spare).
 
-    The layers' first choices are spread over the spare slots, so that as few as possible fall on one another.
+    Each layer begins at another place of ``spare``, evenly spread, so that a layer overwrites as few misses of others
+    as possible.
     """
     first_N1 = np.arange(num_layers)[:, None] * len(spare) // num_layers
     targets_NX: np.ndarray = np.resize(np.asarray(spare, dtype=np.int32), 2 * len(spare))[first_N1 + np.arange(width)]
@@ -53,9 +59,10 @@ def lay_targets(spare: Sequence[int], num_layers: int, width: int) -> np.ndarray
 
 
 def fills(layers: Sequence[int], ids_NBK: np.ndarray, slots_NBK: np.ndarray, targets_NX: np.ndarray) -> list[Fill]:
-    """What the device did in a step, layer by layer: those of the chosen experts whose slot was -1 filled the targets.
+    """What the device brought into slots in a step, layer by layer.
 
-    Each layer's misses took its targets in ascending order of the experts.
+    The chosen experts whose slot was -1 are a layer's misses. In ascending order of the experts they filled the layer's
+    targets, one after the other.
     """
     made = []
     for at in np.flatnonzero((slots_NBK < 0).any(axis=(1, 2))).tolist():
@@ -67,11 +74,11 @@ def fills(layers: Sequence[int], ids_NBK: np.ndarray, slots_NBK: np.ndarray, tar
 
 
 class ReadThrough:
-    """The books of such steps: ``lay_out`` before each, ``took`` after it. The scheduler makes one for its passes.
+    """Keeps the books of such steps: call ``lay_out`` before each, ``took`` after it, and ``catch_up`` while one runs.
 
-    ``guess`` may follow, once the routing of the step has been heard. What the next step need not wait for is put off
-    until ``catch_up``, for which there is time while a step runs: then ``used`` is told of every layer's experts, for
-    the eviction to rank them by.
+    ``guess`` may follow ``took``, once the listeners have heard the routing of the step. ``catch_up`` does what the
+    next step need not wait for, and tells ``used`` of every layer's experts, by which the eviction ranks them. The
+    scheduler makes the one ReadThrough of its passes.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917
@@ -104,15 +111,15 @@ class ReadThrough:
         return self._shape.layers
 
     def fits(self, num_tokens: int) -> bool:
-        """Whether there are slots for all that a layer of such a step may miss, or for all experts."""
+        """Whether such a step can run: there are slots for all that a layer may miss, or for all experts."""
         num_slots = self._residency.table.num_slots
         return num_slots >= min(most_misses(self._shape, num_tokens), self._shape.total_experts)
 
     def lay_out(self, num_tokens: int) -> np.ndarray:
-        """int32 [N, X]: the slots, EMPTY now, that the misses of each layer fill in the coming step.
+        """Gives the slots, all EMPTY, that the misses of each layer fill in the coming step: int32 [N, X].
 
-        Experts are given up where these are too few. IntegrityError where the step does not fit. No slot changes until
-        ``took``, but for ``catch_up``.
+        Experts are given up where too few slots are EMPTY; IntegrityError where even that is not enough. Until ``took``
+        nobody but ``catch_up`` may change a slot.
         """
         self._guesses.launched()
         num_slots, most = self._residency.table.num_slots, most_misses(self._shape, num_tokens)
@@ -130,9 +137,9 @@ class ReadThrough:
         return self._targets_NX
 
     def catch_up(self) -> None:
-        """Notes the hits of the last step as used, then makes room for the misses of the next but one.
+        """Notes the hits of the last step as used, then makes room for the misses of the step after the one that runs.
 
-        What was guessed for the step that runs is not given up for that: it has yet to be read.
+        Guesses for the step that runs are not given up for that: it has yet to read them.
         """
         self._note_last()
         self._make_room(self._wished, [guess for guess in self._residency.ledger.unused if guess not in self._wrong])
@@ -152,23 +159,23 @@ class ReadThrough:
         self._guesses.stepped(num_hits, came_true)
 
     def guess(self) -> None:
-        """Copies ahead what the next step will want, as far as it is known and pays, until that is laid out."""
+        """Starts copies of what the next step may want, if they pay; ``lay_out`` cancels those that have not begun."""
         self._guesses.ask(self._room)
 
     def ended(self) -> bool:
-        """A pass has ended: whether it was such a step, carried out to its end."""
+        """A pass has ended; gives whether it was a step of these books that came to its end."""
         done, self._done = self._done, False
         if not done:
             self._guesses.pause()
         return done
 
     def pause(self) -> None:
-        """A part of a pass of another kind comes before the next step; what the last one used was before that."""
+        """A pass of another kind comes before the next step: notes what the last step used, for that came first."""
         self._note_last()
         self._guesses.pause()
 
     def _room(self, num_slots: int) -> list[int]:
-        """EMPTY slots beyond those that a layer of the next step may fill, so many if they can be had."""
+        """Up to ``num_slots`` EMPTY slots for guesses, beyond those that a layer of the next step may need."""
         if len(self._residency.table.empty_slots()) < self._most + num_slots:
             self.catch_up()
             self._make_room(self._most + num_slots)
@@ -181,7 +188,10 @@ class ReadThrough:
             self._last = None
 
     def _touch(self, layer: int, rows: Counter[tuple[int, int]]) -> None:
-        """The most wanted expert last, so that it counts as used last; what has lost its slot meanwhile not at all."""
+        """Notes one layer's use of (expert, slot) pairs with their numbers of tokens, the most wanted as the last used.
+
+        An expert that has lost its slot meanwhile is not touched.
+        """
         slots, chosen = self._residency.slots[layer], sorted(rows, key=rows.__getitem__)
         self._used(layer, [expert for expert, _ in reversed(chosen)], [rows[one] for one in reversed(chosen)])
         for expert, slot in chosen:
@@ -189,7 +199,7 @@ class ReadThrough:
                 self._residency.touch(ExpertId(layer, expert), slot)
 
     def _make_room(self, num_slots: int, spared: Collection[ExpertId] = ()) -> None:
-        """So many EMPTY slots, or as many as there can be without giving up what is ``spared``."""
+        """Gives up experts until ``num_slots`` slots are EMPTY, or only ``spared`` ones are left to give up."""
         if self._residency.table.num_slots < self._shape.total_experts:  # else what is absent finds an EMPTY slot
             for _ in range(num_slots - len(self._residency.table.empty_slots())):
                 if self._cache.give_up(BEFORE_FIRST, spared) is None:
@@ -197,6 +207,6 @@ class ReadThrough:
 
 
 def _num_distinct(ids_NBK: np.ndarray) -> int:
-    """Distinct experts of each layer, over all layers."""
+    """The number of distinct experts of each layer, summed over the layers."""
     sorted_NR = np.sort(ids_NBK.reshape(len(ids_NBK), -1))
     return len(sorted_NR) + int(np.count_nonzero(np.diff(sorted_NR)))

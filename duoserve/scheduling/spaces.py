@@ -1,6 +1,7 @@
-"""Where a pass may copy to, and what becomes of a slot once its expert has been computed: one class for each regime.
+"""Spaces: the slots that a pass may copy to, and what becomes of a slot once its expert has been computed.
 
-A slot belongs to one space at a time: to the ring of a prefill that is under way, or to what decode steps use.
+There is one class for each way to use slots. A slot belongs to one space at a time: to the ring of the prefill that is
+under way, or to the space of the decode steps.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from duoserve.scheduling.residency import Residency
 
 
 class Space:
-    """What the regimes share. A slot that it hands out is EMPTY; one that is held or LOADING is never touched.
+    """What all spaces share. They hand out EMPTY slots only, and never touch one that is held or LOADING.
 
-    Experts are read wherever they are, but only slots of one's own are given up, and only copies into them cancelled.
+    A pass may read experts in any slot, but gives up only slots of its own space, and cancels only copies into these.
     """
 
     def __init__(self, residency: Residency) -> None:
@@ -25,7 +26,7 @@ class Space:
         self._plan = LayerPlan(BEFORE_FIRST, ())
 
     def enter(self, plan: LayerPlan) -> None:
-        """The pass has come to the layer of ``plan``: queued guesses for layers that are not ahead are cancelled."""
+        """The pass has come to the layer of ``plan``: queued guesses are cancelled, except for layers ahead of it."""
         self._plan = plan
         for guess in list(self._residency.ledger.guesses):
             if guess.layer not in plan.ahead and self._owns_slot_of(guess):
@@ -40,14 +41,14 @@ class Space:
         raise NotImplementedError
 
     def take(self) -> int | None:
-        """A slot for a demand, for which guesses make way, the newest first; None if none can be had now."""
+        """A slot for a demand; None if there is none now. Guesses make way for it, the newest first."""
         slot = self.spare(self._plan.layer)
         if slot is None:
             slot = self._cancel_guess()
         return self._free_guess() if slot is None else slot
 
     def retire(self, expert: int, slot: int) -> None:
-        """An expert of the plan's layer has been computed, or will not be; nobody holds its slot any more."""
+        """An expert of the plan's layer is done with (computed or not), and nobody holds its slot any more."""
 
     def _owns(self, slot: int) -> bool:
         raise NotImplementedError
@@ -63,12 +64,12 @@ class Space:
         return None
 
     def _free_guess(self) -> int | None:
-        """The slot of the newest guess that has arrived."""
+        """Gives up the newest guess that has arrived, for its slot."""
         slots = map(self._residency.table.slot_of, reversed(self._residency.ledger.unused))
         return self._free_first([slot for slot in slots if self._owns(slot)])
 
     def _free_stale(self) -> int | None:
-        """The slot of a guess that has arrived and turned out wrong."""
+        """Gives up a guess that has arrived and turned out wrong, for its slot."""
         wrong = [guess for guess in self._residency.ledger.unused if guess.layer not in self._plan.ahead]
         slots = map(self._residency.table.slot_of, wrong)
         return self._free_first([slot for slot in slots if self._owns(slot)])
@@ -78,7 +79,7 @@ class Space:
 
 
 class Shared(Space):
-    """A space of all slots but those that are ``lent`` to the ring of a prefill that was set aside."""
+    """A space of all slots, except those ``lent`` to the ring of a prefill that was set aside."""
 
     def __init__(self, residency: Residency, lent: Set[int] = frozenset()) -> None:
         super().__init__(residency)
@@ -94,7 +95,7 @@ class Shared(Space):
 
 
 class Cache(Shared):
-    """Experts stay where they are until the eviction picks them."""
+    """The space of policies that keep experts: one stays in its slot until the eviction picks it."""
 
     def __init__(self, residency: Residency, shape: ModelShape, eviction: Eviction, ranking: Ranking) -> None:
         super().__init__(residency)
@@ -103,19 +104,19 @@ class Cache(Shared):
         self._quotas = eviction.quotas(residency.table.num_slots, shape)
 
     def spare(self, layer: int) -> int | None:
-        """An EMPTY slot, else that of a victim that the plan does not spare."""
+        """An EMPTY slot, else that of a victim, which is no expert that the plan spares."""
         slot = self._empty_slot()
         return self.give_up(layer, self._plan.spared) if slot is None else slot
 
     def take(self) -> int | None:
-        """As in Space; in the end not even those that the plan spares are."""
+        """As in Space; if nothing else is left, experts that the plan spares are given up too."""
         slot = super().take()
         return self.give_up(self._plan.layer) if slot is None and self._plan.spared else slot
 
     def give_up(self, loading: int, spared: Collection[ExpertId] = ()) -> int | None:
-        """Frees the slot of the least valued expert for the layer that is ``loading`` (BEFORE_FIRST: for none).
+        """Gives up the least valued expert and gives its slot; ``loading`` is the layer it is for, or BEFORE_FIRST.
 
-        None if every slot is held or LOADING, or its expert is ``spared``.
+        None if every slot is held or LOADING, or has an expert that is ``spared``.
         """
         idle, values = self._residency.idle, self._ranking.values
         if self.lent:
@@ -133,7 +134,7 @@ class Cache(Shared):
 
 
 class Uncached(Shared):
-    """Nothing is kept: a slot is freed as soon as its expert has been computed."""
+    """The space of policies that keep nothing: a slot is freed as soon as its expert has been computed."""
 
     def __init__(self, residency: Residency, lent: Set[int] = frozenset()) -> None:
         super().__init__(residency, lent)
@@ -148,7 +149,7 @@ class Uncached(Shared):
             pass
 
     def spare(self, layer: int) -> int | None:
-        """An EMPTY slot, else that of a guess that was wrong when it came."""
+        """An EMPTY slot, else that of a guess that has turned out wrong."""
         slot = self._empty_slot()
         return self._free_stale() if slot is None else slot
 
@@ -159,10 +160,11 @@ class Uncached(Shared):
 
 
 class Ring(Space):
-    """A prefill's: its experts stream through ``slots``, EMPTY when it began; all others stay as they are.
+    """The space of a prefill: its experts stream through ``slots``, all EMPTY when it begins. Others are left alone.
 
-    ``size`` of them go round to the end; the surplus is left behind filled, with as many experts of each layer.
-    Spent slots are freed only when they are needed, so that what came last stays resident too.
+    ``size`` of the slots are used again and again. The surplus is filled on the way, with about as many experts of each
+    layer, and left behind so. A slot is *spent* when its expert has been computed; it is freed only when it is needed,
+    so that the last experts stay resident as well.
     """
 
     def __init__(self, residency: Residency, shape: ModelShape, size: int, slots: Collection[int]) -> None:
@@ -173,7 +175,7 @@ class Ring(Space):
         self._spent: dict[int, None] = {}  # oldest first
 
     def ring_view(self, layer: int) -> RingView:
-        """As in Space. The surplus is shared evenly by the layers that are left, this one included."""
+        """As in Space. The layers that are left, this one included, share the surplus evenly."""
         ledger, slot_of = self._residency.ledger, self._residency.table.slot_of
         ahead = [guess for guess in (*ledger.guesses, *ledger.unused) if guess.layer > layer]
         pending = sum(self._owns(slot_of(guess)) for guess in ahead)
@@ -183,7 +185,7 @@ class Ring(Space):
         return RingView(max(0, self._size - pending), settled, surplus // max(1, layers_left))
 
     def spare(self, layer: int) -> int | None:
-        """An EMPTY slot, else that of the expert that was computed first, else that of a wrong guess."""
+        """An EMPTY slot, else the slot that has been spent for longest, else that of a wrong guess."""
         slot = next((slot for slot in self._residency.table.empty_slots() if slot in self._slots), None)
         if slot is None:
             spent = next((slot for slot in self._spent if not self._residency.table.holds(slot)), None)
@@ -194,7 +196,7 @@ class Ring(Space):
         return slot
 
     def retire(self, expert: int, slot: int) -> None:
-        """The slot is spent, unless the expert was there before or the plan keeps it."""
+        """The slot is spent, unless it is none of the ring's or the plan keeps its expert."""
         if expert in self._plan.keep:
             self._slots.discard(slot)
             self._spent.pop(slot, None)
@@ -202,9 +204,10 @@ class Ring(Space):
             self._spent[slot] = None
 
     def set_aside(self) -> Set[int]:
-        """Other passes come in between: the slots that the ring keeps meanwhile, with all that is on its way to it.
+        """Other passes come before the next layer: gives the slots that the ring keeps meanwhile.
 
-        The surplus goes back; of what other passes may read, nothing counts as spent.
+        These are ``size`` slots, first those with guesses, arrived or on their way. The surplus goes to the other
+        passes.
         """
         speculative = {*self._residency.ledger.guesses, *self._residency.ledger.unused}
         wanted_later = {self._residency.table.slot_of(guess) for guess in speculative}
@@ -213,7 +216,7 @@ class Ring(Space):
         return frozenset(self._slots)
 
     def take_up(self) -> None:
-        """The pass goes on. A slot whose speculation others have used is spent like those that it has used itself."""
+        """The prefill goes on. Slots are spent whose guesses other passes have used, as if it had used them itself."""
         table, unused = self._residency.table, self._residency.ledger.unused
         for slot, expert in table.ready():
             if slot in self._slots and expert not in unused:

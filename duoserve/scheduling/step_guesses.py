@@ -1,4 +1,4 @@
-"""What is copied ahead between two steps that the device carries out by itself."""
+"""Guesses for decode steps that the device carries out by itself: they are copied between two steps."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from duoserve.scheduling.residency import Residency
 
 
 class StepGuesses:
-    """Asks ``foresight`` behind a step for what the first layers of the next will want, and copies that.
+    """After each step, asks ``foresight`` what the first layers of the next will want, and copies that.
 
-    No kernel reads or fills a slot then, and nothing else is on the link. While a step runs nothing is copied: the link
-    is its misses', and a guess about it would come too late. ``now`` is the copy engine's clock.
+    Between two steps no kernel reads or fills a slot, and nothing else is on the link. While a step runs, no guesses
+    are copied: the link belongs to its misses, and guesses for it would come too late. ``now`` reads the copy engine's
+    clock.
     """
 
     def __init__(self, residency: Residency, shape: ModelShape, foresight: Foresight, now: Callable[[], float]) -> None:
@@ -27,11 +28,11 @@ class StepGuesses:
         self._link = StepLink(foresight.link)
 
     def stepped(self, num_hits: int, came_true: int) -> None:
-        """A step has ended that hit so many experts, some of them guesses that have come true."""
+        """A step has ended: over all layers it found ``num_hits`` experts in slots, ``came_true`` of them guesses."""
         self._link.stepped(self._now(), num_hits / len(self._shape.layers), came_true)
 
     def ask(self, room: Callable[[int], Sequence[int]]) -> None:
-        """The routing of the last step has been heard; ``room`` gives so many EMPTY slots, or less."""
+        """Starts the copies, once the last step's routing has been heard; ``room(n)`` gives up to n EMPTY slots."""
         copies: Sequence[ExpertId] = ()
         last = self._shape.layers[-1]
         if not self._foresight.guesses_within_budget or self._link.idle_before(last):
@@ -43,10 +44,10 @@ class StepGuesses:
             self._residency.load(expert, slot, Priority.PREFETCH)
 
     def pause(self) -> None:
-        """Another pass comes before the next step, so that how long the link is idle until then says nothing."""
+        """Another pass comes before the next step: how long the link is idle until then is not measured."""
         self._link.pause()
 
     def launched(self) -> None:
-        """The next step is launched: what has not begun by now is cancelled, and the device waits for the rest."""
+        """The next step is launched: copies that have not begun are cancelled, and the step waits for the others."""
         self._link.launched(self._now())
         self._residency.drain()

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from duoserve.cli import main
 from duoserve.cli.plots import one_step, stalls
+from duoserve.planning.model_cards import find_model
+from duoserve.planning.sizes import layer_sizes
 from duoserve.predictors.files import save_predictor
 from duoserve.predictors.training import train
-from duoserve.scheduling.hardware import HARDWARE, SIZES, Machine
+from duoserve.scheduling.hardware import HARDWARE, Machine
 from duoserve.scheduling.policies import get_policy
 from tests.scheduling.traces import drawn_trace
 from tests.traces import save_trace
 
+BARD = Path(__file__).resolve().parents[2] / "duoserve" / "assets" / "bard"
 MADE_UP = ["replay", "synthetic:mixtral-8x7b", "--requests", "1", "--tokens", "4", "--prompt-tokens", "3"]
 
 
@@ -77,6 +81,29 @@ def test_a_predictor_that_would_not_be_used_is_refused(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("form", "bits"), [([], 16), (["--format", "fp8"], 8), (["--format", "int4"], 4.19)])
+def test_an_expert_is_as_large_as_its_format_makes_it(
+    form: list[str], bits: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No format is the checkpoint's, as in ``plan``: bfloat16 for Mixtral. Scales are in the bits."""
+    asked = [*MADE_UP, "--hardware", "pcie4", "--slots", "64", "--policies", "on-demand", "--json"]
+    assert main([*asked, *form]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    copied_s = row["tpot_s"] / (32 * 2)
+    assert copied_s == pytest.approx(3 * 4096 * 14336 * bits / 8 / HARDWARE["pcie4"].link, rel=0.08)
+
+
+def test_sizes_need_no_weights(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    save_trace(drawn_trace(requests=2, tokens=4), tmp_path / "t.safetensors")
+    (tmp_path / "model").mkdir()
+    shutil.copy(BARD / "config.json", tmp_path / "model")
+    command = ["replay", str(tmp_path / "t.safetensors"), "--slots", "24", "--policies", "lru", "--json", "--model"]
+    assert main([*command, str(tmp_path / "model")]) == 0
+    without = capsys.readouterr().out
+    assert main([*command, "bard"]) == 0
+    assert without == capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -125,7 +152,7 @@ def test_a_plot_is_drawn(tmp_path: Path) -> None:
 
 
 def test_one_step_begins_at_zero_and_its_stalls_fill_the_compute_lane() -> None:
-    machine = Machine(HARDWARE["pcie4"], SIZES["mixtral-8x7b"])
+    machine = Machine(HARDWARE["pcie4"], layer_sizes(find_model("mixtral-8x7b"), "int4"))
     trace = drawn_trace(requests=1, tokens=3)
     copies, work = one_step(trace, get_policy("lru"), machine, 12, None)
     assert min(start for start, _ in work) == pytest.approx(0, abs=1e-9)

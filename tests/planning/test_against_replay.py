@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from duoserve.experts.budget import MemoryPlan
+from duoserve.planning.model_cards import find_model
 from duoserve.planning.policy_speed import Question, Speed, speed_of
 from duoserve.planning.routing_curves import curves_for
-from duoserve.planning.sizes import ModelSizes
+from duoserve.planning.sizes import ModelSizes, layer_sizes
 from duoserve.planning.speed import Costs
-from duoserve.scheduling.hardware import Machine, find_hardware, find_sizes
+from duoserve.scheduling.hardware import Machine, find_hardware
 from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.replay import Replay, replay
@@ -22,7 +23,7 @@ from duoserve.scheduling.trace import Trace
 
 LAYERS, REQUESTS, PROMPT, TOKENS = 3, 3, 64, 192
 WITHIN = 0.15
-MODELS = ("mixtral-8x7b", "gpt-oss-20b", "qwen3-30b-a3b")
+FORMATS = {"mixtral-8x7b": "int4", "gpt-oss-20b": None, "qwen3-30b-a3b": "fp8"}
 
 
 @cache
@@ -32,10 +33,11 @@ def trace_of(model: str) -> Trace:
 
 
 def both(model: str, share: float, link: str, policy: str) -> tuple[Replay, Speed]:
-    card, machine, trace = CARDS[model], Machine(find_hardware(link), find_sizes(model)), trace_of(model)
+    card, layer, trace = CARDS[model], layer_sizes(find_model(model), FORMATS[model]), trace_of(model)
+    machine = Machine(find_hardware(link), layer)
     total = LAYERS * card.num_experts
     memory = MemoryPlan(int(share * total), total, total, machine.sizes.expert_bytes, 0, 0, 0)
-    sizes = ModelSizes(machine.sizes, ModelShape(card.num_experts, card.top_k, trace.meta.layers), 0, 0, 0)
+    sizes = ModelSizes(layer, ModelShape(card.num_experts, card.top_k, trace.meta.layers), 0, 0, 0)
     curves = curves_for(card.num_experts, card.top_k, model)
     question = Question(prompt=PROMPT, new_tokens=TOKENS)
     planned = speed_of(Costs(machine, sizes, 1.0), curves, memory, question, policy)
@@ -44,7 +46,7 @@ def both(model: str, share: float, link: str, policy: str) -> tuple[Replay, Spee
 
 @pytest.mark.parametrize("link", ["pcie3", "pcie5"])
 @pytest.mark.parametrize("share", [0.25, 0.375, 0.5])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", FORMATS)
 def test_times_are_the_replays(model: str, share: float, link: str) -> None:
     """The first request fills the slots, and is not counted."""
     ran, planned = both(model, share, link, "duoserve" if link == "pcie5" else "lru")

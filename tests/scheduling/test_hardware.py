@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from duoserve.errors import ConfigError
-from duoserve.scheduling.hardware import HARDWARE, SIZES, Hardware, LayerSizes, Machine, find_hardware, find_sizes
+from duoserve.scheduling.hardware import HARDWARE, Hardware, LayerSizes, Machine, find_hardware
 
 MACHINE = Machine(
     Hardware("x", link=1e9, memory=1e10, flops=1e12, copy_latency_s=1e-3, layer_overhead_s=2e-3),
@@ -37,17 +37,7 @@ def test_on_a_cpu_experts_cost_time_of_their_own_and_weights_are_widened_for_man
     assert cpu.attention_s(1000, 0) == pytest.approx(MACHINE.attention_s(1000, 0) + 1e-3)
 
 
-@pytest.mark.parametrize(
-    ("model", "megabytes"),
-    [("mixtral-8x7b", 93.6), ("mixtral-8x22b", 160), ("qwen3-30b-a3b", 4.72), ("gpt-oss-120b", 13.2)],
-)
-def test_expert_bytes_are_those_of_the_published_checkpoints(model: str, megabytes: float) -> None:
-    assert find_sizes(model).expert_bytes / 1e6 == pytest.approx(megabytes, rel=0.02)
-
-
 def test_an_unknown_name_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(ConfigError, match=r"hardware 'abacus'.*rtx4090"):
         find_hardware("abacus")
-    with pytest.raises(ConfigError, match=r"model 'gpt-9'.*qwen3"):
-        find_sizes("gpt-9")
-    assert find_hardware("a5000") is HARDWARE["a5000"] and find_sizes("gpt-oss-20b") is SIZES["gpt-oss-20b"]
+    assert find_hardware("a5000") is HARDWARE["a5000"]
