@@ -193,6 +193,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     result = conditions("bench_reality", args.quick)
     result |= {"threads": args.threads, "copy_threads": COPY_THREADS, "rounds": args.rounds}
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         cache = Path(scratch)
         result["models"] = [measure(model, cache, sizes_of(model, args)) for model in models_of(args, cache)]
