@@ -18,6 +18,10 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 def refuse_unsupported(fields: Fields) -> None:
     """What no family's model has a way to compute."""
     fields.choice("hidden_act", ["silu"])
+    if not fields.flag("is_causal", True):
+        raise fields.refusal("is_causal", "supported: true")
+    if fields.is_set("per_layer_config"):
+        raise fields.refusal("per_layer_config", "supported: null; a field holds for all layers")
 
 
 def model_config(
@@ -91,6 +95,8 @@ def layer_windows(fields: Fields, window: int | None, slides: list[bool]) -> tup
     kinds = fields.choices("layer_types", (FULL, SLIDING), num_layers(fields))
     slides = [kind == SLIDING for kind in kinds] or slides
     if any(slides) and window is None:
+        if not fields.is_null("sliding_window"):  # so it is there, and not used
+            raise fields.refusal("use_sliding_window", "layer_types has layers that slide, so it must be true")
         raise fields.refusal("sliding_window", "layers slide, so it must be a number of positions")
     return tuple(window if sliding else None for sliding in slides)
 

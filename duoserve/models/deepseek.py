@@ -110,7 +110,15 @@ def parse_v3(raw: dict[str, Any]) -> ModelConfig:
     aliases = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
     fields = Fields.completed(raw, DEFAULTS_V3, aliases)
     refuse_unsupported(fields)
-    return model_config(fields, V3, _blocks(fields, corrected_router(fields), fields.flag("rope_interleave")))
+    blocks = _blocks(fields, corrected_router(fields), fields.flag("rope_interleave"))
+    _check_head_dim(fields, blocks.rope.dim)
+    return model_config(fields, V3, blocks)
+
+
+def _check_head_dim(fields: Fields, rotated: int) -> None:
+    """To transformers' V3 it is the number of rotated dimensions, and null is a head's share of the hidden size."""
+    if "head_dim" in fields.names and fields.optional_integer("head_dim", 1, 1024) != rotated:
+        raise fields.refusal("head_dim", f"it must be absent or qk_rope_head_dim, {rotated}")
 
 
 def _blocks(fields: Fields, router: RouterConfig, interleaved: bool) -> Blocks:

@@ -56,7 +56,7 @@ def _yarn(fields: Fields, inner: Fields) -> YarnConfig:
         beta_fast=_optional(inner, "beta_fast", LEAST_TURNS) or 32.0,
         beta_slow=_optional(inner, "beta_slow", LEAST_TURNS) or 1.0,
         truncate=inner.flag("truncate", True),
-        magnitude=_optional(inner, "attention_factor") or magnitude,
+        magnitude=magnitude if inner.is_null("attention_factor") else inner.number("attention_factor", 0, 1e6),
         score_scale=yarn_magnitude(factor, back) ** 2 if back else 1.0,
     )
 

@@ -40,6 +40,22 @@ EXTRA = [
 ]
 
 
+@pytest.mark.parametrize("model_type", CASES)
+def test_what_transformers_has_for_every_model_is_refused(model_type: str) -> None:
+    """Tokens that see those behind them, and layers with numbers of their own."""
+    (family,) = (family for family in FAMILIES if family.model_type == model_type)
+    raw = SMALL | dict(CASES[model_type].base)
+    harmless = raw | {"is_causal": True, "per_layer_config": {}}
+    assert family.parse_config(harmless) == family.parse_config(raw)
+    for changes, message in (
+        ({"is_causal": False}, "is_causal is False; supported: true"),
+        ({"is_causal": None}, "is_causal is None; it must be true or false"),
+        ({"per_layer_config": {"0": {"rms_norm_eps": 0.1}}}, "per_layer_config is .*; supported: null"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            family.parse_config(raw | changes)
+
+
 @pytest.mark.parametrize("family", FAMILIES[1:], ids=lambda family: family.model_type)
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())

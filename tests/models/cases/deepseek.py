@@ -108,6 +108,8 @@ V3 = FamilyCases(
             {"quantization_config": {"quant_method": "bitsandbytes"}},
             "quant_method is 'bitsandbytes'; supported",
         ),
+        "head_dim null": ({"head_dim": None}, "head_dim is None; it must be absent or qk_rope_head_dim, 4"),
+        "head_dim of the whole head": ({"head_dim": 12}, "head_dim is 12; it must be absent or qk_rope_head_dim, 4"),
         "no shared expert": ({"n_shared_experts": 0}, r"n_shared_experts is 0; it must be an integer in 1\.\."),
     },
 )

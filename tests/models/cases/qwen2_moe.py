@@ -38,7 +38,11 @@ CASES = FamilyCases(
         "gelu": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: 'silu'"),
         "sliding without a window": (
             {"layer_types": ["sliding_attention"] * 3, "use_sliding_window": False},
-            "sliding_window is .*; layers slide, so it must be a number of positions",
+            "use_sliding_window is False; layer_types has layers that slide, so it must be true",
+        ),
+        "sliding without a number": (
+            {"layer_types": ["sliding_attention"] * 3, "use_sliding_window": True, "sliding_window": None},
+            "sliding_window is None; layers slide, so it must be a number of positions",
         ),
         "unknown layer type": (
             {"layer_types": ["chunked_attention"] * 3},

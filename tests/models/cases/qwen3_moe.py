@@ -51,6 +51,10 @@ CASES = FamilyCases(
             {"rope_scaling": {"type": "yarn", "factor": 2.0, "rope_theta": 1.0}},
             r"rope_scaling: rope_theta is 1\.0; with YaRN it must be above 1",
         ),
+        "yarn without a magnitude": (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 0.0}},
+            r"rope_scaling: attention_factor is 0\.0; it must be a number above 0",
+        ),
         "yarn of hardly any turns": (
             {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_slow": 1e-310}},
             "rope_scaling: beta_slow is 1e-310; it must be a number above 1e-06",
