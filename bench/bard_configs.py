@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from expert_rows import NAME as EXPERT_ROWS
 from tokenizers import Tokenizer
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from expert_rows import NAME as EXPERT_ROWS
 
 # A window shorter than the training context lets the models run past that context.
 CONTEXT, WINDOW = 256, 128

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bard_configs import CONTEXT
-from shakespeare import token_ids
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
+
+from bard_configs import CONTEXT
+from shakespeare import token_ids
 
 
 @torch.no_grad()

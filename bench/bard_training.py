@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bard_configs import CONTEXT
-from muon import Muon
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
+
+from bard_configs import CONTEXT
+from muon import Muon
 
 CHECKPOINT_SECONDS = 300
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from goodput_search import ATTAINED
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from goodput_search import ATTAINED
 
 Result = dict[str, Any]
 NAMES = {"fcfs": "first come first served", "slo": "by slack"}

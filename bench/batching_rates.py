@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ceilings import disk_rates, memory_rate
-
 from duoserve import MoEModel, SamplingParams
 from duoserve.config import Phase
 

@@ -27,17 +27,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import batching_plot
 import batching_report
-import torch
 from batching_rates import decode_rounds, equal_tokens
+from duoserve import MoEModel
+from duoserve.compiled_decode import SIZES
 from goodput import Trials, goodputs
 from machine import ForeignCpu, conditions, foreign_cpu
 from random_mixtral import ensure_checkpoint
 from shapes import FULL, QUICK
-
-from duoserve import MoEModel
-from duoserve.compiled_decode import SIZES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PLAY = REPOSITORY / "tests" / "macbeth.txt"

@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import tables
 import torch
+
+import tables
 from copy_machines import GpuCopies, HostCopies
 from copy_table import SIZES, TINY_SIZES, Way, measure, targets
 from gpu_ceilings import gpu_facts

@@ -16,8 +16,6 @@ import time
 from typing import Any, NamedTuple
 
 import numpy as np
-from machine import conditions
-from tables import markdown
 
 from duoserve.config import Phase
 from duoserve.planning.model_cards import find_model
@@ -29,6 +27,8 @@ from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.replay import replay
 from duoserve.scheduling.routing import Routing
 from duoserve.scheduling.synthetic import CARDS, synthesize
+from machine import conditions
+from tables import markdown
 
 TOKENS, SHARE, PRECISION = 32, 0.25, 0.8
 

@@ -23,9 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Summary
-from machine import conditions
-from tables import markdown
 from torch import Tensor
 
 from duoserve.config import Phase
@@ -41,6 +38,9 @@ from duoserve.metrics import Meter
 from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.scheduler import Scheduler
+from harness import Summary
+from machine import conditions
+from tables import markdown
 
 CEILING_US = 40.0
 STEPS, WARM_STEPS = 100, 60

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from harness import Worker, WorkerError
 from kernel_report import render
 from machine import conditions

@@ -18,11 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from duoserve.experts.rows import aligned_rows
 from loading_models import CASES, Case, make_checkpoint
 from loading_report import render, table, verdicts
 from machine import conditions, disk_facts, foreign_cpu
-
-from duoserve.experts.rows import aligned_rows
 
 WORKER = Path(__file__).with_name("loading_worker.py")
 SHARD_BYTES, QUICK_SHARD_BYTES = 1 << 30, 1 << 20  # published shards have 2 to 5 GB

@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tables import markdown
-
 from duoserve.models.described import CONFIG, DescribedModel
 from duoserve.models.registry import family_of
 from duoserve.planning.model_cards import find_model
@@ -25,6 +23,7 @@ from duoserve.planning.routing_curves import curves_for
 from duoserve.planning.speed import Prompt, Step
 from duoserve.scheduling.hardware import GIB, Hardware, find_hardware
 from duoserve.scheduling.policies import get_policy
+from tables import markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WITHIN = 0.30

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from machine import conditions
-from tables import markdown
 
 from duoserve.planning.model_cards import find_model
 from duoserve.planning.sizes import layer_sizes
@@ -34,6 +32,8 @@ from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.replay import ORACLE, Replay, replay
 from duoserve.scheduling.synthetic import CARDS, synthesize
 from duoserve.scheduling.trace import Trace
+from machine import conditions
+from tables import markdown
 
 Row = list[str]
 PRECISIONS = (0.35, 0.6, 0.8, 0.95)

@@ -18,9 +18,6 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from machine import ForeignCpu, machine_facts, versions
-from shakespeare_traces import HELD, TRAIN, prompts, traced
-from tables import markdown
 
 from duoserve.config import Phase
 from duoserve.experts.hub import EMBEDDED
@@ -29,6 +26,9 @@ from duoserve.predictors.files import save_predictor
 from duoserve.predictors.quality import Quality, measure
 from duoserve.predictors.training import KINDS, train
 from duoserve.scheduling.trace import RequestTrace, Trace
+from machine import ForeignCpu, machine_facts, versions
+from shakespeare_traces import HELD, TRAIN, prompts, traced
+from tables import markdown
 
 # Columns of the table: how many experts are predicted, in multiples of top_k.
 MULTIPLES = (1, 1.5, 2, 2.5, 3, 3.5, 4, 6)

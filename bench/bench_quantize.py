@@ -16,17 +16,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import conditions
-from report import into_readme
-from shakespeare import HELD_OUT, title
-from tables import markdown
-
 from duoserve import MoEModel
 from duoserve.experts.pack_folder import pack_path
 from duoserve.experts.packing import write_pack
 from duoserve.experts.quantizing import QuantizingStore
 from duoserve.models.opened import opened
 from duoserve.perplexity import WINDOW, score
+from machine import conditions
+from report import into_readme
+from shakespeare import HELD_OUT, title
+from tables import markdown
 
 MARKERS = "<!-- quantize -->", "<!-- /quantize -->"
 MODEL, FORMATS = "bard", (None, "bf12", "int8", "int4")

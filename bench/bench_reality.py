@@ -23,15 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import reality_report
 import torch
-from machine import ForeignCpu, conditions, foreign_cpu
-from random_mixtral import ensure_checkpoint
-from reality_cells import Cell, Served, Setting
-from reality_machine import Residents, machine, replayed, tpots
-from reality_probe import Probe, Rates
-from shapes import SHAPES
 
+import reality_report
 from duoserve.config import EngineConfig
 from duoserve.predictors.training import train
 from duoserve.sampling import SamplingParams
@@ -40,6 +34,12 @@ from duoserve.scheduling.timed import TimedMachine
 from duoserve.scheduling.trace import Trace
 from duoserve.text import Text
 from duoserve.tracing import RecordingSpec, record
+from machine import ForeignCpu, conditions, foreign_cpu
+from random_mixtral import ensure_checkpoint
+from reality_cells import Cell, Served, Setting
+from reality_machine import Residents, machine, replayed, tpots
+from reality_probe import Probe, Rates
+from shapes import SHAPES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PLAY = REPOSITORY / "tests" / "macbeth.txt"

@@ -17,15 +17,15 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from machine import versions
-from shakespeare_traces import HELD, prompts, traced
-from tables import markdown
 from tqdm import tqdm
 
 from duoserve.experts.hub import EMBEDDED
 from duoserve.scheduling.cache_study import belady_hits, cached_hits
 from duoserve.scheduling.policies import EVICTIONS
 from duoserve.scheduling.trace import Trace
+from machine import versions
+from shakespeare_traces import HELD, prompts, traced
+from tables import markdown
 
 WINDOWS = (2, 4, 8, 16, 32)
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from harness import Worker, WorkerError
 from machine import conditions
 from serve_cells import AUTO, BASE, EVENT, GRAPH, PROMPTS, Cell, cells, promised, shown

@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import soak_report
+from duoserve import MoEModel
 from machine import conditions, foreign_cpu
 from soak_clients import Clients, http_client, soak
 from soak_load import Kind, kinds, requests
 from soak_watch import Sample, growth, look, watch
-
-from duoserve import MoEModel
 
 HERE = Path(__file__).resolve().parent
 PLAY = HERE.parent / "tests" / "macbeth.txt"

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from harness import serve
 from machine import drop_from_page_cache
 

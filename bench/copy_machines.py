@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from copy_table import CopyMachine, Way
-from gpu_timing import Queued, times_us
 from torch import Tensor
 
+from copy_table import CopyMachine, Way
 from duoserve.experts.rows import aligned_rows
 from duoserve.kernels import HostRows, HostWork, page_gather
 from duoserve.kernels.reference_copies import page_gather as gather_on_host
+from gpu_timing import Queued, times_us
 
 ROUNDS = 7
 MAX_ROWS, MIN_ROWS = 64, 2

@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any, Protocol
 
+from duoserve.experts.tickets import PIECE_BYTES
 from harness import Summary, Target
 from moe_shapes import DEEPSEEK, MIXTRAL, QWEN3
-
-from duoserve.experts.tickets import PIECE_BYTES
 
 Result = dict[str, Any]
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from cpu_rows import (
     BF12,
     BF12_EQUAL,
@@ -32,7 +34,6 @@ from cpu_rows import (
 )
 from harness import Round
 from shapes import Shape
-from torch import Tensor
 
 # Beside transformers' own bf16 error against float32: two correct engines differ by rounding, and rounding moves a near
 # tie of the router now and then, so the bulk of the tokens is judged and the mean is only shown.

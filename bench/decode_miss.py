@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from moe_operands import Buffers, Pool, Step
-from moe_paths import ROUNDING_ERROR, Check, relative_error
 from torch import Tensor
 
 from duoserve.kernels import reference
@@ -18,6 +16,8 @@ from duoserve.kernels.host_rows import HostRows
 from duoserve.kernels.moe_fill import moe_down_fill, moe_up_fill
 from duoserve.kernels.moe_gemm import moe_down, moe_up
 from duoserve.kernels.routing import HostWork
+from moe_operands import Buffers, Pool, Step
+from moe_paths import ROUNDING_ERROR, Check, relative_error
 
 MAX_MISSES, HOST_BYTES = 64, 200_000_000
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf_file import Entry, Kind, Value, write
 from safetensors import safe_open
 from torch import Tensor
+
+from gguf_file import Entry, Kind, Value, write
 
 FILE_TYPES = {Kind.BF16: 32, Kind.Q8_0: 7}  # llama.cpp's numbers for files that are mostly of one kind
 NORMAL_TOKEN = 1  # of all tokens, special ones too: every token must have text, or a stream has no piece for it

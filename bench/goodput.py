@@ -10,12 +10,11 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, NamedTuple
 
-from goodput_search import Search, goodput
-
 from duoserve import AsyncEngine, MoEModel, Objectives, SamplingParams, ServiceSettings
 from duoserve.loadtest.workload import Workload
 from duoserve.metrics import percentile
 from duoserve.service import Times
+from goodput_search import Search, goodput
 
 SCHEDULERS = ("fcfs", "slo")
 # Objectives: three times a token's time alone, and for the first token as many times more as 2 s are of 100 ms.

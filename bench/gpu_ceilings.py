@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
 from gpu_timing import Queued, Replay, Timed, Work, times_us
 from harness import Summary
 

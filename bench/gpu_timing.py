@@ -7,6 +7,7 @@ from contextlib import suppress
 from functools import cache
 
 import torch
+
 from harness import interleave
 
 Work = Callable[[], object]

@@ -10,8 +10,15 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+
 from attention_ops import attention_builders
 from decode_miss import Miss
+from duoserve.kernels.combine import moe_combine
+from duoserve.kernels.configs import takes_gemv
+from duoserve.kernels.moe_gemm import moe_down, moe_up
+from duoserve.kernels.moe_gemv import moe_gemv_down, moe_gemv_up
+from duoserve.kernels.route import route_plan
+from duoserve.kernels.weights import ExpertWeights
 from gpu_ceilings import gpu_facts, measure_ceilings
 from gpu_timing import Queued, Replay, Timed, captured, times_us
 from harness import Summary, serve
@@ -21,13 +28,6 @@ from moe_peers import PeerWeights, peer_layer, peer_names
 from moe_shapes import QWEN3, SHAPES, small
 from op_cases import OpCase, Source
 from small_ops import small_builders
-
-from duoserve.kernels.combine import moe_combine
-from duoserve.kernels.configs import takes_gemv
-from duoserve.kernels.moe_gemm import moe_down, moe_up
-from duoserve.kernels.moe_gemv import moe_gemv_down, moe_gemv_up
-from duoserve.kernels.route import route_plan
-from duoserve.kernels.weights import ExpertWeights
 
 OURS = "duoserve"
 PEER_ROUNDINGS = 5  # of a peer's layer: it rounds gate and up, silu, their product, down and the weighted sum

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import xllamacpp
+
 from gguf_file import Kind
 from gguf_mixtral import convert
 from harness import Figures, Round, serve

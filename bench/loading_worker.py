@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 
 import torch
-from machine import memory_bytes, reset_peak_memory
 
 from duoserve import MoEModel
 from duoserve.experts.pack_folder import pack_path
 from duoserve.experts.packing import write_pack
 from duoserve.experts.rows import aligned_rows
 from duoserve.models.opened import opened
+from machine import memory_bytes, reset_peak_memory
 
 CONVERT_SECONDS = 2.0
 

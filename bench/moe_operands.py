@@ -9,11 +9,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from moe_shapes import MoEShape
 from torch import Tensor
 
 from duoserve.kernels.bf12 import LEAST, Bf12Rows
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights, Matrix
+from moe_shapes import MoEShape
 
 # Far more than the L2 cache of any GPU: what little of it a replay leaves there does not flatter the next one.
 POOL_BYTES = 2_000_000_000

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from moe_operands import Buffers, Pool, Step
 from torch import Tensor
 
 from duoserve.kernels import reference
@@ -21,6 +20,7 @@ from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.route import route_plan
 from duoserve.kernels.routing import RoutePlan
 from duoserve.kernels.weights import ExpertWeights
+from moe_operands import Buffers, Pool, Step
 
 ROUNDING_ERROR = 4e-3  # relative norm that one rounding to bf16 may cost, as in tests/kernels
 SAMPLED_TOKENS = 32

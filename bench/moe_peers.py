@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from moe_operands import Pool, Step
 from torch import Tensor
+
+from moe_operands import Pool, Step
 
 Layer = Callable[[], Tensor]
 

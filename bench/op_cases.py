@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+
 from gpu_timing import Work
 from moe_operands import L2_MULTIPLE
 from moe_paths import ROUNDING_ERROR, Check, relative_error
-from torch import Tensor
 
 
 @dataclass(frozen=True)

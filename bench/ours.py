@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Figures, Round, serve
-from machine import ForeignCpu, disk_bytes_read, drop_from_page_cache, memory_bytes, reset_peak_memory
-from memory_cap import join, leave
 
 from duoserve import MoEModel, SamplingParams
 from duoserve.config import EngineConfig
@@ -24,6 +21,9 @@ from duoserve.predictors.training import train
 from duoserve.request import Request
 from duoserve.scheduling.recorder import TraceRecorder
 from duoserve.tracing import RecordingSpec, record
+from harness import Figures, Round, serve
+from machine import ForeignCpu, disk_bytes_read, drop_from_page_cache, memory_bytes, reset_peak_memory
+from memory_cap import join, leave
 
 
 def load_compiler() -> None:

@@ -15,9 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
 from harness import Figures, Round, serve
 from machine import ForeignCpu, disk_bytes_read, drop_from_page_cache
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
 class Peer:

@@ -22,10 +22,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from machine import REPOSITORY, ForeignCpu, conditions, foreign_cpu
-from plan_here_report import BUSY, report
-from random_mixtral import ensure_checkpoint
-from shapes import SHAPES
 
 from duoserve import MoEModel
 from duoserve.config import Phase
@@ -42,6 +38,10 @@ from duoserve.planning.this_machine import this_machine
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.hardware import GIB, Hardware
 from duoserve.scheduling.policies import get_policy
+from machine import REPOSITORY, ForeignCpu, conditions, foreign_cpu
+from plan_here_report import BUSY, report
+from random_mixtral import ensure_checkpoint
+from shapes import SHAPES
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "duoserve" / "bench"
 TEXT = REPOSITORY / "tests" / "macbeth.txt"

@@ -9,9 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from shapes import SEED, SHAPES, Shape
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
+
+from shapes import SEED, SHAPES, Shape
 
 # The router's logits get this standard deviation: with it the top two of eight experts carry about as much weight as in
 # a trained Mixtral, and the choice changes from token to token (the bench prints how often).

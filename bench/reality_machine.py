@@ -11,8 +11,6 @@ from math import inf
 from typing import Self
 
 import numpy as np
-from reality_cells import Cell, Served, Setting
-from reality_probe import COUNTS, Disturber, Probe, Rates, Stopwatch
 
 from duoserve.config import EngineConfig, Phase
 from duoserve.experts.virtual_readers import Readers
@@ -22,6 +20,8 @@ from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.replay import Replay, Watcher, replay
 from duoserve.scheduling.timed import PassTimes, TimedMachine
 from duoserve.scheduling.trace import Trace
+from reality_cells import Cell, Served, Setting
+from reality_probe import COUNTS, Disturber, Probe, Rates, Stopwatch
 
 MANY = 8
 # Passes of a resident model in which each layer has so many experts read, and waits for them or does not.

@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from serve_models import BF16, MODELS
-
 from duoserve.config import DECODE_MODES
 from duoserve.scheduling.plan import DecodeMode, PrefillMode
 from duoserve.scheduling.policies import POLICIES, Policy, get_policy
+from serve_models import BF16, MODELS
 
 SHARES = ("12.5%", "25%", "45%", "15%")  # the last is the memory share of arXiv 2509.07379
 PAPER_SHARE, MIDDLE_SHARE = "15%", "25%"

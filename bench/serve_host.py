@@ -8,11 +8,9 @@ import time
 from typing import Any, Protocol
 
 import torch
+
 from copy_machines import HostCopies
 from copy_table import Way
-from gpu_ceilings import gpu_facts, measure_ceilings
-from serve_steps import TimedRecorder
-
 from duoserve.experts.copy_engine import CopyEngine, ThreadedCopyEngine
 from duoserve.experts.cuda_streams import CudaStreams
 from duoserve.experts.slots import SlotPool
@@ -20,6 +18,8 @@ from duoserve.experts.store import ExpertStore
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.kernels.cuda_graphs import CudaRecorder
 from duoserve.metrics import Meter
+from gpu_ceilings import gpu_facts, measure_ceilings
+from serve_steps import TimedRecorder
 
 COPY_THREADS = 2
 NVML, NVML_OK = "libnvidia-ml.so.1", 0

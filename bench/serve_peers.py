@@ -14,10 +14,11 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from serve_host import Host
 from serve_models import Unavailable
 from serve_replay import random_weights
-from torch import Tensor, nn
 
 SECONDS = 20.0  # after which no further token is begun
 BLOCK_ELEMENTS = 1 << 20

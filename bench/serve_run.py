@@ -9,13 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from serve_cells import Cell, Part
-from serve_digest import NotedPasses, digest
-from serve_host import Host
-from serve_models import Unavailable, Wired
-from serve_replay import AskedFor, HostArena, ReplayedPasses, RoutingReplay, SharedRows, Tape, TapedScores, scripted
-from serve_steps import StallMeter, TimedDecoder, timed_decoder
-from serve_timeline import packed, timeline
 from torch import Tensor
 
 from duoserve.architecture import LatentAttentionConfig
@@ -40,6 +33,13 @@ from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.workspace import workspace_bytes
+from serve_cells import Cell, Part
+from serve_digest import NotedPasses, digest
+from serve_host import Host
+from serve_models import Unavailable, Wired
+from serve_replay import AskedFor, HostArena, ReplayedPasses, RoutingReplay, SharedRows, Tape, TapedScores, scripted
+from serve_steps import StallMeter, TimedDecoder, timed_decoder
+from serve_timeline import packed, timeline
 
 # Of a prompt and of a decode: their logits must have the same bits in every cell of a group.
 CHECKED_TOKENS, CHECKED_STEPS = 16, 8

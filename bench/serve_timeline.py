@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from serve_models import Unavailable
 from torch.profiler import ProfilerActivity, profile, record_function
+
+from serve_models import Unavailable
 
 Event = dict[str, Any]
 

@@ -8,6 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+
+from duoserve.predictors.lookahead import LookaheadPredictor
+from duoserve.predictors.training import train
+from duoserve.scheduling.synthetic import synthesize
 from harness import serve
 from moe_shapes import QWEN3
 from serve_cells import PARTS, Cell
@@ -16,10 +20,6 @@ from serve_models import MODELS, ServeModel, Unavailable, tiny
 from serve_peers import accelerate_offload
 from serve_replay import HostArena, Tape
 from serve_run import Figures, Ground, KnownLink, Limits, run, trace
-
-from duoserve.predictors.lookahead import LookaheadPredictor
-from duoserve.predictors.training import train
-from duoserve.scheduling.synthetic import synthesize
 
 IS_TINY, ARENA_GIB = "SERVE_TINY", "SERVE_ARENA_GIB"  # environment of the process
 PRECISION = 0.8  # of the made-up look-ahead scores: policies that read these find so many of a token's experts

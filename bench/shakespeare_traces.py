@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from shakespeare import HELD_OUT, read_works
-
 from duoserve.config import EngineConfig
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.trace import Trace
 from duoserve.tracing import RecordingSpec, record
+from shakespeare import HELD_OUT, read_works
 
 NEW_TOKENS = 128
 TRAIN, HELD = "train", "held"

@@ -10,7 +10,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+
 from attention_ops import QWEN3_HEADS
+from duoserve.kernels import reference
+from duoserve.kernels.combine import moe_combine
+from duoserve.kernels.norm import add_rms_norm
+from duoserve.kernels.rope import rope_write_kv
+from duoserve.kernels.route import route_plan
+from duoserve.kernels.router import router_topk
 from gpu_timing import Work
 from kernel_targets import PLAN_TOKENS, plan_name
 from moe_operands import STEPS
@@ -18,13 +25,6 @@ from moe_paths import Check, relative_error, same_plan
 from moe_shapes import DEEPSEEK, QWEN3, MoEShape
 from op_cases import OpCase, Source, close
 from shapes import PAGE_TOKENS
-
-from duoserve.kernels import reference
-from duoserve.kernels.combine import moe_combine
-from duoserve.kernels.norm import add_rms_norm
-from duoserve.kernels.rope import rope_write_kv
-from duoserve.kernels.route import route_plan
-from duoserve.kernels.router import router_topk
 
 PREFILL_TOKENS = 32768
 

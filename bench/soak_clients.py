@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+
 from soak_load import JSON, Asked, Kind, wrong
 
 DATA, DONE = "data: ", "data: [DONE]"

@@ -14,13 +14,14 @@ import json
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
 from bard_card import write_card
 from bard_configs import MODELS, fresh
 from bard_report import evaluate
 from bard_training import Recipe, Training
 from shakespeare import BEGIN, END, HELD_OUT, read_works, token_ids, train_tokenizer
-from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 # A scene of a held-out play, at hand for the tests.
 PASSAGE = Path(__file__).resolve().parent.parent / "tests" / "macbeth.txt"

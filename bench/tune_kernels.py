@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, Generic
 
 import torch
-from moe_shapes import INT4_GROUP, MIXTRAL, QWEN3, MoEShape
-from tune_space import Config, Corner, gemm_rows, gemv_rows, row_text
 
 from duoserve.kernels.configs import HUGE, LARGE, MEDIUM, SMALL
 from duoserve.kernels.weights import ExpertFormat
+from moe_shapes import INT4_GROUP, MIXTRAL, QWEN3, MoEShape
+from tune_space import Config, Corner, gemm_rows, gemv_rows, row_text
 
 FORMATS = {"bf16": ExpertFormat.FLOAT, "fp8": ExpertFormat.FP8, "int4": ExpertFormat.INT4}
 NAMES = {SMALL: "SMALL", MEDIUM: "MEDIUM", LARGE: "LARGE", HUGE: "HUGE"}

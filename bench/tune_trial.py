@@ -7,12 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_ceilings import gpu_facts
-from gpu_timing import Replay, times_us
-from harness import Summary
-from moe_operands import POOL_BYTES, Buffers, Pool, Step
-from moe_paths import ROUNDING_ERROR, relative_error
-from moe_shapes import MoEShape
 from torch import Tensor
 
 from duoserve.kernels.configs import gemv_config
@@ -20,6 +14,12 @@ from duoserve.kernels.moe_gemm import choose_config, machine, moe_down, moe_up
 from duoserve.kernels.moe_gemv import moe_gemv_down, moe_gemv_up
 from duoserve.kernels.route import route_plan
 from duoserve.kernels.routing import RoutePlan
+from gpu_ceilings import gpu_facts
+from gpu_timing import Replay, times_us
+from harness import Summary
+from moe_operands import POOL_BYTES, Buffers, Pool, Step
+from moe_paths import ROUNDING_ERROR, relative_error
+from moe_shapes import MoEShape
 
 Run = Callable[[], None]
 

@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.append(str(BENCH))
+import cpu_checks
+import cpu_rows
+import cpu_summary
+import harness
+import report
+import shapes
 
-import cpu_checks  # noqa: E402 (the benches are no package)
-import cpu_rows  # noqa: E402
-import cpu_summary  # noqa: E402
-import harness  # noqa: E402
-import report  # noqa: E402
-import shapes  # noqa: E402
+BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 
 @pytest.fixture(scope="module")

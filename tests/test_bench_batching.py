@@ -10,16 +10,13 @@ from typing import Any
 
 import pytest
 
+import batching_report
+from batching_rates import row
+from duoserve.service import Objectives, Times
+from goodput import Outcome, outcome, summary
+from goodput_search import Search, falling, goodput
+
 BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.append(str(BENCH))
-
-import batching_report  # noqa: E402 (the benches are no package)
-from batching_rates import row  # noqa: E402
-from goodput import Outcome, outcome, summary  # noqa: E402
-from goodput_search import Search, falling, goodput  # noqa: E402
-
-from duoserve.service import Objectives, Times  # noqa: E402
-
 CEILINGS = {"memory_bytes_per_s": 20e9, "disk_bytes_per_s": 1e9, "slot_bytes": 1_000_000, "dense_bytes": 100_000_000}
 
 

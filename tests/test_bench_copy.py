@@ -11,13 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+import bench_copy
+import copy_machines
+from copy_table import SIZES, CopyMachine, Way, measure, targets
+
 BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.append(str(BENCH))
-
-import bench_copy  # noqa: E402 (the benches are no package)
-import copy_machines  # noqa: E402
-from copy_table import SIZES, CopyMachine, Way, measure, targets  # noqa: E402
-
 LINK = 50e9
 
 

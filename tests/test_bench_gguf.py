@@ -6,7 +6,6 @@ T tokens, H hidden, D of a head, V vocabulary.
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +14,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import reference_logits, save_mixtral
-from tests.gguf_reader import BF16, F32, Q8_0, GgufFile, read_gguf
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
-
 import gguf_mixtral
 from gguf_file import Entry, Kind, q8_0, write
+from tests.checkpoints import reference_logits, save_mixtral
+from tests.gguf_reader import BF16, F32, Q8_0, GgufFile, read_gguf
 
 LAYERS, HEADS, KV_HEADS, TOP_K = 3, 4, 2, 2
 

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.append(str(BENCH))
-
-import bench_hearing  # noqa: E402 (the benches are no package)
+import bench_hearing
 
 
 def test_a_step_waits_for_a_part_of_its_thoughts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.append(str(BENCH))
-
-import bench_host  # noqa: E402 (the benches are no package)
-from bench_host import CASES  # noqa: E402
+import bench_host
+from bench_host import CASES
 
 
 @pytest.mark.parametrize("policy", ["lru", "duoserve"])

@@ -14,24 +14,21 @@ from typing import Any
 import pytest
 import torch
 
+import attention_ops
+import bench_kernels
+import gpu_timing
+import kernel_report
+import kernel_targets
+import kernel_worker
+import moe_paths
+import moe_shapes
+import small_ops
+from harness import WorkerError
+from moe_operands import Pool
 from tests.kernels.common import DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
-sys.path.append(str(BENCH))
-
-import attention_ops  # noqa: E402 (the benches are no package)
-import bench_kernels  # noqa: E402
-import gpu_timing  # noqa: E402
-import kernel_report  # noqa: E402
-import kernel_targets  # noqa: E402
-import kernel_worker  # noqa: E402
-import moe_paths  # noqa: E402
-import moe_shapes  # noqa: E402
-import small_ops  # noqa: E402
-from harness import WorkerError  # noqa: E402
-from moe_operands import Pool  # noqa: E402
-
 NO_GPU = pytest.mark.skipif(DEVICE.type == "cuda", reason="says what happens without a GPU")
 
 # Floors in us as published with the targets: decode of 1, 4 and 16 tokens, then prefill.

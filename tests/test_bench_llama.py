@@ -15,14 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+import least_bytes
+import memory_cap
 from tests.checkpoints import save_mixtral
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.append(str(BENCH))
-
-import least_bytes  # noqa: E402 (the benches are no package)
-import memory_cap  # noqa: E402
-
 VOCAB = 96
 
 

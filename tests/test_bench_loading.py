@@ -9,17 +9,14 @@ from pathlib import Path
 
 import pytest
 
+import loading_report
+from bench_loading import WAYS, written
+from duoserve.experts.pack_format import PACK_FILE
+from duoserve.experts.rows import aligned_rows
+from duoserve.models.opened import opened
+from loading_models import CASES, make_checkpoint
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "bench"))
-
-import loading_report  # noqa: E402 (the benches are no package)
-from bench_loading import WAYS, written  # noqa: E402
-from loading_models import CASES, make_checkpoint  # noqa: E402
-
-from duoserve.experts.pack_format import PACK_FILE  # noqa: E402
-from duoserve.experts.rows import aligned_rows  # noqa: E402
-from duoserve.models.opened import opened  # noqa: E402
-
 GB = 10**9
 SHARD = GB // 2
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "bench"))
+import bench_newcomer
+import newcomer_report
+import report
+from newcomer_report import DOWNLOAD, EVALUATE, FIRST_TEXT, SET_UP
 
-import bench_newcomer  # noqa: E402 (the benches are no package)
-import newcomer_report  # noqa: E402
-import report  # noqa: E402
-from newcomer_report import DOWNLOAD, EVALUATE, FIRST_TEXT, SET_UP  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def steps(**seconds):

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+import bench_quantize
+import cpu_summary
+import opening
+import report
+import shapes
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "bench"))
-
-import bench_quantize  # noqa: E402 (the benches are no package)
-import cpu_summary  # noqa: E402
-import opening  # noqa: E402
-import report  # noqa: E402
-import shapes  # noqa: E402
-
 README = (ROOT / "README.md").read_text()
 [PLOT] = re.findall(r"!\[decode\]\((.*)\)", README)
 FILE = (ROOT / PLOT).with_suffix(".json")

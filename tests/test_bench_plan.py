@@ -10,17 +10,14 @@ from pathlib import Path
 
 import pytest
 
+import bench_plan
+import plan_here
+import plan_here_report
+from bench_plan import Row
+from duoserve.planning import rehearsal
+from plan_here_report import Verdict, report
+
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-
-import bench_plan  # noqa: E402
-import plan_here  # noqa: E402
-import plan_here_report  # noqa: E402
-from bench_plan import Row  # noqa: E402
-from plan_here_report import Verdict, report  # noqa: E402
-
-from duoserve.planning import rehearsal  # noqa: E402
-
 RESULT = json.loads((BENCH / "results" / "cpu-epyc-2026-11-23.json").read_text())
 
 

@@ -8,15 +8,11 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.append(str(BENCH))
-
-import bench_policies  # noqa: E402 (the benches are no package)
-from bench_policies import Claim, Table, verdict, what_is_possible  # noqa: E402
-
-from duoserve.predictors.training import train  # noqa: E402
-from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine  # noqa: E402
-from tests.scheduling.traces import drawn_trace  # noqa: E402
+import bench_policies
+from bench_policies import Claim, Table, verdict, what_is_possible
+from duoserve.predictors.training import train
+from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
+from tests.scheduling.traces import drawn_trace
 
 MACHINE = Machine(Hardware("small", 1e9, 1e12, 1e15, 0.0, 1e-6), LayerSizes("small", 1_000_000, 8, 1_000_000, 64))
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.append(str(BENCH))
+import reality_report
+from reality_machine import disturbed, listening, readers, undisturbed
+from reality_probe import Rates
 
-import reality_report  # noqa: E402 (the benches are no package)
-from reality_machine import disturbed, listening, readers, undisturbed  # noqa: E402
-from reality_probe import Rates  # noqa: E402
+BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 
 def model_with(*errors: tuple[float, float]) -> dict[str, Any]:

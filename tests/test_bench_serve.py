@@ -15,27 +15,24 @@ import numpy as np
 import pytest
 import torch
 
+import bench_serve
+import serve_figures
+import serve_report
 from duoserve.architecture import LatentAttentionConfig
 from duoserve.config import Phase
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.routing import Routing
 from duoserve.scheduling.synthetic import CARDS, synthesize
+from serve_cells import BASE, BATCHES, EVENT, GRAPH, PARTS, PROMPTS, SHARES, Cell, cells, shown
+from serve_host import CpuHost, GpuHost
+from serve_models import MODELS, Unavailable, tiny
+from serve_replay import HostArena, RoutingReplay, SharedRows, Tape, TapedScores
+from serve_run import Limits, requests_of
+from serve_worker import ServeBench
 from tests.listeners import Heard
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.append(str(BENCH))
-
-import bench_serve  # noqa: E402 (the benches are no package)
-import serve_figures  # noqa: E402
-import serve_report  # noqa: E402
-from serve_cells import BASE, BATCHES, EVENT, GRAPH, PARTS, PROMPTS, SHARES, Cell, cells, shown  # noqa: E402
-from serve_host import CpuHost, GpuHost  # noqa: E402
-from serve_models import MODELS, Unavailable, tiny  # noqa: E402
-from serve_replay import HostArena, RoutingReplay, SharedRows, Tape, TapedScores  # noqa: E402
-from serve_run import Limits, requests_of  # noqa: E402
-from serve_worker import ServeBench  # noqa: E402
-
 MIXTRAL, QWEN3, DEEPSEEK = "Mixtral-8x7B", "Qwen3-30B-A3B", "DeepSeek-V2-Lite"
 CEILINGS = {"link_bytes_per_s": 50e9, "memory_bytes_per_s": 3e12, "flop_per_s": 800e12}
 

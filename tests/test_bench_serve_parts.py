@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
-
 from bench_serve import all_parts
+from duoserve.decoding import Launch
+from duoserve.recorded_decode import RECORD_AFTER
 from serve_cells import EVENT, GRAPH, Cell, cells
 from serve_models import MODELS
 from serve_report import rows
 from serve_run import Limits
-
-from duoserve.decoding import Launch
-from duoserve.recorded_decode import RECORD_AFTER
 from tests.test_bench_serve import part
 
 

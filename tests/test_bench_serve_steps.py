@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import serve_report
+import serve_run
 from duoserve.decoding import Launch
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
@@ -24,21 +26,14 @@ from duoserve.kv_cache import Layout
 from duoserve.metrics import Meter
 from duoserve.passes import Passes
 from duoserve.recorded_decode import RecordedDecoder
+from serve_cells import AUTO, BASE, EVENT, GRAPH, Cell, shown
+from serve_figures import figures, targets
+from serve_host import CpuHost
+from serve_steps import TimedDecoder, TimedRecorder, host_seconds
+from serve_worker import ServeBench
 from tests.fake_recorder import FakeRecorder
 from tests.fake_streams import FakeStreams
-
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.append(str(BENCH))
-
-import serve_report  # noqa: E402 (the benches are no package)
-import serve_run  # noqa: E402
-from serve_cells import AUTO, BASE, EVENT, GRAPH, Cell, shown  # noqa: E402
-from serve_figures import figures, targets  # noqa: E402
-from serve_host import CpuHost  # noqa: E402
-from serve_steps import TimedDecoder, TimedRecorder, host_seconds  # noqa: E402
-from serve_worker import ServeBench  # noqa: E402
-
-from tests.test_bench_serve import CEILINGS, DEEPSEEK, MIXTRAL, QWEN3, part  # noqa: E402
+from tests.test_bench_serve import CEILINGS, DEEPSEEK, MIXTRAL, QWEN3, part
 
 
 class At(Mark):

@@ -13,14 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
+import soak_report
+from soak_clients import Clients, soak
+from soak_load import CANCELLED, MALFORMED, WRONG, Asked, Kind, kinds, requests
+from soak_watch import Sample, growth
+
 BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.append(str(BENCH))
-
-import soak_report  # noqa: E402 (the benches are no package)
-from soak_clients import Clients, soak  # noqa: E402
-from soak_load import CANCELLED, MALFORMED, WRONG, Asked, Kind, kinds, requests  # noqa: E402
-from soak_watch import Sample, growth  # noqa: E402
-
 KIND = Kind("a", 2, 0.0, 0, (), 1)
 EVENTS = [{"choices": [{"index": 0, "text": "x", "finish_reason": None}]}]
 EVENTS += [{"choices": [{"index": 0, "text": "y", "finish_reason": "length"}]}]

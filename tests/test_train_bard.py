@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 
 import expert_rows
 from bard_configs import MODELS

@@ -14,20 +14,17 @@ from typing import Any
 import pytest
 import torch
 
+import tune_kernels
+import tune_space
+import tune_trial
 from duoserve.kernels import configs
 from duoserve.kernels.configs import HUGE, LARGE, MEDIUM, SMALL, GemmConfig, GemvConfig, gemm_config, gemv_config
 from duoserve.kernels.weights import ExpertFormat
+from moe_shapes import MoEShape
 from tests.kernels.common import DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
-sys.path.append(str(BENCH))
-
-import tune_kernels  # noqa: E402 (the benches are no package)
-import tune_space  # noqa: E402
-import tune_trial  # noqa: E402
-from moe_shapes import MoEShape  # noqa: E402
-
 ARCHS = (80, 86, 89, 90, 100, 120)
 FORMATS = [
     (ExpertFormat.FLOAT, 0),
