@@ -39,7 +39,7 @@ from cpu_contestants import (
     our_policies,
     resident_contestants,
 )
-from harness import WORKER_ENV, Round, Worker, interleave
+from harness import WORKER_ENV, Round, Worker, interleave, say
 from least_bytes import least_misses
 from machine import foreign_cpu, machine_facts, versions
 from memory_cap import can_cap, memory_cap
@@ -203,11 +203,6 @@ def installed(engines: Sequence[str]) -> tuple[str, ...]:
     """Those of ``engines`` that this environment has; accelerate needs transformers too."""
     found = {name for name in engines if importlib.util.find_spec(name) is not None}
     return tuple(name for name in engines if name in found and (name != "accelerate" or "transformers" in found))
-
-
-def say(text: str) -> None:
-    """Progress goes to stderr, the report to stdout."""
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
 def arguments() -> argparse.Namespace:

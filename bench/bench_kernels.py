@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from harness import Worker, WorkerError
+from harness import Worker, WorkerError, say
 from kernel_report import render
 from machine import conditions
 from moe_peers import others_installed
@@ -134,11 +134,6 @@ class Bench:
 def new_result(quick: bool) -> Result:
     """A result without figures."""
     return conditions("bench_kernels", quick) | {"ceilings": None, "others": others_installed(), "parts": []}
-
-
-def say(text: str) -> None:
-    """Progress goes to stderr, the report to stdout."""
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
 def arguments() -> argparse.Namespace:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import newcomer_report
+from harness import say
 from machine import REPOSITORY, conditions, foreign_cpu
 from newcomer_report import DOWNLOAD, EVALUATE, FIRST_TEXT, SET_UP
 from report import into_readme
@@ -117,11 +118,6 @@ def installed(newcomer: Newcomer, asked: SetUp) -> int:
     newcomer.run(SET_UP, "pip", "install", "-q", *local, *asked.requirements)
     newcomer.run(SET_UP, "pip", "install", "-q", *local, "-e", str(REPOSITORY))
     return sum(file.stat().st_size for file in wheels.iterdir())
-
-
-def say(text: str) -> None:
-    """Progress goes to stderr, the report to stdout."""
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

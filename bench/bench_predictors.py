@@ -41,13 +41,13 @@ def microseconds(predictor: RowPredictor, request: RequestTrace) -> dict[str, fl
         routings = list(request.routing(step))
         predictor.begin(Phase.DECODE if step else Phase.PREFILL, routings[0].requests_T)
         for routing in routings:
-            times = [perf_counter()]
-            for call in (lambda: predictor.predict(routing.layer), lambda: predictor.observe(routing)):  # noqa: B023
-                call()
-                times.append(perf_counter())
+            begun = perf_counter()
+            predictor.predict(routing.layer)
+            answered = perf_counter()
+            predictor.observe(routing)
             if step:
-                asked.append(times[1] - times[0])
-                told.append(times[2] - times[1])
+                asked.append(answered - begun)
+                told.append(perf_counter() - answered)
     return {"predict_us": round(1e6 * float(np.median(asked)), 1), "observe_us": round(1e6 * float(np.median(told)), 1)}
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from harness import Worker, WorkerError
+from harness import Worker, WorkerError, say
 from machine import conditions
 from serve_cells import AUTO, BASE, EVENT, GRAPH, PROMPTS, Cell, cells, promised, shown
 from serve_figures import checks, figures, targets
@@ -125,11 +125,6 @@ class Bench:
 
     def _new_worker(self) -> Worker:
         return Worker("the models", [str(BENCH / "serve_worker.py")], self._env)
-
-
-def say(text: str) -> None:
-    """Progress goes to stderr, the report to stdout."""
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
 def arguments() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""What every bench shares: workers in subprocesses, interleaved rounds, summaries and verdicts.
+"""What every bench shares: workers in subprocesses, interleaved rounds, progress, summaries and verdicts.
 
 Each engine lives in a worker of its own, so that no engine's memory, threads or files disturb another. Only one
 worker works at a time. OpenMP keeps its defaults, as users have them: its threads spin for some milliseconds after an
@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -118,6 +119,11 @@ class Figures:
         else:
             self.ttft_s, self.prefill_read = seconds, read
         self.token_ids.append(token)
+
+
+def say(text: str) -> None:
+    """Progress goes to stderr, the report to stdout."""
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
 def interleave(names: Sequence[str], rounds: int, run: Callable[[str], Round]) -> dict[str, list[Round]]:
