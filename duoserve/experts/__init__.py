@@ -1,0 +1,1 @@
+"""Where weights are: checkpoints, packed experts in RAM and on disk, the slots, and the copies between them."""

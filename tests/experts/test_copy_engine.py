@@ -1,3 +1,5 @@
+"""Copies by host threads: who goes first, who is told, and that no fault of one copy is another's."""
+
 from __future__ import annotations
 
 import random

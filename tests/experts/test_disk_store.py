@@ -1,3 +1,5 @@
+"""Packed experts in a file: every byte arrives, disks that fail are tried again, other models' packs are refused."""
+
 from __future__ import annotations
 
 import errno

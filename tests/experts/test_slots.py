@@ -1,3 +1,5 @@
+"""The slots: which transitions are legal, by hand and against a model, and memory that is poisoned until written."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,3 +1,5 @@
+"""Where experts wait: rows of memory that the system backs at once, and tiers that know which of them has what."""
+
 from __future__ import annotations
 
 import gc

@@ -1,3 +1,5 @@
+"""The link on a virtual clock: copies one at a time, in order or in any other, none of them before its time."""
+
 from __future__ import annotations
 
 import random
