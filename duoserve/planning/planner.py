@@ -107,8 +107,26 @@ class Planner:
         return RehearsedCosts.of(costs, rehearsal)
 
     def _memory(self, hardware: Hardware, question: Question, layout: ExpertLayout) -> MemoryPlan:
-        config = self.model.config
-        per_sequence = question.prompt + question.new_tokens
+        config, on_cpu = self.model.config, hardware.host_computes
+        needs = MemoryNeeds(
+            config=config,
+            layout=layout,
+            dense_bytes=self.model.family.dense_bytes(config, config.dtype),
+            dtype=config.dtype,
+            device=torch.device("cpu" if on_cpu else "cuda"),
+            max_context=self._context(question),
+        )
+        host_bytes = hardware.host_bytes
+        if _is_card(hardware):  # its RAM is assumed: who names more has more
+            host_bytes = max(host_bytes, question.host_memory or 0)
+        wanted = EngineConfig(
+            memory=question.memory, expert_slots=question.expert_slots, host_memory=question.host_memory
+        )
+        return needs.plan(wanted, FreeMemory(hardware.memory_bytes, None if on_cpu else host_bytes))
+
+    def _context(self, question: Question) -> int:
+        """Tokens of the KV cache; ConfigError where the question's sequences have no room, in it or in the model."""
+        config, per_sequence = self.model.config, question.prompt + question.new_tokens
         if per_sequence > config.num_positions:
             raise ConfigError(
                 f"a prompt of {question.prompt} tokens and {question.new_tokens} new ones are more than the "
@@ -121,22 +139,7 @@ class Planner:
                 f"max_context={context} holds fewer tokens than {question.batch} x {per_sequence} in whole pages of "
                 f"{PAGE_TOKENS} tokens: raise it to at least {needed}"
             )
-        on_cpu = hardware.host_computes
-        needs = MemoryNeeds(
-            config=config,
-            layout=layout,
-            dense_bytes=self.model.family.dense_bytes(config, config.dtype),
-            dtype=config.dtype,
-            device=torch.device("cpu" if on_cpu else "cuda"),
-            max_context=context,
-        )
-        host_bytes = hardware.host_bytes
-        if _is_card(hardware):  # its RAM is assumed: who names more has more
-            host_bytes = max(host_bytes, question.host_memory or 0)
-        wanted = EngineConfig(
-            memory=question.memory, expert_slots=question.expert_slots, host_memory=question.host_memory
-        )
-        return needs.plan(wanted, FreeMemory(hardware.memory_bytes, None if on_cpu else host_bytes))
+        return context
 
     def _routing_notes(self, question: Question, curves: RoutingCurves) -> list[str]:
         config, notes = self.model.config, []
