@@ -17,13 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from duoserve.kernels.checks import check_one_device, check_tensor, require
-from duoserve.kernels.configs import MEDIUM, SMALL, GemmConfig, gemm_config, scale_group, shape_class
+from duoserve.kernels.configs import MEDIUM, SMALL, GemmConfig, gemm_config, shape_class
 from duoserve.kernels.host_rows import ROW_ALIGNMENT, HostRows, check_addresses, offset_in_row
 from duoserve.kernels.moe_bf12 import bytes_of_row
 from duoserve.kernels.moe_checks import check_clamped, check_operands, check_rows
-from duoserve.kernels.moe_gemm import machine, product
+from duoserve.kernels.moe_gemm import compiled_for, machine, product
 from duoserve.kernels.moe_store import clamp_operands, store_rows
-from duoserve.kernels.numerics import interpreting
 from duoserve.kernels.routing import RoutePlan, Work
 from duoserve.kernels.weights import ClampedUp, ExpertFormat, ExpertWeights, Matrix
 
@@ -322,19 +321,6 @@ def _launch(
         matrix.inner,
         num_rows,
         *clamp_operands(clamped, x),
-        TOP_K=plan.top_k,
-        UP=matrix.interleaved,
-        CLAMPED=clamped is not None,
-        FORMAT=matrix.format.value,
-        GROUP=scale_group(matrix.format, matrix.group),
-        FP8_HARDWARE=arch >= 89,
-        BN=config.block_n,
-        BT=config.block_t,
-        BK=config.block_k,
         CHUNK=32 * config.num_warps * THREAD_BYTES // w.element_size(),
-        EVEN=matrix.inner % config.block_k == 0,
-        INTERPRET=interpreting(),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        maxnreg=config.max_registers,
+        **compiled_for(matrix, plan, config, clamped),
     )

@@ -8,6 +8,7 @@ the left operand of the product, so that the side which tensor cores want wide i
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -316,7 +317,7 @@ def _launch(
     num_rows, max_items = len(plan.order_N), len(work.experts_W)
     if num_rows == 0 or max_items == 0 or num_slots == 0:
         return
-    arch, num_sms = machine(w.device)
+    _, num_sms = machine(w.device)
     config = config or choose_config(x, matrix, plan)
     most_tiles = triton.cdiv(N, config.block_n) * (num_rows // config.block_t + min(max_items, num_rows))
     moe_gemm_kernel[(min(most_tiles, num_sms * config.ctas_per_sm),)](
@@ -338,24 +339,32 @@ def _launch(
         matrix.inner,
         num_rows,
         *clamp_operands(clamped, x),
-        TOP_K=plan.top_k,
-        UP=matrix.interleaved,
-        CLAMPED=clamped is not None,
-        FORMAT=matrix.format.value,
-        GROUP=scale_group(matrix.format, matrix.group),
-        FP8_HARDWARE=arch >= 89,
         WP=triton.next_power_of_2(max(16, len(plan.starts_E1) - 1, max_items)),
-        BN=config.block_n,
-        BT=config.block_t,
-        BK=config.block_k,
         GROUP_T=config.group_t,
         TMA=config.tma,
-        EVEN=matrix.inner % config.block_k == 0,
-        INTERPRET=interpreting(),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        maxnreg=config.max_registers,
+        **compiled_for(matrix, plan, config, clamped),
     )
+
+
+def compiled_for(matrix: Matrix, plan: RoutePlan, config: GemmConfig, clamped: ClampedUp | None) -> dict[str, Any]:
+    """What ``product`` and the store behind it are compiled for, in every kernel that has them, and the launch."""
+    arch, _ = machine(matrix.data_SNB.device)
+    return {
+        "TOP_K": plan.top_k,
+        "UP": matrix.interleaved,
+        "CLAMPED": clamped is not None,
+        "FORMAT": matrix.format.value,
+        "GROUP": scale_group(matrix.format, matrix.group),
+        "FP8_HARDWARE": arch >= 89,
+        "BN": config.block_n,
+        "BT": config.block_t,
+        "BK": config.block_k,
+        "EVEN": matrix.inner % config.block_k == 0,
+        "INTERPRET": interpreting(),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "maxnreg": config.max_registers,
+    }
 
 
 def descriptor(matrix: Matrix, config: GemmConfig) -> TensorDescriptor:
