@@ -94,29 +94,30 @@ def cpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:
         raise ConfigError(f"bench cpu needs {' and '.join(missing)}: in the clone, pip install -e '.[test]'")
     if args.quick:
         refuse_in_vain(args, ["texts"], "a --quick run makes no table of texts")
-    day, quick = time.strftime("%Y-%m-%d", time.gmtime()), ("--quick",) if args.quick else ()
-    name = f"{_slug(_cpu_name())}-{day}" + ("-quick" if args.quick else "")
+    day = time.strftime("%Y-%m-%d", time.gmtime())
+    name = f"{_slug(_cpu_name())}-{day}"
     # Results name their command, which should say nothing of where the clone is: all scripts start in it.
     out = out.relative_to(checkout) if out.is_relative_to(checkout) else out
-    result = out / f"cpu-{name}.json"
-    readme = () if args.quick else ("--readme", "README.md")
-    jobs = [
-        Job("bench_cpu.py", (*quick, "--json", str(result))),
-        Job("report.py", (str(result), *readme), result.with_suffix(".md")),
-        Job("opening.py", (str(result), *readme)),
-    ]
     if args.quick:
-        return jobs
-    jobs += [
+        return _cpu_bench(out / f"cpu-{name}-quick.json", ("--quick",), ())
+    result, here, newcomer = (out / f"{kind}-{name}.json" for kind in ("cpu", "plan-here", "newcomer"))
+    readme = ("--readme", "README.md")
+    return [
+        *_cpu_bench(result, (), readme),
         Job("bench_plan.py", ("--cpu", str(result), "--out", str(out / f"plan-{day}.md"))),
         Job("bench_policies.py", ("--json", str(out / f"policies-{day}.json"))),
-    ]
-    here, newcomer = (out / f"{kind}-{name}.json" for kind in ("plan-here", "newcomer"))
-    return [
-        *jobs,
         Job("plan_here.py", ("--json", str(here)), here.with_suffix(".md")),
         *_jobs_on_texts(out, args.texts, readme),
         Job("bench_newcomer.py", ("--json", str(newcomer), *readme), newcomer.with_suffix(".md")),
+    ]
+
+
+def _cpu_bench(result: Path, quick: tuple[str, ...], readme: tuple[str, ...]) -> list[Job]:
+    """The bench into ``result``, and what is made of that."""
+    return [
+        Job("bench_cpu.py", (*quick, "--json", str(result))),
+        Job("report.py", (str(result), *readme), result.with_suffix(".md")),
+        Job("opening.py", (str(result), *readme)),
     ]
 
 
