@@ -65,15 +65,19 @@ def add_command(commands: Subparsers) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON list of the rows instead of a table")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw hit rates and a decode step (extra: plot)")
-    made_up = parser.add_argument_group("synthetic traces")
-    made_up.add_argument("--requests", type=count, metavar="N", help=f"default: {USUAL['requests']}")
-    made_up.add_argument("--tokens", type=natural, metavar="N", help=f"of each request (default: {USUAL['tokens']})")
-    made_up.add_argument(
+    _add_made_up(parser)
+    parser.set_defaults(command=run)
+
+
+def _add_made_up(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("synthetic traces")
+    group.add_argument("--requests", type=count, metavar="N", help=f"default: {USUAL['requests']}")
+    group.add_argument("--tokens", type=natural, metavar="N", help=f"of each request (default: {USUAL['tokens']})")
+    group.add_argument(
         "--prompt-tokens", type=count, metavar="N", help=f"of each prompt (default: {USUAL['prompt_tokens']})"
     )
-    made_up.add_argument("--precision", type=float, metavar="P", help=f"of look-ahead (default: {USUAL['precision']})")
-    made_up.add_argument("--seed", type=natural, metavar="S", help=f"default: {USUAL['seed']}")
-    parser.set_defaults(command=run)
+    group.add_argument("--precision", type=float, metavar="P", help=f"of look-ahead (default: {USUAL['precision']})")
+    group.add_argument("--seed", type=natural, metavar="S", help=f"default: {USUAL['seed']}")
 
 
 def run(args: argparse.Namespace) -> None:
