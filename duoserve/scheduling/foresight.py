@@ -170,10 +170,10 @@ class Foresight(RoutingListener):
 
 def best_experts(chances_E: np.ndarray, count: int) -> list[int]:
     """The ``count`` likeliest experts, the likeliest first."""
-    if count >= len(chances_E):
-        return np.argsort(-chances_E, kind="stable").tolist()  # type: ignore[no-any-return]
-    best_K = np.argpartition(-chances_E, count - 1)[:count]
-    return best_K[np.argsort(-chances_E[best_K], kind="stable")].tolist()  # type: ignore[no-any-return]
+    num_experts = len(chances_E)
+    best_K = np.argpartition(-chances_E, count - 1)[:count] if count < num_experts else np.arange(num_experts)
+    likeliest_first: list[int] = best_K[np.argsort(-chances_E[best_K], kind="stable")].tolist()
+    return likeliest_first
 
 
 def _chance(guess: tuple[int, Guess]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 from duoserve.server.errors import ApiError, bad
 
@@ -39,14 +39,14 @@ class Fields:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if value is None or (_is_integer(value) and low <= value <= high):
-            return value  # type: ignore[no-any-return]
+            return value
         raise self.wrong(name, f"an integer in {low}..{high}")
 
     def number(self, name: str, low: float, high: float) -> float | None:
         """A number in ``low..high``."""
         value = self.raw(name)
         if value is None or (_is_number(value) and low <= value <= high):
-            return value  # type: ignore[no-any-return]
+            return value
         raise self.wrong(name, f"a number in {low:g}..{high:g}")
 
     def flag(self, name: str) -> bool:
@@ -110,11 +110,11 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
-def _is_integer(value: object) -> bool:
+def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
