@@ -85,11 +85,10 @@ def warnings(result: Result) -> str:
 def facts(result: Result) -> str:
     """Machine, versions, command, and how to read the tables."""
     machine = result["machine"]
-    software = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
     rows = [
         f"{machine['cpu']}, {machine['cores']} cores, {result['threads']} threads, {', '.join(machine['isa'])}; "
         f"decode steps {'compiled' if result['decode_mode'] == 'compiled' else 'op by op'}.",
-        f"{software}; {result['date']}, {result['seconds']:.0f} s: `{result['command']}`.",
+        tables.provenance(result),
         "Sizes in turn, round by round, one warm-up round discarded; medians. A bound counts missing experts at the "
         "disk's rate, or used experts and dense weights (without the embedding) once at the memory's.",
     ]

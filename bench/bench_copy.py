@@ -60,10 +60,9 @@ def warnings(result: Result) -> str:
 def facts(result: Result) -> str:
     """Machine, versions, command."""
     machine, gpu = result["machine"], result["gpu"]
-    software = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
     rows = [f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}."]
     rows += [f"{gpu['name']}, CUDA {gpu['cuda']}, driver {gpu['driver']}."] if gpu else []
-    rows += [f"{software}; {result['date']}, {result['seconds']:.0f} s: `{result['command']}`."]
+    rows += [tables.provenance(result)]
     rows += ["Different rows in turn, 7 rounds, medians (extremes); pageable copies by the host's clock."]
     return "\n".join(f"- {row}" for row in rows)
 

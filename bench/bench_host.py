@@ -40,7 +40,7 @@ from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.scheduler import Scheduler
 from harness import Summary
 from machine import conditions
-from tables import markdown
+from tables import markdown, software
 
 CEILING_US = 40.0
 STEPS, WARM_STEPS = 100, 60
@@ -201,7 +201,6 @@ def run(rounds: int) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> str:
     """Conditions, and a line a case."""
-    software = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
     rows = [["case", "us a layer, median (extremes)", "of 40 us", "asked of the device, a layer"]]
     for case in result["cases"]:
         us, calls = case["us_per_layer"], case["calls_per_layer"]
@@ -209,7 +208,7 @@ def render(result: dict[str, Any]) -> str:
         spread = f"{us['median']:.1f} ({us['low']:.1f}-{us['high']:.1f})"
         rows.append([case["name"], spread, f"{us['median'] / CEILING_US:.0%}", asked])
     passed = all(check["passed"] for check in result["checks"])
-    head = f"- {result['machine']['cpu']}; {software}; {result['date']}: `{result['command']}`.\n"
+    head = f"- {result['machine']['cpu']}; {software(result)}; {result['date']}: `{result['command']}`.\n"
     head += f"- {result['checks'][0]['name']}: {'passed' if passed else '**FAILED**'}."
     return f"{head}\n\n{markdown(rows)}"
 

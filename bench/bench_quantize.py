@@ -25,7 +25,7 @@ from duoserve.perplexity import WINDOW, score
 from machine import conditions
 from report import into_readme
 from shakespeare import HELD_OUT, title
-from tables import markdown
+from tables import markdown, provenance
 
 MARKERS = "<!-- quantize -->", "<!-- /quantize -->"
 MODEL, FORMATS = "bard", (None, "bf12", "int8", "int4")
@@ -70,10 +70,7 @@ def _bits(value: float, before: float, reference: bool) -> str:
 
 def render(result: dict[str, Any]) -> str:
     """Conditions and the table."""
-    software = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
-    line = (
-        f"- {result['machine']['cpu']}; {software}; {result['date']}, {result['seconds']:.0f} s: `{result['command']}`."
-    )
+    line = f"- {result['machine']['cpu']}; {provenance(result)}"
     return f"{line}\n\n{table(result)}\n"
 
 

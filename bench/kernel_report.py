@@ -53,7 +53,6 @@ def warnings(result: Result) -> str:
 def conditions(result: Result) -> str:
     """Machine, versions, command, and how it was timed."""
     machine, gpu = result["machine"], result["gpu"]
-    software = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
     rows = [f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}."]
     if gpu:
         rows[:0] = [
@@ -65,7 +64,7 @@ def conditions(result: Result) -> str:
             "Even routing, all experts resident, CUDA graph replay over at least 3 times the L2 of slots; medians "
             "(extremes) of replays in turn; weights and outputs were checked first."
         )
-    rows += [f"{software}; {result['date']}, {result['seconds']:.0f} s: `{result['command']}`."]
+    rows += [tables.provenance(result)]
     rows += [f"{name}: {said}." for name, said in result["others"].items()]
     return "\n".join(f"- {row}" for row in rows)
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from tables import markdown, not_idle, warnings
+from tables import markdown, not_idle, provenance, warnings
 
 SHARDS = 2  # what a process may hold beyond the result
 SHARE = 0.5  # of the disk's write rate
@@ -110,12 +110,11 @@ def _warnings(result: dict[str, Any]) -> str:
 
 def _conditions(result: dict[str, Any]) -> str:
     machine, disk = result["machine"], result["machine"]["disk"]
-    software = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
     rows = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_bytes'] / 2**30:.0f} GiB RAM, Linux "
         f"{machine['kernel']}; {disk['filesystem']} on {disk['source']}; others used {result['idle']['before']:.0%} of "
         f"the CPU time before, {result['idle']['after']:.0%} after.",
-        f"{software}; {result['date']}, {result['seconds']:.0f} s: `{result['command']}`.",
+        provenance(result),
         "Checkpoints lie in the page cache. Rates are medians; `cached` and `direct` are plain writes of as many "
         f"bytes, through the page cache and past it, synced, in the same rounds. Asked: {SHARE:.0%} of them.",
     ]

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from tables import markdown, not_idle, warnings
+from tables import markdown, not_idle, provenance, warnings
 
 MARKERS = "<!-- newcomer -->", "<!-- /newcomer -->"
 LIMIT_S = 300.0  # five minutes, downloads not counted
@@ -66,14 +66,13 @@ def _warnings(result: Result) -> str:
 
 def _conditions(result: Result) -> str:
     machine, disk = result["machine"], result["machine"]["disk"]
-    software = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
     download = f"{result['download_bytes'] / 1e6:.0f} MB" if result["download_bytes"] else "nothing"
     rows = [
         f"{machine['cpu']} (family/model {machine['cpu_family_model']}), {machine['cores']} cores, "
         f"{machine['ram_bytes'] / 2**30:.0f} GiB RAM, Linux {machine['kernel']}; {disk['filesystem']} on "
         f"{disk['source']}; others used {result['idle']['before']:.0%} of the CPU time before, "
         f"{result['idle']['after']:.0%} after.",
-        f"{software}; {result['date']}, {result['seconds']:.0f} s: `{result['command']}`.",
+        provenance(result),
         f"{download} downloaded beforehand into a folder, which the installation then reads; torch is the build that "
         f"the package index in use gives. {result['prompts']} prompts, {result['max_tokens']} tokens each.",
         f"First output of the first text after {_seconds(result['first_output_s'])} s; evaluate chose "

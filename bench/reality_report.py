@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tables import markdown, not_idle, warnings
+from tables import markdown, not_idle, provenance, warnings
 
 LIMIT = 0.15
 
@@ -53,13 +53,12 @@ def _warnings(result: dict[str, Any]) -> str:
 
 def _conditions(result: Mapping[str, Any]) -> str:
     machine = result["machine"]
-    software = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
     rows = [
         f"{machine['cpu']} (family/model {machine['cpu_family_model']}), {machine['cores']} cores, {result['threads']} "
         f"threads compute and {result['copy_threads']} copy, {', '.join(machine['isa']) or 'no listed ISA extension'}, "
         f"{machine['ram_bytes'] / 2**30:.0f} GiB RAM, Linux {machine['kernel']}; {machine['disk']['filesystem']} on "
         f"{machine['disk']['source']}.",
-        f"{software}; {result['date']}, {result['seconds']:.0f} s: `{result['command']}`.",
+        provenance(result),
         f"Medians of {result['rounds']} rounds (extremes) behind one that fills the slots; all cells in turn in each "
         "round. Errors are those of the replayed medians. Hits are of decode steps.",
     ]

@@ -64,7 +64,6 @@ def conditions(result: Result) -> str:
         f"{overlap['mean_distinct_experts_of_2_tokens']:.2f} experts a layer (Mixtral-8x7B 3.26, even chance "
         f"{overlap['if_chosen_evenly']:.2f})"
     )
-    software = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
     rows = [
         f"Random Mixtral, bf16, H={shape['hidden']}, I={shape['intermediate']}, L={shape['layers']}, "
         f"E={shape['experts']}, K={shape['top_k']}, vocabulary {shape['vocab']}; "
@@ -74,7 +73,7 @@ def conditions(result: Result) -> str:
         f"{machine['ram_bytes'] / 2**30:.0f} GiB RAM, Linux {machine['kernel']}; "
         f"{disk['filesystem']} on {disk['source']}, read-ahead {disk['read_ahead_kib']} KiB; "
         f"load {result['idle']['load'][0]:.2f}.",
-        f"{software}; {result['date']}, {result['seconds']:.0f} s: `{result['command']}`.",
+        tables.provenance(result),
         "Each engine in a process of its own, rounds in turn, one warm-up round discarded; medians (extremes). "
         + ", ".join(f"`{name}={value}`" for name, value in result["worker_env"].items() if "HUB" not in name)
         + " for all.",

@@ -45,7 +45,6 @@ def warnings(result: Result) -> str:
 def conditions(result: Result) -> str:
     """Machine, versions, command, and how it was measured."""
     machine, gpu, arena = result["machine"], result["gpu"], result["arena"] or {}
-    software = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
     lines = (
         [f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB, CUDA {gpu['cuda']}, driver {gpu['driver']}."]
         if gpu
@@ -54,7 +53,7 @@ def conditions(result: Result) -> str:
     lines += [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_bytes'] / 2**30:.0f} GiB RAM, "
         f"Linux {machine['kernel']}.",
-        f"{software}; {result['date']}, {result['seconds']:.0f} s: `{result['command']}`.",
+        tables.provenance(result),
         f"{'Tiny models' if result['quick'] else 'Models of real size'} with random weights and made-up routing that "
         f"has the statistics of real routing; the experts share {arena.get('arena_bytes', 0) / 2**30:.1f} GiB of "
         f"{'page-locked ' if arena.get('arena_pinned') else ''}host memory. Each row is one request after another that "

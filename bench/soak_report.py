@@ -62,13 +62,12 @@ def warnings(result: Result) -> str:
 def facts(result: Result) -> str:
     """The load, the machine, the versions."""
     machine = result["machine"]
-    software = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
     rows = [
         f"{result['asked']} requests to {result['model']}, a quarter of its experts in slots and the others on the "
         f"disk, `invariant`; {result['at_once']} clients at once for a batch of {result['batch']}; {result['kinds']} "
         "different prompts of 1 to 400 characters, up to 8 tokens each.",
         f"{machine['cpu']}, {machine['cores']} cores, {', '.join(machine['isa'])}; server and clients share them.",
-        f"{software}; {result['date']}, {result['seconds']:.0f} s: `{result['command']}`.",
+        tables.provenance(result),
     ]
     return "\n".join(f"- {row}" for row in rows)
 

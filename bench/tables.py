@@ -1,4 +1,4 @@
-"""Tables and warnings in Markdown."""
+"""What reports have in common: tables and warnings in Markdown, and where a result comes from."""
 
 from __future__ import annotations
 
@@ -25,3 +25,13 @@ def markdown(rows: Iterable[list[str]]) -> str:
     """A table whose first row is its heading."""
     heading, *body = rows
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *body))
+
+
+def software(result: dict[str, Any]) -> str:
+    """The versions of what was there."""
+    return ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
+
+
+def provenance(result: dict[str, Any]) -> str:
+    """What was run, when, and for how long."""
+    return f"{software(result)}; {result['date']}, {result['seconds']:.0f} s: `{result['command']}`."
