@@ -141,12 +141,12 @@ def _rehearsed(stage: Stage, policy: Policy, tier: str, prompt: int) -> Times:
     by_share = []
     for slots in [max(stage.config.num_experts, int(share * total)) for share in shares]:
         with running(stage, policy, slots, tier, prompt + STEPS + 1) as run:
-            by_share.append(_requests(run, prompt))
+            by_share.append(timed_requests(run, prompt))
     steps = [others for requests in by_share for _, *others in requests]
-    return Times(_of_steps(steps, policy.keeps), _of_prompts([[first for first, *_ in one] for one in by_share]))
+    return Times(step_times(steps, policy.keeps), prompt_times([[first for first, *_ in one] for one in by_share]))
 
 
-class _Pass(NamedTuple):
+class TimedPass(NamedTuple):
     """One pass: its seconds, the watch's notes, and how many copies had ended since its request began."""
 
     seconds: float
@@ -154,26 +154,26 @@ class _Pass(NamedTuple):
     copies: float
 
 
-def _requests(run: Running, prompt: int) -> list[list[_Pass]]:
+def timed_requests(run: Running, prompt: int) -> list[list[TimedPass]]:
     """Several requests, pass by pass, after one that fills the slots and warms everything up."""
-    list(_passes(run, prompt, STEPS))
-    requests, begun = [list(_passes(run, prompt, STEPS))], time.perf_counter()
+    list(timed_passes(run, prompt, STEPS))
+    requests, begun = [list(timed_passes(run, prompt, STEPS))], time.perf_counter()
     while len(requests) < PROMPTS or (len(requests) < MOST_PROMPTS and time.perf_counter() - begun < ENOUGH_S):
-        requests.append(list(_passes(run, prompt, STEPS)))
+        requests.append(list(timed_passes(run, prompt, STEPS)))
     return requests
 
 
-def _passes(run: Running, prompt: int, steps: int) -> Iterator[_Pass]:
+def timed_passes(run: Running, prompt: int, steps: int) -> Iterator[TimedPass]:
     """One request, pass by pass."""
     run.watch.passes.clear()
     params = SamplingParams(max_tokens=1 + steps, temperature=0.0, ignore_eos=True)
     copied = [run.meter.snapshot().bytes.total for _ in run.engine.generate([Request([1] * prompt, params)])]
     stats = run.meter.snapshot()
     for seconds, notes, nbytes in zip([stats.ttft_s or 0.0, *stats.itl_s], run.watch.passes, copied, strict=True):
-        yield _Pass(seconds - notes.away_s, notes, nbytes / run.slot_bytes)
+        yield TimedPass(seconds - notes.away_s, notes, nbytes / run.slot_bytes)
 
 
-def _of_prompts(runs: Sequence[Sequence[_Pass]]) -> PromptTimes:
+def prompt_times(runs: Sequence[Sequence[TimedPass]]) -> PromptTimes:
     """From the prompts' passes of each run (they have fewer and fewer slots) to medians of what one prompt takes."""
     copies, layers_s, rests_s = [], [], []
     for prompts in runs:
@@ -185,7 +185,7 @@ def _of_prompts(runs: Sequence[Sequence[_Pass]]) -> PromptTimes:
     return PromptTimes(tuple(copies), tuple(layers_s), statistics.mean(rests_s))
 
 
-def _of_steps(requests: Sequence[Sequence[_Pass]], keeps: bool) -> StepTimes:
+def step_times(requests: Sequence[Sequence[TimedPass]], keeps: bool) -> StepTimes:
     """From the decode steps of each request to seconds by how many experts a layer misses (``keeps``), or for all.
 
     Numbers that never occurred are interpolated. How the numbers differ comes from trimmed means over all steps. How
@@ -212,7 +212,7 @@ def _of_steps(requests: Sequence[Sequence[_Pass]], keeps: bool) -> StepTimes:
     return StepTimes(_floats((level * shape).tolist()), rest_s)
 
 
-def _gaps_s(run: _Pass) -> list[float]:
+def _gaps_s(run: TimedPass) -> list[float]:
     """Seconds from when each layer asks for its experts until the next one does."""
     return [later - asked for asked, later in pairwise(run.notes.asked_s)]
 

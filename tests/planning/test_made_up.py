@@ -15,7 +15,7 @@ from duoserve.planning import made_up
 from duoserve.planning.formats import FORMATS, layout_in
 from duoserve.planning.made_up import MadeUpStore, few_layers, running, staged
 from duoserve.planning.model_cards import MODEL_CARDS, find_model
-from duoserve.planning.rehearsal import _passes
+from duoserve.planning.rehearsal import timed_passes
 from duoserve.scheduling.policies import POLICIES
 
 BARD = find_model("bard")
@@ -42,7 +42,7 @@ def test_a_made_up_expert_can_be_computed_in_every_format(form: str, tmp_path: P
     with staged(BARD.family, few_layers(BARD.config, 2), layout, tmp_path) as stage:
         for tier in ("disk", "ram"):
             with running(stage, POLICIES["lru"], 6, tier, 64) as run:
-                passes = list(_passes(run, 8, 3))
+                passes = list(timed_passes(run, 8, 3))
     assert len(passes) == 4
 
 
@@ -59,7 +59,7 @@ def test_steps_ask_for_any_number_of_missing_experts_and_prompts_for_many(tmp_pa
         staged(BARD.family, few_layers(BARD.config, 3), LAYOUT, tmp_path) as stage,
         running(stage, POLICIES["lru"], 9, "ram", 128) as run,
     ):
-        first, *steps = _passes(run, 64, 60)
+        first, *steps = timed_passes(run, 64, 60)
     missing = [count for step in steps for count in step.notes.missing]
     assert {0, 1, 2} == set(missing)
     assert all(missing.count(count) > 0.2 * len(missing) for count in (0, 1, 2))
@@ -77,7 +77,7 @@ def test_what_the_watch_takes_is_left_out(tmp_path: Path, monkeypatch: pytest.Mo
         staged(BARD.family, few_layers(BARD.config, 3), LAYOUT, tmp_path) as stage,
         running(stage, POLICIES["lru"], 9, "ram", 64) as run,
     ):
-        _, *steps = _passes(run, 8, 3)
+        _, *steps = timed_passes(run, 8, 3)
     for step in steps:
         assert step.notes.away_s > 0.3
         assert step.seconds < 0.1

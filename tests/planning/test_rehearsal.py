@@ -12,37 +12,37 @@ from duoserve.planning import rehearsal
 from duoserve.planning.formats import layout_in
 from duoserve.planning.made_up import PassNotes
 from duoserve.planning.model_cards import find_model
-from duoserve.planning.rehearsal import Rehearsal, _of_prompts, _of_steps, _Pass, layers_to_rehearse, rehearse
+from duoserve.planning.rehearsal import Rehearsal, TimedPass, layers_to_rehearse, prompt_times, rehearse, step_times
 
 GIB = 1 << 30
 
 
-def took(seconds: float, asked_s: list[float], missing: list[int], copies: float = 0.0) -> _Pass:
-    return _Pass(seconds, PassNotes(asked_s, missing), copies)
+def took(seconds: float, asked_s: list[float], missing: list[int], copies: float = 0.0) -> TimedPass:
+    return TimedPass(seconds, PassNotes(asked_s, missing), copies)
 
 
 def test_a_layer_lasts_from_its_call_to_the_next_and_all_else_is_the_rest() -> None:
     """Layers of 1, 3 and 5 s by what is missing, and 2 s beside them; no step missed one only."""
     steps = [took(1 + 5 + 1 + 2, [0, 1, 6], [0, 2, 0]), took(5 + 1 + 5 + 2, [0, 5, 6], [2, 0, 2])]
-    layer_s, rest_s = _of_steps([steps], keeps=True)
+    layer_s, rest_s = step_times([steps], keeps=True)
     assert (layer_s, rest_s) == (pytest.approx((1.0, 3.0, 5.0)), pytest.approx(2.0))
 
 
 def test_where_nothing_is_kept_the_number_that_is_missing_does_not_count() -> None:
-    assert _of_steps([[took(10.0, [0, 2, 6], [2, 1, 2])]], keeps=False) == ((3.0,), 1.0)
+    assert step_times([[took(10.0, [0, 2, 6], [2, 1, 2])]], keeps=False) == ((3.0,), 1.0)
 
 
 def test_what_is_slow_now_and_then_counts_and_what_is_slow_once_does_not() -> None:
     """In each request one layer of twenty takes 21 s instead of 1, in one of them another takes 1000 s."""
     usual = [took(45.0, [*range(20), 40], [1] * 21)]
     hiccup = [took(1044.0, [0, *range(1000, 1019), 1039], [1] * 21)]
-    layer_s, rest_s = _of_steps([usual, usual, hiccup, usual, usual], keeps=False)
+    layer_s, rest_s = step_times([usual, usual, hiccup, usual, usual], keeps=False)
     assert (layer_s, rest_s) == (pytest.approx((2.0,)), pytest.approx(3.0))
 
 
 def test_prompts_are_told_apart_by_what_is_copied() -> None:
     many, few = [took(8.0, [1, 3, 5], [1, 1, 1], 3.0)], [took(14.0, [1, 5, 9], [2, 2, 2], 18.0)]
-    assert _of_prompts([many, few]) == ((1.0, 6.0), (2.0, 4.0), 2.0)
+    assert prompt_times([many, few]) == ((1.0, 6.0), (2.0, 4.0), 2.0)
 
 
 @pytest.fixture
@@ -54,16 +54,16 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_takes_little_time_is_done_more_often(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def passes(run: object, prompt: int, steps: int) -> list[_Pass]:
+    def passes(run: object, prompt: int, steps: int) -> list[TimedPass]:
         asked.append(prompt)
         return [took(1.0, [0.0], [0])]
 
-    monkeypatch.setattr(rehearsal, "_passes", passes)
+    monkeypatch.setattr(rehearsal, "timed_passes", passes)
     for most, enough_s, count in ((5, 60.0, 5), (5, 0.0, 2)):
         for name, value in (("PROMPTS", 2), ("MOST_PROMPTS", most), ("ENOUGH_S", enough_s)):
             monkeypatch.setattr(rehearsal, name, value)
         asked.clear()
-        assert len(rehearsal._requests(None, 16)) == count
+        assert len(rehearsal.timed_requests(None, 16)) == count
         assert asked == [16] * (1 + count)
 
 
