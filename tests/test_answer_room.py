@@ -17,6 +17,7 @@ from duoserve.batching import Batching
 from duoserve.engine import Engine
 from duoserve.errors import ConfigError, OverloadedError
 from duoserve.kv_cache import PAGE_TOKENS
+from duoserve.passes import Passes
 from duoserve.request import Request
 from duoserve.service import ServiceSettings
 from tests.assembly import assembled
@@ -31,17 +32,17 @@ def float_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Together:
-    """How many requests an engine has decoded at once."""
+    """How many requests have been decoded at once, by whichever engine."""
 
-    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.most = 0
-        decode = engine._passes.decode
+        decode = Passes.decode
 
-        def watched(requests: Sequence[Request]) -> Tensor:
+        def watched(passes: Passes, requests: Sequence[Request]) -> Tensor:
             self.most = max(self.most, len(requests))
-            return decode(requests)
+            return decode(passes, requests)
 
-        monkeypatch.setattr(engine._passes, "decode", watched)
+        monkeypatch.setattr(Passes, "decode", watched)
 
 
 def logprobs(engine: Engine, requests: Sequence[Request]) -> list[list[object]]:
@@ -65,7 +66,7 @@ def test_answers_grow_together_and_make_way_when_no_room_is_left(
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
         alone = [[t for _, t in engine.generate([asked(p, n)])] for p, n in zip(prompts, lengths, strict=True)]
         engine.serve_by(ServiceSettings(answer_room=8, scheduler=scheduler))  # type: ignore[arg-type]
-        seen = Together(engine, monkeypatch)
+        seen = Together(monkeypatch)
         requests = [asked(p, n) for p, n in zip(prompts, lengths, strict=True)]
         for request in requests:
             engine.add(request)
@@ -83,7 +84,7 @@ def test_who_comes_back_has_the_bits_that_it_has_alone_where_batches_keep_them(
         engine = model._runtime.engine
         alone = [logprobs(engine, [asked(prompt, 150, num_logprobs=5)]) for prompt in (PROMPT, OTHER)]
         engine.serve_by(ServiceSettings(answer_room=8))
-        seen = Together(engine, monkeypatch)
+        seen = Together(monkeypatch)
         together = logprobs(engine, [asked(prompt, 150, num_logprobs=5) for prompt in (PROMPT, OTHER)])
     assert engine.num_sent_back and seen.most == 2
     assert together == [one for single in alone for one in single]

@@ -7,7 +7,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ import torch
 
 from duoserve import AsyncEngine, MoEModel, Objectives, Piece, SamplingParams, ServiceSettings, State
 from duoserve.errors import ClosedError, CopyError, DuoServeError, OverloadedError, RequestError
+from duoserve.experts.copy_engine import ThreadedCopyEngine
 from duoserve.experts.tickets import Ticket
+from duoserve.models.transformer import Transformer
+from duoserve.passes import Passes
 from tests.checkpoints import BARD, save_mixtral
 from tests.live_threads import threads_since
 
@@ -175,26 +178,24 @@ def test_objectives_are_counted_and_strict_admission_refuses(load: Open) -> None
     go(main())
 
 
-def slowed(model: MoEModel, seconds: float) -> list[float]:
+def slowed(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[float]:
     """Every layer takes so long; the list has the times at which layers began."""
-    passes, began = model._runtime.engine._passes, []
-    advance = type(passes._model).advance
+    began, advance = [], Transformer.advance
 
-    class Slow(type(passes._model)):  # type: ignore[misc]
-        def advance(self, under_way: Any, num_layers: int) -> None:
-            for _ in range(num_layers):
-                began.append(time.monotonic())
-                time.sleep(seconds)
-                advance(self, under_way, 1)
+    def slow(model: Transformer, under_way: Any, num_layers: int) -> None:
+        for _ in range(num_layers):
+            began.append(time.monotonic())
+            time.sleep(seconds)
+            advance(model, under_way, 1)
 
-    passes._model = Slow(**vars(passes._model))
+    monkeypatch.setattr(Transformer, "advance", slow)
     return began
 
 
-def test_a_cancelled_prompt_stops_between_two_layers(load: Open) -> None:
+def test_a_cancelled_prompt_stops_between_two_layers(load: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         model = load()
-        began = slowed(model, 0.05)
+        began = slowed(monkeypatch, 0.05)
         async with serving(model) as service:
             before = await service.submit(PROMPT, params(1))
             await read(before)
@@ -212,10 +213,10 @@ def test_a_cancelled_prompt_stops_between_two_layers(load: Open) -> None:
     go(main())
 
 
-def test_a_task_that_is_cancelled_while_it_submits_leaves_nothing(load: Open) -> None:
+def test_a_task_that_is_cancelled_while_it_submits_leaves_nothing(load: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         model = load()
-        slowed(model, 0.05)
+        slowed(monkeypatch, 0.05)
         async with serving(model) as service:
             first = await service.submit(PROMPT, params(2))
             waits = asyncio.create_task(service.submit(PROMPT, LONG))
@@ -229,20 +230,21 @@ def test_a_task_that_is_cancelled_while_it_submits_leaves_nothing(load: Open) ->
     go(main())
 
 
-def test_a_copy_that_fails_ends_the_requests_of_its_pass_and_the_service_goes_on(load: Open) -> None:
+def test_a_copy_that_fails_ends_the_requests_of_its_pass_and_the_service_goes_on(
+    load: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def main() -> None:
         model = load()
         expected = model.generate(PROMPT, params(40)).token_ids
-        copies = model._runtime.engine._passes._scheduler._engine
-        wait, armed = copies.wait, threading.Event()
+        wait, armed = ThreadedCopyEngine.wait, threading.Event()
 
-        def failing(tickets: Sequence[Ticket]) -> Any:
+        def failing(copies: ThreadedCopyEngine, tickets: Collection[Ticket]) -> Any:
             if armed.is_set():
                 armed.clear()
                 raise CopyError("injected")
-            return wait(tickets)
+            return wait(copies, tickets)
 
-        copies.wait = failing
+        monkeypatch.setattr(ThreadedCopyEngine, "wait", failing)
         async with serving(model) as service:
             streams = [await service.submit(PROMPT, params(40)) for _ in range(2)]
             for stream in streams:
@@ -257,22 +259,21 @@ def test_a_copy_that_fails_ends_the_requests_of_its_pass_and_the_service_goes_on
     go(main())
 
 
-def test_logits_that_are_no_numbers_end_their_request_alone(load: Open) -> None:
+def test_logits_that_are_no_numbers_end_their_request_alone(load: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         model = load()
         expected = model.generate(PROMPT, params(30)).token_ids
-        engine = model._runtime.engine
-        decode, spoil = engine._passes.decode, threading.Event()
+        decode, spoil = Passes.decode, threading.Event()
 
-        def spoiled(requests: Any) -> torch.Tensor:
-            logits_BV = decode(requests)
+        def spoiled(passes: Passes, requests: Any) -> torch.Tensor:
+            logits_BV = decode(passes, requests)
             if spoil.is_set() and len(requests) == 2:
                 spoil.clear()
                 logits_BV = logits_BV.clone()
                 logits_BV[1, 5] = float("nan")
             return logits_BV
 
-        engine._passes.decode = spoiled
+        monkeypatch.setattr(Passes, "decode", spoiled)
         async with serving(model) as service:
             good, bad = [await service.submit(PROMPT, params(30)) for _ in range(2)]
             spoil.set()
@@ -284,17 +285,19 @@ def test_logits_that_are_no_numbers_end_their_request_alone(load: Open) -> None:
     go(main())
 
 
-def test_an_unexpected_error_ends_the_service_and_nobody_waits_for_ever(load: Open) -> None:
+def test_an_unexpected_error_ends_the_service_and_nobody_waits_for_ever(
+    load: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def main() -> None:
         model = load()
         async with serving(model) as service:
             streams = [await service.submit(PROMPT, LONG) for _ in range(3)]
             await anext(streams[0])
 
-            def broken(requests: Any) -> None:
+            def broken(passes: Passes, requests: Any) -> None:
                 raise ZeroDivisionError("a bug")
 
-            model._runtime.engine._passes.decode = broken  # type: ignore[assignment]
+            monkeypatch.setattr(Passes, "decode", broken)
             for stream in streams:
                 with pytest.raises(ClosedError, match="ZeroDivisionError: a bug"):
                     await read(stream)
@@ -306,7 +309,7 @@ def test_an_unexpected_error_ends_the_service_and_nobody_waits_for_ever(load: Op
     go(main())
 
 
-def test_drain_lets_what_runs_finish_and_then_ends_the_rest(load: Open) -> None:
+def test_drain_lets_what_runs_finish_and_then_ends_the_rest(load: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with serving(load()) as service:
             short = await service.submit(PROMPT, params(5))
@@ -317,7 +320,7 @@ def test_drain_lets_what_runs_finish_and_then_ends_the_rest(load: Open) -> None:
             assert len(ids(await read(short))) == 5
             await asyncio.wait_for(draining, 1.0)
         model = load()
-        slowed(model, 0.02)
+        slowed(monkeypatch, 0.02)
         async with serving(model) as service:
             long = await service.submit(PROMPT, LONG)
             await anext(long)

@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor
 
 from duoserve import ClosedError, MoEModel, SamplingParams
+from duoserve.passes import Passes
 from tests.fakes import PATIENCE_S
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
@@ -46,9 +47,8 @@ class Call:
 @pytest.mark.parametrize("what", ["generate", "forward"])
 def test_nothing_is_released_under_a_step(what: str, model: MoEModel, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, gate, released = threading.Event(), threading.Event(), threading.Event()
-    passes = model._runtime.engine._passes
     name = "decode" if what == "generate" else "whole"
-    step = getattr(passes, name)
+    step = getattr(Passes, name)
 
     def held_up(*args: object) -> Tensor:
         entered.set()
@@ -56,7 +56,7 @@ def test_nothing_is_released_under_a_step(what: str, model: MoEModel, monkeypatc
         assert not released.is_set()
         return step(*args)
 
-    monkeypatch.setattr(passes, name, held_up)
+    monkeypatch.setattr(Passes, name, held_up)
     model._runtime._held.callback(released.set)  # the first thing that is released
     call = Call(lambda: model.generate("To be", GREEDY) if what == "generate" else model.forward([1, 2, 3]))
     assert entered.wait(PATIENCE_S)

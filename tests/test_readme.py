@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from duoserve.cli.app import _parser, main
+from duoserve.cli.app import command_line, main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -116,10 +116,10 @@ def check_arguments(command: str) -> None:
     match words:
         case ["duoserve", name]:
             with pytest.raises(SystemExit, match=r"^0$"):
-                _parser().parse_args([name, "--help"])
+                command_line().parse_args([name, "--help"])
         case ["duoserve", *arguments]:
             for alternative in alternatives(arguments):
-                _parser().parse_args(alternative)
+                command_line().parse_args(alternative)
         case ["python", script, *arguments]:
             source = (ROOT / script).read_text()
             unknown = [word for word in arguments if word.startswith("--") and f'"{word}"' not in source]

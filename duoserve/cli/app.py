@@ -27,7 +27,7 @@ duoserve COMMAND --help shows the options of a command.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; errors of duoserve become one line on stderr."""
-    args = _parser().parse_args(argv)
+    args = command_line().parse_args(argv)
     command: Callable[[argparse.Namespace], None] = args.command
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # models write what a terminal's encoding may not have
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """The parser of every command."""
     parser = argparse.ArgumentParser(
         prog="duoserve",
         description="Runs Mixture-of-Experts language models whose experts do not fit in fast memory.",

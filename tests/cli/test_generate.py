@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from duoserve.cli import generate
-from duoserve.cli.app import _parser
+from duoserve.cli.app import command_line
 from duoserve.cli.options import loading
 from duoserve.experts.hub import EMBEDDED_FOLDER
 from duoserve.moe_model import MoEModel
@@ -133,9 +133,9 @@ def test_every_loading_option_arrives(duoserve, fake, model_folder, flag, text, 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "serve"])
 def test_whoever_runs_a_model_may_name_its_predictor(command):
-    args = _parser().parse_args([command, "bard", "--policy", "duoserve", "--predictor", "p.safetensors"])
+    args = command_line().parse_args([command, "bard", "--policy", "duoserve", "--predictor", "p.safetensors"])
     assert (loading(args)["policy"], loading(args)["predictor"]) == ("duoserve", "p.safetensors")
-    assert loading(_parser().parse_args([command, "bard"]))["predictor"] is None
+    assert loading(command_line().parse_args([command, "bard"]))["predictor"] is None
 
 
 @pytest.mark.parametrize(

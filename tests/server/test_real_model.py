@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 from duoserve.async_engine import AsyncEngine
 from duoserve.cli import main, serve
 from duoserve.moe_model import MoEModel
+from duoserve.passes import Passes
 from tests.checkpoints import save_mixtral
 from tests.server.conftest import serving, wait_ready
 from tests.small_tokenizers import byte_level_tokenizer
@@ -106,9 +108,13 @@ def test_a_client_that_leaves_frees_the_engine(bard):
 
 
 def test_choices_of_a_request_share_their_passes(bard, monkeypatch):
-    passes = bard.service.service()._model._runtime.engine._passes
-    prefill, sizes = passes.prefill, []
-    monkeypatch.setattr(passes, "prefill", lambda chosen, **how: (sizes.append(len(chosen)), prefill(chosen, **how))[1])
+    prefill, sizes = Passes.prefill, []
+
+    def noted(passes, chosen, interruptible):
+        sizes.append(len(chosen))
+        return prefill(passes, chosen, interruptible)
+
+    monkeypatch.setattr(Passes, "prefill", noted)
     answer = bard.complete(prompt=PROMPTS[1], n=8, max_tokens=2, temperature=0)
     assert len({one["text"] for one in answer.json()["choices"]}) == 1
     assert sum(sizes) == 8 and len(sizes) <= 2
@@ -190,11 +196,14 @@ def test_a_wrong_value_in_the_environment_is_wrong_usage_of_serve_alone(monkeypa
 
 
 def test_every_flag_is_a_variable_too(monkeypatch, capsys):
-    parser = argparse.ArgumentParser()
-    serve.add_command(parser.add_subparsers())
-    [command] = parser._subparsers._group_actions[0].choices.values()
-    flags = [action for action in command._actions if action.option_strings and action.dest != "help"]
-    assert len(flags) > 15 and all(f"[DUOSERVE_{action.dest.upper()}]" in action.help for action in flags)
+    monkeypatch.setenv("COLUMNS", "1000")  # no name is cut at the end of a line
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    shown = capsys.readouterr().out
+    flags = set(re.findall(r"^ +--([a-z-]+)", shown, re.MULTILINE))
+    assert len(flags) > 15 and {f"DUOSERVE_{flag.upper().replace('-', '_')}" for flag in flags} == set(
+        re.findall(r"\[(DUOSERVE_\w+)\]", shown)
+    )
     for value, meant in (("1", True), ("false", False)):
         monkeypatch.setenv("DUOSERVE_INVARIANT", value)
         assert parsed("serve", "bard").invariant is meant
