@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from duoserve import SamplingParams
+from duoserve.config import ModelConfig
 from duoserve.engine import Engine
 from duoserve.experts.copy_engine import CopyEngine
 from duoserve.experts.device import CPU
@@ -40,6 +41,15 @@ class Parts(NamedTuple):
     store: ExpertStore
 
 
+class AssembledEngine(Engine):
+    """An engine that shows what it is made of."""
+
+    def __init__(self, passes: Passes, parts: Parts, config: ModelConfig, copies: CopyEngine, meter: Meter) -> None:
+        super().__init__(passes, config, parts.cache, meter)
+        self.passes, self.copies, self.meter = passes, copies, meter
+        self.cache, self.scheduler = parts.cache, parts.scheduler
+
+
 def poisoned(num_slots: int, layout: ExpertLayout) -> SlotPool:
     """Slots that read as NaN until they are written."""
     return SlotPool(num_slots, layout, poison=True)
@@ -58,7 +68,7 @@ def assembled(
     make_decoder: Callable[[Parts], Decoder] | None = None,
     change: Callable[[Transformer], Transformer] = lambda model: model,
     device: torch.device = CPU,
-) -> Iterator[Engine]:
+) -> Iterator[AssembledEngine]:
     """An engine whose slots are poisoned and whose copies are made by ``make_copies(store, pool)``.
 
     ``change`` makes another model of the one that was built.
@@ -80,7 +90,7 @@ def assembled(
             parts = Parts(transformer, PagedKVCache(config, 256, config.dtype, device), scheduler, store)
             decoder = None if make_decoder is None else make_decoder(parts)
             passes = Passes(transformer, scheduler, parts.cache, meter, tap=tap, decoder=decoder)
-            yield Engine(passes, config, parts.cache, meter)
+            yield AssembledEngine(passes, parts, config, copies, meter)
 
 
 def tokens_of(engine: Engine, prompt: list[int], params: SamplingParams) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,13 +11,16 @@ from torch import Tensor
 
 from duoserve import SamplingParams
 from duoserve.engine import Engine
+from duoserve.event_decode import event_steps
 from duoserve.experts.copy_engine import ThreadedCopyEngine
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore, HostStore, TieredStore
 from duoserve.experts.stream_engine import StreamCopyEngine
+from duoserve.graph_decode import graph_steps
 from duoserve.kv_cache import Layout
 from duoserve.passes import Decoder
+from duoserve.recorded_decode import RecordedDecoder
 from duoserve.request import Request
 from tests.assembly import Parts, assembled
 from tests.fake_recorder import FakeRecorder
@@ -43,6 +46,19 @@ class LaggingDevice:
         self.store = TieredStore(HostStore(store, self.in_ram), store)
         return StreamCopyEngine(self.store, pool, self.streams, piece_bytes=pool.rows_SB.shape[1] // 3)
 
+    def recorded(self, mode: str, record_after: int = 0) -> Callable[[Parts], Decoder]:
+        """Makes decoders of ``mode`` that record a shape when it comes for the time after ``record_after``."""
+
+        def decoder(parts: Parts) -> Decoder:
+            if mode == "graph":
+                books = parts.scheduler.read_through()
+                steps = graph_steps(parts.model, parts.cache, self.recorder, self.store, books)
+            else:
+                steps = event_steps(parts.model, parts.cache, self.recorder)
+            return self.lagging(RecordedDecoder(parts.model, parts.cache, steps, record_after))
+
+        return decoder
+
     def lagging(self, decode: Decoder) -> Decoder:
         def step(layout: Layout) -> Tensor:
             try:
@@ -61,6 +77,7 @@ def write(engine: Engine, prompts: Sequence[list[int]], max_tokens: Sequence[int
     requests = [Request(list(prompt), params) for prompt, params in zip(prompts, greedy, strict=True)]
     for _ in engine.generate(requests):
         pass
+    engine.check_integrity()
     return [request.output_ids for request in requests]
 
 

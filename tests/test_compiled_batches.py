@@ -125,7 +125,7 @@ def test_padding_is_nobody(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> No
             mixtral, "lru", 9, ThreadedCopyEngine, listener, make_decoder=in_fours(logits, before)
         ) as engine:
             write(engine, PROMPTS, MAX_TOKENS)
-            stats = engine._meter.snapshot()
+            stats = engine.meter.snapshot()
         return logits, stats.hits["decode"] + stats.misses["decode"]
 
     heard = Heard()

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from duoserve import MoEModel, SamplingParams
-from duoserve.engine import Engine
 from duoserve.event_decode import event_steps
 from duoserve.experts.cuda_streams import CudaStreams
 from duoserve.experts.layout import ExpertId, ExpertLayout
@@ -29,10 +28,10 @@ from duoserve.kernels.cuda_graphs import CudaRecorder
 from duoserve.kv_cache import Layout
 from duoserve.passes import Decoder
 from duoserve.recorded_decode import RecordedDecoder
-from duoserve.request import Request
 from duoserve.scheduling.predictor import Predictor
-from tests.assembly import Parts, assembled
+from tests.assembly import AssembledEngine, Parts, assembled
 from tests.checkpoints import save_mixtral
+from tests.lagging import write
 from tests.scheduling.fortune import any_teller
 
 pytestmark = [
@@ -86,7 +85,7 @@ class Gpu:
     @contextmanager
     def engine(
         self, folder: Path, slots: int, mode: str, policy: str = "lru", predictor: Predictor | None = None
-    ) -> Iterator[Engine]:
+    ) -> Iterator[AssembledEngine]:
         policy = "resident" if slots == len(EXPERTS) else policy
         decoders = {"event": self.event, "graph": self.graph, "model": self.model}
         making = assembled(
@@ -128,15 +127,6 @@ class Gpu:
         return step
 
 
-def write(engine: Engine, prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
-    greedy = [SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True) for length in lengths]
-    requests = [Request(prompt, params) for prompt, params in zip(prompts, greedy, strict=True)]
-    for _ in engine.generate(requests):
-        pass
-    engine.check_integrity()
-    return [request.output_ids for request in requests]
-
-
 @pytest.mark.parametrize("record_after", [0, 3])
 @pytest.mark.parametrize("slots", [6, 12, 24])
 @pytest.mark.parametrize("mode", MODES)
@@ -145,7 +135,7 @@ def test_the_bits_of_the_model_itself(mode: str, slots: int, record_after: int, 
     for gpu, how in ((Gpu(), "model"), (Gpu(record_after), mode)):
         with gpu.engine(folder, slots, how) as engine:
             if slots == len(EXPERTS):
-                engine._passes._scheduler.load_all()
+                engine.scheduler.load_all()
             written.append([write(engine, PROMPTS, [12, 5, 9]) for _ in range(2)])
         logits.append(gpu.logits)
     assert gpu.recorded == 3
@@ -162,9 +152,9 @@ def test_what_is_foretold_changes_no_bit(mode: str, policy: str, folder: Path) -
     for gpu, slots, how, teller in ((Gpu(), 24, "model", None), (tried, 12, mode, any_teller("liar", 3, 2))):
         with gpu.engine(folder, slots, how, policy, teller) as engine:
             if slots == len(EXPERTS):
-                engine._passes._scheduler.load_all()
+                engine.scheduler.load_all()
             written.append(write(engine, PROMPTS, [12, 5, 9]))
-            copied = engine._meter.snapshot().bytes
+            copied = engine.meter.snapshot().bytes
         logits.append(torch.cat(gpu.logits))
     assert tried.recorded == 3 and written[0] == written[1]
     assert torch.equal(*(one.view(torch.int32) for one in logits))
@@ -177,7 +167,7 @@ def test_stress(mode: str, tmp_path: Path) -> None:
     rng, folder = random.Random(7), save_mixtral(tmp_path, dtype=torch.bfloat16)
     true, tried, progress = Gpu(), Gpu(), Progress(mode)
     with true.engine(folder, 24, "model") as resident, tried.engine(folder, 10, mode) as engine:
-        resident._passes._scheduler.load_all()
+        resident.scheduler.load_all()
         while len(tried.logits) < STRESS_STEPS:
             lengths = rng.sample(range(2, 40), rng.randint(1, 4) if tried.logits else 4)
             prompts = [[rng.randint(1, 95) for _ in range(rng.randint(1, 20))] for _ in lengths]

@@ -23,7 +23,7 @@ from duoserve.experts.virtual import VirtualClock
 from duoserve.request import Request
 from duoserve.scheduling.policies import POLICIES
 from duoserve.service import Objectives, ServiceSettings
-from tests.assembly import assembled
+from tests.assembly import AssembledEngine, assembled
 from tests.checkpoints import save_mixtral
 from tests.scheduling.fortune import GUESSING, any_teller, generous_link
 from tests.scheduling.recording import RecordingEngine
@@ -50,9 +50,9 @@ def same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
 class Interleaved:
     """A request that runs while the prompts of two others come in, in ``slices``: (layers, decode steps behind)."""
 
-    def __init__(self, engine: Engine, slices: Sequence[tuple[int, int]]) -> None:
-        self.engine, self.passes, self.cache = engine, engine._passes, engine._cache
-        self.copies, self.guesses = engine._passes._scheduler._engine, set()
+    def __init__(self, engine: AssembledEngine, slices: Sequence[tuple[int, int]]) -> None:
+        self.engine, self.passes, self.cache = engine, engine.passes, engine.cache
+        self.copies, self.guesses = engine.copies, set()
         self.decoded: list[Tensor] = []
         self.runner = self._request(0, RUNNING)
         first = self.passes.prefill([self.runner], interruptible=False)
@@ -97,7 +97,7 @@ class Interleaved:
 @pytest.fixture(scope="module")
 def truth(folder: Path) -> tuple[list[Tensor], Tensor]:
     with assembled(folder, "resident", 32, virtual_copies(0)) as engine:
-        engine._passes._scheduler.load_all()
+        engine.scheduler.load_all()
         whole = Interleaved(engine, [])
         return whole.decoded, whole.prefilled
 
@@ -128,7 +128,7 @@ def test_slicing_changes_no_bit(policy: str, guesses: bool, folder: Path, truth:
         copies = virtual_copies(seed, piece_bytes)
         with assembled(folder, policy, 32 if resident else slots, copies, predictor=teller) as engine:
             if resident:
-                engine._passes._scheduler.load_all()
+                engine.scheduler.load_all()
             sliced = Interleaved(engine, slices)
             assert same_bits(sliced.decoded[:6], truth[0][:6])
             assert same_bits([sliced.prefilled], [truth[1]])
@@ -142,7 +142,7 @@ def test_slicing_changes_no_bit(policy: str, guesses: bool, folder: Path, truth:
 def test_a_prefill_set_aside_leaves_the_decode_cache_and_its_speculation_alone(folder: Path) -> None:
     """Twelve slots, of which four are the ring: no decode step writes to those, none of its own are given up."""
     with assembled(folder, "lru", 12, virtual_copies(1)) as engine:
-        scheduler, passes, cache = engine._passes._scheduler, engine._passes, engine._cache
+        scheduler, passes, cache = engine.scheduler, engine.passes, engine.cache
         table = scheduler._residency.table
         runner, newcomer = Request(RUNNING, GREEDY, number=0), Request(PROMPT, GREEDY, number=1)
         for request in (runner, newcomer):
@@ -172,7 +172,7 @@ def test_a_prefill_set_aside_leaves_the_decode_cache_and_its_speculation_alone(f
 def test_a_prefill_that_is_given_up_while_set_aside_replaces_nothing(folder: Path) -> None:
     """Where the device carries out decode steps by itself, its ring has no slots meanwhile."""
     with assembled(folder, "lru", 12, virtual_copies(1)) as engine:
-        scheduler, passes, cache = engine._passes._scheduler, engine._passes, engine._cache
+        scheduler, passes, cache = engine.scheduler, engine.passes, engine.cache
         scheduler.read_through()
         table = scheduler._residency.table
         runner, newcomer = Request(RUNNING, GREEDY, number=0), Request(PROMPT, GREEDY, number=1)
@@ -232,7 +232,7 @@ def test_requests_join_and_leave_and_write_what_they_write_alone(float_folder: P
 def test_a_decode_step_lies_between_two_prefills_while_somebody_runs(float_folder: Path, scheduler: str) -> None:
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
         engine.serve_by(ServiceSettings(max_batch=4, scheduler=scheduler))  # type: ignore[arg-type]
-        passes, course = engine._passes, []
+        passes, course = engine.passes, []
         prefill, decode = passes.prefill, passes.decode
         passes.prefill = lambda *args, **how: course.append("P") or prefill(*args, **how)  # type: ignore[method-assign]
         passes.decode = lambda requests: course.append("D") or decode(requests)  # type: ignore[method-assign]
@@ -323,12 +323,12 @@ def test_what_cannot_be_served_is_refused(float_folder: Path) -> None:
 def test_check_integrity_finds_a_page_that_outlives_its_request(float_folder: Path) -> None:
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
         lost = asked(OTHER)
-        engine._cache.reserve(lost.kv, 10)
+        engine.cache.reserve(lost.kv, 10)
         with pytest.raises(IntegrityError, match="pages"):
             engine.check_integrity()
-        engine._cache.release(lost.kv)
-        engine._passes._scheduler._residency.table.begin_load(ExpertId(0, 0), 8)
-        engine._passes._scheduler._residency.table.finish_load(8)
-        engine._passes._scheduler._residency.table.hold(8)
+        engine.cache.release(lost.kv)
+        engine.scheduler._residency.table.begin_load(ExpertId(0, 0), 8)
+        engine.scheduler._residency.table.finish_load(8)
+        engine.scheduler._residency.table.hold(8)
         with pytest.raises(IntegrityError, match="held"):
             engine.check_integrity()

@@ -130,7 +130,7 @@ def test_demands_are_on_their_way_and_hits_are_launched_before_anybody_hears_of_
 
     with assembled(folder, "lru", 9, device.copies, witness, make_pool=device.pool, make_decoder=decoder) as engine:
         write(engine, PROMPTS[:1], MAX_TOKENS[:1])
-        stats = engine._meter.snapshot()
+        stats = engine.meter.snapshot()
     assert stats.misses["decode"] > 0
     assert (
         witness.course[1::2] == ["told"] * len(witness.asked_for) and sum(witness.course[::2]) == stats.hits["decode"]
@@ -212,7 +212,7 @@ def test_what_a_request_has_waited_for_is_in_its_own_figures(folder: Path) -> No
 
     with assembled(folder, "on-demand", 6, copies, make_pool=device.pool, make_decoder=recorded(device)) as engine:
         write(engine, PROMPTS[:1], [3])
-        figures, before = engine._meter.snapshot(), list(reported)
+        figures, before = engine.meter.snapshot(), list(reported)
         engines[0].settle()
         slot_bytes = engines[0]._slot_bytes
     assert before == reported and reported[1] > 0

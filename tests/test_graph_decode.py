@@ -129,7 +129,7 @@ def test_what_is_copied_between_two_steps_changes_no_bit(kind: str, folder: Path
         make_decoder=checked.decoder,
     ) as engine:
         assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
-        copied = engine._meter.snapshot().bytes
+        copied = engine.meter.snapshot().bytes
     assert truth.differences(device.logits) == []
     assert copied.prefetched_useful + copied.wasted > 0
 
@@ -139,7 +139,7 @@ def test_bard_in_a_quarter_of_its_slots() -> None:
     checked = Checked(device)
     with assembled(BARD, "lru", 12, device.copies, make_pool=checked.make_pool, make_decoder=checked.decoder) as engine:
         tokens = write(engine, PROMPTS, MAX_TOKENS)
-        stats = engine._meter.snapshot()
+        stats = engine.meter.snapshot()
     truth = Truth(BARD, 48, PROMPTS, MAX_TOKENS)
     assert tokens == truth.tokens and truth.differences(device.logits) == []
     assert stats.hits["decode"] > 0 and stats.misses["decode"] > 0

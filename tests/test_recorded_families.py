@@ -5,7 +5,6 @@ T tokens, B sequences, K top-k, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,15 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from duoserve.event_decode import event_steps
-from duoserve.experts.copy_engine import ThreadedCopyEngine
 from duoserve.experts.layout import ExpertId
-from duoserve.graph_decode import graph_steps
 from duoserve.kv_cache import Layout
 from duoserve.models.moe import MoEBlock, RoutingScript
+from duoserve.models.opened import opened
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Decoder
-from duoserve.recorded_decode import RecordedDecoder
 from tests.assembly import Parts, assembled
 from tests.checkpoints import save_mixtral
 from tests.lagging import LaggingDevice, Truth, write
@@ -33,38 +29,20 @@ PROMPTS, MAX_TOKENS = [[3, 1, 4, 1, 5], [9, 2]], (8, 5)
 MODES = ("event", "graph")
 
 
-def recorded(mode: str, device: LaggingDevice) -> Callable[[Parts], Decoder]:
-    """Makes decoders of ``mode`` that record a shape when they first see it."""
-
-    def decoder(parts: Parts) -> Decoder:
-        steps = event_steps(parts.model, parts.cache, device.recorder)
-        if mode == "graph":
-            books = parts.scheduler.read_through()
-            steps = graph_steps(parts.model, parts.cache, device.recorder, device.store, books)
-        return device.lagging(RecordedDecoder(parts.model, parts.cache, steps, record_after=0))
-
-    return decoder
-
-
-def all_experts(folder: Path) -> list[ExpertId]:
-    with assembled(folder, "lru", 8, ThreadedCopyEngine) as engine:
-        config = engine._config
-    return [ExpertId(layer, expert) for layer in config.moe_layers for expert in range(config.num_experts)]
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_family_has_the_bits_of_the_model_itself(model_type: str, mode: str, tmp_path: Path) -> None:
     family = FAMILIES[model_type]
     folder = family.save(tmp_path, family.hard)
-    experts = all_experts(folder)
+    with opened(folder) as found:
+        experts = list(found.experts)
     device = LaggingDevice(seed=7, in_ram=experts)
     slots = max(2 * family.top_k, len(experts) // 2)
     with assembled(
-        folder, "lru", slots, device.copies, make_pool=device.pool, make_decoder=recorded(mode, device)
+        folder, "lru", slots, device.copies, make_pool=device.pool, make_decoder=device.recorded(mode)
     ) as engine:
         tokens = write(engine, PROMPTS, MAX_TOKENS)
-        assert engine._meter.snapshot().misses["decode"] > 0
+        assert engine.meter.snapshot().misses["decode"] > 0
     assert device.recorder.num_recordings >= 2  # a batch of two, and of the one that goes on
     truth = Truth(folder, len(experts), PROMPTS, MAX_TOKENS)
     assert tokens == truth.tokens and truth.differences(device.logits) == []
@@ -113,7 +91,7 @@ def scripted_run(folder: Path, mode: str) -> tuple[list[list[int]], list[Tensor]
 
     def decoder(parts: Parts) -> Decoder:
         if mode:
-            decode = recorded(mode, device)(parts)
+            decode = device.recorded(mode)(parts)
         else:
             decode = device.lagging(lambda layout: parts.model(parts.cache.batch(layout)))
 
@@ -127,7 +105,7 @@ def scripted_run(folder: Path, mode: str) -> tuple[list[list[int]], list[Tensor]
         folder, "lru", 9, device.copies, listener, make_pool=device.pool, make_decoder=decoder, change=script.plays_in
     ) as engine:
         tokens = write(engine, PROMPTS, MAX_TOKENS)
-        assert engine._meter.snapshot().misses["decode"] > 0
+        assert engine.meter.snapshot().misses["decode"] > 0
     return tokens, device.logits, listener
 
 

@@ -8,10 +8,7 @@ import pytest
 
 from duoserve import kernels
 from duoserve.experts.layout import ExpertId
-from duoserve.graph_decode import graph_steps
-from duoserve.passes import Decoder
-from duoserve.recorded_decode import RecordedDecoder
-from tests.assembly import Parts, assembled
+from tests.assembly import assembled
 from tests.checkpoints import save_mixtral
 from tests.kernels.common import INTERPRETED
 from tests.lagging import LaggingDevice, Truth, write
@@ -27,13 +24,10 @@ def test_the_bits_of_the_model_itself(tmp_path: Path, monkeypatch: pytest.Monkey
     folder = save_mixtral(tmp_path, intermediate_size=16, **TINY)
     device = LaggingDevice(seed=6, in_ram=[ExpertId(layer, expert) for layer in range(2) for expert in range(4)])
 
-    def decoder(parts: Parts) -> Decoder:
-        books = parts.scheduler.read_through()
-        steps = graph_steps(parts.model, parts.cache, device.recorder, device.store, books)
-        return device.lagging(RecordedDecoder(parts.model, parts.cache, steps, record_after=0))
-
-    with assembled(folder, "lru", 5, device.copies, make_pool=device.pool, make_decoder=decoder) as engine:
+    with assembled(
+        folder, "lru", 5, device.copies, make_pool=device.pool, make_decoder=device.recorded("graph")
+    ) as engine:
         tokens = write(engine, PROMPTS, MAX_TOKENS)
-        assert engine._meter.snapshot().misses["decode"] > 0
+        assert engine.meter.snapshot().misses["decode"] > 0
     truth = Truth(folder, 8, PROMPTS, MAX_TOKENS)
     assert tokens == truth.tokens and truth.differences(device.logits) == []

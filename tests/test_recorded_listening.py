@@ -7,12 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from duoserve.event_decode import event_steps
 from duoserve.experts.layout import ExpertId
-from duoserve.graph_decode import graph_steps
-from duoserve.passes import Decoder
-from duoserve.recorded_decode import RecordedDecoder
-from tests.assembly import Parts, assembled
+from tests.assembly import assembled
 from tests.checkpoints import save_mixtral
 from tests.lagging import LaggingDevice, write
 from tests.listeners import Copying
@@ -24,13 +20,7 @@ def heard(folder: Path, mode: str) -> Copying:
     device = LaggingDevice(seed=5, in_ram=[ExpertId(layer, expert) for layer in range(3) for expert in range(8)])
     listener = Copying(lookahead=1)
 
-    def decoder(parts: Parts) -> Decoder:
-        steps = event_steps(parts.model, parts.cache, device.recorder)
-        if mode == "graph":
-            books = parts.scheduler.read_through()
-            steps = graph_steps(parts.model, parts.cache, device.recorder, device.store, books)
-        return device.lagging(RecordedDecoder(parts.model, parts.cache, steps, record_after=0 if mode else 10**6))
-
+    decoder = device.recorded(mode, record_after=0 if mode else 10**6)
     with assembled(folder, "lru", 9, device.copies, listener, make_pool=device.pool, make_decoder=decoder) as engine:
         write(engine, PROMPTS, MAX_TOKENS)
     return listener
