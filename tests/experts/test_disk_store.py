@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -276,8 +277,11 @@ def test_packs_of_other_models_are_refused(model: tuple[ExpertLayout, int, int, 
     assert named in str(caught.value) and str(folder) in str(caught.value)
 
 
-def test_the_fingerprint_is_not_looked_at_unless_given(folder: Path) -> None:
-    DiskStore(folder, SMALL, 2, 4, None).close()
+def test_the_fingerprint_is_not_looked_at_unless_given(folder: Path, truth: ArrayStore) -> None:
+    row_B = slot()
+    with closing(DiskStore(folder, SMALL, 2, 4, None)) as store:
+        store.read(EXPERT, row_B)
+    assert torch.equal(row_B, truth.row(EXPERT))
 
 
 @pytest.mark.parametrize("change", [-1, -SMALL.slot_bytes, 4096])

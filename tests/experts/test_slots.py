@@ -66,6 +66,7 @@ def test_lists_are_in_the_order_of_slots() -> None:
 def test_the_list_of_empty_slots_is_the_callers_own() -> None:
     table = SlotTable(LAYERS, EXPERTS, SLOTS)
     table.empty_slots().clear()
+    assert table.empty_slots() == list(range(SLOTS))
     table.begin_load(A, 0)
     table.check_integrity()
 

@@ -80,17 +80,19 @@ def test_a_policy_that_was_not_rehearsed_goes_by_the_formulas() -> None:
     assert COSTS.prefill(policy, prompt(0.0)) == FORMULA.prefill(policy, prompt(0.0))
 
 
-def test_lines_through_points() -> None:
+@pytest.mark.parametrize(
+    ("places", "values"),
+    [((0.0, 2.0, 4.0), (1.0, 3.0, 7.0)), ((2.0, 4.0, 0.0, 2.0, 4.0), (2.0, 8.0, 1.0, 4.0, 6.0))],
+    ids=["in order", "in any order, two at one place"],
+)
+def test_lines_through_points(places: tuple[float, ...], values: tuple[float, ...]) -> None:
     for place, value in ((0.0, 1.0), (1.0, 2.0), (2.0, 3.0), (4.0, 7.0), (6.0, 11.0)):
-        assert along((0.0, 2.0, 4.0), (1.0, 3.0, 7.0), place) == pytest.approx(value)
+        assert along(places, values, place) == pytest.approx(value)
+
+
+def test_lines_that_would_fall_or_have_one_point_are_flat() -> None:
     assert along((0.0, 2.0), (3.0, 1.0), 9.0) == 1.0
-    assert along((5.0,), (4.0,), 9.0) == 4.0
-
-
-def test_lines_through_points_in_any_order_and_at_one_place() -> None:
-    for place, value in ((0.0, 1.0), (1.0, 2.0), (2.0, 3.0), (4.0, 7.0), (6.0, 11.0)):
-        assert along((2.0, 4.0, 0.0, 2.0, 4.0), (2.0, 8.0, 1.0, 4.0, 6.0), place) == pytest.approx(value)
-    assert along((2.0, 2.0), (3.0, 5.0), 9.0) == 4.0
+    assert along((5.0,), (4.0,), 9.0) == along((2.0, 2.0), (3.0, 5.0), 9.0) == 4.0
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,8 @@ class TestResident:
         rig.scheduler.acquire(0, [2, 1])
         rig.scheduler.end()
         rig.scheduler.begin(Phase.DECODE, 1)
+        with rig.scheduler.acquire(0, [4, 3]) as lease:
+            assert [ready.expert for batch in lease for ready in batch] == [4, 3]
         rig.scheduler.end()
 
     def test_too_few_slots_are_refused(self) -> None:
