@@ -19,6 +19,7 @@ from duoserve.errors import ConfigError, TraceError
 from duoserve.experts.budget import MemoryPlan
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.slots import SlotPool
+from duoserve.experts.store import ExpertStore
 from duoserve.kernels import Products
 from duoserve.kernels.unpacking import with_compiled_unpacking
 from duoserve.kv_cache import PagedKVCache
@@ -59,8 +60,10 @@ class Runtime:
 
 
 class Decision(NamedTuple):
-    """What a model will be run by, and how memory is divided for that."""
+    """Where and how a model will be run, and how memory is divided for that."""
 
+    place: Placement
+    wanted: EngineConfig
     policy: Policy
     predictor: Predictor | None
     plan: MemoryPlan
@@ -94,25 +97,15 @@ def load(  # noqa: PLR0913
         wanted = replace(wanted, decode_mode=resolve_mode(wanted.decode_mode, place.device))
         decision = _decide(place, wanted, named, predictor, cache_dir)
         store = place.slow_tier(decision.plan, cache_dir, held, wanted.quantize)
-        meter, pool = Meter(), SlotPool(decision.plan.num_slots, store.layout, device=place.device)
-        copies = place.copy_engine(store, pool, wanted.copy_threads, meter)
-        shape = ModelShape.of(found.config)
-        scheduler = Scheduler(shape, pool, copies, decision.policy, meter, decision.predictor)
-        held.enter_context(closing(scheduler))
-        if decision.policy.all_resident:
-            scheduler.load_all(progress=sys.stderr.isatty())
-        transformer, tap = _build(place, scheduler, pool, listener, compiles=wanted.decode_mode == "compiled")
-        cache = PagedKVCache(found.config, place.max_context, place.dtype, place.device)
-        parts = DecoderParts(transformer, cache, scheduler, store, pool)
-        prompts, decoder = _ways(parts, wanted, decision.policy)
-        passes = Passes(prompts, scheduler, cache, meter, tap=tap, decoder=decoder)
+        meter = Meter()
+        engine = _engine(decision, store, meter, listener, held)
         return Runtime(
             config=found.config,
             plan=decision.plan,
             policy=decision.policy,
             text=text,
             chat_template=template,
-            engine=Engine(passes, found.config, cache, meter),
+            engine=engine,
             meter=meter,
             _held=held.pop_all(),
         )
@@ -133,26 +126,44 @@ def _decide(
     found_predictor = _find_predictor(predictor, best, checkpoint, cache_dir)
     if predictor is not None and not policy.all_resident:
         _warn_if_unused(found_predictor, policy, automatic=named is None)
-    return Decision(policy, found_predictor, plan)
+    return Decision(place, wanted, policy, found_predictor, plan)
+
+
+def _engine(
+    decision: Decision, store: ExpertStore, meter: Meter, listener: RoutingListener | None, held: ExitStack
+) -> Engine:
+    """The floors wired together, from the slots up to the passes; ``held`` closes what is open of them."""
+    place, policy, config = decision.place, decision.policy, decision.place.found.config
+    pool = SlotPool(decision.plan.num_slots, store.layout, device=place.device)
+    copies = place.copy_engine(store, pool, decision.wanted.copy_threads, meter)
+    scheduler = Scheduler(ModelShape.of(config), pool, copies, policy, meter, decision.predictor)
+    held.enter_context(closing(scheduler))
+    if policy.all_resident:
+        scheduler.load_all(progress=sys.stderr.isatty())
+    transformer, tap = _build(decision, scheduler, pool, listener)
+    cache = PagedKVCache(config, place.max_context, place.dtype, place.device)
+    prompts, decoder = _ways(DecoderParts(transformer, cache, scheduler, store, pool), decision)
+    return Engine(Passes(prompts, scheduler, cache, meter, tap=tap, decoder=decoder), config, cache, meter)
 
 
 def _build(
-    place: Placement, scheduler: Scheduler, pool: SlotPool, listener: RoutingListener | None, *, compiles: bool
+    decision: Decision, scheduler: Scheduler, pool: SlotPool, listener: RoutingListener | None
 ) -> tuple[Transformer, RoutingTap | None]:
     """The model over the experts in the slots, and the tap of its routers if anybody listens."""
-    found = place.found
+    place, found = decision.place, decision.place.found
+    compiles = decision.wanted.decode_mode == "compiled"
     weights = with_compiled_unpacking(pool.weights) if compiles else pool.weights
     built = found.family.build(found.config, place.dense_reader(), RoutedExperts(scheduler, weights))
     heard_by = audience(scheduler.listener, listener)
     return (built, None) if heard_by is None else listened_to(built, heard_by)
 
 
-def _ways(parts: DecoderParts, wanted: EngineConfig, policy: Policy) -> tuple[Transformer, Decoder | None]:
+def _ways(parts: DecoderParts, decision: Decision) -> tuple[Transformer, Decoder | None]:
     """The model that computes prompts, and the decoder for decode steps; without one, that model computes them too."""
-    model, cache = parts.model, parts.cache
+    model, cache, wanted = parts.model, parts.cache, decision.wanted
     if wanted.invariant:
         return with_products(model, Products.BY_TILE), VariantDecoder(with_products(model, Products.BY_ROW), cache)
-    decoder = make_decoder(wanted.decode_mode, policy, parts)
+    decoder = make_decoder(wanted.decode_mode, decision.policy, parts)
     return compiled_prompts(model, cache) if wanted.decode_mode == "compiled" else model, decoder
 
 
