@@ -37,7 +37,8 @@ def evaluate(
     """Trains predictors on most of the trace's requests, and replays BASELINES, KINDS and the oracle on the others.
 
     The choice is the policy of the least decode time over all ``slot_counts``; if that is one that makes guesses, they
-    stay only if they gain LEAST_GAIN. TraceError for a trace of less than two requests, or none of which decodes.
+    stay only if they gain LEAST_GAIN. TraceError for a trace of less than two prompts, or where no request that
+    is held out decodes.
     """
     trained = {kind: train(trace, kind, seed=seed, progress=progress) for kind in KINDS}
     predictors = {kind: predictor for kind, (predictor, _) in trained.items()}
