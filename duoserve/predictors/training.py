@@ -58,8 +58,8 @@ def train(
 ) -> tuple[RowPredictor, list[int]]:
     """A predictor of this ``kind`` (a key of KINDS), and the numbers of the requests that it knows nothing of.
 
-    Those of one prompt are held out together. ``horizon`` is how far ahead the kind "duoserve" learns to look.
-    TraceError for a trace of less than two prompts.
+    Those of one prompt are held out together, and those that decode before others. ``horizon`` is how far ahead the
+    kind "duoserve" learns to look. TraceError for a trace of less than two prompts.
     """
     by_prompt = _by_prompt(trace)
     if len(by_prompt) < 2:
@@ -68,6 +68,7 @@ def train(
     torch.manual_seed(seed)
     order = np.random.default_rng(seed).permutation(len(by_prompt)).tolist()
     groups = [by_prompt[at] for at in order]
+    groups.sort(key=lambda numbers: not trace.decodes_R[numbers].any())
     held, rest = _parted(groups, HELD_OUT_SHARE)
     stop, fit = _parted(rest, STOPPING_SHARE) if len(rest) > 1 else (rest, rest)
     train_tokens, fit_tokens, stop_tokens = (Tokens(trace, _joined(numbers)) for numbers in (rest, fit, stop))

@@ -205,6 +205,17 @@ class Trace:
         return int(self.starts_R[-1])
 
     @cached_property
+    def decodes_R(self) -> np.ndarray:
+        """Whether each request has a step behind its prompt's: bool [R]."""
+        decodes_R: np.ndarray = self.requests_R2[:, 0] > self.requests_R2[:, 1]
+        return decodes_R
+
+    def check_decodes(self) -> None:
+        """TraceError if no request decodes: there is nothing to judge a predictor or a policy by."""
+        if not self.decodes_R.any():
+            raise TraceError(f"the trace has {len(self)} requests, and none decodes: trace more tokens")
+
+    @cached_property
     def prompt_marks(self) -> list[str]:
         """Of each request, a word for its prompt: the same wherever that prompt is, in this trace or another."""
         token_ids_N, prompts_R = self.read(TOKEN_IDS).astype("<i4"), self.requests_R2[:, 1]

@@ -249,6 +249,15 @@ def test_one_request_is_not_enough(trace):
             train(same, "popularity")
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_decodes_is_held_out_first(seed):
+    """One request of six does, and is what the figures are of."""
+    course = [[0, 1], [2, 3]]
+    trace = trace_of([(1 if number == 3 else 2, course) for number in range(6)])
+    predictor, held = train(trace, "popularity", seed=seed)
+    assert held == [3] and measure(predictor, trace, held).to_dict()["steps"] == 1
+
+
 def test_prompts_alone_are_nothing_to_measure_on():
     prompts = synthesize(replace(CARDS["mixtral-8x7b"], num_layers=2), 4, 0, 0.6, seed=0, prompt=5)
     predictor, held = train(prompts, "popularity")
