@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from duoserve.choice import BestPolicy
-from duoserve.errors import TraceError
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.training import train
 from duoserve.scheduling.bake_off import bake_off, figures
@@ -37,13 +36,13 @@ def evaluate(
     """Trains predictors on most of the trace's requests, and replays BASELINES, KINDS and the oracle on the others.
 
     The choice is the policy of the least decode time over all ``slot_counts``; if that is one that makes guesses, they
-    stay only if they gain LEAST_GAIN. TraceError for a trace of less than two requests, or none of which decodes.
+    stay only if they gain LEAST_GAIN. TraceError for a trace of less than two prompts, or where no request
+    decodes.
     """
+    trace.check_decodes()
     trained = {kind: train(trace, kind, seed=seed, progress=progress) for kind in KINDS}
     predictors = {kind: predictor for kind, (predictor, _) in trained.items()}
     held = trace.select(next(iter(trained.values()))[1])
-    if not any(request.decodes for request in held):
-        raise TraceError(f"{len(held)} requests are held out to replay, and none decodes: trace more tokens")
     names = [*BASELINES, *KINDS, ORACLE]
     runs = list(bake_off(held, machine, slot_counts, names, predictors))
     totals = {name: _decode_s(run for run in runs if run.policy == name) for name in names if name != ORACLE}

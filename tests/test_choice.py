@@ -245,7 +245,7 @@ class TestEvaluate:
 
     def test_prompts_alone_are_nothing_to_choose_by(self) -> None:
         prompts = synthesize(LIKE_THE_CHECKPOINT, requests=4, tokens=0, precision=0.8, seed=1, prompt=5)
-        with pytest.raises(TraceError, match="1 requests are held out to replay, and none decodes"):
+        with pytest.raises(TraceError, match="the trace has 4 requests, and none decodes"):
             evaluate(prompts, Machine(Hardware("made up", 1e9, 1e12, 1e15), SIZES), [6])
 
     def test_it_judges_by_requests_that_no_predictor_was_trained_on(self) -> None:

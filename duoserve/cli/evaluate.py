@@ -82,7 +82,7 @@ def _trace(args: argparse.Namespace, scratch: Path) -> Trace:
         refuse_in_vain(args, ["max_tokens"], "nothing is written where a --trace was recorded before: give --prompts")
         return open_trace(args.trace, fingerprint)
     prompts = read_prompts(args.prompts)
-    if len(prompts) < 2:
+    if len(set(prompts)) < 2:
         raise RequestError(f"--prompts {args.prompts}: has one prompt, but some are held out: give at least 2")
     max_tokens = MAX_TOKENS if args.max_tokens is None else args.max_tokens
     params = SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=args.seed)

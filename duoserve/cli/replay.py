@@ -19,7 +19,9 @@ from duoserve.cli.plots import draw, one_step
 from duoserve.errors import ConfigError
 from duoserve.planning.model_cards import find_model
 from duoserve.planning.sizes import layer_sizes
+from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.files import load_predictor
+from duoserve.predictors.training import train
 from duoserve.scheduling.bake_off import bake_off, contestant, contestants, figures, slot_count, table
 from duoserve.scheduling.hardware import Machine
 from duoserve.scheduling.policies import POLICIES
@@ -31,6 +33,9 @@ from duoserve.scheduling.trace_file import open_trace
 MADE_UP = "synthetic:"
 # What is made up unless the options of the same names say otherwise.
 USUAL = {"requests": 4, "tokens": 128, "prompt_tokens": 128, "precision": 0.8, "seed": 0}
+# So many more are made up, from which it is learned what their look-ahead scores are worth, and who guesses by that.
+LEARNED_FROM = 4
+BY_LOOKAHEAD = ("lookahead", "duoserve")
 EXAMPLES = """\
   duoserve replay bard-trace.safetensors --model bard --hardware rtx4090
   duoserve replay synthetic:qwen3-30b-a3b --hardware a5000 --slots 12.5%,25% --policies lru,duoserve,oracle
@@ -65,30 +70,31 @@ def add_command(commands: Subparsers) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON list of the rows instead of a table")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw hit rates and a decode step (extra: plot)")
-    _add_made_up(parser)
+    _add_synthetic(parser)
     parser.set_defaults(command=run)
 
 
-def _add_made_up(parser: argparse.ArgumentParser) -> None:
+def _add_synthetic(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("synthetic traces")
     group.add_argument("--requests", type=count, metavar="N", help=f"default: {USUAL['requests']}")
     group.add_argument("--tokens", type=natural, metavar="N", help=f"of each request (default: {USUAL['tokens']})")
     group.add_argument(
         "--prompt-tokens", type=count, metavar="N", help=f"of each prompt (default: {USUAL['prompt_tokens']})"
     )
-    group.add_argument("--precision", type=float, metavar="P", help=f"of look-ahead (default: {USUAL['precision']})")
+    guessing = f"of look-ahead, by which {' and '.join(BY_LOOKAHEAD)} guess (default: {USUAL['precision']})"
+    group.add_argument("--precision", type=float, metavar="P", help=guessing)
     group.add_argument("--seed", type=natural, metavar="S", help=f"default: {USUAL['seed']}")
 
 
 def run(args: argparse.Namespace) -> None:
     """Replays, with a progress bar where stderr is a terminal, and prints a row for each slot count and policy."""
-    trace = _trace(args)
+    names = contestants(args.policies)
+    trace, predictors = _made_up(args) if args.trace.startswith(MADE_UP) else _recorded(args, names)
     model = args.model or _made_after(trace)
     sizes = replace(layer_sizes(find_model(model), args.format), name=model)
     machine = Machine(replayed_on(args.hardware), sizes)
     slots = [slot_count(wanted.strip(), trace) for wanted in args.slots.split(",")]
-    names = contestants(args.policies)
-    predictors = _predictors(args.predictor, trace.meta.fingerprint, names)
+    _say_who_goes_without(names, predictors)
     runs = bake_off(trace, machine, slots, names, predictors)
     total = len(slots) * len(names)
     rows = [figures(done) for done in tqdm(runs, total=total, unit="replay", disable=not sys.stderr.isatty())]
@@ -104,22 +110,40 @@ def run(args: argparse.Namespace) -> None:
         draw(args.plot, rows, lanes, f"{machine.sizes.name} on {machine.hardware.name}; below: {policy.name}")
 
 
-def _trace(args: argparse.Namespace) -> Trace:
-    if not args.trace.startswith(MADE_UP):
-        refuse_in_vain(args, USUAL, f"say what {MADE_UP}NAME makes up, but {args.trace} was recorded")
-        return open_trace(Path(args.trace))
+def _recorded(args: argparse.Namespace, names: Sequence[str]) -> tuple[Trace, dict[str, Predictor]]:
+    """The requests of a trace that no predictor was trained on, and the predictors by kind."""
+    refuse_in_vain(args, USUAL, f"say what {MADE_UP}NAME makes up, but {args.trace} was recorded")
+    trace = open_trace(Path(args.trace))
+    predictors = _predictors(args.predictor, trace.meta.fingerprint, names)
+    known = frozenset[str]().union(*(predictor.trained_on for predictor in predictors.values()))
+    new = [number for number, mark in enumerate(trace.prompt_marks) if mark not in known]
+    if len(new) < len(trace):
+        if not new:
+            raise ConfigError(f"--predictor: has been trained on every prompt of {args.trace}: give a trace of others")
+        print(f"{len(new)} of {len(trace)} requests are replayed: --predictor knows the others", file=sys.stderr)
+        trace = trace.select(new)
+    return trace, dict(predictors)
+
+
+def _made_up(args: argparse.Namespace) -> tuple[Trace, dict[str, Predictor]]:
+    """A trace, and what has learned from others like it to foretell a layer by its look-ahead scores."""
+    if args.predictor:
+        raise ConfigError(f"--predictor: {args.trace} is foretold by what learns from others like it: give none")
     name = args.trace.removeprefix(MADE_UP)
     if name not in CARDS:
         raise ConfigError(f"synthetic trace {name!r} is not known: use one of {', '.join(CARDS)}")
     given = {name: value for name, value in vars(args).items() if name in USUAL and value is not None}
     wanted: dict[str, Any] = USUAL | given
-    return synthesize(CARDS[name], prompt=wanted.pop("prompt_tokens"), **wanted)
+    requests, prompt = wanted.pop("requests"), wanted.pop("prompt_tokens")
+    made = synthesize(CARDS[name], requests + LEARNED_FROM, prompt=prompt, **wanted)
+    guesser, _ = train(made.select(range(requests, requests + LEARNED_FROM)), "lookahead")
+    return made.select(range(requests)), dict.fromkeys(BY_LOOKAHEAD, guesser)
 
 
-def _predictors(paths: Sequence[Path], fingerprint: str, names: Sequence[str]) -> dict[str, Predictor]:
+def _predictors(paths: Sequence[Path], fingerprint: str, names: Sequence[str]) -> dict[str, RowPredictor]:
     """By kind; ConfigError for one that no policy of these ``names`` would use."""
     taken = {POLICIES[name].predictor for name in names if name in POLICIES}
-    found: dict[str, Predictor] = {}
+    found: dict[str, RowPredictor] = {}
     for path in paths:
         predictor = load_predictor(path, fingerprint)
         if predictor.name not in taken:
@@ -128,6 +152,13 @@ def _predictors(paths: Sequence[Path], fingerprint: str, names: Sequence[str]) -
             raise ConfigError(f"--predictor {path}: is the second of the kind {predictor.name!r}: give one")
         found[predictor.name] = predictor
     return found
+
+
+def _say_who_goes_without(names: Sequence[str], predictors: Mapping[str, Predictor]) -> None:
+    kinds = {name: POLICIES[name].predictor for name in names if name in POLICIES}
+    without = [name for name, kind in kinds.items() if kind is not None and kind not in predictors]
+    if without:
+        print(f"without guesses, for want of a --predictor of their kind: {', '.join(without)}", file=sys.stderr)
 
 
 def _made_after(trace: Trace) -> str:

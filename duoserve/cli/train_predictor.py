@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     if args.kind != "duoserve":
         refuse_in_vain(args, ["horizon"], f"the kind {args.kind!r} takes none, only duoserve does")
     trace, start = open_trace(args.trace), perf_counter()
+    trace.check_decodes()
     bars = sys.stderr.isatty()
     predictor, held = train(trace, args.kind, horizon=args.horizon or 1, seed=args.seed, progress=bars)
     seconds = perf_counter() - start

@@ -17,7 +17,10 @@ from duoserve.scheduling.trace import TraceMeta
 
 
 class RowPredictor(Predictor):
-    """A predictor that judges each row by itself, in ``chances``. ``meta`` says whose routing it predicts."""
+    """A predictor that judges each row by itself, in ``chances``. ``meta`` says whose routing it predicts.
+
+    ``trained_on`` has the marks of the prompts whose requests it has been trained on: on those it looks too good.
+    """
 
     name = ""
     horizon = 1
@@ -25,6 +28,7 @@ class RowPredictor(Predictor):
 
     def __init__(self, meta: TraceMeta) -> None:
         self.meta = meta
+        self.trained_on: frozenset[str] = frozenset()
         self.history = History(meta)
 
     def begin(self, phase: Phase, requests_T: np.ndarray) -> None:

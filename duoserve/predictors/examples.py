@@ -6,6 +6,7 @@ N tokens of the chosen requests, laid end to end; K top-k, E experts, L MoE laye
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -33,13 +34,14 @@ class Tokens:
         self._rows = np.concatenate([np.arange(start, stop) for start, stop in spans])
         self._lengths = [stop - start for start, stop in spans]
         self._first = np.cumsum([0, *self._lengths[:-1]])
+        self._longer = len(spans) - np.cumsum(np.bincount(self._lengths))  # requests of more than so many tokens
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def chosen(self, place: int) -> np.ndarray:
         """Which experts each token chose, 0 or 1, float32 [N, E]."""
-        ids_NK = self._layer(place).topk_ids_NK
+        ids_NK = self._trace.chosen(self.meta.layers[place])[self._rows]
         return spread(ids_NK, np.ones(1, dtype=np.float32), self.meta.num_experts)
 
     def by_request(self, values_NE: np.ndarray) -> list[np.ndarray]:
@@ -62,9 +64,9 @@ class Tokens:
 
         Before the first layer that is the whole of the token before.
         """
-        chosen = [self.chosen(place) for place in range(len(self.meta.layers))]
-        yield self._a_token_late(np.add.reduce(chosen))
-        yield from accumulate(chosen[:-1])
+        chosen = (self.chosen(place) for place in range(len(self.meta.layers)))
+        yield self._a_token_late(reduce(np.add, chosen))
+        yield from accumulate(self.chosen(place) for place in range(len(self.meta.layers) - 1))
 
     def _layer(self, place: int) -> LayerTrace:
         said = self._trace.layer(self.meta.layers[place])
@@ -86,17 +88,13 @@ class Tokens:
 
     def _counts(self, chosen_NE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Decayed counts of each request's choices [N, D, E], and of its tokens [N, D, 1], before each token."""
-        longest, fading_D1 = max(self._lengths), DECAYS[:, None]
-        chosen_RTE = np.zeros((len(self._lengths), longest, self.meta.num_experts), dtype=np.float32)
+        fading_D1 = DECAYS[:, None]
+        counts_NDE = np.zeros((len(self), len(DECAYS), self.meta.num_experts), dtype=np.float32)
+        longest_first = np.argsort(self._lengths)[::-1]
+        for at in range(1, max(self._lengths)):  # of all requests that are so long, at once
+            before = self._first[longest_first[: self._longer[at]]] + at - 1
+            counts_NDE[before + 1] = counts_NDE[before] * fading_D1 + chosen_NE[before, None]
         within = np.concatenate([np.arange(length) for length in self._lengths])
-        of_request = np.repeat(np.arange(len(self._lengths)), self._lengths)
-        chosen_RTE[of_request, within] = chosen_NE
-        counts_RDE = np.zeros((len(self._lengths), len(DECAYS), self.meta.num_experts), dtype=np.float32)
-        counts_NDE = np.empty((len(self), len(DECAYS), self.meta.num_experts), dtype=np.float32)
-        for at in range(longest):
-            rows = np.flatnonzero(within == at)
-            counts_NDE[rows] = counts_RDE[of_request[rows]]
-            counts_RDE = counts_RDE * fading_D1 + chosen_RTE[:, at : at + 1]
         totals_ND1 = (1 - fading_D1 ** within[:, None, None]) / (1 - fading_D1)
         return counts_NDE, totals_ND1.astype(np.float32)
 

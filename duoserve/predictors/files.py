@@ -29,7 +29,7 @@ from duoserve.scheduling.trace import TraceMeta
 
 FORMAT = "duoserve predictor 1"
 MAX_BYTES = 1 << 30
-MAX_JSON_BYTES = 1 << 20
+MAX_JSON_BYTES = 1 << 24  # which has the marks of half a million prompts
 # The predictors that are made of tables, by what their constructors take.
 TABLES: dict[str, tuple[type[RowPredictor], tuple[str, ...]]] = {
     "popularity": (PopularityPredictor, ("popularity_LE",)),
@@ -51,9 +51,10 @@ def save_predictor(predictor: RowPredictor, path: Path, notes: Mapping[str, Any]
         "num_experts": meta.num_experts,
         "top_k": meta.top_k,
     }
+    trained_on = {"trained_on": sorted(predictor.trained_on)}
     try:
         write_whole(path, safetensors.numpy.save(_arrays(predictor)))
-        write_whole(notes_path(path), f"{json.dumps(about | dict(notes), indent=1)}\n".encode())
+        write_whole(notes_path(path), f"{json.dumps(about | dict(notes) | trained_on, indent=1)}\n".encode())
     except OSError as error:
         raise TraceError(f"{path}: cannot be written ({error})") from error
 
@@ -72,9 +73,11 @@ def load_predictor(path: Path, fingerprint: str | None = None) -> RowPredictor:
             f"{fingerprint:.16}); train one on a trace of this model"
         )
     try:
-        return _made(str(about["kind"]), meta, arrays)
-    except (LookupError, ValueError) as error:
+        predictor = _made(str(about["kind"]), meta, arrays)
+        predictor.trained_on = frozenset(map(str, about.get("trained_on", ())))
+    except (LookupError, TypeError, ValueError) as error:
         raise TraceError(f"{path}: is not a whole predictor ({error}); train it again") from error
+    return predictor
 
 
 def notes_path(path: Path) -> Path:

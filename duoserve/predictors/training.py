@@ -1,12 +1,13 @@
-"""From a trace to a predictor, with some requests held out to say when to stop and how good it has become.
+"""From a trace to a predictor, with some requests held out to say how good it has become.
 
 N tokens, E experts, L MoE layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from duoserve.predictors.popularity import PopularityPredictor
 from duoserve.scheduling.trace import Trace
 
 HELD_OUT_SHARE = 0.15
+STOPPING_SHARE = 0.15  # of the others: they say when the training of a network ends
 MOST_MATRICES = 128
 PAPER_DEPTH = 7
 RIDGE = 1e-9  # what large slopes cost, so that there is one best slope where all scores are equal
@@ -39,10 +41,14 @@ PAPER_RECIPE = Recipe(
 
 @dataclass(frozen=True)
 class Split:
-    """A trace's tokens to train on, and those of the requests that are held out."""
+    """A trace's tokens to train on. What is trained until it gets worse is trained on ``fit``, and ``stop`` says when.
+
+    Those two share no prompt, and make up ``train``; where that is of one prompt, both are all of it.
+    """
 
     train: Tokens
-    held: Tokens
+    fit: Tokens
+    stop: Tokens
     horizon: int
     progress: bool
 
@@ -50,18 +56,46 @@ class Split:
 def train(
     trace: Trace, kind: str, *, horizon: int = 1, seed: int = 0, progress: bool = False
 ) -> tuple[RowPredictor, list[int]]:
-    """A predictor of this ``kind`` (a key of KINDS), and the numbers of the requests that it has not been trained on.
+    """A predictor of this ``kind`` (a key of KINDS), and the numbers of the requests that it knows nothing of.
 
-    ``horizon`` is how far ahead the kind "duoserve" learns to look. TraceError for a trace of less than two requests.
+    Those of one prompt are held out together, and those that decode before others. ``horizon`` is how far ahead the
+    kind "duoserve" learns to look. TraceError for a trace of less than two prompts.
     """
-    if len(trace) < 2:
-        raise TraceError(f"the trace has {len(trace)} requests, but training holds some out and needs at least 2")
+    by_prompt = _by_prompt(trace)
+    if len(by_prompt) < 2:
+        found = f"the trace has {len(trace)} requests of {len(by_prompt)} different prompts"
+        raise TraceError(f"{found}, but training holds some out and needs at least 2: record more")
     torch.manual_seed(seed)
-    order = np.random.default_rng(seed).permutation(len(trace)).tolist()
-    held = sorted(order[: max(1, round(HELD_OUT_SHARE * len(trace)))])
-    rest = sorted(set(order) - set(held))
-    split = Split(Tokens(trace, rest), Tokens(trace, held), horizon, progress)
-    return KINDS[kind](split), held
+    order = np.random.default_rng(seed).permutation(len(by_prompt)).tolist()
+    groups = [by_prompt[at] for at in order]
+    groups.sort(key=lambda numbers: not trace.decodes_R[numbers].any())
+    held, rest = _parted(groups, HELD_OUT_SHARE)
+    stop, fit = _parted(rest, STOPPING_SHARE) if len(rest) > 1 else (rest, rest)
+    train_tokens, fit_tokens, stop_tokens = (Tokens(trace, _joined(numbers)) for numbers in (rest, fit, stop))
+    predictor = KINDS[kind](Split(train_tokens, fit_tokens, stop_tokens, horizon, progress))
+    predictor.trained_on = frozenset(trace.prompt_marks[number] for number in _joined(rest))
+    return predictor, _joined(held)
+
+
+def _by_prompt(trace: Trace) -> list[list[int]]:
+    """The numbers of the requests that have the same prompt: what one of them tells is known of the others."""
+    found: dict[str, list[int]] = {}
+    for number, mark in enumerate(trace.prompt_marks):
+        found.setdefault(mark, []).append(number)
+    return list(found.values())
+
+
+def _parted(groups: Sequence[list[int]], share: float) -> tuple[list[list[int]], list[list[int]]]:
+    """The first groups, which have that share of the requests or a little more, and the others, at least one each."""
+    wanted, taken, count = round(share * sum(map(len, groups))), 1, len(groups[0])
+    while taken < len(groups) - 1 and count < wanted:
+        count += len(groups[taken])
+        taken += 1
+    return list(groups[:taken]), list(groups[taken:])
+
+
+def _joined(groups: Iterable[list[int]]) -> list[int]:
+    return sorted(chain.from_iterable(groups))
 
 
 def train_popularity(split: Split) -> PopularityPredictor:
@@ -96,19 +130,21 @@ def train_lookahead(split: Split) -> LookaheadPredictor:
 def train_paper(split: Split) -> PaperPredictor:
     """The paper's perceptron, one for all layers, with the loss weighted as there."""
     meta, popularity_LE, affinity_LEE = split.train.meta, popularity(split.train), _affinities(split)
+    most = PAPER_RECIPE.epochs * PAPER_RECIPE.epoch_rows // len(meta.layers)  # of a layer; more are not drawn
 
     def data(tokens: Tokens) -> Data:
         x, y = [], []
         for place, path_NE in enumerate(tokens.whole_paths()):
             one = tokens.examples(place, 1)
-            affinity_NE = (one.seen.path[0] > 0).astype(np.float32) @ affinity_LEE[place]
-            x.append(paper_inputs(path_NE, popularity_LE[place], affinity_NE))
-            y.append(one.chosen_NE)
+            rows = slice(None) if len(tokens) <= most else torch.randperm(len(tokens))[:most].numpy()
+            affinity_NE = (one.seen.path[0][rows] > 0).astype(np.float32) @ affinity_LEE[place]
+            x.append(paper_inputs(path_NE[rows], popularity_LE[place], affinity_NE))
+            y.append(one.chosen_NE[rows])
         return np.concatenate(x), np.concatenate(y)
 
     weight = (meta.num_experts - meta.top_k) / meta.top_k
     recipe = Recipe(**(vars(PAPER_RECIPE) | {"positive_weight": weight}))
-    layers = fit_perceptron(data(split.train), data(split.held), recipe, PAPER_DEPTH)
+    layers = fit_perceptron(data(split.fit), data(split.stop), recipe, PAPER_DEPTH)
     weights, biases = zip(*layers, strict=True)
     return PaperPredictor(meta, popularity_LE, affinity_LEE, weights, biases)
 
@@ -138,12 +174,12 @@ def _affinities(split: Split) -> np.ndarray:
 
 def _layer_network(split: Split, place: int, distance: int) -> LayerNetwork:
     top_k = split.train.meta.top_k
-    train, held = (tokens.examples(place, distance) for tokens in (split.train, split.held))
+    train, stop = (tokens.examples(place, distance) for tokens in (split.fit, split.stop))
     scores_NE = train.seen.scores_TE
     scale = 1.0 if scores_NE is None else max(1e-6, float(margins(scores_NE, top_k).std()))
     prior_E = train.chosen_NE.mean(0)
     affinity_EE = affinity(train.seen.path[0], train.chosen_NE)
-    data = [(inputs(one.seen, top_k, scale, affinity_EE, prior_E), one.chosen_NE) for one in (train, held)]
+    data = [(inputs(one.seen, top_k, scale, affinity_EE, prior_E), one.chosen_NE) for one in (train, stop)]
     looks_ahead = scores_NE is not None and distance == 1
     arrays = fit_layer(data[0], data[1], LAYER_RECIPE, looks_ahead)
     return LayerNetwork(**arrays, scale_1=np.array([scale], np.float32), affinity_EE=affinity_EE, prior_E=prior_E)

@@ -43,9 +43,12 @@ class Step(NamedTuple):
 
 def steps_of(request: RequestTrace, layer: int) -> Iterator[Step]:
     """The prompt, then token by token."""
-    ids_NK = request.layers[layer].topk_ids_NK
-    yield prompt_step(ids_NK[: request.num_prompt])
-    for experts in ids_NK[request.num_prompt :].tolist():
+    return _steps(request.layers[layer].topk_ids_NK, request.num_prompt)
+
+
+def _steps(ids_TK: np.ndarray, num_prompt: int) -> Iterator[Step]:
+    yield prompt_step(ids_TK[:num_prompt])
+    for experts in ids_TK[num_prompt:].tolist():
         yield Step(Phase.DECODE, 1, experts, [1] * len(experts))
 
 
@@ -89,7 +92,12 @@ def least_copies(trace: Trace, num_slots: int) -> int:
 
 
 def _courses(trace: Trace, layer: int) -> list[list[Step]]:
-    return [list(steps_of(request, layer)) for request in trace]
+    """By request; nothing is read but what was chosen at this layer, for there may be many."""
+    ids_NK, starts, sizes = trace.chosen(layer), trace.starts_R.tolist(), trace.requests_R2.tolist()
+    return [
+        list(_steps(ids_NK[start : start + num_tokens], num_prompt))
+        for start, (num_tokens, num_prompt) in zip(starts, sizes, strict=False)
+    ]
 
 
 def layer_hits(courses: Sequence[Iterable[Step]], num_slots: int, ranking: Ranking, warm_up: int) -> Hits:

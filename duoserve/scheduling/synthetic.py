@@ -83,7 +83,8 @@ def synthesize(  # noqa: PLR0913
             ahead_NE = blurred_NE.astype(np.float16)
         layers[layer] = LayerTrace(ids_NK.astype(meta.ids_dtype), weights_NK.astype(np.float16), ahead_NE)
     requests_R2 = np.tile(np.array([shape[1], prompt], dtype=np.int32), (requests, 1))
-    return Trace.in_memory(meta, requests_R2, np.zeros(requests * shape[1], dtype=np.int32), layers)
+    token_ids_N = rng.integers(0, 1 << 31, requests * shape[1], dtype=np.int32)  # so that no two prompts are alike
+    return Trace.in_memory(meta, requests_R2, token_ids_N, layers)
 
 
 def recall(scores_NE: np.ndarray, ids_NK: np.ndarray, count: int) -> float:

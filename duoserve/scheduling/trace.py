@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -203,9 +204,31 @@ class Trace:
         """Tokens of all requests."""
         return int(self.starts_R[-1])
 
+    @cached_property
+    def decodes_R(self) -> np.ndarray:
+        """Whether each request has a step behind its prompt's: bool [R]."""
+        decodes_R: np.ndarray = self.requests_R2[:, 0] > self.requests_R2[:, 1]
+        return decodes_R
+
+    def check_decodes(self) -> None:
+        """TraceError if no request decodes: there is nothing to judge a predictor or a policy by."""
+        if not self.decodes_R.any():
+            raise TraceError(f"the trace has {len(self)} requests, and none decodes: trace more tokens")
+
+    @cached_property
+    def prompt_marks(self) -> list[str]:
+        """Of each request, a word for its prompt: the same wherever that prompt is, in this trace or another."""
+        token_ids_N, prompts_R = self.read(TOKEN_IDS).astype("<i4"), self.requests_R2[:, 1]
+        prompts = (token_ids_N[start : start + n] for start, n in zip(self.starts_R, prompts_R, strict=False))
+        return [blake2b(prompt.tobytes(), digest_size=8).hexdigest() for prompt in prompts]
+
     def read(self, name: str) -> np.ndarray:
         """One whole tensor, by its name in ``meta.columns()``."""
         return self._rows.read(name, 0, None)
+
+    def chosen(self, layer: int) -> np.ndarray:
+        """The experts that all tokens chose at ``layer``, [N, K], and nothing else that lies beside them."""
+        return self.read(self.meta.of_layer(layer)[0])
 
     def layer(self, layer: int, start: int = 0, stop: int | None = None) -> LayerTrace:
         """One layer's routing of all tokens, or of rows ``start`` to ``stop``."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 import fcntl
 import json
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,10 @@ import numpy as np
 from duoserve.errors import CheckpointError, CutShortError, TraceError
 from duoserve.experts.positional_file import PositionalFile
 from duoserve.experts.safetensors_header import TensorInfo, read_segment
-from duoserve.scheduling.trace import REQUESTS, TOKEN_IDS, LayerTrace, Rows, Trace, TraceMeta
+from duoserve.scheduling.trace import IDS, REQUESTS, TOKEN_IDS, LayerTrace, Rows, Trace, TraceMeta
 
 FORMAT = "duoserve trace 1"
+AGAIN = "record it again"
 _LARGEST_HALF = 65504.0
 _TYPE_NAMES = {np.dtype(np.int32): "I32", np.dtype(np.uint8): "U8", np.dtype(np.uint16): "U16"}
 _TYPE_NAMES[np.dtype(np.float16)] = "F16"
@@ -40,7 +43,12 @@ class FileRows(Rows):
 
     def __init__(self, path: Path, file: PositionalFile, segments: Sequence[Segment]) -> None:
         self._path, self._file, self._segments = path, file, segments
-        self._columns = segments[0].meta.columns()
+        self._meta = segments[0].meta
+        self._columns = self._meta.columns()
+        self._starts = {  # the first row of each segment, and behind the last where the rows end
+            name: [0, *accumulate(segment.tensors[name].shape[0] for segment in segments)]
+            for name in (REQUESTS, TOKEN_IDS)
+        }
         weakref.finalize(self, file.close)
 
     def read(self, name: str, start: int, stop: int | None) -> np.ndarray:
@@ -50,17 +58,25 @@ class FileRows(Rows):
             width = info.nbytes // max(1, info.shape[0])
             data = self._file.read(info.offset + low * width, (high - low) * width)
             parts.append(np.frombuffer(data, column.dtype).reshape(-1, *column.row_shape))
+            self._check(name, parts[-1])
         return np.concatenate(parts)
 
+    def _check(self, name: str, values: np.ndarray) -> None:
+        """TraceError where they cannot be a router's: nothing that is computed from them would be right."""
+        if name.startswith(IDS) and values.size and values.max() >= self._meta.num_experts:
+            raise TraceError(f"{self._path}: {name} has expert {values.max()} of {self._meta.num_experts}; {AGAIN}")
+        if values.dtype == np.float16 and np.isnan(values).any():
+            raise TraceError(f"{self._path}: {name} has values that are no numbers; {AGAIN}")
+
     def _spans(self, name: str, start: int, stop: int | None) -> Iterator[tuple[TensorInfo, int, int]]:
-        """The tensors that have some of the rows, and which of theirs."""
-        before = 0
-        for segment in self._segments:
-            info = segment.tensors[name]
-            low, high = max(0, start - before), info.shape[0] if stop is None else min(info.shape[0], stop - before)
-            if low < high:
-                yield info, low, high
-            before += info.shape[0]
+        """The tensors that have some of the rows, and which of theirs; no other segment is looked at."""
+        starts = self._starts[REQUESTS if name == REQUESTS else TOKEN_IDS]
+        end = starts[-1] if stop is None else min(stop, starts[-1])
+        at = bisect_right(starts, start) - 1
+        while start < end:
+            before, after = starts[at], min(starts[at + 1], end)
+            yield self._segments[at].tensors[name], start - before, after - before
+            at, start = at + 1, after
 
 
 def open_trace(path: Path, fingerprint: str | None = None) -> Trace:
@@ -162,9 +178,10 @@ def _segments(file: PositionalFile, path: Path) -> Iterator[Segment]:
         first = first or segment
         if segment.meta != first.meta:
             raise TraceError(
-                f"{path}: holds traces of different models or conditions, another from byte {start} on; record it again"
+                f"{path}: holds traces of different models or conditions, another from byte {start} on; {AGAIN}"
             )
         _check_columns(segment, path)
+        _check_requests(segment, file, path)
         yield segment
         start = segment.end
 
@@ -173,13 +190,24 @@ def _check_columns(segment: Segment, path: Path) -> None:
     columns = segment.meta.columns()
     if segment.tensors.keys() != columns.keys():
         odd = sorted(segment.tensors.keys() ^ columns.keys())[0]
-        raise TraceError(f"{path}: the tensor {odd!r} is missing or has no place in a trace; record it again")
+        raise TraceError(f"{path}: the tensor {odd!r} is missing or has no place in a trace; {AGAIN}")
     rows = segment.tensors[TOKEN_IDS].shape[:1]
     for name, (dtype, row_shape) in columns.items():
         info = segment.tensors[name]
         expected = (info.shape[:1] if name == REQUESTS else rows) + row_shape
         if info.shape != expected or str(info.dtype) != f"torch.{dtype}":
-            raise TraceError(f"{path}: {name} is {info.dtype} {info.shape}, not {dtype} {expected}; record it again")
+            raise TraceError(f"{path}: {name} is {info.dtype} {info.shape}, not {dtype} {expected}; {AGAIN}")
+
+
+def _check_requests(segment: Segment, file: PositionalFile, path: Path) -> None:
+    info, rows = segment.tensors[REQUESTS], segment.tensors[TOKEN_IDS].shape
+    try:
+        sizes_R2 = np.frombuffer(file.read(info.offset, info.nbytes), np.int32).reshape(-1, 2)
+    except CheckpointError as error:
+        raise TraceError(f"{path}: cannot be read ({error})") from error
+    tokens_R, prompts_R = sizes_R2.T.astype(np.int64)
+    if not len(tokens_R) or (prompts_R < 1).any() or (prompts_R > tokens_R).any() or (tokens_R.sum(),) != rows:
+        raise TraceError(f"{path}: has requests without a prompt, or none, or other tokens than theirs; {AGAIN}")
 
 
 def _check_fingerprint(path: Path, meta: TraceMeta, fingerprint: str | None) -> None:
@@ -208,9 +236,7 @@ def _meta_of(metadata: Mapping[str, str], path: Path) -> TraceMeta:
         if not layers or not 1 <= meta.top_k <= meta.num_experts:
             raise ValueError(f"{len(layers)} layers, top-{meta.top_k} of {meta.num_experts}")
     except (KeyError, TypeError, ValueError) as error:
-        raise TraceError(
-            f"{path}: is no trace of this version ({error!r}, wanted {FORMAT!r}); record it again"
-        ) from error
+        raise TraceError(f"{path}: is no trace of this version ({error!r}, wanted {FORMAT!r}); {AGAIN}") from error
     return meta
 
 

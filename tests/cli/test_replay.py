@@ -60,6 +60,52 @@ def test_a_trained_predictor_goes_to_the_policy_of_its_kind(capsys: pytest.Captu
     assert rows[0]["recall_at_k"] > 0.5
 
 
+def test_a_predictor_is_not_judged_by_what_it_was_trained_on(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of the trace that it was trained on only the requests held out are replayed, by every policy."""
+    trace = drawn_trace(requests=8, tokens=20)
+    predictor, held = train(trace, "lookahead")
+    save_trace(trace, tmp_path / "t.safetensors")
+    save_trace(trace.select(held), tmp_path / "held.safetensors")
+    save_trace(trace.select([n for n in range(8) if n not in held]), tmp_path / "known.safetensors")
+    save_predictor(predictor, tmp_path / "p.safetensors", {})
+
+    def replayed(name: str) -> int:
+        command = ["replay", str(tmp_path / name), "--slots", "24", "--policies", "lru,lookahead", "--json"]
+        return main([*command, "--model", "bard", "--predictor", str(tmp_path / "p.safetensors")])
+
+    assert replayed("t.safetensors") == 0
+    whole = capsys.readouterr()
+    assert "1 of 8 requests are replayed" in whole.err
+    assert replayed("held.safetensors") == 0
+    alone = capsys.readouterr()
+    assert json.loads(whole.out) == json.loads(alone.out) and "replayed" not in alone.err
+    assert replayed("known.safetensors") == 1
+    assert "has been trained on every prompt" in capsys.readouterr().err
+
+
+def test_policies_without_a_predictor_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*MADE_UP, "--slots", "64", "--policies", "lru,activation-matrix,duoserve,duoserve-paper,oracle"]) == 0
+    said = capsys.readouterr().err
+    assert "without guesses, for want of a --predictor of their kind: activation-matrix, duoserve-paper\n" in said
+
+
+def test_the_precision_of_a_made_up_trace_is_that_of_its_guesses(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--requests", "2", "--tokens", "40", "--prompt-tokens", "8", "--slots", "64"]
+    rows = {}
+    for precision in (0.4, 0.9):
+        command = ["replay", "synthetic:mixtral-8x7b", *sizes, "--policies", "lru,lookahead,duoserve", "--json"]
+        assert main([*command, "--precision", str(precision)]) == 0
+        rows[precision] = json.loads(capsys.readouterr().out)
+    for precision, (lru, lookahead, _) in rows.items():
+        assert lru["tpot_s"] == rows[0.4][0]["tpot_s"]
+        assert lookahead["recall_at_k"] == pytest.approx(precision, abs=0.05)
+    assert rows[0.9][1]["tpot_s"] < rows[0.4][1]["tpot_s"]
+    assert main([*MADE_UP, "--predictor", "p.safetensors"]) == 1
+    assert "--predictor: synthetic:mixtral-8x7b is foretold by" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("kinds", "said"),
     [

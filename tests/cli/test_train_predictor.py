@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from duoserve.cli import train_predictor
 from duoserve.predictors.files import load_predictor
 from duoserve.scheduling.synthetic import CARDS, synthesize
 from tests.traces import save_trace
@@ -44,6 +45,14 @@ def test_a_bad_name(duoserve, trace, tmp_path, out, fault):
 def test_a_seed_that_no_generator_takes_is_wrong_usage(duoserve, trace, tmp_path):
     ran = duoserve("train-predictor", trace, "--seed", "-5", "--out", tmp_path / "p.safetensors")
     assert (ran.code, "argument --seed: -5 is not an integer in 0.." in ran.err) == (2, True)
+
+
+def test_a_trace_of_prompts_alone_is_refused_before_the_training(duoserve, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_predictor, "train", None)
+    made = synthesize(replace(CARDS["mixtral-8x7b"], num_layers=2), 4, 0, 0.7, seed=0, prompt=5)
+    save_trace(made, tmp_path / "t.safetensors")
+    ran = duoserve("train-predictor", tmp_path / "t.safetensors", "--out", tmp_path / "p.safetensors")
+    assert ran.code == 1 and "has 4 requests, and none decodes" in ran.err
 
 
 def test_no_trace(duoserve, tmp_path):

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.numpy import load_file
 
 from duoserve.config import Phase
 from duoserve.errors import IntegrityError, TraceError
+from duoserve.predictors import training
 from duoserve.predictors.examples import Tokens, affinity, popularity
 from duoserve.predictors.features import margins
+from duoserve.predictors.files import save_predictor
 from duoserve.predictors.learned import DIRECT, PATH_INPUTS
 from duoserve.predictors.networks import LayerModule, Recipe, fit, held_loss
 from duoserve.predictors.paper import paper_inputs
@@ -22,6 +28,21 @@ from duoserve.predictors.training import KINDS, train
 from duoserve.scheduling.synthetic import CARDS, synthesize
 from duoserve.scheduling.trace import LayerTrace
 from tests.scheduling.traces import trace_of
+
+
+def quick_train(trace, kind):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "LAYER_RECIPE", replace(training.LAYER_RECIPE, epochs=2))
+        patch.setattr(training, "PAPER_RECIPE", replace(training.PAPER_RECIPE, epochs=2, width=16))
+        return train(trace, kind)
+
+
+def arrays_of(predictor):
+    """By name, as its file has them."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "p.safetensors"
+        save_predictor(predictor, path, {})
+        return load_file(path)
 
 
 def replayed(predictor, request):
@@ -91,18 +112,51 @@ def test_the_papers_inputs():
 
 
 def test_training_never_sees_the_requests_held_out(trace, trained):
-    """Another routing of the held-out requests changes no table that is counted."""
+    """Another routing of the held-out requests changes no table that is counted, and no network."""
     _, held = trained["affinity"]
     tensors = {name: trace.read(name).copy() for name in trace.meta.columns()}
     for number in held:
         tensors["topk_ids.2"][trace.starts_R[number] : trace.starts_R[number + 1]] = [0, 1]
     changed = type(trace)(trace.meta, type(trace._rows)(tensors))
-    for kind in ("popularity", "affinity", "activation-matrix", "lookahead"):
-        ours, theirs = train(changed, kind)[0], trained[kind][0]
-        for name, array in vars(ours).items():
-            if isinstance(array, np.ndarray):
-                np.testing.assert_array_equal(array, getattr(theirs, name), err_msg=name)
+    for kind in KINDS:
+        ours, theirs = (arrays_of(quick_train(one, kind)[0]) for one in (changed, trace))
+        assert ours.keys() == theirs.keys() != set(), kind
+        for name, array in ours.items():
+            np.testing.assert_array_equal(array, theirs[name], err_msg=f"{kind} {name}")
     assert 0 < len(held) < 4
+
+
+def test_requests_of_one_prompt_stay_together(trace):
+    """Eight prompts, each run twice: what is held out of them was never trained on."""
+    twice = trace.select([*range(8), *range(8)])
+    for seed in range(3):
+        predictor, held = train(twice, "popularity", seed=seed)
+        assert sorted({number % 8 for number in held}) == sorted(number % 8 for number in held if number < 8)
+        assert len(held) == 2 and predictor.trained_on.isdisjoint(twice.prompt_marks[number] for number in held)
+        assert len(predictor.trained_on) == 7
+
+
+def peak_bytes(work):
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_one_long_request_among_many_takes_no_more_memory_than_its_tokens():
+    short, long = ([(1, [[0, 1]] * length)] for length in (2, 3000))
+    tokens = Tokens(trace_of(short * 400 + long, num_experts=64), range(401))
+    assert peak_bytes(lambda: tokens.examples(0, 1)) < 40 * len(tokens) * 64 * 4
+
+
+def test_the_papers_perceptron_is_given_no_more_than_it_draws(monkeypatch):
+    """All examples of the 16 layers would be 110 MB."""
+    trace = synthesize(replace(CARDS["deepseek-v2-lite"], num_layers=16), 4, 1500, 0.6, seed=0)
+    recipe = replace(training.PAPER_RECIPE, width=8, epochs=1, epoch_rows=1600)
+    monkeypatch.setattr(training, "PAPER_RECIPE", recipe)
+    assert peak_bytes(lambda: train(trace, "paper")) < 60e6
 
 
 def test_every_kind_is_better_than_chance_and_ours_is_the_best(trace, trained):
@@ -189,8 +243,19 @@ def test_look_ahead_scores_that_say_nothing_have_no_weight():
 
 def test_one_request_is_not_enough(trace):
     lonely = synthesize(replace(CARDS["mixtral-8x7b"], num_layers=2), 1, 5, 0.6, seed=0)
-    with pytest.raises(TraceError, match="has 1 requests, but training holds some out"):
-        train(lonely, "popularity")
+    for same in (lonely, lonely.select([0, 0])):
+        found = f"has {len(same)} requests of 1 different prompts, but training holds some out"
+        with pytest.raises(TraceError, match=found):
+            train(same, "popularity")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_decodes_is_held_out_first(seed):
+    """One request of six does, and is what the figures are of."""
+    course = [[0, 1], [2, 3]]
+    trace = trace_of([(1 if number == 3 else 2, course) for number in range(6)])
+    predictor, held = train(trace, "popularity", seed=seed)
+    assert held == [3] and measure(predictor, trace, held).to_dict()["steps"] == 1
 
 
 def test_prompts_alone_are_nothing_to_measure_on():

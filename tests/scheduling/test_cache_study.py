@@ -13,6 +13,7 @@ from duoserve.config import Phase
 from duoserve.scheduling.cache_study import NEVER, belady_hits, cached_hits, least_copies, next_use, prompt_step
 from duoserve.scheduling.ranking import DecayedFrequency, Recency
 from duoserve.scheduling.synthetic import CARDS, synthesize
+from duoserve.scheduling.trace import MemoryRows, Trace
 from tests.scheduling.traces import drawn_trace, trace_of
 
 
@@ -71,6 +72,25 @@ def test_decayed_frequency_reaches_the_best_published_hit_rates(share: float, at
     best = belady_hits(trace, slots, warm_up=1).rate
     assert best == pytest.approx(belady, abs=0.03)
     assert best > ours >= at_least and ours > lru
+
+
+class CountedRows(MemoryRows):
+    """Knows how many bytes were read."""
+
+    nbytes = 0
+
+    def read(self, name: str, start: int, stop: int | None) -> np.ndarray:
+        read = super().read(name, start, stop)
+        CountedRows.nbytes += read.nbytes
+        return read
+
+
+def test_a_layer_after_the_other_is_no_reason_to_read_all_layers_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = drawn_trace()
+    monkeypatch.setattr(CountedRows, "nbytes", 0)
+    again = Trace(trace.meta, CountedRows({name: trace.read(name) for name in trace.meta.columns()}))
+    assert belady_hits(again, 4) == belady_hits(trace, 4)
+    assert CountedRows.nbytes <= sum(trace.read(name).nbytes for name in trace.meta.columns())
 
 
 def test_least_copies_by_hand() -> None:

@@ -202,3 +202,50 @@ def test_many_experts_and_scores_beyond_half_precision(tmp_path):
     read = open_trace(tmp_path / "t")
     assert read.layer(1).topk_ids_NK.dtype == np.uint16 and np.isfinite(read.layer(2).ahead_NE).all()
     np.testing.assert_array_equal(read.layer(1).topk_ids_NK, trace.layer(1).topk_ids_NK)
+
+
+class Looked(list):
+    """Counts how often it is looked into."""
+
+    looks = 0
+
+    def __getitem__(self, at):
+        self.looks += 1
+        return super().__getitem__(at)
+
+    def __iter__(self):
+        self.looks += len(self)
+        return super().__iter__()
+
+
+def test_a_request_of_many_is_read_without_a_look_at_the_others(tmp_path):
+    trace = small_trace(lengths=[(2, 1)] * 300)
+    save_trace(trace, tmp_path / "t", last=300)
+    read = open_trace(tmp_path / "t")
+    assert read.num_tokens == 600
+    read._rows._segments = looked = Looked(read._rows._segments)
+    np.testing.assert_array_equal(read[250].layers[2].topk_ids_NK, trace[250].layers[2].topk_ids_NK)
+    assert looked.looks == len(read.meta.columns()) - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "fault"),
+    [
+        ("requests", [[4, 2], [5, 3], [4, 1]], "other tokens than theirs"),
+        ("requests", [[4, 2], [5, 0], [3, 1]], "requests without a prompt"),
+        ("requests", [[4, 5], [5, 3], [3, 1]], "requests without a prompt"),
+        ("requests", np.zeros((0, 2)), "or none"),
+        ("topk_ids.2", [[0, 6]] * 12, "topk_ids.2 has expert 6 of 6"),
+        ("lookahead.3", [[0.0] * 5 + [np.nan]] * 12, "lookahead.3 has values that are no numbers"),
+    ],
+)
+def test_what_no_router_said_is_refused(tmp_path, name, values, fault):
+    trace = small_trace()
+    tensors = {one: trace.read(one) for one in trace.meta.columns()}
+    tensors[name] = np.array(values, dtype=tensors[name].dtype)
+    save_trace(trace, tmp_path / "one", last=1)
+    with safe_open(tmp_path / "one", "numpy") as file:
+        save_file(tensors, tmp_path / "t", metadata=file.metadata())
+    with pytest.raises(TraceError, match=fault):
+        read = open_trace(tmp_path / "t")
+        read.layer(2), read.layer(3)

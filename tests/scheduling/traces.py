@@ -19,7 +19,7 @@ def trace_of(requests: list[tuple[int, list[list[int]]]], layers: int = 1, num_e
     ahead_NE = np.zeros((len(tokens), num_experts), dtype=np.float16)
     routed = {layer: LayerTrace(ids_NK, weights_NK, ahead_NE if layer else None) for layer in range(layers)}
     requests_R2 = np.array([[len(course), prompt] for prompt, course in requests], dtype=np.int32)
-    return Trace.in_memory(meta, requests_R2, np.zeros(len(tokens), dtype=np.int32), routed)
+    return Trace.in_memory(meta, requests_R2, np.arange(len(tokens), dtype=np.int32), routed)
 
 
 SMALL_CARD = RoutingCard("small", 16, 2, 6, 0.5, 1.5, 0.6, 0.9, 0.3, 0.6)
