@@ -78,12 +78,13 @@ def test_what_a_prompt_takes_is_measured_beside_its_requests_where_those_differ_
 
 
 def test_the_command(tmp_path: Path) -> None:
-    out = tmp_path / "result.json"
+    out, folder = tmp_path / "result.json", tmp_path / "not" / "there"
     command = [sys.executable, str(BENCH / "bench_reality.py"), "--quick", "--threads", "1", "--json", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([*command, "--folder", str(folder)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
     assert [model["model"] for model in result["models"]] == ["bard", "mixtral-tiny"]
+    assert result["command"].endswith("--folder DIR")
     assert len(result["checks"]) == 6 and all(check["passed"] for check in result["checks"])
     for model in result["models"]:
         assert {cell["policy"] for cell in model["cells"]} == {"on-demand", "lru", "duoserve"}

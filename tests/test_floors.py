@@ -88,7 +88,7 @@ MAPPERS = {
     "safetensors.torch.load_file",
     "safetensors.torch.load_model",
 }
-LAZY = {  # imported when asked for: extras
+LAZY = {  # imported when asked for: extras, and what takes a second to import
     ("kernels/__init__", "kernels/triton_ops"),
     ("kernels/compiler", "kernels/inductor"),
     ("kernels/compiled_ops", "kernels/inductor"),

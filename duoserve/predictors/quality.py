@@ -65,7 +65,7 @@ def measure(predictor: Predictor, trace: Trace, requests: Sequence[int]) -> Qual
 
     TraceError if none of them has a decode step.
     """
-    if not any(trace[number].decodes for number in requests):
+    if not trace.decodes_R[list(requests)].any():
         raise TraceError(f"{len(requests)} requests are held out to measure on, and none decodes: trace more tokens")
     ranks: dict[int, list[np.ndarray]] = {layer: [] for layer in trace.meta.layers}
     said, came = np.zeros(BINS), np.zeros(BINS)

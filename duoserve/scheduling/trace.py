@@ -124,11 +124,6 @@ class RequestTrace:
         """The prompt's step and one for each token behind it."""
         return len(self.token_ids_T) - self.num_prompt + 1
 
-    @property
-    def decodes(self) -> bool:
-        """Whether there is a step behind the prompt's."""
-        return self.num_steps > 1
-
     def routing(self, step: int) -> Iterator[Routing]:
         """What each layer's router said in ``step``, in the order of the layers."""
         rows = self._rows(step)
