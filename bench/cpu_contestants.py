@@ -142,9 +142,9 @@ def disk_contestants(run: Run) -> list[Contestant]:
     llama.cpp maps its file, and the limit of its memory, which is ours too, decides how much of it stays in RAM.
     """
 
-    def ours(policy: str) -> Contestant:
-        options = run.duoserve_options(policy, run.shape.quarter)
-        return Contestant(f"duoserve {policy}", "duoserve", options, cold=True, capped=True)
+    def ours(name: str) -> Contestant:
+        options = run.duoserve_options(name.removeprefix("duoserve "), run.shape.quarter)
+        return Contestant(name, "duoserve", options, cold=True, capped=True)
 
     def accelerate(name: str, resident_layers: int, cold: bool) -> Contestant:
         offload = str(run.scratch / name.replace(" ", "-"))  # one each: dropping its cache must not cool another's
@@ -152,12 +152,12 @@ def disk_contestants(run: Run) -> list[Contestant]:
         return Contestant(name, "accelerate", options, cold)
 
     return [
-        ours("lru"),
+        ours(cpu_rows.OURS_DISK),
         *our_policies(run),
         Contestant(cpu_rows.LLAMA_DISK, "xllamacpp", run.llama_options("bf16"), cold=True, capped=True),
         accelerate(cpu_rows.PEER_DISK, 0, cold=True),
         accelerate(cpu_rows.PEER_DISK_EQUAL, run.shape.layers // 4, cold=True),
         accelerate(cpu_rows.PEER_DISK_WARM, 0, cold=False),
-        ours("on-demand"),
-        ours("layer-prefetch"),
+        ours(cpu_rows.ON_DEMAND),
+        ours(cpu_rows.LAYER_PREFETCH),
     ]

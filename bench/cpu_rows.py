@@ -22,9 +22,12 @@ PEER_DISK_EQUAL = "accelerate cold, a quarter in RAM"
 LLAMA, LLAMA_Q8, LLAMA_DISK = "llama.cpp bf16", "llama.cpp q8_0", "llama.cpp bf16, mapped"
 LLAMAS = (LLAMA, LLAMA_Q8, LLAMA_DISK)
 REFERENCE = "transformers float32"
+ON_DEMAND, LAYER_PREFETCH = "duoserve on-demand", "duoserve layer-prefetch"
+OP_BY_OP = (OURS, OURS_DISK, ON_DEMAND, LAYER_PREFETCH)  # of duoserve's rows; the others are compiled
 # What a quick run leaves out, for it checks the bench: each is set up as another but for a number or a name.
 QUICK_WITHOUT = frozenset(
-    {OURS_QUANTIZED["int4"], BF12_EQUAL, PEERS[1], PEER_DISK_EQUAL, PEER_DISK_WARM, "duoserve layer-prefetch"}
+    {OURS_QUANTIZED["int4"], BF12, BF12_POLICY, BF12_EQUAL}
+    | {PEERS[1], PEER_DISK_EQUAL, PEER_DISK_WARM, LAYER_PREFETCH}
 )
 # Compiled decode steps make their sums in another order, and quantized experts are others: by engine, whose first round
 # has the tokens that it must choose.

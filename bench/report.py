@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tables
-from cpu_rows import POLICIES, decode_io
+from cpu_rows import OP_BY_OP, POLICIES, decode_io
 
 BEGIN, END = "<!-- bench_cpu -->", "<!-- /bench_cpu -->"
 
@@ -84,7 +84,10 @@ def conditions(result: Result) -> str:
             "lies idle while others take their turn is slow to come back under a hypervisor."
         )
     if threads := result.get("copy_threads"):
-        rows.append(f"duoserve reads experts with `copy_threads={threads}`; what is not called compiled runs op by op.")
+        op_by_op = ", ".join(f"`{name.removeprefix('duoserve ')}`" for name in OP_BY_OP)
+        rows.append(
+            f"duoserve reads experts with `copy_threads={threads}`; op by op run {op_by_op}, its others compiled."
+        )
     if result.get("cap_bytes"):
         rows.append(
             f"llama.cpp's mapped file and duoserve from disk have {result['cap_bytes'] / 1e6:.0f} MB each in a control "

@@ -17,6 +17,7 @@ import cpu_summary
 import harness
 import report
 import shapes
+from cpu_contestants import SCRIPTS, Run, disk_contestants, resident_contestants
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
@@ -47,14 +48,14 @@ def test_all_compute_the_same_and_read_from_where_they_should(quick: dict[str, A
     absent = {name for name in measured if "llama.cpp" in name} if "xllamacpp" in quick["not_measured"] else set()
     if quick["cap_bytes"] is None:
         absent |= {name for name in measured if name.endswith("llama.cpp's, same limit")}
-    absent |= {name for name in measured if name.startswith("bf12 in a quarter's memory")}  # no part of a quick run
+    in_bf12 = ("a quarter of the experts", "bf12 in a quarter's memory")  # no part of a quick run
+    absent |= {name for name in measured if name.startswith(in_bf12)}
     assert {name for name, was in measured.items() if not was} == absent
     played = quick["rounds"]["resident"].keys() | quick["rounds"]["disk"].keys()
     assert not played & cpu_rows.QUICK_WITHOUT
     assert quick["least_misses"].keys() == set(cpu_rows.POLICIES) - cpu_rows.QUICK_WITHOUT
     for least in quick["least_misses"].values():
         assert 0 <= least["pooled"] <= least["per_layer"] < least["uses"]
-    assert quick["least_misses"][cpu_rows.BF12_POLICY] == quick["least_misses"][cpu_rows.OURS_POLICY]
     assert {"logits of duoserve resident int8 equal transformers'", "tokens of duoserve resident int8"} <= names
     by_name = {target["name"]: target for target in quick["targets"]}
     assert by_name["bytes read in decode / misses x slot bytes"]["reached"] is True
@@ -77,6 +78,13 @@ def test_peers_that_were_not_measured_are_not_passed(quick: dict[str, Any], tmp_
     assert [(target["reached"], target["verdict"]) for target in against_peers] == [(None, "not measured")] * 11
     assert not failed(result)
     assert "transformers was not measured" in report.render(result)
+
+
+def test_the_rows_that_run_op_by_op_are_named(tmp_path: Path) -> None:
+    run = Run(shapes.SHAPES["quick"], tmp_path, tmp_path, 1, 1, tuple(SCRIPTS), prompt=[1], cap_bytes=1 << 30)
+    ours = [each for each in (*resident_contestants(run), *disk_contestants(run)) if each.kind == "duoserve"]
+    assert len(ours) > 8
+    assert {each.name for each in ours if "decode_mode" not in each.options} == set(cpu_rows.OP_BY_OP)
 
 
 def test_our_policy_must_choose_the_tokens_of_compiled_steps_in_ram() -> None:

@@ -23,7 +23,7 @@ FAKE_PYTHON = """#!/usr/bin/env bash
 all=$*
 json=${all##*--json }
 case "$*" in
-    *is_available*) exit 0 ;;
+    "-c import torch" | *is_available*) exit 0 ;;
     *get_device_name*) echo nvidia-h100 ;;
     *find_spec*) exit 0 ;;
     *"-m pytest"*)
