@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -66,16 +67,32 @@ class Listener(uvicorn.Server):
         )
         self._loader = loader
         self._shutdown_s = settings.shutdown_s
+        self._hurried = asyncio.Event()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins the shutdown, a second SIGINT hurries it."""
+        if self.should_exit and sig == signal.SIGINT:
+            self._hurried.set()  # not force_exit: from Python 3.12 on, uvicorn waits for its connections all the same
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stops accepting, drains, and lets answers end; then releases the model."""
+        """Stops accepting, drains, and lets answers end; then releases the model. Hurried, it cuts the answers off."""
         draining = asyncio.create_task(self._loader.drain(self._shutdown_s))
-        await super().shutdown(sockets)
-        if self.force_exit:
-            draining.cancel()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None) as patience:
+                hurrying = asyncio.create_task(self._cut_off(draining, patience))
+                await super().shutdown(sockets)
+        hurrying.cancel()
         with suppress(asyncio.CancelledError):
             await draining
         await self._loader.close()
+
+    async def _cut_off(self, draining: asyncio.Task[None], patience: asyncio.Timeout) -> None:
+        """Once hurried: ends all streams, and gives their clients LAST_WORDS_S to take what they are told of it."""
+        await self._hurried.wait()
+        draining.cancel()
+        await self._loader.close()
+        patience.reschedule(asyncio.get_running_loop().time() + LAST_WORDS_S)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

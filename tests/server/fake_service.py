@@ -145,6 +145,7 @@ class FakeService:
 
     async def close(self) -> None:
         self.closed = True
+        self.ended.set()
 
     def figures(self) -> ServiceFigures:
         running = sum(not stream.over for stream in self.streams)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import socket
 import threading
 import time
 
@@ -75,6 +77,54 @@ def test_a_shutdown_lets_short_requests_finish_and_tells_the_others(served):
     assert error["type"] == "service_unavailable_error"
     assert ends[0][-1] == ends[1][-1] == "data: [DONE]"
     assert server.service.closed
+
+
+def wait_for_connections(monkeypatch, server):
+    """Has a closed server wait until its connections are gone, as every Python does from 3.12.1 on."""
+
+    async def wait_closed(_):
+        while server.listener.server_state.connections:
+            await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(asyncio.base_events.Server, "wait_closed", wait_closed)
+
+
+def interrupt(server):
+    """Ctrl-C, as the process's first thread hears it."""
+    server.listener.servers[0].get_loop().call_soon_threadsafe(server.listener.handle_exit, signal.SIGINT, None)
+
+
+def test_a_second_interrupt_cuts_answers_off_and_they_are_told(served, monkeypatch):
+    first, last = spoken("a", "b")
+    server = served(lambda number: [first, 60.0, last], shutdown_s=60.0)
+    wait_for_connections(monkeypatch, server)
+    with server.http.stream("POST", "/v1/completions", json={"prompt": "a", "stream": True}) as answer:
+        lines = (line for line in answer.iter_lines() if line)
+        assert '"text":"a"' in next(lines)
+        interrupt(server)
+        time.sleep(0.3)
+        assert server.thread.is_alive()  # one lets it finish
+        interrupt(server)
+        began = time.monotonic()
+        assert json.loads(next(lines).removeprefix("data: "))["error"]["type"] == "service_unavailable_error"
+        assert next(lines) == "data: [DONE]"
+    server.thread.join(10)
+    assert time.monotonic() - began < 2.0 and server.service.closed
+
+
+def test_a_second_interrupt_waits_for_no_client_that_says_nothing(served, monkeypatch):
+    monkeypatch.setattr("duoserve.server.run.LAST_WORDS_S", 0.2)
+    server = served(shutdown_s=60.0)
+    wait_for_connections(monkeypatch, server)
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=5) as silent:
+        silent.sendall(head)
+        time.sleep(0.1)  # for the server to begin to read
+        interrupt(server)
+        interrupt(server)
+        server.thread.join(3)
+        assert not server.thread.is_alive() and server.service.closed
 
 
 def failing(error):
