@@ -18,6 +18,7 @@ from duoserve.loadtest.workload import LoadRequest
 
 DONE = "[DONE]"
 SHOWN = 300  # characters of an error
+TEXTS = ("content", "reasoning", "reasoning_content")  # of a chat's chunk: what is said, and thoughts in both spellings
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ async def _answer_at(client: httpx.AsyncClient, form: Form, asked: LoadRequest, 
     except (httpx.HTTPError, ValueError) as error:
         return Answer(at, error=f"{type(error).__name__}: {error}"[:SHOWN], late_s=late_s)
     if not pieces:
-        return Answer(at, error="no text came", late_s=late_s)
+        return Answer(at, error="no token came", late_s=late_s)
     return Answer(at, tuple(pieces), tokens or len(pieces), late_s=late_s)
 
 
@@ -133,27 +134,33 @@ async def _read(client: httpx.AsyncClient, form: Form, asked: LoadRequest, began
             now = time.perf_counter() - began
             if data == DONE:
                 continue
-            has_text, counted = _understood(data)
+            has_token, counted = _understood(data)
             tokens = counted or tokens
-            if has_text:
+            if has_token:
                 pieces.append(now)
     return pieces, tokens
 
 
 def _understood(data: str) -> tuple[bool, int]:
-    """Whether an event brings text, and the tokens that it counts, 0 without; ValueError for what is not OpenAI's."""
+    """Whether an event brings a token, and how many it counts, 0 without; ValueError for what is not OpenAI's."""
     event = json.loads(data)
     try:
         if event.get("error") is not None:
             raise _Failed(str(event["error"]))
-        return any(map(_text, event.get("choices") or ())), _counted(event)
+        return any(map(_has_token, event.get("choices") or ())), _counted(event)
     except (AttributeError, TypeError) as error:
         raise ValueError(f"an event is not OpenAI's: {data}") from error
 
 
-def _text(choice: dict[str, Any]) -> str | None:
-    """What a chunk brings, in either form."""
-    return choice.get("text") or (choice.get("delta") or {}).get("content")
+def _has_token(choice: dict[str, Any]) -> bool:
+    """Whether a chunk, in either form, brings what the server counts: text, thoughts, or a token that has no text.
+
+    A chat's first chunk says whose turn it is, and most servers send it ahead of any token.
+    """
+    delta = choice.get("delta") or {}
+    if choice.get("text") or any(delta.get(name) for name in TEXTS):
+        return True
+    return delta.get("content") == "" and not delta.get("role")
 
 
 def _counted(event: dict[str, Any]) -> int:

@@ -16,7 +16,7 @@ ATTAINED = 0.9  # of the requests have to meet both objectives at a rate that co
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a request. Seconds since the load began; ``pieces_s`` is when each piece of text came.
+    """What became of a request. Seconds since the load began; ``pieces_s`` is when each piece came, of thoughts too.
 
     ``asked_s`` is when it was due, ``late_s`` how much later this side sent it. ``tokens`` is what the server counted,
     or the pieces where it counts none. ``error`` is empty where all went well.

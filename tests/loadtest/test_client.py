@@ -16,7 +16,7 @@ from duoserve.loadtest.figures import Answer
 from duoserve.loadtest.workload import LoadRequest
 
 
-def answer(*parts: bytes, timeout_s: float = 5.0, pause_s: float = 0.0) -> Answer:
+def answer(*parts: bytes, timeout_s: float = 5.0, pause_s: float = 0.0, chat: bool = False) -> Answer:
     """What becomes of a request that is answered with ``parts``."""
 
     async def content() -> AsyncIterator[bytes]:
@@ -27,7 +27,8 @@ def answer(*parts: bytes, timeout_s: float = 5.0, pause_s: float = 0.0) -> Answe
     async def main() -> Answer:
         transport = httpx.MockTransport(lambda request: httpx.Response(200, content=content()))
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            [found] = await answers(client, Form("m", timeout_s=timeout_s), [LoadRequest("a", 4)], [0.0])
+            form = Form("m", chat, timeout_s=timeout_s)
+            [found] = await answers(client, form, [LoadRequest("a", 4)], [0.0])
             return found
 
     return asyncio.run(main())
@@ -39,7 +40,22 @@ def event(text: str, **fields: object) -> bytes:
     return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode()
 
 
+def chat_event(**delta: object) -> bytes:
+    """A chunk of a chat."""
+    return f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta}]})}\n\n".encode()
+
+
+def usage(tokens: int) -> bytes:
+    return f"data: {json.dumps({'choices': [], 'usage': {'completion_tokens': tokens}})}\n\n".encode()
+
+
 DONE = b"data: [DONE]\n\n"
+ROLE = chat_event(role="assistant", content="")
+TOKENS_WITHOUT_TEXT = {
+    "of another channel": chat_event(content=""),
+    "thoughts": chat_event(reasoning="hm"),
+    "thoughts in the older spelling": chat_event(role=None, content=None, reasoning_content="hm"),
+}
 
 
 def crlf(data: bytes) -> bytes:
@@ -104,3 +120,23 @@ def test_a_request_that_is_kept_up_with_pings_ends_all_the_same() -> None:
     found = answer(*[b": ping\n\n"] * 100, event("late"), timeout_s=0.3, pause_s=0.05)
     assert found.error == "not answered to its end within 0.3 s" and found.asked_s == 0.0
     assert time.monotonic() - began < 2.0
+
+
+@pytest.mark.parametrize("thought", TOKENS_WITHOUT_TEXT.values(), ids=TOKENS_WITHOUT_TEXT)
+def test_thoughts_are_tokens_of_a_chat(thought: bytes) -> None:
+    """Those that come without text, too: the server counts them."""
+    found = answer(ROLE, *[thought] * 10, *[chat_event(content="a")] * 5, usage(15), DONE, pause_s=0.02, chat=True)
+    assert (found.error, len(found.pieces_s), found.tokens) == ("", 15, 15)
+    assert found.ttft_s >= 0.04 and 0.018 < found.tpot_s < 0.2
+    cut = answer(ROLE, *[thought] * 10, usage(10), DONE, chat=True)
+    assert (cut.error, len(cut.pieces_s), cut.tokens) == ("", 10, 10)
+
+
+def test_a_chat_of_which_no_token_comes_has_failed() -> None:
+    """Not even where it is said whose turn it is, why it has ended, and that nothing was counted."""
+    assert answer(ROLE, chat_event(), usage(0), DONE, chat=True).error == "no token came"
+
+
+def test_a_first_chunk_may_bring_a_token_with_its_role() -> None:
+    first = chat_event(role="assistant", content="a")
+    assert len(answer(first, chat_event(content="b"), usage(2), DONE, chat=True).pieces_s) == 2
