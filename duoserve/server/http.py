@@ -199,7 +199,7 @@ class KeyGuard:
 
     def _knows(self, headers: Headers) -> bool:
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        offered = given.strip().encode("latin-1")
+        offered = given.encode("latin-1").strip()  # as bytes: two that a key may end with are white space in Latin-1
         if scheme.lower() == "basic":
             offered = _password(offered)
         return scheme.lower() in {"basic", "bearer"} and hmac.compare_digest(offered, self._key)

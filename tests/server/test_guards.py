@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from duoserve.cli import main
 
 
@@ -18,6 +20,14 @@ def test_the_key_opens_everything_and_health_needs_none(served):
     refused = server.complete()
     assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
     assert server.service.asked == []
+
+
+@pytest.mark.parametrize("key", ["voil\u00e0", "\u00c5", "\u0120x\u00e0"])
+def test_a_key_may_end_with_what_is_white_space_in_latin_1(served, key):
+    server = served(api_key=key)
+    assert server.http.get("/status", headers={"Authorization": f"Bearer  {key}".encode()}).status_code == 200
+    assert server.http.get("/status", auth=("anyone", key)).status_code == 200
+    assert server.http.get("/status", headers={"Authorization": f"Bearer {key}".encode()[:-1]}).status_code == 401
 
 
 def test_only_allowed_hosts_are_served_and_health_is_for_all(served):
