@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import reprlib
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral
 from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 from torch import Tensor
 
 from duoserve.chat_template import ChatTemplate
 from duoserve.config import EngineConfig, ModelConfig
-from duoserve.engine import Engine
 from duoserve.errors import ClosedError, RequestError
 from duoserve.experts.budget import MemoryPlan, parse_bytes
 from duoserve.experts.hub import at_revision
@@ -34,6 +33,7 @@ from duoserve.text import Text
 from duoserve.writer import Writer
 
 Prompt = str | Sequence[int]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -180,13 +180,12 @@ class MoEModel:
         single = _is_one(prompt)
         prompts: Sequence[Any] = [prompt] if single else prompt
         settings = _settings(params, changes)
-        requests = [Request(self.encode(one), settings) for one in prompts]
-        writers = {request: Writer(self._runtime.text, settings.stop) for request in requests}
-        if requests:
-            for request, token in self._run(requests):
-                writers[request].push(request, token)
-        stats = self.stats
-        done = [_completion(request, writers[request], stats) for request in requests]
+        text = self._runtime.text
+        writers = {Request(self.encode(one), settings): Writer(text, settings.stop) for one in prompts}
+        if not writers:
+            return []
+        stats = _result(self._run(writers))
+        done = [_completion(request, writer, stats) for request, writer in writers.items()]
         return done[0] if single else done
 
     def stream(
@@ -203,17 +202,15 @@ class MoEModel:
         return self._stream(request, Writer(self._runtime.text, settings.stop))
 
     def _stream(self, request: Request, writer: Writer) -> Generator[str, None, Completion]:
-        for _, token in self._run([request]):
-            if piece := writer.push(request, token):
-                yield piece
+        stats = yield from self._run({request: writer})
         if piece := writer.rest(request):
             yield piece
-        return _completion(request, writer, self.stats)
+        return _completion(request, writer, stats)
 
     def forward(self, token_ids: Sequence[int]) -> Tensor:
         """One prefill: float32 logits [T, V] of every position."""
-        with self._my_turn() as engine, self._step():
-            return engine.forward(_token_ids(token_ids))
+        with self._my_turn() as runtime, self._step():
+            return runtime.engine.forward(_token_ids(token_ids))
 
     @contextmanager
     def lend(self) -> Iterator[Runtime]:
@@ -222,8 +219,8 @@ class MoEModel:
         Waits for a call that runs; others wait for the block, and are refused from then on, unless it has raised.
         RequestError if another service has the model.
         """
-        with self._my_turn():
-            yield self._runtime
+        with self._my_turn() as runtime:
+            yield runtime
             self._lent = True
 
     def close(self) -> None:
@@ -248,15 +245,19 @@ class MoEModel:
             raise ClosedError("this model was closed; load it again with MoEModel.from_pretrained")
         return self._open_runtime
 
-    def _run(self, requests: list[Request]) -> Iterator[tuple[Request, int]]:
-        with self._my_turn() as engine:
-            tokens = engine.generate(requests)
+    def _run(self, writers: Mapping[Request, Writer]) -> Generator[str, None, Stats]:
+        """Yields text as it becomes certain, and returns the figures as they are before another call has its turn."""
+        with self._my_turn() as runtime:
+            tokens = runtime.engine.generate(list(writers))
             try:
-                while (token := self._next(tokens)) is not None:
-                    yield token
+                while (made := self._next(tokens)) is not None:
+                    request, token = made
+                    if piece := writers[request].push(request, token):
+                        yield piece
             finally:
                 with self._computing:
                     tokens.close()
+            return runtime.meter.snapshot()
 
     def _next(self, tokens: Generator[tuple[Request, int]]) -> tuple[Request, int] | None:
         with self._step():
@@ -270,7 +271,7 @@ class MoEModel:
             yield
 
     @contextmanager
-    def _my_turn(self) -> Iterator[Engine]:
+    def _my_turn(self) -> Iterator[Runtime]:
         if self._serving_thread == threading.get_ident():
             raise RequestError("this thread's earlier stream is still open: exhaust it or call its close() first")
         with self._turn:
@@ -278,7 +279,7 @@ class MoEModel:
                 raise RequestError("a service runs this model: submit requests to it")
             self._serving_thread = threading.get_ident()
             try:
-                yield self._runtime.engine
+                yield self._runtime
             finally:
                 self._serving_thread = None
 
@@ -289,6 +290,16 @@ class MoEModel:
         if self._runtime.text is None:
             raise RequestError("the prompt is text, but this checkpoint has no tokenizer.json: give token ids")
         return self._runtime.text.encode(prompt)
+
+
+def _result(generator: Generator[object, None, Result]) -> Result:
+    """What it returns, whatever it yields before."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
 
 
 def _completion(request: Request, writer: Writer, stats: Stats) -> Completion:

@@ -339,6 +339,24 @@ def test_a_stop_string_that_the_last_token_completes_is_why_it_ends(bard: MoEMod
     assert (held.text, held.finish_reason, held.token_ids) == (free.text[:-2], "stop", free.token_ids)
 
 
+@pytest.mark.parametrize("meanwhile", ["another call", "close"])
+def test_what_happens_while_the_last_of_a_stream_is_read_is_not_in_its_figures(meanwhile: str, tmp_path: Path) -> None:
+    with MoEModel.from_pretrained("bard", expert_slots="25%", cache_dir=tmp_path) as bard:
+        params = SamplingParams(max_tokens=6, temperature=0.0)
+        text = bard.generate("To be, or", params).text
+        assert text
+        stream = bard.stream("To be, or", params, stop=text[-1] + "\0")  # which holds the last character back
+        read = ""
+        while read != text:
+            read += next(stream)
+        if meanwhile == "close":
+            bard.close()
+        else:
+            bard.generate("ROMEO.", max_tokens=1)
+        done = returned(stream)
+        assert done.text == text and done.stats.output_tokens == 6 and len(done.stats.itl_s) == 5
+
+
 def test_an_abandoned_stream_leaves_the_model_usable(bard: MoEModel) -> None:
     stream = bard.stream("To be, or", max_tokens=40)
     next(stream)
