@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from duoserve.channels import Channels
 from duoserve.errors import RequestError
 from duoserve.request import Request
 from duoserve.text import IncrementalDecoder, StopStrings, Text
@@ -12,12 +13,13 @@ from duoserve.text import IncrementalDecoder, StopStrings, Text
 class Writer:
     """Turns one request's tokens into text and ends the request at a stop string.
 
-    If its last permitted token completes one, the reason is "stop" all the same. The text goes on from that of the
-    tokens ``behind`` it.
+    If its last permitted token completes one, the reason is "stop" all the same. In a channel's header there are none,
+    and none reaches from before it to behind it. The text goes on from that of the tokens ``behind`` it.
     """
 
     def __init__(self, text: Text | None, stop: Sequence[str], behind: Sequence[int] = ()) -> None:
         self._decoder = None if text is None else IncrementalDecoder(text, behind)
+        self._channels = None if text is None else Channels(text)
         self._stop = StopStrings(stop)
         self._pieces: list[str] = []
         if stop and text is None:
@@ -25,9 +27,14 @@ class Writer:
 
     def push(self, request: Request, token: int) -> str:
         """The text that became certain with ``token``; an end token has none, whatever its entry in the vocabulary."""
-        if self._decoder is None or request.finish_reason == "stop":
+        if self._decoder is None or self._channels is None or request.finish_reason == "stop":
             return ""
-        return self._write(request, self._stop.push(self._decoder.push(token)))
+        piece, in_header = self._decoder.push(token), self._channels.in_header
+        self._channels.push([token])
+        if in_header:
+            return self._write(request, piece)
+        certain = self._stop.push(piece)
+        return self._write(request, certain + self._stop.flush() if self._channels.in_header else certain)
 
     def rest(self, request: Request) -> str:
         """What was held back, once no token will follow."""

@@ -16,6 +16,7 @@ ANSWERS = {
     "two answers": ("<|channel|>final<|message|>a<|end|><|channel|>final<|message|>b<|return|>", "b"),
     "cut in thoughts": ("<|channel|>analysis<|message|>The final", ""),
     "cut in a name": (f"{THOUGHT}<|channel|>fin", ""),
+    "cut before another": ("<|channel|>final<|message|>a<|end|>", "a"),
     "another channel behind": ("<|channel|>final<|message|>a<|end|><|channel|>commentary<|message|>b", ""),
     "no channels": ("the final<|message|> mat<|end|>", "the final mat"),
 }
@@ -39,6 +40,22 @@ def test_tokens_are_told_apart_as_they_come() -> None:
     token_ids = text.encode(ANSWERS["thoughts"][0])
     channels = Channels(text)
     assert text.decode([token_id for token_id in token_ids if channels.push([token_id])]) == "the café"
+
+
+SAID = {
+    "a further answer": (f"<|channel|>final<|message|>a<|end|>{THOUGHT}<|channel|>final<|message|>b<|return|>", "ab"),
+    "a header's start": ("<|channel|>final<|message|>a<|end|><|start|>assistant", "a"),
+    "no end": ("<|channel|>final<|message|>a<|start|>assistant<|channel|>commentary<|message|>b", "a"),
+    "a message in no channel": ("<|channel|>final<|message|>a<|end|><|start|>assistant<|message|>b<|end|>", "a"),
+    "no channels": ("a<|end|><|start|>assistant<|message|>b", "aassistantb"),
+}
+
+
+@pytest.mark.parametrize(("answer", "expected"), SAID.values(), ids=SAID)
+def test_no_header_of_a_further_message_is_said(answer: str, expected: str) -> None:
+    text = Text(channel_tokenizer())
+    channels = Channels(text)
+    assert text.decode([token_id for token_id in text.encode(answer) if channels.push([token_id])]) == expected
 
 
 def test_without_the_marks_all_is_said() -> None:

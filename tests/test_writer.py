@@ -8,9 +8,11 @@ from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.text import Text
 from duoserve.writer import Writer
-from tests.small_tokenizers import llama_tokenizer
+from tests.small_tokenizers import channel_tokenizer, llama_tokenizer
 
 TEXT = Text(llama_tokenizer())
+CHANNELS = Text(channel_tokenizer())
+THOUGHT, FINAL = "<|channel|>analysis<|message|>ok<|end|><|start|>assistant", "<|channel|>final<|message|>"
 
 
 def written(tokens: str, reason: str | None, *stop: str) -> tuple[str | None, str | None]:
@@ -42,3 +44,30 @@ def test_an_end_token_leaves_no_text_and_brings_out_what_was_held_back() -> None
     assert written("▁the ▁cat s", "stop", "t!") == ("the cat", "stop")
     assert written("▁the <0xE6> s", "stop") == ("the\ufffd", "stop")
     assert written("▁the ▁cat s", "stop", "ts") == ("the cat", "stop")
+
+
+@pytest.mark.parametrize(
+    ("answer", "stop", "text", "reason"),
+    [
+        (f"{THOUGHT}{FINAL}the mat", "let", "analysisokassistantfinalthe mat", None),
+        (f"{THOUGHT}{FINAL}the mat", "lthe", "analysisokassistantfinalthe mat", None),
+        (f"{THOUGHT}{FINAL}the mat", "final", "analysisokassistantfinalthe mat", None),
+        (f"{THOUGHT}{FINAL}the mat", "okassistant", "analysisokassistantfinalthe mat", None),
+        (f"{THOUGHT}{FINAL}the mat", "okthe", "analysisokassistantfinalthe mat", None),
+        (f"{THOUGHT}{FINAL}the mat", "e m", "analysisokassistantfinalth", "stop"),
+        (f"{THOUGHT}{FINAL}the mat", "ok", "analysis", "stop"),
+        (f"{FINAL}the mat<|end|>{THOUGHT}", "at!", "finalthe matanalysisokassistant", None),
+        (f"{FINAL}the mat<|end|><|start|>assistant", "assist", "finalthe matassistant", None),
+        ("the mat<|start|>assistant", "assist", "the mat", "stop"),  # an answer without channels has no headers
+    ],
+)
+def test_stop_strings_do_not_see_the_headers_of_channels(answer: str, stop: str, text: str, reason: str | None) -> None:
+    request, writer = Request([], SamplingParams()), Writer(CHANNELS, [stop])
+    pieces = [writer.push(request, token) for token in CHANNELS.encode(answer)]
+    assert ("".join([*pieces, writer.rest(request)]), request.finish_reason) == (text, reason)
+
+
+def test_what_was_held_back_comes_before_a_header() -> None:
+    request, writer = Request([], SamplingParams()), Writer(CHANNELS, ["at!"])
+    pieces = [writer.push(request, token) for token in CHANNELS.encode(f"{FINAL}the mat<|end|>")]
+    assert "".join(pieces) == "finalthe mat"

@@ -114,7 +114,10 @@ class ChatWriter:
         return self._choice(heard) | {"message": {"role": "assistant", "content": text, "refusal": None}}
 
     def _heard(self, piece: Piece) -> Piece:
-        return piece if self._channels.push(piece.token_ids) else replace(piece, text="", logprobs=())
+        """What of it is said. A mark that ends a message may bring the last of its text, and is none of it itself."""
+        said = self._channels.push(piece.token_ids)
+        heard = piece if said else replace(piece, text="")
+        return heard if said and self._channels.said else replace(heard, logprobs=())
 
     def _choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         return {

@@ -11,7 +11,10 @@ from dataclasses import replace
 import pytest
 
 from duoserve.errors import CopyError, DuoServeError
+from duoserve.request import Request
+from duoserve.sampling import SamplingParams
 from duoserve.text import IncrementalDecoder, Text
+from duoserve.writer import Writer
 from tests.server.fake_service import FakeModel, script_of, spoken, with_logprobs
 from tests.small_tokenizers import channel_tokenizer
 
@@ -64,6 +67,23 @@ def test_a_chat_says_what_is_in_the_final_channel(served):
     chunks = events(lines(server, "/v1/chat/completions"))
     assert "".join(one["choices"][0]["delta"]["content"] for one in chunks) == "cat"
     assert server.complete().json()["choices"][0]["text"] == "analysisok?assistantfinalcat"
+
+
+@pytest.mark.parametrize("stop", ["let", "lthe", "final", "assistant", "at!", "t\0"])
+def test_nothing_of_a_channels_header_is_in_a_chat(served, stop):
+    """Nor is it held against a stop string, and what was held back for one is not lost at the end of what is said."""
+    text, final = Text(channel_tokenizer()), "<|channel|>final<|message|>"
+    thought, further = "<|channel|>analysis<|message|>ok?<|end|><|start|>assistant", "<|end|><|start|>assistant"
+    token_ids = text.encode(f"{thought}{final}the mat{further}")
+    request, writer = Request([], SamplingParams()), Writer(text, [stop])
+    steps = [with_logprobs(writer.push(request, token_id), token_id) for token_id in token_ids]
+    steps[-1] = replace(steps[-1], text=steps[-1].text + writer.rest(request), finish_reason="length")
+    server = served(script_of(*steps), model=FakeModel(text=text))
+    choice = server.chat(logprobs=True).json()["choices"][0]
+    assert choice["message"]["content"] == "the mat"
+    assert "".join(one["token"] for one in choice["logprobs"]["content"]) == "the mat"
+    chunks = events(lines(server, "/v1/chat/completions"))
+    assert "".join(one["choices"][0]["delta"]["content"] for one in chunks) == "the mat"
 
 
 def test_choices_stream_side_by_side(served):
