@@ -29,6 +29,7 @@ from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
+from duoserve.service import FinishReason
 from duoserve.text import Text
 from duoserve.writer import Writer
 
@@ -44,7 +45,7 @@ class Completion:
 
     text: str | None
     token_ids: list[int]
-    finish_reason: str
+    finish_reason: FinishReason
     stats: Stats
 
 

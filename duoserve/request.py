@@ -8,12 +8,12 @@ from typing import NamedTuple
 from duoserve.errors import DuoServeError
 from duoserve.kv_cache import SequenceKV
 from duoserve.sampling import SamplingParams
-from duoserve.service import Objectives, TokenLogprobs
+from duoserve.service import FinishReason, Objectives, TokenLogprobs
 
 
 @dataclass(eq=False)
 class Request:
-    """``finish_reason`` is None while it runs, then "stop", "length", "abort" or "error".
+    """``finish_reason`` is None while it runs.
 
     ``number`` is the engine's, from 0 in the order of arrival. ``num_logprobs`` (None: none are wanted) is how many of
     the likeliest tokens to report at each place. Times are seconds on the engine's clock, None for what is to come.
@@ -22,7 +22,7 @@ class Request:
     prompt_ids: list[int]
     params: SamplingParams
     output_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     kv: SequenceKV = field(default_factory=SequenceKV)
     number: int = -1
     objectives: Objectives = field(default_factory=Objectives)
@@ -73,9 +73,14 @@ class Request:
         in_time = ttft_s is None or self.first_token - self.arrived <= ttft_s
         return in_time and (tpot_s is None or self.last_token - self.first_token <= others * tpot_s)
 
-    def finish(self, reason: str) -> None:
-        """Ends the request before its next token; the first reason given stays."""
-        self.finish_reason = self.finish_reason or reason
+    def finish(self, reason: FinishReason) -> None:
+        """Ends the request before its next token.
+
+        The first reason given stays, but for the "length" of a request whose last token turns out to complete a stop
+        string.
+        """
+        if self.finish_reason is None or (self.finish_reason, reason) == ("length", "stop"):
+            self.finish_reason = reason
 
 
 class Produced(NamedTuple):

@@ -14,6 +14,7 @@ from duoserve.errors import ConfigError
 from duoserve.metrics import Stats
 
 MAX_LOGPROBS = 20  # of the likeliest tokens at a place
+FinishReason = Literal["stop", "length", "abort", "error"]  # why a request has ended
 
 
 class State(StrEnum):
@@ -94,7 +95,7 @@ class Piece:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Times:
 
 @dataclass(frozen=True)
 class ServiceFigures:
-    """A service since its start. ``finished`` counts requests by "stop", "length", "abort" and "error".
+    """A service since its start. ``finished`` counts requests by why they have ended.
 
     ``attained`` counts those that finished inside all of their objectives, of ``with_objectives`` that had any;
     ``sent_back`` how often one made way in the KV cache.
@@ -121,7 +122,7 @@ class ServiceFigures:
     waiting: int
     kv_usage: float
     stats: Stats
-    finished: Mapping[str, int] = field(default_factory=dict)
+    finished: Mapping[FinishReason, int] = field(default_factory=dict)
     refused: int = 0
     attained: int = 0
     with_objectives: int = 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from duoserve.errors import ClosedError, DuoServeError, OverloadedError
 from duoserve.loading import Runtime
 from duoserve.request import Produced, Request
-from duoserve.service import Piece, ServiceFigures, ServiceSettings, State
+from duoserve.service import FinishReason, Piece, ServiceFigures, ServiceSettings, State
 from duoserve.stream import Stream
 from duoserve.writer import Writer
 
@@ -38,7 +38,7 @@ class Worker:
         self._engine = runtime.engine
         self._engine.serve_by(settings)
         self._tasks: dict[Request, Task] = {}
-        self._finished: Counter[str] = Counter()
+        self._finished: Counter[FinishReason] = Counter()
         self._refused = self._attained = self._with_objectives = 0
         self._state = State.READY
         self._why = "the service is shutting down"
@@ -171,7 +171,7 @@ class Worker:
         elif not task.stream.give(piece, None):
             self._end(request, None, "abort")
 
-    def _end(self, request: Request, last: Piece | DuoServeError | None, reason: str) -> None:
+    def _end(self, request: Request, last: Piece | DuoServeError | None, reason: FinishReason) -> None:
         """The request has ended, or ends now; nothing happens if it had ended before."""
         task = self._tasks.pop(request, None)
         if task is None:
@@ -182,7 +182,7 @@ class Worker:
         self._publish(fresh=self._engine.idle)
         task.stream.give(last, time.monotonic())
 
-    def _judge(self, request: Request, reason: str) -> None:
+    def _judge(self, request: Request, reason: FinishReason) -> None:
         goals = request.objectives
         if reason == "abort" or (goals.ttft_s is None and goals.tpot_s is None):
             return

@@ -49,7 +49,7 @@ class Writer:
         return None if self._decoder is None else "".join(self._pieces)
 
     def _write(self, request: Request, piece: str) -> str:
-        if self._stop.found and request.finish_reason in {None, "length"}:
-            request.finish_reason = "stop"  # the last permitted token may complete it
+        if self._stop.found is not None:
+            request.finish("stop")
         self._pieces.append(piece)
         return piece

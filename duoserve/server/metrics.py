@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -94,10 +94,10 @@ class _ServiceCollector(Collector):
         yield self._counter("stall_seconds", "computation waiting for copies", stats.stall_s)
         yield self._counter("compute_seconds", "computation", stats.compute_s)
         yield self._counter("transfer_seconds", "copies under way", stats.transfer_s)
-        yield self._by("request_success", "requests that ended, by how", "finished_reason", figures.finished)
-        yield self._by("expert_hits", "experts asked for that were in a slot", "phase", stats.hits)
-        yield self._by("expert_misses", "experts asked for that were not", "phase", stats.misses)
-        yield self._by("expert_bytes", "bytes copied, by what they were good for", "use", asdict(stats.bytes))
+        yield self._by("request_success", "requests that ended, by how", "finished_reason", figures.finished.items())
+        yield self._by("expert_hits", "experts asked for that were in a slot", "phase", stats.hits.items())
+        yield self._by("expert_misses", "experts asked for that were not", "phase", stats.misses.items())
+        yield self._by("expert_bytes", "bytes copied, by what they were good for", "use", asdict(stats.bytes).items())
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"duoserve:{name}", text, labels=["model_name"])
@@ -109,9 +109,9 @@ class _ServiceCollector(Collector):
         family.add_metric([self._model_name], value)
         return family
 
-    def _by(self, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+    def _by(self, name: str, text: str, label: str, values: Iterable[tuple[str, float]]) -> Metric:
         family = CounterMetricFamily(f"duoserve:{name}", text, labels=["model_name", label])
-        for kind, value in values.items():
+        for kind, value in values:
             family.add_metric([self._model_name, kind], value)
         return family
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from duoserve.service import Objectives, Piece, Times
+from duoserve.service import FinishReason, Objectives, Piece, Times
 
 KEPT = 512
 
@@ -21,7 +21,7 @@ class Record:
     objectives: Objectives
     ask: Callable[[], Times]
     output_tokens: int = 0
-    outcome: str | None = None  # "stop", "length", "abort" or "error", once it is known
+    outcome: FinishReason | None = None  # once it is known
     last_token: float | None = None
     gaps: list[float] = field(default_factory=list)
 
@@ -93,7 +93,7 @@ class RequestLog:
             record.gaps += [max(0.0, now - record.last_token)] + [0.0] * (len(piece.token_ids) - 1)
         record.last_token = now
 
-    def end(self, record: Record, outcome: str) -> None:
+    def end(self, record: Record, outcome: FinishReason) -> None:
         """A request ended; later outcomes of the same one are not heard."""
         if record in self._live:
             del self._live[record]
