@@ -68,10 +68,9 @@ class Request:
         """Whether the tokens that it has came inside its objectives: the first, and the others on the average."""
         if self.arrived is None or self.first_token is None or self.last_token is None:
             return False
-        ttft_s, tpot_s = self.objectives.ttft_s, self.objectives.tpot_s
         others = len(self.output_ids) - 1
-        in_time = ttft_s is None or self.first_token - self.arrived <= ttft_s
-        return in_time and (tpot_s is None or self.last_token - self.first_token <= others * tpot_s)
+        tpot_s = (self.last_token - self.first_token) / others if others else None
+        return self.objectives.met(self.first_token - self.arrived, tpot_s)
 
     def finish(self, reason: FinishReason) -> None:
         """Ends the request before its next token.

@@ -39,6 +39,11 @@ class Objectives:
             defaults.tpot_s if self.tpot_s is None else self.tpot_s,
         )
 
+    def met(self, ttft_s: float | None, tpot_s: float | None) -> bool:
+        """Whether a first token after ``ttft_s`` and later ones every ``tpot_s`` are in time; None is not late yet."""
+        pairs = (ttft_s, self.ttft_s), (tpot_s, self.tpot_s)
+        return all(took is None or limit is None or took <= limit for took, limit in pairs)
+
 
 @dataclass(frozen=True)
 class ServiceSettings:

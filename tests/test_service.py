@@ -1,4 +1,4 @@
-"""What a service and those who ask it agree on: which reason of an end counts."""
+"""What a service and those who ask it agree on: when objectives are met, and which reason of an end counts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,40 @@ import pytest
 
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
-from duoserve.service import FinishReason
+from duoserve.service import FinishReason, Objectives
+
+
+@pytest.mark.parametrize(
+    ("hoped", "took", "met"),
+    [
+        ((1.0, 0.1), (1.0, 0.1), True),
+        ((1.0, 0.1), (1.01, 0.0), False),
+        ((1.0, 0.1), (0.0, 0.11), False),
+        ((None, 0.1), (9.0, 0.1), True),
+        ((1.0, None), (1.0, 9.0), True),
+        ((None, None), (9.0, 9.0), True),
+        ((1.0, 0.1), (1.0, None), True),
+        ((1.0, 0.1), (None, None), True),
+        ((1.0, None), (float("inf"), 0.0), False),
+    ],
+)
+def test_objectives_are_met_up_to_their_limits(
+    hoped: tuple[float | None, float | None], took: tuple[float | None, float | None], met: bool
+) -> None:
+    assert Objectives(*hoped).met(*took) is met
+
+
+@pytest.mark.parametrize(
+    ("tokens", "last_token", "attained"),
+    [(0, None, False), (1, 3.0, True), (3, 4.0, True), (3, 4.25, False)],
+    ids=["no token", "one token", "in time", "slow"],
+)
+def test_a_request_attains_them_by_its_first_token_and_the_mean_of_the_others(
+    tokens: int, last_token: float | None, attained: bool
+) -> None:
+    request = Request([1], SamplingParams(), [7] * tokens, objectives=Objectives(2.0, 0.5), arrived=1.0)
+    request.first_token, request.last_token = last_token and 3.0, last_token
+    assert request.attained is attained
 
 
 @pytest.mark.parametrize(

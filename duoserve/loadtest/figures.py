@@ -39,9 +39,8 @@ class Answer:
         return (self.pieces_s[-1] - self.pieces_s[0]) / (self.tokens - 1) if self.tokens > 1 else 0.0
 
     def meets(self, objectives: Objectives) -> bool:
-        """Whether it came, and in time; an objective that is None is met."""
-        limits = (objectives.ttft_s, self.ttft_s), (objectives.tpot_s, self.tpot_s)
-        return not self.error and all(limit is None or value <= limit for limit, value in limits)
+        """Whether it came, and in time."""
+        return not self.error and objectives.met(self.ttft_s, self.tpot_s)
 
 
 def attainment(answers: Sequence[Answer], objectives: Objectives) -> float:

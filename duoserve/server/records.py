@@ -55,9 +55,9 @@ class Record:
     @property
     def attained(self) -> bool | None:
         """Whether it is inside its objectives so far; None without any, or before there is anything to compare."""
-        pairs = [(self.ttft_s, self.objectives.ttft_s), (self.tpot_s, self.objectives.tpot_s)]
-        judged = [took <= hoped for took, hoped in pairs if took is not None and hoped is not None]
-        return all(judged) if judged else None
+        took, hoped = (self.ttft_s, self.tpot_s), (self.objectives.ttft_s, self.objectives.tpot_s)
+        comparable = any(None not in pair for pair in zip(took, hoped, strict=True))
+        return self.objectives.met(*took) if comparable else None
 
 
 class RequestLog:

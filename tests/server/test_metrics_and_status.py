@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import pytest
 from prometheus_client import parser
 
 from duoserve.errors import CopyError
@@ -162,3 +163,24 @@ def test_of_requests_that_ended_no_gap_of_any_token_is_kept():
         request_log.piece(record, Piece("x", (5,)))
     request_log.end(record, "length")
     assert heard == [2] and record.gaps == [] and record.tpot_s is not None
+
+
+@pytest.mark.parametrize(
+    ("objectives", "first_token", "later", "attained"),
+    [
+        (hoped(2.0, 0.5), None, [], None),
+        (hoped(2.0, 0.5), 2.0, [], True),
+        (hoped(2.0, 0.5), 2.5, [], False),
+        (hoped(None, 0.5), 2.5, [], None),
+        (hoped(None, 0.5), 2.5, [2.9, 3.5], True),
+        (hoped(2.0, 0.5), 2.0, [2.6], False),
+        (hoped(None, None), 2.0, [2.5], None),
+    ],
+)
+def test_a_request_is_judged_once_there_is_something_to_compare(objectives, first_token, later, attained):
+    clock = iter(later)
+    request_log = RequestLog(lambda: next(clock))
+    record = Record("a", 1, objectives, lambda: Times(0.0, 0.0, first_token))
+    for _ in [] if first_token is None else [first_token, *later]:
+        request_log.piece(record, Piece("x", (5,)))
+    assert record.attained is attained
