@@ -114,7 +114,7 @@ def summary(outcomes: Sequence[Outcome], objectives: Objectives) -> dict[str, An
     ttft_s, tpot_s = objectives.ttft_s or 0.0, objectives.tpot_s or 0.0
     ttfts, tpots = [one.ttft_s for one in outcomes], [one.tpot_s for one in outcomes]
     return {
-        "attained": sum(one.ttft_s <= ttft_s and one.tpot_s <= tpot_s for one in outcomes) / len(outcomes),
+        "attained": sum(objectives.met(one.ttft_s, one.tpot_s) for one in outcomes) / len(outcomes),
         "first_in_time": sum(one <= ttft_s for one in ttfts) / len(outcomes),
         "later_in_time": sum(one <= tpot_s for one in tpots) / len(outcomes),
         "ttft_p95_s": percentile(ttfts, 95),
