@@ -19,8 +19,8 @@ from duoserve.experts.copy_engine import CopyEngine, ThreadedCopyEngine
 from duoserve.experts.cuda_streams import CudaStreams
 from duoserve.experts.device import CPU, free_bytes, resolve_device
 from duoserve.experts.disk_store import DiskStore
+from duoserve.experts.layout import DTYPES
 from duoserve.experts.pack_folder import is_current, is_out_of_reach, pack_path
-from duoserve.experts.pack_format import DTYPES
 from duoserve.experts.packing import write_pack
 from duoserve.experts.rows import DenseMemory
 from duoserve.experts.slots import SlotPool

@@ -106,7 +106,7 @@ class ThreadedCopyEngine(CopyEngine):
         ticket = Ticket(expert, slot, priority, self._store.layout.slot_bytes, self.now())
         with self._queued:
             if self._closed:
-                raise ClosedError(f"a copy of expert {expert.layer}/{expert.expert} was asked for after close()")
+                raise ClosedError(f"a copy of {expert} was asked for after close()")
             self._start_threads()
             self._queue.push(ticket)
             self._queued.notify()

@@ -87,7 +87,7 @@ class StreamCopyEngine(CopyEngine):
         ticket = Ticket(expert, slot, priority, self._slot_bytes, self.now())
         with self._lock:
             if self._closed:
-                raise ClosedError(f"a copy of expert {expert.layer}/{expert.expert} was asked for after close()")
+                raise ClosedError(f"a copy of {expert} was asked for after close()")
             if not self._enqueue_at_once(ticket):
                 self._queue.push(ticket)
                 self._queued.notify()
