@@ -135,7 +135,7 @@ def _engine(
     """The floors wired together, from the slots up to the passes; ``held`` closes what is open of them."""
     place, policy, config = decision.place, decision.policy, decision.place.found.config
     pool = SlotPool(decision.plan.num_slots, store.layout, device=place.device)
-    copies = place.copy_engine(store, pool, decision.wanted.copy_threads, meter)
+    copies = held.enter_context(closing(place.copy_engine(store, pool, decision.wanted.copy_threads, meter)))
     scheduler = Scheduler(ModelShape.of(config), pool, copies, policy, meter, decision.predictor)
     held.enter_context(closing(scheduler))
     if policy.all_resident:

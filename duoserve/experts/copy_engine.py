@@ -74,6 +74,11 @@ class CopyEngine(Protocol):
         ...
 
 
+def no_thread(error: RuntimeError) -> CopyError:
+    """What an engine raises that cannot start the first of its threads for this ``error``."""
+    return CopyError(f"no thread can be had to copy experts ({error}): allow this process more")
+
+
 class ThreadedCopyEngine(CopyEngine):
     """Worker threads that read from ``store`` into ``pool``, one whole expert each at a time; use it from any thread.
 
@@ -163,7 +168,7 @@ class ThreadedCopyEngine(CopyEngine):
             except RuntimeError as error:
                 if self._threads:
                     return
-                raise CopyError(f"no thread can be had to copy experts ({error}): allow this process more") from error
+                raise no_thread(error) from error
             self._threads.add(thread)
 
     def _work(self) -> None:
