@@ -96,7 +96,7 @@ def load(  # noqa: PLR0913
         # Before the plan: compiled steps take memory, and so does the compiler that is tried.
         wanted = replace(wanted, decode_mode=resolve_mode(wanted.decode_mode, place.device))
         decision = _decide(place, wanted, named, predictor, cache_dir)
-        store = place.slow_tier(decision.plan, cache_dir, held, wanted.quantize)
+        store = place.slow_tier(decision.plan, cache_dir, held, wanted.quantize, decision.policy.keeps)
         meter = Meter()
         engine = _engine(decision, store, meter, listener, held)
         return Runtime(
@@ -120,7 +120,8 @@ def _decide(
 ) -> Decision:
     """How the model will be run: under the policy that was ``named``, or else what suits its memory."""
     checkpoint = place.found.checkpoint
-    plan = place.plan(wanted, needs_all=named is not None and named.all_resident)
+    needs_all, keeps = (named.all_resident, named.keeps) if named is not None else (False, True)
+    plan = place.plan(wanted, needs_all, keeps)
     best = None if named is not None else _best(checkpoint, cache_dir)
     policy = named or _automatic(plan, best[0] if best else None, guesses=predictor is not None)
     found_predictor = _find_predictor(predictor, best, checkpoint, cache_dir)
