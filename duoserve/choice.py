@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,14 +79,13 @@ def find_choice(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> 
 
 def predictor_beside(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> RowPredictor | None:
     """The predictor that lies beside the model, or in the cache; None if there is none."""
-    found = (predictor_in(folder, checkpoint) for folder in _places(checkpoint, cache_dir))
-    return next((predictor for predictor in found if predictor is not None), None)
+    folders = (folder for folder in _places(checkpoint, cache_dir) if is_file(folder / PREDICTOR_FILE))
+    return next((chosen_predictor(folder, checkpoint) for folder in folders), None)
 
 
-def predictor_in(folder: Path, checkpoint: Checkpoint) -> RowPredictor | None:
-    """The predictor in a folder that ``find_choice`` gave; None if there is none. TraceError as in load_predictor."""
-    path = folder / PREDICTOR_FILE
-    return load_predictor(path, checkpoint.fingerprint()) if is_file(path) else None
+def chosen_predictor(folder: Path, checkpoint: Checkpoint) -> RowPredictor:
+    """The predictor in a folder that ``find_choice`` gave; TraceError as in load_predictor, also if there is none."""
+    return load_predictor(folder / PREDICTOR_FILE, checkpoint.fingerprint())
 
 
 def _read(path: Path, fingerprint: str) -> BestPolicy | None:
@@ -103,12 +103,11 @@ def _read(path: Path, fingerprint: str) -> BestPolicy | None:
 
 def _places(checkpoint: Checkpoint, cache_dir: str | Path | None) -> list[Path]:
     """Where choices may lie: first where they are written, so that the last one made is the first one found."""
-    try:
-        cache = cache_folder(cache_dir)
-    except CheckpointError:  # without a cache, models run that need none
-        return [checkpoint.folder]
-    own, cached = checkpoint.folder, _cached(checkpoint, cache)
-    return [cached, own] if _is_as_shipped(checkpoint) else [own, cached]
+    own, cached = [checkpoint.folder], []
+    for cache in (cache_dir, None):  # where duoserve evaluate writes, whatever is given here
+        with suppress(CheckpointError):  # without a cache, models run that need none
+            cached.append(_cached(checkpoint, cache_folder(cache)))
+    return [*cached, *own] if _is_as_shipped(checkpoint) else [*own, *cached]
 
 
 def _is_as_shipped(checkpoint: Checkpoint) -> bool:

@@ -170,5 +170,8 @@ def _obstacle(policy: Policy, readable: Callable[[], bool]) -> str | None:
     if policy.decode is not DecodeMode.CACHE:
         return f"policy {policy.name!r} moves experts between the layers of a step"
     if not readable():
-        return "not all experts lie in pinned host memory (raise host_memory, or the limit of locked memory, ulimit -l)"
+        return (
+            "not all experts lie in pinned host memory (if each has a slot choose policy 'resident', "
+            "else raise host_memory, or the limit of locked memory, ulimit -l)"
+        )
     return None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from duoserve.chat_template import ChatTemplate
-from duoserve.choice import BestPolicy, find_choice, predictor_beside, predictor_in
+from duoserve.choice import BestPolicy, chosen_predictor, find_choice, predictor_beside
 from duoserve.compiled_prompts import compiled_prompts
 from duoserve.config import EngineConfig, ModelConfig
 from duoserve.decoding import DecoderParts, VariantDecoder, make_decoder, resolve_mode
@@ -32,13 +32,16 @@ from duoserve.models.transformer import Transformer
 from duoserve.models.variants import with_products
 from duoserve.passes import Decoder, Passes
 from duoserve.placement import Placement
-from duoserve.predictors.files import load_predictor
+from duoserve.predictors.base import RowPredictor
+from duoserve.predictors.files import check_model, load_predictor
 from duoserve.scheduling.plan import GuessMode, ModelShape
 from duoserve.scheduling.policies import Policy, get_policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import RoutingListener, audience
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.text import Text
+
+CALLER = 5  # of from_pretrained: so many calls up from the functions of this file that warn
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ def load(  # noqa: PLR0913
     ``listener`` hears what the routers choose, and ``predictor`` says what they will, if the policy makes guesses;
     neither changes a result. A predictor is an object, its file, or "auto": the one beside the model. The policy "auto"
     is what ``duoserve evaluate`` has chosen, its predictor included, else "duoserve"; "resident" where all fit. A
-    choice that cannot be read is passed over with a warning, and there is one where the predictor that was asked for
-    is not there, or "auto" comes to a policy that makes no guesses.
+    choice that cannot be read is passed over with a warning, or makes no guesses where only its predictor cannot be;
+    and there is one where the predictor that was asked for is not there, or "auto" comes to a policy without guesses.
     """
     named = _named_policy(policy)
     with ExitStack() as held:
@@ -96,7 +99,7 @@ def load(  # noqa: PLR0913
         # Before the plan: compiled steps take memory, and so does the compiler that is tried.
         wanted = replace(wanted, decode_mode=resolve_mode(wanted.decode_mode, place.device))
         decision = _decide(place, wanted, named, predictor, cache_dir)
-        store = place.slow_tier(decision.plan, cache_dir, held, wanted.quantize)
+        store = place.slow_tier(decision.plan, cache_dir, held, wanted.quantize, decision.policy.keeps)
         meter = Meter()
         engine = _engine(decision, store, meter, listener, held)
         return Runtime(
@@ -120,13 +123,16 @@ def _decide(
 ) -> Decision:
     """How the model will be run: under the policy that was ``named``, or else what suits its memory."""
     checkpoint = place.found.checkpoint
-    plan = place.plan(wanted, needs_all=named is not None and named.all_resident)
-    best = None if named is not None else _best(checkpoint, cache_dir)
-    policy = named or _automatic(plan, best[0] if best else None, guesses=predictor is not None)
-    found_predictor = _find_predictor(predictor, best, checkpoint, cache_dir)
+    needs_all, keeps = (named.all_resident, named.keeps) if named is not None else (False, True)
+    plan = place.plan(wanted, needs_all, keeps)
+    best, chosen = None, None
+    if named is None and plan.num_slots < plan.total_experts:
+        best, chosen = _best(checkpoint, cache_dir, with_predictor=predictor is None)
+    policy = named or _automatic(plan, best, guesses=predictor is not None)
+    found = chosen if predictor is None else _asked_for(predictor, checkpoint, cache_dir)
     if predictor is not None and not policy.all_resident:
-        _warn_if_unused(found_predictor, policy, automatic=named is None)
-    return Decision(place, wanted, policy, found_predictor, plan)
+        _warn_if_unused(found, policy, automatic=named is None)
+    return Decision(place, wanted, policy, found, plan)
 
 
 def _engine(
@@ -135,7 +141,7 @@ def _engine(
     """The floors wired together, from the slots up to the passes; ``held`` closes what is open of them."""
     place, policy, config = decision.place, decision.policy, decision.place.found.config
     pool = SlotPool(decision.plan.num_slots, store.layout, device=place.device)
-    copies = place.copy_engine(store, pool, decision.wanted.copy_threads, meter)
+    copies = held.enter_context(closing(place.copy_engine(store, pool, decision.wanted.copy_threads, meter)))
     scheduler = Scheduler(ModelShape.of(config), pool, copies, policy, meter, decision.predictor)
     held.enter_context(closing(scheduler))
     if policy.all_resident:
@@ -167,13 +173,24 @@ def _ways(parts: DecoderParts, decision: Decision) -> tuple[Transformer, Decoder
     return compiled_prompts(model, cache) if wanted.decode_mode == "compiled" else model, decoder
 
 
-def _best(checkpoint: Checkpoint, cache_dir: str | Path | None) -> tuple[BestPolicy, Path] | None:
-    """What ``duoserve evaluate`` chose for this model, and the folder it is in; a broken choice is only warned of."""
+def _best(
+    checkpoint: Checkpoint, cache_dir: str | Path | None, *, with_predictor: bool
+) -> tuple[BestPolicy | None, Predictor | None]:
+    """What ``duoserve evaluate`` chose for this model, and its predictor; what is broken of them is only warned of."""
     try:
-        return find_choice(checkpoint, cache_dir)
+        found = find_choice(checkpoint, cache_dir)
     except TraceError as error:
-        warnings.warn(f'policy="auto" goes without what was chosen for this model: {error}', stacklevel=4)
-        return None
+        warnings.warn(f'policy="auto" goes without what was chosen for this model: {error}', stacklevel=CALLER)
+        return None, None
+    best, folder = found or (None, None)
+    if best is None or folder is None or not (best.use_predictor and with_predictor):
+        return best, None
+    try:
+        return best, chosen_predictor(folder, checkpoint)
+    except TraceError as error:
+        why = f"without the predictor that was chosen for this model: {error}; run duoserve evaluate again"
+        warnings.warn(f'policy="auto" makes no guesses {why}', stacklevel=CALLER)
+        return replace(best, use_predictor=False), None
 
 
 def _automatic(plan: MemoryPlan, best: BestPolicy | None, *, guesses: bool) -> Policy:
@@ -190,27 +207,24 @@ def _automatic(plan: MemoryPlan, best: BestPolicy | None, *, guesses: bool) -> P
 def _warn_if_unused(predictor: Predictor | None, policy: Policy, *, automatic: bool) -> None:
     """Warns that the predictor the caller asked for was not found, or that an ``automatic`` policy ignores it."""
     if predictor is None:
-        warnings.warn('predictor="auto" found none beside the model: duoserve evaluate writes one', stacklevel=4)
+        warnings.warn('predictor="auto" found none beside the model: duoserve evaluate writes one', stacklevel=CALLER)
     elif automatic and policy.guesses is GuessMode.NONE:
         why = f"policy={policy.name!r}, which duoserve evaluate chose for this model, makes no guesses"
-        warnings.warn(f"the predictor is not used: {why}; name a policy that does", stacklevel=4)
+        warnings.warn(f"the predictor is not used: {why}; name a policy that does", stacklevel=CALLER)
 
 
-def _find_predictor(
-    predictor: Predictor | str | Path | None,
-    best: tuple[BestPolicy, Path] | None,
-    checkpoint: Checkpoint,
-    cache_dir: str | Path | None,
+def _asked_for(
+    predictor: Predictor | str | Path, checkpoint: Checkpoint, cache_dir: str | Path | None
 ) -> Predictor | None:
-    """The predictor that was asked for, or chosen with the policy."""
-    if predictor is None and best is not None and best[0].use_predictor:
-        return predictor_in(best[1], checkpoint)
+    """The predictor that the caller gave or named; None where "auto" finds none."""
     if predictor == "auto":
         return predictor_beside(checkpoint, cache_dir)
     if isinstance(predictor, (str, Path)):
         return load_predictor(Path(predictor), checkpoint.fingerprint())
-    if predictor is not None and not hasattr(predictor, "predict"):
+    if not hasattr(predictor, "predict"):
         raise ConfigError(f"predictor is {predictor!r}, but must be a file, 'auto' or a Predictor")
+    if isinstance(predictor, RowPredictor):
+        check_model(predictor.meta, checkpoint.fingerprint(), f"predictor={predictor.name!r}")
     return predictor
 
 

@@ -27,8 +27,8 @@ class MemoryNeeds:
     device: torch.device
     max_context: int
 
-    def plan(self, wanted: EngineConfig, free: FreeMemory, needs_all: bool = False) -> MemoryPlan:
-        """How memory is divided; MemoryBudgetError when it cannot work."""
+    def plan(self, wanted: EngineConfig, free: FreeMemory, needs_all: bool = False, keeps: bool = True) -> MemoryPlan:
+        """How memory is divided, ``needs_all`` and ``keeps`` as in plan_memory; MemoryBudgetError: it cannot work."""
         config, context = self.config, PagedKVCache.whole_pages(self.max_context)
         return plan_memory(
             layout=self.layout,
@@ -43,6 +43,7 @@ class MemoryNeeds:
             wanted=wanted,
             free=free,
             needs_all=needs_all,
+            keeps=keeps,
         )
 
 

@@ -96,12 +96,12 @@ class MoEModel:
         train-predictor's, or "auto": the one beside the model); "auto" is what ``duoserve evaluate`` has chosen, with
         its predictor. ``max_context`` counts tokens over all running sequences; ``cache_dir`` is where a packed copy of
         the experts is made on first use. On a GPU, ``decode_mode`` says how a decode step is launched: as one graph
-        ("graph", where all experts are in pinned RAM or in slots), or layer by layer ("event"); "auto" measures which
-        suits the link. On a CPU with a C++ compiler, "compiled" makes faster prompts, and faster steps for up to 16
-        requests; that takes some seconds more when it is loaded, and when there first are several. ``quantize`` "int8"
-        or "int4" makes experts smaller that the checkpoint has in floats, and less exact; "bf12" makes bfloat16 ones a
-        quarter smaller, and keeps every bit; all else stays as it is. ``invariant`` gives a request the same bits alone
-        and in any batch, on a CPU, at the price of decode steps that multiply row by row.
+        ("graph", where all experts are in pinned RAM, or in slots under "resident"), or layer by layer ("event");
+        "auto" measures which suits the link. On a CPU with a C++ compiler, "compiled" makes faster prompts, and faster
+        steps for up to 16 requests; that takes some seconds more when it is loaded, and when there first are several.
+        ``quantize`` "int8" or "int4" makes experts smaller that the checkpoint has in floats, and less exact; "bf12"
+        makes bfloat16 ones a quarter smaller, and keeps every bit; all else stays as it is. ``invariant`` gives a
+        request the same bits alone and in any batch, on a CPU, at the price of decode steps that multiply row by row.
 
         Raises ConfigError, CheckpointError, MemoryBudgetError or, of a predictor that is not there or of another model,
         TraceError before anything large is allocated; CopyError if an expert cannot be brought or made smaller.

@@ -19,8 +19,8 @@ from duoserve.experts.copy_engine import CopyEngine, ThreadedCopyEngine
 from duoserve.experts.cuda_streams import CudaStreams
 from duoserve.experts.device import CPU, free_bytes, resolve_device
 from duoserve.experts.disk_store import DiskStore
+from duoserve.experts.layout import DTYPES
 from duoserve.experts.pack_folder import is_current, is_out_of_reach, pack_path
-from duoserve.experts.pack_format import DTYPES
 from duoserve.experts.packing import write_pack
 from duoserve.experts.rows import DenseMemory
 from duoserve.experts.slots import SlotPool
@@ -52,8 +52,8 @@ class Placement:
             _check_invariance(device)
         return cls(found, device, _dtype(wanted.dtype, found.config), context_of(found.config, wanted.max_context))
 
-    def plan(self, wanted: EngineConfig, needs_all: bool) -> MemoryPlan:
-        """How memory is divided; MemoryBudgetError when it cannot work."""
+    def plan(self, wanted: EngineConfig, needs_all: bool, keeps: bool = True) -> MemoryPlan:
+        """How memory is divided, ``needs_all`` and ``keeps`` as in plan_memory; MemoryBudgetError: it cannot work."""
         needs = MemoryNeeds(
             config=self.found.config,
             layout=self.found.layout(self.dtype, wanted.quantize),
@@ -63,7 +63,7 @@ class Placement:
             max_context=self.max_context,
         )
         free = FreeMemory(free_bytes(self.device), free_bytes(CPU) if self._on_gpu else None)
-        return needs.plan(wanted, free, needs_all)
+        return needs.plan(wanted, free, needs_all, keeps)
 
     def dense_reader(self) -> ReadTensor:
         """Reads each dense tensor once, by its name in the checkpoint, in a dtype or the model's."""
@@ -75,13 +75,21 @@ class Placement:
         return read
 
     def slow_tier(
-        self, plan: MemoryPlan, cache_dir: str | Path | None, held: ExitStack, quantize: str | None = None
+        self,
+        plan: MemoryPlan,
+        cache_dir: str | Path | None,
+        held: ExitStack,
+        quantize: str | None,
+        keeps: bool,
     ) -> ExpertStore:
-        """Where experts wait: the checkpoint itself when each is read but once, else RAM, else the pack on disk."""
+        """Where experts wait: the checkpoint itself when each is read but once, else RAM, else the pack on disk.
+
+        Where each has a slot it is read once if the policy ``keeps`` it there, and else in every pass.
+        """
         found = self.found
         in_ram = partial(HostStore, progress=sys.stderr.isatty(), pinned=self._on_gpu)
         source = found.expert_store(self.dtype) if quantize is None else found.quantizing_store(quantize)
-        if plan.num_slots == plan.total_experts:
+        if keeps and plan.num_slots == plan.total_experts:
             return source
         if plan.host_experts == plan.total_experts:
             return held.enter_context(closing(in_ram(source, found.experts)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from duoserve.errors import CheckpointError, TraceError
 from duoserve.evaluating import evaluate
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.predictors.base import RowPredictor
-from duoserve.predictors.files import load_predictor, save_predictor
+from duoserve.predictors.files import load_predictor, notes_path, save_predictor
 from duoserve.predictors.training import train
 from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
 from duoserve.scheduling.synthetic import RoutingCard, synthesize
@@ -113,7 +114,8 @@ def test_the_predictor_of_a_choice_is_the_one_that_was_written_with_it(
     assert heard == [False, True]
 
 
-def test_what_came_with_the_package_stays_as_it_came(tmp_path: Path) -> None:
+def test_what_came_with_the_package_stays_as_it_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUOSERVE_CACHE", str(tmp_path / "default"))
     checkpoint = Checkpoint.open(BARD)
     shipped = {path.name: path.stat().st_mtime_ns for path in BARD.iterdir()}
     predictor, _ = train(trace_for(checkpoint), "popularity")
@@ -125,6 +127,18 @@ def test_what_came_with_the_package_stays_as_it_came(tmp_path: Path) -> None:
     assert chosen is not None and chosen.name == "popularity"
     assert others is not None and others.name == "duoserve"
     checkpoint.close()
+
+
+def test_what_evaluate_wrote_to_the_default_cache_is_found_behind_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DUOSERVE_CACHE", str(tmp_path / "a"))
+    with closing(Checkpoint.open(BARD)) as checkpoint:
+        save_choice(checkpoint, BestPolicy("lru", False, ""), None, {})
+        with MoEModel.from_pretrained("bard", expert_slots="25%", cache_dir=tmp_path / "b") as model:
+            assert model.policy == "lru"
+        where = save_choice(checkpoint, BestPolicy("on-demand", False, ""), None, {}, tmp_path / "b")
+        assert find_choice(checkpoint, tmp_path / "b") == (BestPolicy("on-demand", False, ""), where)
 
 
 def test_a_choice_that_cannot_be_written_leaves_the_one_before(
@@ -159,10 +173,43 @@ def test_another_models_choice_is_passed_over_and_a_broken_one_refused(folder: P
         find_choice(checkpoint)
     checkpoint.close()
     with (
-        pytest.warns(UserWarning, match="run duoserve evaluate again"),
+        pytest.warns(UserWarning, match="run duoserve evaluate again") as said,
         MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path / "c") as model,
     ):
         assert model.policy == "duoserve"
+    assert are_of_this_file(said)
+
+
+def are_of_this_file(said: Iterable[warnings.WarningMessage]) -> bool:
+    """Whether warnings name the line that called the package, and none within it."""
+    return {one.filename for one in said} == {__file__}
+
+
+def of_another_version(path: Path) -> None:
+    notes_path(path).write_text(notes_path(path).read_text().replace("duoserve predictor 1", "duoserve predictor 0"))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: notes_path(path).unlink(), of_another_version])
+def test_a_choice_whose_predictor_cannot_be_read_makes_no_guesses(
+    damage: Callable[[Path], None], folder: Path, tmp_path: Path
+) -> None:
+    with closing(Checkpoint.open(folder)) as checkpoint:
+        save_choice(checkpoint, BestPolicy("lookahead", True, ""), train(trace_for(checkpoint), "lookahead")[0], {})
+    damage(folder / PREDICTOR_FILE)
+    with (
+        pytest.warns(UserWarning, match="makes no guesses without .*run duoserve evaluate again") as said,
+        MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path / "c") as model,
+    ):
+        model.generate([1, 2, 3], max_tokens=8, ignore_eos=True)
+        assert model.policy == "lookahead" and model.stats.bytes.total == model.stats.bytes.demanded > 0
+    assert are_of_this_file(said)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with MoEModel.from_pretrained(folder, expert_slots=24) as model:
+            assert model.policy == "resident"
+        for slots in (6, 24):
+            with pytest.raises(TraceError, match="predictor"):
+                MoEModel.from_pretrained(folder, predictor=folder / PREDICTOR_FILE, expert_slots=slots)
 
 
 @pytest.mark.parametrize("policy", ["auto", "lru"])
@@ -203,8 +250,9 @@ def test_a_predictor_that_is_asked_for_is_heard_where_it_was_found_not_to_pay(fo
 def test_a_predictor_that_nobody_will_hear_is_said(folder: Path, tmp_path: Path) -> None:
     predictor = trained_beside(folder, BestPolicy("lru", False, ""))
     for told, words in ((predictor, "'lru', which duoserve evaluate chose"), ("auto", "found none beside the model")):
-        with pytest.warns(UserWarning, match=words):
+        with pytest.warns(UserWarning, match=words) as said:
             MoEModel.from_pretrained(folder, predictor=told, expert_slots=6, cache_dir=tmp_path / "c").close()
+        assert are_of_this_file(said)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for options in ({"policy": "lru", "predictor": predictor}, {"predictor": "auto"}):
@@ -213,9 +261,12 @@ def test_a_predictor_that_nobody_will_hear_is_said(folder: Path, tmp_path: Path)
 
 
 def test_a_predictor_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
-    save_predictor(train(drawn_trace(requests=4), "lookahead")[0], tmp_path / "p.safetensors", {})
-    with pytest.raises(TraceError, match="another model"):
-        MoEModel.from_pretrained(folder, predictor=tmp_path / "p.safetensors", expert_slots=6, cache_dir=tmp_path)
+    predictor, _ = train(drawn_trace(requests=4), "lookahead")
+    save_predictor(predictor, tmp_path / "p.safetensors", {})
+    for told, name in ((tmp_path / "p.safetensors", "p.safetensors"), (predictor, "predictor='lookahead'")):
+        with pytest.raises(TraceError, match=f"{name}: is the predictor of another model"):
+            MoEModel.from_pretrained(folder, predictor=told, expert_slots=6, cache_dir=tmp_path)
+    assert not (tmp_path / "packs").exists()
 
 
 class TestEvaluate:

@@ -58,7 +58,7 @@ def test_what_needs_no_measurement(wanted: str, policy: str, readable: bool, lau
     ("policy", "readable", "message"),
     [
         ("on-demand", True, "policy 'on-demand' moves experts between the layers"),
-        ("lru", False, "not all experts lie in pinned host memory .*ulimit -l"),
+        ("lru", False, "not all experts lie in pinned host memory .*slot choose policy 'resident', .*ulimit -l"),
     ],
 )
 def test_a_graph_that_cannot_be_had_is_refused(policy: str, readable: bool, message: str) -> None:

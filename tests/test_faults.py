@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
 from pathlib import Path
 
@@ -17,8 +18,12 @@ from duoserve.experts.layout import ExpertId
 from duoserve.experts.pack_format import PACK_FILE
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
+from duoserve.experts.stream_engine import StreamCopyEngine
+from duoserve.placement import Placement
 from tests.assembly import assembled, tokens_of
 from tests.checkpoints import save_mixtral
+from tests.fake_streams import FakeStreams
+from tests.live_threads import threads_since
 
 PROMPT = [5, 9, 2, 40, 41, 7]
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
@@ -99,6 +104,25 @@ def test_a_copy_that_fails_ends_its_request_only(
         assert stores[0].error is None, "the fault was never met"
         assert run(engine) == whole
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("duoserve-copy")]
+
+
+def test_copy_threads_end_with_a_load_that_fails_behind_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[StreamCopyEngine] = []
+
+    def copy_engine(_: Placement, store: ExpertStore, pool: SlotPool, *__: object) -> StreamCopyEngine:
+        made.append(StreamCopyEngine(store, pool, FakeStreams(random.Random(0))))
+        return made[0]
+
+    def fails(*_: object) -> None:
+        assert made and alive() == 2
+        raise MemoryError("no room for the books")
+
+    alive = threads_since()
+    monkeypatch.setattr(Placement, "copy_engine", copy_engine)
+    monkeypatch.setattr("duoserve.loading.Scheduler", fails)
+    with pytest.raises(MemoryError, match="no room for the books"):
+        MoEModel.from_pretrained(folder)
+    assert alive() == 0
 
 
 def test_weights_that_are_not_finite_end_the_request(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from duoserve import ConfigError, MoEModel, SamplingParams
 from duoserve.errors import RequestError
 from duoserve.experts.layout import ExpertId
+from duoserve.experts.quantizing import QuantizingStore
 from duoserve.experts.rows import aligned_rows
 from duoserve.experts.store import ExpertStore
 from duoserve.kernels.reference_dequant import dense
@@ -105,6 +107,27 @@ def test_every_policy_and_slot_count_gives_the_same_bits(kind: str, folders: dic
             slot_bytes = model.memory.slot_bytes
     (pack,) = (tmp_path / "packs").iterdir()
     assert kind in pack.name and (pack / "experts.pack").stat().st_size == 24 * slot_bytes
+
+
+@pytest.mark.parametrize("host_memory", ["1GiB", "100KiB", "auto"], ids=["ram", "ram_and_disk", "disk"])
+@pytest.mark.parametrize("policy", ["on-demand", "layer-prefetch", "duoserve-paper"])
+def test_experts_are_quantized_once_even_where_none_stays_in_its_slot(
+    policy: str, host_memory: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: Counter[ExpertId] = Counter()
+    quantize = QuantizingStore.read
+
+    def counted(store: QuantizingStore, expert: ExpertId, row_B: torch.Tensor) -> None:
+        made[expert] += 1
+        quantize(store, expert, row_B)
+
+    monkeypatch.setattr(QuantizingStore, "read", counted)
+    with MoEModel.from_pretrained(
+        folder, quantize="int8", policy=policy, expert_slots="100%", host_memory=host_memory, cache_dir=tmp_path
+    ) as model:
+        model.generate(PROMPT, GREEDY, max_tokens=3)
+        assert model.memory.num_slots == 24
+    assert len(made) == made.total() == 24
 
 
 LIMITS = {"int8": (1.002, 1.95), "int4": (1.02, 3.5)}  # bf12, which changes nothing, has a test of its own

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from duoserve.config import DECODE_MODES, QUANTIZE
 from duoserve.errors import ConfigError
-from duoserve.experts.pack_format import DTYPES
+from duoserve.experts.layout import DTYPES
 from duoserve.planning.formats import FORMATS
 from duoserve.planning.model_cards import MODEL_CARDS
 from duoserve.scheduling.policies import POLICIES

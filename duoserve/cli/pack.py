@@ -8,8 +8,9 @@ from pathlib import Path
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_dtype, add_parser, add_quantize
 from duoserve.errors import ConfigError, RequestError
 from duoserve.experts.budget import format_bytes
+from duoserve.experts.layout import DTYPES
 from duoserve.experts.pack_folder import is_packed, pack_path
-from duoserve.experts.pack_format import DTYPES, PackHeader
+from duoserve.experts.pack_format import PackHeader
 from duoserve.experts.packing import write_pack
 from duoserve.experts.quantizing import QuantizingStore
 from duoserve.models.opened import OpenedModel, opened

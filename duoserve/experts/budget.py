@@ -80,7 +80,7 @@ class FreeMemory:
 class MemoryPlan:
     """What memory holds once the model is loaded: counts of experts, and bytes.
 
-    ``host_experts`` is how many experts' rows wait in host RAM, beside those in the slots; 0 when all have a slot.
+    ``host_experts`` is how many experts' rows wait in host RAM, beside those in the slots; 0 when all stay in a slot.
     """
 
     num_slots: int
@@ -138,18 +138,21 @@ def plan_memory(  # noqa: PLR0913
     wanted: EngineConfig,
     free: FreeMemory,
     needs_all: bool = False,
+    keeps: bool = True,
 ) -> MemoryPlan:
     """Slots from ``expert_slots``, ``expert_memory`` or ``memory``, else as many as fit in 80 % of what is free.
 
     ``num_layers`` counts MoE layers, ``num_experts`` experts a layer; ``needs_all`` asks for a slot for each of them.
+    Unless it ``keeps`` experts in their slots, they wait in host RAM even if each has a slot: all are read again.
     Raises MemoryBudgetError, with the arithmetic and the figure that would do, below ``top_k`` + 1 slots (all, with
     ``needs_all``) and above what is ``free``.
     """
     total = num_layers * num_experts
     least = total if needs_all else min(top_k + 1, total)
+    waiting = _waiting(wanted, layout, total, free)
     smallest = MemoryPlan(
         num_slots=least,
-        host_experts=_host_experts(wanted, layout, least, total, free),
+        host_experts=0 if keeps and least == total else waiting,
         total_experts=total,
         slot_bytes=layout.slot_bytes,
         dense_bytes=dense_bytes,
@@ -158,18 +161,19 @@ def plan_memory(  # noqa: PLR0913
     )
     why = f"{num_layers} layers x {num_experts} experts, all resident" if needs_all else f"top-{top_k} and one prefetch"
     _check_smallest_fits(smallest, why, free)
-    slots = _slots_given(smallest, wanted, free)
+    slots = _slots_given(smallest, wanted, free, keeps)
     if slots < least:
         raise MemoryBudgetError(_too_few(smallest, why, slots, wanted, free))
     slots = min(slots, total)
-    plan = replace(smallest, num_slots=slots, host_experts=_host_experts(wanted, layout, slots, total, free))
+    plan = replace(smallest, num_slots=slots, host_experts=0 if keeps and slots == total else waiting)
     _check_fits(plan, smallest, wanted, free)
     return plan
 
 
-def _host_experts(wanted: EngineConfig, layout: ExpertLayout, slots: int, total: int, free: FreeMemory) -> int:
+def _waiting(wanted: EngineConfig, layout: ExpertLayout, total: int, free: FreeMemory) -> int:
+    """The experts that may wait in host RAM, where not all stay in slots."""
     waiting_bytes = free.waiting_bytes if wanted.host_memory is None else wanted.host_memory
-    return 0 if slots >= total else min(waiting_bytes // layout.slot_bytes, total)
+    return min(waiting_bytes // layout.slot_bytes, total)
 
 
 def _exact(nbytes: int) -> str:
@@ -203,7 +207,7 @@ def _check_fits(plan: MemoryPlan, smallest: MemoryPlan, wanted: EngineConfig, fr
         )
 
 
-def _slots_given(smallest: MemoryPlan, wanted: EngineConfig, free: FreeMemory) -> int:
+def _slots_given(smallest: MemoryPlan, wanted: EngineConfig, free: FreeMemory, keeps: bool) -> int:
     """The slots that the one knob in use asks for; it may be fewer than none."""
     if wanted.expert_slots is not None:
         return slot_count(wanted.expert_slots, smallest.total_experts)
@@ -212,7 +216,7 @@ def _slots_given(smallest: MemoryPlan, wanted: EngineConfig, free: FreeMemory) -
     if wanted.memory is not None:
         return (wanted.memory - smallest.fixed_bytes) // smallest.slot_bytes
     room = int(free.device_bytes * COMFORTABLE) - smallest.fixed_bytes
-    if room >= smallest.total_experts * smallest.slot_bytes:
+    if keeps and room >= smallest.total_experts * smallest.slot_bytes:  # then none waits
         return smallest.total_experts
     return (room + smallest.total_bytes - free.taken(smallest)) // smallest.slot_bytes
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from duoserve.errors import CheckpointError
-from duoserve.experts.pack_format import DTYPES
+from duoserve.experts.layout import DTYPES
 from duoserve.experts.positional_file import PositionalFile, read_capped
 from duoserve.experts.safetensors_header import MAX_TENSORS, SafetensorsHeader, TensorInfo, read_header
 from duoserve.experts.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, weight_map

@@ -74,6 +74,11 @@ class CopyEngine(Protocol):
         ...
 
 
+def no_thread(error: RuntimeError) -> CopyError:
+    """What an engine raises that cannot start the first of its threads for this ``error``."""
+    return CopyError(f"no thread can be had to copy experts ({error}): allow this process more")
+
+
 class ThreadedCopyEngine(CopyEngine):
     """Worker threads that read from ``store`` into ``pool``, one whole expert each at a time; use it from any thread.
 
@@ -106,7 +111,7 @@ class ThreadedCopyEngine(CopyEngine):
         ticket = Ticket(expert, slot, priority, self._store.layout.slot_bytes, self.now())
         with self._queued:
             if self._closed:
-                raise ClosedError(f"a copy of expert {expert.layer}/{expert.expert} was asked for after close()")
+                raise ClosedError(f"a copy of {expert} was asked for after close()")
             self._start_threads()
             self._queue.push(ticket)
             self._queued.notify()
@@ -163,7 +168,7 @@ class ThreadedCopyEngine(CopyEngine):
             except RuntimeError as error:
                 if self._threads:
                     return
-                raise CopyError(f"no thread can be had to copy experts ({error}): allow this process more") from error
+                raise no_thread(error) from error
             self._threads.add(thread)
 
     def _work(self) -> None:

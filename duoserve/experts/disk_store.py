@@ -110,7 +110,7 @@ class DiskStore(ExpertStore):
             done += count
 
     def _where(self, expert: ExpertId) -> str:
-        return f"expert {expert.layer}/{expert.expert}, {self.file} at byte {self._header.offset(expert)}"
+        return f"{expert}, {self.file} at byte {self._header.offset(expert)}"
 
     @contextmanager
     def _descriptor(self) -> Iterator[int]:

@@ -23,6 +23,10 @@ class ExpertId(NamedTuple):
     layer: int
     expert: int
 
+    def __str__(self) -> str:
+        """What errors call it: "expert 3/5" is the sixth of layer 3."""
+        return f"expert {self.layer}/{self.expert}"
+
 
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
@@ -44,7 +48,8 @@ class Quantized(NamedTuple):
 
 
 Stored = torch.dtype | Quantized
-_FLOATS = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32)}
+# What weights that are no codes may be, by torch's names: in a checkpoint, in a pack, in a slot.
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32)}
 _QUANTIZED = [
     *(Quantized(form) for form in (ExpertFormat.BF12, ExpertFormat.INT8, ExpertFormat.FP8, ExpertFormat.MXFP4)),
     *(
@@ -53,7 +58,7 @@ _QUANTIZED = [
     ),
 ]
 # What the weights of a row may be, by the names that packs have for it.
-FORMS: dict[str, Stored] = {**_FLOATS, **{str(form): form for form in _QUANTIZED}}
+FORMS: dict[str, Stored] = {**DTYPES, **{str(form): form for form in _QUANTIZED}}
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from duoserve.errors import CheckpointError, KernelError
 from duoserve.experts.layout import FORMS, ExpertId, ExpertLayout
 from duoserve.experts.strict_json import read_object
@@ -15,8 +13,6 @@ from duoserve.experts.strict_json import read_object
 PACK_FILE = "experts.pack"
 HEADER_FILE = "pack.json"
 FORMAT_VERSION = 1
-# What weights that are no codes may be, by torch's names: in a checkpoint, in a pack, in a slot.
-DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32)}
 _MAX_HEADER_BYTES = 65536
 REMEDY = "delete the folder and pack the checkpoint again"
 

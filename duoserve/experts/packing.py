@@ -114,7 +114,7 @@ class CheckpointStore(ExpertStore):
                 writer.add(piece.matrix, codes)
             writer.finish()
         except CheckpointError as error:
-            raise CopyError(f"expert {expert.expert} of layer {expert.layer}: {error}") from error
+            raise CopyError(f"{expert}: {error}") from error
 
     def _scratch(self) -> Scratch:
         """That of the calling thread, as long as it lives."""
@@ -129,7 +129,7 @@ class CheckpointStore(ExpertStore):
         except CheckpointError as error:
             info = self._checkpoint.tensors.get(piece.name)
             place = f", {info.file} from byte {info.part(piece.entry, piece.rows).offset}" if info else ""
-            raise CopyError(f"expert {expert.expert} of layer {expert.layer}{place}: {error}") from error
+            raise CopyError(f"{expert}{place}: {error}") from error
 
 
 def write_pack(  # noqa: PLR0913

@@ -61,7 +61,7 @@ class QuantizingStore(ExpertStore):
                 try:
                     squares_2 += fill(matrix, slice(first, first + len(w_ND)), w_ND)
                 except CopyError as error:
-                    raise CopyError(f"expert {expert.expert} of layer {expert.layer}: {error}") from error
+                    raise CopyError(f"{expert}: {error}") from error
         for start, stop in self.layout.gaps:
             row_B[start:stop].zero_()
         with self._lock:

@@ -95,8 +95,7 @@ class SlotTable:
         self._require(slot, SlotState.EMPTY, "begin_load")
         if expert in self._slot_of:
             raise IntegrityError(
-                f"begin_load of expert {expert.layer}/{expert.expert} into slot {slot}: it is already in "
-                f"{self._describe(self._slot_of[expert])}"
+                f"begin_load of {expert} into slot {slot}: it is already in {self._describe(self._slot_of[expert])}"
             )
         del self._empty[bisect_left(self._empty, slot)]
         self._slot_of[expert] = slot
@@ -148,7 +147,7 @@ class SlotTable:
             ready_LE[expert] = slot
         if not np.array_equal(ready_LE, self._ready_LE):
             wrong = np.argwhere(ready_LE != self._ready_LE)[0].tolist()
-            raise IntegrityError(f"the kernels' row is wrong for expert {wrong[0]}/{wrong[1]}")
+            raise IntegrityError(f"the kernels' row is wrong for {ExpertId(*wrong)}")
 
     def _check_record(self, slot: int) -> None:
         empty = self._states[slot] is SlotState.EMPTY
@@ -184,14 +183,11 @@ class SlotTable:
     def _check_expert(self, expert: ExpertId) -> None:
         layers, experts = self._ready_LE.shape
         if not (0 <= expert.layer < layers and 0 <= expert.expert < experts):
-            raise IntegrityError(
-                f"expert {expert.layer}/{expert.expert} is not one of {layers} layers of {experts} experts"
-            )
+            raise IntegrityError(f"{expert} is not one of {layers} layers of {experts} experts")
 
     def _describe(self, slot: int) -> str:
         expert = self._experts[slot]
-        who = "no expert" if expert is None else f"expert {expert.layer}/{expert.expert}"
-        return f"slot {slot} ({self._states[slot].name}, {who}, {self._holds[slot]} holds)"
+        return f"slot {slot} ({self._states[slot].name}, {expert or 'no expert'}, {self._holds[slot]} holds)"
 
 
 class SlotPool:

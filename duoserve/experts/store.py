@@ -77,7 +77,7 @@ class HostStore(ExpertStore):
         """Copies the expert's row into ``row_B``; KeyError for an expert that was not asked for at construction."""
         rows_NB = self._rows_NB
         if rows_NB is None:
-            raise ClosedError(f"expert {expert.layer}/{expert.expert} was read from RAM after close()")
+            raise ClosedError(f"{expert} was read from RAM after close()")
         # Not Tensor.copy_: it splits a large row over a team of threads of its own for each calling thread, and those
         # would take the cores from the computation. Both release the GIL.
         np.copyto(row_B.numpy(), rows_NB[self._index[expert]].numpy())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from duoserve.errors import ClosedError, ConfigError, CopyError
-from duoserve.experts.copy_engine import CopyEngine, CopyListener
+from duoserve.experts.copy_engine import CopyEngine, CopyListener, no_thread
 from duoserve.experts.lane_marks import LaneTimes, PrefetchLane, SlotUsers, StallListener
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.pinned import pin, unpin
@@ -37,7 +37,8 @@ class StreamCopyEngine(CopyEngine):
     threads carry out all else: prefetches, of which at most ``piece_bytes`` stand on their lane at a time, and reads
     from the disk, through a row of their own, page-locked if ``pinned``. What has not been enqueued of a prefetch can
     be promoted or cancelled. A copy into a slot starts after the kernels before its ``fence``. ``wait`` makes the
-    compute lane wait, and the host only for copies that no thread has enqueued yet.
+    compute lane wait, and the host only for copies that no thread has enqueued yet. One thread is enough where no more
+    can be had; CopyError without any.
     """
 
     def __init__(  # noqa: PLR0913
@@ -71,12 +72,12 @@ class StreamCopyEngine(CopyEngine):
         self._changed = threading.Condition(self._lock)  # a ticket has been enqueued or has finished
         self._staging_NB = aligned_rows(num_threads, self._slot_bytes)
         self._pinned = pinned and pin(self._staging_NB)
-        self._threads = [
-            threading.Thread(target=self._work, args=(row_B,), name=f"duoserve-copy-{i}", daemon=True)
-            for i, row_B in enumerate(self._staging_NB)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            self._start_threads()
+        except BaseException:
+            self.close()
+            raise
 
     def now(self) -> float:
         """Seconds of ``time.perf_counter``."""
@@ -87,7 +88,7 @@ class StreamCopyEngine(CopyEngine):
         ticket = Ticket(expert, slot, priority, self._slot_bytes, self.now())
         with self._lock:
             if self._closed:
-                raise ClosedError(f"a copy of expert {expert.layer}/{expert.expert} was asked for after close()")
+                raise ClosedError(f"a copy of {expert} was asked for after close()")
             if not self._enqueue_at_once(ticket):
                 self._queue.push(ticket)
                 self._queued.notify()
@@ -159,6 +160,18 @@ class StreamCopyEngine(CopyEngine):
         if self._pinned:
             unpin(self._staging_NB)
             self._pinned = False
+
+    def _start_threads(self) -> None:
+        """One for each staging row, or as many as can be had; CopyError without any."""
+        for number, row_B in enumerate(self._staging_NB):
+            thread = threading.Thread(target=self._work, args=(row_B,), name=f"duoserve-copy-{number}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                if self._threads:
+                    return
+                raise no_thread(error) from error
+            self._threads.append(thread)
 
     def _enqueue_at_once(self, ticket: Ticket) -> bool:
         """Enqueues a demand whose expert lies in RAM; False for any other ticket."""

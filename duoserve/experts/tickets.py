@@ -79,10 +79,7 @@ class Ticket:
         """``cause`` itself if it is a CopyError, else a CopyError that names the expert and has it as its cause."""
         if isinstance(cause, CopyError):
             return cause
-        error = CopyError(
-            f"expert {self.expert.layer}/{self.expert.expert} could not be copied into slot {self.slot}: "
-            f"{type(cause).__name__}: {cause}"
-        )
+        error = CopyError(f"{self.expert} could not be copied into slot {self.slot}: {type(cause).__name__}: {cause}")
         error.__cause__ = cause
         return error
 

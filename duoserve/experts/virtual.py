@@ -83,7 +83,7 @@ class ClockedCopyEngine(CopyEngine):
     def _queued(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
         """A copy that is asked for now; ClosedError after ``close``."""
         if self._closed:
-            raise ClosedError(f"a copy of expert {expert.layer}/{expert.expert} was asked for after close()")
+            raise ClosedError(f"a copy of {expert} was asked for after close()")
         ticket = Ticket(expert, slot, priority, self._nbytes, self.now())
         self._queue.push(ticket)
         return ticket

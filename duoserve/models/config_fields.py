@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from duoserve.errors import ConfigError
-from duoserve.experts.pack_format import DTYPES
+from duoserve.experts.layout import DTYPES
 
 MAX_TOKEN_ID = (4 << 20) - 1
 _MAX_TOKEN_IDS = 1000

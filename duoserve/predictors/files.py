@@ -67,17 +67,23 @@ def load_predictor(path: Path, fingerprint: str | None = None) -> RowPredictor:
     except (CheckpointError, safetensors.SafetensorError, ValueError) as error:  # ValueError: a path without a name
         raise TraceError(f"{path}: cannot be read as a predictor ({error})") from error
     meta = _meta(about, path)
-    if fingerprint is not None and meta.fingerprint != fingerprint:
-        raise TraceError(
-            f"{path}: is the predictor of another model (fingerprint {meta.fingerprint:.16}, this model's is "
-            f"{fingerprint:.16}); train one on a trace of this model"
-        )
+    if fingerprint is not None:
+        check_model(meta, fingerprint, path)
     try:
         predictor = _made(str(about["kind"]), meta, arrays)
         predictor.trained_on = frozenset(map(str, about.get("trained_on", ())))
     except (LookupError, TypeError, ValueError) as error:
         raise TraceError(f"{path}: is not a whole predictor ({error}); train it again") from error
     return predictor
+
+
+def check_model(meta: TraceMeta, fingerprint: str, predictor: object) -> None:
+    """TraceError, about ``predictor``, if its ``meta`` is not that of the model with this ``fingerprint``."""
+    if meta.fingerprint != fingerprint:
+        raise TraceError(
+            f"{predictor}: is the predictor of another model (fingerprint {meta.fingerprint:.16}, this model's is "
+            f"{fingerprint:.16}); train one on a trace of this model"
+        )
 
 
 def notes_path(path: Path) -> Path:

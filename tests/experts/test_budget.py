@@ -29,6 +29,7 @@ class Case:
     workspace: int = 1_000_000
     available: int = GIB
     needs_all: bool = False
+    keeps: bool = True
 
     @property
     def total(self) -> int:
@@ -50,6 +51,7 @@ class Case:
             wanted=wanted,
             free=FreeMemory(self.available, host_available),
             needs_all=self.needs_all,
+            keeps=self.keeps,
         )
 
 
@@ -163,6 +165,16 @@ def test_no_rows_wait_when_every_expert_has_a_slot():
     assert BARD.plan(EngineConfig(host_memory=GIB)).host_experts == 0
 
 
+def test_rows_wait_behind_slots_that_keep_none():
+    none_kept = replace(BARD, keeps=False)
+    assert none_kept.plan(EngineConfig(host_memory=5 * ROW)).host_experts == 5
+    assert none_kept.plan(EngineConfig(host_memory=GIB)).host_experts == 48
+    roomy = replace(none_kept, available=2 * (FIXED + 48 * ROW))
+    both = roomy.plan(EngineConfig(host_memory=GIB))
+    assert both.host_experts == 48 and both.num_slots < 48
+    assert both.total_bytes + both.host_bytes <= 0.8 * roomy.available
+
+
 def test_host_rows_and_slots_share_the_ram():
     room = replace(BARD, available=FIXED + 20 * ROW)
     assert room.plan(EngineConfig(expert_slots=12, host_memory=8 * ROW)).host_experts == 8
@@ -208,6 +220,7 @@ CASES = st.builds(
     workspace=SIZES,
     available=st.integers(0, 90_000_000),
     needs_all=st.booleans(),
+    keeps=st.booleans(),
 )
 KNOBS = st.one_of(
     st.just({}),

@@ -161,12 +161,12 @@ def test_a_failed_read_names_expert_file_and_offset(folder: Path, tmp_path: Path
     info = checkpoint.tensors[gate.name]
     checkpoint.close()
     os.truncate(info.file, info.offset)
-    with pytest.raises(CopyError, match=f"expert 5 of layer 2, {info.file} from byte {info.offset}: .*changed after"):
+    with pytest.raises(CopyError, match=f"expert 2/5, {info.file} from byte {info.offset}: .*changed after"):
         read_row(store, ExpertId(2, 5))
 
 
 def test_an_expert_that_the_checkpoint_lacks_is_named(folder: Path) -> None:
-    with pytest.raises(CopyError, match=r"expert 8 of layer 2: .*has no tensor '.*experts\.8\.w1\.weight'"):
+    with pytest.raises(CopyError, match=r"expert 2/8: .*has no tensor '.*experts\.8\.w1\.weight'"):
         read_row(open_store(folder), ExpertId(2, 8))
 
 

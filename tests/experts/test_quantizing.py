@@ -165,7 +165,7 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
     source.layout.weights(source.row(ExpertId(0, 1))[None]).w2_SHI[0, 3, 4] = float("nan")
     store = QuantizingStore(source, INT4)
     read(store, ExpertId(0, 0))
-    with pytest.raises(CopyError, match="expert 1 of layer 0: not all weights are finite numbers"):
+    with pytest.raises(CopyError, match="expert 0/1: not all weights are finite numbers"):
         read(store, ExpertId(0, 1))
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import pytest
 import torch
 from torch import Tensor
 
+from duoserve.errors import CopyError
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.experts.streams import Lane, Mark
@@ -15,6 +17,7 @@ from duoserve.experts.tickets import TicketState
 from tests.experts.test_stream_engine import DEMAND, EXPERTS, PIECE, PREFETCH, PartlyInRam, Rig, bring_all
 from tests.fake_streams import FakeStreams
 from tests.fakes import SMALL
+from tests.live_threads import threads_since
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -79,3 +82,39 @@ def test_a_device_that_fails_when_asked_fails_those_that_wait_and_the_thread_goe
         TicketState.DONE, TicketState.FAILED, TicketState.FAILED, TicketState.DONE,
     ]  # fmt: skip
     assert "expert 0/1" in str(lost[1].error) and "illegal memory access" in str(lost[1].error)
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_threads_that_cannot_be_started(allowed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is enough; without any the engine is refused, and leaves nothing pinned."""
+    start, left, pinned = threading.Thread.start, [allowed], []
+
+    def limited(thread: threading.Thread) -> None:
+        if not left[0]:
+            raise RuntimeError("can't start new thread")
+        left[0] -= 1
+        start(thread)
+
+    def pin(rows_NB: Tensor) -> bool:
+        pinned.append(rows_NB)
+        return True
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    monkeypatch.setattr("duoserve.experts.stream_engine.pin", pin)
+    monkeypatch.setattr("duoserve.experts.stream_engine.unpin", lambda rows_NB: pinned.pop())
+    alive, store, pool = threads_since(), PartlyInRam(in_ram=()), SlotPool(2, SMALL)
+
+    def engine() -> StreamCopyEngine:
+        return StreamCopyEngine(store, pool, FakeStreams(random.Random(0)), num_threads=2, pinned=True)
+
+    if not allowed:
+        with pytest.raises(CopyError, match="no thread can be had to copy experts"):
+            engine()
+    else:
+        made = engine()
+        tickets = [made.submit(EXPERTS[number], number, DEMAND) for number in (0, 1)]
+        bring_all(made, tickets)
+        assert [ticket.state for ticket in tickets] == [TicketState.DONE] * 2 and alive() == 1
+        made.close()
+        made.close()
+    assert not pinned and alive() == 0

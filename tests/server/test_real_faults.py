@@ -44,7 +44,7 @@ class Faults:
         def faulty_wait(tickets: Any) -> Any:
             if self.failing:
                 self.failing -= 1
-                raise CopyError("expert 3 of layer 1: the disk does not answer")
+                raise CopyError("expert 1/3: the disk does not answer")
             if self.slow:
                 self.slow -= 1
                 time.sleep(SLOW_S)
