@@ -87,9 +87,8 @@ class Residency:
             idle[expert] = slot
 
     def touch(self, expert: ExpertId, slot: int) -> None:
-        """The device has read a READY expert that nobody holds, and is done with it."""
+        """A READY expert that nobody holds counts as used last. Whether it was a guess is for ``came_true`` to say."""
         del self.idle[expert.layer][expert.expert]
-        self.ledger.used(expert)
         self.idle[expert.layer][expert.expert] = slot
 
     def came_true(self, chosen: Callable[[ExpertId], bool]) -> int:
