@@ -110,6 +110,7 @@ class Scheduler(ExpertSource):
         self._prompted = phase is Phase.PREFILL
         self._pass = _Pass(phase, num_tokens, self._open_space(phase, num_tokens))
         try:
+            self._residency.collect()
             self._open_lease(self._pass, BEFORE_FIRST, ())
         except BaseException:
             self.end()
@@ -174,6 +175,7 @@ class Scheduler(ExpertSource):
             self._lease = StandingLease(layer, [ReadyExpert(expert, slots[expert]) for expert in experts])
             return self._lease
         self._ranking.used(layer, experts, [1] * len(experts) if counts is None else counts)
+        self._residency.collect()
         if self._link is not None and self._pass.phase is Phase.DECODE:
             self._link.routed(layer, self._engine.now())
         lease, num_ready = self._open_lease(self._pass, layer, experts)
@@ -193,7 +195,7 @@ class Scheduler(ExpertSource):
             by_device = self._books is not None and self._books.ended()
             if not (by_device or (lease.complete and lease.layer == self._shape.layers[-1])):
                 self._residency.drain()
-            self._engine.settle()  # what was measured belongs to this pass
+            self._residency.settle()  # what was measured belongs to this pass
 
     def read_through(self) -> ReadThrough:
         """The books of decode steps that the device carries out by itself, to be kept within passes of this."""
@@ -278,7 +280,6 @@ class Scheduler(ExpertSource):
         return Ring(self._residency, self._shape, size, slots if self._policy.keeps else slots[:size])
 
     def _open_lease(self, run: _Pass, layer: int, wanted: Sequence[int]) -> tuple[SlotLease, int]:
-        self._residency.collect()
         plan_prefetch = self._with_guesses if run.phase is Phase.DECODE and self._foresight.guesses_at_all else None
         lease = self._lease = SlotLease(self._residency, run.space, self._plan(run, layer, wanted), plan_prefetch)
         return lease, lease.start(wanted)
