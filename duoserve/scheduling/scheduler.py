@@ -19,7 +19,7 @@ from duoserve.scheduling.decode import plan_decode
 from duoserve.scheduling.foresight import Foresight
 from duoserve.scheduling.ghost import Ghost
 from duoserve.scheduling.guard import Guard
-from duoserve.scheduling.lease import SlotLease, StandingLease
+from duoserve.scheduling.lease import OpenLease, SlotLease, StandingLease
 from duoserve.scheduling.link_budget import Demand
 from duoserve.scheduling.plan import BEFORE_FIRST, LayerPlan, LayerView, ModelShape
 from duoserve.scheduling.policies import Policy
@@ -81,9 +81,9 @@ class Scheduler(ExpertSource):
         self._residency = Residency(table, pool, engine, meter, link=self._link)
         self._cache = Cache(self._residency, self._shape, policy.eviction, self._ranking)
         self._pass: _Pass | None = None
-        self._aside: tuple[_Pass, SlotLease | StandingLease] | None = None
+        self._aside: tuple[_Pass, OpenLease] | None = None
         self._books: ReadThrough | None = None
-        self._lease: SlotLease | StandingLease | None = None
+        self._lease: OpenLease | None = None
         self._prompted = True  # the last pass did not leave the cache as decode steps do
         self._closed = False
 
@@ -160,9 +160,7 @@ class Scheduler(ExpertSource):
             self._pause()
             self._residency.drain()
 
-    def acquire(
-        self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None
-    ) -> SlotLease | StandingLease:
+    def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> OpenLease:
         """See ExpertSource: what is missing has been asked for, as far as there are slots, when this returns."""
         self._check_open()
         if self._pass is None:
@@ -175,7 +173,7 @@ class Scheduler(ExpertSource):
             self._lease = StandingLease(layer, [ReadyExpert(expert, slots[expert]) for expert in experts])
             return self._lease
         self._ranking.used(layer, experts, [1] * len(experts) if counts is None else counts)
-        self._residency.collect()
+        self._residency.collect()  # first, for the link must know when the last copies of the layer before arrived
         if self._link is not None and self._pass.phase is Phase.DECODE:
             self._link.routed(layer, self._engine.now())
         lease, num_ready = self._open_lease(self._pass, layer, experts)
