@@ -143,7 +143,7 @@ def test_a_prefill_set_aside_leaves_the_decode_cache_and_its_speculation_alone(f
     """Twelve slots, of which four are the ring: no decode step writes to those, none of its own are given up."""
     with assembled(folder, "lru", 12, virtual_copies(1)) as engine:
         scheduler, passes, cache = engine.scheduler, engine.passes, engine.cache
-        table = scheduler._residency.table
+        table = scheduler.table
         runner, newcomer = Request(RUNNING, GREEDY, number=0), Request(PROMPT, GREEDY, number=1)
         for request in (runner, newcomer):
             cache.reserve(request.kv, request.num_tokens)
@@ -174,7 +174,7 @@ def test_a_prefill_that_is_given_up_while_set_aside_replaces_nothing(folder: Pat
     with assembled(folder, "lru", 12, virtual_copies(1)) as engine:
         scheduler, passes, cache = engine.scheduler, engine.passes, engine.cache
         scheduler.read_through()
-        table = scheduler._residency.table
+        table = scheduler.table
         runner, newcomer = Request(RUNNING, GREEDY, number=0), Request(PROMPT, GREEDY, number=1)
         for request in (runner, newcomer):
             cache.reserve(request.kv, request.num_tokens)
@@ -327,8 +327,8 @@ def test_check_integrity_finds_a_page_that_outlives_its_request(float_folder: Pa
         with pytest.raises(IntegrityError, match="pages"):
             engine.check_integrity()
         engine.cache.release(lost.kv)
-        engine.scheduler._residency.table.begin_load(ExpertId(0, 0), 8)
-        engine.scheduler._residency.table.finish_load(8)
-        engine.scheduler._residency.table.hold(8)
+        engine.scheduler.table.begin_load(ExpertId(0, 0), 8)
+        engine.scheduler.table.finish_load(8)
+        engine.scheduler.table.hold(8)
         with pytest.raises(IntegrityError, match="held"):
             engine.check_integrity()

@@ -65,7 +65,7 @@ class Checked:
 
     def look(self, scheduler: Scheduler) -> None:
         """Every READY slot has its expert's bytes, and nobody holds anything."""
-        table = scheduler._residency.table
+        table = scheduler.table
         table.check_integrity()
         self.steps += 1
         assert self.pool is not None

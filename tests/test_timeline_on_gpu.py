@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ from duoserve.experts.tickets import PIECE_BYTES, Priority
 from duoserve.metrics import Meter
 from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import get_policy
+from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.scheduler import Scheduler
+from tests.scheduling.fortune import Teller, certain, routed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,7 +58,7 @@ def number(expert: ExpertId) -> int:
 class Rig:
     """A scheduler over the real link, and kernels that look at what they find in the slots."""
 
-    def __init__(self, store: Numbered, policy: str, slots: int) -> None:
+    def __init__(self, store: Numbered, policy: str, slots: int, predictor: Predictor | None = None) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
         self.store = store
         self.meter = Meter()
@@ -65,7 +68,7 @@ class Rig:
         self.engine = StreamCopyEngine(store, self.pool, self.streams, on_copied=self.copied)
         self.wrong = torch.zeros((), dtype=torch.int64, device=device)
         shape = ModelShape(EXPERTS, TOP_K, tuple(range(LAYERS)))
-        self.scheduler = Scheduler(shape, self.pool, self.engine, get_policy(policy), self.meter)
+        self.scheduler = Scheduler(shape, self.pool, self.engine, get_policy(policy), self.meter, predictor)
 
     def copied(self, begin_s: float, end_s: float, nbytes: int) -> None:
         self.copies += 1
@@ -78,10 +81,16 @@ class Rig:
         """A pass; returns its seconds."""
         torch.cuda.synchronize()
         begun = time.perf_counter()
+        heard = self.scheduler.listener
+        if heard is not None:
+            heard.begin(phase, np.zeros(tokens, dtype=np.int64))
         self.scheduler.begin(phase, tokens)
         for layer, wanted in enumerate(routing):
             torch.cuda.current_stream().synchronize()  # the router's choice
             with self.scheduler.acquire(layer, wanted) as lease:
+                if heard is not None:
+                    heard.routed(routed(layer, wanted))
+                    lease.prefetch()
                 for ready in lease:
                     for expert, slot in ready:
                         self.read(ExpertId(layer, expert), slot)
@@ -138,6 +147,15 @@ def test_a_token_takes_what_its_misses_take_on_the_link(rig: Rig, copy_s: float)
     steps = [[[0, 1]] * LAYERS, [[2, 3]] * LAYERS]
     seconds = [rig.run(Phase.DECODE, steps[step % 2], 1) for step in range(14)][4:]
     assert sorted(seconds)[5] <= SLOWER * LAYERS * TOP_K * copy_s
+
+
+@pytest.mark.parametrize("rig", [("duoserve", 8, Teller(lambda layer: certain(EXPERTS, [4])))], indirect=True)
+def test_the_budget_of_guesses_knows_what_a_copy_takes_on_the_link(rig: Rig, copy_s: float) -> None:
+    steps = [[[0, 1]] * LAYERS, [[2, 3]] * LAYERS]
+    for step in range(20):
+        rig.run(Phase.DECODE, steps[step % 2], 1)
+    measured_s = rig.scheduler._foresight.link.copy_s
+    assert measured_s is not None and copy_s / 2 <= measured_s <= 2 * copy_s
 
 
 @pytest.mark.parametrize("rig", [("lru", 8)], indirect=True)

@@ -11,11 +11,16 @@ from typing import NamedTuple
 
 from duoserve.experts.copy_engine import CopyListener
 from duoserve.experts.streams import Lane, Mark, Streams
+from duoserve.experts.tickets import Ticket
 
 # No more of the prefetches stands on their lane than one piece, for a demand may have to wait for all of it: CUDA does
 # not order copies by priority. It goes in so many parts, of which one is copied while the next waits behind it, so that
 # the link never idles.
 PARTS_OF_A_PIECE = 2
+# Times are counted from a moment that is not longer ago than this, if the lanes have been idle since. The clocks of a
+# host and of a device part by tens of microseconds a second, and CUDA counts in float32: after an hour, in quarters of
+# a millisecond. It takes some 10 us to find such a moment.
+RENEW_S = 0.1
 
 StallListener = Callable[[float, float], None]  # told from when to when the compute lane waited for a copy
 
@@ -96,8 +101,16 @@ class _Stretch(NamedTuple):
     end: Mark
 
 
+class _Copied(NamedTuple):
+    """A copy: what lies between the marks and, if its row was ``read`` first, the time before them."""
+
+    ticket: Ticket
+    stretch: _Stretch
+    read: bool
+
+
 class LaneTimes:
-    """Tells the listeners when copies of ``nbytes`` were made and stalls were, once their marks have passed.
+    """Tells tickets and listeners when copies of ``nbytes`` were made and stalls were, once their marks have passed.
 
     Waits until the device comes to what is enqueued on DEMAND now: times are counted from there in every lane.
     """
@@ -111,18 +124,17 @@ class LaneTimes:
         on_stalled: StallListener | None,
     ) -> None:
         self._streams = streams
+        self._now = now
         self._nbytes = nbytes
         self._on_copied = on_copied
         self._on_stalled = on_stalled
-        self._copies: deque[_Stretch] = deque()
+        self._copies: deque[_Copied] = deque()
         self._stalls: deque[_Stretch] = deque()
-        self._origin = streams.mark(Lane.DEMAND)
-        streams.wait(self._origin)
-        self._origin_s = now()
+        self._count_from_now()
 
-    def copied(self, begin: Mark, end: Mark) -> None:
-        """A copy lies between these marks."""
-        self._copies.append(_Stretch(begin, end))
+    def copied(self, ticket: Ticket, begin: Mark, end: Mark, read: bool) -> None:
+        """The copy of ``ticket`` lies between these marks; ``read``: since it was taken, its row has been read."""
+        self._copies.append(_Copied(ticket, _Stretch(begin, end), read))
 
     def stalled(self, begin: Mark, end: Mark) -> None:
         """Between these marks COMPUTE does nothing but wait for a copy."""
@@ -130,7 +142,7 @@ class LaneTimes:
 
     def ends(self) -> list[Mark]:
         """Of the copies that have not been told of."""
-        return [copy.end for copy in self._copies]
+        return [copy.stretch.end for copy in self._copies]
 
     def report(self, copying: bool) -> None:
         """Tells of what has passed; ``copying``: some has begun that this has not been told of."""
@@ -138,15 +150,21 @@ class LaneTimes:
             stall = self._stalls.popleft()
             if self._on_stalled is not None:
                 self._on_stalled(*self._seconds_at(stall))
-        while self._copies and self._streams.passed(self._copies[0].end):
+        while self._copies and self._streams.passed(self._copies[0].stretch.end):
             copy = self._copies.popleft()
+            begin_s, end_s = self._seconds_at(copy.stretch)
+            taken_s = copy.ticket.started_at if copy.read else None
+            copy.ticket.arrive(begin_s if taken_s is None else taken_s, end_s)
             if self._on_copied is not None:
-                begin_s, end_s = self._seconds_at(copy)
                 self._on_copied(begin_s, end_s, self._nbytes)
-                # CUDA counts in float32: after an hour, in quarters of a millisecond. What begins now comes behind this
-                # copy; while copies never cease, there is no better origin.
-                if not (copying or self._copies or self._stalls):
-                    self._origin, self._origin_s = copy.end, end_s
+        # While copies never cease, DEMAND may not be idle, and there is no better origin.
+        if not (copying or self._copies or self._stalls) and self._now() - self._origin_s > RENEW_S:
+            self._count_from_now()
+
+    def _count_from_now(self) -> None:
+        self._origin = self._streams.mark(Lane.DEMAND)
+        self._streams.wait(self._origin)
+        self._origin_s = self._now()
 
     def _seconds_at(self, stretch: _Stretch) -> tuple[float, float]:
         """When its marks were passed, on the clock of ``now``."""

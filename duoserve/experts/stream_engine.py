@@ -23,11 +23,15 @@ from duoserve.experts.tickets import PIECE_BYTES, CopyPiece, Priority, Ticket, T
 
 @dataclass(slots=True)
 class _Copy:
-    """Between these marks lies what has been enqueued of a copy; it goes on on ``lane``."""
+    """Between these marks lies what has been enqueued of a copy; it goes on on ``lane``.
+
+    ``read``: its row has been read from the disk for it.
+    """
 
     lane: Lane
     begin: Mark
     end: Mark
+    read: bool
 
 
 class StreamCopyEngine(CopyEngine):
@@ -182,9 +186,9 @@ class StreamCopyEngine(CopyEngine):
         self._copy(ticket, row_B)
         return True
 
-    def _copy(self, ticket: Ticket, row_B: Tensor) -> Mark:
+    def _copy(self, ticket: Ticket, row_B: Tensor, read: bool = False) -> Mark:
         """Enqueues the copy behind all that uses the slot, until it is cancelled; returns where it ends on its lane."""
-        copy = self._begin(ticket)
+        copy = self._begin(ticket, read)
         try:
             while ticket.sent < ticket.nbytes and ticket.state is not TicketState.CANCELLED:
                 in_the_way = self._enqueue(ticket, copy, row_B)
@@ -198,12 +202,12 @@ class StreamCopyEngine(CopyEngine):
                 self._copying.pop(ticket, None)
         return copy.end
 
-    def _begin(self, ticket: Ticket) -> _Copy:
+    def _begin(self, ticket: Ticket, read: bool) -> _Copy:
         lane = _lane(ticket)
         with self._lock:
             self._users.precede(lane, ticket.slot)
             begin = self._streams.mark(lane)
-            copy = self._copying[ticket] = _Copy(lane, begin, begin)
+            copy = self._copying[ticket] = _Copy(lane, begin, begin, read)
         return copy
 
     def _enqueue(self, ticket: Ticket, copy: _Copy, row_B: Tensor) -> Mark | None:
@@ -246,8 +250,8 @@ class StreamCopyEngine(CopyEngine):
 
     def _finish(self, ticket: Ticket) -> None:
         copy = self._arrivals.pop(ticket)
-        self._times.copied(copy.begin, copy.end)
-        ticket.finish(self.now())
+        self._times.copied(ticket, copy.begin, copy.end, copy.read)
+        ticket.hand_over(self.now())
 
     def _reap(self) -> None:
         held_up: Lane | None = None  # of the copies on one lane the first arrives first
@@ -297,7 +301,7 @@ class StreamCopyEngine(CopyEngine):
             row_B = self._store.host_row(ticket.expert)
             if row_B is None:
                 self._store.read(ticket.expert, staging_B)
-            end = self._copy(ticket, staging_B if row_B is None else row_B)
+            end = self._copy(ticket, staging_B if row_B is None else row_B, read=row_B is None)
             if row_B is None:
                 self._streams.wait(end)  # the next read overwrites the staging row
         except BaseException as error:  # whatever it is: a thread that ends here leaves its waiters waiting for ever

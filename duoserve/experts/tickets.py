@@ -41,6 +41,9 @@ class Ticket:
     Times are seconds on that engine's clock. ``priority`` becomes DEMAND when a prefetch is promoted; ``error`` is set
     when ``state`` is FAILED. ``sent`` of the ``nbytes`` are in pieces that were taken: these have arrived, or will. The
     bytes in the slot are undefined until the ticket is DONE.
+
+    The copy was made from ``started_at`` to ``arrived_at``. Where a device makes it behind the host, the ticket is DONE
+    before that: ``arrived_at`` is None, and ``started_at`` is when the host began, until the device has said both.
     """
 
     expert: ExpertId
@@ -51,6 +54,7 @@ class Ticket:
     state: TicketState = TicketState.QUEUED
     started_at: float | None = None
     finished_at: float | None = None
+    arrived_at: float | None = None
     error: CopyError | None = None
     sent: int = 0
 
@@ -68,7 +72,17 @@ class Ticket:
         """The copy has ended, well unless there is an ``error``."""
         self.error = error
         self.state = TicketState.DONE if error is None else TicketState.FAILED
+        self.arrived_at = now if error is None else None
         self.finished_at = now  # last: other threads may ask whether it is ``finished``
+
+    def hand_over(self, now: float) -> None:
+        """What a device is asked to do from now on finds the copy made; ``arrive`` will say when it was."""
+        self.state = TicketState.DONE
+        self.finished_at = now
+
+    def arrive(self, started_at: float, arrived_at: float) -> None:
+        """The device has made the copy in this time."""
+        self.started_at, self.arrived_at = started_at, arrived_at
 
     def cancel(self, now: float) -> None:
         """The copy will not be made, or not to its end."""

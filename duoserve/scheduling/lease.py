@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from duoserve.errors import ClosedError, IntegrityError
 from duoserve.experts.layout import ExpertId
@@ -16,15 +16,25 @@ from duoserve.scheduling.source import Lease, ReadyExpert
 from duoserve.scheduling.spaces import Space
 
 
-class _OpenLease(Lease):
-    """A lease that is its own iterator, and open until it is closed."""
+class OpenLease(Lease, Protocol):
+    """A lease of ``layer`` as the scheduler has it: its own iterator, and open until it is closed.
+
+    ``complete``: every wanted expert has been handed out and retired.
+    """
+
+    layer: int
+    complete: bool
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is held and nothing is waited for: at the end, or when closed."""
+        ...
 
     def close(self) -> None:
-        """Gives back all slots that are held; idempotent."""
-        raise NotImplementedError
+        """Gives back all slots that are held; copies that are still under way become guesses. Idempotent."""
+        ...
 
-    def __next__(self) -> list[ReadyExpert]:
-        raise NotImplementedError
+    def __next__(self) -> list[ReadyExpert]: ...
 
     def __enter__(self) -> Self:
         return self
@@ -38,7 +48,7 @@ class _OpenLease(Lease):
         return self
 
 
-class StandingLease(_OpenLease):
+class StandingLease(OpenLease):
     """A lease where all experts are in slots for good: nothing has to be held, planned or waited for."""
 
     def __init__(self, layer: int, ready: list[ReadyExpert]) -> None:
@@ -48,11 +58,9 @@ class StandingLease(_OpenLease):
 
     @property
     def idle(self) -> bool:
-        """As in SlotLease: whether all have been handed out."""
         return not self._ready
 
     def close(self) -> None:
-        """As in SlotLease."""
         self._ready = []
 
     def __next__(self) -> list[ReadyExpert]:
@@ -70,7 +78,7 @@ class StandingLease(_OpenLease):
         """As in Lease: nothing is foretold."""
 
 
-class SlotLease(_OpenLease):
+class SlotLease(OpenLease):
     """Carries out the plan of one layer.
 
     A wanted expert is first *missing* (it has no slot), then *loading* (its copy is under way), *arrived* and
@@ -89,12 +97,13 @@ class SlotLease(_OpenLease):
         self._plan_prefetch = plan_prefetch
         self._space = space
         self._plan = plan
+        self.layer = plan.layer
         self._missing = deque(plan.demand)
         self._prefetch = deque(plan.prefetch)
         self._loading: dict[ExpertId, Ticket] = {}
         self._arrived: list[ReadyExpert] = []
         self._computing: list[ReadyExpert] = []
-        self.complete = False  # every wanted expert has been handed out and retired
+        self.complete = False
 
     def start(self, wanted: Sequence[int]) -> int:
         """Holds the experts that are READY, speeds up those on their way, and asks for the others; gives how many were
@@ -107,17 +116,10 @@ class SlotLease(_OpenLease):
         return num_ready
 
     @property
-    def layer(self) -> int:
-        """The layer whose experts these are."""
-        return self._plan.layer
-
-    @property
     def idle(self) -> bool:
-        """Whether nothing is held and nothing is waited for: at the end, or when closed."""
         return not (self._missing or self._loading or self._arrived or self._computing)
 
     def close(self) -> None:
-        """Gives back all slots that are held; copies that are still under way become guesses. Idempotent."""
         if self.complete:
             return
         self._retire([*self._computing, *self._arrived])

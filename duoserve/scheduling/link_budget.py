@@ -108,11 +108,11 @@ class IdleLink:
 
     def arrived(self, ticket: Ticket, asked: bool) -> None:
         """A copy has arrived. ``asked``: a layer has asked for its expert; else it still is a guess."""
-        assert ticket.started_at is not None and ticket.finished_at is not None
+        assert ticket.started_at is not None and ticket.arrived_at is not None
         if ticket.priority is Priority.DEMAND:
-            self.copy_s = _follow(self.copy_s, ticket.finished_at - ticket.started_at)
+            self.copy_s = _follow(self.copy_s, ticket.arrived_at - ticket.started_at)
         if asked:
-            self._since = max(self._since, ticket.finished_at)
+            self._since = max(self._since, ticket.arrived_at)
 
     def routed(self, layer: int, now: float) -> None:
         """``layer`` asks for its experts ``now``, and all demands of the layers before it have arrived."""

@@ -190,12 +190,12 @@ class ReadThrough:
     def _touch(self, layer: int, rows: Counter[tuple[int, int]]) -> None:
         """Notes one layer's use of (expert, slot) pairs with their numbers of tokens, the most wanted as the last used.
 
-        An expert that has lost its slot meanwhile is not touched.
+        An expert that has lost its slot meanwhile is not touched, even if it is on its way into the same slot again.
         """
-        slots, chosen = self._residency.slots[layer], sorted(rows, key=rows.__getitem__)
+        idle, chosen = self._residency.idle[layer], sorted(rows, key=rows.__getitem__)
         self._used(layer, [expert for expert, _ in reversed(chosen)], [rows[one] for one in reversed(chosen)])
         for expert, slot in chosen:
-            if slot >= 0 and slots.get(expert) == slot:
+            if slot >= 0 and idle.get(expert) == slot:
                 self._residency.touch(ExpertId(layer, expert), slot)
 
     def _make_room(self, num_slots: int, spared: Collection[ExpertId] = ()) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
+from typing import NamedTuple
 
 from duoserve.experts.copy_engine import CopyEngine
 from duoserve.experts.layout import ExpertId
@@ -15,10 +17,18 @@ from duoserve.scheduling.link_budget import IdleLink
 from duoserve.scheduling.source import ReadyExpert
 
 
+class _Made(NamedTuple):
+    """A copy that has been collected; ``asked``: a layer had asked for its expert then."""
+
+    ticket: Ticket
+    asked: bool
+
+
 class Residency:
     """The hands of the scheduler: nothing else changes what is in the slots. It decides nothing.
 
-    ``link`` hears of every copy that has been made.
+    ``link`` hears of every copy that has been made, once it is known when it was: a device that makes copies behind the
+    host says so behind their collection.
 
     ``table``, ``ledger``, ``slots`` and ``idle`` are for others to read only.
     """
@@ -35,6 +45,7 @@ class Residency:
         self._meter = meter
         self._link = link
         self._copies: dict[ExpertId, Ticket] = {}  # not collected yet, oldest first
+        self._untold: deque[_Made] = deque()  # of which the link has not heard, oldest first
 
     def load(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
         """Starts a copy into an EMPTY slot; a prefetch is a guess."""
@@ -52,10 +63,15 @@ class Residency:
 
     def collect(self) -> list[Ticket]:
         """Takes note of the copies that have finished, well or not, and returns them in the order they did."""
-        if not self._copies:
+        if not (self._copies or self._untold):
             return []
         self._engine.settle()
         return self._noted()
+
+    def settle(self) -> None:
+        """What was measured of the copies so far is reported; none is collected."""
+        self._engine.settle()
+        self._tell_link()
 
     def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
         """Stalls until one of ``tickets`` has finished, then as ``collect``."""
@@ -87,9 +103,8 @@ class Residency:
             idle[expert] = slot
 
     def touch(self, expert: ExpertId, slot: int) -> None:
-        """The device has read a READY expert that nobody holds, and is done with it."""
+        """A READY expert that nobody holds counts as used last. Whether it was a guess is for ``came_true`` to say."""
         del self.idle[expert.layer][expert.expert]
-        self.ledger.used(expert)
         self.idle[expert.layer][expert.expert] = slot
 
     def came_true(self, chosen: Callable[[ExpertId], bool]) -> int:
@@ -164,7 +179,12 @@ class Residency:
         finished.sort(key=attrgetter("finished_at"))
         for ticket in finished:
             self._note(ticket)
+        self._tell_link()
         return finished
+
+    def _tell_link(self) -> None:
+        while self._link is not None and self._untold and self._untold[0].ticket.arrived_at is not None:
+            self._link.arrived(*self._untold.popleft())
 
     def _note(self, ticket: Ticket) -> None:
         """Brings the books up to date with a finished copy."""
@@ -173,7 +193,7 @@ class Residency:
         if ticket.state is TicketState.DONE:
             self.table.finish_load(slot)
             if self._link is not None:
-                self._link.arrived(ticket, asked=expert not in self.ledger.guesses)
+                self._untold.append(_Made(ticket, asked=expert not in self.ledger.guesses))
             self.ledger.arrived(expert, ticket.nbytes)
             self.idle[expert.layer][expert.expert] = slot
         else:

@@ -19,7 +19,7 @@ from duoserve.scheduling.decode import plan_decode
 from duoserve.scheduling.foresight import Foresight
 from duoserve.scheduling.ghost import Ghost
 from duoserve.scheduling.guard import Guard
-from duoserve.scheduling.lease import SlotLease, StandingLease
+from duoserve.scheduling.lease import OpenLease, SlotLease, StandingLease
 from duoserve.scheduling.link_budget import Demand
 from duoserve.scheduling.plan import BEFORE_FIRST, LayerPlan, LayerView, ModelShape
 from duoserve.scheduling.policies import Policy
@@ -81,9 +81,9 @@ class Scheduler(ExpertSource):
         self._residency = Residency(table, pool, engine, meter, link=self._link)
         self._cache = Cache(self._residency, self._shape, policy.eviction, self._ranking)
         self._pass: _Pass | None = None
-        self._aside: tuple[_Pass, SlotLease | StandingLease] | None = None
+        self._aside: tuple[_Pass, OpenLease] | None = None
         self._books: ReadThrough | None = None
-        self._lease: SlotLease | StandingLease | None = None
+        self._lease: OpenLease | None = None
         self._prompted = True  # the last pass did not leave the cache as decode steps do
         self._closed = False
 
@@ -110,6 +110,7 @@ class Scheduler(ExpertSource):
         self._prompted = phase is Phase.PREFILL
         self._pass = _Pass(phase, num_tokens, self._open_space(phase, num_tokens))
         try:
+            self._residency.collect()
             self._open_lease(self._pass, BEFORE_FIRST, ())
         except BaseException:
             self.end()
@@ -159,9 +160,7 @@ class Scheduler(ExpertSource):
             self._pause()
             self._residency.drain()
 
-    def acquire(
-        self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None
-    ) -> SlotLease | StandingLease:
+    def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> OpenLease:
         """See ExpertSource: what is missing has been asked for, as far as there are slots, when this returns."""
         self._check_open()
         if self._pass is None:
@@ -174,6 +173,7 @@ class Scheduler(ExpertSource):
             self._lease = StandingLease(layer, [ReadyExpert(expert, slots[expert]) for expert in experts])
             return self._lease
         self._ranking.used(layer, experts, [1] * len(experts) if counts is None else counts)
+        self._residency.collect()  # first, for the link must know when the last copies of the layer before arrived
         if self._link is not None and self._pass.phase is Phase.DECODE:
             self._link.routed(layer, self._engine.now())
         lease, num_ready = self._open_lease(self._pass, layer, experts)
@@ -193,7 +193,7 @@ class Scheduler(ExpertSource):
             by_device = self._books is not None and self._books.ended()
             if not (by_device or (lease.complete and lease.layer == self._shape.layers[-1])):
                 self._residency.drain()
-            self._engine.settle()  # what was measured belongs to this pass
+            self._residency.settle()  # what was measured belongs to this pass
 
     def read_through(self) -> ReadThrough:
         """The books of decode steps that the device carries out by itself, to be kept within passes of this."""
@@ -278,7 +278,6 @@ class Scheduler(ExpertSource):
         return Ring(self._residency, self._shape, size, slots if self._policy.keeps else slots[:size])
 
     def _open_lease(self, run: _Pass, layer: int, wanted: Sequence[int]) -> tuple[SlotLease, int]:
-        self._residency.collect()
         plan_prefetch = self._with_guesses if run.phase is Phase.DECODE and self._foresight.guesses_at_all else None
         lease = self._lease = SlotLease(self._residency, run.space, self._plan(run, layer, wanted), plan_prefetch)
         return lease, lease.start(wanted)

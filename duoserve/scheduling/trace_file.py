@@ -63,8 +63,12 @@ class FileRows(Rows):
 
     def _check(self, name: str, values: np.ndarray) -> None:
         """TraceError where they cannot be a router's: nothing that is computed from them would be right."""
-        if name.startswith(IDS) and values.size and values.max() >= self._meta.num_experts:
-            raise TraceError(f"{self._path}: {name} has expert {values.max()} of {self._meta.num_experts}; {AGAIN}")
+        if name.startswith(IDS) and values.size:
+            if values.max() >= self._meta.num_experts:
+                raise TraceError(f"{self._path}: {name} has expert {values.max()} of {self._meta.num_experts}; {AGAIN}")
+            ordered = np.sort(values)
+            if (ordered[:, 1:] == ordered[:, :-1]).any():
+                raise TraceError(f"{self._path}: {name} has a token that chose an expert twice; {AGAIN}")
         if values.dtype == np.float16 and np.isnan(values).any():
             raise TraceError(f"{self._path}: {name} has values that are no numbers; {AGAIN}")
 
@@ -85,15 +89,19 @@ def open_trace(path: Path, fingerprint: str | None = None) -> Trace:
     TraceError if it is malformed, cut short or empty, or not of the model with ``fingerprint`` (where one is given).
     """
     file = _open(path)
-    segments = list(_segments(file, path))
-    rest = file.size - (segments[-1].end if segments else 0)
-    if rest or not segments:
-        raise TraceError(
-            f"{path}: the last {rest} bytes are no whole request; record into it with --resume, which keeps its "
-            f"{len(segments)} whole segments, or record it again"
-        )
-    _check_fingerprint(path, segments[0].meta, fingerprint)
-    return Trace(segments[0].meta, FileRows(path, file, segments))
+    try:
+        segments = list(_segments(file, path))
+        rest = file.size - (segments[-1].end if segments else 0)
+        if rest or not segments:
+            raise TraceError(
+                f"{path}: the last {rest} bytes are no whole request; record into it with --resume, which keeps its "
+                f"{len(segments)} whole segments, or record it again"
+            )
+        _check_fingerprint(path, segments[0].meta, fingerprint)
+        return Trace(segments[0].meta, FileRows(path, file, segments))
+    except BaseException:
+        file.close()
+        raise
 
 
 class TraceWriter:
@@ -235,6 +243,8 @@ def _meta_of(metadata: Mapping[str, str], path: Path) -> TraceMeta:
         meta = TraceMeta(metadata["fingerprint"], layers, *sizes, metadata.get("conditions", ""))
         if not layers or not 1 <= meta.top_k <= meta.num_experts:
             raise ValueError(f"{len(layers)} layers, top-{meta.top_k} of {meta.num_experts}")
+        if layers[0] < 0 or list(layers) != sorted(set(layers)):
+            raise ValueError(f"layers {list(layers)}, not in ascending order from 0 on")
     except (KeyError, TypeError, ValueError) as error:
         raise TraceError(f"{path}: is no trace of this version ({error!r}, wanted {FORMAT!r}); {AGAIN}") from error
     return meta

@@ -64,8 +64,8 @@ def test_the_books_agree_with_the_device(
             with pytest.raises(IntegrityError, match=f"may miss {width} experts; {slots} slots"):
                 device.step(chosen, tokens)
             return
-        if rng.random() < 0.3 and moe_layers is None:  # an ordinary step between them
-            rig.run(Phase.DECODE, [chosen[layer] for layer in layers], tokens=tokens)
+        if rng.random() < 0.3 and moe_layers is None:  # an ordinary step or a prompt between them
+            rig.run(rng.choice(list(Phase)), [chosen[layer] for layer in layers], tokens=tokens)
         before = rig.stats()
         hits = device.step(chosen, tokens)
         misses, after = sum(map(len, chosen.values())) - hits, rig.stats()
@@ -113,6 +113,38 @@ def test_what_a_step_has_used_is_worth_less_once_a_prompt_has_come() -> None:
     rig.prefill([[4, 5]], tokens=1)
     device.step({0: [4, 5]}, tokens=1)
     assert rig.resident() == {ExpertId(0, expert) for expert in (2, 3, 4, 5)}
+
+
+def guessed_again() -> tuple[Rig, FakeDevice]:
+    """A step has used an expert and given it up while it ran; now it comes into the same slot again, as a guess."""
+    teller = Teller(lambda layer: certain(12, [7] if layer == 0 else []))
+    longest_unused_first = replace(get_policy("lookahead"), eviction=get_policy("lru").eviction)
+    rig = Rig(longest_unused_first, layers=2, experts=12, top_k=1, slots=16, predictor=teller)
+    for first, second in [*((number, number) for number in range(7)), (7, 6), (8, 6)]:
+        rig.decode([[first], [second]])
+    for number in (1, 2, 3, 4, 5, 6):  # all but those in slots 0, 1 and, third, 14
+        rig.decode([[number], [number]])
+    slot = rig.table.slot_of(ExpertId(0, 7))
+    device = FakeDevice(rig, gap_s=9.0)
+    device.step({0: [1], 1: [7]}, tokens=1)
+    assert device.step({0: [7], 1: [7]}, tokens=1) == 2
+    assert rig.table.slot_of(ExpertId(0, 7)) == slot and rig.table.state(slot) is SlotState.LOADING
+    return rig, device
+
+
+def test_what_a_step_has_used_may_be_a_guess_again_when_a_prompt_comes() -> None:
+    rig, device = guessed_again()
+    rig.prefill([[1], [2]], tokens=1)
+    assert device.step({0: [1], 1: [2]}, tokens=1) == 2
+
+
+def test_a_guess_that_a_step_has_used_before_it_was_one_is_yet_to_come_true() -> None:
+    rig, device = guessed_again()
+    before = rig.stats()
+    device.step({0: [1], 1: [7]}, tokens=1)
+    assert rig.stats().bytes.prefetched_useful == before.bytes.prefetched_useful
+    device.step({0: [7], 1: [7]}, tokens=1)
+    assert rig.stats().bytes.prefetched_useful == before.bytes.prefetched_useful + rig.store.layout.slot_bytes
 
 
 def test_a_step_keeps_an_eighth_of_the_slots_free() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -192,6 +193,29 @@ def test_a_tensor_of_the_wrong_shape_is_refused(tmp_path):
         open_trace(path)
 
 
+@pytest.mark.parametrize("layers", [[2, 0, 3], [0, 2, 2], [-1, 2, 3], []])
+def test_layers_that_no_pass_goes_through_are_refused(tmp_path, layers):
+    trace = small_trace(lengths=[(12, 2)])
+    save_trace(trace, tmp_path / "one")
+    with safe_open(tmp_path / "one", "numpy") as file:
+        about = {**file.metadata(), "layers": json.dumps(layers)}
+    save_file({name: trace.read(name) for name in trace.meta.columns()}, tmp_path / "t", metadata=about)
+    with pytest.raises(TraceError, match="is no trace of this version"):
+        open_trace(tmp_path / "t")
+
+
+def test_a_trace_that_is_refused_is_closed(tmp_path):
+    path = tmp_path / "t"
+    save_trace(small_trace(), path)
+    with pytest.raises(TraceError, match="another model"):
+        open_trace(path, "b")
+    for content in (path.read_bytes()[:-1], b"", b"no trace"):
+        path.write_bytes(content)
+        with pytest.raises(TraceError):
+            open_trace(path)
+    assert str(path) not in [os.path.realpath(one) for one in Path("/proc/self/fd").iterdir()]
+
+
 def test_many_experts_and_scores_beyond_half_precision(tmp_path):
     trace = small_trace(TraceMeta("f", (1, 2), num_experts=300, top_k=3), [(2, 1)])
     layers = dict(trace[0].layers)
@@ -236,6 +260,7 @@ def test_a_request_of_many_is_read_without_a_look_at_the_others(tmp_path):
         ("requests", [[4, 5], [5, 3], [3, 1]], "requests without a prompt"),
         ("requests", np.zeros((0, 2)), "or none"),
         ("topk_ids.2", [[0, 6]] * 12, "topk_ids.2 has expert 6 of 6"),
+        ("topk_ids.2", [[0, 1]] * 11 + [[5, 5]], "topk_ids.2 has a token that chose an expert twice"),
         ("lookahead.3", [[0.0] * 5 + [np.nan]] * 12, "lookahead.3 has values that are no numbers"),
     ],
 )
