@@ -66,7 +66,8 @@ class Chosen:
     @cached_property
     def plan(self) -> RoutePlan:
         """The same for the model's ops."""
-        return route_plan(torch.tensor(self._ids_BK), torch.full((1 + max(self.places),), -1, dtype=torch.int32))
+        no_slots_E = torch.full((1 + max(self.places),), -1, dtype=torch.int32, device="cpu")
+        return route_plan(torch.tensor(self._ids_BK, device="cpu"), no_slots_E)
 
 
 class CompiledExperts:

@@ -122,7 +122,7 @@ def _compiler_fault() -> str | None:
     if not can_compile():
         return f"there is no {cpp_compiler()!r}"
     try:
-        CpuCompiler().record(lambda: torch.ones(64) + 1)
+        CpuCompiler().record(lambda: torch.ones(64, device="cpu") + 1)
     except CompilerError as error:
         return f"{cpp_compiler()!r} fails ({error})"
     return None

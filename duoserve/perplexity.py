@@ -44,7 +44,7 @@ def score(model: MoEModel, token_ids: Sequence[int]) -> TextScore:
     The model must take WINDOW tokens at once.
     """
     check_length(token_ids)
-    ids_T, nats, known = torch.tensor(token_ids), 0.0, 1
+    ids_T, nats, known = torch.tensor(token_ids, device="cpu"), 0.0, 1
     while known < len(ids_T):
         start = max(0, known - OVERLAP)
         window_T = ids_T[start : start + WINDOW]

@@ -26,7 +26,11 @@ class RecordedChoices:
         self.ids_NBK = recorder.host(shape, torch.int64)
         self._weights_NBK = recorder.host(shape, torch.float32)
         scores_shape = (num_scores, num_sequences, blocks[0].num_experts)
-        self._scores_MBE = recorder.host(scores_shape, torch.float32) if num_scores else torch.empty(scores_shape)
+        self._scores_MBE = (
+            recorder.host(scores_shape, torch.float32)
+            if num_scores
+            else torch.empty(scores_shape, dtype=torch.float32, device="cpu")
+        )
 
     def bring(self, chosen: Sequence[Routed]) -> None:
         """While the step is recorded, adds the copies of the choices to the host, and of what listeners want."""

@@ -127,7 +127,7 @@ def penalize_repetition(scores_V: Tensor, context: Sequence[int], penalty: float
     if penalty == 1.0:
         return scores_V
     head = len(scores_V)  # which may have fewer rows than the embedding
-    seen = torch.tensor(sorted({token for token in context if token < head}), dtype=torch.int64)
+    seen = torch.tensor(sorted({token for token in context if token < head}), dtype=torch.int64, device="cpu")
     old = scores_V[seen]
     return scores_V.index_copy(0, seen, torch.where(old < 0, old * penalty, old / penalty))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ import torch
 
 import duoserve.placement
 from duoserve import CheckpointError, ConfigError, MoEModel
+from duoserve.config import EngineConfig
 from duoserve.models.described import described
+from duoserve.models.opened import opened
+from duoserve.models.registry import FAMILIES
 from duoserve.placement import Placement
 from tests.checkpoints import save_mixtral
+from tests.models.cases import FAMILIES as CASES
+from tests.models.cases.case import SMALL
 from tests.small_tokenizers import byte_level_tokenizer
 
 LOOKED_FOR = (
@@ -89,3 +95,35 @@ def test_a_mode_that_the_device_does_not_have_is_refused_before_anything_large_i
     monkeypatch.setattr(duoserve.placement, "free_bytes", lambda _: 1 << 30)
     with pytest.raises(ConfigError, match=f"decode_mode='{mode}' .* the device is {device}: use 'auto'"):
         MoEModel.from_pretrained(folder, device=device, decode_mode=mode)
+
+
+TOO_LARGE = {  # for a GPU: the family, its config, and the one field that is as large as can be, or larger
+    "qwen3_moe-hidden": ({"head_dim": 8}, "hidden_size", 32768, "hidden size"),
+    "qwen3_moe-experts": ({}, "num_experts", 1023, "number of experts"),
+    "qwen3_moe-heads": ({}, "head_dim", 256, "head dimension"),
+    "deepseek_v3-queries": ({}, "q_lora_rank", 32768, "rank of queries"),
+    "deepseek_v2-latent": ({}, "kv_lora_rank", 512, "rank of keys and values"),
+    "deepseek_v2-rotated": ({}, "qk_rope_head_dim", 128, "number of rotated dimensions"),
+}
+
+
+@pytest.mark.parametrize("case", TOO_LARGE)
+def test_sizes_that_only_cpus_compute_are_refused_for_a_gpu(
+    case: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duoserve.placement, "resolve_device", torch.device)
+    changes, field, most, name = TOO_LARGE[case]
+    model_type = case.partition("-")[0]
+    (family,) = (family for family in FAMILIES if family.model_type == model_type)
+    raw = SMALL | dict(CASES[model_type].base) | changes
+
+    def place(number: int, device: str) -> Placement:
+        config = family.parse_config(raw | {field: number})
+        with opened(folder) as found:
+            return Placement.of(replace(found, config=config), EngineConfig(device=device))
+
+    beyond = 2 * most
+    assert place(most, "cuda").device.type == "cuda"
+    assert place(beyond, "cpu").device.type == "cpu"
+    with pytest.raises(ConfigError, match=rf"{name} is {beyond} \(a GPU takes up to {most}\) .*device='cpu'"):
+        place(beyond, "cuda")

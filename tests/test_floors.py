@@ -19,9 +19,10 @@ import pytest
 
 FLOORS = """
 F0  errors  architecture  config  timeline  metrics
-F1  kernels/checks  kernels/matmul  kernels/bf12  kernels/weights  kernels/host_rows  kernels/routing  kernels/paging
-    kernels/reference_dequant  kernels/reference_codes  kernels/reference_small  kernels/reference_attention
-    kernels/experts_together  kernels/reference  kernels/reference_copies  kernels/numerics  kernels/configs
+F1  kernels/checks  kernels/limits  kernels/matmul  kernels/bf12  kernels/weights  kernels/host_rows  kernels/routing
+    kernels/paging  kernels/reference_dequant  kernels/reference_codes  kernels/reference_small
+    kernels/reference_attention  kernels/experts_together  kernels/reference  kernels/reference_copies
+    kernels/numerics  kernels/configs
     kernels/dequant  kernels/moe_checks  kernels/route  kernels/moe_store  kernels/moe_bf12  kernels/moe_gemm
     kernels/moe_both  kernels/moe_gemv  kernels/moe_fill  kernels/copies  kernels/combine  kernels/router
     kernels/norm  kernels/rope  kernels/cache_rows  kernels/attention_gqa  kernels/attention_mla

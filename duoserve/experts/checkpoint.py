@@ -104,7 +104,7 @@ class Checkpoint:
         CheckpointError: unknown, unreadable, truncated.
         """
         info = self.info(name).part(entry)
-        out = torch.empty(info.shape, dtype=dtype or info.dtype)
+        out = torch.empty(info.shape, dtype=dtype or info.dtype, device="cpu")
         self.read_into(name, out, entry)
         return out
 
@@ -177,7 +177,7 @@ class Checkpoint:
         """Reads and copies by blocks of rows, so that no second whole matrix is held."""
         row_bytes = info.nbytes // len(out)
         block = max(1, _STAGE_ELEMENTS * info.dtype.itemsize // row_bytes)
-        stage = torch.empty((min(block, len(out)), *out.shape[1:]), dtype=info.dtype)
+        stage = torch.empty((min(block, len(out)), *out.shape[1:]), dtype=info.dtype, device="cpu")
         for start in range(0, len(out), block):
             rows = stage[: len(out) - start]
             self._read_bytes(info, rows, start * row_bytes)

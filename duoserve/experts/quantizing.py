@@ -42,7 +42,7 @@ class QuantizingStore(ExpertStore):
         # A search takes all cores, so that who reads beside it would stop it at every one of its barriers.
         self._turns = threading.Semaphore(BF12_AT_A_TIME if self._search is None else 1)
         self._lock = threading.Lock()
-        self._squares_2 = torch.zeros(2, dtype=torch.float64)
+        self._squares_2 = torch.zeros(2, dtype=torch.float64, device="cpu")
 
     @property
     def weight_error(self) -> float:
@@ -53,7 +53,7 @@ class QuantizingStore(ExpertStore):
 
     def read(self, expert: ExpertId, row_B: Tensor) -> None:
         """As in ExpertStore."""
-        weights, squares_2 = self.layout.weights(row_B[None]), torch.zeros(2, dtype=torch.float64)
+        weights, squares_2 = self.layout.weights(row_B[None]), torch.zeros(2, dtype=torch.float64, device="cpu")
         fill = (self._search or _Bf12()).fill
         with self._turns:
             for w_ND, first, name in self._floats(expert):
@@ -98,4 +98,4 @@ class _Bf12:
             here = slice(rows.start + start, rows.start + start + len(bits_ND))
             np.copyto(matrix.data_SNB[0, here].numpy(), data_NB)
             matrix.scales_SGN[0, 0, here] = torch.from_numpy(scales_N)
-        return torch.zeros(2, dtype=torch.float64)
+        return torch.zeros(2, dtype=torch.float64, device="cpu")

@@ -24,7 +24,7 @@ def aligned_rows(n: int, row_bytes: int) -> Tensor:
         raise ValueError(f"rows of {row_bytes} bytes cannot all start on a multiple of {ROW_ALIGNMENT} bytes")
     nbytes = n * row_bytes
     if nbytes == 0:
-        return torch.empty((n, row_bytes), dtype=torch.uint8)
+        return torch.empty((n, row_bytes), dtype=torch.uint8, device="cpu")
     try:
         flat_B = _huge_pages(nbytes)
     except (OSError, OverflowError) as error:
@@ -42,7 +42,7 @@ class DenseMemory:
     def __init__(self, sizes: Iterable[int]) -> None:
         nbytes = sum(_aligned(size) for size in sizes)
         try:
-            self._memory_B = _huge_pages(nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
+            self._memory_B = _huge_pages(nbytes) if nbytes else torch.empty(0, dtype=torch.uint8, device="cpu")
         except (OSError, OverflowError) as error:
             raise MemoryBudgetError(
                 f"the dense weights need {nbytes} bytes of RAM, which the system refused ({error})"

@@ -27,8 +27,8 @@ Loops = Callable[..., None]  # of a search and what it takes
 INT4_SPANS = tuple(1 - step / 32 for step in range(12))
 INT8_SPANS = tuple(1 - step / 64 for step in range(8))
 INT4_MOST, INT8_MOST = 15, 127
-INT4_SPANS_S1 = torch.tensor(INT4_SPANS)[:, None]
-INT8_SHARES_S1 = torch.tensor(INT8_SPANS)[:, None] / INT8_MOST
+INT4_SPANS_S1 = torch.tensor(INT4_SPANS, dtype=torch.float32, device="cpu")[:, None]
+INT8_SHARES_S1 = torch.tensor(INT8_SPANS, dtype=torch.float32, device="cpu")[:, None] / INT8_MOST
 
 
 def op_by_op(search: Callable[..., None], *parts: Tensor) -> None:
@@ -99,9 +99,9 @@ class _Places(NamedTuple):
         return cls(
             w_PX,
             matrix.data_SNB[0, rows].view(len(w_PX), -1),
-            torch.empty(len(w_PX), dtype=matrix.scales_SGN.dtype),
-            torch.empty(len(w_PX), dtype=torch.uint8),
-            *torch.empty(3, len(w_PX)).unbind(),
+            w_PX.new_empty(len(w_PX), dtype=matrix.scales_SGN.dtype),
+            w_PX.new_empty(len(w_PX), dtype=torch.uint8),
+            *w_PX.new_empty(3, len(w_PX), dtype=torch.float32).unbind(),
         )
 
     def search(self, way: Way) -> None:
@@ -166,7 +166,7 @@ def _int4_scales(loops: Loops, w_PX: Tensor, dtype: torch.dtype) -> tuple[Tensor
 
     These are not compiled: a compiler leaves out what rounds a number on its way.
     """
-    low_P, high_P = torch.empty(2, len(w_PX)).unbind()
+    low_P, high_P = w_PX.new_empty(2, len(w_PX), dtype=torch.float32).unbind()
     loops(_int4_range, w_PX, low_P, high_P)
     spanned_SP = (high_P - low_P) * (INT4_SPANS_S1 / INT4_MOST)
     return low_P, high_P, spanned_SP.clamp_(max=torch.finfo(dtype).max).to(dtype)

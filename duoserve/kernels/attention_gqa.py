@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from duoserve.kernels.checks import check_contiguous, check_one_device, check_tensor, require
+from duoserve.kernels.limits import MAX_HEAD_DIM
 from duoserve.kernels.numerics import TRITON_DTYPES, interpreting, to_dtype
 
 FLOATS = tuple(TRITON_DTYPES)
@@ -269,10 +270,10 @@ def decode_attention(
 ) -> Tensor:
     """As the twin in reference_attention.py -> [B, H, D], contiguous.
 
-    Queries and pages have one dtype: float32, float16 or bfloat16; H is a multiple of G; D is at most 256; pages are
-    contiguous; table and lengths are int32 or int64; sinks have any float dtype. Page ids up to each length must be
-    below P, which only the device could check: the caller promises it. What lies beyond is not read, in the table or in
-    the pages, and a length beyond the table counts as the table's. KernelError otherwise.
+    Queries and pages have one dtype: float32, float16 or bfloat16; H is a multiple of G; D is at most MAX_HEAD_DIM;
+    pages are contiguous; table and lengths are int32 or int64; sinks have any float dtype. Page ids up to each length
+    must be below P, which only the device could check: the caller promises it. What lies beyond is not read, in the
+    table or in the pages, and a length beyond the table counts as the table's. KernelError otherwise.
     """
     _check(q_BHD, k_pages_PSGD, v_pages_PSGD, page_table_BM, lengths_B, window, sinks_H)
     batch, num_heads, dim = q_BHD.shape
@@ -335,7 +336,7 @@ def _check(
 ) -> None:
     check_tensor("q", q_BHD, (None, None, None), FLOATS)
     batch, num_heads, dim = q_BHD.shape
-    require(1 <= dim <= 256, f"a head has {dim} dimensions; supported: 1 to 256")
+    require(1 <= dim <= MAX_HEAD_DIM, f"a head has {dim} dimensions; supported: 1 to {MAX_HEAD_DIM}")
     require(q_BHD.stride(2) == 1, f"each head of q must be contiguous; its strides are {q_BHD.stride()}")
     check_tensor("k_pages", k_pages_PSGD, (None, None, None, dim), (q_BHD.dtype,))
     check_tensor("v_pages", v_pages_PSGD, tuple(k_pages_PSGD.shape), (q_BHD.dtype,))

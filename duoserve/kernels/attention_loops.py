@@ -42,7 +42,7 @@ def streamed_attention(
 
 def _rows(pages_M: Tensor, lengths_1: Tensor, page_tokens: int) -> tuple[Tensor, Tensor]:
     """The cache rows of the tokens, and which there are."""
-    places_C = torch.arange(pages_M.shape[0] * page_tokens)
+    places_C = torch.arange(pages_M.shape[0] * page_tokens, device=pages_M.device)
     rows_C = laid_down(pages_M[places_C // page_tokens].long() * page_tokens + places_C % page_tokens)
     seen_C = places_C < lengths_1
     return laid_down(torch.where(seen_C, rows_C, rows_C[0])), seen_C[:, None]

@@ -22,6 +22,7 @@ from duoserve.kernels.attention_gqa import (
     visible_span,
 )
 from duoserve.kernels.checks import check_contiguous, check_one_device, check_tensor, require
+from duoserve.kernels.limits import MAX_LATENT_DIM, MAX_ROTATED_DIM
 from duoserve.kernels.numerics import interpreting, to_dtype
 
 # Query heads of a program, the least that the tensor cores take. 32 would read a page half as often where there are 128
@@ -126,8 +127,8 @@ def mla_decode_attention(
 ) -> Tensor:
     """As the twin in reference_attention.py -> [B, H, L], contiguous.
 
-    Queries and pages have one dtype: float32, float16 or bfloat16; L is at most 512 and R at most 128; pages are
-    contiguous. Table and lengths as in ``decode_attention``. KernelError otherwise.
+    Queries and pages have one dtype: float32, float16 or bfloat16; L is at most MAX_LATENT_DIM and R at most
+    MAX_ROTATED_DIM; pages are contiguous. Table and lengths as in ``decode_attention``. KernelError otherwise.
     """
     _check(q_latent_BHL, q_rope_BHR, latent_pages_PSW, page_table_BM, lengths_B)
     batch, num_heads, latent_dim = q_latent_BHL.shape
@@ -178,8 +179,9 @@ def _check(
     batch, num_heads, latent_dim = q_latent_BHL.shape
     check_tensor("q_rope", q_rope_BHR, (batch, num_heads, None), (q_latent_BHL.dtype,))
     rope_dim = q_rope_BHR.shape[2]
-    fits = 1 <= latent_dim <= 512 and 1 <= rope_dim <= 128
-    require(fits, f"{latent_dim} latent and {rope_dim} rotary dimensions; supported: 1 to 512 and 1 to 128")
+    fits = 1 <= latent_dim <= MAX_LATENT_DIM and 1 <= rope_dim <= MAX_ROTATED_DIM
+    supported = f"1 to {MAX_LATENT_DIM} and 1 to {MAX_ROTATED_DIM}"
+    require(fits, f"{latent_dim} latent and {rope_dim} rotary dimensions; supported: {supported}")
     check_tensor("latent_pages", latent_pages_PSW, (None, None, latent_dim + rope_dim), (q_latent_BHL.dtype,))
     for name, q in (("q_latent", q_latent_BHL), ("q_rope", q_rope_BHR)):
         require(q.stride(2) == 1, f"each head of {name} must be contiguous; its strides are {q.stride()}")

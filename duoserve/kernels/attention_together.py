@@ -53,8 +53,8 @@ def decode_attention_together(
 def _rows(page_table_BM: Tensor, lengths_B: Tensor, longest: int, page_tokens: int) -> tuple[Tensor, Tensor]:
     """The cache rows of each sequence's tokens, and which places have one; others repeat a sequence's first row."""
     starts_BM1 = (page_table_BM[:, : -(-longest // page_tokens)].long() * page_tokens)[:, :, None]
-    rows_BC = (starts_BM1 + torch.arange(page_tokens)).flatten(1)[:, :longest]
-    seen_BC = torch.arange(longest) < lengths_B[:, None]
+    rows_BC = (starts_BM1 + torch.arange(page_tokens, device=starts_BM1.device)).flatten(1)[:, :longest]
+    seen_BC = torch.arange(longest, device=lengths_B.device) < lengths_B[:, None]
     return torch.where(seen_BC, rows_BC, rows_BC[:, :1]), seen_BC
 
 

@@ -67,7 +67,7 @@ class CpuCompiler(Recorder):
 
     def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """As in Recorder."""
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """As in Recorder."""

@@ -44,7 +44,7 @@ class CudaRecorder(Recorder):
 
     def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """As in Recorder: pinned."""
-        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+        return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=True)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """As in Recorder."""

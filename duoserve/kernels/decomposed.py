@@ -40,7 +40,7 @@ def _sort(scores_TE: Tensor, *, stable: bool | None = None, dim: int = -1, desce
     """A router's, where there are few scores: the place of each is the number of those before it. NaN is highest."""
     if scores_TE.dim() != 2 or dim not in {-1, 1} or not (stable and descending) or scores_TE.shape[1] > COUNTED:
         return NotImplemented
-    ids_E = torch.arange(scores_TE.shape[1])
+    ids_E = torch.arange(scores_TE.shape[1], device=scores_TE.device)
     these_TE1, those_T1E = scores_TE[:, :, None], scores_TE[:, None, :]
     those_reach_TEE = (those_T1E >= these_TE1) | those_T1E.isnan()
     these_reach_TEE = (these_TE1 >= those_T1E) | these_TE1.isnan()

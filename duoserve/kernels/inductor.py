@@ -111,7 +111,7 @@ def compile_for_rows(work: Compiled, tensors: Sequence[Tensor], fixed: Sequence[
     with FakeTensorMode(shape_env=shapes):
         sizes = [t.shape if is_fixed else (num_rows, *t.shape[1:]) for t, is_fixed in zip(tensors, fixed, strict=True)]
         examples = [
-            torch.empty_strided(size, tensor.stride(), dtype=tensor.dtype)
+            torch.empty_strided(size, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
             for tensor, size in zip(tensors, sizes, strict=True)
         ]
         graph = make_fx(traced, _allow_non_fake_inputs=True)(num_rows, *examples)

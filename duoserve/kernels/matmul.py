@@ -172,7 +172,9 @@ def _slices_keep_bits(x_TK: Tensor, w_NK: Tensor) -> bool:
 
 def _trial(num_rows: int, num_in: int, num_out: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(num_rows, num_in, generator=generator), torch.randn(num_out, num_in, generator=generator)
+    shapes = (num_rows, num_in), (num_out, num_in)
+    x_TK, w_NK = (torch.randn(s, generator=generator, dtype=torch.float32, device="cpu") for s in shapes)
+    return x_TK, w_NK
 
 
 def _tile_product(x_TK: Tensor, w_KN: Tensor, *, out: Tensor) -> Tensor:
@@ -198,8 +200,8 @@ def _widened(x_TK: Tensor, w_NK: Tensor, product: Callable[..., Tensor] = torch.
     """The float32 ``product``, with the weights widened a block of rows at a time."""
     num_out, num_in = w_NK.shape
     rows = max(1, WIDEN_ELEMENTS // num_in)
-    scratch_BK = torch.empty(min(rows, num_out), num_in)
-    x_wide_TK, out_TN = x_TK.float(), torch.empty(len(x_TK), num_out)
+    x_wide_TK = x_TK.float()
+    scratch_BK, out_TN = x_wide_TK.new_empty(min(rows, num_out), num_in), x_wide_TK.new_empty(len(x_TK), num_out)
     for start in range(0, num_out, rows):
         block_BK = w_NK[start : start + rows]
         wide_BK = scratch_BK[: len(block_BK)].copy_(block_BK)

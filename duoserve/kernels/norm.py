@@ -11,11 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from duoserve.kernels.checks import check_one_device, check_tensor, require
+from duoserve.kernels.limits import MAX_NORMED
 from duoserve.kernels.numerics import TRITON_DTYPES, interpreting, to_dtype
 
 FLOATS = tuple(TRITON_DTYPES)
-# A row stays in registers from its one read to its write: 16 warps hold 64 elements a thread of the widest row.
-MAX_HIDDEN = 32768
 # Narrow rows (the norms of single heads) share a program, up to this many elements.
 TILE_ELEMENTS = 1024
 
@@ -56,8 +55,8 @@ def _rms_norm_kernel(
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """As the twin in reference_small.py -> [..., H], contiguous.
 
-    ``x_TH`` has any shape [..., H] and float32, float16 or bfloat16; the weight has its dtype; H is at most 32768. A
-    row's bits do not depend on the other rows. KernelError otherwise.
+    ``x_TH`` has any shape [..., H] and float32, float16 or bfloat16; the weight has its dtype; H is at most MAX_NORMED.
+    A row's bits do not depend on the other rows. KernelError otherwise.
     """
     rows_TH = _rows(x_TH)
     _check(rows_TH, weight_H)
@@ -90,7 +89,7 @@ def _rows(x_TH: Tensor) -> Tensor:
 def _check(x_TH: Tensor, weight_H: Tensor) -> None:
     check_tensor("x", x_TH, (None, None), FLOATS)
     hidden = x_TH.shape[1]
-    require(0 < hidden <= MAX_HIDDEN, f"x has rows of {hidden} elements; they must have 1 to {MAX_HIDDEN}")
+    require(0 < hidden <= MAX_NORMED, f"x has rows of {hidden} elements; they must have 1 to {MAX_NORMED}")
     check_tensor("weight", weight_H, (hidden,), (x_TH.dtype,))
     require(weight_H.is_contiguous(), f"weight must be contiguous; its strides are {weight_H.stride()}")
     check_one_device(x=x_TH, weight=weight_H)

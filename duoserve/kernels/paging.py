@@ -16,5 +16,5 @@ def context_rows(pages: Sequence[int], length: int, page_tokens: int) -> Tensor 
     used = list(pages[: -(-length // page_tokens)])
     if used == list(range(used[0], used[0] + len(used))):
         return slice(used[0] * page_tokens, used[0] * page_tokens + length)
-    starts_M1 = torch.tensor(used)[:, None] * page_tokens
-    return (starts_M1 + torch.arange(page_tokens)).flatten()[:length]
+    starts_M1 = torch.tensor(used, device="cpu")[:, None] * page_tokens
+    return (starts_M1 + torch.arange(page_tokens, device="cpu")).flatten()[:length]

@@ -216,7 +216,8 @@ def _product(x_RD: Tensor, matrix: Matrix, slot: int, turned: bool = False) -> T
         blocks = (dense(matrix, slot, slice(start, start + rows)) for start in range(0, num_rows, rows))
         return product_of_blocks(x_RD, blocks, num_rows, turned)
     by_codes = matrix.products is Products.FASTEST and multiplies_codes(matrix, x_RD.dtype)
-    x_wide_RD, out_RN = x_RD.float(), torch.empty(len(x_RD), num_rows, device=x_RD.device)
+    x_wide_RD = x_RD.float()
+    out_RN = x_wide_RD.new_empty(len(x_RD), num_rows)
     for start in range(0, num_rows, rows):
         block = slice(start, start + rows)
         if by_codes:

@@ -56,7 +56,8 @@ def _int4_product(x_RD: Tensor, data_NB: Tensor, scales_GN: Tensor, zeros_GN: Te
     num_groups, num_rows = scales_GN.shape
     bytes_NGC = data_NB.view(num_rows, num_groups, -1)
     zeros_NG1 = zeros_GN.T.contiguous().view(torch.int8)[:, :, None]
-    codes_GN2C = torch.empty(num_groups, num_rows, 2, bytes_NGC.shape[2], dtype=_code_dtype())
+    shape = num_groups, num_rows, 2, bytes_NGC.shape[2]
+    codes_GN2C = torch.empty(shape, dtype=_code_dtype(), device=data_NB.device)
     for parity, half_NGC in enumerate((bytes_NGC & 15, bytes_NGC >> 4)):
         codes_GN2C[:, :, parity] = half_NGC.view(torch.int8).sub_(zeros_NG1).transpose(0, 1)
     x_GR2C = x_RD.view(len(x_RD), num_groups, -1, 2).permute(1, 0, 3, 2)
@@ -93,10 +94,10 @@ def _looked_up(bytes_NB: Tensor, form: ExpertFormat) -> Tensor:
 @cache
 def _numbers(form: ExpertFormat) -> Tensor:
     """The bfloat16 numbers that each two bytes stand for, as one integer, for that is what is looked up fast."""
-    bytes_W2 = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.uint8).view(-1, 2)
+    bytes_W2 = torch.arange(1 << 16, dtype=torch.int32, device="cpu").to(torch.uint16).view(torch.uint8).view(-1, 2)
     if form is ExpertFormat.FP8:
         return bytes_W2.view(torch.float8_e4m3fn).bfloat16().view(torch.int32).flatten()
-    return torch.tensor(E2M1, dtype=torch.bfloat16)[unpack(bytes_W2).int()].view(torch.int64).flatten()
+    return torch.tensor(E2M1, dtype=torch.bfloat16, device="cpu")[unpack(bytes_W2).int()].view(torch.int64).flatten()
 
 
 def _code_dtype() -> torch.dtype:

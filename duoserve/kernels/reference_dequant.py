@@ -45,7 +45,7 @@ def _decoded(matrix: Matrix, slot: int, rows: slice) -> Tensor:
         return matrix.unpack(Bf12Rows.of(data_NB, scales_GN[0], matrix.inner))
     codes_ND = unpack(data_NB)
     if matrix.format is ExpertFormat.MXFP4:
-        values_ND = torch.tensor(E2M1, device=data_NB.device)[codes_ND.int()]
+        values_ND = torch.tensor(E2M1, dtype=torch.float32, device=data_NB.device)[codes_ND.int()]
         return values_ND * _per_element(scales_GN.view(torch.float8_e8m0fnu).float(), matrix.group)
     assert matrix.zeros_SGN is not None
     offset_ND = codes_ND.float() - _per_element(matrix.zeros_SGN[slot][:, rows].float(), matrix.group)

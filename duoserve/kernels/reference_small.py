@@ -35,8 +35,8 @@ def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float
 
 
 def rope_frequencies(dim: int, theta: float) -> Tensor:
-    """``1 / theta^(2i/R)``, float32 [R/2], of R = ``dim`` rotated dimensions. Source: Su et al. (2021)."""
-    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    """``1 / theta^(2i/R)``, float32 [R/2] on the CPU, of R = ``dim`` rotated dimensions. Source: Su et al. (2021)."""
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
 
 
 def rope_table(

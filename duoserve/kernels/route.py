@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from duoserve.kernels.checks import check_contiguous, check_one_device, check_tensor, require
+from duoserve.kernels.limits import MAX_EXPERTS
 from duoserve.kernels.routing import DeviceWork, RoutePlan
 
 # One CTA sorts up to this many rows by comparing each with all: 2 us of compares at 512. Above it, blocks of rows.
@@ -19,7 +20,6 @@ SMALL_ROWS = 512
 BLOCK_ROWS = 256
 CHUNK = 32  # rows compared at a time: a BLOCK_ROWS x CHUNK tile of compares stays in registers
 SCAN = 1024
-MAX_EXPERTS = 1023
 
 
 @triton.jit

@@ -83,7 +83,8 @@ class HostWork:
         unused = [-1] * (self.num_entries - len(self.host_pairs))
         experts, slots = ([*(pair[i] for pair in self.host_pairs), *unused] for i in (0, 1))
         on_gpu = torch.device(self.device).type == "cuda"
-        table = torch.tensor([*experts, *slots, len(self.host_pairs)], dtype=torch.int32, pin_memory=on_gpu)
+        entries = [*experts, *slots, len(self.host_pairs)]
+        table = torch.tensor(entries, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
         return torch.split_with_sizes(table.to(self.device, non_blocking=True), [self.num_entries, self.num_entries, 1])
 
 

@@ -13,7 +13,9 @@ from duoserve.kernels.bf12 import LEAST, Bf12Rows, signed
 # Rows that are read side by side: a core then asks for more memory at a time (bench/LOG.md has what that is worth).
 STREAMS = (8, 4, 2, 1)
 CODES_IN_WORD, CODE_BITS = 8, 4
-PLACE_FACTORS = torch.tensor([2.0 ** (-CODE_BITS * place) for place in range(CODES_IN_WORD - 1)] + [1.0])
+PLACE_FACTORS = torch.tensor(
+    [2.0 ** (-CODE_BITS * place) for place in range(CODES_IN_WORD - 1)] + [1.0], dtype=torch.float32, device="cpu"
+)
 
 
 def streamed_product(w_NK: Tensor, x_K: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def _(q_latent_BHL: Tensor, *_rest: Any) -> Tensor:
 
 def _write_rows(values_TW: Tensor, pages_PSW: Tensor, rows_T: Tensor) -> None:
     """Padding, whose rows are negative and last, writes what the first token writes: a row less is another shape."""
-    source_T = torch.where(rows_T < 0, 0, torch.arange(rows_T.shape[0]))
+    source_T = torch.where(rows_T < 0, 0, torch.arange(rows_T.shape[0], device=rows_T.device))
     rows_T, page_tokens = rows_T[source_T], pages_PSW.shape[1]
     # Not into a view of the pages: before 2.13, PyTorch's compiler copied all of them there and back for that.
     pages_PSW.index_put_((rows_T // page_tokens, rows_T % page_tokens), values_TW[source_T])

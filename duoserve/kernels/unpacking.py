@@ -30,7 +30,7 @@ class CompiledUnpack:
         """As ``Bf12Rows.dense``."""
         num_rows, inner = rows.signed_ND.shape
         piece = _piece_rows(inner)
-        w_ND, used_PC = torch.empty(num_rows, inner, dtype=torch.bfloat16), _used(rows, piece)
+        w_ND, used_PC = rows.signed_ND.new_empty(num_rows, inner, dtype=torch.bfloat16), _used(rows, piece)
         whole = num_rows - num_rows % piece
         for first in range(0, whole, piece):
             rows_P, w_PD = rows.cut(slice(first, first + piece)), w_ND[first : first + piece]
@@ -43,8 +43,9 @@ class CompiledUnpack:
     def prepare(self, inner: int) -> None:
         """Compiles what rows of so many weights take, which else the first of them would wait for."""
         piece = _piece_rows(inner)
-        rows_P = Bf12Rows.of(torch.zeros(piece, row_bytes(inner), dtype=torch.uint8), torch.zeros(piece), inner)
-        w_PD = torch.empty(piece, inner, dtype=torch.bfloat16)
+        data_PB = torch.zeros(piece, row_bytes(inner), dtype=torch.uint8, device="cpu")
+        rows_P = Bf12Rows.of(data_PB, data_PB.new_zeros(piece, dtype=torch.float32), inner)
+        w_PD = data_PB.new_empty(piece, inner, dtype=torch.bfloat16)
         self._loops.prepare(_unpack, *rows_P, w_PD, _used(rows_P, piece))
 
 
@@ -63,7 +64,7 @@ def _piece_rows(inner: int) -> int:
 
 
 def _used(rows: Bf12Rows, piece: int) -> Tensor:
-    return torch.empty(piece, rows.columns_NC.shape[1], dtype=torch.bool)
+    return rows.columns_NC.new_empty(piece, rows.columns_NC.shape[1], dtype=torch.bool)
 
 
 def _unpack(

@@ -36,14 +36,12 @@ class GroupedQueryAttention:
     ) -> GroupedQueryAttention:
         """From the projections ``q_proj`` to ``o_proj`` and what else the config says there is."""
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        parts = [
-            Linear.load(tensors.under(f"{name}_proj"), width, hidden, config.qkv_bias)
-            for name, width in (("q", queries), ("k", keys), ("v", keys))
-        ]
+        widths = (("q", queries), ("k", keys), ("v", keys))
+        parts = [(tensors.under(f"{name}_proj"), width) for name, width in widths]
         return cls(
             layer=layer,
             config=config,
-            qkv=Linear.stacked(parts),
+            qkv=Linear.load_stacked(parts, hidden, config.qkv_bias),
             norms=_norms(config, eps, tensors),
             sinks_H=tensors("sinks", config.num_heads) if config.sinks else None,
             out=Linear.load(tensors.under("o_proj"), hidden, queries, config.out_bias),

@@ -28,10 +28,14 @@ class Linear:
         return cls(tensors("weight", num_out, num_in), tensors("bias", num_out) if bias else None)
 
     @classmethod
-    def stacked(cls, parts: Sequence[Linear]) -> Linear:
-        """Several of the same input in one product, their outputs side by side."""
-        biases = [part.bias_N for part in parts if part.bias_N is not None]
-        return cls(_joined([part.weight_NK for part in parts]), _joined(biases) if biases else None)
+    def load_stacked(cls, parts: Sequence[tuple[Tensors, int]], num_in: int, bias: bool = False) -> Linear:
+        """Several of the same input in one product, their outputs side by side; of each its tensors and ``num_out``.
+
+        What is read in a row can lie in a row, and be joined without a copy: so all weights come before any bias.
+        """
+        weights = [tensors("weight", num_out, num_in) for tensors, num_out in parts]
+        biases = [tensors("bias", num_out) for tensors, num_out in parts] if bias else []
+        return cls(_joined(weights), _joined(biases) if biases else None)
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         return kernels.linear(x_TK, self.weight_NK, self.bias_N, self.products)
@@ -94,8 +98,8 @@ class FeedForward:
     @classmethod
     def load(cls, tensors: Tensors, hidden: int, intermediate: int) -> FeedForward:
         """From ``gate_proj``, ``up_proj`` and ``down_proj``."""
-        wide = [Linear.load(tensors.under(name), intermediate, hidden) for name in ("gate_proj", "up_proj")]
-        return cls(Linear.stacked(wide), Linear.load(tensors.under("down_proj"), hidden, intermediate))
+        wide = [(tensors.under(name), intermediate) for name in ("gate_proj", "up_proj")]
+        return cls(Linear.load_stacked(wide, hidden), Linear.load(tensors.under("down_proj"), hidden, intermediate))
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         gate_TI, up_TI = self.gate_up(x_TH).chunk(2, dim=-1)

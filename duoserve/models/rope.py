@@ -54,8 +54,9 @@ def _yarn_frequencies(config: RopeConfig, yarn: YarnConfig) -> Tensor:
     first, last = max(first, 0), min(last, config.dim - 1)
     if first == last:
         last += 0.001
-    periods_F = config.theta ** (torch.arange(0, config.dim, 2, dtype=torch.float32) / config.dim)
-    kept_F = 1 - ((torch.arange(len(periods_F), dtype=torch.float32) - first) / (last - first)).clamp(0, 1)
+    periods_F = config.theta ** (torch.arange(0, config.dim, 2, dtype=torch.float32, device="cpu") / config.dim)
+    places_F = torch.arange(len(periods_F), dtype=torch.float32, device="cpu")
+    kept_F = 1 - ((places_F - first) / (last - first)).clamp(0, 1)
     return 1.0 / (yarn.factor * periods_F) * (1 - kept_F) + 1.0 / periods_F * kept_F
 
 

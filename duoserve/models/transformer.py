@@ -113,7 +113,7 @@ class Transformer:
         normed_TH, _ = self.norm.after_adding(delta_TH, x_TH)
         if len(normed_TH) <= LOGIT_ROWS:
             return self._logits(normed_TH)
-        logits_TV = torch.empty(len(normed_TH), len(self.head_VH))
+        logits_TV = torch.empty(len(normed_TH), len(self.head_VH), dtype=torch.float32, device="cpu")
         for start in range(0, len(normed_TH), LOGIT_ROWS):
             block = slice(start, start + LOGIT_ROWS)
             logits_TV[block] = self._logits(normed_TH[block])

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from itertools import chain
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +14,8 @@ from duoserve import MoEModel
 from duoserve.errors import MemoryBudgetError
 from duoserve.experts.rows import DenseMemory
 from duoserve.models.layers import Linear
+from duoserve.models.tensors import Tensors
+from tests.models.cases import FAMILIES
 
 
 def _sizes(*tensors: torch.Tensor) -> list[int]:
@@ -34,31 +41,61 @@ def test_memory_that_the_system_refuses_is_an_error_of_ours() -> None:
         DenseMemory([1 << 60])
 
 
+def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One matrix of all their rows, each part read as it lies."""
+    in_turn = iter(parts)
+    tensors = Tensors(lambda *_: next(in_turn))
+    return Linear.load_stacked([(tensors, len(part)) for part in parts], 16).weight_NK
+
+
 def test_parts_that_lie_side_by_side_are_one_matrix_without_a_copy() -> None:
     parts = [torch.randn(rows, 16) for rows in (4, 8, 2)]
     memory = DenseMemory(_sizes(*parts))
-    kept = [Linear(memory.keep(part)) for part in parts]
-    stacked = Linear.stacked(kept).weight_NK
+    kept = [memory.keep(part) for part in parts]
+    stacked = joined(kept)
     assert torch.equal(stacked, torch.cat(parts))
-    assert stacked.data_ptr() == kept[0].weight_NK.data_ptr()
+    assert stacked.data_ptr() == kept[0].data_ptr()
 
 
 @pytest.mark.parametrize("between", [1, 0], ids=["a tensor between them", "another order"])
 def test_other_parts_are_copied(between: int) -> None:
     parts, other = [torch.randn(rows, 16) for rows in (4, 8)], torch.randn(3)
     memory = DenseMemory(_sizes(*parts, other))
-    kept = [Linear(memory.keep(parts[0]))]
+    kept = [memory.keep(parts[0])]
     if between:
         memory.keep(other)
-    kept.append(Linear(memory.keep(parts[1])))
+    kept.append(memory.keep(parts[1]))
     order = slice(None) if between else slice(None, None, -1)
-    stacked = Linear.stacked(kept[order]).weight_NK
+    stacked = joined(kept[order])
     assert torch.equal(stacked, torch.cat(parts[order]))
-    assert stacked.untyped_storage().data_ptr() != kept[0].weight_NK.untyped_storage().data_ptr()
+    assert stacked.untyped_storage().data_ptr() != kept[0].untyped_storage().data_ptr()
+
+
+def linears(part: object) -> Iterator[Linear]:
+    """Those that a model is made of."""
+    if isinstance(part, Linear):
+        yield part
+    elif isinstance(part, tuple):
+        yield from chain.from_iterable(map(linears, part))
+    elif is_dataclass(part):
+        yield from chain.from_iterable(linears(getattr(part, field.name)) for field in fields(part))
+
+
+def matrices_elsewhere(folder: Path | str) -> list[torch.Size]:
+    """The shapes of the dense matrices and biases of a loaded model that do not lie where its embedding does."""
+    with MoEModel.from_pretrained(folder, expert_slots=12) as model, model.lend() as runtime:
+        transformer = runtime.engine._passes._model
+        memory = transformer.embed_VH.untyped_storage().data_ptr()
+        parts = [part for linear in linears(transformer.layers) for part in (linear.weight_NK, linear.bias_N)]
+        assert len(parts) > 2 * len(transformer.layers)
+        used = [part for part in parts if part is not None]
+        return [part.shape for part in used if part.untyped_storage().data_ptr() != memory]
 
 
 def test_the_weights_of_a_loaded_model_lie_in_one_memory() -> None:
-    with MoEModel.from_pretrained("bard", expert_slots=12) as model, model.lend() as runtime:
-        transformer = runtime.engine._passes._model
-        weights = [transformer.embed_VH, *(layer.attention.qkv.weight_NK for layer in transformer.layers)]
-        assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+    assert matrices_elsewhere("bard") == []
+
+
+@pytest.mark.parametrize(("model_type", "case"), [(family, cases.hard) for family, cases in FAMILIES.items()])
+def test_so_they_do_in_every_family(model_type: str, case: str, tmp_path: Path) -> None:
+    assert matrices_elsewhere(FAMILIES[model_type].save(tmp_path, case)) == []

@@ -105,8 +105,8 @@ def test_a_list_goes_to_a_gpu_from_pinned_memory_and_nobody_waits(monkeypatch: p
             assert (device, non_blocking) == ("cuda", True)
             return self.as_subclass(torch.Tensor)
 
-    def tensor(numbers: list[int], *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
-        assert pin_memory
+    def tensor(numbers: list[int], *, dtype: torch.dtype, device: str, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory and device == "cpu"
         return made(numbers, dtype=dtype).as_subclass(Pinned)
 
     monkeypatch.setattr(torch, "tensor", tensor)

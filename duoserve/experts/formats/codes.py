@@ -118,7 +118,8 @@ class Codes(NamedTuple):
     @property
     def data_NB(self) -> Tensor:
         """The bytes, in memory of their own."""
-        out_NB = torch.empty(self.data.shape, dtype=torch.int8 if self.format is ExpertFormat.INT8 else torch.uint8)
+        dtype = torch.int8 if self.format is ExpertFormat.INT8 else torch.uint8
+        out_NB = torch.empty(self.data.shape, dtype=dtype, device="cpu")
         self.data.write(out_NB, Scratch())
         return out_NB
 

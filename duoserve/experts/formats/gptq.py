@@ -64,7 +64,7 @@ class Gptq(WeightFormat):
         """The features group by group (int64); CheckpointError unless groups are as large as they should be."""
         order_D = torch.argsort(g_idx_D, stable=True)
         inner = len(order_D)
-        in_groups_D = torch.arange(inner) // self.groups.of(inner)
+        in_groups_D = torch.arange(inner, device="cpu") // self.groups.of(inner)
         if not torch.equal(g_idx_D[order_D], in_groups_D.int()):
             raise CheckpointError(f"g_idx does not put {inner} features into groups of {self.groups.of(inner)}")
         if not self.ordered and not torch.equal(g_idx_D, in_groups_D.int()):

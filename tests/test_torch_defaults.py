@@ -1,0 +1,110 @@
+"""What a program makes torch's defaults, even on another thread while it loads a model, shows in no result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from duoserve import MoEModel, SamplingParams, kernels
+from duoserve.experts.checkpoint import Checkpoint
+from duoserve.experts.layout import Quantized
+from duoserve.kernels import HostWork, matmul
+from duoserve.kernels.weights import ExpertFormat
+from duoserve.sampling import Sampler
+from tests.checkpoints import save_mixtral
+from tests.experts.test_quantizing import INT4_128, quantized, random_matrix
+
+BF16 = torch.bfloat16
+PROMPT = [(7 * i * i + 3 * i) % 95 + 1 for i in range(300)]  # more than logits are made for at a time
+SAMPLED = SamplingParams(max_tokens=8, seed=3, repetition_penalty=1.2, ignore_eos=True)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+DEFAULTS = {
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(BF16),
+    "meta": lambda: torch.device("meta"),
+}
+each_default = pytest.mark.parametrize("default", DEFAULTS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_mixtral(tmp_path_factory.mktemp("model"), max_position_embeddings=512)
+
+
+def results(folder: Path, quantize: str | None) -> tuple[Tensor, list[list[int]]]:
+    with MoEModel.from_pretrained(folder, quantize=quantize, expert_slots=12) as model:
+        together = model.generate([PROMPT[:20], PROMPT[30:33]], SAMPLED)
+        return model.forward(PROMPT), [done.token_ids for done in together]
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@each_default
+def test_a_model_has_the_same_logits_and_tokens(default: str, quantize: str | None, folder: Path) -> None:
+    logits_TV, tokens = results(folder, quantize)
+    with DEFAULTS[default]():
+        found_TV, found = results(folder, quantize)
+    assert found_TV.dtype is torch.float32
+    assert torch.equal(found_TV, logits_TV)
+    assert found == tokens
+
+
+@each_default
+def test_products_whose_weights_are_widened_stay_as_they_are(default: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "has_native_matmul", lambda dtype: False)
+    x_TK, w_NK = torch.randn(20, 48).to(BF16), torch.randn(40, 48).to(BF16)
+    wanted_TN = kernels.linear(x_TK, w_NK)
+    with DEFAULTS[default]():
+        assert torch.equal(kernels.linear(x_TK, w_NK), wanted_TN)
+
+
+@pytest.mark.parametrize("stored", [INT4_128, Quantized(ExpertFormat.INT8)], ids=["int4", "int8"])
+@pytest.mark.parametrize("default", ["float64", "bfloat16"])
+def test_quantized_weights_stay_as_they_are(default: str, stored: Quantized) -> None:
+    w_ND = random_matrix(3)
+    wanted = quantized(w_ND, stored)
+    with DEFAULTS[default]():
+        found = quantized(w_ND, stored)
+    assert torch.equal(found.data_NB, wanted.data_NB)
+    assert torch.equal(found.scales_GN, wanted.scales_GN)
+
+
+@each_default
+def test_a_tensor_of_a_checkpoint_is_read_into_host_memory(default: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    stored = torch.randn(6, 9)
+    save_file({"a": stored}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    with DEFAULTS[default]():
+        read, converted = checkpoint.read("a"), checkpoint.read("a", torch.float16)
+    checkpoint.close()
+    assert torch.equal(read, stored)
+    assert torch.equal(converted, stored.half())
+
+
+@each_default
+def test_lists_of_the_host_stay_there(default: str) -> None:
+    logits_V = torch.tensor([0.0, 1.0, 2.0])
+    with DEFAULTS[default]():
+        rows_C, work = kernels.context_rows([3, 1], 6, page_tokens=4), HostWork.of([(2, 5)])
+        token = Sampler(SamplingParams(temperature=0.0, repetition_penalty=9.0), 3)(logits_V, [2])
+    assert isinstance(rows_C, Tensor)
+    assert rows_C.tolist() == [12, 13, 14, 15, 4, 5]
+    assert [part.tolist() for part in (work.experts_W, work.slots_W, work.count_1)] == [[2], [5], [1]]
+    assert token == 1
