@@ -7,26 +7,23 @@ the left operand of the product, so that the side which tensor cores want wide i
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from duoserve.kernels.checks import require
-from duoserve.kernels.configs import INTERPRETER, GemmConfig, gemm_config, scale_group, shape_class
+from duoserve.kernels.configs import GemmConfig, gemm_config, scale_group, shape_class
 from duoserve.kernels.dequant import codes_of, decode_e2m1, decode_fp8, decode_int4, e8m0
+from duoserve.kernels.machine import machine
 from duoserve.kernels.moe_bf12 import bf12_product
 from duoserve.kernels.moe_checks import check_clamped, check_operands, check_rows, tma_fits
 from duoserve.kernels.moe_store import clamp_operands, store_rows
 from duoserve.kernels.numerics import full_float32, interpreting, matrix_product
 from duoserve.kernels.routing import RoutePlan, Work
 from duoserve.kernels.weights import ClampedUp, ExpertFormat, ExpertWeights, Matrix
-
-INTERPRETED_CTAS = 3  # enough to show a mistake in the persistent loop
 
 
 @triton.jit
@@ -285,14 +282,18 @@ def moe_down(
     _launch(act_RI, weights.w2, plan, work, y_RH, config)
 
 
-@cache
-def machine(device: torch.device) -> tuple[int, int]:
-    """(architecture as in ``gemm_config``, number of SMs) of ``device``."""
-    if device.type != "cuda":
-        require(interpreting(), f"Triton kernels need a GPU, not {device}, or TRITON_INTERPRET=1")
-        return INTERPRETER, INTERPRETED_CTAS
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
+def moe_experts(
+    x_TH: Tensor,
+    weights: ExpertWeights,
+    plan: RoutePlan,
+    work: Work,
+    act_NI: Tensor,
+    y_NH: Tensor,
+    clamped: ClampedUp | None = None,
+) -> None:
+    """``moe_up``, then ``moe_down``, whose errors these are."""
+    moe_up(x_TH, weights, plan, work, act_NI, clamped)
+    moe_down(act_NI, weights, plan, work, y_NH)
 
 
 def choose_config(x: Tensor, matrix: Matrix, plan: RoutePlan) -> GemmConfig:
