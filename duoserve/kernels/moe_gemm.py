@@ -21,7 +21,7 @@ from duoserve.kernels.machine import machine
 from duoserve.kernels.moe_bf12 import bf12_product
 from duoserve.kernels.moe_checks import check_clamped, check_operands, check_rows, tma_fits
 from duoserve.kernels.moe_store import clamp_operands, store_rows
-from duoserve.kernels.numerics import full_float32, interpreting, matrix_product
+from duoserve.kernels.numerics import full_float32, interpreting, matrix_product, step_product
 from duoserve.kernels.routing import RoutePlan, Work
 from duoserve.kernels.weights import ClampedUp, ExpertFormat, ExpertWeights, Matrix
 
@@ -85,7 +85,7 @@ def product(
     UP: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
-    FP8_HARDWARE: tl.constexpr,
+    ARCH: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -113,6 +113,7 @@ def product(
             BN,
             BT,
             BK,
+            ARCH,
             EVEN,
             INTERPRET,
         )
@@ -146,7 +147,7 @@ def product(
                 w_at += BK // PER_BYTE
             x_at += BK
             group = first_k // GROUP * (1 if FORMAT == "fp8" else N) if GROUP else 0
-            w_tile = _decode(w_tile, z_at + group, x.dtype.element_ty, FORMAT, FP8_HARDWARE, INTERPRET)
+            w_tile = _decode(w_tile, z_at + group, x.dtype.element_ty, FORMAT, ARCH >= 89, INTERPRET)
             if (FORMAT != "float") & (x.dtype.element_ty == tl.float32) & (not INTERPRET):
                 w_tile = full_float32(w_tile)
             if GROUP:
@@ -154,7 +155,7 @@ def product(
                 scale = e8m0(scale) if FORMAT == "mxfp4" else scale.to(tl.float32)
                 acc += matrix_product(w_tile, x_tile, tl.zeros((BN, BT), tl.float32), INTERPRET) * scale[:, None]
             else:
-                acc = matrix_product(w_tile, x_tile, acc, INTERPRET)
+                acc = step_product(w_tile, x_tile, acc, FORMAT != "float", ARCH, INTERPRET)
         if FORMAT == "int8":
             acc *= tl.load(s_at)[:, None]
         return acc
@@ -189,7 +190,7 @@ def moe_gemm_kernel(
     CLAMPED: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
-    FP8_HARDWARE: tl.constexpr,
+    ARCH: tl.constexpr,
     WP: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
@@ -234,7 +235,7 @@ def moe_gemm_kernel(
             UP,
             FORMAT,
             GROUP,
-            FP8_HARDWARE,
+            ARCH,
             BN,
             BT,
             BK,
@@ -287,13 +288,13 @@ def moe_experts(
     weights: ExpertWeights,
     plan: RoutePlan,
     work: Work,
-    act_NI: Tensor,
-    y_NH: Tensor,
+    act_RI: Tensor,
+    y_RH: Tensor,
     clamped: ClampedUp | None = None,
 ) -> None:
     """``moe_up``, then ``moe_down``, whose errors these are."""
-    moe_up(x_TH, weights, plan, work, act_NI, clamped)
-    moe_down(act_NI, weights, plan, work, y_NH)
+    moe_up(x_TH, weights, plan, work, act_RI, clamped)
+    moe_down(act_RI, weights, plan, work, y_RH)
 
 
 def choose_config(x: Tensor, matrix: Matrix, plan: RoutePlan) -> GemmConfig:
@@ -356,7 +357,7 @@ def compiled_for(matrix: Matrix, plan: RoutePlan, config: GemmConfig, clamped: C
         "CLAMPED": clamped is not None,
         "FORMAT": matrix.format.value,
         "GROUP": scale_group(matrix.format, matrix.group),
-        "FP8_HARDWARE": arch >= 89,
+        "ARCH": arch,
         "BN": config.block_n,
         "BT": config.block_t,
         "BK": config.block_k,
