@@ -53,9 +53,9 @@ def matrix_product(w_tile, x_tile, acc, INTERPRET: tl.constexpr):
 def step_product(w_tile, x_tile, acc, DECODED: tl.constexpr, ARCH: tl.constexpr, INTERPRET: tl.constexpr):
     """As ``matrix_product``, in a loop; ``DECODED`` says that ``w_tile`` is not as it was loaded.
 
-    Then it is in registers, and wgmma (sm_90) still reads them while the loop goes on: Triton, up to 3.9 at least, has
-    the next step's weights decoded into the same ones meanwhile (issue 9433). It waits for sums that anything but a
-    product takes, so something does: no instruction, but one that the compiler does not see through.
+    Then it is in registers, and wgmma (sm_90) still reads them while the loop goes on: Triton 3.6 and 3.7 have the next
+    step's weights decoded into the same ones meanwhile; 3.9 copies them, which its ptxas might undo (issue 9433). All
+    wait for sums that anything but a product takes, so something does: what to the compiler may be an instruction.
     """
     acc = matrix_product(w_tile, x_tile, acc, INTERPRET)
     if DECODED and ARCH // 10 == 9 and not INTERPRET:

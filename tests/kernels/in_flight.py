@@ -64,7 +64,9 @@ def overwritten(ptx: str) -> list[str]:
         if any(here.written() & group for group in groups):
             found.add(at)
         groups = here.behind(groups)
-        follow = [labels[here.operands]] if here.name.startswith("bra") else []
+        # Blocks of inline assembly have labels of their own, which may have the same name.
+        targets = labels[here.operands] if here.name.startswith("bra") else []
+        follow = sorted(targets, key=lambda there: abs(there - at))[:1]
         if here.guarded or not here.name.startswith(("bra", "ret", "exit", "trap")):
             follow.append(at + 1)
         ways += {(there, groups) for there in follow if there < len(code)} - seen
@@ -76,15 +78,15 @@ def _names(listed: str) -> Registers:
     return frozenset(name.strip() for name in listed.split(",") if name.strip())
 
 
-def _statements(ptx: str) -> tuple[list[Statement], dict[str, int]]:
-    """The instructions, and the index of the one behind each label."""
+def _statements(ptx: str) -> tuple[list[Statement], dict[str, list[int]]]:
+    """The instructions, and the indices of those behind labels of each name."""
     code: list[Statement] = []
-    labels: dict[str, int] = {}
+    labels: dict[str, list[int]] = {}
     for line in re.sub(r"//.*", "", ptx).splitlines():
         for part in line.split(";"):
             text = part.strip().lstrip("{} \t")  # no instruction begins with a brace, but inline assembly has blocks
             if label := LABEL.match(text):
-                labels[label[1]] = len(code)
+                labels.setdefault(label[1], []).append(len(code))
                 text = text[label.end() :]
             if statement := STATEMENT.fullmatch(text):
                 code.append(Statement(text, statement[1] is not None, statement[2], statement[3]))

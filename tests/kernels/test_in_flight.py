@@ -36,6 +36,7 @@ def loop(*body: str) -> str:
         }}"""
 
 
+POLL = "{ .reg .pred done; again: mbarrier.try_wait.parity.shared.b64 done, [%r7], %r8; @!done bra.uni again; }"
 FIRST, SECOND = "cvt.rn.bf16x2.f32 %r1, %f5, %f6;", "ld.shared.v2.b32 {%r2, %r3}, [%rd2];"
 SAFE = {
     "each product is waited for": loop(FIRST, product("%r1"), wait(0)),
@@ -47,6 +48,7 @@ SAFE = {
     "sums, addresses and what is read": loop(
         product("%r1"), "st.shared.b32 [%r1], %r1;", "add.f32 %f1, %f1, %f2;", "setp.eq.b32 %p1|%p2, %r1, 0;"
     ),
+    "two blocks with labels of one name": loop(FIRST, product("%r1"), POLL, wait(0), POLL),
     "a name in a block of its own": loop(
         product("%r1"), "{ .reg .b32 codes; mov.b32 codes, %r1; mov.b32 %r4, codes; }", wait(0)
     ),
