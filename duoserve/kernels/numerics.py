@@ -54,8 +54,8 @@ def step_product(w_tile, x_tile, acc, DECODED: tl.constexpr, ARCH: tl.constexpr,
     """As ``matrix_product``, in a loop; ``DECODED`` says that ``w_tile`` is not as it was loaded.
 
     Then it is in registers, and wgmma (sm_90) still reads them while the loop goes on: Triton 3.6 and 3.7 have the next
-    step's weights decoded into the same ones meanwhile; 3.9 copies them, which its ptxas might undo (issue 9433). All
-    wait for sums that anything but a product takes, so something does: what to the compiler may be an instruction.
+    step's weights decoded into the same ones meanwhile, and the copies of 3.8 are left out by its ptxas (issue 9433).
+    They wait for sums that anything but a product takes, so something does: what may be an instruction, and is none.
     """
     acc = matrix_product(w_tile, x_tile, acc, INTERPRET)
     if DECODED and ARCH // 10 == 9 and not INTERPRET:

@@ -36,11 +36,15 @@ class Statement:
             return frozenset()
         return _names(first[1] or first[2].replace("|", ","))
 
+    def read(self) -> Registers:
+        """The registers that a wgmma reads while it is in flight."""
+        found = READ.match(self.operands) if self.name.startswith("wgmma.mma_async") else None
+        return _names(found[1]) if found else frozenset()
+
     def behind(self, groups: Groups) -> Groups:
         """What is in flight once it was issued."""
         if self.name.startswith("wgmma.mma_async"):
-            read = READ.match(self.operands)
-            return (*groups[:-1], groups[-1] | _names(read[1] if read else ""))
+            return (*groups[:-1], groups[-1] | self.read())
         if self.name.startswith("wgmma.commit_group"):
             committed = (*groups, frozenset[str]())
             # The oldest are waited for together, whatever number is left.
@@ -51,7 +55,11 @@ class Statement:
 
 
 def overwritten(ptx: str) -> list[str]:
-    """The instructions that write a register while some wgmma may read it, on any way through the code."""
+    """The instructions that write a register while some wgmma may read it, on any way through the code.
+
+    Among them are branches back to where the next wgmma of the kind begins: there nothing may be in flight. If what it
+    reads is a copy, made in time, ptxas may leave the copy out, as it does with Triton 3.8.
+    """
     if "wgmma" not in ptx:
         return []
     code, labels = _statements(ptx)
@@ -61,12 +69,13 @@ def overwritten(ptx: str) -> list[str]:
     while ways:
         at, groups = ways.pop()
         here = code[at]
-        if any(here.written() & group for group in groups):
-            found.add(at)
-        groups = here.behind(groups)
         # Blocks of inline assembly have labels of their own, which may have the same name.
         targets = labels[here.operands] if here.name.startswith("bra") else []
         follow = sorted(targets, key=lambda there: abs(there - at))[:1]
+        again = any(step.read() for there in follow for step in code[there:at])
+        if any(here.written() & group for group in groups) or (again and any(groups)):
+            found.add(at)
+        groups = here.behind(groups)
         if here.guarded or not here.name.startswith(("bra", "ret", "exit", "trap")):
             follow.append(at + 1)
         ways += {(there, groups) for there in follow if there < len(code)} - seen
