@@ -42,7 +42,7 @@ grace=50
 serve_grace=80 # the last cell may begin with a long prompt
 steps=${STRESS_STEPS:-10000}
 # Of the tests in tests/kernels those that run nothing on a GPU.
-cpu_only='machine_code|compiled_loops|compiled_ops|decomposed|matmul|reference|tape|token_expert|unpacking|experts_together'
+cpu_only='machine_code|in_flight|compiled_loops|compiled_ops|decomposed|matmul|reference|tape|token_expert|unpacking|experts_together'
 unset TRITON_INTERPRET # which a shell may have left: it would put the kernels on the CPU
 
 within=0 # no limit

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from duoserve.kernels.configs import gemv_config
-from duoserve.kernels.moe_gemm import choose_config, machine, moe_down, moe_up
+from duoserve.kernels.machine import machine
+from duoserve.kernels.moe_gemm import choose_config, moe_down, moe_up
 from duoserve.kernels.moe_gemv import moe_gemv_down, moe_gemv_up
 from duoserve.kernels.route import route_plan
 from duoserve.kernels.routing import RoutePlan

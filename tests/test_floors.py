@@ -22,9 +22,9 @@ F0  errors  architecture  config  timeline  metrics
 F1  kernels/checks  kernels/limits  kernels/matmul  kernels/bf12  kernels/weights  kernels/host_rows  kernels/routing
     kernels/paging  kernels/reference_dequant  kernels/reference_codes  kernels/reference_small
     kernels/reference_attention  kernels/experts_together  kernels/reference  kernels/reference_copies
-    kernels/numerics  kernels/configs
-    kernels/dequant  kernels/moe_checks  kernels/route  kernels/moe_store  kernels/moe_bf12  kernels/moe_gemm
-    kernels/moe_both  kernels/moe_gemv  kernels/moe_fill  kernels/copies  kernels/combine  kernels/router
+    kernels/numerics  kernels/configs  kernels/machine  kernels/dequant  kernels/moe_checks  kernels/route
+    kernels/moe_store  kernels/moe_bf12  kernels/moe_gemm  kernels/moe_gemv  kernels/moe_fill  kernels/copies
+    kernels/combine  kernels/router
     kernels/norm  kernels/rope  kernels/cache_rows  kernels/attention_gqa  kernels/attention_mla
     kernels/triton_ops  kernels/__init__  kernels/recorder  kernels/cuda_graphs  kernels/attention_together
     kernels/streamed  kernels/traced  kernels/attention_loops  kernels/decomposed  kernels/tape  kernels/inductor

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from duoserve.kernels.checks import check_contiguous, check_one_device, check_tensor, require
 from duoserve.kernels.host_rows import ROW_ALIGNMENT, HostRows, check_addresses
-from duoserve.kernels.moe_gemm import machine
+from duoserve.kernels.machine import machine
 from duoserve.kernels.routing import Work
 
 # A link brings its 64 GB/s or so with a latency of about 2 us: 128 KB under way. Sixteen CTAs have 256 KB, and leave

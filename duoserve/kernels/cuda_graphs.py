@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Generic
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -30,11 +31,14 @@ class CudaRecording(Recording[Result], Generic[Result]):
 
 
 class CudaRecorder(Recorder):
-    """Graphs over one pool of memory: they are replayed one after another on the current stream, never side by side."""
+    """Graphs over one pool of memory: they are replayed one after another on the current stream, never side by side.
+
+    A pool ends with the last graph in it and takes no other after that: the graph that follows has a new one.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
         self._stream = torch.cuda.Stream(device)
 
     @property
@@ -63,15 +67,17 @@ class CudaRecorder(Recorder):
             try:
                 result = self._capture(graph, work)
             except BaseException:
-                # A pool ends with its last graph, which may be this one, and takes no other after that.
-                self._pool = torch.cuda.graph_pool_handle()
+                self._graphs.clear()  # the pool is left to those that it has
                 raise
         current.wait_stream(self._stream)
+        self._graphs.add(graph)
         return CudaRecording(graph, result)
 
     def _capture(self, graph: torch.cuda.CUDAGraph, work: Callable[[], Result]) -> Result:
+        others = list(self._graphs)  # held, so that the pool does not end before this graph is in it
+        pool = others[0].pool() if others else torch.cuda.graph_pool_handle()
         # Copy threads go on calling CUDA meanwhile, which the default mode would take for a fault of the capture.
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             result = work()
         except BaseException:

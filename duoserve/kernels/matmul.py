@@ -1,6 +1,9 @@
 """``y = x w^T``, whatever the dtype, by the fastest exact route of this machine; a GPU has but one.
 
-T tokens, K input features, N output features; H heads, B rows of one, D its dimension.
+T tokens, K input features, N output features; H heads, B rows of one, D its dimension. A CPU makes sums in at least
+float32. On CUDA, PyTorch may by default add up in 16 bits what a long sum in half precision was split into; where that
+must not be, set ``torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction`` and
+``allow_bf16_reduced_precision_reduction`` to False: they are the process's, and nothing here changes them.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ def has_native_matmul(dtype: torch.dtype) -> bool:
 
 
 def linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None, products: Products = Products.FASTEST) -> Tensor:
-    """``x_TK @ w_NK.T + bias_N`` -> [T, N] in ``x_TK``'s dtype, accumulated in at least float32.
+    """``x_TK @ w_NK.T + bias_N`` -> [T, N] in ``x_TK``'s dtype; what is summed in, see the top of this file.
 
     The route depends on T, the dtype and the machine only, so equal inputs give equal bits; ``products`` other than
     FASTEST, on a CPU, give a row the bits that it has in a product with any others.
@@ -135,7 +138,7 @@ def by_rows(op: Callable[[Tensor], Tensor], x_TK: Tensor, products: Products) ->
 
 
 def batched_product(x_HBD: Tensor, w_HDN: Tensor, products: Products) -> Tensor:
-    """``x_HBD @ w_HDN`` -> [H, B, N]: of H heads, each with B rows and weights of its own."""
+    """``x_HBD @ w_HDN`` -> [H, B, N]: of H heads, each with B rows and weights of its own; sums as of ``linear``."""
     if products is Products.FASTEST:
         return torch.bmm(x_HBD, w_HDN)
     return torch.cat([torch.bmm(x_HBD[:, b : b + 1], w_HDN) for b in range(x_HBD.shape[1])], dim=1)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from duoserve.kernels.dequant import bf12_unit, decode_bf12
-from duoserve.kernels.numerics import full_float32, matrix_product
+from duoserve.kernels.numerics import full_float32, matrix_product, step_product
 
 
 @triton.jit
@@ -85,6 +85,7 @@ def bf12_product(
     BN: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
+    ARCH: tl.constexpr,
     EVEN: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -115,7 +116,7 @@ def bf12_product(
             low = full_float32(low)
             high = full_float32(high)
         acc = matrix_product(low, low_x, acc, INTERPRET)
-        acc = matrix_product(high, high_x, acc, INTERPRET)
+        acc = step_product(high, high_x, acc, True, ARCH, INTERPRET)
     scale = tl.load(scales + slot * scales_stride + n)
     acc *= (scale * bf12_unit(x.dtype.element_ty))[:, None]
     escapes_at = (row_at + D // 2 * 3).to(tl.pointer_type(tl.bfloat16)) + places_of(D)

@@ -19,9 +19,10 @@ from torch import Tensor
 from duoserve.kernels.checks import check_one_device, check_tensor, require
 from duoserve.kernels.configs import MEDIUM, SMALL, GemmConfig, gemm_config, shape_class
 from duoserve.kernels.host_rows import ROW_ALIGNMENT, HostRows, check_addresses, offset_in_row
+from duoserve.kernels.machine import machine
 from duoserve.kernels.moe_bf12 import bytes_of_row
 from duoserve.kernels.moe_checks import check_clamped, check_operands, check_rows
-from duoserve.kernels.moe_gemm import compiled_for, machine, product
+from duoserve.kernels.moe_gemm import compiled_for, product
 from duoserve.kernels.moe_store import clamp_operands, store_rows
 from duoserve.kernels.routing import RoutePlan, Work
 from duoserve.kernels.weights import ClampedUp, ExpertFormat, ExpertWeights, Matrix
@@ -133,7 +134,7 @@ def moe_fill_kernel(
     CLAMPED: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
-    FP8_HARDWARE: tl.constexpr,
+    ARCH: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -196,7 +197,7 @@ def moe_fill_kernel(
                 UP,
                 FORMAT,
                 GROUP,
-                FP8_HARDWARE,
+                ARCH,
                 BN,
                 BT,
                 BK,

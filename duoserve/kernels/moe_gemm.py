@@ -7,26 +7,23 @@ the left operand of the product, so that the side which tensor cores want wide i
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from duoserve.kernels.checks import require
-from duoserve.kernels.configs import INTERPRETER, GemmConfig, gemm_config, scale_group, shape_class
+from duoserve.kernels.configs import GemmConfig, gemm_config, scale_group, shape_class
 from duoserve.kernels.dequant import codes_of, decode_e2m1, decode_fp8, decode_int4, e8m0
+from duoserve.kernels.machine import machine
 from duoserve.kernels.moe_bf12 import bf12_product
 from duoserve.kernels.moe_checks import check_clamped, check_operands, check_rows, tma_fits
 from duoserve.kernels.moe_store import clamp_operands, store_rows
-from duoserve.kernels.numerics import full_float32, interpreting, matrix_product
+from duoserve.kernels.numerics import full_float32, interpreting, matrix_product, step_product
 from duoserve.kernels.routing import RoutePlan, Work
 from duoserve.kernels.weights import ClampedUp, ExpertFormat, ExpertWeights, Matrix
-
-INTERPRETED_CTAS = 3  # enough to show a mistake in the persistent loop
 
 
 @triton.jit
@@ -88,7 +85,7 @@ def product(
     UP: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
-    FP8_HARDWARE: tl.constexpr,
+    ARCH: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -116,6 +113,7 @@ def product(
             BN,
             BT,
             BK,
+            ARCH,
             EVEN,
             INTERPRET,
         )
@@ -149,7 +147,7 @@ def product(
                 w_at += BK // PER_BYTE
             x_at += BK
             group = first_k // GROUP * (1 if FORMAT == "fp8" else N) if GROUP else 0
-            w_tile = _decode(w_tile, z_at + group, x.dtype.element_ty, FORMAT, FP8_HARDWARE, INTERPRET)
+            w_tile = _decode(w_tile, z_at + group, x.dtype.element_ty, FORMAT, ARCH >= 89, INTERPRET)
             if (FORMAT != "float") & (x.dtype.element_ty == tl.float32) & (not INTERPRET):
                 w_tile = full_float32(w_tile)
             if GROUP:
@@ -157,7 +155,7 @@ def product(
                 scale = e8m0(scale) if FORMAT == "mxfp4" else scale.to(tl.float32)
                 acc += matrix_product(w_tile, x_tile, tl.zeros((BN, BT), tl.float32), INTERPRET) * scale[:, None]
             else:
-                acc = matrix_product(w_tile, x_tile, acc, INTERPRET)
+                acc = step_product(w_tile, x_tile, acc, FORMAT != "float", ARCH, INTERPRET)
         if FORMAT == "int8":
             acc *= tl.load(s_at)[:, None]
         return acc
@@ -192,7 +190,7 @@ def moe_gemm_kernel(
     CLAMPED: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
-    FP8_HARDWARE: tl.constexpr,
+    ARCH: tl.constexpr,
     WP: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
@@ -237,7 +235,7 @@ def moe_gemm_kernel(
             UP,
             FORMAT,
             GROUP,
-            FP8_HARDWARE,
+            ARCH,
             BN,
             BT,
             BK,
@@ -285,14 +283,18 @@ def moe_down(
     _launch(act_RI, weights.w2, plan, work, y_RH, config)
 
 
-@cache
-def machine(device: torch.device) -> tuple[int, int]:
-    """(architecture as in ``gemm_config``, number of SMs) of ``device``."""
-    if device.type != "cuda":
-        require(interpreting(), f"Triton kernels need a GPU, not {device}, or TRITON_INTERPRET=1")
-        return INTERPRETER, INTERPRETED_CTAS
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
+def moe_experts(
+    x_TH: Tensor,
+    weights: ExpertWeights,
+    plan: RoutePlan,
+    work: Work,
+    act_RI: Tensor,
+    y_RH: Tensor,
+    clamped: ClampedUp | None = None,
+) -> None:
+    """``moe_up``, then ``moe_down``, whose errors these are."""
+    moe_up(x_TH, weights, plan, work, act_RI, clamped)
+    moe_down(act_RI, weights, plan, work, y_RH)
 
 
 def choose_config(x: Tensor, matrix: Matrix, plan: RoutePlan) -> GemmConfig:
@@ -355,7 +357,7 @@ def compiled_for(matrix: Matrix, plan: RoutePlan, config: GemmConfig, clamped: C
         "CLAMPED": clamped is not None,
         "FORMAT": matrix.format.value,
         "GROUP": scale_group(matrix.format, matrix.group),
-        "FP8_HARDWARE": arch >= 89,
+        "ARCH": arch,
         "BN": config.block_n,
         "BT": config.block_t,
         "BK": config.block_k,

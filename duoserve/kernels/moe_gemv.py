@@ -14,8 +14,8 @@ from torch import Tensor
 
 from duoserve.kernels.checks import check_contiguous, check_one_device, check_tensor, require
 from duoserve.kernels.configs import GemvConfig, gemv_config
+from duoserve.kernels.machine import machine
 from duoserve.kernels.moe_checks import check_rows, check_weights
-from duoserve.kernels.moe_gemm import machine
 from duoserve.kernels.numerics import interpreting, to_dtype
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights
 

@@ -47,3 +47,17 @@ def matrix_product(w_tile, x_tile, acc, INTERPRET: tl.constexpr):
         return tl.dot(w_tile.to(tl.float32), x_tile.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(w_tile, x_tile, acc, input_precision="ieee")
+
+
+@triton.jit
+def step_product(w_tile, x_tile, acc, DECODED: tl.constexpr, ARCH: tl.constexpr, INTERPRET: tl.constexpr):
+    """As ``matrix_product``, in a loop; ``DECODED`` says that ``w_tile`` is not as it was loaded.
+
+    Then it is in registers, and wgmma (sm_90) still reads them while the loop goes on: Triton 3.6 and 3.7 have the next
+    step's weights decoded into the same ones meanwhile, and the copies of 3.8 are left out by its ptxas (issue 9433).
+    They wait for sums that anything but a product takes, so something does: what may be an instruction, and is none.
+    """
+    acc = matrix_product(w_tile, x_tile, acc, INTERPRET)
+    if DECODED and ARCH // 10 == 9 and not INTERPRET:
+        acc = tl.inline_asm_elementwise("", "=r,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    return acc

@@ -1,7 +1,8 @@
 """The PyTorch spec of every op, which is also what runs on a CPU. Imports without triton.
 
 T tokens, K top-k, E experts, S slots, H hidden, I expert intermediate, N = T * K routed rows, R rows of one expert. The
-small ops and attention have files of their own. Sums are made in at least float32; results come in the input's dtype.
+small ops and attention have files of their own. Sums are made in at least float32, on CUDA but for what ``matmul.py``
+says; results come in the input's dtype.
 """
 
 from __future__ import annotations

@@ -5,9 +5,8 @@ from duoserve.kernels.attention_mla import mla_decode_attention
 from duoserve.kernels.cache_rows import write_rows
 from duoserve.kernels.combine import moe_combine
 from duoserve.kernels.copies import page_gather
-from duoserve.kernels.moe_both import moe_experts
 from duoserve.kernels.moe_fill import moe_down_fill, moe_up_fill
-from duoserve.kernels.moe_gemm import moe_down, moe_up
+from duoserve.kernels.moe_gemm import moe_down, moe_experts, moe_up
 from duoserve.kernels.moe_gemv import moe_gemv_down, moe_gemv_up
 from duoserve.kernels.norm import add_rms_norm, rms_norm
 from duoserve.kernels.rope import rope_write_kv

@@ -309,6 +309,13 @@ def _unaligned(arch: int) -> None:
     Gemm(False, BF16, ExpertFormat.FLOAT, 0, MEDIUM, tma=False, inter=1412)(arch)
 
 
+def _unwaited(arch: int) -> None:
+    """``moe_up`` of int8 whose steps do not wait for their sums, as they need not without wgmma."""
+    gemm = GEMMS["up-bf16-int8-64"]
+    with patch.object(moe_gemm, "machine", lambda device: (80, NUM_SMS)):
+        gemm.launch(gemm.config(arch))
+
+
 def _crowded(arch: int) -> None:
     """``moe_up`` with so many CTAs that no multiprocessor has room for them."""
     GEMMS["up-bf16-float-16"].launch(replace(TINY, ctas_per_sm=100))
@@ -370,6 +377,7 @@ LAUNCHES: dict[str, Callable[[int], None]] = {
     **GEMVS,
     **SPILLING,
     "unaligned": _unaligned,
+    "unwaited": _unwaited,
     "crowded": _crowded,
     "lists": _lists,
     "sizes": _sizes,

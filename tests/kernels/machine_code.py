@@ -28,6 +28,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from tests.kernels.in_flight import overwritten
 from tests.kernels.launches import launch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +46,8 @@ class MachineCode:
     """One compiled kernel. ``code`` and ``loop`` count instructions by full name, in all of it and in the hot loop.
 
     ``hash`` is that of what was compiled once; ``constants`` are the launch's keyword arguments; ``local_bytes`` a
-    thread's stack and local memory; ``registers`` a thread's; ``shared_bytes`` a CTA's.
+    thread's stack and local memory; ``registers`` a thread's; ``shared_bytes`` a CTA's; ``overwritten`` instructions
+    that write to registers which tensor cores still read.
     """
 
     kernel: str
@@ -56,6 +58,7 @@ class MachineCode:
     shared_bytes: int
     code: dict[str, int]
     loop: dict[str, int]
+    overwritten: list[str]
 
     def count(self, *names: str, loop: bool = False) -> int:
         """Instructions whose names begin with one of ``names``, a part being what stands between dots."""
@@ -171,7 +174,8 @@ def compiled(launching: Callable[[], None], arch: int) -> list[MachineCode]:
 def read(binary: CompiledKernel, constants: dict[str, Any]) -> MachineCode:
     """What the tools in Triton's wheel say of a compiled kernel."""
     registers, local_bytes, code, loop = _disassembled(binary.asm["cubin"])
-    return MachineCode(binary.name, binary.hash, constants, registers, local_bytes, binary.metadata.shared, code, loop)
+    shared_bytes, written = binary.metadata.shared, overwritten(binary.asm["ptx"])
+    return MachineCode(binary.name, binary.hash, constants, registers, local_bytes, shared_bytes, code, loop, written)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Recordings that fail: what is raised, and that the next one succeeds; on fake CUDA graphs, and on a GPU."""
+"""Recordings that fail or end: what is raised, and that the next one succeeds; on fake CUDA graphs, and on a GPU."""
 
 from __future__ import annotations
 
@@ -19,18 +19,28 @@ class FakeGraph:
     """As PyTorch's: a capture in which something was raised is not valid, and a pool without graphs has ended."""
 
     captures = True  # whether what is captured is valid
-    alive: dict[int, int]  # how many graphs each pool has or had, less those that failed
+    alive: dict[int, int]  # how many graphs each pool has
+    handle: int | None = None
 
     def capture_begin(self, pool: int, capture_error_mode: str) -> None:
         if self.alive.get(pool) == 0:
             raise RuntimeError("the pool has ended")
-        self.pool = pool
+        self.handle = pool
         self.alive[pool] = self.alive.get(pool, 0) + 1
 
     def capture_end(self) -> None:
         if not self.captures:
-            self.alive[self.pool] -= 1
+            self.__del__()
             raise RuntimeError("invalid capture")
+
+    def __del__(self) -> None:
+        if self.handle is not None:
+            self.alive[self.handle] -= 1
+            self.handle = None
+
+    def pool(self) -> int:
+        assert self.handle is not None
+        return self.handle
 
     def replay(self) -> None:
         pass
@@ -68,12 +78,41 @@ def failing_when_captured(monkeypatch: pytest.MonkeyPatch, error: Exception | No
 def test_what_fails_says_why_and_the_next_one_succeeds(
     recorder: CudaRecorder, recorded: int, error: Exception | None, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for _ in range(recorded):
-        recorder.record(lambda: 1)
+    kept = [recorder.record(lambda: 1) for _ in range(recorded)]
     with pytest.raises(type(error) if error else RuntimeError, match=said):
         recorder.record(failing_when_captured(monkeypatch, error))
     monkeypatch.setattr(FakeGraph, "captures", True)
-    assert [recorder.record(lambda: 2).result for _ in range(2)] == [2, 2]
+    kept += [recorder.record(lambda: 2) for _ in range(2)]
+    assert [recording.result for recording in kept] == [1] * recorded + [2, 2]
+
+
+def test_recordings_share_memory_until_the_last_is_dropped_and_one_can_follow(recorder: CudaRecorder) -> None:
+    first, second = recorder.record(lambda: 1), recorder.record(lambda: 2)
+    assert list(FakeGraph.alive.values()) == [2]
+    del first
+    third = recorder.record(lambda: 3)
+    assert list(FakeGraph.alive.values()) == [2]
+    del second, third
+    assert recorder.record(lambda: 4).result == 4
+
+
+def test_recordings_dropped_by_what_the_next_one_does_are_no_hindrance(recorder: CudaRecorder) -> None:
+    kept = [recorder.record(lambda: 1)]
+    assert recorder.record(kept.clear) is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_records_after_all_recordings_were_dropped() -> None:
+    recorder, x = CudaRecorder(DEVICE), torch.ones(4, device=DEVICE)
+    for factor in (2, 3, 4):
+        recordings = [recorder.record(lambda factor=factor: x * factor + 1) for _ in range(2)]
+        x.fill_(5.0)
+        for recording in recordings:
+            recording.replay()
+            recorder.wait()
+            assert recording.result.tolist() == [5.0 * factor + 1] * 4
+        del recordings, recording
 
 
 @pytest.mark.gpu

@@ -1,7 +1,8 @@
 """The gate on machine code: what ptxas makes of every configuration, for three architectures and without a GPU.
 
 Tensor cores where they should be and nowhere else, nothing spilled, registers and shared memory within what the row
-says, and loads as wide as the tile allows: 16 bytes a thread, or TMA.
+says, and loads as wide as the tile allows: 16 bytes a thread, or TMA. Also that nothing is written to registers which
+tensor cores still read: that is for every compiler, the rest for one version's.
 """
 
 from __future__ import annotations
@@ -151,6 +152,13 @@ def test_fills(compiler: Compiler, name: str, arch: int) -> None:
     assert code.loads(WIDEST, loop=False) >= moe_fill.THREAD_BYTES // WIDEST, "the link is read by narrow loads"
 
 
+@pytest.mark.parametrize("arch", [90])  # wgmma's
+@pytest.mark.parametrize("name", [*GEMMS, *FILLS])
+def test_no_register_is_written_while_it_is_read(compiler: Compiler, name: str, arch: int) -> None:
+    (code,) = compiler(name, arch)
+    assert code.overwritten == []
+
+
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("name", SMALL_KERNELS)
 def test_small_kernels(compiler: Compiler, name: str, arch: int) -> None:
@@ -190,6 +198,12 @@ def test_narrow_loads_and_small_budgets_are_found(compiler: Compiler) -> None:
     assert any("too few loads of 16 bytes" in fault for fault in faults(code, budget))
     tight = faults(code, replace(budget, registers=32, shared_kib=16))
     assert any("registers, not 32" in fault for fault in tight) and any("not 16 KiB" in fault for fault in tight)
+
+
+def test_registers_that_are_written_while_they_are_read_are_found(compiler: Compiler) -> None:
+    """A compiler without this mistake leaves the kernels nothing to avoid."""
+    (code,) = compiler("unwaited", 90)
+    assert code.count("HGMMA", loop=True) and code.overwritten
 
 
 def test_more_ctas_than_a_multiprocessor_takes_have_the_registers_of_those_it_takes(compiler: Compiler) -> None:

@@ -16,6 +16,7 @@ from duoserve.errors import KernelError
 from duoserve.kernels import HostWork, Work, moe_fill, moe_gemm, reference, reference_copies
 from duoserve.kernels.configs import GemmConfig, shape_class
 from duoserve.kernels.host_rows import HostRows, offset_in_row
+from duoserve.kernels.machine import machine
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat
 from tests.kernels.common import DEVICE, DTYPES, POISON, assert_same_bits
@@ -27,7 +28,7 @@ from tests.kernels.quantized_case import LAYOUTS
 def config_of(case: Case) -> GemmConfig:
     """The fill's tiles on this machine: products have other bits in other tiles."""
     weights = case.pool.weights
-    arch, _ = moe_gemm.machine(case.x_TH.device)
+    arch, _ = machine(case.x_TH.device)
     block_t = shape_class(len(case.x_TH), case.plan.top_k, len(case.slots_E))
     return moe_fill.fill_config(case.x_TH.dtype, arch, block_t, weights.format, weights.group)
 

@@ -22,6 +22,7 @@ from duoserve.kernels.configs import (
     shape_class,
     takes_gemv,
 )
+from duoserve.kernels.machine import machine
 from duoserve.kernels.weights import ExpertFormat
 from tests.kernels.common import DEVICE, DTYPES, assert_close, assert_same_bits, assert_within_one_ulp
 from tests.kernels.experts_case import FLOAT, FORMATS, TINY, Case, cases, layer, make_case
@@ -130,7 +131,7 @@ def test_all_but_one_in_a_thousand_are_within_one_ulp(form: tuple[ExpertFormat, 
 def test_every_shape_class_gives_a_row_the_same_bits(dtype: torch.dtype, form: tuple[ExpertFormat, int]) -> None:
     """What makes the whole table batch-invariant. The interpreter's products promise no such thing."""
     case = make_case(300, 2, 4, 512, 384, dtype, form, away=0.0)
-    arch, _ = moe_gemm.machine(case.x_TH.device)
+    arch, _ = machine(case.x_TH.device)
     configs = [gemm_config(dtype, arch, block_t, True, *form) for block_t in (SMALL, MEDIUM, LARGE, HUGE)]
     first_act, first_y = layer(case, configs[0])
     for config in configs[1:]:
