@@ -16,13 +16,14 @@ from tqdm import tqdm
 from duoserve.cli.machines import add_hardware, replayed_on
 from duoserve.cli.options import DESCRIBED_HELP, Subparsers, add_format, add_parser, count, natural, refuse_in_vain
 from duoserve.cli.plots import draw, one_step
+from duoserve.cli.replay_report import contestants, slot_counts, table
 from duoserve.errors import ConfigError
 from duoserve.planning.model_cards import find_model
 from duoserve.planning.sizes import layer_sizes
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.files import load_predictor
 from duoserve.predictors.training import train
-from duoserve.scheduling.bake_off import bake_off, contestant, contestants, figures, slot_count, table
+from duoserve.scheduling.bake_off import bake_off, contestant, figures
 from duoserve.scheduling.hardware import Machine
 from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.predictor import Predictor
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     model = args.model or _made_after(trace)
     sizes = replace(layer_sizes(find_model(model), args.format), name=model)
     machine = Machine(replayed_on(args.hardware), sizes)
-    slots = [slot_count(wanted.strip(), trace) for wanted in args.slots.split(",")]
+    slots = slot_counts(args.slots, trace.meta.shape)
     _say_who_goes_without(names, predictors)
     runs = bake_off(trace, machine, slots, names, predictors)
     total = len(slots) * len(names)
