@@ -113,6 +113,15 @@ def _places(checkpoint: Checkpoint, cache_dir: str | Path | None) -> list[Path]:
     return [*cached, *own] if _is_as_shipped(checkpoint) else [*own, *cached]
 
 
+def _is_as_shipped(checkpoint: Checkpoint) -> bool:
+    """Whether nothing may be written beside the model."""
+    return checkpoint.folder.is_relative_to(EMBEDDED_FOLDER) or not os.access(checkpoint.folder, os.W_OK)
+
+
+def _cached(checkpoint: Checkpoint, cache: Path) -> Path:
+    return cache / "choices" / checkpoint.fingerprint()
+
+
 def _place(checkpoint: Checkpoint, cache_dir: str | Path | None) -> Path:
     """Where a choice is written."""
     return _cached(checkpoint, cache_folder(cache_dir)) if _is_as_shipped(checkpoint) else checkpoint.folder
@@ -126,12 +135,3 @@ def _writing_to(folder: Path) -> Iterator[Path]:
         yield folder
     except OSError as error:
         raise TraceError(f"{folder}: the choice cannot be written there ({error})") from error
-
-
-def _is_as_shipped(checkpoint: Checkpoint) -> bool:
-    """Whether nothing may be written beside the model."""
-    return checkpoint.folder.is_relative_to(EMBEDDED_FOLDER) or not os.access(checkpoint.folder, os.W_OK)
-
-
-def _cached(checkpoint: Checkpoint, cache: Path) -> Path:
-    return cache / "choices" / checkpoint.fingerprint()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -15,6 +15,8 @@ from duoserve.scheduling.trace import Trace
 
 # All that can be replayed with fewer slots than experts, from the baselines up.
 CONTESTANTS = (*(name for name, policy in POLICIES.items() if not policy.all_resident), ORACLE)
+# To hold a row's bytes against: what nothing can go below, and those of caches that know the future.
+BOUNDS = {"least_bytes_per_token": least_bytes, "layer_belady_bytes_per_token": layer_belady_bytes}
 
 
 def bake_off(
@@ -29,12 +31,9 @@ def bake_off(
     ``predictors`` are by kind. A policy whose kind is not among them goes without guesses: its ``predictor`` is None.
     """
     for num_slots in slot_counts:
-        least, belady = (bound(trace, machine, num_slots) for bound in (least_bytes, layer_belady_bytes))
         for name in names:
             policy, predictor = contestant(name, trace, predictors)
-            done = replay(trace, policy, machine, num_slots, predictor=predictor)
-            done.least_bytes, done.layer_belady_bytes = least, belady
-            yield done
+            yield replay(trace, policy, machine, num_slots, predictor=predictor)
 
 
 def contestant(name: str, trace: Trace, predictors: Mapping[str, Predictor]) -> tuple[Policy, Predictor | None]:
@@ -45,8 +44,17 @@ def contestant(name: str, trace: Trace, predictors: Mapping[str, Predictor]) -> 
     return policy, deepcopy(predictors.get(policy.predictor or ""))
 
 
-def figures(done: Replay) -> dict[str, Any]:
-    """One row: mean seconds (``total_s``: of all requests), shares, and bytes for each decoded token.
+def rows(runs: Iterable[Replay], trace: Trace, machine: Machine) -> Iterator[dict[str, Any]]:
+    """The figures of each of these replays of ``trace`` on ``machine``."""
+    bounds: dict[int, dict[str, float]] = {}
+    for done in runs:
+        if done.num_slots not in bounds:
+            bounds[done.num_slots] = {name: bound(trace, machine, done.num_slots) for name, bound in BOUNDS.items()}
+        yield figures(done, bounds[done.num_slots])
+
+
+def figures(done: Replay, bounds: Mapping[str, float]) -> dict[str, Any]:
+    """One row: mean seconds (``total_s``: of all requests), shares, and bytes for each decoded token; and ``bounds``.
 
     Flat and JSON-able.
     """
@@ -62,8 +70,7 @@ def figures(done: Replay) -> dict[str, Any]:
         "at_least_half": None if score is None else score.half_share,
         **kinds,
         "bytes_per_token": done.bytes.total / tokens,
-        "least_bytes_per_token": done.least_bytes,
-        "layer_belady_bytes_per_token": done.layer_belady_bytes,
+        **bounds,
         "stall_s_per_token": done.decode_stall_s / tokens,
         "ttft_s": done.ttft_mean_s,
         "tpot_s": done.tpot_s,

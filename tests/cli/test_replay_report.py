@@ -7,7 +7,7 @@ import pytest
 from duoserve.cli.replay_report import contestants, slot_counts, table
 from duoserve.errors import ConfigError
 from duoserve.experts import budget
-from duoserve.scheduling.bake_off import CONTESTANTS, bake_off, figures
+from duoserve.scheduling.bake_off import CONTESTANTS, bake_off, rows
 from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
 from duoserve.scheduling.plan import ModelShape
 from tests.scheduling.traces import drawn_trace
@@ -37,6 +37,6 @@ def test_slots_are_counts_or_shares() -> None:
 
 def test_a_table_has_a_place_for_every_figure() -> None:
     runs = bake_off(drawn_trace(), MACHINE, [24], ["lru", "oracle"], {})
-    lines = table([figures(run) for run in runs])
+    lines = table(list(rows(runs, drawn_trace(), MACHINE)))
     assert len(lines) == 3 and len({len(line) for line in lines}) == 1
     assert "-" in lines[1].split() and "100.0%" in lines[2].split()
