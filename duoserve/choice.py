@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ from duoserve.experts.hub import EMBEDDED_FOLDER
 from duoserve.experts.pack_folder import cache_folder
 from duoserve.experts.positional_file import is_file
 from duoserve.experts.strict_json import read_object
-from duoserve.experts.whole_file import write_whole
+from duoserve.experts.whole_file import check_writable, write_whole
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.files import load_predictor, save_predictor
 from duoserve.scheduling.policies import POLICIES
 
 CHOICE_FILE, PREDICTOR_FILE = "duoserve-choice.json", "predictor.safetensors"
-_MAX_BYTES = 1 << 20
+_MAX_BYTES = 1 << 24  # which has the rows of fifteen thousand replays
 
 
 @dataclass(frozen=True)
@@ -44,23 +44,26 @@ def save_choice(
     """Writes the choice beside the model; returns the folder.
 
     To the cache where the model's folder is read-only or the package's own, whose files are as they were shipped;
-    CheckpointError: there is none.
+    CheckpointError: there is none. TraceError where the choice cannot be written.
     """
     about: dict[str, Any] = {
         "fingerprint": checkpoint.fingerprint(),
         "policy": choice.policy,
         "predictor": choice.use_predictor,
     }
-    folder = _cached(checkpoint, cache_folder(cache_dir)) if _is_as_shipped(checkpoint) else checkpoint.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _writing_to(_place(checkpoint, cache_dir)) as folder:
         if choice.use_predictor and predictor is not None:
             save_predictor(predictor, folder / PREDICTOR_FILE, {"chosen_for": choice.policy})
         about |= {"why": choice.why, "figures": figures}
         write_whole(folder / CHOICE_FILE, f"{json.dumps(about, indent=1)}\n".encode())
-    except OSError as error:
-        raise TraceError(f"{folder}: the choice cannot be written there ({error})") from error
     return folder
+
+
+def check_place(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> None:
+    """The errors of ``save_choice``, as far as they can be known before there is a choice."""
+    with _writing_to(_place(checkpoint, cache_dir)) as folder:
+        for name in (PREDICTOR_FILE, CHOICE_FILE):
+            check_writable(folder / name)
 
 
 def find_choice(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> tuple[BestPolicy, Path] | None:
@@ -117,3 +120,18 @@ def _is_as_shipped(checkpoint: Checkpoint) -> bool:
 
 def _cached(checkpoint: Checkpoint, cache: Path) -> Path:
     return cache / "choices" / checkpoint.fingerprint()
+
+
+def _place(checkpoint: Checkpoint, cache_dir: str | Path | None) -> Path:
+    """Where a choice is written."""
+    return _cached(checkpoint, cache_folder(cache_dir)) if _is_as_shipped(checkpoint) else checkpoint.folder
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[Path]:
+    """Makes ``folder``; TraceError where that, or what the block writes there, cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except OSError as error:
+        raise TraceError(f"{folder}: the choice cannot be written there ({error})") from error

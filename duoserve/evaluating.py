@@ -9,7 +9,7 @@ from typing import Any
 from duoserve.choice import BestPolicy
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.training import train
-from duoserve.scheduling.bake_off import bake_off, figures
+from duoserve.scheduling.bake_off import bake_off, rows
 from duoserve.scheduling.hardware import Machine
 from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.replay import ORACLE, Replay, replay
@@ -49,16 +49,13 @@ def evaluate(
     best = min(totals, key=totals.__getitem__)
     kind = POLICIES[best].predictor
     if kind is None:
-        return Evaluation(_explained(best, False, totals, totals[best]), None, list(map(figures, runs)))
+        return Evaluation(_explained(best, False, totals, totals[best]), None, list(rows(runs, held, machine)))
     policy = POLICIES[best].without_guesses()
     quiet_runs = [replay(held, policy, machine, slots) for slots in slot_counts]
-    bounds = {run.num_slots: (run.least_bytes, run.layer_belady_bytes) for run in runs}
-    for run in quiet_runs:
-        run.least_bytes, run.layer_belady_bytes = bounds[run.num_slots]
     quiet_s = _decode_s(quiet_runs)
     pays = totals[best] <= (1 - LEAST_GAIN) * quiet_s
-    rows = [figures(run) for run in (*runs, *quiet_runs)]
-    return Evaluation(_explained(best, pays, totals, quiet_s), predictors[kind] if pays else None, rows)
+    made = list(rows([*runs, *quiet_runs], held, machine))
+    return Evaluation(_explained(best, pays, totals, quiet_s), predictors[kind] if pays else None, made)
 
 
 def _decode_s(runs: Iterable[Replay]) -> float:

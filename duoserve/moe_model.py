@@ -19,9 +19,9 @@ from typing import Any, TypeVar, overload
 from torch import Tensor
 
 from duoserve.chat_template import ChatTemplate
-from duoserve.config import EngineConfig, ModelConfig
+from duoserve.config import ModelConfig
 from duoserve.errors import ClosedError, RequestError
-from duoserve.experts.budget import MemoryPlan, parse_bytes
+from duoserve.experts.budget import MemoryPlan, engine_config
 from duoserve.experts.hub import at_revision
 from duoserve.loading import Runtime, load
 from duoserve.metrics import Stats
@@ -106,13 +106,13 @@ class MoEModel:
         Raises ConfigError, CheckpointError, MemoryBudgetError or, of a predictor that is not there or of another model,
         TraceError before anything large is allocated; CopyError if an expert cannot be brought or made smaller.
         """
-        wanted = EngineConfig(
+        wanted = engine_config(
             device=device,
             dtype=dtype,
-            expert_memory=_bytes(expert_memory),
+            expert_memory=expert_memory,
             expert_slots=expert_slots,
-            memory=_bytes(memory),
-            host_memory=None if host_memory == "auto" else _bytes(host_memory),
+            memory=memory,
+            host_memory=host_memory,
             max_context=max_context,
             copy_threads=copy_threads,
             decode_mode=decode_mode,
@@ -335,10 +335,6 @@ def _is_integer(value: Any) -> bool:
 
 def _no_prompt(prompt: object) -> RequestError:
     return RequestError(f"a prompt must be text or token ids, and not {reprlib.repr(prompt)}")
-
-
-def _bytes(size: int | str | None) -> int | None:
-    return None if size is None else parse_bytes(size)
 
 
 def _settings(params: SamplingParams | None, changes: dict[str, Any]) -> SamplingParams:

@@ -20,7 +20,9 @@ from duoserve.experts.checkpoint import Checkpoint
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.files import load_predictor, notes_path, save_predictor
 from duoserve.predictors.training import train
+from duoserve.scheduling.bake_off import BOUNDS, figures
 from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
+from duoserve.scheduling.replay import Replay
 from duoserve.scheduling.synthetic import RoutingCard, synthesize
 from duoserve.scheduling.trace import Trace, TraceMeta
 from tests.checkpoints import BARD, save_mixtral
@@ -112,6 +114,15 @@ def test_the_predictor_of_a_choice_is_the_one_that_was_written_with_it(
         with MoEModel.from_pretrained(folder, expert_slots=6, predictor=told, cache_dir=tmp_path / "c"):
             heard.append(fetched[-1].parent == folder)
     assert heard == [False, True]
+
+
+def test_a_choice_of_many_replays_is_found_again(folder: Path) -> None:
+    """A long list of slot counts: what is written must not be more than is read."""
+    row = figures(Replay("duoserve", "lookahead", 1000, ttft_s=[1 / 3], itl_s=[1 / 3]), dict.fromkeys(BOUNDS, 1 / 3))
+    best = BestPolicy("lru", False, "")
+    with closing(Checkpoint.open(folder)) as checkpoint:
+        save_choice(checkpoint, best, None, {"rows": [row] * 2000})
+        assert find_choice(checkpoint) == (best, folder)
 
 
 def test_what_came_with_the_package_stays_as_it_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

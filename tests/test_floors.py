@@ -68,7 +68,8 @@ F6  server/__init__  server/backend  server/settings  server/errors  server/fiel
     server/token_text  server/answers  server/generation  server/sse  server/http  server/host  server/metrics
     server/status  server/preparing  server/endpoints  server/app  server/run  cli/options  cli/writing  cli/prompts
     cli/machines  cli/inventory  cli/generate  cli/chat  cli/info  cli/plots  cli/plan_plot  cli/plan_report
-    cli/plan  cli/pack  cli/trace  cli/train_predictor  cli/replay  cli/evaluate  cli/serve  cli/bench_report
+    cli/plan  cli/pack  cli/trace  cli/train_predictor  cli/replay_report  cli/replay  cli/evaluate  cli/serve
+    cli/bench_report
     loadtest/__init__  loadtest/workload  loadtest/figures  loadtest/events  loadtest/client  loadtest/measuring
     cli/bench_serve  cli/bench  cli/app  cli/__init__
 """

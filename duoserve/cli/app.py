@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
+from pathlib import Path
 
 from duoserve import __version__
 from duoserve.cli import bench, chat, evaluate, generate, info, pack, plan, replay, serve, trace, train_predictor
 from duoserve.errors import DuoServeError
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the signal's number, as shells report them
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what a disk says that takes no more
 
 EPILOG = """\
 examples:
@@ -27,22 +30,39 @@ duoserve COMMAND --help shows the options of a command.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; errors of duoserve become one line on stderr."""
+    _open_closed_streams()
+    try:
+        try:
+            return _carry_out(argv)
+        finally:  # also behind an error or --help: the flush at exit would not say what is wrong
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_stdout()
+        return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _discard_stdout()
+        return _failed(f"{error}: make room, or write elsewhere")
+
+
+def _carry_out(argv: Sequence[str] | None) -> int:
     args = command_line().parse_args(argv)
     command: Callable[[argparse.Namespace], None] = args.command
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # models write what a terminal's encoding may not have
     try:
         command(args)
-        sys.stdout.flush()
     except DuoServeError as error:
-        print(f"duoserve: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return _failed(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        _discard_stdout()
-        return BROKEN_PIPE
     return 0
+
+
+def _failed(why: str) -> int:
+    print(f"duoserve: error: {' '.join(why.split())}", file=sys.stderr)
+    return 1
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -60,6 +80,13 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
+def _open_closed_streams() -> None:
+    """Those that the shell has closed (``>&-``) are None: nothing comes from them, and what they get is gone."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - until the process ends
+
+
 def _discard_stdout() -> None:
-    """Nobody reads stdout any more: the flush at exit must not fail again."""
+    """Nobody reads stdout any more, or it takes no more: the flush at exit must not fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

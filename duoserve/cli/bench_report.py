@@ -11,7 +11,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 
 from duoserve.cli.options import Subparsers, add_parser, refuse_in_vain
 from duoserve.errors import ConfigError, DuoServeError
+from duoserve.experts.whole_file import scratch_folder
 
 CPU_EXAMPLES = """\
   git clone REPOSITORY && cd duoserve && duoserve bench cpu
@@ -75,13 +77,29 @@ def run(args: argparse.Namespace, jobs: Jobs) -> None:
         )
     out = (args.out or checkout / "bench" / "results").expanduser().resolve()
     planned = jobs(checkout, out, args)
-    out.mkdir(parents=True, exist_ok=True)
+    _make(out)
     before = _ages(out)
     for job in planned:
         _carry_out(job, checkout, sys.stderr if args.json else sys.stdout)
     after = _ages(out)
     written = sorted(str(file) for file, age in after.items() if before.get(file) != age)
     print(json.dumps({"written": written}) if args.json else "\n".join(["written:", *written]))
+
+
+def _make(out: Path) -> None:
+    """Makes the folder for results and tries it, for the benches take long; ConfigError where that cannot be."""
+    with _writing_to(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(out, ".trying-"):
+            pass
+
+
+@contextmanager
+def _writing_to(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written ({error})") from error
 
 
 def cpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:
@@ -161,7 +179,9 @@ def _carry_out(job: Job, checkout: Path, terminal: TextIO) -> None:
     if process.returncode:
         raise DuoServeError(f"bench/{job.script} ended with status {process.returncode}; nothing was run after it")
     if job.report:
-        (checkout / job.report).write_text("".join(lines))
+        report = checkout / job.report
+        with _writing_to(report.parent):
+            report.write_text("".join(lines))
 
 
 def _ages(folder: Path) -> dict[Path, int]:

@@ -6,20 +6,24 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from duoserve.choice import save_choice
+from duoserve.choice import check_place, save_choice
 from duoserve.cli.machines import add_hardware, replayed_on
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser, natural, refuse_in_vain
 from duoserve.cli.prompts import read_prompts
+from duoserve.cli.replay_report import slot_counts, table
 from duoserve.config import EngineConfig
 from duoserve.errors import RequestError
-from duoserve.evaluating import evaluate
+from duoserve.evaluating import Evaluation, evaluate
+from duoserve.experts.checkpoint import Checkpoint
 from duoserve.models.opened import opened
 from duoserve.planning.sizes import layer_sizes
 from duoserve.sampling import SamplingParams
-from duoserve.scheduling.bake_off import slot_count, table
 from duoserve.scheduling.hardware import Machine
+from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.trace import Trace
 from duoserve.scheduling.trace_file import open_trace
 from duoserve.tracing import RecordingSpec, record
@@ -54,36 +58,52 @@ def add_command(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints rows for the policies that evaluating.py compares, what to expect, and where the choice was written.
 
-    These are its BASELINES, its KINDS (the best of them without guesses too) and the oracle, not every policy.
+    These are its BASELINES, its KINDS (the best of them without guesses too) and the oracle, not every policy. What
+    cannot be done is refused before the prompts are run: they take the longest.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        _evaluate(args, _trace(args, Path(scratch)))
-
-
-def _evaluate(args: argparse.Namespace, trace: Trace) -> None:
-    slots = [slot_count(wanted.strip(), trace) for wanted in args.slots.split(",")]
-    with opened(args.model) as found:
+    prompts = [] if args.prompts is None else _prompts(args)
+    with opened(args.model) as found, tempfile.TemporaryDirectory() as scratch:
+        trace = None if args.trace is None else _given_trace(args, found.checkpoint)
+        slots = slot_counts(args.slots, ModelShape.of(found.config))
+        if not args.dry_run:
+            check_place(found.checkpoint)
         machine = Machine(replayed_on(args.hardware), layer_sizes(found))
+        if trace is None:
+            trace = _recorded(args, prompts, Path(scratch))
         done = evaluate(trace, machine, slots, args.seed, progress=sys.stderr.isatty())
-        context = {"hardware": machine.hardware.name, "rows": done.rows}
-        where = None if args.dry_run else save_choice(found.checkpoint, done.choice, done.predictor, context)
-    if args.json:
+        context, where = {"hardware": machine.hardware.name, "rows": done.rows}, None
+        try:
+            if not args.dry_run:
+                where = save_choice(found.checkpoint, done.choice, done.predictor, context)
+        finally:  # also where the disk is full by now: what was found has taken long
+            _say(done, context, where, as_json=args.json)
+
+
+def _say(done: Evaluation, context: Mapping[str, Any], where: Path | None, *, as_json: bool) -> None:
+    if as_json:
         chosen = {"policy": done.choice.policy, "predictor": done.choice.use_predictor, "why": done.choice.why}
-        print(json.dumps(chosen | context | {"folder": where and str(where)}))
+        print(json.dumps({**chosen, **context, "folder": where and str(where)}))
     else:
         print("\n".join([*table(done.rows), "", done.choice.why]))
         print("nothing was written" if where is None else f'written to {where}: policy="auto" now does this')
 
 
-def _trace(args: argparse.Namespace, scratch: Path) -> Trace:
-    with opened(args.model) as found:
-        fingerprint = found.checkpoint.fingerprint()
-    if args.trace is not None:
-        refuse_in_vain(args, ["max_tokens"], "nothing is written where a --trace was recorded before: give --prompts")
-        return open_trace(args.trace, fingerprint)
+def _given_trace(args: argparse.Namespace, checkpoint: Checkpoint) -> Trace:
+    refuse_in_vain(args, ["max_tokens"], "nothing is written where a --trace was recorded before: give --prompts")
+    return open_trace(args.trace, checkpoint.fingerprint())
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts; RequestError where nothing could be learned from running them."""
+    if args.max_tokens is not None and args.max_tokens < 2:  # the first one comes of the prompt's own pass
+        raise RequestError(f"--max-tokens {args.max_tokens}: no request would decode: give at least 2")
     prompts = read_prompts(args.prompts)
     if len(set(prompts)) < 2:
         raise RequestError(f"--prompts {args.prompts}: has one prompt, but some are held out: give at least 2")
+    return prompts
+
+
+def _recorded(args: argparse.Namespace, prompts: Sequence[str], scratch: Path) -> Trace:
     max_tokens = MAX_TOKENS if args.max_tokens is None else args.max_tokens
     params = SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=args.seed)
     recording = RecordingSpec(scratch / "trace.safetensors", params)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any, TypeAlias
 
-from duoserve.config import DECODE_MODES, QUANTIZE
+from duoserve.config import DECODE_MODES, QUANTIZE, EngineConfig
 from duoserve.errors import ConfigError
 from duoserve.experts.layout import DTYPES
 from duoserve.planning.formats import FORMATS
@@ -17,21 +18,7 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  #
 
 MODEL_HELP = 'a folder, a hub id (owner/name or owner/name@revision), or an embedded model, "bard" or "bard-fine"'
 DESCRIBED_HELP = f"{MODEL_HELP}, or one of {', '.join(MODEL_CARDS)}; no weights are needed"
-LOADING = (
-    "device",
-    "dtype",
-    "expert_slots",
-    "expert_memory",
-    "memory",
-    "host_memory",
-    "policy",
-    "predictor",
-    "max_context",
-    "copy_threads",
-    "decode_mode",
-    "quantize",
-    "invariant",
-)
+LOADING = (*(field.name for field in fields(EngineConfig)), "policy", "predictor")
 
 
 def add_parser(commands: Subparsers, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
@@ -99,10 +86,10 @@ def add_format(parser: argparse._ActionsContainer) -> None:
 
 
 def count(text: str) -> int:
-    """An integer of 1 or more."""
+    """An integer of 1 or more, and such that sizes can be made of it."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a count of 1 or more")
+    if not 1 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} is not a count in 1..{(1 << 63) - 1}")
     return value
 
 

@@ -6,9 +6,11 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from math import inf
 from pathlib import Path
+from typing import TypeAlias
 
 from duoserve.cli.options import DESCRIBED_HELP, Subparsers, add_format, add_parser, refuse_in_vain, slots
 from duoserve.cli.plan_plot import draw_plans
@@ -23,6 +25,7 @@ from duoserve.planning.routing_curves import known_routings
 from duoserve.planning.this_machine import THIS, this_machine, this_rehearsal
 from duoserve.scheduling.hardware import DISKS, HARDWARE, LINKS, Hardware, find_hardware
 
+Answer: TypeAlias = Plan | MemoryBudgetError
 COUNT = re.compile(r"(\d{1,9})(k?)", re.ASCII | re.IGNORECASE)
 EXAMPLES = """\
   duoserve plan mixtral-8x7b --hardware rtx4090,a6000 --format int4
@@ -70,18 +73,17 @@ def run(args: argparse.Namespace) -> None:
     if not any(name.partition("@")[0] == THIS for name in names):
         refuse_in_vain(args, ["measure"], f"it is {THIS!r} that is measured, and --hardware is {args.hardware}")
     machines = [_machine(name, args) for name in names]
-    planner = _rehearsed(planner, machines, question, args)
-    answers = [_answer(planner, machine, question) for machine in machines]
-    plans = [answer for answer in answers if isinstance(answer, Plan)]
-    if not plans and isinstance(answers[0], MemoryBudgetError):
-        raise answers[0]
+    answers = _answers(planner, machines, question)
+    if not args.disk and any(machine.name == THIS for machine, _ in _plans(machines, answers)):
+        planner = _rehearsed(planner, question, anew=args.measure)  # only now: refusals have not had to wait for it
+        answers = _answers(planner, machines, question)
     if args.json:
         print(json.dumps({"model": args.model, "plans": [figures(planner, answer) for answer in answers]}))
     else:
         for machine, answer in zip(machines, answers, strict=True):
             print("\n".join(lines(planner, machine, answer)))
     if args.plot is not None:
-        draw_plans(args.plot, planner, plans)
+        draw_plans(args.plot, planner, [plan for _, plan in _plans(machines, answers)])
 
 
 def _count(text: str) -> int:
@@ -122,18 +124,30 @@ def _machine(text: str, args: argparse.Namespace) -> Hardware:
     return replace(found, name=text, link=LINKS[link] if link else found.link)
 
 
-def _rehearsed(planner: Planner, machines: list[Hardware], question: Question, args: argparse.Namespace) -> Planner:
-    """With a rehearsal, where one of the machines is this one as it is."""
-    if args.disk or THIS not in [machine.name for machine in machines]:
-        return planner
-    config = planner.model.config
-    layout = layout_in(config, question.form, config.dtype)
-    found = this_rehearsal(planner.model, layout, question.prompt, anew=args.measure)
-    return replace(planner, rehearsals={} if found is None else {THIS: found})
+def _answers(planner: Planner, machines: list[Hardware], question: Question) -> list[Answer]:
+    """One for each machine; the first machine's refusal is raised where none of them can run the model."""
+    answers = [_answer(planner, machine, question) for machine in machines]
+    if isinstance(answers[0], MemoryBudgetError) and not any(_plans(machines, answers)):
+        raise answers[0]
+    return answers
 
 
-def _answer(planner: Planner, machine: Hardware, question: Question) -> Plan | MemoryBudgetError:
+def _answer(planner: Planner, machine: Hardware, question: Question) -> Answer:
     try:
         return planner.plan(machine, question)
     except MemoryBudgetError as refusal:
         return refusal
+
+
+def _plans(machines: list[Hardware], answers: list[Answer]) -> Iterator[tuple[Hardware, Plan]]:
+    """Those machines that can run the model, and their plans."""
+    pairs = zip(machines, answers, strict=True)
+    return ((machine, answer) for machine, answer in pairs if isinstance(answer, Plan))
+
+
+def _rehearsed(planner: Planner, question: Question, *, anew: bool) -> Planner:
+    """With a rehearsal on this machine, where one can be made."""
+    config = planner.model.config
+    layout = layout_in(config, question.form, config.dtype)
+    found = this_rehearsal(planner.model, layout, question.prompt, anew=anew)
+    return replace(planner, rehearsals={} if found is None else {THIS: found})

@@ -33,12 +33,15 @@ def draw_plans(path: Path, planner: Planner, plans: Sequence[Plan]) -> None:
 def tpot_over_memory(planner: Planner, plan: Plan) -> list[tuple[int, float]]:
     """Bytes and seconds, from the fewest slots that work to one for every expert, as if the machine had the memory."""
     memory, top_k = plan.memory, planner.model.config.top_k
+    waiting = max(memory.host_bytes, plan.question.host_memory or 0)  # none wait where all have slots, but with fewer
     least = min(top_k + 1, memory.total_experts)
     counts = sorted({least + (memory.total_experts - least) * n // (POINTS - 1) for n in range(POINTS)})
     found = []
     for count in counts:
         nbytes = memory.fixed_bytes + count * memory.slot_bytes
-        hardware = replace(plan.hardware, memory_bytes=2 * nbytes + memory.host_bytes)
+        hardware = replace(
+            plan.hardware, memory_bytes=2 * nbytes + waiting, host_bytes=max(plan.hardware.host_bytes, waiting)
+        )
         at = planner.plan(hardware, replace(plan.question, memory=nbytes, expert_slots=None))
         found.append((nbytes, at.best.tpot.total))
     return found

@@ -25,7 +25,7 @@ def read_prompts(path: Path) -> list[str]:
 def _from_json(line: str, where: str) -> str:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets, thousands deep
         raise RequestError(f"{where}: is not JSON ({error})") from error
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):

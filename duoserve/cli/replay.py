@@ -16,17 +16,20 @@ from tqdm import tqdm
 from duoserve.cli.machines import add_hardware, replayed_on
 from duoserve.cli.options import DESCRIBED_HELP, Subparsers, add_format, add_parser, count, natural, refuse_in_vain
 from duoserve.cli.plots import draw, one_step
-from duoserve.errors import ConfigError
+from duoserve.cli.replay_report import contestants, slot_counts, table
+from duoserve.errors import ConfigError, MemoryBudgetError
+from duoserve.experts.budget import format_bytes
+from duoserve.experts.device import CPU, free_bytes
 from duoserve.planning.model_cards import find_model
 from duoserve.planning.sizes import layer_sizes
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.files import load_predictor
 from duoserve.predictors.training import train
-from duoserve.scheduling.bake_off import bake_off, contestant, contestants, figures, slot_count, table
+from duoserve.scheduling.bake_off import bake_off, contestant, rows
 from duoserve.scheduling.hardware import Machine
 from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.predictor import Predictor
-from duoserve.scheduling.synthetic import CARDS, synthesize
+from duoserve.scheduling.synthetic import CARDS, RoutingCard, bytes_needed, synthesize
 from duoserve.scheduling.trace import Trace
 from duoserve.scheduling.trace_file import open_trace
 
@@ -93,21 +96,21 @@ def run(args: argparse.Namespace) -> None:
     model = args.model or _made_after(trace)
     sizes = replace(layer_sizes(find_model(model), args.format), name=model)
     machine = Machine(replayed_on(args.hardware), sizes)
-    slots = [slot_count(wanted.strip(), trace) for wanted in args.slots.split(",")]
+    slots = slot_counts(args.slots, trace.meta.shape)
     _say_who_goes_without(names, predictors)
     runs = bake_off(trace, machine, slots, names, predictors)
-    total = len(slots) * len(names)
-    rows = [figures(done) for done in tqdm(runs, total=total, unit="replay", disable=not sys.stderr.isatty())]
+    runs = tqdm(runs, total=len(slots) * len(names), unit="replay", disable=not sys.stderr.isatty())
+    made = list(rows(runs, trace, machine))
     if args.json:
-        print(json.dumps(rows))
+        print(json.dumps(made))
     else:
-        print("\n".join(table(rows)))
+        print("\n".join(table(made)))
     if args.csv is not None:
-        _write_csv(args.csv, rows)
+        _write_csv(args.csv, made)
     if args.plot is not None:
         policy, predictor = contestant(names[-1], trace, predictors)
         lanes = one_step(trace, policy, machine, slots[0], predictor)
-        draw(args.plot, rows, lanes, f"{machine.sizes.name} on {machine.hardware.name}; below: {policy.name}")
+        draw(args.plot, made, lanes, f"{machine.sizes.name} on {machine.hardware.name}; below: {policy.name}")
 
 
 def _recorded(args: argparse.Namespace, names: Sequence[str]) -> tuple[Trace, dict[str, Predictor]]:
@@ -135,9 +138,21 @@ def _made_up(args: argparse.Namespace) -> tuple[Trace, dict[str, Predictor]]:
     given = {name: value for name, value in vars(args).items() if name in USUAL and value is not None}
     wanted: dict[str, Any] = USUAL | given
     requests, prompt = wanted.pop("requests"), wanted.pop("prompt_tokens")
+    _check_room(CARDS[name], requests + LEARNED_FROM, prompt + wanted["tokens"])
     made = synthesize(CARDS[name], requests + LEARNED_FROM, prompt=prompt, **wanted)
     guesser, _ = train(made.select(range(requests, requests + LEARNED_FROM)), "lookahead")
     return made.select(range(requests)), dict.fromkeys(BY_LOOKAHEAD, guesser)
+
+
+def _check_room(card: RoutingCard, requests: int, tokens: int) -> None:
+    """MemoryBudgetError where RAM cannot hold the trace and the two that it is then parted into."""
+    needed, free = 2 * bytes_needed(card, requests, tokens), free_bytes(CPU)
+    if needed > free:
+        raise MemoryBudgetError(
+            f"{requests} requests ({LEARNED_FROM} of them to learn from) x {tokens} tokens x {card.num_layers} layers "
+            f"of {card.num_experts} experts take about {format_bytes(needed)}, but {format_bytes(free)} of RAM are "
+            "free: lower --tokens, --prompt-tokens or --requests"
+        )
 
 
 def _predictors(paths: Sequence[Path], fingerprint: str, names: Sequence[str]) -> dict[str, RowPredictor]:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
 from duoserve.cli.prompts import read_prompts
-from duoserve.config import EngineConfig
-from duoserve.experts.budget import format_bytes, parse_bytes
+from duoserve.experts.budget import engine_config, format_bytes
 from duoserve.sampling import SamplingParams
 from duoserve.tracing import RecordingSpec, record
 
@@ -19,7 +18,6 @@ EXAMPLES = """\
   duoserve trace ./my-mixtral --prompts chats.jsonl --out t.safetensors --max-tokens 256 --memory 12GiB
   duoserve trace ./my-mixtral --prompts chats.jsonl --out t.safetensors --max-tokens 256 --resume
 """
-SIZES = ("expert_memory", "memory", "host_memory")
 
 
 def add_command(commands: Subparsers) -> None:
@@ -50,19 +48,12 @@ def run(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts)
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
     recording = RecordingSpec(args.out, params, args.resume, args.append)
-    trace = record(args.model, prompts, recording, _wanted(args), args.policy, progress=sys.stderr.isatty())
+    options = loading(args)
+    policy = options.pop("policy")
+    trace = record(args.model, prompts, recording, engine_config(**options), policy, progress=sys.stderr.isatty())
     size = args.out.stat().st_size
     figures = {"requests": len(trace), "tokens": trace.num_tokens, "layers": len(trace.meta.layers), "bytes": size}
     if args.json:
         print(json.dumps(figures | {"fingerprint": trace.meta.fingerprint}))
     else:
         print(f"{args.out}: {len(trace)} requests, {trace.num_tokens} tokens, {format_bytes(size)}")
-
-
-def _wanted(args: argparse.Namespace) -> EngineConfig:
-    options = loading(args)
-    del options["policy"]
-    if options["host_memory"] == "auto":
-        options["host_memory"] = None
-    sizes = {name: None if options[name] is None else parse_bytes(options[name]) for name in SIZES}
-    return EngineConfig(**(options | sizes))

@@ -10,7 +10,7 @@ from time import perf_counter
 
 from duoserve.cli.options import Subparsers, add_parser, natural, refuse_in_vain
 from duoserve.errors import RequestError
-from duoserve.predictors.files import save_predictor
+from duoserve.predictors.files import check_place, save_predictor
 from duoserve.predictors.quality import measure
 from duoserve.predictors.training import KINDS, train
 from duoserve.scheduling.trace_file import open_trace
@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
     """Trains, measures on the requests that were held out, and saves."""
     if args.out.suffix != ".safetensors":
         raise RequestError(f"--out {args.out}: must be named .safetensors; the JSON beside it is named after it")
+    check_place(args.out)
     if args.kind != "duoserve":
         refuse_in_vain(args, ["horizon"], f"the kind {args.kind!r} takes none, only duoserve does")
     trace, start = open_trace(args.trace), perf_counter()
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
     bars = sys.stderr.isatty()
     predictor, held = train(trace, args.kind, horizon=args.horizon or 1, seed=args.seed, progress=bars)
     seconds = perf_counter() - start
-    quality = measure(predictor, trace, held[:MOST_MEASURED])
+    measured = [number for number in held if trace.decodes_R[number]][:MOST_MEASURED]
+    quality = measure(predictor, trace, measured)
     data = {"trace": args.trace.name, "requests": len(trace), "tokens": trace.num_tokens, "held_out_requests": held}
     notes = {"data": data, "seed": args.seed, "train_seconds": round(seconds, 1), "held_out": quality.to_dict()}
     save_predictor(predictor, args.out, notes)
@@ -58,6 +60,6 @@ def run(args: argparse.Namespace) -> None:
         top_k = trace.meta.top_k
         print(f"{args.out}: {args.kind}, trained in {seconds:.0f} s")
         print(
-            f"on {len(held[:MOST_MEASURED])} requests held out: recall@{top_k} {quality.recall(top_k):.1%}, "
+            f"on {len(measured)} requests held out: recall@{top_k} {quality.recall(top_k):.1%}, "
             f"exact {quality.exact():.1%}, at least half {quality.at_least_half():.1%}"
         )

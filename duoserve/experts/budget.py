@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
+from typing import Any
 
 from duoserve.config import EngineConfig
 from duoserve.errors import ConfigError, MemoryBudgetError
@@ -30,6 +31,26 @@ def parse_bytes(size: int | str) -> int:
             f"{size!r} is not an amount of memory: give bytes, or text such as '4GiB', '1.5GiB' or '500MB'"
         )
     return size
+
+
+def engine_config(
+    *,
+    expert_memory: int | str | None = None,
+    memory: int | str | None = None,
+    host_memory: int | str | None = "auto",
+    **others: Any,
+) -> EngineConfig:
+    """An EngineConfig of sizes as ``parse_bytes`` takes them, and of ``others`` as they are; ConfigError as in both."""
+    return EngineConfig(
+        expert_memory=_given_bytes(expert_memory),
+        memory=_given_bytes(memory),
+        host_memory=None if host_memory == "auto" else _given_bytes(host_memory),
+        **others,
+    )
+
+
+def _given_bytes(size: int | str | None) -> int | None:
+    return None if size is None else parse_bytes(size)
 
 
 def format_bytes(nbytes: int) -> str:

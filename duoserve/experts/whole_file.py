@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +20,13 @@ def write_whole(path: Path, data: bytes) -> None:
         written = scratch / path.name
         written.write_bytes(data)
         written.replace(path)
+
+
+def check_writable(path: Path) -> None:
+    """The OSError of ``write_whole``, before there is anything to write; what is at ``path`` stays as it is."""
+    with scratch_folder(path.parent, ".writing-"):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
 @contextmanager

@@ -119,14 +119,15 @@ def layers_to_rehearse(model: DescribedModel, layout: ExpertLayout, free: int) -
 def rehearse(
     model: DescribedModel, layout: ExpertLayout, prompt: int, folder: Path, ways: Sequence[tuple[str, str]] = WAYS
 ) -> Rehearsal | None:
-    """Measures each of ``ways`` (policy, tier); None if the model is too large.
+    """Measures each of ``ways`` (policy, tier); None if the model is too large, or its context too short.
 
     Experts are read from the disk that ``folder`` is on, so it should be where packs lie.
     """
     count = layers_to_rehearse(model, layout, free_bytes(CPU))
-    if not count:
+    longest = min(MAX_PROMPT, model.config.num_positions - STEPS - 1)
+    if not count or longest < MIN_PROMPT:
         return None
-    config, prompt = few_layers(model.config, count), min(max(prompt, MIN_PROMPT), MAX_PROMPT)
+    config, prompt = few_layers(model.config, count), min(max(prompt, MIN_PROMPT), longest)
     folder.mkdir(parents=True, exist_ok=True)
     times: dict[str, dict[str, Times]] = {}
     with TemporaryDirectory(dir=folder) as scratch, staged(model.family, config, layout, Path(scratch)) as stage:

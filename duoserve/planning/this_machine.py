@@ -61,7 +61,7 @@ def this_rehearsal(
 ) -> Rehearsal | None:
     """The model's layers on this machine, behind prompts of ``prompt`` tokens; rehearsed now if they have not been.
 
-    None on a GPU, and where the layers are too large to be made up. Errors as in ``this_machine``.
+    None on a GPU, and where ``rehearse`` has none. Errors as in ``this_machine``.
     """
     device, folder = resolve_device("auto"), cache_folder(cache_dir)
     if device.type != "cpu":

@@ -6,7 +6,8 @@ Arrays are checked by their names, which end in their shape: L MoE layers, E exp
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import safetensors.numpy
 from duoserve.errors import CheckpointError, TraceError
 from duoserve.experts.positional_file import read_capped
 from duoserve.experts.strict_json import read_object
-from duoserve.experts.whole_file import write_whole
+from duoserve.experts.whole_file import check_writable, write_whole
 from duoserve.predictors.activation_matrix import ActivationMatrixPredictor
 from duoserve.predictors.affinity import AffinityPredictor
 from duoserve.predictors.base import RowPredictor
@@ -52,11 +53,16 @@ def save_predictor(predictor: RowPredictor, path: Path, notes: Mapping[str, Any]
         "top_k": meta.top_k,
     }
     trained_on = {"trained_on": sorted(predictor.trained_on)}
-    try:
+    with _writing(path):
         write_whole(path, safetensors.numpy.save(_arrays(predictor)))
         write_whole(notes_path(path), f"{json.dumps(about | dict(notes) | trained_on, indent=1)}\n".encode())
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be written ({error})") from error
+
+
+def check_place(path: Path) -> None:
+    """TraceError where ``save_predictor`` cannot write to ``path``, before there is a predictor."""
+    with _writing(path):
+        for file in (path, notes_path(path)):
+            check_writable(file)
 
 
 def load_predictor(path: Path, fingerprint: str | None = None) -> RowPredictor:
@@ -89,6 +95,14 @@ def check_model(meta: TraceMeta, fingerprint: str, predictor: object) -> None:
 def notes_path(path: Path) -> Path:
     """Where the JSON of the predictor in ``path`` is."""
     return path.with_suffix(".json")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TraceError(f"{path}: cannot be written ({error})") from error
 
 
 def _arrays(predictor: RowPredictor) -> Arrays:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from duoserve.errors import ConfigError
-from duoserve.experts import budget
 from duoserve.metrics import ByteCounts
 from duoserve.scheduling.hardware import Machine
 from duoserve.scheduling.policies import POLICIES, Policy, get_policy
@@ -17,32 +15,8 @@ from duoserve.scheduling.trace import Trace
 
 # All that can be replayed with fewer slots than experts, from the baselines up.
 CONTESTANTS = (*(name for name, policy in POLICIES.items() if not policy.all_resident), ORACLE)
-
-
-def contestants(names: str) -> list[str]:
-    """The policies of a list such as "lru,duoserve", or of "all"; ConfigError for a name that is not known."""
-    if names == "all":
-        return list(CONTESTANTS)
-    chosen = [name.strip() for name in names.split(",")]
-    for name in chosen:
-        if name != ORACLE:
-            get_policy(name)
-    return chosen
-
-
-def slot_count(wanted: str, trace: Trace) -> int:
-    """Slots over all layers: a count, or a share of all experts as ``expert_slots`` has it, such as "25%".
-
-    ConfigError if it cannot work.
-    """
-    total = trace.meta.num_experts * len(trace.meta.layers)
-    try:
-        count = budget.slot_count(wanted if wanted.endswith("%") else int(wanted), total)
-    except (ValueError, ConfigError):
-        raise ConfigError(f"slots {wanted!r} is neither a count nor a share such as 25%") from None
-    if not trace.meta.top_k < count <= total:
-        raise ConfigError(f"{wanted} is {count} slots, but must lie in {trace.meta.top_k + 1}..{total}")
-    return count
+# To hold a row's bytes against: what nothing can go below, and those of caches that know the future.
+BOUNDS = {"least_bytes_per_token": least_bytes, "layer_belady_bytes_per_token": layer_belady_bytes}
 
 
 def bake_off(
@@ -57,12 +31,9 @@ def bake_off(
     ``predictors`` are by kind. A policy whose kind is not among them goes without guesses: its ``predictor`` is None.
     """
     for num_slots in slot_counts:
-        least, belady = (bound(trace, machine, num_slots) for bound in (least_bytes, layer_belady_bytes))
         for name in names:
             policy, predictor = contestant(name, trace, predictors)
-            done = replay(trace, policy, machine, num_slots, predictor=predictor)
-            done.least_bytes, done.layer_belady_bytes = least, belady
-            yield done
+            yield replay(trace, policy, machine, num_slots, predictor=predictor)
 
 
 def contestant(name: str, trace: Trace, predictors: Mapping[str, Predictor]) -> tuple[Policy, Predictor | None]:
@@ -73,8 +44,17 @@ def contestant(name: str, trace: Trace, predictors: Mapping[str, Predictor]) -> 
     return policy, deepcopy(predictors.get(policy.predictor or ""))
 
 
-def figures(done: Replay) -> dict[str, Any]:
-    """One row: mean seconds (``total_s``: of all requests), shares, and bytes for each decoded token.
+def rows(runs: Iterable[Replay], trace: Trace, machine: Machine) -> Iterator[dict[str, Any]]:
+    """The figures of each of these replays of ``trace`` on ``machine``."""
+    bounds: dict[int, dict[str, float]] = {}
+    for done in runs:
+        if done.num_slots not in bounds:
+            bounds[done.num_slots] = {name: bound(trace, machine, done.num_slots) for name, bound in BOUNDS.items()}
+        yield figures(done, bounds[done.num_slots])
+
+
+def figures(done: Replay, bounds: Mapping[str, float]) -> dict[str, Any]:
+    """One row: mean seconds (``total_s``: of all requests), shares, and bytes for each decoded token; and ``bounds``.
 
     Flat and JSON-able.
     """
@@ -90,8 +70,7 @@ def figures(done: Replay) -> dict[str, Any]:
         "at_least_half": None if score is None else score.half_share,
         **kinds,
         "bytes_per_token": done.bytes.total / tokens,
-        "least_bytes_per_token": done.least_bytes,
-        "layer_belady_bytes_per_token": done.layer_belady_bytes,
+        **bounds,
         "stall_s_per_token": done.decode_stall_s / tokens,
         "ttft_s": done.ttft_mean_s,
         "tpot_s": done.tpot_s,
@@ -100,44 +79,3 @@ def figures(done: Replay) -> dict[str, Any]:
         "itl_p99_s": done.itl_percentile_s(99),
         "total_s": done.total_s,
     }
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
-
-
-def _milliseconds(value: float) -> str:
-    return f"{1e3 * value:.2f}"
-
-
-def _megabytes(value: float) -> str:
-    return f"{value / 1e6:.1f}"
-
-
-_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "slots": ("slots", str),
-    "policy": ("policy", str),
-    "hit_rate": ("hits", _percent),
-    "recall_at_k": ("recall@k", _percent),
-    "exact_top_k": ("exact", _percent),
-    "at_least_half": ("half", _percent),
-    "demanded_bytes_per_token": ("MB demanded", _megabytes),
-    "prefetched_useful_bytes_per_token": ("useful", _megabytes),
-    "prefetched_late_bytes_per_token": ("late", _megabytes),
-    "wasted_bytes_per_token": ("wasted", _megabytes),
-    "least_bytes_per_token": ("least", _megabytes),
-    "layer_belady_bytes_per_token": ("Belady/layer", _megabytes),
-    "stall_s_per_token": ("stall ms", _milliseconds),
-    "ttft_s": ("TTFT ms", _milliseconds),
-    "tpot_s": ("TPOT ms", _milliseconds),
-    "itl_p95_s": ("p95 ms", _milliseconds),
-    "itl_p99_s": ("p99 ms", _milliseconds),
-}
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Rows of ``figures`` as text, one line each below a heading; bytes are those of a decoded token."""
-    cells = [[title for title, _ in _COLUMNS.values()]]
-    cells += [["-" if row[key] is None else show(row[key]) for key, (_, show) in _COLUMNS.items()] for row in rows]
-    widths = [max(len(line[at]) for line in cells) for at in range(len(_COLUMNS))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]

@@ -41,11 +41,7 @@ _NO_BYTES = ExpertLayout(torch.bfloat16, hidden=32, intermediate=16)
 
 @dataclass
 class Replay:
-    """What a policy came to. Seconds are the made-up machine's.
-
-    Two figures to hold ``bytes`` against, of a decoded token each: ``least_bytes``, which nothing can go below, and
-    ``layer_belady_bytes``, those of caches that know the future.
-    """
+    """What a policy came to. Seconds are the made-up machine's."""
 
     policy: str
     predictor: str | None
@@ -58,8 +54,6 @@ class Replay:
     hits: int = 0  # of decode steps, as is all below
     misses: int = 0
     bytes: ByteCounts = field(default_factory=ByteCounts)
-    least_bytes: float = 0.0
-    layer_belady_bytes: float = 0.0
     score: Score | None = None
 
     @property

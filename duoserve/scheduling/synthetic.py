@@ -10,6 +10,7 @@ R requests, T tokens of one, K top-k, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def synthesize(  # noqa: PLR0913
             f"precision is {precision:g}; {card.name} allows more than {chance:g} (chance) and less than 1"
         )
     rng = np.random.default_rng(seed)
-    meta = TraceMeta(f"synthetic:{card.name}", tuple(range(card.num_layers)), card.num_experts, card.top_k)
+    meta = _meta(card)
     shape = requests, prompt + tokens
     layers: dict[int, LayerTrace] = {}
     noise = 0.0
@@ -87,12 +88,26 @@ def synthesize(  # noqa: PLR0913
     return Trace.in_memory(meta, requests_R2, token_ids_N, layers)
 
 
+def bytes_needed(card: RoutingCard, requests: int, tokens: int) -> int:
+    """RAM that ``synthesize`` takes at most, for requests of ``tokens`` tokens each, their prompts included.
+
+    That are the trace's own columns, and what one layer is made of beside the one before: 24 bytes an expert.
+    """
+    columns = _meta(card).columns().values()
+    kept = sum(column.dtype.itemsize * prod(column.row_shape) for column in columns)
+    return requests * tokens * (kept + 24 * (card.num_experts + card.top_k))
+
+
 def recall(scores_NE: np.ndarray, ids_NK: np.ndarray, count: int) -> float:
     """The share of the chosen experts ``ids_NK`` that is among the ``count`` best scores of their row."""
     best_NC = np.argpartition(-scores_NE, count - 1, axis=1)[:, :count]
     among_NE = np.zeros(scores_NE.shape, dtype=bool)
     np.put_along_axis(among_NE, best_NC, True, axis=1)
     return float(np.take_along_axis(among_NE, ids_NK, axis=1).mean())
+
+
+def _meta(card: RoutingCard) -> TraceMeta:
+    return TraceMeta(f"synthetic:{card.name}", tuple(range(card.num_layers)), card.num_experts, card.top_k)
 
 
 def _logits(card: RoutingCard, rng: np.random.Generator, requests: int, tokens: int) -> np.ndarray:

@@ -3,13 +3,16 @@
 import os
 import re
 import subprocess
+import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
 from duoserve import __version__
 from duoserve.cli import generate
 from duoserve.errors import ConfigError
+from duoserve.scheduling.hardware import HARDWARE
 
 
 def test_the_version_is_that_of_the_installed_package(duoserve):
@@ -64,3 +67,25 @@ def test_a_reader_that_leaves_ends_the_command_quietly(model_folder, buffered_co
     ran = subprocess.run(**buffered_command, stdout=writing, check=False)
     os.close(writing)
     assert (ran.returncode, ran.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["plan", "mixtral-8x7b", "--hardware", ",".join(HARDWARE), "--json"]], ids=["short", "long"]
+)
+def test_a_full_disk_behind_stdout_is_one_line_and_exit_code_1(buffered_command, words):
+    """A long line fails when it is printed, a short one when the command is done."""
+    buffered_command["args"] += words
+    with Path("/dev/full").open("w") as full:
+        ran = subprocess.run(**buffered_command, stdout=full, check=False)
+    assert ran.returncode == 1
+    assert re.fullmatch(rb"duoserve: error: \[Errno 28\] No space left on device: .*\n", ran.stderr)
+
+
+def test_closed_streams_are_no_errors(duoserve, model_folder, buffered_command, monkeypatch):
+    words = ["generate", str(model_folder), "--prompt", "a", "--max-tokens", "2"]
+    closing = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    ran = subprocess.run(**buffered_command | {"args": [*closing, *buffered_command["args"], *words]}, check=False)
+    assert ran.returncode == 0
+    monkeypatch.setattr(sys, "stdin", None)
+    ran = duoserve("generate", model_folder)
+    assert ran.code == 1 and ran.err.startswith("duoserve: error: ")

@@ -99,6 +99,20 @@ def test_a_script_that_fails_ends_it(duoserve, checkout):
     assert not list((checkout / "bench" / "results").glob("cpu-*.md"))
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_any_bench_begins(duoserve, checkout, tmp_path):
+    (tmp_path / "file").touch()
+    ran = duoserve("bench", "cpu", "--checkout", checkout, "--out", tmp_path / "file" / "new")
+    assert (ran.code, scripts(ran.out)) == (1, [])
+    assert f"--out {tmp_path}/file/new: cannot be written" in ran.err
+
+
+def test_a_report_that_cannot_be_written_is_said(duoserve, checkout):
+    in_the_way = "import pathlib, sys; pathlib.Path(sys.argv[-1]).with_suffix('.md').mkdir()"
+    (checkout / "bench" / "bench_cpu.py").write_text(in_the_way)
+    ran = duoserve("bench", "cpu", "--checkout", checkout)
+    assert ran.code == 1 and f"--out {checkout}/bench/results: cannot be written" in ran.err
+
+
 def test_no_checkout_is_refused(duoserve, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ran = duoserve("bench", "cpu")

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from duoserve.choice import CHOICE_FILE
-from duoserve.cli import main
+from duoserve.cli import evaluate, main
 from duoserve.cli.machines import replayed_on
+from duoserve.errors import TraceError
+from duoserve.experts.checkpoint import Checkpoint
+from duoserve.scheduling.trace import TraceMeta
 from tests.checkpoints import save_mixtral
+from tests.traces import save_trace, small_trace
 
 BARD = Path(__file__).resolve().parents[2] / "duoserve" / "assets" / "bard"
 
@@ -32,6 +37,75 @@ def test_from_prompts_to_a_choice(
     assert said["folder"] == str(tmp_path / "bard") and written["policy"] == said["policy"]
     assert said["hardware"] == written["figures"]["hardware"] == replayed_on(None).name
     assert said["why"].startswith("Expect ") and written["figures"]["rows"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--slots", "2", "2 is 2 slots, but must lie in 3..24"),
+        ("--slots", "25%,12.5", "slots '12.5' is neither a count nor a share"),
+        ("--hardware", "abacus", "hardware 'abacus' is not known"),
+        ("--hardware", "this", "this machine cannot be measured there"),
+        ("--max-tokens", "1", "--max-tokens 1: no request would decode"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_prompts_are_run(
+    option: str,
+    value: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    no_folder_can_be_here = tmp_path / "file"
+    no_folder_can_be_here.touch()
+    monkeypatch.setenv("DUOSERVE_CACHE", str(no_folder_can_be_here / "cache"))
+    command = without_recording(tmp_path, monkeypatch)
+    assert main([*command, option, value]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_choice_without_a_place_is_refused_before_the_prompts_are_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = without_recording(tmp_path, monkeypatch)
+    (tmp_path / "m" / CHOICE_FILE).mkdir()
+    assert main(command) == 1
+    assert "the choice cannot be written there" in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="was recorded"):
+        main([*command, "--dry-run"])
+
+
+def without_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The command for a small model and two prompts, which must not come to run them."""
+
+    def record(*args: object, **kwargs: object) -> None:
+        raise AssertionError("it was recorded")
+
+    monkeypatch.setattr(evaluate, "record", record)
+    folder = save_mixtral(tmp_path / "m")
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    return ["evaluate", str(folder), "--prompts", str(tmp_path / "p.txt")]
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_what_was_found_is_said_also_where_it_cannot_be_written(
+    form: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk has become full meanwhile."""
+
+    def save_choice(*args: object) -> None:
+        raise TraceError("no space left on device")
+
+    monkeypatch.setattr(evaluate, "save_choice", save_choice)
+    folder = save_mixtral(tmp_path / "m")
+    with closing(Checkpoint.open(folder)) as checkpoint:
+        meta = TraceMeta(checkpoint.fingerprint(), (0, 1, 2), num_experts=8, top_k=2)
+    save_trace(small_trace(meta), tmp_path / "t.safetensors")
+    assert main(["evaluate", str(folder), "--trace", str(tmp_path / "t.safetensors"), *form]) == 1
+    said = capsys.readouterr()
+    assert "no space left" in said.err and "Expect " in said.out
+    assert (json.loads(said.out)["folder"] is None) if form else ("nothing was written" in said.out)
 
 
 def test_a_seed_that_no_generator_takes_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,6 +116,16 @@ def test_other_machines_are_not_rehearsed(duoserve, rehearsals, other):
     assert rehearsals == []
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [(("--prompt", "100k"), "positions that the model knows"), (("--memory", "1MiB"), "raise memory to at least")],
+)
+def test_what_is_refused_is_not_rehearsed_first(duoserve, rehearsals, asked, said):
+    ran = duoserve("plan", "bard", *asked)
+    assert ran.code == 1 and said in ran.err
+    assert rehearsals == []
+
+
 def test_another_disk_is_not_held_to_what_one_read_gets_of_the_one_that_is_here(duoserve, monkeypatch):
     here = replace(HARDWARE["ddr4"], disk=0.4e9, reader=0.3e9)
     monkeypatch.setattr(command, "this_machine", lambda anew: here)
@@ -153,6 +163,16 @@ def test_tpot_falls_as_memory_grows():
     ]
     assert [points[0][1], points[-1][1]] == [best.tpot.total for best in ends]
     assert points[0][0] < plan.memory.total_bytes < points[-1][0] < 32 * GIB
+
+
+@pytest.mark.parametrize("hardware", [HARDWARE["ddr5"], LARGE], ids=["cpu", "gpu"])
+def test_ram_for_experts_that_wait_is_there_along_the_whole_curve(hardware):
+    """Also where none waits, because all have slots; of a machine that was measured no more is there than is free."""
+    planner = Planner("qwen3-30b-a3b", find_model("qwen3-30b-a3b"))
+    hardware = replace(hardware, name="this", memory_bytes=64 * GIB, host_bytes=4 * GIB)
+    plan = planner.plan(hardware, Question(form="int4", host_memory=8 * GIB))
+    assert plan.memory.host_bytes == 0
+    assert len(tpot_over_memory(planner, plan)) == 24
 
 
 def test_a_plot_is_drawn(duoserve, tmp_path):

@@ -11,7 +11,12 @@ from duoserve.errors import RequestError
 def test_json_lines_are_texts_or_objects(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps("a\nb") + "\n\n" + json.dumps({"prompt": "c", "id": 1}) + "\n")
     assert read_prompts(tmp_path / "p.jsonl") == ["a\nb", "c"]
-    for line, fault in [("[1]", "must be a text"), ("{", "is not JSON"), ('{"prompt": 3}', "must be a text")]:
+    for line, fault in [
+        ("[1]", "must be a text"),
+        ("{", "is not JSON"),
+        ("[" * 1_000_000, "is not JSON"),
+        ('{"prompt": 3}', "must be a text"),
+    ]:
         (tmp_path / "q.jsonl").write_text(f'"fine"\n\n{line}\n')
         with pytest.raises(RequestError, match=f"line 3: {fault}"):
             read_prompts(tmp_path / "q.jsonl")

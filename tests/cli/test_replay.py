@@ -163,9 +163,25 @@ def test_what_cannot_be_replayed_is_refused(change: list[str], said: str, capsys
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--requests", "--tokens", "--prompt-tokens"])
+def test_a_made_up_trace_that_ram_cannot_hold_is_refused_with_the_arithmetic(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*MADE_UP, option, "10000000000"]) == 1
+    said = capsys.readouterr().err
+    assert "x 32 layers of 8 experts take about" in said and "TiB, but" in said and option in said
+
+
 @pytest.mark.parametrize(
     "change",
-    [["--requests", "0"], ["--tokens", "-1"], ["--prompt-tokens", "0"], ["--seed", "-1"], ["--seed", str(1 << 64)]],
+    [
+        ["--requests", "0"],
+        ["--tokens", "-1"],
+        ["--prompt-tokens", "0"],
+        ["--seed", "-1"],
+        ["--seed", str(1 << 64)],
+        ["--requests", str(10**400)],
+    ],
 )
 def test_a_made_up_trace_has_its_bounds(change: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -8,7 +8,7 @@ import pytest
 from duoserve.cli import train_predictor
 from duoserve.predictors.files import load_predictor
 from duoserve.scheduling.synthetic import CARDS, synthesize
-from tests.traces import save_trace
+from tests.traces import save_trace, small_trace
 
 
 @pytest.fixture
@@ -35,11 +35,35 @@ def test_the_default_is_duoserves_own(duoserve, trace, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("out", "fault"), [("p.bin", "must be named .safetensors"), ("no/p.safetensors", "cannot be written")]
+    ("out", "fault"),
+    [
+        ("p.bin", "must be named .safetensors"),
+        ("no/p.safetensors", "cannot be written"),
+        ("file/p.safetensors", "cannot be written"),
+        ("folder.safetensors", "cannot be written"),
+        ("its-json-is-one.safetensors", "cannot be written"),
+    ],
 )
-def test_a_bad_name(duoserve, trace, tmp_path, out, fault):
+def test_a_bad_name_is_refused_before_the_training(duoserve, trace, tmp_path, monkeypatch, out, fault):
+    monkeypatch.setattr(train_predictor, "train", None)
+    (tmp_path / "file").touch()
+    for folder in ("folder.safetensors", "its-json-is-one.json"):
+        (tmp_path / folder).mkdir()
+    before = sorted(tmp_path.iterdir())
     ran = duoserve("train-predictor", trace, "--kind", "popularity", "--out", tmp_path / out)
     assert (ran.code, fault in ran.err) == (1, True)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_it_is_measured_on_requests_that_decode(duoserve, tmp_path):
+    """They stand behind more than are measured, all of which are of a prompt alone."""
+    prompts, others = [(2, 2)] * 300, [(4, 2)] * 5
+    save_trace(small_trace(lengths=prompts + others), tmp_path / "t.safetensors", last=305)
+    out = tmp_path / "p.safetensors"
+    ran = duoserve("train-predictor", tmp_path / "t.safetensors", "--kind", "popularity", "--out", out)
+    assert ran.code == 0, ran.err
+    assert "on 5 requests held out" in ran.out
+    assert json.loads(out.with_suffix(".json").read_text())["held_out"]["steps"] == 10
 
 
 def test_a_seed_that_no_generator_takes_is_wrong_usage(duoserve, trace, tmp_path):

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from duoserve.config import EngineConfig
 from duoserve.errors import ConfigError, MemoryBudgetError
-from duoserve.experts.budget import FreeMemory, MemoryPlan, format_bytes, parse_bytes, plan_memory, slot_count
+from duoserve.experts.budget import (
+    FreeMemory,
+    MemoryPlan,
+    engine_config,
+    format_bytes,
+    parse_bytes,
+    plan_memory,
+    slot_count,
+)
 from duoserve.experts.layout import ExpertLayout
 
 GIB = 2**30
@@ -280,3 +288,12 @@ def test_a_refusal_adds_up_where_waiting_experts_lie_in_another_memory():
         case.plan(wanted, host_available=GIB)
     assert f"at least {FIXED + 3 * ROW} bytes of GPU memory" in str(on_gpu.value)
     assert "host RAM" not in str(on_gpu.value)
+
+
+def test_a_config_takes_sizes_as_people_write_them() -> None:
+    assert engine_config() == engine_config(host_memory=None) == EngineConfig()
+    assert engine_config(memory="2KiB", host_memory="0") == EngineConfig(memory=2048, host_memory=0)
+    assert engine_config(expert_memory=4096, device="cpu") == EngineConfig(expert_memory=4096, device="cpu")
+    for wrong in ({"memory": "auto"}, {"host_memory": "much"}, {"memory": 1, "expert_memory": 1}):
+        with pytest.raises(ConfigError):
+            engine_config(**wrong)

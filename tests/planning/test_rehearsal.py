@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,16 @@ def test_a_long_prompt_is_cut_short(short: None, tmp_path: Path, monkeypatch: py
     model = find_model("bard")
     found = rehearse(model, layout_in(model.config, None, model.config.dtype), 1000, tmp_path, [("resident", "disk")])
     assert found is not None and found.prompt == 8
+
+
+def test_a_short_context_has_room_for_the_prompt_and_the_steps_behind_it(short: None, tmp_path: Path) -> None:
+    """6 steps behind the prompt and the token that it gives; a model without that room is not rehearsed."""
+    model = find_model("bard")
+    layout = layout_in(model.config, None, model.config.dtype)
+    for positions, prompt in ((12, 5), (9, 2), (8, None)):
+        config = replace(model.config, max_position_embeddings=positions)
+        found = rehearse(replace(model, config=config), layout, 16, tmp_path, [("resident", "disk")])
+        assert (found and found.prompt) == prompt
 
 
 def test_a_prompt_of_one_token_is_rehearsed_as_one_of_two(short: None, tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ L layers, N tokens, K top-k, E experts.
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from duoserve.errors import ConfigError
-from duoserve.scheduling.synthetic import CARDS, recall, synthesize
+from duoserve.scheduling.synthetic import CARDS, bytes_needed, recall, synthesize
 from duoserve.scheduling.trace import Trace
 
 WINDOWS = (2, 4, 8, 16, 32, 64)
@@ -136,3 +137,14 @@ def test_a_seed_makes_the_same_trace_again():
 def test_a_precision_that_cannot_be(precision):
     with pytest.raises(ConfigError, match=r"precision is .*mixtral-8x7b allows more than 0.25"):
         synthesize(CARDS["mixtral-8x7b"], 1, 1, precision, seed=0)
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b"])
+def test_the_memory_for_a_trace_is_known_before_it_is_made(name: str) -> None:
+    card = replace(CARDS[name], num_layers=4)
+    tracemalloc.start()
+    made = synthesize(card, 6, 3000, 0.8, seed=0, prompt=1000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(made) == 6
+    assert 0.5 < peak / bytes_needed(card, 6, 4000) <= 1
