@@ -33,7 +33,7 @@ import batching_plot
 import batching_report
 from batching_rates import decode_rounds, equal_tokens
 from duoserve import MoEModel
-from duoserve.compiled_decode import SIZES
+from duoserve.launching.compiled import SIZES
 from goodput import Trials, goodputs
 from machine import ForeignCpu, conditions, foreign_cpu
 from random_mixtral import ensure_checkpoint

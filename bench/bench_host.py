@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from duoserve.config import Phase
-from duoserve.decode_inputs import WorkFeed
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
@@ -34,6 +33,7 @@ from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.experts.streams import Lane, Mark, Streams
 from duoserve.kernels import by_demand
 from duoserve.kernels.recorder import Recorder
+from duoserve.launching.inputs import WorkFeed
 from duoserve.metrics import Meter
 from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import get_policy

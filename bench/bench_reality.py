@@ -32,7 +32,7 @@ from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.timed import TimedMachine
 from duoserve.scheduling.trace import Trace
-from duoserve.text import Text
+from duoserve.text.tokenizer import Text
 from duoserve.tracing import RecordingSpec, record
 from machine import ForeignCpu, conditions, foreign_cpu
 from random_mixtral import ensure_checkpoint

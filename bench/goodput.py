@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from duoserve import AsyncEngine, MoEModel, Objectives, SamplingParams, ServiceSettings
 from duoserve.loadtest.workload import Workload
 from duoserve.metrics import percentile
-from duoserve.service import Times
+from duoserve.service.interface import Times
 from goodput_search import Search, goodput
 
 SCHEDULERS = ("fcfs", "slo")

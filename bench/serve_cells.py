@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from duoserve.config import DECODE_MODES
-from duoserve.scheduling.plan import DecodeMode, PrefillMode
+from duoserve.scheduling.plan import DecodeFetch, PrefillFetch
 from duoserve.scheduling.policies import POLICIES, Policy, get_policy
 from serve_models import BF16, MODELS
 
@@ -33,9 +33,9 @@ class Part:
 PARTS = {
     part.name: part
     for part in (
-        Part("prefill not overlapped", lambda policy: replace(policy, prefill=PrefillMode.ON_DEMAND)),
+        Part("prefill not overlapped", lambda policy: replace(policy, prefill=PrefillFetch.ON_DEMAND)),
         Part("nothing kept", lambda policy: replace(policy, keeps=False)),
-        Part("residents wait for misses", lambda policy: replace(policy, decode=DecodeMode.ON_DEMAND)),
+        Part("residents wait for misses", lambda policy: replace(policy, decode=DecodeFetch.ON_DEMAND)),
         Part("no quota for layers", lambda policy: replace(policy, eviction=replace(policy.eviction, per_layer=False))),
         Part("no guesses", Policy.without_guesses, base=BEST),
         Part("prefetches in one piece", whole_rows=True),

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from duoserve.architecture import LatentAttentionConfig
 from duoserve.config import EngineConfig
-from duoserve.decoding import DecoderParts, Launch, choose_launch, resolve_mode
 from duoserve.engine import Engine
 from duoserve.errors import ConfigError, MemoryBudgetError
 from duoserve.experts.budget import FreeMemory, MemoryPlan, plan_memory
@@ -22,11 +21,12 @@ from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.tickets import PIECE_BYTES
 from duoserve.kv_cache import PagedKVCache, kv_bytes_per_token
-from duoserve.link import LinkRates
+from duoserve.launching.launch import DecoderParts, Launch, choose_launch, resolve_mode
+from duoserve.launching.link import LinkRates
+from duoserve.launching.recorded import RECORD_AFTER
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
 from duoserve.predictors.lookahead import LookaheadPredictor
-from duoserve.recorded_decode import RECORD_AFTER
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.plan import ModelShape

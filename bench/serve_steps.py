@@ -15,15 +15,15 @@ from typing import Any, Generic, NamedTuple
 import torch
 from torch import Tensor
 
-from duoserve.decoding import DecoderParts, Launch
-from duoserve.event_decode import event_steps
 from duoserve.experts.streams import Lane, Mark, Streams
-from duoserve.graph_decode import graph_steps
 from duoserve.kernels.recorder import Recorder, Recording, Result
 from duoserve.kv_cache import Layout
+from duoserve.launching.event import event_steps
+from duoserve.launching.graph import graph_steps
+from duoserve.launching.launch import DecoderParts, Launch
+from duoserve.launching.recorded import RecordedDecoder
 from duoserve.metrics import Meter
 from duoserve.passes import Decoder
-from duoserve.recorded_decode import RecordedDecoder
 
 Clock = Callable[[], float]
 

@@ -1,6 +1,5 @@
 """duoserve: Mixture-of-Experts language models that do not fit in fast memory, at the speed that the link allows."""
 
-from duoserve.async_engine import AsyncEngine
 from duoserve.errors import (
     CheckpointError,
     ClosedError,
@@ -21,8 +20,9 @@ from duoserve.moe_model import Completion, MoEModel
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy, get_policy
 from duoserve.scheduling.predictor import Predictor
-from duoserve.service import Objectives, Piece, ServiceFigures, ServiceSettings, State, TokenLogprobs
-from duoserve.stream import Stream
+from duoserve.service.async_engine import AsyncEngine
+from duoserve.service.interface import Objectives, Piece, ServiceFigures, ServiceSettings, State, TokenLogprobs
+from duoserve.service.stream import Stream
 
 __version__ = "0.1.0"
 

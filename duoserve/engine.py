@@ -11,17 +11,17 @@ from itertools import count
 
 from torch import Tensor
 
-from duoserve.batching import Batching, Load, WaitingRequest
 from duoserve.config import ModelConfig
-from duoserve.cost import MeasuredCosts
 from duoserve.errors import CopyError, DuoServeError, IntegrityError, OverloadedError, RequestError
 from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache, SequenceKV
-from duoserve.load_view import as_running, as_under_way, as_waiting
 from duoserve.metrics import Meter
 from duoserve.passes import Passes, Prefill
 from duoserve.request import Produced, Request
 from duoserve.sampling import Sampler, token_logprobs
-from duoserve.service import ServiceSettings
+from duoserve.service.batching import Batching, Load, WaitingRequest
+from duoserve.service.cost import MeasuredCosts
+from duoserve.service.interface import ServiceSettings
+from duoserve.service.load_view import as_running, as_under_way, as_waiting
 
 # Of a list of prompts: as many at once as the KV cache holds with all of their answers, in their order.
 ALL_AT_ONCE = ServiceSettings(max_batch=1 << 30, max_waiting=1 << 30, scheduler="fcfs", answer_room=1 << 30)

@@ -9,11 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from duoserve.chat_template import ChatTemplate
 from duoserve.choice import BestPolicy, chosen_predictor, find_choice, predictor_beside
-from duoserve.compiled_prompts import compiled_prompts
 from duoserve.config import EngineConfig, ModelConfig
-from duoserve.decoding import DecoderParts, VariantDecoder, make_decoder, resolve_mode
 from duoserve.engine import Engine
 from duoserve.errors import ConfigError, TraceError
 from duoserve.experts.budget import MemoryPlan
@@ -21,8 +18,10 @@ from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.kernels import Products
-from duoserve.kernels.unpacking import with_compiled_unpacking
+from duoserve.kernels.compiled.unpacking import with_compiled_unpacking
 from duoserve.kv_cache import PagedKVCache
+from duoserve.launching.compiled_prompts import compiled_prompts
+from duoserve.launching.launch import DecoderParts, VariantDecoder, make_decoder, resolve_mode
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
@@ -39,7 +38,8 @@ from duoserve.scheduling.policies import Policy, get_policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import RoutingListener, audience
 from duoserve.scheduling.scheduler import Scheduler
-from duoserve.text import Text
+from duoserve.text.chat_template import ChatTemplate
+from duoserve.text.tokenizer import Text
 
 CALLER = 5  # of from_pretrained: so many calls up from the functions of this file that warn
 

@@ -18,7 +18,6 @@ from typing import Any, TypeVar, overload
 
 from torch import Tensor
 
-from duoserve.chat_template import ChatTemplate
 from duoserve.config import ModelConfig
 from duoserve.errors import ClosedError, RequestError
 from duoserve.experts.budget import MemoryPlan, engine_config
@@ -29,9 +28,10 @@ from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
-from duoserve.service import FinishReason
-from duoserve.text import Text
-from duoserve.writer import Writer
+from duoserve.service.interface import FinishReason
+from duoserve.text.chat_template import ChatTemplate
+from duoserve.text.tokenizer import Text
+from duoserve.text.writer import Writer
 
 Prompt = str | Sequence[int]
 Result = TypeVar("Result")

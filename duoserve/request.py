@@ -8,7 +8,7 @@ from typing import NamedTuple
 from duoserve.errors import DuoServeError
 from duoserve.kv_cache import SequenceKV
 from duoserve.sampling import SamplingParams
-from duoserve.service import FinishReason, Objectives, TokenLogprobs
+from duoserve.service.interface import FinishReason, Objectives, TokenLogprobs
 
 
 @dataclass(eq=False)

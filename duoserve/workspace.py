@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from duoserve.architecture import AttentionConfig, LatentAttentionConfig
-from duoserve.compiled_decode import SIZES
 from duoserve.config import ModelConfig
 from duoserve.kernels import QUERY_ROWS
 from duoserve.kernels.experts_together import WIDTH
 from duoserve.kv_cache import PAGE_TOKENS
+from duoserve.launching.compiled import SIZES
+from duoserve.launching.recorded import MAX_SEQUENCES, MAX_SHAPES
 from duoserve.models.transformer import LOGIT_ROWS
-from duoserve.recorded_decode import MAX_SEQUENCES, MAX_SHAPES
 
 FLOAT_BYTES = 4
 SCORE_BYTES = 24  # of a token and expert: the router's float32 scores, their softmax and their order

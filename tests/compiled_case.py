@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from duoserve.kernels.compiler import can_compile
+from duoserve.kernels.compiled.compiler import can_compile
 from tests.checkpoints import save_mixtral
 from tests.models.cases import FAMILIES
 

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 # They take minutes each: were one begun last, it would keep one worker at it and the others waiting.
 LONGEST = (
-    "test_compiled_decode.py",
+    "test_compiled.py",
     "test_bench.py",
     "test_compiled_batches.py",
     "test_token_expert.py",

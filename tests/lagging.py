@@ -11,16 +11,16 @@ from torch import Tensor
 
 from duoserve import SamplingParams
 from duoserve.engine import Engine
-from duoserve.event_decode import event_steps
 from duoserve.experts.copy_engine import ThreadedCopyEngine
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore, HostStore, TieredStore
 from duoserve.experts.stream_engine import StreamCopyEngine
-from duoserve.graph_decode import graph_steps
 from duoserve.kv_cache import Layout
+from duoserve.launching.event import event_steps
+from duoserve.launching.graph import graph_steps
+from duoserve.launching.recorded import RecordedDecoder
 from duoserve.passes import Decoder
-from duoserve.recorded_decode import RecordedDecoder
 from duoserve.request import Request
 from tests.assembly import Parts, assembled
 from tests.fake_recorder import FakeRecorder

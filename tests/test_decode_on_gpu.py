@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from duoserve import MoEModel, SamplingParams
-from duoserve.event_decode import event_steps
 from duoserve.experts.cuda_streams import CudaStreams
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore, HostStore
 from duoserve.experts.stream_engine import StreamCopyEngine
-from duoserve.graph_decode import graph_steps
 from duoserve.kernels.cuda_graphs import CudaRecorder
 from duoserve.kv_cache import Layout
+from duoserve.launching.event import event_steps
+from duoserve.launching.graph import graph_steps
+from duoserve.launching.recorded import RecordedDecoder
 from duoserve.passes import Decoder
-from duoserve.recorded_decode import RecordedDecoder
 from duoserve.scheduling.predictor import Predictor
 from tests.assembly import AssembledEngine, Parts, assembled
 from tests.checkpoints import save_mixtral

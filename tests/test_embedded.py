@@ -15,7 +15,7 @@ import torch
 from duoserve import MoEModel, SamplingParams
 from duoserve.config import EngineConfig
 from duoserve.experts.hub import EMBEDDED, EMBEDDED_FOLDER
-from duoserve.text import Text
+from duoserve.text.tokenizer import Text
 from duoserve.tracing import RecordingSpec, record
 
 # A scene that no embedded model was trained on.

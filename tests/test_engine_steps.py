@@ -22,7 +22,7 @@ from duoserve.experts.store import ExpertStore
 from duoserve.experts.virtual import VirtualClock
 from duoserve.request import Request
 from duoserve.scheduling.policies import POLICIES
-from duoserve.service import Objectives, ServiceSettings
+from duoserve.service.interface import Objectives, ServiceSettings
 from tests.assembly import AssembledEngine, assembled
 from tests.checkpoints import save_mixtral
 from tests.scheduling.fortune import GUESSING, any_teller, generous_link

@@ -24,20 +24,18 @@ F1  kernels/checks  kernels/limits  kernels/matmul  kernels/bf12  kernels/weight
     kernels/reference_attention  kernels/experts_together  kernels/reference  kernels/reference_copies
     kernels/numerics  kernels/configs  kernels/machine  kernels/dequant  kernels/moe_checks  kernels/route
     kernels/moe_store  kernels/moe_bf12  kernels/moe_gemm  kernels/moe_gemv  kernels/moe_fill  kernels/copies
-    kernels/combine  kernels/router
-    kernels/norm  kernels/rope  kernels/cache_rows  kernels/attention_gqa  kernels/attention_mla
-    kernels/triton_ops  kernels/__init__  kernels/recorder  kernels/cuda_graphs  kernels/attention_together
-    kernels/streamed  kernels/traced  kernels/attention_loops  kernels/decomposed  kernels/tape  kernels/inductor
-    kernels/compiler  kernels/compiled_loops  kernels/small_ops
-    kernels/compiled_ops  kernels/token_expert  kernels/unpacking
-F2  experts/__init__  experts/positional_file  experts/whole_file  experts/strict_json
-    experts/safetensors_header  experts/shards  experts/hub  experts/layout  experts/pack_format  experts/checkpoint
-    experts/rows  experts/pinned  experts/pieces
-    experts/store  experts/formats/__init__  experts/formats/scratch  experts/formats/codes  experts/formats/fp8
-    experts/formats/int4  experts/formats/lanes  experts/formats/awq  experts/formats/gptq  experts/formats/mxfp4
-    experts/formats/bf12  experts/formats/expert_row  experts/formats/reading  experts/pack_folder
-    experts/packing
-    experts/scale_search  experts/quantizing
+    kernels/combine  kernels/router  kernels/norm  kernels/rope  kernels/cache_rows  kernels/attention_gqa
+    kernels/attention_mla  kernels/triton_ops  kernels/__init__  kernels/recorder  kernels/cuda_graphs
+    kernels/attention_together  kernels/compiled/__init__  kernels/compiled/streamed  kernels/compiled/traced
+    kernels/compiled/attention_loops  kernels/compiled/decomposed  kernels/compiled/tape  kernels/compiled/inductor
+    kernels/compiled/compiler  kernels/compiled/loops  kernels/small_ops  kernels/compiled/ops
+    kernels/compiled/token_expert  kernels/compiled/unpacking
+F2  experts/__init__  experts/positional_file  experts/whole_file  experts/strict_json  experts/safetensors_header
+    experts/shards  experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/rows
+    experts/pinned  experts/pieces  experts/store  experts/formats/__init__  experts/formats/scratch
+    experts/formats/codes  experts/formats/fp8  experts/formats/int4  experts/formats/lanes  experts/formats/awq
+    experts/formats/gptq  experts/formats/mxfp4  experts/formats/bf12  experts/formats/expert_row
+    experts/formats/reading  experts/pack_folder  experts/packing  experts/scale_search  experts/quantizing
     experts/host_ram  experts/device  experts/budget  experts/disk_store  experts/slots  experts/tickets
     experts/copy_engine  experts/virtual  experts/virtual_readers  experts/streams  experts/cuda_streams
     experts/lane_marks  experts/stream_engine
@@ -47,31 +45,32 @@ F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predi
     scheduling/policies  scheduling/account  scheduling/link_budget  scheduling/foresight  scheduling/ledger
     scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/step_guesses  scheduling/read_through
     scheduling/scheduler  scheduling/cache_study  scheduling/hardware  scheduling/timed  scheduling/host_time
-    scheduling/foreseen  scheduling/scored  scheduling/replay  scheduling/bake_off
-    predictors/__init__  predictors/features  predictors/history  predictors/base  predictors/popularity
-    predictors/affinity  predictors/activation_matrix  predictors/lookahead  predictors/paper  predictors/learned
-    predictors/examples  predictors/networks  predictors/training  predictors/quality  predictors/files
+    scheduling/foreseen  scheduling/scored  scheduling/replay  scheduling/bake_off  predictors/__init__
+    predictors/features  predictors/history  predictors/base  predictors/popularity  predictors/affinity
+    predictors/activation_matrix  predictors/lookahead  predictors/paper  predictors/learned  predictors/examples
+    predictors/networks  predictors/training  predictors/quality  predictors/files
 F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  models/attention  models/mla
     models/router  models/tap  models/moe  models/transformer  models/parts  models/listening  models/variants
     models/decoder  models/config_fields  models/rope_fields  models/quantization_fields  models/common_fields
     models/expert_names  models/family  models/mixtral  models/qwen3_moe  models/qwen2_moe  models/olmoe
     models/deepseek  models/glm4_moe  models/granite_moe  models/gpt_oss  models/registry  models/stored
     models/opened  models/described
-F5  service  sampling  tokenizer_config  text  channels  chat_sandbox  chat_template  kv_cache  request  writer  passes
-    cost  batching  load_view  engine  decode_inputs  recorded_choices  recorded_decode  event_decode  graph_decode
-    compiled_experts  compiled_decode  compiled_prompts  link  decoding  workspace  memory_needs  placement  choice
-    loading  tracing  evaluating  moe_model  stream  worker  async_engine  perplexity  planning/__init__
-    planning/model_cards  planning/formats  planning/sizes  planning/routing_curves  planning/speed
-    planning/policy_speed  planning/made_up  planning/rehearsal  planning/rehearsed  planning/planner
+F5  service/__init__  service/interface  sampling  text/__init__  text/tokenizer_config  text/tokenizer
+    text/channels  text/chat_sandbox  text/chat_template  kv_cache  request  text/writer  passes  service/cost
+    service/batching  service/load_view  engine  launching/__init__  launching/inputs  launching/recorded_choices
+    launching/recorded  launching/event  launching/graph  launching/compiled_experts  launching/compiled
+    launching/compiled_prompts  launching/link  launching/launch  workspace  memory_needs  placement  choice  loading
+    tracing  evaluating  moe_model  service/stream  service/worker  service/async_engine  perplexity
+    planning/__init__  planning/model_cards  planning/formats  planning/sizes  planning/routing_curves
+    planning/speed  planning/policy_speed  planning/made_up  planning/rehearsal  planning/rehearsed  planning/planner
     planning/measuring  planning/this_machine  __init__
 F6  server/__init__  server/backend  server/settings  server/errors  server/fields  server/asking  server/records
     server/token_text  server/answers  server/generation  server/sse  server/http  server/host  server/metrics
     server/status  server/preparing  server/endpoints  server/app  server/run  cli/options  cli/writing  cli/prompts
     cli/machines  cli/inventory  cli/generate  cli/chat  cli/info  cli/plots  cli/plan_plot  cli/plan_report
     cli/plan  cli/pack  cli/trace  cli/train_predictor  cli/replay_report  cli/replay  cli/evaluate  cli/serve
-    cli/bench_report
-    loadtest/__init__  loadtest/workload  loadtest/figures  loadtest/events  loadtest/client  loadtest/measuring
-    cli/bench_serve  cli/bench  cli/app  cli/__init__
+    cli/bench_report  loadtest/__init__  loadtest/workload  loadtest/figures  loadtest/events  loadtest/client
+    loadtest/measuring  cli/bench_serve  cli/bench  cli/app  cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]
 RANK = {name: rank for rank, name in enumerate(FILES)}
@@ -92,8 +91,8 @@ MAPPERS = {
 }
 LAZY = {  # imported when asked for: extras, and what takes a second to import
     ("kernels/__init__", "kernels/triton_ops"),
-    ("kernels/compiler", "kernels/inductor"),
-    ("kernels/compiled_ops", "kernels/inductor"),
+    ("kernels/compiled/compiler", "kernels/compiled/inductor"),
+    ("kernels/compiled/ops", "kernels/compiled/inductor"),
     ("cli/serve", "server/run"),
     ("cli/bench_serve", "loadtest/measuring"),
 }
@@ -329,7 +328,7 @@ INNOCENT = [
     ("experts/slots", "from duoserve.kernels import ExpertWeights\nfrom duoserve.experts import layout"),
     ("experts/rows", "import mmap\nmmap.mmap(-1, 4096)"),
     ("kernels/matmul", "import torch.nn.functional as F\nimport math\nfrom duoserve.errors import DuoServeError"),
-    ("text", "from tokenizers import Tokenizer\nTokenizer.from_file('x')"),
+    ("text/tokenizer", "from tokenizers import Tokenizer\nTokenizer.from_file('x')"),
     ("cli/app", "from duoserve.cli import generate, info\nimport json\njson.load(open('x'))"),
 ]
 

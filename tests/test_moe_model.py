@@ -32,7 +32,7 @@ from duoserve import (
 from duoserve.config import Phase
 from duoserve.errors import TraceError
 from duoserve.request import Request
-from duoserve.text import Text
+from duoserve.text.tokenizer import Text
 from tests.checkpoints import BARD, save_mixtral
 from tests.live_threads import threads_since
 from tests.small_tokenizers import byte_level_tokenizer

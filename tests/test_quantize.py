@@ -20,7 +20,7 @@ from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertWeights
 from duoserve.models.opened import opened
 from duoserve.perplexity import OVERLAP, WINDOW, score
-from duoserve.text import Text
+from duoserve.text.tokenizer import Text
 from tests.checkpoints import BARD, reference_greedy, reference_logits, save_mixtral
 from tests.compiled_case import needs_compiler
 from tests.models.cases.quantized import CASES

@@ -6,7 +6,7 @@ import pytest
 
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
-from duoserve.service import FinishReason, Objectives
+from duoserve.service.interface import FinishReason, Objectives
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from duoserve.cli.options import Subparsers, add_parser, count, refuse_in_vain
 from duoserve.errors import ConfigError
 from duoserve.loadtest.figures import ATTAINED, PERCENTILES, GoodputSearch
 from duoserve.loadtest.workload import ARRIVALS, Workload
-from duoserve.service import Objectives
+from duoserve.service.interface import Objectives
 
 EXAMPLES = """\
   duoserve bench serve --url http://127.0.0.1:8000 --rate 2 --requests 100

@@ -7,13 +7,13 @@ import sys
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 
-from duoserve.channels import said
-from duoserve.chat_template import ChatTemplate
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
 from duoserve.cli.writing import add_sampling, folder_with_text, sampling
 from duoserve.errors import RequestError
 from duoserve.moe_model import Completion, MoEModel
 from duoserve.sampling import SamplingParams
+from duoserve.text.channels import said
+from duoserve.text.chat_template import ChatTemplate
 
 EXAMPLES = """\
   duoserve chat ./my-mixtral-instruct --memory 12GiB

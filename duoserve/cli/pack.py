@@ -16,7 +16,7 @@ from duoserve.experts.quantizing import QuantizingStore
 from duoserve.models.opened import OpenedModel, opened
 from duoserve.moe_model import MoEModel
 from duoserve.perplexity import WINDOW, TextScore, check_length, score
-from duoserve.text import Text
+from duoserve.text.tokenizer import Text
 
 EXAMPLES = """\
   duoserve pack bard

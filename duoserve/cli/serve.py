@@ -10,12 +10,12 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, get_args, get_type_hints
 
-from duoserve.async_engine import AsyncEngine
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
 from duoserve.errors import ConfigError
 from duoserve.moe_model import MoEModel
 from duoserve.server.settings import ServerSettings
-from duoserve.service import Objectives, ServiceSettings
+from duoserve.service.async_engine import AsyncEngine
+from duoserve.service.interface import Objectives, ServiceSettings
 
 EXAMPLES = """\
   duoserve serve bard --expert-slots 25%

@@ -10,7 +10,7 @@ from duoserve.errors import RequestError
 from duoserve.experts.hub import resolve_model
 from duoserve.experts.positional_file import is_there
 from duoserve.sampling import SamplingParams
-from duoserve.text import TOKENIZER
+from duoserve.text.tokenizer import TOKENIZER
 
 SAMPLING = {
     "max_tokens": (int, "N", "most tokens to write"),

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from duoserve.errors import CopyError
 from duoserve.experts.layout import Quantized
-from duoserve.kernels.compiled_loops import CompiledLoops
+from duoserve.kernels.compiled.loops import CompiledLoops
+from duoserve.kernels.compiled.streamed import laid_down
 from duoserve.kernels.matmul import power_of_two
-from duoserve.kernels.streamed import laid_down
 from duoserve.kernels.weights import ExpertFormat, Matrix
 
 Loops = Callable[..., None]  # of a search and what it takes

@@ -9,7 +9,7 @@ from duoserve.errors import RequestError
 from duoserve.loadtest.client import Form, Target, answers, served_model
 from duoserve.loadtest.figures import GoodputSearch, summary
 from duoserve.loadtest.workload import Workload
-from duoserve.service import Objectives
+from duoserve.service.interface import Objectives
 
 __all__ = ["Target", "measured"]
 

@@ -24,7 +24,7 @@ from duoserve.experts.positional_file import is_there
 from duoserve.experts.quantizing import QuantizingStore
 from duoserve.experts.scale_search import OP_BY_OP, Way
 from duoserve.experts.strict_json import read_object
-from duoserve.kernels.compiler import can_compile
+from duoserve.kernels.compiled.compiler import can_compile
 from duoserve.models.config_fields import Fields
 from duoserve.models.family import Family
 from duoserve.models.registry import family_of

@@ -19,7 +19,7 @@ from duoserve import kernels
 from duoserve.config import ModelConfig
 from duoserve.experts.budget import MemoryPlan
 from duoserve.experts.rows import aligned_rows
-from duoserve.link import seconds_on_gpu
+from duoserve.launching.link import seconds_on_gpu
 from duoserve.moe_model import MoEModel
 
 RATES = (

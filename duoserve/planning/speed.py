@@ -15,7 +15,7 @@ from typing import NamedTuple
 from duoserve.config import EngineConfig
 from duoserve.planning.sizes import ModelSizes
 from duoserve.scheduling.hardware import Machine
-from duoserve.scheduling.plan import DecodeMode, PrefillMode
+from duoserve.scheduling.plan import DecodeFetch, PrefillFetch
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.prefill import SPECULATION_SHARE, active_share
 
@@ -86,15 +86,15 @@ class Costs:
         before = self._attention_s(step.sequences, step.sequences, step.context)
         one = self._expert_s(step.sequences, asked)
         match policy.decode:
-            case DecodeMode.RESIDENT:
+            case DecodeFetch.RESIDENT:
                 copies, layer = 0.0, before + asked * one
-            case DecodeMode.ON_DEMAND:
+            case DecodeFetch.ON_DEMAND:
                 copies, layer = asked, before + self._arrival_s(asked) + asked * one
-            case DecodeMode.NEXT_LAYER:
+            case DecodeFetch.NEXT_LAYER:
                 wasted = COPY_THREADS if self.machine.hardware.host_computes else 0
                 copies = asked + wasted
                 layer = before + (asked + wasted / 2) * self.copy_s + asked * one
-            case DecodeMode.CACHE:
+            case DecodeFetch.CACHE:
                 copies = asked * (1 - step.hit_rate)
                 layer = before + self._mixed_s(asked, step.hit_rate, one)
         work = _Work(step.sequences, step.sequences, step.context, asked)
@@ -106,7 +106,7 @@ class Costs:
         before, one = self._attention_s(prompt.tokens, prompt.sequences, 0), self._expert_s(prompt.tokens, used)
         copies = self._prefill_copies(policy, prompt)
         compute, link = num_layers * (before + used * one), num_layers * copies * self.copy_s
-        if policy.prefill is PrefillMode.ON_DEMAND or not copies:
+        if policy.prefill is PrefillFetch.ON_DEMAND or not copies:
             total = compute + link
         elif self._speculates(policy, prompt):
             total = max(link + one, compute + max(0.0, self.copy_s - before))
@@ -154,9 +154,9 @@ class Costs:
     def _prefill_copies(self, policy: Policy, prompt: Prompt) -> float:
         """Copies of a layer, on average. Wrong guesses do not count: where the link is the bound, few are ever made."""
         match policy.prefill:
-            case PrefillMode.RESIDENT:
+            case PrefillFetch.RESIDENT:
                 return 0.0
-            case PrefillMode.ON_DEMAND | PrefillMode.NEXT_LAYER:
+            case PrefillFetch.ON_DEMAND | PrefillFetch.NEXT_LAYER:
                 return prompt.used
             case _:
                 return prompt.used * (1 - prompt.resident)
@@ -164,7 +164,7 @@ class Costs:
     def _speculates(self, policy: Policy, prompt: Prompt) -> bool:
         """Whether experts are copied before their layer is routed, so that the link is never idle."""
         return (
-            policy.prefill is PrefillMode.NEXT_LAYER
+            policy.prefill is PrefillFetch.NEXT_LAYER
             or active_share(self.model.shape, prompt.tokens) >= SPECULATION_SHARE
         )
 

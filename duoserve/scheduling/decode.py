@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from duoserve.scheduling.plan import NO_GUESSES, DecodeMode, Guesses, LayerPlan, LayerView, ModelShape
+from duoserve.scheduling.plan import NO_GUESSES, DecodeFetch, Guesses, LayerPlan, LayerView, ModelShape
 
 
-def plan_decode(mode: DecodeMode, view: LayerView, shape: ModelShape, guesses: Guesses = NO_GUESSES) -> LayerPlan:
+def plan_decode(mode: DecodeFetch, view: LayerView, shape: ModelShape, guesses: Guesses = NO_GUESSES) -> LayerPlan:
     """What to copy, and what to copy ahead of its routing, once a layer of a decode step has been routed."""
-    if mode is DecodeMode.NEXT_LAYER:
+    if mode is DecodeFetch.NEXT_LAYER:
         ahead = next_layers(view.layer, shape, 1)
         return LayerPlan(view.layer, view.demand(), tuple(view.absent(shape.experts(ahead))), ahead=ahead)
     if guesses is NO_GUESSES:
-        return LayerPlan(view.layer, view.demand(), overlap=mode is not DecodeMode.ON_DEMAND)
+        return LayerPlan(view.layer, view.demand(), overlap=mode is not DecodeFetch.ON_DEMAND)
     return LayerPlan(view.layer, view.demand(), guesses.copies, ahead=guesses.ahead, spared=guesses.spared)
 
 

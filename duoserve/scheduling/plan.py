@@ -14,7 +14,7 @@ from duoserve.experts.layout import ExpertId
 BEFORE_FIRST = -1
 
 
-class PrefillMode(Enum):
+class PrefillFetch(Enum):
     """How a prefill brings its experts."""
 
     RESIDENT = "resident"  # all of them are in slots
@@ -26,10 +26,10 @@ class PrefillMode(Enum):
     @property
     def has_ring(self) -> bool:
         """Whether experts stream through a ring of slots."""
-        return self in (PrefillMode.OVERLAP, PrefillMode.TWO_BUFFERS)
+        return self in (PrefillFetch.OVERLAP, PrefillFetch.TWO_BUFFERS)
 
 
-class DecodeMode(Enum):
+class DecodeFetch(Enum):
     """How a decode step brings its experts."""
 
     RESIDENT = "resident"

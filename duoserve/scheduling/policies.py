@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from duoserve.config import Phase
 from duoserve.errors import ConfigError
 from duoserve.scheduling.eviction import Eviction
-from duoserve.scheduling.plan import DecodeMode, GuessMode, PrefillMode
+from duoserve.scheduling.plan import DecodeFetch, GuessMode, PrefillFetch
 from duoserve.scheduling.ranking import Activation, DecayedFrequency, Frequency, LeastStale, Recency
 
 EVICTIONS = {
@@ -28,8 +28,8 @@ class Policy:
     """
 
     name: str
-    prefill: PrefillMode
-    decode: DecodeMode
+    prefill: PrefillFetch
+    decode: DecodeFetch
     eviction: Eviction = EVICTIONS["lru"]
     keeps: bool = True
     predictor: str | None = None
@@ -38,7 +38,7 @@ class Policy:
     @property
     def all_resident(self) -> bool:
         """Whether every expert must be in a slot before the first pass."""
-        return self.decode is DecodeMode.RESIDENT
+        return self.decode is DecodeFetch.RESIDENT
 
     def without_guesses(self) -> Policy:
         """The same without prefetches in decode."""
@@ -47,45 +47,45 @@ class Policy:
     def looks_ahead(self, phase: Phase) -> bool:
         """Whether plans of this phase need to know which experts of other layers are present."""
         if phase is Phase.PREFILL:
-            return self.prefill is PrefillMode.NEXT_LAYER or self.prefill.has_ring
-        return self.decode is DecodeMode.NEXT_LAYER
+            return self.prefill is PrefillFetch.NEXT_LAYER or self.prefill.has_ring
+        return self.decode is DecodeFetch.NEXT_LAYER
 
 
 POLICIES = {
     policy.name: policy
     for policy in (
-        Policy("resident", PrefillMode.RESIDENT, DecodeMode.RESIDENT),
-        Policy("on-demand", PrefillMode.ON_DEMAND, DecodeMode.ON_DEMAND, keeps=False),
-        Policy("layer-prefetch", PrefillMode.NEXT_LAYER, DecodeMode.NEXT_LAYER, keeps=False),
-        Policy("lru", PrefillMode.OVERLAP, DecodeMode.CACHE),
+        Policy("resident", PrefillFetch.RESIDENT, DecodeFetch.RESIDENT),
+        Policy("on-demand", PrefillFetch.ON_DEMAND, DecodeFetch.ON_DEMAND, keeps=False),
+        Policy("layer-prefetch", PrefillFetch.NEXT_LAYER, DecodeFetch.NEXT_LAYER, keeps=False),
+        Policy("lru", PrefillFetch.OVERLAP, DecodeFetch.CACHE),
         Policy(
             "activation-matrix",
-            PrefillMode.OVERLAP,
-            DecodeMode.CACHE,
+            PrefillFetch.OVERLAP,
+            DecodeFetch.CACHE,
             EVICTIONS["activation"],
             predictor="activation-matrix",
             guesses=GuessMode.TOP_K,
         ),
         Policy(
             "lookahead",
-            PrefillMode.OVERLAP,
-            DecodeMode.CACHE,
+            PrefillFetch.OVERLAP,
+            DecodeFetch.CACHE,
             EVICTIONS["lfru"],
             predictor="lookahead",
             guesses=GuessMode.TOP_K,
         ),
         Policy(
             "duoserve-paper",
-            PrefillMode.TWO_BUFFERS,
-            DecodeMode.CACHE,
+            PrefillFetch.TWO_BUFFERS,
+            DecodeFetch.CACHE,
             keeps=False,
             predictor="paper",
             guesses=GuessMode.TOP_K,
         ),
         Policy(
             "duoserve",
-            PrefillMode.OVERLAP,
-            DecodeMode.CACHE,
+            PrefillFetch.OVERLAP,
+            DecodeFetch.CACHE,
             NEVER_BELOW_LRU,
             predictor="duoserve",
             guesses=GuessMode.BUDGET,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
-from duoserve.scheduling.plan import LayerPlan, LayerView, ModelShape, PrefillMode
+from duoserve.scheduling.plan import LayerPlan, LayerView, ModelShape, PrefillFetch
 
 # One slot is computed on, two are being filled (a copy thread each), and one holds what is computed next.
 RING_SLOTS = 4
@@ -23,9 +23,9 @@ RING_SHARE = 1 / 2
 SPECULATION_SHARE = 0.75
 
 
-def ring_size(mode: PrefillMode, shape: ModelShape, num_tokens: int, num_slots: int, num_absent: int) -> int:
+def ring_size(mode: PrefillFetch, shape: ModelShape, num_tokens: int, num_slots: int, num_absent: int) -> int:
     """Slots that a prefill of ``num_tokens`` streams through, when ``num_absent`` experts of the model are in none."""
-    if mode is PrefillMode.TWO_BUFFERS:
+    if mode is PrefillFetch.TWO_BUFFERS:
         return min(TWO_BUFFERS, num_slots, num_absent)
     wished = RING_SLOTS + num_tokens * shape.num_experts // TOKENS_X_EXPERTS_PER_SLOT
     granted = max(RING_SLOTS, int(RING_SHARE * num_slots))
@@ -37,15 +37,15 @@ def active_share(shape: ModelShape, num_tokens: int) -> float:
     return 1 - (1 - shape.top_k / shape.num_experts) ** num_tokens
 
 
-def plan_prefill(mode: PrefillMode, view: LayerView, shape: ModelShape) -> LayerPlan:
+def plan_prefill(mode: PrefillFetch, view: LayerView, shape: ModelShape) -> LayerPlan:
     """What to copy, what to speculate on and what to keep, once a layer of a prompt has been routed."""
     if mode.has_ring:
-        every = mode is PrefillMode.TWO_BUFFERS or active_share(shape, view.num_tokens) >= SPECULATION_SHARE
+        every = mode is PrefillFetch.TWO_BUFFERS or active_share(shape, view.num_tokens) >= SPECULATION_SHARE
         return _overlap(view, shape, every)
-    if mode is PrefillMode.NEXT_LAYER:
+    if mode is PrefillFetch.NEXT_LAYER:
         ahead = shape.after(view.layer)[:1]
         return LayerPlan(view.layer, view.demand(), tuple(view.absent(shape.experts(ahead))), ahead=ahead)
-    return LayerPlan(view.layer, view.demand(), overlap=mode is not PrefillMode.ON_DEMAND)
+    return LayerPlan(view.layer, view.demand(), overlap=mode is not PrefillFetch.ON_DEMAND)
 
 
 def _overlap(view: LayerView, shape: ModelShape, speculate: bool) -> LayerPlan:

@@ -25,7 +25,7 @@ from duoserve.scheduling.eviction import Eviction
 from duoserve.scheduling.foreseen import Future
 from duoserve.scheduling.hardware import Machine
 from duoserve.scheduling.host_time import HostTime, UntimedEngine
-from duoserve.scheduling.plan import DecodeMode, GuessMode, PrefillMode
+from duoserve.scheduling.plan import DecodeFetch, GuessMode, PrefillFetch
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import Routing
@@ -120,7 +120,9 @@ def oracle_of(trace: Trace) -> tuple[Policy, Predictor]:
     """The best that is known: the future is foretold, and Belady says what to keep, in one pool for all layers."""
     future = Future(list(trace), trace.meta.layers, trace.meta.num_experts)
     eviction = Eviction(future.ranking, per_layer=False)
-    policy = Policy(ORACLE, PrefillMode.OVERLAP, DecodeMode.CACHE, eviction, predictor=ORACLE, guesses=GuessMode.BUDGET)
+    policy = Policy(
+        ORACLE, PrefillFetch.OVERLAP, DecodeFetch.CACHE, eviction, predictor=ORACLE, guesses=GuessMode.BUDGET
+    )
     return policy, future
 
 

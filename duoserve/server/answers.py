@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from duoserve.channels import Channels
 from duoserve.server.token_text import TokenText
-from duoserve.service import Piece, TokenLogprobs
-from duoserve.text import Text
+from duoserve.service.interface import Piece, TokenLogprobs
+from duoserve.text.channels import Channels
+from duoserve.text.tokenizer import Text
 
 LOWEST = -9999.0  # JSON has no minus infinity
 

@@ -7,8 +7,8 @@ from typing import Any, Protocol, Self
 
 from duoserve.config import ModelConfig
 from duoserve.sampling import SamplingParams
-from duoserve.service import Objectives, Piece, ServiceFigures, State, Times
-from duoserve.text import Text
+from duoserve.service.interface import Objectives, Piece, ServiceFigures, State, Times
+from duoserve.text.tokenizer import Text
 
 
 class Template(Protocol):

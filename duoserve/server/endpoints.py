@@ -25,7 +25,7 @@ from duoserve.server.settings import ServerSettings
 from duoserve.server.sse import events
 from duoserve.server.status import PAGE, PAGE_HEADERS, status
 from duoserve.server.token_text import TokenText
-from duoserve.service import Piece, State
+from duoserve.service.interface import Piece, State
 
 
 class Endpoints:

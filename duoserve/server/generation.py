@@ -12,7 +12,7 @@ from duoserve.sampling import SamplingParams
 from duoserve.server.answers import ChoiceWriter
 from duoserve.server.backend import Service, Stream
 from duoserve.server.records import Record, RequestLog
-from duoserve.service import Objectives, Piece, Times
+from duoserve.service.interface import Objectives, Piece, Times
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ import torch
 from duoserve.errors import MemoryBudgetError
 from duoserve.server.backend import Service
 from duoserve.server.errors import unavailable
-from duoserve.service import State
+from duoserve.service.interface import State
 
 LOADING = "loading"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from duoserve.text import WORD, IncrementalDecoder, Text
+from duoserve.text.tokenizer import WORD, IncrementalDecoder, Text
 
 
 class TokenText:

@@ -7,7 +7,7 @@ import pytest
 
 from duoserve.moe_model import MoEModel
 from duoserve.sampling import Sampler, SamplingParams
-from duoserve.text import Text
+from duoserve.text.tokenizer import Text
 from tests.checkpoints import save_mixtral
 from tests.small_tokenizers import channel_tokenizer
 

@@ -16,7 +16,7 @@ from duoserve.experts.pieces import RowPart, float_parts
 from duoserve.experts.quantizing import QuantizingStore
 from duoserve.experts.rows import aligned_rows
 from duoserve.experts.scale_search import INT4_SPANS, INT8_SPANS, OP_BY_OP, ScaleSearch, Way
-from duoserve.kernels.compiled_loops import CompiledLoops
+from duoserve.kernels.compiled.loops import CompiledLoops
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat, Matrix
 from tests.compiled_case import needs_compiler

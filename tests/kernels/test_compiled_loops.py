@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from duoserve.kernels.compiled_loops import CompiledLoops
+from duoserve.kernels.compiled.loops import CompiledLoops
 from tests.compiled_case import needs_compiler
 
 pytestmark = needs_compiler

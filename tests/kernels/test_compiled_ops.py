@@ -11,8 +11,10 @@ from torch import Tensor
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 
 from duoserve import kernels
-from duoserve.kernels import compiled_ops, inductor, reference
-from duoserve.kernels.inductor import compile_for_rows
+from duoserve.kernels import reference
+from duoserve.kernels.compiled import inductor
+from duoserve.kernels.compiled import ops as compiled_ops
+from duoserve.kernels.compiled.inductor import compile_for_rows
 from duoserve.kernels.small_ops import SmallOps
 from tests.compiled_case import needs_compiler
 from tests.kernels.common import assert_close, assert_same_bits

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from duoserve.kernels import reference
-from duoserve.kernels.attention_loops import streamed_attention
-from duoserve.kernels.compiler import CpuCompiler
-from duoserve.kernels.decomposed import COUNTED, DECOMPOSED
-from duoserve.kernels.traced import DECODE_ATTENTION, TracedOps
+from duoserve.kernels.compiled.attention_loops import streamed_attention
+from duoserve.kernels.compiled.compiler import CpuCompiler
+from duoserve.kernels.compiled.decomposed import COUNTED, DECOMPOSED
+from duoserve.kernels.compiled.traced import DECODE_ATTENTION, TracedOps
 from tests.compiled_case import needs_compiler
 from tests.kernels.common import assert_close
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from duoserve.kernels import tape
-from duoserve.kernels.compiler import CpuCompiler, TapedRecording
+from duoserve.kernels.compiled import tape
+from duoserve.kernels.compiled.compiler import CpuCompiler, TapedRecording
 from tests.compiled_case import needs_compiler
 from tests.kernels.common import assert_same_bits
 

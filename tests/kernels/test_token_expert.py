@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from duoserve.kernels.compiler import CpuCompiler
+from duoserve.kernels.compiled.compiler import CpuCompiler
+from duoserve.kernels.compiled.streamed import streamed_int4_product
+from duoserve.kernels.compiled.token_expert import NO_CALLS, CallRows, SlotMatrix, SlotWeights, call_rows, token_expert
 from duoserve.kernels.reference_dequant import dense
-from duoserve.kernels.streamed import streamed_int4_product
-from duoserve.kernels.token_expert import NO_CALLS, CallRows, SlotMatrix, SlotWeights, call_rows, token_expert
 from duoserve.kernels.weights import INT4_GROUPS, ExpertFormat, ExpertWeights, QuantizedLayout
 from tests.compiled_case import needs_compiler
 from tests.kernels.quantized_case import fill_with_random_codes, written_out

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from duoserve.kernels import unpacking
+from duoserve.kernels.compiled import unpacking
+from duoserve.kernels.compiled.unpacking import with_compiled_unpacking
 from duoserve.kernels.reference_dequant import dense
-from duoserve.kernels.unpacking import with_compiled_unpacking
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights, QuantizedLayout
 from tests.compiled_case import needs_compiler
 from tests.kernels.quantized_case import fill_with_random_codes

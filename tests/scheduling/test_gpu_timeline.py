@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from duoserve.config import Phase
 from duoserve.experts.tickets import PIECE_BYTES
-from duoserve.scheduling.plan import PrefillMode
+from duoserve.scheduling.plan import PrefillFetch
 from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.prefill import ring_size
 from tests.scheduling.gpu_rig import MIXTRAL, QWEN3, Device, GpuRig, Shape
@@ -81,7 +81,7 @@ class TestPrefill:
         ttft_s = rig.run(Phase.PREFILL, shape.all_experts(), tokens, attention_s, expert_s)
         copies = len(rig.engine.tickets) - before[0]
         total = shape.layers * shape.experts
-        ring = ring_size(PrefillMode.OVERLAP, shape.of_model(), tokens, rig.table.num_slots, total)
+        ring = ring_size(PrefillFetch.OVERLAP, shape.of_model(), tokens, rig.table.num_slots, total)
         assert copies <= total - (rig.table.num_slots - ring) and ring <= 0.2 * rig.table.num_slots
         assert ttft_s <= 1.05 * copies * rig.copy_s
         assert busy_share(rig.engine.log[before[1] :]) >= 0.95
@@ -95,7 +95,7 @@ class TestPrefill:
         rig = GpuRig("lru", shape, slots, link)
         attention_s, expert_s = SLOW.attention(shape, tokens), SLOW.expert(shape, tokens)
         ttft_s = rig.run(Phase.PREFILL, shape.all_experts(), tokens, attention_s, expert_s)
-        ring = ring_size(PrefillMode.OVERLAP, shape.of_model(), tokens, slots, shape.layers * shape.experts)
+        ring = ring_size(PrefillFetch.OVERLAP, shape.of_model(), tokens, slots, shape.layers * shape.experts)
         assert ring <= slots // 2
         brought = min(ring, attention_s / rig.copy_s)
         left_s = max(shape.experts * expert_s, (shape.experts - brought) * rig.copy_s)

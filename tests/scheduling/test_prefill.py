@@ -5,21 +5,21 @@ from __future__ import annotations
 import pytest
 
 from duoserve.experts.layout import ExpertId
-from duoserve.scheduling.plan import BEFORE_FIRST, LayerPlan, LayerView, ModelShape, PrefillMode, RingView
+from duoserve.scheduling.plan import BEFORE_FIRST, LayerPlan, LayerView, ModelShape, PrefillFetch, RingView
 from duoserve.scheduling.prefill import active_share, plan_prefill, ring_size
 
-OVERLAP = PrefillMode.OVERLAP
+OVERLAP = PrefillFetch.OVERLAP
 SHAPE = ModelShape(num_experts=4, top_k=2, layers=(0, 1, 2))
 LONG = 100
 
 
 def overlap(view: LayerView) -> LayerPlan:
-    return plan_prefill(PrefillMode.OVERLAP, view, SHAPE)
+    return plan_prefill(PrefillFetch.OVERLAP, view, SHAPE)
 
 
 def test_demands_what_is_neither_in_a_slot_nor_on_its_way_in_the_order_wanted() -> None:
     view = LayerView(1, (3, 0, 2, 1), {1: frozenset({0})}, LONG)
-    for mode in PrefillMode:
+    for mode in PrefillFetch:
         assert plan_prefill(mode, view, SHAPE).demand == (3, 2, 1)
 
 
@@ -38,7 +38,7 @@ def test_speculates_on_the_first_layer_before_it_is_routed() -> None:
 def test_skips_layers_that_have_no_experts() -> None:
     shape = ModelShape(num_experts=2, top_k=1, layers=(1, 4))
     view = LayerView(1, (0, 1), {}, LONG, RingView(may_prefetch=9))
-    assert plan_prefill(PrefillMode.OVERLAP, view, shape).prefetch == (ExpertId(4, 0), ExpertId(4, 1))
+    assert plan_prefill(PrefillFetch.OVERLAP, view, shape).prefetch == (ExpertId(4, 0), ExpertId(4, 1))
 
 
 def test_a_short_prompt_does_not_speculate() -> None:
@@ -68,7 +68,7 @@ def test_the_ring_grows_with_the_prompt_as_far_as_the_cache_can_spare_it() -> No
 
 
 def test_two_buffers_are_two_and_bring_every_expert_however_short_the_prompt() -> None:
-    mode = PrefillMode.TWO_BUFFERS
+    mode = PrefillFetch.TWO_BUFFERS
     assert [ring_size(mode, SHAPE, 8192, *of) for of in ((16, 50), (1, 50), (16, 1))] == [2, 1, 1]
     view = LayerView(1, (0,), {}, 1, RingView(may_prefetch=2))
     assert plan_prefill(mode, view, SHAPE).prefetch == tuple(ExpertId(2, expert) for expert in (0, 1))
@@ -77,11 +77,11 @@ def test_two_buffers_are_two_and_bring_every_expert_however_short_the_prompt() -
 
 def test_next_layer_fetches_one_layer_ahead_and_does_not_wrap_around() -> None:
     view = LayerView(0, (0,), {1: frozenset({2})}, 1)
-    plan = plan_prefill(PrefillMode.NEXT_LAYER, view, SHAPE)
+    plan = plan_prefill(PrefillFetch.NEXT_LAYER, view, SHAPE)
     assert plan.prefetch == (ExpertId(1, 0), ExpertId(1, 1), ExpertId(1, 3))
-    assert plan_prefill(PrefillMode.NEXT_LAYER, view._replace(layer=2), SHAPE).prefetch == ()
+    assert plan_prefill(PrefillFetch.NEXT_LAYER, view._replace(layer=2), SHAPE).prefetch == ()
 
 
 def test_only_on_demand_waits_for_all() -> None:
-    waits = [mode for mode in PrefillMode if not plan_prefill(mode, LayerView(0, (0,), {}, 1), SHAPE).overlap]
-    assert waits == [PrefillMode.ON_DEMAND]
+    waits = [mode for mode in PrefillFetch if not plan_prefill(mode, LayerView(0, (0,), {}, 1), SHAPE).overlap]
+    assert waits == [PrefillFetch.ON_DEMAND]

@@ -10,8 +10,8 @@ from typing import Any
 
 from duoserve.errors import ClosedError, RequestError
 from duoserve.metrics import Stats
-from duoserve.service import Objectives, Piece, ServiceFigures, State, Times, TokenLogprobs
-from duoserve.text import Text
+from duoserve.service.interface import Objectives, Piece, ServiceFigures, State, Times, TokenLogprobs
+from duoserve.text.tokenizer import Text
 from tests.small_tokenizers import byte_level_tokenizer
 
 VOCAB = 291

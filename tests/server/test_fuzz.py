@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from duoserve.async_engine import AsyncEngine
 from duoserve.moe_model import MoEModel
+from duoserve.service.async_engine import AsyncEngine
 from tests.server.conftest import serving, wait_ready
 from tests.server.fake_service import FakeService
 

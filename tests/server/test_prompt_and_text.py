@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from duoserve.async_engine import AsyncEngine
 from duoserve.moe_model import MoEModel
+from duoserve.service.async_engine import AsyncEngine
 from tests.checkpoints import save_mixtral
 from tests.server.conftest import Serving, serving, wait_ready
 

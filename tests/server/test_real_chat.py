@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from duoserve.async_engine import AsyncEngine
 from duoserve.moe_model import MoEModel
+from duoserve.service.async_engine import AsyncEngine
 from tests.checkpoints import reference_greedy, save_mixtral
 from tests.server.conftest import serving, wait_ready
 from tests.small_tokenizers import byte_level_tokenizer

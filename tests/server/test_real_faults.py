@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from duoserve.async_engine import AsyncEngine
-from duoserve.chat_template import ChatTemplate
 from duoserve.errors import CopyError
 from duoserve.moe_model import MoEModel
+from duoserve.service.async_engine import AsyncEngine
+from duoserve.text.chat_template import ChatTemplate
 from tests.server.conftest import Serving, serving
 from tests.server.fake_service import FakeModel
 

@@ -17,10 +17,10 @@ import httpx
 import openai
 import pytest
 
-from duoserve.async_engine import AsyncEngine
 from duoserve.cli import main, serve
 from duoserve.moe_model import MoEModel
 from duoserve.passes import Passes
+from duoserve.service.async_engine import AsyncEngine
 from tests.checkpoints import save_mixtral
 from tests.server.conftest import serving, wait_ready
 from tests.small_tokenizers import byte_level_tokenizer

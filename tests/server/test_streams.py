@@ -13,8 +13,8 @@ import pytest
 from duoserve.errors import CopyError, DuoServeError
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
-from duoserve.text import IncrementalDecoder, Text
-from duoserve.writer import Writer
+from duoserve.text.tokenizer import IncrementalDecoder, Text
+from duoserve.text.writer import Writer
 from tests.server.fake_service import FakeModel, script_of, spoken, with_logprobs
 from tests.small_tokenizers import channel_tokenizer
 

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, decoders, models
 
 from duoserve.server.answers import Completions
 from duoserve.server.token_text import TokenText
-from duoserve.service import Piece, TokenLogprobs
-from duoserve.text import IncrementalDecoder, Text
+from duoserve.service.interface import Piece, TokenLogprobs
+from duoserve.text.tokenizer import IncrementalDecoder, Text
 from tests.small_tokenizers import byte_level_tokenizer, llama_tokenizer
 
 LLAMA = llama_tokenizer()

@@ -13,7 +13,7 @@ from duoserve.errors import CopyError
 from duoserve.experts.formats.bf12 import encode
 from duoserve.experts.formats.scratch import Scratch
 from duoserve.kernels.bf12 import Bf12Rows, room, row_bytes
-from duoserve.kernels.streamed import streamed_bf12_product
+from duoserve.kernels.compiled.streamed import streamed_bf12_product
 
 LEAST_NORMAL, SUBNORMAL, LARGEST = 2.0**-126, 2.0**-133, torch.finfo(torch.bfloat16).max
 

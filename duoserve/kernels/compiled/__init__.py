@@ -1,0 +1,1 @@
+"""Loops that PyTorch's compiler makes for a CPU."""

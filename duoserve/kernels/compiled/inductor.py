@@ -1,0 +1,170 @@
+"""Work as a graph that Inductor, PyTorch's compiler, makes loops of. Importing it takes a second."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import SymInt, Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._functorch import config as functorch_config
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils import _pytree as pytree
+
+from duoserve.errors import CompilerError
+from duoserve.kernels.compiled.decomposed import DECOMPOSED
+from duoserve.kernels.compiled.tape import Compiled
+from duoserve.kernels.compiled.traced import TracedOps
+
+# What Inductor goes by where it need not know the number of rows: loops of few are not shared out among threads.
+USUAL_ROWS = 1024
+
+
+class Traced(NamedTuple):
+    """A graph that takes ``operands``, and behind them a number, any of ``numbers``, if there are such."""
+
+    graph: fx.GraphModule
+    operands: list[Tensor]
+    numbers: range
+    examples: list[Tensor | SymInt]
+    shapes: ShapeEnv
+    fakes: FakeTensorMode
+
+    @property
+    def key(self) -> object:
+        """Equal for all that is compiled alike."""
+        return self.graph.code, self.numbers, tuple((o.dtype, o.shape, o.stride()) for o in self.operands)
+
+    def compiled(self) -> Code | None:
+        """The loops; None where they would be others for other numbers."""
+        with self.fakes:
+            graph = make_fx(self.graph, DECOMPOSED, _allow_non_fake_inputs=True)(*self.examples)
+        compiled = _made_by_inductor(graph, self.examples)
+        return None if self.shapes.guards else compiled
+
+
+def trace(work: Callable[..., object], result: object, numbers: range) -> Traced:
+    """The operations of ``work``, which end by writing what it returns into the tensors of ``result``.
+
+    It takes one of ``numbers``, nothing if there are none.
+    """
+    targets = pytree.tree_leaves(result)
+
+    def into_result(*number: int) -> None:
+        with TracedOps():
+            values = pytree.tree_leaves(work(*number))
+        for target, value in zip(targets, values, strict=True):
+            if isinstance(target, Tensor) and value is not target:
+                target.copy_(value)
+
+    # Inductor keeps what it has made on disk, but not without an environment of shapes, even where none is symbolic.
+    shapes = ShapeEnv()
+    fakes = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
+    number = [_any_of(numbers, (numbers[0] + numbers[-1]) // 2, shapes)] if numbers else []
+    with fakes:
+        graph, operands = _lift(make_fx(into_result, _allow_non_fake_inputs=True)(*number))
+    examples = [fakes.from_tensor(operand, static_shapes=True) for operand in operands]
+    return Traced(graph, operands, numbers, [*examples, *number], shapes, fakes)
+
+
+def _any_of(numbers: range, usual: int, shapes: ShapeEnv) -> SymInt:
+    """A symbol. As an input it lets Inductor keep on disk, with what it has made, what that takes the number to be."""
+    source = ConstantSource("number")
+    symbol = shapes.create_symbol(usual, source, DimDynamic.DYNAMIC)
+    shapes.constrain_symbol_range(symbol, numbers[0], numbers[-1])
+    number = shapes.create_symintnode(symbol, hint=usual, source=source)
+    assert isinstance(number, SymInt)
+    return number
+
+
+def _lift(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
+    """The same graph with all tensors that it holds as its first inputs, and these tensors."""
+    graph = traced.graph
+    held = graph.find_nodes(op="get_attr")
+    operands = {node.target: getattr(traced, node.target) for node in held}
+    with graph.inserting_before(next(iter(graph.nodes))):
+        inputs = {name: graph.placeholder(name) for name in operands}
+    for node in held:
+        node.replace_all_uses_with(inputs[node.target])
+        graph.erase_node(node)
+    return fx.GraphModule({}, graph), list(operands.values())
+
+
+def compile_for_rows(work: Compiled, tensors: Sequence[Tensor], fixed: Sequence[bool]) -> Compiled:
+    """``work(*tensors)``, compiled for any number of rows from two on: the first dimension of those that are not fixed.
+
+    What else the tensors are, their strides too, stays as it is; their values do not matter here. ``work`` itself where
+    the compiler would make other code for other numbers of rows.
+    """
+
+    def traced(_: int, *tensors: Tensor) -> object:
+        with TracedOps():
+            return work(*tensors)
+
+    shapes = ShapeEnv()
+    num_rows = _any_of(range(2, sys.maxsize), USUAL_ROWS, shapes)
+    with FakeTensorMode(shape_env=shapes):
+        sizes = [t.shape if is_fixed else (num_rows, *t.shape[1:]) for t, is_fixed in zip(tensors, fixed, strict=True)]
+        examples = [
+            torch.empty_strided(size, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            for tensor, size in zip(tensors, sizes, strict=True)
+        ]
+        graph = make_fx(traced, _allow_non_fake_inputs=True)(num_rows, *examples)
+    compiled = _made_by_inductor(graph, [num_rows, *examples])
+    with_rows = fixed.index(False)
+    return work if shapes.guards else lambda *tensors: compiled(len(tensors[with_rows]), *tensors)
+
+
+class Code:
+    """What Inductor has made: kernels, a wrapper that calls them, and around that what AOTAutograd does."""
+
+    def __init__(self, graph: fx.GraphModule, examples: Sequence[Tensor | SymInt], options: dict[str, Any]) -> None:
+        self._inner: Any = None
+        self._inputs: list[object] | None = None  # of the wrapper, where somebody wants to know
+        keep: Any = self._keep
+        # With AOTAutograd's cache what is inside would not be seen; Inductor's own keeps the code.
+        with functorch_config.patch(enable_autograd_cache=False):
+            self._outer: Any = compile_fx(graph, list(examples), inner_compile=keep, config_patches=options)
+
+    def __call__(self, *operands: object) -> object:
+        """Does the work on these operands."""
+        return self._outer(*operands)
+
+    def wrapper(self, operands: Sequence[object]) -> Callable[..., object] | None:
+        """Does the work; returns the wrapper if it takes a list of these ``operands``, as they are."""
+        self._inputs = []
+        self(*operands)
+        given, self._inputs = self._inputs, None
+        alike = len(given) == len(operands) and all(map(_same, given, operands))
+        return self._inner.current_callable if alike else None
+
+    def _keep(self, *args: Any, **kwargs: Any) -> Callable[[list[object]], object]:
+        self._inner = inner = compile_fx_inner(*args, **kwargs)
+
+        def call(inputs: list[object]) -> object:
+            if self._inputs is not None:
+                self._inputs = list(inputs)
+            return inner(inputs)
+
+        vars(call)["_boxed_call"] = True  # it takes one list, as what it calls does
+        return call
+
+
+def _same(one: object, other: object) -> bool:
+    return one is other or (isinstance(other, int) and one == other)
+
+
+def _made_by_inductor(graph: fx.GraphModule, examples: Sequence[Tensor | SymInt]) -> Code:
+    """CompilerError where it fails."""
+    # Loops are shared out when they are made, so what was made for other threads must not be taken from the disk. To
+    # check the operands of a call again takes three times as long as the rest of it.
+    try:
+        return Code(graph, examples, {"cpp.threads": torch.get_num_threads(), "size_asserts": False})
+    except (RuntimeError, OSError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise CompilerError(next((line for line in lines if "error:" in line), lines[0])) from error

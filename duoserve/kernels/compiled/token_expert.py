@@ -1,0 +1,155 @@
+"""An expert of a few tokens, written so that a compiler makes loops of it that read the slot once.
+
+S slots, H hidden, I expert intermediate, N rows of a matrix (in ``y_NH`` routed rows), D its inner dimension, R tokens
+of B.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from duoserve.kernels.bf12 import Bf12Rows
+from duoserve.kernels.compiled.streamed import (
+    streamed_bf12_product,
+    streamed_fp8_product,
+    streamed_int4_product,
+    streamed_product,
+)
+from duoserve.kernels.matmul import has_native_matmul, linear
+from duoserve.kernels.weights import FP8_BLOCK, ExpertFormat, ExpertWeights, Matrix
+
+# Products of up to so many rows are loops, of more those of a library, which takes sixteen rows in about the time of
+# four where the machine multiplies their dtype.
+LOOP_ROWS = 4
+# Words of codes in such a group fill a vector; with less the loops are slower than the products of PyTorch.
+INT4_GROUP = 128
+
+
+class CallRows(NamedTuple):
+    """The numbers of rows that calls of ``token_expert`` are made for, ascending, and the most that calls pay for."""
+
+    sizes: tuple[int, ...]
+    most: int
+
+    def next_call(self, num_rows: int) -> int:
+        """Of an expert's rows, the size of the call that computes the first, or all of them."""
+        return next((size for size in self.sizes if size >= num_rows), self.sizes[-1])
+
+
+NO_CALLS = CallRows((), 0)
+
+
+def call_rows(weights: ExpertWeights) -> CallRows:
+    """What ``token_expert`` computes faster than the ops of a model, which would have to decode what is quantized.
+
+    Loops over int4 and fp8 take long to compile, so these have none of four rows. Of int4 in smaller groups, of fp8 in
+    blocks that are cut short and of MXFP4 there are none at all.
+    """
+    match weights.format:
+        case ExpertFormat.FLOAT:
+            return CallRows((1, 2, 4, 16), 16) if has_native_matmul(weights.w13_SNH.dtype) else CallRows((1, 2, 4), 4)
+        case ExpertFormat.INT8:
+            return CallRows((1, 2, 4), 8)
+        case ExpertFormat.BF12:
+            return CallRows((1, 2, 4), 16)
+        case ExpertFormat.INT4 if weights.group == INT4_GROUP:
+            return CallRows((1, 2), 16)
+        case ExpertFormat.FP8 if not (weights.w13.inner % FP8_BLOCK or weights.w2.inner % FP8_BLOCK):
+            return CallRows((1, 2), 4)
+    return NO_CALLS
+
+
+class SlotMatrix(NamedTuple):
+    """A matrix in one slot: [N, D] of floats, fp8 or int8, or int4 codes in int32 words, with what decodes it.
+
+    int8 has ``scales`` [N]; fp8 has ``scales`` [blocks of N, G], rows of ``lanes`` blocks in turn; int4 has ``scales``
+    and ``zeros`` [G, N] and maybe the ``order`` of features. Of BF12 ``rows`` has all, of which ``data`` is a part.
+    """
+
+    data: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    order: Tensor | None = None
+    lanes: int = 1
+    rows: Bf12Rows | None = None
+
+    @classmethod
+    def of(cls, matrix: Matrix, slot: int) -> SlotMatrix:
+        """That of weights in any format but MXFP4."""
+        data, scales = matrix.data_SNB[slot], matrix.scales_SGN
+        if scales is None:
+            return cls(data)
+        if matrix.format is ExpertFormat.INT8:
+            return cls(data, scales[slot, 0])
+        if matrix.format is ExpertFormat.BF12:
+            rows = Bf12Rows.of(data, scales[slot, 0], matrix.inner)
+            return cls(rows.signed_ND, rows=rows)
+        if matrix.format is ExpertFormat.FP8:
+            return cls(data.view(torch.float8_e4m3fn), scales[slot], lanes=2 if matrix.interleaved else 1)
+        assert matrix.zeros_SGN is not None
+        order = None if matrix.order_SD is None else matrix.order_SD[slot]
+        return cls(data.view(torch.int32), scales[slot], matrix.zeros_SGN[slot], order)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that there are, in an order that every slot has."""
+        parts = self.rows or (self.data, self.scales, self.zeros, self.order)
+        return [part for part in parts if part is not None]
+
+    def product(self, x_RD: Tensor) -> Tensor:
+        """``x w^T`` in float32 [R, N]."""
+        if len(x_RD) > LOOP_ROWS:
+            return linear(x_RD, self.data).float()
+        if self.order is not None:
+            x_RD = x_RD[:, self.order]
+        return torch.stack([self._of_one(x_D) for x_D in x_RD.unbind()])
+
+    def _of_one(self, x_D: Tensor) -> Tensor:
+        if self.rows is not None:
+            return streamed_bf12_product(self.rows, x_D)
+        if self.scales is None:
+            return streamed_product(self.data, x_D)
+        if self.data.dtype is torch.int8:
+            return streamed_product(self.data, x_D) * self.scales
+        if self.zeros is None:
+            return streamed_fp8_product(self.data, self._row_scales(self.scales), x_D)
+        return streamed_int4_product(self.data, self.scales, self.zeros, x_D)
+
+    def _row_scales(self, scales: Tensor) -> Tensor:
+        """Those of fp8 [N, G]."""
+        blocks_B1LG = scales.view(-1, 1, self.lanes, scales.shape[1])
+        return blocks_B1LG.expand(-1, FP8_BLOCK, -1, -1).reshape(-1, scales.shape[1])
+
+
+class SlotWeights(NamedTuple):
+    """The matrices in one slot: [2I, H], gate and up rows in turn, and [H, I]."""
+
+    w13: SlotMatrix
+    w2: SlotMatrix
+
+    @classmethod
+    def of(cls, weights: ExpertWeights, slot: int) -> SlotWeights:
+        """Those of weights in any format but MXFP4."""
+        return cls(SlotMatrix.of(weights.w13, slot), SlotMatrix.of(weights.w2, slot))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those of both."""
+        return [*self.w13.tensors, *self.w2.tensors]
+
+
+def token_expert(x_BH: Tensor, weights: SlotWeights, tokens_R: Tensor, places_R: Tensor, y_NH: Tensor) -> None:
+    """Writes ``w2 (silu(w1 x) * (w3 x))`` of R tokens to rows ``places_R`` of ``y_NH``.
+
+    ``tokens_R`` (rows of ``x_BH``) and ``places_R`` are int64. Sums are made in float32, and rounded to ``x_BH``'s
+    dtype behind each of the two matrices. No value is read on the host, so that a tracer can follow. Source: SwiGLU,
+    Shazeer (2020).
+    """
+    product_RN = weights.w13.product(x_BH[tokens_R])
+    gate_RI, up_RI = product_RN.view(len(product_RN), -1, 2).unbind(-1)
+    act_RI = (F.silu(gate_RI) * up_RI).to(x_BH.dtype)
+    y_NH.index_copy_(0, places_R, weights.w2.product(act_RI).to(y_NH.dtype))

@@ -1,0 +1,87 @@
+"""BF12 rows unpacked by loops that PyTorch's compiler makes for a CPU.
+
+N rows of a matrix, D its inner dimension, P rows of a piece.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from duoserve.kernels.bf12 import Bf12Rows, row_bytes, signed
+from duoserve.kernels.compiled.loops import CompiledLoops
+from duoserve.kernels.compiled.streamed import laid_down
+from duoserve.kernels.matmul import power_of_two
+from duoserve.kernels.weights import ExpertFormat, ExpertWeights
+
+# Weights that are unpacked at a time: what is between the two loops stays in the cores' caches.
+PIECE_WEIGHTS = 1 << 19
+
+
+class CompiledUnpack:
+    """``Bf12Rows.dense``, compiled for pieces of rows; of what is left over, op by op."""
+
+    def __init__(self) -> None:
+        self._loops = CompiledLoops()
+
+    def __call__(self, rows: Bf12Rows) -> Tensor:
+        """As ``Bf12Rows.dense``."""
+        num_rows, inner = rows.signed_ND.shape
+        piece = _piece_rows(inner)
+        w_ND, used_PC = rows.signed_ND.new_empty(num_rows, inner, dtype=torch.bfloat16), _used(rows, piece)
+        whole = num_rows - num_rows % piece
+        for first in range(0, whole, piece):
+            rows_P, w_PD = rows.cut(slice(first, first + piece)), w_ND[first : first + piece]
+            self._loops(_unpack, *rows_P, w_PD, used_PC)
+            rows_P.put_escapes(w_PD, used_PC)
+        if whole < num_rows:
+            w_ND[whole:] = rows.cut(slice(whole, num_rows)).dense()
+        return w_ND
+
+    def prepare(self, inner: int) -> None:
+        """Compiles what rows of so many weights take, which else the first of them would wait for."""
+        piece = _piece_rows(inner)
+        data_PB = torch.zeros(piece, row_bytes(inner), dtype=torch.uint8, device="cpu")
+        rows_P = Bf12Rows.of(data_PB, data_PB.new_zeros(piece, dtype=torch.float32), inner)
+        w_PD = data_PB.new_empty(piece, inner, dtype=torch.bfloat16)
+        self._loops.prepare(_unpack, *rows_P, w_PD, _used(rows_P, piece))
+
+
+def with_compiled_unpacking(weights: ExpertWeights) -> ExpertWeights:
+    """The same weights; those of BF12 are unpacked by compiled loops. For CPUs with a C++ compiler."""
+    if weights.format is not ExpertFormat.BF12:
+        return weights
+    unpack = CompiledUnpack()
+    for matrix in (weights.w13, weights.w2):
+        unpack.prepare(matrix.inner)
+    return replace(weights, unpack=unpack)
+
+
+def _piece_rows(inner: int) -> int:
+    return power_of_two(PIECE_WEIGHTS // inner)
+
+
+def _used(rows: Bf12Rows, piece: int) -> Tensor:
+    return rows.columns_NC.new_empty(piece, rows.columns_NC.shape[1], dtype=torch.bool)
+
+
+def _unpack(
+    signed_ND: Tensor,
+    exponents_NB: Tensor,
+    columns_NC: Tensor,
+    escapes_NC: Tensor,
+    scales_N: Tensor,
+    w_ND: Tensor,
+    used_NC: Tensor,
+) -> None:
+    """All but the escapes, and which places of those are used: their bytes lie behind the others, in the cache by then.
+
+    In float32 first: from bytes to bfloat16 a compiler converts one element after another.
+    """
+    wide_NB, scales_N1 = exponents_NB.int(), scales_N[:, None]
+    halves = zip(signed_ND.chunk(2, dim=1), (wide_NB & 15, wide_NB >> 4), strict=True)
+    floats = [laid_down((signed(half_NB.int()) << places_NB).float() * scales_N1) for half_NB, places_NB in halves]
+    w_ND.copy_(torch.cat([half_NB.bfloat16() for half_NB in floats], dim=1))
+    used_NC.copy_(Bf12Rows(signed_ND, exponents_NB, columns_NC, escapes_NC, scales_N).used_NC())

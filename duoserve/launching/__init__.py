@@ -1,0 +1,1 @@
+"""How passes are launched: op by op, recorded, compiled, or as one graph."""

@@ -1,0 +1,158 @@
+"""Decode steps on a CPU that PyTorch's compiler has made: all that lies between two layers' experts is one call.
+
+B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from duoserve.errors import CompilerError
+from duoserve.kernels.compiled.compiler import CompiledRecording, CpuCompiler
+from duoserve.kv_cache import Layout, PagedKVCache, pages_for
+from duoserve.launching.compiled_experts import Chosen, CompiledExperts
+from duoserve.launching.inputs import DecodeInputs
+from duoserve.launching.recorded import MakeStep, RecordedDecoder, Shape, Shapes
+from duoserve.launching.recorded_choices import RecordedChoices
+from duoserve.models.parts import PartEnd, first_part, moe_blocks, next_part
+from duoserve.models.transformer import Transformer
+from duoserve.passes import DecodeStep
+
+# Sequences of the steps that are compiled: few sizes, for each takes seconds to compile, and to compute four rows of a
+# product takes as long as to compute two, as its time is that of its weights.
+SIZES = (1, 4, 16)
+# Pages of a short context, 4096 tokens. Attention of one sequence is loops over its pages, and how their sums are made
+# must not depend on how many there are.
+SHORT = 64
+_BY_OPS = "such steps run op by op, more slowly, and round other numbers"
+
+
+def compiled_decoder(model: Transformer, cache: PagedKVCache) -> RecordedDecoder:
+    """Decodes in compiled steps of SIZES, the last sequences padding; the model itself computes those of more.
+
+    A step's bits are not quite the model's, since sums are made in another order; they are the same under every policy.
+    The step of one sequence is compiled here, others when a service prepares for them or when they first occur, so that
+    who generates alone does not wait for them. They are not put off any longer, or bits would depend on how often there
+    was such a step.
+    """
+    steps = compiled_steps(model, cache, CpuCompiler(taped=True))
+    decoder = RecordedDecoder(model, cache, steps, record_after=0, shapes=PaddedShapes(SIZES, cache.num_pages))
+    decoder.prepare(1)
+    return decoder
+
+
+@dataclass(frozen=True)
+class PaddedShapes(Shapes):
+    """The least of ``sizes`` (ascending) that the sequences fit in, and page tables as wide as they can get.
+
+    A short context of one sequence has a step of its own.
+    """
+
+    sizes: tuple[int, ...]
+    width: int
+
+    def of(self, layout: Layout) -> Shape:
+        """As in Shapes; of all steps that fit in none the same."""
+        size = next((size for size in self.sizes if size >= len(layout.spans)), self.sizes[-1] + 1)
+        is_short = size == 1 and pages_for(layout.lengths[0]) <= SHORT
+        return size, min(self.width, SHORT) if is_short else self.width
+
+    def up_to(self, num_sequences: int) -> Iterable[Shape]:
+        """As in Shapes, but for the long context of one sequence: a step of its own, that few need."""
+        smaller = [size for size in self.sizes if size < num_sequences]
+        return [(size, min(self.width, SHORT) if size == 1 else self.width) for size in self.sizes[: len(smaller) + 1]]
+
+
+def compiled_steps(model: Transformer, cache: PagedKVCache, compiler: CpuCompiler) -> MakeStep:
+    """Makes the compiled steps of ``model``, which share the memory of their routed rows.
+
+    None, with a warning, for one that cannot be compiled when it is wanted: requests go on op by op.
+    """
+    experts = CompiledExperts(compiler, model, SIZES[-1])
+
+    def make(num_sequences: int, table_width: int) -> CompiledStep | None:
+        if num_sequences > SIZES[-1]:
+            return None
+        inputs = DecodeInputs(compiler, cache, num_sequences, table_width)
+        try:
+            return CompiledStep(model, compiler, inputs, experts)
+        except CompilerError as error:
+            warnings.warn(f"a decode step of {num_sequences} could not be compiled ({error}): {_BY_OPS}", stacklevel=2)
+            return None
+
+    return make
+
+
+def _widths(num_sequences: int, widest: int) -> range:
+    """The widths of page tables that such a step reads: of one sequence as few pages as it has, two at least."""
+    if num_sequences > 1 or widest < 2:
+        return range(widest, widest + 1)
+    return range(2 if widest <= SHORT else SHORT + 1, widest + 1)
+
+
+class _Layer(NamedTuple):
+    """A compiled part, the ``end`` that it comes to, and who is told of it."""
+
+    part: CompiledRecording[PartEnd | Tensor]
+    end: PartEnd
+    chosen: RecordedChoices
+
+
+class CompiledStep(DecodeStep):
+    """A compiled decode step of up to B sequences."""
+
+    def __init__(
+        self, model: Transformer, compiler: CpuCompiler, inputs: DecodeInputs, experts: CompiledExperts
+    ) -> None:
+        blocks = moe_blocks(model)
+        num_sequences, widest = inputs.shape
+        self.widths = _widths(num_sequences, widest)
+        self._inputs = inputs
+        self._experts = experts
+        self._rows = experts.rows.first(num_sequences, blocks[0].top_k)
+        self._chosen = {block.layer: RecordedChoices(compiler, [block], num_sequences) for block in blocks}
+        self._layers: list[_Layer] = []
+        experts.prepare(num_sequences)
+        part = compiler.record_for(partial(self._first, model), self.widths)
+        while isinstance(end := part.result, PartEnd):
+            self._layers.append(_Layer(part, end, self._chosen[end.block.layer]))
+            part = compiler.record_for(partial(self._next, end), self.widths)
+        self._last, self._logits_BV = part, end
+
+    def __call__(self, layout: Layout) -> Tensor:
+        """The float32 logits [B, V] without padding, which the next call overwrites."""
+        self._inputs.load(layout)
+        num_sequences, width = len(layout.spans), max(self.widths[0], pages_for(max(layout.lengths)))
+        for layer in self._layers:
+            layer.part.replay(width)
+            self._compute(layer, num_sequences)
+        self._last.replay(width)
+        return self._logits_BV[:num_sequences]
+
+    def _compute(self, layer: _Layer, num_sequences: int) -> None:
+        """The chosen experts of a layer: what is missing is asked for before anybody hears of the choice."""
+        chosen = Chosen(layer.chosen.ids_NBK[0, :num_sequences].tolist())
+        with layer.end.block.acquire(chosen.num_rows) as lease:
+            if layer.chosen.report(num_sequences):
+                lease.prefetch()
+            for ready in lease:
+                self._experts.compute(layer.end, chosen, ready)
+
+    def _first(self, model: Transformer, width: int) -> PartEnd | Tensor:
+        return self._with_outputs(first_part(model, self._inputs.batch(width)))
+
+    def _next(self, end: PartEnd, width: int) -> PartEnd | Tensor:
+        batch = replace(end.run.batch, kv=self._inputs.kv(width))
+        return self._with_outputs(next_part(end._replace(run=end.run._replace(batch=batch))))
+
+    def _with_outputs(self, end: PartEnd | Tensor) -> PartEnd | Tensor:
+        if not isinstance(end, PartEnd):
+            return end
+        self._chosen[end.block.layer].bring([end.routed])
+        return self._rows.holding(end)

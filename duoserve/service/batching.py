@@ -1,0 +1,290 @@
+"""What a service does next: which requests to start, how far to take a prefill, which requests to refuse.
+
+Pure functions of plain data. An objective for the first token has a deadline; one for later tokens is a mean, which a
+request keeps if its last token comes in time.
+
+All times are seconds on one clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from itertools import count
+from math import inf, isinf
+from typing import NamedTuple
+
+from duoserve.service.cost import MeasuredCosts
+from duoserve.service.interface import Objectives, ServiceSettings
+
+# Between two steps requests come and go and are cancelled: no step is planned to take longer, but for a single layer.
+STEP_S = 0.05
+# Whoever has waited so long goes before all others, one in each pass.
+PATIENCE_S = 10.0
+# The credit of a running request is counted at most so many tokens ahead, for it may stop before its last token.
+AHEAD = 4
+# Measurements that are older than this, on a service that has been idle since, say little of what steps take now.
+STALE_S = 5.0
+# Work is planned for this share of an objective for later tokens: what steps will take is not known exactly.
+PLANNED = 0.95
+
+
+class WaitingRequest(NamedTuple):
+    """A request that waits, with ``num_prompt`` tokens of prompt. It starts with ``room`` tokens of the KV cache.
+
+    It may get ``left`` tokens. ``sent_back``: if it has run already, when it had to make way in the KV cache.
+    """
+
+    arrived: float
+    num_prompt: int
+    room: int
+    objectives: Objectives = Objectives()
+    sent_back: float | None = None
+    left: int = 1
+
+    @property
+    def patient_until(self) -> float:
+        """From when on it is started before all others."""
+        return PATIENCE_S + (self.arrived if self.sent_back is None else self.sent_back)
+
+
+class RunningRequest(NamedTuple):
+    """A request that runs: it got its first token at ``first_token``, has ``tokens`` now, and may get ``left`` more.
+
+    When it ends it frees ``room`` tokens of the KV cache. Its objective ``tpot_s`` is a mean: a token that comes early
+    lets a later one be late.
+    """
+
+    first_token: float
+    tokens: int
+    left: int
+    room: int
+    tpot_s: float | None = None
+
+    def due(self, more: int, share: float = PLANNED) -> float:
+        """By when it must have ``more`` further tokens so that its mean stays within ``share`` of its objective."""
+        return inf if self.tpot_s is None else self.first_token + (self.tokens - 1 + more) * share * self.tpot_s
+
+
+class PrefillUnderWay(NamedTuple):
+    """The prefill that is under way. ``arrived`` is when its oldest request came, ``layers_left`` what is to be done.
+
+    Its requests have ``room`` tokens of the KV cache together, and none of them may get more than ``left`` tokens.
+    """
+
+    num_tokens: int
+    num_requests: int
+    layers_left: int
+    arrived: float = inf
+    room: int = 0
+    left: int = 1
+
+
+class Load(NamedTuple):
+    """All that a choice depends on. ``free`` is the room in the KV cache that no request has, in tokens.
+
+    ``measured`` is when the last step that was measured ended; None: just now.
+    """
+
+    now: float
+    waiting: Sequence[WaitingRequest]
+    running: Sequence[RunningRequest]
+    free: int
+    coming: PrefillUnderWay | None = None
+    measured: float | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no request at all."""
+        return not (self.waiting or self.running or self.coming)
+
+
+class Refusal(NamedTuple):
+    """Why a request cannot be served in time, and after how many seconds it is worth another try."""
+
+    why: str
+    retry_after_s: float
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Makes the choices, by ``settings`` and by what work is expected to cost on a model of ``num_layers`` layers."""
+
+    settings: ServiceSettings
+    costs: MeasuredCosts
+    num_layers: int
+
+    def start(self, load: Load) -> list[int]:
+        """Which of ``load.waiting`` to prefill together now, by index; not to be asked while a prefill is under way."""
+        chosen: list[int] = []
+        free, tokens, deadline = load.free, 0, inf
+        for place in self.order(load):
+            asked = load.waiting[place]
+            soonest = min(deadline, self._deadline(asked, load.now))
+            finished = load.now + self._prefill_s(tokens + asked.num_prompt)
+            if not self._may_join([load.waiting[other] for other in chosen], asked, load):
+                break
+            if asked.room > free or (chosen and finished > soonest and not self._fcfs):
+                if self._fcfs or self._start_by(asked, load.now) <= load.now:
+                    break  # nobody overtakes one whose time has come
+                continue
+            chosen.append(place)
+            free, tokens, deadline = free - asked.room, tokens + asked.num_prompt, soonest
+        return chosen
+
+    def order(self, load: Load) -> list[int]:
+        """The order in which the waiting should start, as indices of ``load.waiting``: by arrival, or by least slack.
+
+        By slack, requests that cannot get their first token in time come last. The one that has waited longest comes
+        first of all once its patience has ended.
+        """
+        places = sorted(range(len(load.waiting)), key=lambda place: load.waiting[place].arrived)
+        if self._fcfs or not places:
+            return places
+        late = [place for place in places if self._late(load.waiting[place], load.now)]
+        hopeful = sorted(set(places) - set(late))
+        hopeful.sort(key=lambda place: self._start_by(load.waiting[place], load.now))
+        ordered = hopeful + late
+        longest = min(places, key=lambda place: load.waiting[place].patient_until)
+        if load.waiting[longest].patient_until <= load.now:
+            ordered.remove(longest)
+            ordered.insert(0, longest)
+        return ordered
+
+    def layers(self, load: Load, decoded: bool) -> int:
+        """How many layers of the prefill that is under way to compute now; 0: make a decode step first.
+
+        The slice takes no longer than the running requests that can keep their objectives can spare. Once the patience
+        of the prefill has ended, it gets one layer after each decode step all the same. ``decoded``: the last step was
+        a decode step, or nobody runs.
+        """
+        coming = load.coming
+        assert coming is not None
+        layer_s = self.costs.layer_s(coming.num_tokens)
+        if layer_s == 0:
+            return 1  # it has to be measured first
+        most = min(max(1, int(STEP_S / layer_s)), coming.layers_left)
+        spare_s = inf if self._fcfs else self._spare_s(load)
+        if spare_s < most * layer_s:
+            most = max(int(spare_s / layer_s), int(decoded and coming.arrived + PATIENCE_S <= load.now))
+        return most
+
+    def refusal(self, asked: WaitingRequest, load: Load) -> Refusal | None:
+        """Why ``asked``, which comes behind all others, cannot meet its objectives; None if it can, as far as is known.
+
+        Costs are known from what was served. If there are no requests, and the last measurement is old, ``asked`` goes
+        through, so that costs are measured again.
+        """
+        if load.empty and load.measured is not None and load.now - load.measured > STALE_S:
+            return None
+        ttft_s, tpot_s = asked.objectives.ttft_s, asked.objectives.tpot_s
+        if tpot_s is not None and self.costs.decode_s(1) > tpot_s:
+            needed = self.costs.decode_s(1)
+            return Refusal(f"a token takes {needed:.3g} s even alone, its objective is {tpot_s:.3g} s", needed)
+        if ttft_s is None:
+            return None
+        ahead_s = self.first_token_s(asked, load)
+        expected = load.now - asked.arrived + ahead_s
+        if expected <= ttft_s:
+            return None
+        why = f"its first token is expected after {expected:.3g} s, its objective is {ttft_s:.3g} s"
+        return Refusal(why, max(0.1, ahead_s - ttft_s))
+
+    def first_token_s(self, asked: WaitingRequest, load: Load) -> float:
+        """In how many seconds ``asked`` can expect its first token, behind all that wait or are being prefilled."""
+        coming = load.coming
+        begun = 0.0 if coming is None else coming.layers_left * self.costs.layer_s(coming.num_tokens)
+        tokens = asked.num_prompt + sum(other.num_prompt for other in load.waiting)
+        work = begun + self._prefill_s(tokens)
+        return self._place_s(asked, load) + work * self._slowdown(load, tokens)
+
+    @property
+    def _fcfs(self) -> bool:
+        return self.settings.scheduler == "fcfs"
+
+    def _prefill_s(self, tokens: int) -> float:
+        return self.num_layers * self.costs.layer_s(tokens)
+
+    def _deadline(self, asked: WaitingRequest, now: float) -> float:
+        """When the first token of ``asked`` is due; infinity if it has no objective, or can no longer meet it."""
+        if asked.objectives.ttft_s is None:
+            return inf
+        due = asked.arrived + asked.objectives.ttft_s
+        return due if now + self._prefill_s(asked.num_prompt) <= due else inf
+
+    def _late(self, asked: WaitingRequest, now: float) -> bool:
+        """Whether the first token of ``asked`` will be late even if it is started now."""
+        return asked.objectives.ttft_s is not None and isinf(self._deadline(asked, now))
+
+    def _start_by(self, asked: WaitingRequest, now: float) -> float:
+        """When ``asked`` must start so that its first token is in time; no later than when its patience ends."""
+        in_time = self._deadline(asked, now) - self._prefill_s(asked.num_prompt)
+        return min(in_time, asked.patient_until)
+
+    def _may_join(self, chosen: Sequence[WaitingRequest], asked: WaitingRequest, load: Load) -> bool:
+        """Whether ``asked`` may start too: the larger batch makes no request miss its objective for later tokens."""
+        num_ahead = len(load.running) + len(chosen) + (load.coming.num_requests if load.coming else 0)
+        if num_ahead >= self.settings.max_batch:
+            return False
+        if self._fcfs or num_ahead == 0:
+            return True
+        step_s, alone_s = self.costs.decode_s(num_ahead + 1), self.costs.decode_s(1)
+        goals = [PLANNED * (one.objectives.tpot_s or inf) for one in (*chosen, asked)]
+        if step_s > min((goal for goal in goals if goal >= alone_s), default=inf):
+            return False
+        begun = load.now + self._prefill_s(asked.num_prompt + sum(one.num_prompt for one in chosen))
+        return all(begun + going.left * step_s <= going.due(going.left) for going in self._kept(load))
+
+    def _largest_batch(self, asked: WaitingRequest, load: Load) -> int:
+        """How many requests may run at once, ``asked`` among them, so that their objectives can be met."""
+        most = self.settings.max_batch
+        goals = [goal for one in load.running if (goal := one.tpot_s) is not None] + [asked.objectives.tpot_s or inf]
+        goal = min((PLANNED * goal for goal in goals if PLANNED * goal >= self.costs.decode_s(1)), default=inf)
+        if self._fcfs or self.costs.decode_s(most) <= goal:
+            return most
+        return next(size for size in count(1) if self.costs.decode_s(size + 1) > goal)
+
+    def _kept(self, load: Load) -> list[RunningRequest]:
+        """The running requests that can keep their objectives for later tokens, if only decode steps follow.
+
+        They are held against the whole objective, not the PLANNED share: a request that has just joined a batch whose
+        steps take all of that share would be given up at once.
+        """
+        step_s = self.costs.decode_s(len(load.running))
+        return [going for going in load.running if load.now + going.left * step_s <= going.due(going.left, share=1.0)]
+
+    def _spare_s(self, load: Load) -> float:
+        """How long the next decode step can wait before a running request misses its objective."""
+        step_s = self.costs.decode_s(len(load.running))
+        steps = ((min(going.left, AHEAD), going) for going in self._kept(load))
+        return max(0.0, min((going.due(ahead) - ahead * step_s for ahead, going in steps), default=inf) - load.now)
+
+    def _slowdown(self, load: Load, tokens: int) -> float:
+        """How many times as long a prefill takes with decode steps between its slices; at least 1."""
+        goals = [going.tpot_s for going in load.running if going.tpot_s is not None]
+        if self._fcfs or not goals:
+            return 1.0
+        step_s, layer_s = self.costs.decode_s(len(load.running)), self.costs.layer_s(tokens)
+        slice_s = max(min(goals) - step_s, layer_s)
+        return 1.0 + step_s / slice_s if slice_s > 0 else 1.0
+
+    def _place_s(self, asked: WaitingRequest, load: Load) -> float:
+        """In how many seconds ``asked`` can start: until it and all before it have a place, and room in the KV cache.
+
+        Each request keeps its place until it has all the tokens that it may get.
+        """
+        ends = [(going.left, 1, going.room) for going in load.running]  # steps until they end; places and room then
+        if load.coming is not None:
+            ends.append((load.coming.left, load.coming.num_requests, load.coming.room))
+        heapify(ends)
+        started, largest = sum(num for _, num, _ in ends), self._largest_batch(asked, load)
+        places, room, steps = largest - started, load.free, 0
+        for one in (*load.waiting, asked):
+            while ends and (places < 1 or room < one.room):
+                steps, num, freed = heappop(ends)
+                places, room = places + num, room + freed
+            places, room = places - 1, room - one.room
+            heappush(ends, (steps + one.left, 1, one.room))
+        batch = max(len(load.running), min(largest, started + len(load.waiting)))
+        return steps * self.costs.decode_s(batch)

@@ -1,0 +1,247 @@
+"""The thread that runs a service's engine: between two steps it does what callers have asked for meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from duoserve.errors import ClosedError, DuoServeError, OverloadedError
+from duoserve.loading import Runtime
+from duoserve.request import Produced, Request
+from duoserve.service.interface import FinishReason, Piece, ServiceFigures, ServiceSettings, State
+from duoserve.service.stream import Stream
+from duoserve.text.writer import Writer
+
+# Figures that take work to gather are at most this old while the engine is busy.
+FIGURES_S = 0.25
+log = logging.getLogger("duoserve")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where a request's tokens go."""
+
+    writer: Writer
+    stream: Stream
+
+
+class Worker:
+    """Runs ``runtime``'s engine on a thread of its own until ``stop``. All methods may be called by any thread."""
+
+    def __init__(self, runtime: Runtime, settings: ServiceSettings) -> None:
+        self._runtime = runtime
+        self._engine = runtime.engine
+        self._engine.serve_by(settings)
+        self._tasks: dict[Request, Task] = {}
+        self._finished: Counter[FinishReason] = Counter()
+        self._refused = self._attained = self._with_objectives = 0
+        self._state = State.READY
+        self._why = "the service is shutting down"
+        self._asked: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopped = self._gone = False
+        self.drained: Future[None] = Future()
+        self._stats = runtime.meter.snapshot()
+        self._stats_at = 0.0
+        self._publish(fresh=True)
+        self._thread = threading.Thread(target=self._run, name="duoserve-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def figures(self) -> ServiceFigures:
+        """As of the last step."""
+        return self._figures
+
+    @property
+    def state(self) -> State:
+        """Whether requests are taken."""
+        return self._state
+
+    def submit(self, request: Request, task: Task) -> Future[None]:
+        """Adds a request; the future has the error if it was refused."""
+        answer: Future[None] = Future()
+        self._ask(lambda: self._add(request, task, answer))
+        return answer
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request; its stream ends without an error."""
+        self._ask(lambda: self._end(request, None, "abort"))
+
+    def drain(self) -> None:
+        """Takes no more requests; ``drained`` is done when the last has ended."""
+        self._ask(lambda: self._become(State.DRAINING))
+
+    def end_all(self) -> Future[None]:
+        """Takes no more requests and ends those that there are with ClosedError."""
+        done: Future[None] = Future()
+        self._ask(lambda: self._end_all(done))
+        return done
+
+    def stop(self) -> None:
+        """Ends all requests and the thread; idempotent."""
+        self.end_all()
+        with self._wake:
+            self._stopped = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _ask(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            if not self._gone:
+                self._asked.append(command)
+                self._wake.notify()
+                return
+        command()  # the thread is gone: nothing else touches the engine
+
+    def _run(self) -> None:
+        try:
+            self._runtime.meter.begin_request()
+            while self._obey():
+                made = self._engine.step()
+                self._publish(fresh=False)  # who is told of a token may look at the figures at once
+                for produced in made:
+                    self._deliver(produced)
+        except BaseException as error:  # whatever it is: nobody else would hear of it, and all would wait for ever
+            self._die(error)
+        with self._wake:
+            left, self._asked, self._gone = self._asked, deque(), True
+        for command in left:
+            command()
+
+    def _obey(self) -> bool:
+        """Does what was asked for, waiting while there is no work; False when it is time to stop."""
+        while True:
+            self._settle()
+            with self._wake:
+                while self._engine.idle and not self._asked and not self._stopped:
+                    self._wake.wait()
+                stopped = self._stopped and not self._asked
+            for _ in range(len(self._asked)):  # what is behind an error is done when the thread ends
+                self._asked.popleft()()
+            if stopped or not self._engine.idle:
+                return not stopped
+
+    def _settle(self) -> None:
+        if not self._engine.idle:
+            return
+        self._publish(fresh=True)
+        if self._state is State.DRAINING and not self.drained.done():
+            self.drained.set_result(None)
+
+    def _add(self, request: Request, task: Task, answer: Future[None]) -> None:
+        try:
+            if self._state is not State.READY:
+                raise ClosedError(self._why)
+            self._engine.add(request)
+        except DuoServeError as error:
+            self._refused += isinstance(error, OverloadedError)
+            self._publish(fresh=False)
+            _answer(answer, error)
+            return
+        except BaseException:
+            _answer(answer, ClosedError("the service has died of an error"))
+            raise
+        self._tasks[request] = task
+        self._publish(fresh=False)
+        _answer(answer, None)
+
+    def _deliver(self, produced: Produced) -> None:
+        request = produced.request
+        task = self._tasks.get(request)
+        if task is None:
+            return
+        if produced.token is None:
+            self._end(request, produced.error, "error")
+            return
+        self._runtime.meter.outputs(1)
+        try:
+            text = _text(task.writer, request, produced.token)
+        except DuoServeError as error:
+            self._end(request, error, "error")
+            return
+        logprobs = () if produced.logprobs is None else (produced.logprobs,)
+        piece = Piece(text, (produced.token,), logprobs, request.finish_reason)
+        if request.finish_reason is not None:
+            self._end(request, piece, request.finish_reason)
+        elif not task.stream.give(piece, None):
+            self._end(request, None, "abort")
+
+    def _end(self, request: Request, last: Piece | DuoServeError | None, reason: FinishReason) -> None:
+        """The request has ended, or ends now; nothing happens if it had ended before."""
+        task = self._tasks.pop(request, None)
+        if task is None:
+            return
+        self._engine.abort(request)
+        self._finished[reason] += 1
+        self._judge(request, reason)
+        self._publish(fresh=self._engine.idle)
+        task.stream.give(last, time.monotonic())
+
+    def _judge(self, request: Request, reason: FinishReason) -> None:
+        goals = request.objectives
+        if reason == "abort" or (goals.ttft_s is None and goals.tpot_s is None):
+            return
+        self._with_objectives += 1
+        self._attained += reason != "error" and request.attained
+
+    def _end_all(self, done: Future[None]) -> None:
+        self._become(State.DRAINING)
+        for request in list(self._tasks):
+            self._end(request, ClosedError(self._why), "error")
+        _answer(done, None)
+
+    def _become(self, state: State) -> None:
+        if self._state is not State.DEAD:
+            self._state = state
+
+    def _die(self, error: BaseException) -> None:
+        log.critical("the service has died of an error", exc_info=error)
+        self._state = State.DEAD
+        self._why = f"the service has died of an error: {type(error).__name__}: {error}"
+        tasks, self._tasks = self._tasks, {}
+        self._finished["error"] += len(tasks)
+        self._figures = self._now(running=0, waiting=0)
+        for request, task in tasks.items():
+            request.finish("error")
+            dead = ClosedError(self._why)
+            dead.__cause__ = error
+            task.stream.give(dead, time.monotonic())
+        if not self.drained.done():
+            self.drained.set_result(None)
+
+    def _publish(self, fresh: bool) -> None:
+        now = time.monotonic()
+        if fresh or now - self._stats_at >= FIGURES_S:
+            self._stats, self._stats_at = self._runtime.meter.snapshot(), now
+        self._figures = self._now(self._engine.running, self._engine.waiting)
+
+    def _now(self, running: int, waiting: int) -> ServiceFigures:
+        return ServiceFigures(
+            state=self._state,
+            running=running,
+            waiting=waiting,
+            kv_usage=self._engine.kv_usage,
+            stats=self._stats,
+            finished=dict(self._finished),
+            refused=self._refused,
+            attained=self._attained,
+            with_objectives=self._with_objectives,
+            sent_back=self._engine.num_sent_back,
+        )
+
+
+def _text(writer: Writer, request: Request, token: int) -> str:
+    """What became certain with ``token``; all that is left, if it is the last. DuoServeError of the tokenizer."""
+    text = writer.push(request, token)
+    return text if request.finish_reason is None else text + writer.rest(request)
+
+
+def _answer(answer: Future[None], error: DuoServeError | None) -> None:
+    """Nobody may be waiting any more."""
+    if answer.set_running_or_notify_cancel():
+        answer.set_result(None) if error is None else answer.set_exception(error)

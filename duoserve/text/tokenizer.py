@@ -1,0 +1,214 @@
+"""Text in, token ids out, and back again: whole, or a token at a time as they are generated."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from duoserve.errors import CheckpointError, DuoServeError, RequestError
+from duoserve.experts.positional_file import is_there
+from duoserve.text.tokenizer_config import TOKENIZER_CONFIG, read_tokenizer_config, special_tokens
+
+TOKENIZER = "tokenizer.json"
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+WORD = "a"  # an entry that every decoder takes for a word
+LOOKED_BACK = 64  # tokens, for one that has text: special ones have none
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """How a byte-level vocabulary writes each byte: printable Latin-1 as it is, the others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_alphabet()
+
+
+class Text:
+    """A checkpoint's tokenizer. ``decode`` gives to the character what :class:`IncrementalDecoder` streams.
+
+    ``join`` turns vocabulary entries into text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        tokenizer.no_truncation()  # a tokenizer.json may carry either, left over from training
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = {token_id for token_id, token in added.items() if token.special}
+        decoder = tokenizer.decoder
+        kinds = set() if decoder is None else _decoder_kinds(json.loads(decoder.__getstate__()))
+        self.byte_level = "ByteLevel" in kinds  # every token is a run of bytes
+        self._byte_fallback = "ByteFallback" in kinds  # a token such as <0xE2> is one byte
+        self.join: Callable[[list[str]], str] = " ".join if decoder is None else decoder.decode
+
+    @classmethod
+    def load(cls, folder: Path) -> Text | None:
+        """The tokenizer in ``folder/tokenizer.json``, None where there is none, CheckpointError for a broken one.
+
+        Where that adds no special tokens, those are added that ``tokenizer_config.json`` says.
+        """
+        path = folder / TOKENIZER
+        if not is_there(path):
+            return None
+        config = read_tokenizer_config(folder)
+        with _guarded(CheckpointError, f"{path} is not a tokenizer that can be used: download it again"):
+            return cls(_completed(Tokenizer.from_file(str(path)), config))
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Token ids of ``text`` and, if wanted, of the special tokens that the post-processor adds; else RequestError.
+
+        Special tokens that are written in the text become what they say either way.
+        """
+        with _guarded(RequestError, "the tokenizer cannot encode this text"):
+            # As a batch of one: only then are other threads let run meanwhile, which a long text would hold up.
+            [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=add_special)
+            return list(encoding.ids)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text of ``token_ids``; special tokens, and ids that the tokenizer does not know, leave nothing."""
+        decoder = IncrementalDecoder(self)
+        return "".join([decoder.push(token_id) for token_id in token_ids] + [decoder.flush()])
+
+    def token(self, token_id: int) -> str | None:
+        """The vocabulary's entry, None for special tokens and for ids beyond the vocabulary."""
+        with _guarded(RequestError, f"{token_id!r} is not a token id"):
+            return None if token_id in self._special else self._tokenizer.id_to_token(token_id)
+
+    def special_id(self, token: str) -> int | None:
+        """The id of a special token, None where there is none of that name."""
+        token_id = self._tokenizer.token_to_id(token)
+        return token_id if token_id in self._special else None
+
+    def token_bytes(self, token: str) -> bytes | None:
+        """The bytes that ``token`` stands for, None where it stands for characters."""
+        if self.byte_level:
+            known = all(char in BYTE_OF for char in token)  # else an added token, written as it is
+            return bytes(BYTE_OF[char] for char in token) if known else token.encode()
+        match = BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
+        return bytes([int(match[1], 16)]) if match else None
+
+
+class IncrementalDecoder:
+    """The text of a growing token sequence, in pieces that are final when they are given; constant work a token.
+
+    A character that is spread over tokens is held back until it is whole. Bytes that are no UTF-8 become U+FFFD, one
+    for each maximal invalid part; ``tokenizers`` agrees for byte-level vocabularies, but gives up a whole run of byte
+    tokens such as ``<0xE2>`` when any of it is invalid, which a stream cannot know in advance.
+
+    ``behind`` are token ids whose text this one goes on from, and keeps the space of its first word for; behind none
+    that have text it begins anew, as ``Text.decode`` does.
+    """
+
+    def __init__(self, text: Text, behind: Sequence[int] = ()) -> None:
+        self._text = text
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        # The last written token, if any: spaces at a token's start depend on there being one.
+        self._before = _last_written(text, behind)
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with ``token_id``; may be empty."""
+        token = self._text.token(token_id)
+        if not token:
+            return ""
+        data = self._text.token_bytes(token)
+        return self.flush() + self._write(token) if data is None else self._write(self._utf8.decode(data))
+
+    def flush(self) -> str:
+        """What was held back: U+FFFD for a character that never became whole."""
+        return self._write(self._utf8.decode(b"", True))
+
+    def _write(self, token: str) -> str:
+        if self._text.byte_level or not token:
+            return token
+        piece = self._text.join([*self._before, token])[len(self._text.join(self._before)) :]
+        self._before = [token]
+        return piece
+
+
+class StopStrings:
+    """Cuts text at the stop string that is completed first, wherever the pieces of the text are cut.
+
+    ``found`` is that string, None until then. Text that may turn out to begin a stop string is held back.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, piece: str) -> str:
+        """The text that is certain to precede every stop string; nothing after one was found."""
+        if self.found is not None:
+            return ""
+        text = self._held + piece
+        hits = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if hits:
+            _, cut, self.found = min(hits)
+            self._held = ""
+        else:
+            cut = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+            self._held = text[cut:]
+        return text[:cut]
+
+    def flush(self) -> str:
+        """What was held back, once no text will follow."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _completed(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
+    """The same with the tokens at both ends that ``config`` says, if it has none of its own there; else ValueError.
+
+    DeepSeek's need it. What transformers 4 made of these flags, its version 5 leaves out beside a tokenizer.json.
+    """
+    tokens = special_tokens(config)
+    bos, eos = ([tokens[n]] if config.get(f"add_{n}") and n in tokens else [] for n in ("bos_token", "eos_token"))
+    ids = {token: tokenizer.token_to_id(token) for token in bos + eos}
+    if not ids or tokenizer.num_special_tokens_to_add(is_pair=False):
+        return tokenizer
+    for token, token_id in ids.items():
+        if token_id is None:
+            raise ValueError(f"{TOKENIZER_CONFIG} adds {token!r}, which is none of its tokens")
+    tokenizer.post_processor = TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=list(ids.items()))
+    return tokenizer
+
+
+def _last_written(text: Text, token_ids: Sequence[int]) -> list[str]:
+    """The last of ``token_ids`` that has text, alone; ``WORD`` for one that may be only a part of a character."""
+    token = next(filter(None, map(text.token, reversed(token_ids[-LOOKED_BACK:]))), None)
+    if token is None:
+        return []
+    return [token if text.token_bytes(token) is None else WORD]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of ``text`` with which ``stop`` begins."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _decoder_kinds(decoder: dict[str, Any]) -> set[str]:
+    if decoder["type"] == "Sequence":
+        return {kind for part in decoder["decoders"] for kind in _decoder_kinds(part)}
+    return {decoder["type"]}
+
+
+@contextmanager
+def _guarded(error: type[DuoServeError], message: str) -> Iterator[None]:
+    """Turns whatever the tokenizer raises into ``error``; a panic in its Rust code is a bare BaseException."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as fault:
+        raise error(f"{message}: {fault}") from fault

@@ -1,0 +1,160 @@
+"""The CPU bench runs end to end on its tiny model, and says what it did not reach and did not measure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cpu_checks
+import cpu_rows
+import cpu_summary
+import harness
+import report
+import shapes
+from cpu_contestants import SCRIPTS, Run, disk_contestants, resident_contestants
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The result of one round on the tiny model; AssertionError with its report when a check fails."""
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("bench")
+    out = folder / "result.json"
+    command = [sys.executable, str(BENCH / "bench_cpu.py"), "--quick", "--rounds", "1", "--threads", "1"]
+    files = ["--folder", str(folder / "mixtral"), "--json", str(out)]
+    done = subprocess.run([*command, *files], capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text())
+
+
+def failed(result: dict[str, Any]) -> list[str]:
+    return [check["name"] for check in result["checks"] if check["passed"] is False]
+
+
+def test_all_compute_the_same_and_read_from_where_they_should(quick: dict[str, Any]) -> None:
+    assert not failed(quick)
+    names = {check["name"] for check in quick["checks"]}
+    assert {"logits equal transformers'", "logits of duoserve lru", "tokens of duoserve on-demand"} <= names
+    measured = {target["name"]: target["reached"] is not None for target in quick["targets"]}
+    absent = {name for name in measured if "llama.cpp" in name} if "xllamacpp" in quick["not_measured"] else set()
+    if quick["cap_bytes"] is None:
+        absent |= {name for name in measured if name.endswith("llama.cpp's, same limit")}
+    in_bf12 = ("a quarter of the experts", "bf12 in a quarter's memory")  # no part of a quick run
+    absent |= {name for name in measured if name.startswith(in_bf12)}
+    assert {name for name, was in measured.items() if not was} == absent
+    played = quick["rounds"]["resident"].keys() | quick["rounds"]["disk"].keys()
+    assert not played & cpu_rows.QUICK_WITHOUT
+    assert quick["least_misses"].keys() == set(cpu_rows.POLICIES) - cpu_rows.QUICK_WITHOUT
+    for least in quick["least_misses"].values():
+        assert 0 <= least["pooled"] <= least["per_layer"] < least["uses"]
+    assert {"logits of duoserve resident int8 equal transformers'", "tokens of duoserve resident int8"} <= names
+    by_name = {target["name"]: target for target in quick["targets"]}
+    assert by_name["bytes read in decode / misses x slot bytes"]["reached"] is True
+    assert quick["routing_overlap"]["distinct_tokens"] > 4
+
+
+def test_peers_that_were_not_measured_are_not_passed(quick: dict[str, Any], tmp_path: Path) -> None:
+    """The same figures without those of the peers, as an environment without them gives."""
+    ours = {
+        tier: {name: played for name, played in rounds.items() if name.startswith("duoserve")}
+        for tier, rounds in quick["rounds"].items()
+    }
+    for name in ours["resident"] | ours["disk"]:
+        torch.save(torch.ones(3), cpu_rows.logits_file(tmp_path, name))
+    raw = quick | {"rounds": ours, "routing": None, "not_measured": ["transformers", "accelerate", "xllamacpp"]}
+    disk = quick["machine"]["disk"]["filesystem"]
+    result = raw | cpu_summary.summarize(shapes.SHAPES["quick"], raw, disk, tmp_path)
+    peers = ("transformers", "accelerate", "llama.cpp")
+    against_peers = [one for one in result["targets"] if any(peer in one["name"] for peer in peers)]
+    assert [(target["reached"], target["verdict"]) for target in against_peers] == [(None, "not measured")] * 11
+    assert not failed(result)
+    assert "transformers was not measured" in report.render(result)
+
+
+def test_the_rows_that_run_op_by_op_are_named(tmp_path: Path) -> None:
+    run = Run(shapes.SHAPES["quick"], tmp_path, tmp_path, 1, 1, tuple(SCRIPTS), prompt=[1], cap_bytes=1 << 30)
+    ours = [each for each in (*resident_contestants(run), *disk_contestants(run)) if each.kind == "duoserve"]
+    assert len(ours) > 8
+    assert {each.name for each in ours if "decode_mode" not in each.options} == set(cpu_rows.OP_BY_OP)
+
+
+def test_our_policy_must_choose_the_tokens_of_compiled_steps_in_ram() -> None:
+    rounds = {cpu_rows.COMPILED: [{"token_ids": [1, 2, 3]}], cpu_rows.OURS_POLICY: [{"token_ids": [1, 2, 3]}]}
+    assert all(check["passed"] for check in cpu_checks.token_checks(rounds, [1, 2, 4]))
+    rounds[cpu_rows.OURS_POLICY] = [{"token_ids": [1, 2, 4]}]
+    assert [check["passed"] for check in cpu_checks.token_checks(rounds, [1, 2, 4])] == [True, False]
+
+
+def test_the_disks_best_rate_is_the_best_of_all_rounds_and_of_the_probe() -> None:
+    slow = {"prefill_read": 30, "ttft_s": 2.0, "decode_read": 22, "itl_s": [1.0, 1.0]}
+    raw = {"ceilings": {"disk_bytes_per_s": {"1": 12.0, "2": 16.0}}, "rounds": {"disk": {"a": [slow, slow]}}}
+    assert cpu_summary.disk_best(raw) == {"bytes_per_s": 16.0, "by": "the probe, 2 threads"}
+    raw["rounds"]["disk"] |= {"b": [slow, slow | {"decode_read": 50}], "c": [slow | {"prefill_read": 40}]}
+    assert cpu_summary.disk_best(raw) == {"bytes_per_s": 25.0, "by": "b, decode"}
+    raw["rounds"]["disk"]["c"][0]["prefill_read"] = 60
+    assert cpu_summary.disk_best(raw) == {"bytes_per_s": 30.0, "by": "c, a prompt"}
+
+
+@pytest.mark.parametrize(
+    ("value", "at_least", "reached", "verdict"),
+    [
+        (1.25, True, True, "reached: 1.25x"),
+        (0.8, True, False, "NOT reached: 0.8x"),
+        (1.3, False, False, "NOT reached: 1.3x"),
+        (float("nan"), True, False, "NOT reached: nanx"),
+        (float("nan"), False, False, "NOT reached: nanx"),
+        (None, False, None, "not measured"),
+    ],
+)
+def test_verdicts_hide_nothing(value: float | None, at_least: bool, reached: bool | None, verdict: str) -> None:
+    target = harness.Target("speed", value, 1.0, at_least=at_least, unit="x")
+    assert (target.reached, target.verdict()) == (reached, verdict)
+
+
+def test_rounds_interleave_and_pair() -> None:
+    order: list[str] = []
+
+    def run(name: str) -> dict[str, Any]:
+        order.append(name)
+        return {"s": len(order)}
+
+    rounds = harness.interleave(["a", "b"], 2, run)
+    assert order == ["a", "b", "a", "b"]
+    assert rounds == {"a": [{"s": 1}, {"s": 3}], "b": [{"s": 2}, {"s": 4}]}
+    assert harness.Summary.of_pairs([4.0, 9.0, 1.0], [2.0, 3.0, 2.0]) == harness.Summary(2.0, 0.5, 3.0)
+
+
+def test_a_worker_that_fails_says_why(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(BENCH)!r})\n"
+        "from harness import serve\n"
+        "class Subject:\n"
+        "    def double(self, n): print('noise'); return 2 * n\n"
+        "    def close(self): pass\n"
+        "serve(Subject)\n"
+    )
+    with harness.Worker("test", [str(script)], {"OMP_NUM_THREADS": "1"}) as worker:
+        assert worker.call("double", n=4) == 8
+        with pytest.raises(harness.WorkerError, match=r"(?s)failed in double.*TypeError"):
+            worker.call("double", n=None)
+        assert worker.call("double", n=1) == 2
+    with pytest.raises(harness.WorkerError, match="died"), harness.Worker("test", ["-c", "pass"], {}) as worker:
+        worker.call("double", n=1)
+
+
+def test_the_report_replaces_only_what_is_between_the_markers() -> None:
+    readme = f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nend\n"
+    assert report.into_readme(readme, "new") == f"# Title\n\n{report.BEGIN}\n\nnew\n\n{report.END}\n\nend\n"
+    for broken in ("no markers", f"{report.END} {report.BEGIN}", readme + readme):
+        with pytest.raises(SystemExit, match="needs one"):
+            report.into_readme(broken, "new")

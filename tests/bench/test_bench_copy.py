@@ -1,0 +1,99 @@
+"""The copy bench without a GPU: its table from a machine that is made up, and the whole of it in the host's memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bench_copy
+import copy_machines
+from copy_table import SIZES, CopyMachine, Way, measure, targets
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+LINK = 50e9
+
+
+class MadeUp(CopyMachine):
+    """A link with a latency of 10 us; kernels read at ``zero_copy`` of its rate; ``broken`` ways raise or corrupt."""
+
+    def __init__(self, zero_copy: float = 0.9, raises: Way | None = None, corrupts: Way | None = None) -> None:
+        self.zero_copy, self.raises, self.corrupts = zero_copy, raises, corrupts
+
+    def seconds(self, way: Way, nbytes: int) -> list[float]:
+        if way is self.raises:
+            raise RuntimeError("no such way\nand more")
+        rate = LINK * (self.zero_copy if way is Way.ZERO_COPY else 1)
+        return [10e-6 + nbytes / rate, 10e-6 + nbytes / rate, 20e-6 + nbytes / rate]
+
+    def arrives(self, way: Way, nbytes: int) -> bool:
+        return way is not self.corrupts
+
+
+def result_of(machine: CopyMachine) -> dict[str, Any]:
+    result = bench_copy.conditions("bench_copy", False) | measure(machine, SIZES)
+    return result | {"targets": [target.to_dict() for target in targets(result)]}
+
+
+def test_rates_and_verdicts() -> None:
+    result = result_of(MadeUp())
+    assert result["ceilings"][Way.TO_DEVICE.value] == pytest.approx(LINK, rel=0.01)
+    small = next(c for c in result["cells"] if c["nbytes"] == 4096 and c["way"] == Way.TO_DEVICE.value)
+    assert small["bytes_per_s"]["median"] == pytest.approx(4096 / (10e-6 + 4096 / LINK))
+    assert small["bytes_per_s"]["low"] < small["bytes_per_s"]["median"] == small["bytes_per_s"]["high"]
+    verdicts = {target["name"]: target["reached"] for target in result["targets"]}
+    assert verdicts["8 MiB pieces / best rate"] is False  # 10 us of 178
+    assert verdicts["read by a kernel / copied: Mixtral-8x7B expert, bf16"] is True
+    assert not bench_copy.failed(result)
+    assert "50.0" in bench_copy.render(result) or "49.9" in bench_copy.render(result)
+
+
+def test_a_slow_kernel_is_not_passed() -> None:
+    verdicts = {t["name"]: t["reached"] for t in result_of(MadeUp(zero_copy=0.8))["targets"]}
+    assert [reached for name, reached in verdicts.items() if "kernel" in name] == [False] * 3
+
+
+def test_what_fails_is_named_and_not_measured() -> None:
+    result = result_of(MadeUp(raises=Way.ZERO_COPY))
+    assert bench_copy.failed(result)
+    assert result["ceilings"][Way.ZERO_COPY.value] is None
+    assert [t["verdict"] for t in result["targets"]][1:] == ["not measured"] * 3
+    report = bench_copy.render(result)
+    assert "RuntimeError: no such way" in report and "not measured" in report
+
+
+def test_bytes_that_change_fail_the_bench() -> None:
+    result = result_of(MadeUp(corrupts=Way.FROM_DEVICE))
+    assert bench_copy.failed(result) and "**FAILED**" in bench_copy.render(result)
+
+
+@pytest.mark.parametrize("way", Way)
+def test_the_hosts_copies_arrive(way: Way) -> None:
+    machine = copy_machines.HostCopies()
+    assert machine.arrives(way, 8192)
+    assert all(seconds > 0 for seconds in machine.seconds(way, 8192))
+
+
+def test_the_command(tmp_path: Path) -> None:
+    out = tmp_path / "copy.json"
+    command = [sys.executable, str(BENCH / "bench_copy.py"), "--tiny", "--json", str(out)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env={"PYTHONPATH": str(BENCH.parent)}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "measures no link" in done.stdout
+    assert {check["passed"] for check in json.loads(out.read_text())["checks"]} == {True}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("way", Way)
+def test_a_gpus_copies_arrive(way: Way) -> None:
+    machine = copy_machines.GpuCopies()
+    assert machine.arrives(way, 1 << 20)
+    assert all(0 < seconds < 1 for seconds in machine.seconds(way, 1 << 20))

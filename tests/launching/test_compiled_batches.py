@@ -1,0 +1,287 @@
+"""Compiled steps of several sequences: the numbers of the model, the same bits under every policy, padding is nobody.
+
+To save compiling, all tests decode in steps of four.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from duoserve import MoEModel, SamplingParams
+from duoserve.config import Phase
+from duoserve.experts.copy_engine import ThreadedCopyEngine
+from duoserve.kernels.attention_together import decode_attention_together
+from duoserve.kernels.compiled.compiler import CpuCompiler
+from duoserve.kernels.reference import decode_attention
+from duoserve.kv_cache import Layout
+from duoserve.launching import compiled as compiled_decode
+from duoserve.launching import compiled_experts
+from duoserve.launching.compiled import CompiledStep, PaddedShapes, compiled_decoder, compiled_steps
+from duoserve.launching.compiled_experts import CompiledExperts
+from duoserve.launching.recorded import RecordedDecoder
+from duoserve.models.moe import MoEBlock
+from duoserve.passes import Decoder
+from duoserve.service.async_engine import AsyncEngine
+from duoserve.service.interface import ServiceSettings
+from tests.assembly import Parts, assembled
+from tests.checkpoints import save_mixtral
+from tests.compiled_case import needs_compiler, save
+from tests.lagging import Truth, write
+from tests.listeners import Heard
+from tests.models.cases import FAMILIES
+from tests.models.test_mixtral_parity import relative_error
+
+PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in (7, 30, 1)]
+MAX_TOKENS = (8, 5, 9)  # they leave one after the other, so that there is more and more padding
+GREEDY = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
+TYPES = ("mixtral", "deepseek_v3", "gpt_oss")
+Before = Callable[[Parts, Layout], None]
+
+
+@pytest.fixture(scope="module", params=TYPES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save("mixtral", tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture
+def fours(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Models compile steps of four sequences only; has how many of them were somebody's, step by step."""
+    sequences, step = [], CompiledStep.__call__
+    monkeypatch.setattr(compiled_decode, "SIZES", (4,))
+    monkeypatch.setattr(RecordedDecoder, "prepare", lambda self, num_sequences: None)
+    monkeypatch.setattr(
+        CompiledStep, "__call__", lambda self, layout: sequences.append(len(layout.spans)) or step(self, layout)
+    )
+    return sequences
+
+
+def in_fours(logits: list[Tensor], before: Before = lambda parts, layout: None) -> Callable[[Parts], Decoder]:
+    """Makes decoders that note their ``logits``; ``before`` is called before each step."""
+
+    def make(parts: Parts) -> Decoder:
+        steps = compiled_steps(parts.model, parts.cache, CpuCompiler())
+        fours = PaddedShapes((4,), parts.cache.num_pages)
+        decode = RecordedDecoder(parts.model, parts.cache, steps, record_after=0, shapes=fours)
+
+        def step(layout: Layout) -> Tensor:
+            decode.prepare(4)
+            before(parts, layout)
+            logits.append(decode(layout).clone())
+            return logits[-1]
+
+        return step
+
+    return make
+
+
+@needs_compiler
+def test_a_batch_has_the_logits_of_the_model_under_every_policy(folder: Path) -> None:
+    top_k = 2 if folder.name.startswith("mixtral") else FAMILIES[_family(folder)].top_k
+    truth = Truth(folder, _num_experts(folder), PROMPTS, MAX_TOKENS)
+    found: list[list[Tensor]] = []
+    for policy, slots in (("lru", max(9, 2 * top_k)), ("duoserve", 3 * top_k), ("on-demand", top_k + 1)):
+        found.append([])
+        with assembled(folder, policy, slots, ThreadedCopyEngine, make_decoder=in_fours(found[-1])) as engine:
+            assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens, policy
+    for true_BV, *others in zip(truth.logits, *found, strict=True):
+        assert relative_error(others[0], true_BV) <= 1e-5
+        assert all(torch.equal(others[0], other) for other in others)
+
+
+def _family(folder: Path) -> str:
+    return next(name for name in TYPES if folder.name.startswith(name))
+
+
+def _num_experts(folder: Path) -> int:
+    return 24 if _family(folder) == "mixtral" else FAMILIES[_family(folder)].experts
+
+
+@needs_compiler
+def test_padding_is_nobody(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With NaN wherever nobody's numbers are, a step has the same bits; it wants and tells of nobody's experts."""
+    made: list[CompiledExperts] = []
+    init = CompiledExperts.__init__
+    monkeypatch.setattr(CompiledExperts, "__init__", lambda self, *args: made.append(self) or init(self, *args))
+
+    def poison(parts: Parts, layout: Layout) -> None:
+        for rows in made[-1].rows:
+            rows.fill_(float("nan"))
+        for pages_PSW in [pages for layer in parts.cache.layers for pages in layer]:
+            pages_PSW[parts.cache._free] = float("nan")
+
+    def run(before: Before, listener: Heard | None) -> tuple[list[Tensor], int]:
+        logits: list[Tensor] = []
+        with assembled(
+            mixtral, "lru", 9, ThreadedCopyEngine, listener, make_decoder=in_fours(logits, before)
+        ) as engine:
+            write(engine, PROMPTS, MAX_TOKENS)
+            stats = engine.meter.snapshot()
+        return logits, stats.hits["decode"] + stats.misses["decode"]
+
+    heard = Heard()
+    clean, wanted = run(lambda parts, layout: None, None)
+    poisoned, also_wanted = run(poison, heard)
+    assert all(torch.equal(one, other) for one, other in zip(clean, poisoned, strict=True))
+    told = [
+        (len(requests), routing)
+        for (phase, requests), routings in zip(heard.begun, heard.routings, strict=True)
+        if phase is Phase.DECODE
+        for routing in routings
+    ]
+    assert all(len(routing.topk_ids_TK) == len(routing.topk_weights_TK) == rows for rows, routing in told)
+    assert {rows for rows, _ in told} == {1, 2, 3}
+    assert wanted == also_wanted == sum(len(set(routing.topk_ids_TK.ravel().tolist())) for _, routing in told)
+
+
+@needs_compiler
+def test_a_step_writes_to_the_pages_of_its_sequences_only(mixtral: Path) -> None:
+    before: list[list[Tensor]] = []
+
+    def look(parts: Parts, layout: Layout) -> None:
+        rows = [pages.flatten(0, 1).flatten(1).view(torch.int32) for layer in parts.cache.layers for pages in layer]
+        if before:
+            changed = [(now != then).any(1).nonzero().flatten() for now, then in zip(rows, before, strict=True)]
+            assert all(set(rows_C.tolist()) <= set(written[-1]) for rows_C in changed)
+        written.append(layout.rows)
+        before[:] = [pages.clone() for pages in rows]
+
+    written: list[list[int]] = []
+    with assembled(mixtral, "lru", 9, ThreadedCopyEngine, make_decoder=in_fours([], look)) as engine:
+        write(engine, PROMPTS, MAX_TOKENS)
+    assert len(written) == max(MAX_TOKENS) - 1
+
+
+@needs_compiler
+def test_requests_join_and_leave_while_others_go_on(mixtral: Path, fours: list[int]) -> None:
+    with MoEModel.from_pretrained(mixtral) as model:
+        expected = [model.generate(prompt, GREEDY, max_tokens=count).token_ids for prompt, count in _staggered()]
+        sampled = model.generate(PROMPTS[0], GREEDY, temperature=0.9, seed=5).token_ids
+    with MoEModel.from_pretrained(mixtral, expert_slots=9, policy="duoserve", decode_mode="compiled") as model:
+        assert asyncio.run(_together(model)) == [*expected, sampled]
+    assert {2, 3} <= set(fours)
+
+
+def _staggered() -> list[tuple[list[int], int]]:
+    return list(zip(PROMPTS, (24, 6, 12), strict=True))
+
+
+async def _together(model: MoEModel) -> list[list[int]]:
+    """The first alone, then all; the fourth samples and wants log-probabilities."""
+    service = AsyncEngine(model)
+    try:
+        tokens: list[list[int]] = [[] for _ in range(4)]
+
+        async def go(at: int, prompt: Sequence[int], params: SamplingParams, joined: asyncio.Event) -> None:
+            stream = await service.submit(prompt, params, logprobs=3)
+            async for piece in stream:
+                tokens[at] += [place.token_id for place in piece.logprobs]
+                joined.set()
+
+        running = []
+        for at, (prompt, count) in enumerate([*_staggered(), (PROMPTS[0], 9)]):
+            params = replace(GREEDY, max_tokens=count) if at < 3 else replace(GREEDY, temperature=0.9, seed=5)
+            joined = asyncio.Event()
+            running.append(asyncio.create_task(go(at, prompt, params, joined)))
+            await joined.wait()
+        await asyncio.gather(*running)
+    finally:
+        await service.close()
+    return tokens
+
+
+@needs_compiler
+def test_more_sequences_than_a_step_takes_are_computed_by_the_model(mixtral: Path, fours: list[int]) -> None:
+    prompts = [PROMPTS[1][:length] for length in range(2, 7)]
+    with MoEModel.from_pretrained(mixtral, max_context=512) as model:
+        expected = [out.token_ids for out in model.generate(prompts, GREEDY)]
+    with MoEModel.from_pretrained(mixtral, max_context=512, decode_mode="compiled") as model:
+        assert [out.token_ids for out in model.generate(prompts, GREEDY)] == expected
+    assert fours == []
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the steps that were to be compiled; none is."""
+    sizes: list[int] = []
+
+    def recorded(model: object, cache: object, compiler: object) -> Callable[[int, int], None]:
+        return lambda num_sequences, width: sizes.append(num_sequences)
+
+    monkeypatch.setattr(compiled_decode, "compiled_steps", recorded)
+    return sizes
+
+
+def _compiled(parts: Parts) -> Decoder:
+    return compiled_decoder(parts.model, parts.cache)
+
+
+def test_a_step_has_the_least_size_that_it_fits_in(mixtral: Path, asked: list[int]) -> None:
+    with assembled(mixtral, "lru", 9, ThreadedCopyEngine, make_decoder=_compiled) as engine:
+        assert asked == [1]
+        write(engine, [[5]] * 4, (2, 3, 5, 6))
+    assert asked == [1, 4]
+
+
+def test_a_service_prepares_the_sizes_of_its_batches(mixtral: Path, asked: list[int]) -> None:
+    with assembled(mixtral, "lru", 9, ThreadedCopyEngine, make_decoder=_compiled) as engine:
+        for max_batch, sizes in ((1, [1]), (4, [1, 4]), (5, [1, 4, 16]), (40, [1, 4, 16])):
+            engine.serve_by(ServiceSettings(max_batch=max_batch))
+            assert asked == sizes
+
+
+@needs_compiler
+@pytest.mark.parametrize(("quantize", "most"), [("bf12", 16), ("int4", 16), ("int8", 2)])
+def test_quantized_experts_of_few_and_of_many_rows(
+    quantize: str, most: int, tmp_path: Path, fours: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four equal prompts: each expert has four rows, for one call, for two, or for the model's ops."""
+    sizes = compiled_experts.call_rows
+    monkeypatch.setattr(compiled_experts, "call_rows", lambda weights: sizes(weights)._replace(most=most))
+    dtype = torch.bfloat16 if quantize == "bf12" else torch.float32
+    folder = save_mixtral(tmp_path, hidden_size=128, intermediate_size=128, dtype=dtype)
+    options = {"quantize": quantize, "dtype": "float32"}
+    expected = []
+    with MoEModel.from_pretrained(folder, **options) as model:
+        for prompts in (PROMPTS, PROMPTS[:1] * 4):
+            expected.append([out.token_ids for out in model.generate(prompts, GREEDY)])
+    rows, compute = [], MoEBlock.compute
+    monkeypatch.setattr(
+        MoEBlock, "compute", lambda self, routed, work: rows.append(len(routed.x_TH)) or compute(self, routed, work)
+    )
+    with MoEModel.from_pretrained(folder, decode_mode="compiled", **options) as model:
+        for prompts, tokens in zip((PROMPTS, PROMPTS[:1] * 4), expected, strict=True):
+            assert [out.token_ids for out in model.generate(prompts, GREEDY)] == tokens
+    assert fours and (4 in rows) == (most < 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [(70, 64, 3), (9, 0), (5, 300), (65, 65, 0, 0)])
+def test_attention_together_is_attention(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Of lengths that are too unlike, too, and with padding; pages that are nobody's are NaN."""
+    torch.manual_seed(0)
+    q_BHD = torch.randn(len(lengths), 4, 16).to(dtype)
+    k_PSGD, v_PSGD = torch.full((2, 12, 64, 2, 16), float("nan"), dtype=dtype)
+    free, tables = iter(torch.randperm(12).tolist()), []
+    for length in lengths:
+        tables.append([next(free) for _ in range(-(-length // 64))])
+        for at in range(length):
+            k_PSGD[tables[-1][at // 64], at % 64], v_PSGD[tables[-1][at // 64], at % 64] = torch.randn(2, 2, 16)
+    table_BM = torch.tensor([pages + [-1] * (8 - len(pages)) for pages in tables], dtype=torch.int32)
+    operands = q_BHD, k_PSGD, v_PSGD, table_BM, torch.tensor(lengths, dtype=torch.int32), 0.3
+    for window in (None, 40):
+        expected = decode_attention(*operands, window)
+        assert relative_error(decode_attention_together(*operands, window).float(), expected.float()) <= (
+            1e-6 if dtype is torch.float32 else 1e-2
+        )

@@ -1,0 +1,249 @@
+"""Recorded decode steps through whole models: the bits of the model itself, on a device that lags behind the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from duoserve import SamplingParams
+from duoserve.config import Phase
+from duoserve.errors import CopyError
+from duoserve.experts.layout import ExpertId
+from duoserve.experts.slots import SlotPool
+from duoserve.experts.store import ExpertStore, HostStore
+from duoserve.experts.stream_engine import StreamCopyEngine
+from duoserve.experts.tickets import Ticket
+from duoserve.launching.event import event_steps
+from duoserve.launching.recorded import MAX_SEQUENCES, RecordedDecoder
+from duoserve.passes import Decoder, DecodeStep
+from duoserve.request import Request
+from duoserve.scheduling.lease import SlotLease
+from duoserve.scheduling.routing import Routing
+from duoserve.scheduling.source import ReadyExpert
+from tests.assembly import Parts, assembled
+from tests.checkpoints import BARD, save_mixtral
+from tests.lagging import LaggingDevice, Truth, write
+from tests.listeners import Heard
+from tests.scheduling.fortune import GUESSING, STREAMING, any_teller
+
+PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in (7, 30, 1)]
+MAX_TOKENS = (12, 5, 9)
+EXPERTS = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)]
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_mixtral(tmp_path_factory.mktemp("event"), dtype=request.param)
+
+
+@pytest.fixture(scope="module")
+def truth(folder: Path) -> Truth:
+    return Truth(folder, 24, PROMPTS, MAX_TOKENS)
+
+
+def _decoder(parts: Parts, device: LaggingDevice, **options: int) -> RecordedDecoder:
+    steps = event_steps(parts.model, parts.cache, device.recorder)
+    return RecordedDecoder(parts.model, parts.cache, steps, **options)
+
+
+def recorded(device: LaggingDevice, record_after: int = 0) -> Callable[[Parts], Decoder]:
+    return lambda parts: device.lagging(_decoder(parts, device, record_after=record_after))
+
+
+@given(
+    policy=st.sampled_from(STREAMING),
+    slots=st.integers(3, 24),
+    in_ram=st.integers(0, 24),
+    record_after=st.integers(0, 3),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=25, deadline=None)
+def test_the_bits_of_the_model_itself(
+    policy: str, slots: int, in_ram: int, record_after: int, seed: int, folder: Path, truth: Truth
+) -> None:
+    """Three sequences, of which two end early: shapes come and go, experts too, and free slots are NaN.
+
+    What is foretold is of no consequence: where a policy listens to a predictor, that one lies, or says anything.
+    """
+    experts = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)][:in_ram]
+    device = LaggingDevice(seed, experts)
+    teller = any_teller("liar" if seed % 2 else "anything", seed, 1 + seed % 3) if policy in GUESSING else None
+    make_decoder = recorded(device, record_after)
+    with assembled(
+        folder, policy, slots, device.copies, predictor=teller, make_pool=device.pool, make_decoder=make_decoder
+    ) as engine:
+        for _ in range(2):
+            assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
+    assert truth.differences(device.logits, rounds=2) == []
+    assert device.recorder.num_recordings == 3 * (3 + 3 + 1)  # shapes x (parts of 3 layers, their experts, the head)
+
+
+def test_bard_in_a_quarter_of_its_slots() -> None:
+    device = LaggingDevice(seed=1)
+    with assembled(BARD, "lru", 12, device.copies, make_pool=device.pool, make_decoder=recorded(device)) as engine:
+        tokens = write(engine, PROMPTS, MAX_TOKENS)
+    truth = Truth(BARD, 48, PROMPTS, MAX_TOKENS)
+    assert tokens == truth.tokens and truth.differences(device.logits) == []
+
+
+class Witness(Heard):
+    """Looks, whenever a decode step's layer is told, whether all it wants is in a slot or on its way by then.
+
+    ``course`` has how many experts were launched at once, and "told", in the order of these events.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(lookahead=1)
+        self.parts: Parts | None = None
+        self.asked_for: list[bool] = []
+        self.course: list[int | str] = []
+
+    def routed(self, routing: Routing) -> None:
+        if self.parts is not None and self.begun[-1][0] is Phase.DECODE:
+            slots = self.parts.scheduler._residency.slots[routing.layer]
+            self.course.append("told")
+            self.asked_for.append(set(routing.topk_ids_TK.ravel().tolist()) <= slots.keys())
+
+
+def test_demands_are_on_their_way_and_hits_are_launched_before_anybody_hears_of_a_layer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, witness = LaggingDevice(seed=4), Witness()
+    at_once = SlotLease.at_once
+
+    def noted(lease: SlotLease) -> list[ReadyExpert]:
+        ready = at_once(lease)
+        witness.course.append(len(ready))
+        return ready
+
+    monkeypatch.setattr(SlotLease, "at_once", noted)
+
+    def decoder(parts: Parts) -> Decoder:
+        witness.parts = parts
+        return recorded(device)(parts)
+
+    with assembled(folder, "lru", 9, device.copies, witness, make_pool=device.pool, make_decoder=decoder) as engine:
+        write(engine, PROMPTS[:1], MAX_TOKENS[:1])
+        stats = engine.meter.snapshot()
+    assert stats.misses["decode"] > 0
+    assert (
+        witness.course[1::2] == ["told"] * len(witness.asked_for) and sum(witness.course[::2]) == stats.hits["decode"]
+    )
+    assert witness.asked_for == [True] * (3 * (MAX_TOKENS[0] - 1))
+
+
+def test_only_so_many_shapes_are_recorded_at_a_time(folder: Path, truth: Truth) -> None:
+    device, made = LaggingDevice(seed=2), []
+
+    def decoder(parts: Parts) -> Decoder:
+        made.append(_decoder(parts, device, record_after=0, max_shapes=2))
+        return device.lagging(made[0])
+
+    with assembled(folder, "lru", 6, device.copies, make_pool=device.pool, make_decoder=decoder) as engine:
+        assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
+    assert truth.differences(device.logits) == []
+    assert device.recorder.num_recordings > 2 * (3 + 3 + 1)
+    assert len(made[0]._steps) == 2
+
+
+def test_the_shape_that_has_not_occurred_for_longest_makes_way() -> None:
+    made: list[int] = []
+
+    def make(num_sequences: int, table_width: int) -> DecodeStep:
+        made.append(num_sequences)
+        return lambda layout: torch.ones(1)
+
+    decoder = RecordedDecoder(
+        lambda batch: torch.zeros(1), SimpleNamespace(batch=lambda layout: layout), make, record_after=1, max_shapes=2
+    )
+
+    def recorded(num_sequences: int) -> bool:
+        return bool(decoder(SimpleNamespace(spans=[()] * num_sequences, page_table=[[0]])).item())
+
+    assert [recorded(size) for size in (1, 1, 2, 2, 1)] == [False, True, False, True, True]
+    assert [recorded(size) for size in (3, 3, 1)] == [False, True, True]
+    assert [recorded(size) for size in (2, 2)] == [False, True]
+    assert made == [1, 2, 3, 2]
+
+
+def test_shapes_that_cannot_be_recorded_do_not_count() -> None:
+    made: list[int] = []
+
+    def make(num_sequences: int, table_width: int) -> DecodeStep | None:
+        made.append(num_sequences)
+        return None if num_sequences > 1 else lambda layout: torch.ones(1)
+
+    decoder = RecordedDecoder(
+        lambda batch: torch.zeros(1), SimpleNamespace(batch=lambda layout: layout), make, record_after=0, max_shapes=1
+    )
+    layouts = [SimpleNamespace(spans=[()] * num_sequences, page_table=[[0]]) for num_sequences in (3, 2, 1, 2, 1)]
+    assert [decoder(layout).item() for layout in layouts] == [0, 0, 1, 0, 1] and made == [3, 2, 1]
+
+
+def test_more_sequences_than_the_memory_plan_counts_are_left_to_the_model_itself(folder: Path) -> None:
+    device, steps = LaggingDevice(seed=5), list[DecodeStep | None]()
+
+    def decoder(parts: Parts) -> Decoder:
+        make = event_steps(parts.model, parts.cache, device.recorder)
+        steps.extend(make(num_sequences, 1) for num_sequences in (MAX_SEQUENCES, MAX_SEQUENCES + 1))
+        return recorded(device)(parts)
+
+    with assembled(folder, "lru", 6, device.copies, make_pool=device.pool, make_decoder=decoder):
+        assert [step is None for step in steps] == [False, True]
+
+
+def test_what_a_request_has_waited_for_is_in_its_own_figures(folder: Path) -> None:
+    """The misses of its last layer too, behind which nothing else is asked for."""
+    device, reported, engines = LaggingDevice(seed=4), [0, 0], list[StreamCopyEngine]()
+
+    def report(which: int) -> None:
+        reported[which] += 1
+
+    def copies(store: ExpertStore, pool: SlotPool) -> StreamCopyEngine:
+        heard = {"on_copied": lambda *_: report(0), "on_stalled": lambda *_: report(1)}
+        engines.append(StreamCopyEngine(HostStore(store, EXPERTS), pool, device.streams, **heard))
+        return engines[0]
+
+    with assembled(folder, "on-demand", 6, copies, make_pool=device.pool, make_decoder=recorded(device)) as engine:
+        write(engine, PROMPTS[:1], [3])
+        figures, before = engine.meter.snapshot(), list(reported)
+        engines[0].settle()
+        slot_bytes = engines[0]._slot_bytes
+    assert before == reported and reported[1] > 0
+    assert reported[0] * slot_bytes == figures.bytes.total
+
+
+def test_a_failed_copy_ends_the_request_and_the_next_has_its_bits(folder: Path, truth: Truth) -> None:
+    device = LaggingDevice(seed=3)
+
+    class Failing(StreamCopyEngine):
+        armed = False
+
+        def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
+            if Failing.armed:
+                raise CopyError("injected")
+            return super().wait(tickets)
+
+        def settle(self) -> None:
+            """No copy arrives unnoticed before it is waited for."""
+            if not Failing.armed:
+                super().settle()
+
+    def copies(store: ExpertStore, pool: SlotPool) -> StreamCopyEngine:
+        return Failing(store, pool, device.streams)
+
+    with assembled(folder, "on-demand", 6, copies, make_pool=device.pool, make_decoder=recorded(device)) as engine:
+        request = Request(PROMPTS[1], SamplingParams(max_tokens=9, temperature=0.0))
+        steps = engine.generate([request])
+        next(steps), next(steps)
+        Failing.armed = True
+        with pytest.raises(CopyError, match="injected"):
+            list(steps)
+        Failing.armed = False
+        assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens

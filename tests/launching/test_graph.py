@@ -1,0 +1,145 @@
+"""Whole decode steps as one recording: the bits of the model itself, and books that agree with what the device did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from duoserve.experts.layout import ExpertId
+from duoserve.experts.slots import SlotPool, SlotState
+from duoserve.kv_cache import Layout
+from duoserve.launching.graph import graph_steps
+from duoserve.launching.recorded import RecordedDecoder
+from duoserve.passes import Decoder
+from duoserve.scheduling.scheduler import Scheduler
+from tests.assembly import Parts, assembled
+from tests.checkpoints import BARD, save_mixtral
+from tests.lagging import LaggingDevice, Truth, write
+from tests.scheduling.fortune import GUESSING, any_teller
+
+PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in (7, 30, 1)]
+MAX_TOKENS = (12, 5, 9)
+EXPERTS = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)]
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_mixtral(tmp_path_factory.mktemp("graph"), dtype=request.param)
+
+
+@pytest.fixture(scope="module")
+def truth(folder: Path) -> Truth:
+    return Truth(folder, 24, PROMPTS, MAX_TOKENS)
+
+
+class Checked:
+    """Makes a decoder whose every step is followed by a look at the books and at the bytes in the slots."""
+
+    def __init__(self, device: LaggingDevice, record_after: int = 0) -> None:
+        self.device = device
+        self.record_after = record_after
+        self.pool: SlotPool | None = None
+        self.steps = 0
+
+    def make_pool(self, num_slots: int, layout: object) -> SlotPool:
+        self.pool = self.device.pool(num_slots, layout)  # type: ignore[arg-type]
+        return self.pool
+
+    def decoder(self, parts: Parts) -> Decoder:
+        steps = graph_steps(
+            parts.model, parts.cache, self.device.recorder, self.device.store, parts.scheduler.read_through()
+        )
+        lagging = self.device.lagging(RecordedDecoder(parts.model, parts.cache, steps, self.record_after))
+
+        def step(layout: Layout) -> Tensor:
+            logits_BV = lagging(layout)
+            self.look(parts.scheduler)
+            return logits_BV
+
+        return step
+
+    def look(self, scheduler: Scheduler) -> None:
+        """Every READY slot has its expert's bytes, and nobody holds anything."""
+        table = scheduler.table
+        table.check_integrity()
+        self.steps += 1
+        assert self.pool is not None
+        slots = self.pool.weights
+        for slot in range(table.num_slots):
+            assert table.holds(slot) == 0
+            expert = table.expert_in(slot)
+            if table.state(slot) is SlotState.READY and expert is not None:
+                row_B = self.device.store.host_row(expert)
+                assert row_B is not None
+                row = self.device.store.layout.weights(row_B[None])
+                assert torch.equal(slots.w13_SNH[slot], row.w13_SNH[0]) and torch.equal(
+                    slots.w2_SHI[slot], row.w2_SHI[0]
+                )
+
+
+@given(
+    policy=st.sampled_from(["lru", *GUESSING]),
+    slots=st.integers(3, 24),
+    record_after=st.integers(0, 2),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=25, deadline=None)
+def test_the_bits_of_the_model_itself(
+    policy: str, slots: int, record_after: int, seed: int, folder: Path, truth: Truth
+) -> None:
+    """Steps that find no room for their misses go another way; prefills and such steps come in between.
+
+    What is foretold is of no consequence: where a policy listens to a predictor, that one lies, or says anything.
+    """
+    device = LaggingDevice(seed, EXPERTS)
+    checked = Checked(device, record_after)
+    teller = any_teller("liar" if seed % 2 else "anything", seed, 1 + seed % 3) if policy in GUESSING else None
+    with assembled(
+        folder,
+        policy,
+        slots,
+        device.copies,
+        predictor=teller,
+        make_pool=checked.make_pool,
+        make_decoder=checked.decoder,
+    ) as engine:
+        for _ in range(2):
+            assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
+    assert truth.differences(device.logits, rounds=2) == []
+    assert checked.steps == 2 * len(truth.logits)
+    assert device.recorder.num_recordings == sum(min(8, 2 * sequences) <= slots for sequences in (1, 2, 3))
+
+
+@pytest.mark.parametrize("kind", ["liar", "anything"])
+def test_what_is_copied_between_two_steps_changes_no_bit(kind: str, folder: Path, truth: Truth) -> None:
+    device = LaggingDevice(seed=2, in_ram=EXPERTS)
+    checked, teller = Checked(device), any_teller(kind, 3, 2)
+    with assembled(
+        folder,
+        "lookahead",
+        12,
+        device.copies,
+        predictor=teller,
+        make_pool=checked.make_pool,
+        make_decoder=checked.decoder,
+    ) as engine:
+        assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
+        copied = engine.meter.snapshot().bytes
+    assert truth.differences(device.logits) == []
+    assert copied.prefetched_useful + copied.wasted > 0
+
+
+def test_bard_in_a_quarter_of_its_slots() -> None:
+    device = LaggingDevice(seed=1, in_ram=[ExpertId(layer, expert) for layer in range(6) for expert in range(8)])
+    checked = Checked(device)
+    with assembled(BARD, "lru", 12, device.copies, make_pool=checked.make_pool, make_decoder=checked.decoder) as engine:
+        tokens = write(engine, PROMPTS, MAX_TOKENS)
+        stats = engine.meter.snapshot()
+    truth = Truth(BARD, 48, PROMPTS, MAX_TOKENS)
+    assert tokens == truth.tokens and truth.differences(device.logits) == []
+    assert stats.hits["decode"] > 0 and stats.misses["decode"] > 0

@@ -1,0 +1,172 @@
+"""The service's thread when what nobody foresaw happens: all who wait are told, and it is written down."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from duoserve import AsyncEngine, MoEModel, SamplingParams, State
+from duoserve.errors import ClosedError, DuoServeError, RequestError
+from duoserve.service.stream import Stream
+from duoserve.text.tokenizer import IncrementalDecoder
+from tests.checkpoints import BARD, save_mixtral
+from tests.fakes import Gate
+from tests.small_tokenizers import byte_level_tokenizer
+
+PROMPT = [5, 9, 2, 40, 41, 7]
+PARAMS = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_mixtral(tmp_path_factory.mktemp("worker"))
+
+
+def serve(model: MoEModel, main: Callable[[AsyncEngine], Coroutine[Any, Any, None]]) -> None:
+    async def run() -> None:
+        service = AsyncEngine(model)
+        try:
+            await asyncio.wait_for(main(service), 20)
+        finally:
+            await service.close()
+
+    asyncio.run(run())
+
+
+def broken(error: BaseException) -> Callable[..., None]:
+    def fail(*args: Any) -> None:
+        raise error
+
+    return fail
+
+
+def test_a_service_that_cannot_be_made_does_not_keep_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MoEModel.from_pretrained(folder) as model:
+        with monkeypatch.context() as patch:
+            patch.setattr(model._runtime.engine, "serve_by", broken(MemoryError("no room for batches")))
+            with pytest.raises(MemoryError):
+                AsyncEngine(model)
+        assert len(model.generate(PROMPT, PARAMS).token_ids) == PARAMS.max_tokens
+
+
+def test_a_close_that_is_cancelled_comes_to_its_end(folder: Path) -> None:
+    """It waits for a step that is under way; who calls it again waits for the same end."""
+    gate = Gate()
+
+    async def main() -> None:
+        service = AsyncEngine(MoEModel.from_pretrained(folder))
+        engine = service.model._runtime.engine
+        step, engine.step = engine.step, lambda: gate.pass_through() or step()  # type: ignore[method-assign, func-returns-value]
+        stream = await service.submit(PROMPT, PARAMS)
+        await asyncio.to_thread(gate.wait_entered)
+        first = asyncio.create_task(service.close())
+        await asyncio.sleep(0)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        gate.open()
+        await service.close()
+        with pytest.raises(ClosedError, match="this model was closed"):
+            _ = service.model.config
+        with pytest.raises(ClosedError):
+            [_ async for _ in stream]
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_an_error_while_requests_are_added_reaches_all_who_wait(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main(service: AsyncEngine) -> None:
+        monkeypatch.setattr(model._runtime.engine, "add", broken(ZeroDivisionError("a bug")))
+        asked = [service.submit(PROMPT, PARAMS) for _ in range(4)]
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(one) for one in found] == [ClosedError] * 4
+        assert service.state is State.DEAD
+
+    model = MoEModel.from_pretrained(folder)
+    serve(model, main)
+    [record] = [one for one in caplog.records if one.levelno == logging.CRITICAL]
+    assert record.exc_info is not None and isinstance(record.exc_info[1], ZeroDivisionError)
+
+
+def test_no_kind_of_error_leaves_callers_waiting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(service: AsyncEngine) -> None:
+        stream = await service.submit(PROMPT, PARAMS)
+        monkeypatch.setattr(model._runtime.engine, "step", broken(SystemExit(3)))
+        with pytest.raises(ClosedError, match="SystemExit: 3"):
+            async for _ in stream:
+                pass
+        assert service.state is State.DEAD
+
+    model = MoEModel.from_pretrained(folder)
+    serve(model, main)
+
+
+def test_a_tokenizer_that_fails_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    push, fails = IncrementalDecoder.push, [True]
+
+    def stumbling(self: IncrementalDecoder, token_id: int) -> str:
+        if fails and fails.pop():
+            raise RequestError("the tokenizer panicked")
+        return push(self, token_id)
+
+    async def main(service: AsyncEngine) -> None:
+        monkeypatch.setattr(IncrementalDecoder, "push", stumbling)
+        first, second = [await service.submit("O Romeo", PARAMS) for _ in range(2)]
+        with pytest.raises(DuoServeError, match="panicked"):
+            async for _ in first:
+                pass
+        assert sum([len(piece.token_ids) async for piece in second]) == PARAMS.max_tokens
+        assert service.state is State.READY and service.figures().finished == {"error": 1, "length": 1}
+        model._runtime.engine.check_integrity()
+
+    model = MoEModel.from_pretrained(BARD, policy="lru", expert_slots=12)
+    serve(model, main)
+
+
+def test_the_last_piece_has_the_end_token_without_its_text(tmp_path: Path) -> None:
+    folder = save_mixtral(tmp_path / "model", vocab_size=291)
+    byte_level_tokenizer().save(str(folder / "tokenizer.json"))
+    with MoEModel.from_pretrained(folder) as model:
+        free = model.generate(PROMPT, PARAMS).token_ids
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": free[3]}))
+
+    async def main(service: AsyncEngine) -> None:
+        stream = await service.submit(PROMPT, replace(PARAMS, ignore_eos=False), logprobs=1)
+        pieces = [piece async for piece in stream]
+        assert [token for piece in pieces for token in piece.token_ids] == free[:4] and len(pieces[-1].logprobs) == 1
+        assert service.model.text is not None
+        assert "".join(piece.text for piece in pieces) == service.model.text.decode(free[:3])
+
+    serve(MoEModel.from_pretrained(folder), main)
+
+
+def test_figures_know_a_request_no_later_than_its_caller(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    give, seen = Stream.give, []
+
+    async def main(service: AsyncEngine) -> None:
+        def looking(self: Stream, item: Any, finished: float | None) -> bool:
+            seen.append(service.figures().running)
+            return give(self, item, finished)
+
+        monkeypatch.setattr(Stream, "give", looking)
+        monkeypatch.setattr(engine, "step", lambda: [*step()] if gate.wait(10) else [])
+        stream = await service.submit(PROMPT, PARAMS)
+        assert service.figures().waiting == 1
+        gate.set()
+        assert sum([len(piece.token_ids) async for piece in stream]) == PARAMS.max_tokens
+        assert seen == [1] * (PARAMS.max_tokens - 1) + [0]
+
+    model = MoEModel.from_pretrained(folder)
+    engine, gate = model._runtime.engine, threading.Event()
+    step = engine.step
+    serve(model, main)
