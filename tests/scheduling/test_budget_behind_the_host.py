@@ -40,16 +40,17 @@ class SlowLanes(FakeStreams):
 
     def copy(self, lane: Lane, target_B: Tensor, source_B: Tensor) -> None:
         def make() -> None:
-            self._steps += COPY_S * len(target_B) // SMALL.slot_bytes
+            self.spend(COPY_S * len(target_B) // SMALL.slot_bytes)
             target_B.copy_(source_B)
 
         self._enqueue(lane, make)
 
     def compute(self, seconds: int) -> None:
-        def work() -> None:
-            self._steps += seconds
+        self.run(lambda: self.spend(seconds))
 
-        self.run(work)
+    def spend(self, seconds: int) -> None:
+        with self._lock:
+            self._steps += seconds
 
     def passed(self, mark: Mark) -> bool:
         return isinstance(mark, FakeMark) and mark.passed_at is not None
@@ -59,7 +60,7 @@ class SlowLanes(FakeStreams):
 
 
 class Engine(StreamCopyEngine):
-    """The host takes no time: its clock is the device's."""
+    """Its clock is the device's. It takes the host a second to ask for a copy, and else nothing."""
 
     def __init__(self, streams: SlowLanes, pool: SlotPool) -> None:
         self._lanes = streams
@@ -71,6 +72,7 @@ class Engine(StreamCopyEngine):
 
     def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
         self.asked.append(super().submit(expert, slot, priority))
+        self._lanes.spend(1)
         return self.asked[-1]
 
 
@@ -89,9 +91,9 @@ def test_a_copy_takes_what_it_takes_the_device(streams: SlowLanes, engine: Engin
     link = IdleLink(LAYERS, SLOTS)
     pool = SlotPool(SLOTS, SMALL)
     residency = Residency(SlotTable(LAYERS, EXPERTS, SLOTS), pool, engine, Meter(), link)
-    asked_at = streams.now()
     for number in range(3):
         residency.load(ExpertId(0, number), number, Priority.DEMAND)
+    asked_at = streams.now()
     while under_way := residency.under_way():
         residency.wait(under_way)
     assert streams.now() == asked_at and link.copy_s is None, "the device has made none yet"
