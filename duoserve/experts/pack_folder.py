@@ -21,7 +21,7 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """``cache_dir``, or ``$DUOSERVE_CACHE``, or ``~/.cache/duoserve``; CheckpointError: there is no home directory."""
     given = cache_dir or os.environ.get("DUOSERVE_CACHE")
     try:
-        return Path(given) if given else Path.home() / ".cache" / "duoserve"
+        return Path(given).expanduser() if given else Path.home() / ".cache" / "duoserve"
     except RuntimeError as error:
         raise CheckpointError("no home directory: set DUOSERVE_CACHE, or give cache_dir") from error
 

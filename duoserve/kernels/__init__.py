@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from duoserve.errors import KernelError
 from duoserve.kernels import reference, reference_copies
 from duoserve.kernels.host_rows import HostRows
 from duoserve.kernels.matmul import Products, batched_product, by_rows, linear, tiles_keep_bits
@@ -87,8 +88,12 @@ def _dispatched(twin: Callable[_Operands, _Result]) -> Callable[_Operands, _Resu
 
 def _in_triton(twin: Callable[_Operands, _Result]) -> Callable[_Operands, _Result]:
     # The extra `triton`: a CPU does without it, and without the second that its import takes.
-    from duoserve.kernels import triton_ops  # noqa: PLC0415
-
+    try:
+        from duoserve.kernels import triton_ops  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        raise KernelError("this takes Triton, which is not installed: pip install 'duoserve[triton]'") from error
     kernel: Callable[_Operands, _Result] = getattr(triton_ops, twin.__name__)
     return kernel
 

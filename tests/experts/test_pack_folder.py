@@ -255,8 +255,11 @@ def test_the_pack_path_tells_checkpoints_and_dtypes_apart(
     assert pack_path(checkpoint, layout, tmp_path) == tmp_path / "packs" / name
     monkeypatch.setenv("DUOSERVE_CACHE", str(tmp_path / "env"))
     assert pack_path(checkpoint, layout, None) == tmp_path / "env" / "packs" / name
-    monkeypatch.delenv("DUOSERVE_CACHE")
+    monkeypatch.setenv("DUOSERVE_CACHE", "~/env")
     monkeypatch.setenv("HOME", str(tmp_path))
+    assert pack_path(checkpoint, layout) == tmp_path / "env" / "packs" / name
+    assert pack_path(checkpoint, layout, "~/given") == tmp_path / "given" / "packs" / name
+    monkeypatch.delenv("DUOSERVE_CACHE")
     assert pack_path(checkpoint, layout) == tmp_path / ".cache" / "duoserve" / "packs" / name
     assert pack_path(checkpoint, ExpertLayout(torch.float32, 32, 24)).name.endswith("-float32")
     checkpoint.close()

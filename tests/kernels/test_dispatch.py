@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from inspect import Parameter, signature
 from pathlib import Path
 
@@ -21,6 +24,22 @@ def test_a_cpu_computes_by_the_twins_unless_told_otherwise(monkeypatch: pytest.M
     assert torch.equal(kernels.moe_combine(y_TKH, weights_TK), torch.full((1, 4), 2.0))
     monkeypatch.setattr(kernels, "_TRITON_ON_CPU", True)
     assert kernels.moe_combine(y_TKH, weights_TK) == "by triton"
+
+
+def test_without_triton_the_extra_is_named() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from duoserve import KernelError, kernels
+try:
+    kernels.rms_norm(torch.ones(1, 4), torch.ones(4), 1e-5)
+except KernelError as error:
+    print(error)
+"""
+    environment = os.environ | {"DUOSERVE_KERNELS": "triton"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "this takes Triton, which is not installed: pip install 'duoserve[triton]'\n"
 
 
 @pytest.mark.parametrize("name", triton_ops.__all__)

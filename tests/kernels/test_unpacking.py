@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from duoserve import CompilerError
 from duoserve.kernels.compiled import unpacking
+from duoserve.kernels.compiled.loops import CompiledLoops
 from duoserve.kernels.compiled.unpacking import with_compiled_unpacking
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights, QuantizedLayout
@@ -38,6 +40,18 @@ def test_pieces_and_what_is_left_over_have_the_bits_of_the_twin(
             for rows in (slice(None), slice(5, 38)):
                 unpacked_ND, truth_ND = dense(matrix, slot, rows), dense(twin, slot, rows)
                 assert torch.equal(unpacked_ND.view(torch.int16), truth_ND.view(torch.int16))
+
+
+def test_loops_that_cannot_be_compiled_are_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the disk has become full since the compiler was tried."""
+
+    def fail(*_: object) -> None:
+        raise CompilerError("No space left on device")
+
+    monkeypatch.setattr(CompiledLoops, "prepare", fail)
+    weights = random_weights()
+    with pytest.warns(UserWarning, match="BF12 is unpacked op by op, more slowly: .*No space left on device"):
+        assert with_compiled_unpacking(weights) is weights
 
 
 def test_other_formats_stay_as_they_are() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from duoserve import ConfigError, MoEModel, SamplingParams
+from duoserve.kernels import compiled as compiled_kernels
 from duoserve.kernels.compiled import inductor
 from duoserve.kernels.compiled.compiler import CpuCompiler
 from duoserve.kernels.compiled.inductor import Traced
@@ -163,6 +165,19 @@ def test_a_step_that_cannot_be_compiled_later_runs_op_by_op(mixtral: Path, monke
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert [out.token_ids for out in model.generate([PROMPT, PROMPT[:3]], GREEDY)] == expected
+
+
+@needs_compiler
+def test_a_compiler_that_cannot_be_imported_is_done_without(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a process has no place for temporary files, or its user no name."""
+    with MoEModel.from_pretrained(mixtral) as model:
+        expected = model.generate(PROMPT, GREEDY).token_ids
+    monkeypatch.setitem(sys.modules, "duoserve.kernels.compiled.inductor", None)
+    monkeypatch.delattr(compiled_kernels, "inductor")
+    with pytest.warns(UserWarning, match="PyTorch's compiler cannot be loaded .*: decode steps run op by op"):
+        model = MoEModel.from_pretrained(mixtral, decode_mode="compiled")
+    with model:
+        assert model.generate(PROMPT, GREEDY).token_ids == expected
 
 
 def test_invariance_cannot_be_compiled() -> None:

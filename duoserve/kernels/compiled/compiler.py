@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Generic
 
 import torch
 from torch import Tensor
 
+from duoserve.errors import CompilerError
 from duoserve.kernels.compiled.tape import Bound, Compiled, TapedCode
 from duoserve.kernels.recorder import Recorder, Result
 
@@ -101,7 +103,8 @@ class CpuCompiler(Recorder):
     def _recorded(
         self, work: Callable[..., Result], result: Result, numbers: range
     ) -> CompiledRecording[Result] | None:
-        from duoserve.kernels.compiled import inductor  # noqa: PLC0415 - takes a second
+        with loading_compiler():
+            from duoserve.kernels.compiled import inductor  # noqa: PLC0415 - takes a second
 
         traced = inductor.trace(work, result, numbers)
         key = traced.key  # compiling may change the graph
@@ -115,6 +118,15 @@ class CpuCompiler(Recorder):
 
     def wait(self) -> None:
         """As in Recorder: nothing is under way."""
+
+
+@contextmanager
+def loading_compiler() -> Iterator[None]:
+    """For the import of ``inductor``: CompilerError where it fails, as for want of a place for temporary files."""
+    try:
+        yield
+    except Exception as error:  # of any kind: PyTorch asks the system for much when its compiler is imported
+        raise CompilerError(f"PyTorch's compiler cannot be loaded ({type(error).__name__}: {error})") from error
 
 
 def cpp_compiler() -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from duoserve import kernels
 from duoserve.errors import CompilerError
+from duoserve.kernels.compiled.compiler import loading_compiler
 from duoserve.kernels.compiled.tape import Compiled
 from duoserve.kernels.small_ops import SmallOps
 
@@ -60,10 +61,10 @@ class ForRows(Generic[_Result]):
             given = dict(zip(places, tensors, strict=True))
             return self._op(*[given.get(place, operand) for place, operand in enumerate(operands)])
 
-        from duoserve.kernels.compiled import inductor  # noqa: PLC0415 - takes a second
-
         fixed = [place in self._fixed for place in places]
         try:
+            with loading_compiler():
+                from duoserve.kernels.compiled import inductor  # noqa: PLC0415 - takes a second
             return inductor.compile_for_rows(work, [operands[place] for place in places], fixed)
         except CompilerError as error:
             warnings.warn(f"an op of prompts could not be compiled ({error}): it runs as it is", stacklevel=2)

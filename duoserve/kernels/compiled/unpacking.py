@@ -5,11 +5,13 @@ N rows of a matrix, D its inner dimension, P rows of a piece.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from duoserve.errors import CompilerError
 from duoserve.kernels.bf12 import Bf12Rows, row_bytes, signed
 from duoserve.kernels.compiled.loops import CompiledLoops
 from duoserve.kernels.compiled.streamed import laid_down
@@ -50,12 +52,21 @@ class CompiledUnpack:
 
 
 def with_compiled_unpacking(weights: ExpertWeights) -> ExpertWeights:
-    """The same weights; those of BF12 are unpacked by compiled loops. For CPUs with a C++ compiler."""
+    """The same weights; those of BF12 are unpacked by compiled loops. For CPUs with a C++ compiler.
+
+    As they are, with a warning, where the loops cannot be compiled.
+    """
     if weights.format is not ExpertFormat.BF12:
         return weights
     unpack = CompiledUnpack()
-    for matrix in (weights.w13, weights.w2):
-        unpack.prepare(matrix.inner)
+    try:
+        for matrix in (weights.w13, weights.w2):
+            unpack.prepare(matrix.inner)
+    except CompilerError as error:
+        warnings.warn(
+            f"BF12 is unpacked op by op, more slowly: its loops could not be compiled ({error})", stacklevel=2
+        )
+        return weights
     return replace(weights, unpack=unpack)
 
 
