@@ -155,10 +155,10 @@ def _understood(data: str) -> tuple[bool, int]:
 def _has_token(choice: dict[str, Any]) -> bool:
     """Whether a chunk, in either form, brings what the server counts: text, thoughts, or a token that has no text.
 
-    A chat's first chunk says whose turn it is, and most servers send it ahead of any token.
+    A chat's first chunk says whose turn it is, and comes ahead of any token.
     """
     delta = choice.get("delta") or {}
-    if choice.get("text") or any(delta.get(name) for name in TEXTS):
+    if "text" in choice or any(delta.get(name) for name in TEXTS):
         return True
     return delta.get("content") == "" and not delta.get("role")
 

@@ -28,8 +28,8 @@ class Head:
 class ChoiceWriter(Protocol):
     """Writes one choice of an answer."""
 
-    def delta(self, piece: Piece) -> dict[str, Any]:
-        """The choice in a chunk."""
+    def deltas(self, piece: Piece) -> list[dict[str, Any]]:
+        """The choice in chunks, of which the last brings the piece."""
         ...
 
     def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -67,9 +67,9 @@ class CompletionWriter:
         self._tokens = tokens
         self._offsets = None if tokens is None else tokens.offsets(prompt_ids)
 
-    def delta(self, piece: Piece) -> dict[str, Any]:
-        """The choice in a chunk."""
-        return self.whole([piece])
+    def deltas(self, piece: Piece) -> list[dict[str, Any]]:
+        """As in ChoiceWriter."""
+        return [self.whole([piece])]
 
     def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """The choice of ``pieces``, the last of which says how it ended."""
@@ -100,12 +100,15 @@ class ChatWriter:
         self._channels = channels
         self._begun = False
 
-    def delta(self, piece: Piece) -> dict[str, Any]:
-        """The choice in a chunk; the first says whose turn it is."""
-        role = {} if self._begun else {"role": "assistant"}
-        self._begun = True
+    def deltas(self, piece: Piece) -> list[dict[str, Any]]:
+        """As in ChoiceWriter; a chunk of its own says ahead of them all whose turn it is."""
         heard = self._heard(piece)
-        return self._choice([heard]) | {"delta": role | {"content": heard.text}}
+        brought = self._choice([heard]) | {"delta": {"content": heard.text}}
+        if self._begun:
+            return [brought]
+        self._begun = True
+        opening = {"index": self._index, "logprobs": None, "finish_reason": None}
+        return [opening | {"delta": {"role": "assistant", "content": ""}}, brought]
 
     def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """The choice of ``pieces``, the last of which says how it ended."""

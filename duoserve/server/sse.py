@@ -43,4 +43,5 @@ async def events(  # noqa: PLR0913, PLR0917
 
 
 def _chunk(found: Event, dialect: Dialect, head: Head) -> bytes:
-    return event(answer(head, dialect.chunk_object, [found.choice.writer.delta(found.piece)], None))
+    deltas = found.choice.writer.deltas(found.piece)
+    return b"".join(event(answer(head, dialect.chunk_object, [delta], None)) for delta in deltas)

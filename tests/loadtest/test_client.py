@@ -83,7 +83,16 @@ def over_lines(data: bytes) -> bytes:
 def test_events_are_read_in_every_form(form: Callable[[bytes], bytes], size: int) -> None:
     data = form(event("a") + event("é") + event("", usage={"completion_tokens": 5}) + DONE)
     found = answer(*(data[begin : begin + size] for begin in range(0, len(data), size)))
-    assert (found.error, len(found.pieces_s), found.tokens) == ("", 2, 5)
+    assert (found.error, len(found.pieces_s), found.tokens) == ("", 3, 5)
+
+
+def test_tokens_without_text_count_as_the_server_counts_them() -> None:
+    """An end token, part of a character, what is held back for a stop string."""
+    found = answer(event("a"), event("b"), event(""), usage(3), DONE)
+    assert (found.error, len(found.pieces_s), found.tokens) == ("", 3, 3)
+    late = answer(event(""), event("a"), usage(2), DONE, pause_s=0.05)
+    assert len(late.pieces_s) == 2 and late.tpot_s > 0.02
+    assert answer(event(""), usage(1), DONE).error == ""
 
 
 def test_only_cr_and_lf_end_lines() -> None:

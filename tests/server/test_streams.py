@@ -47,7 +47,7 @@ def test_a_chat_says_its_role_first_and_its_usage_last(served):
     server = served(script_of(*spoken("a", "b")))
     chunks = events(lines(server, "/v1/chat/completions", stream_options={"include_usage": True}))
     deltas = [one["choices"][0]["delta"] for one in chunks[:-1]]
-    assert deltas == [{"role": "assistant", "content": "a"}, {"content": "b"}]
+    assert deltas == [{"role": "assistant", "content": ""}, {"content": "a"}, {"content": "b"}]
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 2
     assert {one["object"] for one in chunks} == {"chat.completion.chunk"}
 

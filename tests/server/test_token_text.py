@@ -28,7 +28,7 @@ def answered(tokens: list[str], tops: list[list[str]], prompt: tuple[str, ...] =
         for token, top in zip(ids, tops, strict=True)
     ]
     writer = Completions().writer(0, TokenText(text), prompt_ids)
-    deltas = [writer.delta(Piece("", (one.token_id,), (one,), None))["logprobs"] for one in said]
+    deltas = [writer.deltas(Piece("", (one.token_id,), (one,), None))[-1]["logprobs"] for one in said]
     return "".join(map(decoder.push, ids)) + decoder.flush(), {
         name: [one for delta in deltas for one in delta[name]] for name in deltas[0]
     }
