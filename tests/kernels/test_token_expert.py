@@ -24,7 +24,8 @@ LAYOUTS = {
     "bf12": QuantizedLayout(ExpertFormat.BF12, 48, 36),
     "ordered": QuantizedLayout(ExpertFormat.INT4, 256, 128, 128, torch.float16, ordered=True),
 }
-CASES = [*((name, rows) for name in LAYOUTS for rows in (1, 2)), ("int8", 4), ("bf12", 4)]
+ROWS = {"int8": (1, 2, 4), "int4": (1, 2), "fp8": (1, 2), "bf12": (1, 4), "ordered": (2,)}
+CASES = [(name, rows) for name in LAYOUTS for rows in ROWS[name]]
 SLOTS = 2
 
 
