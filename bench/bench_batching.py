@@ -18,7 +18,6 @@ Beside OUT.json comes OUT.svg, with both curves of each model.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -35,6 +34,7 @@ from batching_rates import decode_rounds, equal_tokens
 from duoserve import MoEModel
 from duoserve.launching.compiled import SIZES
 from goodput import Trials, goodputs
+from harness import result_file, write_result
 from machine import ForeignCpu, conditions, foreign_cpu
 from random_mixtral import ensure_checkpoint
 from shapes import FULL, QUICK
@@ -173,7 +173,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=40.0, help="of a trial of goodput, at least (default: 40)")
     parser.add_argument("--folder", type=Path, help="where the random model is, or will be (default: a temporary one)")
     parser.add_argument("--quick", action="store_true", help="few steps, tiny: a check of the bench, no figures")
-    parser.add_argument("--json", type=Path, help="write everything to this file, and the curves beside it as SVG")
+    parser.add_argument("--json", type=result_file, help="write all of it to this file, the curves beside it as SVG")
     return parser.parse_args()
 
 
@@ -181,10 +181,10 @@ def main() -> int:
     """0, or 1 when a batch changed a token though it was invariant."""
     args = arguments()
     result = run(args)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-        batching_plot.draw(args.json.with_suffix(".svg"), result)
     print(batching_report.render(result, args.json and args.json.with_suffix(".svg").name))
+    if args.json is not None:
+        write_result(args.json, result)
+        batching_plot.draw(args.json.with_suffix(".svg"), result)
     return 0 if all(check["passed"] for check in result["checks"]) else 1
 
 

@@ -3,14 +3,14 @@
     python bench/bench_copy.py [--json OUT] [--tiny]
 
 These are the ceilings that every other figure is held against. ``--tiny`` copies small pieces within the host's memory:
-it checks the bench and measures no link. Without a CUDA GPU and without ``--tiny`` it says so and exits with 3; a copy
-that changes bytes, or a way that fails, makes it exit with 1.
+it checks the bench and measures no link. The result file is written after each way, so a run that is cut off keeps
+what it has. Without a CUDA GPU and without ``--tiny`` it says so and exits with 3; a copy that changes bytes, or a way
+that fails, makes it exit with 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -22,20 +22,31 @@ import tables
 from copy_machines import GpuCopies, HostCopies
 from copy_table import SIZES, TINY_SIZES, Way, measure, targets
 from gpu_ceilings import gpu_facts
+from harness import result_file, write_result
 from machine import conditions
 from report import table
 
 Result = dict[str, Any]
 
 
-def run(tiny: bool) -> Result:
-    """The whole result."""
+def run(tiny: bool, out: Path | None) -> Result:
+    """The whole result; ``out`` has what there is of it after each way, so a run that is cut off leaves that."""
     began = time.perf_counter()
     result = conditions("bench_copy", tiny)
     result["gpu"] = None if tiny else gpu_facts()
-    result |= measure(HostCopies(), TINY_SIZES) if tiny else measure(GpuCopies(), SIZES)
-    result["targets"] = [] if tiny else [target.to_dict() for target in targets(result)]
-    return result | {"seconds": time.perf_counter() - began}
+
+    def save(measured: Result) -> None:
+        result.update(measured)
+        result["targets"] = [] if tiny else [target.to_dict() for target in targets(result)]
+        result["seconds"] = time.perf_counter() - began
+        if out:
+            write_result(out, result)
+
+    if tiny:
+        measure(HostCopies(), TINY_SIZES, save)
+    else:
+        measure(GpuCopies(), SIZES, save)
+    return result
 
 
 def failed(result: Result) -> bool:
@@ -102,16 +113,13 @@ def _best(rate: float | None) -> str:
 def main() -> int:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--json", type=result_file, help="write all figures to this file")
     parser.add_argument("--tiny", action="store_true", help="small copies within the host: a check of the bench")
     args = parser.parse_args()
     if not args.tiny and not torch.cuda.is_available():
         print("bench_copy: no CUDA GPU: nothing was measured")
         return 3
-    result = run(args.tiny)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    result = run(args.tiny, args.json)
     print(render(result))
     return int(failed(result))
 

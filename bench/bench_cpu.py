@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import shlex
 import subprocess
@@ -39,7 +38,7 @@ from cpu_contestants import (
     our_policies,
     resident_contestants,
 )
-from harness import WORKER_ENV, Round, Worker, interleave, say
+from harness import WORKER_ENV, Round, Worker, interleave, result_file, say, write_result
 from least_bytes import least_misses
 from machine import foreign_cpu, machine_facts, versions
 from memory_cap import can_cap, memory_cap
@@ -210,7 +209,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="the checkpoint's folder, made if missing (default: in the cache)")
     parser.add_argument("--quick", action="store_true", help="a tiny model: a check of the bench, no figures")
-    parser.add_argument("--json", type=Path, help="write all rounds and the summary to this file")
+    parser.add_argument("--json", type=result_file, help="write all rounds and the summary to this file")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds of each engine (default 7)")
     parser.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="threads (default 2)")
     parser.add_argument("--engines", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), help="what to measure")
@@ -238,7 +237,7 @@ def main() -> int:
     result["seconds"] = time.perf_counter() - started
     print(render(result))
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(args.json, result)
     return int(any(check["passed"] is False for check in result["checks"]))
 
 

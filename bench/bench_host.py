@@ -11,7 +11,6 @@ layer in all: 40 us. A figure is a median over steps; its median and extremes ar
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -19,7 +18,6 @@ from collections import Counter
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +36,7 @@ from duoserve.metrics import Meter
 from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.scheduler import Scheduler
-from harness import Summary
+from harness import Summary, result_file, write_result
 from machine import conditions
 from tables import markdown, software
 
@@ -216,13 +214,13 @@ def render(result: dict[str, Any]) -> str:
 def main() -> int:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--json", type=result_file, help="write all figures to this file")
     parser.add_argument("--rounds", type=int, default=5, help="of all cases (default %(default)s)")
     args = parser.parse_args()
     result = run(args.rounds)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(render(result))
+    if args.json:
+        write_result(args.json, result)
     return int(not all(check["passed"] for check in result["checks"]))
 
 

@@ -12,7 +12,6 @@ says that nothing was measured, and exits with 0.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from harness import Worker, WorkerError, say
+from harness import Worker, WorkerError, result_file, say, write_result
 from kernel_report import render
 from machine import conditions
 from moe_peers import others_installed
@@ -93,8 +92,7 @@ class Bench:
     def save(self) -> None:
         """The result so far."""
         if self.out:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text(json.dumps(self.result, indent=1) + "\n")
+            write_result(self.out, self.result)
 
     def _measure(self, part: Part, arguments: dict[str, Any]) -> None:
         entry = {"section": part.section, "name": part.name, "status": "measured", "error": None}
@@ -140,7 +138,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny experts: a check of the bench, no figures")
-    parser.add_argument("--json", type=Path, help="write all figures to this file, after every part")
+    parser.add_argument("--json", type=result_file, help="write all figures to this file, after every part")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="begin no part later (default %(default)s)")
     return parser.parse_args()
 
@@ -158,8 +156,7 @@ def main() -> int:
         blank = {"status": "not measured", "error": None, "rows": [], "checks": [], "errors": []}
         result["parts"] = [{"section": p.section, "name": p.name} | blank for p in bench_parts]
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            write_result(args.json, result)
     print(render(result))
     return int(any(part["status"] == "failed" or part["errors"] for part in result["parts"]))
 

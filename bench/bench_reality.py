@@ -34,6 +34,7 @@ from duoserve.scheduling.timed import TimedMachine
 from duoserve.scheduling.trace import Trace
 from duoserve.text.tokenizer import Text
 from duoserve.tracing import RecordingSpec, record
+from harness import result_file, write_result
 from machine import ForeignCpu, conditions, foreign_cpu
 from random_mixtral import ensure_checkpoint
 from reality_cells import Cell, Served, Setting
@@ -227,15 +228,15 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="behind the one that fills the slots (default: 5)")
     parser.add_argument("--threads", type=int, default=2, help="that compute (default: 2)")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few cells: a check of the bench")
-    parser.add_argument("--json", type=Path, help="write everything to this file, and the report beside it")
+    parser.add_argument("--json", type=result_file, help="write everything to this file, and the report beside it")
     result = run(args := parser.parse_args())
     if args.folder is not None:
         result["command"] = result["command"].replace(str(args.folder), "DIR", 1)
     report = reality_report.render(result)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-        args.json.with_suffix(".md").write_text(report + "\n")
     print(report)
+    if args.json is not None:
+        write_result(args.json, result)
+        args.json.with_suffix(".md").write_text(report + "\n")
     return 0 if all(check["passed"] for check in result["checks"]) else 1
 
 

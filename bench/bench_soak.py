@@ -27,6 +27,7 @@ from typing import Any
 
 import soak_report
 from duoserve import MoEModel
+from harness import result_file, write_result
 from machine import conditions, foreign_cpu
 from soak_clients import Clients, http_client, soak
 from soak_load import Kind, kinds, requests
@@ -128,7 +129,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kinds", type=int, default=300, help="different prompts (default: 300)")
     parser.add_argument("--at-once", type=int, default=4 * BATCH, help=f"clients (default: {4 * BATCH})")
     parser.add_argument("--quick", action="store_true", help="few requests: a check of the bench")
-    parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--json", type=result_file, help="write everything to this file")
     return parser.parse_args()
 
 
@@ -138,9 +139,9 @@ def main() -> int:
     if args.quick:
         args.requests, args.kinds = min(args.requests, 200), min(args.kinds, 20)
     result = run(args)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(soak_report.render(result))
+    if args.json is not None:
+        write_result(args.json, result)
     return 0 if all(check["passed"] for check in result["checks"]) else 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,12 +18,25 @@ from gpu_timing import Queued, times_us
 ROUNDS = 7
 MAX_ROWS, MIN_ROWS = 64, 2
 HOST_BYTES = 256 << 20  # of rows that a round goes through, so that no cache holds them all
+NOISE_BYTES = (64 << 20) + 1  # that are drawn; odd, so that no two rows begin at the same byte of them
 
 Step = Callable[[], object]
 
 
 def _row_count(nbytes: int) -> int:
     return max(MIN_ROWS, min(MAX_ROWS, HOST_BYTES // nbytes))
+
+
+@cache
+def _noise(nbytes: int) -> Tensor:
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
+
+
+def fill_with_noise(rows_NB: Tensor) -> None:
+    """Random bytes into contiguous rows; once ``NOISE_BYTES`` are drawn they are repeated, for a core draws slowly."""
+    noise_B = _noise(NOISE_BYTES)
+    for piece_B in rows_NB.view(-1).split(NOISE_BYTES):
+        piece_B.copy_(noise_B[: len(piece_B)])
 
 
 class GpuCopies(CopyMachine):
@@ -41,8 +55,7 @@ class GpuCopies(CopyMachine):
         pinned = way not in (Way.TO_DEVICE_PAGEABLE, Way.FROM_DEVICE_PAGEABLE)
         host_NB = _host_rows(MIN_ROWS, nbytes, pinned)
         steps, device_NB = self._steps(way, host_NB, nbytes)
-        source_NB = device_NB if way in (Way.FROM_DEVICE, Way.FROM_DEVICE_PAGEABLE) else host_NB
-        source_NB.copy_(torch.randint(0, 256, source_NB.shape, dtype=torch.uint8))
+        fill_with_noise(device_NB if way in (Way.FROM_DEVICE, Way.FROM_DEVICE_PAGEABLE) else host_NB)
         for step in steps:
             step()
         torch.cuda.synchronize()
@@ -71,7 +84,7 @@ class HostCopies(CopyMachine):
     def arrives(self, way: Way, nbytes: int) -> bool:
         """As in CopyMachine."""
         source_NB, target_NB = aligned_rows(MIN_ROWS, nbytes), aligned_rows(MIN_ROWS, nbytes)
-        source_NB.copy_(torch.randint(0, 256, source_NB.shape, dtype=torch.uint8))
+        fill_with_noise(source_NB)
         for step in _host_steps(way, source_NB, target_NB):
             step()
         return torch.equal(source_NB, target_NB)

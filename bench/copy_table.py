@@ -5,7 +5,7 @@ The table is made by whatever can copy (``CopyMachine``), so its logic is tested
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -68,11 +68,16 @@ class Cell:
         return asdict(self) | {"bytes_per_s": self.bytes_per_s and asdict(self.bytes_per_s)}
 
 
-def measure(machine: CopyMachine, sizes: dict[str, int]) -> Result:
-    """``cells`` (a failure is one without rounds), ``checks`` and ``ceilings``."""
-    cells = [_cell(machine, way, size, nbytes) for way in Way for size, nbytes in sizes.items()]
-    checks = [_check(machine, way, max(sizes.values())) for way in Way]
-    return {"cells": [cell.to_dict() for cell in cells], "checks": checks, "ceilings": ceilings(cells)}
+def measure(machine: CopyMachine, sizes: dict[str, int], save: Callable[[Result], None]) -> Result:
+    """``cells`` (a failure is one without rounds), ``checks`` and ``ceilings``; ``save`` gets them after each way."""
+    cells: list[Cell] = []
+    checks: list[Result] = []
+    for way in Way:
+        checks.append(_check(machine, way, max(sizes.values())))
+        cells += [_cell(machine, way, size, nbytes) for size, nbytes in sizes.items()]
+        result = {"cells": [cell.to_dict() for cell in cells], "checks": checks, "ceilings": ceilings(cells)}
+        save(result)
+    return result
 
 
 def _cell(machine: CopyMachine, way: Way, size: str, nbytes: int) -> Cell:

@@ -15,10 +15,11 @@
 # Where a command may take ten minutes, four calls do it: `gpu-tests stress sanitize`, `kernel-tests copy`, `kernels`,
 # `serve`. With --within all parts together end by then: the limits of later ones shrink, the benches measure their first
 # rows alone, and what has no time left is SKIPPED. Two calls give what matters most on a machine that one has for a
-# quarter of an hour, two starts included:
+# quarter of an hour, two starts included; in the second, `serve` leaves to `kernel-tests` what its last cell does not take:
 #
 #   GPU_TESTS_SECONDS=130 STRESS_SECONDS=100 bash bench/gpu_suite.sh --within 320 gpu-tests stress sanitize
-#   SERVE_ARENA_GIB=8 SERVE_SECONDS=190 bash bench/gpu_suite.sh --within 320 copy serve kernels kernel-tests
+#   COPY_SECONDS=45 BENCH_SECONDS=45 SERVE_ARENA_GIB=8 SERVE_SECONDS=190 \
+#       bash bench/gpu_suite.sh --within 320 copy kernels serve kernel-tests
 #
 # The benches' JSON and Markdown go to $OUT (bench/results without one), beside suite.log, with all that tests and benches
 # print, and sanitizer.log: at most seven files a call. Short tables go to the terminal.
@@ -47,6 +48,7 @@ unset TRITON_INTERPRET # which a shell may have left: it would put the kernels o
 
 within=0 # no limit
 least=30 # below which a part is not begun
+least_of_kernels=45 # its worker takes a dozen to start, and then there is to be a row
 parts=()
 while (($#)); do
     case $1 in
@@ -75,13 +77,30 @@ missing() {
     done
 }
 
-"$python" -c 'import torch' 2>/dev/null || { echo "gpu_suite: $python has no torch: nothing can run"; exit 2; }
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    "$python" bench/bench_kernels.py
-    echo "gpu_suite: no CUDA GPU: no test and no bench was run"
-    exit 3
-fi
+# One Python, for on a fresh machine each import of torch takes seconds.
+gpu=$("$python" -c '
+import re, sys
+try:
+    import torch
+except Exception:
+    sys.exit(2)
+if not torch.cuda.is_available():
+    sys.exit(3)
+print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))
+')
+case $? in
+    0) ;;
+    3)
+        "$python" bench/bench_kernels.py
+        echo "gpu_suite: no CUDA GPU: no test and no bench was run"
+        exit 3
+        ;;
+    *)
+        echo "gpu_suite: $python has no torch that works: nothing can run"
+        exit 2
+        ;;
+esac
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -104,7 +123,6 @@ if [[ -n $undressed ]]; then
     export PYTHONPATH="$bare:$PYTHONPATH"
     runner=("$python" -P -c 'import duoserve, pytest, sys; sys.exit(pytest.main(sys.argv[1:]))')
 fi
-gpu=$("$python" -c 'import re, torch; print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))')
 summary=()
 status=0
 mkdir -p "$out"
@@ -117,6 +135,18 @@ limit() {
 
 # beginning SECONDS GRACE: after how many of these a bench begins nothing more.
 beginning() { echo $(($1 > $2 ? $1 - $2 : 1)); }
+
+# kernels_begin SECONDS: the same for the kernel bench. Where its limit has shrunk, a third of that is grace.
+kernels_begin() {
+    local begun
+    begun=$(beginning "$1" $((grace < $1 / 3 ? grace : $1 / 3)))
+    echo $((begun < bench_seconds ? begun : bench_seconds))
+}
+
+# gpu_files WHERE ...: the files of tests that need a GPU and have no part or place of their own.
+gpu_files() {
+    grep -rlE 'mark\.gpu\b' "$@" --include='test_*.py' | grep -vE '^tests/(kernels/|test_\w*on_gpu)' | sort
+}
 
 CUT_OFF=124 # as timeout has it
 
@@ -206,8 +236,9 @@ worse() { echo $(($1 == 0 || ($1 == CUT_OFF && $2 != 0) ? $2 : $1)); }
 # Decode steps under compute-sanitizer. CUT_OFF where that took longer and nothing had been found by then.
 sanitized() {
     local log="$out/sanitizer.log" ended
-    STRESS_STEPS=60 interrupted "$(limit "$sanitize_seconds")" compute-sanitizer --error-exitcode 9 "${runner[@]}" \
-        tests/test_decode_on_gpu.py -k stress -vv -s -p no:cacheprovider >"$log" 2>&1
+    STRESS_STEPS=60 interrupted "$(limit "$sanitize_seconds")" compute-sanitizer \
+        --error-exitcode 9 --report-api-errors no \
+        "${runner[@]}" tests/test_decode_on_gpu.py -k stress -vv -s -p no:cacheprovider >"$log" 2>&1
     ended=$?
     tail -n 4 "$log"
     if ((ended != 0)); then
@@ -219,7 +250,7 @@ sanitized() {
     return "$ended"
 }
 
-# measured NAME SECONDS REPORT COMMAND ...: a bench; REPORT makes Markdown of its JSON where it was cut off.
+# measured NAME SECONDS REPORT COMMAND ...: a bench; REPORT makes Markdown of its JSON where it was cut off or printed none.
 measured() {
     local result="$out/$1-$gpu-$(date -u +%Y-%m-%d)" log="$out/suite.log" seconds=$2 report=$3 ended
     echo "== the $1 bench" >>"$log"
@@ -230,7 +261,9 @@ measured() {
         echo "gpu_suite: the $1 bench ended with status $ended"
     fi
     if [[ -f $result.json && -n $report ]]; then
-        ((ended < 124)) || "$python" "$report" "$result.json" >"$result.md"
+        if ((ended >= 124)) || [[ ! -s $result.md ]]; then
+            "$python" "$report" "$result.json" >"$result.md"
+        fi
         "$python" "$report" "$result.json" --short
     else
         cat "$result.md"
@@ -239,7 +272,9 @@ measured() {
 }
 
 for part in "${parts[@]}"; do
-    if ((within && within - SECONDS < least)); then
+    needed=$least
+    [[ $part != kernels ]] || needed=$least_of_kernels
+    if ((within && within - SECONDS < needed)); then
         echo "== $part: no time is left"
         summary+=("$part SKIPPED")
         status=1
@@ -262,9 +297,8 @@ for part in "${parts[@]}"; do
                 "tests/test_on_gpu.py|$caps"
                 "tests/test_on_gpu.py|not ($caps)"
             )
-            mapfile -t -O ${#files[@]} files < <(
-                grep -rlE 'mark\.gpu\b' tests --include='test_*.py' | grep -vE '^tests/(kernels/|test_\w*on_gpu)' | sort
-            )
+            # The library's before those of the benches.
+            mapfile -t -O ${#files[@]} files < <(gpu_files tests --exclude-dir=bench; gpu_files tests/bench)
             # One after another: they measure memory, and count what the whole device holds. A quarter of the time is
             # kept from the first two, which may hang.
             end=$((SECONDS + seconds))
@@ -292,7 +326,7 @@ for part in "${parts[@]}"; do
             seconds=$(limit $((bench_seconds + grace)))
             echo "== the kernel bench, at most $seconds s"
             measured kernels "$seconds" bench/kernel_report.py \
-                bench/bench_kernels.py --seconds "$(beginning "$seconds" "$grace")"
+                bench/bench_kernels.py --seconds "$(kernels_begin "$seconds")"
             note "kernel bench" $?
             ;;
         serve)

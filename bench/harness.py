@@ -7,6 +7,7 @@ operation and then sleep, so an idle worker takes no time from another.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -15,7 +16,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,8 +66,9 @@ class Worker:
 
     def close(self) -> None:
         """Ends the worker's input, and so the worker."""
-        if self._process.stdin and not self._process.stdin.closed:
-            self._process.stdin.close()
+        if self._process.stdin:
+            with suppress(BrokenPipeError):  # of a line that a dead worker never took
+                self._process.stdin.close()
         self._process.wait()
 
     def __enter__(self) -> Worker:
@@ -119,6 +123,25 @@ class Figures:
         else:
             self.ttft_s, self.prefill_read = seconds, read
         self.token_ids.append(token)
+
+
+def result_file(name: str) -> Path:
+    """For ``--json``: a file that can be written, its folder made; else argparse says so, before hours are measured."""
+    path = Path(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        path.open("a").close()
+        if is_new:
+            path.unlink()  # a run that is cut off leaves no empty result
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name} cannot be written: {error.strerror}") from None
+    return path
+
+
+def write_result(path: Path, result: Any) -> None:
+    """All of ``result`` as JSON."""
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def say(text: str) -> None:

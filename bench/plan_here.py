@@ -11,7 +11,6 @@ the median over the rounds of planned over measured.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -38,6 +37,7 @@ from duoserve.planning.this_machine import this_machine
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.hardware import GIB, Hardware
 from duoserve.scheduling.policies import get_policy
+from harness import result_file, write_result
 from machine import REPOSITORY, ForeignCpu, conditions, foreign_cpu
 from plan_here_report import BUSY, report
 from random_mixtral import ensure_checkpoint
@@ -227,7 +227,7 @@ def main() -> None:
     """Writes the JSON and prints the Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["bard", RANDOM], help=f"embedded models, or {RANDOM}")
-    parser.add_argument("--json", type=Path, help="the result")
+    parser.add_argument("--json", type=result_file, help="the result")
     parser.add_argument("--folder", type=Path, default=CACHE, help="where the random model is kept")
     parser.add_argument("--cache", type=Path, help="where packs lie (default: as always)")
     parser.add_argument("--rounds", type=int, help="how many")
@@ -239,10 +239,10 @@ def main() -> None:
     for found in Bench(subjects(args.models, args.folder, args.quick), size, args.cache).rounds():
         result |= found | {"seconds": time.perf_counter() - begun}
         if args.json is not None:  # after each round, so that a run may be ended early
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            write_result(args.json, result)
     result["others_after"] = foreign_cpu(1.0)
     if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(args.json, result)
     print(report(result))
 
 

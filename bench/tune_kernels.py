@@ -12,19 +12,18 @@ prints the size of the search space, says that nothing was measured, and exits w
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Generic
 
 import torch
 
 from duoserve.kernels.configs import HUGE, LARGE, MEDIUM, SMALL
 from duoserve.kernels.weights import ExpertFormat
+from harness import result_file, write_result
 from moe_shapes import INT4_GROUP, MIXTRAL, QWEN3, MoEShape
 from tune_space import Config, Corner, gemm_rows, gemv_rows, row_text
 
@@ -136,7 +135,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="of the weights")
     parser.add_argument("--classes", nargs="+", type=int, choices=NAMES, default=list(NAMES), help="shape classes (BT)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of searching, all in all (default %(default)s)")
-    parser.add_argument("--json", type=Path, help="write all outcomes to this file, after every class")
+    parser.add_argument("--json", type=result_file, help="write all outcomes to this file, after every class")
     return parser.parse_args()
 
 
@@ -157,7 +156,7 @@ def main() -> int:
             failed = True
             print(f"# {format}, {NAMES[block_t]}: failed: {type(error).__name__}: {error}", flush=True)
         if args.json:
-            args.json.write_text(json.dumps(results, indent=1) + "\n")
+            write_result(args.json, results)
     return int(failed)
 
 

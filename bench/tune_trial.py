@@ -37,7 +37,6 @@ class Trial:
         self.out_1H = torch.empty_like(self.steps[0][0].x_TH[:1])
         self.arch, _ = machine(self.pool.rows_SB.device)
         self.times: dict[str, list[float]] = {}
-        self._prepare()
 
     def inner(self, op: str) -> int:
         """The dimension that ``op`` sums over; of ``both`` the first one."""
@@ -51,9 +50,14 @@ class Trial:
         return choose_config(step.x_TH, weights.w2 if op == "moe_down" else weights.w13, plan)
 
     def share_of(self, op: str) -> Callable[[Any], float]:
-        """A timer of rows: their time over the present row's; inf for one that fails or computes something else."""
+        """A timer of rows: their time over the present row's; inf for one that fails or computes something else.
+
+        FloatingPointError where the present row computes no numbers, against which every other would be wrong.
+        """
         row = self.present(op)
         expected, present = self._output(op, row), Replay(self._runs(op, row))
+        if not expected.isfinite().all():
+            raise FloatingPointError(f"the present row of {op} leaves NaN or infinities: no row can be held against it")
         self.times[op] = times_us({"present": present})["present"]
 
         def share(row: Any) -> float:
@@ -70,7 +74,7 @@ class Trial:
         return share
 
     def _prepare(self) -> None:
-        """``act`` that ``moe_down`` can read."""
+        """``act`` that ``moe_down`` can read, whatever a row of ``moe_up`` that failed has left there."""
         step, plan = self.steps[0]
         moe_up(step.x_TH, self.pool.weights, plan, plan.resident, self.buffers.act_RI)
 
@@ -101,6 +105,8 @@ class Trial:
         if op in ("moe_up", "moe_gemv_up"):
             written = self.buffers.act_RI
             written = written[: self.pool.shape.top_k] if op == "moe_gemv_up" else written
+        else:
+            self._prepare()
         written.fill_(float("nan"))
         self._runs(op, row)[0]()
         return written.clone()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +153,44 @@ def test_a_worker_that_fails_says_why(tmp_path: Path) -> None:
         assert worker.call("double", n=1) == 2
     with pytest.raises(harness.WorkerError, match="died"), harness.Worker("test", ["-c", "pass"], {}) as worker:
         worker.call("double", n=1)
+
+
+def test_a_worker_that_died_before_it_was_called_is_closed_without_a_word() -> None:
+    with harness.Worker("test", ["-c", "import time; time.sleep(60)"], {}) as worker:
+        worker._process.kill()
+        worker._process.wait()
+        with pytest.raises(harness.WorkerError, match="the worker of test died with exit status -9"):
+            worker.call("double", n=1)
+    worker.close()
+
+
+def test_a_results_folder_is_made_and_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "not" / "there" / "result.json"
+    assert harness.result_file(str(out)) == out
+    assert out.parent.is_dir() and not out.exists()  # no empty result
+    harness.write_result(out, {"figure": 1})
+    assert harness.result_file(str(out)) == out and json.loads(out.read_text()) == {"figure": 1}
+    for wrong in (out.parent, out / "result.json"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{wrong} cannot be written: "):
+            harness.result_file(str(wrong))
+
+
+@pytest.mark.parametrize("bench", [path.stem for path in sorted(BENCH.glob("*.py")) if '"--json"' in path.read_text()])
+def test_every_bench_looks_at_its_result_file_before_it_measures(
+    bench: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", [bench, "--json", str(tmp_path / "file" / "result.json")])
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(bench).main()
+    assert "cannot be written: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("readme", ["README.md", "bench/results/README.md"])
+def test_the_files_that_a_readme_names_are_there(readme: str) -> None:
+    named = set(re.findall(r"(?<![\w/.-])(?:bench|duoserve|tests)/[\w/.-]+\.py\b", (BENCH.parent / readme).read_text()))
+    assert len(named) > 5
+    assert sorted(file for file in named if not (BENCH.parent / file).exists()) == []
 
 
 def test_the_report_replaces_only_what_is_between_the_markers() -> None:

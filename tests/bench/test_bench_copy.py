@@ -20,14 +20,20 @@ LINK = 50e9
 
 
 class MadeUp(CopyMachine):
-    """A link with a latency of 10 us; kernels read at ``zero_copy`` of its rate; ``broken`` ways raise or corrupt."""
+    """A link with a latency of 10 us; kernels read at ``zero_copy`` of its rate; one way raises, one corrupts."""
 
-    def __init__(self, zero_copy: float = 0.9, raises: Way | None = None, corrupts: Way | None = None) -> None:
-        self.zero_copy, self.raises, self.corrupts = zero_copy, raises, corrupts
+    def __init__(
+        self,
+        zero_copy: float = 0.9,
+        raises: Way | None = None,
+        corrupts: Way | None = None,
+        error: type[BaseException] = RuntimeError,
+    ) -> None:
+        self.zero_copy, self.raises, self.corrupts, self.error = zero_copy, raises, corrupts, error
 
     def seconds(self, way: Way, nbytes: int) -> list[float]:
         if way is self.raises:
-            raise RuntimeError("no such way\nand more")
+            raise self.error("no such way\nand more")
         rate = LINK * (self.zero_copy if way is Way.ZERO_COPY else 1)
         return [10e-6 + nbytes / rate, 10e-6 + nbytes / rate, 20e-6 + nbytes / rate]
 
@@ -36,7 +42,7 @@ class MadeUp(CopyMachine):
 
 
 def result_of(machine: CopyMachine) -> dict[str, Any]:
-    result = bench_copy.conditions("bench_copy", False) | measure(machine, SIZES)
+    result = bench_copy.conditions("bench_copy", False) | measure(machine, SIZES, lambda so_far: None)
     return result | {"targets": [target.to_dict() for target in targets(result)]}
 
 
@@ -70,6 +76,45 @@ def test_what_fails_is_named_and_not_measured() -> None:
 def test_bytes_that_change_fail_the_bench() -> None:
     result = result_of(MadeUp(corrupts=Way.FROM_DEVICE))
     assert bench_copy.failed(result) and "**FAILED**" in bench_copy.render(result)
+
+
+def test_a_run_that_is_cut_off_leaves_the_ways_that_it_has_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways, out = list(Way), tmp_path / "copy.json"
+    interrupted = MadeUp(raises=ways[2], error=KeyboardInterrupt)
+    monkeypatch.setattr(bench_copy, "HostCopies", lambda: interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench_copy.run(tiny=True, out=out)
+    left = json.loads(out.read_text())
+    assert {cell["way"] for cell in left["cells"]} == {way.value for way in ways[:2]}
+    assert [check["name"] for check in left["checks"]] == [f"bytes {way.value}" for way in ways[:2]]
+    assert all(left["ceilings"][way.value] for way in ways[:2]) and left["ceilings"][ways[2].value] is None
+    assert left["bench"] == "bench_copy" and left["seconds"] > 0
+
+
+def test_verdicts_of_what_there_is_when_a_run_is_cut_off() -> None:
+    found: list[list[str]] = []
+    measure(MadeUp(), SIZES, lambda so_far: found.append([target.verdict() for target in targets(so_far)]))
+    assert found[0] == found[-1][:1] != ["not measured"]  # pieces to the device; what kernels read comes last
+
+
+def test_noise_is_drawn_once_and_no_two_rows_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    draw = torch.randint
+
+    def counted(low: int, high: int, size: Any, **options: Any) -> torch.Tensor:
+        drawn.append(size[0])
+        return draw(low, high, size, **options)
+
+    monkeypatch.setattr(copy_machines, "NOISE_BYTES", 1025)
+    monkeypatch.setattr(torch, "randint", counted)
+    rows_NB = torch.zeros(8, 4096, dtype=torch.uint8)
+    for _ in range(5):
+        copy_machines.fill_with_noise(rows_NB.zero_())
+    assert sum(drawn) <= 1025
+    assert len({bytes(row.tolist()) for row in rows_NB}) == 8
+    assert int((rows_NB == 0).sum()) < 8 * 4096 // 16  # as random bytes have, all of each row
 
 
 @pytest.mark.parametrize("way", Way)

@@ -23,8 +23,11 @@ FAKE_PYTHON = """#!/usr/bin/env bash
 all=$*
 json=${all##*--json }
 case "$*" in
-    "-c import torch" | *is_available*) exit 0 ;;
-    *get_device_name*) echo nvidia-h100 ;;
+    *get_device_name*)
+        case ${TORCH:-works} in
+            works) echo nvidia-h100 ;;
+            fails) exec "$REAL_PYTHON" -c "raise RuntimeError('the driver')" ;;
+        esac ;;
     *find_spec*) exit 0 ;;
     *"-m pytest"*)
         [[ $all != *"-k stress"* ]] || printf '%s' "$STRESS_SAYS"
@@ -34,7 +37,11 @@ case "$*" in
         while [[ $all =~ ${PYTEST_HANGS:-^$} ]]; do sleep 0.1; done
         exit "$PYTEST_STATUS" ;;
     *bench/bench_copy.py*--json* | *bench/bench_serve.py*--json*)
-        echo "$*"; echo "{}" >"${json%% *}"; exit "$BENCH_STATUS" ;;
+        [[ ${BENCH_SAYS:-all} == nothing ]] || echo "$*"
+        echo "{}" >"${json%% *}"; exit "$BENCH_STATUS" ;;
+    *bench/bench_kernels.py*--json*)
+        [[ ${KERNELS:-real} == fake ]] || exec "$REAL_PYTHON" "$@"
+        echo "$*" ;;
     *bench/serve_report.py*) echo "short report" ;;
     *) exec "$REAL_PYTHON" "$@" ;;
 esac
@@ -54,7 +61,7 @@ ENDED = """========= Error: process didn't terminate successfully
 
 FAKE_SANITIZER = """#!/usr/bin/env bash
 echo "$SANITIZER_SAYS"
-exec "${@:3}"
+exec "${@:5}"
 """
 
 
@@ -120,7 +127,8 @@ def test_the_suite_benches_even_when_tests_fail(tmp_path: Path, pytest_status: i
     kernels = {file for file in tests if file.startswith("tests/kernels/")}
     marked = {file for file in tests if re.search(r"mark\.gpu\b", tests[file])} - kernels
     first = [f"tests/test_{what}on_gpu.py" for what in ("timeline_", "decode_", "", "")]  # the last one in two parts
-    others, stress = sorted(marked.difference(first)), "tests/test_decode_on_gpu.py"
+    stress = "tests/test_decode_on_gpu.py"
+    others = sorted(marked.difference(first), key=lambda file: (file.startswith("tests/bench/"), file))
     on_gpu = [*first, *others, stress]
     assert said[: len(on_gpu)] == on_gpu
     assert sorted(said[len(on_gpu) :]) == sorted(kernels - cpu_only())
@@ -219,6 +227,49 @@ def test_what_has_no_time_left_is_skipped_and_limits_shrink(tmp_path: Path) -> N
     assert done.returncode == 1 and "copy SKIPPED" in done.stdout.splitlines()[-1]
 
 
+@NO_GPU
+@pytest.mark.parametrize(("within", "least", "most"), [("50", 25, 35), ("70", 40, 55), ("600", 225, 225)])
+def test_the_kernel_bench_has_time_for_its_rows_however_little_is_left(
+    tmp_path: Path, within: str, least: int, most: int
+) -> None:
+    done = suite(tmp_path, "--within", within, "kernels", KERNELS="fake")
+    asked = [int(seconds) for seconds in re.findall(r"bench_kernels.py --seconds (\d+)", done.stdout)]
+    if not asked:  # a machine that took five seconds to get there
+        assert within == "50" and "kernels SKIPPED" in done.stdout.splitlines()[-1]
+    assert all(least <= seconds <= most for seconds in asked), done.stdout
+
+
+@NO_GPU
+def test_a_kernel_bench_without_time_for_a_row_leaves_it_to_those_behind(tmp_path: Path) -> None:
+    done = suite(tmp_path, "--within", "44", "kernels", "copy", KERNELS="fake")
+    assert done.returncode == 1 and "kernels SKIPPED, copy bench passed" in done.stdout.splitlines()[-1]
+    done = suite(tmp_path, "kernels", KERNELS="fake", BENCH_SECONDS="20")
+    assert done.returncode == 0 and "bench_kernels.py --seconds 20 " in done.stdout
+
+
+@NO_GPU
+def test_a_bench_that_ends_before_its_report_has_one_of_its_json(tmp_path: Path) -> None:
+    done = suite(tmp_path, "serve", BENCH_STATUS="1", BENCH_SAYS="nothing")
+    assert done.returncode == 1 and "serving bench FAILED" in done.stdout.splitlines()[-1]
+    (report,) = (tmp_path / "out").glob("serve-*.md")
+    assert report.read_text() == "short report\n"
+
+
+def test_a_torch_that_does_not_work_is_no_missing_gpu(tmp_path: Path) -> None:
+    done = suite(tmp_path, "copy", TORCH="fails")
+    assert done.returncode == 2 and "has no torch that works: nothing can run" in done.stdout
+    assert "the driver" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_python_without_torch_is_said(tmp_path: Path) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" -S -E "$@"\n')
+    bare.chmod(0o755)
+    done = run("bash", "bench/gpu_suite.sh", PYTHON=str(bare), OUT=str(tmp_path / "out"))
+    assert done.returncode == 2 and "has no torch that works: nothing can run" in done.stdout
+    assert not done.stderr
+
+
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
     done = suite(tmp_path, "everything")
     assert done.returncode == 2 and "no part is called everything" in done.stdout
@@ -237,5 +288,12 @@ def test_each_call_stays_below_ten_minutes() -> None:
     assert max(calls) <= 570
     for seconds in (*of.values(), kernels, serve):
         assert re.search(rf"at most +{seconds} s$", text, re.MULTILINE)
+    example = re.search(r"^# +(COPY.*) \\\n# .* --within (\d+) copy kernels serve kernel-tests$", text, re.MULTILINE)
+    assert example
+    given = {name: int(value) for name, value in re.findall(r"(\w+)_SECONDS=(\d+)", example[1])}
+    to_start, last_cell, least = 10, 30, 45  # a last cell takes seconds, but for a long prompt
+    left = int(example[2]) - to_start - given["COPY"] - given["BENCH"] - limits["grace"]
+    serves = min(given["SERVE"], left - limits["serve_grace"])
+    assert serves >= 90 and left - serves - last_cell >= least  # for whole models, and for kernel-tests
     within = [int(seconds) for seconds in re.findall(r"--within (\d+)", text)]
     assert len(within) == 2 and sum(within) <= 15 * 60 - 2 * 120  # to start may take two minutes

@@ -120,15 +120,22 @@ class Still:
         steps[0]()
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="Triton's interpreter stands in for a GPU here")
-@pytest.mark.parametrize(("format", "ops"), [("bf16", (*tune_kernels.GEMMS, *tune_kernels.GEMVS)), ("int4", ("both",))])
-def test_a_row_is_tried_and_one_that_computes_nothing_is_none(
-    monkeypatch: pytest.MonkeyPatch, format: str, ops: tuple[str, ...]
-) -> None:
+@pytest.fixture
+def small_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials on a CPU, of made-up times: 4 us for the present row, 3 us for any other."""
     monkeypatch.setattr(tune_trial, "Replay", Still)
     monkeypatch.setattr(tune_trial, "times_us", lambda them: {n: [4.0 if n == "present" else 3.0] for n in them})
     monkeypatch.setattr(tune_trial, "gpu_facts", lambda: {"l2_bytes": 1})
     monkeypatch.setattr(tune_trial, "POOL_BYTES", 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="Triton's interpreter stands in for a GPU here")
+@pytest.mark.usefixtures("small_trials")
+@pytest.mark.parametrize(("format", "ops"), [("bf16", (*tune_kernels.GEMMS, *tune_kernels.GEMVS)), ("int4", ("both",))])
+def test_a_row_is_tried_and_one_that_computes_nothing_is_none(
+    monkeypatch: pytest.MonkeyPatch, format: str, ops: tuple[str, ...]
+) -> None:
     trial = tune_trial.Trial(MoEShape("any", 128, 128, 4, 2), 3, format, "cpu")
     shares = {op: trial.share_of(op) for op in ops}
     for op, share in shares.items():
@@ -137,6 +144,34 @@ def test_a_row_is_tried_and_one_that_computes_nothing_is_none(
     for name in ("moe_up", "moe_down", "moe_gemv_up", "moe_gemv_down"):
         monkeypatch.setattr(tune_trial, name, lambda *operands, **options: None)
     assert [share(trial.present(op)) for op, share in shares.items()] == [math.inf] * len(ops)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="Triton's interpreter stands in for a GPU here")
+@pytest.mark.usefixtures("small_trials")
+def test_a_row_that_fails_halfway_spoils_none_of_the_next_kernels_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = tune_trial.Trial(MoEShape("any", 128, 128, 4, 2), 3, "bf16", "cpu")
+    up, broken = tune_trial.moe_up, replace(trial.present("moe_up"), num_warps=8)
+
+    def moe_up(*operands: Any, config: GemmConfig | None = None) -> None:
+        if config == broken:
+            raise RuntimeError("out of shared memory")
+        up(*operands, config=config)
+
+    monkeypatch.setattr(tune_trial, "moe_up", moe_up)
+    before = {op: trial.share_of(op) for op in ("moe_down", "moe_gemv_down")}
+    assert trial.share_of("moe_up")(broken) == math.inf
+    behind = {op: trial.share_of(op) for op in ("moe_down", "moe_gemv_down")}
+    for op, share in [*before.items(), *behind.items()]:
+        assert share(replace(trial.present(op), num_warps=8)) == 0.75
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="Triton's interpreter stands in for a GPU here")
+@pytest.mark.usefixtures("small_trials")
+def test_a_present_row_that_computes_no_numbers_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = tune_trial.Trial(MoEShape("any", 128, 128, 4, 2), 3, "bf16", "cpu")
+    monkeypatch.setattr(tune_trial, "moe_down", lambda *operands: None)
+    with pytest.raises(FloatingPointError, match="the present row of moe_down"):
+        trial.share_of("moe_down")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
