@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ class Layout(NamedTuple):
     """The new tokens of a pass and where they go, on the host: what a Batch is made from.
 
     ``token_ids``, ``positions`` and ``rows`` (of the cache: ``page * S + place``) are by new token; ``spans``,
-    ``lengths``, ``page_table`` and ``contexts`` by sequence. The page table has -1 behind a sequence's pages.
+    ``lengths`` and ``page_table`` by sequence. The page table has -1 behind a sequence's pages.
     """
 
     token_ids: list[int]
@@ -45,7 +46,6 @@ class Layout(NamedTuple):
     spans: tuple[tuple[int, int], ...]
     lengths: list[int]
     page_table: list[list[int]]
-    contexts: tuple[slice | Tensor, ...]
 
     @property
     def last_rows(self) -> list[int]:
@@ -145,7 +145,6 @@ class PagedKVCache:
             tuple(spans),
             lengths=[sequence.length for sequence in sequences],
             page_table=self._page_table(sequences),
-            contexts=tuple(context_rows(sequence.pages, sequence.length, PAGE_TOKENS) for sequence in sequences),
         )
 
     def batch(self, layout: Layout) -> Batch:
@@ -155,7 +154,7 @@ class PagedKVCache:
             rows_T=self._on_device(layout.rows, torch.int64),
             page_table_BM=self._on_device(layout.page_table, torch.int32),
             lengths_B=self._on_device(layout.lengths, torch.int32),
-            contexts=layout.contexts,
+            layout=layout,
         )
         token_ids_T = self._on_device(layout.token_ids, torch.int64)
         return Batch(token_ids_T, self._on_device(layout.positions, torch.int64), layout.spans, kv)
@@ -172,19 +171,29 @@ class PagedKVCache:
 
 @dataclass(frozen=True)
 class BatchKV:
-    """The KV store of one forward pass: where its new tokens go, and which pages each sequence reads."""
+    """The KV store of one forward pass: where its new tokens go, and which pages each sequence reads.
+
+    ``layout`` has the pages and lengths of its sequences on the host, without which no ``context`` can be read.
+    """
 
     cache: PagedKVCache
     rows_T: Tensor
     page_table_BM: Tensor
     lengths_B: Tensor
-    contexts: tuple[slice | Tensor, ...]
+    layout: Layout | None = None
 
     def pages(self, layer: int) -> tuple[Tensor, Tensor]:
         k_PSGD, v_PSGD = self.cache.layers[layer]
         return k_PSGD, v_PSGD
 
     def context(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
-        rows_C = self.contexts[sequence]
+        rows_C = self._contexts[sequence]
         k_PSGD, v_PSGD = self.pages(layer)
         return k_PSGD.flatten(0, 1)[rows_C], v_PSGD.flatten(0, 1)[rows_C]
+
+    @cached_property
+    def _contexts(self) -> tuple[slice | Tensor, ...]:
+        """The rows of each sequence's context, which the passes that read by page table never ask for."""
+        assert self.layout is not None, "a recorded step reads contexts by page table"
+        tables = zip(self.layout.page_table, self.layout.lengths, strict=True)
+        return tuple(context_rows(pages, length, PAGE_TOKENS) for pages, length in tables)

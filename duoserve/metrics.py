@@ -198,10 +198,14 @@ class Meter:
         self._timeline.add_copy(started, finished)
 
     def stalled(self, started: float, finished: float) -> None:
-        """Notes that the device, not the host, waited for a copy within ``compute()``."""
-        self._stats.compute_s -= finished - started
-        self._stats.stall_s += finished - started
-        self._timeline.add_stall(started, finished)
+        """Notes that the device, not the host, waited for a copy.
+
+        What of that lies within ``compute()`` is a stall; it may be told of late. The rest has its place already: the
+        host itself was in ``stall()``, or nothing was computed.
+        """
+        waited_s = self._timeline.add_stall(started, min(finished, self._clock()))
+        self._stats.compute_s -= waited_s
+        self._stats.stall_s += waited_s
 
     def hit(self, phase: Phase, n: int = 1) -> None:
         """Counts ``n`` experts that were READY when their layer asked for them."""

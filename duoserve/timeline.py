@@ -6,6 +6,7 @@ All times are seconds on one clock.
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 
 Interval = tuple[float, float]
@@ -22,7 +23,6 @@ class Timeline:
         self._lock = threading.Lock()
         self._copies: list[Interval] = []  # as they were added
         self._computes: list[Interval] = []  # disjoint, in order
-        self._stalls: list[Interval] = []  # as they were added
         self._computing_since: float | None = None
         self._folded_until = start
         self._transfer = 0.0
@@ -33,10 +33,18 @@ class Timeline:
         with self._lock:
             self._add(self._copies, start, stop)
 
-    def add_stall(self, start: float, stop: float) -> None:
-        """The compute lane, though busy, waited from ``start`` to ``stop``; stalls may come late, and in any order."""
+    def add_stall(self, start: float, stop: float) -> float:
+        """The compute lane waited from ``start`` to ``stop``, which is not in the future.
+
+        Gives how many seconds of that it had been busy for, and now has not; they are not given twice. Stalls may come
+        late, and in any order.
+        """
         with self._lock:
-            self._add(self._stalls, start, stop)
+            since = self._computing_since
+            if since is not None and since < stop:
+                self._computing_since = stop
+                self._add(self._computes, since, stop)
+            return self._cut(start, stop)
 
     def start_compute(self, now: float) -> None:
         """The compute lane is busy from ``now`` on."""
@@ -55,12 +63,21 @@ class Timeline:
         with self._lock:
             copies = _clip(_merge(self._copies), float("-inf"), until)
             computing = [] if self._computing_since is None else [(self._computing_since, until)]
-            overlap = self._seconds_of_both(copies, self._computes + computing)
+            overlap = _seconds_in(_common(copies, self._computes + computing))
             return self._transfer + _seconds_in(copies), self._overlap + overlap
 
+    def _cut(self, start: float, stop: float) -> float:
+        """The compute lane was idle after all; gives the seconds that this changes."""
+        first = bisect_right(self._computes, start, key=lambda busy: busy[1])
+        last = bisect_left(self._computes, stop, key=lambda busy: busy[0])
+        within = self._computes[first:last]
+        self._computes[first:last] = [*_clip(within, float("-inf"), start), *_clip(within, stop, float("inf"))]
+        return _seconds_in(_clip(within, start, stop))
+
     def _add(self, lane: list[Interval], start: float, stop: float) -> None:
-        if stop > self._folded_until:
-            lane.append((max(start, self._folded_until), stop))
+        begin = max(start, self._folded_until)
+        if begin < stop:
+            lane.append((begin, stop))
         if len(lane) >= FOLD_AT:
             self._fold(sorted(stop for _, stop in lane)[FOLD_AT // 2])
 
@@ -71,16 +88,10 @@ class Timeline:
             self._computing_since = until
         copies = _clip(_merge(self._copies), float("-inf"), until)
         self._transfer += _seconds_in(copies)
-        self._overlap += self._seconds_of_both(copies, self._computes)
+        self._overlap += _seconds_in(_common(copies, self._computes))
         self._copies = _clip(self._copies, until, float("inf"))
         self._computes = _clip(self._computes, until, float("inf"))
-        self._stalls = _clip(self._stalls, until, float("inf"))
         self._folded_until = until
-
-    def _seconds_of_both(self, copies: Sequence[Interval], computes: Sequence[Interval]) -> float:
-        """In which both lanes were busy, and no stall was."""
-        both = _common(copies, computes)
-        return _seconds_in(both) - _seconds_in(_common(both, _merge(self._stalls)))
 
 
 def _merge(intervals: Iterable[Interval]) -> list[Interval]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from duoserve import kv_cache
 from duoserve.errors import IntegrityError
+from duoserve.kernels import context_rows
 from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache, SequenceKV
 from duoserve.models.mixtral import parse_config
 
@@ -33,3 +35,28 @@ def test_tokens_without_pages_are_refused() -> None:
     with pytest.raises(IntegrityError, match="65 tokens of a sequence were laid out in 1 pages"):
         cache.lay_out([(sequence, [0] * (PAGE_TOKENS + 1))])
     assert sequence.length == 0
+
+
+def test_a_step_of_one_token_each_does_not_list_the_rows_of_its_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its attention goes by the page table; who asks for a context nevertheless gets its rows, listed once."""
+    cache, sequences = PagedKVCache(CONFIG, 8 * PAGE_TOKENS, torch.float32), [SequenceKV(), SequenceKV()]
+    for num_tokens in (PAGE_TOKENS, 2 * PAGE_TOKENS):  # one after the other, so that no sequence's pages adjoin
+        for sequence in sequences:
+            cache.reserve(sequence, num_tokens)
+    cache.lay_out([(sequence, [0] * 70) for sequence in sequences])
+    listed: list[list[int]] = []
+
+    def listing(pages: list[int], length: int, page_tokens: int) -> torch.Tensor | slice:
+        listed.append(pages)
+        return context_rows(pages, length, page_tokens)
+
+    monkeypatch.setattr(kv_cache, "context_rows", listing)
+    batch = cache.batch(cache.lay_out([(sequence, [1]) for sequence in sequences]))
+    assert batch.is_decode and not listed
+    for tensor in cache.layers[0]:
+        tensor.copy_(torch.arange(cache.num_tokens).view(-1, PAGE_TOKENS, 1, 1))
+    for number, sequence in enumerate(sequences):
+        rows = [page * PAGE_TOKENS + place for page in sequence.pages for place in range(PAGE_TOKENS)][:71]
+        for context in (*batch.kv.context(0, number), *batch.kv.context(0, number)):
+            assert context[:, 0, 0].tolist() == rows
+    assert len(listed) == len(sequences)

@@ -61,6 +61,54 @@ def test_what_the_device_waited_is_a_stall_and_no_overlap(clock: Clock, meter: M
     assert (stats.compute_s, stats.stall_s, stats.transfer_s, stats.overlap_s) == (1.5, 8.5, 9.0, 0.5)
 
 
+def test_what_the_device_waited_before_the_request_is_none_of_its_stalls(clock: Clock, meter: Meter) -> None:
+    clock.advance(1)
+    meter.begin_request()
+    meter.stalled(10.0, 20.0)
+    with meter.compute():
+        clock.advance(2)
+    meter.stalled(100.0, 101.5)
+    clock.advance(1)
+    meter.stalled(103.5, 104.0)  # when nothing was computed
+    meter.end_request()
+    stats = meter.snapshot()
+    assert (stats.compute_s, stats.stall_s, stats.wall_s) == (1.5, 0.5, 3.0)
+
+
+@pytest.mark.parametrize("told", ["at once", "at the end"])
+def test_a_second_in_which_host_and_device_waited_is_one_of_stall(told: str, clock: Clock, meter: Meter) -> None:
+    """The host waits for a read from the disk while the compute lane waits for the copy of the one before."""
+    stalls = [(250.0, 264.0), (400.0, 414.0)]
+    meter.begin_request()
+    with meter.compute():
+        with meter.stall():
+            clock.advance(150)
+        clock.advance(0.25)
+        with meter.stall():
+            clock.advance(149.75)
+        if told == "at once":
+            meter.stalled(*stalls[0])
+        clock.advance(15)
+        if told == "at once":
+            meter.stalled(*stalls[1])
+    if told == "at the end":
+        for stall in stalls:
+            meter.stalled(*stall)
+    meter.end_request()
+    stats = meter.snapshot()
+    assert (stats.compute_s, stats.stall_s, stats.wall_s) == (1.0, 314.0, 315.0)
+
+
+def test_the_clocks_of_host_and_device_part(clock: Clock, meter: Meter) -> None:
+    """A stall may seem to end, or even to begin, a little after it is told of."""
+    meter.begin_request()
+    with meter.compute():
+        clock.advance(2)
+        meter.stalled(101.0, 102.5)
+        meter.stalled(102.25, 102.5)
+    assert (meter.snapshot().compute_s, meter.snapshot().stall_s) == (1, 1)
+
+
 def test_open_sections_count_up_to_the_snapshot(clock: Clock, meter: Meter) -> None:
     meter.begin_request()
     with meter.compute():

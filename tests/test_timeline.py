@@ -26,8 +26,8 @@ def test_totals_are_those_of_a_count(
     for tick in sorted(busy):
         lanes.start_compute(tick)
         lanes.stop_compute(tick + 1)
-    for stall in stalls:
-        lanes.add_stall(*stall)
+    waited = sum(lanes.add_stall(*stall) for stall in stalls)
+    assert waited == len(busy & ticks(stalls))
     moved = {tick for tick in ticks(copies) if tick < until}
     assert lanes.totals(until) == (len(moved), len((moved & busy) - ticks(stalls)))
 
@@ -37,6 +37,15 @@ def test_a_running_computation_counts() -> None:
     lanes.start_compute(1.0)
     lanes.add_copy(0.0, 3.0)
     assert lanes.totals(2.5) == (2.5, 1.5)
+
+
+def test_a_stall_is_told_of_while_the_computation_runs_and_no_second_of_it_twice() -> None:
+    lanes = Timeline(0.0)
+    lanes.start_compute(1.0)
+    lanes.add_copy(0.0, 8.0)
+    assert [lanes.add_stall(0.0, 3.0), lanes.add_stall(2.0, 4.0), lanes.add_stall(2.5, 3.5)] == [2.0, 1.0, 0.0]
+    lanes.stop_compute(6.0)
+    assert lanes.totals(8.0) == (8.0, 2.0)
 
 
 def test_what_was_before_the_start_does_not_count() -> None:
@@ -60,4 +69,4 @@ def test_folding_keeps_the_totals_and_bounds_the_memory(computing: str, monkeypa
     transfer, overlap = lanes.totals(1000.0)
     assert transfer == pytest.approx(1000)
     assert overlap == pytest.approx(875 if computing == "throughout" else 125)
-    assert len(lanes._copies) < 32 and len(lanes._computes) < 32 and len(lanes._stalls) < 32
+    assert len(lanes._copies) < 32 and len(lanes._computes) < 32

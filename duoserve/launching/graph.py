@@ -93,9 +93,11 @@ class GraphStep(DecodeStep):
         slots_LE[:] = self._books.slots_LE
         targets_LE.fill(-1)
         targets_LE[self._books.layers, : targets_NX.shape[1]] = targets_NX
-        self._recording.replay()
-        self._books.catch_up()
-        self._recorder.wait()
+        try:
+            self._recording.replay()
+            self._books.catch_up()
+        finally:  # whatever cut it short: the device fills slots that the books call EMPTY, and reads the host's rows
+            self._recorder.wait()
         self._books.took(self._chosen.ids_NBK.numpy())
         if self._chosen.report():
             self._books.guess()

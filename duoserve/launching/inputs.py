@@ -60,7 +60,7 @@ class DecodeInputs:
     def kv(self, num_pages: int | None = None) -> BatchKV:
         """Where the batch reads and writes keys and values; contexts have up to ``num_pages`` pages (None: M)."""
         _, _, rows_B, _, _ = torch.split_with_sizes(self._device_N, self._sizes)
-        return BatchKV(self._cache, rows_B, self._table_BM[:, :num_pages], self._lengths_B, contexts=())
+        return BatchKV(self._cache, rows_B, self._table_BM[:, :num_pages], self._lengths_B)
 
 
 class WorkFeed:

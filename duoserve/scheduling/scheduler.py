@@ -203,7 +203,10 @@ class Scheduler(ExpertSource):
         return books
 
     def load_all(self, progress: bool = False) -> None:
-        """Brings every expert into a slot, as far as there are slots; CopyError if one cannot be read."""
+        """Brings every expert into a slot, as far as there are slots; CopyError if one cannot be read.
+
+        What has been measured of their copies by then is reported, and not left to the first pass.
+        """
         self._check_between_passes("all experts were asked for")
         absent = [expert for expert in self._shape.experts(self._shape.layers) if self.table.slot_of(expert) < 0]
         loads = deque(zip(absent, self.table.empty_slots(), strict=False))
@@ -213,6 +216,7 @@ class Scheduler(ExpertSource):
         except BaseException:
             self._residency.drain()
             raise
+        self._residency.settle()
 
     def check_integrity(self) -> None:
         """Compares the books of the slots; IntegrityError if they disagree, or a slot is held between passes."""

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool, SlotState
+from duoserve.experts.streams import Lane
 from duoserve.kv_cache import Layout
 from duoserve.launching.graph import graph_steps
 from duoserve.launching.recorded import RecordedDecoder
 from duoserve.passes import Decoder
+from duoserve.scheduling.read_through import ReadThrough
 from duoserve.scheduling.scheduler import Scheduler
 from tests.assembly import Parts, assembled
 from tests.checkpoints import BARD, save_mixtral
+from tests.fake_streams import FakeMark
 from tests.lagging import LaggingDevice, Truth, write
 from tests.scheduling.fortune import GUESSING, any_teller
 
@@ -143,3 +146,41 @@ def test_bard_in_a_quarter_of_its_slots() -> None:
     truth = Truth(BARD, 48, PROMPTS, MAX_TOKENS)
     assert tokens == truth.tokens and truth.differences(device.logits) == []
     assert stats.hits["decode"] > 0 and stats.misses["decode"] > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_step_that_is_cut_short_leaves_the_device_nothing_to_do(
+    seed: int, folder: Path, truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by Ctrl-C: else it would fill slots later on that the next prompt has brought its own experts into."""
+    device, launched = LaggingDevice(seed, EXPERTS), list[FakeMark]()
+    catch_up = ReadThrough.catch_up
+
+    def interrupted(books: ReadThrough) -> None:
+        if not (launched or device.streams.host_computes):  # the first time that a step runs meanwhile
+            launched.append(device.streams.mark(Lane.COMPUTE))
+            raise KeyboardInterrupt
+        catch_up(books)
+
+    def decoder(parts: Parts) -> Decoder:
+        books = parts.scheduler.read_through()
+        steps = graph_steps(parts.model, parts.cache, device.recorder, device.store, books)
+        decode = RecordedDecoder(parts.model, parts.cache, steps, 0)
+
+        def step(layout: Layout) -> Tensor:
+            try:
+                logits_BV = decode(layout)
+                device.streams.finish()
+                return logits_BV
+            finally:
+                device.streams.host_computes = True
+
+        return step
+
+    monkeypatch.setattr(ReadThrough, "catch_up", interrupted)
+    with assembled(folder, "lru", 12, device.copies, make_pool=device.pool, make_decoder=decoder) as engine:
+        with pytest.raises(KeyboardInterrupt):
+            write(engine, PROMPTS, MAX_TOKENS)
+        done = launched[0].passed_at is not None
+        assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
+    assert done

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 
 from duoserve.config import Phase
 from duoserve.errors import ClosedError, IntegrityError, MemoryBudgetError
 from duoserve.experts.layout import ExpertId
-from duoserve.experts.slots import SlotState
+from duoserve.experts.slots import SlotPool, SlotState
+from duoserve.experts.streams import Mark
 from duoserve.experts.tickets import Priority
+from duoserve.metrics import Meter
+from duoserve.scheduling.plan import ModelShape
+from duoserve.scheduling.policies import get_policy
+from duoserve.scheduling.scheduler import Scheduler
+from tests.experts.test_lane_marks import Clock, Stepping
+from tests.experts.test_stream_engine import EXPERTS, PartlyInRam
 from tests.fakes import SMALL
 from tests.scheduling.rig import Batch, Rig
 
@@ -224,6 +233,40 @@ class TestResident:
         with rig.scheduler.acquire(0, [4, 3]) as lease:
             assert [ready.expert for batch in lease for ready in batch] == [4, 3]
         rig.scheduler.end()
+
+    @pytest.mark.parametrize("prompt", [True, False], ids=["device keeps up", "device lags behind"])
+    def test_what_the_device_waited_for_while_all_were_loaded_is_no_stall_of_a_pass(self, prompt: bool) -> None:
+        class Device(Clock):
+            def passed(self, mark: Mark) -> bool:
+                if prompt:
+                    self.finish()
+                return super().passed(mark)
+
+        streams, told = Device(), list[tuple[float, float]]()
+        meter, pool = Meter(lambda: float(streams.steps)), SlotPool(8, SMALL)
+
+        def stalled(started: float, finished: float) -> None:
+            told.append((started, finished))
+            meter.stalled(started, finished)
+
+        engine = Stepping(PartlyInRam(EXPERTS), pool, streams, on_copied=meter.copied, on_stalled=stalled)
+        scheduler = Scheduler(ModelShape(8, 2, (0,)), pool, engine, get_policy("resident"), meter)
+        with closing(scheduler):
+            scheduler.load_all()
+            assert (len(told) == 8) is prompt
+            streams.finish()
+            meter.begin_request()
+            with meter.compute():
+                scheduler.begin(Phase.DECODE, 1)
+                with scheduler.acquire(0, [1, 2]) as lease:
+                    assert len(list(lease)) == 1
+                    streams.run(lambda: None)
+                    streams.finish()
+                scheduler.end()
+            meter.end_request()
+            stats = meter.snapshot()
+        assert len(told) == 8 and all(started < finished for started, finished in told)
+        assert stats.stall_s == stats.transfer_s == 0.0 and 0 < stats.compute_s == stats.wall_s
 
     def test_too_few_slots_are_refused(self) -> None:
         with pytest.raises(
