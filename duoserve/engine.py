@@ -5,6 +5,7 @@ T tokens, B sequences, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from itertools import count
@@ -12,7 +13,15 @@ from itertools import count
 from torch import Tensor
 
 from duoserve.config import ModelConfig
-from duoserve.errors import CopyError, DuoServeError, IntegrityError, OverloadedError, RequestError
+from duoserve.errors import (
+    CopyError,
+    DuoServeError,
+    IntegrityError,
+    MemoryBudgetError,
+    OverloadedError,
+    RequestError,
+)
+from duoserve.experts.out_of_memory import explained_refusals, forget_calls
 from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache, SequenceKV
 from duoserve.metrics import Meter
 from duoserve.passes import Passes, Prefill
@@ -25,6 +34,9 @@ from duoserve.service.load_view import as_running, as_under_way, as_waiting
 
 # Of a list of prompts: as many at once as the KV cache holds with all of their answers, in their order.
 ALL_AT_ONCE = ServiceSettings(max_batch=1 << 30, max_waiting=1 << 30, scheduler="fcfs", answer_room=1 << 30)
+A_PASS = "a pass was computed"
+OF_ITS_PASS = (CopyError, MemoryBudgetError)  # what ends the requests of a pass and no others
+log = logging.getLogger("duoserve")
 
 
 class Engine:
@@ -88,8 +100,12 @@ class Engine:
         return 1 - self._cache.free_tokens / self._cache.num_tokens
 
     def serve_by(self, settings: ServiceSettings) -> None:
-        """Works by ``settings`` from now on; gets ready for batches of that size first, which may take a while."""
-        self._passes.prepare(settings.max_batch)
+        """Works by ``settings`` from now on; gets ready for batches of that size first, which may take a while.
+
+        MemoryBudgetError where memory for that is refused.
+        """
+        with explained_refusals("decode steps were made ready"):
+            self._passes.prepare(settings.max_batch)
         self._batching = Batching(settings, self._costs, self._passes.num_layers)
 
     def add(self, request: Request) -> None:
@@ -132,8 +148,8 @@ class Engine:
         """One unit of work, and what it came to; nothing where there is nothing to do.
 
         Between two prefills there is a decode step: whatever keeps coming, those who run come to their end.
-        A copy that fails ends the requests of its pass, non-finite logits the one that they are of. Any other error
-        is raised, and leaves the engine for nothing but ``abort``.
+        A copy that fails, or memory that is refused, ends the requests of its pass, non-finite logits the one that they
+        are of. Any other error is raised, and leaves the engine for nothing but ``abort``.
         """
         for request in [one for one in self._running if one.finish_reason]:
             self._release(request)
@@ -151,7 +167,8 @@ class Engine:
     def generate(self, requests: Sequence[Request]) -> Generator[tuple[Request, int]]:
         """Yields each new token with its request, as many requests at a time as the KV cache holds.
 
-        Raises RequestError before any work when a request cannot be served, CopyError when an expert cannot be brought.
+        Raises RequestError before any work when a request cannot be served, CopyError when an expert cannot be brought,
+        MemoryBudgetError when memory is refused.
         """
         for request in requests:
             self.check(request.prompt_ids, request.params.max_tokens)
@@ -172,14 +189,15 @@ class Engine:
             self._meter.end_request()
 
     def forward(self, token_ids: Sequence[int]) -> Tensor:
-        """One prefill of ``token_ids``: float32 logits [T, V] of every position."""
+        """One prefill of ``token_ids``: float32 logits [T, V] of every position. Errors as in ``generate``."""
         self.check(token_ids, 0)
         kv = SequenceKV()
         self._meter.begin_request()
         try:
             self._cache.reserve(kv, len(token_ids))
             self._meter.prompt(len(token_ids))
-            return self._passes.whole(next(self._numbers), kv, token_ids)
+            with explained_refusals(A_PASS):
+                return self._passes.whole(next(self._numbers), kv, token_ids)
         finally:
             self._cache.release(kv)
             self._meter.end_request()
@@ -229,8 +247,9 @@ class Engine:
         if not chosen:
             return []
         try:
-            self._passes.prefill(chosen, interruptible=bool(self._running))
-        except CopyError as error:
+            with explained_refusals(A_PASS):
+                self._passes.prefill(chosen, interruptible=bool(self._running))
+        except OF_ITS_PASS as error:
             return self._fail(chosen, error)
         return []
 
@@ -238,8 +257,9 @@ class Engine:
         self._decoded = False
         begun = self._clock()
         try:
-            logits_BV = self._passes.advance(prefill, num_layers)
-        except CopyError as error:
+            with explained_refusals(A_PASS):
+                logits_BV = self._passes.advance(prefill, num_layers)
+        except OF_ITS_PASS as error:
             return self._fail(prefill.requests, error)
         self._measured = self._clock()
         self._costs.note_prefill(prefill.num_tokens, num_layers, self._measured - begun)
@@ -254,8 +274,9 @@ class Engine:
         if not requests:
             return []
         try:
-            logits_BV = self._passes.decode(requests)
-        except CopyError as error:
+            with explained_refusals(A_PASS):
+                logits_BV = self._passes.decode(requests)
+        except OF_ITS_PASS as error:
             return self._fail(requests, error)
         produced = self._sample_all(requests, logits_BV)
         self._measured = self._clock()
@@ -323,7 +344,9 @@ class Engine:
         return Produced(request, token, logprobs)
 
     def _fail(self, requests: Sequence[Request], error: DuoServeError) -> list[Produced]:
-        """``error`` ends these requests, those that had been aborted without a word."""
+        """``error`` ends these requests, those that had been aborted without a word; it keeps no tensor of the pass."""
+        log.debug("a pass has failed", exc_info=error)
+        forget_calls(error)
         failed = [Produced(request, error=error) for request in requests if request.finish_reason is None]
         for request in requests:
             request.finish("error")

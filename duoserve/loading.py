@@ -15,6 +15,7 @@ from duoserve.engine import Engine
 from duoserve.errors import ConfigError, TraceError
 from duoserve.experts.budget import MemoryPlan
 from duoserve.experts.checkpoint import Checkpoint
+from duoserve.experts.out_of_memory import explained_refusals
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.kernels import Products
@@ -88,6 +89,7 @@ def load(  # noqa: PLR0913
     is what ``duoserve evaluate`` has chosen, its predictor included, else "duoserve"; "resident" where all fit. A
     choice that cannot be read is passed over with a warning, or makes no guesses where only its predictor cannot be;
     and there is one where the predictor that was asked for is not there, or "auto" comes to a policy without guesses.
+    MemoryBudgetError for memory that the plan cannot have, or that is refused when it is carried out.
     """
     named = _named_policy(policy)
     with ExitStack() as held:
@@ -99,9 +101,10 @@ def load(  # noqa: PLR0913
         # Before the plan: compiled steps take memory, and so does the compiler that is tried.
         wanted = replace(wanted, decode_mode=resolve_mode(wanted.decode_mode, place.device))
         decision = _decide(place, wanted, named, predictor, cache_dir)
-        store = place.slow_tier(decision.plan, cache_dir, held, wanted.quantize, decision.policy.keeps)
         meter = Meter()
-        engine = _engine(decision, store, meter, listener, held)
+        with explained_refusals("the model was loaded"):
+            store = place.slow_tier(decision.plan, cache_dir, held, wanted.quantize, decision.policy.keeps)
+            engine = _engine(decision, store, meter, listener, held)
         return Runtime(
             config=found.config,
             plan=decision.plan,

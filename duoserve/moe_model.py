@@ -5,10 +5,11 @@ T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import reprlib
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral
 from operator import index
@@ -60,6 +61,7 @@ class MoEModel:
         self._turn = threading.Lock()
         self._computing = threading.RLock()  # held for a step at a time: a stream that nobody reads holds up no close()
         self._serving_thread: int | None = None
+        self._tokens: Generator[tuple[Request, int]] | None = None  # of the call that has its turn
         self._lent = False
 
     @classmethod
@@ -176,7 +178,7 @@ class MoEModel:
         """Completes one prompt (text or token ids), or a list of prompts in shared passes over the experts.
 
         ``changes`` override fields of ``params``. Raises RequestError for what cannot be served, CopyError when an
-        expert cannot be brought; the model stays usable after either.
+        expert cannot be brought, MemoryBudgetError when memory is refused; the model stays usable after any of them.
         """
         single = _is_one(prompt)
         prompts: Sequence[Any] = [prompt] if single else prompt
@@ -231,8 +233,9 @@ class MoEModel:
         """
         runtime, self._open_runtime = self._open_runtime, None
         if runtime is not None:
-            with self._computing:
-                runtime.close()
+            with self._computing, closing(runtime):
+                if self._tokens is not None and inspect.getgeneratorstate(self._tokens) != inspect.GEN_RUNNING:
+                    self._tokens.close()  # a stream that nobody reads on would hold the engine
 
     def __enter__(self) -> MoEModel:
         return self
@@ -249,7 +252,9 @@ class MoEModel:
     def _run(self, writers: Mapping[Request, Writer]) -> Generator[str, None, Stats]:
         """Yields text as it becomes certain, and returns the figures as they are before another call has its turn."""
         with self._my_turn() as runtime:
-            tokens = runtime.engine.generate(list(writers))
+            meter, tokens = runtime.meter, runtime.engine.generate(list(writers))
+            del runtime  # close() releases it, however long this waits to be read
+            self._tokens = tokens
             try:
                 while (made := self._next(tokens)) is not None:
                     request, token = made
@@ -258,7 +263,8 @@ class MoEModel:
             finally:
                 with self._computing:
                     tokens.close()
-            return runtime.meter.snapshot()
+                    self._tokens = None
+            return meter.snapshot()
 
     def _next(self, tokens: Generator[tuple[Request, int]]) -> tuple[Request, int] | None:
         with self._step():

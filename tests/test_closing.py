@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -80,5 +82,16 @@ def test_a_thread_may_close_the_model_under_its_own_stream(model: MoEModel) -> N
     stream = model.stream("To be", GREEDY)
     next(stream)
     model.close()
+    with pytest.raises(ClosedError, match="was closed"):
+        next(stream)
+
+
+def test_a_stream_that_is_kept_keeps_nothing_of_a_closed_model(model: MoEModel) -> None:
+    engine = weakref.ref(model._runtime.engine)
+    stream = model.stream("To be", GREEDY)
+    next(stream)
+    model.close()
+    gc.collect()
+    assert engine() is None
     with pytest.raises(ClosedError, match="was closed"):
         next(stream)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from duoserve import CheckpointError, CopyError, DuoServeError, MoEModel, SamplingParams
+from duoserve import CheckpointError, CopyError, DuoServeError, MemoryBudgetError, MoEModel, SamplingParams
 from duoserve.engine import Engine
 from duoserve.experts.copy_engine import ThreadedCopyEngine
 from duoserve.experts.layout import ExpertId
@@ -120,7 +120,7 @@ def test_copy_threads_end_with_a_load_that_fails_behind_them(folder: Path, monke
     alive = threads_since()
     monkeypatch.setattr(Placement, "copy_engine", copy_engine)
     monkeypatch.setattr("duoserve.loading.Scheduler", fails)
-    with pytest.raises(MemoryError, match="no room for the books"):
+    with pytest.raises(MemoryBudgetError, match=r"while the model was loaded \(no room for the books\)"):
         MoEModel.from_pretrained(folder)
     assert alive() == 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -10,15 +12,16 @@ from duoserve.experts.host_ram import available_bytes
 from duoserve.experts.rows import aligned_rows
 
 CPU = torch.device("cpu")
+LEAST_CAPABILITY = (8, 0)  # Triton makes no kernels for older GPUs
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that ``name`` means: "auto" is a GPU where there is one.
+    """The device that ``name`` means: "auto" is a GPU where there is one, and kernels run on it.
 
-    ConfigError for one that is not there, or is a GPU other than the first.
+    ConfigError for one that is not there, is a GPU other than the first, or is too old.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = _automatic()
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -37,7 +40,28 @@ def resolve_device(name: str) -> torch.device:
             f"device={name!r} means cuda:{index}, and cuda:{current} is the current device, but kernels run on cuda:0 "
             "alone: start the process with CUDA_VISIBLE_DEVICES naming that GPU only, and use 'cuda'"
         )
+    if fault := _fault(index):
+        raise ConfigError(f"device={name!r} cannot be had: {fault}: use device='cpu'")
     return torch.device("cuda", index)
+
+
+def _automatic() -> str:
+    """The name of a GPU where there is one, else of the CPU; warns of a GPU that is no use."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    if fault := _fault(torch.cuda.current_device()):
+        warnings.warn(f"device='auto' is the CPU: {fault}", stacklevel=1)  # the same place, whoever asked
+        return "cpu"
+    return "cuda"
+
+
+def _fault(index: int) -> str | None:
+    """Why kernels do not run on this GPU, None if they do."""
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= LEAST_CAPABILITY:
+        return None
+    has, needed = (".".join(map(str, one)) for one in (capability, LEAST_CAPABILITY))
+    return f"cuda:{index} has compute capability {has}, but kernels need {needed} (Ampere) or newer"
 
 
 def free_bytes(device: torch.device) -> int:

@@ -6,9 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 
-import torch
-
-from duoserve.errors import MemoryBudgetError
+from duoserve.experts.out_of_memory import explained_refusals
 from duoserve.server.backend import Service
 from duoserve.server.errors import unavailable
 from duoserve.service.interface import State
@@ -45,10 +43,11 @@ class ServiceLoader:
     async def start(self) -> None:
         """Loads; raises what loading raised, an allocation that failed as MemoryBudgetError."""
         try:
-            self._service = await _in_thread(self._load)
+            with explained_refusals("the model was loaded"):
+                self._service = await _in_thread(self._load)
         except Exception as error:
-            self.failure = _clear(error)
-            raise self.failure from error
+            self.failure = error
+            raise
 
     async def drain(self, seconds: float) -> None:
         """Lets what runs finish for so long, takes nothing more."""
@@ -84,15 +83,3 @@ async def _in_thread(load: Callable[[], Service]) -> Service:
 
     threading.Thread(target=work, name="duoserve-load", daemon=True).start()
     return await done
-
-
-def _clear(error: Exception) -> Exception:
-    """An allocator's failure, which torch raises as a plain RuntimeError on CPUs, in our words."""
-    refused = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if refused or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
-        first = (str(error).splitlines() or [""])[0]
-        return MemoryBudgetError(
-            f"out of memory while the model was loaded ({first}): free some, or lower expert_slots, memory, "
-            "host_memory or max_context"
-        )
-    return error

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from duoserve.errors import DuoServeError
+from duoserve.experts.out_of_memory import forget_calls
 from duoserve.request import Request
 from duoserve.service.interface import Objectives, Piece, Times
 
@@ -67,6 +68,8 @@ class Stream:
     def give(self, item: Piece | DuoServeError | None, finished: float | None) -> bool:
         """By the service's thread: the next piece, or the end of it; False if the event loop has been closed."""
         self._finished = finished
+        if isinstance(item, DuoServeError):
+            forget_calls(item)
         try:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
         except RuntimeError:

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from duoserve.engine import Engine
 from duoserve.errors import ClosedError, DuoServeError, OverloadedError
+from duoserve.experts.out_of_memory import forget_calls
 from duoserve.loading import Runtime
 from duoserve.request import Produced, Request
 from duoserve.service.interface import FinishReason, Piece, ServiceFigures, ServiceSettings, State
@@ -31,12 +33,14 @@ class Task:
 
 
 class Worker:
-    """Runs ``runtime``'s engine on a thread of its own until ``stop``. All methods may be called by any thread."""
+    """Runs ``runtime``'s engine on a thread of its own until ``stop``, and has let go of it then.
+
+    All methods may be called by any thread.
+    """
 
     def __init__(self, runtime: Runtime, settings: ServiceSettings) -> None:
-        self._runtime = runtime
-        self._engine = runtime.engine
-        self._engine.serve_by(settings)
+        runtime.engine.serve_by(settings)
+        self._open_runtime: Runtime | None = runtime
         self._tasks: dict[Request, Task] = {}
         self._finished: Counter[FinishReason] = Counter()
         self._refused = self._attained = self._with_objectives = 0
@@ -83,12 +87,24 @@ class Worker:
         return done
 
     def stop(self) -> None:
-        """Ends all requests and the thread; idempotent."""
+        """Ends all requests and the thread; idempotent. The figures stay as they were at the end."""
         self.end_all()
         with self._wake:
             self._stopped = True
             self._wake.notify()
         self._thread.join()
+        self._open_runtime = None  # streams know the worker, and may be kept for longer than the model is open
+
+    @property
+    def _runtime(self) -> Runtime:
+        """For the thread alone."""
+        if self._open_runtime is None:
+            raise ClosedError("the service has been closed")
+        return self._open_runtime
+
+    @property
+    def _engine(self) -> Engine:
+        return self._runtime.engine
 
     def _ask(self, command: Callable[[], None]) -> None:
         with self._wake:
@@ -96,7 +112,7 @@ class Worker:
                 self._asked.append(command)
                 self._wake.notify()
                 return
-        command()  # the thread is gone: nothing else touches the engine
+        command()  # the thread is gone: nobody touches the engine any more
 
     def _run(self) -> None:
         try:
@@ -134,9 +150,10 @@ class Worker:
             self.drained.set_result(None)
 
     def _add(self, request: Request, task: Task, answer: Future[None]) -> None:
+        if self._state is not State.READY:
+            _answer(answer, ClosedError(self._why))
+            return
         try:
-            if self._state is not State.READY:
-                raise ClosedError(self._why)
             self._engine.add(request)
         except DuoServeError as error:
             self._refused += isinstance(error, OverloadedError)
@@ -243,5 +260,7 @@ def _text(writer: Writer, request: Request, token: int) -> str:
 
 def _answer(answer: Future[None], error: DuoServeError | None) -> None:
     """Nobody may be waiting any more."""
+    if error is not None:
+        forget_calls(error)
     if answer.set_running_or_notify_cancel():
         answer.set_result(None) if error is None else answer.set_exception(error)

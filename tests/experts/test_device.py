@@ -9,11 +9,14 @@ from duoserve.errors import ConfigError
 from duoserve.experts.device import free_bytes, resolve_device
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, found: int, current: int = 0) -> None:
-    """So many GPUs, of which one is torch's current device."""
+def machine(
+    monkeypatch: pytest.MonkeyPatch, found: int, current: int = 0, capability: tuple[int, int] = (8, 0)
+) -> None:
+    """So many GPUs of one kind, of which one is torch's current device."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: found > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
@@ -44,6 +47,21 @@ def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, message in {"cuda": "torch finds 0", "mps": "is not supported", "gpu": "is no device"}.items():
         with pytest.raises(ConfigError, match=message):
             resolve_device(name)
+
+
+def test_a_gpu_that_kernels_do_not_run_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, found=1, capability=(7, 5))
+    for name in ("cuda", "cuda:0"):
+        with pytest.raises(ConfigError, match=rf"{name!r} .* capability 7\.5, but .* need 8\.0 .* device='cpu'"):
+            resolve_device(name)
+    with pytest.warns(UserWarning, match=r"'auto' is the CPU: cuda:0 has compute capability 7\.5"):
+        assert resolve_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_newer_gpus_than_the_oldest_are_taken(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, found=1, capability=capability)
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda", 0)
 
 
 def test_what_a_closed_model_has_left_to_the_allocator_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,8 @@ from typing import Any
 import pytest
 
 from duoserve import AsyncEngine, MoEModel, SamplingParams, State
-from duoserve.errors import ClosedError, DuoServeError, RequestError
+from duoserve.errors import ClosedError, CopyError, DuoServeError, RequestError
+from duoserve.models.transformer import Transformer
 from duoserve.service.stream import Stream
 from duoserve.text.tokenizer import IncrementalDecoder
 from tests.checkpoints import BARD, save_mixtral
@@ -78,6 +81,33 @@ def test_a_close_that_is_cancelled_comes_to_its_end(folder: Path) -> None:
             _ = service.model.config
         with pytest.raises(ClosedError):
             [_ async for _ in stream]
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+@pytest.mark.parametrize("error", [None, CopyError("no such expert"), ZeroDivisionError("a bug")], ids=repr)
+def test_who_keeps_a_closed_service_and_what_it_has_said_keeps_nothing_of_the_model(
+    error: Exception | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if error is not None:
+        monkeypatch.setattr(Transformer, "advance", broken(error))
+
+    async def main() -> None:
+        service = AsyncEngine(MoEModel.from_pretrained(folder))
+        engine = weakref.ref(service.model._runtime.engine)
+        with pytest.raises(RequestError) as refused:
+            await service.submit([], PARAMS)
+        stream = await service.submit(PROMPT, PARAMS)
+        while stream.times.finished is None:
+            await asyncio.sleep(0.01)
+        await service.close()
+        gc.collect()
+        assert engine() is None and refused.value is not None
+        assert service.figures().finished == {"length" if error is None else "error": 1}
+        stream.cancel()
+        with pytest.raises(ClosedError):
+            await service.submit(PROMPT, PARAMS)
+        await service.close()
 
     asyncio.run(asyncio.wait_for(main(), 20))
 

@@ -1,0 +1,50 @@
+"""What becomes of an allocator's refusal: an error in our words, which keeps nothing alive of what was being made."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from duoserve.errors import DuoServeError, MemoryBudgetError
+
+# torch has a type for what its own allocator on a GPU refuses. The CPU's, the driver and cuBLAS only say so.
+WORDS = ("allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+
+
+@contextmanager
+def explained_refusals(doing: str) -> Iterator[None]:
+    """MemoryBudgetError where memory is refused inside: ``doing`` is what was done, as in "the model was loaded"."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_refusal(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # else who keeps the error keeps what was made so far
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise MemoryBudgetError(
+            f"out of memory while {doing} ({first}): free some, or lower expert_slots, memory, host_memory or "
+            "max_context"
+        ) from error
+
+
+def forget_calls(error: BaseException) -> None:
+    """Takes from ``error`` and its causes the calls that they came through: it is about to be told to somebody else.
+
+    Those calls, and those that had made them, have tensors in their variables, and the engine itself: whoever kept the
+    error would keep these alive.
+    """
+    at: BaseException | None = error
+    while at is not None:
+        traceback.clear_frames(at.__traceback__)  # which may have been written down: a log keeps it too
+        at.__traceback__ = None
+        at = at.__cause__
+
+
+def _is_refusal(error: Exception) -> bool:
+    if isinstance(error, DuoServeError):
+        return False
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or any(words in str(error) for words in WORDS)
