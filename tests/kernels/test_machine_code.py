@@ -124,13 +124,13 @@ SMALL_BUDGETS = {
 STRAIGHT_LOADS = {"_combine_kernel": 8, "_rms_norm_kernel": 1}
 
 
-# A down projection has the row and the loop of an up projection, and does less with its sums. Where weights are
-# decoded, which takes long to compile, one architecture must do.
+# A down projection has the row and the loop of an up projection, and does less with its sums; other dtypes than
+# bfloat16 differ in the decoding. Where weights are decoded, which takes long to compile, one architecture must do.
 COMPILED = [
     (name, arch)
     for arch in ARCHES
     for name, gemm in GEMMS.items()
-    if gemm.up or gemm.format is ExpertFormat.FLOAT or arch == 90
+    if arch == 90 or gemm.format is ExpertFormat.FLOAT or (gemm.up and gemm.dtype == torch.bfloat16)
 ]
 
 
