@@ -24,7 +24,7 @@ LLAMAS = (LLAMA, LLAMA_Q8, LLAMA_DISK)
 REFERENCE = "transformers float32"
 ON_DEMAND, LAYER_PREFETCH = "duoserve on-demand", "duoserve layer-prefetch"
 OP_BY_OP = (OURS, OURS_DISK, ON_DEMAND, LAYER_PREFETCH)  # of duoserve's rows; the others are compiled
-# What a quick run leaves out, for it checks the bench: each is set up as another but for a number or a name.
+# What a quick run leaves out, for it checks the bench: each is set up as another but for a number, a name or a format.
 QUICK_WITHOUT = frozenset(
     {OURS_QUANTIZED["int4"], BF12, BF12_POLICY, BF12_EQUAL}
     | {PEERS[1], PEER_DISK_EQUAL, PEER_DISK_WARM, LAYER_PREFETCH}

@@ -21,9 +21,9 @@ from duoserve.errors import (
     OverloadedError,
     RequestError,
 )
-from duoserve.experts.out_of_memory import explained_refusals, forget_calls
 from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache, SequenceKV
 from duoserve.metrics import Meter
+from duoserve.out_of_memory import explained_refusals, forget_calls
 from duoserve.passes import Passes, Prefill
 from duoserve.request import Produced, Request
 from duoserve.sampling import Sampler, token_logprobs

@@ -15,7 +15,6 @@ from duoserve.engine import Engine
 from duoserve.errors import ConfigError, TraceError
 from duoserve.experts.budget import MemoryPlan
 from duoserve.experts.checkpoint import Checkpoint
-from duoserve.experts.out_of_memory import explained_refusals
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.kernels import Products
@@ -30,6 +29,7 @@ from duoserve.models.opened import opened
 from duoserve.models.tap import RoutingTap
 from duoserve.models.transformer import Transformer
 from duoserve.models.variants import with_products
+from duoserve.out_of_memory import explained_refusals
 from duoserve.passes import Decoder, Passes
 from duoserve.placement import Placement
 from duoserve.predictors.base import RowPredictor

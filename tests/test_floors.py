@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 FLOORS = """
-F0  errors  architecture  config  timeline  metrics
+F0  errors  out_of_memory  architecture  config  timeline  metrics
 F1  kernels/checks  kernels/limits  kernels/matmul  kernels/bf12  kernels/weights  kernels/host_rows  kernels/routing
     kernels/paging  kernels/reference_dequant  kernels/reference_codes  kernels/reference_small
     kernels/reference_attention  kernels/experts_together  kernels/reference  kernels/reference_copies
@@ -36,7 +36,7 @@ F2  experts/__init__  experts/positional_file  experts/whole_file  experts/stric
     experts/formats/codes  experts/formats/fp8  experts/formats/int4  experts/formats/lanes  experts/formats/awq
     experts/formats/gptq  experts/formats/mxfp4  experts/formats/bf12  experts/formats/expert_row
     experts/formats/reading  experts/pack_folder  experts/packing  experts/scale_search  experts/quantizing
-    experts/host_ram  experts/out_of_memory  experts/device  experts/budget  experts/disk_store  experts/slots
+    experts/host_ram  experts/device  experts/budget  experts/disk_store  experts/slots
     experts/tickets  experts/copy_engine  experts/virtual  experts/virtual_readers  experts/streams
     experts/cuda_streams  experts/lane_marks  experts/stream_engine
 F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sized
 from typing import Protocol
 
 from duoserve.errors import ClosedError, ConfigError, CopyError
@@ -74,9 +74,15 @@ class CopyEngine(Protocol):
         ...
 
 
-def no_thread(error: RuntimeError) -> CopyError:
-    """What an engine raises that cannot start the first of its threads for this ``error``."""
-    return CopyError(f"no thread can be had to copy experts ({error}): allow this process more")
+def started(thread: threading.Thread, others: Sized) -> bool:
+    """Starts ``thread``; False where no more can be had and the ``others`` must do, CopyError where there are none."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        if others:
+            return False
+        raise CopyError(f"no thread can be had to copy experts ({error}): allow this process more") from error
+    return True
 
 
 class ThreadedCopyEngine(CopyEngine):
@@ -163,12 +169,8 @@ class ThreadedCopyEngine(CopyEngine):
         """One is enough where no more can be had; CopyError without any."""
         while len(self._threads) < self._num_threads:
             thread = threading.Thread(target=self._work, name="duoserve-copy", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError as error:
-                if self._threads:
-                    return
-                raise no_thread(error) from error
+            if not started(thread, self._threads):
+                return
             self._threads.add(thread)
 
     def _work(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from duoserve.errors import ClosedError, ConfigError, CopyError
-from duoserve.experts.copy_engine import CopyEngine, CopyListener, no_thread
+from duoserve.experts.copy_engine import CopyEngine, CopyListener, started
 from duoserve.experts.lane_marks import LaneTimes, PrefetchLane, SlotUsers, StallListener
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.pinned import pin, unpin
@@ -169,12 +169,8 @@ class StreamCopyEngine(CopyEngine):
         """One for each staging row, or as many as can be had; CopyError without any."""
         for number, row_B in enumerate(self._staging_NB):
             thread = threading.Thread(target=self._work, args=(row_B,), name=f"duoserve-copy-{number}", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError as error:
-                if self._threads:
-                    return
-                raise no_thread(error) from error
+            if not started(thread, self._threads):
+                return
             self._threads.append(thread)
 
     def _enqueue_at_once(self, ticket: Ticket) -> bool:

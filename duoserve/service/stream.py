@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from duoserve.errors import DuoServeError
-from duoserve.experts.out_of_memory import forget_calls
+from duoserve.out_of_memory import forget_calls
 from duoserve.request import Request
 from duoserve.service.interface import Objectives, Piece, Times
 
