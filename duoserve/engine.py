@@ -23,7 +23,7 @@ from duoserve.errors import (
 )
 from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache, SequenceKV
 from duoserve.metrics import Meter
-from duoserve.out_of_memory import explained_refusals, forget_calls
+from duoserve.out_of_memory import explained_refusals, forget_calls, own_copy
 from duoserve.passes import Passes, Prefill
 from duoserve.request import Produced, Request
 from duoserve.sampling import Sampler, token_logprobs
@@ -347,7 +347,7 @@ class Engine:
         """``error`` ends these requests, those that had been aborted without a word; it keeps no tensor of the pass."""
         log.debug("a pass has failed", exc_info=error)
         forget_calls(error)
-        failed = [Produced(request, error=error) for request in requests if request.finish_reason is None]
+        failed = [Produced(request, error=own_copy(error)) for request in requests if request.finish_reason is None]
         for request in requests:
             request.finish("error")
         self._release_all(requests)

@@ -57,3 +57,7 @@ class OverloadedError(DuoServeError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type[OverloadedError], tuple[str, float]]:
+        """For copies, and for who is in another process: they need both."""
+        return type(self), (str(self), self.retry_after_s)

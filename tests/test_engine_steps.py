@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Sequence
 from itertools import product
@@ -311,6 +312,8 @@ def test_what_cannot_be_served_is_refused(float_folder: Path) -> None:
         with pytest.raises(OverloadedError, match="2 requests wait and 0 run") as refused:
             engine.add(asked(OTHER))
         assert refused.value.retry_after_s > 0
+        elsewhere = pickle.loads(pickle.dumps(refused.value))  # as processes tell one another
+        assert (str(elsewhere), elsewhere.retry_after_s) == (str(refused.value), refused.value.retry_after_s)
         run(engine, [])
         with pytest.raises(OverloadedError, match="would miss its objective: its first token is expected after"):
             engine.add(asked(PROMPT, objectives=Objectives(ttft_s=1e-9)))

@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -18,6 +19,7 @@ import pytest
 from duoserve import AsyncEngine, MoEModel, SamplingParams, State
 from duoserve.errors import ClosedError, CopyError, DuoServeError, RequestError
 from duoserve.models.transformer import Transformer
+from duoserve.passes import Passes
 from duoserve.service.stream import Stream
 from duoserve.text.tokenizer import IncrementalDecoder
 from tests.checkpoints import BARD, save_mixtral
@@ -139,6 +141,33 @@ def test_no_kind_of_error_leaves_callers_waiting(folder: Path, monkeypatch: pyte
 
     model = MoEModel.from_pretrained(folder)
     serve(model, main)
+
+
+def test_who_has_been_told_of_an_error_goes_on_while_others_are_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What each is told is cleared of the calls that it came through: of its own, not of another caller's."""
+    give = Stream.give
+
+    def slow(stream: Stream, item: Any, finished: float | None) -> bool:
+        time.sleep(0.05)  # who was told before is long back to waiting
+        return give(stream, item, finished)
+
+    async def main(service: AsyncEngine) -> None:
+        streams = [await service.submit(PROMPT, PARAMS) for _ in range(3)]
+        for stream in streams:
+            await anext(stream)
+        monkeypatch.setattr(Stream, "give", slow)
+        monkeypatch.setattr(Passes, "decode", broken(CopyError("injected")))
+        told = []
+        for stream in streams:
+            with pytest.raises(CopyError, match="injected") as caught:
+                async for _ in stream:
+                    pass
+            told.append(caught.value)
+        assert len({*map(id, told)}) == 3
+
+    serve(MoEModel.from_pretrained(folder), main)
 
 
 def test_a_tokenizer_that_fails_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
