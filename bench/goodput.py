@@ -11,9 +11,9 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from duoserve import AsyncEngine, MoEModel, Objectives, SamplingParams, ServiceSettings
+from duoserve.interface import Times
 from duoserve.loadtest.workload import Workload
 from duoserve.metrics import percentile
-from duoserve.service.interface import Times
 from goodput_search import Search, goodput
 
 SCHEDULERS = ("fcfs", "slo")

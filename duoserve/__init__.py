@@ -15,13 +15,13 @@ from duoserve.errors import (
     TraceError,
 )
 from duoserve.experts.budget import MemoryPlan
+from duoserve.interface import Objectives, Piece, ServiceFigures, ServiceSettings, State, TokenLogprobs
 from duoserve.metrics import Stats
 from duoserve.moe_model import Completion, MoEModel
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy, get_policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.service.async_engine import AsyncEngine
-from duoserve.service.interface import Objectives, Piece, ServiceFigures, ServiceSettings, State, TokenLogprobs
 from duoserve.service.stream import Stream
 
 __version__ = "0.1.0"

@@ -14,9 +14,9 @@ from duoserve.errors import CheckpointError, TraceError
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.hub import EMBEDDED_FOLDER
 from duoserve.experts.pack_folder import cache_folder
-from duoserve.experts.positional_file import is_file
-from duoserve.experts.strict_json import read_object
-from duoserve.experts.whole_file import check_writable, write_whole
+from duoserve.files.positional import is_file
+from duoserve.files.strict_json import read_object
+from duoserve.files.whole import check_writable, refused_as, write_whole
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.files import load_predictor, save_predictor
 from duoserve.scheduling.policies import POLICIES
@@ -130,8 +130,6 @@ def _place(checkpoint: Checkpoint, cache_dir: str | Path | None) -> Path:
 @contextmanager
 def _writing_to(folder: Path) -> Iterator[Path]:
     """Makes ``folder``; TraceError where that, or what the block writes there, cannot be written."""
-    try:
+    with refused_as(TraceError, f"{folder}: the choice cannot be written there"):
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
-    except OSError as error:
-        raise TraceError(f"{folder}: the choice cannot be written there ({error})") from error

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 
 from duoserve.architecture import Blocks, Quantization
+from duoserve.byte_sizes import parse_bytes
 from duoserve.errors import ConfigError
 
 DECODE_MODES = ("auto", "event", "graph", "compiled")
@@ -111,6 +113,27 @@ class EngineConfig:
             if value is not None:
                 _check_integer(name, value, low=1 if name == "max_context" else 0)
         _check_integer("copy_threads", self.copy_threads, low=1)
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        expert_memory: int | str | None = None,
+        memory: int | str | None = None,
+        host_memory: int | str | None = "auto",
+        **others: Any,
+    ) -> EngineConfig:
+        """From sizes as ``parse_bytes`` takes them, and ``others`` as they are; ConfigError as in both."""
+        return cls(
+            expert_memory=_given_bytes(expert_memory),
+            memory=_given_bytes(memory),
+            host_memory=None if host_memory == "auto" else _given_bytes(host_memory),
+            **others,
+        )
+
+
+def _given_bytes(size: int | str | None) -> int | None:
+    return None if size is None else parse_bytes(size)
 
 
 def _check_kind(name: str, value: object, kind: type, called: str) -> None:

@@ -12,6 +12,9 @@ from itertools import count
 
 from torch import Tensor
 
+from duoserve.batching.choices import Batching, Load, WaitingRequest
+from duoserve.batching.cost import MeasuredCosts
+from duoserve.batching.load_view import as_running, as_under_way, as_waiting
 from duoserve.config import ModelConfig
 from duoserve.errors import (
     CopyError,
@@ -21,16 +24,13 @@ from duoserve.errors import (
     OverloadedError,
     RequestError,
 )
+from duoserve.interface import ServiceSettings
 from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache, SequenceKV
 from duoserve.metrics import Meter
 from duoserve.out_of_memory import explained_refusals, forget_calls, own_copy
 from duoserve.passes import Passes, Prefill
 from duoserve.request import Produced, Request
 from duoserve.sampling import Sampler, token_logprobs
-from duoserve.service.batching import Batching, Load, WaitingRequest
-from duoserve.service.cost import MeasuredCosts
-from duoserve.service.interface import ServiceSettings
-from duoserve.service.load_view import as_running, as_under_way, as_waiting
 
 # Of a list of prompts: as many at once as the KV cache holds with all of their answers, in their order.
 ALL_AT_ONCE = ServiceSettings(max_batch=1 << 30, max_waiting=1 << 30, scheduler="fcfs", answer_room=1 << 30)

@@ -19,17 +19,17 @@ from typing import Any, TypeVar, overload
 
 from torch import Tensor
 
-from duoserve.config import ModelConfig
+from duoserve.config import EngineConfig, ModelConfig
 from duoserve.errors import ClosedError, RequestError
-from duoserve.experts.budget import MemoryPlan, engine_config
+from duoserve.experts.budget import MemoryPlan
 from duoserve.experts.hub import at_revision
+from duoserve.interface import FinishReason
 from duoserve.loading import Runtime, load
 from duoserve.metrics import Stats
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
-from duoserve.service.interface import FinishReason
 from duoserve.text.chat_template import ChatTemplate
 from duoserve.text.tokenizer import Text
 from duoserve.text.writer import Writer
@@ -108,7 +108,7 @@ class MoEModel:
         Raises ConfigError, CheckpointError, MemoryBudgetError or, of a predictor that is not there or of another model,
         TraceError before anything large is allocated; CopyError if an expert cannot be brought or made smaller.
         """
-        wanted = engine_config(
+        wanted = EngineConfig.of(
             device=device,
             dtype=dtype,
             expert_memory=expert_memory,

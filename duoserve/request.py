@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from duoserve.errors import DuoServeError
+from duoserve.interface import FinishReason, Objectives, TokenLogprobs
 from duoserve.kv_cache import SequenceKV
 from duoserve.sampling import SamplingParams
-from duoserve.service.interface import FinishReason, Objectives, TokenLogprobs
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from duoserve.errors import DuoServeError, IntegrityError, RequestError
-from duoserve.service.interface import TokenLogprobs
+from duoserve.interface import TokenLogprobs
 
 MAX_STOPS = 4
 GREEDY_BELOW = 1e-6  # float32 logits of ordinary size differ by more than this, so the limit has been reached

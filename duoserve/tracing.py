@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from duoserve.config import EngineConfig
 from duoserve.errors import RequestError, TraceError
-from duoserve.experts.positional_file import is_file
+from duoserve.files.positional import is_file
 from duoserve.loading import Runtime, load
 from duoserve.models.opened import opened
 from duoserve.placement import Placement

@@ -21,9 +21,9 @@ from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.virtual import VirtualClock
+from duoserve.interface import Objectives, ServiceSettings
 from duoserve.request import Request
 from duoserve.scheduling.policies import POLICIES
-from duoserve.service.interface import Objectives, ServiceSettings
 from tests.assembly import AssembledEngine, assembled
 from tests.checkpoints import save_mixtral
 from tests.scheduling.fortune import GUESSING, any_teller, generous_link

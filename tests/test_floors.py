@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 FLOORS = """
-F0  errors  out_of_memory  architecture  config  timeline  metrics
-F1  kernels/checks  kernels/limits  kernels/matmul  kernels/bf12  kernels/weights  kernels/host_rows  kernels/routing
-    kernels/paging  kernels/reference_dequant  kernels/reference_codes  kernels/reference_small
+F0  errors  out_of_memory  byte_sizes  files/__init__  files/positional  files/whole  files/strict_json
+    architecture  config  timeline  metrics
+F1  kernels/checks  kernels/limits  kernels/matmul  kernels/bf12  kernels/weights  kernels/host_rows
+    kernels/routing  kernels/paging  kernels/reference_dequant  kernels/reference_codes  kernels/reference_small
     kernels/reference_attention  kernels/experts_together  kernels/reference  kernels/reference_copies
     kernels/numerics  kernels/configs  kernels/machine  kernels/dequant  kernels/moe_checks  kernels/route
     kernels/moe_store  kernels/moe_bf12  kernels/moe_gemm  kernels/moe_gemv  kernels/moe_fill  kernels/copies
@@ -30,13 +31,12 @@ F1  kernels/checks  kernels/limits  kernels/matmul  kernels/bf12  kernels/weight
     kernels/compiled/attention_loops  kernels/compiled/decomposed  kernels/compiled/tape  kernels/compiled/inductor
     kernels/compiled/compiler  kernels/compiled/loops  kernels/small_ops  kernels/compiled/ops
     kernels/compiled/token_expert  kernels/compiled/unpacking
-F2  experts/__init__  experts/positional_file  experts/whole_file  experts/strict_json  experts/safetensors_header
-    experts/shards  experts/hub  experts/layout  experts/pack_format  experts/checkpoint  experts/rows
-    experts/pinned  experts/pieces  experts/store  experts/formats/__init__  experts/formats/scratch
-    experts/formats/codes  experts/formats/fp8  experts/formats/int4  experts/formats/lanes  experts/formats/awq
-    experts/formats/gptq  experts/formats/mxfp4  experts/formats/bf12  experts/formats/expert_row
-    experts/formats/reading  experts/pack_folder  experts/packing  experts/scale_search  experts/quantizing
-    experts/host_ram  experts/device  experts/budget  experts/disk_store  experts/slots
+F2  experts/__init__  experts/safetensors_header  experts/shards  experts/hub  experts/layout  experts/pack_format
+    experts/checkpoint  experts/rows  experts/pinned  experts/pieces  experts/store  experts/formats/__init__
+    experts/formats/scratch  experts/formats/codes  experts/formats/fp8  experts/formats/int4  experts/formats/lanes
+    experts/formats/awq  experts/formats/gptq  experts/formats/mxfp4  experts/formats/bf12
+    experts/formats/expert_row  experts/formats/reading  experts/pack_folder  experts/packing  experts/scale_search
+    experts/quantizing  experts/host_ram  experts/device  experts/budget  experts/disk_store  experts/slots
     experts/tickets  experts/copy_engine  experts/virtual  experts/virtual_readers  experts/streams
     experts/cuda_streams  experts/lane_marks  experts/stream_engine
 F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/plan
@@ -54,15 +54,15 @@ F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  m
     models/decoder  models/config_fields  models/rope_fields  models/quantization_fields  models/common_fields
     models/expert_names  models/family  models/mixtral  models/qwen3_moe  models/qwen2_moe  models/olmoe
     models/deepseek  models/glm4_moe  models/granite_moe  models/gpt_oss  models/registry  models/stored
-    models/opened  models/described
-F5  service/__init__  service/interface  sampling  text/__init__  text/tokenizer_config  text/tokenizer
-    text/channels  text/chat_sandbox  text/chat_template  kv_cache  request  text/writer  passes  service/cost
-    service/batching  service/load_view  engine  launching/__init__  launching/inputs  launching/recorded_choices
-    launching/recorded  launching/event  launching/graph  launching/compiled_experts  launching/compiled
-    launching/compiled_prompts  launching/link  launching/launch  workspace  memory_needs  placement  choice  loading
-    tracing  evaluating  moe_model  service/stream  service/worker  service/async_engine  perplexity
-    planning/__init__  planning/model_cards  planning/formats  planning/sizes  planning/routing_curves
-    planning/speed  planning/policy_speed  planning/made_up  planning/rehearsal  planning/rehearsed  planning/planner
+    models/opened  models/described  models/gpu_support
+F5  interface  sampling  text/__init__  text/tokenizer_config  text/tokenizer  text/channels  text/chat_sandbox
+    text/chat_template  kv_cache  request  text/writer  passes  batching/__init__  batching/cost  batching/choices
+    batching/load_view  engine  launching/__init__  launching/inputs  launching/recorded_choices  launching/recorded
+    launching/event  launching/graph  launching/compiled_experts  launching/compiled  launching/compiled_prompts
+    launching/link  launching/launch  workspace  memory_needs  placement  choice  loading  tracing  evaluating
+    moe_model  service/__init__  service/stream  service/worker  service/async_engine  perplexity  planning/__init__
+    planning/model_cards  planning/formats  planning/sizes  planning/routing_curves  planning/speed
+    planning/policy_speed  planning/made_up  planning/rehearsal  planning/rehearsed  planning/planner
     planning/measuring  planning/this_machine  __init__
 F6  server/__init__  server/backend  server/settings  server/errors  server/fields  server/asking  server/records
     server/token_text  server/answers  server/generation  server/sse  server/http  server/host  server/metrics

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from duoserve.interface import FinishReason, Objectives
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
-from duoserve.service.interface import FinishReason, Objectives
 
 
 @pytest.mark.parametrize(

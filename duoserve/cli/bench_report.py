@@ -22,7 +22,7 @@ import torch
 
 from duoserve.cli.options import Subparsers, add_parser, refuse_in_vain
 from duoserve.errors import ConfigError, DuoServeError
-from duoserve.experts.whole_file import scratch_folder
+from duoserve.files.whole import scratch_folder
 
 CPU_EXAMPLES = """\
   git clone REPOSITORY && cd duoserve && duoserve bench cpu

@@ -12,9 +12,9 @@ from typing import Any
 
 from duoserve.cli.options import Subparsers, add_parser, count, refuse_in_vain
 from duoserve.errors import ConfigError
+from duoserve.interface import Objectives
 from duoserve.loadtest.figures import ATTAINED, PERCENTILES, GoodputSearch
 from duoserve.loadtest.workload import ARRIVALS, Workload
-from duoserve.service.interface import Objectives
 
 EXAMPLES = """\
   duoserve bench serve --url http://127.0.0.1:8000 --rate 2 --requests 100

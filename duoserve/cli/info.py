@@ -7,9 +7,9 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from duoserve.byte_sizes import format_bytes
 from duoserve.cli.inventory import Inventory, take_inventory
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser
-from duoserve.experts.budget import format_bytes
 from duoserve.kv_cache import kv_bytes_per_token
 from duoserve.models.described import DescribedModel, described
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from duoserve.byte_sizes import format_bytes
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_dtype, add_parser, add_quantize
 from duoserve.errors import ConfigError, RequestError
-from duoserve.experts.budget import format_bytes
 from duoserve.experts.layout import DTYPES
 from duoserve.experts.pack_folder import is_packed, pack_path
 from duoserve.experts.pack_format import PackHeader

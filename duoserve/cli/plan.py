@@ -12,11 +12,11 @@ from math import inf
 from pathlib import Path
 from typing import TypeAlias
 
+from duoserve.byte_sizes import parse_bytes
 from duoserve.cli.options import DESCRIBED_HELP, Subparsers, add_format, add_parser, refuse_in_vain, slots
 from duoserve.cli.plan_plot import draw_plans
 from duoserve.cli.plan_report import figures, lines
 from duoserve.errors import ConfigError, MemoryBudgetError
-from duoserve.experts.budget import parse_bytes
 from duoserve.planning.formats import layout_in
 from duoserve.planning.model_cards import find_model
 from duoserve.planning.planner import Plan, Planner

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from duoserve.byte_sizes import format_bytes
 from duoserve.errors import MemoryBudgetError
-from duoserve.experts.budget import format_bytes
 from duoserve.planning.planner import Plan, Planner
 from duoserve.planning.policy_speed import Speed
 from duoserve.scheduling.hardware import Hardware

@@ -13,13 +13,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from duoserve.byte_sizes import format_bytes
 from duoserve.cli.machines import add_hardware, replayed_on
 from duoserve.cli.options import DESCRIBED_HELP, Subparsers, add_format, add_parser, count, natural, refuse_in_vain
 from duoserve.cli.plots import draw, one_step
 from duoserve.cli.replay_report import contestants, slot_counts, table
 from duoserve.errors import ConfigError, MemoryBudgetError
-from duoserve.experts.budget import format_bytes
 from duoserve.experts.device import CPU, free_bytes
+from duoserve.files.whole import refused_as
 from duoserve.planning.model_cards import find_model
 from duoserve.planning.sizes import layer_sizes
 from duoserve.predictors.base import RowPredictor
@@ -184,10 +185,7 @@ def _made_after(trace: Trace) -> str:
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    try:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        raise ConfigError(f"--csv {path}: cannot be written ({error})") from error
+    with refused_as(ConfigError, f"--csv {path}: cannot be written"), path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -12,10 +12,10 @@ from typing import Any, get_args, get_type_hints
 
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
 from duoserve.errors import ConfigError
+from duoserve.interface import Objectives, ServiceSettings
 from duoserve.moe_model import MoEModel
 from duoserve.server.settings import ServerSettings
 from duoserve.service.async_engine import AsyncEngine
-from duoserve.service.interface import Objectives, ServiceSettings
 
 EXAMPLES = """\
   duoserve serve bard --expert-slots 25%

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from duoserve.errors import RequestError
 from duoserve.experts.hub import resolve_model
-from duoserve.experts.positional_file import is_there
+from duoserve.files.positional import is_there
 from duoserve.sampling import SamplingParams
 from duoserve.text.tokenizer import TOKENIZER
 

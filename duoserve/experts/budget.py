@@ -1,4 +1,4 @@
-"""How fast memory is divided: sizes as people write them, and the plan that is checked before anything is allocated."""
+"""How fast memory is divided: a plan that is checked before anything is allocated."""
 
 from __future__ import annotations
 
@@ -6,63 +6,14 @@ import re
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any
 
+from duoserve.byte_sizes import format_bytes
 from duoserve.config import EngineConfig
 from duoserve.errors import ConfigError, MemoryBudgetError
 from duoserve.experts.layout import ExpertLayout
 
-UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}}
-UNITS |= {f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}
-SIZE = re.compile(r"\s*(\d{1,19}(?:\.\d{1,19})?)\s*([KMGT]?I?B|)\s*", re.ASCII | re.IGNORECASE)
 SHARE = re.compile(r"\s*(\d{1,3}(?:\.\d{1,9})?)\s*%\s*", re.ASCII)
-MAX_BYTES = 2**63 - 1
 COMFORTABLE = Fraction(4, 5)  # of the free RAM, where nobody said how much
-
-
-def parse_bytes(size: int | str) -> int:
-    """Bytes in ``size``: an integer, or text such as "4GiB" (1024s), "500MB" (1000s) or "4096"; else ConfigError."""
-    match = SIZE.fullmatch(size) if isinstance(size, str) else None
-    unit = UNITS.get(match[2].upper()) if match else None
-    if match and unit:
-        size = int(Decimal(match[1]) * unit)
-    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= MAX_BYTES:
-        raise ConfigError(
-            f"{size!r} is not an amount of memory: give bytes, or text such as '4GiB', '1.5GiB' or '500MB'"
-        )
-    return size
-
-
-def engine_config(
-    *,
-    expert_memory: int | str | None = None,
-    memory: int | str | None = None,
-    host_memory: int | str | None = "auto",
-    **others: Any,
-) -> EngineConfig:
-    """An EngineConfig of sizes as ``parse_bytes`` takes them, and of ``others`` as they are; ConfigError as in both."""
-    return EngineConfig(
-        expert_memory=_given_bytes(expert_memory),
-        memory=_given_bytes(memory),
-        host_memory=None if host_memory == "auto" else _given_bytes(host_memory),
-        **others,
-    )
-
-
-def _given_bytes(size: int | str | None) -> int | None:
-    return None if size is None else parse_bytes(size)
-
-
-def format_bytes(nbytes: int) -> str:
-    """``nbytes`` for people, in 1024s and to two decimals: "512 B", "1.25 GiB"."""
-    if abs(nbytes) < 1024:
-        return f"{nbytes} B"
-    amount = nbytes / 1024
-    for unit in ("KiB", "MiB", "GiB"):
-        if abs(amount) < 1024:
-            return f"{amount:.2f} {unit}"
-        amount /= 1024
-    return f"{amount:.2f} TiB"
 
 
 def slot_count(slots: int | str, total_experts: int) -> int:

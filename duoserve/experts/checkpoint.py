@@ -16,10 +16,10 @@ from torch import Tensor
 
 from duoserve.errors import CheckpointError
 from duoserve.experts.layout import DTYPES
-from duoserve.experts.positional_file import PositionalFile, read_capped
 from duoserve.experts.safetensors_header import MAX_TENSORS, SafetensorsHeader, TensorInfo, read_header
 from duoserve.experts.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, weight_map
-from duoserve.experts.strict_json import parse_object
+from duoserve.files.positional import PositionalFile, read_capped
+from duoserve.files.strict_json import parse_object
 
 MAX_CONFIG_BYTES = 1 << 20
 # A converting read goes through cache-sized blocks, small enough for torch not to split the copy over threads of its

@@ -14,8 +14,8 @@ from huggingface_hub.errors import (
 )
 
 from duoserve.errors import CheckpointError
-from duoserve.experts.positional_file import is_there
 from duoserve.experts.shards import CONFIG_FILE
+from duoserve.files.positional import is_there
 
 EMBEDDED = ("bard", "bard-fine")
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "assets"

@@ -8,7 +8,7 @@ from typing import Any
 
 from duoserve.errors import CheckpointError, KernelError
 from duoserve.experts.layout import FORMS, ExpertId, ExpertLayout
-from duoserve.experts.strict_json import read_object
+from duoserve.files.strict_json import read_object
 
 PACK_FILE = "experts.pack"
 HEADER_FILE = "pack.json"

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from duoserve.errors import CheckpointError, CutShortError
-from duoserve.experts.positional_file import PositionalFile
-from duoserve.experts.strict_json import parse_object
+from duoserve.files.positional import PositionalFile
+from duoserve.files.strict_json import parse_object
 
 MAX_HEADER_BYTES = 16 << 20  # the largest in public use, with 90 thousand tensors, have 10 MB
 MAX_TENSORS = 200_000

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from duoserve.errors import CheckpointError
-from duoserve.experts.positional_file import is_there
 from duoserve.experts.safetensors_header import MAX_HEADER_BYTES, MAX_TENSORS
-from duoserve.experts.strict_json import read_object
+from duoserve.files.positional import is_there
+from duoserve.files.strict_json import read_object
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"

@@ -148,8 +148,8 @@ class CompiledStep(DecodeStep):
         return self._with_outputs(first_part(model, self._inputs.batch(width)))
 
     def _next(self, end: PartEnd, width: int) -> PartEnd | Tensor:
-        batch = replace(end.run.batch, kv=self._inputs.kv(width))
-        return self._with_outputs(next_part(end._replace(run=end.run._replace(batch=batch))))
+        batch = replace(end.frame.batch, kv=self._inputs.kv(width))
+        return self._with_outputs(next_part(end._replace(frame=end.frame._replace(batch=batch))))
 
     def _with_outputs(self, end: PartEnd | Tensor) -> PartEnd | Tensor:
         if not isinstance(end, PartEnd):

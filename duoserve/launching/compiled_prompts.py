@@ -6,7 +6,7 @@ import torch
 
 from duoserve.kernels.compiled.ops import compiled_ops
 from duoserve.kv_cache import PagedKVCache, SequenceKV
-from duoserve.models.moe import MoEBlock
+from duoserve.models.parts import PartEnd, first_part, next_part
 from duoserve.models.transformer import Transformer
 from duoserve.models.variants import with_ops
 
@@ -28,12 +28,7 @@ def _rehearse(model: Transformer, cache: PagedKVCache) -> None:
     kv = SequenceKV()
     cache.reserve(kv, 2)
     batch = cache.batch(cache.lay_out([(kv, [0, 0])]))
-    x_TH, rope = model.embed(batch)
-    delta_TH = None
-    for layer in model.layers:
-        normed_TH, x_TH = layer.attend(delta_TH, x_TH, rope, batch)
-        if isinstance(layer.ffn, MoEBlock):
-            routed = layer.ffn.route(normed_TH)
-            delta_TH = layer.ffn.combine(routed, layer.ffn.share(routed))
-    model.logits(delta_TH, x_TH)
+    end = first_part(model, batch)
+    while isinstance(end, PartEnd):
+        end = next_part(end)
     cache.release(kv)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from duoserve.interface import Objectives
 from duoserve.metrics import percentile
-from duoserve.service.interface import Objectives
 
 PERCENTILES = (50, 90, 95, 99)
 ATTAINED = 0.9  # of the requests have to meet both objectives at a rate that counts as good

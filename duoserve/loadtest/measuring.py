@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from duoserve.errors import RequestError
+from duoserve.interface import Objectives
 from duoserve.loadtest.client import Form, Target, answers, served_model
 from duoserve.loadtest.figures import GoodputSearch, summary
 from duoserve.loadtest.workload import Workload
-from duoserve.service.interface import Objectives
 
 __all__ = ["Target", "measured"]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from duoserve.config import ModelConfig
 from duoserve.experts.checkpoint import MAX_CONFIG_BYTES, check_names
 from duoserve.experts.hub import resolve_model
-from duoserve.experts.positional_file import is_there
 from duoserve.experts.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, weight_map
-from duoserve.experts.strict_json import read_object
+from duoserve.files.positional import is_there
+from duoserve.files.strict_json import read_object
 from duoserve.models.family import Family
 from duoserve.models.opened import HEAD, is_unused, opened
 from duoserve.models.registry import family_of

@@ -20,10 +20,10 @@ from duoserve.experts.formats.reading import read_dense
 from duoserve.experts.hub import resolve_model
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.packing import CheckpointStore
-from duoserve.experts.positional_file import is_there
 from duoserve.experts.quantizing import QuantizingStore
 from duoserve.experts.scale_search import OP_BY_OP, Way
-from duoserve.experts.strict_json import read_object
+from duoserve.files.positional import is_there
+from duoserve.files.strict_json import read_object
 from duoserve.kernels.compiled.compiler import can_compile
 from duoserve.models.config_fields import Fields
 from duoserve.models.family import Family

@@ -14,7 +14,7 @@ from duoserve.models.moe import MoEBlock, Routed
 from duoserve.models.transformer import Transformer, times
 
 
-class Pass(NamedTuple):
+class PassFrame(NamedTuple):
     """What all parts share; ``slots_LE`` (int32) says where the experts are, if the device is to know."""
 
     model: Transformer
@@ -30,7 +30,7 @@ class PartEnd(NamedTuple):
     routed: Routed
     at: int  # the place of the block's layer in the model
     x_TH: Tensor
-    run: Pass
+    frame: PassFrame
 
 
 def moe_blocks(model: Transformer) -> list[MoEBlock]:
@@ -41,21 +41,21 @@ def moe_blocks(model: Transformer) -> list[MoEBlock]:
 def first_part(model: Transformer, batch: Batch, slots_LE: Tensor | None = None) -> PartEnd | Tensor:
     """From the tokens to the first choice, or to the logits [T, V] of a model without one."""
     x_TH, rope = model.embed(batch)
-    return _go_on(Pass(model, batch, rope, slots_LE), 0, None, x_TH)
+    return _go_on(PassFrame(model, batch, rope, slots_LE), 0, None, x_TH)
 
 
 def next_part(end: PartEnd) -> PartEnd | Tensor:
     """From the chosen experts, all computed, to the next choice; behind the last one to the float32 logits [T, V]."""
-    block, routed, layer = end.block, end.routed, end.run.model.layers[end.at]
+    block, routed, layer = end.block, end.routed, end.frame.model.layers[end.at]
     delta_TH = times(block.combine(routed, block.share(routed)), layer.multiplier)
-    return _go_on(end.run, end.at + 1, delta_TH, end.x_TH)
+    return _go_on(end.frame, end.at + 1, delta_TH, end.x_TH)
 
 
-def _go_on(run: Pass, first: int, delta_TH: Tensor | None, x_TH: Tensor) -> PartEnd | Tensor:
-    for at, layer in enumerate(run.model.layers[first:], first):
-        normed_TH, x_TH = layer.attend(delta_TH, x_TH, run.rope, run.batch)
+def _go_on(frame: PassFrame, first: int, delta_TH: Tensor | None, x_TH: Tensor) -> PartEnd | Tensor:
+    for at, layer in enumerate(frame.model.layers[first:], first):
+        normed_TH, x_TH = layer.attend(delta_TH, x_TH, frame.rope, frame.batch)
         if isinstance(layer.ffn, MoEBlock):
-            slots_E = None if run.slots_LE is None else run.slots_LE[layer.ffn.layer]
-            return PartEnd(layer.ffn, layer.ffn.route(normed_TH, slots_E), at, x_TH, run)
+            slots_E = None if frame.slots_LE is None else frame.slots_LE[layer.ffn.layer]
+            return PartEnd(layer.ffn, layer.ffn.route(normed_TH, slots_E), at, x_TH, frame)
         delta_TH = times(layer.ffn(normed_TH), layer.multiplier)
-    return run.model.logits(delta_TH, x_TH)
+    return frame.model.logits(delta_TH, x_TH)

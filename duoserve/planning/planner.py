@@ -7,13 +7,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from duoserve.byte_sizes import format_bytes
 from duoserve.config import EngineConfig
 from duoserve.errors import ConfigError, MemoryBudgetError
-from duoserve.experts.budget import FreeMemory, MemoryPlan, format_bytes
+from duoserve.experts.budget import FreeMemory, MemoryPlan
 from duoserve.experts.layout import ExpertLayout, Quantized
 from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache
-from duoserve.memory_needs import MemoryNeeds, context_of, cpu_only
+from duoserve.memory_needs import MemoryNeeds, context_of
 from duoserve.models.described import DescribedModel
+from duoserve.models.gpu_support import cpu_only
 from duoserve.planning.formats import layout_in
 from duoserve.planning.policy_speed import RANKED, Question, Speed, speed_of
 from duoserve.planning.rehearsal import Rehearsal

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from duoserve.experts.hub import EMBEDDED
-from duoserve.experts.strict_json import read_object
+from duoserve.files.strict_json import read_object
 
 _FILE = Path(__file__).resolve().parents[1] / "assets" / "routing.json"
 _MAX_BYTES = 1 << 20

@@ -19,9 +19,9 @@ from duoserve.errors import CheckpointError, ConfigError
 from duoserve.experts.device import CPU, free_bytes, resolve_device
 from duoserve.experts.layout import ExpertLayout
 from duoserve.experts.pack_folder import cache_folder
-from duoserve.experts.positional_file import is_file
-from duoserve.experts.strict_json import read_object
-from duoserve.experts.whole_file import write_whole
+from duoserve.files.positional import is_file
+from duoserve.files.strict_json import read_object
+from duoserve.files.whole import refused_as, write_whole
 from duoserve.models.described import DescribedModel
 from duoserve.planning.measuring import RATES, measure
 from duoserve.planning.rehearsal import Rehearsal, rehearse
@@ -91,14 +91,10 @@ def _read(path: Path) -> dict[str, Any]:
 @contextmanager
 def _writing_to(folder: Path) -> Iterator[None]:
     """Makes ``folder``: its disk is measured, and figures are kept there. ConfigError where that cannot be."""
-    try:
+    remedy = "; choose another cache folder with DUOSERVE_CACHE, or name a machine with --hardware"
+    with refused_as(ConfigError, f"{folder}: this machine cannot be measured there", remedy):
         folder.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as error:
-        raise ConfigError(
-            f"{folder}: this machine cannot be measured there ({error}); choose another cache folder with "
-            "DUOSERVE_CACHE, or name a machine with --hardware"
-        ) from error
 
 
 def _about(device: torch.device) -> dict[str, str | int]:

@@ -6,8 +6,7 @@ Arrays are checked by their names, which end in their shape: L MoE layers, E exp
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ import safetensors
 import safetensors.numpy
 
 from duoserve.errors import CheckpointError, TraceError
-from duoserve.experts.positional_file import read_capped
-from duoserve.experts.strict_json import read_object
-from duoserve.experts.whole_file import check_writable, write_whole
+from duoserve.files.positional import read_capped
+from duoserve.files.strict_json import read_object
+from duoserve.files.whole import check_writable, refused_as, write_whole
 from duoserve.predictors.activation_matrix import ActivationMatrixPredictor
 from duoserve.predictors.affinity import AffinityPredictor
 from duoserve.predictors.base import RowPredictor
@@ -53,14 +52,14 @@ def save_predictor(predictor: RowPredictor, path: Path, notes: Mapping[str, Any]
         "top_k": meta.top_k,
     }
     trained_on = {"trained_on": sorted(predictor.trained_on)}
-    with _writing(path):
+    with refused_as(TraceError, f"{path}: cannot be written"):
         write_whole(path, safetensors.numpy.save(_arrays(predictor)))
         write_whole(notes_path(path), f"{json.dumps(about | dict(notes) | trained_on, indent=1)}\n".encode())
 
 
 def check_place(path: Path) -> None:
     """TraceError where ``save_predictor`` cannot write to ``path``, before there is a predictor."""
-    with _writing(path):
+    with refused_as(TraceError, f"{path}: cannot be written"):
         for file in (path, notes_path(path)):
             check_writable(file)
 
@@ -95,14 +94,6 @@ def check_model(meta: TraceMeta, fingerprint: str, predictor: object) -> None:
 def notes_path(path: Path) -> Path:
     """Where the JSON of the predictor in ``path`` is."""
     return path.with_suffix(".json")
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be written ({error})") from error
 
 
 def _arrays(predictor: RowPredictor) -> Arrays:

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from duoserve.errors import CheckpointError, CutShortError, TraceError
-from duoserve.experts.positional_file import PositionalFile
 from duoserve.experts.safetensors_header import TensorInfo, read_segment
+from duoserve.files.positional import PositionalFile
+from duoserve.files.whole import refused_as
 from duoserve.scheduling.trace import IDS, REQUESTS, TOKEN_IDS, LayerTrace, Rows, Trace, TraceMeta
 
 FORMAT = "duoserve trace 1"
@@ -113,10 +114,8 @@ class TraceWriter:
 
     def __init__(self, path: Path, meta: TraceMeta) -> None:
         self._path, self._meta = path, meta
-        try:
+        with refused_as(TraceError, f"{path}: cannot be written"):
             self._file = path.open("a+b")  # which refuses a pipe, where "ab" would wait for its reader
-        except OSError as error:
-            raise TraceError(f"{path}: cannot be written ({error})") from error
         try:
             self._claim()
         except BaseException:
@@ -129,11 +128,9 @@ class TraceWriter:
         TraceError where it cannot be written: what was there before stays whole.
         """
         values = self._meta.named(np.array([[len(token_ids), num_prompt]]), np.array(token_ids), layers)
-        try:
+        with refused_as(TraceError, f"{self._path}: cannot be written", "; --resume goes on with it"):
             self._file.write(_encoded(self._meta, values))
             self._file.flush()
-        except OSError as error:
-            raise TraceError(f"{self._path}: cannot be written ({error}); --resume goes on with it") from error
 
     def close(self) -> None:
         """Closes the file; idempotent. What could not be written has been said by ``append``."""

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from duoserve.interface import Piece, TokenLogprobs
 from duoserve.server.token_text import TokenText
-from duoserve.service.interface import Piece, TokenLogprobs
 from duoserve.text.channels import Channels
 from duoserve.text.tokenizer import Text
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from duoserve.errors import RequestError
+from duoserve.interface import MAX_LOGPROBS, Objectives
 from duoserve.sampling import HIGHEST_SEED, LOWEST_SEED, SamplingParams
 from duoserve.server.errors import ApiError, bad
 from duoserve.server.fields import Fields, shown
-from duoserve.service.interface import MAX_LOGPROBS, Objectives
 
 MAX_N = 16
 MAX_PROMPTS = 128

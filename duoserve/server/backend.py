@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
 from duoserve.config import ModelConfig
+from duoserve.interface import Objectives, Piece, ServiceFigures, State, Times
 from duoserve.sampling import SamplingParams
-from duoserve.service.interface import Objectives, Piece, ServiceFigures, State, Times
 from duoserve.text.tokenizer import Text
 
 

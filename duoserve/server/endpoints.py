@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from duoserve import __version__
+from duoserve.interface import Piece, State
 from duoserve.server import asking
 from duoserve.server.answers import Chat, Completions, Dialect, Head, answer, new_head, usage_of
 from duoserve.server.asking import Asked
@@ -25,7 +26,6 @@ from duoserve.server.settings import ServerSettings
 from duoserve.server.sse import events
 from duoserve.server.status import PAGE, PAGE_HEADERS, status
 from duoserve.server.token_text import TokenText
-from duoserve.service.interface import Piece, State
 
 
 class Endpoints:

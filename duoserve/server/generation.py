@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+from duoserve.interface import Objectives, Piece, Times
 from duoserve.sampling import SamplingParams
 from duoserve.server.answers import ChoiceWriter
 from duoserve.server.backend import Service, Stream
 from duoserve.server.records import Record, RequestLog
-from duoserve.service.interface import Objectives, Piece, Times
 
 
 @dataclass(eq=False)

@@ -6,10 +6,10 @@ import asyncio
 import threading
 from collections.abc import Callable
 
+from duoserve.interface import State
 from duoserve.out_of_memory import explained_refusals
 from duoserve.server.backend import Service
 from duoserve.server.errors import unavailable
-from duoserve.service.interface import State
 
 LOADING = "loading"
 

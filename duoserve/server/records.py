@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from duoserve.service.interface import FinishReason, Objectives, Piece, Times
+from duoserve.interface import FinishReason, Objectives, Piece, Times
 
 KEPT = 512
 

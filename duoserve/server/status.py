@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
+from duoserve.interface import Objectives, ServiceFigures
 from duoserve.metrics import percentile
 from duoserve.server.host import ServiceLoader
 from duoserve.server.records import Record, RequestLog
 from duoserve.server.settings import ServerSettings
-from duoserve.service.interface import Objectives, ServiceFigures
 
 SHOWN = 12  # requests in the table
 PAGE = files("duoserve.server").joinpath("status.html").read_bytes()

@@ -1,1 +1,1 @@
-"""One model for many callers: who is started when, and how their text gets to them."""
+"""One model for many callers of an asyncio program."""

@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 
 from duoserve.errors import ClosedError, RequestError
+from duoserve.interface import MAX_LOGPROBS, Objectives, ServiceFigures, ServiceSettings, State
 from duoserve.moe_model import MoEModel
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
-from duoserve.service.interface import MAX_LOGPROBS, Objectives, ServiceFigures, ServiceSettings, State
 from duoserve.service.stream import Stream
 from duoserve.service.worker import Task, Worker
 from duoserve.text.writer import Writer

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Callable
 
 from duoserve.errors import DuoServeError
+from duoserve.interface import Objectives, Piece, Times
 from duoserve.out_of_memory import forget_calls
 from duoserve.request import Request
-from duoserve.service.interface import Objectives, Piece, Times
 
 
 class Stream:

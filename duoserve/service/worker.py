@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from duoserve.engine import Engine
 from duoserve.errors import ClosedError, DuoServeError, OverloadedError
+from duoserve.interface import FinishReason, Piece, ServiceFigures, ServiceSettings, State
 from duoserve.loading import Runtime
 from duoserve.out_of_memory import forget_calls
 from duoserve.request import Produced, Request
-from duoserve.service.interface import FinishReason, Piece, ServiceFigures, ServiceSettings, State
 from duoserve.service.stream import Stream
 from duoserve.text.writer import Writer
 

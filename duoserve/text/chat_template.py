@@ -15,8 +15,8 @@ import jinja2
 import markupsafe
 
 from duoserve.errors import CheckpointError, ClosedError, DuoServeError, RequestError
-from duoserve.experts.positional_file import is_there, read_capped
-from duoserve.experts.strict_json import read_object
+from duoserve.files.positional import is_there, read_capped
+from duoserve.files.strict_json import read_object
 from duoserve.text import chat_sandbox
 from duoserve.text.tokenizer_config import TOKENIZER_CONFIG, read_tokenizer_config, special_tokens
 

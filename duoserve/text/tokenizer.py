@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from duoserve.errors import CheckpointError, DuoServeError, RequestError
-from duoserve.experts.positional_file import is_there
+from duoserve.files.positional import is_there
 from duoserve.text.tokenizer_config import TOKENIZER_CONFIG, read_tokenizer_config, special_tokens
 
 TOKENIZER = "tokenizer.json"

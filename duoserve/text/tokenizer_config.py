@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from duoserve.experts.positional_file import is_there
-from duoserve.experts.strict_json import read_object
+from duoserve.files.positional import is_there
+from duoserve.files.strict_json import read_object
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MAX_BYTES = 64 << 20

@@ -12,7 +12,7 @@ import pytest
 
 import batching_report
 from batching_rates import row
-from duoserve.service.interface import Objectives, Times
+from duoserve.interface import Objectives, Times
 from goodput import Outcome, outcome, summary
 from goodput_search import Search, falling, goodput
 

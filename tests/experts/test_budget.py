@@ -10,15 +10,7 @@ from hypothesis import strategies as st
 
 from duoserve.config import EngineConfig
 from duoserve.errors import ConfigError, MemoryBudgetError
-from duoserve.experts.budget import (
-    FreeMemory,
-    MemoryPlan,
-    engine_config,
-    format_bytes,
-    parse_bytes,
-    plan_memory,
-    slot_count,
-)
+from duoserve.experts.budget import FreeMemory, MemoryPlan, plan_memory, slot_count
 from duoserve.experts.layout import ExpertLayout
 
 GIB = 2**30
@@ -66,63 +58,6 @@ class Case:
 BARD = Case()
 ROW = BARD.layout.slot_bytes
 FIXED = BARD.dense + BARD.kv + BARD.workspace
-
-
-@pytest.mark.parametrize(
-    ("text", "nbytes"),
-    [
-        ("4GiB", 4 * GIB),
-        ("500MB", 500_000_000),
-        (" 1.5 gib ", 3 * GIB // 2),
-        ("0", 0),
-        ("17", 17),
-        ("17b", 17),
-        ("2kB", 2000),
-        ("2KiB", 2048),
-        ("1TiB", 2**40),
-        (12, 12),
-    ],
-)
-def test_parse_bytes(text, nbytes):
-    assert parse_bytes(text) == nbytes
-
-
-@pytest.mark.parametrize(
-    "nonsense",
-    [
-        "",
-        "GiB",
-        "4G",
-        "-1GiB",
-        "4 GiB GiB",
-        "nan",
-        "inf",
-        "1e9",
-        "٤GiB",
-        "0x10",
-        "9" * 5000,
-        "9999999TiB",
-        -1,
-        1.5,
-        True,
-    ],
-)
-def test_parse_bytes_refuses_nonsense_with_examples(nonsense):
-    with pytest.raises(ConfigError, match=r"not an amount of memory.*'4GiB'"):
-        parse_bytes(nonsense)
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (5 * GIB // 2, "2.50 GiB"), (2**41, "2.00 TiB")],
-)
-def test_format_bytes(nbytes, text):
-    assert format_bytes(nbytes) == text
-
-
-@given(st.integers(0, 2**45))
-def test_format_bytes_parses_back_to_within_a_hundredth(nbytes):
-    assert parse_bytes(format_bytes(nbytes)) == pytest.approx(nbytes, rel=0.006)
 
 
 @pytest.mark.parametrize(("slots", "count"), [("25%", 12), ("100 %", 48), ("12.5%", 6), ("1%", 0), (7, 7)])
@@ -288,12 +223,3 @@ def test_a_refusal_adds_up_where_waiting_experts_lie_in_another_memory():
         case.plan(wanted, host_available=GIB)
     assert f"at least {FIXED + 3 * ROW} bytes of GPU memory" in str(on_gpu.value)
     assert "host RAM" not in str(on_gpu.value)
-
-
-def test_a_config_takes_sizes_as_people_write_them() -> None:
-    assert engine_config() == engine_config(host_memory=None) == EngineConfig()
-    assert engine_config(memory="2KiB", host_memory="0") == EngineConfig(memory=2048, host_memory=0)
-    assert engine_config(expert_memory=4096, device="cpu") == EngineConfig(expert_memory=4096, device="cpu")
-    for wrong in ({"memory": "auto"}, {"host_memory": "much"}, {"memory": 1, "expert_memory": 1}):
-        with pytest.raises(ConfigError):
-            engine_config(**wrong)

@@ -25,7 +25,7 @@ from duoserve.experts.layout import ExpertLayout
 from duoserve.experts.pack_folder import SCRATCH, cache_folder, pack_path
 from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE
 from duoserve.experts.packing import write_pack
-from duoserve.experts.whole_file import scratch_folder
+from duoserve.files.whole import scratch_folder
 from tests.checkpoints import save_mixtral
 from tests.experts.test_packing import pack, packed, read_row
 from tests.fakes import ArrayStore
@@ -37,7 +37,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from duoserve.experts.pack_folder import SCRATCH
-from duoserve.experts.whole_file import scratch_folder
+from duoserve.files.whole import scratch_folder
 with scratch_folder(Path(sys.argv[1]), SCRATCH) as folder:
     (folder / "rows").write_bytes(b"many")
     os.kill(os.getpid(), 9)

@@ -15,8 +15,8 @@ from safetensors.torch import save, save_file
 
 from duoserve.errors import CheckpointError
 from duoserve.experts import safetensors_header
-from duoserve.experts.positional_file import PositionalFile
 from duoserve.experts.safetensors_header import DTYPES, MAX_HEADER_BYTES, SafetensorsHeader, read_header
+from duoserve.files.positional import PositionalFile
 from tests.experts.safetensors_files import blob, entry
 
 GOOD = {"a": entry(0, 4, [2, 2]), "b": entry(4, 8, [4])}

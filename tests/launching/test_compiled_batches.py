@@ -17,6 +17,7 @@ from torch import Tensor
 from duoserve import MoEModel, SamplingParams
 from duoserve.config import Phase
 from duoserve.experts.copy_engine import ThreadedCopyEngine
+from duoserve.interface import ServiceSettings
 from duoserve.kernels.attention_together import decode_attention_together
 from duoserve.kernels.compiled.compiler import CpuCompiler
 from duoserve.kernels.reference import decode_attention
@@ -29,7 +30,6 @@ from duoserve.launching.recorded import RecordedDecoder
 from duoserve.models.moe import MoEBlock
 from duoserve.passes import Decoder
 from duoserve.service.async_engine import AsyncEngine
-from duoserve.service.interface import ServiceSettings
 from tests.assembly import Parts, assembled
 from tests.checkpoints import save_mixtral
 from tests.compiled_case import needs_compiler, save

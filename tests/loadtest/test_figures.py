@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from duoserve.interface import Objectives
 from duoserve.loadtest.figures import Answer, GoodputSearch, attainment, summary
-from duoserve.service.interface import Objectives
 
 # 1 s to the first token, then 0.5 s a token; the second failed; the third is one token.
 ANSWERS = [Answer(1.0, (2.0, 2.5, 3.0), 3), Answer(0.0, error="500: x"), Answer(2.0, (2.25,), 1)]

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from duoserve import CheckpointError, ConfigError, MoEModel, SamplingParams, kernels
 from duoserve.experts.checkpoint import Checkpoint
+from duoserve.interface import ServiceSettings
 from duoserve.models.described import described
 from duoserve.models.opened import opened
 from duoserve.models.registry import FAMILIES as KNOWN
 from duoserve.scheduling.policies import POLICIES
 from duoserve.service.async_engine import AsyncEngine
-from duoserve.service.interface import ServiceSettings
 from tests.checkpoints import reference_greedy, reference_logits
 from tests.kernels.common import INTERPRETED
 from tests.models.cases import FAMILIES

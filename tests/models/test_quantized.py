@@ -16,8 +16,8 @@ from duoserve import CheckpointError, ConfigError, MoEModel, SamplingParams, pla
 from duoserve.architecture import Quantization
 from duoserve.errors import CopyError
 from duoserve.experts.shards import INDEX_FILE
-from duoserve.memory_needs import cpu_only
 from duoserve.models.described import described
+from duoserve.models.gpu_support import cpu_only
 from duoserve.models.opened import opened
 from duoserve.models.registry import family_of
 from tests import encoders

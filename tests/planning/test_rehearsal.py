@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from duoserve.experts.budget import parse_bytes
+from duoserve.byte_sizes import parse_bytes
 from duoserve.planning import rehearsal
 from duoserve.planning.formats import layout_in
 from duoserve.planning.made_up import PassNotes

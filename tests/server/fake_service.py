@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from duoserve.errors import ClosedError, RequestError
+from duoserve.interface import Objectives, Piece, ServiceFigures, State, Times, TokenLogprobs
 from duoserve.metrics import Stats
-from duoserve.service.interface import Objectives, Piece, ServiceFigures, State, Times, TokenLogprobs
 from duoserve.text.tokenizer import Text
 from tests.small_tokenizers import byte_level_tokenizer
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from duoserve.interface import ServiceSettings
 from duoserve.moe_model import MoEModel
 from duoserve.service.async_engine import AsyncEngine
-from duoserve.service.interface import ServiceSettings
 from tests.checkpoints import save_mixtral
 from tests.server.conftest import serving, wait_ready
 

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from duoserve.interface import Piece, TokenLogprobs
 from duoserve.server.http import json_in_parts
-from duoserve.service.interface import Piece, TokenLogprobs
 from tests.server.fake_service import FakeModel, script_of
 
 CHOICES, TOKENS, TOPS = 4, 4000, 20

@@ -12,10 +12,10 @@ import time
 import pytest
 
 from duoserve.errors import CheckpointError, ConfigError, MemoryBudgetError
+from duoserve.interface import State
 from duoserve.server.host import ServiceLoader
 from duoserve.server.run import listen, serve
 from duoserve.server.settings import ServerSettings
-from duoserve.service.interface import State
 from tests.server.conftest import serving, wait_ready
 from tests.server.fake_service import FakeService, spoken
 

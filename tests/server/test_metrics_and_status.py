@@ -10,9 +10,9 @@ import pytest
 from prometheus_client import parser
 
 from duoserve.errors import CopyError
+from duoserve.interface import Piece, Times
 from duoserve.metrics import ByteCounts, Stats
 from duoserve.server.records import Record, RequestLog
-from duoserve.service.interface import Piece, Times
 from tests.server.conftest import NAME
 from tests.server.fake_service import hoped, script_of, spoken
 

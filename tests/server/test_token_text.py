@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
+from duoserve.interface import Piece, TokenLogprobs
 from duoserve.server.answers import Completions
 from duoserve.server.token_text import TokenText
-from duoserve.service.interface import Piece, TokenLogprobs
 from duoserve.text.tokenizer import IncrementalDecoder, Text
 from tests.small_tokenizers import byte_level_tokenizer, llama_tokenizer
 

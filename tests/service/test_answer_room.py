@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from duoserve import MoEModel
+from duoserve.batching.choices import Batching
 from duoserve.engine import Engine
 from duoserve.errors import ConfigError, OverloadedError
+from duoserve.interface import ServiceSettings
 from duoserve.kv_cache import PAGE_TOKENS
 from duoserve.passes import Passes
 from duoserve.request import Request
-from duoserve.service.batching import Batching
-from duoserve.service.interface import ServiceSettings
 from tests.assembly import assembled
 from tests.checkpoints import save_mixtral
 from tests.service.test_async_engine import go, ids, params, read, serving

@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from duoserve.batching.choices import PATIENCE_S
+from duoserve.interface import Objectives, ServiceSettings
 from duoserve.request import Request
-from duoserve.service.batching import PATIENCE_S
-from duoserve.service.interface import Objectives, ServiceSettings
 from tests.service.virtual_service import Arrival, Rates, VirtualPasses, attained, serve
 
 # The costs are lines, so what is expected of work is what it takes.

@@ -16,10 +16,10 @@ from torch import Tensor
 from duoserve import SamplingParams
 from duoserve.engine import Engine
 from duoserve.errors import MemoryBudgetError, OverloadedError
+from duoserve.interface import Objectives, ServiceSettings
 from duoserve.kv_cache import PAGE_TOKENS, SequenceKV
 from duoserve.metrics import Meter
 from duoserve.request import Request
-from duoserve.service.interface import Objectives, ServiceSettings
 
 VOCAB = 4
 

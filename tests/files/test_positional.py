@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from duoserve.errors import CheckpointError
-from duoserve.experts import positional_file
 from duoserve.experts.checkpoint import Checkpoint
-from duoserve.experts.positional_file import PositionalFile
+from duoserve.files import positional
+from duoserve.files.positional import PositionalFile
 from tests.experts.safetensors_files import SINGLE, single_file, write_bytes_tensors
 
 
@@ -75,7 +75,7 @@ def test_an_error_of_the_disk_names_file_and_offset(folder: Path, monkeypatch: p
 @pytest.mark.parametrize("most", [1, 3, 4, 7, 1 << 20])
 def test_rows_are_read_to_where_they_belong(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than one call takes, in a file that gives a few bytes at a time."""
-    count = positional_file.MAX_BUFFERS + 3
+    count = positional.MAX_BUFFERS + 3
     data = np.arange(4 * count, dtype=np.uint32).astype(np.uint8)
     (tmp_path / "file").write_bytes(b"ab" + data.tobytes())
     preadv = os.preadv

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duoserve.service.cost import Line, MeasuredCosts
+from duoserve.batching.cost import Line, MeasuredCosts
 
 
 def test_nothing_is_known_before_the_first_measurement() -> None:

@@ -11,7 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from duoserve.errors import DuoServeError
+
 _LOCK_FILE = ".lock"
+
+
+@contextmanager
+def refused_as(kind: type[DuoServeError], what: str, remedy: str = "") -> Iterator[None]:
+    """``kind`` where the system refuses something inside; it says ``what``, the system's reason, and the ``remedy``."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what} ({error}){remedy}") from error
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -15,8 +15,8 @@ from itertools import count
 from math import inf, isinf
 from typing import NamedTuple
 
-from duoserve.service.cost import MeasuredCosts
-from duoserve.service.interface import Objectives, ServiceSettings
+from duoserve.batching.cost import MeasuredCosts
+from duoserve.interface import Objectives, ServiceSettings
 
 # Between two steps requests come and go and are cancelled: no step is planned to take longer, but for a single layer.
 STEP_S = 0.05

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from duoserve.service.batching import (
+from duoserve.batching.choices import (
     PATIENCE_S,
     PLANNED,
     STALE_S,
@@ -17,8 +17,8 @@ from duoserve.service.batching import (
     RunningRequest,
     WaitingRequest,
 )
-from duoserve.service.cost import MeasuredCosts
-from duoserve.service.interface import Objectives, ServiceSettings
+from duoserve.batching.cost import MeasuredCosts
+from duoserve.interface import Objectives, ServiceSettings
 
 LAYERS = 10
 SLO, FCFS = ServiceSettings(max_batch=4), ServiceSettings(max_batch=4, scheduler="fcfs")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from duoserve.experts.whole_file import write_whole
+from duoserve.files.whole import write_whole
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from duoserve.errors import CheckpointError
-from duoserve.experts.positional_file import read_capped
+from duoserve.files.positional import read_capped
 
 
 def parse_object(data: bytes, where: Path) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from duoserve.batching.choices import PrefillUnderWay, RunningRequest, WaitingRequest
 from duoserve.kv_cache import PagedKVCache
 from duoserve.passes import Prefill
 from duoserve.request import Request
-from duoserve.service.batching import PrefillUnderWay, RunningRequest, WaitingRequest
 
 
 def as_waiting(request: Request, answer_room: int) -> WaitingRequest:
