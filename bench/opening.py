@@ -20,7 +20,7 @@ from report import into_readme, spread, table, warnings
 
 MARKERS = "<!-- opening -->", "<!-- /opening -->"
 IN_RAM, QUARTER = "all in RAM", "a quarter in RAM, the others on disk"
-EQUAL = "on disk, in as much RAM"
+EQUAL = "on disk, RAM as for a quarter"
 TWICE = "all in RAM, twice the bytes"
 CACHED = "on disk, and all in the page cache"
 WIDTH, LABELS, BAR, GAP, TOP, END = 800, 370, 18, 8, 34, 50  # of the plot, in pixels
@@ -87,15 +87,14 @@ def opening(result: Result, plot: str, details: str) -> str:
 def _said(result: Result, details: str) -> str:
     shape, machine = result["shape"], result["machine"]
     return (
-        "Op by op, a decode step runs as PyTorch's operations; compiled, as loops that PyTorch's compiler makes of it. "
-        "A predictor\nguesses which experts the next layer will choose; `lru` guesses nothing. "
-        "Experts in bf12 are those in bfloat16, bit by\nbit, in twelve bits a weight.\n\n"
+        "*Op by op*: decode steps run as single PyTorch operations; *compiled*: as loops that PyTorch's compiler makes."
+        "\nA *predictor* guesses the next layer's experts; `lru` does not. *bf12*: bfloat16 in 12 bits, without loss.\n"
+        "The *bound* of a decode step: the bytes that it reads (in RAM the active weights) over the best rate that "
+        "disk or\nmemory showed in any round.\n\n"
         f"A Mixtral of random weights in bfloat16 ({shape['layers']} layers of {shape['experts']} experts, "
         f"{shape['hidden']} wide),\n{shape['prompt_tokens']} tokens of prompt and {shape['new_tokens']} new ones, "
         f"{result['threads']} threads of one {machine['cpu']} with {', '.join(machine['isa'])}:\nmedians (extremes) of "
         f"rounds in turn, {result['date'].partition(' ')[0]}, commit {result['versions']['commit']}.\n"
-        "The bound is that of a decode step: active weights over the best rate of memory, or what a step reads over "
-        "the best\nrate of the disk, in any round of any engine.\n"
         "All engines of the plot, with bytes and verdicts, are under [Measured](#measured);\n"
         f"[conditions, ceilings, checks and versions]({details})."
     )

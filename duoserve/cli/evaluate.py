@@ -41,7 +41,8 @@ def add_command(commands: Subparsers) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--trace", type=Path, metavar="FILE", help="what duoserve trace has recorded of the model")
-    source.add_argument("--prompts", type=Path, metavar="FILE", help="record one first, of these prompts")
+    recorded = "record one first, of these prompts: one a line, which in a file named .jsonl is a JSON text"
+    source.add_argument("--prompts", type=Path, metavar="FILE", help=recorded)
     parser.add_argument("--max-tokens", type=int, metavar="N", help=f"for each prompt (default: {MAX_TOKENS})")
     add_hardware(parser)
     parser.add_argument(

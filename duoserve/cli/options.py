@@ -46,8 +46,10 @@ def add_loading(parser: argparse.ArgumentParser, *, predicts: bool = True) -> No
     limit.add_argument(
         "--memory", metavar="SIZE", help="memory for everything: slots, dense weights, KV cache, workspace"
     )
-    group.add_argument("--host-memory", metavar="SIZE", default="auto", help="RAM for experts that have no slot")
-    group.add_argument("--max-context", type=int, metavar="N", help="tokens that the KV cache holds")
+    kept = "RAM for packed experts, the model's first ones (default: on a CPU none, behind a GPU 80 %% of the free RAM)"
+    group.add_argument("--host-memory", metavar="SIZE", default="auto", help=kept)
+    context = "tokens that the KV cache holds, of all requests (default: the model's positions, at most 4096)"
+    group.add_argument("--max-context", type=int, metavar="N", help=context)
     threads = "that bring experts (default: 2)"
     group.add_argument("--copy-threads", type=count, metavar="N", default=argparse.SUPPRESS, help=threads)
     what = "which experts are kept, and when they are fetched"
@@ -57,7 +59,8 @@ def add_loading(parser: argparse.ArgumentParser, *, predicts: bool = True) -> No
         group.add_argument("--predictor", metavar="FILE", help=f"{what} (default: the policy auto's own)")
     group.add_argument("--device", default="auto", help="default: what there is")
     add_dtype(group)
-    group.add_argument("--decode-mode", choices=DECODE_MODES, default="auto", help="how a decode step is launched")
+    launched = "how a decode step is launched: compiled is for CPUs, event and graph are for GPUs (default: auto)"
+    group.add_argument("--decode-mode", choices=DECODE_MODES, default="auto", help=launched)
     add_quantize(group)
     group.add_argument("--invariant", action="store_true", help="no request of a batch changes the bits of another")
 
