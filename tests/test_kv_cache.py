@@ -32,7 +32,7 @@ def test_every_token_has_a_row_of_its_own_within_its_pages() -> None:
 def test_tokens_without_pages_are_refused() -> None:
     cache, sequence = PagedKVCache(CONFIG, 4 * PAGE_TOKENS, torch.bfloat16), SequenceKV()
     cache.reserve(sequence, PAGE_TOKENS)
-    with pytest.raises(IntegrityError, match="65 tokens of a sequence were laid out in 1 pages"):
+    with pytest.raises(IntegrityError, match="65 tokens of a sequence were to go into 1 pages"):
         cache.extend([(sequence, [0] * (PAGE_TOKENS + 1))])
     assert sequence.length == 0
 

@@ -35,9 +35,9 @@ class DecodeInputs:
         self._lengths_B = torch.zeros(num_sequences, dtype=torch.int32, device=recorder.device)
 
     def load(self, new_tokens: NewTokens) -> None:
-        """Writes the tokens of ``new_tokens`` for the next replay; the one before must have ended.
+        """Writes ``new_tokens`` for the next replay; the one before must have ended.
 
-        If ``new_tokens`` has fewer than B sequences, the others are padding: a token that is stored nowhere and attends to
+        Where these have fewer than B sequences, the others are padding: a token that is stored nowhere and attends to
         nothing.
         """
         padding = self.shape[0] - len(new_tokens.spans)
