@@ -17,7 +17,7 @@ from torch import Tensor
 
 from duoserve.experts.streams import Lane, Mark, Streams
 from duoserve.kernels.recorder import Recorder, Recording, Result
-from duoserve.kv_cache import Layout
+from duoserve.kv_cache import NewTokens
 from duoserve.launching.event import event_steps
 from duoserve.launching.graph import graph_steps
 from duoserve.launching.launch import DecoderParts, Launch
@@ -162,10 +162,10 @@ class TimedDecoder(Decoder):
         finally:
             self._recorder.is_timing = False
 
-    def __call__(self, layout: Layout) -> Tensor:
+    def __call__(self, new_tokens: NewTokens) -> Tensor:
         """As in Decoder."""
         began = self._clock()
-        logits_BV = self._inner(layout)
+        logits_BV = self._inner(new_tokens)
         if self._recorder.is_timing:
             self._note(began, self._clock())
         return logits_BV

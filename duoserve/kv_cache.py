@@ -33,7 +33,7 @@ def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     return config.num_layers * kv.heads * (kv.key_dim + kv.value_dim) * dtype.itemsize
 
 
-class Layout(NamedTuple):
+class NewTokens(NamedTuple):
     """The new tokens of a pass and where they go, on the host: what a Batch is made from.
 
     ``token_ids``, ``positions`` and ``rows`` (of the cache: ``page * S + place``) are by new token; ``spans``,
@@ -120,7 +120,7 @@ class PagedKVCache:
         if pages != list(range(self.num_pages)):
             raise IntegrityError(f"pages {pages} are free or lent, but there are {self.num_pages}, each once")
 
-    def lay_out(self, new_tokens: Seq[tuple[SequenceKV, Seq[int]]]) -> Layout:
+    def extend(self, tokens_of: Seq[tuple[SequenceKV, Seq[int]]]) -> NewTokens:
         """Places each sequence's new tokens, for which it must have pages; advances their lengths.
 
         IntegrityError where it has not: the kernels write where these rows say and check nothing.
@@ -128,17 +128,17 @@ class PagedKVCache:
         token_ids: list[int] = []
         positions: list[int] = []
         spans, rows = [], []
-        for sequence, tokens in new_tokens:
+        for sequence, tokens in tokens_of:
             new = range(sequence.length, sequence.length + len(tokens))
             if new.stop > len(sequence.pages) * PAGE_TOKENS:
-                raise IntegrityError(f"{new.stop} tokens of a sequence were laid out in {len(sequence.pages)} pages")
+                raise IntegrityError(f"{new.stop} tokens of a sequence were to go into {len(sequence.pages)} pages")
             spans.append((len(token_ids), len(token_ids) + len(tokens)))
             token_ids += tokens
             positions += new
             rows += [sequence.pages[at // PAGE_TOKENS] * PAGE_TOKENS + at % PAGE_TOKENS for at in new]
             sequence.length += len(tokens)
-        sequences = [sequence for sequence, _ in new_tokens]
-        return Layout(
+        sequences = [sequence for sequence, _ in tokens_of]
+        return NewTokens(
             token_ids,
             positions,
             rows,
@@ -147,17 +147,17 @@ class PagedKVCache:
             page_table=self._page_table(sequences),
         )
 
-    def batch(self, layout: Layout) -> Batch:
+    def batch(self, new_tokens: NewTokens) -> Batch:
         """The forward pass over these tokens, on the device."""
         kv = BatchKV(
             cache=self,
-            rows_T=self._on_device(layout.rows, torch.int64),
-            page_table_BM=self._on_device(layout.page_table, torch.int32),
-            lengths_B=self._on_device(layout.lengths, torch.int32),
-            layout=layout,
+            rows_T=self._on_device(new_tokens.rows, torch.int64),
+            page_table_BM=self._on_device(new_tokens.page_table, torch.int32),
+            lengths_B=self._on_device(new_tokens.lengths, torch.int32),
+            new_tokens=new_tokens,
         )
-        token_ids_T = self._on_device(layout.token_ids, torch.int64)
-        return Batch(token_ids_T, self._on_device(layout.positions, torch.int64), layout.spans, kv)
+        token_ids_T = self._on_device(new_tokens.token_ids, torch.int64)
+        return Batch(token_ids_T, self._on_device(new_tokens.positions, torch.int64), new_tokens.spans, kv)
 
     def _on_device(self, values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
@@ -173,14 +173,14 @@ class PagedKVCache:
 class BatchKV:
     """The KV store of one forward pass: where its new tokens go, and which pages each sequence reads.
 
-    ``layout`` has the pages and lengths of its sequences on the host, without which no ``context`` can be read.
+    ``new_tokens`` has the pages and lengths of its sequences on the host, without which no ``context`` can be read.
     """
 
     cache: PagedKVCache
     rows_T: Tensor
     page_table_BM: Tensor
     lengths_B: Tensor
-    layout: Layout | None = None
+    new_tokens: NewTokens | None = None
 
     def pages(self, layer: int) -> tuple[Tensor, Tensor]:
         k_PSGD, v_PSGD = self.cache.layers[layer]
@@ -194,6 +194,6 @@ class BatchKV:
     @cached_property
     def _contexts(self) -> tuple[slice | Tensor, ...]:
         """The rows of each sequence's context, which the passes that read by page table never ask for."""
-        assert self.layout is not None, "a recorded step reads contexts by page table"
-        tables = zip(self.layout.page_table, self.layout.lengths, strict=True)
+        assert self.new_tokens is not None, "a recorded step reads contexts by page table"
+        tables = zip(self.new_tokens.page_table, self.new_tokens.lengths, strict=True)
         return tuple(context_rows(pages, length, PAGE_TOKENS) for pages, length in tables)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from duoserve.config import Phase
-from duoserve.kv_cache import Layout, PagedKVCache, SequenceKV
+from duoserve.kv_cache import NewTokens, PagedKVCache, SequenceKV
 from duoserve.metrics import Meter
 from duoserve.models.tap import LatePass, RoutingTap
 from duoserve.models.transformer import Transformer, UnderWay
@@ -40,7 +40,7 @@ class StepScheduler(Protocol):
 class DecodeStep(Protocol):
     """Computes a decode step in the model's place. The logits have the model's bits, unless the step is compiled."""
 
-    def __call__(self, layout: Layout) -> Tensor:
+    def __call__(self, new_tokens: NewTokens) -> Tensor:
         """Takes B sequences with one new token each; gives float32 logits [B, V] on the host, one row a sequence."""
         ...
 
@@ -62,7 +62,7 @@ class Prefill:
     """
 
     requests: list[Request]
-    layout: Layout
+    new_tokens: NewTokens
     under_way: UnderWay
     late: LatePass | None
     paused: bool = False
@@ -70,7 +70,7 @@ class Prefill:
     @property
     def num_tokens(self) -> int:
         """Tokens of all prompts."""
-        return len(self.layout.token_ids)
+        return len(self.new_tokens.token_ids)
 
 
 class Passes:
@@ -114,8 +114,8 @@ class Passes:
     def whole(self, number: int, kv: SequenceKV, token_ids: Sequence[int]) -> Tensor:
         """A prefill in one go: float32 logits [T, V] of every position."""
         self._announce(Phase.PREFILL, [(number, token_ids)])
-        layout = self._cache.lay_out([(kv, token_ids)])
-        return self._pass(Phase.PREFILL, layout, None)
+        new_tokens = self._cache.extend([(kv, token_ids)])
+        return self._pass(Phase.PREFILL, new_tokens, None)
 
     @torch.inference_mode()
     def decode(self, requests: Sequence[Request]) -> Tensor:
@@ -129,21 +129,21 @@ class Passes:
             self._scheduler.set_aside()
             self._prefill.paused = True
         self._announce(Phase.DECODE, [(request.number, request.next_ids) for request in requests])
-        layout = self._cache.lay_out(fresh)
-        return self._pass(Phase.DECODE, layout, layout.last_rows)
+        new_tokens = self._cache.extend(fresh)
+        return self._pass(Phase.DECODE, new_tokens, new_tokens.last_rows)
 
     @torch.inference_mode()
     def prefill(self, requests: list[Request], interruptible: bool) -> Prefill:
         """Begins a pass over the prompts; decode steps may come between its layers if it is ``interruptible``."""
         rows = [(request.number, request.prompt_ids) for request in requests]
-        layout = self._cache.lay_out([(request.kv, request.prompt_ids) for request in requests])
+        new_tokens = self._cache.extend([(request.kv, request.prompt_ids) for request in requests])
         late = LatePass(Phase.PREFILL, _rows(rows)) if interruptible and self._tap is not None else None
         if late is None:
             self._announce(Phase.PREFILL, rows)
         with self._meter.compute():
-            under_way = self._model.start(self._cache.batch(layout))
-            self._scheduler.begin(Phase.PREFILL, len(layout.token_ids))
-        self._prefill = Prefill(requests, layout, under_way, late)
+            under_way = self._model.start(self._cache.batch(new_tokens))
+            self._scheduler.begin(Phase.PREFILL, len(new_tokens.token_ids))
+        self._prefill = Prefill(requests, new_tokens, under_way, late)
         return self._prefill
 
     @torch.inference_mode()
@@ -157,7 +157,7 @@ class Passes:
                 self._go_on(prefill)
                 self._model.advance(prefill.under_way, num_layers)
                 if prefill.under_way.next_layer == self.num_layers:
-                    logits_BV = self._model.finish(prefill.under_way, prefill.layout.last_rows).cpu()
+                    logits_BV = self._model.finish(prefill.under_way, prefill.new_tokens.last_rows).cpu()
         except BaseException:
             self.abandon(prefill)
             raise
@@ -190,13 +190,13 @@ class Passes:
         self._prefill = None
         self._scheduler.end()
 
-    def _pass(self, phase: Phase, layout: Layout, rows: list[int] | None) -> Tensor:
+    def _pass(self, phase: Phase, new_tokens: NewTokens, rows: list[int] | None) -> Tensor:
         with self._meter.compute():
-            self._scheduler.begin(phase, len(layout.token_ids))
+            self._scheduler.begin(phase, len(new_tokens.token_ids))
             try:
                 if phase is Phase.DECODE and self._decoder is not None:
-                    return self._decoder(layout)
-                return self._model(self._cache.batch(layout), rows).cpu()
+                    return self._decoder(new_tokens)
+                return self._model(self._cache.batch(new_tokens), rows).cpu()
             finally:
                 self._scheduler.end()
 

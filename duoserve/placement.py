@@ -32,6 +32,7 @@ from duoserve.metrics import Meter
 from duoserve.models.gpu_support import cpu_only
 from duoserve.models.opened import OpenedModel
 from duoserve.models.tensors import ReadTensor
+from duoserve.scheduling.policies import Policy
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Placement:
             _check_invariance(device)
         return cls(found, device, _dtype(wanted.dtype, found.config), context_of(found.config, wanted.max_context))
 
-    def plan(self, wanted: EngineConfig, needs_all: bool, keeps: bool = True) -> MemoryPlan:
-        """How memory is divided, ``needs_all`` and ``keeps`` as in plan_memory; MemoryBudgetError: it cannot work."""
+    def plan(self, wanted: EngineConfig, policy: Policy | None) -> MemoryPlan:
+        """How memory is divided under ``policy``, or under one that suits it; MemoryBudgetError: it cannot work."""
         needs = MemoryNeeds(
             config=self.found.config,
             layout=self.found.layout(self.dtype, wanted.quantize),
@@ -64,7 +65,9 @@ class Placement:
             max_context=self.max_context,
         )
         free = FreeMemory(free_bytes(self.device), free_bytes(CPU) if self._on_gpu else None)
-        return needs.plan(wanted, free, needs_all, keeps)
+        if policy is None:
+            return needs.plan(wanted, free)
+        return needs.plan(wanted, free, needs_all=policy.all_resident, keeps=policy.keeps)
 
     def dense_reader(self) -> ReadTensor:
         """Reads each dense tensor once, by its name in the checkpoint, in a dtype or the model's."""

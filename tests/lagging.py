@@ -16,7 +16,7 @@ from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore, HostStore, TieredStore
 from duoserve.experts.stream_engine import StreamCopyEngine
-from duoserve.kv_cache import Layout
+from duoserve.kv_cache import NewTokens
 from duoserve.launching.event import event_steps
 from duoserve.launching.graph import graph_steps
 from duoserve.launching.recorded import RecordedDecoder
@@ -60,9 +60,9 @@ class LaggingDevice:
         return decoder
 
     def lagging(self, decode: Decoder) -> Decoder:
-        def step(layout: Layout) -> Tensor:
+        def step(new_tokens: NewTokens) -> Tensor:
             try:
-                self.logits.append(decode(layout).clone())
+                self.logits.append(decode(new_tokens).clone())
                 return self.logits[-1]
             finally:
                 self.streams.finish()
@@ -89,7 +89,7 @@ class Truth:
 
         def by_the_model(parts: Parts) -> Decoder:
             parts.scheduler.load_all()
-            return lambda layout: self._noted(parts.model(parts.cache.batch(layout)))
+            return lambda new_tokens: self._noted(parts.model(parts.cache.batch(new_tokens)))
 
         with assembled(folder, "resident", num_experts, ThreadedCopyEngine, make_decoder=by_the_model) as engine:
             self.tokens = write(engine, prompts, max_tokens)

@@ -23,7 +23,7 @@ from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore, HostStore
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.kernels.cuda_graphs import CudaRecorder
-from duoserve.kv_cache import Layout
+from duoserve.kv_cache import NewTokens
 from duoserve.launching.event import event_steps
 from duoserve.launching.graph import graph_steps
 from duoserve.launching.recorded import RecordedDecoder
@@ -102,7 +102,7 @@ class Gpu:
             yield self._open.enter_context(making)
 
     def model(self, parts: Parts) -> Decoder:
-        return lambda layout: parts.model(parts.cache.batch(layout)).cpu()
+        return lambda new_tokens: parts.model(parts.cache.batch(new_tokens)).cpu()
 
     def event(self, parts: Parts) -> Decoder:
         return self.recording(parts, event_steps(parts.model, parts.cache, CudaRecorder(self.device)))
@@ -120,8 +120,8 @@ class Gpu:
         return RecordedDecoder(parts.model, parts.cache, counted, self.record_after)
 
     def noted(self, decode: Decoder) -> Decoder:
-        def step(layout: Layout) -> Tensor:
-            self.logits.append(decode(layout).clone())
+        def step(new_tokens: NewTokens) -> Tensor:
+            self.logits.append(decode(new_tokens).clone())
             return self.logits[-1]
 
         return step

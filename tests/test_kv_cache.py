@@ -21,19 +21,19 @@ def test_every_token_has_a_row_of_its_own_within_its_pages() -> None:
     for lengths in ((70, 3), (1, 1), (1, 200)):
         for sequence, length in zip(sequences, lengths, strict=True):
             cache.reserve(sequence, sequence.length + length)
-        layout = cache.lay_out([(s, [0] * length) for s, length in zip(sequences, lengths, strict=True)])
-        for sequence, (start, stop) in zip(sequences, layout.spans, strict=True):
-            assert {row // PAGE_TOKENS for row in layout.rows[start:stop]} <= set(sequence.pages)
-        assert len(seen | set(layout.rows)) == len(seen) + sum(lengths)
-        seen |= set(layout.rows)
+        new_tokens = cache.extend([(s, [0] * length) for s, length in zip(sequences, lengths, strict=True)])
+        for sequence, (start, stop) in zip(sequences, new_tokens.spans, strict=True):
+            assert {row // PAGE_TOKENS for row in new_tokens.rows[start:stop]} <= set(sequence.pages)
+        assert len(seen | set(new_tokens.rows)) == len(seen) + sum(lengths)
+        seen |= set(new_tokens.rows)
     assert max(seen) < cache.num_tokens and min(seen) >= 0
 
 
 def test_tokens_without_pages_are_refused() -> None:
     cache, sequence = PagedKVCache(CONFIG, 4 * PAGE_TOKENS, torch.bfloat16), SequenceKV()
     cache.reserve(sequence, PAGE_TOKENS)
-    with pytest.raises(IntegrityError, match="65 tokens of a sequence were laid out in 1 pages"):
-        cache.lay_out([(sequence, [0] * (PAGE_TOKENS + 1))])
+    with pytest.raises(IntegrityError, match="65 tokens of a sequence were to go into 1 pages"):
+        cache.extend([(sequence, [0] * (PAGE_TOKENS + 1))])
     assert sequence.length == 0
 
 
@@ -43,7 +43,7 @@ def test_a_step_of_one_token_each_does_not_list_the_rows_of_its_contexts(monkeyp
     for num_tokens in (PAGE_TOKENS, 2 * PAGE_TOKENS):  # one after the other, so that no sequence's pages adjoin
         for sequence in sequences:
             cache.reserve(sequence, num_tokens)
-    cache.lay_out([(sequence, [0] * 70) for sequence in sequences])
+    cache.extend([(sequence, [0] * 70) for sequence in sequences])
     listed: list[list[int]] = []
 
     def listing(pages: list[int], length: int, page_tokens: int) -> torch.Tensor | slice:
@@ -51,7 +51,7 @@ def test_a_step_of_one_token_each_does_not_list_the_rows_of_its_contexts(monkeyp
         return context_rows(pages, length, page_tokens)
 
     monkeypatch.setattr(kv_cache, "context_rows", listing)
-    batch = cache.batch(cache.lay_out([(sequence, [1]) for sequence in sequences]))
+    batch = cache.batch(cache.extend([(sequence, [1]) for sequence in sequences]))
     assert batch.is_decode and not listed
     for tensor in cache.layers[0]:
         tensor.copy_(torch.arange(cache.num_tokens).view(-1, PAGE_TOKENS, 1, 1))

@@ -114,7 +114,7 @@ def test_what_compiled_steps_keep_is_planned(tmp_path: Path) -> None:
         planned = []
         for mode in ("auto", "compiled"):
             wanted = EngineConfig(device="cpu", max_context=CONTEXT, decode_mode=mode)
-            planned.append(Placement.of(found, wanted).plan(wanted, needs_all=False).workspace_bytes)
+            planned.append(Placement.of(found, wanted).plan(wanted, None).workspace_bytes)
         vocab, heads = found.config.vocab_size, found.config.blocks.attention.num_heads
     assert planned[1] - planned[0] == 4 * ((1 + 4 + 16) * vocab + 4 * heads * CONTEXT)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from duoserve.errors import CompilerError
 from duoserve.kernels.compiled.compiler import CompiledRecording, CpuCompiler
-from duoserve.kv_cache import Layout, PagedKVCache, pages_for
+from duoserve.kv_cache import NewTokens, PagedKVCache, pages_for
 from duoserve.launching.compiled_experts import Chosen, CompiledExperts
 from duoserve.launching.inputs import DecodeInputs
 from duoserve.launching.recorded import MakeStep, RecordedDecoder, Shape, Shapes
@@ -57,10 +57,10 @@ class PaddedShapes(Shapes):
     sizes: tuple[int, ...]
     width: int
 
-    def of(self, layout: Layout) -> Shape:
+    def of(self, new_tokens: NewTokens) -> Shape:
         """As in Shapes; of all steps that fit in none the same."""
-        size = next((size for size in self.sizes if size >= len(layout.spans)), self.sizes[-1] + 1)
-        is_short = size == 1 and pages_for(layout.lengths[0]) <= SHORT
+        size = next((size for size in self.sizes if size >= len(new_tokens.spans)), self.sizes[-1] + 1)
+        is_short = size == 1 and pages_for(new_tokens.lengths[0]) <= SHORT
         return size, min(self.width, SHORT) if is_short else self.width
 
     def up_to(self, num_sequences: int) -> Iterable[Shape]:
@@ -125,10 +125,10 @@ class CompiledStep(DecodeStep):
             part = compiler.record_for(partial(self._next, end), self.widths)
         self._last, self._logits_BV = part, end
 
-    def __call__(self, layout: Layout) -> Tensor:
+    def __call__(self, new_tokens: NewTokens) -> Tensor:
         """The float32 logits [B, V] without padding, which the next call overwrites."""
-        self._inputs.load(layout)
-        num_sequences, width = len(layout.spans), max(self.widths[0], pages_for(max(layout.lengths)))
+        self._inputs.load(new_tokens)
+        num_sequences, width = len(new_tokens.spans), max(self.widths[0], pages_for(max(new_tokens.lengths)))
         for layer in self._layers:
             layer.part.replay(width)
             self._compute(layer, num_sequences)

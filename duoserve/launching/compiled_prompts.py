@@ -27,7 +27,7 @@ def _rehearse(model: Transformer, cache: PagedKVCache) -> None:
     """Two tokens go through everything but the chosen experts, in whose place is what the memory holds."""
     kv = SequenceKV()
     cache.reserve(kv, 2)
-    batch = cache.batch(cache.lay_out([(kv, [0, 0])]))
+    batch = cache.batch(cache.extend([(kv, [0, 0])]))
     end = first_part(model, batch)
     while isinstance(end, PartEnd):
         end = next_part(end)

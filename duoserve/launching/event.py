@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from duoserve.kernels.recorder import Recorder, Recording
-from duoserve.kv_cache import Layout, PagedKVCache
+from duoserve.kv_cache import NewTokens, PagedKVCache
 from duoserve.launching.inputs import DecodeInputs, WorkFeed
 from duoserve.launching.recorded import MAX_SEQUENCES, MakeStep
 from duoserve.launching.recorded_choices import RecordedChoices
@@ -71,9 +71,9 @@ class EventStep(DecodeStep):
         self._last = part
         recorder.wait()  # the host may write what all that has read
 
-    def __call__(self, layout: Layout) -> Tensor:
+    def __call__(self, new_tokens: NewTokens) -> Tensor:
         """The float32 logits [B, V] on the host, which the next call overwrites."""
-        self._inputs.load(layout)
+        self._inputs.load(new_tokens)
         for layer in self._layers:
             layer.part.replay()
             self._recorder.wait()

@@ -19,7 +19,7 @@ from duoserve.experts.layout import ExpertId
 from duoserve.experts.store import ExpertStore
 from duoserve.kernels import HostRows
 from duoserve.kernels.recorder import Recorder
-from duoserve.kv_cache import Layout, PagedKVCache
+from duoserve.kv_cache import NewTokens, PagedKVCache
 from duoserve.launching.inputs import DecodeInputs
 from duoserve.launching.recorded import MAX_SEQUENCES, MakeStep
 from duoserve.launching.recorded_choices import RecordedChoices
@@ -85,10 +85,10 @@ class GraphStep(DecodeStep):
         self._logits_BV = recorder.host((num_sequences, len(model.head_VH)), torch.float32)
         self._recording = recorder.record(lambda: self._run(model))
 
-    def __call__(self, layout: Layout) -> Tensor:
+    def __call__(self, new_tokens: NewTokens) -> Tensor:
         """Replays the step; gives float32 logits [B, V] on the host, which the next call overwrites."""
-        self._inputs.load(layout)
-        targets_NX = self._books.lay_out(self._num_sequences)
+        self._inputs.load(new_tokens)
+        targets_NX = self._books.lay_targets(self._num_sequences)
         slots_LE, targets_LE = self._host_2LE.numpy()
         slots_LE[:] = self._books.slots_LE
         targets_LE.fill(-1)

@@ -12,7 +12,7 @@ import torch
 
 from duoserve.kernels import DeviceWork
 from duoserve.kernels.recorder import Recorder
-from duoserve.kv_cache import BatchKV, Layout, PagedKVCache
+from duoserve.kv_cache import BatchKV, NewTokens, PagedKVCache
 from duoserve.models.batch import Batch
 
 
@@ -34,19 +34,28 @@ class DecodeInputs:
         self._table_BM = torch.zeros(self.shape, dtype=torch.int32, device=recorder.device)
         self._lengths_B = torch.zeros(num_sequences, dtype=torch.int32, device=recorder.device)
 
-    def load(self, layout: Layout) -> None:
-        """Writes the tokens of ``layout`` for the next replay; the one before must have ended.
+    def load(self, new_tokens: NewTokens) -> None:
+        """Writes ``new_tokens`` for the next replay; the one before must have ended.
 
-        If ``layout`` has fewer than B sequences, the others are padding: a token that is stored nowhere and attends to
+        Where these have fewer than B sequences, the others are padding: a token that is stored nowhere and attends to
         nothing.
         """
-        padding = self.shape[0] - len(layout.spans)
+        padding = self.shape[0] - len(new_tokens.spans)
         none, nowhere = [0] * padding, [-1] * padding
-        numbers = layout.token_ids, none, layout.positions, none, layout.rows, nowhere, layout.lengths, none
+        numbers = (
+            new_tokens.token_ids,
+            none,
+            new_tokens.positions,
+            none,
+            new_tokens.rows,
+            nowhere,
+            new_tokens.lengths,
+            none,
+        )
         host_N = self._host_N.numpy()
         host_N[: sum(self._sizes[:4])] = list(chain.from_iterable(numbers))
         table_BM = host_N[sum(self._sizes[:4]) :].reshape(self.shape)
-        for pages_M, pages in zip(table_BM, layout.page_table, strict=False):  # what is behind them is not read
+        for pages_M, pages in zip(table_BM, new_tokens.page_table, strict=False):  # what is behind them is not read
             pages_M[: len(pages)] = pages[: self.shape[1]]  # a sequence may have pages that it has not come to
 
     def batch(self, num_pages: int | None = None) -> Batch:

@@ -19,7 +19,7 @@ from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.kernels.compiled.compiler import CpuCompiler, can_compile, cpp_compiler
 from duoserve.kernels.cuda_graphs import CudaRecorder
-from duoserve.kv_cache import Layout, PagedKVCache
+from duoserve.kv_cache import NewTokens, PagedKVCache
 from duoserve.launching.compiled import compiled_decoder
 from duoserve.launching.event import event_steps
 from duoserve.launching.graph import graph_steps, host_rows
@@ -44,9 +44,9 @@ class VariantDecoder(Decoder):
     model: Transformer
     cache: PagedKVCache
 
-    def __call__(self, layout: Layout) -> Tensor:
+    def __call__(self, new_tokens: NewTokens) -> Tensor:
         """As Decoder says."""
-        return self.model(self.cache.batch(layout), layout.last_rows).cpu()
+        return self.model(self.cache.batch(new_tokens), new_tokens.last_rows).cpu()
 
     def prepare(self, num_sequences: int) -> None:
         """Does nothing: the first step takes no longer than the others."""

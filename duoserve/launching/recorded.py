@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from duoserve.kernels.configs import MEDIUM
-from duoserve.kv_cache import Layout, PagedKVCache
+from duoserve.kv_cache import NewTokens, PagedKVCache
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Decoder, DecodeStep
 
@@ -26,8 +26,8 @@ MakeStep = Callable[[int, int], DecodeStep | None]  # of (sequences, width), Non
 class Shapes(Protocol):
     """Which shapes are recorded: a step may have a shape of its own, or be padded to a larger one."""
 
-    def of(self, layout: Layout) -> Shape:
-        """The shape that the step of ``layout`` is recorded in."""
+    def of(self, new_tokens: NewTokens) -> Shape:
+        """The shape that the step of ``new_tokens`` is recorded in."""
         ...
 
     def up_to(self, num_sequences: int) -> Iterable[Shape]:
@@ -42,9 +42,9 @@ class ExactShapes(Shapes):
     algorithm of a matrix product, by the number of rows: other numbers of rows have other bits.
     """
 
-    def of(self, layout: Layout) -> Shape:
+    def of(self, new_tokens: NewTokens) -> Shape:
         """As in Shapes."""
-        return len(layout.spans), len(layout.page_table[0])
+        return len(new_tokens.spans), len(new_tokens.page_table[0])
 
     def up_to(self, num_sequences: int) -> Iterable[Shape]:
         """None: the widths of the page tables to come are not known."""
@@ -80,10 +80,10 @@ class RecordedDecoder(Decoder):
         self.num_recordings = 0
         self._steps: dict[Shape, DecodeStep | None] = {}  # the latest that occurred comes last
 
-    def __call__(self, layout: Layout) -> Tensor:
+    def __call__(self, new_tokens: NewTokens) -> Tensor:
         """As in Decoder; the next call may overwrite the logits."""
-        step = self._step(self._shapes.of(layout))
-        return self._model(self._cache.batch(layout)).cpu() if step is None else step(layout)
+        step = self._step(self._shapes.of(new_tokens))
+        return self._model(self._cache.batch(new_tokens)).cpu() if step is None else step(new_tokens)
 
     def prepare(self, num_sequences: int) -> None:
         """As in Decoder."""

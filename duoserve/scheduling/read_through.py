@@ -47,7 +47,7 @@ def most_misses(shape: ModelShape, num_tokens: int) -> int:
     return min(shape.num_experts, num_tokens * shape.top_k)
 
 
-def lay_targets(spare: Sequence[int], num_layers: int, width: int) -> np.ndarray:
+def spread_targets(spare: Sequence[int], num_layers: int, width: int) -> np.ndarray:
     """For each layer the slots that its misses fill, in this order: int32 [N, X]. X = ``width`` is at most len(spare).
 
     Each layer begins at another place of ``spare``, evenly spread, so that a layer overwrites as few misses of others
@@ -74,7 +74,7 @@ def fills(layers: Sequence[int], ids_NBK: np.ndarray, slots_NBK: np.ndarray, tar
 
 
 class ReadThrough:
-    """Keeps the books of such steps: call ``lay_out`` before each, ``took`` after it, and ``catch_up`` while one runs.
+    """Keeps the books of such steps: ``lay_targets`` before each, ``took`` after it, ``catch_up`` while one runs.
 
     ``guess`` may follow ``took``, once the listeners have heard the routing of the step. ``catch_up`` does what the
     next step need not wait for, and tells ``used`` of every layer's experts, by which the eviction ranks them. The
@@ -115,7 +115,7 @@ class ReadThrough:
         num_slots = self._residency.table.num_slots
         return num_slots >= min(most_misses(self._shape, num_tokens), self._shape.total_experts)
 
-    def lay_out(self, num_tokens: int) -> np.ndarray:
+    def lay_targets(self, num_tokens: int) -> np.ndarray:
         """Gives the slots, all EMPTY, that the misses of each layer fill in the coming step: int32 [N, X].
 
         Experts are given up where too few slots are EMPTY; IntegrityError where even that is not enough. Until ``took``
@@ -133,7 +133,7 @@ class ReadThrough:
         if len(spare) < width:
             raise IntegrityError(f"a step of {num_tokens} tokens may miss {width} experts; {len(spare)} slots are free")
         np.copyto(self.slots_LE, self._residency.table.ready_LE)
-        self._targets_NX = lay_targets(spare, len(self.layers), width)
+        self._targets_NX = spread_targets(spare, len(self.layers), width)
         return self._targets_NX
 
     def catch_up(self) -> None:
@@ -159,7 +159,7 @@ class ReadThrough:
         self._guesses.stepped(num_hits, came_true)
 
     def guess(self) -> None:
-        """Starts copies of what the next step may want, if they pay; ``lay_out`` cancels those that have not begun."""
+        """Starts copies of what the next step may want, if they pay; ``lay_targets`` cancels those that wait then."""
         self._guesses.ask(self._room)
 
     def ended(self) -> bool:

@@ -21,7 +21,7 @@ from duoserve.experts.store import ExpertStore
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.experts.streams import Lane, Mark, Streams
 from duoserve.kernels.recorder import Recorder, Recording
-from duoserve.kv_cache import Layout
+from duoserve.kv_cache import NewTokens
 from duoserve.launching.launch import Launch
 from duoserve.launching.recorded import RecordedDecoder
 from duoserve.metrics import Meter
@@ -91,7 +91,7 @@ class Recorded(RecordedDecoder):
         self._device, self._recorder, self._waits, self._thought = device, recorder, waits, thought
         self._replays = [recorder.record(lambda: None) for _ in range(layers)]
 
-    def __call__(self, layout: Layout | None) -> Tensor:
+    def __call__(self, new_tokens: NewTokens | None) -> Tensor:
         for replay in self._replays:
             self._device.now += self._thought
             replay.replay()
@@ -116,15 +116,15 @@ def test_the_hosts_time_is_what_the_device_waits_for(
     device = Device(launch, busy=100.0, call=2.0)
     recorder = TimedRecorder(device, device, lambda: device.now)
     decoder = TimedDecoder(Recorded(device, recorder, 4, thought, waits), recorder, lambda: device.now)
-    layout: Any = None
-    decoder(layout)
+    new_tokens: Any = None
+    decoder(new_tokens)
     assert decoder.times.steps == 0
     with decoder.timing() as times:
         began = device.now
         for _ in range(3):
-            decoder(layout)
+            decoder(new_tokens)
             device.now += 50.0  # the engine chooses a token
-    decoder(layout)
+    decoder(new_tokens)
     assert times.steps == 3 and times.busy_s == pytest.approx(3 * 400)
     found = times.to_dict() | {"wall_s": device.now - began, "stall_s": 0.0}
     found["wall_s"] -= (

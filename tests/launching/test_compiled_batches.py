@@ -21,7 +21,7 @@ from duoserve.interface import ServiceSettings
 from duoserve.kernels.attention_together import decode_attention_together
 from duoserve.kernels.compiled.compiler import CpuCompiler
 from duoserve.kernels.reference import decode_attention
-from duoserve.kv_cache import Layout
+from duoserve.kv_cache import NewTokens
 from duoserve.launching import compiled as compiled_decode
 from duoserve.launching import compiled_experts
 from duoserve.launching.compiled import CompiledStep, PaddedShapes, compiled_decoder, compiled_steps
@@ -42,7 +42,7 @@ PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in 
 MAX_TOKENS = (8, 5, 9)  # they leave one after the other, so that there is more and more padding
 GREEDY = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
 TYPES = ("mixtral", "deepseek_v3", "gpt_oss")
-Before = Callable[[Parts, Layout], None]
+Before = Callable[[Parts, NewTokens], None]
 
 
 @pytest.fixture(scope="module", params=TYPES)
@@ -62,12 +62,14 @@ def fours(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(compiled_decode, "SIZES", (4,))
     monkeypatch.setattr(RecordedDecoder, "prepare", lambda self, num_sequences: None)
     monkeypatch.setattr(
-        CompiledStep, "__call__", lambda self, layout: sequences.append(len(layout.spans)) or step(self, layout)
+        CompiledStep,
+        "__call__",
+        lambda self, new_tokens: sequences.append(len(new_tokens.spans)) or step(self, new_tokens),
     )
     return sequences
 
 
-def in_fours(logits: list[Tensor], before: Before = lambda parts, layout: None) -> Callable[[Parts], Decoder]:
+def in_fours(logits: list[Tensor], before: Before = lambda parts, new_tokens: None) -> Callable[[Parts], Decoder]:
     """Makes decoders that note their ``logits``; ``before`` is called before each step."""
 
     def make(parts: Parts) -> Decoder:
@@ -75,10 +77,10 @@ def in_fours(logits: list[Tensor], before: Before = lambda parts, layout: None) 
         fours = PaddedShapes((4,), parts.cache.num_pages)
         decode = RecordedDecoder(parts.model, parts.cache, steps, record_after=0, shapes=fours)
 
-        def step(layout: Layout) -> Tensor:
+        def step(new_tokens: NewTokens) -> Tensor:
             decode.prepare(4)
-            before(parts, layout)
-            logits.append(decode(layout).clone())
+            before(parts, new_tokens)
+            logits.append(decode(new_tokens).clone())
             return logits[-1]
 
         return step
@@ -115,7 +117,7 @@ def test_padding_is_nobody(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> No
     init = CompiledExperts.__init__
     monkeypatch.setattr(CompiledExperts, "__init__", lambda self, *args: made.append(self) or init(self, *args))
 
-    def poison(parts: Parts, layout: Layout) -> None:
+    def poison(parts: Parts, new_tokens: NewTokens) -> None:
         for rows in made[-1].rows:
             rows.fill_(float("nan"))
         for pages_PSW in [pages for layer in parts.cache.layers for pages in layer]:
@@ -131,7 +133,7 @@ def test_padding_is_nobody(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return logits, stats.hits["decode"] + stats.misses["decode"]
 
     heard = Heard()
-    clean, wanted = run(lambda parts, layout: None, None)
+    clean, wanted = run(lambda parts, new_tokens: None, None)
     poisoned, also_wanted = run(poison, heard)
     assert all(torch.equal(one, other) for one, other in zip(clean, poisoned, strict=True))
     told = [
@@ -149,12 +151,12 @@ def test_padding_is_nobody(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_step_writes_to_the_pages_of_its_sequences_only(mixtral: Path) -> None:
     before: list[list[Tensor]] = []
 
-    def look(parts: Parts, layout: Layout) -> None:
+    def look(parts: Parts, new_tokens: NewTokens) -> None:
         rows = [pages.flatten(0, 1).flatten(1).view(torch.int32) for layer in parts.cache.layers for pages in layer]
         if before:
             changed = [(now != then).any(1).nonzero().flatten() for now, then in zip(rows, before, strict=True)]
             assert all(set(rows_C.tolist()) <= set(written[-1]) for rows_C in changed)
-        written.append(layout.rows)
+        written.append(new_tokens.rows)
         before[:] = [pages.clone() for pages in rows]
 
     written: list[list[int]] = []

@@ -13,7 +13,7 @@ from torch import Tensor
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool, SlotState
 from duoserve.experts.streams import Lane
-from duoserve.kv_cache import Layout
+from duoserve.kv_cache import NewTokens
 from duoserve.launching.graph import graph_steps
 from duoserve.launching.recorded import RecordedDecoder
 from duoserve.passes import Decoder
@@ -59,8 +59,8 @@ class Checked:
         )
         lagging = self.device.lagging(RecordedDecoder(parts.model, parts.cache, steps, self.record_after))
 
-        def step(layout: Layout) -> Tensor:
-            logits_BV = lagging(layout)
+        def step(new_tokens: NewTokens) -> Tensor:
+            logits_BV = lagging(new_tokens)
             self.look(parts.scheduler)
             return logits_BV
 
@@ -167,9 +167,9 @@ def test_a_step_that_is_cut_short_leaves_the_device_nothing_to_do(
         steps = graph_steps(parts.model, parts.cache, device.recorder, device.store, books)
         decode = RecordedDecoder(parts.model, parts.cache, steps, 0)
 
-        def step(layout: Layout) -> Tensor:
+        def step(new_tokens: NewTokens) -> Tensor:
             try:
-                logits_BV = decode(layout)
+                logits_BV = decode(new_tokens)
                 device.streams.finish()
                 return logits_BV
             finally:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from duoserve.experts.layout import ExpertId
-from duoserve.kv_cache import Layout
+from duoserve.kv_cache import NewTokens
 from duoserve.models.moe import MoEBlock, RoutingScript
 from duoserve.models.opened import opened
 from duoserve.models.transformer import Transformer
@@ -93,11 +93,11 @@ def scripted_run(folder: Path, mode: str) -> tuple[list[list[int]], list[Tensor]
         if mode:
             decode = device.recorded(mode)(parts)
         else:
-            decode = device.lagging(lambda layout: parts.model(parts.cache.batch(layout)))
+            decode = device.lagging(lambda new_tokens: parts.model(parts.cache.batch(new_tokens)))
 
-        def step(layout: Layout) -> Tensor:
+        def step(new_tokens: NewTokens) -> Tensor:
             script.next_step()
-            return decode(layout)
+            return decode(new_tokens)
 
         return step
 

@@ -31,7 +31,7 @@ class FakeDevice:
         if heard is not None:
             heard.begin(Phase.DECODE, np.zeros(tokens, dtype=np.int64))
         self.rig.scheduler.begin(Phase.DECODE, tokens)
-        targets_NX = self.books.lay_out(tokens)
+        targets_NX = self.books.lay_targets(tokens)
         assert self.rig.num_states(SlotState.LOADING) == 0, "something may come into a slot while the step runs"
         self.learn()
         assert all(self.rig.table.state(slot) is SlotState.EMPTY for slot in targets_NX.flatten().tolist())

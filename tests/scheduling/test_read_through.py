@@ -20,7 +20,7 @@ from duoserve.scheduling.account import ALLOWED_TIME
 from duoserve.scheduling.link_budget import IdleLink, StepLink
 from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import EVICTIONS, get_policy
-from duoserve.scheduling.read_through import Fill, fills, lay_targets, most_misses
+from duoserve.scheduling.read_through import Fill, fills, most_misses, spread_targets
 from tests.scheduling.fortune import Teller, certain
 from tests.scheduling.read_through_rig import FakeDevice
 from tests.scheduling.rig import Rig
@@ -153,7 +153,7 @@ def test_a_step_keeps_an_eighth_of_the_slots_free() -> None:
     for first in range(0, 32, 2):
         device.step({0: [first, first + 1], 1: [first, first + 1]}, tokens=1)
     rig.scheduler.begin(Phase.DECODE, 1)
-    device.books.lay_out(1)
+    device.books.lay_targets(1)
     assert rig.num_states(SlotState.EMPTY) == 4  # two layers of two misses each need no fifth
 
 
@@ -175,9 +175,9 @@ def test_the_last_layer_to_fill_a_slot_has_it() -> None:
 
 
 def test_first_choices_are_spread_and_no_layer_has_a_slot_twice() -> None:
-    targets_LX = lay_targets([10, 11, 12, 13], num_layers=2, width=3)
+    targets_LX = spread_targets([10, 11, 12, 13], num_layers=2, width=3)
     assert targets_LX.tolist() == [[10, 11, 12], [12, 13, 10]]
-    assert lay_targets([4, 9], num_layers=3, width=2).tolist() == [[4, 9], [4, 9], [9, 4]]
+    assert spread_targets([4, 9], num_layers=3, width=2).tolist() == [[4, 9], [4, 9], [9, 4]]
     assert most_misses(ModelShape(8, 2, (0, 1)), 3) == 6 and most_misses(ModelShape(8, 2, (0, 1)), 9) == 8
 
 

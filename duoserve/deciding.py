@@ -1,0 +1,119 @@
+"""How a model will be run: the policy, its predictor, and the memory for that."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from duoserve.choice import BestPolicy, chosen_predictor, find_choice, predictor_beside
+from duoserve.config import EngineConfig
+from duoserve.errors import ConfigError, TraceError
+from duoserve.experts.budget import MemoryPlan
+from duoserve.experts.checkpoint import Checkpoint
+from duoserve.placement import Placement
+from duoserve.predictors.base import RowPredictor
+from duoserve.predictors.files import check_model, load_predictor
+from duoserve.scheduling.plan import GuessMode
+from duoserve.scheduling.policies import Policy, get_policy
+from duoserve.scheduling.predictor import Predictor
+
+CALLER = 5  # of from_pretrained: so many calls up from the functions of this file that warn
+
+
+class Decision(NamedTuple):
+    """Where and how a model will be run, and how memory is divided for that."""
+
+    place: Placement
+    wanted: EngineConfig
+    policy: Policy
+    predictor: Predictor | None
+    plan: MemoryPlan
+
+
+def named_policy(policy: str | Policy) -> Policy | None:
+    """The policy that was asked for, None for "auto"."""
+    if isinstance(policy, Policy):
+        return policy
+    return None if policy == "auto" else get_policy(policy)
+
+
+def decide(
+    place: Placement,
+    wanted: EngineConfig,
+    named: Policy | None,
+    predictor: Predictor | str | Path | None,
+    cache_dir: str | Path | None,
+) -> Decision:
+    """How the model will be run: under the policy that was ``named``, or else what suits its memory.
+
+    A choice that cannot be read is passed over with a warning, or makes no guesses where only its predictor cannot be;
+    and there is one where the predictor that was asked for is not there, or "auto" comes to a policy without guesses.
+    TraceError or ConfigError for a predictor that cannot be used, MemoryBudgetError for memory that cannot be had.
+    """
+    checkpoint = place.found.checkpoint
+    plan = place.plan(wanted, named)
+    best, chosen = None, None
+    if named is None and plan.num_slots < plan.total_experts:
+        best, chosen = _best(checkpoint, cache_dir, with_predictor=predictor is None)
+    policy = named or _automatic(plan, best, guesses=predictor is not None)
+    found = chosen if predictor is None else _asked_for(predictor, checkpoint, cache_dir)
+    if predictor is not None and not policy.all_resident:
+        _warn_if_unused(found, policy, automatic=named is None)
+    return Decision(place, wanted, policy, found, plan)
+
+
+def _best(
+    checkpoint: Checkpoint, cache_dir: str | Path | None, *, with_predictor: bool
+) -> tuple[BestPolicy | None, Predictor | None]:
+    """What ``duoserve evaluate`` chose for this model, and its predictor; what is broken of them is only warned of."""
+    try:
+        found = find_choice(checkpoint, cache_dir)
+    except TraceError as error:
+        warnings.warn(f'policy="auto" goes without what was chosen for this model: {error}', stacklevel=CALLER)
+        return None, None
+    best, folder = found or (None, None)
+    if best is None or folder is None or not (best.use_predictor and with_predictor):
+        return best, None
+    try:
+        return best, chosen_predictor(folder, checkpoint)
+    except TraceError as error:
+        why = f"without the predictor that was chosen for this model: {error}; run duoserve evaluate again"
+        warnings.warn(f'policy="auto" makes no guesses {why}', stacklevel=CALLER)
+        return replace(best, use_predictor=False), None
+
+
+def _automatic(plan: MemoryPlan, best: BestPolicy | None, *, guesses: bool) -> Policy:
+    """What "auto" comes to: "resident" where every expert has a slot, else the policy of ``best``, else "duoserve".
+
+    With ``guesses`` the policy keeps its guesses even if ``best`` found that they do not pay.
+    """
+    if plan.num_slots == plan.total_experts:
+        return get_policy("resident")
+    policy = get_policy("duoserve" if best is None else best.policy)
+    return policy if guesses or best is None or best.use_predictor else policy.without_guesses()
+
+
+def _warn_if_unused(predictor: Predictor | None, policy: Policy, *, automatic: bool) -> None:
+    """Warns that the predictor the caller asked for was not found, or that an ``automatic`` policy ignores it."""
+    if predictor is None:
+        warnings.warn('predictor="auto" found none beside the model: duoserve evaluate writes one', stacklevel=CALLER)
+    elif automatic and policy.guesses is GuessMode.NONE:
+        why = f"policy={policy.name!r}, which duoserve evaluate chose for this model, makes no guesses"
+        warnings.warn(f"the predictor is not used: {why}; name a policy that does", stacklevel=CALLER)
+
+
+def _asked_for(
+    predictor: Predictor | str | Path, checkpoint: Checkpoint, cache_dir: str | Path | None
+) -> Predictor | None:
+    """The predictor that the caller gave or named; None where "auto" finds none."""
+    if predictor == "auto":
+        return predictor_beside(checkpoint, cache_dir)
+    if isinstance(predictor, (str, Path)):
+        return load_predictor(Path(predictor), checkpoint.fingerprint())
+    if not hasattr(predictor, "predict"):
+        raise ConfigError(f"predictor is {predictor!r}, but must be a file, 'auto' or a Predictor")
+    if isinstance(predictor, RowPredictor):
+        check_model(predictor.meta, checkpoint.fingerprint(), f"predictor={predictor.name!r}")
+    return predictor
