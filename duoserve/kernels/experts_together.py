@@ -2,7 +2,7 @@
 
 On the rows of one expert such an op is sooner done than called.
 
-N routed rows, R of one expert, C of a group of experts; P features of a product (2I or H), D its inner
+N routed rows, J of one expert, C of a group of experts; P features of a product (2I or H), D its inner
 dimension, H hidden, I expert intermediate. What lies between two products is turned: rows are columns there.
 """
 

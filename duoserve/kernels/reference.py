@@ -1,6 +1,6 @@
 """The PyTorch spec of every op, which is also what runs on a CPU. Imports without triton.
 
-T tokens, K top-k, E experts, S slots, H hidden, I expert intermediate, N = T * K routed rows, R rows of one expert. The
+T tokens, K top-k, E experts, S slots, H hidden, I expert intermediate, N = T * K routed rows, J of one expert. The
 small ops and attention have files of their own. Sums are made in at least float32, on CUDA but for what ``matmul.py``
 says; results come in the input's dtype.
 """
@@ -108,11 +108,11 @@ def moe_up(
     w13 = weights.w13
     for expert, slot in work.pairs():
         start, stop = plan.rows(expert)
-        x_RH, act_RI = _rows_of(x_TH, plan, start, stop), act_NI[start:stop]
+        x_JH, act_JI = _rows_of(x_TH, plan, start, stop), act_NI[start:stop]
         if clamped is None:
-            _swiglu(x_RH, w13, slot, act_RI)
+            _swiglu(x_JH, w13, slot, act_JI)
         else:
-            _clamped(_product(x_RH, w13, slot) + clamped.bias_EN[expert], clamped, w13.products, act_RI)
+            _clamped(_product(x_JH, w13, slot) + clamped.bias_EN[expert], clamped, w13.products, act_JI)
 
 
 def moe_down(act_NI: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, y_NH: Tensor) -> None:
@@ -120,11 +120,11 @@ def moe_down(act_NI: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work
     w2 = weights.w2
     for expert, slot in work.pairs():
         start, stop = plan.rows(expert)
-        y_RH = _product(act_NI[start:stop], w2, slot)
+        y_JH = _product(act_NI[start:stop], w2, slot)
         if stop - start == 1:
-            y_NH[plan.order[start]] = y_RH[0]
+            y_NH[plan.order[start]] = y_JH[0]
         else:
-            y_NH.index_copy_(0, plan.places_N[start:stop], y_RH)
+            y_NH.index_copy_(0, plan.places_N[start:stop], y_JH)
 
 
 def moe_experts(
@@ -181,48 +181,48 @@ def _rows_of(x_TH: Tensor, plan: RoutePlan, start: int, stop: int) -> Tensor:
     return x_TH.index_select(0, plan.tokens_N[start:stop])
 
 
-def _swiglu(x_RH: Tensor, w13: Matrix, slot: int, act_RI: Tensor) -> None:
-    """``silu(gate) * up`` into ``act_RI``. A strided silu takes twice the time."""
-    product_RN = _product(x_RH, w13, slot, turned=True)
-    gate_RI, up_RI = product_RN[:, 0::2], product_RN[:, 1::2]
-    if product_RN.is_contiguous():
-        gate_RI = by_rows(partial(F.silu, inplace=True), gate_RI.contiguous(), w13.products)
-        torch.mul(gate_RI, up_RI, out=act_RI)
+def _swiglu(x_JH: Tensor, w13: Matrix, slot: int, act_JI: Tensor) -> None:
+    """``silu(gate) * up`` into ``act_JI``. A strided silu takes twice the time."""
+    product_JN = _product(x_JH, w13, slot, turned=True)
+    gate_JI, up_JI = product_JN[:, 0::2], product_JN[:, 1::2]
+    if product_JN.is_contiguous():
+        gate_JI = by_rows(partial(F.silu, inplace=True), gate_JI.contiguous(), w13.products)
+        torch.mul(gate_JI, up_JI, out=act_JI)
     else:  # it is turned back last, for until then each of its rows is in one piece
-        act_RI.copy_(F.silu(gate_RI.T.contiguous(), inplace=True).mul_(up_RI.T).T)
+        act_JI.copy_(F.silu(gate_JI.T.contiguous(), inplace=True).mul_(up_JI.T).T)
 
 
-def _clamped(up_RN: Tensor, clamped: ClampedUp, products: Products, act_RI: Tensor) -> None:
+def _clamped(up_JN: Tensor, clamped: ClampedUp, products: Products, act_JI: Tensor) -> None:
     """Gate and up rows in turn, the bias added, as ClampedUp says."""
-    gate_RI, up_RI = up_RN.view(len(up_RN), -1, 2).unbind(-1)
-    gate_RI, up_RI = gate_RI.clamp(max=clamped.limit), up_RI.clamp(-clamped.limit, clamped.limit)
-    share_RI = by_rows(torch.sigmoid, gate_RI * clamped.alpha, products)
-    torch.mul(up_RI + 1, gate_RI * share_RI, out=act_RI)
+    gate_JI, up_JI = up_JN.view(len(up_JN), -1, 2).unbind(-1)
+    gate_JI, up_JI = gate_JI.clamp(max=clamped.limit), up_JI.clamp(-clamped.limit, clamped.limit)
+    share_JI = by_rows(torch.sigmoid, gate_JI * clamped.alpha, products)
+    torch.mul(up_JI + 1, gate_JI * share_JI, out=act_JI)
 
 
-def _product(x_RD: Tensor, matrix: Matrix, slot: int, turned: bool = False) -> Tensor:
-    """``x w^T`` [R, N]; quantized weights are decoded to float32, whatever ``x_RD`` is, a block of rows at a time.
+def _product(x_JD: Tensor, matrix: Matrix, slot: int, turned: bool = False) -> Tensor:
+    """``x w^T`` [J, N]; quantized weights are decoded to float32, whatever ``x_JD`` is, a block of rows at a time.
 
     BF12 is bfloat16 in a product with bfloat16.
-    ``turned``: R may be contiguous, not N.
+    ``turned``: J may be contiguous, not N.
     """
-    if x_RD.dtype == matrix.data_SNB.dtype:
+    if x_JD.dtype == matrix.data_SNB.dtype:
         w_ND = matrix.data_SNB[slot]
         if turned and matrix.products is Products.FASTEST and streams_left(w_ND):
-            return left_product(x_RD, w_ND)
-        return linear(x_RD, w_ND, products=matrix.products)
+            return left_product(x_JD, w_ND)
+        return linear(x_JD, w_ND, products=matrix.products)
     num_rows = matrix.data_SNB.shape[1]
     rows = power_of_two(WIDEN_ELEMENTS // matrix.inner)
-    if matrix.format is ExpertFormat.BF12 and x_RD.dtype is torch.bfloat16 and matrix.products is Products.FASTEST:
+    if matrix.format is ExpertFormat.BF12 and x_JD.dtype is torch.bfloat16 and matrix.products is Products.FASTEST:
         blocks = (dense(matrix, slot, slice(start, start + rows)) for start in range(0, num_rows, rows))
-        return product_of_blocks(x_RD, blocks, num_rows, turned)
-    by_codes = matrix.products is Products.FASTEST and multiplies_codes(matrix, x_RD.dtype)
-    x_wide_RD = x_RD.float()
-    out_RN = x_wide_RD.new_empty(len(x_RD), num_rows)
+        return product_of_blocks(x_JD, blocks, num_rows, turned)
+    by_codes = matrix.products is Products.FASTEST and multiplies_codes(matrix, x_JD.dtype)
+    x_wide_JD = x_JD.float()
+    out_JN = x_wide_JD.new_empty(len(x_JD), num_rows)
     for start in range(0, num_rows, rows):
         block = slice(start, start + rows)
         if by_codes:
-            out_RN[:, block] = code_product(x_RD, matrix, slot, block)
+            out_JN[:, block] = code_product(x_JD, matrix, slot, block)
         else:
-            out_RN[:, block] = float_product(x_wide_RD, dense(matrix, slot, block).float(), matrix.products)
-    return out_RN.to(x_RD.dtype)
+            out_JN[:, block] = float_product(x_wide_JD, dense(matrix, slot, block).float(), matrix.products)
+    return out_JN.to(x_JD.dtype)

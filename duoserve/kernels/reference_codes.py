@@ -1,7 +1,7 @@
 """Products with quantized weights on a CPU: codes are multiplied as they are, and scales applied to the sums.
 
-bfloat16 and float32 hold every code exactly, and every weight of MXFP4, so none is rounded. R rows, N rows of the
-matrix, D its inner dimension, G groups of D, C codes of a half group.
+bfloat16 and float32 hold every code exactly, and every weight of MXFP4, so none is rounded. J rows of one expert,
+N rows of its matrix, D its inner dimension, G groups of D, C codes of a half group.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ def multiplies_codes(matrix: Matrix, dtype: torch.dtype) -> bool:
     return dtype is torch.bfloat16 and quantized and whole_blocks
 
 
-def code_product(x_RD: Tensor, matrix: Matrix, slot: int, rows: slice) -> Tensor:
-    """``x w^T`` [R, rows] in float32, of bfloat16 ``x_RD``; the sums of a group may be rounded to bfloat16."""
+def code_product(x_JD: Tensor, matrix: Matrix, slot: int, rows: slice) -> Tensor:
+    """``x w^T`` [J, rows] in float32, of bfloat16 ``x_JD``; the sums of a group may be rounded to bfloat16."""
     assert matrix.scales_SGN is not None
     if matrix.order_SD is not None:
-        x_RD = x_RD[:, matrix.order_SD[slot].long()]
+        x_JD = x_JD[:, matrix.order_SD[slot].long()]
     data_NB = matrix.data_SNB[slot, rows]
     if matrix.format is ExpertFormat.FP8:
-        return _fp8_product(x_RD, data_NB, row_scales(matrix, slot, rows).T)
+        return _fp8_product(x_JD, data_NB, row_scales(matrix, slot, rows).T)
     scales_GN = matrix.scales_SGN[slot, :, rows]
     if matrix.format is ExpertFormat.INT8:
-        return _int8_sums(x_RD, data_NB) * scales_GN
+        return _int8_sums(x_JD, data_NB) * scales_GN
     if matrix.format is ExpertFormat.MXFP4:
-        return _mxfp4_product(x_RD, data_NB, scales_GN)
+        return _mxfp4_product(x_JD, data_NB, scales_GN)
     assert matrix.zeros_SGN is not None
-    return _int4_product(x_RD, data_NB, scales_GN.float(), matrix.zeros_SGN[slot, :, rows])
+    return _int4_product(x_JD, data_NB, scales_GN.float(), matrix.zeros_SGN[slot, :, rows])
 
 
-def _int8_sums(x_RD: Tensor, q_ND: Tensor) -> Tensor:
-    if len(x_RD) <= PACKED_ROWS and x_RD.shape[1] % PACKED_VECTOR == 0:
-        return torch._weight_int8pack_mm(x_RD, q_ND, x_RD.new_ones(len(q_ND)))
+def _int8_sums(x_JD: Tensor, q_ND: Tensor) -> Tensor:
+    if len(x_JD) <= PACKED_ROWS and x_JD.shape[1] % PACKED_VECTOR == 0:
+        return torch._weight_int8pack_mm(x_JD, q_ND, x_JD.new_ones(len(q_ND)))
     codes = _code_dtype()
-    return torch.mm(q_ND.to(codes), x_RD.T.to(codes)).T.float()
+    return torch.mm(q_ND.to(codes), x_JD.T.to(codes)).T.float()
 
 
-def _int4_product(x_RD: Tensor, data_NB: Tensor, scales_GN: Tensor, zeros_GN: Tensor) -> Tensor:
+def _int4_product(x_JD: Tensor, data_NB: Tensor, scales_GN: Tensor, zeros_GN: Tensor) -> Tensor:
     """Even features are in the low halves of bytes, odd ones in the high; of a group, all even ones come first here."""
     num_groups, num_rows = scales_GN.shape
     bytes_NGC = data_NB.view(num_rows, num_groups, -1)
@@ -60,29 +60,29 @@ def _int4_product(x_RD: Tensor, data_NB: Tensor, scales_GN: Tensor, zeros_GN: Te
     codes_GN2C = torch.empty(shape, dtype=_code_dtype(), device=data_NB.device)
     for parity, half_NGC in enumerate((bytes_NGC & 15, bytes_NGC >> 4)):
         codes_GN2C[:, :, parity] = half_NGC.view(torch.int8).sub_(zeros_NG1).transpose(0, 1)
-    x_GR2C = x_RD.view(len(x_RD), num_groups, -1, 2).permute(1, 0, 3, 2)
-    return _scaled_sums(codes_GN2C.flatten(2), x_GR2C.flatten(2), scales_GN)
+    x_GJ2C = x_JD.view(len(x_JD), num_groups, -1, 2).permute(1, 0, 3, 2)
+    return _scaled_sums(codes_GN2C.flatten(2), x_GJ2C.flatten(2), scales_GN)
 
 
-def _fp8_product(x_RD: Tensor, data_ND: Tensor, scales_GN: Tensor) -> Tensor:
+def _fp8_product(x_JD: Tensor, data_ND: Tensor, scales_GN: Tensor) -> Tensor:
     """A block of columns is a group."""
-    codes_GND, x_GRD = (
-        rows.reshape(len(rows), -1, FP8_BLOCK).transpose(0, 1) for rows in (_looked_up(data_ND, ExpertFormat.FP8), x_RD)
+    codes_GND, x_GJD = (
+        rows.reshape(len(rows), -1, FP8_BLOCK).transpose(0, 1) for rows in (_looked_up(data_ND, ExpertFormat.FP8), x_JD)
     )
-    return _scaled_sums(codes_GND, x_GRD, scales_GN)
+    return _scaled_sums(codes_GND, x_GJD, scales_GN)
 
 
-def _mxfp4_product(x_RD: Tensor, data_NB: Tensor, scales_GN: Tensor) -> Tensor:
+def _mxfp4_product(x_JD: Tensor, data_NB: Tensor, scales_GN: Tensor) -> Tensor:
     """Scales are powers of two, so bfloat16 holds the weights themselves."""
     scales_NG = scales_GN.T.contiguous().view(torch.float8_e8m0fnu).to(_code_dtype())
     w_NGD = _looked_up(data_NB, ExpertFormat.MXFP4).view(*scales_NG.shape, -1) * scales_NG[:, :, None]
-    return torch.mm(w_NGD.flatten(1), x_RD.T.to(w_NGD.dtype)).T.float()
+    return torch.mm(w_NGD.flatten(1), x_JD.T.to(w_NGD.dtype)).T.float()
 
 
-def _scaled_sums(codes_GND: Tensor, x_GRD: Tensor, scales_GN: Tensor) -> Tensor:
-    """[R, N] of the sums of G groups."""
-    sums_GNR = torch.bmm(codes_GND, x_GRD.transpose(1, 2).to(codes_GND.dtype))
-    return sums_GNR.float().mul_(scales_GN[..., None]).sum(0).T
+def _scaled_sums(codes_GND: Tensor, x_GJD: Tensor, scales_GN: Tensor) -> Tensor:
+    """[J, N] of the sums of G groups."""
+    sums_GNJ = torch.bmm(codes_GND, x_GJD.transpose(1, 2).to(codes_GND.dtype))
+    return sums_GNJ.float().mul_(scales_GN[..., None]).sum(0).T
 
 
 def _looked_up(bytes_NB: Tensor, form: ExpertFormat) -> Tensor:

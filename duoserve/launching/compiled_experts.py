@@ -1,6 +1,6 @@
 """The chosen experts of a compiled decode step: few rows of one are a compiled call, many are the model's own ops.
 
-B sequences, K top-k, H hidden, I expert intermediate, N = B * K routed rows, R of them of one expert.
+B sequences, K top-k, H hidden, I expert intermediate, N = B * K routed rows, J of them of one expert.
 """
 
 from __future__ import annotations
@@ -126,25 +126,25 @@ class CompiledExperts:
 
 
 class _Call:
-    """A compiled expert of R rows, in any slot; of fewer, others repeat the last and are written behind all rows."""
+    """A compiled expert of J rows, in any slot; of fewer, others repeat the last and are written behind all rows."""
 
     def __init__(self, compiler: CpuCompiler, block: MoEBlock, rows: StepRows, num_rows: int) -> None:
         self.num_rows, self._top_k, self._nowhere = num_rows, block.top_k, len(rows.y_NH) - 1
         self._weights = block.weights
-        host_2R = compiler.host((2, num_rows), torch.int64)
-        tokens_R, places_R = host_2R.unbind()
-        places_R.fill_(self._nowhere)  # a call may be recorded between two others of a layer
-        self._host_2R: np.ndarray = host_2R.numpy()
+        host_2J = compiler.host((2, num_rows), torch.int64)
+        tokens_J, places_J = host_2J.unbind()
+        places_J.fill_(self._nowhere)  # a call may be recorded between two others of a layer
+        self._host_2J: np.ndarray = host_2J.numpy()
         self._first = SlotWeights.of(block.weights, 0)
-        operands = rows.x_BH, self._first, tokens_R, places_R, rows.y_NH
+        operands = rows.x_BH, self._first, tokens_J, places_J, rows.y_NH
         self._recording = compiler.record(partial(token_expert, *operands))
         self._by_slot: dict[int, CompiledRecording[None]] = {}
 
     def __call__(self, slot: int, places: Sequence[int]) -> None:
         """Computes the expert in ``slot`` for the routed rows ``places``."""
         padding = self.num_rows - len(places)
-        self._host_2R[0] = [place // self._top_k for place in (*places, *[places[-1]] * padding)]
-        self._host_2R[1] = [*places, *[self._nowhere] * padding]
+        self._host_2J[0] = [place // self._top_k for place in (*places, *[places[-1]] * padding)]
+        self._host_2J[1] = [*places, *[self._nowhere] * padding]
         self._in_slot(slot).replay()
 
     def _in_slot(self, slot: int) -> CompiledRecording[None]:

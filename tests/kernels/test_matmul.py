@@ -58,8 +58,8 @@ def made(stored: Quantized, hidden: int, inter: int) -> Matrix:
     return matrix
 
 
-def truth(x_RD: Tensor, matrix: Matrix, rows: slice) -> Tensor:
-    return x_RD.double() @ dense(matrix, 1, rows).double().T
+def truth(x_JD: Tensor, matrix: Matrix, rows: slice) -> Tensor:
+    return x_JD.double() @ dense(matrix, 1, rows).double().T
 
 
 @pytest.mark.parametrize("rows", [1, 3, PACKED_ROWS, PACKED_ROWS + 1, 40])
@@ -68,10 +68,10 @@ def truth(x_RD: Tensor, matrix: Matrix, rows: slice) -> Tensor:
 )
 def test_codes_mean_what_decoded_weights_mean(stored: Quantized, hidden: int, rows: int) -> None:
     """Rows that are whole vectors, and those that are not; positive inputs, so that zero-points have to cancel."""
-    matrix, x_RD = made(stored, hidden, 160), torch.rand(rows, hidden).to(BF16)
+    matrix, x_JD = made(stored, hidden, 160), torch.rand(rows, hidden).to(BF16)
     assert multiplies_codes(matrix, BF16)
     for block in (slice(0, 320), slice(10, 31), slice(250, 320)):
-        assert_close(code_product(x_RD, matrix, 1, block), truth(x_RD, matrix, block), BF16)
+        assert_close(code_product(x_JD, matrix, 1, block), truth(x_JD, matrix, block), BF16)
 
 
 def test_a_weight_that_is_no_number_is_none_in_a_product() -> None:

@@ -36,15 +36,15 @@ def test_a_compiled_expert_is_its_weights_written_out(name: str, num_rows: int) 
     weights = random_weights(layout)
     assert num_rows in call_rows(weights).sizes
     x_BH = torch.randn(3, layout.hidden, generator=torch.Generator().manual_seed(1))
-    tokens_R, places_R = torch.tensor([2, 0, 1, 2])[:num_rows], torch.tensor([3, 1, 0, 4])[:num_rows]
+    tokens_J, places_J = torch.tensor([2, 0, 1, 2])[:num_rows], torch.tensor([3, 1, 0, 4])[:num_rows]
     y_NH, first = torch.full((6, layout.hidden), torch.nan), SlotWeights.of(weights, 0)
-    recording = CpuCompiler().record(partial(token_expert, x_BH, first, tokens_R, places_R, y_NH))
+    recording = CpuCompiler().record(partial(token_expert, x_BH, first, tokens_J, places_J, y_NH))
     y_NH.fill_(torch.nan)
     slot = SLOTS - 1  # not the one that was recorded
     recording.on(dict(zip(first.tensors, SlotWeights.of(weights, slot).tensors, strict=True))).replay()
-    expected_RH = expert(weights, slot, x_BH[tokens_R].double())
-    torch.testing.assert_close(y_NH[places_R].double(), expected_RH, rtol=1e-5, atol=1e-6)
-    others = [place for place in range(len(y_NH)) if place not in places_R]
+    expected_JH = expert(weights, slot, x_BH[tokens_J].double())
+    torch.testing.assert_close(y_NH[places_J].double(), expected_JH, rtol=1e-5, atol=1e-6)
+    others = [place for place in range(len(y_NH)) if place not in places_J]
     assert y_NH[others].isnan().all()
 
 
@@ -90,8 +90,8 @@ def random_weights(layout: QuantizedLayout) -> ExpertWeights:
     return weights
 
 
-def expert(weights: ExpertWeights, slot: int, x_RH: Tensor) -> Tensor:
-    """In the dtype of ``x_RH``."""
-    w13_NH, w2_HI = (dense(matrix, slot).to(x_RH.dtype) for matrix in (weights.w13, weights.w2))
-    product_RN = x_RH @ w13_NH.T
-    return (F.silu(product_RN[:, 0::2]) * product_RN[:, 1::2]) @ w2_HI.T
+def expert(weights: ExpertWeights, slot: int, x_JH: Tensor) -> Tensor:
+    """In the dtype of ``x_JH``."""
+    w13_NH, w2_HI = (dense(matrix, slot).to(x_JH.dtype) for matrix in (weights.w13, weights.w2))
+    product_JN = x_JH @ w13_NH.T
+    return (F.silu(product_JN[:, 0::2]) * product_JN[:, 1::2]) @ w2_HI.T

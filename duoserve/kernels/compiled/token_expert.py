@@ -1,6 +1,6 @@
 """An expert of a few tokens, written so that a compiler makes loops of it that read the slot once.
 
-S slots, H hidden, I expert intermediate, N rows of a matrix (in ``y_NH`` routed rows), D its inner dimension, R tokens
+S slots, H hidden, I expert intermediate, N rows of a matrix (in ``y_NH`` routed rows), D its inner dimension, J tokens
 of B.
 """
 
@@ -100,13 +100,13 @@ class SlotMatrix(NamedTuple):
         parts = self.rows or (self.data, self.scales, self.zeros, self.order)
         return [part for part in parts if part is not None]
 
-    def product(self, x_RD: Tensor) -> Tensor:
-        """``x w^T`` in float32 [R, N]."""
-        if len(x_RD) > LOOP_ROWS:
-            return linear(x_RD, self.data).float()
+    def product(self, x_JD: Tensor) -> Tensor:
+        """``x w^T`` in float32 [J, N]."""
+        if len(x_JD) > LOOP_ROWS:
+            return linear(x_JD, self.data).float()
         if self.order is not None:
-            x_RD = x_RD[:, self.order]
-        return torch.stack([self._of_one(x_D) for x_D in x_RD.unbind()])
+            x_JD = x_JD[:, self.order]
+        return torch.stack([self._of_one(x_D) for x_D in x_JD.unbind()])
 
     def _of_one(self, x_D: Tensor) -> Tensor:
         if self.rows is not None:
@@ -142,14 +142,14 @@ class SlotWeights(NamedTuple):
         return [*self.w13.tensors, *self.w2.tensors]
 
 
-def token_expert(x_BH: Tensor, weights: SlotWeights, tokens_R: Tensor, places_R: Tensor, y_NH: Tensor) -> None:
-    """Writes ``w2 (silu(w1 x) * (w3 x))`` of R tokens to rows ``places_R`` of ``y_NH``.
+def token_expert(x_BH: Tensor, weights: SlotWeights, tokens_J: Tensor, places_J: Tensor, y_NH: Tensor) -> None:
+    """Writes ``w2 (silu(w1 x) * (w3 x))`` of J tokens to rows ``places_J`` of ``y_NH``.
 
-    ``tokens_R`` (rows of ``x_BH``) and ``places_R`` are int64. Sums are made in float32, and rounded to ``x_BH``'s
+    ``tokens_J`` (rows of ``x_BH``) and ``places_J`` are int64. Sums are made in float32, and rounded to ``x_BH``'s
     dtype behind each of the two matrices. No value is read on the host, so that a tracer can follow. Source: SwiGLU,
     Shazeer (2020).
     """
-    product_RN = weights.w13.product(x_BH[tokens_R])
-    gate_RI, up_RI = product_RN.view(len(product_RN), -1, 2).unbind(-1)
-    act_RI = (F.silu(gate_RI) * up_RI).to(x_BH.dtype)
-    y_NH.index_copy_(0, places_R, weights.w2.product(act_RI).to(y_NH.dtype))
+    product_JN = weights.w13.product(x_BH[tokens_J])
+    gate_JI, up_JI = product_JN.view(len(product_JN), -1, 2).unbind(-1)
+    act_JI = (F.silu(gate_JI) * up_JI).to(x_BH.dtype)
+    y_NH.index_copy_(0, places_J, weights.w2.product(act_JI).to(y_NH.dtype))
