@@ -65,7 +65,7 @@ class Miss:
     def checks(self) -> list[Check]:
         """Every way leaves the host's bytes in the slot and the same numbers in the expert's row."""
         copied_w, copied_y = self._left_by(self.copy_then_launch)
-        row, checks = int(self.plan.order_N[0]), []
+        row, checks = int(self.plan.order_R[0]), []
         for name, way in (("read-through", self.read_through), ("page_gather", self.gather_then_launch)):
             w, y = self._left_by(way)
             checks.append(Check(f"the slot that {name} fills", float(not torch.equal(w, copied_w)), 0.0))

@@ -110,7 +110,7 @@ def check_layer(step: Step, pool: Pool) -> list[Check]:
 
 def same_plan(ours: RoutePlan, theirs: RoutePlan) -> bool:
     """Whether two plans are equal in every number."""
-    mine, other = ((p.order_N, p.starts_E1, *_lists(p)) for p in (ours, theirs))
+    mine, other = ((p.order_R, p.starts_E1, *_lists(p)) for p in (ours, theirs))
     return all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
 
 

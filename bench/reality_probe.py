@@ -1,6 +1,6 @@
 """What a replay must know of this machine, measured on one model: reads, experts, and a request with all in slots.
 
-T tokens, H hidden, I expert intermediate, S slots.
+T tokens, K top-k, H hidden, I expert intermediate, S slots, R = T * K routed rows.
 """
 
 from __future__ import annotations
@@ -239,13 +239,13 @@ class Probe:
         x_TH = torch.ones(count, hidden, dtype=self._dtype)
         ids_TK = torch.arange(experts).repeat(count, 1)
         plan = kernels.route_plan(ids_TK, torch.full((8,), -1, dtype=torch.int32))
-        act_NI, y_NH = x_TH.new_empty(ids_TK.numel(), inner), x_TH.new_empty(ids_TK.numel(), hidden)
+        act_RI, y_RH = x_TH.new_empty(ids_TK.numel(), inner), x_TH.new_empty(ids_TK.numel(), hidden)
         pairs = [(e, (self._slot + e) % SLOTS) for e in range(experts)]
         self._slot = (self._slot + experts) % SLOTS
         begun = time.perf_counter()
         work = HostWork.of(pairs)
-        kernels.moe_up(x_TH, self._pool.weights, plan, work, act_NI)
-        kernels.moe_down(act_NI, self._pool.weights, plan, work, y_NH)
+        kernels.moe_up(x_TH, self._pool.weights, plan, work, act_RI)
+        kernels.moe_down(act_RI, self._pool.weights, plan, work, y_RH)
         return time.perf_counter() - begun
 
     def _any(self) -> ExpertId:

@@ -1,6 +1,6 @@
 """What a forward pass takes on its device beside weights and KV cache: activations by formula, so that a cap is kept.
 
-T tokens of the pass, H hidden, I expert intermediate, E experts, K top-k, N = T * K routed rows, V vocabulary.
+T tokens of the pass, H hidden, I expert intermediate, E experts, K top-k, R = T * K routed rows, V vocabulary.
 """
 
 from __future__ import annotations

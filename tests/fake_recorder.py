@@ -170,7 +170,7 @@ def _outside_modes(work: Callable[[], Any]) -> Callable[[], None]:
 def _tensors(result: Any) -> list[Tensor]:
     if isinstance(result, RoutePlan):
         works = (result.resident, result.missing)
-        return [result.order_N, result.starts_E1, *(t for w in works for t in (w.experts_W, w.slots_W, w.count_1))]
+        return [result.order_R, result.starts_E1, *(t for w in works for t in (w.experts_W, w.slots_W, w.count_1))]
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 

@@ -2,7 +2,7 @@
 
 On the rows of one expert such an op is sooner done than called.
 
-N routed rows, J of one expert, C of a group of experts; P features of a product (2I or H), D its inner
+R routed rows, J of them of one expert, C of a group of experts; P features of a product (2I or H), D its inner
 dimension, H hidden, I expert intermediate. What lies between two products is turned: rows are columns there.
 """
 
@@ -57,18 +57,18 @@ def shares(rows: tuple[int, int]) -> bool:
 
 
 def experts_together(
-    x_TH: Tensor, weights: ExpertWeights, plan: RoutePlan, pairs: Sequence[tuple[int, int]], y_NH: Tensor
+    x_TH: Tensor, weights: ExpertWeights, plan: RoutePlan, pairs: Sequence[tuple[int, int]], y_RH: Tensor
 ) -> None:
     """``moe_up`` and ``moe_down`` of the (expert, slot) ``pairs``, which ``shares`` has chosen.
 
     An expert's bits do not depend on those that it is computed with.
     """
     for group in _groups(plan, pairs):
-        x_CH = _gathered(x_TH, [plan.tokens_N[member.start : member.stop] for member in group])
+        x_CH = _gathered(x_TH, [plan.tokens_R[member.start : member.stop] for member in group])
         act_IC = _activated(_products(weights.w13, group, x_CH.T), group)
         y_HC = _products(weights.w2, group, act_IC)
-        places_C = torch.cat([plan.places_N[member.start : member.stop] for member in group])
-        y_NH.index_copy_(0, places_C, y_HC[:, : len(places_C)].T.contiguous())
+        places_C = torch.cat([plan.places_R[member.start : member.stop] for member in group])
+        y_RH.index_copy_(0, places_C, y_HC[:, : len(places_C)].T.contiguous())
 
 
 def _groups(plan: RoutePlan, pairs: Sequence[tuple[int, int]]) -> Iterator[list[Member]]:

@@ -1,6 +1,7 @@
 """What the experts' kernels check of their operands before a launch; KernelError says what is wrong.
 
-T tokens, K top-k, S slots, H hidden, I expert intermediate, N rows of a matrix, D its inner dimension.
+T tokens, K top-k, S slots, H hidden, I expert intermediate, R = T * K routed rows, N rows of a matrix, D its inner
+dimension.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ SCALES = {
 
 def check_operands(weights: ExpertWeights, plan: RoutePlan, work: Work) -> tuple[int, int]:
     """Weights, plan and work fit each other; returns H and I."""
-    for name, tensor in (("order_N", plan.order_N), ("starts_E1", plan.starts_E1), ("experts_W", work.experts_W)):
+    for name, tensor in (("order_R", plan.order_R), ("starts_E1", plan.starts_E1), ("experts_W", work.experts_W)):
         check_tensor(name, tensor, (None,), (torch.int32,))
     check_tensor("slots_W", work.slots_W, tuple(work.experts_W.shape), (torch.int32,))
     check_tensor("count_1", work.count_1, (1,), (torch.int32,))
-    check_contiguous(order_N=plan.order_N, starts_E1=plan.starts_E1, experts_W=work.experts_W, slots_W=work.slots_W)
+    check_contiguous(order_R=plan.order_R, starts_E1=plan.starts_E1, experts_W=work.experts_W, slots_W=work.slots_W)
     check_one_device(
         weights=weights.w13_SNH,
-        order_N=plan.order_N,
+        order_R=plan.order_R,
         starts_E1=plan.starts_E1,
         slots_W=work.slots_W,
         count=work.count_1,

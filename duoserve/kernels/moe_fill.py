@@ -228,8 +228,8 @@ def moe_up_fill(
     not in ``moe_gemv_up``: where those are to be kept, ``page_gather`` brings the experts.
     """
     hidden, inter = _check(weights, source, plan, work)
-    check_rows("x_TH", x_TH, (len(plan.order_N) // plan.top_k, hidden), weights)
-    check_rows("act_RI", act_RI, (len(plan.order_N), inter), weights, like=x_TH)
+    check_rows("x_TH", x_TH, (len(plan.order_R) // plan.top_k, hidden), weights)
+    check_rows("act_RI", act_RI, (len(plan.order_R), inter), weights, like=x_TH)
     if clamped is not None:
         check_clamped(clamped, weights, plan)
     _launch(x_TH, weights, weights.w13, source, plan, work, act_RI, clamped)
@@ -240,8 +240,8 @@ def moe_down_fill(
 ) -> None:
     """``moe_down`` with w2 and its scales brought from ``source`` into the slots; else as ``moe_up_fill``."""
     hidden, inter = _check(weights, source, plan, work)
-    check_rows("act_RI", act_RI, (len(plan.order_N), inter), weights)
-    check_rows("y_RH", y_RH, (len(plan.order_N), hidden), weights, like=act_RI)
+    check_rows("act_RI", act_RI, (len(plan.order_R), inter), weights)
+    check_rows("y_RH", y_RH, (len(plan.order_R), hidden), weights, like=act_RI)
     _launch(act_RI, weights, weights.w2, source, plan, work, y_RH)
 
 
@@ -262,7 +262,7 @@ def fill_config(
 def _check(weights: ExpertWeights, source: HostRows, plan: RoutePlan, work: Work) -> tuple[int, int]:
     shapes = check_operands(weights, plan, work)
     check_addresses(source)
-    num_experts, num_tokens = len(plan.starts_E1) - 1, len(plan.order_N) // plan.top_k
+    num_experts, num_tokens = len(plan.starts_E1) - 1, len(plan.order_R) // plan.top_k
     check_tensor("addresses_E", source.addresses_E, (num_experts,), (torch.int64,))
     check_one_device(addresses_E=source.addresses_E, weights=weights.w13_SNH)
     require(num_tokens <= MAX_TOKENS, f"read-through takes up to {MAX_TOKENS} tokens, not {num_tokens}")
@@ -293,7 +293,7 @@ def _launch(
 ) -> None:
     w, scales, zeros = matrix.data_SNB, matrix.scales_SGN, matrix.zeros_SGN
     num_slots, N, _ = w.shape
-    num_rows, max_items = len(plan.order_N), len(work.experts_W)
+    num_rows, max_items = len(plan.order_R), len(work.experts_W)
     if num_rows == 0 or max_items == 0 or num_slots == 0:
         return
     arch, num_sms = machine(w.device)
@@ -305,7 +305,7 @@ def _launch(
         x if scales is None else scales,
         x if zeros is None else zeros,
         source.addresses_E,
-        plan.order_N,
+        plan.order_R,
         plan.starts_E1,
         work.experts_W,
         work.slots_W,

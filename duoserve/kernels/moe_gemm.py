@@ -263,8 +263,8 @@ def moe_up(
     float32. ``config`` is the table's unless given. KernelError for operands that do not fit.
     """
     hidden, inter = check_operands(weights, plan, work)
-    check_rows("x_TH", x_TH, (len(plan.order_N) // plan.top_k, hidden), weights)
-    check_rows("act_RI", act_RI, (len(plan.order_N), inter), weights, like=x_TH)
+    check_rows("x_TH", x_TH, (len(plan.order_R) // plan.top_k, hidden), weights)
+    check_rows("act_RI", act_RI, (len(plan.order_R), inter), weights, like=x_TH)
     if clamped is not None:
         check_clamped(clamped, weights, plan)
     _launch(x_TH, weights.w13, plan, work, act_RI, config, clamped)
@@ -278,8 +278,8 @@ def moe_down(
     Other rows of ``y_RH`` are not touched. Dtypes, ``config`` and errors as in ``moe_up``.
     """
     hidden, inter = check_operands(weights, plan, work)
-    check_rows("act_RI", act_RI, (len(plan.order_N), inter), weights)
-    check_rows("y_RH", y_RH, (len(plan.order_N), hidden), weights, like=act_RI)
+    check_rows("act_RI", act_RI, (len(plan.order_R), inter), weights)
+    check_rows("y_RH", y_RH, (len(plan.order_R), hidden), weights, like=act_RI)
     _launch(act_RI, weights.w2, plan, work, y_RH, config)
 
 
@@ -300,7 +300,7 @@ def moe_experts(
 def choose_config(x: Tensor, matrix: Matrix, plan: RoutePlan) -> GemmConfig:
     """The table's row for these operands."""
     num_experts = len(plan.starts_E1) - 1
-    block_t = shape_class(len(plan.order_N) // plan.top_k, plan.top_k, num_experts)
+    block_t = shape_class(len(plan.order_R) // plan.top_k, plan.top_k, num_experts)
     arch, _ = machine(x.device)
     return gemm_config(x.dtype, arch, block_t, tma_fits(matrix.data_SNB), matrix.format, matrix.group)
 
@@ -316,7 +316,7 @@ def _launch(
 ) -> None:
     w, scales, zeros = matrix.data_SNB, matrix.scales_SGN, matrix.zeros_SGN
     num_slots, N, _ = w.shape
-    num_rows, max_items = len(plan.order_N), len(work.experts_W)
+    num_rows, max_items = len(plan.order_R), len(work.experts_W)
     if num_rows == 0 or max_items == 0 or num_slots == 0:
         return
     _, num_sms = machine(w.device)
@@ -327,7 +327,7 @@ def _launch(
         descriptor(matrix, config) if config.tma else w,
         x if scales is None else scales,
         x if zeros is None else zeros,
-        plan.order_N,
+        plan.order_R,
         plan.starts_E1,
         work.experts_W,
         work.slots_W,

@@ -1,8 +1,8 @@
 """The PyTorch spec of every op, which is also what runs on a CPU. Imports without triton.
 
-T tokens, K top-k, E experts, S slots, H hidden, I expert intermediate, N = T * K routed rows, J of one expert. The
-small ops and attention have files of their own. Sums are made in at least float32, on CUDA but for what ``matmul.py``
-says; results come in the input's dtype.
+T tokens, K top-k, E experts, S slots, H hidden, I expert intermediate, R = T * K routed rows, J of them of one expert,
+N rows of a matrix, D its inner dimension. The small ops and attention have files of their own. Sums are made in at
+least float32, on CUDA but for what ``matmul.py`` says; results come in the input's dtype.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ __all__ = [
 
 
 def route_plan(topk_ids_TK: Tensor, slots_E: Tensor) -> RoutePlan:
-    """Sorts the N routed rows stably by expert and lists the experts by whether they have a slot: see RoutePlan.
+    """Sorts the R routed rows stably by expert and lists the experts by whether they have a slot: see RoutePlan.
 
     ``topk_ids_TK`` is int32 or int64, ``slots_E`` int32 with -1 for an expert in no slot. An id outside 0..E-1 names
     no expert: its row sorts last and no op computes it.
@@ -97,34 +97,34 @@ def moe_up(
     weights: ExpertWeights,
     plan: RoutePlan,
     work: Work,
-    act_NI: Tensor,
+    act_RI: Tensor,
     clamped: ClampedUp | None = None,
 ) -> None:
-    """``silu(x w1^T) * (x w3^T)`` for the rows of each expert in ``work``, into their sorted rows of ``act_NI``.
+    """``silu(x w1^T) * (x w3^T)`` for the rows of each expert in ``work``, into their sorted rows of ``act_RI``.
 
-    The weights' gate and up rows are interleaved; other rows of ``act_NI`` stay as they are. Source: SwiGLU, Shazeer
+    The weights' gate and up rows are interleaved; other rows of ``act_RI`` stay as they are. Source: SwiGLU, Shazeer
     (2020). Where ``clamped`` is given, it says what to do with the products instead.
     """
     w13 = weights.w13
     for expert, slot in work.pairs():
         start, stop = plan.rows(expert)
-        x_JH, act_JI = _rows_of(x_TH, plan, start, stop), act_NI[start:stop]
+        x_JH, act_JI = _rows_of(x_TH, plan, start, stop), act_RI[start:stop]
         if clamped is None:
             _swiglu(x_JH, w13, slot, act_JI)
         else:
             _clamped(_product(x_JH, w13, slot) + clamped.bias_EN[expert], clamped, w13.products, act_JI)
 
 
-def moe_down(act_NI: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, y_NH: Tensor) -> None:
-    """Writes ``act w2^T`` of each expert in ``work``, unweighted, to its rows' places ``token * K + j`` in ``y_NH``."""
+def moe_down(act_RI: Tensor, weights: ExpertWeights, plan: RoutePlan, work: Work, y_RH: Tensor) -> None:
+    """Writes ``act w2^T`` of each expert in ``work``, unweighted, to its rows' places ``token * K + j`` in ``y_RH``."""
     w2 = weights.w2
     for expert, slot in work.pairs():
         start, stop = plan.rows(expert)
-        y_JH = _product(act_NI[start:stop], w2, slot)
+        y_JH = _product(act_RI[start:stop], w2, slot)
         if stop - start == 1:
-            y_NH[plan.order[start]] = y_JH[0]
+            y_RH[plan.order[start]] = y_JH[0]
         else:
-            y_NH.index_copy_(0, plan.places_N[start:stop], y_JH)
+            y_RH.index_copy_(0, plan.places_R[start:stop], y_JH)
 
 
 def moe_experts(
@@ -132,21 +132,21 @@ def moe_experts(
     weights: ExpertWeights,
     plan: RoutePlan,
     work: Work,
-    act_NI: Tensor,
-    y_NH: Tensor,
+    act_RI: Tensor,
+    y_RH: Tensor,
     clamped: ClampedUp | None = None,
 ) -> None:
-    """``moe_up`` and ``moe_down`` of the same experts; what becomes of ``act_NI`` is left open.
+    """``moe_up`` and ``moe_down`` of the same experts; what becomes of ``act_RI`` is left open.
 
     A CPU computes several experts of a few rows together, and the bits of each are those that it has by itself.
     """
     if clamped is None and may_share(weights, x_TH):
         pairs = work.pairs()
         together = [pair for pair in pairs if shares(plan.rows(pair[0]))]
-        experts_together(x_TH, weights, plan, together, y_NH)
+        experts_together(x_TH, weights, plan, together, y_RH)
         work = HostWork.of(set(pairs) - set(together), x_TH.device)
-    moe_up(x_TH, weights, plan, work, act_NI, clamped)
-    moe_down(act_NI, weights, plan, work, y_NH)
+    moe_up(x_TH, weights, plan, work, act_RI, clamped)
+    moe_down(act_RI, weights, plan, work, y_RH)
 
 
 def moe_gemv_up(x_1H: Tensor, weights: ExpertWeights, slots_K: Tensor, act_KI: Tensor) -> None:
@@ -178,7 +178,7 @@ def _rows_of(x_TH: Tensor, plan: RoutePlan, start: int, stop: int) -> Tensor:
     """The tokens of the sorted rows from ``start`` to before ``stop``."""
     if x_TH.shape[0] == stop - start == 1:
         return x_TH
-    return x_TH.index_select(0, plan.tokens_N[start:stop])
+    return x_TH.index_select(0, plan.tokens_R[start:stop])
 
 
 def _swiglu(x_JH: Tensor, w13: Matrix, slot: int, act_JI: Tensor) -> None:

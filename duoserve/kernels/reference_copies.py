@@ -1,6 +1,6 @@
 """The PyTorch spec of the ops that bring experts from host memory into slots. No triton.
 
-T tokens, K top-k, E experts, S slots, H hidden, I expert intermediate, N = T * K routed rows, B bytes of a row.
+T tokens, K top-k, E experts, S slots, H hidden, I expert intermediate, R = T * K routed rows, B bytes of a row.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def moe_up_fill(
     source: HostRows,
     plan: RoutePlan,
     work: Work,
-    act_NI: Tensor,
+    act_RI: Tensor,
     clamped: ClampedUp | None = None,
 ) -> None:
     """Copies w13 and its scales of each expert in ``work`` from ``source`` into its slot, then ``moe_up``.
@@ -46,24 +46,24 @@ def moe_up_fill(
     An expert without a row or a slot gives NaN.
     """
     filled, lost = _filled(weights, weights.w13, source, work)
-    reference.moe_up(x_TH, weights, plan, filled, act_NI, clamped)
+    reference.moe_up(x_TH, weights, plan, filled, act_RI, clamped)
     for expert, _ in lost:
         start, stop = plan.rows(expert)
-        act_NI[start:stop] = math.nan
+        act_RI[start:stop] = math.nan
 
 
 def moe_down_fill(
-    act_NI: Tensor, weights: ExpertWeights, source: HostRows, plan: RoutePlan, work: Work, y_NH: Tensor
+    act_RI: Tensor, weights: ExpertWeights, source: HostRows, plan: RoutePlan, work: Work, y_RH: Tensor
 ) -> None:
     """Copies w2 and its scales of each expert in ``work`` from ``source`` into its slot, then ``moe_down``.
 
     An expert without a row or a slot gives NaN.
     """
     filled, lost = _filled(weights, weights.w2, source, work)
-    reference.moe_down(act_NI, weights, plan, filled, y_NH)
+    reference.moe_down(act_RI, weights, plan, filled, y_RH)
     for expert, _ in lost:
         start, stop = plan.rows(expert)
-        y_NH[plan.order_N[start:stop].long()] = math.nan
+        y_RH[plan.order_R[start:stop].long()] = math.nan
 
 
 def _filled(weights: ExpertWeights, matrix: Matrix, source: HostRows, work: Work) -> tuple[Work, list[tuple[int, int]]]:

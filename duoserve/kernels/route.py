@@ -1,6 +1,6 @@
 """The routing plan on the device: a stable counting sort of the routed rows by expert, and the lists of experts.
 
-T tokens, K top-k, E experts, N = T * K routed rows, B blocks of rows. EP and NP are powers of two above E and N; ids
+T tokens, K top-k, E experts, R = T * K routed rows, B blocks of rows. EP and RP are powers of two above E and R; ids
 outside 0..E-1 count as expert E, which sorts last and belongs to no list.
 """
 
@@ -23,19 +23,19 @@ SCAN = 1024
 
 
 @triton.jit
-def _load_ids(ids_N, rows, N, E):
-    """Expert ids of ``rows``, invalid ones and those past N as E."""
-    ids = tl.load(ids_N + rows, mask=rows < N, other=-1)
+def _load_ids(ids_R, rows, R, E):
+    """Expert ids of ``rows``, invalid ones and those past R as E."""
+    ids = tl.load(ids_R + rows, mask=rows < R, other=-1)
     return tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
 
 
 @triton.jit
-def _rank_among_equals(ids_N, first, mine, here, N, E, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+def _rank_among_equals(ids_R, first, mine, here, R, E, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     """How many of the ROWS rows from ``first`` on have each row's expert and come before it (mine: ids, here: rows)."""
     rank = tl.zeros_like(here)
     for chunk in range(0, ROWS, CHUNK):
         rows = first + chunk + tl.arange(0, CHUNK)
-        others = _load_ids(ids_N, rows, N, E)
+        others = _load_ids(ids_R, rows, R, E)
         before = (others[None, :] == mine[:, None]) & (rows[None, :] < here[:, None])
         rank += tl.sum(before.to(tl.int32), axis=1)
     return rank
@@ -68,35 +68,35 @@ def _write_lists(counts, slots_E, starts_E1, resident, missing, E, EP: tl.conste
 
 
 # No number of rows is worth a compilation in the midst of a request.
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["R"])
 def plan_small_kernel(
-    ids_N,
+    ids_R,
     slots_E,
-    order_N,
+    order_R,
     starts_E1,
     resident,
     missing,
-    N,
+    R,
     E,
-    NP: tl.constexpr,
+    RP: tl.constexpr,
     EP: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """The whole plan in one CTA."""
-    rows = tl.arange(0, NP)
-    ids = _load_ids(ids_N, rows, N, E)
-    counts = tl.histogram(tl.where(rows < N, ids, EP - 1), EP)
+    rows = tl.arange(0, RP)
+    ids = _load_ids(ids_R, rows, R, E)
+    counts = tl.histogram(tl.where(rows < R, ids, EP - 1), EP)
     starts = _write_lists(counts, slots_E, starts_E1, resident, missing, E, EP)
-    place = tl.gather(starts, ids, axis=0) + _rank_among_equals(ids_N, 0, ids, rows, N, E, NP, CHUNK)
-    tl.store(order_N + place, rows, mask=rows < N)
+    place = tl.gather(starts, ids, axis=0) + _rank_among_equals(ids_R, 0, ids, rows, R, E, RP, CHUNK)
+    tl.store(order_R + place, rows, mask=rows < R)
 
 
-@triton.jit(do_not_specialize=["N"])
-def count_kernel(ids_N, counts_BE, N, E, ROWS: tl.constexpr, EP: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def count_kernel(ids_R, counts_BE, R, E, ROWS: tl.constexpr, EP: tl.constexpr):
     """Rows of each expert in each block of ROWS rows; expert E counts the rows of none."""
     block = tl.program_id(0)
     rows = block * ROWS + tl.arange(0, ROWS)
-    counts = tl.histogram(tl.where(rows < N, _load_ids(ids_N, rows, N, E), EP - 1), EP)
+    counts = tl.histogram(tl.where(rows < R, _load_ids(ids_R, rows, R, E), EP - 1), EP)
     experts = tl.arange(0, EP)
     tl.store(counts_BE + block.to(tl.int64) * (E + 1) + experts, counts, mask=experts <= E)
 
@@ -123,15 +123,15 @@ def lists_kernel(totals_E, slots_E, starts_E1, resident, missing, E, EP: tl.cons
     _write_lists(counts, slots_E, starts_E1, resident, missing, E, EP)
 
 
-@triton.jit(do_not_specialize=["N"])
-def scatter_kernel(ids_N, counts_BE, starts_E1, order_N, N, E, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def scatter_kernel(ids_R, counts_BE, starts_E1, order_R, R, E, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     """Puts the rows of one block where they belong."""
     block = tl.program_id(0)
     rows = block * ROWS + tl.arange(0, ROWS)
-    ids = _load_ids(ids_N, rows, N, E)
+    ids = _load_ids(ids_R, rows, R, E)
     place = tl.load(starts_E1 + ids) + tl.load(counts_BE + block.to(tl.int64) * (E + 1) + ids)
-    place += _rank_among_equals(ids_N, block * ROWS, ids, rows, N, E, ROWS, CHUNK)
-    tl.store(order_N + place, rows, mask=rows < N)
+    place += _rank_among_equals(ids_R, block * ROWS, ids, rows, R, E, ROWS, CHUNK)
+    tl.store(order_R + place, rows, mask=rows < R)
 
 
 def route_plan(topk_ids_TK: Tensor, slots_E: Tensor) -> RoutePlan:
@@ -142,15 +142,15 @@ def route_plan(topk_ids_TK: Tensor, slots_E: Tensor) -> RoutePlan:
     check_route(topk_ids_TK, slots_E)
     num_tokens, top_k = topk_ids_TK.shape
     num_rows, num_experts = num_tokens * top_k, len(slots_E)
-    order_N = slots_E.new_empty(num_rows)
+    order_R = slots_E.new_empty(num_rows)
     starts_E1 = slots_E.new_empty(num_experts + 1)
     lists = slots_E.new_empty(2, 3, num_experts)
     if num_rows <= SMALL_ROWS:
-        _plan_small(topk_ids_TK, slots_E, order_N, starts_E1, lists)
+        _plan_small(topk_ids_TK, slots_E, order_R, starts_E1, lists)
     else:
-        _plan_large(topk_ids_TK, slots_E, order_N, starts_E1, lists)
+        _plan_large(topk_ids_TK, slots_E, order_R, starts_E1, lists)
     resident, missing = (DeviceWork(experts, slots, count[:1]) for experts, slots, count in lists)
-    return RoutePlan(order_N, starts_E1, resident, missing, top_k)
+    return RoutePlan(order_R, starts_E1, resident, missing, top_k)
 
 
 def check_route(topk_ids_TK: Tensor, slots_E: Tensor) -> None:
@@ -164,27 +164,27 @@ def check_route(topk_ids_TK: Tensor, slots_E: Tensor) -> None:
     require(topk_ids_TK.numel() < 2**30, f"{topk_ids_TK.numel()} routed rows are more than 2^30")
 
 
-def _plan_small(ids: Tensor, slots_E: Tensor, order_N: Tensor, starts_E1: Tensor, lists: Tensor) -> None:
-    num_rows, num_experts = len(order_N), len(slots_E)
+def _plan_small(ids: Tensor, slots_E: Tensor, order_R: Tensor, starts_E1: Tensor, lists: Tensor) -> None:
+    num_rows, num_experts = len(order_R), len(slots_E)
     padded = max(CHUNK, triton.next_power_of_2(num_rows))
     plan_small_kernel[(1,)](
         ids,
         slots_E,
-        order_N,
+        order_R,
         starts_E1,
         lists[0],
         lists[1],
         num_rows,
         num_experts,
-        NP=padded,
+        RP=padded,
         EP=_bins(num_experts),
         CHUNK=CHUNK,
         num_warps=4 if padded <= 64 else 8,
     )
 
 
-def _plan_large(ids: Tensor, slots_E: Tensor, order_N: Tensor, starts_E1: Tensor, lists: Tensor) -> None:
-    num_rows, num_experts = len(order_N), len(slots_E)
+def _plan_large(ids: Tensor, slots_E: Tensor, order_R: Tensor, starts_E1: Tensor, lists: Tensor) -> None:
+    num_rows, num_experts = len(order_R), len(slots_E)
     num_blocks = triton.cdiv(num_rows, BLOCK_ROWS)
     counts_BE = slots_E.new_empty(num_blocks, num_experts + 1)
     totals_E = slots_E.new_empty(num_experts + 1)
@@ -193,7 +193,7 @@ def _plan_large(ids: Tensor, slots_E: Tensor, order_N: Tensor, starts_E1: Tensor
     scan_kernel[(num_experts + 1,)](counts_BE, totals_E, num_blocks, num_experts, SCAN=SCAN)
     lists_kernel[(1,)](totals_E, slots_E, starts_E1, lists[0], lists[1], num_experts, EP=bins)
     scatter_kernel[(num_blocks,)](
-        ids, counts_BE, starts_E1, order_N, num_rows, num_experts, ROWS=BLOCK_ROWS, CHUNK=CHUNK, num_warps=8
+        ids, counts_BE, starts_E1, order_R, num_rows, num_experts, ROWS=BLOCK_ROWS, CHUNK=CHUNK, num_warps=8
     )
 
 

@@ -1,6 +1,6 @@
 """The routing plan: which rows go to which expert and where the experts are, as plain data on the device.
 
-T tokens, K top-k, E experts, N = T * K routed rows, W = E entries of a work list.
+T tokens, K top-k, E experts, R = T * K routed rows, W = E entries of a work list.
 """
 
 from __future__ import annotations
@@ -92,13 +92,13 @@ class HostWork:
 class RoutePlan:
     """The routed rows of one layer, stably sorted by expert.
 
-    ``order_N`` (int32) holds flat positions ``token * K + j``; rows ``starts_E1[e] : starts_E1[e + 1]`` of it belong
+    ``order_R`` (int32) holds flat positions ``token * K + j``; rows ``starts_E1[e] : starts_E1[e + 1]`` of it belong
     to expert ``e``. Rows from ``starts_E1[E]`` on name no expert (a routed id outside 0..E-1, such as -1 for padding)
     and are computed by no op. ``resident`` and ``missing`` list the experts that have rows, by whether they had a slot
     when the plan was made; ``top_k`` is K.
     """
 
-    order_N: Tensor
+    order_R: Tensor
     starts_E1: Tensor
     resident: Work
     missing: Work
@@ -112,19 +112,19 @@ class RoutePlan:
 
     @cached_property
     def order(self) -> list[int]:
-        """``order_N`` on the host. Waits for the device once."""
-        order: list[int] = self.order_N.tolist()
+        """``order_R`` on the host. Waits for the device once."""
+        order: list[int] = self.order_R.tolist()
         return order
 
     @cached_property
-    def places_N(self) -> Tensor:
-        """``order_N`` in int64."""
-        return self.order_N.long()
+    def places_R(self) -> Tensor:
+        """``order_R`` in int64."""
+        return self.order_R.long()
 
     @cached_property
-    def tokens_N(self) -> Tensor:
+    def tokens_R(self) -> Tensor:
         """The tokens of the sorted rows (int64)."""
-        return self.places_N // self.top_k
+        return self.places_R // self.top_k
 
     def rows(self, expert: int) -> tuple[int, int]:
         """The half-open range of sorted rows that belong to ``expert``, read on the host."""

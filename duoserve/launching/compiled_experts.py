@@ -1,6 +1,6 @@
 """The chosen experts of a compiled decode step: few rows of one are a compiled call, many are the model's own ops.
 
-B sequences, K top-k, H hidden, I expert intermediate, N = B * K routed rows, J of them of one expert.
+B sequences, K top-k, H hidden, I expert intermediate, R = B * K routed rows, J of them of one expert.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class StepRows(NamedTuple):
     """Where a step's routed rows lie: what an expert takes, the model's ops keep in between, and an expert gives."""
 
     x_BH: Tensor
-    act_NI: Tensor
-    y_NH: Tensor
+    act_RI: Tensor
+    y_RH: Tensor
 
     def first(self, num_sequences: int, top_k: int) -> StepRows:
         """Those of the first sequences."""
         num_rows = num_sequences * top_k
-        return StepRows(self.x_BH[:num_sequences], self.act_NI[:num_rows], self.y_NH[:num_rows])
+        return StepRows(self.x_BH[:num_sequences], self.act_RI[:num_rows], self.y_RH[:num_rows])
 
     def holding(self, end: PartEnd) -> PartEnd:
         """The same end with its rows here, as part of what is recorded."""
@@ -41,7 +41,7 @@ class StepRows(NamedTuple):
 
     def in_place_of(self, routed: Routed) -> Routed:
         """The same choice with these rows."""
-        return routed._replace(x_TH=self.x_BH, act_NI=self.act_NI, y_NH=self.y_NH)
+        return routed._replace(x_TH=self.x_BH, act_RI=self.act_RI, y_RH=self.y_RH)
 
 
 class Chosen:
@@ -129,14 +129,14 @@ class _Call:
     """A compiled expert of J rows, in any slot; of fewer, others repeat the last and are written behind all rows."""
 
     def __init__(self, compiler: CpuCompiler, block: MoEBlock, rows: StepRows, num_rows: int) -> None:
-        self.num_rows, self._top_k, self._nowhere = num_rows, block.top_k, len(rows.y_NH) - 1
+        self.num_rows, self._top_k, self._nowhere = num_rows, block.top_k, len(rows.y_RH) - 1
         self._weights = block.weights
         host_2J = compiler.host((2, num_rows), torch.int64)
         tokens_J, places_J = host_2J.unbind()
         places_J.fill_(self._nowhere)  # a call may be recorded between two others of a layer
         self._host_2J: np.ndarray = host_2J.numpy()
         self._first = SlotWeights.of(block.weights, 0)
-        operands = rows.x_BH, self._first, tokens_J, places_J, rows.y_NH
+        operands = rows.x_BH, self._first, tokens_J, places_J, rows.y_RH
         self._recording = compiler.record(partial(token_expert, *operands))
         self._by_slot: dict[int, CompiledRecording[None]] = {}
 

@@ -1,6 +1,6 @@
 """The MoE block of a layer: its router chooses experts, they are acquired in slots, and kernels compute them.
 
-T tokens, K top-k, E experts, H hidden, I expert intermediate, N = T * K routed rows.
+T tokens, K top-k, E experts, H hidden, I expert intermediate, R = T * K routed rows.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from duoserve.scheduling.source import ExpertSource, Lease
 class Routed(NamedTuple):
     """What the router chose for the tokens ``x_TH``, and the memory that the experts' results go to.
 
-    ``act_NI`` takes activations and ``y_NH`` outputs, one row for each token and expert that it chose.
+    ``act_RI`` takes activations and ``y_RH`` outputs, one row for each token and expert that it chose.
     """
 
     x_TH: Tensor
     topk_weights_TK: Tensor
     topk_ids_TK: Tensor
     plan: RoutePlan
-    act_NI: Tensor
-    y_NH: Tensor
+    act_RI: Tensor
+    y_RH: Tensor
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ class MoEBlock:
         if self.script is not None:
             topk_weights_TK, topk_ids_TK = self.script.chosen(self.layer, len(x_TH))
         plan = kernels.route_plan(topk_ids_TK, self._unknown_slots_E if slots_E is None else slots_E)
-        act_NI = x_TH.new_empty(topk_ids_TK.numel(), self.weights.w2.inner)
-        y_NH = x_TH.new_empty(topk_ids_TK.numel(), x_TH.shape[1])
-        return Routed(x_TH, topk_weights_TK, topk_ids_TK, plan, act_NI, y_NH)
+        act_RI = x_TH.new_empty(topk_ids_TK.numel(), self.weights.w2.inner)
+        y_RH = x_TH.new_empty(topk_ids_TK.numel(), x_TH.shape[1])
+        return Routed(x_TH, topk_weights_TK, topk_ids_TK, plan, act_RI, y_RH)
 
     def acquire(self, rows: Mapping[int, int]) -> Lease:
         """Leases the chosen experts; ``rows`` has for each how many tokens chose it. See ExpertSource."""
@@ -116,8 +116,8 @@ class MoEBlock:
 
     def compute(self, routed: Routed, work: Work) -> None:
         """Computes those of the chosen experts that ``work`` names, from the slots that it says they are in."""
-        x_TH, _, _, plan, act_NI, y_NH = routed
-        kernels.moe_experts(x_TH, self.weights, plan, work, act_NI, y_NH, self._clamped_up)
+        x_TH, _, _, plan, act_RI, y_RH = routed
+        kernels.moe_experts(x_TH, self.weights, plan, work, act_RI, y_RH, self._clamped_up)
 
     def compute_missing(self, routed: Routed, source: HostRows, slots_E: Tensor) -> None:
         """Computes the chosen experts that are in no slot, as their rows are copied from ``source`` into slots.
@@ -126,8 +126,8 @@ class MoEBlock:
         """
         missing = routed.plan.missing
         work = DeviceWork(missing.experts_W, slots_E, missing.count_1)
-        kernels.moe_up_fill(routed.x_TH, self.weights, source, routed.plan, work, routed.act_NI, self._clamped_up)
-        kernels.moe_down_fill(routed.act_NI, self.weights, source, routed.plan, work, routed.y_NH)
+        kernels.moe_up_fill(routed.x_TH, self.weights, source, routed.plan, work, routed.act_RI, self._clamped_up)
+        kernels.moe_down_fill(routed.act_RI, self.weights, source, routed.plan, work, routed.y_RH)
 
     def share(self, routed: Routed) -> Tensor | None:
         """The shared expert's output, None if there is none; the chosen experts need not be there for it."""
@@ -135,10 +135,10 @@ class MoEBlock:
 
     def combine(self, routed: Routed, shared_TH: Tensor | None) -> Tensor:
         """The block's output [T, H], from the results of all chosen experts and of the shared one."""
-        y_NH, topk_ids_TK = routed.y_NH, routed.topk_ids_TK
+        y_RH, topk_ids_TK = routed.y_RH, routed.topk_ids_TK
         if self.clamped is not None:
-            y_NH += self.clamped.down_bias_EH[topk_ids_TK.flatten()]
-        return self.ops.moe_combine(y_NH.view(*topk_ids_TK.shape, -1), routed.topk_weights_TK, shared_TH)
+            y_RH += self.clamped.down_bias_EH[topk_ids_TK.flatten()]
+        return self.ops.moe_combine(y_RH.view(*topk_ids_TK.shape, -1), routed.topk_weights_TK, shared_TH)
 
     @property
     def _clamped_up(self) -> ClampedUp | None:

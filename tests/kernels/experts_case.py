@@ -55,15 +55,15 @@ class Case:
     @property
     def computed(self) -> Tensor:
         """The sorted rows that belong to an expert: int64 flat positions, in sorted order."""
-        return self.plan.order_N[: self.plan.starts[-1]].long()
+        return self.plan.order_R[: self.plan.starts[-1]].long()
 
     def act(self) -> Tensor:
         """A poisoned [R, I]."""
-        return poisoned(len(self.plan.order_N), self.w2_EHI.shape[2], dtype=self.x_TH.dtype)
+        return poisoned(len(self.plan.order_R), self.w2_EHI.shape[2], dtype=self.x_TH.dtype)
 
     def y(self) -> Tensor:
         """A poisoned [R, H]."""
-        return poisoned(len(self.plan.order_N), self.w2_EHI.shape[1], dtype=self.x_TH.dtype)
+        return poisoned(len(self.plan.order_R), self.w2_EHI.shape[1], dtype=self.x_TH.dtype)
 
     def true_act(self) -> Tensor:
         """float64 [R', I] of the computed rows, in sorted order."""

@@ -79,7 +79,7 @@ def test_what_is_no_number_is_not_cut_off(ops: ModuleType) -> None:
     case = make_case(3, 2, 4, 64, 32, torch.float32)
     case.x_TH[1] = float("nan")
     act_RI = activations(case, clamped_up(case, 7.0), ops)
-    tokens_R = case.plan.order_N.long() // 2
+    tokens_R = case.plan.order_R.long() // 2
     assert act_RI[tokens_R == 1].isnan().all() and act_RI[tokens_R != 1].isfinite().all()
 
 

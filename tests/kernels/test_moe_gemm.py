@@ -182,7 +182,7 @@ def test_wrong_operands_are_refused() -> None:
     case = make_case(3, 2, 4, 32, 32, torch.float16, away=0.0)
     x, weights, plan, work, act = case.x_TH, case.pool.weights, case.plan, case.all_work, case.act()
     narrow = replace(weights, w13_SNH=weights.w13_SNH[:, :, ::2])
-    short: RoutePlan = replace(plan, order_N=plan.order_N[:-2])
+    short: RoutePlan = replace(plan, order_R=plan.order_R[:-2])
     for message, operands in {
         "x_TH is torch.float32": (x.float(), weights, plan, work, act),
         "x_TH has shape": (x[:2], weights, plan, work, act),

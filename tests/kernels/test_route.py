@@ -37,7 +37,7 @@ def routings(draw: st.DrawFn, max_tokens: int = 40) -> tuple[torch.Tensor, torch
 
 def assert_same_plan(ours: RoutePlan, theirs: RoutePlan) -> None:
     assert ours.top_k == theirs.top_k
-    for name in ("order_N", "starts_E1"):
+    for name in ("order_R", "starts_E1"):
         assert getattr(ours, name).dtype == torch.int32
         assert torch.equal(getattr(ours, name).cpu(), getattr(theirs, name)), name
     for mine, other in ((ours.resident, theirs.resident), (ours.missing, theirs.missing)):
@@ -52,11 +52,11 @@ def test_the_twin_is_the_definition(routing: tuple[torch.Tensor, torch.Tensor]) 
     ids, slots = routing
     plan = reference.route_plan(ids, slots)
     flat = [e if 0 <= e < len(slots) else len(slots) for e in ids.flatten().tolist()]
-    assert plan.order_N.tolist() == sorted(range(len(flat)), key=lambda n: (flat[n], n))
+    assert plan.order_R.tolist() == sorted(range(len(flat)), key=lambda n: (flat[n], n))
     assert plan.starts == [sum(e < expert for e in flat) for expert in range(len(slots) + 1)]
     for expert in range(len(slots)):
         start, stop = plan.rows(expert)
-        assert all(flat[n] == expert for n in plan.order_N[start:stop].tolist())
+        assert all(flat[n] == expert for n in plan.order_R[start:stop].tolist())
         assert stop - start == flat.count(expert)
     wanted = sorted(set(flat) - {len(slots)})
     assert plan.resident.pairs() == [(e, int(slots[e])) for e in wanted if slots[e] >= 0]

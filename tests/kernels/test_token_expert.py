@@ -37,15 +37,15 @@ def test_a_compiled_expert_is_its_weights_written_out(name: str, num_rows: int) 
     assert num_rows in call_rows(weights).sizes
     x_BH = torch.randn(3, layout.hidden, generator=torch.Generator().manual_seed(1))
     tokens_J, places_J = torch.tensor([2, 0, 1, 2])[:num_rows], torch.tensor([3, 1, 0, 4])[:num_rows]
-    y_NH, first = torch.full((6, layout.hidden), torch.nan), SlotWeights.of(weights, 0)
-    recording = CpuCompiler().record(partial(token_expert, x_BH, first, tokens_J, places_J, y_NH))
-    y_NH.fill_(torch.nan)
+    y_RH, first = torch.full((6, layout.hidden), torch.nan), SlotWeights.of(weights, 0)
+    recording = CpuCompiler().record(partial(token_expert, x_BH, first, tokens_J, places_J, y_RH))
+    y_RH.fill_(torch.nan)
     slot = SLOTS - 1  # not the one that was recorded
     recording.on(dict(zip(first.tensors, SlotWeights.of(weights, slot).tensors, strict=True))).replay()
     expected_JH = expert(weights, slot, x_BH[tokens_J].double())
-    torch.testing.assert_close(y_NH[places_J].double(), expected_JH, rtol=1e-5, atol=1e-6)
-    others = [place for place in range(len(y_NH)) if place not in places_J]
-    assert y_NH[others].isnan().all()
+    torch.testing.assert_close(y_RH[places_J].double(), expected_JH, rtol=1e-5, atol=1e-6)
+    others = [place for place in range(len(y_RH)) if place not in places_J]
+    assert y_RH[others].isnan().all()
 
 
 @pytest.mark.parametrize("group", INT4_GROUPS)

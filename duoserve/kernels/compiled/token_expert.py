@@ -1,7 +1,7 @@
 """An expert of a few tokens, written so that a compiler makes loops of it that read the slot once.
 
-S slots, H hidden, I expert intermediate, N rows of a matrix (in ``y_NH`` routed rows), D its inner dimension, J tokens
-of B.
+S slots, H hidden, I expert intermediate, N rows of a matrix, D its inner dimension, B tokens, R routed rows, J of them
+of the expert.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ class SlotWeights(NamedTuple):
         return [*self.w13.tensors, *self.w2.tensors]
 
 
-def token_expert(x_BH: Tensor, weights: SlotWeights, tokens_J: Tensor, places_J: Tensor, y_NH: Tensor) -> None:
-    """Writes ``w2 (silu(w1 x) * (w3 x))`` of J tokens to rows ``places_J`` of ``y_NH``.
+def token_expert(x_BH: Tensor, weights: SlotWeights, tokens_J: Tensor, places_J: Tensor, y_RH: Tensor) -> None:
+    """Writes ``w2 (silu(w1 x) * (w3 x))`` of J tokens to rows ``places_J`` of ``y_RH``.
 
     ``tokens_J`` (rows of ``x_BH``) and ``places_J`` are int64. Sums are made in float32, and rounded to ``x_BH``'s
     dtype behind each of the two matrices. No value is read on the host, so that a tracer can follow. Source: SwiGLU,
@@ -152,4 +152,4 @@ def token_expert(x_BH: Tensor, weights: SlotWeights, tokens_J: Tensor, places_J:
     product_JN = weights.w13.product(x_BH[tokens_J])
     gate_JI, up_JI = product_JN.view(len(product_JN), -1, 2).unbind(-1)
     act_JI = (F.silu(gate_JI) * up_JI).to(x_BH.dtype)
-    y_NH.index_copy_(0, places_J, weights.w2.product(act_JI).to(y_NH.dtype))
+    y_RH.index_copy_(0, places_J, weights.w2.product(act_JI).to(y_RH.dtype))
