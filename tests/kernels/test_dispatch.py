@@ -44,10 +44,10 @@ except KernelError as error:
 
 @pytest.mark.parametrize("name", triton_ops.__all__)
 def test_an_op_in_triton_has_its_twin_s_signature(name: str) -> None:
-    """It may have more parameters that are optional; names may differ in what they say of the shape."""
+    """It may have more parameters that are optional."""
     twin, kernel = getattr(kernels, name).__wrapped__, getattr(triton_ops, name)
     ours, theirs = (
-        [(parameter.name.split("_")[0], parameter.default) for parameter in signature(op).parameters.values()]
+        [(parameter.name, parameter.default) for parameter in signature(op).parameters.values()]
         for op in (kernel, twin)
     )
     assert ours[: len(theirs)] == theirs
