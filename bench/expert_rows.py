@@ -2,7 +2,7 @@
 
 Several times as fast as transformers' own implementations where experts are many and small, for what is computed on
 stays in the cache, and each gradient is written once. Shapes: T tokens, H hidden, I expert intermediate, E experts,
-K top-k, N rows of one expert.
+K top-k, J rows of one expert, N = 2I rows of ``w13_ENH``.
 """
 
 from __future__ import annotations
@@ -28,48 +28,48 @@ def rows_by_expert(ids_TK: Tensor, num_experts: int) -> Iterator[tuple[int, Tens
 
 
 class ExpertRows(torch.autograd.Function):
-    """out_T = the sum over k of weights_TK * down(silu(gate(x_T)) * up(x_T)); ``w13_EJH``: gate rows, then up rows."""
+    """out_T = the sum over k of weights_TK * down(silu(gate(x_T)) * up(x_T)); ``w13_ENH``: gate rows, then up rows."""
 
     @staticmethod
     def forward(  # noqa: PLR0913, PLR0917 (they are autograd's)
-        ctx: Any, x_TH: Tensor, w13_EJH: Tensor, w2_EHI: Tensor, ids_TK: Tensor, weights_TK: Tensor
+        ctx: Any, x_TH: Tensor, w13_ENH: Tensor, w2_EHI: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> Tensor:
         top_k, weights = ids_TK.shape[1], weights_TK.flatten()
         out_TH, halves = torch.zeros_like(x_TH), []
-        for expert, chosen in rows_by_expert(ids_TK, len(w13_EJH)):
+        for expert, chosen in rows_by_expert(ids_TK, len(w13_ENH)):
             rows = chosen // top_k
-            gate_up_NJ = x_TH.index_select(0, rows) @ w13_EJH[expert].T
-            gate_NI, up_NI = gate_up_NJ.chunk(2, dim=-1)
-            act_NI = F.silu(gate_NI).mul_(up_NI).mul_(weights.index_select(0, chosen)[:, None])
-            out_TH.index_add_(0, rows, act_NI @ w2_EHI[expert].T)
-            halves.append((expert, chosen, gate_up_NJ))
-        ctx.save_for_backward(x_TH, w13_EJH, w2_EHI, weights_TK)
+            gate_up_JN = x_TH.index_select(0, rows) @ w13_ENH[expert].T
+            gate_JI, up_JI = gate_up_JN.chunk(2, dim=-1)
+            act_JI = F.silu(gate_JI).mul_(up_JI).mul_(weights.index_select(0, chosen)[:, None])
+            out_TH.index_add_(0, rows, act_JI @ w2_EHI[expert].T)
+            halves.append((expert, chosen, gate_up_JN))
+        ctx.save_for_backward(x_TH, w13_ENH, w2_EHI, weights_TK)
         ctx.halves = halves
         return out_TH
 
     @staticmethod
     def backward(ctx: Any, d_out_TH: Tensor) -> tuple[Tensor | None, ...]:
-        x_TH, w13_EJH, w2_EHI, weights_TK = ctx.saved_tensors
+        x_TH, w13_ENH, w2_EHI, weights_TK = ctx.saved_tensors
         top_k, weights = weights_TK.shape[1], weights_TK.flatten()
-        d_x_TH, d_w13_EJH, d_w2_EHI = torch.zeros_like(x_TH), torch.zeros_like(w13_EJH), torch.zeros_like(w2_EHI)
+        d_x_TH, d_w13_ENH, d_w2_EHI = torch.zeros_like(x_TH), torch.zeros_like(w13_ENH), torch.zeros_like(w2_EHI)
         d_weights = torch.zeros_like(weights)
-        for expert, chosen, gate_up_NJ in ctx.halves:
-            rows, weights_N1 = chosen // top_k, weights.index_select(0, chosen)[:, None]
-            gate_NI, up_NI = gate_up_NJ.chunk(2, dim=-1)
-            sigmoid_NI = gate_NI.sigmoid()
-            silu_NI = gate_NI * sigmoid_NI
-            act_NI = silu_NI * up_NI
-            d_out_NH = d_out_TH.index_select(0, rows)
-            d_act_NI = d_out_NH @ w2_EHI[expert]
-            torch.mm(d_out_NH.T, act_NI * weights_N1, out=d_w2_EHI[expert])
-            d_weights.index_copy_(0, chosen, (d_act_NI * act_NI).sum(-1))
-            d_act_NI.mul_(weights_N1)
+        for expert, chosen, gate_up_JN in ctx.halves:
+            rows, weights_J1 = chosen // top_k, weights.index_select(0, chosen)[:, None]
+            gate_JI, up_JI = gate_up_JN.chunk(2, dim=-1)
+            sigmoid_JI = gate_JI.sigmoid()
+            silu_JI = gate_JI * sigmoid_JI
+            act_JI = silu_JI * up_JI
+            d_out_JH = d_out_TH.index_select(0, rows)
+            d_act_JI = d_out_JH @ w2_EHI[expert]
+            torch.mm(d_out_JH.T, act_JI * weights_J1, out=d_w2_EHI[expert])
+            d_weights.index_copy_(0, chosen, (d_act_JI * act_JI).sum(-1))
+            d_act_JI.mul_(weights_J1)
             # silu' = sigmoid + silu * (1 - sigmoid)
-            d_gate_NI = torch.addcmul(sigmoid_NI, silu_NI, 1 - sigmoid_NI).mul_(up_NI).mul_(d_act_NI)
-            d_gate_up_NJ = torch.cat([d_gate_NI, d_act_NI.mul_(silu_NI)], dim=-1)
-            torch.mm(d_gate_up_NJ.T, x_TH.index_select(0, rows), out=d_w13_EJH[expert])
-            d_x_TH.index_add_(0, rows, d_gate_up_NJ @ w13_EJH[expert])
-        return d_x_TH, d_w13_EJH, d_w2_EHI, None, d_weights.view_as(weights_TK)
+            d_gate_JI = torch.addcmul(sigmoid_JI, silu_JI, 1 - sigmoid_JI).mul_(up_JI).mul_(d_act_JI)
+            d_gate_up_JN = torch.cat([d_gate_JI, d_act_JI.mul_(silu_JI)], dim=-1)
+            torch.mm(d_gate_up_JN.T, x_TH.index_select(0, rows), out=d_w13_ENH[expert])
+            d_x_TH.index_add_(0, rows, d_gate_up_JN @ w13_ENH[expert])
+        return d_x_TH, d_w13_ENH, d_w2_EHI, None, d_weights.view_as(weights_TK)
 
 
 def experts_forward(experts: nn.Module, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -54,11 +54,11 @@ def test_experts_by_rows_are_transformers_experts(name: str) -> None:
 
 
 def test_an_expert_that_nothing_chose_gets_no_gradient() -> None:
-    x_TH, w13_EJH, w2_EHI = torch.randn(1, 4, requires_grad=True), torch.randn(3, 6, 4), torch.randn(3, 4, 3)
-    w13_EJH.requires_grad_()
-    out_TH = expert_rows.ExpertRows.apply(x_TH, w13_EJH, w2_EHI, torch.tensor([[2]]), torch.ones(1, 1))
+    x_TH, w13_ENH, w2_EHI = torch.randn(1, 4, requires_grad=True), torch.randn(3, 6, 4), torch.randn(3, 4, 3)
+    w13_ENH.requires_grad_()
+    out_TH = expert_rows.ExpertRows.apply(x_TH, w13_ENH, w2_EHI, torch.tensor([[2]]), torch.ones(1, 1))
     out_TH.sum().backward()
-    assert [bool(g.any()) for g in w13_EJH.grad] == [False, False, True]
+    assert [bool(g.any()) for g in w13_ENH.grad] == [False, False, True]
 
 
 def test_the_embedded_models_are_what_their_cards_say() -> None:
