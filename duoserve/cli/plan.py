@@ -50,12 +50,16 @@ def add_command(commands: Subparsers) -> None:
     limit = parser.add_mutually_exclusive_group()
     limit.add_argument("--memory", metavar="SIZE", help="everything on the device (default: 80 %% of what is free)")
     limit.add_argument("--expert-slots", type=slots, metavar="N", help="experts in fast memory: a count, or as 25%%")
-    parser.add_argument("--host-memory", metavar="SIZE", help="RAM for experts that have no slot")
+    parser.add_argument(
+        "--host-memory", metavar="SIZE", help="RAM for experts beside the slots (default: as when loading)"
+    )
     add_format(parser)
     parser.add_argument("--prompt", type=_count, default=512, metavar="N", help="tokens, as 512 or 2k (default: 512)")
     parser.add_argument("--new-tokens", type=_count, default=256, metavar="N", help="behind a prompt (default: 256)")
     parser.add_argument("--batch", type=_count, default=1, metavar="N", help="sequences at a time (default: 1)")
-    parser.add_argument("--max-context", type=_count, metavar="N", help="tokens that the KV cache holds")
+    parser.add_argument(
+        "--max-context", type=_count, metavar="N", help="tokens in the KV cache (default: at most 4096)"
+    )
     parser.add_argument(
         "--routing",
         choices=known_routings(),
