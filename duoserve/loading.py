@@ -35,6 +35,7 @@ from duoserve.scheduling.routing import RoutingListener, audience
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.text.chat_template import ChatTemplate
 from duoserve.text.tokenizer import Text
+from duoserve.torch_modes import without_autocast
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def load(  # noqa: PLR0913
     MemoryBudgetError for memory that the plan cannot have, or that is refused when it is carried out.
     """
     named = named_policy(policy)
-    with ExitStack() as held:
+    with without_autocast(), ExitStack() as held:
         found = held.enter_context(opened(model))
         text, template = Text.load(found.checkpoint.folder), ChatTemplate.load(found.checkpoint.folder)
         if template is not None:

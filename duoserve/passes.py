@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from duoserve.config import Phase
@@ -19,6 +18,7 @@ from duoserve.metrics import Meter
 from duoserve.models.tap import LatePass, RoutingTap
 from duoserve.models.transformer import Transformer, UnderWay
 from duoserve.request import Request
+from duoserve.torch_modes import inference
 
 
 class StepScheduler(Protocol):
@@ -104,20 +104,20 @@ class Passes:
         """The prefill that has begun and not ended."""
         return self._prefill
 
-    @torch.inference_mode()
+    @inference()
     def prepare(self, num_sequences: int) -> None:
         """Makes decode steps of up to ``num_sequences`` requests ready, so that the first of them need not wait."""
         if self._decoder is not None:
             self._decoder.prepare(num_sequences)
 
-    @torch.inference_mode()
+    @inference()
     def whole(self, number: int, kv: SequenceKV, token_ids: Sequence[int]) -> Tensor:
         """A prefill in one go: float32 logits [T, V] of every position."""
         self._announce(Phase.PREFILL, [(number, token_ids)])
         new_tokens = self._cache.extend([(kv, token_ids)])
         return self._pass(Phase.PREFILL, new_tokens, None)
 
-    @torch.inference_mode()
+    @inference()
     def decode(self, requests: Sequence[Request]) -> Tensor:
         """Takes one token of each of B requests through the model; float32 logits [B, V] of the tokens behind them.
 
@@ -132,7 +132,7 @@ class Passes:
         new_tokens = self._cache.extend(fresh)
         return self._pass(Phase.DECODE, new_tokens, new_tokens.last_rows)
 
-    @torch.inference_mode()
+    @inference()
     def prefill(self, requests: list[Request], interruptible: bool) -> Prefill:
         """Begins a pass over the prompts; decode steps may come between its layers if it is ``interruptible``."""
         rows = [(request.number, request.prompt_ids) for request in requests]
@@ -146,7 +146,7 @@ class Passes:
         self._prefill = Prefill(requests, new_tokens, under_way, late)
         return self._prefill
 
-    @torch.inference_mode()
+    @inference()
     def advance(self, prefill: Prefill, num_layers: int) -> Tensor | None:
         """Computes the next layers of a prefill; behind the last, float32 logits [B, V] of each prompt's last token."""
         if prefill.late is not None and self._tap is not None:

@@ -1,4 +1,4 @@
-"""What a program makes torch's defaults, even on another thread while it loads a model, shows in no result."""
+"""What a program sets in torch and NumPy, even on another thread while it loads a model, shows in no result."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -18,6 +19,7 @@ from duoserve.kernels import HostWork, matmul
 from duoserve.kernels.weights import ExpertFormat
 from duoserve.sampling import Sampler
 from tests.checkpoints import save_mixtral
+from tests.compiled_case import needs_compiler
 from tests.experts.test_quantizing import INT4_128, quantized, random_matrix
 
 BF16 = torch.bfloat16
@@ -35,10 +37,23 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 DEFAULTS = {
     "float64": lambda: default_dtype(torch.float64),
     "bfloat16": lambda: default_dtype(BF16),
     "meta": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", BF16),
+    "inference mode": torch.inference_mode,
+    "deterministic": deterministic_algorithms,
+    "errors of numpy": lambda: np.errstate(all="raise"),
 }
 each_default = pytest.mark.parametrize("default", DEFAULTS)
 
@@ -48,19 +63,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_mixtral(tmp_path_factory.mktemp("model"), max_position_embeddings=512)
 
 
-def results(folder: Path, quantize: str | None) -> tuple[Tensor, list[list[int]]]:
-    with MoEModel.from_pretrained(folder, quantize=quantize, expert_slots=12) as model:
+def results(folder: Path, **knobs: str | None) -> tuple[Tensor, list[list[int]]]:
+    with MoEModel.from_pretrained(folder, expert_slots=12, **knobs) as model:
         together = model.generate([PROMPT[:20], PROMPT[30:33]], SAMPLED)
         return model.forward(PROMPT), [done.token_ids for done in together]
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize(("dtype", "quantize"), [("float32", None), ("float32", "int8"), ("bfloat16", None)])
 @each_default
-def test_a_model_has_the_same_logits_and_tokens(default: str, quantize: str | None, folder: Path) -> None:
-    logits_TV, tokens = results(folder, quantize)
+def test_a_model_has_the_same_logits_and_tokens(default: str, dtype: str, quantize: str | None, folder: Path) -> None:
+    logits_TV, tokens = results(folder, dtype=dtype, quantize=quantize)
     with DEFAULTS[default]():
-        found_TV, found = results(folder, quantize)
+        found_TV, found = results(folder, dtype=dtype, quantize=quantize)
     assert found_TV.dtype is torch.float32
+    assert torch.equal(found_TV, logits_TV)
+    assert found == tokens
+
+
+@needs_compiler
+def test_a_compiled_model_has_no_casts_of_autocast(folder: Path) -> None:
+    logits_TV, tokens = results(folder, decode_mode="compiled")
+    with DEFAULTS["autocast"]():
+        found_TV, found = results(folder, decode_mode="compiled")
     assert torch.equal(found_TV, logits_TV)
     assert found == tokens
 

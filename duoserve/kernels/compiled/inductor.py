@@ -11,6 +11,7 @@ from torch import SymInt, Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -161,10 +162,19 @@ def _same(one: object, other: object) -> bool:
 
 def _made_by_inductor(graph: fx.GraphModule, examples: Sequence[Tensor | SymInt]) -> Code:
     """CompilerError where it fails."""
-    # Loops are shared out when they are made, so what was made for other threads must not be taken from the disk. To
-    # check the operands of a call again takes three times as long as the rest of it.
     try:
-        return Code(graph, examples, {"cpp.threads": torch.get_num_threads(), "size_asserts": False})
+        return Code(graph, examples, _options())
     except (RuntimeError, OSError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise CompilerError(next((line for line in lines if "error:" in line), lines[0])) from error
+
+
+def _options() -> dict[str, Any]:
+    """Inductor's, which are part of the key that it finds on the disk what it has made before.
+
+    Loops are made for so many threads, and for vectors of such a width: with other ones they leave out elements, or
+    write behind a tensor's end. To check the operands of a call again takes three times as long as the rest of it.
+    """
+    # The best instructions of this width are the ones that were picked: see pick_vec_isa.
+    width = pick_vec_isa().bit_width()
+    return {"cpp.threads": torch.get_num_threads(), "cpp.simdlen": width, "size_asserts": False}
