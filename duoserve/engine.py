@@ -14,7 +14,7 @@ from torch import Tensor
 
 from duoserve.batching.choices import Batching, Load, WaitingRequest
 from duoserve.batching.cost import MeasuredCosts
-from duoserve.batching.load_view import as_running, as_under_way, as_waiting
+from duoserve.batching.load_view import as_coming, as_running, as_waiting
 from duoserve.config import ModelConfig
 from duoserve.errors import (
     CopyError,
@@ -64,18 +64,18 @@ class Engine:
         self._batching = Batching(ALL_AT_ONCE, self._costs, passes.num_layers)
         self._samplers: dict[Request, Sampler] = {}
         self._waiting: list[Request] = []
-        self._running: list[Request] = []
+        self._decoding: list[Request] = []
         self._decoded = False  # the last step was a decode step
         self._measured = clock()  # when the last step ended that the costs know of
         self._num_sent_back = 0
 
     @property
-    def waiting(self) -> int:
+    def num_waiting(self) -> int:
         """Requests that have not been started."""
         return len(self._waiting)
 
     @property
-    def running(self) -> int:
+    def num_started(self) -> int:
         """Requests that have been started and not ended."""
         return len(self._started())
 
@@ -87,7 +87,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._waiting or self._running or self._passes.under_way)
+        return not (self._waiting or self._decoding or self._passes.prefill)
 
     @property
     def max_context(self) -> int:
@@ -114,10 +114,10 @@ class Engine:
         if request.arrived is None:
             request.arrived = self._clock()
         settings, num_new = self._batching.settings, sum(one.admitted is None for one in self._waiting)
-        if num_new >= settings.max_waiting + max(0, settings.max_batch - self.running):
+        if num_new >= settings.max_waiting + max(0, settings.max_batch - self.num_started):
             wait_s = self._batching.first_token_s(self._as_waiting(request), self._load())
             raise OverloadedError(
-                f"{num_new} requests wait and {self.running} run: max_batch={settings.max_batch} and "
+                f"{num_new} requests wait and {self.num_started} run: max_batch={settings.max_batch} and "
                 f"max_waiting={settings.max_waiting} allow no more: try again later",
                 max(0.1, wait_s),
             )
@@ -137,7 +137,7 @@ class Engine:
         if request not in self._samplers:
             return
         request.finish("abort")
-        prefill = self._passes.under_way
+        prefill = self._passes.prefill
         if prefill is None or request not in prefill.requests:
             self._release(request)
         elif all(other.finish_reason for other in prefill.requests):
@@ -151,18 +151,18 @@ class Engine:
         A copy that fails, or memory that is refused, ends the requests of its pass, non-finite logits the one that they
         are of. Any other error is raised, and leaves the engine for nothing but ``abort``.
         """
-        for request in [one for one in self._running if one.finish_reason]:
+        for request in [one for one in self._decoding if one.finish_reason]:
             self._release(request)
-        if self._passes.under_way is None and self._waiting and (self._decoded or not self._running):
-            started = self._start()
-            if started:
-                return started
-        prefill = self._passes.under_way
+        if self._passes.prefill is None and self._waiting and (self._decoded or not self._decoding):
+            failed = self._start()
+            if failed:
+                return failed
+        prefill = self._passes.prefill
         if prefill is not None:
-            num_layers = self._batching.layers(self._started_load(), self._decoded or not self._running)
+            num_layers = self._batching.layers(self._started_load(), self._decoded or not self._decoding)
             if num_layers:
                 return self._advance(prefill, num_layers)
-        return self._decode() if self._running else []
+        return self._decode() if self._decoding else []
 
     def generate(self, requests: Sequence[Request]) -> Generator[tuple[Request, int]]:
         """Yields each new token with its request, as many requests at a time as the KV cache holds.
@@ -231,11 +231,11 @@ class Engine:
         self._passes.check_integrity()
 
     def _started(self) -> list[Request]:
-        prefill = self._passes.under_way
-        return [*self._running, *(() if prefill is None else prefill.requests)]
+        prefill = self._passes.prefill
+        return [*self._decoding, *(() if prefill is None else prefill.requests)]
 
     def _start(self) -> list[Produced]:
-        """Begins a prefill of those of the waiting whose turn it is."""
+        """Begins a prefill of those of the waiting whose turn it is; gives those for whom that failed."""
         now = self._clock()
         chosen = [self._waiting[place] for place in self._batching.start(self._load())]
         for request in chosen:
@@ -248,7 +248,7 @@ class Engine:
             return []
         try:
             with explained_refusals(A_PASS):
-                self._passes.prefill(chosen, interruptible=bool(self._running))
+                self._passes.start_prefill(chosen, interruptible=bool(self._decoding))
         except OF_ITS_PASS as error:
             return self._fail(chosen, error)
         return []
@@ -265,7 +265,7 @@ class Engine:
         self._costs.note_prefill(prefill.num_tokens, num_layers, self._measured - begun)
         if logits_BV is None:
             return []
-        self._running += prefill.requests
+        self._decoding += prefill.requests
         return self._sample_all(prefill.requests, logits_BV)
 
     def _decode(self) -> list[Produced]:
@@ -285,18 +285,18 @@ class Engine:
 
     def _with_room(self) -> list[Request]:
         """Those that run, each with room for its next token. Where that lacks, the last to start make way."""
-        for request in list(self._running):
-            while request in self._running and request.num_known > request.kv.room + self._cache.free_tokens:
+        for request in list(self._decoding):
+            while request in self._decoding and request.num_known > request.kv.room + self._cache.free_tokens:
                 self._make_way()
-            if request in self._running:
+            if request in self._decoding:
                 self._cache.reserve(request.kv, request.num_known)
-        return list(self._running)
+        return list(self._decoding)
 
     def _make_way(self) -> None:
         """The last to start wait again: those of the prefill that is under way, or else one that runs."""
-        prefill = self._passes.under_way
+        prefill = self._passes.prefill
         if prefill is None:
-            self._send_back(self._running.pop())
+            self._send_back(self._decoding.pop())
             return
         self._passes.abandon(prefill)
         for request in prefill.requests:
@@ -360,7 +360,7 @@ class Engine:
     def _release(self, request: Request) -> None:
         self._cache.release(request.kv)
         del self._samplers[request]
-        for requests in (self._waiting, self._running):
+        for requests in (self._waiting, self._decoding):
             if request in requests:
                 requests.remove(request)
 
@@ -373,8 +373,8 @@ class Engine:
     def _started_load(self) -> Load:
         """Without those that wait, of whom there may be many."""
         # A page for each that grows: else the next to do so would send a newcomer back.
-        growing = sum(request.may_grow for request in self._running)
+        growing = sum(request.may_grow for request in self._decoding)
         free = self._cache.free_tokens - growing * PAGE_TOKENS
-        prefill = self._passes.under_way
-        coming = None if prefill is None else as_under_way(prefill, self._passes.num_layers)
-        return Load(self._clock(), (), [*map(as_running, self._running)], free, coming, self._measured)
+        prefill = self._passes.prefill
+        coming = None if prefill is None else as_coming(prefill, self._passes.num_layers)
+        return Load(self._clock(), (), [*map(as_running, self._decoding)], free, coming, self._measured)

@@ -16,7 +16,7 @@ from duoserve.config import Phase
 from duoserve.kv_cache import NewTokens, PagedKVCache, SequenceKV
 from duoserve.metrics import Meter
 from duoserve.models.tap import LatePass, RoutingTap
-from duoserve.models.transformer import Transformer, UnderWay
+from duoserve.models.transformer import PartialPass, Transformer
 from duoserve.request import Request
 from duoserve.torch_modes import inference
 
@@ -63,7 +63,7 @@ class Prefill:
 
     requests: list[Request]
     new_tokens: NewTokens
-    under_way: UnderWay
+    partial: PartialPass
     late: LatePass | None
     paused: bool = False
 
@@ -100,7 +100,7 @@ class Passes:
         self._prefill: Prefill | None = None
 
     @property
-    def under_way(self) -> Prefill | None:
+    def prefill(self) -> Prefill | None:
         """The prefill that has begun and not ended."""
         return self._prefill
 
@@ -133,7 +133,7 @@ class Passes:
         return self._pass(Phase.DECODE, new_tokens, new_tokens.last_rows)
 
     @inference()
-    def prefill(self, requests: list[Request], interruptible: bool) -> Prefill:
+    def start_prefill(self, requests: list[Request], interruptible: bool) -> Prefill:
         """Begins a pass over the prompts; decode steps may come between its layers if it is ``interruptible``."""
         rows = [(request.number, request.prompt_ids) for request in requests]
         new_tokens = self._cache.extend([(request.kv, request.prompt_ids) for request in requests])
@@ -141,9 +141,9 @@ class Passes:
         if late is None:
             self._announce(Phase.PREFILL, rows)
         with self._meter.compute():
-            under_way = self._model.start(self._cache.batch(new_tokens))
+            partial = self._model.start(self._cache.batch(new_tokens))
             self._scheduler.begin(Phase.PREFILL, len(new_tokens.token_ids))
-        self._prefill = Prefill(requests, new_tokens, under_way, late)
+        self._prefill = Prefill(requests, new_tokens, partial, late)
         return self._prefill
 
     @inference()
@@ -155,9 +155,9 @@ class Passes:
         try:
             with self._meter.compute():
                 self._go_on(prefill)
-                self._model.advance(prefill.under_way, num_layers)
-                if prefill.under_way.next_layer == self.num_layers:
-                    logits_BV = self._model.finish(prefill.under_way, prefill.new_tokens.last_rows).cpu()
+                self._model.advance(prefill.partial, num_layers)
+                if prefill.partial.next_layer == self.num_layers:
+                    logits_BV = self._model.finish(prefill.partial, prefill.new_tokens.last_rows).cpu()
         except BaseException:
             self.abandon(prefill)
             raise

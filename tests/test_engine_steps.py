@@ -56,10 +56,10 @@ class Interleaved:
         self.copies, self.guesses = engine.copies, set()
         self.decoded: list[Tensor] = []
         self.runner = self._request(0, RUNNING)
-        first = self.passes.prefill([self.runner], interruptible=False)
+        first = self.passes.start_prefill([self.runner], interruptible=False)
         self._step(self.runner, self._last(first, NUM_LAYERS)[0])
         self.newcomers = [self._request(1, PROMPT), self._request(2, OTHER)]
-        coming = self.passes.prefill(self.newcomers, interruptible=True)
+        coming = self.passes.start_prefill(self.newcomers, interruptible=True)
         left = NUM_LAYERS
         for num_layers, steps in slices:
             if left > num_layers:
@@ -148,9 +148,9 @@ def test_a_prefill_set_aside_leaves_the_decode_cache_and_its_speculation_alone(f
         runner, newcomer = Request(RUNNING, GREEDY, number=0), Request(PROMPT, GREEDY, number=1)
         for request in (runner, newcomer):
             cache.reserve(request.kv, request.num_tokens)
-        passes.advance(passes.prefill([runner], interruptible=False), NUM_LAYERS)
+        passes.advance(passes.start_prefill([runner], interruptible=False), NUM_LAYERS)
         runner.output_ids.append(3)
-        coming = passes.prefill([newcomer], interruptible=True)
+        coming = passes.start_prefill([newcomer], interruptible=True)
         passes.advance(coming, 1)
         cached = {expert for slot, expert in table.ready() if slot not in scheduler._pass.space._slots}
         passes.decode([runner])
@@ -179,8 +179,8 @@ def test_a_prefill_that_is_given_up_while_set_aside_replaces_nothing(folder: Pat
         runner, newcomer = Request(RUNNING, GREEDY, number=0), Request(PROMPT, GREEDY, number=1)
         for request in (runner, newcomer):
             cache.reserve(request.kv, request.num_tokens)
-        passes.advance(passes.prefill([runner], interruptible=False), NUM_LAYERS)
-        coming = passes.prefill([newcomer], interruptible=True)
+        passes.advance(passes.start_prefill([runner], interruptible=False), NUM_LAYERS)
+        coming = passes.start_prefill([newcomer], interruptible=True)
         passes.advance(coming, 1)
         for token in (3, 5, 7):
             runner.output_ids.append(token)
@@ -224,7 +224,7 @@ def test_requests_join_and_leave_and_write_what_they_write_alone(float_folder: P
             engine.step()
         for request in requests[2:]:
             engine.add(request)
-        assert engine.running <= 3 and engine.waiting >= 2
+        assert engine.num_started <= 3 and engine.num_waiting >= 2
         assert run(engine, requests) == alone
         assert engine.kv_usage == 0
 
@@ -234,12 +234,12 @@ def test_a_decode_step_lies_between_two_prefills_while_somebody_runs(float_folde
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
         engine.serve_by(ServiceSettings(max_batch=4, scheduler=scheduler))  # type: ignore[arg-type]
         passes, course = engine.passes, []
-        prefill, decode = passes.prefill, passes.decode
-        passes.prefill = lambda *args, **how: course.append("P") or prefill(*args, **how)  # type: ignore[method-assign]
+        start, decode = passes.start_prefill, passes.decode
+        passes.start_prefill = lambda *args, **how: course.append("P") or start(*args, **how)  # type: ignore[method-assign]
         passes.decode = lambda requests: course.append("D") or decode(requests)  # type: ignore[method-assign]
         for prompt in (RUNNING, PROMPT, OTHER):
             engine.add(asked(prompt, 20))
-            while engine.waiting or passes.under_way:
+            while engine.num_waiting or passes.prefill:
                 engine.step()
     assert course == ["P", "D", "P", "D", "P"]
 
@@ -266,9 +266,9 @@ def test_aborted_requests_leave_nothing_behind(float_folder: Path) -> None:
             engine.step()
         for request in (one, two, waits):
             engine.add(request)
-        while engine.running == 1:
+        while engine.num_started == 1:
             engine.step()
-        assert engine.running == 3 and engine.waiting == 1
+        assert engine.num_started == 3 and engine.num_waiting == 1
         for request in (waits, one, runs):
             engine.abort(request)
             engine.abort(request)
@@ -277,7 +277,7 @@ def test_aborted_requests_leave_nothing_behind(float_folder: Path) -> None:
         assert (waits.finish_reason, one.finish_reason, runs.finish_reason) == ("abort",) * 3
         engine.add(one := asked(PROMPT))
         engine.step()
-        assert engine.running == 1
+        assert engine.num_started == 1
         engine.abort(one)
         assert engine.idle and engine.kv_usage == 0
         engine.check_integrity()

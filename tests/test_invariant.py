@@ -32,7 +32,7 @@ def logits(model: MoEModel, prompts: Sequence[list[int]]) -> list[Tensor]:
     requests = [Request(prompt, params, number=number) for number, prompt in enumerate(prompts)]
     for request in requests:
         cache.reserve(request.kv, request.num_tokens)
-    found = [passes.advance(passes.prefill(requests, interruptible=False), passes.num_layers)]
+    found = [passes.advance(passes.start_prefill(requests, interruptible=False), passes.num_layers)]
     for _ in range(STEPS):
         for request, row_V in zip(requests, found[-1], strict=True):
             request.output_ids.append(int(row_V.argmax()))

@@ -67,7 +67,7 @@ class RunningRequest(NamedTuple):
         return inf if self.tpot_s is None else self.first_token + (self.tokens - 1 + more) * share * self.tpot_s
 
 
-class PrefillUnderWay(NamedTuple):
+class ComingPrefill(NamedTuple):
     """The prefill that is under way. ``arrived`` is when its oldest request came, ``layers_left`` what is to be done.
 
     Its requests have ``room`` tokens of the KV cache together, and none of them may get more than ``left`` tokens.
@@ -91,7 +91,7 @@ class Load(NamedTuple):
     waiting: Sequence[WaitingRequest]
     running: Sequence[RunningRequest]
     free: int
-    coming: PrefillUnderWay | None = None
+    coming: ComingPrefill | None = None
     measured: float | None = None
 
     @property

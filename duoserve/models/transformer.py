@@ -52,7 +52,7 @@ class DecoderLayer:
 
 
 @dataclass(eq=False)
-class UnderWay:
+class PartialPass:
     """A pass between two layers: the residual in two parts, ``delta + x``, and the layer that comes next."""
 
     batch: Batch
@@ -76,26 +76,24 @@ class Transformer:
 
     def __call__(self, batch: Batch, rows: list[int] | None = None) -> Tensor:
         """Float32 logits [T, V] of the batch's new tokens, or of ``rows`` of them only, as ``logits`` gives them."""
-        under_way = self.start(batch)
-        self.advance(under_way, len(self.layers))
-        return self.finish(under_way, rows)
+        partial = self.start(batch)
+        self.advance(partial, len(self.layers))
+        return self.finish(partial, rows)
 
-    def start(self, batch: Batch) -> UnderWay:
+    def start(self, batch: Batch) -> PartialPass:
         """A pass before its first layer."""
         x_TH, rope = self.embed(batch)
-        return UnderWay(batch, rope, x_TH)
+        return PartialPass(batch, rope, x_TH)
 
-    def advance(self, under_way: UnderWay, num_layers: int) -> None:
+    def advance(self, partial: PartialPass, num_layers: int) -> None:
         """Takes a pass through its next ``num_layers`` layers, or as many as are left."""
-        for layer in self.layers[under_way.next_layer : under_way.next_layer + num_layers]:
-            under_way.delta_TH, under_way.x_TH = layer(
-                under_way.delta_TH, under_way.x_TH, under_way.rope, under_way.batch
-            )
-            under_way.next_layer += 1
+        for layer in self.layers[partial.next_layer : partial.next_layer + num_layers]:
+            partial.delta_TH, partial.x_TH = layer(partial.delta_TH, partial.x_TH, partial.rope, partial.batch)
+            partial.next_layer += 1
 
-    def finish(self, under_way: UnderWay, rows: list[int] | None = None) -> Tensor:
+    def finish(self, partial: PartialPass, rows: list[int] | None = None) -> Tensor:
         """The logits, as of a call, of a pass that has been through all layers."""
-        delta_TH, x_TH = under_way.delta_TH, under_way.x_TH
+        delta_TH, x_TH = partial.delta_TH, partial.x_TH
         if rows is not None:
             delta_TH, x_TH = None if delta_TH is None else delta_TH[rows], x_TH[rows]
         return self.logits(delta_TH, x_TH)

@@ -235,7 +235,7 @@ class Worker:
         now = time.monotonic()
         if fresh or now - self._stats_at >= FIGURES_S:
             self._stats, self._stats_at = self._runtime.meter.snapshot(), now
-        self._figures = self._now(self._engine.running, self._engine.waiting)
+        self._figures = self._now(self._engine.num_started, self._engine.num_waiting)
 
     def _now(self, running: int, waiting: int) -> ServiceFigures:
         return ServiceFigures(

@@ -12,8 +12,8 @@ from duoserve.batching.choices import (
     STALE_S,
     STEP_S,
     Batching,
+    ComingPrefill,
     Load,
-    PrefillUnderWay,
     RunningRequest,
     WaitingRequest,
 )
@@ -108,7 +108,7 @@ def test_tokens_that_came_early_pay_for_a_pass_and_for_a_larger_batch() -> None:
 
 def test_a_slice_ends_in_time_for_the_next_decode_steps() -> None:
     """A step takes 0.01 s, a layer 0.004 s; four tokens are looked ahead."""
-    coming, slow = PrefillUnderWay(100, 1, LAYERS), batching(layer_s=0.004)
+    coming, slow = ComingPrefill(100, 1, LAYERS), batching(layer_s=0.004)
 
     def layers(one: RunningRequest, now: float = 0.0, decoded: bool = False) -> int:
         return slow.layers(load(running=[one], coming=coming, now=now), decoded)
@@ -122,14 +122,14 @@ def test_a_slice_ends_in_time_for_the_next_decode_steps() -> None:
 
 
 def test_a_prefill_goes_on_when_its_patience_has_ended() -> None:
-    coming = PrefillUnderWay(100, 1, LAYERS, arrived=-PATIENCE_S)
+    coming = ComingPrefill(100, 1, LAYERS, arrived=-PATIENCE_S)
     tight = load(running=[going(0.01, left=1)], coming=coming)
     assert [batching().layers(tight, decoded) for decoded in (False, True)] == [0, 1]
     assert batching().layers(tight._replace(coming=coming._replace(arrived=-1.0)), True) == 0
 
 
 def test_no_slice_is_long_and_the_first_is_one_layer() -> None:
-    coming = PrefillUnderWay(1000, 1, LAYERS)
+    coming = ComingPrefill(1000, 1, LAYERS)
     assert batching(layer_s=0.001).layers(load(coming=coming), decoded=False) == STEP_S / 0.01
     assert batching(layer_s=1.0).layers(load(coming=coming), decoded=False) == 1
     assert Batching(SLO, MeasuredCosts(), LAYERS).layers(load(coming=coming), decoded=False) == 1
@@ -140,7 +140,7 @@ def test_a_request_is_refused_for_what_is_ahead_of_it() -> None:
     assert one.refusal(asked(ttft_s=0.15), load()) is None
     refused = one.refusal(asked(ttft_s=0.15), load([asked()] * 2))
     assert refused is not None and refused.retry_after_s == pytest.approx(0.15, rel=0.01) and "0.3 s" in refused.why
-    assert one.refusal(asked(ttft_s=0.15), load(coming=PrefillUnderWay(100, 1, 9))) is not None
+    assert one.refusal(asked(ttft_s=0.15), load(coming=ComingPrefill(100, 1, 9))) is not None
     full = load(running=[going(left=50)] * 4)
     refused = one.refusal(asked(ttft_s=0.15), full)
     assert refused is not None and refused.retry_after_s == pytest.approx(50 * 0.013 - 0.05, rel=0.01)
@@ -164,7 +164,7 @@ def test_where_nobody_is_there_an_old_measurement_refuses_nobody() -> None:
     for request in hopeless:
         assert one.refusal(request, load(now=now, measured=now - 0.5 * STALE_S)) is not None
         assert one.refusal(request, load(now=now, measured=now - 1.1 * STALE_S)) is None
-        for busy in ({"waiting": [asked()]}, {"running": [going()]}, {"coming": PrefillUnderWay(100, 1, LAYERS)}):
+        for busy in ({"waiting": [asked()]}, {"running": [going()]}, {"coming": ComingPrefill(100, 1, LAYERS)}):
             assert one.refusal(request, load(now=now, measured=0.0, **busy)) is not None  # type: ignore[arg-type]
 
 
@@ -181,7 +181,7 @@ def test_those_that_wait_take_places_from_each_other() -> None:
 
 
 def test_those_that_wait_and_those_that_come_in_give_their_room_back() -> None:
-    coming = PrefillUnderWay(100, 1, 0, room=128, left=20)
+    coming = ComingPrefill(100, 1, 0, room=128, left=20)
     waits = [asked(left=30)]
     for behind, expected in (
         (load(waits, free=128), 30 * 0.01 + 2 * 0.1),
@@ -203,6 +203,6 @@ def test_a_request_that_the_batch_has_no_place_for_in_time_is_refused() -> None:
 
 def test_one_that_has_just_what_is_planned_is_not_given_up() -> None:
     """It joined a batch whose step takes all that is planned for a token, and a moment of it has passed."""
-    coming = PrefillUnderWay(100, 1, LAYERS)
+    coming = ComingPrefill(100, 1, LAYERS)
     assert batching().layers(load((), [going(0.01)], now=0.001, coming=coming), decoded=True) == 0
     assert batching().start(load([asked(prompt=1)], [going(0.01)], now=0.001)) == []

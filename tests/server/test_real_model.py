@@ -108,13 +108,13 @@ def test_a_client_that_leaves_frees_the_engine(bard):
 
 
 def test_choices_of_a_request_share_their_passes(bard, monkeypatch):
-    prefill, sizes = Passes.prefill, []
+    prefill, sizes = Passes.start_prefill, []
 
     def noted(passes, chosen, interruptible):
         sizes.append(len(chosen))
         return prefill(passes, chosen, interruptible)
 
-    monkeypatch.setattr(Passes, "prefill", noted)
+    monkeypatch.setattr(Passes, "start_prefill", noted)
     answer = bard.complete(prompt=PROMPTS[1], n=8, max_tokens=2, temperature=0)
     assert len({one["text"] for one in answer.json()["choices"]}) == 1
     assert sum(sizes) == 8 and len(sizes) <= 2

@@ -99,7 +99,7 @@ def test_one_that_was_sent_back_can_be_aborted_and_the_others_go_on(float_folder
             engine.add(request)
         while not engine.num_sent_back:
             engine.step()
-        assert sent.output_ids and engine.waiting == 1
+        assert sent.output_ids and engine.num_waiting == 1
         engine.abort(sent)
         engine.check_integrity()
         assert run(engine, [goes_on]) == [alone]

@@ -182,11 +182,11 @@ def slowed(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[float]:
     """Every layer takes so long; the list has the times at which layers began."""
     began, advance = [], Transformer.advance
 
-    def slow(model: Transformer, under_way: Any, num_layers: int) -> None:
+    def slow(model: Transformer, partial: Any, num_layers: int) -> None:
         for _ in range(num_layers):
             began.append(time.monotonic())
             time.sleep(seconds)
-            advance(model, under_way, 1)
+            advance(model, partial, 1)
 
     monkeypatch.setattr(Transformer, "advance", slow)
     return began

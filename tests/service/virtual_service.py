@@ -60,7 +60,7 @@ class Clock:
 
 
 @dataclass
-class _UnderWay:
+class _Partial:
     next_layer: int = 0
 
 
@@ -68,7 +68,7 @@ class _UnderWay:
 class _Prefill:
     requests: list[Request]
     num_tokens: int
-    under_way: _UnderWay = field(default_factory=_UnderWay)
+    partial: _Partial = field(default_factory=_Partial)
 
 
 class VirtualPasses:
@@ -76,33 +76,33 @@ class VirtualPasses:
 
     def __init__(self, rates: Rates, clock: Clock) -> None:
         self.num_layers = rates.num_layers
-        self.under_way: _Prefill | None = None
+        self.prefill: _Prefill | None = None
         self._rates = rates
         self._clock = clock
 
     def prepare(self, num_sequences: int) -> None:
         """Nothing: no step takes longer the first time."""
 
-    def prefill(self, requests: list[Request], interruptible: bool) -> _Prefill:
+    def start_prefill(self, requests: list[Request], interruptible: bool) -> _Prefill:
         """Begins a pass."""
         for request in requests:
             request.kv.length = len(request.prompt_ids)
-        self.under_way = _Prefill(requests, sum(len(request.prompt_ids) for request in requests))
-        return self.under_way
+        self.prefill = _Prefill(requests, sum(len(request.prompt_ids) for request in requests))
+        return self.prefill
 
     def advance(self, prefill: _Prefill, num_layers: int) -> Tensor | None:
         """Some layers of it."""
-        prefill.under_way.next_layer += num_layers
+        prefill.partial.next_layer += num_layers
         self._clock.now += num_layers * self._rates.layer_s(prefill.num_tokens)
-        done = prefill.under_way.next_layer >= self.num_layers
+        done = prefill.partial.next_layer >= self.num_layers
         if not done:
             return None
-        self.under_way = None
+        self.prefill = None
         return torch.zeros(len(prefill.requests), VOCAB)
 
     def abandon(self, prefill: _Prefill) -> None:
         """Nothing is left of it."""
-        self.under_way = None
+        self.prefill = None
 
     def decode(self, requests: Sequence[Request]) -> Tensor:
         """A token for each."""
