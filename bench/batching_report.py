@@ -17,7 +17,7 @@ import batching_plot
 import tables
 from goodput_search import ATTAINED
 from harness import Target
-from report import table
+from tables import table
 
 Result = dict[str, Any]
 OF_BATCH = 8

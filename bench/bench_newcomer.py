@@ -26,7 +26,7 @@ import newcomer_report
 from harness import result_file, say, write_result
 from machine import REPOSITORY, conditions, foreign_cpu
 from newcomer_report import DOWNLOAD, EVALUATE, FIRST_TEXT, SET_UP
-from report import into_readme
+from tables import into_readme
 
 PLAY = REPOSITORY / "tests" / "macbeth.txt"
 BUILD = ("hatchling", "editables")  # what pip fetches to build the package itself
@@ -147,7 +147,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """1 when a path took longer than its limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=result_file, help="write everything to this file")
+    parser.add_argument("--json", type=result_file, help="write everything to this file, the report beside it")
     parser.add_argument("--readme", type=Path, help="with --json: put its sentence between this file's markers")
     parser.add_argument("--prompts", type=int, default=24, help="that evaluate gets (default 24)")
     parser.add_argument("--quick", action="store_true", help="no environment, few prompts: a check of the bench")
@@ -155,11 +155,14 @@ def main() -> int:
     if args.readme and (args.quick or not args.json):
         parser.error("--readme needs --json, and a run that is not --quick")
     result = measure(args)
-    print(newcomer_report.render(result))
+    report = newcomer_report.render(result)
+    print(report)
     if args.json:
+        details = args.json.with_suffix(".md")
         write_result(args.json, result)
+        details.write_text(f"{report}\n")
     if args.readme:
-        text = newcomer_report.sentence(result, str(args.json.with_suffix(".md")))
+        text = newcomer_report.sentence(result, str(details))
         args.readme.write_text(into_readme(args.readme.read_text(), text, newcomer_report.MARKERS))
     return int(any(found["verdict"] == "missed" for found in result["verdicts"]))
 

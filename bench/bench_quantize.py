@@ -23,9 +23,8 @@ from duoserve.models.opened import opened
 from duoserve.perplexity import WINDOW, score
 from harness import result_file, write_result
 from machine import conditions
-from report import into_readme
 from shakespeare import HELD_OUT, title
-from tables import markdown, provenance
+from tables import into_readme, markdown, provenance
 
 MARKERS = "<!-- quantize -->", "<!-- /quantize -->"
 MODEL, FORMATS = "bard", (None, "bf12", "int8", "int4")

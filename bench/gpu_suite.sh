@@ -22,7 +22,8 @@
 #       bash bench/gpu_suite.sh --within 320 copy kernels serve kernel-tests
 #
 # The benches' JSON and Markdown go to $OUT (bench/results without one), beside suite.log, with all that tests and benches
-# print, and sanitizer.log: at most seven files a call. Short tables go to the terminal.
+# print, and sanitizer.log: at most seven files a call. A bench takes the place of its results of the same day, unless
+# RESULT_SUFFIX, which ends their names, differs. Short tables go to the terminal.
 # duoserve need not be installed. Where the tree has no .git, DUOSERVE_COMMIT says which commit it is of.
 # Exit status: 0 all passed; 1 a test or a part of a bench failed, could not run, was cut off or SKIPPED; 2 Python or torch is
 # missing, or a PART is unknown; 3 there is no CUDA GPU.
@@ -252,15 +253,16 @@ sanitized() {
 
 # measured NAME SECONDS REPORT COMMAND ...: a bench; REPORT makes Markdown of its JSON where it was cut off or printed none.
 measured() {
-    local result="$out/$1-$gpu-$(date -u +%Y-%m-%d)" log="$out/suite.log" seconds=$2 report=$3 ended
+    local result="$out/$1-$gpu-$(date -u +%Y-%m-%d)${RESULT_SUFFIX:-}" log="$out/suite.log" seconds=$2 report=$3 ended
     echo "== the $1 bench" >>"$log"
+    rm -f "$result.json" "$result.md" # of an earlier run: what this one does not measure has no figures
     timeout -k 10 "$seconds" "$python" "${@:4}" --json "$result.json" >"$result.md" 2>>"$log"
     ended=$?
     if ((ended != 0)); then
         tail -n 20 "$log"
         echo "gpu_suite: the $1 bench ended with status $ended"
     fi
-    if [[ -f $result.json && -n $report ]]; then
+    if [[ -f $result.json ]]; then
         if ((ended >= 124)) || [[ ! -s $result.md ]]; then
             "$python" "$report" "$result.json" >"$result.md"
         fi
@@ -319,7 +321,7 @@ for part in "${parts[@]}"; do
         copy)
             seconds=$(limit "$copy_seconds")
             echo "== the link, at most $seconds s"
-            measured copy "$seconds" "" bench/bench_copy.py
+            measured copy "$seconds" bench/copy_report.py bench/bench_copy.py
             note "copy bench" $?
             ;;
         kernels)

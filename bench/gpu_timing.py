@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -14,7 +15,9 @@ Work = Callable[[], object]
 
 # The clock starts behind a kernel that idles for some 0.1 ms, so that the launch of what is timed is over by then.
 PAUSE_CYCLES = 200_000
-LONG_PAUSE_CYCLES = 20_000_000  # 10 ms: for work that is launched piece by piece
+LONG_PAUSE_CYCLES = 20_000_000  # 10 ms, at least, for work that is launched piece by piece
+FASTEST_HZ = 3e9  # of a GPU's cycles: no pause is shorter than its cycles at this rate
+MARGIN = 2.0  # of the pause over what the launch took once: the host is not always as fast
 SECONDS = 0.12  # of replays a figure
 MIN_ROUNDS, MAX_ROUNDS = 7, 40
 
@@ -49,14 +52,16 @@ class Replay:
 
 
 class Queued:
-    """``steps`` launched one by one behind a pause: for what no graph can hold."""
-
-    pause_cycles = LONG_PAUSE_CYCLES
+    """``steps`` launched one by one behind a pause that outlasts their launch: for what no graph can hold."""
 
     def __init__(self, steps: Sequence[Work]) -> None:
         self.num_steps = len(steps)
         self._steps = steps
+        self.run()  # compiles
+        began = time.perf_counter()
         self.run()
+        launch_s = time.perf_counter() - began
+        self.pause_cycles = max(LONG_PAUSE_CYCLES, int(MARGIN * launch_s * FASTEST_HZ))
 
     def run(self) -> None:
         """Starts all steps."""

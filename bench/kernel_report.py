@@ -25,7 +25,7 @@ from kernel_targets import (
     targets,
 )
 from moe_shapes import CASES, H100, LayerCase
-from report import spread, table
+from tables import spread, table
 
 NOT_MEASURED = "not measured"
 NOTHING_MEASURED = "**No CUDA GPU was found: nothing was measured. Floors and targets are those of an H100.**"

@@ -1,7 +1,8 @@
 """What the project promises of its kernels, held against a result of ``bench_kernels``.
 
-On an H100 the promises are microseconds; on any other GPU they are shares of the ceilings that the same run measured.
-What was not measured has no value, and so is neither reached nor missed.
+On an H100 SXM the promises are microseconds, which stand on its rates; on any other GPU, an H100 PCIe or NVL too, they
+are shares of the ceilings that the same run measured. What was not measured has no value, and so is neither reached nor
+missed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ MISS_ALLOWANCE_US = 8.0
 INDIRECTION_PERCENT = 1.0
 NEVER_SLOWER_THAN = ("F.grouped_mm", "transformers grouped_mm", "transformers batched_mm")
 PLAN_TOKENS = (1, 4, 16)
+H100_SXM = "H100 80GB HBM3"  # in its name: a PCIe card is "H100 PCIe"
 
 Result = dict[str, Any]
 Row = dict[str, Any]
@@ -65,9 +67,9 @@ def targets(result: Result) -> list[Target]:
 
 
 def layer_target(result: Result, case: LayerCase) -> Target | None:
-    """On an H100 the table's microseconds (None where it asks nothing), elsewhere the share of the ceiling."""
+    """On an H100 SXM the table's microseconds (None where it asks nothing), elsewhere the share of the ceiling."""
     row = layer_row(result, case)
-    if _is_h100(result):
+    if _is_h100_sxm(result):
         if case.target_us is None:
             return None
         unit, scale = (" ms", 1e-3) if case.is_prefill else (" us", 1.0)
@@ -116,6 +118,6 @@ def link_us(result: Result, row: Row) -> float:
     return float(1e6 * row["link_bytes"] / result["ceilings"]["link_bytes_per_s"])
 
 
-def _is_h100(result: Result) -> bool:
-    """The table's microseconds are asked of an H100 only; without a GPU they are shown as what is asked."""
-    return result["gpu"] is None or "H100" in result["gpu"]["name"]
+def _is_h100_sxm(result: Result) -> bool:
+    """The table's microseconds are asked of an H100 SXM only; without a GPU they are shown as what is asked."""
+    return result["gpu"] is None or H100_SXM in result["gpu"]["name"]

@@ -20,7 +20,7 @@ from duoserve.kernels.moe_gemv import moe_gemv_down, moe_gemv_up
 from duoserve.kernels.route import route_plan
 from duoserve.kernels.weights import ExpertWeights
 from gpu_ceilings import gpu_facts, measure_ceilings
-from gpu_timing import Queued, Replay, Timed, captured, times_us
+from gpu_timing import Replay, Timed, captured, times_us
 from harness import Summary, serve
 from moe_operands import POOL_BYTES, Buffers, Pool, Step, bytes_of
 from moe_paths import Check, against_truth, check_layer, layer, one_token_layer
@@ -101,9 +101,9 @@ class KernelBench:
         _must_pass(checks)
         numbers = range(miss.count)
         ways: dict[str, Timed] = {
-            OURS: Queued([lambda n=n: miss.read_through(n) for n in numbers]),
-            "copy, then launch": Queued([lambda n=n: miss.copy_then_launch(n) for n in numbers]),
-            "page_gather, then launch": Queued([lambda n=n: miss.gather_then_launch(n) for n in numbers]),
+            OURS: captured([lambda n=n: miss.read_through(n) for n in numbers]),
+            "copy, then launch": captured([lambda n=n: miss.copy_then_launch(n) for n in numbers]),
+            "page_gather, then launch": captured([lambda n=n: miss.gather_then_launch(n) for n in numbers]),
         }
         row = _row("one decode miss", ways, link_bytes=pool.expert_bytes)
         self._pool = None  # its slots now hold other experts

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cpu_rows import BF12, BF12_EQUAL, BF12_POLICY, OURS_POLICY, decode_io
-from report import into_readme, spread, table, warnings
+from report import warnings
+from tables import into_readme, spread, table
 
 MARKERS = "<!-- opening -->", "<!-- /opening -->"
 IN_RAM, QUARTER = "all in RAM", "a quarter in RAM, the others on disk"

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tables
 from cpu_rows import OP_BY_OP, POLICIES, decode_io
+from tables import into_readme, spread, table
 
-BEGIN, END = "<!-- bench_cpu -->", "<!-- /bench_cpu -->"
+MARKERS = "<!-- bench_cpu -->", "<!-- /bench_cpu -->"
 
 Result = dict[str, Any]
 
@@ -185,28 +185,6 @@ def checks(result: Result) -> str:
     return table(["correctness, in the same run", "", ""], rows)
 
 
-def spread(summary: dict[str, float], form: str) -> str:
-    """Median (low-high); the extremes only where they differ in print."""
-    median, low, high = (form.format(summary[key]) for key in ("median", "low", "high"))
-    return median if low == high else f"{median} ({low}-{high})"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it also reads in a terminal."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = [head, ["-" * width for width in widths], *rows]
-    return "\n".join(f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True))} |" for line in lines)
-
-
-def into_readme(readme: str, report: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
-    """``readme`` with what stands between the markers replaced; SystemExit where they are not there once each."""
-    begin, end = markers
-    if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
-        raise SystemExit(f"the README needs one {begin} and, after it, one {end}")
-    before, _, rest = readme.partition(begin)
-    return f"{before}{begin}\n\n{report}\n\n{end}{rest.partition(end)[2]}"
-
-
 def main() -> None:
     """Prints the report; with ``--readme`` also writes it there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -216,7 +194,7 @@ def main() -> None:
     result = json.loads(args.result.read_text())
     print(render(result))
     if args.readme:
-        args.readme.write_text(into_readme(args.readme.read_text(), headline(result)))
+        args.readme.write_text(into_readme(args.readme.read_text(), headline(result), MARKERS))
 
 
 if __name__ == "__main__":

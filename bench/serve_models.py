@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from dataclasses import dataclass, replace
 from math import prod
@@ -17,83 +18,11 @@ from duoserve.models.family import Family
 from duoserve.models.registry import family_of
 from duoserve.models.tensors import ReadTensor, TensorNeed
 from duoserve.planning.formats import layout_in
+from duoserve.planning.model_cards import CONFIGS
 from duoserve.scheduling.synthetic import CARDS, RoutingCard
 
 EMBEDDING = "embed_tokens"
 BF16 = "bf16"  # the format of the checkpoints
-
-_COMMON: dict[str, Any] = {"dtype": "bfloat16", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
-_MIXTRAL = _COMMON | {
-    "model_type": "mixtral",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1e6,
-    "rms_norm_eps": 1e-5,
-}
-_QWEN3 = _COMMON | {
-    "model_type": "qwen3_moe",
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "max_position_embeddings": 40960,
-    "rope_theta": 1e6,
-    "rms_norm_eps": 1e-6,
-}
-_DEEPSEEK = _COMMON | {
-    "model_type": "deepseek_v2",
-    "vocab_size": 102400,
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "moe_intermediate_size": 1408,
-    "num_hidden_layers": 27,
-    "first_k_dense_replace": 1,
-    "moe_layer_freq": 1,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "q_lora_rank": None,
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 128,
-    "v_head_dim": 128,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 6,
-    "norm_topk_prob": False,
-    "routed_scaling_factor": 1.0,
-    "scoring_func": "softmax",
-    "topk_method": "greedy",
-    "n_group": 1,
-    "topk_group": 1,
-    "max_position_embeddings": 163840,
-    "rope_theta": 10000.0,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 40,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "original_max_position_embeddings": 4096,
-        "mscale": 0.707,
-        "mscale_all_dim": 0.707,
-    },
-    "rms_norm_eps": 1e-6,
-}
 
 
 class Unavailable(Exception):
@@ -121,7 +50,7 @@ class Wired:
     @property
     def dense_bytes(self) -> int:
         """Bytes of all dense weights."""
-        return sum(prod(need.shape) * (need.dtype or self.config.dtype).itemsize for need in self.dense_needs.values())
+        return self.family.dense_bytes(self.config, self.config.dtype)
 
     @property
     def active_dense_elements(self) -> int:
@@ -161,14 +90,13 @@ class ServeModel:
             raise Unavailable(f"no family: {error}") from error
 
 
-MODELS = {
-    model.name: model
-    for model in (
-        ServeModel("Qwen3-30B-A3B", _QWEN3, CARDS["qwen3-30b-a3b"]),
-        ServeModel("Mixtral-8x7B", _MIXTRAL, CARDS["mixtral-8x7b"]),
-        ServeModel("DeepSeek-V2-Lite", _DEEPSEEK, CARDS["deepseek-v2-lite"]),
-    )
-}
+def _published(name: str) -> ServeModel:
+    """By the name of its cards, in any case."""
+    card = name.lower()
+    return ServeModel(name, json.loads((CONFIGS / card / "config.json").read_text()), CARDS[card])
+
+
+MODELS = {name: _published(name) for name in ("Qwen3-30B-A3B", "Mixtral-8x7B", "DeepSeek-V2-Lite")}
 
 _TINY_SIZES = {
     "vocab_size": 320,

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import tables
-from report import table
 from serve_cells import AUTO, GRAPH, Cell
+from serve_figures import quantile
 from serve_models import BF16
 from serve_timeline import write
+from tables import table
 
 Result = dict[str, Any]
 Part = dict[str, Any]
@@ -139,8 +140,8 @@ def peers(result: Result) -> str:
     for part in (part for part in result["parts"] if "cell" not in part):
         if part["status"] == "measured":
             found = part["measured"]
-            gaps = sorted(found["itl_s"])
-            tpot = f"{1e3 * gaps[len(gaps) // 2]:.3g}" if gaps else NOT_MEASURED
+            gaps = found["itl_s"]
+            tpot = f"{1e3 * quantile(gaps, 0.5):.3g}" if gaps else NOT_MEASURED
             peak = NOT_MEASURED if found["peak_bytes"] is None else f"{found['peak_bytes'] / 1e9:.2f}"
             lines.append([part["model"], f"{found['ttft_s']:.3g}", tpot, f"{found['moved_bytes'] / 1e9:.1f}", peak])
         else:

@@ -15,15 +15,16 @@ from duoserve.architecture import LatentAttentionConfig
 from duoserve.config import EngineConfig
 from duoserve.engine import Engine
 from duoserve.errors import ConfigError, MemoryBudgetError
-from duoserve.experts.budget import FreeMemory, MemoryPlan, plan_memory
+from duoserve.experts.budget import FreeMemory, MemoryPlan
 from duoserve.experts.device import CPU, free_bytes
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.tickets import PIECE_BYTES
-from duoserve.kv_cache import PagedKVCache, kv_bytes_per_token
+from duoserve.kv_cache import PagedKVCache
 from duoserve.launching.launch import DecoderParts, Launch, choose_launch, resolve_mode
 from duoserve.launching.link import LinkRates
 from duoserve.launching.recorded import RECORD_AFTER
+from duoserve.memory_needs import MemoryNeeds
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
 from duoserve.predictors.lookahead import LookaheadPredictor
@@ -32,7 +33,6 @@ from duoserve.sampling import SamplingParams
 from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.scheduler import Scheduler
-from duoserve.workspace import workspace_bytes
 from serve_cells import Cell, Part
 from serve_digest import NotedPasses, digest
 from serve_host import Host
@@ -134,20 +134,12 @@ class Ground:
 
     def plan(self, cell: Cell, policy: Policy, max_context: int) -> MemoryPlan:
         """As ``from_pretrained`` makes it; Unavailable with its arithmetic where it does not fit."""
-        config, device = self.model.config, self.host.device
+        model, device = self.model, self.host.device
+        needs = MemoryNeeds(model.config, model.layout, model.dense_bytes, model.config.dtype, device, max_context)
+        wanted = EngineConfig(expert_slots=cell.share, host_memory=0)
+        free = FreeMemory(free_bytes(device), free_bytes(CPU) if self.host.pins else None)
         try:
-            return plan_memory(
-                layout=self.model.layout,
-                num_layers=self.num_moe_layers,
-                num_experts=config.num_experts,
-                top_k=config.top_k,
-                dense_bytes=self.model.dense_bytes,
-                kv_bytes=max_context * kv_bytes_per_token(config, config.dtype),
-                workspace_bytes=workspace_bytes(config, config.dtype, device, max_context),
-                wanted=EngineConfig(expert_slots=cell.share, host_memory=0),
-                free=FreeMemory(free_bytes(device), free_bytes(CPU) if self.host.pins else None),
-                needs_all=policy.all_resident,
-            )
+            return needs.plan(wanted, free, needs_all=policy.all_resident)
         except MemoryBudgetError as error:
             raise Unavailable(str(error)) from error
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import tables
-from report import table
+from tables import table
 
 Result = dict[str, Any]
 GROWN_BYTES = 16 << 20  # an allocator's arenas breathe; a leak of 2 kB a request is more than that

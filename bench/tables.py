@@ -1,8 +1,8 @@
-"""What reports have in common: tables and warnings in Markdown, and where a result comes from."""
+"""What reports have in common: tables and warnings in Markdown, a place in the README, where a result comes from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 BUSY_SHARE = 0.05  # of the machine's CPU time in other hands: from there on the figures are disturbed
@@ -25,6 +25,28 @@ def markdown(rows: Iterable[list[str]]) -> str:
     """A table whose first row is its heading."""
     heading, *body = rows
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *body))
+
+
+def spread(summary: dict[str, float], form: str) -> str:
+    """Median (low-high); the extremes only where they differ in print."""
+    median, low, high = (form.format(summary[key]) for key in ("median", "low", "high"))
+    return median if low == high else f"{median} ({low}-{high})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it also reads in a terminal."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join(f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True))} |" for line in lines)
+
+
+def into_readme(readme: str, report: str, markers: tuple[str, str]) -> str:
+    """``readme`` with what stands between the markers replaced; SystemExit where they are not there once each."""
+    begin, end = markers
+    if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
+        raise SystemExit(f"the README needs one {begin} and, after it, one {end}")
+    before, _, rest = readme.partition(begin)
+    return f"{before}{begin}\n\n{report}\n\n{end}{rest.partition(end)[2]}"
 
 
 def software(result: dict[str, Any]) -> str:

@@ -31,7 +31,8 @@ CPU_EXAMPLES = """\
 GPU_EXAMPLES = """\
   duoserve bench gpu --checkout ~/duoserve
 """
-QUICK_SUITE_SECONDS = {"BENCH_SECONDS": "40", "SERVE_SECONDS": "60"}  # no figures, but every part begins
+# No figures, but every part begins; no results of a real run are overwritten.
+QUICK_SUITE = {"BENCH_SECONDS": "40", "SERVE_SECONDS": "60", "RESULT_SUFFIX": "-quick"}
 
 
 class Job(NamedTuple):
@@ -126,7 +127,7 @@ def cpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:
         Job("bench_policies.py", ("--json", str(out / f"policies-{day}.json"))),
         Job("plan_here.py", ("--json", str(here)), here.with_suffix(".md")),
         *_jobs_on_texts(out, args.texts, readme),
-        Job("bench_newcomer.py", ("--json", str(newcomer), *readme), newcomer.with_suffix(".md")),
+        Job("bench_newcomer.py", ("--json", str(newcomer), *readme)),
     ]
 
 
@@ -159,7 +160,7 @@ def gpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:
     """The suite for GPU machines, without its tests; it names its results itself. ConfigError without a GPU."""
     if not torch.cuda.is_available():
         raise ConfigError("bench gpu needs a CUDA device, and torch sees none; duoserve bench cpu needs none")
-    env = {"OUT": str(out), "PYTHON": sys.executable} | (QUICK_SUITE_SECONDS if args.quick else {})
+    env = {"OUT": str(out), "PYTHON": sys.executable} | (QUICK_SUITE if args.quick else {})
     return [Job("gpu_suite.sh", ("copy", "kernels", "serve"), env=env)]
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from duoserve.models.described import DescribedModel, described
 
-_CARDS = Path(__file__).resolve().parents[1] / "assets" / "configs"
-MODEL_CARDS = tuple(sorted(path.parent.name for path in _CARDS.glob("*/config.json")))
+CONFIGS = Path(__file__).resolve().parents[1] / "assets" / "configs"
+MODEL_CARDS = tuple(sorted(path.parent.name for path in CONFIGS.glob("*/config.json")))
 
 
 def find_model(model: str | Path) -> DescribedModel:
     """The model by the name of a card (in any case), by folder, hub id or embedded name; what described() raises."""
     name = str(model).lower()
-    return described(_CARDS / name if name in MODEL_CARDS and not Path(model).is_dir() else model)
+    return described(CONFIGS / name if name in MODEL_CARDS and not Path(model).is_dir() else model)

@@ -53,11 +53,13 @@ class Planner:
     """Plans of one model, known by ``name``; MemoryBudgetError, with the arithmetic, where it cannot run.
 
     ``rehearsals`` are by the name of the hardware that they were taken on; they count for experts of the same size.
+    ``copy_threads`` read from the disk of a machine that computes on its CPU.
     """
 
     name: str
     model: DescribedModel
     rehearsals: Mapping[str, Rehearsal] = field(default_factory=dict)
+    copy_threads: int = EngineConfig().copy_threads
 
     def plan(self, hardware: Hardware, question: Question) -> Plan:
         """How memory is divided, and how fast each policy is."""
@@ -103,7 +105,8 @@ class Planner:
         config = self.model.config
         sizes = sizes_of(self.model.family, config, layout, config.dtype)
         ram_share = 1.0 if memory.num_slots == memory.total_experts else memory.host_experts / memory.total_experts
-        costs, rehearsal = Costs(Machine(hardware, sizes.layer), sizes, ram_share), self.rehearsals.get(hardware.name)
+        costs = Costs(Machine(hardware, sizes.layer), sizes, ram_share, copy_threads=self.copy_threads)
+        rehearsal = self.rehearsals.get(hardware.name)
         if rehearsal is None or rehearsal.slot_bytes != layout.slot_bytes:
             return costs
         return RehearsedCosts.of(costs, rehearsal)

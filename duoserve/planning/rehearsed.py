@@ -27,7 +27,7 @@ class RehearsedCosts(Costs):
     @classmethod
     def of(cls, costs: Costs, rehearsal: Rehearsal) -> Self:
         """The same model and machine, with times by ``rehearsal``."""
-        return cls(costs.machine, costs.model, costs.ram_share, rehearsal)
+        return cls(costs.machine, costs.model, costs.ram_share, rehearsal, copy_threads=costs.copy_threads)
 
     def decode(self, policy: Policy, step: Step) -> Seconds:
         """As in Costs."""

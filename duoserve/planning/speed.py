@@ -7,7 +7,7 @@ the part of the machine that is busy longest. Seconds; counts are means over the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil, comb
 from typing import NamedTuple
@@ -18,10 +18,6 @@ from duoserve.scheduling.hardware import Machine
 from duoserve.scheduling.plan import DecodeFetch, PrefillFetch
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.prefill import SPECULATION_SHARE, active_share
-
-# A whole layer takes so long that of a step's guesses few arrive in time. Demands go before them; but on a CPU each
-# copy thread ends the read that it has begun, of which half is still to come on average.
-COPY_THREADS = EngineConfig().copy_threads
 
 
 @dataclass(frozen=True)
@@ -74,11 +70,15 @@ class _Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """What a model's passes cost on a machine. ``ram_share`` of its experts (0 to 1) wait in RAM, the rest on disk."""
+    """What a model's passes cost on a machine. ``ram_share`` of its experts (0 to 1) wait in RAM, the rest on disk.
+
+    On a CPU ``copy_threads`` are read at a time.
+    """
 
     machine: Machine
     model: ModelSizes
     ram_share: float
+    copy_threads: int = field(default=EngineConfig().copy_threads, kw_only=True)
 
     def decode(self, policy: Policy, step: Step) -> Seconds:
         """A decode step without prefetches."""
@@ -91,7 +91,9 @@ class Costs:
             case DecodeFetch.ON_DEMAND:
                 copies, layer = asked, before + self._arrival_s(asked) + asked * one
             case DecodeFetch.NEXT_LAYER:
-                wasted = COPY_THREADS if self.machine.hardware.host_computes else 0
+                # A whole layer takes so long that of a step's guesses few arrive in time. Demands go before them; but
+                # on a CPU each copy thread ends the read that it has begun, of which half is still to come on average.
+                wasted = self.copy_threads if self.machine.hardware.host_computes else 0
                 copies = asked + wasted
                 layer = before + (asked + wasted / 2) * self.copy_s + asked * one
             case DecodeFetch.CACHE:
@@ -133,8 +135,8 @@ class Costs:
         return hardware.copy_latency_s + nbytes * waiting
 
     def _arrival_s(self, copies: float) -> float:
-        """How long ``copies`` demands take; COPY_THREADS are read at a time, and none faster than it would be alone."""
-        turns = ceil(copies / COPY_THREADS)
+        """How long ``copies`` demands take; ``copy_threads`` are read at a time, none faster than alone."""
+        turns = ceil(copies / self.copy_threads)
         return max(copies * self.copy_s, turns * self._lone_copy_s if self.machine.hardware.host_computes else 0.0)
 
     def _mixed_s(self, asked: float, hit_rate: float, one: float) -> float:

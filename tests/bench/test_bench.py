@@ -20,6 +20,7 @@ import cpu_summary
 import harness
 import report
 import shapes
+import tables
 from cpu_contestants import SCRIPTS, Run, disk_contestants, resident_contestants
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
@@ -194,8 +195,9 @@ def test_the_files_that_a_readme_names_are_there(readme: str) -> None:
 
 
 def test_the_report_replaces_only_what_is_between_the_markers() -> None:
-    readme = f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nend\n"
-    assert report.into_readme(readme, "new") == f"# Title\n\n{report.BEGIN}\n\nnew\n\n{report.END}\n\nend\n"
-    for broken in ("no markers", f"{report.END} {report.BEGIN}", readme + readme):
+    markers = begin, end = "<!-- bench -->", "<!-- /bench -->"
+    readme = f"# Title\n\n{begin}\nold\n{end}\n\nend\n"
+    assert tables.into_readme(readme, "new", markers) == f"# Title\n\n{begin}\n\nnew\n\n{end}\n\nend\n"
+    for broken in ("no markers", f"{end} {begin}", readme + readme):
         with pytest.raises(SystemExit, match="needs one"):
-            report.into_readme(broken, "new")
+            tables.into_readme(broken, "new", markers)

@@ -13,6 +13,7 @@ import torch
 
 import bench_copy
 import copy_machines
+import copy_report
 from copy_table import SIZES, CopyMachine, Way, measure, targets
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
@@ -56,7 +57,7 @@ def test_rates_and_verdicts() -> None:
     assert verdicts["8 MiB pieces / best rate"] is False  # 10 us of 178
     assert verdicts["read by a kernel / copied: Mixtral-8x7B expert, bf16"] is True
     assert not bench_copy.failed(result)
-    assert "50.0" in bench_copy.render(result) or "49.9" in bench_copy.render(result)
+    assert "50.0" in copy_report.render(result) or "49.9" in copy_report.render(result)
 
 
 def test_a_slow_kernel_is_not_passed() -> None:
@@ -69,17 +70,17 @@ def test_what_fails_is_named_and_not_measured() -> None:
     assert bench_copy.failed(result)
     assert result["ceilings"][Way.ZERO_COPY.value] is None
     assert [t["verdict"] for t in result["targets"]][1:] == ["not measured"] * 3
-    report = bench_copy.render(result)
+    report = copy_report.render(result)
     assert "RuntimeError: no such way" in report and "not measured" in report
 
 
 def test_bytes_that_change_fail_the_bench() -> None:
     result = result_of(MadeUp(corrupts=Way.FROM_DEVICE))
-    assert bench_copy.failed(result) and "**FAILED**" in bench_copy.render(result)
+    assert bench_copy.failed(result) and "**FAILED**" in copy_report.render(result)
 
 
 def test_a_run_that_is_cut_off_leaves_the_ways_that_it_has_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ways, out = list(Way), tmp_path / "copy.json"
     interrupted = MadeUp(raises=ways[2], error=KeyboardInterrupt)
@@ -91,6 +92,13 @@ def test_a_run_that_is_cut_off_leaves_the_ways_that_it_has_measured(
     assert [check["name"] for check in left["checks"]] == [f"bytes {way.value}" for way in ways[:2]]
     assert all(left["ceilings"][way.value] for way in ways[:2]) and left["ceilings"][ways[2].value] is None
     assert left["bench"] == "bench_copy" and left["seconds"] > 0
+    monkeypatch.setattr(sys, "argv", ["copy_report.py", str(out)])
+    copy_report.main()
+    said = capsys.readouterr().out
+    [line] = [line for line in said.splitlines() if line.startswith("| 4 KiB")]
+    cells = [cell.strip() for cell in line.split("|")[2:-1]]
+    assert cells[2:] == ["not measured"] * 3 and "not measured" not in cells[:2]
+    assert f"bytes {ways[1].value}" in said and f"bytes {ways[2].value}" not in said
 
 
 def test_verdicts_of_what_there_is_when_a_run_is_cut_off() -> None:

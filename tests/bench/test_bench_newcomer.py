@@ -10,7 +10,7 @@ import pytest
 
 import bench_newcomer
 import newcomer_report
-import report
+import tables
 from newcomer_report import DOWNLOAD, EVALUATE, FIRST_TEXT, SET_UP
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,10 +59,23 @@ def test_a_command_that_fails_ends_the_bench_by_name(tmp_path):
     assert [step["kind"] for step in newcomer.steps] == [SET_UP, FIRST_TEXT]
 
 
+def test_a_path_that_takes_too_long_has_its_report_where_the_readme_says(tmp_path, monkeypatch):
+    file = min((ROOT / "bench" / "results").glob("newcomer-*.json"))
+    slow = steps(venv=100, install=199, text=2, evaluate=1)
+    result = json.loads(file.read_text()) | {"steps": slow, "verdicts": newcomer_report.verdicts(slow)}
+    monkeypatch.setattr(bench_newcomer, "measure", lambda args: result)
+    readme, out = tmp_path / "README.md", tmp_path / "newcomer-here.json"
+    readme.write_text("\n".join(newcomer_report.MARKERS))
+    monkeypatch.setattr("sys.argv", ["bench_newcomer.py", "--json", str(out), "--readme", str(readme)])
+    assert bench_newcomer.main() == 1
+    [named] = re.findall(r"counted\s\(`(.*\.md)`\)", readme.read_text())
+    assert "missed: 301" in Path(named).read_text()
+
+
 def test_the_readme_says_what_was_measured():
     readme = (ROOT / "README.md").read_text()
     [name] = re.findall(r"counted\s\(`(bench/results/newcomer-.*)\.md`", readme)
     result = json.loads((ROOT / f"{name}.json").read_text())
     said = newcomer_report.sentence(result, f"{name}.md")
-    assert report.into_readme(readme, said, newcomer_report.MARKERS) == readme
+    assert tables.into_readme(readme, said, newcomer_report.MARKERS) == readme
     assert (ROOT / f"{name}.md").read_text() == newcomer_report.render(result) + "\n"

@@ -13,6 +13,7 @@ import cpu_summary
 import opening
 import report
 import shapes
+import tables
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -23,7 +24,7 @@ RESULT = json.loads(FILE.read_text())
 
 def test_the_opening_is_made_from_the_committed_result():
     details = str(Path(PLOT).with_suffix(".md"))
-    assert report.into_readme(README, opening.opening(RESULT, PLOT, details), opening.MARKERS) == README
+    assert tables.into_readme(README, opening.opening(RESULT, PLOT, details), opening.MARKERS) == README
 
 
 def test_bounds_and_verdicts_are_those_of_the_rounds():
@@ -42,7 +43,7 @@ def test_the_plot_is_made_from_the_committed_result():
 
 
 def test_the_other_tables_are_made_from_the_same_result():
-    assert report.into_readme(README, report.headline(RESULT)) == README
+    assert tables.into_readme(README, report.headline(RESULT), report.MARKERS) == README
     assert FILE.with_suffix(".md").read_text() == report.render(RESULT) + "\n"
 
 
@@ -59,7 +60,7 @@ def test_every_result_and_its_markdown_are_of_one_run():
 def test_the_table_of_formats_is_made_from_its_result():
     file = ROOT / "bench" / "results" / "quantize-bard.json"
     result = json.loads(file.read_text())
-    assert report.into_readme(README, bench_quantize.table(result), bench_quantize.MARKERS) == README
+    assert tables.into_readme(README, bench_quantize.table(result), bench_quantize.MARKERS) == README
     assert file.with_suffix(".md").read_text() == bench_quantize.render(result)
 
 

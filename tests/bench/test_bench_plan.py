@@ -46,10 +46,28 @@ def test_an_error_beyond_30_percent_shows_its_reason() -> None:
 
 def test_the_machine_is_the_results_own_and_its_resident_decode_is_met(rows: dict[str, Row]) -> None:
     machine = bench_plan.cpu_machine(RESULT)
-    assert machine.disk == RESULT["ceilings"]["disk_bytes_per_s"]["4"]
+    assert machine.disk == RESULT["ceilings"]["disk_bytes_per_s"]["2"]
     assert machine.memory == RESULT["ceilings"]["gemv_bytes_per_s"]["bfloat16"]
     resident = rows["1 resident, TPOT"]
     assert resident.planned == pytest.approx(resident.known)
+
+
+def test_the_planner_has_the_copy_threads_of_the_result() -> None:
+    ceilings = RESULT["ceilings"]["disk_bytes_per_s"]
+    known = RESULT["summary"]["duoserve layer-prefetch"]
+    one = known | {"decode_read_mb_per_token": {"median": 162.2}}
+    single = RESULT | {"copy_threads": 1, "summary": RESULT["summary"] | {"duoserve layer-prefetch": one}}
+    assert bench_plan.cpu_machine(single).disk == ceilings["1"]
+    text = bench_plan.report(single, "x.json")
+    assert "`copy_threads=1`" in text and "2 experts" not in text
+    assert "an expert\ntoo many" in text and "(0.9 in this one)" in text
+    both = bench_plan.report(RESULT, "x.json")
+    assert "2 experts\ntoo many" in both and "(2.0 in this one)" in both
+
+
+def test_a_run_that_read_faster_than_the_probe_says_so(rows: dict[str, Row]) -> None:
+    row = rows["7 layer-prefetch, TPOT"]
+    assert row.cells[-2:] == ["+35%", "it read at least 1.58 GB/s, the probe 1.02"]
 
 
 def test_a_quick_run_here_has_every_cell_with_its_verdict(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -151,6 +151,13 @@ def test_verdicts() -> None:
     assert {target.reached for target in nothing} == {None}
 
 
+def test_the_report_has_the_median_that_is_judged() -> None:
+    found = {"ttft_s": 6.0, "itl_s": [1.4, 1.0, 1.3, 1.1], "peak_bytes": None, "moved_bytes": 0}
+    peer = {"name": "peer", "model": QWEN3, "status": "measured", "measured": found}
+    assert serve_figures.quantile(found["itl_s"], 0.5) == 1.1
+    assert "| 1.1e+03 |" in serve_report.peers({"parts": [peer]})
+
+
 def test_every_policy_budget_prompt_and_batch_has_its_row() -> None:
     found = {cell for stage in cells() for cell in stage}
     for model in MODELS:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from bench_serve import all_parts
 from duoserve.launching.launch import Launch
 from duoserve.launching.recorded import RECORD_AFTER
+from duoserve.planning.model_cards import find_model
 from serve_cells import EVENT, GRAPH, Cell, cells
 from serve_models import MODELS
 from serve_report import rows
@@ -26,6 +29,13 @@ def test_every_part_is_there_once() -> None:
     names = [part["name"] for part in all_parts(list(MODELS))]
     every = [cell.name for stage in cells() for cell in stage]
     assert len(set(names)) == len(names) == len(every) + len(MODELS) and set(every) < set(names)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_the_one_that_plans_know_by_that_name(name: str) -> None:
+    wired, known = MODELS[name].wired(), find_model(name)
+    assert wired.config == known.config
+    assert wired.dense_bytes == known.family.dense_bytes(known.config, known.config.dtype)
 
 
 def test_every_model_has_the_positions_that_its_cells_ask_for() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -41,8 +43,8 @@ case "$*" in
         echo "{}" >"${json%% *}"; exit "$BENCH_STATUS" ;;
     *bench/bench_kernels.py*--json*)
         [[ ${KERNELS:-real} == fake ]] || exec "$REAL_PYTHON" "$@"
-        echo "$*" ;;
-    *bench/serve_report.py*) echo "short report" ;;
+        echo "$*"; exit "$BENCH_STATUS" ;;
+    *bench/serve_report.py* | *bench/copy_report.py*) echo "short report" ;;
     *) exec "$REAL_PYTHON" "$@" ;;
 esac
 """
@@ -248,11 +250,44 @@ def test_a_kernel_bench_without_time_for_a_row_leaves_it_to_those_behind(tmp_pat
 
 
 @NO_GPU
-def test_a_bench_that_ends_before_its_report_has_one_of_its_json(tmp_path: Path) -> None:
-    done = suite(tmp_path, "serve", BENCH_STATUS="1", BENCH_SAYS="nothing")
-    assert done.returncode == 1 and "serving bench FAILED" in done.stdout.splitlines()[-1]
-    (report,) = (tmp_path / "out").glob("serve-*.md")
+@pytest.mark.parametrize(("part", "name"), [("serve", "serving"), ("copy", "copy")])
+def test_a_bench_that_ends_before_its_report_has_one_of_its_json(tmp_path: Path, part: str, name: str) -> None:
+    done = suite(tmp_path, part, BENCH_STATUS="1", BENCH_SAYS="nothing")
+    assert done.returncode == 1 and f"{name} bench FAILED" in done.stdout.splitlines()[-1]
+    (report,) = (tmp_path / "out").glob(f"{part}-*.md")
     assert report.read_text() == "short report\n"
+
+
+def results_of_today(folder: Path, name: str) -> list[Path]:
+    """Where the suite writes what it measures; of tomorrow too, since a day may end meanwhile."""
+    folder.mkdir()
+    now = datetime.now(UTC)
+    days = [f"{now + timedelta(days=later):%Y-%m-%d}" for later in (0, 1)]
+    return [folder / f"{name}-nvidia-h100-{day}.json" for day in days]
+
+
+@NO_GPU
+def test_figures_of_an_earlier_run_are_not_said_to_be_this_ones(tmp_path: Path) -> None:
+    for old in results_of_today(tmp_path / "out", "kernels"):
+        old.write_text(json.dumps({"gpu": {"name": "OF THIS MORNING"}}))
+        old.with_suffix(".md").write_text("OF THIS MORNING")
+    done = suite(tmp_path, "kernels", KERNELS="fake", BENCH_STATUS="1")
+    assert done.returncode == 1 and "kernel bench FAILED" in done.stdout.splitlines()[-1]
+    assert "OF THIS MORNING" not in done.stdout and "Traceback" not in done.stderr
+    assert len(list((tmp_path / "out").glob("*.json"))) == 1  # of the other day
+
+
+@NO_GPU
+def test_a_suffix_keeps_the_days_other_results(tmp_path: Path) -> None:
+    kept = results_of_today(tmp_path / "out", "copy")
+    for old in kept:
+        old.write_text("real")
+    done = suite(tmp_path, "copy", RESULT_SUFFIX="-quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [old.read_text() for old in kept] == ["real"] * 2
+    new = set((tmp_path / "out").glob("copy-*")) - set(kept)
+    assert {path.suffix for path in new} == {".json", ".md"}
+    assert all(re.search(r"\d-quick\.\w+$", path.name) for path in new)
 
 
 def test_a_torch_that_does_not_work_is_no_missing_gpu(tmp_path: Path) -> None:

@@ -125,15 +125,15 @@ def test_gpu_is_refused_without_one(duoserve, checkout):
     assert ran.code == 1 and "needs a CUDA device" in ran.err and scripts(ran.out) == []
 
 
-@pytest.mark.parametrize(("quick", "seconds"), [([], "none"), (["--quick"], "40")])
-def test_gpu_runs_the_suite(duoserve, checkout, monkeypatch, quick, seconds):
+@pytest.mark.parametrize(("quick", "seconds", "suffix"), [([], "none", ""), (["--quick"], "40", "-quick")])
+def test_gpu_runs_the_suite(duoserve, checkout, monkeypatch, quick, seconds, suffix):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    suite = 'echo "SAID $* ${BENCH_SECONDS-none}"; "$PYTHON" -c "print(1)" >"$OUT/copy-h100.md"\n'
+    suite = 'echo "SAID $* ${BENCH_SECONDS-none}"; "$PYTHON" -c "print(1)" >"$OUT/copy-h100${RESULT_SUFFIX-}.md"\n'
     (checkout / "bench" / "gpu_suite.sh").write_text(suite)
     ran = duoserve("bench", "gpu", "--checkout", checkout, *quick)
     assert ran.code == 0, ran.err
     assert f"SAID copy kernels serve {seconds}" in ran.out
-    assert ran.out.endswith(f"written:\n{checkout}/bench/results/copy-h100.md\n")
+    assert ran.out.endswith(f"written:\n{checkout}/bench/results/copy-h100{suffix}.md\n")
 
 
 @pytest.mark.parametrize("quick", [True, False])

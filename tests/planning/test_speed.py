@@ -68,6 +68,13 @@ def test_on_a_cpu_nothing_from_the_disk_crosses_the_link_and_whole_guesses_are_r
     assert found.total == pytest.approx(4 * (BEFORE + (2 + 1) * 2 * COPY + 2 * ONE) + HEAD)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_as_many_guesses_are_in_vain_as_threads_read(threads: int) -> None:
+    on_cpu = replace(ON_DISK, machine=Machine(replace(HARDWARE, host_computes=True), LAYER), copy_threads=threads)
+    found = on_cpu.decode(POLICIES["layer-prefetch"], step(0.0))
+    assert found.busy["disk"] == pytest.approx(4 * (2 + threads) * 2 * COPY)
+
+
 def test_keys_and_values_of_a_long_context_are_read_too() -> None:
     long = replace(IN_RAM, model=replace(SIZES, kv_bytes=100))
     grown = long.decode(POLICIES["resident"], Step(2, 1000, 2.0, 0.0)).total
@@ -109,12 +116,18 @@ def test_scores_count_within_a_sequence_only() -> None:
 
 
 def test_a_read_alone_is_slower_than_reads_together() -> None:
-    """Two threads read 1 GB/s, one alone 0.6: one miss takes 1/0.6 ms, two take 2 ms, three in two turns 2/0.6 ms."""
+    """Two threads read 1 GB/s, one alone 0.6: one miss takes 1/0.6 ms, two take 2 ms, three in two turns 2/0.6 ms.
+
+    A single thread takes a turn for each.
+    """
     disk = replace(HARDWARE, host_computes=True, disk=1e9, reader=0.6e9)
     on_cpu = replace(ON_DISK, machine=Machine(disk, LAYER))
     for asked, reads in ((1.0, 1 / 0.6), (2.0, 2.0), (3.0, 2 / 0.6)):
         found = on_cpu.decode(POLICIES["on-demand"], Step(1, 0, asked, 0.0))
         assert found.total == pytest.approx(4 * (BEFORE + reads * COPY + asked * ONE) + HEAD)
+    single = replace(on_cpu, copy_threads=1)
+    found = single.decode(POLICIES["on-demand"], Step(1, 0, 3.0, 0.0))
+    assert found.total == pytest.approx(4 * (BEFORE + 3 / 0.6 * COPY + 3 * ONE) + HEAD)
     in_ram = replace(on_cpu, ram_share=1.0)
     found = in_ram.decode(POLICIES["on-demand"], Step(1, 0, 1.0, 0.0))
     assert found.total == pytest.approx(4 * (BEFORE + COPY + ONE) + HEAD)
