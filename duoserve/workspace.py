@@ -24,7 +24,8 @@ ROUTED_ROW_BYTES = 36  # its id and weight, and its places before and after sort
 TABLE_BYTES = 8 + 2 * MAX_SHAPES * 4  # of an expert: the address of its row, and its slot and target in each recording
 MASK_BYTES = 12  # of a query and key: their distance and whether one sees the other
 # Whatever the pass. On a GPU: cuBLAS's workspaces (32 MiB each on Hopper, for two streams of one thread) and what the
-# allocator loses to rounding. On a CPU: the block of weights that `linear` widens at a time, and small vectors.
+# allocator loses to rounding. On a CPU: the block of weights that a product widens or decodes at a time, sums of its
+# groups, and small vectors.
 FIXED_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 
 

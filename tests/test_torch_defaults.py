@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,10 @@ from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.layout import Quantized
 from duoserve.kernels import HostWork, matmul
 from duoserve.kernels.weights import ExpertFormat
+from duoserve.predictors import training
+from duoserve.predictors.files import save_predictor
 from duoserve.sampling import Sampler
+from duoserve.scheduling.synthetic import CARDS, synthesize
 from tests.checkpoints import save_mixtral
 from tests.compiled_case import needs_compiler
 from tests.experts.test_quantizing import INT4_128, quantized, random_matrix
@@ -69,15 +73,40 @@ def results(folder: Path, **knobs: str | None) -> tuple[Tensor, list[list[int]]]
         return model.forward(PROMPT), [done.token_ids for done in together]
 
 
-@pytest.mark.parametrize(("dtype", "quantize"), [("float32", None), ("float32", "int8"), ("bfloat16", None)])
-@each_default
-def test_a_model_has_the_same_logits_and_tokens(default: str, dtype: str, quantize: str | None, folder: Path) -> None:
-    logits_TV, tokens = results(folder, dtype=dtype, quantize=quantize)
+def check_same_results(default: str, folder: Path, **options: str | None) -> None:
+    logits_TV, tokens = results(folder, **options)
     with DEFAULTS[default]():
-        found_TV, found = results(folder, dtype=dtype, quantize=quantize)
+        found_TV, found = results(folder, **options)
     assert found_TV.dtype is torch.float32
     assert torch.equal(found_TV, logits_TV)
     assert found == tokens
+
+
+@pytest.mark.parametrize(("dtype", "quantize"), [("float32", None), ("float32", "int8"), ("bfloat16", None)])
+@each_default
+def test_a_model_has_the_same_logits_and_tokens(default: str, dtype: str, quantize: str | None, folder: Path) -> None:
+    check_same_results(default, folder, dtype=dtype, quantize=quantize)
+
+
+@needs_compiler
+@each_default
+def test_compiled_steps_and_loops_stay_as_they_are(default: str, tmp_path: Path) -> None:
+    folder = save_mixtral(tmp_path, dtype=BF16, max_position_embeddings=512, num_hidden_layers=2)
+    check_same_results(default, folder, quantize="bf12", decode_mode="compiled")
+
+
+@pytest.mark.parametrize("kind", ["duoserve", "paper", "lookahead"])
+@pytest.mark.parametrize("default", ["float64", "bfloat16", "meta"])
+def test_predictors_are_trained_as_ever(
+    default: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "LAYER_RECIPE", replace(training.LAYER_RECIPE, epochs=2))
+    monkeypatch.setattr(training, "PAPER_RECIPE", replace(training.PAPER_RECIPE, epochs=2, width=16))
+    trace = synthesize(replace(CARDS["mixtral-8x7b"], num_layers=2), 4, 20, 0.6, seed=0, prompt=3)
+    save_predictor(training.train(trace, kind)[0], tmp_path / "wanted.safetensors", {})
+    with DEFAULTS[default]():
+        save_predictor(training.train(trace, kind)[0], tmp_path / "found.safetensors", {})
+    assert (tmp_path / "found.safetensors").read_bytes() == (tmp_path / "wanted.safetensors").read_bytes()
 
 
 @needs_compiler

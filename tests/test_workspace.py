@@ -87,6 +87,18 @@ def test_every_kind_of_block_takes_what_is_planned(block: str, dtype: torch.dtyp
         assert 0.5 * planned < held.peak - logits_TV.nbytes <= planned
 
 
+def test_sums_of_groups_take_what_is_planned(tmp_path: Path) -> None:
+    """Of a prompt's rows in one expert there are 6144 each, in groups of 32: ten times as many as of outputs."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 96, "head_dim": 8, "num_hidden_layers": 1}
+    experts = {"num_local_experts": 1, "num_experts_per_tok": 1, "max_position_embeddings": 2048}
+    folder = save_mixtral(tmp_path, dtype=torch.bfloat16, **sizes, **experts)
+    with MoEModel.from_pretrained(folder, policy="resident", quantize="int4", max_context=2048) as model:
+        planned = model.memory.workspace_bytes
+        with LiveBytes() as held:
+            logits_TV = model.forward(PROMPT * 4)
+        assert held.peak - logits_TV.nbytes <= planned
+
+
 def test_prompts_that_share_a_pass_take_what_is_planned(tmp_path: Path) -> None:
     folder = save_mixtral(tmp_path, max_position_embeddings=CONTEXT, **SHAPES["attention"])
     with MoEModel.from_pretrained(folder, policy="resident", max_context=CONTEXT) as model:

@@ -217,8 +217,8 @@ def _product(x_JD: Tensor, matrix: Matrix, slot: int, turned: bool = False) -> T
         blocks = (dense(matrix, slot, slice(start, start + rows)) for start in range(0, num_rows, rows))
         return product_of_blocks(x_JD, blocks, num_rows, turned)
     by_codes = matrix.products is Products.FASTEST and multiplies_codes(matrix, x_JD.dtype)
-    x_wide_JD = x_JD.float()
-    out_JN = x_wide_JD.new_empty(len(x_JD), num_rows)
+    x_wide_JD = x_JD if by_codes else x_JD.float()
+    out_JN = x_JD.new_empty(len(x_JD), num_rows, dtype=torch.float32)
     for start in range(0, num_rows, rows):
         block = slice(start, start + rows)
         if by_codes:

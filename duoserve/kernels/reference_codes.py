@@ -11,13 +11,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from duoserve.kernels.matmul import has_native_matmul
+from duoserve.kernels.matmul import has_native_matmul, power_of_two
 from duoserve.kernels.reference_dequant import E2M1, row_scales, unpack
 from duoserve.kernels.weights import FP8_BLOCK, ExpertFormat, Matrix
 
 # Up to here PyTorch's product with int8 weights, which converts them in registers, is the faster one. It takes rows of
 # whole vectors only: of others it reads beyond the end.
 PACKED_ROWS, PACKED_VECTOR = 8, 16
+# Sums of groups that are made at a time, of as many rows as that is: a prompt's would take more memory than its pass.
+SUMS = 1 << 20
 
 
 def multiplies_codes(matrix: Matrix, dtype: torch.dtype) -> bool:
@@ -61,7 +63,7 @@ def _int4_product(x_JD: Tensor, data_NB: Tensor, scales_GN: Tensor, zeros_GN: Te
     for parity, half_NGC in enumerate((bytes_NGC & 15, bytes_NGC >> 4)):
         codes_GN2C[:, :, parity] = half_NGC.view(torch.int8).sub_(zeros_NG1).transpose(0, 1)
     x_GJ2C = x_JD.view(len(x_JD), num_groups, -1, 2).permute(1, 0, 3, 2)
-    return _scaled_sums(codes_GN2C.flatten(2), x_GJ2C.flatten(2), scales_GN)
+    return _scaled_sums(codes_GN2C.flatten(2), x_GJ2C, scales_GN)
 
 
 def _fp8_product(x_JD: Tensor, data_ND: Tensor, scales_GN: Tensor) -> Tensor:
@@ -79,10 +81,13 @@ def _mxfp4_product(x_JD: Tensor, data_NB: Tensor, scales_GN: Tensor) -> Tensor:
     return torch.mm(w_NGD.flatten(1), x_JD.T.to(w_NGD.dtype)).T.float()
 
 
-def _scaled_sums(codes_GND: Tensor, x_GJD: Tensor, scales_GN: Tensor) -> Tensor:
-    """[J, N] of the sums of G groups."""
-    sums_GNJ = torch.bmm(codes_GND, x_GJD.transpose(1, 2).to(codes_GND.dtype))
-    return sums_GNJ.float().mul_(scales_GN[..., None]).sum(0).T
+def _scaled_sums(codes_GND: Tensor, x_GJ: Tensor, scales_GN: Tensor) -> Tensor:
+    """[J, N] of the sums of G groups; ``x_GJ`` is [G, J, D], or [G, J, 2, C], D in two parts."""
+    num_rows = power_of_two(SUMS // scales_GN.numel())
+    if x_GJ.shape[1] <= num_rows:
+        x_GDJ = x_GJ.flatten(2).transpose(1, 2).to(codes_GND.dtype)
+        return torch.bmm(codes_GND, x_GDJ).float().mul_(scales_GN[..., None]).sum(0).T
+    return torch.cat([_scaled_sums(codes_GND, part_GJ, scales_GN) for part_GJ in x_GJ.split(num_rows, dim=1)])
 
 
 def _looked_up(bytes_NB: Tensor, form: ExpertFormat) -> Tensor:

@@ -20,8 +20,8 @@ SORT_ELEMENTS = 4096
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, of any shape [..., H].
 
-    ``x / sqrt(...)`` is rounded to the input's dtype before the weight is applied, as checkpoints were trained.
-    Source: Zhang and Sennrich (2019).
+    ``x / sqrt(...)`` is rounded to the input's dtype before the weight is applied, as in transformers' models; but
+    its gpt-oss rounds only once, after that. Source: Zhang and Sennrich (2019).
     """
     wide_TH = x_TH.float()
     mean_T1 = (wide_TH * wide_TH).sum(-1, keepdim=True) / x_TH.shape[-1]
@@ -42,7 +42,10 @@ def rope_frequencies(dim: int, theta: float) -> Tensor:
 def rope_table(
     positions_T: Tensor, frequencies_F: Tensor, dtype: torch.dtype, magnitude: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, 1, F] of ``position * frequency``, times ``magnitude``: float32, rounded to ``dtype``."""
+    """Cosines and sines [T, 1, F] of ``position * frequency``, times ``magnitude``: float32, rounded to ``dtype``.
+
+    So does transformers, but for DeepSeek-V2, whose are not rounded.
+    """
     angles_T1F = positions_T.float()[:, None, None] * frequencies_F.to(positions_T.device)
     cos_T1F, sin_T1F = angles_T1F.cos() * magnitude, angles_T1F.sin() * magnitude
     return cos_T1F.to(dtype).float(), sin_T1F.to(dtype).float()

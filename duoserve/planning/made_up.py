@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
+from math import floor, log2
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,10 +44,11 @@ from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.scheduling.source import ExpertSource, Lease
 
-WEIGHT = 0.01  # every weight: activations stay finite, and none of them is so small that it is slow
-MXFP4_SCALE = 120  # 2^-7
+LEAST_WEIGHT = 2.0**-13  # float16 has smaller ones, but computes with them slowly
 BF12_SCALE = 2.0**-14
-CODES = 0x11
+MXFP4_SCALE_OF_1 = 127
+# The bytes whose codes all stand for 1, the scale left out.
+ONES = {ExpertFormat.INT4: 0x11, ExpertFormat.INT8: 0x01, ExpertFormat.FP8: 0x38, ExpertFormat.MXFP4: 0x22}
 FINGERPRINT = "made up"
 
 
@@ -69,15 +71,17 @@ class MadeUpStore(ExpertStore):
         self._row_B = aligned_rows(1, layout.slot_bytes)[0]
         weights = layout.weights(self._row_B.view(1, -1))
         for matrix in (weights.w13, weights.w2):
+            weight = _weight(matrix.inner)
             if matrix.format is ExpertFormat.FLOAT:
-                matrix.data_SNB.fill_(WEIGHT)
+                matrix.data_SNB.fill_(weight)
                 continue
             if matrix.format is ExpertFormat.BF12:
                 _fill_bf12(matrix)
                 continue
-            matrix.data_SNB.view(torch.uint8).fill_(CODES)
+            matrix.data_SNB.view(torch.uint8).fill_(ONES[matrix.format])
             if matrix.scales_SGN is not None:
-                matrix.scales_SGN.fill_(MXFP4_SCALE if matrix.scales_SGN.dtype is torch.uint8 else WEIGHT)
+                of_mxfp4 = MXFP4_SCALE_OF_1 + floor(log2(weight))
+                matrix.scales_SGN.fill_(of_mxfp4 if matrix.format is ExpertFormat.MXFP4 else weight)
             if matrix.order_SD is not None:
                 matrix.order_SD.copy_(torch.arange(matrix.order_SD.shape[1]))
 
@@ -87,6 +91,14 @@ class MadeUpStore(ExpertStore):
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _weight(num_inputs: int) -> float:
+    """Every weight of so many: a product is about as large as its inputs, so that float16 holds what many layers add.
+
+    None is so small that it is slow.
+    """
+    return max(1 / num_inputs, LEAST_WEIGHT)
 
 
 def _fill_bf12(matrix: Matrix) -> None:
@@ -193,7 +205,7 @@ def staged(family: Family, config: ModelConfig, layout: ExpertLayout, folder: Pa
 
 def _dense(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Norms leave things as they are."""
-    return torch.full(shape, 1.0 if "norm" in name and len(shape) == 1 else WEIGHT, dtype=dtype)
+    return torch.full(shape, 1.0 if "norm" in name and len(shape) == 1 else _weight(shape[-1]), dtype=dtype)
 
 
 class Running(NamedTuple):

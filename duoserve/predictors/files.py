@@ -69,8 +69,9 @@ def load_predictor(path: Path, fingerprint: str | None = None) -> RowPredictor:
     try:
         about = read_object(notes_path(path), MAX_JSON_BYTES)
         arrays = safetensors.numpy.load(read_capped(path, MAX_BYTES))
-    except (CheckpointError, safetensors.SafetensorError, ValueError) as error:  # ValueError: a path without a name
-        raise TraceError(f"{path}: cannot be read as a predictor ({error})") from error
+    # ValueError: a path without a name. KeyError: numbers that numpy does not have, such as bfloat16.
+    except (CheckpointError, safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise TraceError(f"{path}: cannot be read as a predictor ({error!r})") from error
     meta = _meta(about, path)
     if fingerprint is not None:
         check_model(meta, fingerprint, path)
@@ -123,12 +124,18 @@ def _made(kind: str, meta: TraceMeta, arrays: Arrays) -> RowPredictor:
 
 
 def _networks(meta: TraceMeta, arrays: Arrays) -> dict[tuple[int, int], LayerNetwork]:
-    horizon = max(int(name.split(".")[1]) for name in arrays)
+    """The horizon is how often there is an array for each layer: a name may claim any."""
+    horizon = len(arrays) // (len(meta.layers) * len(LayerNetwork._fields))
     places = [(place, distance) for distance in range(1, horizon + 1) for place in range(len(meta.layers))]
-    return {
-        (p, d): LayerNetwork(*(_checked(f"{p}.{d}.{name}", arrays, meta) for name in LayerNetwork._fields))
-        for p, d in places
-    }
+    return {(place, distance): _network(f"{place}.{distance}.", arrays, meta) for place, distance in places}
+
+
+def _network(prefix: str, arrays: Arrays, meta: TraceMeta) -> LayerNetwork:
+    network = LayerNetwork(*(_checked(f"{prefix}{name}", arrays, meta) for name in LayerNetwork._fields))
+    widths = {network.inner_XH.shape[1], len(network.inner_bias_H), len(network.outer_HE)}
+    if len(widths) > 1:
+        raise ValueError(f"{prefix}*_H have different widths {sorted(widths)}")
+    return network
 
 
 def _perceptron(meta: TraceMeta, arrays: Arrays) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -146,13 +153,12 @@ def _perceptron(meta: TraceMeta, arrays: Arrays) -> tuple[list[np.ndarray], list
 
 
 def _checked(name: str, arrays: Arrays, meta: TraceMeta) -> np.ndarray:
-    """The array, float32, if it has the shape that its name says; letters without a fixed size may have any."""
+    """The array, float32, if it has the shape that its name says; letters without a fixed size may have any but 0."""
     sizes = {"L": len(meta.layers), "E": meta.num_experts, "F": DIRECT, "1": 1}
     sizes["X"] = (DIRECT + PATH_INPUTS) * meta.num_experts
     array, letters = arrays[name], name.rpartition("_")[2]
-    if array.ndim != len(letters) or any(
-        size != sizes.get(x, size) for x, size in zip(letters, array.shape, strict=True)
-    ):
+    alike = array.ndim == len(letters) and array.size > 0
+    if not alike or any(size != sizes.get(x, size) for x, size in zip(letters, array.shape, strict=True)):
         raise ValueError(f"{name} has the shape {array.shape} where the model has {sizes}")
     return array.astype(np.float32)
 
@@ -162,6 +168,9 @@ def _meta(about: Mapping[str, Any], path: Path) -> TraceMeta:
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']!r}")
         layers = tuple(int(layer) for layer in about["layers"])
-        return TraceMeta(str(about["fingerprint"]), layers, int(about["num_experts"]), int(about["top_k"]))
+        num_experts, top_k = int(about["num_experts"]), int(about["top_k"])
+        if not layers or not 0 < top_k <= num_experts:
+            raise ValueError(f"{len(layers)} layers, top-{top_k} of {num_experts} experts")
+        return TraceMeta(str(about["fingerprint"]), layers, num_experts, top_k)
     except (KeyError, TypeError, ValueError) as error:
         raise TraceError(f"{notes_path(path)}: is not of this version ({error!r}, wanted {FORMAT!r})") from error

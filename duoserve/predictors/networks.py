@@ -37,6 +37,7 @@ class Recipe:
     positive_weight: float | None = None
 
 
+FLOAT = torch.float32  # the examples', whatever a program makes torch's default
 Data = tuple[np.ndarray, np.ndarray]
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -50,8 +51,8 @@ class LayerModule(nn.Module):
         super().__init__()
         self.direct = nn.Parameter(direct_F[:, None].repeat(1, num_experts))
         self.bias = nn.Parameter(bias_E.clone())
-        self.inner = nn.Linear(num_inputs, width)
-        self.outer = nn.Parameter(torch.zeros(width, num_experts))
+        self.inner = nn.Linear(num_inputs, width, dtype=FLOAT)
+        self.outer = nn.Parameter(torch.zeros(width, num_experts, dtype=FLOAT))
 
     def forward(self, x_NX: Tensor) -> Tensor:
         direct_NFE = x_NX[:, : self.direct.numel()].view(-1, *self.direct.shape)
@@ -76,9 +77,10 @@ def fit_layer(train: Data, held: Data, recipe: Recipe, looks_ahead: bool) -> dic
 def fit_start(x: np.ndarray, y: np.ndarray, looks_ahead: bool) -> tuple[Tensor, Tensor]:
     """The best weights [F] of the direct features for all experts alike, and biases [E]: a logistic regression."""
     x_NFE, y_NE = torch.from_numpy(x[:, : DIRECT * y.shape[1]]).view(len(x), DIRECT, -1), torch.from_numpy(y)
-    used_F1 = torch.ones(DIRECT, 1)
+    used_F1 = torch.ones(DIRECT, 1, dtype=FLOAT)
     used_F1[0] = float(looks_ahead)
-    direct_F1, bias_E = torch.full((DIRECT, 1), 0.3, requires_grad=True), torch.zeros(y.shape[1], requires_grad=True)
+    direct_F1 = torch.full((DIRECT, 1), 0.3, dtype=FLOAT, requires_grad=True)
+    bias_E = torch.zeros(y.shape[1], dtype=FLOAT, requires_grad=True)
     optimizer = torch.optim.LBFGS([direct_F1, bias_E], max_iter=40, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -97,7 +99,7 @@ def fit_perceptron(train: Data, held: Data, recipe: Recipe, depth: int) -> list[
     widths = [train[0].shape[1], *[recipe.width] * (depth - 1), train[1].shape[1]]
     parts: list[nn.Module] = []
     for inner, outer in pairwise(widths):
-        parts += [nn.Linear(inner, outer), nn.ReLU()]
+        parts += [nn.Linear(inner, outer, dtype=FLOAT), nn.ReLU()]
     module = fit(nn.Sequential(*parts[:-1]), train, held, recipe)
     linears = [part for part in module if isinstance(part, nn.Linear)]
     return [(np.ascontiguousarray(p.weight.detach().numpy().T), p.bias.detach().numpy()) for p in linears]
@@ -138,7 +140,7 @@ def held_loss(module: nn.Module, held: Data, loss_of: Callable[[Tensor, Tensor],
 
 
 def _loss(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
-    weight = None if recipe.positive_weight is None else torch.tensor(recipe.positive_weight)
+    weight = None if recipe.positive_weight is None else torch.tensor(recipe.positive_weight, dtype=FLOAT)
 
     def loss(logits_NE: Tensor, y_NE: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(logits_NE, y_NE, pos_weight=weight)

@@ -72,7 +72,8 @@ def train(
     held, rest = _parted(groups, HELD_OUT_SHARE)
     stop, fit = _parted(rest, STOPPING_SHARE) if len(rest) > 1 else (rest, rest)
     train_tokens, fit_tokens, stop_tokens = (Tokens(trace, _joined(numbers)) for numbers in (rest, fit, stop))
-    predictor = KINDS[kind](Split(train_tokens, fit_tokens, stop_tokens, horizon, progress))
+    with torch.device("cpu"):  # the optimizers, too, take the default device, which a program may have changed
+        predictor = KINDS[kind](Split(train_tokens, fit_tokens, stop_tokens, horizon, progress))
     predictor.trained_on = frozenset(trace.prompt_marks[number] for number in _joined(rest))
     return predictor, _joined(held)
 

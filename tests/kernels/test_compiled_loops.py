@@ -81,6 +81,15 @@ def test_what_was_given_is_not_held(compiled) -> None:
     assert [ref() for ref in gone] == [None, None]
 
 
+def test_they_run_where_the_tensors_are_whatever_the_default_device(compiled) -> None:
+    loops, recorded = compiled
+    x_N, out_N = torch.arange(8.0), torch.empty(8)
+    with torch.device("meta"):
+        loops(doubled, x_N, out_N)
+    assert torch.equal(out_N, x_N * 2)
+    assert [tensor.device for tensor in recorded[0].args] == [x_N.device] * 2
+
+
 def test_threads_that_call_at_once_each_get_their_own(compiled) -> None:
     """Also when they meet what is not compiled yet."""
     loops, recorded = compiled

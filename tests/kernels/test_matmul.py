@@ -62,7 +62,7 @@ def truth(x_JD: Tensor, matrix: Matrix, rows: slice) -> Tensor:
     return x_JD.double() @ dense(matrix, 1, rows).double().T
 
 
-@pytest.mark.parametrize("rows", [1, 3, PACKED_ROWS, PACKED_ROWS + 1, 40])
+@pytest.mark.parametrize("rows", [1, 3, PACKED_ROWS, PACKED_ROWS + 1, 40, 2100])
 @pytest.mark.parametrize(
     ("stored", "hidden"), [(INT8, 96), (INT8, 41), (INT8, 72), (INT4, 96), (INT4, 32), (FP8, 384), (MXFP4, 96)]
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.rows import aligned_rows
+from duoserve.kernels.reference_dequant import dense
 from duoserve.planning import made_up
 from duoserve.planning.formats import FORMATS, layout_in
 from duoserve.planning.made_up import MadeUpStore, few_layers, running, staged
@@ -46,12 +48,42 @@ def test_a_made_up_expert_can_be_computed_in_every_format(form: str, tmp_path: P
     assert len(passes) == 4
 
 
+@pytest.mark.parametrize("form", [None, "int8", "int4", "fp8"])
+def test_float16_holds_what_wide_layers_make(form: str | None, tmp_path: Path) -> None:
+    """Of layers as wide as DeepSeek-V2-Lite's: with weights that are as large in every matrix their sum overflows."""
+    model = find_model("deepseek-v2-lite")
+    blocks = model.config.blocks
+    moe = replace(blocks.moe, router=replace(blocks.moe.router, num_experts=2, top_k=2))
+    changed = replace(model.config, dtype=torch.float16, vocab_size=128, blocks=replace(blocks, moe=moe))
+    config = few_layers(changed, 4)
+    with (
+        staged(model.family, config, layout_in(config, form, config.dtype), tmp_path) as stage,
+        running(stage, POLICIES["resident"], 8, "disk", 32) as run,
+    ):
+        assert len(list(timed_passes(run, 8, 2))) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("bard", "bf16"), ("bard", "int8"), ("bard", "int4"), ("bard", "fp8"), ("gpt-oss-20b", None)]
+)
+def test_weights_are_about_one_over_their_number(name: str, form: str | None) -> None:
+    """MXFP4's scales are powers of two."""
+    config = find_model(name).config
+    layout = layout_in(config, form, config.dtype)
+    rows = aligned_rows(1, layout.slot_bytes)
+    MadeUpStore(layout).read(ExpertId(0, 0), rows[0])
+    for matrix in (layout.weights(rows).w13, layout.weights(rows).w2):
+        w_ND = dense(matrix, 0, slice(0, 8)).float()
+        assert w_ND.min() == w_ND.max()
+        assert 0.5 < float(w_ND.max()) * matrix.inner < 1.01
+
+
 def test_every_expert_is_the_same_row() -> None:
     store, rows = MadeUpStore(LAYOUT), aligned_rows(2, LAYOUT.slot_bytes)
     for row, expert in zip(rows, (ExpertId(0, 0), ExpertId(1, 7)), strict=True):
         store.read(expert, row)
     assert torch.equal(rows[0], rows[1])
-    assert torch.equal(LAYOUT.weights(rows).w13.data_SNB, torch.full((2, 512, 256), 0.01, dtype=torch.bfloat16))
+    assert torch.equal(LAYOUT.weights(rows).w13.data_SNB, torch.full((2, 512, 256), 1 / 256, dtype=torch.bfloat16))
 
 
 def test_steps_ask_for_any_number_of_missing_experts_and_prompts_for_many(tmp_path: Path) -> None:

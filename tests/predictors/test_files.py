@@ -64,6 +64,49 @@ def test_a_predictor_with_a_wrong_array_is_refused(trained, tmp_path, kind, faul
         load_predictor(path)
 
 
+def change_arrays(path, change):
+    arrays = safetensors.numpy.load(path.read_bytes())
+    change(arrays)
+    path.write_bytes(safetensors.numpy.save(arrays))
+
+
+@pytest.mark.parametrize("name", ["inner_XH", "inner_bias_H", "outer_HE"])
+def test_hidden_layers_of_different_widths_are_refused(trained, tmp_path, name):
+    path = tmp_path / "p.safetensors"
+    save_predictor(trained["duoserve"][0], path, {})
+    axis = name.rpartition("_")[2].index("H")
+    half = np.s_[:, :32] if axis else np.s_[:32]
+    change_arrays(path, lambda arrays: arrays.update({f"1.2.{name}": arrays[f"1.2.{name}"][half].copy()}))
+    with pytest.raises(TraceError, match=r"1\.2\.\*_H have different widths \[32, 64\]"):
+        load_predictor(path)
+
+
+def test_a_name_that_claims_to_look_far_ahead_is_refused(trained, tmp_path):
+    path = tmp_path / "p.safetensors"
+    save_predictor(trained["duoserve"][0], path, {})
+    change_arrays(path, lambda arrays: arrays.update({"0.1000000000.direct_FE": arrays.pop("0.3.direct_FE")}))
+    with pytest.raises(TraceError, match=r"0\.3\.direct_FE"):
+        load_predictor(path)
+
+
+def test_no_matrices_at_all_are_refused(trained, tmp_path):
+    path = tmp_path / "p.safetensors"
+    save_predictor(trained["activation-matrix"][0], path, {})
+    change_arrays(path, lambda arrays: arrays.update(matrices_MLE=arrays["matrices_MLE"][:0].copy()))
+    with pytest.raises(TraceError, match="has the shape"):
+        load_predictor(path)
+
+
+@pytest.mark.parametrize(("dtype", "nbytes"), [("BF16", 2), ("F8_E4M3", 1)])
+def test_numbers_that_numpy_does_not_have_are_refused(trained, tmp_path, dtype, nbytes):
+    path = tmp_path / "p.safetensors"
+    save_predictor(trained["popularity"][0], path, {})
+    header = json.dumps({"popularity_LE": {"dtype": dtype, "shape": [4, 8], "data_offsets": [0, 32 * nbytes]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(32 * nbytes))
+    with pytest.raises(TraceError, match="cannot be read as a predictor"):
+        load_predictor(path)
+
+
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
@@ -71,6 +114,9 @@ def test_a_predictor_with_a_wrong_array_is_refused(trained, tmp_path, kind, faul
         ({"kind": "magic"}, "magic"),
         ({"kind": "duoserve"}, "not a whole predictor"),
         ({"num_experts": 9}, "has the shape"),
+        ({"layers": []}, "0 layers"),
+        ({"top_k": 0}, "top-0 of 8 experts"),
+        ({"top_k": 9}, "top-9 of 8 experts"),
     ],
 )
 def test_notes_that_do_not_fit_are_refused(trained, tmp_path, change, fault):

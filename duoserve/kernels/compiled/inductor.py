@@ -163,7 +163,8 @@ def _same(one: object, other: object) -> bool:
 def _made_by_inductor(graph: fx.GraphModule, examples: Sequence[Tensor | SymInt]) -> Code:
     """CompilerError where it fails."""
     try:
-        return Code(graph, examples, _options())
+        with torch.device("cpu"):  # Inductor makes tensors on the default device, which a program may have changed
+            return Code(graph, examples, _options())
     except (RuntimeError, OSError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise CompilerError(next((line for line in lines if "error:" in line), lines[0])) from error

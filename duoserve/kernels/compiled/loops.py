@@ -42,7 +42,9 @@ class CompiledLoops:
         key = work, tuple((tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors)
         if key not in self._made:
             # Of zeros, which are indices too: the tensors that there are would be held as long as what they made.
-            zeros = tuple(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).zero_() for t in tensors)
+            zeros = tuple(
+                torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).zero_() for t in tensors
+            )
             self._made[key] = _Made(zeros, self._compiler.record(partial(work, *zeros)))
         return self._made[key]
 
