@@ -37,7 +37,7 @@ class _Copy:
 class StreamCopyEngine(CopyEngine):
     """Enqueues copies on the lanes of ``streams``. A ticket is DONE once kernels that read its slot may be enqueued.
 
-    A demand for an expert that lies in host RAM is enqueued by ``submit`` itself, on a lane of its own. ``num_threads``
+    A demand for an expert that lies in host RAM is enqueued by ``ask`` itself, on a lane of its own. ``num_threads``
     threads carry out all else: prefetches, of which at most ``piece_bytes`` stand on their lane at a time, and reads
     from the disk, through a row of their own, page-locked if ``pinned``. What has not been enqueued of a prefetch can
     be promoted or cancelled. A copy into a slot starts after the kernels before its ``fence``. ``wait`` makes the
@@ -87,33 +87,31 @@ class StreamCopyEngine(CopyEngine):
         """Seconds of ``time.perf_counter``."""
         return time.perf_counter()
 
-    def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
+    def ticket(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
         """As in CopyEngine."""
-        ticket = Ticket(expert, slot, priority, self._slot_bytes, self.now())
+        return Ticket(expert, slot, priority, self._slot_bytes, self.now())
+
+    def ask(self, ticket: Ticket) -> None:
+        """As in CopyEngine."""
         with self._lock:
             if self._closed:
-                raise ClosedError(f"a copy of {expert} was asked for after close()")
-            if not self._enqueue_at_once(ticket):
-                self._queue.push(ticket)
-                self._queued.notify()
-        return ticket
+                raise ClosedError(f"a copy of {ticket.expert} was asked for after close()")
+            self._put(ticket)
 
     def promote(self, ticket: Ticket) -> None:
         """As in CopyEngine; what is left of a prefetch that has begun goes on as a demand."""
         with self._lock:
             if ticket.finished or ticket.priority is Priority.DEMAND:
                 return
-            if not self._queue.discard(ticket):
-                ticket.priority = Priority.DEMAND
-                return
+            queued = self._queue.discard(ticket)
             ticket.priority = Priority.DEMAND
-            if not self._enqueue_at_once(ticket):
-                self._queue.push(ticket)
+            if queued:
+                self._put(ticket)
 
     def cancel(self, ticket: Ticket) -> bool:
         """As in CopyEngine."""
         with self._lock:
-            if not (self._queue.discard(ticket) or self._stop(ticket)):
+            if not (self._queue.withdraw(ticket) or self._stop(ticket)):
                 return False
             ticket.cancel(self.now())
             self._changed.notify_all()
@@ -173,6 +171,19 @@ class StreamCopyEngine(CopyEngine):
                 return
             self._threads.append(thread)
 
+    def _put(self, ticket: Ticket) -> None:
+        """Enqueues it or puts it into the queue. Where the device fails it is FAILED: nobody waits for it in vain."""
+        try:
+            if not self._enqueue_at_once(ticket):
+                self._queue.push(ticket)
+                self._queued.notify()
+        except BaseException as error:
+            if not (ticket in self._arrivals or ticket in self._queue):  # else it goes on, whatever came behind
+                self._copying.pop(ticket, None)
+                ticket.finish(self.now(), ticket.failure(error))
+                self._changed.notify_all()
+            raise
+
     def _enqueue_at_once(self, ticket: Ticket) -> bool:
         """Enqueues a demand whose expert lies in RAM; False for any other ticket."""
         row_B = self._store.host_row(ticket.expert) if ticket.priority is Priority.DEMAND else None
@@ -191,7 +202,8 @@ class StreamCopyEngine(CopyEngine):
                 if in_the_way is not None:
                     self._streams.wait(in_the_way)
         except BaseException:
-            self._streams.wait(copy.end)  # the slot and the row are about to be somebody else's
+            # The slot and the row are about to be somebody else's. What was enqueued last may be behind ``copy.end``.
+            self._streams.wait(self._streams.mark(copy.lane))
             raise
         finally:
             with self._lock:
@@ -233,7 +245,8 @@ class StreamCopyEngine(CopyEngine):
         """Whether there is something left of a prefetch that can be kept from its lane."""
         if ticket.priority is Priority.DEMAND or ticket not in self._copying:
             return False
-        self._users.land(ticket.slot, self._copying.pop(ticket).end)
+        self._users.land(ticket.slot, self._copying[ticket].end)
+        del self._copying[ticket]
         return True
 
     def _join(self, ticket: Ticket) -> None:
@@ -245,9 +258,10 @@ class StreamCopyEngine(CopyEngine):
         self._finish(ticket)
 
     def _finish(self, ticket: Ticket) -> None:
-        copy = self._arrivals.pop(ticket)
+        copy = self._arrivals[ticket]
         self._times.copied(ticket, copy.begin, copy.end, copy.read)
         ticket.hand_over(self.now())
+        del self._arrivals[ticket]  # last: an interrupt must not leave a ticket that is nowhere and never finishes
 
     def _reap(self) -> None:
         held_up: Lane | None = None  # of the copies on one lane the first arrives first

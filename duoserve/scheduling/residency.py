@@ -48,17 +48,24 @@ class Residency:
         self._untold: deque[_Made] = deque()  # of which the link has not heard, oldest first
 
     def load(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
-        """Starts a copy into an EMPTY slot; a prefetch is a guess."""
+        """Starts a copy into an EMPTY slot; a prefetch is a guess.
+
+        The copy is in the books before it is asked for: else one that an interrupt hides would be made into a slot that
+        has been given to another by then.
+        """
+        ticket = self._engine.ticket(expert, slot, priority)
         self.table.begin_load(expert, slot)
-        try:
-            ticket = self._engine.submit(expert, slot, priority)
-        except BaseException:
-            self.table.abort_load(slot)
-            raise
         self._copies[expert] = ticket
         self.slots[expert.layer][expert.expert] = slot
         if priority is Priority.PREFETCH:
             self.ledger.guess(expert)
+        try:
+            self._engine.ask(ticket)
+        except BaseException:
+            self.disown(expert)
+            if expert in self._copies and ticket.finished:
+                self._note(ticket)
+            raise
         return ticket
 
     def collect(self) -> list[Ticket]:
@@ -131,9 +138,13 @@ class Residency:
         return ticket
 
     def disown(self, expert: ExpertId) -> None:
-        """Nobody waits for this copy any more: it is cancelled or, when it is all on its way, a mere guess."""
-        self.ledger.guess(expert)
-        self.cancel(expert)
+        """Nobody waits for this copy any more: it is cancelled or, when it is all on its way, a mere guess.
+
+        Does nothing where it has been collected.
+        """
+        if expert in self._copies:
+            self.ledger.guess(expert)
+            self.cancel(expert)
 
     def cancel(self, expert: ExpertId) -> int | None:
         """Cancels a copy of which some is still queued and returns the slot that this frees, else None."""
@@ -160,6 +171,25 @@ class Residency:
         while self._copies:
             self.wait(self.under_way())
         self._engine.land()
+
+    def restore(self) -> None:
+        """Behind a pass that was cut short, maybe between any two lines: drains, and makes the books agree.
+
+        The table is the truth, but for holds, which nobody has between passes, and copies that are under way nowhere.
+        """
+        self.drain()
+        self._engine.fence(self.table.held())
+        self.table.reset()
+        self.ledger.restore(self.table.is_ready)
+        ready: list[dict[int, int]] = [{} for _ in self.slots]
+        for slot, expert in self.table.ready():
+            ready[expert.layer][expert.expert] = slot
+        for layer, there in enumerate(ready):
+            self.slots[layer] = there
+            known = {expert: slot for expert, slot in self.idle[layer].items() if there.get(expert) == slot}
+            self.idle[layer] = known | there  # those that were held come last, for they were used last
+        for slot in self.table.empty_slots():
+            self._scrub(slot)
 
     def empty_slot(self) -> int | None:
         """An EMPTY slot, None if there is none."""
@@ -203,5 +233,8 @@ class Residency:
 
     def _vacate(self, expert: ExpertId, slot: int) -> None:
         del self.slots[expert.layer][expert.expert]
+        self._scrub(slot)
+
+    def _scrub(self, slot: int) -> None:
         if self._pool.scrub(slot):
             self._engine.fence([slot])

@@ -85,6 +85,7 @@ class Scheduler(ExpertSource):
         self._books: ReadThrough | None = None
         self._lease: OpenLease | None = None
         self._prompted = True  # the last pass did not leave the cache as decode steps do
+        self._under_way = False  # from a pass's beginning until it has ended, or was cut short and cleaned up after
         self._closed = False
 
     @property
@@ -102,6 +103,7 @@ class Scheduler(ExpertSource):
         self._check_between_passes("a forward pass began")
         if self._aside is not None and phase is Phase.PREFILL:
             raise IntegrityError("a prefill began before the one that was set aside had ended")
+        self._under_way = True
         if phase is Phase.PREFILL:
             self._pause()
         self._ranking.begin(phase, num_tokens)
@@ -125,18 +127,20 @@ class Scheduler(ExpertSource):
         run, lease = self._pass, self._lease
         if run is None or run.phase is not Phase.PREFILL or lease is None or not lease.idle:
             raise IntegrityError("only a prefill that has computed all it asked for can be set aside")
-        self._pass, self._lease, self._aside = None, None, (run, lease)
         lent = run.space.set_aside() if isinstance(run.space, Ring) else frozenset()
         if 2 * len(lent) <= self._num_slots and self._books is None:
             self._cache.lent = lent
         if not self._cache.lent:
             self._residency.drain()
+        self._pass, self._lease, self._aside = None, None, (run, lease)
+        self._under_way = False
 
     def resume(self) -> None:
         """The prefill that was set aside goes on behind the last layer that it asked for."""
         self._check_between_passes("a prefill was resumed")
         if self._aside is None:
             raise IntegrityError("a prefill was resumed, but none had been set aside")
+        self._under_way = True
         (run, lease), self._aside = self._aside, None
         lent, self._cache.lent = self._cache.lent, frozenset()
         self._prompted = True
@@ -154,11 +158,13 @@ class Scheduler(ExpertSource):
         self._check_between_passes("a prefill was given up")
         if self._aside is None:
             raise IntegrityError("a prefill was given up, but none had been set aside")
+        self._under_way = True
         self._aside = None
         if self._cache.lent:
             self._cache.lent, self._prompted = frozenset(), True
             self._pause()
             self._residency.drain()
+        self._under_way = False
 
     def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> OpenLease:
         """See ExpertSource: what is missing has been asked for, as far as there are slots, when this returns."""
@@ -185,15 +191,19 @@ class Scheduler(ExpertSource):
         """The forward pass has ended, well or not: it holds no slot any more. What is set aside stays so.
 
         Copies ahead of the next pass go on. After a pass that did not come to the end of its last layer all copies are
-        cancelled or waited for, so that every slot is EMPTY or READY. Does nothing outside of a pass.
+        cancelled or waited for, so that every slot is EMPTY or READY. Does nothing outside of a pass. If it is cut
+        short itself, by a KeyboardInterrupt for one, what begins next does the rest.
         """
         lease, self._lease, self._pass = self._lease, None, None
+        if not self._under_way:
+            return
         if lease is not None:
             lease.close()
-            by_device = self._books is not None and self._books.ended()
-            if not (by_device or (lease.complete and lease.layer == self._shape.layers[-1])):
-                self._residency.drain()
-            self._residency.settle()  # what was measured belongs to this pass
+        by_device = self._books is not None and self._books.ended()
+        if not (by_device or (lease is not None and lease.complete and lease.layer == self._shape.layers[-1])):
+            self._restore()
+        self._residency.settle()  # what was measured belongs to this pass
+        self._under_way = False
 
     def read_through(self) -> ReadThrough:
         """The books of decode steps that the device carries out by itself, to be kept within passes of this."""
@@ -208,15 +218,17 @@ class Scheduler(ExpertSource):
         What has been measured of their copies by then is reported, and not left to the first pass.
         """
         self._check_between_passes("all experts were asked for")
+        self._under_way = True
         absent = [expert for expert in self._shape.experts(self._shape.layers) if self.table.slot_of(expert) < 0]
         loads = deque(zip(absent, self.table.empty_slots(), strict=False))
         try:
             with tqdm(total=len(loads), desc="experts to slots", unit="expert", disable=not progress) as bar:
                 self._load(loads, bar)
         except BaseException:
-            self._residency.drain()
+            self.end()
             raise
         self._residency.settle()
+        self._under_way = False
 
     def check_integrity(self) -> None:
         """Compares the books of the slots; IntegrityError if they disagree, or a slot is held between passes."""
@@ -256,6 +268,13 @@ class Scheduler(ExpertSource):
         self._check_open()
         if self._pass is not None:
             raise IntegrityError(f"{event} before the last forward pass ended")
+        self.end()  # of what was cut short before there was a pass, or behind it
+
+    def _restore(self) -> None:
+        """Behind what was cut short: the slots are as between passes, and lent to no prefill but one that is aside."""
+        self._residency.restore()
+        if self._aside is None:
+            self._cache.lent = frozenset()
 
     def _load(self, loads: deque[tuple[ExpertId, int]], bar: tqdm[NoReturn]) -> None:
         while loads or self._residency.under_way():

@@ -172,11 +172,15 @@ def test_a_gpu_records_after_it_could_not() -> None:
 def test_a_gpu_records_what_fits_only_once() -> None:
     """The first run's memory stays cached: the capture must be able to have the same again."""
     recorder, large = CudaRecorder(DEVICE), 1 << 30
+
+    def work() -> torch.Tensor:
+        return torch.full((large,), 7, dtype=torch.uint8, device=DEVICE)[:4].clone()
+
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(DEVICE) + 1.5 * large) / total, DEVICE)
     try:
-        recording = recorder.record(lambda: torch.full((large,), 7, dtype=torch.uint8, device=DEVICE)[:4].clone())
+        recording = recorder.record(work)
         recording.replay()
         recorder.wait()
         assert recording.result.tolist() == [7] * 4

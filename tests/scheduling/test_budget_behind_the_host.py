@@ -70,10 +70,10 @@ class Engine(StreamCopyEngine):
     def now(self) -> float:
         return self._lanes.now()
 
-    def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
-        self.asked.append(super().submit(expert, slot, priority))
+    def ask(self, ticket: Ticket) -> None:
+        super().ask(ticket)
+        self.asked.append(ticket)
         self._lanes.spend(1)
-        return self.asked[-1]
 
 
 @pytest.fixture
