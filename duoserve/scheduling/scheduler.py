@@ -48,7 +48,7 @@ class _Pass(NamedTuple):
 class Scheduler(ExpertSource):
     """Brings experts into slots for one forward pass at a time: ``begin``, ``acquire`` layer by layer, ``end``.
 
-    The slots are those of an empty ``pool``, which it alone changes, as it does ``engine`` (which ``close`` closes).
+    The slots are those of an empty ``pool``, which it alone changes, as it does ``copies`` (which ``close`` closes).
     MemoryBudgetError if ``policy`` wants all experts resident and the slots are fewer. What ``predictor`` says goes
     into decode steps if the policy makes guesses. Not thread-safe.
     """
@@ -57,7 +57,7 @@ class Scheduler(ExpertSource):
         self,
         shape: ModelShape,
         pool: SlotPool,
-        engine: CopyEngine,
+        copies: CopyEngine,
         policy: Policy,
         meter: Meter,
         predictor: Predictor | None = None,
@@ -71,14 +71,14 @@ class Scheduler(ExpertSource):
                 f"({len(shape.layers)} layers x {shape.num_experts}), but there are {pool.num_slots} slots: "
                 "give the experts more memory or choose another policy"
             )
-        self._engine = engine
+        self._copies = copies
         self._meter = meter
         self._foresight = Foresight(predictor, policy.guesses, shape)
         self._link = self._foresight.link if self._foresight.guesses_within_budget else None
         self._guard = self._new_guard()
         self._ranking: Ranking = self._guard or policy.eviction.ranking(shape.depth, shape.num_experts)
         table = SlotTable(shape.depth, shape.num_experts, pool.num_slots)
-        self._residency = Residency(table, pool, engine, meter, link=self._link)
+        self._residency = Residency(table, pool, copies, meter, link=self._link)
         self._cache = Cache(self._residency, self._shape, policy.eviction, self._ranking)
         self._pass: _Pass | None = None
         self._aside: tuple[_Pass, OpenLease] | None = None
@@ -181,7 +181,7 @@ class Scheduler(ExpertSource):
         self._ranking.used(layer, experts, [1] * len(experts) if counts is None else counts)
         self._residency.collect()  # first, for the link must know when the last copies of the layer before arrived
         if self._link is not None and self._pass.phase is Phase.DECODE:
-            self._link.routed(layer, self._engine.now())
+            self._link.routed(layer, self._copies.now())
         lease, num_ready = self._open_lease(self._pass, layer, experts)
         self._meter.hit(self._pass.phase, num_ready)
         self._meter.miss(self._pass.phase, len(experts) - num_ready)
@@ -207,7 +207,7 @@ class Scheduler(ExpertSource):
 
     def read_through(self) -> ReadThrough:
         """The books of decode steps that the device carries out by itself, to be kept within passes of this."""
-        guesses = StepGuesses(self._residency, self._shape, self._foresight, self._engine.now)
+        guesses = StepGuesses(self._residency, self._shape, self._foresight, self._copies.now)
         books = ReadThrough(self._residency, self._cache, self._shape, self._meter, self._ranking.used, guesses)
         self._books = books
         return books
@@ -242,7 +242,7 @@ class Scheduler(ExpertSource):
         self._closed = True
         self._aside = None
         self.end()
-        self._engine.close()
+        self._copies.close()
         self._residency.collect()
 
     def _new_guard(self) -> Guard | None:
