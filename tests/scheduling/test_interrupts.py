@@ -185,7 +185,10 @@ def test_a_copy_that_an_interrupt_hid_is_not_made_into_anothers_slot(busy: bool)
         rig.scheduler.begin(Phase.DECODE, 1)
         with pytest.raises(KeyboardInterrupt):
             rig.scheduler.acquire(0, [0, 1] if busy else [1])
+        has_slot = rig.scheduler.table.slot_of(ExpertId(0, 1)) >= 0
         gate.open()
+        rig.scheduler.end()
+        assert has_slot == (ExpertId(0, 1) in rig.store.reads) == (not busy)
         rig.assert_whole()
 
 
@@ -207,17 +210,17 @@ def test_what_an_interrupt_kept_from_being_released_is_released_behind_the_pass(
 
 
 def test_an_end_that_is_interrupted_is_made_up_for_by_the_next_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
-    rig = Rig("layer-prefetch")
-    drain = rig.scheduler._residency.drain
+    rig = Rig("lru")
+    release = rig.scheduler._residency.release
 
-    def once() -> None:
-        monkeypatch.setattr(rig.scheduler._residency, "drain", drain)
+    def once(layer: int, batch: Sequence[ReadyExpert]) -> None:
+        monkeypatch.setattr(rig.scheduler._residency, "release", release)
         raise KeyboardInterrupt
 
     with closing(rig.scheduler):
         rig.scheduler.begin(Phase.DECODE, 1)
-        rig.scheduler.acquire(0, [0, 1])
-        monkeypatch.setattr(rig.scheduler._residency, "drain", once)
+        next(rig.scheduler.acquire(0, [0, 1]))
+        monkeypatch.setattr(rig.scheduler._residency, "release", once)
         with pytest.raises(KeyboardInterrupt):
             rig.scheduler.end()
         rig.decode([2, 3])
