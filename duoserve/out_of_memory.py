@@ -21,7 +21,7 @@ def explained_refusals(doing: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_refusal(error):
+        if not is_refusal(error):
             raise
         traceback.clear_frames(error.__traceback__)  # else who keeps the error keeps what was made so far
         first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -51,7 +51,8 @@ def own_copy(error: DuoServeError) -> DuoServeError:
     return twin
 
 
-def _is_refusal(error: Exception) -> bool:
+def is_refusal(error: Exception) -> bool:
+    """Whether ``error`` says that memory was refused; one in our words has said what there was to say."""
     if isinstance(error, DuoServeError):
         return False
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))

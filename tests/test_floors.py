@@ -38,7 +38,7 @@ F2  experts/__init__  experts/safetensors_header  experts/shards  experts/hub  e
     experts/formats/expert_row  experts/formats/reading  experts/pack_folder  experts/packing  experts/scale_search
     experts/quantizing  experts/host_ram  experts/device  experts/budget  experts/disk_store  experts/slots
     experts/tickets  experts/copy_engine  experts/virtual  experts/virtual_readers  experts/streams
-    experts/cuda_streams  experts/lane_marks  experts/stream_engine
+    experts/cuda_streams  experts/lane_marks  experts/lane_copies  experts/stream_engine
 F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/plan
     scheduling/trace  scheduling/trace_file  scheduling/recorder  scheduling/synthetic  scheduling/prefill
     scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/ghost  scheduling/guard

@@ -35,16 +35,30 @@ class CopyEngine(Protocol):
         """Seconds on the clock of this engine's tickets."""
         ...
 
-    def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
-        """Asks for a copy of ``expert`` into ``slot``; ClosedError after close(), CopyError without a thread."""
+    def ticket(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
+        """A copy of ``expert`` into ``slot`` that can be asked for."""
         ...
+
+    def ask(self, ticket: Ticket) -> None:
+        """Asks for this copy; ClosedError after close(), CopyError without a thread.
+
+        Whatever it raises, and wherever it is interrupted: who has noted the ticket before can go on to ``cancel`` it,
+        and where that does nothing, to ``wait`` for it.
+        """
+        ...
+
+    def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
+        """Asks for a copy of which nobody has to know before it is under way; raises what ``ask`` does."""
+        ticket = self.ticket(expert, slot, priority)
+        self.ask(ticket)
+        return ticket
 
     def promote(self, ticket: Ticket) -> None:
         """Turns what is queued of a prefetch into the last of the demands; does nothing for any other ticket."""
         ...
 
     def cancel(self, ticket: Ticket) -> bool:
-        """True if some of the ticket was still queued; it is CANCELLED then. False changes nothing.
+        """True if some of the ticket was still queued, or to be asked for; it is CANCELLED then. False changes nothing.
 
         The slot may be given to another ticket at once: a piece still on its way lands before that one's first does.
         """
@@ -103,35 +117,38 @@ class ThreadedCopyEngine(CopyEngine):
         self._num_threads = num_threads
         self._queue = TicketQueue()
         self._closed = False
-        lock = threading.Lock()
-        self._queued = threading.Condition(lock)  # a ticket can be taken, or the engine closes
-        self._finished = threading.Condition(lock)  # a ticket has finished
+        # It is entered itself, not by way of a condition: an interrupt within Condition.__exit__ would leave it locked.
+        self._lock = threading.Lock()
+        self._queued = threading.Condition(self._lock)  # a ticket can be taken, or the engine closes
+        self._finished = threading.Condition(self._lock)  # a ticket has finished
         self._threads: set[threading.Thread] = set()
 
     def now(self) -> float:
         """Seconds of ``time.perf_counter``."""
         return time.perf_counter()
 
-    def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
+    def ticket(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
         """As in CopyEngine."""
-        ticket = Ticket(expert, slot, priority, self._store.layout.slot_bytes, self.now())
-        with self._queued:
+        return Ticket(expert, slot, priority, self._store.layout.slot_bytes, self.now())
+
+    def ask(self, ticket: Ticket) -> None:
+        """As in CopyEngine."""
+        with self._lock:
             if self._closed:
-                raise ClosedError(f"a copy of {expert} was asked for after close()")
+                raise ClosedError(f"a copy of {ticket.expert} was asked for after close()")
             self._start_threads()
             self._queue.push(ticket)
             self._queued.notify()
-        return ticket
 
     def promote(self, ticket: Ticket) -> None:
         """As in CopyEngine."""
-        with self._queued:
+        with self._lock:
             self._queue.promote(ticket)
 
     def cancel(self, ticket: Ticket) -> bool:
         """As in CopyEngine."""
-        with self._finished:
-            if not self._queue.discard(ticket):
+        with self._lock:
+            if not self._queue.withdraw(ticket):
                 return False
             ticket.cancel(self.now())
             self._finished.notify_all()
@@ -145,7 +162,7 @@ class ThreadedCopyEngine(CopyEngine):
 
     def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
         """As in CopyEngine."""
-        with self._finished:
+        with self._lock:
             while not (finished := [ticket for ticket in tickets if ticket.finished]) and tickets:
                 self._finished.wait()
             return finished
@@ -155,7 +172,7 @@ class ThreadedCopyEngine(CopyEngine):
 
     def close(self) -> None:
         """As in CopyEngine; ends the threads and wakes every waiter."""
-        with self._queued:
+        with self._lock:
             self._closed = True
             for ticket in self._queue.clear():
                 ticket.cancel(self.now())
@@ -176,17 +193,17 @@ class ThreadedCopyEngine(CopyEngine):
     def _work(self) -> None:
         while (ticket := self._take()) is not None:
             error = self._copy(ticket)
-            with self._finished:
+            with self._lock:
                 ticket.finish(self.now(), error)
                 self._finished.notify_all()
 
     def _take(self) -> Ticket | None:
         """The next ticket, RUNNING; blocks while there is none. None for a thread that is no longer needed."""
-        with self._queued:
+        with self._lock:
             needed = True
             while (whole := self._queue.take()) is None:
                 if self._closed or not needed:
-                    self._threads.remove(threading.current_thread())
+                    self._threads.discard(threading.current_thread())  # an interrupt may have kept it from these
                     return None
                 needed = self._queued.wait(IDLE_SECONDS)
             whole.ticket.start(self.now())

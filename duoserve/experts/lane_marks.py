@@ -52,9 +52,10 @@ class SlotUsers:
 
     def precede(self, lane: Lane, slot: int) -> None:
         """What is enqueued on ``lane`` from now on comes behind all that uses the slot, and is the next to use it."""
-        for until in (self._readers.pop(slot, None), self._landing.pop(slot, None)):
-            if until is not None:
-                self._streams.after(lane, until)
+        for users in (self._readers, self._landing):
+            if slot in users:
+                self._streams.after(lane, users[slot])
+                del users[slot]  # last: what an interrupt keeps from the lane is told to the next who uses the slot
 
     def precede_compute(self) -> None:
         """What is enqueued on COMPUTE from now on comes behind all that still lands."""

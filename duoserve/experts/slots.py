@@ -117,7 +117,6 @@ class SlotTable:
         expert = self._occupant(slot, SlotState.READY, "evict")
         if self._holds[slot]:
             raise IntegrityError(f"evict of {self._describe(slot)}: it is held")
-        self._ready_LE[expert] = -1
         self._vacate(slot, expert)
 
     def hold(self, slot: int) -> None:
@@ -131,6 +130,17 @@ class SlotTable:
             self._check_slot(slot)
             raise IntegrityError(f"unhold of {self._describe(slot)}: it is not held")
         self._holds[slot] -= 1
+
+    def held(self) -> list[int]:
+        """The slots that somebody holds, lowest first."""
+        return [slot for slot, holds in enumerate(self._holds) if holds]
+
+    def reset(self) -> None:
+        """Takes back all holds, and what is LOADING becomes EMPTY: whoever asked for that is no more."""
+        self._holds = [0] * self.num_slots
+        for slot, state in enumerate(self._states):
+            if state is SlotState.LOADING:
+                self.abort_load(slot)
 
     def check_integrity(self) -> None:
         """Compares every record with every other, O(L * E + S); IntegrityError says what disagrees."""
@@ -158,6 +168,8 @@ class SlotTable:
             raise IntegrityError(f"{self._describe(slot)}: only a READY slot can be held")
 
     def _vacate(self, slot: int, expert: ExpertId) -> None:
+        """No call but the last: Python lets an interrupt in at calls, and the records must not be left half changed."""
+        self._ready_LE[expert] = -1
         del self._slot_of[expert]
         self._experts[slot] = None
         self._states[slot] = SlotState.EMPTY

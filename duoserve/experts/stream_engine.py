@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from duoserve.errors import ClosedError, ConfigError, CopyError
 from duoserve.experts.copy_engine import CopyEngine, CopyListener, started
-from duoserve.experts.lane_marks import LaneTimes, PrefetchLane, SlotUsers, StallListener
+from duoserve.experts.lane_copies import LaneCopies, LaneCopy
+from duoserve.experts.lane_marks import StallListener
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.pinned import pin, unpin
 from duoserve.experts.rows import aligned_rows
@@ -21,23 +21,10 @@ from duoserve.experts.streams import Lane, Mark, Streams
 from duoserve.experts.tickets import PIECE_BYTES, CopyPiece, Priority, Ticket, TicketQueue, TicketState
 
 
-@dataclass(slots=True)
-class _Copy:
-    """Between these marks lies what has been enqueued of a copy; it goes on on ``lane``.
-
-    ``read``: its row has been read from the disk for it.
-    """
-
-    lane: Lane
-    begin: Mark
-    end: Mark
-    read: bool
-
-
 class StreamCopyEngine(CopyEngine):
     """Enqueues copies on the lanes of ``streams``. A ticket is DONE once kernels that read its slot may be enqueued.
 
-    A demand for an expert that lies in host RAM is enqueued by ``submit`` itself, on a lane of its own. ``num_threads``
+    A demand for an expert that lies in host RAM is enqueued by ``ask`` itself, on a lane of its own. ``num_threads``
     threads carry out all else: prefetches, of which at most ``piece_bytes`` stand on their lane at a time, and reads
     from the disk, through a row of their own, page-locked if ``pinned``. What has not been enqueued of a prefetch can
     be promoted or cancelled. A copy into a slot starts after the kernels before its ``fence``. ``wait`` makes the
@@ -60,17 +47,11 @@ class StreamCopyEngine(CopyEngine):
         if num_threads < 1:
             raise ConfigError(f"copy_threads is {num_threads}, but at least 1 thread has to copy")
         self._store = store
-        self._pool = pool
         self._streams = streams
         self._slot_bytes = store.layout.slot_bytes
         self._queue = TicketQueue()
-        self._copying: dict[Ticket, _Copy] = {}  # of which something has not been enqueued yet
-        self._arrivals: dict[Ticket, _Copy] = {}  # enqueued and not DONE, in the order of enqueueing
-        self._users = SlotUsers(streams)
-        self._prefetches = PrefetchLane(streams, piece_bytes)
+        self._lanes = LaneCopies(pool, streams, self.now, piece_bytes, on_copied, on_stalled)
         self._closed = False
-        streams.after(Lane.DEMAND, streams.mark(Lane.COMPUTE))  # no copy comes before the pool's first bytes
-        self._times = LaneTimes(streams, self.now, self._slot_bytes, on_copied, on_stalled)
         self._lock = threading.RLock()
         self._queued = threading.Condition(self._lock)  # a ticket can be taken, or the engine closes
         self._changed = threading.Condition(self._lock)  # a ticket has been enqueued or has finished
@@ -87,33 +68,31 @@ class StreamCopyEngine(CopyEngine):
         """Seconds of ``time.perf_counter``."""
         return time.perf_counter()
 
-    def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
+    def ticket(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
         """As in CopyEngine."""
-        ticket = Ticket(expert, slot, priority, self._slot_bytes, self.now())
+        return Ticket(expert, slot, priority, self._slot_bytes, self.now())
+
+    def ask(self, ticket: Ticket) -> None:
+        """As in CopyEngine."""
         with self._lock:
             if self._closed:
-                raise ClosedError(f"a copy of {expert} was asked for after close()")
-            if not self._enqueue_at_once(ticket):
-                self._queue.push(ticket)
-                self._queued.notify()
-        return ticket
+                raise ClosedError(f"a copy of {ticket.expert} was asked for after close()")
+            self._put(ticket)
 
     def promote(self, ticket: Ticket) -> None:
         """As in CopyEngine; what is left of a prefetch that has begun goes on as a demand."""
         with self._lock:
             if ticket.finished or ticket.priority is Priority.DEMAND:
                 return
-            if not self._queue.discard(ticket):
-                ticket.priority = Priority.DEMAND
-                return
+            queued = self._queue.discard(ticket)
             ticket.priority = Priority.DEMAND
-            if not self._enqueue_at_once(ticket):
-                self._queue.push(ticket)
+            if queued:
+                self._put(ticket)
 
     def cancel(self, ticket: Ticket) -> bool:
         """As in CopyEngine."""
         with self._lock:
-            if not (self._queue.discard(ticket) or self._stop(ticket)):
+            if not (self._queue.withdraw(ticket) or self._lanes.stop(ticket)):
                 return False
             ticket.cancel(self.now())
             self._changed.notify_all()
@@ -125,28 +104,28 @@ class StreamCopyEngine(CopyEngine):
             while tickets:
                 if finished := [ticket for ticket in tickets if ticket.finished]:
                     return finished
-                enqueued = next((ticket for ticket in self._arrivals if ticket in tickets), None)
+                enqueued = self._lanes.first_of(tickets)
                 if enqueued is None:
                     self._changed.wait()
                 else:
-                    self._join(enqueued)
+                    self._lanes.join(enqueued)
             return []
 
     def fence(self, slots: Collection[int]) -> None:
         """As in CopyEngine: what the compute lane has been filled with so far may read these slots."""
         mark = self._streams.mark(Lane.COMPUTE)
         with self._lock:
-            self._users.read(slots, mark)
+            self._lanes.fence(slots, mark)
 
     def land(self) -> None:
         """As in CopyEngine."""
         with self._lock:
-            self._users.precede_compute()
+            self._lanes.land()
 
     def settle(self) -> None:
         """Tickets whose copies have been made are DONE, and what was measured is reported."""
         with self._lock:
-            self._reap()
+            self._lanes.reap()
 
     def close(self) -> None:
         """As in CopyEngine."""
@@ -158,7 +137,7 @@ class StreamCopyEngine(CopyEngine):
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
-        for end in [*(copy.end for copy in self._arrivals.values()), *self._times.ends(), *self._users.landing()]:
+        for end in self._lanes.ends():
             self._streams.wait(end)
         self.settle()
         if self._pinned:
@@ -173,6 +152,19 @@ class StreamCopyEngine(CopyEngine):
                 return
             self._threads.append(thread)
 
+    def _put(self, ticket: Ticket) -> None:
+        """Enqueues it or puts it into the queue. Where the device fails it is FAILED: nobody waits for it in vain."""
+        try:
+            if not self._enqueue_at_once(ticket):
+                self._queue.push(ticket)
+                self._queued.notify()
+        except BaseException as error:
+            if not (self._lanes.arrives(ticket) or ticket in self._queue):  # else it goes on, whatever came behind
+                self._lanes.drop(ticket)
+                ticket.finish(self.now(), ticket.failure(error))
+                self._changed.notify_all()
+            raise
+
     def _enqueue_at_once(self, ticket: Ticket) -> bool:
         """Enqueues a demand whose expert lies in RAM; False for any other ticket."""
         row_B = self._store.host_row(ticket.expert) if ticket.priority is Priority.DEMAND else None
@@ -184,80 +176,31 @@ class StreamCopyEngine(CopyEngine):
 
     def _copy(self, ticket: Ticket, row_B: Tensor, read: bool = False) -> Mark:
         """Enqueues the copy behind all that uses the slot, until it is cancelled; returns where it ends on its lane."""
-        copy = self._begin(ticket, read)
+        with self._lock:
+            copy = self._lanes.begin(ticket, read)
         try:
             while ticket.sent < ticket.nbytes and ticket.state is not TicketState.CANCELLED:
                 in_the_way = self._enqueue(ticket, copy, row_B)
                 if in_the_way is not None:
                     self._streams.wait(in_the_way)
         except BaseException:
-            self._streams.wait(copy.end)  # the slot and the row are about to be somebody else's
+            # The slot and the row are about to be somebody else's. What was enqueued last may be behind ``copy.end``.
+            self._streams.wait(self._streams.mark(copy.lane))
             raise
         finally:
             with self._lock:
-                self._copying.pop(ticket, None)
+                self._lanes.drop(ticket)
         return copy.end
 
-    def _begin(self, ticket: Ticket, read: bool) -> _Copy:
-        lane = _lane(ticket)
-        with self._lock:
-            self._users.precede(lane, ticket.slot)
-            begin = self._streams.mark(lane)
-            copy = self._copying[ticket] = _Copy(lane, begin, begin, read)
-        return copy
-
-    def _enqueue(self, ticket: Ticket, copy: _Copy, row_B: Tensor) -> Mark | None:
-        """All that is left of a demand or a part of a prefetch; else returns what must pass before there is room."""
+    def _enqueue(self, ticket: Ticket, copy: LaneCopy, row_B: Tensor) -> Mark | None:
+        """A part of the copy, unless it is cancelled or something must pass first: then returns that."""
         with self._lock:
             if ticket.state is TicketState.CANCELLED:
                 return None
-            lane, start, stop = _lane(ticket), ticket.sent, ticket.nbytes
-            if lane is Lane.PREFETCH:
-                stop = min(start + self._prefetches.part_bytes, stop)
-                if (in_the_way := self._prefetches.in_the_way(stop - start)) is not None:
-                    return in_the_way
-            if lane is not copy.lane:  # it has been promoted meanwhile
-                self._streams.after(lane, copy.end)
-                copy.lane = lane
-            self._streams.copy(lane, self._pool.row(ticket.slot)[start:stop], row_B[start:stop])
-            copy.end, ticket.sent = self._streams.mark(lane), stop
-            if lane is Lane.PREFETCH:
-                self._prefetches.add(copy.end, stop - start)
-            if stop == ticket.nbytes:
-                del self._copying[ticket]
-                self._arrivals[ticket] = copy
+            in_the_way = self._lanes.enqueue(ticket, copy, row_B)
+            if self._lanes.arrives(ticket):
                 self._changed.notify_all()
-        return None
-
-    def _stop(self, ticket: Ticket) -> bool:
-        """Whether there is something left of a prefetch that can be kept from its lane."""
-        if ticket.priority is Priority.DEMAND or ticket not in self._copying:
-            return False
-        self._users.land(ticket.slot, self._copying.pop(ticket).end)
-        return True
-
-    def _join(self, ticket: Ticket) -> None:
-        """Makes the compute lane wait for the copy, and takes note of for how long it does."""
-        before, end = self._streams.mark(Lane.COMPUTE), self._arrivals[ticket].end
-        self._streams.after(Lane.COMPUTE, end)
-        self._times.stalled(before, self._streams.mark(Lane.COMPUTE))
-        self._users.land(ticket.slot, end)  # DONE, but a slot that nobody reads has no fence
-        self._finish(ticket)
-
-    def _finish(self, ticket: Ticket) -> None:
-        copy = self._arrivals.pop(ticket)
-        self._times.copied(ticket, copy.begin, copy.end, copy.read)
-        ticket.hand_over(self.now())
-
-    def _reap(self) -> None:
-        held_up: Lane | None = None  # of the copies on one lane the first arrives first
-        for ticket, copy in [*self._arrivals.items()]:
-            if copy.lane is not held_up:
-                if self._streams.passed(copy.end):
-                    self._finish(ticket)
-                else:
-                    held_up = copy.lane
-        self._times.report(copying=bool(self._copying or self._arrivals))
+            return in_the_way
 
     def _work(self, staging_B: Tensor) -> None:
         while (ticket := self._take()) is not None:
@@ -281,16 +224,12 @@ class StreamCopyEngine(CopyEngine):
     def _next(self) -> CopyPiece | None:
         """Of those that may start, else of all; None if there is none, or the device failed when it was asked."""
         try:
-            return self._queue.take(self._may_start) or self._queue.take()
+            return self._queue.take(self._lanes.may_start) or self._queue.take()
         except BaseException as error:  # as in _carry_out
             for ticket in self._queue.clear():
                 ticket.finish(self.now(), ticket.failure(error))
             self._changed.notify_all()
             return None
-
-    def _may_start(self, ticket: Ticket) -> bool:
-        """Whether the copy would hold up none behind it on its lane: no kernel reads the slot, or it is a demand."""
-        return ticket.priority is Priority.DEMAND or not self._users.is_read(ticket.slot)
 
     def _carry_out(self, ticket: Ticket, staging_B: Tensor) -> CopyError | None:
         try:
@@ -303,7 +242,3 @@ class StreamCopyEngine(CopyEngine):
         except BaseException as error:  # whatever it is: a thread that ends here leaves its waiters waiting for ever
             return ticket.failure(error)
         return None
-
-
-def _lane(ticket: Ticket) -> Lane:
-    return Lane.DEMAND if ticket.priority is Priority.DEMAND else Lane.PREFETCH

@@ -173,6 +173,10 @@ class TicketQueue:
         del lane[ticket]
         return True
 
+    def withdraw(self, ticket: Ticket) -> bool:
+        """Takes this ticket out as ``discard`` does; True also where nothing of it has been taken or was ever here."""
+        return self.discard(ticket) or ticket.state is TicketState.QUEUED
+
     def clear(self) -> list[Ticket]:
         """Takes out all tickets and returns them in the order of their turns."""
         tickets = list(self)

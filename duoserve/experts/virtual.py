@@ -67,6 +67,10 @@ class ClockedCopyEngine(CopyEngine):
         """Seconds of the virtual clock."""
         return self._clock.now
 
+    def ticket(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
+        """As in CopyEngine."""
+        return Ticket(expert, slot, priority, self._nbytes, self.now())
+
     def promote(self, ticket: Ticket) -> None:
         """As in CopyEngine."""
         self.settle()
@@ -75,18 +79,16 @@ class ClockedCopyEngine(CopyEngine):
     def cancel(self, ticket: Ticket) -> bool:
         """As in CopyEngine."""
         self.settle()
-        if not self._queue.discard(ticket):
+        if not self._queue.withdraw(ticket):
             return False
         ticket.cancel(self.now())
         return True
 
-    def _queued(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
-        """A copy that is asked for now; ClosedError after ``close``."""
+    def _push(self, ticket: Ticket) -> None:
+        """The copy is asked for now; ClosedError after ``close``."""
         if self._closed:
-            raise ClosedError(f"a copy of {expert} was asked for after close()")
-        ticket = Ticket(expert, slot, priority, self._nbytes, self.now())
+            raise ClosedError(f"a copy of {ticket.expert} was asked for after close()")
         self._queue.push(ticket)
-        return ticket
 
     def _close_queue(self) -> None:
         """Takes no more copies, and cancels those that have not begun."""
@@ -133,14 +135,13 @@ class VirtualCopyEngine(ClockedCopyEngine):
         self._due = 0.0  # when it completes
         self._free_at = 0.0  # when the link began it, or could have begun the next
 
-    def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
+    def ask(self, ticket: Ticket) -> None:
         """As in CopyEngine."""
         self.settle()
         if self.on_link is None:
             self._free_at = self.now()
-        ticket = self._queued(expert, slot, priority)
+        self._push(ticket)
         self.settle()
-        return ticket
 
     def fence(self, slots: Collection[int]) -> None:
         """As in CopyEngine; nothing without a lane."""

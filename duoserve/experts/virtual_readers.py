@@ -10,7 +10,7 @@ from math import inf
 from duoserve.errors import IntegrityError
 from duoserve.experts.copy_engine import CopyListener
 from duoserve.experts.layout import ExpertId
-from duoserve.experts.tickets import Priority, Ticket, TicketQueue
+from duoserve.experts.tickets import Ticket, TicketQueue
 from duoserve.experts.virtual import ClockedCopyEngine, ComputeLane, VirtualClock
 
 _DONE_BYTES = 1.0  # what is less is rounding
@@ -57,7 +57,7 @@ class _Read:
 class VirtualReaders(ClockedCopyEngine):
     """``readers`` that carry whole experts of ``nbytes`` bytes.
 
-    ``wait`` advances the clock, and so do ``compute`` and ``submit``. Threads of one interpreter get in each other's
+    ``wait`` advances the clock, and so do ``compute`` and ``ask``. Threads of one interpreter get in each other's
     way: one that is woken keeps the host from computing for ``roused_s``, unless that sleeps then, and so does a read
     that ends while the host computes, for ``ended_s``.
     """
@@ -78,11 +78,11 @@ class VirtualReaders(ClockedCopyEngine):
         self._warm: set[Ticket] = set()  # copies, not begun yet, into such slots
         self._at = clock.now  # up to where everything has happened
 
-    def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
+    def ask(self, ticket: Ticket) -> None:
         """As in CopyEngine; wakes a thread if one sleeps."""
         self.settle()
-        ticket = self._queued(expert, slot, priority)
-        if self._use(slot):
+        self._push(ticket)
+        if self._use(ticket.slot):
             self._warm.add(ticket)
         if len(self._waking) + len(self._reads) < self._readers.threads:
             insort(self._waking, self.now() + self._readers.wake_s)
@@ -91,8 +91,7 @@ class VirtualReaders(ClockedCopyEngine):
         else:
             self._clock.advance(self._readers.queue_s)
         self.settle()
-        self._fresh.add(expert)
-        return ticket
+        self._fresh.add(ticket.expert)
 
     def cancel(self, ticket: Ticket) -> bool:
         """As in CopyEngine."""

@@ -62,20 +62,23 @@ class CudaRecorder(Recorder):
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            work()
-            try:
-                result = self._capture(graph, work)
-            except BaseException:
-                self._graphs.clear()  # the pool is left to those that it has
-                raise
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                work()
+                try:
+                    result = self._capture(graph, work)
+                except BaseException:
+                    self._graphs.clear()  # the pool is left to those that it has
+                    raise
+        finally:  # whatever cut it short: what the first run reads may be freed and be somebody else's
+            current.wait_stream(self._stream)
         self._graphs.add(graph)
         return CudaRecording(graph, result)
 
     def _capture(self, graph: torch.cuda.CUDAGraph, work: Callable[[], Result]) -> Result:
         others = list(self._graphs)  # held, so that the pool does not end before this graph is in it
         pool = others[0].pool() if others else torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()  # what is cached, of the first run too, is not released while a capture needs memory
         # Copy threads go on calling CUDA meanwhile, which the default mode would take for a fault of the capture.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:

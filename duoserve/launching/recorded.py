@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -11,6 +12,7 @@ from torch import Tensor
 from duoserve.kernels.configs import MEDIUM
 from duoserve.kv_cache import NewTokens, PagedKVCache
 from duoserve.models.transformer import Transformer
+from duoserve.out_of_memory import is_refusal
 from duoserve.passes import Decoder, DecodeStep
 
 # A shape (sequences, width of the page table) is recorded once it has been computed so often: recording costs as much
@@ -58,7 +60,7 @@ class RecordedDecoder(Decoder):
     """Computes decode steps with the recordings that ``make_step`` makes; ``model`` computes those of other shapes.
 
     A shape is recorded when it has occurred more than ``record_after`` times; at most ``max_shapes`` recordings are
-    kept. ``num_recordings`` counts the calls of ``make_step``.
+    kept. One that memory is refused for is not tried again. ``num_recordings`` counts the calls of ``make_step``.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917
@@ -99,13 +101,28 @@ class RecordedDecoder(Decoder):
     def _record(self, shape: Shape) -> None:
         """Records the shape, unless it has been tried before.
 
-        If there are too many, the recording that was not used for longest is dropped; its shape is counted anew.
+        If there are too many then, the recording that was not used for longest is dropped; its shape is counted anew.
         """
         if shape in self._steps:
             self._steps[shape] = self._steps.pop(shape)
             return
-        recorded = [known for known, step in self._steps.items() if step is not None]
-        if len(recorded) >= self._max_shapes:
-            del self._steps[recorded[0]], self._seen[recorded[0]]
         self.num_recordings += 1
-        self._steps[shape] = self._make_step(*shape)
+        self._steps[shape] = self._made(shape)
+        recorded = [known for known, step in self._steps.items() if step is not None]
+        if len(recorded) > self._max_shapes:
+            del self._steps[recorded[0]], self._seen[recorded[0]]
+
+    def _made(self, shape: Shape) -> DecodeStep | None:
+        """None, with a warning, where there is not the memory to record it: the model itself takes less."""
+        try:
+            return self._make_step(*shape)
+        except (MemoryError, RuntimeError) as error:
+            if not is_refusal(error):
+                raise
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"out of memory while a decode step of {shape[0]} was recorded ({first}): such steps run op by op, more "
+            "slowly (lower expert_slots, memory or max_context, and load the model again)",
+            stacklevel=2,
+        )
+        return None

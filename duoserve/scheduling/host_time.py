@@ -54,9 +54,13 @@ class UntimedEngine(CopyEngine):
         """As in CopyEngine."""
         return self._untimed(self._inner.now)
 
-    def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
+    def ticket(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
         """As in CopyEngine."""
-        return self._untimed(lambda: self._inner.submit(expert, slot, priority))
+        return self._untimed(lambda: self._inner.ticket(expert, slot, priority))
+
+    def ask(self, ticket: Ticket) -> None:
+        """As in CopyEngine."""
+        self._untimed(lambda: self._inner.ask(ticket))
 
     def promote(self, ticket: Ticket) -> None:
         """As in CopyEngine."""

@@ -122,12 +122,13 @@ class SlotLease(OpenLease):
     def close(self) -> None:
         if self.complete:
             return
-        self._retire([*self._computing, *self._arrived])
-        for expert in self._loading:
-            self._residency.disown(expert)
+        held, loading = [*self._computing, *self._arrived], self._loading
+        self._loading, self._arrived, self._computing = {}, [], []
         self._missing.clear()
         self._prefetch.clear()
-        self._loading, self._arrived, self._computing = {}, [], []
+        self._retire(held)
+        for expert in loading:
+            self._residency.disown(expert)
 
     def at_once(self) -> list[ReadyExpert]:
         """As in Lease."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from duoserve.experts.layout import ExpertId
 from duoserve.metrics import Meter
 
@@ -49,6 +51,13 @@ class Ledger:
         self.guesses.pop(expert, None)
         self._late.discard(expert)
         self._meter.count_bytes("wasted", nbytes)
+
+    def restore(self, is_ready: Callable[[ExpertId], bool]) -> None:
+        """No copy is under way, and the unused guesses that are not READY have lost their slots, whatever was told."""
+        for expert in [*self.guesses, *self._late]:
+            self.dropped(expert)
+        for expert in [guess for guess in self.unused if not is_ready(guess)]:
+            self.given_up(expert)
 
     def used(self, expert: ExpertId) -> None:
         """A layer asks for an expert that is READY: if it was an unused guess, its bytes were useful."""

@@ -153,14 +153,17 @@ class ReadThrough:
         num_hits = _num_distinct(ids_NBK) - len(made)
         self._meter.hit(Phase.DECODE, num_hits)
         self._meter.miss(Phase.DECODE, len(made))
-        self._last, self._done = (ids_NBK.copy(), slots_NBK), True
+        self._last = ids_NBK.copy(), slots_NBK
         came_true = self._residency.came_true(lambda guess: guess.expert in ids_NBK[self._places[guess.layer]])
         self._wrong = frozenset(self._residency.ledger.unused)
         self._guesses.stepped(num_hits, came_true)
+        self._done = True
 
     def guess(self) -> None:
         """Starts copies of what the next step may want, if they pay; ``lay_targets`` cancels those that wait then."""
+        self._done = False  # until all is asked for, and no copy is half in the books
         self._guesses.ask(self._room)
+        self._done = True
 
     def ended(self) -> bool:
         """A pass has ended; gives whether it was a step of these books that came to its end."""

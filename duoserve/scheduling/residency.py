@@ -34,59 +34,66 @@ class Residency:
     """
 
     def __init__(
-        self, table: SlotTable, pool: SlotPool, engine: CopyEngine, meter: Meter, link: IdleLink | None = None
+        self, table: SlotTable, pool: SlotPool, copies: CopyEngine, meter: Meter, link: IdleLink | None = None
     ) -> None:
         self.table = table
         self.ledger = Ledger(meter)
         self.slots: list[dict[int, int]] = [{} for _ in table.ready_LE]  # by layer: expert -> slot, arrived or not
         self.idle: list[dict[int, int]] = [{} for _ in table.ready_LE]  # by layer: see IdleExperts
         self._pool = pool
-        self._engine = engine
+        self._copies = copies
         self._meter = meter
         self._link = link
-        self._copies: dict[ExpertId, Ticket] = {}  # not collected yet, oldest first
+        self._under_way: dict[ExpertId, Ticket] = {}  # not collected yet, oldest first
         self._untold: deque[_Made] = deque()  # of which the link has not heard, oldest first
 
     def load(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
-        """Starts a copy into an EMPTY slot; a prefetch is a guess."""
+        """Starts a copy into an EMPTY slot; a prefetch is a guess.
+
+        The copy is in the books before it is asked for: else one that an interrupt hides would be made into a slot that
+        has been given to another by then.
+        """
+        ticket = self._copies.ticket(expert, slot, priority)
         self.table.begin_load(expert, slot)
-        try:
-            ticket = self._engine.submit(expert, slot, priority)
-        except BaseException:
-            self.table.abort_load(slot)
-            raise
-        self._copies[expert] = ticket
+        self._under_way[expert] = ticket
         self.slots[expert.layer][expert.expert] = slot
         if priority is Priority.PREFETCH:
             self.ledger.guess(expert)
+        try:
+            self._copies.ask(ticket)
+        except BaseException:
+            self.disown(expert)
+            if expert in self._under_way and ticket.finished:
+                self._note(ticket)
+            raise
         return ticket
 
     def collect(self) -> list[Ticket]:
         """Takes note of the copies that have finished, well or not, and returns them in the order they did."""
-        if not (self._copies or self._untold):
+        if not (self._under_way or self._untold):
             return []
-        self._engine.settle()
+        self._copies.settle()
         return self._noted()
 
     def settle(self) -> None:
         """What was measured of the copies so far is reported; none is collected."""
-        self._engine.settle()
+        self._copies.settle()
         self._tell_link()
 
     def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
         """Stalls until one of ``tickets`` has finished, then as ``collect``."""
         with self._meter.stall():
-            self._engine.wait(tickets)
+            self._copies.wait(tickets)
         return self._noted()
 
     def under_way(self) -> list[Ticket]:
         """The copies that have not been collected, oldest first."""
-        return list(self._copies.values())
+        return list(self._under_way.values())
 
     def use(self, expert: ExpertId) -> int | None:
         """Holds a READY expert for the layer that asks for it and returns its slot; None if it is not READY."""
         slot = self.slots[expert.layer].get(expert.expert)
-        if slot is None or (self._copies and expert in self._copies):
+        if slot is None or (self._under_way and expert in self._under_way):
             return None
         self.table.hold(slot)
         self.idle[expert.layer].pop(expert.expert, None)
@@ -96,7 +103,7 @@ class Residency:
 
     def release(self, layer: int, batch: Sequence[ReadyExpert]) -> None:
         """Takes back the holds of ``use`` on experts of ``layer``, once all work that reads them has been launched."""
-        self._engine.fence([one.slot for one in batch])
+        self._copies.fence([one.slot for one in batch])
         idle = self.idle[layer]
         for expert, slot in batch:
             self.table.unhold(slot)
@@ -125,20 +132,24 @@ class Residency:
 
     def hasten(self, expert: ExpertId) -> Ticket:
         """The copy, under way, of an expert that a layer asks for; it is behind no guess any more."""
-        ticket = self._copies[expert]
+        ticket = self._under_way[expert]
         if self.ledger.asked_under_way(expert):
-            self._engine.promote(ticket)
+            self._copies.promote(ticket)
         return ticket
 
     def disown(self, expert: ExpertId) -> None:
-        """Nobody waits for this copy any more: it is cancelled or, when it is all on its way, a mere guess."""
-        self.ledger.guess(expert)
-        self.cancel(expert)
+        """Nobody waits for this copy any more: it is cancelled or, when it is all on its way, a mere guess.
+
+        Does nothing where it has been collected.
+        """
+        if expert in self._under_way:
+            self.ledger.guess(expert)
+            self.cancel(expert)
 
     def cancel(self, expert: ExpertId) -> int | None:
         """Cancels a copy of which some is still queued and returns the slot that this frees, else None."""
-        ticket = self._copies[expert]
-        if not self._engine.cancel(ticket):
+        ticket = self._under_way[expert]
+        if not self._copies.cancel(ticket):
             return None
         self._note(ticket)
         return ticket.slot
@@ -155,11 +166,30 @@ class Residency:
 
     def drain(self) -> None:
         """Cancels what is queued and waits for what runs: every slot is EMPTY or READY then, and may be written to."""
-        for expert in list(self._copies):
+        for expert in list(self._under_way):
             self.disown(expert)
-        while self._copies:
+        while self._under_way:
             self.wait(self.under_way())
-        self._engine.land()
+        self._copies.land()
+
+    def restore(self) -> None:
+        """Behind a pass that was cut short, maybe between any two lines: drains, and makes the books agree.
+
+        The table is the truth, but for holds, which nobody has between passes, and copies that are under way nowhere.
+        """
+        self.drain()
+        self._copies.fence(self.table.held())
+        self.table.reset()
+        self.ledger.restore(self.table.is_ready)
+        ready: list[dict[int, int]] = [{} for _ in self.slots]
+        for slot, expert in self.table.ready():
+            ready[expert.layer][expert.expert] = slot
+        for layer, there in enumerate(ready):
+            self.slots[layer] = there
+            known = {expert: slot for expert, slot in self.idle[layer].items() if there.get(expert) == slot}
+            self.idle[layer] = known | there  # those that were held come last, for they were used last
+        for slot in self.table.empty_slots():
+            self._scrub(slot)
 
     def empty_slot(self) -> int | None:
         """An EMPTY slot, None if there is none."""
@@ -168,14 +198,14 @@ class Residency:
 
     def is_complete(self, layer: int, num_experts: int) -> bool:
         """Whether all experts of a layer are READY, and no copy of any is under way."""
-        return len(self.slots[layer]) == num_experts and not self._copies
+        return len(self.slots[layer]) == num_experts and not self._under_way
 
     def filled(self) -> list[int]:
         """How many slots each layer fills, copies under way included."""
         return list(map(len, self.slots))
 
     def _noted(self) -> list[Ticket]:
-        finished = [ticket for ticket in self._copies.values() if ticket.finished]
+        finished = [ticket for ticket in self._under_way.values() if ticket.finished]
         finished.sort(key=attrgetter("finished_at"))
         for ticket in finished:
             self._note(ticket)
@@ -189,7 +219,7 @@ class Residency:
     def _note(self, ticket: Ticket) -> None:
         """Brings the books up to date with a finished copy."""
         expert, slot = ticket.expert, ticket.slot
-        del self._copies[expert]
+        del self._under_way[expert]
         if ticket.state is TicketState.DONE:
             self.table.finish_load(slot)
             if self._link is not None:
@@ -203,5 +233,8 @@ class Residency:
 
     def _vacate(self, expert: ExpertId, slot: int) -> None:
         del self.slots[expert.layer][expert.expert]
+        self._scrub(slot)
+
+    def _scrub(self, slot: int) -> None:
         if self._pool.scrub(slot):
-            self._engine.fence([slot])
+            self._copies.fence([slot])

@@ -48,7 +48,7 @@ class _Pass(NamedTuple):
 class Scheduler(ExpertSource):
     """Brings experts into slots for one forward pass at a time: ``begin``, ``acquire`` layer by layer, ``end``.
 
-    The slots are those of an empty ``pool``, which it alone changes, as it does ``engine`` (which ``close`` closes).
+    The slots are those of an empty ``pool``, which it alone changes, as it does ``copies`` (which ``close`` closes).
     MemoryBudgetError if ``policy`` wants all experts resident and the slots are fewer. What ``predictor`` says goes
     into decode steps if the policy makes guesses. Not thread-safe.
     """
@@ -57,7 +57,7 @@ class Scheduler(ExpertSource):
         self,
         shape: ModelShape,
         pool: SlotPool,
-        engine: CopyEngine,
+        copies: CopyEngine,
         policy: Policy,
         meter: Meter,
         predictor: Predictor | None = None,
@@ -71,20 +71,21 @@ class Scheduler(ExpertSource):
                 f"({len(shape.layers)} layers x {shape.num_experts}), but there are {pool.num_slots} slots: "
                 "give the experts more memory or choose another policy"
             )
-        self._engine = engine
+        self._copies = copies
         self._meter = meter
         self._foresight = Foresight(predictor, policy.guesses, shape)
         self._link = self._foresight.link if self._foresight.guesses_within_budget else None
         self._guard = self._new_guard()
         self._ranking: Ranking = self._guard or policy.eviction.ranking(shape.depth, shape.num_experts)
         table = SlotTable(shape.depth, shape.num_experts, pool.num_slots)
-        self._residency = Residency(table, pool, engine, meter, link=self._link)
+        self._residency = Residency(table, pool, copies, meter, link=self._link)
         self._cache = Cache(self._residency, self._shape, policy.eviction, self._ranking)
         self._pass: _Pass | None = None
         self._aside: tuple[_Pass, OpenLease] | None = None
         self._books: ReadThrough | None = None
         self._lease: OpenLease | None = None
         self._prompted = True  # the last pass did not leave the cache as decode steps do
+        self._under_way = False  # from a pass's beginning until it has ended, or was cut short and cleaned up after
         self._closed = False
 
     @property
@@ -102,6 +103,7 @@ class Scheduler(ExpertSource):
         self._check_between_passes("a forward pass began")
         if self._aside is not None and phase is Phase.PREFILL:
             raise IntegrityError("a prefill began before the one that was set aside had ended")
+        self._under_way = True
         if phase is Phase.PREFILL:
             self._pause()
         self._ranking.begin(phase, num_tokens)
@@ -125,18 +127,20 @@ class Scheduler(ExpertSource):
         run, lease = self._pass, self._lease
         if run is None or run.phase is not Phase.PREFILL or lease is None or not lease.idle:
             raise IntegrityError("only a prefill that has computed all it asked for can be set aside")
-        self._pass, self._lease, self._aside = None, None, (run, lease)
         lent = run.space.set_aside() if isinstance(run.space, Ring) else frozenset()
         if 2 * len(lent) <= self._num_slots and self._books is None:
             self._cache.lent = lent
         if not self._cache.lent:
             self._residency.drain()
+        self._pass, self._lease, self._aside = None, None, (run, lease)
+        self._under_way = False
 
     def resume(self) -> None:
         """The prefill that was set aside goes on behind the last layer that it asked for."""
         self._check_between_passes("a prefill was resumed")
         if self._aside is None:
             raise IntegrityError("a prefill was resumed, but none had been set aside")
+        self._under_way = True
         (run, lease), self._aside = self._aside, None
         lent, self._cache.lent = self._cache.lent, frozenset()
         self._prompted = True
@@ -154,11 +158,13 @@ class Scheduler(ExpertSource):
         self._check_between_passes("a prefill was given up")
         if self._aside is None:
             raise IntegrityError("a prefill was given up, but none had been set aside")
+        self._under_way = True
         self._aside = None
         if self._cache.lent:
             self._cache.lent, self._prompted = frozenset(), True
             self._pause()
             self._residency.drain()
+        self._under_way = False
 
     def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> OpenLease:
         """See ExpertSource: what is missing has been asked for, as far as there are slots, when this returns."""
@@ -175,7 +181,7 @@ class Scheduler(ExpertSource):
         self._ranking.used(layer, experts, [1] * len(experts) if counts is None else counts)
         self._residency.collect()  # first, for the link must know when the last copies of the layer before arrived
         if self._link is not None and self._pass.phase is Phase.DECODE:
-            self._link.routed(layer, self._engine.now())
+            self._link.routed(layer, self._copies.now())
         lease, num_ready = self._open_lease(self._pass, layer, experts)
         self._meter.hit(self._pass.phase, num_ready)
         self._meter.miss(self._pass.phase, len(experts) - num_ready)
@@ -185,19 +191,23 @@ class Scheduler(ExpertSource):
         """The forward pass has ended, well or not: it holds no slot any more. What is set aside stays so.
 
         Copies ahead of the next pass go on. After a pass that did not come to the end of its last layer all copies are
-        cancelled or waited for, so that every slot is EMPTY or READY. Does nothing outside of a pass.
+        cancelled or waited for, so that every slot is EMPTY or READY. Does nothing outside of a pass. If it is cut
+        short itself, by a KeyboardInterrupt for one, what begins next does the rest.
         """
         lease, self._lease, self._pass = self._lease, None, None
+        if not self._under_way:
+            return
         if lease is not None:
             lease.close()
-            by_device = self._books is not None and self._books.ended()
-            if not (by_device or (lease.complete and lease.layer == self._shape.layers[-1])):
-                self._residency.drain()
-            self._residency.settle()  # what was measured belongs to this pass
+        by_device = self._books is not None and self._books.ended()
+        if not (by_device or (lease is not None and lease.complete and lease.layer == self._shape.layers[-1])):
+            self._restore()
+        self._residency.settle()  # what was measured belongs to this pass
+        self._under_way = False
 
     def read_through(self) -> ReadThrough:
         """The books of decode steps that the device carries out by itself, to be kept within passes of this."""
-        guesses = StepGuesses(self._residency, self._shape, self._foresight, self._engine.now)
+        guesses = StepGuesses(self._residency, self._shape, self._foresight, self._copies.now)
         books = ReadThrough(self._residency, self._cache, self._shape, self._meter, self._ranking.used, guesses)
         self._books = books
         return books
@@ -208,15 +218,17 @@ class Scheduler(ExpertSource):
         What has been measured of their copies by then is reported, and not left to the first pass.
         """
         self._check_between_passes("all experts were asked for")
+        self._under_way = True
         absent = [expert for expert in self._shape.experts(self._shape.layers) if self.table.slot_of(expert) < 0]
         loads = deque(zip(absent, self.table.empty_slots(), strict=False))
         try:
             with tqdm(total=len(loads), desc="experts to slots", unit="expert", disable=not progress) as bar:
                 self._load(loads, bar)
         except BaseException:
-            self._residency.drain()
+            self.end()
             raise
         self._residency.settle()
+        self._under_way = False
 
     def check_integrity(self) -> None:
         """Compares the books of the slots; IntegrityError if they disagree, or a slot is held between passes."""
@@ -230,7 +242,7 @@ class Scheduler(ExpertSource):
         self._closed = True
         self._aside = None
         self.end()
-        self._engine.close()
+        self._copies.close()
         self._residency.collect()
 
     def _new_guard(self) -> Guard | None:
@@ -256,6 +268,13 @@ class Scheduler(ExpertSource):
         self._check_open()
         if self._pass is not None:
             raise IntegrityError(f"{event} before the last forward pass ended")
+        self.end()  # of what was cut short before there was a pass, or behind it
+
+    def _restore(self) -> None:
+        """Behind what was cut short: the slots are as between passes, and lent to no prefill but one that is aside."""
+        self._residency.restore()
+        if self._aside is None:
+            self._cache.lent = frozenset()
 
     def _load(self, loads: deque[tuple[ExpertId, int]], bar: tqdm[NoReturn]) -> None:
         while loads or self._residency.under_way():

@@ -242,7 +242,7 @@ def _meta_of(metadata: Mapping[str, str], path: Path) -> TraceMeta:
             raise ValueError(f"{len(layers)} layers, top-{meta.top_k} of {meta.num_experts}")
         if layers[0] < 0 or list(layers) != sorted(set(layers)):
             raise ValueError(f"layers {list(layers)}, not in ascending order from 0 on")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise TraceError(f"{path}: is no trace of this version ({error!r}, wanted {FORMAT!r}); {AGAIN}") from error
     return meta
 

@@ -14,6 +14,7 @@ from duoserve.experts.slots import SlotPool
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.experts.streams import Lane, Mark
 from duoserve.experts.tickets import TicketState
+from tests.experts.test_copy_engine import in_background, joined
 from tests.experts.test_stream_engine import DEMAND, EXPERTS, PIECE, PREFETCH, PartlyInRam, Rig, bring_all
 from tests.fake_streams import FakeStreams
 from tests.fakes import SMALL
@@ -43,6 +44,34 @@ def test_what_a_failed_copy_left_on_its_way_does_not_land_in_anothers_slot(seed:
     streams.finish()
     assert (bad.state, good.state) == (TicketState.FAILED, TicketState.DONE)
     assert torch.equal(pool.row(0), store.row(EXPERTS[1]))
+
+
+@pytest.mark.parametrize("promoted", [True, False])
+def test_a_demand_that_the_device_refuses_is_not_waited_for_in_vain(promoted: bool) -> None:
+    """Neither one that was a prefetch in the queue, nor one that was noted by whoever asked for it."""
+
+    class Failing(FakeStreams):
+        def copy(self, lane: Lane, target_B: Tensor, source_B: Tensor) -> None:
+            if lane is Lane.DEMAND:
+                raise RuntimeError("injected")
+            super().copy(lane, target_B, source_B)
+
+    store, pool = PartlyInRam(EXPERTS[:7]), SlotPool(2, SMALL)
+    engine = StreamCopyEngine(store, pool, Failing(random.Random(0)), num_threads=1)
+    gate = store.gate(EXPERTS[7])
+    busy = engine.submit(EXPERTS[7], 1, PREFETCH)
+    gate.wait_entered()
+    ticket = engine.ticket(EXPERTS[0], 0, PREFETCH if promoted else DEMAND)
+    if promoted:
+        engine.ask(ticket)
+    with pytest.raises(RuntimeError, match="injected"):
+        engine.promote(ticket) if promoted else engine.ask(ticket)
+    waiter = in_background(lambda: engine.wait([ticket]))
+    assert joined(waiter) and not engine.cancel(ticket)
+    assert ticket.state is TicketState.FAILED and "expert 0/0" in str(ticket.error) and "injected" in str(ticket.error)
+    gate.open()
+    bring_all(engine, [busy])
+    engine.close()
 
 
 def test_a_failed_read_ends_its_ticket_and_nothing_else() -> None:

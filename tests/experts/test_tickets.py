@@ -112,3 +112,15 @@ def test_clearing_gives_back_all_in_the_order_of_their_turns() -> None:
     queue = queue_of(guess, demand)
     assert len(queue) == 2 and queue.clear() == [demand, guess]
     assert len(queue) == 0 and queue.clear() == []
+
+
+def test_what_has_not_begun_can_be_withdrawn_wherever_it_is() -> None:
+    queued, elsewhere, begun, taken = (ticket(PREFETCH) for _ in range(4))
+    queue = queue_of(begun, taken, queued)
+    begun.start(0.0)
+    queue.take()
+    queue.promote(taken)
+    queue.take()
+    taken.start(0.0)
+    assert [queue.withdraw(one) for one in (queued, elsewhere, begun, taken)] == [True, True, True, False]
+    assert not list(queue)

@@ -19,10 +19,13 @@ class FakeGraph:
     """As PyTorch's: a capture in which something was raised is not valid, and a pool without graphs has ended."""
 
     captures = True  # whether what is captured is valid
+    cached = False  # whether memory that the device has is kept from others for the next who asks
     alive: dict[int, int]  # how many graphs each pool has
     handle: int | None = None
 
     def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+        if FakeGraph.cached:
+            raise torch.OutOfMemoryError("what is cached cannot be released while a capture is under way")
         if self.alive.get(pool) == 0:
             raise RuntimeError("the pool has ended")
         self.handle = pool
@@ -50,10 +53,12 @@ class FakeGraph:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> CudaRecorder:
     handles = count()
     monkeypatch.setattr(FakeGraph, "captures", True)
+    monkeypatch.setattr(FakeGraph, "cached", False)
     monkeypatch.setattr(FakeGraph, "alive", {}, raising=False)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: setattr(FakeGraph, "cached", False))
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     return CudaRecorder(DEVICE)
@@ -84,6 +89,32 @@ def test_what_fails_says_why_and_the_next_one_succeeds(
     monkeypatch.setattr(FakeGraph, "captures", True)
     kept += [recorder.record(lambda: 2) for _ in range(2)]
     assert [recording.result for recording in kept] == [1] * recorded + [2, 2]
+
+
+@pytest.mark.parametrize("failing_run", [0, 1])
+def test_what_follows_a_failed_recording_comes_behind_its_first_run(recorder: CudaRecorder, failing_run: int) -> None:
+    """That run may still read tensors which whoever gave the work drops now."""
+    runs = count()
+
+    def work() -> int:
+        if next(runs) == failing_run:
+            raise ValueError("why")
+        return 3
+
+    current, own = torch.cuda.current_stream(DEVICE), torch.cuda.Stream(DEVICE)
+    with pytest.raises(ValueError, match="why"):
+        recorder.record(work)
+    assert [call.args for call in current.wait_stream.call_args_list] == [(own,)]
+
+
+def test_a_capture_begins_with_the_memory_that_the_first_run_has_left_cached(
+    recorder: CudaRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> int:
+        monkeypatch.setattr(FakeGraph, "cached", True)
+        return 3
+
+    assert recorder.record(work).result == 3
 
 
 def test_recordings_share_memory_until_the_last_is_dropped_and_one_can_follow(recorder: CudaRecorder) -> None:
@@ -134,3 +165,24 @@ def test_a_gpu_records_after_it_could_not() -> None:
     recording.replay()
     recorder.wait()
     assert recording.result.tolist() == [10.0] * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_records_what_fits_only_once() -> None:
+    """The first run's memory stays cached: the capture must be able to have the same again."""
+    recorder, large = CudaRecorder(DEVICE), 1 << 30
+
+    def work() -> torch.Tensor:
+        return torch.full((large,), 7, dtype=torch.uint8, device=DEVICE)[:4].clone()
+
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(DEVICE).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(DEVICE) + 1.5 * large) / total, DEVICE)
+    try:
+        recording = recorder.record(work)
+        recording.replay()
+        recorder.wait()
+        assert recording.result.tolist() == [7] * 4
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)

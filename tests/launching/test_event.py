@@ -186,6 +186,53 @@ def test_shapes_that_cannot_be_recorded_do_not_count() -> None:
     assert [decoder(layout).item() for layout in layouts] == [0, 0, 1, 0, 1] and made == [3, 2, 1]
 
 
+def test_a_shape_that_memory_is_refused_for_is_tried_once_and_drops_no_other() -> None:
+    made: list[int] = []
+
+    def make(num_sequences: int, table_width: int) -> DecodeStep:
+        made.append(num_sequences)
+        if num_sequences > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return lambda layout: torch.ones(1)
+
+    decoder = RecordedDecoder(
+        lambda batch: torch.zeros(1), SimpleNamespace(batch=lambda layout: layout), make, record_after=1, max_shapes=1
+    )
+    layouts = [SimpleNamespace(spans=[()] * num_sequences, page_table=[[0]]) for num_sequences in (1, 1, 2, 2, 2, 2, 1)]
+    with pytest.warns(UserWarning, match="out of memory while a decode step of 2 was recorded") as warned:
+        assert [decoder(layout).item() for layout in layouts] == [0, 1, 0, 0, 0, 0, 1]
+    assert made == [1, 2] and len(warned) == 1
+
+
+def test_what_else_goes_wrong_while_a_step_is_recorded_is_raised() -> None:
+    def make(num_sequences: int, table_width: int) -> DecodeStep:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    decoder = RecordedDecoder(lambda batch: torch.zeros(1), SimpleNamespace(), make, record_after=0)
+    with pytest.raises(RuntimeError, match="illegal"):
+        decoder(SimpleNamespace(spans=[()], page_table=[[0]]))
+
+
+@pytest.mark.parametrize("mode", ["event", "graph"])
+def test_requests_go_on_where_memory_for_recordings_is_refused(
+    mode: str, folder: Path, truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = LaggingDevice(seed=6, in_ram=EXPERTS)
+
+    def refuse(work: Callable[[], object]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(device.recorder, "record", refuse)
+    decoder = device.recorded(mode, record_after=1)
+    with (
+        pytest.warns(UserWarning, match="out of memory while a decode step"),
+        assembled(folder, "lru", 12, device.copies, make_pool=device.pool, make_decoder=decoder) as engine,
+    ):
+        for _ in range(2):
+            assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
+    assert truth.differences(device.logits, rounds=2) == []
+
+
 def test_more_sequences_than_the_memory_plan_counts_are_left_to_the_model_itself(folder: Path) -> None:
     device, steps = LaggingDevice(seed=5), list[DecodeStep | None]()
 

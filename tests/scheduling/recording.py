@@ -42,14 +42,13 @@ class RecordingEngine(VirtualCopyEngine):
         self.log: list[Carried] = []
         self._listener = on_copied
 
-    def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
-        ticket = super().submit(expert, slot, priority)
+    def ask(self, ticket: Ticket) -> None:
+        super().ask(ticket)
         self.tickets.append(ticket)
-        if priority is Priority.PREFETCH:
+        if ticket.priority is Priority.PREFETCH:
             self.guesses.add(ticket)
         else:
             self.demanded_at[ticket] = self.now()
-        return ticket
 
     def promote(self, ticket: Ticket) -> None:
         super().promote(ticket)

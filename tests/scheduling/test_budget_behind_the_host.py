@@ -63,17 +63,17 @@ class Engine(StreamCopyEngine):
     """Its clock is the device's. It takes the host a second to ask for a copy, and else nothing."""
 
     def __init__(self, streams: SlowLanes, pool: SlotPool) -> None:
-        self._lanes = streams
+        self._slow = streams
         self.asked: list[Ticket] = []
         super().__init__(InRam(SMALL, LAYERS, EXPERTS), pool, streams)
 
     def now(self) -> float:
-        return self._lanes.now()
+        return self._slow.now()
 
-    def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
-        self.asked.append(super().submit(expert, slot, priority))
-        self._lanes.spend(1)
-        return self.asked[-1]
+    def ask(self, ticket: Ticket) -> None:
+        super().ask(ticket)
+        self.asked.append(ticket)
+        self._slow.spend(1)
 
 
 @pytest.fixture

@@ -199,6 +199,17 @@ def test_layers_that_no_pass_goes_through_are_refused(tmp_path, layers):
         open_trace(tmp_path / "t")
 
 
+@pytest.mark.parametrize("layers", ["[1e999]", "[[1]]", "5", "[", "[" * 100_000])
+def test_layers_that_are_no_numbers_are_refused(tmp_path, layers):
+    trace = small_trace()
+    save_trace(trace, tmp_path / "one", last=1)
+    with safe_open(tmp_path / "one", "numpy") as file:
+        about = file.metadata() | {"layers": layers}
+    save_file({name: trace.read(name) for name in trace.meta.columns()}, tmp_path / "t", metadata=about)
+    with pytest.raises(TraceError, match="is no trace of this version"):
+        open_trace(tmp_path / "t")
+
+
 def test_a_trace_that_is_refused_is_closed(tmp_path):
     path = tmp_path / "t"
     save_trace(small_trace(), path)

@@ -38,7 +38,7 @@ class Faults:
     def into(self, model: MoEModel) -> MoEModel:
         """The same model, at the mercy of these faults."""
         passes = model._runtime.engine._passes
-        copies, decode = passes._scheduler._engine, passes.decode
+        copies, decode = passes._scheduler._copies, passes.decode
         wait = copies.wait
 
         def faulty_wait(tickets: Any) -> Any:
