@@ -31,7 +31,7 @@ from harness import result_file, write_result
 from machine import conditions, foreign_cpu
 from soak_clients import Clients, http_client, soak
 from soak_load import Kind, kinds, requests
-from soak_watch import Sample, growth, look, watch
+from soak_watch import Sample, growth, look, looking, watch
 
 HERE = Path(__file__).resolve().parent
 PLAY = HERE.parent / "tests" / "macbeth.txt"
@@ -68,6 +68,7 @@ async def load(process: subprocess.Popen[str], url: str, args: argparse.Namespac
     async with http_client(url) as http:
         clients = Clients(http, args.found, expected, SEED)
         tally = clients.tally
+        clients.one_has_ended = looking(process.pid, args.requests, tally.ended.total, samples)
         watching = asyncio.create_task(watch(process.pid, http, tally.ended.total, samples, tally.fault))
         began = time.perf_counter()
         await soak(clients, asked, args.at_once)

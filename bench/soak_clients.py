@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +51,10 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 class Clients:
-    """``expected`` has, for each kind, the text and finish reason of each of its choices."""
+    """``expected`` has, for each kind, the text and finish reason of each of its choices.
+
+    ``one_has_ended`` is called whenever a request has ended as it should, once the tally knows.
+    """
 
     def __init__(
         self, http: httpx.AsyncClient, kinds: Sequence[Kind], expected: Sequence[list[tuple[str, str]]], seed: int
@@ -61,6 +64,7 @@ class Clients:
         self._kinds = kinds
         self._expected = expected
         self._dice = random.Random(seed + 2)
+        self.one_has_ended: Callable[[], None] = lambda: None
 
     async def work(self, asked: Iterable[Asked]) -> None:
         """One client: takes the next of ``asked``, which clients share, until there is none."""
@@ -68,6 +72,7 @@ class Clients:
             try:
                 await getattr(self, f"_{one.fate}")(one)
                 self.tally.ended[one.fate] += 1
+                self.one_has_ended()
             except (httpx.HTTPError, ValueError, LookupError) as error:
                 self.tally.fault(f"{one.fate} {one.kind}: {type(error).__name__}: {error}")
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import httpx
 
-EVERY_S = 0.25  # a short run must have looked at the second quarter too
+EVERY_S = 0.25
+PARTS = 20  # a look when each of them has ended: of a short run, seconds alone might leave a quarter out
 WARM, LATE = 0.25, 0.75  # memory is compared between the quarter of requests behind the first, and the last
+COMPARED = ("early_bytes", "late_bytes", "grown_bytes", "bytes_per_1000", "more_files", "more_threads")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,17 @@ def look(process_id: int, requests: int) -> Sample:
     return Sample(requests, rss, anonymous, int(fields["Threads"]), len(list((folder / "fd").iterdir())))
 
 
+def looking(process_id: int, asked: int, ended: Callable[[], int], samples: list[Sample]) -> Callable[[], None]:
+    """What to call whenever one of ``asked`` requests has ended: takes a sample with every twentieth part of them."""
+    every = max(1, asked // PARTS)
+
+    def one_has_ended() -> None:
+        if ended() % every == 0:
+            samples.append(look(process_id, ended()))
+
+    return one_has_ended
+
+
 async def watch(
     process_id: int,
     http: httpx.AsyncClient,
@@ -52,20 +65,28 @@ async def watch(
 
 
 def growth(samples: Sequence[Sample]) -> dict[str, Any]:
-    """From the quarter of requests behind the first to the last: anonymous memory in medians, files and threads."""
+    """From the quarter of requests behind the first to the last: anonymous memory in medians, files and threads.
+
+    None of these where nobody looked at the former: before it, a server that is well still grows.
+    """
     last = samples[-1].requests
-    early = [one for one in samples if WARM * last <= one.requests < 2 * WARM * last] or list(samples[:1])
+    early = [one for one in samples if WARM * last <= one.requests < 2 * WARM * last]
     late = [one for one in samples if one.requests >= LATE * last]
-    before, after = (median(one.anonymous_bytes for one in part) for part in (early, late))
-    apart = median(one.requests for one in late) - median(one.requests for one in early)
-    return {
-        "early_bytes": before,
-        "late_bytes": after,
-        "grown_bytes": after - before,
-        "bytes_per_1000": 1000 * (after - before) / apart if apart else 0.0,
+    always = {
         "peak_rss_bytes": max(one.rss_bytes for one in samples),
-        "more_files": samples[-1].files - max(one.files for one in early),
-        "more_threads": samples[-1].threads - max(one.threads for one in early),
         "first": asdict(samples[0]),
         "last": asdict(samples[-1]),
     }
+    if not early:
+        return dict.fromkeys(COMPARED) | always
+    before, after = (median(one.anonymous_bytes for one in part) for part in (early, late))
+    apart = median(one.requests for one in late) - median(one.requests for one in early)
+    compared = (
+        before,
+        after,
+        after - before,
+        1000 * (after - before) / apart if apart else 0.0,
+        samples[-1].files - max(one.files for one in early),
+        samples[-1].threads - max(one.threads for one in early),
+    )
+    return dict(zip(COMPARED, compared, strict=True)) | always

@@ -295,7 +295,7 @@ def test_a_slow_reader_of_a_stream_costs_no_wall_time(model: MoEModel) -> None:
     for _ in engine.generate(requests):
         time.sleep(0.02)
     elapsed = time.perf_counter() - began
-    assert elapsed - model.stats.wall_s == pytest.approx(8 * 0.02, rel=0.5)
+    assert elapsed - model.stats.wall_s >= 0.9 * 8 * 0.02
     assert max(model.stats.itl_s) < elapsed - 8 * 0.02
 
 

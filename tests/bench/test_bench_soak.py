@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ import pytest
 import soak_report
 from soak_clients import Clients, soak
 from soak_load import CANCELLED, MALFORMED, WRONG, Asked, Kind, kinds, requests
-from soak_watch import Sample, growth
+from soak_watch import Sample, growth, look, looking
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 KIND = Kind("a", 2, 0.0, 0, (), 1)
@@ -92,6 +93,27 @@ def test_requests_are_of_every_kind_and_the_same_for_a_seed() -> None:
 def samples(leak: int, files: int = 0) -> list[Sample]:
     """Of 10,000 requests, each of which leaves ``leak`` bytes behind the thousand that warm up."""
     return [Sample(n, 1 << 28, (1 << 27) + leak * max(0, n - 1000), 9, 20 + n * files) for n in range(0, 10_001, 100)]
+
+
+def test_however_fast_requests_are_each_quarter_is_looked_at() -> None:
+    async def main() -> list[Sample]:
+        found = [look(os.getpid(), 0)]
+        transport = httpx.MockTransport(lambda request: httpx.Response(200, json=WHOLE))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
+            clients = Clients(http, [KIND], [[("xy", "length")]], 0)
+            clients.one_has_ended = looking(os.getpid(), 200, clients.tally.ended.total, found)
+            await soak(clients, [Asked("whole", 0, {}, 0)] * 200, 64)
+        return found
+
+    found = asyncio.run(main())
+    assert [one.requests for one in found] == [*range(0, 201, 10)]
+    assert growth(found)["grown_bytes"] is not None
+
+
+def test_a_server_that_nobody_looked_at_once_it_was_warm_is_not_said_to_be_flat() -> None:
+    few = [one for one in samples(0) if not 2500 <= one.requests < 5000]
+    assert failed(memory=growth(few)) == ["memory is flat", "files and threads too"]
+    assert "not measured: nobody looked" in soak_report.checks(result(memory=growth(few)))[6]["detail"]
 
 
 def result(**changes: Any) -> dict[str, Any]:

@@ -178,12 +178,13 @@ def test_a_model_that_cannot_be_loaded_so_is_one_line(duoserve, model_folder, fl
     assert message in ran.err.splitlines()[-1]
 
 
-def test_text_is_written_as_it_comes_and_a_reader_may_leave(model_folder, buffered_command):
+def test_text_is_written_as_it_comes_and_a_reader_may_leave(duoserve, model_folder, buffered_command):
     flags = ("--prompt", "a", "--max-tokens", "150", "--seed", "1", "--expert-slots", "4", "--policy", "on-demand")
+    whole = duoserve("generate", model_folder, *flags).out.encode()
     buffered_command["args"] += ["generate", str(model_folder), *flags]
     with subprocess.Popen(**buffered_command, stdout=subprocess.PIPE, bufsize=0) as running:
-        first = [running.stdout.read(1 << 16) for _ in range(4)]
-        assert all(0 < len(piece) < 60 for piece in first), "150 tokens did not come in pieces"
+        first = running.stdout.read(1 << 16)
+        assert 0 < len(first) < len(whole) / 2, "150 tokens did not come in pieces"
         running.stdout.close()
         errors = running.stderr.read()
         assert (running.wait(), errors) == (141, b"")

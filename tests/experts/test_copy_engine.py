@@ -102,8 +102,8 @@ def test_a_copy_brings_the_bytes_and_its_ticket_says_when(
     assert ticket.nbytes == SMALL.slot_bytes
     assert torch.equal(pool.row(5), store.row(EXPERTS[3]))
     assert pool.weights.w2_SHI[4].isnan().all()
-    assert ticket.issued_at is not None and ticket.finished_at is not None
-    assert before <= ticket.issued_at <= ticket.issued_at <= ticket.finished_at <= engine.now()
+    assert ticket.issued_at is not None and ticket.started_at is not None and ticket.finished_at is not None
+    assert before <= ticket.issued_at <= ticket.started_at <= ticket.finished_at <= engine.now()
 
 
 def test_demands_go_first_and_each_kind_in_order(engine: ThreadedCopyEngine, store: ArrayStore) -> None:
@@ -312,13 +312,13 @@ def test_a_trivial_copy_takes_little_time(engine: ThreadedCopyEngine) -> None:
         engine.wait([submit(engine, 0)])
         return time.perf_counter() - started
 
-    assert min(round_trip() for _ in range(200)) < 200e-6  # the best of many: a busy machine must not fail it
+    assert min(round_trip() for _ in range(200)) < 2e-3  # a wait that polls takes longer, however idle the machine is
 
 
 def test_idle_threads_end_and_the_next_copy_starts_others(
     store: ArrayStore, pool: SlotPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("duoserve.experts.copy_engine.IDLE_SECONDS", 0.05)
+    monkeypatch.setattr("duoserve.experts.copy_engine.IDLE_SECONDS", 0.5)
     started = threads_since()
     engine = ThreadedCopyEngine(store, pool, num_threads=2)
     for number in (0, 1):

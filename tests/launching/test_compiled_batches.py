@@ -28,11 +28,12 @@ from duoserve.launching.compiled import CompiledStep, PaddedShapes, compiled_dec
 from duoserve.launching.compiled_experts import CompiledExperts
 from duoserve.launching.recorded import RecordedDecoder
 from duoserve.models.moe import MoEBlock
-from duoserve.passes import Decoder
+from duoserve.passes import Decoder, Passes
 from duoserve.service.async_engine import AsyncEngine
 from tests.assembly import Parts, assembled
 from tests.checkpoints import save_mixtral
 from tests.compiled_case import needs_compiler, save
+from tests.fakes import Gate
 from tests.lagging import Truth, write
 from tests.listeners import Heard
 from tests.models.cases import FAMILIES
@@ -166,41 +167,44 @@ def test_a_step_writes_to_the_pages_of_its_sequences_only(mixtral: Path) -> None
 
 
 @needs_compiler
-def test_requests_join_and_leave_while_others_go_on(mixtral: Path, fours: list[int]) -> None:
+def test_requests_join_and_leave_while_others_go_on(
+    mixtral: Path, fours: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, decode = Gate(), Passes.decode
     with MoEModel.from_pretrained(mixtral) as model:
         expected = [model.generate(prompt, GREEDY, max_tokens=count).token_ids for prompt, count in _staggered()]
         sampled = model.generate(PROMPTS[0], GREEDY, temperature=0.9, seed=5).token_ids
+    monkeypatch.setattr(Passes, "decode", lambda *args: gate.pass_through() or decode(*args))
     with MoEModel.from_pretrained(mixtral, expert_slots=9, policy="duoserve", decode_mode="compiled") as model:
-        assert asyncio.run(_together(model)) == [*expected, sampled]
-    assert {2, 3} <= set(fours)
+        assert asyncio.run(_together(model, gate)) == [*expected, sampled]
+    assert fours == [1] + [4] * 5 + [3] * 3 + [2] * 3 + [1] * 11
 
 
 def _staggered() -> list[tuple[list[int], int]]:
     return list(zip(PROMPTS, (24, 6, 12), strict=True))
 
 
-async def _together(model: MoEModel) -> list[list[int]]:
-    """The first alone, then all; the fourth samples and wants log-probabilities."""
+async def _together(model: MoEModel, gate: Gate) -> list[list[int]]:
+    """The others come while the first is in its first decode step, at ``gate``; the fourth samples."""
     service = AsyncEngine(model)
+
+    async def told(prompt: Sequence[int], params: SamplingParams) -> list[int]:
+        stream = await service.submit(prompt, params, logprobs=3)
+        return [place.token_id async for piece in stream for place in piece.logprobs]
+
     try:
-        tokens: list[list[int]] = [[] for _ in range(4)]
-
-        async def go(at: int, prompt: Sequence[int], params: SamplingParams, joined: asyncio.Event) -> None:
-            stream = await service.submit(prompt, params, logprobs=3)
-            async for piece in stream:
-                tokens[at] += [place.token_id for place in piece.logprobs]
-                joined.set()
-
-        running = []
-        for at, (prompt, count) in enumerate([*_staggered(), (PROMPTS[0], 9)]):
-            params = replace(GREEDY, max_tokens=count) if at < 3 else replace(GREEDY, temperature=0.9, seed=5)
-            joined = asyncio.Event()
-            running.append(asyncio.create_task(go(at, prompt, params, joined)))
-            await joined.wait()
-        await asyncio.gather(*running)
+        wanted = [(prompt, replace(GREEDY, max_tokens=count)) for prompt, count in _staggered()]
+        wanted.append((PROMPTS[0], replace(GREEDY, temperature=0.9, seed=5)))
+        running = [asyncio.create_task(told(*wanted[0]))]
+        await asyncio.to_thread(gate.wait_entered)
+        running += [asyncio.create_task(told(*one)) for one in wanted[1:]]
+        while len(service._worker._asked) < 3:
+            await asyncio.sleep(0.002)
+        gate.open()
+        return await asyncio.gather(*running)
     finally:
+        gate.open()
         await service.close()
-    return tokens
 
 
 @needs_compiler

@@ -101,7 +101,7 @@ def test_steps_ask_for_any_number_of_missing_experts_and_prompts_for_many(tmp_pa
 
 def test_what_the_watch_takes_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(self: random.Random, *ends: int) -> int:
-        time.sleep(0.1)
+        time.sleep(0.3)
         return 1
 
     monkeypatch.setattr(made_up.random.Random, "randint", slow)
@@ -111,6 +111,6 @@ def test_what_the_watch_takes_is_left_out(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         _, *steps = timed_passes(run, 8, 3)
     for step in steps:
-        assert step.notes.away_s > 0.3
-        assert step.seconds < 0.1
-        assert step.notes.asked_s[-1] - step.notes.asked_s[0] < 0.1
+        assert step.notes.away_s > 0.9
+        assert step.seconds < 0.5
+        assert step.notes.asked_s[-1] - step.notes.asked_s[0] < 0.5

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from duoserve.errors import DuoServeError, OverloadedError
+from tests.fakes import PATIENCE_S
 from tests.server.conftest import NAME
 from tests.server.fake_service import CONTEXT, FakeModel, hoped, script_of, spoken, with_logprobs
 
@@ -373,17 +376,13 @@ def test_what_the_model_lacks_is_said(served):
 
 
 def test_a_text_that_takes_too_long_is_a_400_and_the_loop_goes_on(served):
-    class Slow:
-        def render(self, messages, add_generation_prompt=True):
-            import time
-
-            time.sleep(1.0)
-            return "late"
-
-    server = served(model=FakeModel(chat_template=Slow()), text_s=0.1)
+    over = threading.Event()
+    slow = SimpleNamespace(render=lambda *messages, **how: str(over.wait(PATIENCE_S)))
+    server = served(model=FakeModel(chat_template=slow), text_s=1.0)
     answer = server.chat()
-    assert answer.status_code == 400 and "longer than 0.1 s" in answer.json()["error"]["message"]
+    assert answer.status_code == 400 and "longer than 1 s" in answer.json()["error"]["message"]
     assert server.complete().status_code == 200
+    over.set()
 
 
 def test_a_failure_of_one_request_is_a_500_and_the_next_is_served(served):

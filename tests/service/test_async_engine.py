@@ -22,6 +22,7 @@ from duoserve.experts.tickets import Ticket
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Passes
 from tests.checkpoints import BARD, save_mixtral
+from tests.fakes import PATIENCE_S, Gate
 from tests.live_threads import threads_since
 
 PROMPT = [(11 * i * i + 5 * i) % 95 + 1 for i in range(30)]
@@ -178,14 +179,14 @@ def test_objectives_are_counted_and_strict_admission_refuses(load: Open) -> None
     go(main())
 
 
-def slowed(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[float]:
-    """Every layer takes so long; the list has the times at which layers began."""
+def slowed(monkeypatch: pytest.MonkeyPatch, hold: Callable[[], object]) -> list[int]:
+    """``hold`` is called before every layer; the list has the layers that began."""
     began, advance = [], Transformer.advance
 
     def slow(model: Transformer, partial: Any, num_layers: int) -> None:
         for _ in range(num_layers):
-            began.append(time.monotonic())
-            time.sleep(seconds)
+            began.append(partial.next_layer)
+            hold()
             advance(model, partial, 1)
 
     monkeypatch.setattr(Transformer, "advance", slow)
@@ -194,38 +195,39 @@ def slowed(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[float]:
 
 def test_a_cancelled_prompt_stops_between_two_layers(load: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        model = load()
-        began = slowed(monkeypatch, 0.05)
-        async with serving(model) as service:
+        go_on = threading.Semaphore(3)
+        # So slow that no step is planned to have two of them.
+        began = slowed(monkeypatch, lambda: time.sleep(0.05) or go_on.acquire(timeout=PATIENCE_S))
+        async with serving(load()) as service:
             before = await service.submit(PROMPT, params(1))
             await read(before)
-            assert len(began) == 3
             stream = await service.submit(PROMPT, LONG)
             await until(lambda: len(began) == 4)
-            cancelled = time.monotonic()
             stream.cancel()
             stream.cancel()
+            go_on.release(1000)
             assert await read(stream) == []
-            assert time.monotonic() - cancelled < 0.2
-            await asyncio.sleep(0.15)
-            assert len(began) <= 5 and service.figures().kv_usage == 0
+            await until(lambda: service.figures().running == 0)
+            assert began == [0, 1, 2, 0] and service.figures().kv_usage == 0
 
     go(main())
 
 
 def test_a_task_that_is_cancelled_while_it_submits_leaves_nothing(load: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        model = load()
-        slowed(monkeypatch, 0.05)
-        async with serving(model) as service:
+        gate = Gate()
+        slowed(monkeypatch, gate.pass_through)
+        async with serving(load()) as service:
             first = await service.submit(PROMPT, params(2))
+            await asyncio.to_thread(gate.wait_entered)
             waits = asyncio.create_task(service.submit(PROMPT, LONG))
-            await asyncio.sleep(0.02)
+            await until(lambda: len(service._worker._asked) == 1)
             waits.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waits
+            gate.open()
             assert len(await read(first)) == 2
-            await until(lambda: service.figures().running + service.figures().waiting == 0)
+            await until(lambda: service.figures().finished == {"length": 1, "abort": 1})
 
     go(main())
 
@@ -235,7 +237,7 @@ def test_a_copy_that_fails_ends_the_requests_of_its_pass_and_the_service_goes_on
 ) -> None:
     async def main() -> None:
         model = load()
-        expected = model.generate(PROMPT, params(40)).token_ids
+        expected = model.generate(PROMPT, LONG).token_ids
         wait, armed = ThreadedCopyEngine.wait, threading.Event()
 
         def failing(copies: ThreadedCopyEngine, tickets: Collection[Ticket]) -> Any:
@@ -246,7 +248,7 @@ def test_a_copy_that_fails_ends_the_requests_of_its_pass_and_the_service_goes_on
 
         monkeypatch.setattr(ThreadedCopyEngine, "wait", failing)
         async with serving(model) as service:
-            streams = [await service.submit(PROMPT, params(40)) for _ in range(2)]
+            streams = [await service.submit(PROMPT, LONG) for _ in range(2)]
             for stream in streams:
                 await anext(stream)
             armed.set()
@@ -254,7 +256,7 @@ def test_a_copy_that_fails_ends_the_requests_of_its_pass_and_the_service_goes_on
                 with pytest.raises(CopyError, match="injected"):
                     await read(stream)
             assert service.state is State.READY and service.figures().finished == {"error": 2}
-            assert ids(await read(await service.submit(PROMPT, params(40)))) == expected
+            assert ids(await read(await service.submit(PROMPT, LONG))) == expected
 
     go(main())
 
@@ -262,12 +264,12 @@ def test_a_copy_that_fails_ends_the_requests_of_its_pass_and_the_service_goes_on
 def test_logits_that_are_no_numbers_end_their_request_alone(load: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         model = load()
-        expected = model.generate(PROMPT, params(30)).token_ids
-        decode, spoil = Passes.decode, threading.Event()
+        expected = model.generate(PROMPT, LONG).token_ids
+        decode, spoil = Passes.decode, [True]
 
         def spoiled(passes: Passes, requests: Any) -> torch.Tensor:
             logits_BV = decode(passes, requests)
-            if spoil.is_set() and len(requests) == 2:
+            if spoil and len(requests) == 2:
                 spoil.clear()
                 logits_BV = logits_BV.clone()
                 logits_BV[1, 5] = float("nan")
@@ -275,8 +277,7 @@ def test_logits_that_are_no_numbers_end_their_request_alone(load: Open, monkeypa
 
         monkeypatch.setattr(Passes, "decode", spoiled)
         async with serving(model) as service:
-            good, bad = [await service.submit(PROMPT, params(30)) for _ in range(2)]
-            spoil.set()
+            good, bad = [await service.submit(PROMPT, LONG) for _ in range(2)]
             with pytest.raises(DuoServeError, match="non-finite logits"):
                 await read(bad)
             assert ids(await read(good)) == expected
@@ -320,7 +321,7 @@ def test_drain_lets_what_runs_finish_and_then_ends_the_rest(load: Open, monkeypa
             assert len(ids(await read(short))) == 5
             await asyncio.wait_for(draining, 1.0)
         model = load()
-        slowed(monkeypatch, 0.02)
+        slowed(monkeypatch, lambda: time.sleep(0.02))
         async with serving(model) as service:
             long = await service.submit(PROMPT, LONG)
             await anext(long)

@@ -9,17 +9,19 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from duoserve import AsyncEngine, MoEModel, SamplingParams, State
 from duoserve.errors import ClosedError, CopyError, DuoServeError, RequestError
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Passes
+from duoserve.request import Request
 from duoserve.service.stream import Stream
 from duoserve.text.tokenizer import IncrementalDecoder
 from tests.checkpoints import BARD, save_mixtral
@@ -132,8 +134,8 @@ def test_an_error_while_requests_are_added_reaches_all_who_wait(
 
 def test_no_kind_of_error_leaves_callers_waiting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main(service: AsyncEngine) -> None:
-        stream = await service.submit(PROMPT, PARAMS)
         monkeypatch.setattr(model._runtime.engine, "step", broken(SystemExit(3)))
+        stream = await service.submit(PROMPT, PARAMS)
         with pytest.raises(ClosedError, match="SystemExit: 3"):
             async for _ in stream:
                 pass
@@ -147,18 +149,21 @@ def test_who_has_been_told_of_an_error_goes_on_while_others_are_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What each is told is cleared of the calls that it came through: of its own, not of another caller's."""
-    give = Stream.give
+    give, decode = Stream.give, Passes.decode
 
     def slow(stream: Stream, item: Any, finished: float | None) -> bool:
         time.sleep(0.05)  # who was told before is long back to waiting
         return give(stream, item, finished)
 
+    def failing(passes: Passes, requests: Sequence[Request]) -> Tensor:
+        if len(requests) == 3:
+            raise CopyError("injected")
+        return decode(passes, requests)
+
     async def main(service: AsyncEngine) -> None:
-        streams = [await service.submit(PROMPT, PARAMS) for _ in range(3)]
-        for stream in streams:
-            await anext(stream)
         monkeypatch.setattr(Stream, "give", slow)
-        monkeypatch.setattr(Passes, "decode", broken(CopyError("injected")))
+        monkeypatch.setattr(Passes, "decode", failing)
+        streams = [await service.submit(PROMPT, replace(PARAMS, max_tokens=50)) for _ in range(3)]  # a page each
         told = []
         for stream in streams:
             with pytest.raises(CopyError, match="injected") as caught:
