@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from duoserve import AsyncEngine, MoEModel, SamplingParams, State
+from duoserve import AsyncEngine, MoEModel, Objectives, SamplingParams, State
 from duoserve.errors import ClosedError, CopyError, DuoServeError, RequestError
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Passes
@@ -229,3 +229,24 @@ def test_figures_know_a_request_no_later_than_its_caller(folder: Path, monkeypat
     engine, gate = model._runtime.engine, threading.Event()
     step = engine.step
     serve(model, main)
+
+
+@pytest.mark.parametrize(
+    ("hoped", "message"),
+    [
+        (lambda: (PARAMS, Objectives("1")), "ttft_s is '1', but must be a finite number"),
+        (lambda: (PARAMS, 1.0), "objectives is 1.0, but must be Objectives"),
+        (lambda: ({"max_tokens": 3}, None), "params is {'max_tokens': 3}, but must be SamplingParams"),
+    ],
+    ids=["no number", "no objectives", "no params"],
+)
+def test_who_asks_for_what_is_none_is_refused_alone(hoped: Callable[[], Any], message: str, folder: Path) -> None:
+    async def main(service: AsyncEngine) -> None:
+        other = await service.submit(PROMPT, PARAMS)
+        await anext(other)
+        with pytest.raises(RequestError, match=message):
+            await service.submit(PROMPT, *hoped())
+        assert sum([len(piece.token_ids) async for piece in other]) == PARAMS.max_tokens - 1
+        assert service.state is State.READY
+
+    serve(MoEModel.from_pretrained(folder), main)
