@@ -58,7 +58,7 @@ class MoEModel:
 
     def __init__(self, runtime: Runtime) -> None:
         self._open_runtime: Runtime | None = runtime
-        self._turn = threading.Lock()
+        self._turn_ends = threading.Condition()  # or the model is closed, which need not end a turn
         self._computing = threading.RLock()  # held for a step at a time: a stream that nobody reads holds up no close()
         self._serving_thread: int | None = None
         self._tokens: Generator[tuple[Request, int]] | None = None  # of the call that has its turn
@@ -229,9 +229,12 @@ class MoEModel:
     def close(self) -> None:
         """Releases threads, files and memory; calling it again does nothing.
 
-        It waits for the step, or the ``forward``, that another thread computes, whose call then raises ClosedError.
+        It waits for the step that another thread computes, whose call then raises ClosedError, or for its ``forward``,
+        which comes to its end. Those who wait for their turn get ClosedError.
         """
-        runtime, self._open_runtime = self._open_runtime, None
+        with self._turn_ends:
+            runtime, self._open_runtime = self._open_runtime, None
+            self._turn_ends.notify_all()
         if runtime is not None:
             with self._computing, closing(runtime):
                 if self._tokens is not None and inspect.getgeneratorstate(self._tokens) != inspect.GEN_RUNNING:
@@ -281,14 +284,17 @@ class MoEModel:
     def _my_turn(self) -> Iterator[Runtime]:
         if self._serving_thread == threading.get_ident():
             raise RequestError("this thread's earlier stream is still open: exhaust it or call its close() first")
-        with self._turn:
+        with self._turn_ends:
+            self._turn_ends.wait_for(lambda: self._serving_thread is None or self._open_runtime is None)
             if self._lent:
                 raise RequestError("a service runs this model: submit requests to it")
             self._serving_thread = threading.get_ident()
-            try:
-                yield self._runtime
-            finally:
+        try:
+            yield self._runtime
+        finally:
+            with self._turn_ends:
                 self._serving_thread = None
+                self._turn_ends.notify()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; RequestError for text that cannot be encoded, or without a tokenizer. Any thread."""
