@@ -294,7 +294,7 @@ class MoEModel:
         finally:
             with self._turn_ends:
                 self._serving_thread = None
-                self._turn_ends.notify()
+                self._turn_ends.notify_all()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; RequestError for text that cannot be encoded, or without a tokenizer. Any thread."""
