@@ -322,6 +322,7 @@ class Engine:
                 except IntegrityError:
                     raise
                 except DuoServeError as error:
+                    forget_calls(error)
                     request.finish("error")
                     produced.append(Produced(request, error=error))
             if request.finish_reason is not None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import inf, nan
+from numbers import Real
 from typing import Literal
 
-from duoserve.errors import ConfigError
+from duoserve.errors import ConfigError, RequestError
 from duoserve.metrics import Stats
 
 MAX_LOGPROBS = 20  # of the likeliest tokens at a place
@@ -25,12 +27,29 @@ class State(StrEnum):
     DEAD = "dead"
 
 
+def _checked_seconds(name: str, value: object) -> float | None:
+    """Numbers of any kind as floats: the service's thread computes with them, where whatever goes wrong ends it."""
+    if value is None:
+        return None
+    seconds = float(value) if isinstance(value, Real) and not isinstance(value, bool) else nan
+    if not 0 < seconds < inf:
+        raise RequestError(f"{name} is {value!r}, but must be a finite number of seconds above 0, or None")
+    return seconds
+
+
 @dataclass(frozen=True)
 class Objectives:
-    """What a request hopes for, in seconds: its first token after ``ttft_s``, each later one after ``tpot_s``."""
+    """What a request hopes for, in seconds: its first token after ``ttft_s``, each later one after ``tpot_s``.
+
+    RequestError for what is not above 0 and finite.
+    """
 
     ttft_s: float | None = None
     tpot_s: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ttft_s", _checked_seconds("ttft_s", self.ttft_s))
+        object.__setattr__(self, "tpot_s", _checked_seconds("tpot_s", self.tpot_s))
 
     def or_else(self, defaults: Objectives) -> Objectives:
         """These, and those of ``defaults`` where there is none."""
@@ -57,6 +76,8 @@ class ServiceSettings:
     An answer gets room for ``answer_room`` tokens in the KV cache, and a page more whenever it has filled it, not room
     for all that it may have: most end earlier. Where no room is left the last to start make way, and catch up later.
     Neither those, nor requests for which ``max_batch`` still has a place, count in ``max_waiting``.
+
+    ConfigError for a value of another kind, or out of range.
     """
 
     max_batch: int = 16
@@ -67,18 +88,22 @@ class ServiceSettings:
     answer_room: int = 256
 
     def __post_init__(self) -> None:
-        if self.max_batch < 1 or self.max_waiting < 0:
-            raise ConfigError(
-                f"max_batch={self.max_batch} and max_waiting={self.max_waiting}, but they must be at least 1 and 0"
-            )
-        if self.answer_room < 1:
-            raise ConfigError(f"answer_room={self.answer_room}, but an answer has at least 1 token")
+        _check_count("max_batch", self.max_batch, 1)
+        _check_count("max_waiting", self.max_waiting, 0)
+        _check_count("answer_room", self.answer_room, 1)
+        if not isinstance(self.objectives, Objectives):
+            raise ConfigError(f"objectives={self.objectives!r}, but must be Objectives")
         for name, value, known in (
             ("admission", self.admission, ("late", "strict")),
             ("scheduler", self.scheduler, ("slo", "fcfs")),
         ):
             if value not in known:
                 raise ConfigError(f"{name}={value!r} is not known: use one of {', '.join(map(repr, known))}")
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={value!r}, but must be an integer of at least {least}")
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,9 @@ T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
-import reprlib
-import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from numbers import Integral
-from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, overload
@@ -20,7 +15,7 @@ from typing import Any, TypeVar, overload
 from torch import Tensor
 
 from duoserve.config import EngineConfig, ModelConfig
-from duoserve.errors import ClosedError, RequestError
+from duoserve.errors import RequestError
 from duoserve.experts.budget import MemoryPlan
 from duoserve.experts.hub import at_revision
 from duoserve.interface import FinishReason
@@ -31,10 +26,11 @@ from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.text.chat_template import ChatTemplate
+from duoserve.text.prompts import Prompt, as_token_ids, encode, is_one
 from duoserve.text.tokenizer import Text
 from duoserve.text.writer import Writer
+from duoserve.turns import Turns
 
-Prompt = str | Sequence[int]
 Result = TypeVar("Result")
 
 
@@ -57,12 +53,7 @@ class MoEModel:
     """
 
     def __init__(self, runtime: Runtime) -> None:
-        self._open_runtime: Runtime | None = runtime
-        self._turn = threading.Lock()
-        self._computing = threading.RLock()  # held for a step at a time: a stream that nobody reads holds up no close()
-        self._serving_thread: int | None = None
-        self._tokens: Generator[tuple[Request, int]] | None = None  # of the call that has its turn
-        self._lent = False
+        self._turns = Turns(runtime)
 
     @classmethod
     def from_pretrained(  # noqa: PLR0913 - each is a knob that users turn by name
@@ -180,7 +171,7 @@ class MoEModel:
         ``changes`` override fields of ``params``. Raises RequestError for what cannot be served, CopyError when an
         expert cannot be brought, MemoryBudgetError when memory is refused; the model stays usable after any of them.
         """
-        single = _is_one(prompt)
+        single = is_one(prompt)
         prompts: Sequence[Any] = [prompt] if single else prompt
         settings = _settings(params, changes)
         text = self._runtime.text
@@ -210,10 +201,14 @@ class MoEModel:
             yield piece
         return _completion(request, writer, stats)
 
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; RequestError for text that cannot be encoded, or without a tokenizer. Any thread."""
+        return encode(self._runtime.text, prompt)
+
     def forward(self, token_ids: Sequence[int]) -> Tensor:
         """One prefill: float32 logits [T, V] of every position."""
-        with self._my_turn() as runtime, self._step():
-            return runtime.engine.forward(_token_ids(token_ids))
+        with self._turns.mine() as runtime, self._turns.step():
+            return runtime.engine.forward(as_token_ids(token_ids))
 
     @contextmanager
     def lend(self) -> Iterator[Runtime]:
@@ -222,20 +217,16 @@ class MoEModel:
         Waits for a call that runs; others wait for the block, and are refused from then on, unless it has raised.
         RequestError if another service has the model.
         """
-        with self._my_turn() as runtime:
+        with self._turns.lend() as runtime:
             yield runtime
-            self._lent = True
 
     def close(self) -> None:
         """Releases threads, files and memory; calling it again does nothing.
 
-        It waits for the step, or the ``forward``, that another thread computes, whose call then raises ClosedError.
+        It waits for the step that another thread computes, whose call then raises ClosedError, or for its ``forward``,
+        which comes to its end. Those who wait for their turn get ClosedError.
         """
-        runtime, self._open_runtime = self._open_runtime, None
-        if runtime is not None:
-            with self._computing, closing(runtime):
-                if self._tokens is not None and inspect.getgeneratorstate(self._tokens) != inspect.GEN_RUNNING:
-                    self._tokens.close()  # a stream that nobody reads on would hold the engine
+        self._turns.close()
 
     def __enter__(self) -> MoEModel:
         return self
@@ -245,58 +236,16 @@ class MoEModel:
 
     @property
     def _runtime(self) -> Runtime:
-        if self._open_runtime is None:
-            raise ClosedError("this model was closed; load it again with MoEModel.from_pretrained")
-        return self._open_runtime
+        return self._turns.runtime
 
     def _run(self, writers: Mapping[Request, Writer]) -> Generator[str, None, Stats]:
         """Yields text as it becomes certain, and returns the figures as they are before another call has its turn."""
-        with self._my_turn() as runtime:
-            meter, tokens = runtime.meter, runtime.engine.generate(list(writers))
-            del runtime  # close() releases it, however long this waits to be read
-            self._tokens = tokens
-            try:
-                while (made := self._next(tokens)) is not None:
-                    request, token = made
-                    if piece := writers[request].push(request, token):
-                        yield piece
-            finally:
-                with self._computing:
-                    tokens.close()
-                    self._tokens = None
+        meter = self._runtime.meter
+        with self._turns.tokens(list(writers)) as tokens:
+            for request, token in tokens:
+                if piece := writers[request].push(request, token):
+                    yield piece
             return meter.snapshot()
-
-    def _next(self, tokens: Generator[tuple[Request, int]]) -> tuple[Request, int] | None:
-        with self._step():
-            return next(tokens, None)
-
-    @contextmanager
-    def _step(self) -> Iterator[None]:
-        """While it lasts nobody closes the model; ClosedError if somebody has."""
-        with self._computing:
-            _ = self._runtime
-            yield
-
-    @contextmanager
-    def _my_turn(self) -> Iterator[Runtime]:
-        if self._serving_thread == threading.get_ident():
-            raise RequestError("this thread's earlier stream is still open: exhaust it or call its close() first")
-        with self._turn:
-            if self._lent:
-                raise RequestError("a service runs this model: submit requests to it")
-            self._serving_thread = threading.get_ident()
-            try:
-                yield self._runtime
-            finally:
-                self._serving_thread = None
-
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; RequestError for text that cannot be encoded, or without a tokenizer. Any thread."""
-        if not isinstance(prompt, str):
-            return _token_ids(prompt)
-        if self._runtime.text is None:
-            raise RequestError("the prompt is text, but this checkpoint has no tokenizer.json: give token ids")
-        return self._runtime.text.encode(prompt)
 
 
 def _result(generator: Generator[object, None, Result]) -> Result:
@@ -312,35 +261,6 @@ def _result(generator: Generator[object, None, Result]) -> Result:
 def _completion(request: Request, writer: Writer, stats: Stats) -> Completion:
     text = writer.finish(request)  # which may find out why it ended
     return Completion(text, request.output_ids, request.finish_reason or "length", stats)
-
-
-def _is_one(prompt: Any) -> bool:
-    """Whether it is one prompt, and not a list of them; RequestError for what is neither."""
-    if isinstance(prompt, (str, bytes)):
-        return True
-    try:
-        return len(prompt) > 0 and _is_integer(prompt[0])
-    except (TypeError, LookupError) as error:
-        raise _no_prompt(prompt) from error
-
-
-def _token_ids(prompt: Any) -> list[int]:
-    """Integers of any kind, numpy's and torch's too. Bytes are a sequence of these, but not of tokens."""
-    if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
-        raise _no_prompt(prompt)
-    try:
-        return [index(token) for token in prompt]
-    except TypeError as error:
-        raise _no_prompt(prompt) from error
-
-
-def _is_integer(value: Any) -> bool:
-    """A scalar: a tensor of one element would pass for an index too."""
-    return isinstance(value, Integral) or getattr(value, "ndim", 1) == 0
-
-
-def _no_prompt(prompt: object) -> RequestError:
-    return RequestError(f"a prompt must be text or token ids, and not {reprlib.repr(prompt)}")
 
 
 def _settings(params: SamplingParams | None, changes: dict[str, Any]) -> SamplingParams:

@@ -45,7 +45,10 @@ def forget_calls(error: BaseException) -> None:
 
 
 def own_copy(error: DuoServeError) -> DuoServeError:
-    """``error`` again, for one of several who are told: each raises its own, whose calls are nobody else's."""
+    """``error`` again, for one of several who are told: each raises its own, whose calls are nobody else's.
+
+    Its cause is everybody's: calls are forgotten before the first is told.
+    """
     twin = copy.copy(error)
     twin.__cause__ = error.__cause__
     return twin

@@ -83,7 +83,10 @@ class Request:
 
 
 class Produced(NamedTuple):
-    """What a step came to for one request: a ``token``, or the ``error`` that has ended it."""
+    """What a step came to for one request: a ``token``, or the ``error`` that has ended it.
+
+    The calls of an error, and of its causes, have been forgotten: others may be told of the same causes.
+    """
 
     request: Request
     token: int | None = None

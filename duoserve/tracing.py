@@ -23,8 +23,7 @@ from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.recorder import TraceRecorder
 from duoserve.scheduling.trace import Trace, TraceMeta
 from duoserve.scheduling.trace_file import TraceWriter, open_trace
-
-Prompt = str | Sequence[int]
+from duoserve.text.prompts import Prompt, encode
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def record(  # noqa: PLR0913
         closing(TraceWriter(recording.out, meta)) as writer,
         closing(load(model, wanted, policy, None, recorder)) as runtime,
     ):
-        encoded = [_encode(runtime, prompt) for prompt in prompts]
+        encoded = [encode(runtime.text, prompt) for prompt in prompts]
         _check(runtime, encoded, recording.params.max_tokens)
         done = _check_done(recording.out, encoded) if recording.resume else 0
         numbered = list(enumerate(encoded))[done:]
@@ -85,14 +84,6 @@ def _conditions(dtype: torch.dtype, quantize: str | None, params: SamplingParams
 def _is_in_the_way(path: Path) -> bool:
     """A file without a byte is what a recording leaves that has failed before its first request."""
     return is_file(path) and path.stat().st_size > 0
-
-
-def _encode(runtime: Runtime, prompt: Prompt) -> list[int]:
-    if not isinstance(prompt, str):
-        return list(prompt)
-    if runtime.text is None:
-        raise RequestError("a prompt is text, but this checkpoint has no tokenizer.json: give token ids")
-    return runtime.text.encode(prompt)
 
 
 def _check(runtime: Runtime, prompts: Sequence[list[int]], max_tokens: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from duoserve import ClosedError, MoEModel, SamplingParams
+from duoserve import AsyncEngine, ClosedError, MoEModel, SamplingParams
 from duoserve.passes import Passes
 from tests.fakes import PATIENCE_S
 
@@ -76,6 +76,23 @@ def test_a_stream_that_nobody_reads_holds_up_no_close(model: MoEModel) -> None:
     assert Call(model.close).error() is None
     with pytest.raises(ClosedError, match="was closed"):
         next(stream)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [lambda model: model.generate("To be", GREEDY), lambda model: model.forward([1, 2, 3]), AsyncEngine],
+    ids=["generate", "forward", "a service"],
+)
+def test_who_waits_for_a_stream_that_nobody_reads_hears_of_the_close(
+    ask: Callable[[MoEModel], object], model: MoEModel
+) -> None:
+    stream = model.stream("To be", GREEDY)
+    next(stream)
+    waiting = [Call(lambda: ask(model)) for _ in range(2)]
+    waiting[0].thread.join(0.2)
+    assert all(call.thread.is_alive() for call in waiting)
+    model.close()
+    assert [type(call.error()) for call in waiting] == [ClosedError] * 2
 
 
 def test_a_thread_may_close_the_model_under_its_own_stream(model: MoEModel) -> None:

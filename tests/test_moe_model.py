@@ -251,22 +251,24 @@ def test_who_waits_while_a_service_is_made_is_refused_but_served_if_that_fails(f
             found.append(str(error))
 
     def lent(error: Exception | None) -> object:
-        """What somebody hears who asks for text while the model is lent, which then succeeds or fails."""
-        waiting = threading.Thread(target=asked)
+        """What two hear who ask for text while the model is lent, which then succeeds or fails."""
+        waiting = [threading.Thread(target=asked, daemon=True) for _ in range(2)]
         with suppress(KeyError), model.lend():
-            waiting.start()
-            waiting.join(0.2)
-            assert waiting.is_alive()
+            for thread in waiting:
+                thread.start()
+            waiting[0].join(0.2)
+            assert all(thread.is_alive() for thread in waiting)
             if error is not None:
                 raise error
-        waiting.join()
-        return found.pop()
+        for thread in waiting:
+            thread.join(10)
+        return [found.pop(), found.pop()]
 
     found: list[object] = []
     with MoEModel.from_pretrained(folder) as model:
         alone = model.generate(PROMPT, GREEDY).token_ids
-        assert lent(KeyError("no service")) == alone
-        assert lent(None) == "a service runs this model: submit requests to it"
+        assert lent(KeyError("no service")) == [alone] * 2
+        assert lent(None) == ["a service runs this model: submit requests to it"] * 2
 
 
 def test_compute_and_stall_add_up_to_the_wall_time(tmp_path: Path) -> None:

@@ -1,10 +1,15 @@
-"""What a service and those who ask it agree on: when objectives are met, and which reason of an end counts."""
+"""What a service and who asks it agree on: what may be asked, when objectives are met, which end's reason counts."""
 
 from __future__ import annotations
 
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
 import pytest
 
-from duoserve.interface import FinishReason, Objectives
+from duoserve.errors import ConfigError, RequestError
+from duoserve.interface import FinishReason, Objectives, ServiceSettings
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 
@@ -60,3 +65,36 @@ def test_the_first_reason_stays_unless_a_stop_string_was_completed_by_the_last_t
     for reason in reasons:
         request.finish(reason)
     assert request.finish_reason == expected
+
+
+@pytest.mark.parametrize("seconds", ["2", True, 0, -1.0, float("nan"), float("inf"), [1.0]], ids=repr)
+@pytest.mark.parametrize("name", ["ttft_s", "tpot_s"])
+def test_an_objective_that_is_no_time_is_refused(name: str, seconds: Any) -> None:
+    with pytest.raises(RequestError, match=f"^{name} is .+, but must be a finite number of seconds above 0, or None$"):
+        Objectives(**{name: seconds})
+
+
+@pytest.mark.parametrize("seconds", [2, np.float32(2), np.int64(2), Fraction(2)], ids=repr)
+def test_an_objective_may_be_a_number_of_any_kind(seconds: Any) -> None:
+    hopes = Objectives(tpot_s=seconds)
+    assert hopes == Objectives(tpot_s=2.0) and type(hopes.tpot_s) is float
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"max_batch": 0}, "max_batch=0, but must be an integer of at least 1"),
+        ({"max_batch": True}, "max_batch=True, but must be an integer"),
+        ({"max_waiting": -1}, "max_waiting=-1, but must be an integer of at least 0"),
+        ({"max_waiting": "9"}, "max_waiting='9', but must be an integer"),
+        ({"answer_room": 0}, "answer_room=0, but must be an integer of at least 1"),
+        ({"answer_room": 64.5}, "answer_room=64.5, but must be an integer"),
+        ({"objectives": 2.0}, "objectives=2.0, but must be Objectives"),
+        ({"admission": "never"}, "admission='never' is not known: use one of 'late', 'strict'"),
+        ({"scheduler": "lifo"}, "scheduler='lifo' is not known: use one of 'slo', 'fcfs'"),
+    ],
+    ids=str,
+)
+def test_settings_that_no_service_can_have_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ServiceSettings(**wrong)

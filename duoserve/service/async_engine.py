@@ -77,6 +77,7 @@ class AsyncEngine:
         arrived = time.monotonic()
         if self.state is not State.READY:
             raise ClosedError("the service takes no more requests")
+        _check_kinds(params, objectives)
         _check_logprobs(logprobs)
         prompt_ids = await asyncio.to_thread(self._model.encode, prompt)
         request = Request(prompt_ids, params, num_logprobs=logprobs, arrived=arrived)
@@ -110,6 +111,13 @@ class AsyncEngine:
     def _end(self) -> None:
         self._worker.stop()
         self._model.close()
+
+
+def _check_kinds(params: object, objectives: object) -> None:
+    if not isinstance(params, SamplingParams):
+        raise RequestError(f"params is {params!r}, but must be SamplingParams")
+    if objectives is not None and not isinstance(objectives, Objectives):
+        raise RequestError(f"objectives is {objectives!r}, but must be Objectives")
 
 
 def _check_logprobs(logprobs: int | None) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from duoserve.errors import DuoServeError
 from duoserve.interface import Objectives, Piece, Times
-from duoserve.out_of_memory import forget_calls
 from duoserve.request import Request
 
 
@@ -66,10 +65,11 @@ class Stream:
         self._cancel(self._request)
 
     def give(self, item: Piece | DuoServeError | None, finished: float | None) -> bool:
-        """By the service's thread: the next piece, or the end of it; False if the event loop has been closed."""
+        """By the service's thread: the next piece, or the end of it; False if the event loop has been closed.
+
+        Whoever gives an error has forgotten its calls.
+        """
         self._finished = finished
-        if isinstance(item, DuoServeError):
-            forget_calls(item)
         try:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
         except RuntimeError:

@@ -179,6 +179,7 @@ class Worker:
         try:
             text = _text(task.writer, request, produced.token)
         except DuoServeError as error:
+            forget_calls(error)
             self._end(request, error, "error")
             return
         logprobs = () if produced.logprobs is None else (produced.logprobs,)
@@ -218,6 +219,7 @@ class Worker:
 
     def _die(self, error: BaseException) -> None:
         log.critical("the service has died of an error", exc_info=error)
+        forget_calls(error)  # once: those who have been told of it below may raise it again
         self._state = State.DEAD
         self._why = f"the service has died of an error: {type(error).__name__}: {error}"
         tasks, self._tasks = self._tasks, {}

@@ -98,9 +98,8 @@ class ChatTemplate:
         if self._process is not None and self._process.poll() is not None:  # ended by somebody else
             self._kill()
         process = self._process or self._started()
-        reply = _reply(process, line, SECONDS)
+        reply = self._reply(process, line, SECONDS)
         if reply is None:
-            self._kill()
             return {"error": f"it takes more than {SECONDS:g} s or {chat_sandbox.MEMORY_BYTES >> 20} MiB"}
         return reply
 
@@ -121,13 +120,34 @@ class ChatTemplate:
             )
         except OSError as error:
             raise DuoServeError(f"the process that renders chat templates cannot be started ({error})") from error
-        if _reply(process, json.dumps({"template": "", "variables": {}}), START_SECONDS) is None:
-            self._kill()
+        if self._reply(process, json.dumps({"template": "", "variables": {}}), START_SECONDS) is None:
             raise DuoServeError(
                 f"the process that renders chat templates died, or said nothing for {START_SECONDS:g} s, at its start: "
                 "see whether jinja2 is still where it was, and whether the machine is overloaded"
             )
         return process
+
+    def _reply(self, process: subprocess.Popen[str], line: str, seconds: float) -> dict[str, str] | None:
+        """The answer to ``line``; None if none came in time.
+
+        Without one, be it for an interrupt, the process is killed: what it still said would answer the next ``line``.
+        """
+        assert process.stdin is not None and process.stdout is not None
+        reply: dict[str, str] | None = None
+        limit = threading.Timer(seconds, process.kill)
+        try:
+            limit.start()
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            said = process.stdout.readline()
+            reply = json.loads(said) if said.endswith("\n") else None
+        except (OSError, ValueError):
+            pass
+        finally:
+            limit.cancel()
+            if reply is None:
+                self._kill()
+        return reply
 
     def _kill(self) -> None:
         process, self._process = self._process, None
@@ -144,23 +164,6 @@ def _check_jinja2(version: str) -> None:
             f"jinja2 {version} is installed, whose sandbox chat templates can get out of: "
             f"install jinja2 {least} or newer (pip install -U jinja2), and start again"
         )
-
-
-def _reply(process: subprocess.Popen[str], line: str, seconds: float) -> dict[str, str] | None:
-    """The answer to ``line``; None if none came in time, the process being killed then."""
-    assert process.stdin is not None and process.stdout is not None
-    limit = threading.Timer(seconds, process.kill)
-    limit.start()
-    try:
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
-        said = process.stdout.readline()
-        reply: dict[str, str] | None = json.loads(said) if said.endswith("\n") else None
-    except (OSError, ValueError):
-        return None
-    finally:
-        limit.cancel()
-    return reply
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:

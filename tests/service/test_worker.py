@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from duoserve import AsyncEngine, MoEModel, SamplingParams, State
+from duoserve import AsyncEngine, MoEModel, Objectives, SamplingParams, State
 from duoserve.errors import ClosedError, CopyError, DuoServeError, RequestError
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Passes
 from duoserve.request import Request
+from duoserve.sampling import Sampler
 from duoserve.service.stream import Stream
 from duoserve.text.tokenizer import IncrementalDecoder
 from tests.checkpoints import BARD, save_mixtral
@@ -175,6 +176,59 @@ def test_who_has_been_told_of_an_error_goes_on_while_others_are_told(
     serve(MoEModel.from_pretrained(folder), main)
 
 
+@pytest.mark.parametrize("error", [CopyError("no such expert"), ZeroDivisionError("a bug")], ids=repr)
+def test_who_has_raised_the_cause_of_an_error_goes_on_while_others_are_told(
+    error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give, gone_on = Stream.give, []
+
+    def slow(stream: Stream, item: Any, finished: float | None) -> bool:
+        time.sleep(0.05)
+        return give(stream, item, finished)
+
+    async def reader(stream: Stream) -> None:
+        with pytest.raises(DuoServeError) as caught:
+            async for _ in stream:
+                pass
+        with pytest.raises(type(caught.value.__cause__)):  # which is everybody's, and has come through this call now
+            raise caught.value.__cause__ or error
+        await asyncio.sleep(0.2)
+        gone_on.append(stream)
+
+    async def main(service: AsyncEngine) -> None:
+        streams = [await service.submit(PROMPT, PARAMS) for _ in range(3)]
+        for stream in streams:
+            await anext(stream)
+        monkeypatch.setattr(Stream, "give", slow)
+        monkeypatch.setattr(Passes, "decode", broken(error))
+        await asyncio.gather(*map(reader, streams))
+        assert {*gone_on} == {*streams}
+
+    error.__cause__ = OSError("io")
+    serve(MoEModel.from_pretrained(folder), main)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Sampler, "__call__"), (IncrementalDecoder, "push")])
+def test_who_keeps_what_a_single_request_was_told_keeps_nothing_of_the_model(
+    kind: type, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kind, name, broken(DuoServeError("of this request alone")))
+
+    async def main() -> None:
+        service = AsyncEngine(MoEModel.from_pretrained(BARD, policy="lru", expert_slots=12))
+        engine = weakref.ref(service.model._runtime.engine)
+        stream = await service.submit("O Romeo", PARAMS)
+        while stream.times.finished is None:
+            await asyncio.sleep(0.01)
+        await service.close()
+        gc.collect()
+        assert engine() is None and service.figures().finished == {"error": 1}
+        with pytest.raises(DuoServeError, match="of this request alone"):
+            await anext(stream)
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
 def test_a_tokenizer_that_fails_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     push, fails = IncrementalDecoder.push, [True]
 
@@ -234,3 +288,24 @@ def test_figures_know_a_request_no_later_than_its_caller(folder: Path, monkeypat
     engine, gate = model._runtime.engine, threading.Event()
     step = engine.step
     serve(model, main)
+
+
+@pytest.mark.parametrize(
+    ("hoped", "message"),
+    [
+        (lambda: (PARAMS, Objectives("1")), "ttft_s is '1', but must be a finite number"),
+        (lambda: (PARAMS, 1.0), "objectives is 1.0, but must be Objectives"),
+        (lambda: ({"max_tokens": 3}, None), "params is {'max_tokens': 3}, but must be SamplingParams"),
+    ],
+    ids=["no number", "no objectives", "no params"],
+)
+def test_who_asks_for_what_is_none_is_refused_alone(hoped: Callable[[], Any], message: str, folder: Path) -> None:
+    async def main(service: AsyncEngine) -> None:
+        other = await service.submit(PROMPT, PARAMS)
+        await anext(other)
+        with pytest.raises(RequestError, match=message):
+            await service.submit(PROMPT, *hoped())
+        assert sum([len(piece.token_ids) async for piece in other]) == PARAMS.max_tokens - 1
+        assert service.state is State.READY
+
+    serve(MoEModel.from_pretrained(folder), main)

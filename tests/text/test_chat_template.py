@@ -6,10 +6,13 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 import venv
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +221,32 @@ def test_an_interrupt_on_the_terminal_is_not_for_the_process(make: Make) -> None
     process = template._process
     assert process is not None and os.getpgid(process.pid) != os.getpgid(0)
     assert template.render([]) == "ok" and template._process is process
+
+
+@pytest.mark.parametrize("number", [0, 2], ids=["the start", "a conversation"])
+def test_who_interrupts_an_answer_leaves_it_to_nobody_else(
+    number: int, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, numbers = subprocess.Popen, count()
+
+    def interrupted(*args: Any, **how: Any) -> subprocess.Popen[str]:
+        process = start(*args, **how)
+        read = process.stdout.readline
+
+        def readline() -> str:
+            if next(numbers) == number:
+                raise KeyboardInterrupt
+            return read()
+
+        process.stdout.readline = readline
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    template, rendered = make("{{ messages[0].content }}"), []
+    for content in "abc":
+        with suppress(KeyboardInterrupt):
+            rendered.append(template.render([{"role": "user", "content": content}]))
+    assert rendered == (["b", "c"] if number == 0 else ["a", "c"])
 
 
 def test_closed_it_is_closed(make: Make) -> None:

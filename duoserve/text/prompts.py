@@ -1,0 +1,55 @@
+"""From what callers give as a prompt, text or token ids, to token ids."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from operator import index
+from typing import Any
+
+from duoserve.errors import RequestError
+from duoserve.text.tokenizer import Text
+
+Prompt = str | Sequence[int]
+
+
+def encode(text: Text | None, prompt: Prompt) -> list[int]:
+    """Token ids of ``prompt``, by the checkpoint's tokenizer if it has one.
+
+    RequestError for what is no prompt, for text that cannot be encoded, or for text without a tokenizer.
+    """
+    if not isinstance(prompt, str):
+        return as_token_ids(prompt)
+    if text is None:
+        raise RequestError("the prompt is text, but this checkpoint has no tokenizer.json: give token ids")
+    return text.encode(prompt)
+
+
+def is_one(prompt: Any) -> bool:
+    """Whether it is one prompt, and not a list of them; RequestError for what is neither."""
+    if isinstance(prompt, (str, bytes)):
+        return True
+    try:
+        return len(prompt) > 0 and _is_integer(prompt[0])
+    except (TypeError, LookupError) as error:
+        raise _no_prompt(prompt) from error
+
+
+def as_token_ids(prompt: Any) -> list[int]:
+    """Integers of any kind, numpy's and torch's too. Bytes are a sequence of these, but not of tokens."""
+    if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+        raise _no_prompt(prompt)
+    try:
+        return [index(token) for token in prompt]
+    except TypeError as error:
+        raise _no_prompt(prompt) from error
+
+
+def _is_integer(value: Any) -> bool:
+    """A scalar: a tensor of one element would pass for an index too."""
+    return isinstance(value, Integral) or getattr(value, "ndim", 1) == 0
+
+
+def _no_prompt(prompt: object) -> RequestError:
+    return RequestError(f"a prompt must be text or token ids, and not {reprlib.repr(prompt)}")

@@ -1,0 +1,99 @@
+"""Whose turn it is: a model does one call at a time, and closing it waits for a step of that call, not for its end."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+
+from duoserve.errors import ClosedError, RequestError
+from duoserve.loading import Runtime
+from duoserve.request import Request
+
+
+class Turns:
+    """Gives ``runtime`` to one call at a time until ``close``, which releases it. Any thread."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._open_runtime: Runtime | None = runtime
+        self._turn_ends = threading.Condition()  # or the model is closed, which need not end a turn
+        self._computing = threading.RLock()  # held for a step at a time: a stream that nobody reads holds up no close()
+        self._serving_thread: int | None = None
+        self._tokens: Generator[tuple[Request, int]] | None = None  # of the call that has its turn
+        self._lent = False
+
+    @property
+    def runtime(self) -> Runtime:
+        """For what needs no turn; ClosedError after ``close``."""
+        if self._open_runtime is None:
+            raise ClosedError("this model was closed; load it again with MoEModel.from_pretrained")
+        return self._open_runtime
+
+    @contextmanager
+    def mine(self) -> Iterator[Runtime]:
+        """Waits for a turn, which lasts for the block.
+
+        RequestError if this thread has one, or a service has the model; ClosedError after ``close``.
+        """
+        if self._serving_thread == threading.get_ident():
+            raise RequestError("this thread's earlier stream is still open: exhaust it or call its close() first")
+        with self._turn_ends:
+            self._turn_ends.wait_for(lambda: self._serving_thread is None or self._open_runtime is None)
+            if self._lent:
+                raise RequestError("a service runs this model: submit requests to it")
+            self._serving_thread = threading.get_ident()
+        try:
+            yield self.runtime
+        finally:
+            with self._turn_ends:
+                self._serving_thread = None
+                self._turn_ends.notify_all()
+
+    @contextmanager
+    def lend(self) -> Iterator[Runtime]:
+        """The last turn, unless the block raises. Errors as in ``mine``."""
+        with self.mine() as runtime:
+            yield runtime
+            self._lent = True
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """While it lasts nobody closes the model; ClosedError if somebody has."""
+        with self._computing:
+            _ = self.runtime
+            yield
+
+    @contextmanager
+    def tokens(self, requests: Sequence[Request]) -> Iterator[Iterator[tuple[Request, int]]]:
+        """A turn in which the engine generates: the block is given each new token with its request."""
+        with self.mine() as runtime:
+            self._tokens = tokens = runtime.engine.generate(requests)
+            del runtime  # close() releases it, however long the block lasts
+            try:
+                yield self._step_by_step(tokens)
+            finally:
+                with self._computing:
+                    tokens.close()
+                    self._tokens = None
+
+    def close(self) -> None:
+        """Releases the runtime, after the step that another thread computes; calling it again does nothing.
+
+        Those who wait for their turn get ClosedError, as does the call that has it when it wants another step.
+        """
+        with self._turn_ends:
+            runtime, self._open_runtime = self._open_runtime, None
+            self._turn_ends.notify_all()
+        if runtime is not None:
+            with self._computing, closing(runtime):
+                if self._tokens is not None and inspect.getgeneratorstate(self._tokens) != inspect.GEN_RUNNING:
+                    self._tokens.close()  # a stream that nobody reads on would hold the engine
+
+    def _step_by_step(self, tokens: Generator[tuple[Request, int]]) -> Iterator[tuple[Request, int]]:
+        while (made := self._next(tokens)) is not None:
+            yield made
+
+    def _next(self, tokens: Generator[tuple[Request, int]]) -> tuple[Request, int] | None:
+        with self.step():
+            return next(tokens, None)
