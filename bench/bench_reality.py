@@ -30,7 +30,6 @@ from duoserve.config import EngineConfig
 from duoserve.predictors.training import train
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import get_policy
-from duoserve.scheduling.timed import TimedMachine
 from duoserve.scheduling.trace import Trace
 from duoserve.text.tokenizer import Text
 from duoserve.tracing import RecordingSpec, record
@@ -41,6 +40,7 @@ from reality_cells import Cell, Served, Setting
 from reality_machine import Residents, machine, replayed, tpots
 from reality_probe import Probe, Rates
 from shapes import SHAPES
+from timed_machine import TimedMachine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PLAY = REPOSITORY / "tests" / "macbeth.txt"

@@ -18,10 +18,10 @@ from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.replay import Replay, Watcher, replay
-from duoserve.scheduling.timed import PassTimes, TimedMachine
 from duoserve.scheduling.trace import Trace
 from reality_cells import Cell, Served, Setting
 from reality_probe import COUNTS, Disturber, Probe, Rates, Stopwatch
+from timed_machine import PassTimes, TimedMachine
 
 MANY = 8
 # Passes of a resident model in which each layer has so many experts read, and waits for them or does not.

@@ -44,11 +44,11 @@ F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predi
     scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/ghost  scheduling/guard
     scheduling/policies  scheduling/account  scheduling/link_budget  scheduling/foresight  scheduling/ledger
     scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/step_guesses  scheduling/read_through
-    scheduling/scheduler  scheduling/cache_study  scheduling/hardware  scheduling/timed  scheduling/host_time
-    scheduling/foreseen  scheduling/scored  scheduling/replay  scheduling/bake_off  predictors/__init__
-    predictors/features  predictors/history  predictors/base  predictors/popularity  predictors/affinity
-    predictors/activation_matrix  predictors/lookahead  predictors/paper  predictors/learned  predictors/examples
-    predictors/networks  predictors/training  predictors/quality  predictors/files
+    scheduling/scheduler  scheduling/cache_study  scheduling/hardware  scheduling/host_time  scheduling/foreseen
+    scheduling/scored  scheduling/replay  scheduling/bake_off  predictors/__init__  predictors/features
+    predictors/history  predictors/base  predictors/popularity  predictors/affinity  predictors/activation_matrix
+    predictors/lookahead  predictors/paper  predictors/learned  predictors/examples  predictors/networks
+    predictors/training  predictors/quality  predictors/files
 F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  models/attention  models/mla
     models/router  models/tap  models/moe  models/transformer  models/parts  models/listening  models/variants
     models/decoder  models/config_fields  models/rope_fields  models/quantization_fields  models/common_fields
@@ -59,8 +59,8 @@ F5  interface  sampling  text/__init__  text/tokenizer_config  text/tokenizer  t
     text/chat_sandbox  text/chat_template  kv_cache  request  text/writer  passes  batching/__init__  batching/cost
     batching/choices  batching/load_view  engine  launching/__init__  launching/inputs  launching/recorded_choices
     launching/recorded  launching/event  launching/graph  launching/compiled_experts  launching/compiled
-    launching/compiled_prompts  launching/link  launching/launch  workspace  memory_needs  placement  choice  deciding
-    loading  tracing  evaluating  turns  moe_model  service/__init__  service/stream  service/worker
+    launching/compiled_prompts  launching/link  launching/launch  workspace  memory_needs  placement  choice
+    deciding  loading  tracing  evaluating  turns  moe_model  service/__init__  service/stream  service/worker
     service/async_engine  perplexity  planning/__init__  planning/model_cards  planning/formats  planning/sizes
     planning/routing_curves  planning/speed  planning/policy_speed  planning/made_up  planning/rehearsal
     planning/rehearsed  planning/planner  planning/measuring  planning/this_machine  __init__

@@ -114,17 +114,6 @@ _BF12_SM80 = {
 }
 
 
-def takes_gemv(num_tokens: int, format: ExpertFormat, invariant: bool) -> bool:
-    """Whether the matrix-vector kernels can compute a step whose experts are all in slots.
-
-    A model does without them: an expert that is read through is computed by the GEMMs, and bits must not depend on
-    where it was. They are for one token, and for weights that need no decoding, which is too slow without tensor cores.
-    They sum in another order than the GEMMs, so ``invariant`` (a row has the same bits alone and in any batch) does
-    without them.
-    """
-    return num_tokens == 1 and format is ExpertFormat.FLOAT and not invariant
-
-
 def shape_class(num_tokens: int, top_k: int, num_experts: int) -> int:
     """BT for so many routed rows: near the mean rows of an expert, and no more than the tokens can fill."""
     mean_rows = num_tokens * top_k / num_experts

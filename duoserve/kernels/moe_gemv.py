@@ -2,7 +2,10 @@
 
 K top-k, S slots, H hidden, I expert intermediate. In a kernel a CTA has BN weight rows and reads BK of each at a time.
 Every lane sums in float32 in a fixed order, so the bits depend on the shapes only; they differ from those of the GEMMs
-and the combine, which round in between.
+and the combine, which round in between. No model computes with these: an expert that is read through goes by the GEMMs,
+and bits must not depend on where it was.
+
+They are for one token, and for weights that need no decoding, which is too slow without tensor cores.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from duoserve.kernels.configs import (
     GemmConfig,
     gemm_config,
     shape_class,
-    takes_gemv,
 )
 from duoserve.kernels.machine import machine
 from duoserve.kernels.weights import ExpertFormat
@@ -157,13 +156,6 @@ def test_an_expert_without_a_slot_is_not_silent() -> None:
 def test_nothing_to_do_touches_nothing() -> None:
     case = make_case(3, 1, 2, 32, 32, torch.float32, away=0.0)
     assert all(bool(result.isnan().all()) for result in layer(case, None, [case.plan.missing.pairs(), []]))
-
-
-def test_only_a_token_alone_takes_the_matrix_vector_kernels() -> None:
-    assert takes_gemv(1, ExpertFormat.FLOAT, invariant=False)
-    assert not takes_gemv(2, ExpertFormat.FLOAT, invariant=False)
-    assert not takes_gemv(1, ExpertFormat.INT4, invariant=False)
-    assert not takes_gemv(1, ExpertFormat.FLOAT, invariant=True)
 
 
 def test_shape_classes() -> None:

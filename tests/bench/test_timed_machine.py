@@ -15,9 +15,9 @@ from duoserve.scheduling.hardware import Hardware, LayerSizes
 from duoserve.scheduling.host_time import HostTime, UntimedEngine
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.replay import replay
-from duoserve.scheduling.timed import PassTimes, TimedMachine
 from tests.scheduling.fortune import Teller, certain
 from tests.scheduling.traces import trace_of
+from timed_machine import PassTimes, TimedMachine
 
 # A read takes 2 s alone and 3 s of two at once.
 READERS = Readers(2, alone=50.0, together=200 / 3, notice_s=0.25)
