@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,8 +19,7 @@ from duoserve.experts.layout import ExpertId, ExpertLayout, round_up
 from duoserve.experts.pinned import pin, unpin
 from duoserve.experts.rows import aligned_rows
 from duoserve.experts.store import ExpertStore
-from duoserve.models.moe import MoEBlock, RoutingScript
-from duoserve.models.transformer import DecoderLayer, Transformer
+from duoserve.models.moe import RoutingScript
 from duoserve.passes import StepScheduler
 from duoserve.scheduling.routing import Routing, RoutingListener
 from duoserve.scheduling.source import ExpertSource, Lease
@@ -254,12 +253,3 @@ class ReplayedPasses(StepScheduler):
     def check_integrity(self) -> None:
         """See Scheduler."""
         self._scheduler.check_integrity()
-
-
-def scripted(model: Transformer, replay: RoutingReplay) -> Transformer:
-    """The same model, whose routers' choice is the replay's."""
-    return replace(model, layers=tuple(_scripted_layer(layer, replay) for layer in model.layers))
-
-
-def _scripted_layer(layer: DecoderLayer, replay: RoutingReplay) -> DecoderLayer:
-    return replace(layer, ffn=replace(layer.ffn, script=replay)) if isinstance(layer.ffn, MoEBlock) else layer

@@ -27,6 +27,7 @@ from duoserve.launching.recorded import RECORD_AFTER
 from duoserve.memory_needs import MemoryNeeds
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
+from duoserve.models.variants import with_script
 from duoserve.predictors.lookahead import LookaheadPredictor
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
@@ -37,7 +38,7 @@ from serve_cells import Cell, Part
 from serve_digest import NotedPasses, digest
 from serve_host import Host
 from serve_models import Unavailable, Wired
-from serve_replay import AskedFor, HostArena, ReplayedPasses, RoutingReplay, SharedRows, Tape, TapedScores, scripted
+from serve_replay import AskedFor, HostArena, ReplayedPasses, RoutingReplay, SharedRows, Tape, TapedScores
 from serve_steps import StallMeter, TimedDecoder, timed_decoder
 from serve_timeline import packed, timeline
 
@@ -163,9 +164,8 @@ class Ground:
             asked_for = AskedFor(scheduler)
             built = self.model.family.build(config, self.model.reader(device), RoutedExperts(asked_for, pool.weights))
             replay = RoutingReplay(self.warm, config.moe_layers)
-            model, tap = scripted(built, replay), None
-            if scheduler.listener is not None:
-                model, tap = listened_to(model, TapedScores(scheduler.listener, replay))
+            heard_by = None if scheduler.listener is None else TapedScores(scheduler.listener, replay)
+            model, tap = listened_to(with_script(built, replay), heard_by)
             cache = PagedKVCache(config, max_context, config.dtype, device)
             parts = DecoderParts(model, cache, scheduler, store, pool)
             launch = self._launch(mode, policy, parts)

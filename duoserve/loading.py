@@ -123,8 +123,7 @@ def _build(
     compiles = decision.wanted.decode_mode == "compiled"
     weights = with_compiled_unpacking(pool.weights) if compiles else pool.weights
     built = found.family.build(found.config, place.dense_reader(), RoutedExperts(scheduler, weights))
-    heard_by = audience(scheduler.listener, listener)
-    return (built, None) if heard_by is None else listened_to(built, heard_by)
+    return listened_to(built, audience(scheduler.listener, listener))
 
 
 def _ways(parts: DecoderParts, decision: Decision) -> tuple[Transformer, Decoder | None]:

@@ -85,8 +85,7 @@ def assembled(
                 lambda name, dtype=None: found.read(name, dtype or config.dtype).to(device),
                 RoutedExperts(scheduler, pool.weights),
             )
-            heard_by, model = audience(scheduler.listener, listener), change(built)
-            transformer, tap = (model, None) if heard_by is None else listened_to(model, heard_by)
+            transformer, tap = listened_to(change(built), audience(scheduler.listener, listener))
             parts = Parts(transformer, PagedKVCache(config, 256, config.dtype, device), scheduler, store)
             decoder = None if make_decoder is None else make_decoder(parts)
             passes = Passes(transformer, scheduler, parts.cache, meter, tap=tap, decoder=decoder)

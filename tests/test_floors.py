@@ -50,7 +50,7 @@ F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predi
     predictors/lookahead  predictors/paper  predictors/learned  predictors/examples  predictors/networks
     predictors/training  predictors/quality  predictors/files
 F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  models/attention  models/mla
-    models/router  models/tap  models/moe  models/transformer  models/parts  models/listening  models/variants
+    models/router  models/tap  models/moe  models/transformer  models/parts  models/variants  models/listening
     models/decoder  models/config_fields  models/rope_fields  models/quantization_fields  models/common_fields
     models/expert_names  models/family  models/mixtral  models/qwen3_moe  models/qwen2_moe  models/olmoe
     models/deepseek  models/glm4_moe  models/granite_moe  models/gpt_oss  models/registry  models/stored

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from duoserve.models.moe import MoEBlock
 from duoserve.models.tap import RouterSite, RoutingTap
-from duoserve.models.transformer import DecoderLayer, Transformer
+from duoserve.models.transformer import Transformer
+from duoserve.models.variants import with_tap
 from duoserve.scheduling.routing import RoutingListener
 
 
-def listened_to(model: Transformer, listener: RoutingListener) -> tuple[Transformer, RoutingTap]:
+def listened_to(model: Transformer, listener: RoutingListener | None) -> tuple[Transformer, RoutingTap | None]:
     """A variant of ``model`` (all tensors shared) with a tap at every MoE layer, and that tap.
 
-    Whoever runs passes must tell the tap of each before it begins.
+    Whoever runs passes must tell the tap of each before it begins. Where nobody listens it is the model itself.
     """
+    if listener is None:
+        return model, None
     sites = [
         RouterSite(layer.ffn.layer, layer.ffn.router.logits, layer.ffn_norm.weight_H)
         for layer in model.layers
         if isinstance(layer.ffn, MoEBlock)
     ]
     tap = RoutingTap(listener, sites)
-    return replace(model, layers=tuple(_tapped(layer, tap) for layer in model.layers)), tap
-
-
-def _tapped(layer: DecoderLayer, tap: RoutingTap) -> DecoderLayer:
-    return replace(layer, ffn=replace(layer.ffn, tap=tap)) if isinstance(layer.ffn, MoEBlock) else layer
+    return with_tap(model, tap), tap

@@ -7,6 +7,8 @@ from typing import Any
 
 from duoserve.kernels import Products
 from duoserve.kernels.small_ops import SmallOps
+from duoserve.models.moe import RoutingScript
+from duoserve.models.tap import RoutingTap
 from duoserve.models.transformer import Transformer
 
 
@@ -19,6 +21,18 @@ def with_products(model: Transformer, products: Products) -> Transformer:
 def with_ops(model: Transformer, ops: SmallOps) -> Transformer:
     """A variant that calls ``ops`` for the small ops between its matrix products."""
     changed: Transformer = _changed(model, "ops", ops)
+    return changed
+
+
+def with_script(model: Transformer, script: RoutingScript) -> Transformer:
+    """A variant whose routers do not choose: ``script`` does."""
+    changed: Transformer = _changed(model, "script", script)
+    return changed
+
+
+def with_tap(model: Transformer, tap: RoutingTap) -> Transformer:
+    """A variant whose routers tell ``tap`` what they choose."""
+    changed: Transformer = _changed(model, "tap", tap)
     return changed
 
 

@@ -35,9 +35,9 @@ from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.family import Family
 from duoserve.models.listening import listened_to
-from duoserve.models.moe import MoEBlock, RoutingScript
+from duoserve.models.moe import RoutingScript
 from duoserve.models.tensors import ReadTensor
-from duoserve.models.transformer import DecoderLayer
+from duoserve.models.variants import with_script
 from duoserve.passes import Passes
 from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import Policy
@@ -227,15 +227,8 @@ def running(stage: Stage, policy: Policy, num_slots: int, tier: str, context: in
         if policy.all_resident:
             scheduler.load_all()
         watch = Watch(scheduler, config)
-        model = stage.family.build(config, stage.read, RoutedExperts(watch, pool.weights))
-        model = replace(model, layers=tuple(_scripted(layer, watch) for layer in model.layers))
-        tap = None
-        if scheduler.listener is not None:
-            model, tap = listened_to(model, scheduler.listener)
+        built = stage.family.build(config, stage.read, RoutedExperts(watch, pool.weights))
+        model, tap = listened_to(with_script(built, watch), scheduler.listener)
         cache = PagedKVCache(config, context, config.dtype, torch.device("cpu"))
         passes = Passes(model, scheduler, cache, meter, tap=tap)
         yield Running(Engine(passes, config, cache, meter), meter, watch, stage.layout.slot_bytes)
-
-
-def _scripted(layer: DecoderLayer, watch: Watch) -> DecoderLayer:
-    return replace(layer, ffn=replace(layer.ffn, script=watch)) if isinstance(layer.ffn, MoEBlock) else layer

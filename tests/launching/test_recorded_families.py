@@ -5,7 +5,6 @@ T tokens, B sequences, K top-k, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,10 @@ from torch import Tensor
 
 from duoserve.experts.layout import ExpertId
 from duoserve.kv_cache import NewTokens
-from duoserve.models.moe import MoEBlock, RoutingScript
+from duoserve.models.moe import RoutingScript
 from duoserve.models.opened import opened
 from duoserve.models.transformer import Transformer
+from duoserve.models.variants import with_script
 from duoserve.passes import Decoder
 from tests.assembly import Parts, assembled
 from tests.checkpoints import save_mixtral
@@ -80,8 +80,7 @@ class Script(RoutingScript):
 
     def plays_in(self, model: Transformer) -> Transformer:
         """The model whose routers it takes the place of."""
-        blocks = [(layer, layer.ffn) for layer in model.layers if isinstance(layer.ffn, MoEBlock)]
-        return replace(model, layers=tuple(replace(layer, ffn=replace(ffn, script=self)) for layer, ffn in blocks))
+        return with_script(model, self)
 
 
 def scripted_run(folder: Path, mode: str) -> tuple[list[list[int]], list[Tensor], Copying]:
