@@ -123,7 +123,7 @@ class EngineConfig:
         host_memory: int | str | None = "auto",
         **others: Any,
     ) -> EngineConfig:
-        """From sizes as ``parse_bytes`` takes them, and ``others`` as they are; ConfigError as in both."""
+        """A config from sizes as ``parse_bytes`` takes them, and ``others`` as they are; ConfigError as in both."""
         return cls(
             expert_memory=_given_bytes(expert_memory),
             memory=_given_bytes(memory),

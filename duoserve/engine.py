@@ -284,7 +284,7 @@ class Engine:
         return produced
 
     def _with_room(self) -> list[Request]:
-        """Those that run, each with room for its next token. Where that lacks, the last to start make way."""
+        """The requests that run, each with room for its next token. Where that lacks, the last to start make way."""
         for request in list(self._decoding):
             while request in self._decoding and request.num_known > request.kv.room + self._cache.free_tokens:
                 self._make_way()
@@ -306,7 +306,11 @@ class Engine:
                 self._release(request)
 
     def _send_back(self, request: Request) -> None:
-        """It waits for room again, and then decodes the tokens that it has again: a longer prompt has other bits."""
+        """It waits for room again.
+
+        It then prefills its prompt alone and decodes its known tokens one by one, because one longer prompt would have
+        other bits.
+        """
         self._cache.release(request.kv)
         self._num_sent_back += 1
         if request.first_token is not None:  # else it goes on waiting as it did
@@ -372,7 +376,7 @@ class Engine:
         return self._started_load()._replace(waiting=[*map(self._as_waiting, self._waiting)])
 
     def _started_load(self) -> Load:
-        """Without those that wait, of whom there may be many."""
+        """The load without the requests that wait, of which there may be many."""
         # A page for each that grows: else the next to do so would send a newcomer back.
         growing = sum(request.may_grow for request in self._decoding)
         free = self._cache.free_tokens - growing * PAGE_TOKENS

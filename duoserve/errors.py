@@ -59,5 +59,5 @@ class OverloadedError(DuoServeError):
         self.retry_after_s = retry_after_s
 
     def __reduce__(self) -> tuple[type[OverloadedError], tuple[str, float]]:
-        """For copies, and for who is in another process: they need both."""
+        """What copies are made from, also in another process: they need both arguments."""
         return type(self), (str(self), self.retry_after_s)

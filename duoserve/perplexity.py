@@ -24,11 +24,11 @@ class TextScore(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """As if each token were drawn from that many equally likely ones."""
+        """The number of equally likely tokens that each might as well have been drawn from."""
         return math.exp(self.nats / self.tokens)
 
     def bits_per_byte(self, nbytes: int) -> float:
-        """Of a text of ``nbytes`` bytes."""
+        """Bits of surprise for each byte of a text of ``nbytes`` bytes."""
         return self.nats / math.log(2) / nbytes
 
 

@@ -46,7 +46,7 @@ class Placement:
 
     @classmethod
     def of(cls, found: OpenedModel, wanted: EngineConfig) -> Placement:
-        """As ``wanted``, where it says so; ConfigError for a device or dtype that cannot be had."""
+        """A placement as ``wanted``, where that says so; ConfigError for a device or dtype that cannot be had."""
         device, only_cpu = resolve_device(wanted.device), cpu_only(found.config)
         if device.type != "cpu" and only_cpu is not None:
             raise ConfigError(f"{only_cpu} runs on CPUs only so far: load it with device='cpu'")

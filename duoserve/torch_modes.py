@@ -27,6 +27,6 @@ def without_autocast() -> Iterator[None]:
 
 @contextmanager
 def inference() -> Iterator[None]:
-    """For passes and all that is made ready for them: in torch's inference mode, without autocast."""
+    """Torch's inference mode, without autocast: for passes and all that is made ready for them."""
     with torch.inference_mode(), without_autocast():
         yield

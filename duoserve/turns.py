@@ -25,7 +25,7 @@ class Turns:
 
     @property
     def runtime(self) -> Runtime:
-        """For what needs no turn; ClosedError after ``close``."""
+        """The runtime for what needs no turn; ClosedError after ``close``."""
         if self._open_runtime is None:
             raise ClosedError("this model was closed; load it again with MoEModel.from_pretrained")
         return self._open_runtime

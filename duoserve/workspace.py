@@ -81,7 +81,7 @@ class PassMemory:
 
     @property
     def peak_bytes(self) -> int:
-        """Of the residual in its two parts, before and after a layer's attention, and the part that is computed."""
+        """Bytes of the residual's two parts, before and after a layer's attention, and of the largest part computed."""
         config = self.config
         residual = 4 * self._rows(config.hidden_size) + 4 * FLOAT_BYTES * self.num_tokens * config.blocks.rope.dim
         dense = self._feed_forward(config.blocks.moe.dense_intermediate_size)
@@ -95,7 +95,7 @@ class PassMemory:
 
     @property
     def attention_bytes(self) -> int:
-        """Of whichever kind the model has."""
+        """Peak bytes of attention, grouped-query or latent."""
         attention = self.config.blocks.attention
         if isinstance(attention, LatentAttentionConfig):
             return self._latent_bytes(attention)

@@ -63,7 +63,7 @@ class RunningRequest(NamedTuple):
     tpot_s: float | None = None
 
     def due(self, more: int, share: float = PLANNED) -> float:
-        """By when it must have ``more`` further tokens so that its mean stays within ``share`` of its objective."""
+        """When ``more`` further tokens are due, so that its mean stays within ``share`` of its objective."""
         return inf if self.tpot_s is None else self.first_token + (self.tokens - 1 + more) * share * self.tpot_s
 
 

@@ -81,7 +81,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def _open_closed_streams() -> None:
-    """Those that the shell has closed (``>&-``) are None: nothing comes from them, and what they get is gone."""
+    """Opens what the shell has closed (``>&-``), which is None: nothing comes from it, and what it gets is gone."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - until the process ends

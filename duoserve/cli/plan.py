@@ -144,13 +144,13 @@ def _answer(planner: Planner, machine: Hardware, question: Question) -> Answer:
 
 
 def _plans(machines: list[Hardware], answers: list[Answer]) -> Iterator[tuple[Hardware, Plan]]:
-    """Those machines that can run the model, and their plans."""
+    """The machines that can run the model, and their plans."""
     pairs = zip(machines, answers, strict=True)
     return ((machine, answer) for machine, answer in pairs if isinstance(answer, Plan))
 
 
 def _rehearsed(planner: Planner, question: Question, *, anew: bool) -> Planner:
-    """With a rehearsal on this machine, where one can be made."""
+    """The planner with a rehearsal on this machine, where one can be made."""
     config = planner.model.config
     layout = layout_in(config, question.form, config.dtype)
     found = this_rehearsal(planner.model, layout, question.prompt, anew=anew)

@@ -157,7 +157,7 @@ def _check_room(card: RoutingCard, requests: int, tokens: int) -> None:
 
 
 def _predictors(paths: Sequence[Path], fingerprint: str, names: Sequence[str]) -> dict[str, RowPredictor]:
-    """By kind; ConfigError for one that no policy of these ``names`` would use."""
+    """The predictors in ``paths`` by kind; ConfigError for one that no policy of these ``names`` would use."""
     taken = {POLICIES[name].predictor for name in names if name in POLICIES}
     found: dict[str, RowPredictor] = {}
     for path in paths:

@@ -142,7 +142,7 @@ class LaneTimes:
         self._stalls.append(_Stretch(begin, end))
 
     def ends(self) -> list[Mark]:
-        """Of the copies that have not been told of."""
+        """The ends of the copies that have not been told of."""
         return [copy.stretch.end for copy in self._copies]
 
     def report(self, copying: bool) -> None:

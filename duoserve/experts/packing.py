@@ -117,7 +117,7 @@ class CheckpointStore(ExpertStore):
             raise CopyError(f"{expert}: {error}") from error
 
     def _scratch(self) -> Scratch:
-        """That of the calling thread, as long as it lives."""
+        """The scratch memory of the calling thread, as long as it lives."""
         if not hasattr(self._threads, "scratch"):
             self._threads.scratch = Scratch()
         scratch: Scratch = self._threads.scratch

@@ -83,7 +83,7 @@ def places(layout: ExpertLayout, row_B: Tensor) -> dict[MatrixName, Tensor]:
 
 
 def part_places(layout: ExpertLayout, part: RowPart, out_B: Tensor) -> dict[MatrixName, tuple[Tensor, tuple[int, int]]]:
-    """For a part of a row of floats and its bytes (uint8): the view that rows of each matrix go to, and which rows.
+    """The view that rows of each matrix go to, and which rows, in a part of a row of floats and its bytes (uint8).
 
     The part is the row, or one of ``float_parts``. Matrices that have no rows in it are not among them.
     """

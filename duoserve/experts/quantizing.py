@@ -83,13 +83,13 @@ class QuantizingStore(ExpertStore):
 
 
 class _Bf12:
-    """Of one thread at a time."""
+    """Makes rows BF12, for one thread at a time."""
 
     def __init__(self) -> None:
         self._scratch = Scratch()
 
     def fill(self, matrix: Matrix, rows: slice, w_ND: Tensor) -> Tensor:
-        """As of ScaleSearch, and no weight has an error. CopyError also for rows that the format has no room for."""
+        """As in ScaleSearch, and no weight has an error. CopyError also for rows that the format has no room for."""
         assert matrix.scales_SGN is not None
         step = max(1, BLOCK // w_ND.shape[1])
         for start in range(0, len(w_ND), step):

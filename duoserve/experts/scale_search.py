@@ -32,7 +32,7 @@ INT8_SHARES_S1 = torch.tensor(INT8_SPANS, dtype=torch.float32, device="cpu")[:, 
 
 
 def op_by_op(search: Callable[..., None], *parts: Tensor) -> None:
-    """On the calling thread, as long as blocks are small."""
+    """Runs a search on the calling thread, as long as blocks are small."""
     search(*parts)
 
 
@@ -44,7 +44,7 @@ class Way(NamedTuple):
 
     @classmethod
     def compiled(cls) -> Way:
-        """By compiled loops: seconds for the first block of a shape. For where there is a C++ compiler."""
+        """Searches by compiled loops: seconds for the first block of a shape. For where there is a C++ compiler."""
         return cls(CompiledLoops(), 1 << 20)
 
 
@@ -105,7 +105,7 @@ class _Places(NamedTuple):
         )
 
     def search(self, way: Way) -> None:
-        """In blocks of one shape: the last reaches back over places that are done, and if all are fewer, is padded."""
+        """Searches blocks of one shape: the last reaches back over places done, and if all are fewer, is padded."""
         places, size = self.w_PX.shape
         block = power_of_two(max(1, way.block_weights // size))
         if places < block:
@@ -129,7 +129,7 @@ class _Places(NamedTuple):
                 parts[0, :, rows] = part_P.view(rows.stop - rows.start, -1).T
 
     def squares_2(self, relative: bool) -> Tensor:
-        """As of ScaleSearch; ``relative``: the sums are of shares of the largest weight."""
+        """The sums of squares for ``ScaleSearch.fill``; ``relative``: a place's are of shares of its largest weight."""
         if not self.largest_P.isfinite().all():
             raise CopyError("not all weights are finite numbers")
         squares_2P = torch.stack([self.errors_P, self.weights_P]).double()
@@ -190,7 +190,7 @@ def _int4(  # noqa: PLR0913, PLR0917
     high_P: Tensor,
     rounded_SP: Tensor,
 ) -> None:
-    """Of the last three as ``_int4_scales`` makes them."""
+    """Searches a block in int4; the last three operands are as ``_int4_scales`` makes them."""
     wide_PX, scales_SP = w_PX.float(), rounded_SP.float()
     largest_P.copy_(torch.maximum(high_P, -low_P))
     steps_SP = laid_down(_steps(scales_SP))
@@ -220,7 +220,7 @@ def _int4_error(wide_PX: Tensor, steps_P: Tensor, zeros_P: Tensor) -> Tensor:
 
 
 def _steps(scales: Tensor) -> Tensor:
-    """Of a weight of 1. None for weights so small that float32 does not hold it: they become 0."""
+    """The steps in a weight of 1. None for weights so small that float32 does not hold their number: they become 0."""
     return torch.where(scales >= torch.finfo(torch.float32).tiny, 1 / scales, 0)
 
 

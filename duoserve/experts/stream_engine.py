@@ -222,7 +222,7 @@ class StreamCopyEngine(CopyEngine):
             return whole.ticket
 
     def _next(self) -> CopyPiece | None:
-        """Of those that may start, else of all; None if there is none, or the device failed when it was asked."""
+        """The next piece of what may start, else of all; None if there is none, or the device failed when asked."""
         try:
             return self._queue.take(self._lanes.may_start) or self._queue.take()
         except BaseException as error:  # as in _carry_out

@@ -36,7 +36,7 @@ def room(inner: int) -> int:
 
 
 def used_bytes(inner: int) -> int:
-    """Of a row before padding, for D in multiples of 4."""
+    """Bytes of a row before padding, for D in multiples of 4."""
     return inner * BITS // _BYTE + room(inner) * _PLACE
 
 
@@ -89,12 +89,12 @@ class Bf12Rows(NamedTuple):
         return (self.escapes_NC != (LEAST * self.scales_N)[:, None]) & named_NC
 
     def put_escapes(self, w_ND: Tensor, used_NC: Tensor) -> None:
-        """Those of the places ``used_NC`` into rows that are else complete."""
+        """Writes the escapes of the places ``used_NC`` into rows that are else complete."""
         rows, places = used_NC.nonzero(as_tuple=True)
         w_ND[rows, self.columns_NC[rows, places].long()] = self.escapes_NC[rows, places]
 
     def cut(self, rows: slice) -> Bf12Rows:
-        """Some of them."""
+        """The parts of some rows."""
         return Bf12Rows(*(part[rows] for part in self))
 
 

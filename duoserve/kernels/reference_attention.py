@@ -71,7 +71,7 @@ def _of_one_query(q_1HD: Tensor, k_CGD: Tensor, v_CGD: Tensor, scale: float, sin
 
 
 def _with_empty_row(x_CGD: Tensor) -> Tensor:
-    """For sinks, behind the context."""
+    """The rows and one of zeros behind the context, for sinks."""
     return F.pad(x_CGD, (0, 0, 0, 0, 0, 1))
 
 

@@ -56,7 +56,7 @@ def _write_work(work, chosen, slots, experts, E, EP: tl.constexpr):
 
 @triton.jit
 def _write_lists(counts, slots_E, starts_E1, resident, missing, E, EP: tl.constexpr):
-    """From each expert's row count: its first row and the two work lists. Returns the first rows."""
+    """Writes each expert's first row and the two work lists, from its row count. Returns the first rows."""
     experts = tl.arange(0, EP)
     counts = tl.where(experts < E, counts, 0)
     starts = tl.cumsum(counts, axis=0) - counts

@@ -30,7 +30,7 @@ class StepRows(NamedTuple):
     y_RH: Tensor
 
     def first(self, num_sequences: int, top_k: int) -> StepRows:
-        """Those of the first sequences."""
+        """The rows of the first ``num_sequences`` sequences."""
         num_rows = num_sequences * top_k
         return StepRows(self.x_BH[:num_sequences], self.act_RI[:num_rows], self.y_RH[:num_rows])
 
@@ -60,7 +60,7 @@ class Chosen:
 
     @property
     def num_sequences(self) -> int:
-        """Of the step."""
+        """Sequences of the step."""
         return len(self._ids_BK)
 
     @cached_property
@@ -113,14 +113,14 @@ class CompiledExperts:
             places = places[call.num_rows :]
 
     def _call(self, num_rows: int) -> _Call:
-        """Of an expert that has so many rows left."""
+        """The call for an expert that has ``num_rows`` rows left."""
         size = self._sizes.next_call(num_rows)
         if size not in self._calls:
             self._calls[size] = _Call(self._compiler, self._block, self.rows, size)
         return self._calls[size]
 
     def _real(self, routed: Routed, chosen: Chosen) -> Routed:
-        """Without padding."""
+        """The choice without padding."""
         rows = self.rows.first(chosen.num_sequences, self._block.top_k)
         return rows.in_place_of(routed)._replace(plan=chosen.plan)
 

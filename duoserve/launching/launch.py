@@ -45,7 +45,7 @@ class VariantDecoder(Decoder):
     cache: PagedKVCache
 
     def __call__(self, new_tokens: NewTokens) -> Tensor:
-        """As Decoder says."""
+        """As in Decoder."""
         return self.model(self.cache.batch(new_tokens), new_tokens.last_rows).cpu()
 
     def prepare(self, num_sequences: int) -> None:

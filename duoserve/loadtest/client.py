@@ -37,7 +37,7 @@ class Target:
     ignore_eos: bool = False
 
     def client(self) -> httpx.AsyncClient:
-        """For any number of requests at once; the caller closes it. ConfigError for what is no URL."""
+        """A client for any number of requests at once; the caller closes it. ConfigError for what is no URL."""
         headers = {} if self.api_key is None else {b"Authorization": f"Bearer {self.api_key}".encode()}
         base = self.url.rstrip("/").removesuffix("/v1")
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -78,11 +78,11 @@ class Form:
 
     @property
     def path(self) -> str:
-        """Of the endpoint."""
+        """Path of the endpoint."""
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
     def body(self, asked: LoadRequest) -> dict[str, Any]:
-        """Of a streamed request whose tokens the server counts."""
+        """Body of a streamed request whose tokens the server counts."""
         said = {"messages": [{"role": "user", "content": asked.prompt}]} if self.chat else {"prompt": asked.prompt}
         options = {"stream": True, "stream_options": {"include_usage": True}}
         longer = {"ignore_eos": True} if self.ignore_eos else {}

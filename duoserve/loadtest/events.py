@@ -25,7 +25,7 @@ async def event_data(parts: AsyncIterable[bytes]) -> AsyncIterator[str]:
 
 
 async def _lines(parts: AsyncIterable[bytes]) -> AsyncIterator[str]:
-    """Without their ends; a byte order mark in front of the first is no part of it."""
+    """The lines without their ends; a byte order mark in front of the first is no part of it."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")("replace"), translate=True)
     rest = ""
     async for part in parts:

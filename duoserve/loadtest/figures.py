@@ -78,7 +78,7 @@ def _percentiles_ms(seconds: Sequence[float]) -> dict[str, float | None]:
 
 @dataclass
 class GoodputSearch:
-    """From ``rate`` on, twice or half the rate until both a good and a bad one are known, then between them.
+    """Tries ``rate``, then twice or half the last until both a good and a bad one are known, then between them.
 
     A rate is good where ATTAINED of the requests met their objectives. Not more than ``trials``.
     """

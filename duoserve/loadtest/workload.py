@@ -56,6 +56,6 @@ class Workload:
 
 
 def _length(dice: random.Random, mean: float, most: int) -> int:
-    """From 1 to ``most``; a mean that would often be cut off is lowered to a quarter of it."""
+    """A length from 1 to ``most``; a mean that would often be cut off is lowered to a quarter of that."""
     mean = min(mean, most / 4)
     return max(1, min(most, round(dice.lognormvariate(math.log(mean) - SPREAD**2 / 2, SPREAD))))

@@ -106,7 +106,7 @@ def parse_v2(raw: dict[str, Any]) -> ModelConfig:
 
 
 def parse_v3(raw: dict[str, Any]) -> ModelConfig:
-    """As ``parse_v2``."""
+    """The hyper-parameters of a V3, read as in ``parse_v2``."""
     aliases = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
     fields = Fields.completed(raw, DEFAULTS_V3, aliases)
     refuse_unsupported(fields)
@@ -116,7 +116,7 @@ def parse_v3(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _check_head_dim(fields: Fields, rotated: int) -> None:
-    """To transformers' V3 it is the number of rotated dimensions, and null is a head's share of the hidden size."""
+    """In transformers' V3 ``head_dim`` is how many dimensions rotate; null is a head's share of the hidden size."""
     if "head_dim" in fields.names and fields.optional_integer("head_dim", 1, 1024) != rotated:
         raise fields.refusal("head_dim", f"it must be absent or qk_rope_head_dim, {rotated}")
 

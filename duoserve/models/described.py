@@ -60,7 +60,7 @@ def _from_headers(folder: Path) -> DescribedModel:
 
 
 def _from_index(folder: Path, listed: Mapping[str, str] | None) -> DescribedModel:
-    """Without the weights: bytes follow from shapes and dtypes."""
+    """The model without its weights: bytes follow from shapes and dtypes."""
     raw = read_object(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
     family = family_of(raw)
     config = family.parse_config(raw)

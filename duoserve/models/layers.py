@@ -24,7 +24,7 @@ class Linear:
 
     @classmethod
     def load(cls, tensors: Tensors, num_out: int, num_in: int, bias: bool = False) -> Linear:
-        """From ``weight`` and, where there is one, ``bias``."""
+        """Loads it from ``weight`` and, where there is one, ``bias``."""
         return cls(tensors("weight", num_out, num_in), tensors("bias", num_out) if bias else None)
 
     @classmethod
@@ -75,7 +75,7 @@ class RMSNorm:
 
     @classmethod
     def load(cls, tensors: Tensors, size: int, eps: float) -> RMSNorm:
-        """From ``weight``."""
+        """Loads the norm from ``weight``."""
         return cls(tensors("weight", size), eps)
 
     def __call__(self, x_TH: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class FeedForward:
 
     @classmethod
     def load(cls, tensors: Tensors, hidden: int, intermediate: int) -> FeedForward:
-        """From ``gate_proj``, ``up_proj`` and ``down_proj``."""
+        """Loads it from ``gate_proj``, ``up_proj`` and ``down_proj``."""
         wide = [(tensors.under(name), intermediate) for name in ("gate_proj", "up_proj")]
         return cls(Linear.load_stacked(wide, hidden), Linear.load(tensors.under("down_proj"), hidden, intermediate))
 

@@ -56,7 +56,7 @@ class LatentAttention:
     def load(
         cls, layer: int, config: LatentAttentionConfig, interleaved: bool, hidden: int, tensors: Tensors
     ) -> LatentAttention:
-        """From the projections of queries, latents, keys and values, and the output."""
+        """Loads it from the projections of queries, latents, keys and values, and the output."""
         latent, out_dim = config.latent_dim, config.nope_dim + config.value_dim
         expand = Linear.load(tensors.under("kv_b_proj"), config.num_heads * out_dim, latent)
         return cls(

@@ -99,7 +99,7 @@ class OpenedModel:
 
     @cached_property
     def _quantized(self) -> dict[str, tuple[WeightFormat, tuple[int, ...]]]:
-        """By name, the format and the shape of every quantized matrix that is not a routed expert's."""
+        """The format and the shape of every quantized matrix that is not a routed expert's, by name."""
         form, is_quantized = weight_format(self.config), by_tensors(self.checkpoint.tensors)
         needs = self.family.dense_needs(self.config).items()
         return {} if form is None else {n: (form, need.shape) for n, need in needs if is_quantized(n, form)}

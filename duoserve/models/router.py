@@ -27,7 +27,7 @@ class Router:
 
     @classmethod
     def load(cls, config: RouterConfig, hidden: int, tensors: Tensors) -> Router:
-        """From ``weight`` and what else the config says there is."""
+        """Loads the router from ``weight`` and what else the config says there is."""
         dtype = torch.float32 if config.wide else None
         weight_EH = tensors("weight", config.num_experts, hidden, dtype=dtype)
         gate = Linear(weight_EH, tensors("bias", config.num_experts, dtype=dtype) if config.bias else None)

@@ -51,13 +51,13 @@ def stored_tensors(family: Family, config: ModelConfig, is_quantized: IsQuantize
 
 
 def by_tensors(tensors: Mapping[str, TensorInfo]) -> IsQuantized:
-    """Of a checkpoint that is there: a matrix is quantized if it is no float, or if anything else of it is there."""
+    """Goes by the tensors there are: a matrix is quantized if it is no float, or if anything else of it is there."""
     by_name = by_names(tensors)
     return lambda name, form: by_name(name, form) or (name in tensors and tensors[name].dtype not in FLOATS)
 
 
 def by_names(names: Collection[str]) -> IsQuantized:
-    """Of an index."""
+    """Goes by an index: a matrix is quantized if anything else of it is there."""
     return lambda name, form: any(part.name in names for part in form.parts(name, 1, 1).values() if part.name != name)
 
 

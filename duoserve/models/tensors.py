@@ -37,7 +37,7 @@ class Tensors:
 
     @classmethod
     def of(cls, read: ReadTensor) -> Tensors:
-        """Those of a checkpoint whose shapes have been checked."""
+        """The tensors of a checkpoint whose shapes have been checked."""
         return cls(lambda name, need: read(name, need.dtype))
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -45,7 +45,7 @@ class Tensors:
         return self.get(self.prefix + name, TensorNeed(shape, dtype))
 
     def under(self, name: str) -> Tensors:
-        """Those below one more part of a name."""
+        """The tensors below one more part of a name."""
         return Tensors(self.get, f"{self.prefix}{name}.")
 
 

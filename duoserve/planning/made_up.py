@@ -157,7 +157,7 @@ class Watch(ExpertSource, RoutingScript):
         return scores_TE.topk(self._config.top_k).indices
 
     def _of_step(self, layer: int) -> list[int]:
-        """As many missing experts as the dice say, as far as there are so many."""
+        """A step's experts, as many of them missing as the dice say, as far as there are so many."""
         top_k, dice = self._config.top_k, self._random
         experts = dice.sample(range(self._config.num_experts), self._config.num_experts)
         ready = [expert for expert in experts if self._scheduler.table.is_ready(ExpertId(layer, expert))]

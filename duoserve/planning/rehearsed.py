@@ -63,7 +63,7 @@ class RehearsedCosts(Costs):
         return num_layers * layer_s + times.rest_s
 
     def _prompt_s(self, times: PromptTimes, copies: float) -> float:
-        """By interpolation at so many ``copies`` a layer. A layer without copies takes what a resident one took."""
+        """Seconds interpolated at so many ``copies`` a layer. A layer without copies takes what a resident one took."""
         seen, layer_s, resident = times.copies, times.layer_s, self.rehearsal.times.get(RESIDENT)
         if len(seen) > 1 and resident is not None:
             seen, layer_s = (0.0, *seen), (next(iter(resident.values())).prefill.layer_s[0], *layer_s)

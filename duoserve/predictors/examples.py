@@ -18,7 +18,7 @@ from duoserve.scheduling.trace import LayerTrace, Trace
 
 
 class Examples(NamedTuple):
-    """For one layer, some layers ahead: what was ``seen``, and which experts were chosen then (0 or 1)."""
+    """Examples for one layer, some layers ahead: what was ``seen``, and which experts were chosen then (0 or 1)."""
 
     seen: Seen
     chosen_NE: np.ndarray

@@ -74,7 +74,7 @@ class History:
         return (self.place[layer] - self.last - 1) % len(self.meta.layers) + 1
 
     def counts(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each row's request, decayed counts [T, D, E] of its choices at ``layer``, and [T, D, 1] of its tokens."""
+        """Decayed counts of each row's request: [T, D, E] of its choices at ``layer``, and [T, D, 1] of its tokens."""
         place = self.place[layer]
         return self._counts_SLDE[self._slots_T, place], self._totals_SLD1[self._slots_T, place]
 

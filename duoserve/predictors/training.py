@@ -168,7 +168,7 @@ KINDS: dict[str, Callable[[Split], RowPredictor]] = {
 
 
 def _affinities(split: Split) -> np.ndarray:
-    """To each layer from the one before, float32 [L, E, E]."""
+    """The affinities to each layer from the one before, float32 [L, E, E]."""
     said = (split.train.examples(place, 1) for place in range(len(split.train.meta.layers)))
     return np.stack([affinity(one.seen.path[0], one.chosen_NE) for one in said])
 

@@ -92,7 +92,7 @@ def least_copies(trace: Trace, num_slots: int) -> int:
 
 
 def _courses(trace: Trace, layer: int) -> list[list[Step]]:
-    """By request; nothing is read but what was chosen at this layer, for there may be many."""
+    """The steps of each request; nothing is read but what was chosen at this layer, for there may be many."""
     ids_NK, starts, sizes = trace.chosen(layer), trace.starts_R.tolist(), trace.requests_R2.tolist()
     return [
         list(_steps(ids_NK[start : start + num_tokens], num_prompt))
@@ -135,7 +135,7 @@ def _belady_layer(courses: Sequence[Sequence[Step]], num_slots: int, warm_up: in
 
 
 def _belady(steps: Sequence[tuple[bool, list[int]]], num_slots: int) -> Hits:
-    """Over ``steps``, each with whether it is counted."""
+    """Belady's hits over ``steps``, each with whether it is counted."""
     next_uses = next_use([experts for _, experts in steps])
     due: dict[int, int] = {}  # of the experts in slots: when they are used next
     latest: list[tuple[int, int]] = []  # the same, the latest first, and what has been used since
@@ -155,7 +155,7 @@ def _belady(steps: Sequence[tuple[bool, list[int]]], num_slots: int) -> Hits:
 
 
 def next_use(steps: Sequence[Sequence[int]]) -> list[list[int]]:
-    """For each expert of each step the number of the step that uses it next, NEVER if none does."""
+    """The number of the step that next uses each expert of each step, NEVER if none does."""
     coming: dict[int, int] = {}
     found: list[list[int]] = []
     for number in range(len(steps) - 1, -1, -1):

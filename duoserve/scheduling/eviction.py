@@ -57,7 +57,7 @@ class Eviction:
     rival: Callable[[int, int], Ranking] | None = None
 
     def quotas(self, num_slots: int, shape: ModelShape) -> list[int]:
-        """By layer of the model: the slots it may fill before its own experts go first; 0 if they always do."""
+        """The slots that each layer of the model may fill before its own experts go first; 0 if they always do."""
         quotas = [0] * shape.depth
         if self.per_layer:
             shares = layer_quotas(num_slots, len(shape.layers), shape.top_k)

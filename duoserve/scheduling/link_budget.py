@@ -222,7 +222,7 @@ def affordable(
     queued: int,
     victim_chances: Sequence[float],
 ) -> list[tuple[int, Guess]]:
-    """Those of ``guesses`` that pay, in their order. Each comes with how many layers ahead (from 0) it is.
+    """The ``guesses`` that pay, in their order. Each comes with how many layers ahead (from 0) it is.
 
     ``queued`` copies go before them, and the link is idle for ``idle_s`` until the next layer is routed. What is left
     of a copy then delays that layer's demands. A guess that comes true saves the part of its copy that was made before;

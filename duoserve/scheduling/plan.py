@@ -111,7 +111,7 @@ class LayerView(NamedTuple):
         return tuple([expert for expert in self.wanted if expert not in present])
 
     def absent(self, experts: Iterator[ExpertId]) -> Iterator[ExpertId]:
-        """Those of ``experts`` that are neither in a slot nor on their way."""
+        """The ``experts`` that are neither in a slot nor on their way."""
         return (expert for expert in experts if expert.expert not in self.present.get(expert.layer, ()))
 
 

@@ -121,7 +121,7 @@ class DecayedFrequency(_Values):
 
 
 class LeastStale(_Values):
-    """By how many passes of its layer an expert has sat through unused; the most stale goes first.
+    """Ranks by how many passes of its layer an expert has sat through unused; the most stale goes first.
 
     After "Least-Stale" of SpecMD (arXiv 2602.03921): over layers that take turns, recency calls those stale whose
     turn comes next. Here every layer counts its own turns.

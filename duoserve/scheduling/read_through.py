@@ -48,7 +48,7 @@ def most_misses(shape: ModelShape, num_tokens: int) -> int:
 
 
 def spread_targets(spare: Sequence[int], num_layers: int, width: int) -> np.ndarray:
-    """For each layer the slots that its misses fill, in this order: int32 [N, X]. X = ``width`` is at most len(spare).
+    """The slots that each layer's misses fill, in this order: int32 [N, X]. X = ``width`` is at most len(spare).
 
     Each layer begins at another place of ``spare``, evenly spread, so that a layer overwrites as few misses of others
     as possible.

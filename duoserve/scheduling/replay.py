@@ -243,7 +243,7 @@ class _Run:
     def _hear(  # noqa: PLR0913, PLR0917
         self, layer: int, lease: Lease, routing: Routing, wanted: _Asked, hearing_s: float, num_tokens: int
     ) -> None:
-        """Behind the layer's demands; a device computes meanwhile what is there, a host does one after the other."""
+        """Hears it behind the layer's demands; a device computes meanwhile what is there, a host only afterwards."""
         if self._machine.hardware.host_computes:
             self._launch(layer, hearing_s)
             self._lane.synchronize()
@@ -302,7 +302,7 @@ def _prompt_of(request: RequestTrace, layer: int, machine: Machine) -> _Asked:
 
 
 def _tokens_of(request: RequestTrace, layers: Sequence[int]) -> list[list[list[int]]]:
-    """By layer, by decoded token: the experts."""
+    """The experts by layer and decoded token."""
     return [request.layers[layer].topk_ids_NK[request.num_prompt :].tolist() for layer in layers]
 
 

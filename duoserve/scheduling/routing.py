@@ -52,7 +52,7 @@ class Audience(RoutingListener):
 
     @property
     def lookahead(self) -> int:
-        """As many layers as any of them wants."""
+        """The most layers ahead that any of them wants."""
         return max(listener.lookahead for listener in self._listeners)
 
     def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
@@ -67,6 +67,6 @@ class Audience(RoutingListener):
 
 
 def audience(*listeners: RoutingListener | None) -> RoutingListener | None:
-    """Those that are there as one listener; None if none is."""
+    """The listeners that are there, as one; None if none is."""
     present = [listener for listener in listeners if listener is not None]
     return present[0] if len(present) == 1 else Audience(present) if present else None

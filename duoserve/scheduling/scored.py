@@ -17,7 +17,7 @@ from duoserve.scheduling.routing import Routing
 
 @dataclass
 class Score:
-    """Of single tokens' top-k in decode: how much of it the predictor's k likeliest experts held, layer by layer."""
+    """How much of single tokens' top-k in decode the predictor's k likeliest experts held, layer by layer."""
 
     layers: int = 0  # how often a layer was foretold
     chosen: int = 0  # experts that were chosen there
@@ -32,12 +32,12 @@ class Score:
 
     @property
     def exact_share(self) -> float | None:
-        """Exact top-k."""
+        """The share of layers whose top-k was exactly right; None where nothing was foretold."""
         return self.exact / self.layers if self.layers else None
 
     @property
     def half_share(self) -> float | None:
-        """At least half right."""
+        """The share of layers whose top-k was at least half right; None where nothing was foretold."""
         return self.half / self.layers if self.layers else None
 
     def note(self, said: list[int], chosen: list[int]) -> None:
@@ -61,17 +61,17 @@ class ScoredPredictor(Predictor):
 
     @property
     def name(self) -> str:
-        """The inner one's."""
+        """The inner predictor's name."""
         return self._inner.name
 
     @property
     def horizon(self) -> int:
-        """The inner one's."""
+        """The inner predictor's horizon."""
         return self._inner.horizon
 
     @property
     def lookahead(self) -> int:
-        """The inner one's."""
+        """The inner predictor's lookahead."""
         return self._inner.lookahead
 
     def begin(self, phase: Phase, requests_T: np.ndarray) -> None:

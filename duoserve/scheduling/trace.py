@@ -186,7 +186,7 @@ class Trace:
 
     @cached_property
     def requests_R2(self) -> np.ndarray:
-        """Of each request, its number of tokens and how many of them are the prompt: int32 [R, 2]."""
+        """Each request's number of tokens and how many of them are the prompt: int32 [R, 2]."""
         return self._rows.read(REQUESTS, 0, None)
 
     @cached_property
@@ -212,7 +212,7 @@ class Trace:
 
     @cached_property
     def prompt_marks(self) -> list[str]:
-        """Of each request, a word for its prompt: the same wherever that prompt is, in this trace or another."""
+        """A word for each request's prompt: the same wherever that prompt is, in this trace or another."""
         token_ids_N, prompts_R = self.read(TOKEN_IDS).astype("<i4"), self.requests_R2[:, 1]
         prompts = (token_ids_N[start : start + n] for start, n in zip(self.starts_R, prompts_R, strict=False))
         return [blake2b(prompt.tobytes(), digest_size=8).hexdigest() for prompt in prompts]

@@ -271,5 +271,5 @@ def _encoded(meta: TraceMeta, values: Mapping[str, np.ndarray]) -> bytes:
 
 
 def _fitting(values: np.ndarray, dtype: np.dtype[np.generic]) -> np.ndarray:
-    """In ``dtype``; scores beyond the range of half precision become its largest."""
+    """The values in ``dtype``; scores beyond the range of half precision become its largest."""
     return (np.clip(values, -_LARGEST_HALF, _LARGEST_HALF) if dtype == np.float16 else values).astype(dtype)

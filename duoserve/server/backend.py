@@ -53,7 +53,7 @@ class Stream(Protocol):
 
     @property
     def objectives(self) -> Objectives:
-        """Its own, and the service's where it brought none."""
+        """Its own objectives, and the service's where it brought none."""
         ...
 
     @property
@@ -86,7 +86,7 @@ class Service(Protocol):
 
     @property
     def objectives(self) -> Objectives:
-        """Those of requests that bring none of their own."""
+        """The objectives of requests that bring none of their own."""
         ...
 
     async def submit(

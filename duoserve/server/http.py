@@ -76,7 +76,7 @@ async def read_fields(request: Request, max_bytes: int) -> Fields:
 
 
 async def _body(request: Request, max_bytes: int) -> bytes:
-    """Of a body that is too large, DISCARDED bytes more are read, for nothing.
+    """The body of a request. Of one that is too large, DISCARDED bytes more are read, for nothing.
 
     A client that still writes when the connection is closed is told of a reset, and not what it was answered.
     """

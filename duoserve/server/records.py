@@ -71,7 +71,7 @@ class RequestLog:
 
     @property
     def live(self) -> Iterable[Record]:
-        """Those that run, in the order of their arrival."""
+        """The requests that run, in the order of their arrival."""
         return tuple(self._live)
 
     @property

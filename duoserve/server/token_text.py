@@ -36,7 +36,7 @@ class TokenText:
         return found
 
     def offsets(self, behind: Sequence[int] = ()) -> Offsets:
-        """For one answer's tokens, whose text goes on from that of the tokens ``behind`` it."""
+        """Offsets of one answer's tokens, whose text goes on from that of the tokens ``behind`` it."""
         return Offsets(self._text, behind)
 
     def _make_data(self, token_id: int) -> bytes:
@@ -66,7 +66,7 @@ class Offsets:
         self._end = 0
 
     def next(self, token_id: int) -> int:
-        """That of ``token_id``, which comes behind those that were asked for before."""
+        """Where ``token_id`` begins, which comes behind those that were asked for before."""
         begin = self._end
         if self._decoder is not None:
             self._end += len(self._decoder.push(token_id))

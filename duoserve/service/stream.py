@@ -65,7 +65,7 @@ class Stream:
         self._cancel(self._request)
 
     def give(self, item: Piece | DuoServeError | None, finished: float | None) -> bool:
-        """By the service's thread: the next piece, or the end of it; False if the event loop has been closed.
+        """The service's thread gives the next piece, or the end of it; False if the event loop has been closed.
 
         Whoever gives an error has forgotten its calls.
         """

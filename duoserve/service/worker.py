@@ -58,7 +58,7 @@ class Worker:
 
     @property
     def figures(self) -> ServiceFigures:
-        """As of the last step."""
+        """The figures as of the last step."""
         return self._figures
 
     @property
@@ -97,7 +97,7 @@ class Worker:
 
     @property
     def _runtime(self) -> Runtime:
-        """For the thread alone."""
+        """The runtime, for the thread alone; ClosedError after ``stop``."""
         if self._open_runtime is None:
             raise ClosedError("the service has been closed")
         return self._open_runtime

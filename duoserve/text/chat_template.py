@@ -55,7 +55,7 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
-        """From ``chat_template.jinja``, else ``chat_template.json`` or ``tokenizer_config.json``; None without any.
+        """One from ``chat_template.jinja``, else ``chat_template.json`` or ``tokenizer_config.json``; None without any.
 
         CheckpointError for one that is malformed. Of several named ones, the one called "default".
         """

@@ -21,7 +21,7 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Those that have a name of their own; each stands as text or as an object that has it."""
+    """The special tokens that have a name of their own; each stands as text or as an object that has it."""
     found = {}
     for name in SPECIAL_TOKENS:
         token = config.get(name)

@@ -44,7 +44,7 @@ class Rows(Protocol):
 
     @property
     def shape(self) -> Sequence[int]:
-        """Of all of them."""
+        """The shape of all of them."""
 
     def __getitem__(self, rows: slice, /) -> Tensor:
         """Contiguous, until the next are asked for."""

@@ -122,7 +122,7 @@ class CpuCompiler(Recorder):
 
 @contextmanager
 def loading_compiler() -> Iterator[None]:
-    """For the import of ``inductor``: CompilerError where it fails, as for want of a place for temporary files."""
+    """The block imports ``inductor``: CompilerError where that fails, as for want of a place for temporary files."""
     try:
         yield
     except Exception as error:  # of any kind: PyTorch asks the system for much when its compiler is imported

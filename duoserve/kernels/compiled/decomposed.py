@@ -29,7 +29,7 @@ def _decode_attention(
     window: int | None = None,
     sinks_H: Tensor | None = None,
 ) -> Any:
-    """Of one sequence: a call of the op takes longer than the loops do for a short context."""
+    """Attention of one sequence as loops: a call of the op takes longer than they do for a short context."""
     num_queries = q_BHD.shape[1] // k_pages_PSGD.shape[2]
     if len(q_BHD) > 1 or num_queries > QUERIES or window is not None or sinks_H is not None:
         return NotImplemented
@@ -37,7 +37,7 @@ def _decode_attention(
 
 
 def _sort(scores_TE: Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
-    """A router's, where there are few scores: the place of each is the number of those before it. NaN is highest."""
+    """A router's sort of few scores: the place of each is the number of those before it. NaN is highest."""
     if scores_TE.dim() != 2 or dim not in {-1, 1} or not (stable and descending) or scores_TE.shape[1] > COUNTED:
         return NotImplemented
     ids_E = torch.arange(scores_TE.shape[1], device=scores_TE.device)

@@ -34,7 +34,7 @@ class Bound(NamedTuple):
 
 
 class Tape:
-    """Of work on operands, and maybe on a number, which it is only good for: buffers are as large as that says."""
+    """The calls of work on operands, and maybe on a number, for that one only: buffers are as large as it says."""
 
     def __init__(
         self, calls: Sequence[tuple[Kernel, Sequence[Any]]], operands: Sequence[Tensor], number: tuple[int, ...]

@@ -36,7 +36,7 @@ class CallRows(NamedTuple):
     most: int
 
     def next_call(self, num_rows: int) -> int:
-        """Of an expert's rows, the size of the call that computes the first, or all of them."""
+        """The size of the call that computes an expert's ``num_rows`` rows, or the first of them."""
         return next((size for size in self.sizes if size >= num_rows), self.sizes[-1])
 
 
@@ -79,7 +79,7 @@ class SlotMatrix(NamedTuple):
 
     @classmethod
     def of(cls, matrix: Matrix, slot: int) -> SlotMatrix:
-        """That of weights in any format but MXFP4."""
+        """The matrix in ``slot``, of weights in any format but MXFP4."""
         data, scales = matrix.data_SNB[slot], matrix.scales_SGN
         if scales is None:
             return cls(data)
@@ -120,7 +120,7 @@ class SlotMatrix(NamedTuple):
         return streamed_int4_product(self.data, self.scales, self.zeros, x_D)
 
     def _row_scales(self, scales: Tensor) -> Tensor:
-        """Those of fp8 [N, G]."""
+        """The scales of each weight row [N, G], from those of fp8's blocks."""
         blocks_B1LG = scales.view(-1, 1, self.lanes, scales.shape[1])
         return blocks_B1LG.expand(-1, FP8_BLOCK, -1, -1).reshape(-1, scales.shape[1])
 
@@ -133,12 +133,12 @@ class SlotWeights(NamedTuple):
 
     @classmethod
     def of(cls, weights: ExpertWeights, slot: int) -> SlotWeights:
-        """Those of weights in any format but MXFP4."""
+        """The matrices in ``slot``, of weights in any format but MXFP4."""
         return cls(SlotMatrix.of(weights.w13, slot), SlotMatrix.of(weights.w2, slot))
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Those of both."""
+        """The tensors of both matrices."""
         return [*self.w13.tensors, *self.w2.tensors]
 
 
