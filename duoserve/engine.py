@@ -306,10 +306,9 @@ class Engine:
                 self._release(request)
 
     def _send_back(self, request: Request) -> None:
-        """It waits for room again.
+        """It waits for room again, and then decodes its known tokens one by one behind its prompt.
 
-        It then prefills its prompt alone and decodes its known tokens one by one, because one longer prompt would have
-        other bits.
+        One longer prompt would have other bits.
         """
         self._cache.release(request.kv)
         self._num_sent_back += 1
