@@ -68,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def results(folder: Path, **knobs: str | None) -> tuple[Tensor, list[list[int]]]:
-    with MoEModel.from_pretrained(folder, expert_slots=12, **knobs) as model:
+    with MoEModel.from_pretrained(folder, expert_slots=8, **knobs) as model:
         together = model.generate([PROMPT[:20], PROMPT[30:33]], SAMPLED)
         return model.forward(PROMPT), [done.token_ids for done in together]
 
@@ -89,10 +89,10 @@ def test_a_model_has_the_same_logits_and_tokens(default: str, dtype: str, quanti
 
 
 @needs_compiler
-@each_default
-def test_compiled_steps_and_loops_stay_as_they_are(default: str, tmp_path: Path) -> None:
-    folder = save_mixtral(tmp_path, dtype=BF16, max_position_embeddings=512, num_hidden_layers=2)
-    check_same_results(default, folder, quantize="bf12", decode_mode="compiled")
+@pytest.mark.parametrize("default", ["autocast"])  # each of the others compiles everything again
+def test_compiled_steps_stay_as_they_are(default: str, tmp_path: Path) -> None:
+    folder = save_mixtral(tmp_path, max_position_embeddings=512, num_hidden_layers=1)
+    check_same_results(default, folder, decode_mode="compiled")
 
 
 @pytest.mark.parametrize("kind", ["duoserve", "paper", "lookahead"])
@@ -107,15 +107,6 @@ def test_predictors_are_trained_as_ever(
     with DEFAULTS[default]():
         save_predictor(training.train(trace, kind)[0], tmp_path / "found.safetensors", {})
     assert (tmp_path / "found.safetensors").read_bytes() == (tmp_path / "wanted.safetensors").read_bytes()
-
-
-@needs_compiler
-def test_a_compiled_model_has_no_casts_of_autocast(folder: Path) -> None:
-    logits_TV, tokens = results(folder, decode_mode="compiled")
-    with DEFAULTS["autocast"]():
-        found_TV, found = results(folder, decode_mode="compiled")
-    assert torch.equal(found_TV, logits_TV)
-    assert found == tokens
 
 
 @each_default
