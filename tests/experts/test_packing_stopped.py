@@ -14,7 +14,7 @@ import pytest
 from duoserve.experts.pack_folder import LOCK_FILE
 
 PACKING = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from duoserve.experts.packing import write_pack
 from duoserve.server.run import serve
@@ -27,6 +27,8 @@ class Slow(ArrayStore):
         if expert == self.experts[2]:
             print("packing", flush=True)
         time.sleep(0.2)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes begin with it ignored
 
 def pack():
     store = Slow(num_layers=20, num_experts=20)
