@@ -24,10 +24,9 @@ def explained_refusals(doing: str) -> Iterator[None]:
         if not is_refusal(error):
             raise
         traceback.clear_frames(error.__traceback__)  # else who keeps the error keeps what was made so far
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise MemoryBudgetError(
-            f"out of memory while {doing} ({first}): free some, or lower expert_slots, memory, host_memory or "
-            "max_context"
+            f"out of memory while {doing} ({first_line(error)}): free some, or lower expert_slots, memory, host_memory "
+            "or max_context"
         ) from error
 
 
@@ -52,6 +51,11 @@ def own_copy(error: DuoServeError) -> DuoServeError:
     twin = copy.copy(error)
     twin.__cause__ = error.__cause__
     return twin
+
+
+def first_line(error: Exception) -> str:
+    """What an error of somebody else's says, in one line; its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def is_refusal(error: Exception) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from duoserve.kernels.configs import MEDIUM
 from duoserve.kv_cache import NewTokens, PagedKVCache
 from duoserve.models.transformer import Transformer
-from duoserve.out_of_memory import is_refusal
+from duoserve.out_of_memory import first_line, is_refusal
 from duoserve.passes import Decoder, DecodeStep
 
 # A shape (sequences, width of the page table) is recorded once it has been computed so often: recording costs as much
@@ -119,9 +119,9 @@ class RecordedDecoder(Decoder):
         except (MemoryError, RuntimeError) as error:
             if not is_refusal(error):
                 raise
-            first = (str(error).splitlines() or [type(error).__name__])[0]
+            why = first_line(error)
         warnings.warn(
-            f"out of memory while a decode step of {shape[0]} was recorded ({first}): such steps run op by op, more "
+            f"out of memory while a decode step of {shape[0]} was recorded ({why}): such steps run op by op, more "
             "slowly (lower expert_slots, memory or max_context, and load the model again)",
             stacklevel=2,
         )

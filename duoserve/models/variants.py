@@ -14,25 +14,26 @@ from duoserve.models.transformer import Transformer
 
 def with_products(model: Transformer, products: Products) -> Transformer:
     """A variant whose matrix products on a CPU share rows as ``products`` says."""
-    changed: Transformer = _changed(model, "products", products)
-    return changed
+    return _with(model, "products", products)
 
 
 def with_ops(model: Transformer, ops: SmallOps) -> Transformer:
     """A variant that calls ``ops`` for the small ops between its matrix products."""
-    changed: Transformer = _changed(model, "ops", ops)
-    return changed
+    return _with(model, "ops", ops)
 
 
 def with_script(model: Transformer, script: RoutingScript) -> Transformer:
     """A variant whose routers do not choose: ``script`` does."""
-    changed: Transformer = _changed(model, "script", script)
-    return changed
+    return _with(model, "script", script)
 
 
 def with_tap(model: Transformer, tap: RoutingTap) -> Transformer:
     """A variant whose routers tell ``tap`` what they choose."""
-    changed: Transformer = _changed(model, "tap", tap)
+    return _with(model, "tap", tap)
+
+
+def _with(model: Transformer, name: str, value: object) -> Transformer:
+    changed: Transformer = _changed(model, name, value)
     return changed
 
 

@@ -179,7 +179,6 @@ class Worker:
         try:
             text = _text(task.writer, request, produced.token)
         except DuoServeError as error:
-            forget_calls(error)
             self._end(request, error, "error")
             return
         logprobs = () if produced.logprobs is None else (produced.logprobs,)
