@@ -22,7 +22,7 @@ from duoserve.experts.formats.scratch import BYTES_IN_WORD, Bytes, Scratch, Word
 from duoserve.kernels.weights import ExpertFormat
 
 ONES, EIGHTS = 0x11111111, 0x88888888 - (1 << 32)
-ORDERED_WORDS = 1 << 19  # of a tile: an order takes its inputs from all rows
+ORDERED_WORDS = 1 << 18  # of a tile: an order takes its inputs from all rows
 LOW_NIBBLE, SIXTEEN = np.uint8(15), np.uint8(16)
 
 
