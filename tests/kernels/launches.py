@@ -53,6 +53,7 @@ FEW_EXPERTS = 32  # of which 64 tokens choose so many rows each that their tiles
 HIDDEN, INTER = 2048, 768
 TOKENS = {SMALL: 16, MEDIUM: 512, LARGE: 2048, HUGE: 8192}  # of each shape class with TOP_K of EXPERTS
 FORMATS = ((ExpertFormat.FLOAT, 0), *LAYOUTS)
+ENDS = tuple(format for format in FORMATS if format != (ExpertFormat.INT4, 64))  # without what lies between two others
 
 
 def launch(name: str, arch: int) -> None:
@@ -230,11 +231,12 @@ BOTH = (True, False)
 GEMMS = {
     str(gemm): gemm
     for gemm in (
-        *(Gemm(up, BF16, *format, block_t) for format in FORMATS for block_t in TOKENS for up in BOTH),
+        *(Gemm(True, BF16, *format, block_t) for format in FORMATS for block_t in TOKENS),
+        *(Gemm(False, BF16, *format, block_t) for format in ENDS for block_t in TOKENS),
         *(Gemm(False, BF16, *FORMATS[0], block_t, tma=False) for block_t in TOKENS),
         # Of float16 only the decoding differs; float32 has one tile for a few rows and one for many.
-        *(Gemm(True, FP16, *format, MEDIUM) for format in FORMATS[1:]),
-        *(Gemm(up, FP32, *format, MEDIUM if up else SMALL) for format in FORMATS for up in BOTH),
+        *(Gemm(True, FP16, *format, MEDIUM) for format in ENDS[1:]),
+        *(Gemm(up, FP32, *format, MEDIUM if up else SMALL) for format in ENDS for up in BOTH),
         *(Gemm(True, BF16, *form, tile, clamped=True) for form in (FORMATS[0], FORMATS[6]) for tile in TOKENS),
     )
 }

@@ -9,18 +9,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -33,8 +35,10 @@ from tests.kernels.launches import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
-LABEL = re.compile(r"^\s*(\.L_\w+):")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;\n]*);")
+TARGET = re.compile(r"0x([0-9a-f]+)\s*$")  # of a branch
+INSTRUCTION_BYTES = 16
+AT_A_TIME = 24  # launches whose kernels are disassembled at a time
 # Where the time of a product goes, by what does the sums: tensor cores of each generation, else the FMA units.
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
 SUMS = (*TENSOR_CORES, "FFMA", "FFMA2")
@@ -152,15 +156,27 @@ class _NoDevice:
         return GPUTarget("cuda", self._arch, 32)
 
 
-def compiled(launching: Callable[[], None], arch: int) -> list[MachineCode]:
+class Kernel(NamedTuple):
+    """A kernel that Triton has compiled, and the launch's keyword arguments."""
+
+    binary: CompiledKernel
+    constants: dict[str, Any]
+
+    @property
+    def cubin(self) -> bytes:
+        """The ELF file with its machine code."""
+        cubin: bytes = self.binary.asm["cubin"]
+        return cubin
+
+
+def compiled(launching: Callable[[], None], arch: int) -> list[Kernel]:
     """Calls ``launching`` with every kernel compiled as its operands want it, and none started."""
     found = []
     original = JITFunction.run
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         binary = original(kernel, *args, grid=grid, warmup=True, **kwargs)
-        constants = {name: value for name, value in kwargs.items() if isinstance(value, int | str)}
-        found.append(read(binary, constants))
+        found.append(Kernel(binary, {name: value for name, value in kwargs.items() if isinstance(value, int | str)}))
 
     driver.set_active(_NoDevice(arch))
     JITFunction.run = compile_only
@@ -171,41 +187,70 @@ def compiled(launching: Callable[[], None], arch: int) -> list[MachineCode]:
     return found
 
 
-def read(binary: CompiledKernel, constants: dict[str, Any]) -> MachineCode:
-    """What the tools in Triton's wheel say of a compiled kernel."""
-    registers, local_bytes, code, loop = _disassembled(binary.asm["cubin"])
-    shared_bytes, written = binary.metadata.shared, overwritten(binary.asm["ptx"])
-    return MachineCode(binary.name, binary.hash, constants, registers, local_bytes, shared_bytes, code, loop, written)
+def read(kernels: Sequence[Kernel], arch: int) -> list[MachineCode]:
+    """What the tools in Triton's wheel say of kernels that were compiled for ``arch``."""
+    counted = _counted(list(dict.fromkeys(kernel.cubin for kernel in kernels)), arch)
+    return [_read(kernel, *counted[kernel.cubin]) for kernel in kernels]
 
 
-@cache
-def _disassembled(cubin: bytes) -> tuple[int, int, Counter[str], Counter[str]]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        listing = _tool("nvdisasm", "-c", "-ndf", file.name)
+def _read(kernel: Kernel, code: Counter[str], loop: Counter[str]) -> MachineCode:
+    usage = _tool("cuobjdump", "-res-usage", contents=kernel.cubin)
     numbers = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], *count_instructions(listing)
+    registers, local_bytes, binary = numbers["REG"], numbers["STACK"] + numbers["LOCAL"], kernel.binary
+    shared_bytes, written = binary.metadata.shared, overwritten(binary.asm["ptx"])
+    return MachineCode(
+        binary.name, binary.hash, kernel.constants, registers, local_bytes, shared_bytes, code, loop, written
+    )
 
 
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
+def _counted(cubins: Sequence[bytes], arch: int) -> dict[bytes, tuple[Counter[str], Counter[str]]]:
+    """The instructions of each, and of its hot loop; disassembled as one, since nvdisasm is slow to begin."""
+    texts = [text_of(cubin) for cubin in cubins]
+    name = f"SM{arch}a" if arch >= 90 else f"SM{arch}"
+    instructions = INSTRUCTION.findall(_tool("nvdisasm", "-b", name, contents=b"".join(texts)))
+    assert len(instructions) * INSTRUCTION_BYTES == sum(map(len, texts)), "not all could be read"
+    counted, start = {}, 0
+    for cubin, text in zip(cubins, texts, strict=True):
+        own = instructions[start : start + len(text) // INSTRUCTION_BYTES]
+        counted[cubin] = count_instructions([name for name, _ in own], _loops(own, start))
+        start += len(own)
+    return counted
 
 
-def count_instructions(listing: str) -> tuple[Counter[str], Counter[str]]:
-    """Instructions of a disassembly and of its hot loop: the innermost loop with the most sums."""
-    names: list[str] = []
-    labels: dict[str, int] = {}
-    loops: list[tuple[int, int]] = []
-    for line in listing.splitlines():
-        if label := LABEL.match(line):
-            labels[label[1]] = len(names)
-        elif instruction := INSTRUCTION.search(line):
-            names.append(instruction[1])
-            target = re.search(r"`\((\.L_\w+)\)", instruction[2])
-            if instruction[1].startswith("BRA") and target and labels.get(target[1], len(names)) < len(names):
-                loops.append((labels[target[1]], len(names)))
+def text_of(cubin: bytes) -> bytes:
+    """The code of the one kernel in an ELF file, its section ``.text.NAME``."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    entry_bytes, count, of_names = struct.unpack_from("<3H", cubin, 0x3A)
+    sections = [struct.unpack_from("<I20xQQ", cubin, table + entry_bytes * index) for index in range(count)]
+    names = sections[of_names][1]
+    (text,) = [
+        cubin[start : start + size] for name, start, size in sections if cubin.startswith(b".text.", names + name)
+    ]
+    return text
+
+
+def _tool(name: str, *arguments: str, contents: bytes) -> str:
+    """What a tool prints of a file with these ``contents``."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(contents)
+        file.flush()
+        command = [TOOLS / name, *arguments, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _loops(instructions: Sequence[tuple[str, str]], start: int) -> list[tuple[int, int]]:
+    """Loops, first and behind the last: branches backwards. The first instruction is the ``start``-th of the file."""
+    loops = []
+    for at, (name, operands) in enumerate(instructions):
+        if name.startswith("BRA") and (target := TARGET.search(operands)):
+            first = int(target[1], 16) // INSTRUCTION_BYTES - start
+            if 0 <= first <= at:
+                loops.append((first, at + 1))
+    return loops
+
+
+def count_instructions(names: Sequence[str], loops: Sequence[tuple[int, int]]) -> tuple[Counter[str], Counter[str]]:
+    """Instructions of a kernel and of its hot loop: the innermost loop with the most sums."""
     innermost = [loop for loop in loops if not any(_inside(other, loop) for other in loops)]
     counted = [Counter(names[first:last]) for first, last in innermost]
     return Counter(names), max(counted, key=_sums, default=Counter())
@@ -220,16 +265,38 @@ def _sums(loop: Counter[str]) -> int:
 
 
 def main() -> None:
-    """Answers lines [launch, architecture] with lists of MachineCode, or with what went wrong."""
+    """Answers lines [launch, architecture] in their order with lists of MachineCode, or with what went wrong."""
     os.nice(19)  # it works beside the other tests, of which some have threads that wait for each other
     answers, sys.stdout = sys.stdout, sys.stderr
-    for line in sys.stdin:
+    asked: SimpleQueue[str] = SimpleQueue()
+    Thread(target=lambda: [asked.put(line) for line in chain(sys.stdin, [""])], daemon=True).start()
+    waiting: list[tuple[int, list[Kernel] | str]] = []
+    while line := asked.get():
         name, arch = json.loads(line)
         try:
-            answer: Any = [vars(code) for code in compiled(partial(launch, name, arch), arch)]
+            waiting.append((arch, compiled(partial(launch, name, arch), arch)))
         except Exception as error:
-            answer = f"{name} for sm_{arch}: {type(error).__name__}: {error}"
-        print(json.dumps(answer), file=answers, flush=True)
+            waiting.append((arch, f"{name} for sm_{arch}: {type(error).__name__}: {error}"))
+        if len(waiting) == AT_A_TIME or asked.empty():
+            try:
+                told = answered(waiting)
+            except Exception as error:
+                told = [f"{type(error).__name__}: {error}"] * len(waiting)
+            for answer in told:
+                print(json.dumps(answer), file=answers, flush=True)
+            waiting.clear()
+
+
+def answered(waiting: Sequence[tuple[int, list[Kernel] | str]]) -> list[list[dict[str, Any]] | str]:
+    """What is told of launches: of each the architecture, and its kernels or what went wrong."""
+    kernels: dict[int, list[Kernel]] = {arch: [] for arch, _ in waiting}
+    for arch, found in waiting:
+        kernels[arch] += found if isinstance(found, list) else []
+    codes = {arch: iter(read(of_arch, arch)) for arch, of_arch in kernels.items() if of_arch}
+    return [
+        found if isinstance(found, str) else [vars(code) for code in islice(codes[arch], len(found))]
+        for arch, found in waiting
+    ]
 
 
 if __name__ == "__main__":
