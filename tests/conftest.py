@@ -26,15 +26,9 @@ if find_spec("hypothesis"):  # kernels can be tested where it is missing, as far
     settings.register_profile("same", settings.get_profile("explore"), derandomize=True)
     settings.load_profile("same")
 
-# They take minutes each: were one begun last, it would keep one worker at it and the others waiting.
-LONGEST = (
-    "test_compiled.py",
-    "test_bench.py",
-    "test_compiled_batches.py",
-    "test_token_expert.py",
-    "test_machine_code.py",
-    "test_quantize.py",
-)
+# They take minutes each: were one begun last, it would keep one worker at it and the others waiting. What the first
+# three have compiled is on the disk for those that come later.
+LONGEST = ("test_compiled.py", "test_bench.py", "test_compiled_batches.py", "test_machine_code.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:

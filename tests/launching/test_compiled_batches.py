@@ -37,6 +37,7 @@ from tests.fakes import Gate
 from tests.lagging import Truth, write
 from tests.listeners import Heard
 from tests.models.cases import FAMILIES
+from tests.models.test_families import decoded
 from tests.models.test_mixtral_parity import relative_error
 
 PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in (7, 30, 1)]
@@ -44,6 +45,7 @@ MAX_TOKENS = (8, 5, 9)  # they leave one after the other, so that there is more 
 GREEDY = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
 TYPES = ("mixtral", "deepseek_v3", "gpt_oss")
 Before = Callable[[Parts, NewTokens], None]
+COMPILER = CpuCompiler()  # that of all engines that are assembled here, so that what is alike is compiled once
 
 
 @pytest.fixture(scope="module", params=TYPES)
@@ -60,7 +62,7 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fours(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Models compile steps of four sequences only; has how many of them were somebody's, step by step."""
     sequences, step = [], CompiledStep.__call__
-    monkeypatch.setattr(compiled_decode, "SIZES", (4,))
+    monkeypatch.setattr(compiled_decode, "PaddedShapes", lambda sizes, width: PaddedShapes((4,), width))
     monkeypatch.setattr(RecordedDecoder, "prepare", lambda self, num_sequences: None)
     monkeypatch.setattr(
         CompiledStep,
@@ -74,7 +76,7 @@ def in_fours(logits: list[Tensor], before: Before = lambda parts, new_tokens: No
     """Makes decoders that note their ``logits``; ``before`` is called before each step."""
 
     def make(parts: Parts) -> Decoder:
-        steps = compiled_steps(parts.model, parts.cache, CpuCompiler())
+        steps = compiled_steps(parts.model, parts.cache, COMPILER)
         fours = PaddedShapes((4,), parts.cache.num_pages)
         decode = RecordedDecoder(parts.model, parts.cache, steps, record_after=0, shapes=fours)
 
@@ -208,7 +210,10 @@ async def _together(model: MoEModel, gate: Gate) -> list[list[int]]:
 
 
 @needs_compiler
-def test_more_sequences_than_a_step_takes_are_computed_by_the_model(mixtral: Path, fours: list[int]) -> None:
+def test_more_sequences_than_a_step_takes_are_computed_by_the_model(
+    mixtral: Path, fours: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_decode, "SIZES", (4,))
     prompts = [PROMPTS[1][:length] for length in range(2, 7)]
     with MoEModel.from_pretrained(mixtral, max_context=512) as model:
         expected = [out.token_ids for out in model.generate(prompts, GREEDY)]
@@ -253,22 +258,25 @@ def test_quantized_experts_of_few_and_of_many_rows(
     quantize: str, most: int, tmp_path: Path, fours: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four equal prompts: each expert has four rows, for one call, for two, or for the model's ops."""
+    batches = PROMPTS, PROMPTS[:1] * 4
     sizes = compiled_experts.call_rows
     monkeypatch.setattr(compiled_experts, "call_rows", lambda weights: sizes(weights)._replace(most=most))
     dtype = torch.bfloat16 if quantize == "bf12" else torch.float32
-    folder = save_mixtral(tmp_path, hidden_size=128, intermediate_size=128, dtype=dtype)
+    shape = {"hidden_size": 128, "intermediate_size": 256} if quantize == "int4" else {}
+    folder = save_mixtral(tmp_path, dtype=dtype, **shape)
     options = {"quantize": quantize, "dtype": "float32"}
-    expected = []
     with MoEModel.from_pretrained(folder, **options) as model:
-        for prompts in (PROMPTS, PROMPTS[:1] * 4):
-            expected.append([out.token_ids for out in model.generate(prompts, GREEDY)])
+        expected = [[out.token_ids for out in model.generate(prompts, GREEDY)] for prompts in batches]
+        alone, top = asyncio.run(decoded(model, PROMPTS[0], 9))
     rows, compute = [], MoEBlock.compute
     monkeypatch.setattr(
         MoEBlock, "compute", lambda self, routed, work: rows.append(len(routed.x_TH)) or compute(self, routed, work)
     )
     with MoEModel.from_pretrained(folder, decode_mode="compiled", **options) as model:
-        for prompts, tokens in zip((PROMPTS, PROMPTS[:1] * 4), expected, strict=True):
-            assert [out.token_ids for out in model.generate(prompts, GREEDY)] == tokens
+        assert [[out.token_ids for out in model.generate(prompts, GREEDY)] for prompts in batches] == expected
+        found, found_top = asyncio.run(decoded(model, PROMPTS[0], 9))
+    assert found == alone
+    assert relative_error(found_top, top) <= 1e-5
     assert fours and (4 in rows) == (most < 4)
 
 
