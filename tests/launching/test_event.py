@@ -34,17 +34,30 @@ from tests.scheduling.fortune import GUESSING, STREAMING, any_teller
 
 PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in (7, 30, 1)]
 MAX_TOKENS = (12, 5, 9)
+DTYPES = ("float32", "bfloat16")
 EXPERTS = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)]
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_mixtral(tmp_path_factory.mktemp("event"), dtype=request.param)
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Truth]]:
+    """Folders, and what a model in them writes, by dtype."""
+    folders = {name: save_mixtral(tmp_path_factory.mktemp("event"), dtype=getattr(torch, name)) for name in DTYPES}
+    return {name: (folder, Truth(folder, 24, PROMPTS, MAX_TOKENS)) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def model(request: pytest.FixtureRequest, models: dict[str, tuple[Path, Truth]]) -> tuple[Path, Truth]:
+    return models[request.param]
 
 
 @pytest.fixture(scope="module")
-def truth(folder: Path) -> Truth:
-    return Truth(folder, 24, PROMPTS, MAX_TOKENS)
+def folder(model: tuple[Path, Truth]) -> Path:
+    return model[0]
+
+
+@pytest.fixture(scope="module")
+def truth(model: tuple[Path, Truth]) -> Truth:
+    return model[1]
 
 
 def _decoder(parts: Parts, device: LaggingDevice, **options: int) -> RecordedDecoder:
@@ -57,21 +70,29 @@ def recorded(device: LaggingDevice, record_after: int = 0) -> Callable[[Parts], 
 
 
 @given(
+    dtype=st.sampled_from(DTYPES),
     policy=st.sampled_from(STREAMING),
     slots=st.integers(3, 24),
     in_ram=st.integers(0, 24),
     record_after=st.integers(0, 3),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=32, deadline=None)
 def test_the_bits_of_the_model_itself(
-    policy: str, slots: int, in_ram: int, record_after: int, seed: int, folder: Path, truth: Truth
+    dtype: str,
+    policy: str,
+    slots: int,
+    in_ram: int,
+    record_after: int,
+    seed: int,
+    models: dict[str, tuple[Path, Truth]],
 ) -> None:
     """Three sequences, of which two end early: shapes come and go, experts too, and free slots are NaN.
 
     What is foretold is of no consequence: where a policy listens to a predictor, that one lies, or says anything.
     """
     experts = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)][:in_ram]
+    folder, truth = models[dtype]
     device = LaggingDevice(seed, experts)
     teller = any_teller("liar" if seed % 2 else "anything", seed, 1 + seed % 3) if policy in GUESSING else None
     make_decoder = recorded(device, record_after)
