@@ -76,8 +76,11 @@ def test_a_layer_by_its_public_names_agrees_with_the_twins(monkeypatch: pytest.M
 
 @INTERPRETED
 def test_bard_writes_the_same_by_every_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A whole model, from prompt to text, in the interpreter: the tokens of the CPU path in float32."""
-    params = SamplingParams(max_tokens=4, temperature=0.0)
+    """A whole model, from prompt to text, in the interpreter: the tokens of the CPU path in float32.
+
+    The second decode step reads what the first has written.
+    """
+    params = SamplingParams(max_tokens=3, temperature=0.0)
     written = []
     for triton_on_cpu in (False, True):
         monkeypatch.setattr(kernels, "_TRITON_ON_CPU", triton_on_cpu)
@@ -86,4 +89,4 @@ def test_bard_writes_the_same_by_every_kernel(monkeypatch: pytest.MonkeyPatch, t
         ) as model:
             written.append(model.generate("To be, or", params).token_ids)
     assert written[0] == written[1]
-    assert len(written[0]) == 4
+    assert len(written[0]) == 3

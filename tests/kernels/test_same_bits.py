@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -16,6 +17,13 @@ HALF = torch.float16
 KINDS = (*((FLOAT, dtype) for dtype in DTYPES), *((form, HALF) for form in LAYOUTS))
 
 
+@cache  # both tests of a kind ask for it, and change nothing of it
+def first_run(form: tuple[ExpertFormat, int], dtype: torch.dtype) -> tuple[Case, tuple[torch.Tensor, torch.Tensor]]:
+    """A small case and its layer."""
+    case = small_case(form, dtype)
+    return case, layer(case, case.tiny())
+
+
 def small_case(form: tuple[ExpertFormat, int], dtype: torch.dtype) -> Case:
     """Two experts with two tiles of rows each; several tiles of weights, several steps where a group is not all."""
     format, group = form
@@ -27,9 +35,8 @@ def small_case(form: tuple[ExpertFormat, int], dtype: torch.dtype) -> Case:
 
 @pytest.mark.parametrize(("form", "dtype"), KINDS)
 def test_runs_slots_and_the_order_of_tiles(form: tuple[ExpertFormat, int], dtype: torch.dtype) -> None:
-    case = small_case(form, dtype)
+    case, first = first_run(form, dtype)
     moved, tiny = case.moved(), case.tiny()
-    first = layer(case, tiny)
     assert_layers_same(layer(case, tiny), first)
     assert_layers_same(layer(moved, replace(tiny, group_t=1)), first)
     assert_layers_same(layer(moved, replace(case.tiny(tma=True), ctas_per_sm=100)), first)
@@ -40,8 +47,7 @@ def test_runs_slots_and_the_order_of_tiles(form: tuple[ExpertFormat, int], dtype
 def test_a_row_alone_and_in_a_batch_and_any_split_into_launches(
     form: tuple[ExpertFormat, int], dtype: torch.dtype
 ) -> None:
-    case = small_case(form, dtype)
-    whole = layer(case, case.tiny())
+    case, whole = first_run(form, dtype)
     for token, tma in ((0, True), (17, False)):
         assert_same_bits(layer(case.alone(token), case.tiny(tma))[1], whole[1].view(18, 2, -1)[token])
     one_by_one = [[pair] for pair in reversed(case.all_work.pairs())]
