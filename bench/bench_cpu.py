@@ -39,7 +39,7 @@ from cpu_contestants import (
     resident_contestants,
 )
 from harness import WORKER_ENV, Round, Worker, interleave, result_file, say, write_result
-from least_bytes import least_misses
+from least_bytes import Routing, least_misses
 from machine import foreign_cpu, machine_facts, versions
 from memory_cap import can_cap, memory_cap
 from report import render
@@ -108,22 +108,33 @@ def measure_ceilings(run: Run, scratch_bytes: int) -> dict[str, Any]:
     return rates
 
 
-def prepare(run: Run, policies: Sequence[Contestant]) -> None:
+def prepare(run: Run, policies: Sequence[Contestant]) -> Routing:
     """Trains their predictor, on what other prompts than the measured one route, and has their steps compiled.
 
-    Where memory is limited there is none for a C++ compiler: what it has made is taken from Inductor's cache.
+    Where memory is limited there is none for a C++ compiler: what it has made is taken from Inductor's cache. Returns
+    the experts [L][T][K] that our compiled decode steps choose, from the process that has the compiler at hand.
     """
+    shape = run.shape
     with run.worker("the predictor and the compiled steps", *SCRIPTS["duoserve"]) as worker:
         worker.call(
             "train",
             folder=str(run.folder),
-            prompts=run.shape.training_prompts(),
-            new_tokens=run.shape.new_tokens,
-            max_context=run.shape.max_context,
+            prompts=shape.training_prompts(),
+            new_tokens=shape.new_tokens,
+            max_context=shape.max_context,
             out=str(run.predictor),
         )
         for policy in policies:
             worker.call("load", folder=str(run.folder), **policy.options)
+        routing: Routing = worker.call(
+            "routing",
+            folder=str(run.folder),
+            prompt=run.prompt,
+            new_tokens=shape.new_tokens,
+            decode_mode="compiled",
+            **run.duoserve_options("resident", shape.num_experts),
+        )
+    return routing
 
 
 def measure_footprint(run: Run) -> dict[str, int]:
@@ -139,31 +150,17 @@ def measure_footprint(run: Run) -> dict[str, int]:
     return growth
 
 
-def find_least_misses(run: Run) -> dict[str, dict[str, int]]:
-    """Of the experts that our compiled decode steps choose, how many even the best cache would have to read.
-
-    By policy, with its slots.
-    """
-    shape = run.shape
-    with run.worker("duoserve's routing", *SCRIPTS["duoserve"]) as worker:
-        routing = worker.call(
-            "routing",
-            folder=str(run.folder),
-            prompt=run.prompt,
-            new_tokens=shape.new_tokens,
-            decode_mode="compiled",
-            **run.duoserve_options("resident", shape.num_experts),
-        )
+def find_least_misses(run: Run, routing: Routing) -> dict[str, dict[str, int]]:
+    """How many of the experts in ``routing`` even the best cache would have to read, by policy, with its slots."""
     slots = {policy.name: policy.options["expert_slots"] for policy in our_policies(run)}
-    return {name: least_misses(routing, count, shape.experts) for name, count in slots.items()}
+    return {name: least_misses(routing, count, run.shape.experts) for name, count in slots.items()}
 
 
 def measure(run: Run, scratch_bytes: int) -> dict[str, Any]:
     """All raw figures of a run."""
     busy_before = foreign_cpu(1.0)
     resident, disk = resident_contestants(run), disk_contestants(run)
-    if "duoserve" in run.engines:
-        prepare(run, our_policies(run))
+    routing = prepare(run, our_policies(run)) if "duoserve" in run.engines else None
     rounds = measure_rounds(run, [*resident, *disk])
     return {
         "rounds": {
@@ -174,7 +171,7 @@ def measure(run: Run, scratch_bytes: int) -> dict[str, Any]:
         "routing": run.routing,
         "ceilings": measure_ceilings(run, scratch_bytes),
         "footprint": measure_footprint(run) if "duoserve" in run.engines else None,
-        "least_misses": find_least_misses(run) if "duoserve" in run.engines else None,
+        "least_misses": None if routing is None else find_least_misses(run, routing),
         "idle": {"foreign_cpu_before": busy_before, "foreign_cpu_after": foreign_cpu(1.0), "load": os.getloadavg()},
     }
 
