@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from duoserve import MoEModel, SamplingParams
+from duoserve import MoEModel, SamplingParams, loading
 from duoserve.config import Phase
 from duoserve.experts.copy_engine import ThreadedCopyEngine
 from duoserve.interface import ServiceSettings
@@ -60,10 +60,11 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fours(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Models compile steps of four sequences only; has how many of them were somebody's, step by step."""
+    """Models compile steps of four sequences only, no prompts; has how many were somebody's, step by step."""
     sequences, step = [], CompiledStep.__call__
     monkeypatch.setattr(compiled_decode, "PaddedShapes", lambda sizes, width: PaddedShapes((4,), width))
     monkeypatch.setattr(RecordedDecoder, "prepare", lambda self, num_sequences: None)
+    monkeypatch.setattr(loading, "compiled_prompts", lambda model, cache: model)
     monkeypatch.setattr(
         CompiledStep,
         "__call__",
