@@ -73,14 +73,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How a model is run. At most one of ``expert_memory``, ``expert_slots`` and ``memory`` may be set.
+    """How a model is run; ``MoEModel.from_pretrained`` says what each option means.
 
-    Memory sizes are bytes; ``host_memory`` None means: as the device wants it (on a CPU nothing, its tier is the disk).
-    ``expert_slots`` is a count, or a share of all experts such as "25%". ``decode_mode`` says how a GPU's decode steps
-    are launched: "event" or "graph", see ``launching/launch.py``, or "auto"; on a CPU those of up to 16 requests, and
-    the small ops of prompts, may be "compiled". ``quantize`` makes experts int8 or int4, or bfloat16 ones 12 bits
-    without loss ("bf12").
-    ``invariant``: no request of a batch changes another's bits.
+    Here memory sizes are bytes, and ``host_memory`` None is "auto" there. ConfigError for options that exclude
+    each other, and for values of another kind or out of range.
     """
 
     device: str = "auto"

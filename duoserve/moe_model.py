@@ -78,26 +78,44 @@ class MoEModel:
     ) -> MoEModel:
         """Loads a folder, a hub id, or an embedded model ("bard", "bard-fine").
 
-        ``revision`` is a hub id's branch, tag or commit, as in "owner/name@revision".
+        At most one of these caps fast memory; with none, experts get as many slots as fit, with all else, in 80 % of
+        what is free. Sizes are bytes, or text such as "4GiB".
 
-        At most one of these bounds fast memory: ``expert_slots`` (a count, or a share of all experts such as "25%"),
-        ``expert_memory`` (the slot pool) or ``memory`` (slots, dense weights, KV cache and workspace); with none of
-        them, as many experts as comfortably fit. Memory is bytes or text such as "4GiB". ``host_memory`` bounds the
-        packed experts that wait in RAM; the others stay on disk ("auto" on a CPU: all of them). On a GPU ``memory``
-        counts one calling thread: cuBLAS takes up to 64 MiB more for each further one.
-        ``policy`` is a name or a :class:`Policy`; those that copy ahead in decode do what ``predictor`` says (a file of
-        train-predictor's, or "auto": the one beside the model); "auto" is what ``duoserve evaluate`` has chosen, with
-        its predictor. ``max_context`` counts tokens over all running sequences; ``cache_dir`` is where a packed copy of
-        the experts is made on first use. On a GPU, ``decode_mode`` says how a decode step is launched: as one graph
-        ("graph", where all experts are in pinned RAM, or in slots under "resident"), or layer by layer ("event");
-        "auto" measures which suits the link. On a CPU with a C++ compiler, "compiled" makes faster prompts, and faster
-        steps for up to 16 requests; that takes some seconds more when it is loaded, and when there first are several.
-        ``quantize`` "int8" or "int4" makes experts smaller that the checkpoint has in floats, and less exact; "bf12"
-        makes bfloat16 ones a quarter smaller, and keeps every bit; all else stays as it is. ``invariant`` gives a
-        request the same bits alone and in any batch, on a CPU, at the price of decode steps that multiply row by row.
+        - ``expert_slots``: so many slots, or a share of all experts such as "25%";
+        - ``expert_memory``: the bytes of all slots together;
+        - ``memory``: everything on the device: slots, dense weights, KV cache, workspace. On a GPU it counts one
+          calling thread; cuBLAS takes up to 64 MiB more for each further one.
 
-        Raises ConfigError, CheckpointError, MemoryBudgetError or, of a predictor that is not there or of another model,
-        TraceError before anything large is allocated; CopyError if an expert cannot be brought or made smaller.
+        The other options:
+
+        - ``revision``: a hub id's branch, tag or commit, as in "owner/name@revision".
+        - ``device``: "cpu", "cuda", or "auto": a GPU if there is one.
+        - ``dtype``: "float32", "float16" or "bfloat16", for weights that are not quantized, or "auto": the
+          checkpoint's.
+        - ``host_memory``: RAM for packed experts, beside the cap; the others stay on disk. "auto": none on a CPU,
+          80 % of the free RAM behind a GPU.
+        - ``policy``: a name, a :class:`Policy`, or "auto": "resident" if every expert has a slot, else what ``duoserve
+          evaluate`` chose for this model, with its predictor, else "duoserve".
+        - ``predictor``: a file that ``duoserve train-predictor`` wrote, a :class:`Predictor`, or "auto": the file
+          beside the model. Only policies that guess in decode use it. None: the one that policy "auto" brings, else no
+          guesses.
+        - ``max_context``: the tokens of the KV cache, over all running sequences; None: the model's positions, at
+          most 4096.
+        - ``copy_threads``: threads that bring experts into slots while the model computes.
+        - ``decode_mode``: on a GPU "graph" (a decode step is one CUDA graph, which takes all experts in pinned RAM, or
+          in slots under "resident"), "event" (layer by layer) or "auto" (whichever suits the measured link). On a CPU
+          "auto" (op by op) or "compiled", which takes a C++ compiler: faster prompts, and faster steps of up to 16
+          requests, for some seconds more when the model is loaded, and when there first are several requests.
+        - ``quantize``: of experts that the checkpoint has in floats, and of nothing else, "int8" and "int4" make
+          smaller and less exact ones; "bf12" makes bfloat16 ones about a quarter smaller, and keeps every bit.
+        - ``invariant``: a request has the same bits alone and in any batch. On a CPU only; decode steps then multiply
+          row by row, which takes longer.
+        - ``cache_dir``: where experts are packed on first use, unless all have slots or wait in RAM, and where choices
+          of ``duoserve evaluate`` may lie; None: ``$DUOSERVE_CACHE``, else ``~/.cache/duoserve``.
+
+        Raises ConfigError, CheckpointError, MemoryBudgetError or, for a predictor that is not there or is of another
+        model, TraceError: before anything large is allocated, where that can be known by then. CopyError if an expert
+        cannot be brought or made smaller.
         """
         wanted = EngineConfig.of(
             device=device,

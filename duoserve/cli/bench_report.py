@@ -54,14 +54,19 @@ def add_reports(benches: Subparsers) -> None:
     """Registers both commands."""
     cpu = add_parser(benches, "cpu", "measure this machine's CPU, and make the README's tables and plot", CPU_EXAMPLES)
     cpu.add_argument(
-        "--texts", type=Path, metavar="DIR", help="Shakespeare's works: what formats cost, predictors and routing too"
+        "--texts",
+        type=Path,
+        metavar="DIR",
+        help="folder of Shakespeare's works, on which formats, predictors and routing are then measured too",
     )
     cpu.set_defaults(command=partial(run, jobs=cpu_jobs))
     gpu = add_parser(benches, "gpu", "measure the link, the kernels and whole models on this GPU", GPU_EXAMPLES)
     gpu.set_defaults(command=partial(run, jobs=gpu_jobs))
     for parser in (cpu, gpu):
         parser.add_argument("--checkout", type=Path, default=Path(), metavar="DIR", help="a clone (default: here)")
-        parser.add_argument("--out", type=Path, metavar="DIR", help="for results (default: bench/results of the clone)")
+        parser.add_argument(
+            "--out", type=Path, metavar="DIR", help="folder for results (default: bench/results of the clone)"
+        )
         parser.add_argument("--quick", action="store_true", help="try it out: no figures, the README stays as it is")
         parser.add_argument(
             "--json", action="store_true", help="print one JSON object with what was written, at the end"

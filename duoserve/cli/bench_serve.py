@@ -14,7 +14,7 @@ from duoserve.cli.options import Subparsers, add_parser, count, refuse_in_vain
 from duoserve.errors import ConfigError
 from duoserve.interface import Objectives
 from duoserve.loadtest.figures import ATTAINED, PERCENTILES, GoodputSearch
-from duoserve.loadtest.workload import ARRIVALS, Workload
+from duoserve.loadtest.workload import ARRIVALS, BURST, Workload
 
 EXAMPLES = """\
   duoserve bench serve --url http://127.0.0.1:8000 --rate 2 --requests 100
@@ -32,24 +32,33 @@ LATE_MS = 50  # worth a word; it is in the latencies either way
 def add_serve(benches: Subparsers) -> None:
     """Registers the command."""
     parser = add_parser(benches, "serve", "load an OpenAI-compatible server, and measure its latencies", EXAMPLES)
-    parser.add_argument("--url", required=True, help="of the server, with or without /v1")
-    parser.add_argument("--model", help="the name to ask for (default: the first that the server has)")
-    parser.add_argument("--api-key", default=os.environ.get("DUOSERVE_API_KEY"), help="default: $DUOSERVE_API_KEY")
+    parser.add_argument("--url", required=True, help="URL of the server, with or without /v1")
+    parser.add_argument("--model", help="the model to ask for (default: the first that the server has)")
+    parser.add_argument(
+        "--api-key", default=os.environ.get("DUOSERVE_API_KEY"), help="key to send (default: $DUOSERVE_API_KEY)"
+    )
     parser.add_argument("--chat", action="store_true", help="ask for chats, not completions")
     parser.add_argument(
         "--ignore-eos", action="store_true", help="answers of full length, where the server knows ignore_eos"
     )
     parser.add_argument("--rate", type=_positive, default=1.0, metavar="R", help="requests a second (default: 1)")
-    parser.add_argument("--requests", type=count, default=50, metavar="N", help="of a trial (default: 50)")
-    parser.add_argument("--arrivals", choices=ARRIVALS, default="poisson", help="one by one, or eight at once")
-    parser.add_argument("--max-prompt", type=count, default=1024, metavar="W", help="words (default: 1024)")
-    parser.add_argument("--max-tokens", type=count, default=512, metavar="T", help="of an answer (default: 512)")
+    parser.add_argument("--requests", type=count, default=50, metavar="N", help="requests of a trial (default: 50)")
+    arrivals = f"poisson: one by one; burst: {BURST} at once (default: poisson)"
+    parser.add_argument("--arrivals", choices=ARRIVALS, default="poisson", help=arrivals)
+    parser.add_argument(
+        "--max-prompt", type=count, default=1024, metavar="W", help="most words of a prompt (default: 1024)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=count, default=512, metavar="T", help="most tokens of an answer (default: 512)"
+    )
     parser.add_argument("--slo-ttft-ms", type=_positive, metavar="MS", help="objective for the first token")
     parser.add_argument("--slo-tpot-ms", type=_positive, metavar="MS", help="objective for each token after it")
     parser.add_argument("--goodput", action="store_true", help="search, from --rate on, for the highest good rate")
-    parser.add_argument("--trials", type=count, metavar="N", help=f"of that search (default: {TRIALS})")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=_positive, default=600.0, metavar="S", help="of a request (default: 600)")
+    parser.add_argument("--trials", type=count, metavar="N", help=f"trials of the search (default: {TRIALS})")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the load (default: 0)")
+    parser.add_argument(
+        "--timeout", type=_positive, default=600.0, metavar="S", help="seconds for one request (default: 600)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(command=run)
 

@@ -41,15 +41,24 @@ def add_command(commands: Subparsers) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--trace", type=Path, metavar="FILE", help="what duoserve trace has recorded of the model")
-    recorded = "record one first, of these prompts: one a line, which in a file named .jsonl is a JSON text"
+    recorded = "record a trace of these prompts first: one a line, which in a file named .jsonl is a JSON text"
     source.add_argument("--prompts", type=Path, metavar="FILE", help=recorded)
-    parser.add_argument("--max-tokens", type=int, metavar="N", help=f"for each prompt (default: {MAX_TOKENS})")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help=f"tokens to write for each prompt (default: {MAX_TOKENS})"
+    )
     add_hardware(parser)
     parser.add_argument(
-        "--slots", default="25%", metavar="N,...", help="over all layers: counts, or shares (default: 25%%)"
+        "--slots",
+        default="25%",
+        metavar="N,...",
+        help="slots over all layers: counts, or shares of all experts (default: 25%%)",
     )
     parser.add_argument(
-        "--seed", type=natural, default=0, metavar="S", help="of the held-out requests and the training"
+        "--seed",
+        type=natural,
+        default=0,
+        metavar="S",
+        help="seed that picks the held-out requests and begins the training (default: 0)",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what is best and write nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")

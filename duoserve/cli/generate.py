@@ -24,7 +24,7 @@ def add_command(commands: Subparsers) -> None:
     """Registers the command."""
     parser = add_parser(commands, "generate", "complete a prompt", EXAMPLES)
     parser.add_argument("model", nargs="?", default="bard", help=f"{MODEL_HELP} (default: bard)")
-    parser.add_argument("--prompt", metavar="TEXT", help="default: what stdin says")
+    parser.add_argument("--prompt", metavar="TEXT", help="text to continue (default: what stdin says)")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
     add_sampling(parser)
     add_loading(parser)

@@ -34,7 +34,8 @@ def add_parser(commands: Subparsers, name: str, summary: str, examples: str) -> 
 
 def add_dtype(parser: argparse._ActionsContainer) -> None:
     """``--dtype``: "auto" is the checkpoint's."""
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the checkpoint's")
+    what = "dtype of weights that are not quantized (default: auto, the checkpoint's)"
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=what)
 
 
 def add_loading(parser: argparse.ArgumentParser, *, predicts: bool = True) -> None:
@@ -50,14 +51,15 @@ def add_loading(parser: argparse.ArgumentParser, *, predicts: bool = True) -> No
     group.add_argument("--host-memory", metavar="SIZE", default="auto", help=kept)
     context = "tokens that the KV cache holds, of all requests (default: the model's positions, at most 4096)"
     group.add_argument("--max-context", type=int, metavar="N", help=context)
-    threads = "that bring experts (default: 2)"
+    threads = "threads that bring experts into slots (default: 2)"
     group.add_argument("--copy-threads", type=count, metavar="N", default=argparse.SUPPRESS, help=threads)
     what = "which experts are kept, and when they are fetched"
     group.add_argument("--policy", default="auto", metavar="NAME", help=f"{what}: auto, {', '.join(POLICIES)}")
     if predicts:
-        what = "of what a policy guesses: what train-predictor wrote, or auto, the one beside the model"
-        group.add_argument("--predictor", metavar="FILE", help=f"{what} (default: the policy auto's own)")
-    group.add_argument("--device", default="auto", help="default: what there is")
+        what = "a file that train-predictor wrote, or auto: the one beside the model; for policies that guess in decode"
+        default = "default: with --policy auto the one that evaluate chose, else none"
+        group.add_argument("--predictor", metavar="FILE", help=f"{what} ({default})")
+    group.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto, a GPU if there is one)")
     add_dtype(group)
     launched = "how a decode step is launched: compiled is for CPUs, event and graph are for GPUs (default: auto)"
     group.add_argument("--decode-mode", choices=DECODE_MODES, default="auto", help=launched)
@@ -85,7 +87,7 @@ def add_quantize(parser: argparse._ActionsContainer) -> None:
 
 def add_format(parser: argparse._ActionsContainer) -> None:
     """``--format``: None is the checkpoint's."""
-    parser.add_argument("--format", choices=FORMATS, help="of the experts (default: the checkpoint's)")
+    parser.add_argument("--format", choices=FORMATS, help="format of the experts (default: the checkpoint's)")
 
 
 def count(text: str) -> int:

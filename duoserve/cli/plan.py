@@ -54,8 +54,12 @@ def add_command(commands: Subparsers) -> None:
         "--host-memory", metavar="SIZE", help="RAM for experts beside the slots (default: as when loading)"
     )
     add_format(parser)
-    parser.add_argument("--prompt", type=_count, default=512, metavar="N", help="tokens, as 512 or 2k (default: 512)")
-    parser.add_argument("--new-tokens", type=_count, default=256, metavar="N", help="behind a prompt (default: 256)")
+    parser.add_argument(
+        "--prompt", type=_count, default=512, metavar="N", help="tokens of each prompt, as 512 or 2k (default: 512)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=_count, default=256, metavar="N", help="tokens written after each prompt (default: 256)"
+    )
     parser.add_argument("--batch", type=_count, default=1, metavar="N", help="sequences at a time (default: 1)")
     parser.add_argument(
         "--max-context", type=_count, metavar="N", help="tokens in the KV cache (default: at most 4096)"
@@ -63,7 +67,7 @@ def add_command(commands: Subparsers) -> None:
     parser.add_argument(
         "--routing",
         choices=known_routings(),
-        help="whose hit rates to go by (default: the model's, or the nearest known)",
+        help="model whose hit rates to go by; uniform: chance (default: MODEL, or the nearest that is known)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw TPOT over memory (extra: plot)")

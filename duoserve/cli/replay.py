@@ -54,25 +54,27 @@ def add_command(commands: Subparsers) -> None:
         "trace", metavar="TRACE", help=f"what duoserve trace wrote, or synthetic:NAME for one of {', '.join(CARDS)}"
     )
     add_hardware(parser)
-    parser.add_argument("--model", metavar="MODEL", help=f"whose sizes count: {DESCRIBED_HELP}")
+    parser.add_argument("--model", metavar="MODEL", help=f"the model whose sizes count: {DESCRIBED_HELP}")
     add_format(parser)
     parser.add_argument(
         "--slots",
         default="12.5%,25%,50%",
         metavar="N,...",
-        help="over all layers: counts, or shares (default: 12.5%%,25%%,50%%)",
+        help="slots over all layers: counts, or shares of the experts (default: 12.5%%,25%%,50%%)",
     )
-    parser.add_argument("--policies", default="all", metavar="NAME,...", help="default: all, and the oracle")
+    parser.add_argument(
+        "--policies", default="all", metavar="NAME,...", help="policies to compare (default: all, and oracle)"
+    )
     parser.add_argument(
         "--predictor",
         type=Path,
         action="append",
         default=[],
         metavar="FILE",
-        help="what duoserve train-predictor wrote, for the policy of its kind; may be given again for another kind",
+        help="a file that duoserve train-predictor wrote, for the policy of its kind; give one for each kind",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list of the rows instead of a table")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows to FILE too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw hit rates and a decode step (extra: plot)")
     _add_synthetic(parser)
     parser.set_defaults(command=run)
@@ -80,14 +82,20 @@ def add_command(commands: Subparsers) -> None:
 
 def _add_synthetic(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("synthetic traces")
-    group.add_argument("--requests", type=count, metavar="N", help=f"default: {USUAL['requests']}")
-    group.add_argument("--tokens", type=natural, metavar="N", help=f"of each request (default: {USUAL['tokens']})")
     group.add_argument(
-        "--prompt-tokens", type=count, metavar="N", help=f"of each prompt (default: {USUAL['prompt_tokens']})"
+        "--requests", type=count, metavar="N", help=f"requests to make up (default: {USUAL['requests']})"
     )
-    guessing = f"of look-ahead, by which {' and '.join(BY_LOOKAHEAD)} guess (default: {USUAL['precision']})"
+    group.add_argument(
+        "--tokens", type=natural, metavar="N", help=f"decode steps of each request (default: {USUAL['tokens']})"
+    )
+    group.add_argument(
+        "--prompt-tokens", type=count, metavar="N", help=f"tokens of each prompt (default: {USUAL['prompt_tokens']})"
+    )
+    guessing = (
+        f"recall of the look-ahead scores, by which {' and '.join(BY_LOOKAHEAD)} guess (default: {USUAL['precision']})"
+    )
     group.add_argument("--precision", type=float, metavar="P", help=guessing)
-    group.add_argument("--seed", type=natural, metavar="S", help=f"default: {USUAL['seed']}")
+    group.add_argument("--seed", type=natural, metavar="S", help=f"seed of what is made up (default: {USUAL['seed']})")
 
 
 def run(args: argparse.Namespace) -> None:

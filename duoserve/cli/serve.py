@@ -113,10 +113,15 @@ def _one_of(choices: list[str]) -> Callable[[str], str]:
 def _add_http(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("HTTP")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
-    group.add_argument("--port", type=int, default=8000, metavar="N", help="0: any that is free (default: 8000)")
-    group.add_argument("--api-key", metavar="KEY", help="what requests must show, but for /health (default: nothing)")
     group.add_argument(
-        "--allowed-hosts", metavar="NAME,...", default="", help="names that requests may ask for (default: any)"
+        "--port", type=int, default=8000, metavar="N", help="port to listen on; 0: any that is free (default: 8000)"
+    )
+    group.add_argument("--api-key", metavar="KEY", help="key that all requests but /health must carry (default: none)")
+    group.add_argument(
+        "--allowed-hosts",
+        metavar="NAME,...",
+        default="",
+        help="host names that requests may address; others are refused (default: any)",
     )
     group.add_argument("--served-model-name", metavar="NAME", help="the model's name in requests (default: MODEL)")
     group.add_argument(
@@ -124,10 +129,14 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=30.0,
         metavar="S",
-        help="running requests get after SIGTERM (default: 30)",
+        help="seconds that running requests get after SIGTERM (default: 30)",
     )
     group.add_argument(
-        "--ping-interval", type=float, default=10.0, metavar="S", help="of a stream's silence (default: 10)"
+        "--ping-interval",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="seconds of silence after which a stream gets a comment (default: 10)",
     )
 
 
@@ -139,18 +148,18 @@ def _add_service(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=defaults.max_batch,
         metavar="N",
-        help=f"requests run at once (default: {defaults.max_batch})",
+        help=f"most requests that run at once (default: {defaults.max_batch})",
     )
     group.add_argument(
         "--max-waiting",
         type=int,
         default=defaults.max_waiting,
         metavar="N",
-        help=f"more may wait (default: {defaults.max_waiting})",
+        help=f"further requests that may wait (default: {defaults.max_waiting})",
     )
     for name, text in (
-        ("admission", "what would miss its objectives comes late, or is refused"),
-        ("scheduler", "who comes next: the least slack to its objective, or the first"),
+        ("admission", "late: a request that would miss its objectives is served late; strict: refused at once"),
+        ("scheduler", "slo: whoever has least time left for an objective starts next; fcfs: whoever came first"),
     ):
         default = getattr(defaults, name)
         help_text = f"{text} (default: {default})"

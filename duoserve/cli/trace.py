@@ -33,9 +33,18 @@ def add_command(commands: Subparsers) -> None:
         help='one prompt a line; in a file named .jsonl each line is a JSON text, or an object with a "prompt"',
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the trace, a safetensors file")
-    parser.add_argument("--max-tokens", type=int, metavar="N", default=128, help="tokens to write (default: 128)")
-    parser.add_argument("--temperature", type=float, metavar="T", default=1.0, help="default: 1, as the model is")
-    parser.add_argument("--seed", type=int, metavar="S", default=0, help="of the first prompt; the others count on")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", default=128, help="tokens for each prompt (default: 128)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        default=1.0,
+        help="temperature of the draw (default: 1, as the model is)",
+    )
+    seeds = "seed of the first prompt (default: 0); each later one takes the next integer"
+    parser.add_argument("--seed", type=int, metavar="S", default=0, help=seeds)
     there = parser.add_mutually_exclusive_group()
     there.add_argument("--resume", action="store_true", help="go on with a trace that was interrupted")
     there.add_argument("--append", action="store_true", help="add these prompts to a trace of others")

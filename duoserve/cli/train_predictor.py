@@ -27,11 +27,17 @@ def add_command(commands: Subparsers) -> None:
     """Registers the command."""
     parser = add_parser(commands, "train-predictor", "train a predictor of the experts that come next", EXAMPLES)
     parser.add_argument("trace", type=Path, metavar="TRACE", help="what duoserve trace has recorded")
-    parser.add_argument("--kind", choices=list(KINDS), default="duoserve", help="default: duoserve")
+    parser.add_argument("--kind", choices=list(KINDS), default="duoserve", help="kind of predictor (default: duoserve)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="NAME.safetensors; NAME.json comes too")
-    parser.add_argument("--horizon", type=int, choices=[1, 2, 3], help="layers that duoserve looks ahead (1)")
     parser.add_argument(
-        "--seed", type=natural, metavar="S", default=0, help="of the held-out requests and the training"
+        "--horizon", type=int, choices=[1, 2, 3], help="layers that the kind duoserve looks ahead (default: 1)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=natural,
+        metavar="S",
+        default=0,
+        help="seed that picks the held-out requests and begins the training (default: 0)",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as a JSON object")
     parser.set_defaults(command=run)

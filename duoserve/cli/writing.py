@@ -14,12 +14,12 @@ from duoserve.text.tokenizer import TOKENIZER
 
 SAMPLING = {
     "max_tokens": (int, "N", "most tokens to write"),
-    "temperature": (float, "T", "0 takes the most likely token"),
+    "temperature": (float, "T", "temperature of the draw; 0 takes the most likely token"),
     "top_k": (int, "K", "draw from the K most likely tokens; 0: off"),
     "top_p": (float, "P", "draw from the most likely tokens that together reach probability P"),
     "min_p": (float, "P", "draw from tokens at least P times as likely as the most likely one"),
     "repetition_penalty": (float, "R", "above 1, tokens that have occurred become less likely"),
-    "seed": (int, "S", "makes the draw repeatable"),
+    "seed": (int, "S", "seed that makes the draw repeatable"),
 }
 
 
