@@ -27,10 +27,11 @@ from duoserve.errors import (
 from duoserve.interface import ServiceSettings
 from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache, SequenceKV
 from duoserve.metrics import Meter
-from duoserve.out_of_memory import explained_refusals, forget_calls, own_copy
+from duoserve.out_of_memory import explained_refusals
 from duoserve.passes import Passes, Prefill
 from duoserve.request import Produced, Request
 from duoserve.sampling import Sampler, token_logprobs
+from duoserve.shared_errors import drop_tracebacks, own_copy
 
 # Of a list of prompts: as many at once as the KV cache holds with all of their answers, in their order.
 ALL_AT_ONCE = ServiceSettings(max_batch=1 << 30, max_waiting=1 << 30, scheduler="fcfs", answer_room=1 << 30)
@@ -331,7 +332,7 @@ class Engine:
                 except IntegrityError:
                     raise
                 except DuoServeError as error:
-                    forget_calls(error)
+                    drop_tracebacks(error)
                     request.finish("error")
                     produced.append(Produced(request, error=error))
             if request.finish_reason is not None:
@@ -356,7 +357,7 @@ class Engine:
     def _fail(self, requests: Sequence[Request], error: DuoServeError) -> list[Produced]:
         """``error`` ends these requests, those that had been aborted without a word; it keeps no tensor of the pass."""
         log.debug("a pass has failed", exc_info=error)
-        forget_calls(error)
+        drop_tracebacks(error)
         failed = [Produced(request, error=own_copy(error)) for request in requests if request.finish_reason is None]
         for request in requests:
             request.finish("error")
