@@ -27,23 +27,24 @@ from duoserve.errors import (
 from duoserve.interface import ServiceSettings
 from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache, SequenceKV
 from duoserve.metrics import Meter
-from duoserve.out_of_memory import explained_refusals, forget_calls, own_copy
+from duoserve.out_of_memory import explained_refusals
 from duoserve.passes import Passes, Prefill
 from duoserve.request import Produced, Request
 from duoserve.sampling import Sampler, token_logprobs
+from duoserve.shared_errors import drop_tracebacks, own_copy
 
 # Of a list of prompts: as many at once as the KV cache holds with all of their answers, in their order.
 ALL_AT_ONCE = ServiceSettings(max_batch=1 << 30, max_waiting=1 << 30, scheduler="fcfs", answer_room=1 << 30)
-A_PASS = "a pass was computed"
-OF_ITS_PASS = (CopyError, MemoryBudgetError)  # what ends the requests of a pass and no others
+COMPUTING_A_PASS = "a pass was computed"
+PASS_ERRORS = (CopyError, MemoryBudgetError)  # what ends the requests of a pass and no others
 log = logging.getLogger("duoserve")
 
 
 class Engine:
     """Runs requests in ``passes``. Not thread-safe: one call at a time.
 
-    ``add`` and ``abort`` requests between steps; ``step`` does one unit of work. All at once, in their order, until
-    ``serve_by`` says otherwise.
+    ``add`` and ``abort`` requests between steps; ``step`` does one unit of work. Until ``serve_by``, requests start in
+    the order of arrival, as many at once as the KV cache holds.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Engine:
         self._samplers: dict[Request, Sampler] = {}
         self._waiting: list[Request] = []
         self._decoding: list[Request] = []
-        self._decoded = False  # the last step was a decode step
+        self._last_was_decode = False
         self._measured = clock()  # when the last step ended that the costs know of
         self._num_sent_back = 0
 
@@ -110,7 +111,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """A request joins. RequestError for what can never be served, OverloadedError for what cannot be now."""
-        self.check(request.prompt_ids, request.params.max_tokens)
+        self.check_prompt(request.prompt_ids, request.params.max_tokens)
         if request.arrived is None:
             request.arrived = self._clock()
         settings, num_new = self._batching.settings, sum(one.admitted is None for one in self._waiting)
@@ -153,15 +154,15 @@ class Engine:
         """
         for request in [one for one in self._decoding if one.finish_reason]:
             self._release(request)
-        if self._passes.prefill is None and self._waiting and (self._decoded or not self._decoding):
-            failed = self._start()
+        if self._passes.prefill is None and self._waiting and self._prefill_has_turn:
+            failed = self._start_prefill()
             if failed:
                 return failed
         prefill = self._passes.prefill
         if prefill is not None:
-            num_layers = self._batching.layers(self._started_load(), self._decoded or not self._decoding)
+            num_layers = self._batching.layers(self._started_load(), self._prefill_has_turn)
             if num_layers:
-                return self._advance(prefill, num_layers)
+                return self._advance_prefill(prefill, num_layers)
         return self._decode() if self._decoding else []
 
     def generate(self, requests: Sequence[Request]) -> Generator[tuple[Request, int]]:
@@ -171,7 +172,7 @@ class Engine:
         MemoryBudgetError when memory is refused.
         """
         for request in requests:
-            self.check(request.prompt_ids, request.params.max_tokens)
+            self.check_prompt(request.prompt_ids, request.params.max_tokens)
         self._meter.begin_request()
         try:
             for request in requests:
@@ -190,19 +191,19 @@ class Engine:
 
     def forward(self, token_ids: Sequence[int]) -> Tensor:
         """One prefill of ``token_ids``: float32 logits [T, V] of every position. Errors as in ``generate``."""
-        self.check(token_ids, 0)
+        self.check_prompt(token_ids, 0)
         kv = SequenceKV()
         self._meter.begin_request()
         try:
             self._cache.reserve(kv, len(token_ids))
             self._meter.prompt(len(token_ids))
-            with explained_refusals(A_PASS):
+            with explained_refusals(COMPUTING_A_PASS):
                 return self._passes.whole(next(self._numbers), kv, token_ids)
         finally:
             self._cache.release(kv)
             self._meter.end_request()
 
-    def check(self, token_ids: Sequence[int], max_tokens: int) -> None:
+    def check_prompt(self, token_ids: Sequence[int], max_tokens: int) -> None:
         """RequestError for a prompt that can never be served."""
         vocab, room, known = self._config.vocab_size, self._cache.num_tokens, self._config.num_positions
         if not token_ids:
@@ -230,11 +231,16 @@ class Engine:
             raise IntegrityError(f"{len(known)} requests wait or run, but {len(self._samplers)} have samplers")
         self._passes.check_integrity()
 
+    @property
+    def _prefill_has_turn(self) -> bool:
+        """Whether it is a prefill's turn: the last step was a decode step, or nobody decodes."""
+        return self._last_was_decode or not self._decoding
+
     def _started(self) -> list[Request]:
         prefill = self._passes.prefill
         return [*self._decoding, *(() if prefill is None else prefill.requests)]
 
-    def _start(self) -> list[Produced]:
+    def _start_prefill(self) -> list[Produced]:
         """Begins a prefill of those of the waiting whose turn it is; gives those for whom that failed."""
         now = self._clock()
         chosen = [self._waiting[place] for place in self._batching.start(self._load())]
@@ -247,19 +253,19 @@ class Engine:
         if not chosen:
             return []
         try:
-            with explained_refusals(A_PASS):
+            with explained_refusals(COMPUTING_A_PASS):
                 self._passes.start_prefill(chosen, interruptible=bool(self._decoding))
-        except OF_ITS_PASS as error:
+        except PASS_ERRORS as error:
             return self._fail(chosen, error)
         return []
 
-    def _advance(self, prefill: Prefill, num_layers: int) -> list[Produced]:
-        self._decoded = False
+    def _advance_prefill(self, prefill: Prefill, num_layers: int) -> list[Produced]:
+        self._last_was_decode = False
         begun = self._clock()
         try:
-            with explained_refusals(A_PASS):
+            with explained_refusals(COMPUTING_A_PASS):
                 logits_BV = self._passes.advance(prefill, num_layers)
-        except OF_ITS_PASS as error:
+        except PASS_ERRORS as error:
             return self._fail(prefill.requests, error)
         self._measured = self._clock()
         self._costs.note_prefill(prefill.num_tokens, num_layers, self._measured - begun)
@@ -269,14 +275,14 @@ class Engine:
         return self._sample_all(prefill.requests, logits_BV)
 
     def _decode(self) -> list[Produced]:
-        self._decoded = True
+        self._last_was_decode = True
         requests, begun = self._with_room(), self._clock()
         if not requests:
             return []
         try:
-            with explained_refusals(A_PASS):
+            with explained_refusals(COMPUTING_A_PASS):
                 logits_BV = self._passes.decode(requests)
-        except OF_ITS_PASS as error:
+        except PASS_ERRORS as error:
             return self._fail(requests, error)
         produced = self._sample_all(requests, logits_BV)
         self._measured = self._clock()
@@ -306,9 +312,10 @@ class Engine:
                 self._release(request)
 
     def _send_back(self, request: Request) -> None:
-        """It waits for room again, and then decodes its known tokens one by one behind its prompt.
+        """Takes the request's pages: it waits for room again.
 
-        One longer prompt would have other bits.
+        Its tokens so far are then computed anew by decode steps behind its prompt: one longer prompt would be faster,
+        but would have other bits.
         """
         self._cache.release(request.kv)
         self._num_sent_back += 1
@@ -325,7 +332,7 @@ class Engine:
                 except IntegrityError:
                     raise
                 except DuoServeError as error:
-                    forget_calls(error)
+                    drop_tracebacks(error)
                     request.finish("error")
                     produced.append(Produced(request, error=error))
             if request.finish_reason is not None:
@@ -350,7 +357,7 @@ class Engine:
     def _fail(self, requests: Sequence[Request], error: DuoServeError) -> list[Produced]:
         """``error`` ends these requests, those that had been aborted without a word; it keeps no tensor of the pass."""
         log.debug("a pass has failed", exc_info=error)
-        forget_calls(error)
+        drop_tracebacks(error)
         failed = [Produced(request, error=own_copy(error)) for request in requests if request.finish_reason is None]
         for request in requests:
             request.finish("error")

@@ -109,13 +109,13 @@ def _engine(
     held.enter_context(closing(scheduler))
     if policy.all_resident:
         scheduler.load_all(progress=sys.stderr.isatty())
-    transformer, tap = _build(decision, scheduler, pool, listener)
+    transformer, tap = _transformer_and_tap(decision, scheduler, pool, listener)
     cache = PagedKVCache(config, place.max_context, place.dtype, place.device)
-    prompts, decoder = _ways(DecoderParts(transformer, cache, scheduler, store, pool), decision)
+    prompts, decoder = _prompts_and_decoder(DecoderParts(transformer, cache, scheduler, store, pool), decision)
     return Engine(Passes(prompts, scheduler, cache, meter, tap=tap, decoder=decoder), config, cache, meter)
 
 
-def _build(
+def _transformer_and_tap(
     decision: Decision, scheduler: Scheduler, pool: SlotPool, listener: RoutingListener | None
 ) -> tuple[Transformer, RoutingTap | None]:
     """The model over the experts in the slots, and the tap of its routers if anybody listens."""
@@ -126,7 +126,7 @@ def _build(
     return listened_to(built, audience(scheduler.listener, listener))
 
 
-def _ways(parts: DecoderParts, decision: Decision) -> tuple[Transformer, Decoder | None]:
+def _prompts_and_decoder(parts: DecoderParts, decision: Decision) -> tuple[Transformer, Decoder | None]:
     """The model that computes prompts, and the decoder for decode steps; without one, that model computes them too."""
     model, cache, wanted = parts.model, parts.cache, decision.wanted
     if wanted.invariant:

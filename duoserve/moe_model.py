@@ -191,12 +191,12 @@ class MoEModel:
         """
         single = is_one(prompt)
         prompts: Sequence[Any] = [prompt] if single else prompt
-        settings = _settings(params, changes)
+        params = _with_changes(params, changes)
         text = self._runtime.text
-        writers = {Request(self.encode(one), settings): Writer(text, settings.stop) for one in prompts}
+        writers = {Request(self.encode(one), params): Writer(text, params.stop) for one in prompts}
         if not writers:
             return []
-        stats = _result(self._run(writers))
+        stats = _exhaust(self._pieces(writers))
         done = [_completion(request, writer, stats) for request, writer in writers.items()]
         return done[0] if single else done
 
@@ -205,16 +205,16 @@ class MoEModel:
     ) -> Generator[str, None, Completion]:
         """Completes one prompt, yielding text as soon as it is certain; needs a tokenizer.
 
-        What the generator returns (``value`` of its StopIteration) is the whole.
+        The finished Completion is the generator's return value (``StopIteration.value``).
         """
-        settings = _settings(params, changes)
+        params = _with_changes(params, changes)
         if self._runtime.text is None:
             raise RequestError("stream() yields text, but this checkpoint has no tokenizer.json: use generate()")
-        request = Request(self.encode(prompt), settings)
-        return self._stream(request, Writer(self._runtime.text, settings.stop))
+        request = Request(self.encode(prompt), params)
+        return self._stream(request, Writer(self._runtime.text, params.stop))
 
     def _stream(self, request: Request, writer: Writer) -> Generator[str, None, Completion]:
-        stats = yield from self._run({request: writer})
+        stats = yield from self._pieces({request: writer})
         if piece := writer.rest(request):
             yield piece
         return _completion(request, writer, stats)
@@ -225,15 +225,16 @@ class MoEModel:
 
     def forward(self, token_ids: Sequence[int]) -> Tensor:
         """One prefill: float32 logits [T, V] of every position."""
-        with self._turns.mine() as runtime, self._turns.step():
+        with self._turns.turn() as runtime, self._turns.step():
             return runtime.engine.forward(as_token_ids(token_ids))
 
     @contextmanager
     def lend(self) -> Iterator[Runtime]:
-        """The parts, for a service that is made in the block and runs the engine itself until the model is closed.
+        """Hands the runtime to a service. Build the service inside the block.
 
-        Waits for a call that runs; others wait for the block, and are refused from then on, unless it has raised.
-        RequestError if another service has the model.
+        When the block ends well, the service alone runs the engine until the model is closed, and ``generate``,
+        ``stream`` and ``forward`` raise RequestError. If the block raises, the model stays usable. Waits for a call
+        that runs; calls that come meanwhile wait for the block. RequestError if another service has the model.
         """
         with self._turns.lend() as runtime:
             yield runtime
@@ -256,7 +257,7 @@ class MoEModel:
     def _runtime(self) -> Runtime:
         return self._turns.runtime
 
-    def _run(self, writers: Mapping[Request, Writer]) -> Generator[str, None, Stats]:
+    def _pieces(self, writers: Mapping[Request, Writer]) -> Generator[str, None, Stats]:
         """Yields text as it becomes certain, and returns the figures as they are before another call has its turn."""
         meter = self._runtime.meter
         with self._turns.tokens(list(writers)) as tokens:
@@ -266,8 +267,8 @@ class MoEModel:
             return meter.snapshot()
 
 
-def _result(generator: Generator[object, None, Result]) -> Result:
-    """What it returns, whatever it yields before."""
+def _exhaust(generator: Generator[object, None, Result]) -> Result:
+    """Runs ``generator`` to its end; gives what it returns, and drops what it yields."""
     while True:
         try:
             next(generator)
@@ -281,7 +282,7 @@ def _completion(request: Request, writer: Writer, stats: Stats) -> Completion:
     return Completion(text, request.output_ids, request.finish_reason or "length", stats)
 
 
-def _settings(params: SamplingParams | None, changes: dict[str, Any]) -> SamplingParams:
+def _with_changes(params: SamplingParams | None, changes: dict[str, Any]) -> SamplingParams:
     if params is not None and not isinstance(params, SamplingParams):
         raise RequestError(f"params is {params!r}, but must be SamplingParams; single fields go by name")
     known = SamplingParams.__dataclass_fields__

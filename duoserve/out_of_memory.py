@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,29 +27,6 @@ def explained_refusals(doing: str) -> Iterator[None]:
             f"out of memory while {doing} ({first_line(error)}): free some, or lower expert_slots, memory, host_memory "
             "or max_context"
         ) from error
-
-
-def forget_calls(error: BaseException) -> None:
-    """Takes from ``error`` and its causes the calls that they came through: it is about to be told to somebody else.
-
-    Those calls, and those that had made them, have tensors in their variables, and the engine itself: whoever kept the
-    error would keep these alive. Nobody may have been told before: a coroutine that had would end where it waits.
-    """
-    at: BaseException | None = error
-    while at is not None:
-        traceback.clear_frames(at.__traceback__)  # which may have been written down: a log keeps it too
-        at.__traceback__ = None
-        at = at.__cause__
-
-
-def own_copy(error: DuoServeError) -> DuoServeError:
-    """``error`` again, for one of several who are told: each raises its own, whose calls are nobody else's.
-
-    Its cause is everybody's: calls are forgotten before the first is told.
-    """
-    twin = copy.copy(error)
-    twin.__cause__ = error.__cause__
-    return twin
 
 
 def first_line(error: Exception) -> str:

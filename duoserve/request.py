@@ -85,7 +85,7 @@ class Request:
 class Produced(NamedTuple):
     """What a step came to for one request: a ``token``, or the ``error`` that has ended it.
 
-    The calls of an error, and of its causes, have been forgotten: others may be told of the same causes.
+    An error, and its causes, come without tracebacks: several requests may be told of one cause.
     """
 
     request: Request

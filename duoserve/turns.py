@@ -19,7 +19,7 @@ class Turns:
         self._open_runtime: Runtime | None = runtime
         self._turn_ends = threading.Condition()  # or the model is closed, which need not end a turn
         self._computing = threading.RLock()  # held for a step at a time: a stream that nobody reads holds up no close()
-        self._serving_thread: int | None = None
+        self._turn_holder: int | None = None  # the thread that has its turn
         self._tokens: Generator[tuple[Request, int]] | None = None  # of the call that has its turn
         self._lent = False
 
@@ -31,29 +31,29 @@ class Turns:
         return self._open_runtime
 
     @contextmanager
-    def mine(self) -> Iterator[Runtime]:
+    def turn(self) -> Iterator[Runtime]:
         """Waits for a turn, which lasts for the block.
 
         RequestError if this thread has one, or a service has the model; ClosedError after ``close``.
         """
-        if self._serving_thread == threading.get_ident():
+        if self._turn_holder == threading.get_ident():
             raise RequestError("this thread's earlier stream is still open: exhaust it or call its close() first")
         with self._turn_ends:
-            self._turn_ends.wait_for(lambda: self._serving_thread is None or self._open_runtime is None)
+            self._turn_ends.wait_for(lambda: self._turn_holder is None or self._open_runtime is None)
             if self._lent:
                 raise RequestError("a service runs this model: submit requests to it")
-            self._serving_thread = threading.get_ident()
+            self._turn_holder = threading.get_ident()
         try:
             yield self.runtime
         finally:
             with self._turn_ends:
-                self._serving_thread = None
+                self._turn_holder = None
                 self._turn_ends.notify_all()
 
     @contextmanager
     def lend(self) -> Iterator[Runtime]:
-        """The last turn, unless the block raises. Errors as in ``mine``."""
-        with self.mine() as runtime:
+        """The last turn, unless the block raises. Errors as in ``turn``."""
+        with self.turn() as runtime:
             yield runtime
             self._lent = True
 
@@ -67,7 +67,7 @@ class Turns:
     @contextmanager
     def tokens(self, requests: Sequence[Request]) -> Iterator[Iterator[tuple[Request, int]]]:
         """A turn in which the engine generates: the block is given each new token with its request."""
-        with self.mine() as runtime:
+        with self.turn() as runtime:
             self._tokens = tokens = runtime.engine.generate(requests)
             del runtime  # close() releases it, however long the block lasts
             try:

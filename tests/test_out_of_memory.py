@@ -153,7 +153,7 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-@pytest.mark.parametrize("part", ["PagedKVCache", "Scheduler", "_build", "_ways"])
+@pytest.mark.parametrize("part", ["PagedKVCache", "Scheduler", "_transformer_and_tap", "_prompts_and_decoder"])
 def test_a_load_that_is_refused_memory_leaves_nothing_open(
     part: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

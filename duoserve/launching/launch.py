@@ -82,12 +82,12 @@ class DecoderParts:
         return link_rates(rows, self.pool, seconds_on_gpu)
 
 
-def make_decoder(wanted: str, policy: Policy, parts: DecoderParts) -> Decoder | None:
-    """The decoder for the mode ``wanted`` (see ``choose_launch``); None where the model computes its own decode steps.
+def make_decoder(mode: str, policy: Policy, parts: DecoderParts) -> Decoder | None:
+    """The decoder for ``mode`` (see ``choose_launch``); None where the model computes its own decode steps.
 
     Call it before any expert is in a slot, or after all are: measuring the link overwrites slots.
     """
-    launch = choose_launch(wanted, parts.cache.device, policy, parts.readable, parts.measure_link)
+    launch = choose_launch(mode, parts.cache.device, policy, parts.readable, parts.measure_link)
     if launch is Launch.MODEL:
         return None
     model, cache = parts.model, parts.cache
@@ -100,15 +100,15 @@ def make_decoder(wanted: str, policy: Policy, parts: DecoderParts) -> Decoder | 
     return RecordedDecoder(model, cache, graph_steps(model, cache, recorder, parts.store, books))
 
 
-def resolve_mode(wanted: str, device: torch.device) -> str:
-    """The decode mode to use on ``device``, wherever the experts are; ConfigError if the device has no ``wanted`` mode.
+def resolve_mode(mode: str, device: torch.device) -> str:
+    """The decode mode to use on ``device`` for ``mode``, wherever the experts are; ConfigError if it has no such mode.
 
     For "compiled" a small loop is compiled as a trial, which takes a second or two; if that fails, the answer is
     "auto", with a warning that says why.
     """
-    _check_device(wanted, device)
-    if wanted != "compiled" or (obstacle := _compiler_fault()) is None:
-        return wanted
+    _check_device(mode, device)
+    if mode != "compiled" or (obstacle := _compiler_fault()) is None:
+        return mode
     warnings.warn(
         f"decode_mode='compiled' takes a C++ compiler, and {obstacle}: decode steps run op by op, more slowly "
         "(install one, or name it in CXX)",
@@ -128,36 +128,36 @@ def _compiler_fault() -> str | None:
     return None
 
 
-def _check_device(wanted: str, device: torch.device) -> None:
-    if wanted in ("event", "graph") and device.type != "cuda":
-        raise ConfigError(f"decode_mode={wanted!r} takes CUDA graphs, but the device is {device}: use 'auto'")
-    if wanted == "compiled" and device.type == "cuda":
+def _check_device(mode: str, device: torch.device) -> None:
+    if mode in ("event", "graph") and device.type != "cuda":
+        raise ConfigError(f"decode_mode={mode!r} takes CUDA graphs, but the device is {device}: use 'auto'")
+    if mode == "compiled" and device.type == "cuda":
         raise ConfigError(f"decode_mode='compiled' is for CPUs, but the device is {device}: use 'auto'")
 
 
 def choose_launch(
-    wanted: str,
+    mode: str,
     device: torch.device,
     policy: Policy,
     readable: Callable[[], bool],
     measure: Callable[[], LinkRates],
 ) -> Launch:
-    """What ``wanted``, a mode that ``resolve_mode`` has let pass, comes to; ConfigError for a graph that cannot be had.
+    """What launches decode steps for ``mode``, which ``resolve_mode`` has accepted; ConfigError if no graph can be had.
 
     A policy that brings whole layers ahead, or computes none of a layer's experts before all are there, needs the host
     between the layers; what others guess can be copied between the steps. ``readable`` and ``measure`` are called only
     where their answer counts.
     """
     if device.type != "cuda":
-        return Launch.COMPILED if wanted == "compiled" else Launch.MODEL
-    if wanted == "event":
+        return Launch.COMPILED if mode == "compiled" else Launch.MODEL
+    if mode == "event":
         return Launch.EVENT
     obstacle = _obstacle(policy, readable)
     if obstacle is not None:
-        if wanted == "graph":
+        if mode == "graph":
             raise ConfigError(f"decode_mode='graph' cannot be had: {obstacle}; use 'event' or 'auto'")
         return Launch.EVENT
-    if wanted == "graph" or policy.all_resident:
+    if mode == "graph" or policy.all_resident:
         return Launch.GRAPH
     rates = measure()
     return Launch.GRAPH if rates.zero_copy >= ZERO_COPY_SHARE * rates.copy else Launch.EVENT

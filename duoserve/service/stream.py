@@ -67,7 +67,7 @@ class Stream:
     def give(self, item: Piece | DuoServeError | None, finished: float | None) -> bool:
         """The service's thread gives the next piece, or the end of it; False if the event loop has been closed.
 
-        Whoever gives an error has forgotten its calls.
+        An error, and its causes, must come without tracebacks.
         """
         self._finished = finished
         try:

@@ -14,9 +14,9 @@ from duoserve.engine import Engine
 from duoserve.errors import ClosedError, DuoServeError, OverloadedError
 from duoserve.interface import FinishReason, Piece, ServiceFigures, ServiceSettings, State
 from duoserve.loading import Runtime
-from duoserve.out_of_memory import forget_calls
 from duoserve.request import Produced, Request
 from duoserve.service.stream import Stream
+from duoserve.shared_errors import drop_tracebacks
 from duoserve.text.writer import Writer
 
 # Figures that take work to gather are at most this old while the engine is busy.
@@ -218,7 +218,7 @@ class Worker:
 
     def _die(self, error: BaseException) -> None:
         log.critical("the service has died of an error", exc_info=error)
-        forget_calls(error)  # once: those who have been told of it below may raise it again
+        drop_tracebacks(error)  # once: those who have been told of it below may raise it again
         self._state = State.DEAD
         self._why = f"the service has died of an error: {type(error).__name__}: {error}"
         tasks, self._tasks = self._tasks, {}
@@ -262,6 +262,6 @@ def _text(writer: Writer, request: Request, token: int) -> str:
 def _answer(answer: Future[None], error: DuoServeError | None) -> None:
     """Nobody may be waiting any more."""
     if error is not None:
-        forget_calls(error)
+        drop_tracebacks(error)
     if answer.set_running_or_notify_cancel():
         answer.set_result(None) if error is None else answer.set_exception(error)
