@@ -55,7 +55,7 @@ def decide(
     checkpoint = place.found.checkpoint
     plan = place.plan(wanted, named)
     best, chosen = None, None
-    if named is None and plan.num_slots < plan.total_experts:
+    if named is None and not plan.all_in_slots:
         best, chosen = _best(checkpoint, cache_dir, with_predictor=predictor is None)
     policy = named or _automatic(plan, best, guesses=predictor is not None)
     found = chosen if predictor is None else _asked_for(predictor, checkpoint, cache_dir)
@@ -89,7 +89,7 @@ def _automatic(plan: MemoryPlan, best: BestPolicy | None, *, guesses: bool) -> P
 
     With ``guesses`` the policy keeps its guesses even if ``best`` found that they do not pay.
     """
-    if plan.num_slots == plan.total_experts:
+    if plan.all_in_slots:
         return get_policy("resident")
     policy = get_policy("duoserve" if best is None else best.policy)
     return policy if guesses or best is None or best.use_predictor else policy.without_guesses()

@@ -93,7 +93,7 @@ class Placement:
         found = self.found
         in_ram = partial(HostStore, progress=sys.stderr.isatty(), pinned=self._on_gpu)
         source = found.expert_store(self.dtype) if quantize is None else found.quantizing_store(quantize)
-        if keeps and plan.num_slots == plan.total_experts:
+        if keeps and plan.all_in_slots:
             return source
         if plan.host_experts == plan.total_experts:
             return held.enter_context(closing(in_ram(source, found.experts)))
