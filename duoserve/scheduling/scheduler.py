@@ -219,7 +219,7 @@ class Scheduler(ExpertSource):
         """
         self._check_between_passes("all experts were asked for")
         self._under_way = True
-        absent = [expert for expert in self._shape.experts(self._shape.layers) if self.table.slot_of(expert) < 0]
+        absent = [expert for expert in self._shape.all_experts() if self.table.slot_of(expert) < 0]
         loads = deque(zip(absent, self.table.empty_slots(), strict=False))
         try:
             with tqdm(total=len(loads), desc="experts to slots", unit="expert", disable=not progress) as bar:
