@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from duoserve.choice import BestPolicy, chosen_predictor, find_choice, predictor_beside
+from duoserve.choice import PolicyChoice, chosen_predictor, find_choice, predictor_beside
 from duoserve.config import EngineConfig
 from duoserve.errors import ConfigError, TraceError
 from duoserve.experts.budget import MemoryPlan
@@ -66,7 +66,7 @@ def decide(
 
 def _best(
     checkpoint: Checkpoint, cache_dir: str | Path | None, *, with_predictor: bool
-) -> tuple[BestPolicy | None, Predictor | None]:
+) -> tuple[PolicyChoice | None, Predictor | None]:
     """What ``duoserve evaluate`` chose for this model, and its predictor; what is broken of them is only warned of."""
     try:
         found = find_choice(checkpoint, cache_dir)
@@ -84,7 +84,7 @@ def _best(
         return replace(best, use_predictor=False), None
 
 
-def _automatic(plan: MemoryPlan, best: BestPolicy | None, *, guesses: bool) -> Policy:
+def _automatic(plan: MemoryPlan, best: PolicyChoice | None, *, guesses: bool) -> Policy:
     """What "auto" comes to: "resident" where every expert has a slot, else the policy of ``best``, else "duoserve".
 
     With ``guesses`` the policy keeps its guesses even if ``best`` found that they do not pay.
