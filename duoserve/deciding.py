@@ -52,16 +52,16 @@ def decide(
     and there is one where the predictor that was asked for is not there, or "auto" comes to a policy without guesses.
     TraceError or ConfigError for a predictor that cannot be used, MemoryBudgetError for memory that cannot be had.
     """
-    checkpoint = place.found.checkpoint
+    checkpoint = place.model.checkpoint
     plan = place.plan(wanted, named)
     best, chosen = None, None
     if named is None and not plan.all_in_slots:
         best, chosen = _best(checkpoint, cache_dir, with_predictor=predictor is None)
     policy = named or _automatic(plan, best, guesses=predictor is not None)
-    found = chosen if predictor is None else _asked_for(predictor, checkpoint, cache_dir)
+    used = chosen if predictor is None else _asked_for(predictor, checkpoint, cache_dir)
     if predictor is not None and not policy.all_resident:
-        _warn_if_unused(found, policy, automatic=named is None)
-    return Decision(place, wanted, policy, found, plan)
+        _warn_if_unused(used, policy, automatic=named is None)
+    return Decision(place, wanted, policy, used, plan)
 
 
 def _best(
