@@ -55,7 +55,7 @@ def ceilings_of(model: MoEModel, cache: Path) -> dict[str, Any]:
     plan, config = model.memory, model.config
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * config.dtype.itemsize
     disk = None
-    if plan.num_slots < plan.total_experts:
+    if not plan.all_in_slots:
         pack = next(cache.rglob("experts.pack"))
         disk = max(disk_rates(pack, plan.slot_bytes)[0].values())
     return {

@@ -104,9 +104,7 @@ class Probe:
             path, fingerprint = pack_path(found.checkpoint, self.layout, cache), found.checkpoint.fingerprint()
             if not path.exists():
                 write_pack(found.expert_store(found.config.dtype), found.experts, path, fingerprint)
-            self._experts = [
-                ExpertId(layer, e) for layer in found.config.moe_layers for e in range(found.config.num_experts)
-            ]
+            self._experts = found.experts
             self._dtype, size = found.config.dtype, (found.config.num_layers, found.config.num_experts)
             self._top_k = found.config.top_k
         self.store = DiskStore(path, self.layout, *size, None)

@@ -26,7 +26,7 @@ _MAX_BYTES = 1 << 24  # which has the rows of fifteen thousand replays
 
 
 @dataclass(frozen=True)
-class BestPolicy:
+class PolicyChoice:
     """``policy`` is a name; ``use_predictor`` False means that its prefetch does not pay."""
 
     policy: str
@@ -36,7 +36,7 @@ class BestPolicy:
 
 def save_choice(
     checkpoint: Checkpoint,
-    choice: BestPolicy,
+    choice: PolicyChoice,
     predictor: RowPredictor | None,
     figures: Mapping[str, Any],
     cache_dir: str | Path | None = None,
@@ -66,7 +66,7 @@ def check_place(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> 
             check_writable(folder / name)
 
 
-def find_choice(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> tuple[BestPolicy, Path] | None:
+def find_choice(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> tuple[PolicyChoice, Path] | None:
     """The choice for this model and the folder it lies in; None if there is none.
 
     One that was made for another model is passed over. TraceError for one that is malformed.
@@ -91,7 +91,7 @@ def chosen_predictor(folder: Path, checkpoint: Checkpoint) -> RowPredictor:
     return load_predictor(folder / PREDICTOR_FILE, checkpoint.fingerprint())
 
 
-def _read(path: Path, fingerprint: str) -> BestPolicy | None:
+def _read(path: Path, fingerprint: str) -> PolicyChoice | None:
     try:
         about = read_object(path, _MAX_BYTES)
     except CheckpointError as error:
@@ -101,7 +101,7 @@ def _read(path: Path, fingerprint: str) -> BestPolicy | None:
     policy = about.get("policy")
     if not isinstance(policy, str) or policy not in POLICIES:
         raise TraceError(f"{path}: names the policy {policy!r}, which is not known; run duoserve evaluate again")
-    return BestPolicy(policy, about.get("predictor") is True, str(about.get("why", "")))
+    return PolicyChoice(policy, about.get("predictor") is True, str(about.get("why", "")))
 
 
 def _places(checkpoint: Checkpoint, cache_dir: str | Path | None) -> list[Path]:

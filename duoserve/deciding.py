@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from duoserve.choice import BestPolicy, chosen_predictor, find_choice, predictor_beside
+from duoserve.choice import PolicyChoice, chosen_predictor, find_choice, predictor_beside
 from duoserve.config import EngineConfig
 from duoserve.errors import ConfigError, TraceError
 from duoserve.experts.budget import MemoryPlan
@@ -52,21 +52,21 @@ def decide(
     and there is one where the predictor that was asked for is not there, or "auto" comes to a policy without guesses.
     TraceError or ConfigError for a predictor that cannot be used, MemoryBudgetError for memory that cannot be had.
     """
-    checkpoint = place.found.checkpoint
+    checkpoint = place.model.checkpoint
     plan = place.plan(wanted, named)
     best, chosen = None, None
-    if named is None and plan.num_slots < plan.total_experts:
+    if named is None and not plan.all_in_slots:
         best, chosen = _best(checkpoint, cache_dir, with_predictor=predictor is None)
     policy = named or _automatic(plan, best, guesses=predictor is not None)
-    found = chosen if predictor is None else _asked_for(predictor, checkpoint, cache_dir)
+    used = chosen if predictor is None else _asked_for(predictor, checkpoint, cache_dir)
     if predictor is not None and not policy.all_resident:
-        _warn_if_unused(found, policy, automatic=named is None)
-    return Decision(place, wanted, policy, found, plan)
+        _warn_if_unused(used, policy, automatic=named is None)
+    return Decision(place, wanted, policy, used, plan)
 
 
 def _best(
     checkpoint: Checkpoint, cache_dir: str | Path | None, *, with_predictor: bool
-) -> tuple[BestPolicy | None, Predictor | None]:
+) -> tuple[PolicyChoice | None, Predictor | None]:
     """What ``duoserve evaluate`` chose for this model, and its predictor; what is broken of them is only warned of."""
     try:
         found = find_choice(checkpoint, cache_dir)
@@ -84,12 +84,12 @@ def _best(
         return replace(best, use_predictor=False), None
 
 
-def _automatic(plan: MemoryPlan, best: BestPolicy | None, *, guesses: bool) -> Policy:
+def _automatic(plan: MemoryPlan, best: PolicyChoice | None, *, guesses: bool) -> Policy:
     """What "auto" comes to: "resident" where every expert has a slot, else the policy of ``best``, else "duoserve".
 
     With ``guesses`` the policy keeps its guesses even if ``best`` found that they do not pay.
     """
-    if plan.num_slots == plan.total_experts:
+    if plan.all_in_slots:
         return get_policy("resident")
     policy = get_policy("duoserve" if best is None else best.policy)
     return policy if guesses or best is None or best.use_predictor else policy.without_guesses()

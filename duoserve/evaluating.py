@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from duoserve.choice import BestPolicy
+from duoserve.choice import PolicyChoice
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.training import train
 from duoserve.scheduling.bake_off import bake_off, rows
@@ -25,7 +25,7 @@ LEAST_GAIN = 0.01
 class Evaluation:
     """``choice``, its predictor, and a row of figures for each replay on the requests that were held out."""
 
-    choice: BestPolicy
+    choice: PolicyChoice
     predictor: RowPredictor | None
     rows: list[dict[str, Any]]
 
@@ -40,37 +40,42 @@ def evaluate(
     decodes.
     """
     trace.check_decodes()
-    trained = {kind: train(trace, kind, seed=seed, progress=progress) for kind in KINDS}
-    predictors = {kind: predictor for kind, (predictor, _) in trained.items()}
-    held = trace.select(next(iter(trained.values()))[1])
+    predictors, held = _trained(trace, seed, progress)
     names = [*BASELINES, *KINDS, ORACLE]
     runs = list(bake_off(held, machine, slot_counts, names, predictors))
-    totals = {name: _decode_s(run for run in runs if run.policy == name) for name in names if name != ORACLE}
-    best = min(totals, key=totals.__getitem__)
+    decode_s = {name: _decode_s(run for run in runs if run.policy == name) for name in names if name != ORACLE}
+    best = min(decode_s, key=decode_s.__getitem__)
     kind = POLICIES[best].predictor
     if kind is None:
-        return Evaluation(_explained(best, False, totals, totals[best]), None, list(rows(runs, held, machine)))
-    policy = POLICIES[best].without_guesses()
-    quiet_runs = [replay(held, policy, machine, slots) for slots in slot_counts]
-    quiet_s = _decode_s(quiet_runs)
-    pays = totals[best] <= (1 - LEAST_GAIN) * quiet_s
-    made = list(rows([*runs, *quiet_runs], held, machine))
-    return Evaluation(_explained(best, pays, totals, quiet_s), predictors[kind] if pays else None, made)
+        choice = PolicyChoice(best, False, _why(best, False, decode_s, decode_s[best]))
+        return Evaluation(choice, None, list(rows(runs, held, machine)))
+    unguessed = [replay(held, POLICIES[best].without_guesses(), machine, slots) for slots in slot_counts]
+    unguessed_s = _decode_s(unguessed)
+    pays = decode_s[best] <= (1 - LEAST_GAIN) * unguessed_s
+    choice = PolicyChoice(best, pays, _why(best, pays, decode_s, unguessed_s))
+    return Evaluation(choice, predictors[kind] if pays else None, list(rows([*runs, *unguessed], held, machine)))
+
+
+def _trained(trace: Trace, seed: int, progress: bool) -> tuple[dict[str, RowPredictor], Trace]:
+    """A predictor of each of KINDS, and the requests that none was trained on: one seed holds out the same for all."""
+    trained = {kind: train(trace, kind, seed=seed, progress=progress) for kind in KINDS}
+    _, held = next(iter(trained.values()))
+    return {kind: predictor for kind, (predictor, _) in trained.items()}, trace.select(held)
 
 
 def _decode_s(runs: Iterable[Replay]) -> float:
     return float(sum(sum(run.itl_s) for run in runs))
 
 
-def _explained(best: str, pays: bool, totals: dict[str, float], quiet_s: float) -> BestPolicy:
-    """The choice, with a paragraph on what to expect and why."""
-    expected = totals[best] if pays else quiet_s
+def _why(best: str, pays: bool, decode_s: dict[str, float], unguessed_s: float) -> str:
+    """A paragraph on what to expect of ``best``, and whether its guesses pay; without them it takes ``unguessed_s``."""
+    expected_s = decode_s[best] if pays else unguessed_s
     words = [
-        f"Expect {best}{'' if pays else ' without prefetch'} to decode {totals['lru'] / expected:.2f} times as fast as "
-        f"lru and {totals['on-demand'] / expected:.2f} times as fast as on-demand."
+        f"Expect {best}{'' if pays else ' without prefetch'} to decode {decode_s['lru'] / expected_s:.2f} times as "
+        f"fast as lru and {decode_s['on-demand'] / expected_s:.2f} times as fast as on-demand."
     ]
     if POLICIES[best].predictor is not None:
-        gain = 1 - totals[best] / quiet_s
+        gain = 1 - decode_s[best] / unguessed_s
         words.append(
             f"Its guesses {'save' if gain >= 0 else 'cost'} {abs(gain):.1%} of the decode time"
             + (
@@ -80,4 +85,4 @@ def _explained(best: str, pays: bool, totals: dict[str, float], quiet_s: float) 
             )
         )
     words.append("Prefetch creates no bandwidth: it only fills the time in which the link would be idle.")
-    return BestPolicy(best, pays, " ".join(words))
+    return " ".join(words)

@@ -102,7 +102,7 @@ def _engine(
     decision: Decision, store: ExpertStore, meter: Meter, listener: RoutingListener | None, held: ExitStack
 ) -> Engine:
     """The floors wired together, from the slots up to the passes; ``held`` closes what is open of them."""
-    place, policy, config = decision.place, decision.policy, decision.place.found.config
+    place, policy, config = decision.place, decision.policy, decision.place.model.config
     pool = SlotPool(decision.plan.num_slots, store.layout, device=place.device)
     copies = held.enter_context(closing(place.copy_engine(store, pool, decision.wanted.copy_threads, meter)))
     scheduler = Scheduler(ModelShape.of(config), pool, copies, policy, meter, decision.predictor)
@@ -119,10 +119,10 @@ def _transformer_and_tap(
     decision: Decision, scheduler: Scheduler, pool: SlotPool, listener: RoutingListener | None
 ) -> tuple[Transformer, RoutingTap | None]:
     """The model over the experts in the slots, and the tap of its routers if anybody listens."""
-    place, found = decision.place, decision.place.found
+    place, model = decision.place, decision.place.model
     compiles = decision.wanted.decode_mode == "compiled"
     weights = with_compiled_unpacking(pool.weights) if compiles else pool.weights
-    built = found.family.build(found.config, place.dense_reader(), RoutedExperts(scheduler, weights))
+    built = model.family.build(model.config, place.dense_reader(), RoutedExperts(scheduler, weights))
     return listened_to(built, audience(scheduler.listener, listener))
 
 

@@ -39,27 +39,27 @@ from duoserve.scheduling.policies import Policy
 class Placement:
     """A model, the device that computes it, the dtype of its weights, and the tokens that its KV cache holds."""
 
-    found: OpenedModel
+    model: OpenedModel
     device: torch.device
     dtype: torch.dtype
     max_context: int
 
     @classmethod
-    def of(cls, found: OpenedModel, wanted: EngineConfig) -> Placement:
+    def of(cls, model: OpenedModel, wanted: EngineConfig) -> Placement:
         """A placement as ``wanted``, where that says so; ConfigError for a device or dtype that cannot be had."""
-        device, only_cpu = resolve_device(wanted.device), cpu_only(found.config)
+        device, only_cpu = resolve_device(wanted.device), cpu_only(model.config)
         if device.type != "cpu" and only_cpu is not None:
             raise ConfigError(f"{only_cpu} runs on CPUs only so far: load it with device='cpu'")
         if wanted.invariant:
             _check_invariance(device)
-        return cls(found, device, _dtype(wanted.dtype, found.config), context_of(found.config, wanted.max_context))
+        return cls(model, device, _dtype(wanted.dtype, model.config), context_of(model.config, wanted.max_context))
 
     def plan(self, wanted: EngineConfig, policy: Policy | None) -> MemoryPlan:
         """How memory is divided under ``policy``, or under one that suits it; MemoryBudgetError: it cannot work."""
         needs = MemoryNeeds(
-            config=self.found.config,
-            layout=self.found.layout(self.dtype, wanted.quantize),
-            dense_bytes=self.found.dense_bytes(self.dtype),
+            config=self.model.config,
+            layout=self.model.layout(self.dtype, wanted.quantize),
+            dense_bytes=self.model.dense_bytes(self.dtype),
             dtype=self.dtype,
             device=self.device,
             max_context=self.max_context,
@@ -71,10 +71,10 @@ class Placement:
 
     def dense_reader(self) -> ReadTensor:
         """Reads each dense tensor once, by its name in the checkpoint, in a dtype or the model's."""
-        memory = DenseMemory([] if self._on_gpu else self.found.family.dense_sizes(self.found.config, self.dtype))
+        memory = DenseMemory([] if self._on_gpu else self.model.family.dense_sizes(self.model.config, self.dtype))
 
         def read(name: str, dtype: torch.dtype | None = None) -> Tensor:
-            return memory.keep(self.found.read(name, dtype or self.dtype)).to(self.device)
+            return memory.keep(self.model.read(name, dtype or self.dtype)).to(self.device)
 
         return read
 
@@ -90,17 +90,17 @@ class Placement:
 
         Where each has a slot it is read once if the policy ``keeps`` it there, and else in every pass.
         """
-        found = self.found
+        model = self.model
         in_ram = partial(HostStore, progress=sys.stderr.isatty(), pinned=self._on_gpu)
-        source = found.expert_store(self.dtype) if quantize is None else found.quantizing_store(quantize)
-        if keeps and plan.num_slots == plan.total_experts:
+        source = model.expert_store(self.dtype) if quantize is None else model.quantizing_store(quantize)
+        if keeps and plan.all_in_slots:
             return source
         if plan.host_experts == plan.total_experts:
-            return held.enter_context(closing(in_ram(source, found.experts)))
-        disk = held.enter_context(closing(_open_pack(source, found, cache_dir)))
+            return held.enter_context(closing(in_ram(source, model.experts)))
+        disk = held.enter_context(closing(_open_pack(source, model, cache_dir)))
         if plan.host_experts == 0:
             return disk
-        return held.enter_context(closing(TieredStore(in_ram(disk, found.experts[: plan.host_experts]), disk)))
+        return held.enter_context(closing(TieredStore(in_ram(disk, model.experts[: plan.host_experts]), disk)))
 
     def copy_engine(self, store: ExpertStore, pool: SlotPool, num_threads: int, meter: Meter) -> CopyEngine:
         """Threads that read into RAM, or the copy lanes of a GPU."""
@@ -138,16 +138,16 @@ def _check_invariance(device: torch.device) -> None:
         )
 
 
-def _open_pack(source: ExpertStore, found: OpenedModel, cache_dir: str | Path | None) -> DiskStore:
+def _open_pack(source: ExpertStore, model: OpenedModel, cache_dir: str | Path | None) -> DiskStore:
     """The checkpoint's pack, which is made on first use, and again when the checkpoint's files have changed.
 
     One that may not be replaced serves as it is, with a warning: a copy of a checkpoint is newer too.
     """
-    folder = pack_path(found.checkpoint, source.layout, cache_dir)
-    fingerprint, changed_ns = found.checkpoint.fingerprint(), found.checkpoint.changed_ns
+    folder = pack_path(model.checkpoint, source.layout, cache_dir)
+    fingerprint, changed_ns = model.checkpoint.fingerprint(), model.checkpoint.changed_ns
     if not is_current(folder, changed_ns):
         if is_out_of_reach(folder):
-            warnings.warn(f"{folder} is older than {found.checkpoint.folder}, and may not be made again", stacklevel=2)
+            warnings.warn(f"{folder} is older than {model.checkpoint.folder}, and may not be made again", stacklevel=2)
         else:
-            write_pack(source, found.experts, folder, fingerprint, changed_ns=changed_ns)
-    return DiskStore(folder, source.layout, found.pack_layers, found.config.num_experts, fingerprint)
+            write_pack(source, model.experts, folder, fingerprint, changed_ns=changed_ns)
+    return DiskStore(folder, source.layout, model.pack_layers, model.config.num_experts, fingerprint)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from duoserve import MoEModel
-from duoserve.choice import CHOICE_FILE, PREDICTOR_FILE, BestPolicy, find_choice, predictor_beside, save_choice
+from duoserve.choice import CHOICE_FILE, PREDICTOR_FILE, PolicyChoice, find_choice, predictor_beside, save_choice
 from duoserve.errors import CheckpointError, TraceError
 from duoserve.evaluating import evaluate
 from duoserve.experts.checkpoint import Checkpoint
@@ -46,7 +46,7 @@ def trace_for(checkpoint: Checkpoint) -> Trace:
 def test_a_choice_beside_the_model_is_what_auto_does(folder: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(folder)
     predictor, _ = train(trace_for(checkpoint), "lookahead")
-    best = BestPolicy("lookahead", True, "it is best")
+    best = PolicyChoice("lookahead", True, "it is best")
     where = save_choice(checkpoint, best, predictor, {"rows": []}, tmp_path / "c")
     assert where == folder
     assert find_choice(checkpoint) == (best, folder)
@@ -61,7 +61,7 @@ def test_a_choice_beside_the_model_is_what_auto_does(folder: Path, tmp_path: Pat
 
 def test_a_choice_without_prefetch_makes_no_guesses(folder: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(folder)
-    save_choice(checkpoint, BestPolicy("lookahead", False, ""), None, {})
+    save_choice(checkpoint, PolicyChoice("lookahead", False, ""), None, {})
     checkpoint.close()
     assert not (folder / PREDICTOR_FILE).exists()
     with MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path / "c") as model:
@@ -74,9 +74,9 @@ def test_a_read_only_models_choice_goes_to_the_cache(
 ) -> None:
     checkpoint = Checkpoint.open(folder)
     monkeypatch.setattr("duoserve.choice.os.access", lambda path, mode: False)
-    where = save_choice(checkpoint, BestPolicy("lru", False, ""), None, {}, tmp_path / "cache")
+    where = save_choice(checkpoint, PolicyChoice("lru", False, ""), None, {}, tmp_path / "cache")
     assert where.is_relative_to(tmp_path / "cache") and not (folder / CHOICE_FILE).exists()
-    assert find_choice(checkpoint, tmp_path / "cache") == (BestPolicy("lru", False, ""), where)
+    assert find_choice(checkpoint, tmp_path / "cache") == (PolicyChoice("lru", False, ""), where)
     assert find_choice(checkpoint, tmp_path / "elsewhere") is None
     checkpoint.close()
 
@@ -85,11 +85,11 @@ def test_a_read_only_models_older_choice_gives_way_to_the_one_in_the_cache(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint.open(folder)
-    save_choice(checkpoint, BestPolicy("lru", False, ""), None, {}, tmp_path / "c")
+    save_choice(checkpoint, PolicyChoice("lru", False, ""), None, {}, tmp_path / "c")
     monkeypatch.setattr("duoserve.choice.os.access", lambda path, mode: False)
-    assert find_choice(checkpoint, tmp_path / "c") == (BestPolicy("lru", False, ""), folder)
-    where = save_choice(checkpoint, BestPolicy("on-demand", False, ""), None, {}, tmp_path / "c")
-    assert where != folder and find_choice(checkpoint, tmp_path / "c") == (BestPolicy("on-demand", False, ""), where)
+    assert find_choice(checkpoint, tmp_path / "c") == (PolicyChoice("lru", False, ""), folder)
+    where = save_choice(checkpoint, PolicyChoice("on-demand", False, ""), None, {}, tmp_path / "c")
+    assert where != folder and find_choice(checkpoint, tmp_path / "c") == (PolicyChoice("on-demand", False, ""), where)
     checkpoint.close()
     with MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path / "c") as model:
         assert model.policy == "on-demand"
@@ -103,7 +103,7 @@ def test_the_predictor_of_a_choice_is_the_one_that_was_written_with_it(
     chosen, other = (train(trace_for(checkpoint), kind)[0] for kind in ("lookahead", "popularity"))
     with monkeypatch.context() as read_only:
         read_only.setattr("duoserve.choice.os.access", lambda path, mode: False)
-        save_choice(checkpoint, BestPolicy("lookahead", True, ""), chosen, {}, tmp_path / "c")
+        save_choice(checkpoint, PolicyChoice("lookahead", True, ""), chosen, {}, tmp_path / "c")
     save_predictor(other, folder / PREDICTOR_FILE, {})
     fetched, heard = [], []
     monkeypatch.setattr(
@@ -119,7 +119,7 @@ def test_the_predictor_of_a_choice_is_the_one_that_was_written_with_it(
 def test_a_choice_of_many_replays_is_found_again(folder: Path) -> None:
     """A long list of slot counts: what is written must not be more than is read."""
     row = figures(Replay("duoserve", "lookahead", 1000, ttft_s=[1 / 3], itl_s=[1 / 3]), dict.fromkeys(BOUNDS, 1 / 3))
-    best = BestPolicy("lru", False, "")
+    best = PolicyChoice("lru", False, "")
     with closing(Checkpoint.open(folder)) as checkpoint:
         save_choice(checkpoint, best, None, {"rows": [row] * 2000})
         assert find_choice(checkpoint) == (best, folder)
@@ -130,7 +130,7 @@ def test_what_came_with_the_package_stays_as_it_came(tmp_path: Path, monkeypatch
     checkpoint = Checkpoint.open(BARD)
     shipped = {path.name: path.stat().st_mtime_ns for path in BARD.iterdir()}
     predictor, _ = train(trace_for(checkpoint), "popularity")
-    best = BestPolicy("duoserve", True, "")
+    best = PolicyChoice("duoserve", True, "")
     where = save_choice(checkpoint, best, predictor, {}, tmp_path)
     assert {path.name: path.stat().st_mtime_ns for path in BARD.iterdir()} == shipped
     assert where.is_relative_to(tmp_path) and find_choice(checkpoint, tmp_path) == (best, where)
@@ -145,18 +145,18 @@ def test_what_evaluate_wrote_to_the_default_cache_is_found_behind_another(
 ) -> None:
     monkeypatch.setenv("DUOSERVE_CACHE", str(tmp_path / "a"))
     with closing(Checkpoint.open(BARD)) as checkpoint:
-        save_choice(checkpoint, BestPolicy("lru", False, ""), None, {})
+        save_choice(checkpoint, PolicyChoice("lru", False, ""), None, {})
         with MoEModel.from_pretrained("bard", expert_slots="25%", cache_dir=tmp_path / "b") as model:
             assert model.policy == "lru"
-        where = save_choice(checkpoint, BestPolicy("on-demand", False, ""), None, {}, tmp_path / "b")
-        assert find_choice(checkpoint, tmp_path / "b") == (BestPolicy("on-demand", False, ""), where)
+        where = save_choice(checkpoint, PolicyChoice("on-demand", False, ""), None, {}, tmp_path / "b")
+        assert find_choice(checkpoint, tmp_path / "b") == (PolicyChoice("on-demand", False, ""), where)
 
 
 def test_a_choice_that_cannot_be_written_leaves_the_one_before(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint.open(folder)
-    save_choice(checkpoint, BestPolicy("lru", False, ""), None, {}, tmp_path)
+    save_choice(checkpoint, PolicyChoice("lru", False, ""), None, {}, tmp_path)
 
     def breaks_off(path: Path, data: str | bytes) -> None:
         path.open("w").write("{")
@@ -165,8 +165,8 @@ def test_a_choice_that_cannot_be_written_leaves_the_one_before(
     monkeypatch.setattr(Path, "write_text", breaks_off)
     monkeypatch.setattr(Path, "write_bytes", breaks_off)
     with pytest.raises(TraceError, match="No space left"):
-        save_choice(checkpoint, BestPolicy("duoserve", False, ""), None, {}, tmp_path)
-    assert find_choice(checkpoint, tmp_path) == (BestPolicy("lru", False, ""), folder)
+        save_choice(checkpoint, PolicyChoice("duoserve", False, ""), None, {}, tmp_path)
+    assert find_choice(checkpoint, tmp_path) == (PolicyChoice("lru", False, ""), folder)
     checkpoint.close()
 
 
@@ -205,7 +205,7 @@ def test_a_choice_whose_predictor_cannot_be_read_makes_no_guesses(
     damage: Callable[[Path], None], folder: Path, tmp_path: Path
 ) -> None:
     with closing(Checkpoint.open(folder)) as checkpoint:
-        save_choice(checkpoint, BestPolicy("lookahead", True, ""), train(trace_for(checkpoint), "lookahead")[0], {})
+        save_choice(checkpoint, PolicyChoice("lookahead", True, ""), train(trace_for(checkpoint), "lookahead")[0], {})
     damage(folder / PREDICTOR_FILE)
     with (
         pytest.warns(UserWarning, match="makes no guesses without .*run duoserve evaluate again") as said,
@@ -244,7 +244,7 @@ def test_a_predictor_is_given_as_a_file_or_found_beside_the_model(folder: Path, 
             assert model.stats.bytes.total > model.stats.bytes.demanded
 
 
-def trained_beside(folder: Path, choice: BestPolicy) -> RowPredictor:
+def trained_beside(folder: Path, choice: PolicyChoice) -> RowPredictor:
     """A predictor of the model that nobody has saved, beside a choice without one."""
     with closing(Checkpoint.open(folder)) as checkpoint:
         save_choice(checkpoint, choice, None, {})
@@ -252,14 +252,14 @@ def trained_beside(folder: Path, choice: BestPolicy) -> RowPredictor:
 
 
 def test_a_predictor_that_is_asked_for_is_heard_where_it_was_found_not_to_pay(folder: Path, tmp_path: Path) -> None:
-    predictor = trained_beside(folder, BestPolicy("lookahead", False, ""))
+    predictor = trained_beside(folder, PolicyChoice("lookahead", False, ""))
     with MoEModel.from_pretrained(folder, predictor=predictor, expert_slots=6, cache_dir=tmp_path / "c") as model:
         model.generate([1, 2, 3], max_tokens=8, ignore_eos=True)
         assert model.stats.bytes.total > model.stats.bytes.demanded
 
 
 def test_a_predictor_that_nobody_will_hear_is_said(folder: Path, tmp_path: Path) -> None:
-    predictor = trained_beside(folder, BestPolicy("lru", False, ""))
+    predictor = trained_beside(folder, PolicyChoice("lru", False, ""))
     for told, words in ((predictor, "'lru', which duoserve evaluate chose"), ("auto", "found none beside the model")):
         with pytest.warns(UserWarning, match=words) as said:
             MoEModel.from_pretrained(folder, predictor=told, expert_slots=6, cache_dir=tmp_path / "c").close()

@@ -1,4 +1,4 @@
-"""The engine's requests as ``batching.py`` sees them: plain data."""
+"""The engine's requests as ``choices.py`` sees them: plain data."""
 
 from __future__ import annotations
 

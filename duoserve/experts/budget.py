@@ -83,6 +83,11 @@ class MemoryPlan:
         """Slots per expert, 0 to 1."""
         return self.num_slots / self.total_experts
 
+    @property
+    def all_in_slots(self) -> bool:
+        """Whether there is a slot for every expert."""
+        return self.num_slots == self.total_experts
+
     def __str__(self) -> str:
         """The arithmetic, a line for each part."""
         slots = f"{self.num_slots} slots x {self.slot_bytes} B, {self.share:.1%} of {self.total_experts} experts"

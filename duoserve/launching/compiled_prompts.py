@@ -18,12 +18,12 @@ def compiled_prompts(model: Transformer, cache: PagedKVCache) -> Transformer:
     rounds in between is not; they are the same under every policy.
     """
     compiled = with_ops(model, compiled_ops())
-    _rehearse(compiled, cache)
+    _compile_all(compiled, cache)
     return compiled
 
 
 @torch.inference_mode()
-def _rehearse(model: Transformer, cache: PagedKVCache) -> None:
+def _compile_all(model: Transformer, cache: PagedKVCache) -> None:
     """Two tokens go through everything but the chosen experts, in whose place is what the memory holds."""
     kv = SequenceKV()
     cache.reserve(kv, 2)

@@ -17,6 +17,7 @@ from duoserve.kernels import ExpertWeights
 from duoserve.models.decoder import MoENames, RoutedExperts, load_decoder
 from duoserve.models.tensors import ReadTensor, TensorNeed, Tensors, needs_of
 from duoserve.models.transformer import Transformer
+from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.source import ExpertSource
 
 
@@ -62,7 +63,7 @@ class Family:
 
     def expert_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Every tensor that routed experts lie in, name -> shape."""
-        experts = (ExpertId(layer, e) for layer in config.moe_layers for e in range(config.num_experts))
+        experts = ModelShape.of(config).all_experts()
         return {piece.name: piece.shape for expert in experts for piece in self.expert_pieces(config, expert)}
 
     def tensor_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -157,7 +157,7 @@ class MoEBlock:
     @cached_property
     def _unknown_slots_E(self) -> Tensor:
         """A table without slots, for plans that are made before the lease says where the experts are."""
-        weight_EH = self.router.gate.weight_NK
+        weight_EH = self.router.projection.weight_NK
         return torch.full((len(weight_EH),), -1, dtype=torch.int32, device=weight_EH.device)
 
 

@@ -36,6 +36,7 @@ from duoserve.models.stored import (
     stored_tensors,
     weight_format,
 )
+from duoserve.scheduling.plan import ModelShape
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_GENERATION_CONFIG_BYTES = 1 << 20
@@ -55,12 +56,12 @@ class OpenedModel:
     @property
     def experts(self) -> list[ExpertId]:
         """Every routed expert, layer by layer."""
-        return [ExpertId(layer, e) for layer in self.config.moe_layers for e in range(self.config.num_experts)]
+        return list(ModelShape.of(self.config).all_experts())
 
     @property
     def pack_layers(self) -> int:
         """How many layers a pack has: all up to the last with experts."""
-        return self.config.moe_layers[-1] + 1
+        return ModelShape.of(self.config).depth
 
     def layout(self, dtype: torch.dtype, quantize: str | None = None) -> ExpertLayout:
         """The row of bytes of one expert: made ``quantize`` (one of QUANTIZE), or as the checkpoint quantizes it.

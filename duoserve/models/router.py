@@ -22,7 +22,7 @@ class Router:
     """``logits``, then ``choose``; ``correction_E`` shifts the scores for the choice alone."""
 
     config: RouterConfig
-    gate: Linear
+    projection: Linear
     correction_E: Tensor | None = None
 
     @classmethod
@@ -30,18 +30,18 @@ class Router:
         """Loads the router from ``weight`` and what else the config says there is."""
         dtype = torch.float32 if config.wide else None
         weight_EH = tensors("weight", config.num_experts, hidden, dtype=dtype)
-        gate = Linear(weight_EH, tensors("bias", config.num_experts, dtype=dtype) if config.bias else None)
+        projection = Linear(weight_EH, tensors("bias", config.num_experts, dtype=dtype) if config.bias else None)
         if not config.correction:
-            return cls(config, gate)
-        return cls(config, gate, tensors("e_score_correction_bias", config.num_experts, dtype=torch.float32))
+            return cls(config, projection)
+        return cls(config, projection, tensors("e_score_correction_bias", config.num_experts, dtype=torch.float32))
 
     def logits(self, x_TH: Tensor) -> Tensor:
         """[T, E], in float32 where the config says wide."""
-        return self.gate(x_TH.float() if self.config.wide else x_TH)
+        return self.projection(x_TH.float() if self.config.wide else x_TH)
 
     def choose(self, logits_TE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Float32 weights [T, K] and int64 ids [T, K], the best first; ``dtype`` is that of the activations."""
-        if self.gate.products is Products.FASTEST:
+        if self.projection.products is Products.FASTEST:
             return self._choose(logits_TE, dtype)
         rows = [self._choose(logits_TE[t : t + 1], dtype) for t in range(len(logits_TE))]
         return torch.cat([weights_1K for weights_1K, _ in rows]), torch.cat([ids_1K for _, ids_1K in rows])

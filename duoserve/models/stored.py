@@ -18,6 +18,7 @@ from duoserve.experts.layout import ExpertId, ExpertLayout, Quantized, Stored
 from duoserve.experts.safetensors_header import TensorInfo
 from duoserve.kernels.weights import BF12_MOST, BF12_MULTIPLE, ExpertFormat
 from duoserve.models.family import Family
+from duoserve.scheduling.plan import ModelShape
 
 # Whether a matrix that is no expert's, by its name, is in the checkpoint's format.
 IsQuantized = Callable[[str, WeightFormat], bool]
@@ -34,7 +35,7 @@ def stored_experts(family: Family, config: ModelConfig) -> dict[str, StoredTenso
     form = weight_format(config)
     if form is None:
         return {name: StoredTensor(shape, FLOATS) for name, shape in family.expert_shapes(config).items()}
-    experts = (ExpertId(layer, e) for layer in config.moe_layers for e in range(config.num_experts))
+    experts = ModelShape.of(config).all_experts()
     pieces = (piece for expert in experts for piece in family.expert_pieces(config, expert))
     return {name: tensor for piece in pieces for name, tensor in stored_piece(form, piece).items()}
 

@@ -189,7 +189,7 @@ class Stage:
 @contextmanager
 def staged(family: Family, config: ModelConfig, layout: ExpertLayout, folder: Path) -> Iterator[Stage]:
     """Puts up a model of ``config``; ``folder`` is where the packed experts are while it stands."""
-    experts = [ExpertId(layer, e) for layer in config.moe_layers for e in range(config.num_experts)]
+    experts = list(ModelShape.of(config).all_experts())
     source = MadeUpStore(layout)
     write_pack(source, experts, folder, FINGERPRINT)
     needs, memory = family.dense_needs(config), DenseMemory(family.dense_sizes(config, config.dtype))

@@ -67,7 +67,7 @@ class Planner:
         memory = self._memory(hardware, question, layout)
         curves = curves_for(self.model.config.num_experts, self.model.config.top_k, question.routing or self.name)
         costs = self._costs(hardware, layout, memory)
-        names = [name for name in RANKED if _can(POLICIES[name], memory)]
+        names = [name for name in RANKED if _suits(POLICIES[name], memory)]
         speeds = sorted((speed_of(costs, curves, memory, question, name) for name in names), key=_by_tpot)
         notes = (
             *self._routing_notes(question, curves),
@@ -82,7 +82,7 @@ class Planner:
 
     def one_gib_more(self, plan: Plan) -> Plan | None:
         """The same with a GiB more for everything; None where all experts have slots already."""
-        if plan.memory.num_slots == plan.memory.total_experts:
+        if plan.memory.all_in_slots:
             return None
         larger = replace(plan.hardware, memory_bytes=plan.hardware.memory_bytes + GIB)
         return self.plan(larger, replace(plan.question, memory=plan.memory.total_bytes + GIB, expert_slots=None))
@@ -104,7 +104,7 @@ class Planner:
     def _costs(self, hardware: Hardware, layout: ExpertLayout, memory: MemoryPlan) -> Costs:
         config = self.model.config
         sizes = sizes_of(self.model.family, config, layout, config.dtype)
-        ram_share = 1.0 if memory.num_slots == memory.total_experts else memory.host_experts / memory.total_experts
+        ram_share = 1.0 if memory.all_in_slots else memory.host_experts / memory.total_experts
         costs = Costs(Machine(hardware, sizes.layer), sizes, ram_share, copy_threads=self.copy_threads)
         rehearsal = self.rehearsals.get(hardware.name)
         if rehearsal is None or rehearsal.slot_bytes != layout.slot_bytes:
@@ -163,7 +163,7 @@ class Planner:
 
     def _notes(self, hardware: Hardware, question: Question, memory: MemoryPlan) -> list[str]:
         config, notes = self.model.config, []
-        if not hardware.host_computes and question.host_memory is None and memory.num_slots < memory.total_experts:
+        if not hardware.host_computes and question.host_memory is None and not memory.all_in_slots:
             notes.append(f"assumed: {format_bytes(hardware.host_bytes)} of RAM, of which 80 % hold experts")
         if _is_card(hardware):
             notes.append(
@@ -187,9 +187,9 @@ def _is_card(hardware: Hardware) -> bool:
     return hardware.name.partition("@")[0] in HARDWARE
 
 
-def _can(policy: Policy, memory: MemoryPlan) -> bool:
+def _suits(policy: Policy, memory: MemoryPlan) -> bool:
     """Whether the policy has a use here: all experts in slots, or not all."""
-    return policy.all_resident == (memory.num_slots == memory.total_experts)
+    return policy.all_resident == memory.all_in_slots
 
 
 def _by_tpot(speed: Speed) -> tuple[float, float]:

@@ -77,6 +77,10 @@ class ModelShape:
         """All experts of ``layers``, in order."""
         return (ExpertId(layer, expert) for layer in layers for expert in range(self.num_experts))
 
+    def all_experts(self) -> Iterator[ExpertId]:
+        """All experts of the model, layer by layer."""
+        return self.experts(self.layers)
+
 
 class RingView(NamedTuple):
     """The slots that a prefill streams through, when a layer asks for its experts.

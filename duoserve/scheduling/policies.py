@@ -10,21 +10,27 @@ from duoserve.scheduling.eviction import Eviction
 from duoserve.scheduling.plan import DecodeFetch, GuessMode, PrefillFetch
 from duoserve.scheduling.ranking import Activation, DecayedFrequency, Frequency, LeastStale, Recency
 
+# By what the experts in slots are ranked: see ranking.py.
 EVICTIONS = {
-    "lru": Eviction(Recency, per_layer=True),
-    "lfu": Eviction(Frequency, per_layer=True),
-    "lfru": Eviction(DecayedFrequency, per_layer=True),
-    "least-stale": Eviction(LeastStale, per_layer=True),
-    "activation": Eviction(Activation, per_layer=False),
+    "lru": Eviction(Recency, per_layer=True),  # the last use
+    "lfu": Eviction(Frequency, per_layer=True),  # the number of uses
+    "lfru": Eviction(DecayedFrequency, per_layer=True),  # uses that fade with age
+    "least-stale": Eviction(LeastStale, per_layer=True),  # passes of the layer that an expert sat through unused
+    "activation": Eviction(Activation, per_layer=False),  # MoE-Infinity's
 }
+# Uses that fade with age, as long as that misses no more than LRU: see guard.py.
 NEVER_BELOW_LRU = Eviction(DecayedFrequency, per_layer=True, rival=Recency)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How experts are moved. ``keeps``: an expert stays in its slot after its layer, until it is evicted.
+    """How experts are moved, as a choice of pure parts.
 
-    ``predictor`` is the kind whose word ``guesses`` are made of in decode; a policy without one makes none.
+    ``prefill`` and ``decode`` say how a prompt and a decode step bring their experts, ``eviction`` which expert loses
+    its slot. With ``keeps`` the experts of a decode step stay in their slots until they are evicted; without, a slot
+    may be given away once its expert is computed. ``guesses`` says what a decode step copies of what a predictor
+    foretells; ``predictor`` is the kind of it (one of KINDS in predictors/training.py) that replays and evaluate take,
+    None where no guesses are made.
     """
 
     name: str

@@ -82,9 +82,9 @@ class Scheduler(ExpertSource):
         self._cache = Cache(self._residency, self._shape, policy.eviction, self._ranking)
         self._pass: _Pass | None = None
         self._aside: tuple[_Pass, OpenLease] | None = None
-        self._books: ReadThrough | None = None
+        self._read_through: ReadThrough | None = None
         self._lease: OpenLease | None = None
-        self._prompted = True  # the last pass did not leave the cache as decode steps do
+        self._ghosts_outdated = True  # a prefill has changed the slots: the guard's ghosts must begin anew
         self._under_way = False  # from a pass's beginning until it has ended, or was cut short and cleaned up after
         self._closed = False
 
@@ -107,9 +107,9 @@ class Scheduler(ExpertSource):
         if phase is Phase.PREFILL:
             self._pause()
         self._ranking.begin(phase, num_tokens)
-        if self._guard is not None and phase is Phase.DECODE and self._prompted:
+        if self._guard is not None and phase is Phase.DECODE and self._ghosts_outdated:
             self._guard.become(self._residency.slots)
-        self._prompted = phase is Phase.PREFILL
+        self._ghosts_outdated = phase is Phase.PREFILL
         self._pass = _Pass(phase, num_tokens, self._open_space(phase, num_tokens))
         try:
             self._residency.collect()
@@ -128,7 +128,7 @@ class Scheduler(ExpertSource):
         if run is None or run.phase is not Phase.PREFILL or lease is None or not lease.idle:
             raise IntegrityError("only a prefill that has computed all it asked for can be set aside")
         lent = run.space.set_aside() if isinstance(run.space, Ring) else frozenset()
-        if 2 * len(lent) <= self._num_slots and self._books is None:
+        if 2 * len(lent) <= self._num_slots and self._read_through is None:
             self._cache.lent = lent
         if not self._cache.lent:
             self._residency.drain()
@@ -143,7 +143,7 @@ class Scheduler(ExpertSource):
         self._under_way = True
         (run, lease), self._aside = self._aside, None
         lent, self._cache.lent = self._cache.lent, frozenset()
-        self._prompted = True
+        self._ghosts_outdated = True
         self._pause()
         self._ranking.resume(run.phase, run.num_tokens)
         if lent and isinstance(run.space, Ring):
@@ -161,7 +161,7 @@ class Scheduler(ExpertSource):
         self._under_way = True
         self._aside = None
         if self._cache.lent:
-            self._cache.lent, self._prompted = frozenset(), True
+            self._cache.lent, self._ghosts_outdated = frozenset(), True
             self._pause()
             self._residency.drain()
         self._under_way = False
@@ -199,7 +199,7 @@ class Scheduler(ExpertSource):
             return
         if lease is not None:
             lease.close()
-        by_device = self._books is not None and self._books.ended()
+        by_device = self._read_through is not None and self._read_through.ended()
         if not (by_device or (lease is not None and lease.complete and lease.layer == self._shape.layers[-1])):
             self._restore()
         self._residency.settle()  # what was measured belongs to this pass
@@ -209,7 +209,7 @@ class Scheduler(ExpertSource):
         """The books of decode steps that the device carries out by itself, to be kept within passes of this."""
         guesses = StepGuesses(self._residency, self._shape, self._foresight, self._copies.now)
         books = ReadThrough(self._residency, self._cache, self._shape, self._meter, self._ranking.used, guesses)
-        self._books = books
+        self._read_through = books
         return books
 
     def load_all(self, progress: bool = False) -> None:
@@ -219,7 +219,7 @@ class Scheduler(ExpertSource):
         """
         self._check_between_passes("all experts were asked for")
         self._under_way = True
-        absent = [expert for expert in self._shape.experts(self._shape.layers) if self.table.slot_of(expert) < 0]
+        absent = [expert for expert in self._shape.all_experts() if self.table.slot_of(expert) < 0]
         loads = deque(zip(absent, self.table.empty_slots(), strict=False))
         try:
             with tqdm(total=len(loads), desc="experts to slots", unit="expert", disable=not progress) as bar:
@@ -257,8 +257,8 @@ class Scheduler(ExpertSource):
     def _pause(self) -> None:
         """A prompt comes between decode steps: what they say of the link's idle time would be wrong."""
         self._foresight.link.pause()
-        if self._books is not None:
-            self._books.pause()
+        if self._read_through is not None:
+            self._read_through.pause()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -13,8 +13,9 @@ from duoserve.text.tokenizer import IncrementalDecoder, StopStrings, Text
 class Writer:
     """Turns one request's tokens into text and ends the request at a stop string.
 
-    If its last permitted token completes one, the reason is "stop" all the same. In a channel's header there are none,
-    and none reaches from before it to behind it. The text goes on from that of the tokens ``behind`` it.
+    If its last permitted token completes one, the reason is "stop" all the same. Stop strings are not looked for in a
+    channel's header (see channels.py), nor across one. ``behind`` are tokens that the text continues: it then keeps the
+    space before its first word.
     """
 
     def __init__(self, text: Text | None, stop: Sequence[str], behind: Sequence[int] = ()) -> None:
