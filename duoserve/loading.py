@@ -35,7 +35,7 @@ from duoserve.scheduling.routing import RoutingListener, audience
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.text.chat_template import ChatTemplate
 from duoserve.text.tokenizer import Text
-from duoserve.torch_modes import without_autocast
+from duoserve.torch_modes import as_in_new_thread
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def load(  # noqa: PLR0913
     MemoryBudgetError for memory that the plan cannot have, or that is refused when it is carried out.
     """
     named = named_policy(policy)
-    with without_autocast(), ExitStack() as held:
+    with as_in_new_thread(), ExitStack() as held:
         found = held.enter_context(opened(model))
         text, template = Text.load(found.checkpoint.folder), ChatTemplate.load(found.checkpoint.folder)
         if template is not None:
