@@ -93,7 +93,7 @@ class Placement:
         found = self.found
         in_ram = partial(HostStore, progress=sys.stderr.isatty(), pinned=self._on_gpu)
         source = found.expert_store(self.dtype) if quantize is None else found.quantizing_store(quantize)
-        if keeps and plan.num_slots == plan.total_experts:
+        if _read_once(plan, keeps):
             return source
         if plan.host_experts == plan.total_experts:
             return held.enter_context(closing(in_ram(source, found.experts)))
@@ -101,6 +101,10 @@ class Placement:
         if plan.host_experts == 0:
             return disk
         return held.enter_context(closing(TieredStore(in_ram(disk, found.experts[: plan.host_experts]), disk)))
+
+    def all_in_ram(self, plan: MemoryPlan, keeps: bool) -> bool:
+        """Whether every expert will wait in RAM. Not if the policy ``keeps`` each in a slot: it never waits."""
+        return plan.host_experts == plan.total_experts and not _read_once(plan, keeps)
 
     def copy_engine(self, store: ExpertStore, pool: SlotPool, num_threads: int, meter: Meter) -> CopyEngine:
         """Threads that read into RAM, or the copy lanes of a GPU."""
@@ -119,6 +123,11 @@ class Placement:
     @property
     def _on_gpu(self) -> bool:
         return self.device.type == "cuda"
+
+
+def _read_once(plan: MemoryPlan, keeps: bool) -> bool:
+    """Whether each expert is read into a slot and stays there."""
+    return keeps and plan.num_slots == plan.total_experts
 
 
 def _dtype(name: str, config: ModelConfig) -> torch.dtype:
