@@ -17,7 +17,7 @@ from duoserve.kernels import Products
 from duoserve.kernels.compiled.unpacking import with_compiled_unpacking
 from duoserve.kv_cache import PagedKVCache
 from duoserve.launching.compiled_prompts import compiled_prompts
-from duoserve.launching.launch import DecoderParts, VariantDecoder, make_decoder, resolve_mode
+from duoserve.launching.launch import DecoderParts, VariantDecoder, check_graph, make_decoder, resolve_mode
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
@@ -35,7 +35,7 @@ from duoserve.scheduling.routing import RoutingListener, audience
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.text.chat_template import ChatTemplate
 from duoserve.text.tokenizer import Text
-from duoserve.torch_modes import without_autocast
+from duoserve.torch_modes import as_in_new_thread
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def load(  # noqa: PLR0913
     MemoryBudgetError for memory that the plan cannot have, or that is refused when it is carried out.
     """
     named = named_policy(policy)
-    with without_autocast(), ExitStack() as held:
+    with as_in_new_thread(), ExitStack() as held:
         found = held.enter_context(opened(model))
         text, template = Text.load(found.checkpoint.folder), ChatTemplate.load(found.checkpoint.folder)
         if template is not None:
@@ -82,6 +82,8 @@ def load(  # noqa: PLR0913
         # Before the plan: compiled steps take memory, and so does the compiler that is tried.
         wanted = replace(wanted, decode_mode=resolve_mode(wanted.decode_mode, place.device))
         decision = decide(place, wanted, named, predictor, cache_dir)
+        if wanted.decode_mode == "graph":
+            check_graph(decision.policy, place.all_in_ram(decision.plan, decision.policy.keeps))
         meter = Meter()
         with explained_refusals("the model was loaded"):
             store = place.slow_tier(decision.plan, cache_dir, held, wanted.quantize, decision.policy.keeps)

@@ -93,7 +93,7 @@ class Placement:
         model = self.model
         in_ram = partial(HostStore, progress=sys.stderr.isatty(), pinned=self._on_gpu)
         source = model.expert_store(self.dtype) if quantize is None else model.quantizing_store(quantize)
-        if keeps and plan.all_in_slots:
+        if _read_once(plan, keeps):
             return source
         if plan.host_experts == plan.total_experts:
             return held.enter_context(closing(in_ram(source, model.experts)))
@@ -101,6 +101,10 @@ class Placement:
         if plan.host_experts == 0:
             return disk
         return held.enter_context(closing(TieredStore(in_ram(disk, model.experts[: plan.host_experts]), disk)))
+
+    def all_in_ram(self, plan: MemoryPlan, keeps: bool) -> bool:
+        """Whether every expert will wait in RAM. Not if the policy ``keeps`` each in a slot: it never waits."""
+        return plan.host_experts == plan.total_experts and not _read_once(plan, keeps)
 
     def copy_engine(self, store: ExpertStore, pool: SlotPool, num_threads: int, meter: Meter) -> CopyEngine:
         """Threads that read into RAM, or the copy lanes of a GPU."""
@@ -119,6 +123,11 @@ class Placement:
     @property
     def _on_gpu(self) -> bool:
         return self.device.type == "cuda"
+
+
+def _read_once(plan: MemoryPlan, keeps: bool) -> bool:
+    """Whether each expert is read into a slot and stays there."""
+    return keeps and plan.all_in_slots
 
 
 def _dtype(name: str, config: ModelConfig) -> torch.dtype:

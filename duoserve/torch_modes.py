@@ -26,6 +26,16 @@ def without_autocast() -> Iterator[None]:
 
 
 @contextmanager
+def as_in_new_thread() -> Iterator[None]:
+    """Inside, torch is as a new thread finds it: for tensors that other threads write to, or that have gradients.
+
+    Those made in torch's inference mode can be written to by nobody who is not in it. Autocast is off too.
+    """
+    with torch.inference_mode(False), without_autocast():
+        yield
+
+
+@contextmanager
 def inference() -> Iterator[None]:
     """Torch's inference mode, without autocast: for passes and all that is made ready for them."""
     with torch.inference_mode(), without_autocast():

@@ -15,13 +15,14 @@ from duoserve.kernels import QUERY_ROWS
 from duoserve.kernels.experts_together import WIDTH
 from duoserve.kv_cache import PAGE_TOKENS
 from duoserve.launching.compiled import SIZES
-from duoserve.launching.recorded import MAX_SEQUENCES, MAX_SHAPES
+from duoserve.launching.recorded import MAX_SEQUENCES, MOST_RECORDINGS
 from duoserve.models.transformer import LOGIT_ROWS
 
 FLOAT_BYTES = 4
 SCORE_BYTES = 24  # of a token and expert: the router's float32 scores, their softmax and their order
 ROUTED_ROW_BYTES = 36  # its id and weight, and its places before and after sorting
-TABLE_BYTES = 8 + 2 * MAX_SHAPES * 4  # of an expert: the address of its row, and its slot and target in each recording
+# Of an expert: the address of its row, and its slot and target in each recording.
+TABLE_BYTES = 8 + 2 * MOST_RECORDINGS * 4
 MASK_BYTES = 12  # of a query and key: their distance and whether one sees the other
 # Whatever the pass. On a GPU: cuBLAS's workspaces (32 MiB each on Hopper, for two streams of one thread) and what the
 # allocator loses to rounding. On a CPU: the block of weights that a product widens or decodes at a time, sums of its
@@ -52,7 +53,7 @@ def recorded_bytes(config: ModelConfig, dtype: torch.dtype, num_tokens: int) -> 
     num_sequences, num_layers = min(MAX_SEQUENCES, max(1, num_tokens // PAGE_TOKENS)), len(config.moe_layers)
     kept = 3 * config.hidden_size + config.top_k * (config.hidden_size + config.expert_intermediate_size)
     logits = config.vocab_size * (dtype.itemsize + FLOAT_BYTES)
-    steps = MAX_SHAPES * num_sequences * (num_layers * kept * dtype.itemsize + logits)
+    steps = MOST_RECORDINGS * num_sequences * (num_layers * kept * dtype.itemsize + logits)
     return steps + config.num_layers * config.num_experts * TABLE_BYTES
 
 

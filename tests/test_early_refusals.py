@@ -97,6 +97,35 @@ def test_a_mode_that_the_device_does_not_have_is_refused_before_anything_large_i
         MoEModel.from_pretrained(folder, device=device, decode_mode=mode)
 
 
+@pytest.mark.usefixtures("nothing_large")
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"policy": "on-demand"}, "policy 'on-demand' moves experts between the layers of a step"),
+        ({"policy": "lru", "expert_slots": 8, "host_memory": 0}, "not all experts lie in pinned host memory"),
+        ({"policy": "lru", "expert_slots": "100%"}, "choose policy 'resident'"),
+    ],
+)
+def test_a_graph_that_cannot_be_had_is_refused_before_anything_large_is_loaded(
+    options: dict[str, Any], why: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duoserve.placement, "resolve_device", torch.device)
+    monkeypatch.setattr(duoserve.placement, "free_bytes", lambda _: 1 << 30)
+    with pytest.raises(ConfigError, match=f"decode_mode='graph' cannot be had: .*{why}"):
+        MoEModel.from_pretrained(folder, device="cuda", decode_mode="graph", **options)
+
+
+@pytest.mark.usefixtures("nothing_large")
+@pytest.mark.parametrize("options", [{"policy": "lru", "expert_slots": 8}, {"policy": "resident"}])
+def test_a_graph_that_may_be_had_is_not_refused_before_that(
+    options: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duoserve.placement, "resolve_device", torch.device)
+    monkeypatch.setattr(duoserve.placement, "free_bytes", lambda _: 1 << 30)
+    with pytest.raises(AssertionError, match="the model was being loaded"):
+        MoEModel.from_pretrained(folder, device="cuda", decode_mode="graph", **options)
+
+
 TOO_LARGE = {  # for a GPU: the family, its config, and the one field that is as large as can be, or larger
     "qwen3_moe-hidden": ({"head_dim": 8}, "hidden_size", 32768, "hidden size"),
     "qwen3_moe-experts": ({}, "num_experts", 1023, "number of experts"),

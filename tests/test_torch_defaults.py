@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,7 @@ DEFAULTS = {
     "meta": lambda: torch.device("meta"),
     "autocast": lambda: torch.autocast("cpu", BF16),
     "inference mode": torch.inference_mode,
+    "no gradients": torch.no_grad,
     "deterministic": deterministic_algorithms,
     "errors of numpy": lambda: np.errstate(all="raise"),
 }
@@ -67,13 +69,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_mixtral(tmp_path_factory.mktemp("model"), max_position_embeddings=512)
 
 
-def results(folder: Path, prompt: list[int], **knobs: str | None) -> tuple[Tensor, list[list[int]]]:
-    with MoEModel.from_pretrained(folder, expert_slots=8, **knobs) as model:
+def results(folder: Path, prompt: list[int] = PROMPT, **knobs: Any) -> tuple[Tensor, list[list[int]]]:
+    with MoEModel.from_pretrained(folder, **({"expert_slots": 8} | knobs)) as model:
         together = model.generate([PROMPT[:20], PROMPT[30:33]], SAMPLED)
         return model.forward(prompt), [done.token_ids for done in together]
 
 
-def check_same_results(default: str, folder: Path, prompt: list[int] = PROMPT, **options: str | None) -> None:
+def check_same_results(default: str, folder: Path, prompt: list[int] = PROMPT, **options: Any) -> None:
     logits_TV, tokens = results(folder, prompt, **options)
     with DEFAULTS[default]():
         found_TV, found = results(folder, prompt, **options)
@@ -82,10 +84,42 @@ def check_same_results(default: str, folder: Path, prompt: list[int] = PROMPT, *
     assert found == tokens
 
 
-@pytest.mark.parametrize(("dtype", "quantize"), [("float32", None), ("float32", "int8"), ("bfloat16", None)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "float32"},
+        {"dtype": "float32", "expert_slots": "100%"},
+        {"dtype": "bfloat16"},
+        {"dtype": "bfloat16", "expert_slots": "100%"},
+        {"quantize": "int8"},
+        {"quantize": "int8", "expert_slots": "100%"},
+    ],
+    ids=lambda options: "-".join(options.values()),
+)
 @each_default
-def test_a_model_has_the_same_logits_and_tokens(default: str, dtype: str, quantize: str | None, folder: Path) -> None:
-    check_same_results(default, folder, dtype=dtype, quantize=quantize)
+def test_a_model_has_the_same_logits_and_tokens(default: str, options: dict[str, str], folder: Path) -> None:
+    check_same_results(default, folder, **options)
+
+
+@pytest.mark.parametrize("default", ["autocast", "inference mode"])
+def test_a_model_is_packed_as_ever(default: str, folder: Path, tmp_path: Path) -> None:
+    wanted_TV, _ = results(folder, quantize="int8", cache_dir=tmp_path / "wanted")
+    with DEFAULTS[default]():
+        found_TV, _ = results(folder, quantize="int8", cache_dir=tmp_path / "found")
+    assert torch.equal(found_TV, wanted_TV)
+
+
+@pytest.mark.parametrize("slots", [8, "100%"])
+def test_a_model_that_is_loaded_in_inference_mode_runs_within_it_and_outside(slots: int | str, folder: Path) -> None:
+    logits_TV, tokens = results(folder, expert_slots=slots)
+    with torch.inference_mode():
+        model = MoEModel.from_pretrained(folder, expert_slots=slots)
+    with model:
+        for mode in (nullcontext, torch.inference_mode, nullcontext):
+            with mode():
+                together = model.generate([PROMPT[:20], PROMPT[30:33]], SAMPLED)
+                assert torch.equal(model.forward(PROMPT), logits_TV)
+            assert [done.token_ids for done in together] == tokens
 
 
 @needs_compiler
@@ -97,7 +131,7 @@ def test_compiled_steps_stay_as_they_are(default: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["duoserve", "paper", "lookahead"])
-@pytest.mark.parametrize("default", ["float64", "bfloat16", "meta"])
+@pytest.mark.parametrize("default", ["float64", "bfloat16", "meta", "autocast", "inference mode", "no gradients"])
 def test_predictors_are_trained_as_ever(
     default: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

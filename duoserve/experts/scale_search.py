@@ -196,10 +196,11 @@ def _int4(  # noqa: PLR0913, PLR0917
     steps_SP = laid_down(_steps(scales_SP))
     zeros_SP = laid_down((low_P * -INT4_SPANS_S1 * steps_SP).round().clamp(0, INT4_MOST))
     errors = [_int4_error(wide_PX, *place) for place in zip(steps_SP, zeros_SP, strict=True)]
-    errors_SP = torch.stack(errors) * scales_SP * scales_SP
-    error_P, scale_P, steps_P, zero_P = _least(errors_SP, scales_SP, steps_SP, zeros_SP)
     whole_P = _squares(wide_PX)
-    errors_P.copy_(torch.where(scale_P > 0, error_P, whole_P))
+    # A scale that rounds to zero leaves nothing of the weights, so that all of them is its error.
+    errors_SP = torch.where(scales_SP > 0, torch.stack(errors) * scales_SP * scales_SP, whole_P)
+    error_P, scale_P, steps_P, zero_P = _least(errors_SP, scales_SP, steps_SP, zeros_SP)
+    errors_P.copy_(error_P)
     weights_P.copy_(whole_P)
     scales_P.copy_(scale_P)
     zeros_P.copy_(zero_P)

@@ -155,12 +155,26 @@ def choose_launch(
     obstacle = _obstacle(policy, readable)
     if obstacle is not None:
         if mode == "graph":
-            raise ConfigError(f"decode_mode='graph' cannot be had: {obstacle}; use 'event' or 'auto'")
+            raise _no_graph(obstacle)
         return Launch.EVENT
     if mode == "graph" or policy.all_resident:
         return Launch.GRAPH
     rates = measure()
     return Launch.GRAPH if rates.zero_copy >= ZERO_COPY_SHARE * rates.copy else Launch.EVENT
+
+
+def check_graph(policy: Policy, in_ram: bool) -> None:
+    """ConfigError where "graph" cannot be had, even if all memory can be page-locked: what is known before loading.
+
+    ``in_ram``: all experts will lie in RAM.
+    """
+    obstacle = _obstacle(policy, lambda: in_ram)
+    if obstacle is not None:
+        raise _no_graph(obstacle)
+
+
+def _no_graph(obstacle: str) -> ConfigError:
+    return ConfigError(f"decode_mode='graph' cannot be had: {obstacle}; use 'event' or 'auto'")
 
 
 def _obstacle(policy: Policy, readable: Callable[[], bool]) -> str | None:

@@ -104,10 +104,10 @@ def _look_ahead(site: RouterSite, later: RouterSite) -> _Ahead:
     """The router of ``later`` as asked at ``site``.
 
     Where the norm at ``site`` has a weight of zero, its output does not show the hidden state: the scale is zero too.
+    So it is for a weight that is so small that the dtype of the norm does not hold the scale.
     """
-    norm_H = site.norm_H.float()
-    scale_H = torch.where(norm_H == 0, 0, later.norm_H.float() / norm_H)
-    return _Ahead(later.layer, later.logits, scale_H.to(site.norm_H.dtype))
+    scale_H = (later.norm_H.float() / site.norm_H.float()).to(site.norm_H.dtype)
+    return _Ahead(later.layer, later.logits, torch.where(scale_H.isfinite(), scale_H, 0))
 
 
 def _host(values: Tensor) -> np.ndarray:

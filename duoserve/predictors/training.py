@@ -25,6 +25,7 @@ from duoserve.predictors.networks import Data, Recipe, fit_layer, fit_perceptron
 from duoserve.predictors.paper import PaperPredictor, paper_inputs
 from duoserve.predictors.popularity import PopularityPredictor
 from duoserve.scheduling.trace import Trace
+from duoserve.torch_modes import as_in_new_thread
 
 HELD_OUT_SHARE = 0.15
 STOPPING_SHARE = 0.15  # of the others: they say when the training of a network ends
@@ -72,7 +73,8 @@ def train(
     held, rest = _parted(groups, HELD_OUT_SHARE)
     stop, fit = _parted(rest, STOPPING_SHARE) if len(rest) > 1 else (rest, rest)
     train_tokens, fit_tokens, stop_tokens = (Tokens(trace, _joined(numbers)) for numbers in (rest, fit, stop))
-    with torch.device("cpu"):  # the optimizers, too, take the default device, which a program may have changed
+    # The optimizers, too, take the default device, which a program may have changed.
+    with as_in_new_thread(), torch.device("cpu"):
         predictor = KINDS[kind](Split(train_tokens, fit_tokens, stop_tokens, horizon, progress))
     predictor.trained_on = frozenset(trace.prompt_marks[number] for number in _joined(rest))
     return predictor, _joined(held)

@@ -138,7 +138,8 @@ class SlotLease(OpenLease):
         """As in Lease."""
         if self._plan_prefetch is not None:
             self._plan = self._plan_prefetch(self._plan)
-            self._prefetch.extend(self._plan.prefetch)
+            known = set(self._prefetch)  # of a whole layer that waits for slots: guesses may be about it
+            self._prefetch.extend(one for one in self._plan.prefetch if one not in known)
             self._space.enter(self._plan)
             self._fill()
 

@@ -117,6 +117,15 @@ def test_zeros_and_lone_weights_stay_as_they_are(stored: Quantized, way: Way) ->
     torch.testing.assert_close(decoded(quantized(w_ND, stored, way)), w_ND, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("way", [OP_BY_OP, pytest.param(COMPILED, id="compiled", marks=needs_compiler)])
+def test_a_scale_that_rounds_to_zero_is_not_taken_where_there_is_a_better_one(way: Way) -> None:
+    """Float16 holds the largest of the scales of these weights, but not the others."""
+    w_ND = torch.linspace(0, 5.5e-7, 128)[None]
+    made = quantized(w_ND, INT4_128, way)
+    assert made.scales_GN.item() > 0
+    assert (decoded(made) - w_ND).double().square().sum() < w_ND.double().square().sum() / 2
+
+
 def read(store: QuantizingStore, expert: ExpertId) -> Tensor:
     row_B = aligned_rows(1, store.layout.slot_bytes)[0].fill_(0xFF)
     store.read(expert, row_B)

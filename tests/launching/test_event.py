@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from duoserve import SamplingParams
 from duoserve.config import Phase
@@ -20,12 +22,14 @@ from duoserve.experts.store import ExpertStore, HostStore
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.experts.tickets import Ticket
 from duoserve.launching.event import event_steps
-from duoserve.launching.recorded import MAX_SEQUENCES, RecordedDecoder
+from duoserve.launching.recorded import MAX_SEQUENCES, MAX_SHAPES, RecordedDecoder
+from duoserve.models.mixtral import parse_config
 from duoserve.passes import Decoder, DecodeStep
 from duoserve.request import Request
 from duoserve.scheduling.lease import SlotLease
 from duoserve.scheduling.routing import Routing
 from duoserve.scheduling.source import ReadyExpert
+from duoserve.workspace import recorded_bytes
 from tests.assembly import Parts, assembled
 from tests.checkpoints import BARD, save_mixtral
 from tests.lagging import LaggingDevice, Truth, write
@@ -191,6 +195,34 @@ def test_the_shape_that_has_not_occurred_for_longest_makes_way() -> None:
     assert [recorded(size) for size in (3, 3, 1)] == [False, True, True]
     assert [recorded(size) for size in (2, 2)] == [False, True]
     assert made == [1, 2, 3, 2]
+
+
+def test_memory_is_planned_for_as_many_recordings_as_there_ever_are() -> None:
+    alive: set[int] = set()
+    most: list[int] = []
+
+    def make(num_sequences: int, table_width: int) -> DecodeStep:
+        def step(layout: object) -> Tensor:
+            return torch.ones(1)
+
+        alive.add(num_sequences)
+        weakref.finalize(step, alive.remove, num_sequences)
+        most.append(len(alive))
+        return step
+
+    decoder = RecordedDecoder(
+        lambda batch: torch.zeros(1), SimpleNamespace(batch=lambda layout: layout), make, record_after=0
+    )
+    for num_sequences in range(1, 2 * MAX_SHAPES):
+        assert decoder(SimpleNamespace(spans=[()] * num_sequences, page_table=[[0]])).item() == 1
+    assert len(alive) == MAX_SHAPES
+
+    def planned(vocab_size: int) -> int:
+        config = parse_config({"model_type": "mixtral", "dtype": "bfloat16", "vocab_size": vocab_size})
+        return recorded_bytes(config, torch.bfloat16, 1)
+
+    one_logit = torch.bfloat16.itemsize + torch.float32.itemsize
+    assert max(most) * one_logit <= planned(1001) - planned(1000)
 
 
 def test_shapes_that_cannot_be_recorded_do_not_count() -> None:

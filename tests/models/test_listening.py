@@ -110,14 +110,22 @@ def test_scores_are_the_later_router_on_its_own_norm_of_todays_state() -> None:
         torch.testing.assert_close(torch.from_numpy(ahead[site.layer]), want_TE)
 
 
-def test_a_dead_dimension_says_nothing() -> None:
-    dead_H = torch.tensor([0.0, 1.0])
+@pytest.mark.parametrize(
+    ("norm", "state", "dtype"),
+    [
+        (0.0, 0.0, torch.float32),
+        (0.0, 0.0, torch.float16),
+        (1e-6, 0.0, torch.float16),  # whose inverse is infinite
+        (1e-6, 1e-6, torch.float16),
+    ],
+)
+def test_a_dead_dimension_says_nothing(norm: float, state: float, dtype: torch.dtype) -> None:
+    dead_H, ones_H = torch.tensor([norm, 1.0], dtype=dtype), torch.ones(2, dtype=dtype)
     heard = Heard(lookahead=1)
-    tap = RoutingTap(
-        heard, [RouterSite(0, Linear(torch.ones(2, 2)), dead_H), RouterSite(1, Linear(torch.eye(2)), torch.ones(2))]
-    )
+    logits = Linear(torch.eye(2, dtype=dtype))
+    tap = RoutingTap(heard, [RouterSite(0, logits, dead_H), RouterSite(1, logits, ones_H)])
     tap.begin(DECODE, np.array([0]))
-    tap.routed(0, torch.tensor([[0.0, 3.0]]), torch.ones(1, 1), torch.tensor([[0]]))
+    tap.routed(0, torch.tensor([[state, 3.0]], dtype=dtype), torch.ones(1, 1), torch.tensor([[0]]))
     assert heard.routings[0][0].ahead[1].tolist() == [[0.0, 3.0]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from duoserve.experts.layout import ExpertId
 from duoserve.experts.tickets import TicketState
 from duoserve.scheduling.foresight import Foresight
 from duoserve.scheduling.link_budget import Demand
-from duoserve.scheduling.plan import NO_GUESSES, Guesses, GuessMode, ModelShape
+from duoserve.scheduling.plan import NO_GUESSES, DecodeFetch, Guesses, GuessMode, ModelShape
+from duoserve.scheduling.policies import get_policy
 from tests.fakes import SMALL
 from tests.scheduling.fortune import Teller, certain, routed
 from tests.scheduling.rig import Rig
@@ -118,6 +120,16 @@ def test_a_guess_that_the_router_contradicts_is_cancelled() -> None:
     rig.decode([[0, 1]] * 4, attention_s=0.5)
     wrong = [ticket for ticket in rig.engine.tickets if ticket.expert.expert >= 6 and ticket.expert.layer == 1]
     assert [ticket.state for ticket in wrong] == [TicketState.DONE, TicketState.CANCELLED]
+
+
+def test_what_comes_with_its_whole_layer_is_not_copied_again_as_a_guess() -> None:
+    """There are slots for a layer's two experts and for seven of the next layer: the eighth waits until one is free."""
+    policy = replace(get_policy("lookahead"), decode=DecodeFetch.NEXT_LAYER)
+    rig = Rig(policy, layers=3, slots=9, predictor=Teller(lambda layer: certain(8, [6, 7])))
+    for _ in range(4):
+        rig.decode([[0, 1]] * 3, attention_s=10.0, expert_s=1.0)
+        rig.scheduler.check_integrity()
+    assert rig.stats().hits["decode"] == 4 * 3 * 2
 
 
 def test_what_was_said_before_holds_until_the_layer_has_been_heard() -> None:
