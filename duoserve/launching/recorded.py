@@ -18,8 +18,8 @@ from duoserve.passes import Decoder, DecodeStep
 # A shape (sequences, width of the page table) is recorded once it has been computed so often: recording costs as much
 # as many steps, and a batch that shrinks passes through shapes that it never comes back to.
 RECORD_AFTER = 4
-MAX_SHAPES = 8  # recorded at most, for each takes memory
-MOST_RECORDINGS = MAX_SHAPES + 1  # at a time: what makes way for another does so once that is there
+MOST_RECORDINGS = 8  # at a time, for each takes memory
+MAX_SHAPES = MOST_RECORDINGS - 1  # that are kept: what makes way for another does so once that is there
 MAX_SEQUENCES = MEDIUM  # of a step that a GPU records: the memory plan counts no more, and read-through takes no more
 
 Shape = tuple[int, int]  # of a step: sequences, width of the page table
