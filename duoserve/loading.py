@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from duoserve.config import EngineConfig, ModelConfig
@@ -50,9 +51,19 @@ class Runtime:
     engine: Engine
     meter: Meter
     _held: ExitStack
+    _ends: list[Callable[[], None]] = field(default_factory=list)
+
+    def before_close(self, end: Callable[[], None]) -> None:
+        """Has ``close`` call ``end`` first, which stops whoever runs the engine on a thread of their own."""
+        self._ends.append(end)
 
     def close(self) -> None:
-        """Stops the copies, then closes the files, in the reverse order of opening."""
+        """Stops the copies, then closes the files, in the reverse order of opening.
+
+        What an ``end`` raises, KeyboardInterrupt for one, leaves all of them open: somebody may be computing.
+        """
+        for end in self._ends:
+            end()
         self._held.close()
 
 

@@ -243,7 +243,8 @@ class MoEModel:
         """Releases threads, files and memory; calling it again does nothing.
 
         It waits for the step that another thread computes, whose call then raises ClosedError, or for its ``forward``,
-        which comes to its end. Those who wait for their turn get ClosedError.
+        which comes to its end. Those who wait for their turn get ClosedError. A service ends first, its requests with
+        ClosedError.
         """
         self._turns.close()
 

@@ -52,8 +52,8 @@ class Turns:
 
     @contextmanager
     def lend(self) -> Iterator[Runtime]:
-        """The last turn, unless the block raises. Errors as in ``turn``."""
-        with self.turn() as runtime:
+        """The last turn, unless the block raises; ``close`` waits for the block. Errors as in ``turn``."""
+        with self.turn() as runtime, self.step():
             yield runtime
             self._lent = True
 
@@ -78,7 +78,7 @@ class Turns:
                     self._tokens = None
 
     def close(self) -> None:
-        """Releases the runtime, after the step that another thread computes; calling it again does nothing.
+        """Releases the runtime, after the step that another thread or a service computes; again, it does nothing.
 
         Those who wait for their turn get ClosedError, as does the call that has it when it wants another step.
         """

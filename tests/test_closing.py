@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import threading
 import weakref
@@ -11,9 +12,9 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from duoserve import AsyncEngine, ClosedError, MoEModel, SamplingParams
+from duoserve import AsyncEngine, ClosedError, MoEModel, SamplingParams, State
 from duoserve.passes import Passes
-from tests.fakes import PATIENCE_S
+from tests.fakes import PATIENCE_S, Gate
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
 
@@ -68,6 +69,60 @@ def test_nothing_is_released_under_a_step(what: str, model: MoEModel, monkeypatc
     assert closing.error() is None and released.is_set()
     assert isinstance(waiting.error(), ClosedError)
     assert isinstance(call.error(), ClosedError if what == "generate" else type(None))
+
+
+def test_nothing_is_released_under_the_step_of_a_service(model: MoEModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, released, decode = Gate(), threading.Event(), Passes.decode
+    tokens: list[int] = []
+
+    def held_up(*args: object) -> Tensor:
+        gate.pass_through()
+        assert not released.is_set()
+        return decode(*args)  # type: ignore[arg-type]
+
+    async def main() -> None:
+        service = AsyncEngine(model)
+        engine = weakref.ref(model._runtime.engine)
+        stream = await service.submit("To be", GREEDY)
+        await asyncio.to_thread(gate.wait_entered)
+        closing = Call(model.close)
+        assert not await asyncio.to_thread(released.wait, 0.2), "the model was closed under a step"
+        gate.open()
+        with pytest.raises(ClosedError, match="shutting down"):
+            async for piece in stream:
+                tokens.extend(piece.token_ids)
+        assert await asyncio.to_thread(closing.error) is None and released.is_set()
+        gc.collect()
+        assert engine() is None and service.state is State.DRAINING
+        with pytest.raises(ClosedError):
+            await service.submit("To be", GREEDY)
+        await service.close()
+
+    alone = model.generate("To be", GREEDY).token_ids
+    monkeypatch.setattr(Passes, "decode", held_up)
+    model._runtime._held.callback(released.set)
+    asyncio.run(asyncio.wait_for(main(), 20))
+    assert tokens == alone[: len(tokens)] and 0 < len(tokens) < len(alone)
+
+
+def test_nothing_is_released_while_a_service_is_made(model: MoEModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, released, prepare = Gate(), threading.Event(), Passes.prepare
+
+    def held_up(*args: object) -> None:
+        gate.pass_through()
+        assert not released.is_set()
+        prepare(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Passes, "prepare", held_up)
+    model._runtime._held.callback(released.set)
+    services: list[AsyncEngine] = []
+    making = Call(lambda: services.append(AsyncEngine(model)))
+    gate.wait_entered()
+    closing = Call(model.close)
+    assert not released.wait(0.2), "the model was closed while a service was made of it"
+    gate.open()
+    assert making.error() is None and closing.error() is None
+    assert released.is_set() and services[0].state is State.DRAINING
 
 
 def test_a_stream_that_nobody_reads_holds_up_no_close(model: MoEModel) -> None:

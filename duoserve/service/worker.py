@@ -35,7 +35,7 @@ class Task:
 class Worker:
     """Runs ``runtime``'s engine on a thread of its own until ``stop``, and has let go of it then.
 
-    All methods may be called by any thread.
+    Closing the runtime stops it first. All methods may be called by any thread.
     """
 
     def __init__(self, runtime: Runtime, settings: ServiceSettings) -> None:
@@ -55,6 +55,7 @@ class Worker:
         self._publish(fresh=True)
         self._thread = threading.Thread(target=self._run, name="duoserve-engine", daemon=True)
         self._thread.start()
+        runtime.before_close(self.stop)
 
     @property
     def figures(self) -> ServiceFigures:
