@@ -40,8 +40,7 @@ class Turns:
             raise RequestError("this thread's earlier stream is still open: exhaust it or call its close() first")
         with self._turn_ends:
             self._turn_ends.wait_for(lambda: self._turn_holder is None or self._open_runtime is None)
-            if self._lent:
-                raise RequestError("a service runs this model: submit requests to it")
+            self._check_to_be_had()
             self._turn_holder = threading.get_ident()
         try:
             yield self.runtime
@@ -89,6 +88,11 @@ class Turns:
             with self._computing, closing(runtime):
                 if self._tokens is not None and inspect.getgeneratorstate(self._tokens) != inspect.GEN_RUNNING:
                     self._tokens.close()  # a stream that nobody reads on would hold the engine
+
+    def _check_to_be_had(self) -> None:
+        _ = self.runtime
+        if self._lent:
+            raise RequestError("a service runs this model: submit requests to it")
 
     def _step_by_step(self, tokens: Generator[tuple[Request, int]]) -> Iterator[tuple[Request, int]]:
         while (made := self._next(tokens)) is not None:

@@ -350,8 +350,9 @@ def test_close_ends_everything_once_and_for_all(load: Open) -> None:
             await read(stream)
         with pytest.raises(ClosedError):
             await service.submit(PROMPT, LONG)
-        with pytest.raises(ClosedError):
-            model.stats  # noqa: B018
+        for call in (lambda: model.stats, lambda: model.forward(PROMPT), lambda: AsyncEngine(model)):
+            with pytest.raises(ClosedError, match="this model was closed"):
+                call()
         await until(lambda: threads() <= 1)  # the loop's own pool may keep one
 
     go(main())
