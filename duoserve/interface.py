@@ -16,6 +16,7 @@ from duoserve.errors import ConfigError, RequestError
 from duoserve.metrics import Stats
 
 MAX_LOGPROBS = 20  # of the likeliest tokens at a place
+_SECONDS = "must be a finite number of seconds above 0, or None"
 FinishReason = Literal["stop", "length", "abort", "error"]  # why a request has ended
 
 
@@ -31,9 +32,12 @@ def _checked_seconds(name: str, value: object) -> float | None:
     """Numbers of any kind as floats: the service's thread computes with them, where whatever goes wrong ends it."""
     if value is None:
         return None
-    seconds = float(value) if isinstance(value, Real) and not isinstance(value, bool) else nan
+    try:
+        seconds = float(value) if isinstance(value, Real) and not isinstance(value, bool) else nan
+    except OverflowError as error:
+        raise RequestError(f"{name} is beyond all floats, but {_SECONDS}") from error
     if not 0 < seconds < inf:
-        raise RequestError(f"{name} is {value!r}, but must be a finite number of seconds above 0, or None")
+        raise RequestError(f"{name} is {value!r}, but {_SECONDS}")
     return seconds
 
 

@@ -67,7 +67,11 @@ def test_the_first_reason_stays_unless_a_stop_string_was_completed_by_the_last_t
     assert request.finish_reason == expected
 
 
-@pytest.mark.parametrize("seconds", ["2", True, 0, -1.0, float("nan"), float("inf"), [1.0]], ids=repr)
+@pytest.mark.parametrize(
+    "seconds",
+    ["2", True, 0, -1.0, float("nan"), float("inf"), [1.0], pytest.param(10**5000, id="no float, and no text either")],
+    ids=repr,
+)
 @pytest.mark.parametrize("name", ["ttft_s", "tpot_s"])
 def test_an_objective_that_is_no_time_is_refused(name: str, seconds: Any) -> None:
     with pytest.raises(RequestError, match=f"^{name} is .+, but must be a finite number of seconds above 0, or None$"):
