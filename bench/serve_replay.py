@@ -250,6 +250,10 @@ class ReplayedPasses(StepScheduler):
         """Never: see ``set_aside``."""
         raise IntegrityError("a replayed prefill cannot be given up")
 
+    def end_all(self) -> None:
+        """All passes have ended."""
+        self._scheduler.end_all()
+
     def check_integrity(self) -> None:
         """See Scheduler."""
         self._scheduler.check_integrity()

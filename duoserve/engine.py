@@ -66,6 +66,7 @@ class Engine:
         self._samplers: dict[Request, Sampler] = {}
         self._waiting: list[Request] = []
         self._decoding: list[Request] = []
+        self._forward_kv = SequenceKV()
         self._last_was_decode = False
         self._measured = clock()  # when the last step ended that the costs know of
         self._num_sent_back = 0
@@ -173,6 +174,7 @@ class Engine:
         """
         for request in requests:
             self.check_prompt(request.prompt_ids, request.params.max_tokens)
+        self._end_all()
         self._meter.begin_request()
         try:
             for request in requests:
@@ -185,22 +187,21 @@ class Engine:
                     with self._meter.idle():
                         yield request, token
         finally:
-            for request in requests:
-                self.abort(request)
+            self._end_all()
             self._meter.end_request()
 
     def forward(self, token_ids: Sequence[int]) -> Tensor:
         """One prefill of ``token_ids``: float32 logits [T, V] of every position. Errors as in ``generate``."""
         self.check_prompt(token_ids, 0)
-        kv = SequenceKV()
+        self._end_all()
         self._meter.begin_request()
         try:
-            self._cache.reserve(kv, len(token_ids))
+            self._cache.reserve(self._forward_kv, len(token_ids))
             self._meter.prompt(len(token_ids))
             with explained_refusals(COMPUTING_A_PASS):
-                return self._passes.whole(next(self._numbers), kv, token_ids)
+                return self._passes.whole(next(self._numbers), self._forward_kv, token_ids)
         finally:
-            self._cache.release(kv)
+            self._end_all()
             self._meter.end_request()
 
     def check_prompt(self, token_ids: Sequence[int], max_tokens: int) -> None:
@@ -235,6 +236,13 @@ class Engine:
     def _prefill_has_turn(self) -> bool:
         """Whether it is a prefill's turn: the last step was a decode step, or nobody decodes."""
         return self._last_was_decode or not self._decoding
+
+    def _end_all(self) -> None:
+        """Ends what this call has begun, and what interrupts have kept an earlier one from ending."""
+        self._passes.end_all()
+        self._cache.release(self._forward_kv)
+        for request in list(self._samplers):
+            self.abort(request)
 
     def _started(self) -> list[Request]:
         prefill = self._passes.prefill
@@ -370,10 +378,10 @@ class Engine:
 
     def _release(self, request: Request) -> None:
         self._cache.release(request.kv)
-        del self._samplers[request]
         for requests in (self._waiting, self._decoding):
             if request in requests:
                 requests.remove(request)
+        del self._samplers[request]  # last: an interrupt leaves nobody who cannot be aborted
 
     def _as_waiting(self, request: Request) -> WaitingRequest:
         return as_waiting(request, self._batching.settings.answer_room)

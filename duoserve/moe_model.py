@@ -225,8 +225,8 @@ class MoEModel:
 
     def forward(self, token_ids: Sequence[int]) -> Tensor:
         """One prefill: float32 logits [T, V] of every position."""
-        with self._turns.turn() as runtime, self._turns.step():
-            return runtime.engine.forward(as_token_ids(token_ids))
+        with self._turns.turn() as runtime:
+            return self._turns.step(lambda: runtime.engine.forward(as_token_ids(token_ids)))
 
     @contextmanager
     def lend(self) -> Iterator[Runtime]:

@@ -34,6 +34,8 @@ class StepScheduler(Protocol):
 
     def give_up_aside(self) -> None: ...
 
+    def end_all(self) -> None: ...
+
     def check_integrity(self) -> None: ...
 
 
@@ -176,6 +178,11 @@ class Passes:
             self._scheduler.give_up_aside()
         else:
             self._end(prefill)
+
+    def end_all(self) -> None:
+        """Drops all that is under way: it may be more than is known of, for an interrupt may come between the two."""
+        self._scheduler.end_all()
+        self._prefill = None
 
     def check_integrity(self) -> None:
         """IntegrityError if the books of the slots disagree, or a hold has outlived its pass."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from typing import TypeVar
 
 from duoserve.errors import ClosedError, RequestError
 from duoserve.loading import Runtime
 from duoserve.request import Request
+
+LOOK_AGAIN_S = 1.0  # an interrupt may keep a turn that ends from telling those who wait
+Result = TypeVar("Result")
 
 
 class Turns:
@@ -17,7 +21,10 @@ class Turns:
 
     def __init__(self, runtime: Runtime) -> None:
         self._open_runtime: Runtime | None = runtime
-        self._turn_ends = threading.Condition()  # or the model is closed, which need not end a turn
+        # It is entered itself, not by way of the condition: an interrupt in Condition.__exit__ would leave it locked.
+        # Reentrant: a stream that is collected while this thread has it ends its turn.
+        self._lock = threading.RLock()
+        self._turn_ends = threading.Condition(self._lock)  # or the model is closed, which need not end a turn
         self._computing = threading.RLock()  # held for a step at a time: a stream that nobody reads holds up no close()
         self._turn_holder: int | None = None  # the thread that has its turn
         self._tokens: Generator[tuple[Request, int]] | None = None  # of the call that has its turn
@@ -36,32 +43,35 @@ class Turns:
 
         RequestError if this thread has one, or a service has the model; ClosedError after ``close``.
         """
-        if self._turn_holder == threading.get_ident():
+        me = threading.get_ident()
+        if self._turn_holder == me:
             raise RequestError("this thread's earlier stream is still open: exhaust it or call its close() first")
-        with self._turn_ends:
-            self._turn_ends.wait_for(lambda: self._turn_holder is None or self._open_runtime is None)
-            self._check_to_be_had()
-            self._turn_holder = threading.get_ident()
         try:
+            with self._lock:
+                while self._turn_holder is not None and self._open_runtime is not None:
+                    self._turn_ends.wait(LOOK_AGAIN_S)
+                self._check_to_be_had()
+                self._turn_holder = me
             yield self.runtime
         finally:
-            with self._turn_ends:
+            if self._turn_holder == me:
                 self._turn_holder = None
+            with self._lock:
                 self._turn_ends.notify_all()
 
     @contextmanager
     def lend(self) -> Iterator[Runtime]:
         """The last turn, unless the block raises; ``close`` waits for the block. Errors as in ``turn``."""
-        with self.turn() as runtime, self.step():
+        with self.turn() as runtime, self._computing:
+            self._check_to_be_had()
             yield runtime
             self._lent = True
 
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """While it lasts nobody closes the model; ClosedError if somebody has."""
+    def step(self, compute: Callable[[], Result]) -> Result:
+        """What ``compute`` gives; while it lasts nobody closes the model. ClosedError if somebody has."""
         with self._computing:
             _ = self.runtime
-            yield
+            return compute()
 
     @contextmanager
     def tokens(self, requests: Sequence[Request]) -> Iterator[Iterator[tuple[Request, int]]]:
@@ -81,7 +91,7 @@ class Turns:
 
         Those who wait for their turn get ClosedError, as does the call that has it when it wants another step.
         """
-        with self._turn_ends:
+        with self._lock:
             runtime, self._open_runtime = self._open_runtime, None
             self._turn_ends.notify_all()
         if runtime is not None:
@@ -95,9 +105,5 @@ class Turns:
             raise RequestError("a service runs this model: submit requests to it")
 
     def _step_by_step(self, tokens: Generator[tuple[Request, int]]) -> Iterator[tuple[Request, int]]:
-        while (made := self._next(tokens)) is not None:
+        while (made := self.step(lambda: next(tokens, None))) is not None:
             yield made
-
-    def _next(self, tokens: Generator[tuple[Request, int]]) -> tuple[Request, int] | None:
-        with self.step():
-            return next(tokens, None)

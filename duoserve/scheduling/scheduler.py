@@ -205,6 +205,12 @@ class Scheduler(ExpertSource):
         self._residency.settle()  # what was measured belongs to this pass
         self._under_way = False
 
+    def end_all(self) -> None:
+        """As ``end``; what is set aside is given up too. Nothing is under way then."""
+        self.end()
+        if self._aside is not None:
+            self.give_up_aside()
+
     def read_through(self) -> ReadThrough:
         """The books of decode steps that the device carries out by itself, to be kept within passes of this."""
         guesses = StepGuesses(self._residency, self._shape, self._foresight, self._copies.now)

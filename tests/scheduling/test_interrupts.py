@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 
@@ -26,6 +25,7 @@ from duoserve.scheduling.scheduler import Scheduler
 from duoserve.scheduling.source import ReadyExpert
 from tests.fake_streams import FakeStreams, LaggingPool
 from tests.fakes import SMALL, ArrayStore
+from tests.interrupts import interrupted
 
 LAYERS, EXPERTS, SLOTS = 3, 4, 7
 ALL = list(range(EXPERTS))
@@ -102,9 +102,7 @@ class Rig:
 
     def assert_whole(self) -> None:
         """Behind an interrupt: what is left ends, the books agree, and all that is read from now on is the truth."""
-        self.scheduler.end()
-        if self.scheduler._aside is not None:
-            self.scheduler.give_up_aside()
+        self.scheduler.end_all()
         self.scheduler.check_integrity()
         states = [self.scheduler.table.state(slot) for slot in range(SLOTS)]
         assert states.count(SlotState.LOADING) == len(self.scheduler._residency.under_way())
@@ -118,33 +116,8 @@ class Rig:
         assert self.num_read == 2 * LAYERS * EXPERTS + 4 * LAYERS * 2 and not self.wrong
 
 
-class Interrupt:
-    """Interrupts the scheduling at its call number ``at``, going into Python or coming back from what is not Python.
-
-    ``seen`` counts those so far.
-    """
-
-    def __init__(self, at: int) -> None:
-        self.at, self.seen = at, 0
-
-    def __call__(self, frame: FrameType, event: str, arg: object) -> None:
-        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(FOLDERS):
-            self.seen += 1
-            if self.seen == self.at:
-                sys.setprofile(None)
-                raise KeyboardInterrupt
-
-
-@contextmanager
-def interrupted(at: int) -> Iterator[Interrupt]:
-    interrupt = Interrupt(at)
-    sys.setprofile(interrupt)
-    try:
-        yield interrupt
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.setprofile(None)
+def within(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith(FOLDERS)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what ends a generator is let through
@@ -155,7 +128,7 @@ def test_an_interrupt_at_any_call(policy: str, lagging: bool) -> None:
     while reached:
         rig = Rig(policy, lagging)
         with closing(rig.scheduler):
-            with interrupted(at) as interrupt:
+            with interrupted(at, within) as interrupt:
                 rig.course()
             reached = interrupt.seen >= at
             rig.assert_whole()
