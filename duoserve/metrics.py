@@ -154,7 +154,8 @@ class Meter:
         self._last_token: dict[Hashable, float] = {}
 
     def begin_request(self) -> None:
-        """Forgets all figures and starts the wall clock."""
+        """Forgets all figures and starts the wall clock. What an interrupt has left of a section is over."""
+        self._computing = self._stalling = False
         self.reset()
         self._begun = self._since
 

@@ -41,7 +41,7 @@ def several(model: MoEModel) -> list[list[int]]:
 
 
 def forward(model: MoEModel) -> list[float]:
-    return model.forward(PROMPTS[0])[-1].tolist()  # type: ignore[no-any-return]
+    return model.forward(PROMPTS[0])[-1].tolist()
 
 
 def here(frame: FrameType) -> bool:

@@ -142,6 +142,17 @@ def test_a_new_request_starts_from_nothing(clock: Clock, meter: Meter) -> None:
     assert meter.snapshot() == Stats(wall_s=1.0, transfer_s=1.0)
 
 
+@pytest.mark.parametrize("section", ["compute", "stall"])
+def test_a_section_that_an_interrupt_left_open_is_none_of_the_next_request(
+    section: str, clock: Clock, meter: Meter
+) -> None:
+    getattr(meter, section)().__enter__()
+    meter.begin_request()
+    clock.advance(2)
+    stats = meter.snapshot()
+    assert (stats.wall_s, stats.compute_s, stats.stall_s) == (2, 0, 0)
+
+
 def test_ttft_and_itl(clock: Clock, meter: Meter) -> None:
     meter.begin_request()
     meter.prompt(7)
