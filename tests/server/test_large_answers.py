@@ -34,16 +34,17 @@ def test_others_are_answered_while_a_large_answer_is_made(served, chat):
         found = ask(n=CHOICES, max_tokens=TOKENS, **wanted)
         return began, began + found.elapsed.total_seconds(), found
 
-    waits = []
+    others = []
     with ThreadPoolExecutor(1) as threads:
         answer = threads.submit(answered)
         while not answer.done():
             asked = time.monotonic()
             assert server.http.get("/health").status_code == 200
-            waits.append((asked, time.monotonic() - asked))
+            others.append((asked, time.monotonic()))
     began, came, found = answer.result()
     assert len(found.json()["choices"]) == CHOICES
-    assert max(wait for asked, wait in waits if asked < came) < (came - began) / 2
+    meanwhile = [(asked, told) for asked, told in others if began < asked and told < came]
+    assert len(meanwhile) >= 5  # an event loop that made the answer itself would tell one or two, before it begins
 
 
 def test_json_in_parts_is_json():
