@@ -180,6 +180,7 @@ class Worker:
         try:
             text = _text(task.writer, request, produced.token)
         except DuoServeError as error:
+            drop_tracebacks(error)
             self._end(request, error, "error")
             return
         logprobs = () if produced.logprobs is None else (produced.logprobs,)

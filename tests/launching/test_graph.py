@@ -20,37 +20,13 @@ from duoserve.passes import Decoder
 from duoserve.scheduling.read_through import ReadThrough
 from duoserve.scheduling.scheduler import Scheduler
 from tests.assembly import Parts, assembled
-from tests.checkpoints import BARD, save_mixtral
+from tests.checkpoints import BARD
 from tests.fake_streams import FakeMark
 from tests.lagging import LaggingDevice, Truth, write
+from tests.launching.conftest import DTYPES, MAX_TOKENS, PROMPTS
 from tests.scheduling.fortune import GUESSING, any_teller
 
-PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in (7, 30, 1)]
-MAX_TOKENS = (12, 5, 9)
-DTYPES = ("float32", "bfloat16")
 EXPERTS = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Truth]]:
-    """Folders, and what a model in them writes, by dtype."""
-    folders = {name: save_mixtral(tmp_path_factory.mktemp("graph"), dtype=getattr(torch, name)) for name in DTYPES}
-    return {name: (folder, Truth(folder, 24, PROMPTS, MAX_TOKENS)) for name, folder in folders.items()}
-
-
-@pytest.fixture(scope="module", params=DTYPES)
-def model(request: pytest.FixtureRequest, models: dict[str, tuple[Path, Truth]]) -> tuple[Path, Truth]:
-    return models[request.param]
-
-
-@pytest.fixture(scope="module")
-def folder(model: tuple[Path, Truth]) -> Path:
-    return model[0]
-
-
-@pytest.fixture(scope="module")
-def truth(model: tuple[Path, Truth]) -> Truth:
-    return model[1]
 
 
 class Checked:
