@@ -4,7 +4,7 @@
 
 The scheduler and the predictor are the real ones; what the predictor takes on this machine passes on the replay's
 clock, and nothing else of the host does. TPOT of the same replay without that is the floor. A step waits least if
-thoughts pass while the link or the device has something to do. Traces are made up (duoserve/scheduling/synthetic.py).
+thoughts pass while the link or the device has something to do. Traces are made up (duoserve/traces/synthetic.py).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from duoserve.config import Phase
 from duoserve.planning.model_cards import find_model
 from duoserve.planning.sizes import layer_sizes
 from duoserve.predictors.training import train
-from duoserve.scheduling.hardware import Machine, find_hardware
+from duoserve.replaying.hardware import Machine, find_hardware
+from duoserve.replaying.replay import replay
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.predictor import Predictor
-from duoserve.scheduling.replay import replay
 from duoserve.scheduling.routing import Routing
-from duoserve.scheduling.synthetic import CARDS, synthesize
+from duoserve.traces.synthetic import CARDS, synthesize
 from machine import conditions
 from tables import markdown
 

@@ -21,7 +21,7 @@ from duoserve.planning.planner import Plan, Planner
 from duoserve.planning.policy_speed import Question
 from duoserve.planning.routing_curves import curves_for
 from duoserve.planning.speed import Prompt, Step
-from duoserve.scheduling.hardware import GIB, Hardware, find_hardware
+from duoserve.replaying.hardware import GIB, Hardware, find_hardware
 from duoserve.scheduling.policies import get_policy
 from tables import markdown
 
@@ -93,7 +93,7 @@ which go by the nearest card (Mixtral-8x7B).
 
 ## Published
 
-Machines are those of duoserve/scheduling/hardware.py. The formulas are duoserve's own schedule, not that of the systems
+Machines are those of duoserve/replaying/hardware.py. The formulas are duoserve's own schedule, not that of the systems
 below. Nothing on a GPU has been measured by this project yet.
 
 {published}

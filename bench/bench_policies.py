@@ -2,7 +2,7 @@
 
     python bench/bench_policies.py --json bench/results/policies-DATE.json
 
-writes the tables and a report beside them. No model and no GPU: traces are made up (duoserve/scheduling/synthetic.py),
+writes the tables and a report beside them. No model and no GPU: traces are made up (duoserve/traces/synthetic.py),
 the clock is virtual, the scheduler is the real one.
 """
 
@@ -22,14 +22,14 @@ import numpy as np
 from duoserve.planning.model_cards import find_model
 from duoserve.planning.sizes import layer_sizes
 from duoserve.predictors.training import train
-from duoserve.scheduling.bake_off import bake_off
-from duoserve.scheduling.cache_study import belady_hits, cached_hits, least_copies
-from duoserve.scheduling.hardware import LINKS, Machine, find_hardware
+from duoserve.replaying.bake_off import bake_off
+from duoserve.replaying.cache_study import belady_hits, cached_hits, least_copies
+from duoserve.replaying.hardware import LINKS, Machine, find_hardware
+from duoserve.replaying.replay import ORACLE, Replay, replay
 from duoserve.scheduling.policies import EVICTIONS, get_policy
 from duoserve.scheduling.predictor import Predictor
-from duoserve.scheduling.replay import ORACLE, Replay, replay
-from duoserve.scheduling.synthetic import CARDS, synthesize
-from duoserve.scheduling.trace import Trace
+from duoserve.traces.synthetic import CARDS, synthesize
+from duoserve.traces.trace import Trace
 from harness import result_file, write_result
 from machine import conditions
 from tables import markdown

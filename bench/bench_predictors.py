@@ -24,7 +24,7 @@ from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.files import save_predictor
 from duoserve.predictors.quality import Quality, measure
 from duoserve.predictors.training import KINDS, train
-from duoserve.scheduling.trace import RequestTrace, Trace
+from duoserve.traces.trace import RequestTrace, Trace
 from harness import result_file, write_result
 from machine import ForeignCpu, machine_facts, versions
 from shakespeare_traces import HELD, TRAIN, prompts, traced

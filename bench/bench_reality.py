@@ -30,8 +30,8 @@ from duoserve.config import EngineConfig
 from duoserve.predictors.training import train
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import get_policy
-from duoserve.scheduling.trace import Trace
 from duoserve.text.tokenizer import Text
+from duoserve.traces.trace import Trace
 from duoserve.tracing import RecordingSpec, record
 from harness import result_file, write_result
 from machine import ForeignCpu, conditions, foreign_cpu

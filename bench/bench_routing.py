@@ -19,9 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from duoserve.experts.hub import EMBEDDED
-from duoserve.scheduling.cache_study import belady_hits, cached_hits
+from duoserve.replaying.cache_study import belady_hits, cached_hits
 from duoserve.scheduling.policies import EVICTIONS
-from duoserve.scheduling.trace import Trace
+from duoserve.traces.trace import Trace
 from harness import result_file, write_result
 from machine import versions
 from shakespeare_traces import HELD, prompts, traced

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from duoserve.scheduling.cache_study import next_use
+from duoserve.replaying.cache_study import next_use
 
 Routing = Sequence[Sequence[Sequence[int]]]
 

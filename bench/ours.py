@@ -19,7 +19,7 @@ from duoserve.loading import load
 from duoserve.predictors.files import save_predictor
 from duoserve.predictors.training import train
 from duoserve.request import Request
-from duoserve.scheduling.recorder import TraceRecorder
+from duoserve.traces.recorder import TraceRecorder
 from duoserve.tracing import RecordingSpec, record
 from harness import Figures, Round, serve
 from machine import ForeignCpu, disk_bytes_read, drop_from_page_cache, memory_bytes, reset_peak_memory

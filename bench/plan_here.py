@@ -34,8 +34,8 @@ from duoserve.planning.rehearsal import RESIDENT, rehearse
 from duoserve.planning.routing_curves import UNIFORM
 from duoserve.planning.speed import Step
 from duoserve.planning.this_machine import this_machine
+from duoserve.replaying.hardware import GIB, Hardware
 from duoserve.sampling import SamplingParams
-from duoserve.scheduling.hardware import GIB, Hardware
 from duoserve.scheduling.policies import get_policy
 from harness import result_file, write_result
 from machine import REPOSITORY, ForeignCpu, conditions, foreign_cpu

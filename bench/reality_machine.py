@@ -13,12 +13,12 @@ from typing import Self
 import numpy as np
 
 from duoserve.config import EngineConfig, Phase
-from duoserve.experts.virtual_readers import Readers
-from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
+from duoserve.replaying.hardware import Hardware, LayerSizes, Machine
+from duoserve.replaying.replay import Replay, Watcher, replay
+from duoserve.replaying.virtual_readers import Readers
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.predictor import Predictor
-from duoserve.scheduling.replay import Replay, Watcher, replay
-from duoserve.scheduling.trace import Trace
+from duoserve.traces.trace import Trace
 from reality_cells import Cell, Served, Setting
 from reality_probe import COUNTS, Disturber, Probe, Rates, Stopwatch
 from timed_machine import PassTimes, TimedMachine

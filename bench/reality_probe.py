@@ -24,11 +24,11 @@ from duoserve.experts.pack_folder import pack_path
 from duoserve.experts.packing import write_pack
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.tickets import Priority, Ticket
-from duoserve.experts.virtual_readers import WARM_SLOTS
 from duoserve.kernels import HostWork
 from duoserve.models.layers import Linear
 from duoserve.models.opened import opened
 from duoserve.models.tap import RouterSite, RoutingTap
+from duoserve.replaying.virtual_readers import WARM_SLOTS
 from duoserve.scheduling.routing import Routing
 
 SLOTS = 16

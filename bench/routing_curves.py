@@ -1,7 +1,7 @@
 """Makes duoserve/assets/routing.json: what the planner knows of how models route.
 
 ``python bench/routing_curves.py``: some minutes. Traces are made up after the five cards of
-duoserve/scheduling/synthetic.py; layers are alike, so a few of them are enough. The embedded models are traced while
+duoserve/traces/synthetic.py; layers are alike, so a few of them are enough. The embedded models are traced while
 they write, each request behind a line of a play that they have not seen. E experts, B sequences, K top-k.
 """
 
@@ -19,12 +19,12 @@ import numpy as np
 
 from duoserve.config import EngineConfig, Phase
 from duoserve.experts.hub import EMBEDDED
+from duoserve.replaying.cache_study import Step, layer_hits, prompt_step
 from duoserve.sampling import SamplingParams
-from duoserve.scheduling.cache_study import Step, layer_hits, prompt_step
 from duoserve.scheduling.policies import EVICTIONS
 from duoserve.scheduling.ranking import Ranking
-from duoserve.scheduling.synthetic import CARDS, RoutingCard, synthesize
-from duoserve.scheduling.trace import Trace
+from duoserve.traces.synthetic import CARDS, RoutingCard, synthesize
+from duoserve.traces.trace import Trace
 from duoserve.tracing import RecordingSpec, record
 
 OUT = Path(__file__).resolve().parents[1] / "duoserve" / "assets" / "routing.json"

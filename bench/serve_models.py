@@ -19,7 +19,7 @@ from duoserve.models.registry import family_of
 from duoserve.models.tensors import ReadTensor, TensorNeed
 from duoserve.planning.formats import layout_in
 from duoserve.planning.model_cards import CONFIGS
-from duoserve.scheduling.synthetic import CARDS, RoutingCard
+from duoserve.traces.synthetic import CARDS, RoutingCard
 
 EMBEDDING = "embed_tokens"
 BF16 = "bf16"  # the format of the checkpoints

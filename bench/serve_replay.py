@@ -23,7 +23,7 @@ from duoserve.models.moe import RoutingScript
 from duoserve.passes import StepScheduler
 from duoserve.scheduling.routing import Routing, RoutingListener
 from duoserve.scheduling.source import ExpertSource, Lease
-from duoserve.scheduling.trace import RequestTrace, Trace
+from duoserve.traces.trace import RequestTrace, Trace
 
 PAGE_BYTES = 4096
 BLOCK_BYTES = (64 << 20) + PAGE_BYTES  # random bytes are repeated after so many: no divisor of an expert's row

@@ -11,7 +11,7 @@ import torch
 
 from duoserve.predictors.lookahead import LookaheadPredictor
 from duoserve.predictors.training import train
-from duoserve.scheduling.synthetic import synthesize
+from duoserve.traces.synthetic import synthesize
 from harness import serve
 from moe_shapes import QWEN3
 from serve_cells import PARTS, Cell

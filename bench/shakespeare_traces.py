@@ -7,7 +7,7 @@ from pathlib import Path
 
 from duoserve.config import EngineConfig
 from duoserve.sampling import SamplingParams
-from duoserve.scheduling.trace import Trace
+from duoserve.traces.trace import Trace
 from duoserve.tracing import RecordingSpec, record
 from shakespeare import HELD_OUT, read_works
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-from duoserve.scheduling.hardware import Machine
+from duoserve.replaying.hardware import Machine
 
 
 @dataclass(frozen=True)

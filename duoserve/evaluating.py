@@ -9,11 +9,11 @@ from typing import Any
 from duoserve.choice import PolicyChoice
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.training import train
-from duoserve.scheduling.bake_off import bake_off, rows
-from duoserve.scheduling.hardware import Machine
+from duoserve.replaying.bake_off import bake_off, rows
+from duoserve.replaying.hardware import Machine
+from duoserve.replaying.replay import ORACLE, Replay, replay
 from duoserve.scheduling.policies import POLICIES
-from duoserve.scheduling.replay import ORACLE, Replay, replay
-from duoserve.scheduling.trace import Trace
+from duoserve.traces.trace import Trace
 
 KINDS = ("activation-matrix", "lookahead", "duoserve")
 BASELINES = ("on-demand", "lru")

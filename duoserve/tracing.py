@@ -20,10 +20,10 @@ from duoserve.placement import Placement
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
-from duoserve.scheduling.recorder import TraceRecorder
-from duoserve.scheduling.trace import Trace, TraceMeta
-from duoserve.scheduling.trace_file import TraceWriter, open_trace
 from duoserve.text.prompts import Prompt, encode
+from duoserve.traces.recorder import TraceRecorder
+from duoserve.traces.trace import Trace, TraceMeta
+from duoserve.traces.trace_file import TraceWriter, open_trace
 
 
 @dataclass(frozen=True)

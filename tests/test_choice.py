@@ -20,13 +20,13 @@ from duoserve.experts.checkpoint import Checkpoint
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.files import load_predictor, notes_path, save_predictor
 from duoserve.predictors.training import train
-from duoserve.scheduling.bake_off import BOUNDS, figures
-from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
-from duoserve.scheduling.replay import Replay
-from duoserve.scheduling.synthetic import RoutingCard, synthesize
-from duoserve.scheduling.trace import Trace, TraceMeta
+from duoserve.replaying.bake_off import BOUNDS, figures
+from duoserve.replaying.hardware import Hardware, LayerSizes, Machine
+from duoserve.replaying.replay import Replay
+from duoserve.traces.synthetic import RoutingCard, synthesize
+from duoserve.traces.trace import Trace, TraceMeta
 from tests.checkpoints import BARD, save_mixtral
-from tests.scheduling.traces import drawn_trace
+from tests.traces.drawn import drawn_trace
 
 SIZES = LayerSizes("small", 1_000_000, 8, 1_000_000, 64)
 LIKE_THE_CHECKPOINT = RoutingCard("three-layers", 8, 2, 3, 0.5, 1.5, 0.6, 0.9, 0.3, 0.6)

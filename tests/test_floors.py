@@ -33,22 +33,23 @@ F1  kernels/checks  kernels/limits  kernels/matmul  kernels/bf12  kernels/weight
     kernels/compiled/token_expert  kernels/compiled/unpacking
 F2  experts/__init__  experts/safetensors_header  experts/shards  experts/hub  experts/layout  experts/pack_format
     experts/checkpoint  experts/rows  experts/pinned  experts/pieces  experts/store  experts/formats/__init__
-    experts/formats/scratch  experts/formats/codes  experts/formats/fp8  experts/formats/int4  experts/formats/lanes
-    experts/formats/awq  experts/formats/gptq  experts/formats/mxfp4  experts/formats/bf12
+    experts/formats/scratch  experts/formats/codes  experts/formats/fp8  experts/formats/int4
+    experts/formats/lanes  experts/formats/awq  experts/formats/gptq  experts/formats/mxfp4  experts/formats/bf12
     experts/formats/expert_row  experts/formats/reading  experts/pack_folder  experts/packing  experts/scale_search
     experts/quantizing  experts/host_ram  experts/device  experts/budget  experts/disk_store  experts/slots
-    experts/tickets  experts/copy_engine  experts/virtual  experts/virtual_readers  experts/streams
-    experts/cuda_streams  experts/lane_marks  experts/lane_copies  experts/stream_engine
+    experts/tickets  experts/copy_engine  experts/virtual  experts/streams  experts/cuda_streams
+    experts/lane_marks  experts/lane_copies  experts/stream_engine
 F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/plan
-    scheduling/trace  scheduling/trace_file  scheduling/recorder  scheduling/synthetic  scheduling/prefill
-    scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/ghost  scheduling/guard
-    scheduling/policies  scheduling/account  scheduling/link_budget  scheduling/foresight  scheduling/ledger
-    scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/step_guesses  scheduling/read_through
-    scheduling/scheduler  scheduling/cache_study  scheduling/hardware  scheduling/host_time  scheduling/foreseen
-    scheduling/scored  scheduling/replay  scheduling/bake_off  predictors/__init__  predictors/features
-    predictors/history  predictors/base  predictors/popularity  predictors/affinity  predictors/activation_matrix
-    predictors/lookahead  predictors/paper  predictors/learned  predictors/examples  predictors/networks
-    predictors/training  predictors/quality  predictors/files
+    scheduling/prefill  scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/ghost
+    scheduling/guard  scheduling/policies  scheduling/account  scheduling/link_budget  scheduling/foresight
+    scheduling/ledger  scheduling/residency  scheduling/spaces  scheduling/lease  scheduling/step_guesses
+    scheduling/read_through  scheduling/scheduler  traces/__init__  traces/trace  traces/trace_file
+    traces/recorder  traces/synthetic  replaying/__init__  replaying/virtual_readers  replaying/cache_study
+    replaying/hardware  replaying/host_time  replaying/foreseen  replaying/scored  replaying/replay
+    replaying/bake_off  predictors/__init__  predictors/features  predictors/history  predictors/base
+    predictors/popularity  predictors/affinity  predictors/activation_matrix  predictors/lookahead
+    predictors/paper  predictors/learned  predictors/examples  predictors/networks  predictors/training
+    predictors/quality  predictors/files
 F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  models/attention  models/mla
     models/router  models/tap  models/moe  models/transformer  models/parts  models/variants  models/listening
     models/decoder  models/config_fields  models/rope_fields  models/quantization_fields  models/common_fields

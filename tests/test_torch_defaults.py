@@ -22,7 +22,7 @@ from duoserve.kernels.weights import ExpertFormat
 from duoserve.predictors import training
 from duoserve.predictors.files import save_predictor
 from duoserve.sampling import Sampler
-from duoserve.scheduling.synthetic import CARDS, synthesize
+from duoserve.traces.synthetic import CARDS, synthesize
 from tests.checkpoints import save_mixtral
 from tests.compiled_case import needs_compiler
 from tests.experts.test_quantizing import INT4_128, quantized, random_matrix

@@ -13,7 +13,7 @@ from duoserve.engine import Engine
 from duoserve.errors import RequestError, TraceError
 from duoserve.predictors.training import train
 from duoserve.sampling import SamplingParams
-from duoserve.scheduling.trace_file import open_trace
+from duoserve.traces.trace_file import open_trace
 from duoserve.tracing import RecordingSpec, record
 from tests.checkpoints import save_mixtral
 from tests.listeners import Heard

@@ -21,11 +21,11 @@ from duoserve.evaluating import Evaluation, evaluate
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.models.opened import opened
 from duoserve.planning.sizes import layer_sizes
+from duoserve.replaying.hardware import Machine
 from duoserve.sampling import SamplingParams
-from duoserve.scheduling.hardware import Machine
 from duoserve.scheduling.plan import ModelShape
-from duoserve.scheduling.trace import Trace
-from duoserve.scheduling.trace_file import open_trace
+from duoserve.traces.trace import Trace
+from duoserve.traces.trace_file import open_trace
 from duoserve.tracing import RecordingSpec, record
 
 MAX_TOKENS = 64

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from duoserve.experts.device import resolve_device
 from duoserve.planning.this_machine import THIS, this_machine
-from duoserve.scheduling.hardware import HARDWARE, Hardware, find_hardware
+from duoserve.replaying.hardware import HARDWARE, Hardware, find_hardware
 
 WITH_GPU, WITHOUT = "pcie4", "ddr4"
 

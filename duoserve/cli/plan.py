@@ -23,7 +23,7 @@ from duoserve.planning.planner import Plan, Planner
 from duoserve.planning.policy_speed import Question
 from duoserve.planning.routing_curves import known_routings
 from duoserve.planning.this_machine import THIS, this_machine, this_rehearsal
-from duoserve.scheduling.hardware import DISKS, HARDWARE, LINKS, Hardware, find_hardware
+from duoserve.replaying.hardware import DISKS, HARDWARE, LINKS, Hardware, find_hardware
 
 Answer: TypeAlias = Plan | MemoryBudgetError
 COUNT = re.compile(r"(\d{1,9})(k?)", re.ASCII | re.IGNORECASE)

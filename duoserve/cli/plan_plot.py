@@ -8,7 +8,7 @@ from pathlib import Path
 
 from duoserve.cli.plots import new_figure, save
 from duoserve.planning.planner import Plan, Planner
-from duoserve.scheduling.hardware import GIB
+from duoserve.replaying.hardware import GIB
 
 POINTS = 24
 

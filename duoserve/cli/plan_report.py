@@ -9,7 +9,7 @@ from duoserve.byte_sizes import format_bytes
 from duoserve.errors import MemoryBudgetError
 from duoserve.planning.planner import Plan, Planner
 from duoserve.planning.policy_speed import Speed
-from duoserve.scheduling.hardware import Hardware
+from duoserve.replaying.hardware import Hardware
 
 
 def figures(planner: Planner, answer: Plan | MemoryBudgetError) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duoserve.errors import ConfigError
-from duoserve.scheduling.hardware import Machine
+from duoserve.replaying.hardware import Machine
+from duoserve.replaying.replay import Watcher, replay
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
-from duoserve.scheduling.replay import Watcher, replay
-from duoserve.scheduling.trace import Trace
+from duoserve.traces.trace import Trace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -26,13 +26,13 @@ from duoserve.planning.sizes import layer_sizes
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.files import load_predictor
 from duoserve.predictors.training import train
-from duoserve.scheduling.bake_off import bake_off, contestant, rows
-from duoserve.scheduling.hardware import Machine
+from duoserve.replaying.bake_off import bake_off, contestant, rows
+from duoserve.replaying.hardware import Machine
 from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.predictor import Predictor
-from duoserve.scheduling.synthetic import CARDS, RoutingCard, bytes_needed, synthesize
-from duoserve.scheduling.trace import Trace
-from duoserve.scheduling.trace_file import open_trace
+from duoserve.traces.synthetic import CARDS, RoutingCard, bytes_needed, synthesize
+from duoserve.traces.trace import Trace
+from duoserve.traces.trace_file import open_trace
 
 MADE_UP = "synthetic:"
 # What is made up unless the options of the same names say otherwise.

@@ -7,10 +7,10 @@ from typing import Any
 
 from duoserve.errors import ConfigError
 from duoserve.experts import budget
-from duoserve.scheduling.bake_off import CONTESTANTS
+from duoserve.replaying.bake_off import CONTESTANTS
+from duoserve.replaying.replay import ORACLE
 from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import get_policy
-from duoserve.scheduling.replay import ORACLE
 
 
 def contestants(names: str) -> list[str]:

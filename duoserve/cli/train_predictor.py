@@ -13,7 +13,7 @@ from duoserve.errors import RequestError
 from duoserve.predictors.files import check_place, save_predictor
 from duoserve.predictors.quality import measure
 from duoserve.predictors.training import KINDS, train
-from duoserve.scheduling.trace_file import open_trace
+from duoserve.traces.trace_file import open_trace
 
 EXAMPLES = """\
   duoserve train-predictor bard-trace.safetensors --out predictor.safetensors

@@ -23,7 +23,7 @@ from duoserve.planning.rehearsed import RehearsedCosts
 from duoserve.planning.routing_curves import UNIFORM, RoutingCurves, curves_for
 from duoserve.planning.sizes import sizes_of
 from duoserve.planning.speed import Costs
-from duoserve.scheduling.hardware import GIB, HARDWARE, Hardware, Machine
+from duoserve.replaying.hardware import GIB, HARDWARE, Hardware, Machine
 from duoserve.scheduling.policies import POLICIES, Policy
 
 CURVE_TOKENS = 192  # of each request that the hit rates were taken from

@@ -1,7 +1,7 @@
 """Two things that speed depends on in a model's routing: hit rates of caches, and how many distinct experts are used.
 
 Both are curves, over the share of the experts that is in slots and over the number of tokens. bench/routing_curves.py
-makes them from the cards of scheduling/synthetic.py, and from what the embedded models write. A model without curves of
+makes them from the cards of traces/synthetic.py, and from what the embedded models write. A model without curves of
 its own gets those of the model that is nearest in experts and top-k, scaled to its numbers. UNIFORM stands for weights
 that nobody trained, which route by chance.
 """

@@ -15,7 +15,7 @@ from duoserve.models.described import DescribedModel
 from duoserve.models.family import Family
 from duoserve.models.opened import OpenedModel
 from duoserve.planning.formats import layout_in
-from duoserve.scheduling.hardware import LayerSizes
+from duoserve.replaying.hardware import LayerSizes
 from duoserve.scheduling.plan import ModelShape
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.", re.ASCII)

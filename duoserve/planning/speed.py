@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from duoserve.config import EngineConfig
 from duoserve.planning.sizes import ModelSizes
-from duoserve.scheduling.hardware import Machine
+from duoserve.replaying.hardware import Machine
 from duoserve.scheduling.plan import DecodeFetch, PrefillFetch
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.prefill import SPECULATION_SHARE, active_share

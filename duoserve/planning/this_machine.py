@@ -25,7 +25,7 @@ from duoserve.files.whole import refused_as, write_whole
 from duoserve.models.described import DescribedModel
 from duoserve.planning.measuring import RATES, measure
 from duoserve.planning.rehearsal import Rehearsal, rehearse
-from duoserve.scheduling.hardware import Hardware
+from duoserve.replaying.hardware import Hardware
 
 THIS = "this"
 FILE = "machine.json"

@@ -10,7 +10,7 @@ import numpy as np
 from duoserve.config import Phase
 from duoserve.predictors.base import RowPredictor
 from duoserve.scheduling.routing import Routing
-from duoserve.scheduling.trace import TraceMeta
+from duoserve.traces.trace import TraceMeta
 
 _REMEMBERED = 64  # requests; one that comes back later than that begins anew
 

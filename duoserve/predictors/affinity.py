@@ -9,7 +9,7 @@ import numpy as np
 
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.features import log_affinity
-from duoserve.scheduling.trace import TraceMeta
+from duoserve.traces.trace import TraceMeta
 
 
 class AffinityPredictor(RowPredictor):

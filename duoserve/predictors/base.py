@@ -13,7 +13,7 @@ from duoserve.predictors.features import any_row
 from duoserve.predictors.history import History
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import Routing
-from duoserve.scheduling.trace import TraceMeta
+from duoserve.traces.trace import TraceMeta
 
 
 class RowPredictor(Predictor):

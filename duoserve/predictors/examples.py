@@ -14,7 +14,7 @@ import numpy as np
 
 from duoserve.predictors.features import DECAYS, spread
 from duoserve.predictors.learned import PATH_INPUTS, Seen
-from duoserve.scheduling.trace import LayerTrace, Trace
+from duoserve.traces.trace import LayerTrace, Trace
 
 
 class Examples(NamedTuple):

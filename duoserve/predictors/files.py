@@ -25,7 +25,7 @@ from duoserve.predictors.learned import DIRECT, PATH_INPUTS, LayerNetwork, Learn
 from duoserve.predictors.lookahead import LookaheadPredictor
 from duoserve.predictors.paper import PaperPredictor
 from duoserve.predictors.popularity import PopularityPredictor
-from duoserve.scheduling.trace import TraceMeta
+from duoserve.traces.trace import TraceMeta
 
 FORMAT = "duoserve predictor 1"
 MAX_BYTES = 1 << 30

@@ -13,7 +13,7 @@ import numpy as np
 from duoserve.config import Phase
 from duoserve.predictors.features import DECAYS, spread
 from duoserve.scheduling.routing import Routing
-from duoserve.scheduling.trace import TraceMeta
+from duoserve.traces.trace import TraceMeta
 
 PATH = 3  # layers that are remembered in full
 _REMEMBERED = 64  # requests; one that comes back later than that begins anew

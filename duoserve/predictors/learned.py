@@ -13,7 +13,7 @@ import numpy as np
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.features import DECAYS, log_affinity, log_rates, margins, scaled
 from duoserve.predictors.lookahead import logistic
-from duoserve.scheduling.trace import TraceMeta
+from duoserve.traces.trace import TraceMeta
 
 PATH_INPUTS = 2  # of the last layers, what they chose
 DIRECT = 2 + len(DECAYS)

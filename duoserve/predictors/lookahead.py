@@ -9,7 +9,7 @@ import numpy as np
 
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.features import margins
-from duoserve.scheduling.trace import TraceMeta
+from duoserve.traces.trace import TraceMeta
 
 LEAST_LOGIT = -80.0  # float32 has no exp of 89
 

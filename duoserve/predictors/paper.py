@@ -11,7 +11,7 @@ import numpy as np
 
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.lookahead import logistic
-from duoserve.scheduling.trace import TraceMeta
+from duoserve.traces.trace import TraceMeta
 
 
 def paper_inputs(whole_path_TE: np.ndarray, popularity_E: np.ndarray, affinity_TE: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.features import log_rates
-from duoserve.scheduling.trace import TraceMeta
+from duoserve.traces.trace import TraceMeta
 
 SLOWEST = -1  # of the decays: the request as a whole
 

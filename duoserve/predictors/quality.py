@@ -15,7 +15,7 @@ from duoserve.config import Phase
 from duoserve.errors import TraceError
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import Routing
-from duoserve.scheduling.trace import Trace, TraceMeta
+from duoserve.traces.trace import Trace, TraceMeta
 
 BINS = 10
 

@@ -24,8 +24,8 @@ from duoserve.predictors.lookahead import LookaheadPredictor, logistic
 from duoserve.predictors.networks import Data, Recipe, fit_layer, fit_perceptron
 from duoserve.predictors.paper import PaperPredictor, paper_inputs
 from duoserve.predictors.popularity import PopularityPredictor
-from duoserve.scheduling.trace import Trace
 from duoserve.torch_modes import as_in_new_thread
+from duoserve.traces.trace import Trace
 
 HELD_OUT_SHARE = 0.15
 STOPPING_SHARE = 0.15  # of the others: they say when the training of a network ends

@@ -1,1 +1,1 @@
-"""What moves when: plans of pure parts, the scheduler that carries them out, and the replay of both on a trace."""
+"""What moves when: plans of pure parts, and the scheduler that carries them out."""

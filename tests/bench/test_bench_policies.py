@@ -11,8 +11,8 @@ import pytest
 import bench_policies
 from bench_policies import Claim, Table, verdict, what_is_possible
 from duoserve.predictors.training import train
-from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
-from tests.scheduling.traces import drawn_trace
+from duoserve.replaying.hardware import Hardware, LayerSizes, Machine
+from tests.traces.drawn import drawn_trace
 
 MACHINE = Machine(Hardware("small", 1e9, 1e12, 1e15, 0.0, 1e-6), LayerSizes("small", 1_000_000, 8, 1_000_000, 64))
 

@@ -23,7 +23,7 @@ from duoserve.config import Phase
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.routing import Routing
-from duoserve.scheduling.synthetic import CARDS, synthesize
+from duoserve.traces.synthetic import CARDS, synthesize
 from serve_cells import BASE, BATCHES, EVENT, GRAPH, PARTS, PROMPTS, SHARES, Cell, cells, shown
 from serve_host import CpuHost, GpuHost
 from serve_models import MODELS, Unavailable, tiny

@@ -10,13 +10,13 @@ from math import inf
 import pytest
 
 from duoserve.experts.virtual import VirtualClock
-from duoserve.experts.virtual_readers import Readers, VirtualReaders
-from duoserve.scheduling.hardware import Hardware, LayerSizes
-from duoserve.scheduling.host_time import HostTime, UntimedEngine
+from duoserve.replaying.hardware import Hardware, LayerSizes
+from duoserve.replaying.host_time import HostTime, UntimedEngine
+from duoserve.replaying.replay import replay
+from duoserve.replaying.virtual_readers import Readers, VirtualReaders
 from duoserve.scheduling.policies import get_policy
-from duoserve.scheduling.replay import replay
 from tests.scheduling.fortune import Teller, certain
-from tests.scheduling.traces import trace_of
+from tests.traces.drawn import trace_of
 from timed_machine import PassTimes, TimedMachine
 
 # A read takes 2 s alone and 3 s of two at once.

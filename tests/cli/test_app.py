@@ -12,7 +12,7 @@ import pytest
 from duoserve import __version__
 from duoserve.cli import generate
 from duoserve.errors import ConfigError
-from duoserve.scheduling.hardware import HARDWARE
+from duoserve.replaying.hardware import HARDWARE
 
 
 def test_the_version_is_that_of_the_installed_package(duoserve):

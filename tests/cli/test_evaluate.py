@@ -14,9 +14,9 @@ from duoserve.cli import evaluate, main
 from duoserve.cli.machines import replayed_on
 from duoserve.errors import TraceError
 from duoserve.experts.checkpoint import Checkpoint
-from duoserve.scheduling.trace import TraceMeta
+from duoserve.traces.trace import TraceMeta
 from tests.checkpoints import save_mixtral
-from tests.traces import save_trace, small_trace
+from tests.traces.small import save_trace, small_trace
 
 BARD = Path(__file__).resolve().parents[2] / "duoserve" / "assets" / "bard"
 

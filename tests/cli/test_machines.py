@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from duoserve.cli import machines
-from duoserve.scheduling.hardware import HARDWARE
+from duoserve.replaying.hardware import HARDWARE
 
 MADE_UP = ("replay", "synthetic:mixtral-8x7b", "--requests", "1", "--tokens", "4", "--prompt-tokens", "3")
 

@@ -15,7 +15,7 @@ from duoserve.planning.model_cards import find_model
 from duoserve.planning.planner import Planner
 from duoserve.planning.policy_speed import Question
 from duoserve.planning.rehearsal import PromptTimes, Rehearsal, StepTimes, Times
-from duoserve.scheduling.hardware import GIB, HARDWARE, find_hardware
+from duoserve.replaying.hardware import GIB, HARDWARE, find_hardware
 
 
 def test_a_table_for_each_machine(duoserve):

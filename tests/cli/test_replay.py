@@ -15,10 +15,10 @@ from duoserve.planning.model_cards import find_model
 from duoserve.planning.sizes import layer_sizes
 from duoserve.predictors.files import save_predictor
 from duoserve.predictors.training import train
-from duoserve.scheduling.hardware import HARDWARE, Machine
+from duoserve.replaying.hardware import HARDWARE, Machine
 from duoserve.scheduling.policies import get_policy
-from tests.scheduling.traces import drawn_trace
-from tests.traces import save_trace
+from tests.traces.drawn import drawn_trace
+from tests.traces.small import save_trace
 
 BARD = Path(__file__).resolve().parents[2] / "duoserve" / "assets" / "bard"
 MADE_UP = ["replay", "synthetic:mixtral-8x7b", "--requests", "1", "--tokens", "4", "--prompt-tokens", "3"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from duoserve.scheduling.trace_file import open_trace
+from duoserve.traces.trace_file import open_trace
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 
 from duoserve.cli import train_predictor
 from duoserve.predictors.files import load_predictor
-from duoserve.scheduling.synthetic import CARDS, synthesize
-from tests.traces import save_trace, small_trace
+from duoserve.traces.synthetic import CARDS, synthesize
+from tests.traces.small import save_trace, small_trace
 
 
 @pytest.fixture

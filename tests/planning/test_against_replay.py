@@ -14,12 +14,12 @@ from duoserve.planning.policy_speed import Question, Speed, speed_of
 from duoserve.planning.routing_curves import curves_for
 from duoserve.planning.sizes import ModelSizes, layer_sizes
 from duoserve.planning.speed import Costs
-from duoserve.scheduling.hardware import Machine, find_hardware
+from duoserve.replaying.hardware import Machine, find_hardware
+from duoserve.replaying.replay import Replay, replay
 from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import get_policy
-from duoserve.scheduling.replay import Replay, replay
-from duoserve.scheduling.synthetic import CARDS, synthesize
-from duoserve.scheduling.trace import Trace
+from duoserve.traces.synthetic import CARDS, synthesize
+from duoserve.traces.trace import Trace
 
 LAYERS, REQUESTS, PROMPT, TOKENS = 3, 3, 64, 192
 WITHIN = 0.15

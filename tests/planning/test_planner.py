@@ -12,7 +12,7 @@ from duoserve.errors import ConfigError, MemoryBudgetError
 from duoserve.planning.model_cards import find_model
 from duoserve.planning.planner import Plan, Planner
 from duoserve.planning.policy_speed import Question
-from duoserve.scheduling.hardware import GIB, Hardware, find_hardware
+from duoserve.replaying.hardware import GIB, Hardware, find_hardware
 from tests.checkpoints import save_mixtral
 from tests.models.cases.quantized import CASES
 

@@ -12,7 +12,7 @@ from duoserve.planning.policy_speed import Question
 from duoserve.planning.rehearsal import PromptTimes, Rehearsal, StepTimes, Times
 from duoserve.planning.rehearsed import RehearsedCosts, along
 from duoserve.planning.speed import Costs, Prompt, Step
-from duoserve.scheduling.hardware import GIB, Hardware, LayerSizes, Machine
+from duoserve.replaying.hardware import GIB, Hardware, LayerSizes, Machine
 from duoserve.scheduling.policies import POLICIES
 from tests.planning.test_speed import HARDWARE, LAYER, SIZES
 

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from duoserve.planning.routing_curves import UNIFORM, curves_for, known_routings
-from duoserve.scheduling.cache_study import cached_hits
+from duoserve.replaying.cache_study import cached_hits
 from duoserve.scheduling.policies import EVICTIONS
-from duoserve.scheduling.synthetic import CARDS, synthesize
+from duoserve.traces.synthetic import CARDS, synthesize
 
 QWEN = curves_for(128, 8, "qwen3-30b-a3b")
 

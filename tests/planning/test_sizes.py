@@ -11,7 +11,7 @@ from duoserve.models.opened import opened
 from duoserve.planning.formats import layout_in
 from duoserve.planning.model_cards import find_model
 from duoserve.planning.sizes import layer_sizes, sizes_of
-from duoserve.scheduling.synthetic import CARDS
+from duoserve.traces.synthetic import CARDS
 from tests.models.cases import FAMILIES
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from duoserve.planning.sizes import ModelSizes
 from duoserve.planning.speed import Costs, Prompt, Step
-from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
+from duoserve.replaying.hardware import Hardware, LayerSizes, Machine
 from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import POLICIES
 

@@ -9,8 +9,8 @@ import pytest
 
 from duoserve.predictors import training
 from duoserve.predictors.base import RowPredictor
-from duoserve.scheduling.synthetic import CARDS, synthesize
-from duoserve.scheduling.trace import MemoryRows, Trace
+from duoserve.traces.synthetic import CARDS, synthesize
+from duoserve.traces.trace import MemoryRows, Trace
 
 QUICK = {"epochs": 4, "epoch_rows": 4000}
 

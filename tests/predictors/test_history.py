@@ -9,7 +9,7 @@ from duoserve.config import Phase
 from duoserve.predictors.features import DECAYS
 from duoserve.predictors.history import History
 from duoserve.scheduling.routing import Routing
-from duoserve.scheduling.trace import TraceMeta
+from duoserve.traces.trace import TraceMeta
 
 META = TraceMeta("f", (1, 4, 5, 6), num_experts=4, top_k=2)
 A, B, C = [0, 1], [1, 2], [2, 3]

@@ -25,9 +25,9 @@ from duoserve.predictors.networks import LayerModule, Recipe, fit, held_loss
 from duoserve.predictors.paper import paper_inputs
 from duoserve.predictors.quality import measure
 from duoserve.predictors.training import KINDS, train
-from duoserve.scheduling.synthetic import CARDS, synthesize
-from duoserve.scheduling.trace import LayerTrace
-from tests.scheduling.traces import trace_of
+from duoserve.traces.synthetic import CARDS, synthesize
+from duoserve.traces.trace import LayerTrace
+from tests.traces.drawn import trace_of
 
 
 def quick_train(trace, kind):

@@ -6,12 +6,12 @@ import numpy as np
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from duoserve.scheduling.foreseen import Future
-from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
+from duoserve.replaying.foreseen import Future
+from duoserve.replaying.hardware import Hardware, LayerSizes, Machine
+from duoserve.replaying.replay import replay
 from duoserve.scheduling.policies import get_policy
-from duoserve.scheduling.replay import replay
-from duoserve.scheduling.synthetic import RoutingCard, synthesize
-from duoserve.scheduling.trace import Trace
+from duoserve.traces.synthetic import RoutingCard, synthesize
+from duoserve.traces.trace import Trace
 
 SIZES = LayerSizes("small", 1_000_000, 8, 1_000_000, 64)
 TOLERANCE = 1.01

@@ -18,21 +18,21 @@ from duoserve.experts.copy_engine import CopyEngine, CopyListener
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.virtual import ComputeLane, VirtualClock, VirtualCopyEngine
-from duoserve.experts.virtual_readers import HostLane, VirtualReaders
 from duoserve.metrics import ByteCounts, Meter
-from duoserve.scheduling.cache_study import belady_hits, least_copies, steps_of
+from duoserve.replaying.cache_study import belady_hits, least_copies, steps_of
+from duoserve.replaying.foreseen import Future
+from duoserve.replaying.hardware import Machine
+from duoserve.replaying.host_time import HostTime, UntimedEngine
+from duoserve.replaying.scored import Score, ScoredPredictor
+from duoserve.replaying.virtual_readers import HostLane, VirtualReaders
 from duoserve.scheduling.eviction import Eviction
-from duoserve.scheduling.foreseen import Future
-from duoserve.scheduling.hardware import Machine
-from duoserve.scheduling.host_time import HostTime, UntimedEngine
 from duoserve.scheduling.plan import DecodeFetch, GuessMode, PrefillFetch
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import Routing
 from duoserve.scheduling.scheduler import Scheduler
-from duoserve.scheduling.scored import Score, ScoredPredictor
 from duoserve.scheduling.source import Lease, ReadyExpert
-from duoserve.scheduling.trace import RequestTrace, Trace
+from duoserve.traces.trace import RequestTrace, Trace
 
 ORACLE = "oracle"
 # No bytes move in a replay: the slots of its pool are as small as slots can be.

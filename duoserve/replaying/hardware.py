@@ -11,7 +11,7 @@ from functools import cached_property
 from math import inf
 
 from duoserve.errors import ConfigError
-from duoserve.experts.virtual_readers import Readers
+from duoserve.replaying.virtual_readers import Readers
 
 # From pinned RAM to a device: what others have measured, with 16 lanes and with 8; 3.0 and 5.0 x8 are half of x16.
 PCIE3, PCIE4, PCIE5 = 12e9, 25e9, 50e9

@@ -7,11 +7,11 @@ from copy import deepcopy
 from typing import Any
 
 from duoserve.metrics import ByteCounts
-from duoserve.scheduling.hardware import Machine
+from duoserve.replaying.hardware import Machine
+from duoserve.replaying.replay import ORACLE, Replay, layer_belady_bytes, least_bytes, oracle_of, replay
 from duoserve.scheduling.policies import POLICIES, Policy, get_policy
 from duoserve.scheduling.predictor import Predictor
-from duoserve.scheduling.replay import ORACLE, Replay, layer_belady_bytes, least_bytes, oracle_of, replay
-from duoserve.scheduling.trace import Trace
+from duoserve.traces.trace import Trace
 
 # All that can be replayed with fewer slots than experts, from the baselines up.
 CONTESTANTS = (*(name for name, policy in POLICIES.items() if not policy.all_resident), ORACLE)

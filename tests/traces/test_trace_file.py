@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from duoserve.errors import TraceError
-from duoserve.scheduling.trace import Trace, TraceMeta
-from duoserve.scheduling.trace_file import TraceWriter, open_trace
-from tests.traces import META, save_trace, small_trace
+from duoserve.traces.trace import Trace, TraceMeta
+from duoserve.traces.trace_file import TraceWriter, open_trace
+from tests.traces.small import META, save_trace, small_trace
 
 
 def assert_same(one: Trace, other: Trace) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from duoserve.errors import TraceError
-from duoserve.scheduling.trace import MemoryRows, Trace, TraceMeta
-from tests.traces import small_trace
+from duoserve.traces.trace import MemoryRows, Trace, TraceMeta
+from tests.traces.small import small_trace
 
 
 def test_a_request_is_its_prompt_and_then_token_after_token():

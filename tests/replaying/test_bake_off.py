@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from duoserve.scheduling.bake_off import bake_off, rows
-from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
+from duoserve.replaying.bake_off import bake_off, rows
+from duoserve.replaying.hardware import Hardware, LayerSizes, Machine
 from tests.scheduling.fortune import Teller, certain
-from tests.scheduling.traces import drawn_trace
+from tests.traces.drawn import drawn_trace
 
 MACHINE = Machine(Hardware("even", 1e10, 1e11, 1e14, 0.0, 1e-4), LayerSizes("small", 1_000_000, 8, 1_000_000, 64))
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from duoserve.errors import ConfigError
-from duoserve.scheduling.synthetic import CARDS, bytes_needed, recall, synthesize
-from duoserve.scheduling.trace import Trace
+from duoserve.traces.synthetic import CARDS, bytes_needed, recall, synthesize
+from duoserve.traces.trace import Trace
 
 WINDOWS = (2, 4, 8, 16, 32, 64)
 DISTINCT = {

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from duoserve.errors import ConfigError
-from duoserve.scheduling.hardware import HARDWARE, Hardware, LayerSizes, Machine, find_hardware
+from duoserve.replaying.hardware import HARDWARE, Hardware, LayerSizes, Machine, find_hardware
 
 MACHINE = Machine(
     Hardware("x", link=1e9, memory=1e10, flops=1e12, copy_latency_s=1e-3, layer_overhead_s=2e-3),

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from duoserve.config import Phase
-from duoserve.scheduling.cache_study import NEVER, next_use, steps_of
+from duoserve.replaying.cache_study import NEVER, next_use, steps_of
 from duoserve.scheduling.routing import Routing
-from duoserve.scheduling.trace import RequestTrace
+from duoserve.traces.trace import RequestTrace
 
 
 class Future:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from duoserve.scheduling.synthetic import RoutingCard, synthesize
-from duoserve.scheduling.trace import LayerTrace, Trace, TraceMeta
+from duoserve.traces.synthetic import RoutingCard, synthesize
+from duoserve.traces.trace import LayerTrace, Trace, TraceMeta
 
 
 def trace_of(requests: list[tuple[int, list[list[int]]]], layers: int = 1, num_experts: int = 8) -> Trace:

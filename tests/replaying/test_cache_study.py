@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from duoserve.config import Phase
-from duoserve.scheduling.cache_study import NEVER, belady_hits, cached_hits, least_copies, next_use, prompt_step
+from duoserve.replaying.cache_study import NEVER, belady_hits, cached_hits, least_copies, next_use, prompt_step
 from duoserve.scheduling.ranking import DecayedFrequency, Recency
-from duoserve.scheduling.synthetic import CARDS, synthesize
-from duoserve.scheduling.trace import MemoryRows, Trace
-from tests.scheduling.traces import drawn_trace, trace_of
+from duoserve.traces.synthetic import CARDS, synthesize
+from duoserve.traces.trace import MemoryRows, Trace
+from tests.traces.drawn import drawn_trace, trace_of
 
 
 def test_a_prompts_experts_come_most_wanted_first() -> None:

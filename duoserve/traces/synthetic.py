@@ -15,7 +15,7 @@ from math import prod
 import numpy as np
 
 from duoserve.errors import ConfigError
-from duoserve.scheduling.trace import LayerTrace, Trace, TraceMeta
+from duoserve.traces.trace import LayerTrace, Trace, TraceMeta
 
 _LEAST_DRAW = np.float32(1e-30)  # an exponential draw may be 0, which has no logarithm
 _FLAT_NOISE = 64.0  # noise of so many logits leaves next to nothing of the scores

@@ -21,7 +21,7 @@ from duoserve.errors import CheckpointError, CutShortError, TraceError
 from duoserve.experts.safetensors_header import TensorInfo, read_segment
 from duoserve.files.positional import PositionalFile
 from duoserve.files.whole import refused_as
-from duoserve.scheduling.trace import IDS, REQUESTS, TOKEN_IDS, LayerTrace, Rows, Trace, TraceMeta
+from duoserve.traces.trace import IDS, REQUESTS, TOKEN_IDS, LayerTrace, Rows, Trace, TraceMeta
 
 FORMAT = "duoserve trace 1"
 AGAIN = "record it again"

@@ -10,7 +10,7 @@ from duoserve.errors import ClosedError, IntegrityError
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.tickets import Priority, Ticket, TicketState
 from duoserve.experts.virtual import VirtualClock
-from duoserve.experts.virtual_readers import HostLane, Readers, VirtualReaders
+from duoserve.replaying.virtual_readers import HostLane, Readers, VirtualReaders
 
 DEMAND, PREFETCH = Priority
 # A read of 100 bytes takes two seconds alone; of two at once, each takes three.

@@ -15,7 +15,7 @@ import numpy as np
 
 from duoserve.config import Phase
 from duoserve.scheduling.ranking import Ranking
-from duoserve.scheduling.trace import RequestTrace, Trace
+from duoserve.traces.trace import RequestTrace, Trace
 
 NEVER = 1 << 60
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from duoserve.scheduling.trace import LOOKAHEAD, REQUESTS, TOKEN_IDS, MemoryRows, Trace, TraceMeta
-from duoserve.scheduling.trace_file import TraceWriter
+from duoserve.traces.trace import LOOKAHEAD, REQUESTS, TOKEN_IDS, MemoryRows, Trace, TraceMeta
+from duoserve.traces.trace_file import TraceWriter
 
 META = TraceMeta("a fingerprint", (0, 2, 3), num_experts=6, top_k=2)
 LENGTHS = [(4, 2), (5, 3), (3, 1)]

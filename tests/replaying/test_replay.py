@@ -9,14 +9,14 @@ import pytest
 
 from duoserve.config import Phase
 from duoserve.errors import MemoryBudgetError
-from duoserve.scheduling.foreseen import Belady, Future
-from duoserve.scheduling.hardware import Hardware, LayerSizes, Machine
+from duoserve.replaying.foreseen import Belady, Future
+from duoserve.replaying.hardware import Hardware, LayerSizes, Machine
+from duoserve.replaying.replay import Watcher, layer_belady_bytes, least_bytes, oracle_of, replay
+from duoserve.replaying.scored import Score, ScoredPredictor
 from duoserve.scheduling.policies import POLICIES, get_policy
-from duoserve.scheduling.replay import Watcher, layer_belady_bytes, least_bytes, oracle_of, replay
 from duoserve.scheduling.routing import Routing
-from duoserve.scheduling.scored import Score, ScoredPredictor
 from tests.scheduling.fortune import Teller, certain, routed
-from tests.scheduling.traces import drawn_trace, trace_of
+from tests.traces.drawn import drawn_trace, trace_of
 
 SIZES = LayerSizes("small", 1_000_000, 8, 1_000_000, 64)
 FAST = Machine(Hardware("fast", 1e12, 1e12, 1e15, 0.0, 1e-5), SIZES)

@@ -9,7 +9,7 @@ import numpy as np
 
 from duoserve.config import Phase
 from duoserve.scheduling.routing import Routing
-from duoserve.scheduling.trace import LayerTrace
+from duoserve.traces.trace import LayerTrace
 
 
 class TraceRecorder:
