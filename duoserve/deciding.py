@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from duoserve.choice import PolicyChoice, chosen_predictor, find_choice, predictor_beside
 from duoserve.config import EngineConfig
 from duoserve.errors import ConfigError, TraceError
 from duoserve.experts.budget import MemoryPlan
@@ -15,11 +14,12 @@ from duoserve.experts.checkpoint import Checkpoint
 from duoserve.placement import Placement
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.files import check_model, load_predictor
+from duoserve.recommendation import Recommendation, find_recommendation, predictor_beside, recommended_predictor
 from duoserve.scheduling.plan import GuessMode
 from duoserve.scheduling.policies import Policy, get_policy
 from duoserve.scheduling.predictor import Predictor
 
-CALLER = 5  # of from_pretrained: so many calls up from the functions of this file that warn
+CALLER = 5  # the caller of from_pretrained is this many calls above the functions of this file that warn
 
 
 class Decision(NamedTuple):
@@ -46,19 +46,19 @@ def decide(
     predictor: Predictor | str | Path | None,
     cache_dir: str | Path | None,
 ) -> Decision:
-    """How the model will be run: under the policy that was ``named``, or else what suits its memory.
+    """How the model will be run: under the policy that was ``named``, or else one that suits its memory.
 
-    A choice that cannot be read is passed over with a warning, or makes no guesses where only its predictor cannot be;
-    and there is one where the predictor that was asked for is not there, or "auto" comes to a policy without guesses.
-    TraceError or ConfigError for a predictor that cannot be used, MemoryBudgetError for memory that cannot be had.
+    Warns and goes on where the saved recommendation cannot be read (it is ignored), its predictor cannot be read (no
+    guesses are made), the predictor asked for is not found, or "auto" picks a policy that makes no guesses.
+    Raises TraceError or ConfigError for a predictor that cannot be used, MemoryBudgetError if memory is too small.
     """
     checkpoint = place.model.checkpoint
     plan = place.plan(wanted, named)
-    best, chosen = None, None
+    best, recommended = None, None
     if named is None and not plan.all_in_slots:
-        best, chosen = _best(checkpoint, cache_dir, with_predictor=predictor is None)
+        best, recommended = _best(checkpoint, cache_dir, with_predictor=predictor is None)
     policy = named or _automatic(plan, best, guesses=predictor is not None)
-    used = chosen if predictor is None else _asked_for(predictor, checkpoint, cache_dir)
+    used = recommended if predictor is None else _asked_for(predictor, checkpoint, cache_dir)
     if predictor is not None and not policy.all_resident:
         _warn_if_unused(used, policy, automatic=named is None)
     return Decision(place, wanted, policy, used, plan)
@@ -66,26 +66,26 @@ def decide(
 
 def _best(
     checkpoint: Checkpoint, cache_dir: str | Path | None, *, with_predictor: bool
-) -> tuple[PolicyChoice | None, Predictor | None]:
-    """What ``duoserve evaluate`` chose for this model, and its predictor; what is broken of them is only warned of."""
+) -> tuple[Recommendation | None, Predictor | None]:
+    """The recommendation for this model and its predictor; warns of what is broken and goes on without it."""
     try:
-        found = find_choice(checkpoint, cache_dir)
+        found = find_recommendation(checkpoint, cache_dir)
     except TraceError as error:
-        warnings.warn(f'policy="auto" goes without what was chosen for this model: {error}', stacklevel=CALLER)
+        warnings.warn(f'policy="auto" ignores what duoserve evaluate recommends: {error}', stacklevel=CALLER)
         return None, None
     best, folder = found or (None, None)
     if best is None or folder is None or not (best.use_predictor and with_predictor):
         return best, None
     try:
-        return best, chosen_predictor(folder, checkpoint)
+        return best, recommended_predictor(folder, checkpoint)
     except TraceError as error:
-        why = f"without the predictor that was chosen for this model: {error}; run duoserve evaluate again"
+        why = f"without the predictor that is recommended for this model: {error}; run duoserve evaluate again"
         warnings.warn(f'policy="auto" makes no guesses {why}', stacklevel=CALLER)
         return replace(best, use_predictor=False), None
 
 
-def _automatic(plan: MemoryPlan, best: PolicyChoice | None, *, guesses: bool) -> Policy:
-    """What "auto" comes to: "resident" where every expert has a slot, else the policy of ``best``, else "duoserve".
+def _automatic(plan: MemoryPlan, best: Recommendation | None, *, guesses: bool) -> Policy:
+    """What "auto" means here: "resident" if every expert has a slot, else the policy of ``best``, else "duoserve".
 
     With ``guesses`` the policy keeps its guesses even if ``best`` found that they do not pay.
     """
@@ -100,7 +100,7 @@ def _warn_if_unused(predictor: Predictor | None, policy: Policy, *, automatic: b
     if predictor is None:
         warnings.warn('predictor="auto" found none beside the model: duoserve evaluate writes one', stacklevel=CALLER)
     elif automatic and policy.guesses is GuessMode.NONE:
-        why = f"policy={policy.name!r}, which duoserve evaluate chose for this model, makes no guesses"
+        why = f"policy={policy.name!r}, which duoserve evaluate recommends for this model, makes no guesses"
         warnings.warn(f"the predictor is not used: {why}; name a policy that does", stacklevel=CALLER)
 
 

@@ -1,4 +1,4 @@
-"""From a trace of a model to the policy and predictor that serve it best on a machine: train, replay, choose."""
+"""From a trace of a model to the policy and predictor that serve it best on a machine: train, replay, recommend."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from duoserve.choice import PolicyChoice
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.training import train
+from duoserve.recommendation import Recommendation
 from duoserve.replaying.bake_off import bake_off, rows
 from duoserve.replaying.hardware import Machine
 from duoserve.replaying.replay import ORACLE, Replay, replay
@@ -17,15 +17,15 @@ from duoserve.traces.trace import Trace
 
 KINDS = ("activation-matrix", "lookahead", "duoserve")
 BASELINES = ("on-demand", "lru")
-# Prefetch moves bytes and takes a predictor's time, which a replay does not see: it must gain this much.
+# Prefetch moves bytes and takes a predictor's time, which a replay does not see: it must gain this share.
 LEAST_GAIN = 0.01
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``choice``, its predictor, and a row of figures for each replay on the requests that were held out."""
+    """The recommendation, its predictor, and a row of figures for each replay on the requests that were held out."""
 
-    choice: PolicyChoice
+    recommendation: Recommendation
     predictor: RowPredictor | None
     rows: list[dict[str, Any]]
 
@@ -35,9 +35,8 @@ def evaluate(
 ) -> Evaluation:
     """Trains predictors on most of the trace's requests, and replays BASELINES, KINDS and the oracle on the others.
 
-    The choice is the policy of the least decode time over all ``slot_counts``; if that is one that makes guesses, they
-    stay only if they gain LEAST_GAIN. TraceError for a trace of less than two prompts, or where no request
-    decodes.
+    The recommended policy has the least decode time over all ``slot_counts``. If it makes guesses, they stay only if
+    they gain LEAST_GAIN. Raises TraceError if the trace has fewer than two prompts, or if no request decodes.
     """
     trace.check_decodes()
     predictors, held = _trained(trace, seed, progress)
@@ -47,13 +46,15 @@ def evaluate(
     best = min(decode_s, key=decode_s.__getitem__)
     kind = POLICIES[best].predictor
     if kind is None:
-        choice = PolicyChoice(best, False, _why(best, False, decode_s, decode_s[best]))
-        return Evaluation(choice, None, list(rows(runs, held, machine)))
+        recommendation = Recommendation(best, False, _why(best, False, decode_s, decode_s[best]))
+        return Evaluation(recommendation, None, list(rows(runs, held, machine)))
     unguessed = [replay(held, POLICIES[best].without_guesses(), machine, slots) for slots in slot_counts]
     unguessed_s = _decode_s(unguessed)
     pays = decode_s[best] <= (1 - LEAST_GAIN) * unguessed_s
-    choice = PolicyChoice(best, pays, _why(best, pays, decode_s, unguessed_s))
-    return Evaluation(choice, predictors[kind] if pays else None, list(rows([*runs, *unguessed], held, machine)))
+    recommendation = Recommendation(best, pays, _why(best, pays, decode_s, unguessed_s))
+    return Evaluation(
+        recommendation, predictors[kind] if pays else None, list(rows([*runs, *unguessed], held, machine))
+    )
 
 
 def _trained(trace: Trace, seed: int, progress: bool) -> tuple[dict[str, RowPredictor], Trace]:

@@ -95,7 +95,7 @@ class MoEModel:
         - ``host_memory``: RAM for packed experts, beside the cap; the others stay on disk. "auto": none on a CPU,
           80 % of the free RAM behind a GPU.
         - ``policy``: a name, a :class:`Policy`, or "auto": "resident" if every expert has a slot, else what ``duoserve
-          evaluate`` chose for this model, with its predictor, else "duoserve".
+          evaluate`` recommends for this model, with its predictor, else "duoserve".
         - ``predictor``: a file that ``duoserve train-predictor`` wrote, a :class:`Predictor`, or "auto": the file
           beside the model. Only policies that guess in decode use it. None: the one that policy "auto" brings, else no
           guesses.

@@ -1,4 +1,4 @@
-"""``duoserve evaluate``: trace, train, replay, choose; ``policy="auto"`` then does what was found best."""
+"""``duoserve evaluate``: trace, train, replay, recommend; ``policy="auto"`` then does what was found best."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from duoserve.choice import check_place, save_choice
 from duoserve.cli.machines import add_hardware, replayed_on
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser, natural, refuse_in_vain
 from duoserve.cli.prompts import read_prompts
@@ -21,6 +20,7 @@ from duoserve.evaluating import Evaluation, evaluate
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.models.opened import opened
 from duoserve.planning.sizes import layer_sizes
+from duoserve.recommendation import check_place, save_recommendation
 from duoserve.replaying.hardware import Machine
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.plan import ModelShape
@@ -66,10 +66,10 @@ def add_command(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints rows for the policies that evaluating.py compares, what to expect, and where the choice was written.
+    """Prints a row for each policy that evaluating.py compares, what to expect, and where that was written.
 
-    These are its BASELINES, its KINDS (the best of them without guesses too) and the oracle, not every policy. What
-    cannot be done is refused before the prompts are run: they take the longest.
+    The policies are BASELINES, KINDS (the best of them without guesses too) and the oracle. What cannot be done is
+    refused before the prompts are run, which takes the longest.
     """
     prompts = [] if args.prompts is None else _prompts(args)
     with opened(args.model) as found, tempfile.TemporaryDirectory() as scratch:
@@ -84,17 +84,18 @@ def run(args: argparse.Namespace) -> None:
         context, where = {"hardware": machine.hardware.name, "rows": done.rows}, None
         try:
             if not args.dry_run:
-                where = save_choice(found.checkpoint, done.choice, done.predictor, context)
+                where = save_recommendation(found.checkpoint, done.recommendation, done.predictor, context)
         finally:  # also where the disk is full by now: what was found has taken long
             _say(done, context, where, as_json=args.json)
 
 
 def _say(done: Evaluation, context: Mapping[str, Any], where: Path | None, *, as_json: bool) -> None:
+    best = done.recommendation
     if as_json:
-        chosen = {"policy": done.choice.policy, "predictor": done.choice.use_predictor, "why": done.choice.why}
-        print(json.dumps({**chosen, **context, "folder": where and str(where)}))
+        about = {"policy": best.policy, "predictor": best.use_predictor, "why": best.why}
+        print(json.dumps({**about, **context, "folder": where and str(where)}))
     else:
-        print("\n".join([*table(done.rows), "", done.choice.why]))
+        print("\n".join([*table(done.rows), "", best.why]))
         print("nothing was written" if where is None else f'written to {where}: policy="auto" now does this')
 
 
@@ -117,5 +118,5 @@ def _recorded(args: argparse.Namespace, prompts: Sequence[str], scratch: Path) -
     max_tokens = MAX_TOKENS if args.max_tokens is None else args.max_tokens
     params = SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=args.seed)
     recording = RecordingSpec(scratch / "trace.safetensors", params)
-    # Not by "auto": whatever was chosen before, a new choice must be possible.
+    # Not by "auto": an earlier recommendation must not keep a new one from being made.
     return record(args.model, prompts, recording, EngineConfig(), "duoserve", progress=sys.stderr.isatty())

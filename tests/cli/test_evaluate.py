@@ -1,4 +1,4 @@
-"""``duoserve evaluate`` from prompts to a choice beside the model."""
+"""``duoserve evaluate`` from prompts to a recommendation beside the model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from duoserve.choice import CHOICE_FILE
 from duoserve.cli import evaluate, main
 from duoserve.cli.machines import replayed_on
 from duoserve.errors import TraceError
 from duoserve.experts.checkpoint import Checkpoint
+from duoserve.recommendation import RECOMMENDATION_FILE
 from duoserve.traces.trace import TraceMeta
 from tests.checkpoints import save_mixtral
 from tests.traces.small import save_trace, small_trace
@@ -21,7 +21,7 @@ from tests.traces.small import save_trace, small_trace
 BARD = Path(__file__).resolve().parents[2] / "duoserve" / "assets" / "bard"
 
 
-def test_from_prompts_to_a_choice(
+def test_from_prompts_to_a_recommendation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DUOSERVE_CACHE", str(tmp_path / "cache"))
@@ -29,11 +29,11 @@ def test_from_prompts_to_a_choice(
     (tmp_path / "prompts.txt").write_text("To be, or\nEnter HAMLET\nMy lord,\n")
     command = ["evaluate", str(tmp_path / "bard"), "--prompts", str(tmp_path / "prompts.txt"), "--max-tokens", "6"]
     assert main([*command, "--dry-run"]) == 0
-    assert "nothing was written" in capsys.readouterr().out and not (tmp_path / "bard" / CHOICE_FILE).exists()
-    (tmp_path / "bard" / CHOICE_FILE).write_text("{")  # a broken one, which this is the remedy for
+    assert "nothing was written" in capsys.readouterr().out and not (tmp_path / "bard" / RECOMMENDATION_FILE).exists()
+    (tmp_path / "bard" / RECOMMENDATION_FILE).write_text("{")  # a broken one, which this is the remedy for
     assert main([*command, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    written = json.loads((tmp_path / "bard" / CHOICE_FILE).read_text())
+    written = json.loads((tmp_path / "bard" / RECOMMENDATION_FILE).read_text())
     assert said["folder"] == str(tmp_path / "bard") and written["policy"] == said["policy"]
     assert said["hardware"] == written["figures"]["hardware"] == replayed_on(None).name
     assert said["why"].startswith("Expect ") and written["figures"]["rows"]
@@ -65,13 +65,13 @@ def test_what_cannot_be_done_is_refused_before_the_prompts_are_run(
     assert said in capsys.readouterr().err
 
 
-def test_a_choice_without_a_place_is_refused_before_the_prompts_are_run(
+def test_a_recommendation_without_a_place_is_refused_before_the_prompts_are_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = without_recording(tmp_path, monkeypatch)
-    (tmp_path / "m" / CHOICE_FILE).mkdir()
+    (tmp_path / "m" / RECOMMENDATION_FILE).mkdir()
     assert main(command) == 1
-    assert "the choice cannot be written there" in capsys.readouterr().err
+    assert "the recommendation cannot be written there" in capsys.readouterr().err
     with pytest.raises(AssertionError, match="was recorded"):
         main([*command, "--dry-run"])
 
@@ -94,10 +94,10 @@ def test_what_was_found_is_said_also_where_it_cannot_be_written(
 ) -> None:
     """The disk has become full meanwhile."""
 
-    def save_choice(*args: object) -> None:
+    def save_recommendation(*args: object) -> None:
         raise TraceError("no space left on device")
 
-    monkeypatch.setattr(evaluate, "save_choice", save_choice)
+    monkeypatch.setattr(evaluate, "save_recommendation", save_recommendation)
     folder = save_mixtral(tmp_path / "m")
     with closing(Checkpoint.open(folder)) as checkpoint:
         meta = TraceMeta(checkpoint.fingerprint(), (0, 1, 2), num_experts=8, top_k=2)

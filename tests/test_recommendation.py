@@ -13,13 +13,20 @@ from pathlib import Path
 import pytest
 
 from duoserve import MoEModel
-from duoserve.choice import CHOICE_FILE, PREDICTOR_FILE, PolicyChoice, find_choice, predictor_beside, save_choice
 from duoserve.errors import CheckpointError, TraceError
 from duoserve.evaluating import evaluate
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.files import load_predictor, notes_path, save_predictor
 from duoserve.predictors.training import train
+from duoserve.recommendation import (
+    PREDICTOR_FILE,
+    RECOMMENDATION_FILE,
+    Recommendation,
+    find_recommendation,
+    predictor_beside,
+    save_recommendation,
+)
 from duoserve.replaying.bake_off import BOUNDS, figures
 from duoserve.replaying.hardware import Hardware, LayerSizes, Machine
 from duoserve.replaying.replay import Replay
@@ -43,13 +50,13 @@ def trace_for(checkpoint: Checkpoint) -> Trace:
     return Trace(meta, made._rows)
 
 
-def test_a_choice_beside_the_model_is_what_auto_does(folder: Path, tmp_path: Path) -> None:
+def test_a_recommendation_beside_the_model_is_what_auto_does(folder: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(folder)
     predictor, _ = train(trace_for(checkpoint), "lookahead")
-    best = PolicyChoice("lookahead", True, "it is best")
-    where = save_choice(checkpoint, best, predictor, {"rows": []}, tmp_path / "c")
+    best = Recommendation("lookahead", True, "it is best")
+    where = save_recommendation(checkpoint, best, predictor, {"rows": []}, tmp_path / "c")
     assert where == folder
-    assert find_choice(checkpoint) == (best, folder)
+    assert find_recommendation(checkpoint) == (best, folder)
     checkpoint.close()
     with MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path / "c") as model:
         assert model.policy == "lookahead"
@@ -59,9 +66,9 @@ def test_a_choice_beside_the_model_is_what_auto_does(folder: Path, tmp_path: Pat
         assert model.policy == "resident"
 
 
-def test_a_choice_without_prefetch_makes_no_guesses(folder: Path, tmp_path: Path) -> None:
+def test_a_recommendation_without_prefetch_makes_no_guesses(folder: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(folder)
-    save_choice(checkpoint, PolicyChoice("lookahead", False, ""), None, {})
+    save_recommendation(checkpoint, Recommendation("lookahead", False, ""), None, {})
     checkpoint.close()
     assert not (folder / PREDICTOR_FILE).exists()
     with MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path / "c") as model:
@@ -69,45 +76,48 @@ def test_a_choice_without_prefetch_makes_no_guesses(folder: Path, tmp_path: Path
         assert model.stats.bytes.total == model.stats.bytes.demanded > 0
 
 
-def test_a_read_only_models_choice_goes_to_the_cache(
+def test_a_read_only_models_recommendation_goes_to_the_cache(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint.open(folder)
-    monkeypatch.setattr("duoserve.choice.os.access", lambda path, mode: False)
-    where = save_choice(checkpoint, PolicyChoice("lru", False, ""), None, {}, tmp_path / "cache")
-    assert where.is_relative_to(tmp_path / "cache") and not (folder / CHOICE_FILE).exists()
-    assert find_choice(checkpoint, tmp_path / "cache") == (PolicyChoice("lru", False, ""), where)
-    assert find_choice(checkpoint, tmp_path / "elsewhere") is None
+    monkeypatch.setattr("duoserve.recommendation.os.access", lambda path, mode: False)
+    where = save_recommendation(checkpoint, Recommendation("lru", False, ""), None, {}, tmp_path / "cache")
+    assert where.is_relative_to(tmp_path / "cache") and not (folder / RECOMMENDATION_FILE).exists()
+    assert find_recommendation(checkpoint, tmp_path / "cache") == (Recommendation("lru", False, ""), where)
+    assert find_recommendation(checkpoint, tmp_path / "elsewhere") is None
     checkpoint.close()
 
 
-def test_a_read_only_models_older_choice_gives_way_to_the_one_in_the_cache(
+def test_a_read_only_models_older_recommendation_gives_way_to_the_one_in_the_cache(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint.open(folder)
-    save_choice(checkpoint, PolicyChoice("lru", False, ""), None, {}, tmp_path / "c")
-    monkeypatch.setattr("duoserve.choice.os.access", lambda path, mode: False)
-    assert find_choice(checkpoint, tmp_path / "c") == (PolicyChoice("lru", False, ""), folder)
-    where = save_choice(checkpoint, PolicyChoice("on-demand", False, ""), None, {}, tmp_path / "c")
-    assert where != folder and find_choice(checkpoint, tmp_path / "c") == (PolicyChoice("on-demand", False, ""), where)
+    save_recommendation(checkpoint, Recommendation("lru", False, ""), None, {}, tmp_path / "c")
+    monkeypatch.setattr("duoserve.recommendation.os.access", lambda path, mode: False)
+    assert find_recommendation(checkpoint, tmp_path / "c") == (Recommendation("lru", False, ""), folder)
+    where = save_recommendation(checkpoint, Recommendation("on-demand", False, ""), None, {}, tmp_path / "c")
+    assert where != folder and find_recommendation(checkpoint, tmp_path / "c") == (
+        Recommendation("on-demand", False, ""),
+        where,
+    )
     checkpoint.close()
     with MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path / "c") as model:
         assert model.policy == "on-demand"
 
 
-def test_the_predictor_of_a_choice_is_the_one_that_was_written_with_it(
+def test_the_predictor_of_a_recommendation_is_the_one_that_was_written_with_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another lies beside the model, which has become writable again."""
     checkpoint = Checkpoint.open(folder)
     chosen, other = (train(trace_for(checkpoint), kind)[0] for kind in ("lookahead", "popularity"))
     with monkeypatch.context() as read_only:
-        read_only.setattr("duoserve.choice.os.access", lambda path, mode: False)
-        save_choice(checkpoint, PolicyChoice("lookahead", True, ""), chosen, {}, tmp_path / "c")
+        read_only.setattr("duoserve.recommendation.os.access", lambda path, mode: False)
+        save_recommendation(checkpoint, Recommendation("lookahead", True, ""), chosen, {}, tmp_path / "c")
     save_predictor(other, folder / PREDICTOR_FILE, {})
     fetched, heard = [], []
     monkeypatch.setattr(
-        "duoserve.choice.load_predictor", lambda path, of: fetched.append(path) or load_predictor(path, of)
+        "duoserve.recommendation.load_predictor", lambda path, of: fetched.append(path) or load_predictor(path, of)
     )
     checkpoint.close()
     for told in (None, "auto"):
@@ -116,13 +126,13 @@ def test_the_predictor_of_a_choice_is_the_one_that_was_written_with_it(
     assert heard == [False, True]
 
 
-def test_a_choice_of_many_replays_is_found_again(folder: Path) -> None:
+def test_a_recommendation_of_many_replays_is_found_again(folder: Path) -> None:
     """A long list of slot counts: what is written must not be more than is read."""
     row = figures(Replay("duoserve", "lookahead", 1000, ttft_s=[1 / 3], itl_s=[1 / 3]), dict.fromkeys(BOUNDS, 1 / 3))
-    best = PolicyChoice("lru", False, "")
+    best = Recommendation("lru", False, "")
     with closing(Checkpoint.open(folder)) as checkpoint:
-        save_choice(checkpoint, best, None, {"rows": [row] * 2000})
-        assert find_choice(checkpoint) == (best, folder)
+        save_recommendation(checkpoint, best, None, {"rows": [row] * 2000})
+        assert find_recommendation(checkpoint) == (best, folder)
 
 
 def test_what_came_with_the_package_stays_as_it_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,10 +140,10 @@ def test_what_came_with_the_package_stays_as_it_came(tmp_path: Path, monkeypatch
     checkpoint = Checkpoint.open(BARD)
     shipped = {path.name: path.stat().st_mtime_ns for path in BARD.iterdir()}
     predictor, _ = train(trace_for(checkpoint), "popularity")
-    best = PolicyChoice("duoserve", True, "")
-    where = save_choice(checkpoint, best, predictor, {}, tmp_path)
+    best = Recommendation("duoserve", True, "")
+    where = save_recommendation(checkpoint, best, predictor, {}, tmp_path)
     assert {path.name: path.stat().st_mtime_ns for path in BARD.iterdir()} == shipped
-    assert where.is_relative_to(tmp_path) and find_choice(checkpoint, tmp_path) == (best, where)
+    assert where.is_relative_to(tmp_path) and find_recommendation(checkpoint, tmp_path) == (best, where)
     chosen, others = predictor_beside(checkpoint, tmp_path), predictor_beside(checkpoint, tmp_path / "elsewhere")
     assert chosen is not None and chosen.name == "popularity"
     assert others is not None and others.name == "duoserve"
@@ -145,18 +155,18 @@ def test_what_evaluate_wrote_to_the_default_cache_is_found_behind_another(
 ) -> None:
     monkeypatch.setenv("DUOSERVE_CACHE", str(tmp_path / "a"))
     with closing(Checkpoint.open(BARD)) as checkpoint:
-        save_choice(checkpoint, PolicyChoice("lru", False, ""), None, {})
+        save_recommendation(checkpoint, Recommendation("lru", False, ""), None, {})
         with MoEModel.from_pretrained("bard", expert_slots="25%", cache_dir=tmp_path / "b") as model:
             assert model.policy == "lru"
-        where = save_choice(checkpoint, PolicyChoice("on-demand", False, ""), None, {}, tmp_path / "b")
-        assert find_choice(checkpoint, tmp_path / "b") == (PolicyChoice("on-demand", False, ""), where)
+        where = save_recommendation(checkpoint, Recommendation("on-demand", False, ""), None, {}, tmp_path / "b")
+        assert find_recommendation(checkpoint, tmp_path / "b") == (Recommendation("on-demand", False, ""), where)
 
 
-def test_a_choice_that_cannot_be_written_leaves_the_one_before(
+def test_a_recommendation_that_cannot_be_written_leaves_the_one_before(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint.open(folder)
-    save_choice(checkpoint, PolicyChoice("lru", False, ""), None, {}, tmp_path)
+    save_recommendation(checkpoint, Recommendation("lru", False, ""), None, {}, tmp_path)
 
     def breaks_off(path: Path, data: str | bytes) -> None:
         path.open("w").write("{")
@@ -165,23 +175,23 @@ def test_a_choice_that_cannot_be_written_leaves_the_one_before(
     monkeypatch.setattr(Path, "write_text", breaks_off)
     monkeypatch.setattr(Path, "write_bytes", breaks_off)
     with pytest.raises(TraceError, match="No space left"):
-        save_choice(checkpoint, PolicyChoice("duoserve", False, ""), None, {}, tmp_path)
-    assert find_choice(checkpoint, tmp_path) == (PolicyChoice("lru", False, ""), folder)
+        save_recommendation(checkpoint, Recommendation("duoserve", False, ""), None, {}, tmp_path)
+    assert find_recommendation(checkpoint, tmp_path) == (Recommendation("lru", False, ""), folder)
     checkpoint.close()
 
 
-def test_another_models_choice_is_passed_over_and_a_broken_one_refused(folder: Path, tmp_path: Path) -> None:
+def test_another_models_recommendation_is_passed_over_and_a_broken_one_refused(folder: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(folder)
-    path = folder / CHOICE_FILE
+    path = folder / RECOMMENDATION_FILE
     path.write_text(json.dumps({"fingerprint": "another", "policy": "lru", "predictor": False}))
-    assert find_choice(checkpoint, tmp_path) is None
+    assert find_recommendation(checkpoint, tmp_path) is None
     for policy in ("mru", ["lru"], {}, None):
         path.write_text(json.dumps({"fingerprint": checkpoint.fingerprint(), "policy": policy, "predictor": False}))
         with pytest.raises(TraceError, match=re.escape(f"{policy!r}, which is not known")):
-            find_choice(checkpoint)
+            find_recommendation(checkpoint)
     path.write_text("{")
     with pytest.raises(TraceError, match="run duoserve evaluate again"):
-        find_choice(checkpoint)
+        find_recommendation(checkpoint)
     checkpoint.close()
     with (
         pytest.warns(UserWarning, match="run duoserve evaluate again") as said,
@@ -201,11 +211,13 @@ def of_another_version(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: notes_path(path).unlink(), of_another_version])
-def test_a_choice_whose_predictor_cannot_be_read_makes_no_guesses(
+def test_a_recommendation_whose_predictor_cannot_be_read_makes_no_guesses(
     damage: Callable[[Path], None], folder: Path, tmp_path: Path
 ) -> None:
     with closing(Checkpoint.open(folder)) as checkpoint:
-        save_choice(checkpoint, PolicyChoice("lookahead", True, ""), train(trace_for(checkpoint), "lookahead")[0], {})
+        save_recommendation(
+            checkpoint, Recommendation("lookahead", True, ""), train(trace_for(checkpoint), "lookahead")[0], {}
+        )
     damage(folder / PREDICTOR_FILE)
     with (
         pytest.warns(UserWarning, match="makes no guesses without .*run duoserve evaluate again") as said,
@@ -244,23 +256,26 @@ def test_a_predictor_is_given_as_a_file_or_found_beside_the_model(folder: Path, 
             assert model.stats.bytes.total > model.stats.bytes.demanded
 
 
-def trained_beside(folder: Path, choice: PolicyChoice) -> RowPredictor:
-    """A predictor of the model that nobody has saved, beside a choice without one."""
+def trained_beside(folder: Path, best: Recommendation) -> RowPredictor:
+    """A predictor of the model that nobody has saved, beside a recommendation without one."""
     with closing(Checkpoint.open(folder)) as checkpoint:
-        save_choice(checkpoint, choice, None, {})
+        save_recommendation(checkpoint, best, None, {})
         return train(trace_for(checkpoint), "lookahead")[0]
 
 
 def test_a_predictor_that_is_asked_for_is_heard_where_it_was_found_not_to_pay(folder: Path, tmp_path: Path) -> None:
-    predictor = trained_beside(folder, PolicyChoice("lookahead", False, ""))
+    predictor = trained_beside(folder, Recommendation("lookahead", False, ""))
     with MoEModel.from_pretrained(folder, predictor=predictor, expert_slots=6, cache_dir=tmp_path / "c") as model:
         model.generate([1, 2, 3], max_tokens=8, ignore_eos=True)
         assert model.stats.bytes.total > model.stats.bytes.demanded
 
 
 def test_a_predictor_that_nobody_will_hear_is_said(folder: Path, tmp_path: Path) -> None:
-    predictor = trained_beside(folder, PolicyChoice("lru", False, ""))
-    for told, words in ((predictor, "'lru', which duoserve evaluate chose"), ("auto", "found none beside the model")):
+    predictor = trained_beside(folder, Recommendation("lru", False, ""))
+    for told, words in (
+        (predictor, "'lru', which duoserve evaluate recommends"),
+        ("auto", "found none beside the model"),
+    ):
         with pytest.warns(UserWarning, match=words) as said:
             MoEModel.from_pretrained(folder, predictor=told, expert_slots=6, cache_dir=tmp_path / "c").close()
         assert are_of_this_file(said)
@@ -286,9 +301,9 @@ class TestEvaluate:
         idle = Machine(Hardware("idle", 1e10, 1e11, 1e14, 0.0, 5e-4), SIZES)
         busy = Machine(Hardware("busy", 1e8, 1e11, 1e14, 0.0, 1e-6), SIZES)
         pays, not_ = (evaluate(trace, machine, [24]) for machine in (idle, busy))
-        assert pays.choice.use_predictor and pays.predictor is not None
-        assert "prefetch is on" in pays.choice.why
-        assert not not_.choice.use_predictor and not_.predictor is None
+        assert pays.recommendation.use_predictor and pays.predictor is not None
+        assert "prefetch is on" in pays.recommendation.why
+        assert not not_.recommendation.use_predictor and not_.predictor is None
         assert {row["policy"] for row in pays.rows} >= {"lru", "on-demand", "duoserve", "oracle"}
 
     def test_whoever_has_as_many_slots_has_the_same_bounds(self) -> None:
@@ -303,7 +318,7 @@ class TestEvaluate:
     def test_a_model_of_one_layer(self) -> None:
         trace = synthesize(replace(LIKE_THE_CHECKPOINT, num_layers=1), requests=4, tokens=20, precision=0.8, seed=1)
         done = evaluate(trace, Machine(Hardware("idle", 1e10, 1e11, 1e14, 0.0, 5e-4), SIZES), [4])
-        assert not done.choice.use_predictor and len({row["policy"] for row in done.rows}) == 6
+        assert not done.recommendation.use_predictor and len({row["policy"] for row in done.rows}) == 6
 
     def test_prompts_alone_are_nothing_to_choose_by(self) -> None:
         prompts = synthesize(LIKE_THE_CHECKPOINT, requests=4, tokens=0, precision=0.8, seed=1, prompt=5)

@@ -21,77 +21,82 @@ from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.files import load_predictor, save_predictor
 from duoserve.scheduling.policies import POLICIES
 
-CHOICE_FILE, PREDICTOR_FILE = "duoserve-choice.json", "predictor.safetensors"
-_MAX_BYTES = 1 << 24  # which has the rows of fifteen thousand replays
+RECOMMENDATION_FILE, PREDICTOR_FILE = "duoserve-choice.json", "predictor.safetensors"
+_MAX_BYTES = 1 << 24  # enough for the rows of fifteen thousand replays
 
 
 @dataclass(frozen=True)
-class PolicyChoice:
-    """``policy`` is a name; ``use_predictor`` False means that its prefetch does not pay."""
+class Recommendation:
+    """The name of a ``policy``, and ``why`` it is best. ``use_predictor`` False: its prefetch does not pay."""
 
     policy: str
     use_predictor: bool
     why: str
 
 
-def save_choice(
+def save_recommendation(
     checkpoint: Checkpoint,
-    choice: PolicyChoice,
+    best: Recommendation,
     predictor: RowPredictor | None,
     figures: Mapping[str, Any],
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """Writes the choice beside the model; returns the folder.
+    """Writes the recommendation beside the model and returns the folder.
 
-    To the cache where the model's folder is read-only or the package's own, whose files are as they were shipped;
-    CheckpointError: there is none. TraceError where the choice cannot be written.
+    Goes to the cache instead if the model's folder is read-only or the package's own, whose files stay as they were
+    shipped. Raises CheckpointError if there is no cache, TraceError if the recommendation cannot be written.
     """
     about: dict[str, Any] = {
         "fingerprint": checkpoint.fingerprint(),
-        "policy": choice.policy,
-        "predictor": choice.use_predictor,
+        "policy": best.policy,
+        "predictor": best.use_predictor,
     }
     with _writing_to(_place(checkpoint, cache_dir)) as folder:
-        if choice.use_predictor and predictor is not None:
-            save_predictor(predictor, folder / PREDICTOR_FILE, {"chosen_for": choice.policy})
-        about |= {"why": choice.why, "figures": figures}
-        write_whole(folder / CHOICE_FILE, f"{json.dumps(about, indent=1)}\n".encode())
+        if best.use_predictor and predictor is not None:
+            save_predictor(predictor, folder / PREDICTOR_FILE, {"chosen_for": best.policy})
+        about |= {"why": best.why, "figures": figures}
+        write_whole(folder / RECOMMENDATION_FILE, f"{json.dumps(about, indent=1)}\n".encode())
     return folder
 
 
 def check_place(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> None:
-    """The errors of ``save_choice``, as far as they can be known before there is a choice."""
+    """Raises the errors of ``save_recommendation`` that can be known before there is a recommendation."""
     with _writing_to(_place(checkpoint, cache_dir)) as folder:
-        for name in (PREDICTOR_FILE, CHOICE_FILE):
+        for name in (PREDICTOR_FILE, RECOMMENDATION_FILE):
             check_writable(folder / name)
 
 
-def find_choice(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> tuple[PolicyChoice, Path] | None:
-    """The choice for this model and the folder it lies in; None if there is none.
+def find_recommendation(
+    checkpoint: Checkpoint, cache_dir: str | Path | None = None
+) -> tuple[Recommendation, Path] | None:
+    """The recommendation for this model and the folder it lies in; None if there is none.
 
-    One that was made for another model is passed over. TraceError for one that is malformed.
+    A file that was written for another model is passed over. Raises TraceError if a file is malformed.
     """
     for folder in _places(checkpoint, cache_dir):
-        path = folder / CHOICE_FILE
+        path = folder / RECOMMENDATION_FILE
         if is_file(path):
-            choice = _read(path, checkpoint.fingerprint())
-            if choice is not None:
-                return choice, folder
+            best = _read(path, checkpoint.fingerprint())
+            if best is not None:
+                return best, folder
     return None
 
 
 def predictor_beside(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> RowPredictor | None:
     """The predictor that lies beside the model, or in the cache; None if there is none."""
     folders = (folder for folder in _places(checkpoint, cache_dir) if is_file(folder / PREDICTOR_FILE))
-    return next((chosen_predictor(folder, checkpoint) for folder in folders), None)
+    return next((recommended_predictor(folder, checkpoint) for folder in folders), None)
 
 
-def chosen_predictor(folder: Path, checkpoint: Checkpoint) -> RowPredictor:
-    """The predictor in a folder that ``find_choice`` gave; TraceError as in load_predictor, also if there is none."""
+def recommended_predictor(folder: Path, checkpoint: Checkpoint) -> RowPredictor:
+    """The predictor in a folder that ``find_recommendation`` gave.
+
+    Raises TraceError as ``load_predictor`` does, also if the file is missing.
+    """
     return load_predictor(folder / PREDICTOR_FILE, checkpoint.fingerprint())
 
 
-def _read(path: Path, fingerprint: str) -> PolicyChoice | None:
+def _read(path: Path, fingerprint: str) -> Recommendation | None:
     try:
         about = read_object(path, _MAX_BYTES)
     except CheckpointError as error:
@@ -101,14 +106,14 @@ def _read(path: Path, fingerprint: str) -> PolicyChoice | None:
     policy = about.get("policy")
     if not isinstance(policy, str) or policy not in POLICIES:
         raise TraceError(f"{path}: names the policy {policy!r}, which is not known; run duoserve evaluate again")
-    return PolicyChoice(policy, about.get("predictor") is True, str(about.get("why", "")))
+    return Recommendation(policy, about.get("predictor") is True, str(about.get("why", "")))
 
 
 def _places(checkpoint: Checkpoint, cache_dir: str | Path | None) -> list[Path]:
-    """Where choices may lie: first where they are written, so that the last one made is the first one found."""
+    """Where recommendations may lie. They are written to the first place, so the last one made is found first."""
     own, cached = [checkpoint.folder], []
-    for cache in (cache_dir, None):  # where duoserve evaluate writes, whatever is given here
-        with suppress(CheckpointError):  # without a cache, models run that need none
+    for cache in (cache_dir, None):  # duoserve evaluate writes to the default cache, whatever is given here
+        with suppress(CheckpointError):  # a model may need no cache
             cached.append(_cached(checkpoint, cache_folder(cache)))
     return [*cached, *own] if _is_as_shipped(checkpoint) else [*own, *cached]
 
@@ -123,13 +128,13 @@ def _cached(checkpoint: Checkpoint, cache: Path) -> Path:
 
 
 def _place(checkpoint: Checkpoint, cache_dir: str | Path | None) -> Path:
-    """Where a choice is written."""
+    """Where a recommendation is written."""
     return _cached(checkpoint, cache_folder(cache_dir)) if _is_as_shipped(checkpoint) else checkpoint.folder
 
 
 @contextmanager
 def _writing_to(folder: Path) -> Iterator[Path]:
-    """Makes ``folder``; TraceError where that, or what the block writes there, cannot be written."""
-    with refused_as(TraceError, f"{folder}: the choice cannot be written there"):
+    """Makes ``folder``; raises TraceError if it, or what the block writes there, cannot be written."""
+    with refused_as(TraceError, f"{folder}: the recommendation cannot be written there"):
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
