@@ -12,9 +12,9 @@ from itertools import count
 
 from torch import Tensor
 
-from duoserve.batching.choices import Batching, Load, WaitingRequest
 from duoserve.batching.cost import MeasuredCosts
 from duoserve.batching.load_view import as_coming, as_running, as_waiting
+from duoserve.batching.next_work import Batching, Load, WaitingRequest
 from duoserve.config import ModelConfig
 from duoserve.errors import (
     CopyError,

@@ -1,1 +1,1 @@
-"""What a service does next, by plain data: whom to start, whom to let wait, whom to refuse."""
+"""What a service does next, by plain data: which requests to start, which to let wait, which to refuse."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-FOLLOW = 0.05  # a new measurement counts for so much: the line forgets half after some 14
-OUTLIER = 4.0  # times what was expected: no measurement counts for more, for a page fault says nothing of the next step
+FADE = 0.05  # the share of its weight that a measurement loses to each newer one: half after some 14
+# A measurement counts as at most this times what was expected: a page fault says nothing of later steps.
+OUTLIER = 4.0
 
 
 class Line:
     """``seconds = start + each * size``, fitted by least squares in which measurements fade with their age.
 
-    Neither part is ever negative: more work never takes less time. Where all sizes were alike, less work is taken to
-    cost the same and more to cost in proportion.
+    Neither part is ever negative: more work never takes less time. While all sizes have been alike, less work is
+    assumed to take as long, and more work to take longer in proportion.
     """
 
     def __init__(self) -> None:
@@ -29,7 +30,7 @@ class Line:
         """``size`` units of work took ``seconds``."""
         if self.measured:
             seconds = min(seconds, OUTLIER * self.at(size))
-        self._weight = (1 - FOLLOW) * self._weight + 1
+        self._weight = (1 - FADE) * self._weight + 1
         share = 1 / self._weight
         above, over = size - self._size, seconds - self._seconds
         self._size += share * above
@@ -38,7 +39,7 @@ class Line:
         self._covariance = (1 - share) * (self._covariance + share * above * over)
 
     def at(self, size: float) -> float:
-        """What ``size`` units are expected to take; 0 before the first measurement."""
+        """The seconds that ``size`` units are expected to take; 0 before the first measurement."""
         if not self.measured:
             return 0.0
         if self._variance < 1e-6 * self._size * self._size:
@@ -49,7 +50,7 @@ class Line:
 
 
 class MeasuredCosts:
-    """What the two kinds of work are expected to take; 0 until they have been measured."""
+    """The seconds that decode steps and layers of a prefill are expected to take; 0 until they have been measured."""
 
     def __init__(self) -> None:
         self._decode = Line()
@@ -64,9 +65,9 @@ class MeasuredCosts:
         self._layer.note(tokens, seconds / layers)
 
     def decode_s(self, batch: int) -> float:
-        """A decode step of ``batch`` requests."""
+        """The expected seconds of a decode step of ``batch`` requests."""
         return self._decode.at(batch)
 
     def layer_s(self, tokens: int) -> float:
-        """A layer of a prefill of ``tokens`` tokens."""
+        """The expected seconds of one layer of a prefill of ``tokens`` tokens."""
         return self._layer.at(tokens)

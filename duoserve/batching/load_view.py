@@ -1,17 +1,17 @@
-"""The engine's requests as ``choices.py`` sees them: plain data."""
+"""The engine's requests as ``next_work.py`` sees them: plain data."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from duoserve.batching.choices import ComingPrefill, RunningRequest, WaitingRequest
+from duoserve.batching.next_work import ComingPrefill, RunningRequest, WaitingRequest
 from duoserve.kv_cache import PagedKVCache
 from duoserve.passes import Prefill
 from duoserve.request import Request
 
 
 def as_waiting(request: Request, answer_room: int) -> WaitingRequest:
-    """A request that waits; it will start with room for ``answer_room`` tokens beyond those that it has."""
+    """A waiting request. It will start with room for ``answer_room`` tokens beyond those that it has."""
     objectives = request.objectives
     if request.first_token is not None:
         objectives = replace(objectives, ttft_s=None)
@@ -26,7 +26,7 @@ def as_waiting(request: Request, answer_room: int) -> WaitingRequest:
 
 
 def as_running(request: Request) -> RunningRequest:
-    """A request that runs."""
+    """A running request."""
     tokens = len(request.output_ids)
     left, tpot_s = request.params.max_tokens - tokens, request.objectives.tpot_s
     return RunningRequest(request.first_token or 0.0, tokens, left, request.kv.room, tpot_s)

@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 from duoserve.experts.tickets import Priority, Ticket
 from duoserve.scheduling.account import Account
 
-# How fast the measurements follow: a new one counts for so much of the mean.
-FOLLOW = 0.1
+# The share of a new measurement in the running mean.
+NEW_SHARE = 0.1
 # A guess must come true at least so often, even where the link is idle: it costs energy, and its slot has a victim.
 MIN_CHANCE = 0.25
 _BINS = 10
@@ -245,4 +245,4 @@ def _use_chance(hits: float | None, num_slots: int) -> float:
 
 
 def _follow(mean: float | None, measured: float) -> float:
-    return measured if mean is None else mean + FOLLOW * (measured - mean)
+    return measured if mean is None else mean + NEW_SHARE * (measured - mean)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from duoserve import MoEModel
-from duoserve.batching.choices import Batching
+from duoserve.batching.next_work import Batching
 from duoserve.engine import Engine
 from duoserve.errors import OverloadedError
 from duoserve.interface import ServiceSettings

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from duoserve.batching.choices import PATIENCE_S
+from duoserve.batching.next_work import PATIENCE_S
 from duoserve.interface import Objectives, ServiceSettings
 from duoserve.request import Request
 from tests.service.virtual_service import Arrival, Rates, VirtualPasses, attained, serve

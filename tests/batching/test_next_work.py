@@ -1,4 +1,4 @@
-"""Whom to start, how far to take a prefill, whom to refuse: on plain data."""
+"""Which requests to start, how far to take a prefill, which requests to refuse: on plain data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from duoserve.batching.choices import (
+from duoserve.batching.cost import MeasuredCosts
+from duoserve.batching.next_work import (
     PATIENCE_S,
     PLANNED,
     STALE_S,
@@ -17,7 +18,6 @@ from duoserve.batching.choices import (
     RunningRequest,
     WaitingRequest,
 )
-from duoserve.batching.cost import MeasuredCosts
 from duoserve.interface import Objectives, ServiceSettings
 
 LAYERS = 10

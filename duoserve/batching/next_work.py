@@ -18,22 +18,22 @@ from typing import NamedTuple
 from duoserve.batching.cost import MeasuredCosts
 from duoserve.interface import Objectives, ServiceSettings
 
-# Between two steps requests come and go and are cancelled: no step is planned to take longer, but for a single layer.
+# No step is planned to take longer than this, except a single layer: requests come, go and are cancelled between steps.
 STEP_S = 0.05
-# Whoever has waited so long goes before all others, one in each pass.
+# A request that has waited this long goes before all others, one such request in each pass.
 PATIENCE_S = 10.0
-# The credit of a running request is counted at most so many tokens ahead, for it may stop before its last token.
+# The credit of a running request is counted at most this many tokens ahead: it may stop before its last token.
 AHEAD = 4
-# Measurements that are older than this, on a service that has been idle since, say little of what steps take now.
+# Older measurements, on a service that has been idle since, say little of how long steps take now.
 STALE_S = 5.0
-# Work is planned for this share of an objective for later tokens: what steps will take is not known exactly.
+# Work is planned for this share of an objective for later tokens: how long steps will take is not known exactly.
 PLANNED = 0.95
 
 
 class WaitingRequest(NamedTuple):
     """A request that waits, with ``num_prompt`` tokens of prompt. It starts with ``room`` tokens of the KV cache.
 
-    It may get ``left`` tokens. ``sent_back``: if it has run already, when it had to make way in the KV cache.
+    It may get ``left`` tokens. ``sent_back`` is when it had to make way in the KV cache, None if it has not run yet.
     """
 
     arrived: float
@@ -45,7 +45,7 @@ class WaitingRequest(NamedTuple):
 
     @property
     def patient_until(self) -> float:
-        """From when on it is started before all others."""
+        """The time from which on it is started before all others."""
         return PATIENCE_S + (self.arrived if self.sent_back is None else self.sent_back)
 
 
@@ -68,7 +68,7 @@ class RunningRequest(NamedTuple):
 
 
 class ComingPrefill(NamedTuple):
-    """The prefill that is under way. ``arrived`` is when its oldest request came, ``layers_left`` what is to be done.
+    """The prefill under way, with ``layers_left`` layers to compute. Its oldest request came at ``arrived``.
 
     Its requests have ``room`` tokens of the KV cache together, and none of them may get more than ``left`` tokens.
     """
@@ -82,9 +82,9 @@ class ComingPrefill(NamedTuple):
 
 
 class Load(NamedTuple):
-    """All that a choice depends on. ``free`` is the room in the KV cache that no request has, in tokens.
+    """All that decides what is done next. ``free`` is the room in the KV cache that no request has, in tokens.
 
-    ``measured`` is when the last step that was measured ended; None: just now.
+    ``measured`` is when the last measured step ended; None: just now.
     """
 
     now: float
@@ -101,7 +101,7 @@ class Load(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """Why a request cannot be served in time, and after how many seconds it is worth another try."""
+    """Why a request cannot be served in time, and after how many seconds another try is worthwhile."""
 
     why: str
     retry_after_s: float
@@ -109,14 +109,14 @@ class Refusal(NamedTuple):
 
 @dataclass(frozen=True)
 class Batching:
-    """Makes the choices, by ``settings`` and by what work is expected to cost on a model of ``num_layers`` layers."""
+    """Decides, by ``settings`` and by how long work is expected to take on a model of ``num_layers`` layers."""
 
     settings: ServiceSettings
     costs: MeasuredCosts
     num_layers: int
 
     def start(self, load: Load) -> list[int]:
-        """Which of ``load.waiting`` to prefill together now, by index; not to be asked while a prefill is under way."""
+        """The indices in ``load.waiting`` to prefill together now. Must not be called while a prefill is under way."""
         chosen: list[int] = []
         free, tokens, deadline = load.free, 0, inf
         for place in self.order(load):
@@ -127,7 +127,7 @@ class Batching:
                 break
             if asked.room > free or (chosen and finished > soonest and not self._fcfs):
                 if self._fcfs or self._start_by(asked, load.now) <= load.now:
-                    break  # nobody overtakes one whose time has come
+                    break  # no request overtakes one that must start now
                 continue
             chosen.append(place)
             free, tokens, deadline = free - asked.room, tokens + asked.num_prompt, soonest
@@ -153,11 +153,11 @@ class Batching:
         return ordered
 
     def layers(self, load: Load, decoded: bool) -> int:
-        """How many layers of the prefill that is under way to compute now; 0: make a decode step first.
+        """How many layers of the prefill under way to compute now; 0: make a decode step first.
 
-        The slice takes no longer than the running requests that can keep their objectives can spare. Once the patience
-        of the prefill has ended, it gets one layer after each decode step all the same. ``decoded``: the last step was
-        a decode step, or nobody runs.
+        The slice takes no longer than the running requests can spare; those that miss their objectives anyway do not
+        count. Once the prefill's patience has ended, it gets one layer after each decode step all the same.
+        ``decoded``: the last step was a decode step, or no request runs.
         """
         coming = load.coming
         assert coming is not None
@@ -171,10 +171,10 @@ class Batching:
         return most
 
     def refusal(self, asked: WaitingRequest, load: Load) -> Refusal | None:
-        """Why ``asked``, which comes behind all others, cannot meet its objectives; None if it can, as far as is known.
+        """Why ``asked``, last in the queue, cannot meet its objectives; None if it can, or if that is not known.
 
-        Costs are known from what was served. If there are no requests, and the last measurement is old, ``asked`` goes
-        through, so that costs are measured again.
+        Costs are measured on served requests. If there are no others and the last measurement is old, ``asked`` is
+        let through, so that costs are measured again.
         """
         if load.empty and load.measured is not None and load.now - load.measured > STALE_S:
             return None
@@ -192,7 +192,7 @@ class Batching:
         return Refusal(why, max(0.1, ahead_s - ttft_s))
 
     def first_token_s(self, asked: WaitingRequest, load: Load) -> float:
-        """In how many seconds ``asked`` can expect its first token, behind all that wait or are being prefilled."""
+        """The seconds until ``asked`` can expect its first token, behind all requests that wait or are prefilled."""
         coming = load.coming
         begun = 0.0 if coming is None else coming.layers_left * self.costs.layer_s(coming.num_tokens)
         tokens = asked.num_prompt + sum(other.num_prompt for other in load.waiting)
@@ -207,7 +207,7 @@ class Batching:
         return self.num_layers * self.costs.layer_s(tokens)
 
     def _deadline(self, asked: WaitingRequest, now: float) -> float:
-        """When the first token of ``asked`` is due; infinity if it has no objective, or can no longer meet it."""
+        """The time when the first token of ``asked`` is due; infinity without an objective that can still be met."""
         if asked.objectives.ttft_s is None:
             return inf
         due = asked.arrived + asked.objectives.ttft_s
@@ -218,7 +218,7 @@ class Batching:
         return asked.objectives.ttft_s is not None and isinf(self._deadline(asked, now))
 
     def _start_by(self, asked: WaitingRequest, now: float) -> float:
-        """When ``asked`` must start so that its first token is in time; no later than when its patience ends."""
+        """The time when ``asked`` must start for its first token to be in time; at most when its patience ends."""
         in_time = self._deadline(asked, now) - self._prefill_s(asked.num_prompt)
         return min(in_time, asked.patient_until)
 
@@ -255,7 +255,7 @@ class Batching:
         return [going for going in load.running if load.now + going.left * step_s <= going.due(going.left, share=1.0)]
 
     def _spare_s(self, load: Load) -> float:
-        """How long the next decode step can wait before a running request misses its objective."""
+        """The seconds that the next decode step can wait before a running request misses its objective."""
         step_s = self.costs.decode_s(len(load.running))
         steps = ((min(going.left, AHEAD), going) for going in self._kept(load))
         return max(0.0, min((going.due(ahead) - ahead * step_s for ahead, going in steps), default=inf) - load.now)
@@ -270,9 +270,9 @@ class Batching:
         return 1.0 + step_s / slice_s if slice_s > 0 else 1.0
 
     def _place_s(self, asked: WaitingRequest, load: Load) -> float:
-        """In how many seconds ``asked`` can start: until it and all before it have a place, and room in the KV cache.
+        """The seconds until ``asked`` can start, when it and all before it have a place and room in the KV cache.
 
-        Each request keeps its place until it has all the tokens that it may get.
+        Each request is taken to keep its place until it has all the tokens that it may get.
         """
         ends = [(going.left, 1, going.room) for going in load.running]  # steps until they end; places and room then
         if load.coming is not None:
