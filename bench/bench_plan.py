@@ -20,7 +20,7 @@ from duoserve.planning.model_cards import find_model
 from duoserve.planning.planner import Plan, Planner
 from duoserve.planning.policy_speed import Question
 from duoserve.planning.routing_curves import curves_for
-from duoserve.planning.speed import Prompt, Step
+from duoserve.planning.speed import PromptSpec, StepSpec
 from duoserve.replaying.hardware import GIB, Hardware, find_hardware
 from duoserve.scheduling.policies import get_policy
 from tables import markdown
@@ -165,8 +165,8 @@ def _disk_rows(result: dict[str, Any], plan: Plan, name: str) -> Iterator[Row]:
     costs = _planner(result).costs(plan)
     total = shape["layers"] * shape["experts"]
     read = 1e6 * known["prefill_read_mb"]["median"] / plan.memory.slot_bytes
-    prompt = Prompt(shape["prompt_tokens"], 1, shape["experts"], resident=1 - read / total)
-    step = Step(1, shape["prompt_tokens"] + shape["new_tokens"] // 2, shape["top_k"], known["decode_hit_rate"])
+    prompt = PromptSpec(shape["prompt_tokens"], 1, shape["experts"], resident=1 - read / total)
+    step = StepSpec(1, shape["prompt_tokens"] + shape["new_tokens"] // 2, shape["top_k"], known["decode_hit_rate"])
     ttft, tpot = costs.prefill(policy, prompt).total, costs.decode(policy, step).total
     ttft_s, tpot_s, disk = known["ttft_s"]["median"], known["tpot_s"]["median"], plan.hardware.disk
     whole_mb, token_mb = known["prefill_read_mb"]["median"], known["decode_read_mb_per_token"]["median"]
@@ -227,12 +227,12 @@ def freetoken() -> Iterator[Row]:
         what = f"FreeToken, Qwen3-30B bf16, RTX 5090, {slots} of the experts"
         why = f"hits: {hits:.0%} planned; by its cost of a miss, it had {theirs:.0%}"
         yield Row(what, "tok/s", known, 1 / plan.best.tpot.total, why)
-        step = Step(1, CONTEXT, 8, theirs)
+        step = StepSpec(1, CONTEXT, 8, theirs)
         found = planner.costs(plan).decode(get_policy("duoserve"), step)
         yield Row(f"the same, with {theirs:.0%} hits", "tok/s", known, 1 / found.total)
     costs = planner.costs(plan)
     yield Row("the same, a miss", "ms", 1e3 * FREETOKEN_MISS_S, 1e3 * costs.copy_s)
-    fixed = costs.decode(get_policy("resident"), Step(1, CONTEXT, 8, 1.0)).total
+    fixed = costs.decode(get_policy("resident"), StepSpec(1, CONTEXT, 8, 1.0)).total
     yield Row("the same, a token without misses", "ms", 1e3 * FREETOKEN_FIXED_S, 1e3 * fixed)
 
 

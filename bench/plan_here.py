@@ -32,7 +32,7 @@ from duoserve.planning.planner import Planner
 from duoserve.planning.policy_speed import Question
 from duoserve.planning.rehearsal import RESIDENT, rehearse
 from duoserve.planning.routing_curves import UNIFORM
-from duoserve.planning.speed import Step
+from duoserve.planning.speed import StepSpec
 from duoserve.planning.this_machine import this_machine
 from duoserve.replaying.hardware import GIB, Hardware
 from duoserve.sampling import SamplingParams
@@ -145,7 +145,7 @@ class Bench:
         plan = planner.plan(self._hardware, cell.question(subject, self._size))
         speed = plan.speeds[cell.policy]
         context = self._size.prompt + self._size.new_tokens // 2
-        step = Step(1, context, planner.model.config.top_k, done["hits"])
+        step = StepSpec(1, context, planner.model.config.top_k, done["hits"])
         return done | {
             "planned_ttft_s": speed.ttft.total,
             "planned_tpot_s": speed.tpot.total,

@@ -43,7 +43,7 @@ BLOCK_BYTES = 16384
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
-class Plan(NamedTuple):
+class ChunkSplit(NamedTuple):
     """How one launch splits its work: ``num_chunks`` of ``chunk_tokens``, over ``num_programs`` for a KV head."""
 
     chunk_tokens: int
@@ -51,14 +51,14 @@ class Plan(NamedTuple):
     num_programs: int
 
 
-def plan_chunks(table_tokens: int, num_rows: int) -> Plan:
+def plan_chunks(table_tokens: int, num_rows: int) -> ChunkSplit:
     """The plan for a page table that spans ``table_tokens``, with ``num_rows`` (sequence, block of heads) pairs.
 
     Only ``num_programs``, which changes no bits, depends on the batch.
     """
     chunk_tokens = max(CHUNK_TOKENS, triton.next_power_of_2(triton.cdiv(table_tokens, MAX_CHUNKS)))
     num_chunks = triton.cdiv(table_tokens, chunk_tokens)
-    return Plan(chunk_tokens, num_chunks, max(1, min(num_chunks, MAX_PROGRAMS // num_rows)))
+    return ChunkSplit(chunk_tokens, num_chunks, max(1, min(num_chunks, MAX_PROGRAMS // num_rows)))
 
 
 def block_tokens(width: int, dtype: torch.dtype) -> int:
@@ -228,7 +228,7 @@ def merge_chunks(
     lengths_B: Tensor,
     window: int,
     table_tokens: int,
-    plan: Plan,
+    plan: ChunkSplit,
     dtype: torch.dtype,
 ) -> Tensor:
     """The attention output [B, H, D] of all chunks' partial results."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from duoserve.architecture import AttentionConfig, Blocks, QuantMethod, RouterConfig
 from duoserve.config import ModelConfig
 from duoserve.experts.safetensors_header import MAX_TENSORS
-from duoserve.models.config_fields import MAX_TOKEN_ID, Fields
+from duoserve.models.config_fields import MAX_TOKEN_ID, ConfigFields
 from duoserve.models.quantization_fields import quantization
 from duoserve.models.rope_fields import MAX_POSITIONS
 
@@ -15,7 +15,7 @@ ONE_TENSOR_A_MATRIX: tuple[QuantMethod, ...] = ("awq", "fp8", "gptq")
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def refuse_unsupported(fields: Fields) -> None:
+def refuse_unsupported(fields: ConfigFields) -> None:
     """What no family's model has a way to compute."""
     fields.choice("hidden_act", ["silu"])
     if not fields.flag("is_causal", True):
@@ -25,7 +25,7 @@ def refuse_unsupported(fields: Fields) -> None:
 
 
 def model_config(
-    fields: Fields, model_type: str, blocks: Blocks, formats: tuple[QuantMethod, ...] = ONE_TENSOR_A_MATRIX
+    fields: ConfigFields, model_type: str, blocks: Blocks, formats: tuple[QuantMethod, ...] = ONE_TENSOR_A_MATRIX
 ) -> ModelConfig:
     """A model of these blocks; its other numbers have the same names in all families.
 
@@ -47,22 +47,22 @@ def model_config(
     )
 
 
-def hidden_size(fields: Fields) -> int:
+def hidden_size(fields: ConfigFields) -> int:
     """Width of the residual stream."""
     return fields.integer("hidden_size", 1, 131072)
 
 
-def num_layers(fields: Fields) -> int:
+def num_layers(fields: ConfigFields) -> int:
     """Layers that are computed."""
     return fields.integer("num_hidden_layers", 1, 1000)
 
 
-def num_heads(fields: Fields) -> int:
+def num_heads(fields: ConfigFields) -> int:
     """Query heads."""
     return fields.integer("num_attention_heads", 1, 4096)
 
 
-def grouped_query(fields: Fields) -> AttentionConfig:
+def grouped_query(fields: ConfigFields) -> AttentionConfig:
     """Plain grouped-query attention: every token sees all, scores are over the root of ``head_dim``, nothing more."""
     heads, dim = num_heads(fields), head_dim(fields)
     return AttentionConfig(
@@ -74,7 +74,7 @@ def grouped_query(fields: Fields) -> AttentionConfig:
     )
 
 
-def head_dim(fields: Fields) -> int:
+def head_dim(fields: ConfigFields) -> int:
     """Null or absent, the heads share the hidden size."""
     hidden, heads = hidden_size(fields), num_heads(fields)
     given = fields.optional_integer("head_dim", 1, 1024)
@@ -83,14 +83,14 @@ def head_dim(fields: Fields) -> int:
     return given or hidden // heads
 
 
-def used_window(fields: Fields) -> int | None:
+def used_window(fields: ConfigFields) -> int | None:
     """Qwen's window, which counts only where ``use_sliding_window`` says so."""
     if not fields.flag("use_sliding_window"):
         return None
     return fields.optional_integer("sliding_window", 1, MAX_POSITIONS)
 
 
-def layer_windows(fields: Fields, window: int | None, slides: list[bool]) -> tuple[int | None, ...]:
+def layer_windows(fields: ConfigFields, window: int | None, slides: list[bool]) -> tuple[int | None, ...]:
     """The window of each layer: ``layer_types`` says which have one, and where that is absent, ``slides`` does."""
     kinds = fields.choices("layer_types", (FULL, SLIDING), num_layers(fields))
     slides = [kind == SLIDING for kind in kinds] or slides
@@ -101,7 +101,7 @@ def layer_windows(fields: Fields, window: int | None, slides: list[bool]) -> tup
     return tuple(window if sliding else None for sliding in slides)
 
 
-def num_experts(fields: Fields, name: str) -> int:
+def num_experts(fields: ConfigFields, name: str) -> int:
     """The field ``name``, with a bound on all tensors of all experts."""
     experts, layers = fields.integer(name, 1, 4096), num_layers(fields)
     if 3 * layers * experts > MAX_TENSORS:
@@ -109,17 +109,17 @@ def num_experts(fields: Fields, name: str) -> int:
     return experts
 
 
-def top_k(fields: Fields, experts: int) -> int:
+def top_k(fields: ConfigFields, experts: int) -> int:
     """Experts that a token takes."""
     return fields.integer("num_experts_per_tok", 1, experts)
 
 
-def width(fields: Fields, name: str) -> int:
+def width(fields: ConfigFields, name: str) -> int:
     """The intermediate size ``name`` of an expert or a dense layer."""
     return fields.integer(name, 1, MAX_WIDTH)
 
 
-def sparse_layers(fields: Fields) -> tuple[int, ...]:
+def sparse_layers(fields: ConfigFields) -> tuple[int, ...]:
     """Qwen's MoE layers: every ``decoder_sparse_step``-th but those of ``mlp_only_layers``."""
     layers, step = num_layers(fields), fields.integer("decoder_sparse_step", 1, 1000)
     dense = fields.integers("mlp_only_layers", 0, 1000)
@@ -129,7 +129,7 @@ def sparse_layers(fields: Fields) -> tuple[int, ...]:
     return sparse
 
 
-def layers_behind_dense(fields: Fields) -> tuple[int, ...]:
+def layers_behind_dense(fields: ConfigFields) -> tuple[int, ...]:
     """DeepSeek's and GLM's MoE layers: all behind the first ``first_k_dense_replace``."""
     if fields.integer("moe_layer_freq", 1, 1000, 1) != 1:
         raise fields.refusal("moe_layer_freq", "supported: 1")
@@ -137,17 +137,17 @@ def layers_behind_dense(fields: Fields) -> tuple[int, ...]:
     return tuple(range(fields.integer("first_k_dense_replace", 0, layers - 1), layers))
 
 
-def shared_experts(fields: Fields) -> int:
+def shared_experts(fields: ConfigFields) -> int:
     """Shared experts, which are one network as wide as all of them."""
     return fields.integer("n_shared_experts", 1, 1024)
 
 
-def mtp_layers(fields: Fields) -> int:
+def mtp_layers(fields: ConfigFields) -> int:
     """Layers behind the last that guess further tokens."""
     return fields.optional_integer("num_nextn_predict_layers", 0, 1000) or 0
 
 
-def corrected_router(fields: Fields) -> RouterConfig:
+def corrected_router(fields: ConfigFields) -> RouterConfig:
     """The sigmoid router with a correction of the choice, in groups, of DeepSeek-V3 and GLM."""
     fields.choice("scoring_func", ["sigmoid"], "sigmoid")
     fields.choice("topk_method", ["noaux_tc"], "noaux_tc")
@@ -167,7 +167,7 @@ def corrected_router(fields: Fields) -> RouterConfig:
     )
 
 
-def groups(fields: Fields, experts: int, chosen: int, least: int) -> tuple[int, int]:
+def groups(fields: ConfigFields, experts: int, chosen: int, least: int) -> tuple[int, int]:
     """``n_group`` equal groups of at least ``least`` experts, and how many of them may be chosen from."""
     n_group = fields.integer("n_group", 1, experts)
     if experts % n_group or experts // n_group < least:

@@ -15,7 +15,7 @@ MAX_TOKEN_ID = (4 << 20) - 1
 _MAX_TOKEN_IDS = 1000
 
 
-class Fields:
+class ConfigFields:
     """A typed view of one JSON object.
 
     Every reader takes a field's name; where the field is absent it returns ``default``, and where that is left out it
@@ -27,7 +27,7 @@ class Fields:
         self._where = where
 
     @classmethod
-    def completed(cls, raw: Mapping[str, Any], defaults: Mapping[str, Any], aliases: Mapping[str, str]) -> Fields:
+    def completed(cls, raw: Mapping[str, Any], defaults: Mapping[str, Any], aliases: Mapping[str, str]) -> ConfigFields:
         """A config.json whose absent fields are ``defaults``; ``aliases`` are other names of some of them.
 
         Of a field and its other name, one that is null says nothing.
@@ -76,19 +76,19 @@ class Fields:
             raise self.refusal(name, f"it must be a list of integers in {low}..{high}")
         return value
 
-    def inner(self, name: str) -> Fields:
+    def inner(self, name: str) -> ConfigFields:
         """The fields of an object that has no objects in it; null and absent are an empty one."""
         value = self._raw.get(name) or {}
         if not isinstance(value, dict) or any(isinstance(entry, dict) for entry in value.values()):
             raise self.refusal(name, "supported: null, or one flat object for all layers")
-        return Fields(value, f"{self._where}: {name}")
+        return ConfigFields(value, f"{self._where}: {name}")
 
-    def section(self, name: str) -> Fields:
+    def section(self, name: str) -> ConfigFields:
         """The fields of an object, whatever is in them."""
         value = self._raw.get(name)
         if not isinstance(value, dict):
             raise self.refusal(name, "it must be an object")
-        return Fields(value, f"{self._where}: {name}")
+        return ConfigFields(value, f"{self._where}: {name}")
 
     @property
     def names(self) -> list[str]:

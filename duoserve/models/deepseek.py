@@ -29,7 +29,7 @@ from duoserve.models.common_fields import (
     top_k,
     width,
 )
-from duoserve.models.config_fields import Fields
+from duoserve.models.config_fields import ConfigFields
 from duoserve.models.decoder import MoENames
 from duoserve.models.expert_names import separate
 from duoserve.models.family import Family
@@ -97,7 +97,7 @@ DEFAULTS_V3 = DEFAULTS | {
 
 def parse_v2(raw: dict[str, Any]) -> ModelConfig:
     """The hyper-parameters of a raw ``config.json``; ConfigError names a field that is unsupported or out of bounds."""
-    fields = Fields.completed(raw, DEFAULTS_V2, aliases={"num_experts": "n_routed_experts"})
+    fields = ConfigFields.completed(raw, DEFAULTS_V2, aliases={"num_experts": "n_routed_experts"})
     refuse_unsupported(fields)
     for name in ("mlp_bias", "norm_topk_prob"):
         if fields.flag(name):
@@ -108,20 +108,20 @@ def parse_v2(raw: dict[str, Any]) -> ModelConfig:
 def parse_v3(raw: dict[str, Any]) -> ModelConfig:
     """The hyper-parameters of a V3, read as in ``parse_v2``."""
     aliases = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
-    fields = Fields.completed(raw, DEFAULTS_V3, aliases)
+    fields = ConfigFields.completed(raw, DEFAULTS_V3, aliases)
     refuse_unsupported(fields)
     blocks = _blocks(fields, corrected_router(fields), fields.flag("rope_interleave"))
     _check_head_dim(fields, blocks.rope.dim)
     return model_config(fields, V3, blocks)
 
 
-def _check_head_dim(fields: Fields, rotated: int) -> None:
+def _check_head_dim(fields: ConfigFields, rotated: int) -> None:
     """In transformers' V3 ``head_dim`` is how many dimensions rotate; null is a head's share of the hidden size."""
     if "head_dim" in fields.names and fields.optional_integer("head_dim", 1, 1024) != rotated:
         raise fields.refusal("head_dim", f"it must be absent or qk_rope_head_dim, {rotated}")
 
 
-def _blocks(fields: Fields, router: RouterConfig, interleaved: bool) -> Blocks:
+def _blocks(fields: ConfigFields, router: RouterConfig, interleaved: bool) -> Blocks:
     rope = rope_config(fields, fields.integer("qk_rope_head_dim", 2, 1024), interleaved=interleaved)
     expert_width = width(fields, "moe_intermediate_size")
     return Blocks(
@@ -138,7 +138,7 @@ def _blocks(fields: Fields, router: RouterConfig, interleaved: bool) -> Blocks:
     )
 
 
-def _attention(fields: Fields, rope: RopeConfig) -> LatentAttentionConfig:
+def _attention(fields: ConfigFields, rope: RopeConfig) -> LatentAttentionConfig:
     heads, nope = num_heads(fields), fields.integer("qk_nope_head_dim", 1, 1024)
     if fields.optional_integer("num_key_value_heads", 1, 4096) not in (None, heads):
         raise fields.refusal("num_key_value_heads", f"latent attention has one for each of the {heads} heads")
@@ -154,7 +154,7 @@ def _attention(fields: Fields, rope: RopeConfig) -> LatentAttentionConfig:
     )
 
 
-def _router_v2(fields: Fields) -> RouterConfig:
+def _router_v2(fields: ConfigFields) -> RouterConfig:
     fields.choice("scoring_func", ["softmax"], "softmax")
     limited = fields.choice("topk_method", ["greedy", "group_limited_greedy"]) == "group_limited_greedy"
     experts = num_experts(fields, "n_routed_experts")

@@ -21,7 +21,7 @@ from duoserve.models.common_fields import (
     shared_experts,
     width,
 )
-from duoserve.models.config_fields import Fields
+from duoserve.models.config_fields import ConfigFields
 from duoserve.models.decoder import MoENames
 from duoserve.models.expert_names import separate
 from duoserve.models.family import Family
@@ -62,7 +62,7 @@ DEFAULTS: dict[str, Any] = {
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
     """The hyper-parameters of a raw ``config.json``; ConfigError names a field that is unsupported or out of bounds."""
     aliases = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
-    fields = Fields.completed(raw, DEFAULTS, aliases)
+    fields = ConfigFields.completed(raw, DEFAULTS, aliases)
     refuse_unsupported(fields)
     attention = replace(grouped_query(fields), qkv_bias=fields.flag("attention_bias"))
     if fields.flag("use_qk_norm"):

@@ -18,7 +18,7 @@ from duoserve.models.common_fields import (
     top_k,
     width,
 )
-from duoserve.models.config_fields import Fields
+from duoserve.models.config_fields import ConfigFields
 from duoserve.models.decoder import MoENames
 from duoserve.models.expert_names import transposed
 from duoserve.models.family import Family
@@ -62,7 +62,7 @@ DEFAULTS: dict[str, Any] = {
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
     """The hyper-parameters of a raw ``config.json``; ConfigError names a field that is unsupported or out of bounds."""
     given = {name: value for name, value in raw.items() if name != ROPE or value is not None}
-    fields = Fields.completed(given, DEFAULTS, aliases={"num_experts": "num_local_experts"})
+    fields = ConfigFields.completed(given, DEFAULTS, aliases={"num_experts": "num_local_experts"})
     refuse_unsupported(fields)
     experts = num_experts(fields, "num_local_experts")
     router = RouterConfig(experts, top_k(fields, experts), scoring="softmax_of_topk", rounded=True, bias=True)
@@ -75,7 +75,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     return model_config(fields, MODEL_TYPE, blocks, formats=("mxfp4",))
 
 
-def _attention(fields: Fields) -> AttentionConfig:
+def _attention(fields: ConfigFields) -> AttentionConfig:
     """Every other layer has a window, the first among them; every head has a sink."""
     bias, window = fields.flag("attention_bias"), fields.optional_integer("sliding_window", 1, MAX_POSITIONS)
     windows = layer_windows(fields, window, [layer % 2 == 0 for layer in range(num_layers(fields))])

@@ -17,7 +17,7 @@ from duoserve.models.common_fields import (
     top_k,
     width,
 )
-from duoserve.models.config_fields import Fields
+from duoserve.models.config_fields import ConfigFields
 from duoserve.models.decoder import MoENames
 from duoserve.models.expert_names import fused
 from duoserve.models.family import Family
@@ -52,7 +52,7 @@ MAX_MULTIPLIER = 1e6
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
     """The hyper-parameters of a raw ``config.json``; ConfigError names a field that is unsupported or out of bounds."""
-    fields = Fields.completed(raw, DEFAULTS, aliases={"num_experts": "num_local_experts"})
+    fields = ConfigFields.completed(raw, DEFAULTS, aliases={"num_experts": "num_local_experts"})
     refuse_unsupported(fields)
     experts, bias = num_experts(fields, "num_local_experts"), fields.flag("attention_bias")
     scale = _multiplier(fields, "attention_multiplier")
@@ -70,7 +70,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     return model_config(fields, MODEL_TYPE, blocks, formats=())
 
 
-def _multiplier(fields: Fields, name: str) -> float:
+def _multiplier(fields: ConfigFields, name: str) -> float:
     return fields.number(name, 0, MAX_MULTIPLIER)
 
 

@@ -18,7 +18,7 @@ from duoserve.models.common_fields import (
     top_k,
     width,
 )
-from duoserve.models.config_fields import Fields
+from duoserve.models.config_fields import ConfigFields
 from duoserve.models.decoder import MoENames
 from duoserve.models.expert_names import separate
 from duoserve.models.family import Family
@@ -47,7 +47,7 @@ DEFAULTS: dict[str, Any] = {
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
     """The hyper-parameters of a raw ``config.json``; ConfigError names a field that is unsupported or out of bounds."""
-    fields = Fields.completed(raw, DEFAULTS, aliases={"num_experts": "num_local_experts"})
+    fields = ConfigFields.completed(raw, DEFAULTS, aliases={"num_experts": "num_local_experts"})
     refuse_unsupported(fields)
     if fields.flag("attention_bias", False):
         raise fields.refusal("attention_bias", "supported: false")

@@ -16,7 +16,7 @@ from duoserve.models.common_fields import (
     top_k,
     width,
 )
-from duoserve.models.config_fields import Fields
+from duoserve.models.config_fields import ConfigFields
 from duoserve.models.decoder import MoENames
 from duoserve.models.expert_names import separate
 from duoserve.models.family import Family
@@ -48,7 +48,7 @@ DEFAULTS: dict[str, Any] = {
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
     """The hyper-parameters of a raw ``config.json``; ConfigError names a field that is unsupported or out of bounds."""
-    fields = Fields.completed(raw, DEFAULTS, aliases={"num_local_experts": "num_experts"})
+    fields = ConfigFields.completed(raw, DEFAULTS, aliases={"num_local_experts": "num_experts"})
     refuse_unsupported(fields)
     fields.absent("sliding_window", "supported: null")
     attention, experts = _attention(fields), num_experts(fields, "num_experts")
@@ -61,7 +61,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     return model_config(fields, MODEL_TYPE, blocks)
 
 
-def _attention(fields: Fields) -> AttentionConfig:
+def _attention(fields: ConfigFields) -> AttentionConfig:
     """Queries and keys are normed whole, before they are split into heads, then clipped with the values."""
     fields.absent("head_dim", "supported: null; the heads share the hidden size")
     bias = fields.flag("attention_bias")

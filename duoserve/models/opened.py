@@ -25,7 +25,7 @@ from duoserve.experts.scale_search import OP_BY_OP, Way
 from duoserve.files.positional import is_there
 from duoserve.files.strict_json import read_object
 from duoserve.kernels.compiled.compiler import can_compile
-from duoserve.models.config_fields import Fields
+from duoserve.models.config_fields import ConfigFields
 from duoserve.models.family import Family
 from duoserve.models.registry import family_of
 from duoserve.models.stored import (
@@ -153,7 +153,7 @@ def _check_spare_biases(config: ModelConfig, needed: Collection[str], checkpoint
 
 def _with_dtype(config: ModelConfig, checkpoint: Checkpoint, names: Iterable[str]) -> ModelConfig:
     """``config`` with the dtype of the first float tensor of ``names``, if config.json has none (as gpt-oss's)."""
-    if Fields(checkpoint.config).says_dtype:
+    if ConfigFields(checkpoint.config).says_dtype:
         return config
     dtypes = (checkpoint.info(name).dtype for name in names)
     return replace(config, dtype=next(dtype for dtype in dtypes if dtype in FLOATS))
@@ -166,4 +166,4 @@ def _with_end_tokens(config: ModelConfig, path: Path) -> ModelConfig:
     raw = read_object(path, MAX_GENERATION_CONFIG_BYTES)
     if raw.get("eos_token_id") is None:
         return config
-    return replace(config, eos_token_ids=Fields(raw, where=path.name).token_ids("eos_token_id", 0))
+    return replace(config, eos_token_ids=ConfigFields(raw, where=path.name).token_ids("eos_token_id", 0))

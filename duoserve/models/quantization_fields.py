@@ -7,13 +7,15 @@ from collections.abc import Callable
 from duoserve.architecture import Quantization, QuantMethod
 from duoserve.experts.formats.int4 import row_group
 from duoserve.kernels.weights import FP8_BLOCK, INT4_GROUPS, MXFP4_GROUP
-from duoserve.models.config_fields import Fields
+from duoserve.models.config_fields import ConfigFields
 
 NAME = "quantization_config"
 EXPERTS = ".experts"
 
 
-def quantization(fields: Fields, methods: tuple[QuantMethod, ...], hidden: int, inter: int) -> Quantization | None:
+def quantization(
+    fields: ConfigFields, methods: tuple[QuantMethod, ...], hidden: int, inter: int
+) -> Quantization | None:
     """How the checkpoint is quantized, None where it is not; ``methods`` are those that the family has names for.
 
     ``hidden`` and ``inter`` are an expert's sizes, which have to be whole groups.
@@ -34,7 +36,7 @@ def quantization(fields: Fields, methods: tuple[QuantMethod, ...], hidden: int, 
     return found
 
 
-def _fp8(section: Fields) -> Quantization:
+def _fp8(section: ConfigFields) -> Quantization:
     section.only(
         *("quant_method", "fmt", "activation_scheme", "weight_block_size", "scale_fmt", "expert_dtype"),
         *("dequantize", "modules_to_convert", *_SKIPS),
@@ -51,7 +53,7 @@ def _fp8(section: Fields) -> Quantization:
     return Quantization("fp8")
 
 
-def _mxfp4(section: Fields) -> Quantization:
+def _mxfp4(section: ConfigFields) -> Quantization:
     section.only("quant_method", *_SKIPS)
     _check_skips(section)
     return Quantization("mxfp4")
@@ -62,7 +64,7 @@ def _mxfp4(section: Fields) -> Quantization:
 _SKIPS = ("modules_to_not_convert", "ignored_layers")
 
 
-def _check_skips(section: Fields) -> None:
+def _check_skips(section: ConfigFields) -> None:
     for name in _SKIPS:
         if any(EXPERTS in module for module in section.texts(name)):
             raise section.refusal(
@@ -70,7 +72,7 @@ def _check_skips(section: Fields) -> None:
             )
 
 
-def _awq(section: Fields) -> Quantization:
+def _awq(section: ConfigFields) -> Quantization:
     section.only(*_INT4, "zero_point", "version", "checkpoint_format", *_SKIPS, *_OF_NO_EFFECT)
     for name in ("version", "checkpoint_format"):  # the second is GPTQModel's
         _version(section, name, ["gemm", "GEMM"], "gemm")
@@ -81,7 +83,7 @@ def _awq(section: Fields) -> Quantization:
     return Quantization("awq", _group(section))
 
 
-def _gptq(section: Fields) -> Quantization:
+def _gptq(section: ConfigFields) -> Quantization:
     section.only(*_INT4, "checkpoint_format", "dynamic", "is_marlin_format", *_SKIPS, *_OF_NO_EFFECT)
     version = _version(section, "checkpoint_format", ["gptq", "gptq_v2"], "gptq")
     if section.flag("is_marlin_format", False):
@@ -99,12 +101,12 @@ def _gptq(section: Fields) -> Quantization:
     )
 
 
-def _version(section: Fields, name: str, supported: list[str], default: str) -> str:
+def _version(section: ConfigFields, name: str, supported: list[str], default: str) -> str:
     """The field ``name``, which transformers 5 calls ``format``."""
     return section.choice("format" if section.is_null(name) else name, supported, default)
 
 
-def _group(section: Fields) -> int:
+def _group(section: ConfigFields) -> int:
     """0 for one group of all features, which files have as -1."""
     for name in _NULL:
         section.absent(name, "supported: null")
@@ -129,4 +131,4 @@ _OF_NO_EFFECT = (
     *("offload_to_disk", "offload_to_disk_path", "pack_impl", "pad_token_id", "static_groups", "tokenizer"),
     *("true_sequential", "use_cuda_fp16", "use_exllama", "use_marlin", "v2", "v2_alpha", "v2_memory_device"),
 )
-_PARSERS: dict[str, Callable[[Fields], Quantization]] = {"awq": _awq, "fp8": _fp8, "gptq": _gptq, "mxfp4": _mxfp4}
+_PARSERS: dict[str, Callable[[ConfigFields], Quantization]] = {"awq": _awq, "fp8": _fp8, "gptq": _gptq, "mxfp4": _mxfp4}

@@ -20,7 +20,7 @@ from duoserve.models.common_fields import (
     used_window,
     width,
 )
-from duoserve.models.config_fields import Fields
+from duoserve.models.config_fields import ConfigFields
 from duoserve.models.decoder import MoENames
 from duoserve.models.expert_names import separate
 from duoserve.models.family import Family
@@ -58,7 +58,7 @@ DEFAULTS: dict[str, Any] = {
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
     """The hyper-parameters of a raw ``config.json``; ConfigError names a field that is unsupported or out of bounds."""
-    fields = Fields.completed(raw, DEFAULTS, aliases={"num_local_experts": "num_experts"})
+    fields = ConfigFields.completed(raw, DEFAULTS, aliases={"num_local_experts": "num_experts"})
     refuse_unsupported(fields)
     experts = num_experts(fields, "num_experts")
     router = RouterConfig(experts, top_k(fields, experts), renormalize=fields.flag("norm_topk_prob"), rounded=True)
@@ -76,7 +76,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     return model_config(fields, MODEL_TYPE, blocks)
 
 
-def _attention(fields: Fields) -> AttentionConfig:
+def _attention(fields: ConfigFields) -> AttentionConfig:
     """Where windows are used, every other layer below ``max_window_layers`` has one."""
     window = used_window(fields)
     below = fields.integer("max_window_layers", 0, 1000)

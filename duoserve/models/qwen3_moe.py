@@ -19,7 +19,7 @@ from duoserve.models.common_fields import (
     used_window,
     width,
 )
-from duoserve.models.config_fields import Fields
+from duoserve.models.config_fields import ConfigFields
 from duoserve.models.decoder import MoENames
 from duoserve.models.expert_names import separate
 from duoserve.models.family import Family
@@ -55,7 +55,7 @@ DEFAULTS: dict[str, Any] = {
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
     """The hyper-parameters of a raw ``config.json``; ConfigError names a field that is unsupported or out of bounds."""
-    fields = Fields.completed(raw, DEFAULTS, aliases={"num_local_experts": "num_experts"})
+    fields = ConfigFields.completed(raw, DEFAULTS, aliases={"num_local_experts": "num_experts"})
     refuse_unsupported(fields)
     experts, bias = num_experts(fields, "num_experts"), fields.flag("attention_bias")
     router = RouterConfig(experts, top_k(fields, experts), renormalize=fields.flag("norm_topk_prob"), rounded=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from duoserve.models import deepseek, glm4_moe, gpt_oss, granite_moe, mixtral, olmoe, qwen2_moe, qwen3_moe
-from duoserve.models.config_fields import Fields
+from duoserve.models.config_fields import ConfigFields
 from duoserve.models.family import Family
 
 FAMILIES = (
@@ -29,14 +29,14 @@ def family_of(raw: dict[str, Any]) -> Family:
             _check_auto_map(raw, family)
             return family
     supported = ", ".join(family.model_type for family in FAMILIES)
-    raise Fields(raw).refusal("model_type", f"supported: {supported}")
+    raise ConfigFields(raw).refusal("model_type", f"supported: {supported}")
 
 
 def _check_architectures(raw: dict[str, Any], family: Family) -> None:
     """``architectures`` may be absent; where it is not, it must name the class that predicts the next token."""
     named = raw.get("architectures")
     if named is not None and not (isinstance(named, list) and family.architecture in named):
-        raise Fields(raw).refusal("architectures", f"supported: {family.architecture}")
+        raise ConfigFields(raw).refusal("architectures", f"supported: {family.architecture}")
 
 
 def _check_auto_map(raw: dict[str, Any], family: Family) -> None:
@@ -50,4 +50,4 @@ def _check_auto_map(raw: dict[str, Any], family: Family) -> None:
     classes = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
     if not all(str(name).rpartition(".")[2] in same for name in classes):
         why = "code that comes with a checkpoint is never run; remove the field to use duoserve's own"
-        raise Fields(raw).refusal("auto_map", why)
+        raise ConfigFields(raw).refusal("auto_map", why)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from duoserve.architecture import RopeConfig, YarnConfig
-from duoserve.models.config_fields import Fields
+from duoserve.models.config_fields import ConfigFields
 from duoserve.models.rope import yarn_magnitude
 
 ROPE_TYPES = ("default", "yarn")
@@ -11,7 +11,7 @@ MAX_POSITIONS = 1 << 30
 LEAST_TURNS = 1e-6  # of YaRN, over the original context; of still fewer, the quotient overflows
 
 
-def rope_config(fields: Fields, head_dim: int, *, partial: bool = False, interleaved: bool = False) -> RopeConfig:
+def rope_config(fields: ConfigFields, head_dim: int, *, partial: bool = False, interleaved: bool = False) -> RopeConfig:
     """Plain RoPE or YaRN over ``head_dim`` dimensions, or over a part of them where a family has that.
 
     As transformers 5 does: ``rope_scaling`` goes before ``rope_parameters``, and what is inside of it before the
@@ -28,7 +28,7 @@ def rope_config(fields: Fields, head_dim: int, *, partial: bool = False, interle
     return RopeConfig(dim, theta, interleaved, _yarn(fields, inner) if kind == "yarn" else None)
 
 
-def _share(fields: Fields, inner: Fields, partial: bool) -> float:
+def _share(fields: ConfigFields, inner: ConfigFields, partial: bool) -> float:
     """The part of a head that is rotated."""
     outer = fields.number("partial_rotary_factor", 0, 1, 1.0)
     share = inner.number("partial_rotary_factor", 0, 1, outer)
@@ -37,7 +37,7 @@ def _share(fields: Fields, inner: Fields, partial: bool) -> float:
     return share
 
 
-def _yarn(fields: Fields, inner: Fields) -> YarnConfig:
+def _yarn(fields: ConfigFields, inner: ConfigFields) -> YarnConfig:
     """``mscale`` scales cosines and sines, ``mscale_all_dim`` takes that back and scales latent attention's scores."""
     fields.absent("original_max_position_embeddings", "with YaRN, it belongs into rope_scaling or rope_parameters")
     factor = inner.number("factor", 0, 1e6)
@@ -61,5 +61,5 @@ def _yarn(fields: Fields, inner: Fields) -> YarnConfig:
     )
 
 
-def _optional(inner: Fields, name: str, low: float = 0) -> float | None:
+def _optional(inner: ConfigFields, name: str, low: float = 0) -> float | None:
     return inner.number(name, low, 1e6) if inner.is_set(name) else None

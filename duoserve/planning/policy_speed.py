@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from duoserve.experts.budget import MemoryPlan
 from duoserve.planning.routing_curves import RoutingCurves
-from duoserve.planning.speed import Costs, Prompt, Seconds, Step
+from duoserve.planning.speed import Costs, PromptSpec, Seconds, StepSpec
 from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.prefill import ring_size
 
@@ -51,7 +51,7 @@ def speed_of(costs: Costs, curves: RoutingCurves, memory: MemoryPlan, question: 
     """What the policy ``name`` takes, its slots divided evenly over the layers."""
     policy, shape = POLICIES[name], costs.model.shape
     hit_rate = curves.hit_rate(RANKED[name], memory.share, question.batch) if policy.keeps else 0.0
-    step = Step(
+    step = StepSpec(
         sequences=question.batch,
         context=question.prompt + question.new_tokens // 2,
         asked=curves.in_batch(question.batch),
@@ -62,7 +62,7 @@ def speed_of(costs: Costs, curves: RoutingCurves, memory: MemoryPlan, question: 
     ring = ring_size(policy.prefill, shape, tokens, memory.num_slots, absent) if policy.keeps else 0
     used = _of_prompts(curves, question, shape.num_experts)
     settled = (memory.num_slots - ring) / memory.total_experts if policy.keeps else 0.0
-    cold, warm = (Prompt(tokens, question.batch, used, share) for share in (0.0, settled))
+    cold, warm = (PromptSpec(tokens, question.batch, used, share) for share in (0.0, settled))
     return Speed(
         policy=name,
         ttft=costs.prefill(policy, warm),

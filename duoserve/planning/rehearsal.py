@@ -60,7 +60,7 @@ class PromptTimes(NamedTuple):
     rest_s: float
 
 
-class Times(NamedTuple):
+class PolicyTimes(NamedTuple):
     """What was measured of one policy, with the experts in one tier."""
 
     decode: StepTimes
@@ -76,7 +76,7 @@ class Rehearsal:
 
     slot_bytes: int
     prompt: int
-    times: Mapping[str, Mapping[str, Times]]
+    times: Mapping[str, Mapping[str, PolicyTimes]]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -91,9 +91,9 @@ class Rehearsal:
         return cls(int(raw["slot_bytes"]), int(raw["prompt"]), times)
 
 
-def _times(decode: Sequence[Any], prefill: Sequence[Any]) -> Times:
+def _times(decode: Sequence[Any], prefill: Sequence[Any]) -> PolicyTimes:
     (step_s, step_rest_s), (copies, layer_s, rest_s) = decode, prefill
-    return Times(
+    return PolicyTimes(
         StepTimes(_floats(step_s), float(step_rest_s)), PromptTimes(_floats(copies), _floats(layer_s), float(rest_s))
     )
 
@@ -129,14 +129,14 @@ def rehearse(
         return None
     config, prompt = few_layers(model.config, count), min(max(prompt, MIN_PROMPT), longest)
     folder.mkdir(parents=True, exist_ok=True)
-    times: dict[str, dict[str, Times]] = {}
+    times: dict[str, dict[str, PolicyTimes]] = {}
     with TemporaryDirectory(dir=folder) as scratch, staged(model.family, config, layout, Path(scratch)) as stage:
         for name, tier in tqdm(ways, desc="rehearsal", unit="way", disable=not sys.stderr.isatty()):
             times.setdefault(name, {})[tier] = _rehearsed(stage, POLICIES[name], tier, prompt)
     return Rehearsal(layout.slot_bytes, prompt, times)
 
 
-def _rehearsed(stage: Stage, policy: Policy, tier: str, prompt: int) -> Times:
+def _rehearsed(stage: Stage, policy: Policy, tier: str, prompt: int) -> PolicyTimes:
     total = len(stage.config.moe_layers) * stage.config.num_experts
     shares = (1.0,) if policy.all_resident else (MANY, FEW) if policy.keeps else (FEW,)
     by_share = []
@@ -144,7 +144,9 @@ def _rehearsed(stage: Stage, policy: Policy, tier: str, prompt: int) -> Times:
         with running(stage, policy, slots, tier, prompt + STEPS + 1) as run:
             by_share.append(timed_requests(run, prompt))
     steps = [others for requests in by_share for _, *others in requests]
-    return Times(step_times(steps, policy.keeps), prompt_times([[first for first, *_ in one] for one in by_share]))
+    return PolicyTimes(
+        step_times(steps, policy.keeps), prompt_times([[first for first, *_ in one] for one in by_share])
+    )
 
 
 class TimedPass(NamedTuple):

@@ -13,8 +13,8 @@ from typing import Self
 
 import numpy as np
 
-from duoserve.planning.rehearsal import RESIDENT, TIERS, PromptTimes, Rehearsal, StepTimes, Times
-from duoserve.planning.speed import Costs, Prompt, Seconds, Step, chances
+from duoserve.planning.rehearsal import RESIDENT, TIERS, PolicyTimes, PromptTimes, Rehearsal, StepTimes
+from duoserve.planning.speed import Costs, PromptSpec, Seconds, StepSpec, chances
 from duoserve.scheduling.policies import Policy
 
 
@@ -29,7 +29,7 @@ class RehearsedCosts(Costs):
         """The same model and machine, with times by ``rehearsal``."""
         return cls(costs.machine, costs.model, costs.ram_share, rehearsal, copy_threads=costs.copy_threads)
 
-    def decode(self, policy: Policy, step: Step) -> Seconds:
+    def decode(self, policy: Policy, step: StepSpec) -> Seconds:
         """As in Costs."""
         wanted = super().decode(policy, step)
         if policy.name not in self.rehearsal.times:
@@ -38,7 +38,7 @@ class RehearsedCosts(Costs):
         measured_s = self._over_tiers(policy, lambda times: self._step_s(times.decode, base.hit_rate))
         return Seconds(measured_s * wanted.total / super().decode(policy, base).total, wanted.busy)
 
-    def prefill(self, policy: Policy, prompt: Prompt) -> Seconds:
+    def prefill(self, policy: Policy, prompt: PromptSpec) -> Seconds:
         """As in Costs."""
         wanted = super().prefill(policy, prompt)
         if policy.name not in self.rehearsal.times:
@@ -48,7 +48,7 @@ class RehearsedCosts(Costs):
         measured_s = self._over_tiers(policy, lambda times: self._prompt_s(times.prefill, copies))
         return Seconds(measured_s * wanted.total / super().prefill(policy, base).total, wanted.busy)
 
-    def _over_tiers(self, policy: Policy, seconds: Callable[[Times], float]) -> float:
+    def _over_tiers(self, policy: Policy, seconds: Callable[[PolicyTimes], float]) -> float:
         tiers = self.rehearsal.times[policy.name]
         if len(tiers) == 1:
             return seconds(next(iter(tiers.values())))

@@ -21,7 +21,7 @@ from duoserve.scheduling.prefill import SPECULATION_SHARE, active_share
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptSpec:
     """``sequences`` prompts with ``tokens`` tokens in all, which use ``used`` experts of a layer.
 
     ``resident`` is the share of the experts (0 to 1) that are in slots before the prompts and stay there.
@@ -34,7 +34,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepSpec:
     """A decode step of ``sequences`` sequences, each behind ``context`` tokens; a layer uses ``asked`` experts.
 
     ``hit_rate`` is the share (0 to 1) of these that are in slots, under policies that keep experts.
@@ -80,7 +80,7 @@ class Costs:
     ram_share: float
     copy_threads: int = field(default=EngineConfig().copy_threads, kw_only=True)
 
-    def decode(self, policy: Policy, step: Step) -> Seconds:
+    def decode(self, policy: Policy, step: StepSpec) -> Seconds:
         """A decode step without prefetches."""
         asked, num_layers = step.asked, len(self.model.shape.layers)
         before = self._attention_s(step.sequences, step.sequences, step.context)
@@ -102,7 +102,7 @@ class Costs:
         work = _Work(step.sequences, step.sequences, step.context, asked)
         return Seconds(num_layers * layer + self._rest_s(work), self._busy(work, copies))
 
-    def prefill(self, policy: Policy, prompt: Prompt) -> Seconds:
+    def prefill(self, policy: Policy, prompt: PromptSpec) -> Seconds:
         """One pass over all prompts, up to their first tokens."""
         num_layers, used = len(self.model.shape.layers), prompt.used
         before, one = self._attention_s(prompt.tokens, prompt.sequences, 0), self._expert_s(prompt.tokens, used)
@@ -153,7 +153,7 @@ class Costs:
             return asked * one
         return max(asked * one, self._arrival_s(missing) + one, self._arrival_s(1) + missing * one)
 
-    def _prefill_copies(self, policy: Policy, prompt: Prompt) -> float:
+    def _prefill_copies(self, policy: Policy, prompt: PromptSpec) -> float:
         """Copies of a layer, on average. Wrong guesses do not count: where the link is the bound, few are ever made."""
         match policy.prefill:
             case PrefillFetch.RESIDENT:
@@ -163,7 +163,7 @@ class Costs:
             case _:
                 return prompt.used * (1 - prompt.resident)
 
-    def _speculates(self, policy: Policy, prompt: Prompt) -> bool:
+    def _speculates(self, policy: Policy, prompt: PromptSpec) -> bool:
         """Whether experts are copied before their layer is routed, so that the link is never idle."""
         return (
             policy.prefill is PrefillFetch.NEXT_LAYER

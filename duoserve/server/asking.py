@@ -10,7 +10,7 @@ from duoserve.errors import RequestError
 from duoserve.interface import MAX_LOGPROBS, Objectives
 from duoserve.sampling import HIGHEST_SEED, LOWEST_SEED, SamplingParams
 from duoserve.server.errors import ApiError, bad
-from duoserve.server.fields import Fields, shown
+from duoserve.server.fields import BodyFields, shown
 
 MAX_N = 16
 MAX_PROMPTS = 128
@@ -68,7 +68,7 @@ class Asked:
         return _sampling_params(max_tokens=self.max_tokens or room, **sampling)
 
 
-def completion(fields: Fields) -> tuple[Asked, list[Prompt]]:
+def completion(fields: BodyFields) -> tuple[Asked, list[Prompt]]:
     """The body of ``/v1/completions``, and its prompts."""
     fields.refuse_other(add_special_tokens=True, skip_special_tokens=True)
     prompts = _prompts(fields)
@@ -83,7 +83,7 @@ def completion(fields: Fields) -> tuple[Asked, list[Prompt]]:
     return asked, prompts
 
 
-def chat(fields: Fields) -> tuple[Asked, Messages]:
+def chat(fields: BodyFields) -> tuple[Asked, Messages]:
     """The body of ``/v1/chat/completions``, and its messages. Special tokens are the template's alone."""
     fields.refuse_other(add_generation_prompt=True, add_special_tokens=False, skip_special_tokens=True)
     messages = _messages(fields)
@@ -95,7 +95,7 @@ def chat(fields: Fields) -> tuple[Asked, Messages]:
     return _asked(fields, most, (top or 0) if wants else None), messages
 
 
-def _asked(fields: Fields, max_tokens: int | None, logprobs: int | None) -> Asked:
+def _asked(fields: BodyFields, max_tokens: int | None, logprobs: int | None) -> Asked:
     _refuse(fields)
     stream = fields.flag("stream")
     options = fields.part("stream_options")
@@ -115,7 +115,7 @@ def _asked(fields: Fields, max_tokens: int | None, logprobs: int | None) -> Aske
     )
 
 
-def _refuse(fields: Fields) -> None:
+def _refuse(fields: BodyFields) -> None:
     """What would change the answer and is not done is refused; a value that asks for nothing is not."""
     for name in NOT_FROM_CLIENTS:
         if fields.raw(name) not in (None, {}):
@@ -127,7 +127,7 @@ def _refuse(fields: Fields) -> None:
         raise fields.wrong("response_format", 'of type "text": this server constrains no output')
 
 
-def _sampling(fields: Fields) -> dict[str, Any]:
+def _sampling(fields: BodyFields) -> dict[str, Any]:
     top_k = fields.integer("top_k", -1, MAX_TOKENS)  # -1 is off, as vLLM has it
     found = {
         "temperature": fields.number("temperature", 0.0, 100.0),
@@ -152,13 +152,13 @@ def _sampling_params(**values: Any) -> SamplingParams:
         raise bad(name if name in values else None, str(error)) from error
 
 
-def _objectives(fields: Fields) -> Objectives:
+def _objectives(fields: BodyFields) -> Objectives:
     ttft_ms = fields.number("slo_ttft_ms", 0.001, MAX_OBJECTIVE_MS)
     tpot_ms = fields.number("slo_tpot_ms", 0.001, MAX_OBJECTIVE_MS)
     return Objectives(None if ttft_ms is None else ttft_ms / 1000, None if tpot_ms is None else tpot_ms / 1000)
 
 
-def _prompts(fields: Fields) -> list[Prompt]:
+def _prompts(fields: BodyFields) -> list[Prompt]:
     """Text, token ids, or a list of either."""
     value = fields.raw("prompt")
     if isinstance(value, str) or _is_ids(value):
@@ -174,7 +174,7 @@ def _is_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
 
 
-def _messages(fields: Fields) -> Messages:
+def _messages(fields: BodyFields) -> Messages:
     value = fields.raw("messages")
     if not isinstance(value, list) or not 0 < len(value) <= MAX_MESSAGES:
         raise fields.wrong("messages", f"an array of 1 to {MAX_MESSAGES} messages")
@@ -187,7 +187,7 @@ def _message(value: object, where: str) -> dict[str, str]:
     role = value.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise bad(f"{where}.role", f"{where}.role is {shown(role)}, but must be one of {', '.join(ROLES)}")
-    fields = Fields(value, f"{where}.")
+    fields = BodyFields(value, f"{where}.")
     fields.refuse("tool_calls", "function_call")
     message = {"role": ROLES[role], "content": _content(value.get("content"), f"{where}.content", role)}
     name = fields.text("name")

@@ -42,7 +42,7 @@ class Model(Protocol):
     def policy(self) -> str: ...
 
 
-class Stream(Protocol):
+class RequestStream(Protocol):
     """One request: its pieces, the last of which has a finish reason."""
 
     @property
@@ -97,7 +97,7 @@ class Service(Protocol):
         *,
         logprobs: int | None = None,
         goes_on: bool = False,
-    ) -> Stream:
+    ) -> RequestStream:
         """With ``goes_on`` the text is one to put behind the prompt's, else one of its own.
 
         RequestError: not to be served. OverloadedError: not now. ClosedError: no longer.

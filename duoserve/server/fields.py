@@ -22,7 +22,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-class Fields:
+class BodyFields:
     """A JSON object's fields by name; null counts as absent. What nobody takes is ignored, as OpenAI's servers do."""
 
     def __init__(self, values: dict[str, Any], prefix: str = "") -> None:
@@ -63,11 +63,11 @@ class Fields:
             return value
         raise self.wrong(name, "a string")
 
-    def part(self, name: str) -> Fields:
+    def part(self, name: str) -> BodyFields:
         """An object's own fields; none where it is absent."""
         value = self.raw(name)
         if value is None or isinstance(value, dict):
-            return Fields(value or {}, f"{self._prefix}{name}.")
+            return BodyFields(value or {}, f"{self._prefix}{name}.")
         raise self.wrong(name, "an object")
 
     def refuse(self, *names: str) -> None:

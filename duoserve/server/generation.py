@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from duoserve.interface import Objectives, Piece, Times
 from duoserve.sampling import SamplingParams
 from duoserve.server.answers import ChoiceWriter
-from duoserve.server.backend import Service, Stream
+from duoserve.server.backend import RequestStream, Service
 from duoserve.server.records import Record, RequestLog
 
 
@@ -19,7 +19,7 @@ from duoserve.server.records import Record, RequestLog
 class Choice:
     """One choice: where its tokens come from, who writes them, what is noted of it."""
 
-    stream: Stream
+    stream: RequestStream
     writer: ChoiceWriter
     record: Record
 
@@ -116,11 +116,11 @@ async def begin(  # noqa: PLR0913, PLR0917
     return Generation(choices, sum({id(one.prompt_ids): len(one.prompt_ids) for one in wanted}.values()), request_log)
 
 
-def _times(stream: Stream) -> Times:
+def _times(stream: RequestStream) -> Times:
     return stream.times
 
 
-async def _all_or_none(submissions: Sequence[Coroutine[Any, Any, Stream]]) -> list[Stream]:
+async def _all_or_none(submissions: Sequence[Coroutine[Any, Any, RequestStream]]) -> list[RequestStream]:
     """Side by side: one after another, each would wait for a step of the engine and be prefilled alone."""
     tasks = [asyncio.create_task(one) for one in submissions]
     try:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from duoserve.server.errors import ApiError
-from duoserve.server.fields import Fields, parse_object, shown
+from duoserve.server.fields import BodyFields, parse_object, shown
 from duoserve.server.sse import HEADERS
 
 OPEN_PATHS = {"/health"}
@@ -58,7 +58,7 @@ def error_response(error: ApiError) -> Response:
     return json_response(error.body, error.status, error.headers)
 
 
-async def read_fields(request: Request, max_bytes: int) -> Fields:
+async def read_fields(request: Request, max_bytes: int) -> BodyFields:
     """The JSON object in the body: 415 without its content type, 413 above ``max_bytes``, 408 when it takes long.
 
     ClientGone where the body is cut off.
@@ -68,7 +68,7 @@ async def read_fields(request: Request, max_bytes: int) -> Fields:
         raise ApiError(415, "the body must be JSON, with Content-Type: application/json")
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            return Fields(parse_object(await _body(request, max_bytes)))
+            return BodyFields(parse_object(await _body(request, max_bytes)))
     except ClientDisconnect as error:
         raise ClientGone from error
     except TimeoutError as error:

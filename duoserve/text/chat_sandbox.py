@@ -23,7 +23,7 @@ MEMORY_BYTES = 512 << 20
 MAX_CHARACTERS = 1 << 20
 
 
-class Generation(Extension):
+class GenerationMarks(Extension):
     """``{% generation %}`` marks what an assistant has said; only training looks at the marks."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
@@ -36,7 +36,9 @@ class Generation(Extension):
 
 def environment() -> ImmutableSandboxedEnvironment:
     """What templates find, as transformers has it for them."""
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationMarks, loopcontrols]
+    )
     made.filters["tojson"] = to_json
     made.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     return made

@@ -14,7 +14,7 @@ from duoserve.cli.plan_plot import tpot_over_memory
 from duoserve.planning.model_cards import find_model
 from duoserve.planning.planner import Planner
 from duoserve.planning.policy_speed import Question
-from duoserve.planning.rehearsal import PromptTimes, Rehearsal, StepTimes, Times
+from duoserve.planning.rehearsal import PolicyTimes, PromptTimes, Rehearsal, StepTimes
 from duoserve.replaying.hardware import GIB, HARDWARE, find_hardware
 
 
@@ -92,7 +92,7 @@ def rehearsals(monkeypatch):
 
     def rehearse(model, layout, prompt, *, anew):
         asked.append((layout.slot_bytes, prompt))
-        times = Times(StepTimes((0.01,), 0.0), PromptTimes((0.0,), (1.0,), 0.0))
+        times = PolicyTimes(StepTimes((0.01,), 0.0), PromptTimes((0.0,), (1.0,), 0.0))
         return Rehearsal(layout.slot_bytes, prompt, {"resident": {"disk": times}})
 
     monkeypatch.setattr(command, "this_machine", lambda anew: HARDWARE["ddr4"])

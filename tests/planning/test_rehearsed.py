@@ -9,18 +9,18 @@ import pytest
 from duoserve.planning.model_cards import find_model
 from duoserve.planning.planner import Planner
 from duoserve.planning.policy_speed import Question
-from duoserve.planning.rehearsal import PromptTimes, Rehearsal, StepTimes, Times
+from duoserve.planning.rehearsal import PolicyTimes, PromptTimes, Rehearsal, StepTimes
 from duoserve.planning.rehearsed import RehearsedCosts, along
-from duoserve.planning.speed import Costs, Prompt, Step
+from duoserve.planning.speed import Costs, PromptSpec, StepSpec
 from duoserve.replaying.hardware import GIB, Hardware, LayerSizes, Machine
 from duoserve.scheduling.policies import POLICIES
 from tests.planning.test_speed import HARDWARE, LAYER, SIZES
 
 PROMPT = 100
-RESIDENT = Times(StepTimes((1.0,), 0.5), PromptTimes((0.0,), (10.0,), 1.0))
-CACHED = Times(StepTimes((2.0, 3.0, 6.0), 0.5), PromptTimes((2.0, 6.0), (11.0, 15.0), 1.0))
-SLOW = Times(StepTimes((2.0, 13.0, 16.0), 0.5), PromptTimes((2.0, 6.0), (21.0, 25.0), 1.0))
-FETCHED = Times(StepTimes((7.0,), 0.5), PromptTimes((8.0,), (20.0,), 1.0))
+RESIDENT = PolicyTimes(StepTimes((1.0,), 0.5), PromptTimes((0.0,), (10.0,), 1.0))
+CACHED = PolicyTimes(StepTimes((2.0, 3.0, 6.0), 0.5), PromptTimes((2.0, 6.0), (11.0, 15.0), 1.0))
+SLOW = PolicyTimes(StepTimes((2.0, 13.0, 16.0), 0.5), PromptTimes((2.0, 6.0), (21.0, 25.0), 1.0))
+FETCHED = PolicyTimes(StepTimes((7.0,), 0.5), PromptTimes((8.0,), (20.0,), 1.0))
 REHEARSAL = Rehearsal(
     1_000_000,
     PROMPT,
@@ -35,12 +35,12 @@ COSTS = RehearsedCosts.of(FORMULA, REHEARSAL)
 LAYERS = 4
 
 
-def step(hit_rate: float, **change: float) -> Step:
-    return replace(Step(sequences=1, context=PROMPT, asked=2.0, hit_rate=hit_rate), **change)
+def step(hit_rate: float, **change: float) -> StepSpec:
+    return replace(StepSpec(sequences=1, context=PROMPT, asked=2.0, hit_rate=hit_rate), **change)
 
 
-def prompt(resident: float, **change: float) -> Prompt:
-    return replace(Prompt(tokens=PROMPT, sequences=1, used=8.0, resident=resident), **change)
+def prompt(resident: float, **change: float) -> PromptSpec:
+    return replace(PromptSpec(tokens=PROMPT, sequences=1, used=8.0, resident=resident), **change)
 
 
 def test_a_step_is_as_many_layers_as_the_model_has() -> None:
@@ -102,7 +102,7 @@ def test_a_prompt_that_copies_as_much_into_few_slots_as_into_many(
     copies: tuple[float, ...], layers_s: tuple[float, ...]
 ) -> None:
     """Beside what a resident layer takes without copies: 10 s."""
-    times = Times(StepTimes((2.0, 3.0, 6.0), 0.5), PromptTimes(copies, (10.0, 14.0), 1.0))
+    times = PolicyTimes(StepTimes((2.0, 3.0, 6.0), 0.5), PromptTimes(copies, (10.0, 14.0), 1.0))
     found = Rehearsal(1_000_000, PROMPT, {"resident": {"disk": RESIDENT}, "lru": {"disk": times, "ram": times}})
     costs = RehearsedCosts.of(FORMULA, found)
     for resident, layer_s in zip((1.0, 0.75, 0.125), layers_s, strict=True):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from duoserve.planning.sizes import ModelSizes
-from duoserve.planning.speed import Costs, Prompt, Step
+from duoserve.planning.speed import Costs, PromptSpec, StepSpec
 from duoserve.replaying.hardware import Hardware, LayerSizes, Machine
 from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import POLICIES
@@ -21,8 +21,8 @@ ON_DISK = replace(IN_RAM, ram_share=0.0)
 BEFORE, ONE, COPY, HEAD = 120e-6, 10e-6, 1e-3, 100e-6
 
 
-def step(hit_rate: float) -> Step:
-    return Step(sequences=1, context=0, asked=2.0, hit_rate=hit_rate)
+def step(hit_rate: float) -> StepSpec:
+    return StepSpec(sequences=1, context=0, asked=2.0, hit_rate=hit_rate)
 
 
 def test_a_resident_step_is_bound_by_memory_and_overhead() -> None:
@@ -77,12 +77,12 @@ def test_as_many_guesses_are_in_vain_as_threads_read(threads: int) -> None:
 
 def test_keys_and_values_of_a_long_context_are_read_too() -> None:
     long = replace(IN_RAM, model=replace(SIZES, kv_bytes=100))
-    grown = long.decode(POLICIES["resident"], Step(2, 1000, 2.0, 0.0)).total
-    assert grown - long.decode(POLICIES["resident"], Step(2, 0, 2.0, 0.0)).total == pytest.approx(4 * 2e5 / 1e11)
+    grown = long.decode(POLICIES["resident"], StepSpec(2, 1000, 2.0, 0.0)).total
+    assert grown - long.decode(POLICIES["resident"], StepSpec(2, 0, 2.0, 0.0)).total == pytest.approx(4 * 2e5 / 1e11)
 
 
-def prompt(tokens: int, used: float, resident: float) -> Prompt:
-    return Prompt(tokens=tokens, sequences=1, used=used, resident=resident)
+def prompt(tokens: int, used: float, resident: float) -> PromptSpec:
+    return PromptSpec(tokens=tokens, sequences=1, used=used, resident=resident)
 
 
 def test_a_long_prompt_takes_the_link_or_the_computation_whichever_is_longer() -> None:
@@ -123,11 +123,11 @@ def test_a_read_alone_is_slower_than_reads_together() -> None:
     disk = replace(HARDWARE, host_computes=True, disk=1e9, reader=0.6e9)
     on_cpu = replace(ON_DISK, machine=Machine(disk, LAYER))
     for asked, reads in ((1.0, 1 / 0.6), (2.0, 2.0), (3.0, 2 / 0.6)):
-        found = on_cpu.decode(POLICIES["on-demand"], Step(1, 0, asked, 0.0))
+        found = on_cpu.decode(POLICIES["on-demand"], StepSpec(1, 0, asked, 0.0))
         assert found.total == pytest.approx(4 * (BEFORE + reads * COPY + asked * ONE) + HEAD)
     single = replace(on_cpu, copy_threads=1)
-    found = single.decode(POLICIES["on-demand"], Step(1, 0, 3.0, 0.0))
+    found = single.decode(POLICIES["on-demand"], StepSpec(1, 0, 3.0, 0.0))
     assert found.total == pytest.approx(4 * (BEFORE + 3 / 0.6 * COPY + 3 * ONE) + HEAD)
     in_ram = replace(on_cpu, ram_share=1.0)
-    found = in_ram.decode(POLICIES["on-demand"], Step(1, 0, 1.0, 0.0))
+    found = in_ram.decode(POLICIES["on-demand"], StepSpec(1, 0, 1.0, 0.0))
     assert found.total == pytest.approx(4 * (BEFORE + COPY + ONE) + HEAD)

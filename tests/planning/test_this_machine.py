@@ -16,7 +16,7 @@ from duoserve.planning import this_machine as measured
 from duoserve.planning.formats import layout_in
 from duoserve.planning.measuring import RATES
 from duoserve.planning.model_cards import find_model
-from duoserve.planning.rehearsal import PromptTimes, Rehearsal, StepTimes, Times
+from duoserve.planning.rehearsal import PolicyTimes, PromptTimes, Rehearsal, StepTimes
 from duoserve.planning.this_machine import FILE, this_machine, this_rehearsal
 
 MADE_UP = dict.fromkeys(RATES, 0.5) | {"link": 3e9}
@@ -76,7 +76,7 @@ def test_a_malformed_file_is_refused(times: list[Path], tmp_path: Path) -> None:
 
 
 def rehearsal(slot_bytes: int) -> Rehearsal:
-    times = Times(StepTimes((0.01, 0.02), 0.1), PromptTimes((0.0, 2.0), (1.0, 3.0), 0.5))
+    times = PolicyTimes(StepTimes((0.01, 0.02), 0.1), PromptTimes((0.0, 2.0), (1.0, 3.0), 0.5))
     return Rehearsal(slot_bytes, 16, {"lru": {"disk": times, "ram": times}})
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from duoserve.experts.formats.codes import Codes, Part, Rows, StoredTensor, WeightFormat
+from duoserve.experts.formats.codes import Codes, Part, StoredRows, StoredTensor, WeightFormat
 from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, shared_parts
 from duoserve.experts.formats.lanes import LOW_NIBBLES, NIBBLE, RepackedRows, transposed, wide_tile
 from duoserve.experts.formats.scratch import Bytes, Scratch, Words
@@ -34,7 +34,7 @@ class Awq(WeightFormat):
         weight = Part(f"{base}.qweight", StoredTensor((inner, num_rows // CODES_IN_WORD), WORD))
         return {"data": weight, **shared_parts(base, num_rows, self.groups.count(inner))}
 
-    def codes(self, data: Rows, parts: Mapping[str, Tensor]) -> Codes:
+    def codes(self, data: StoredRows, parts: Mapping[str, Tensor]) -> Codes:
         """As in WeightFormat."""
         return Codes(
             ExpertFormat.INT4,
@@ -45,7 +45,7 @@ class Awq(WeightFormat):
         )
 
 
-def _outputs(words_DW: Rows) -> RepackedRows:
+def _outputs(words_DW: StoredRows) -> RepackedRows:
     """The codes of words, two inputs in a byte."""
     inputs, words = words_DW.shape
     num_rows = words * CODES_IN_WORD

@@ -39,7 +39,7 @@ class Part(NamedTuple):
     tensor: StoredTensor
 
 
-class Rows(Protocol):
+class StoredRows(Protocol):
     """The rows of a stored tensor, of which some can be had at a time. CheckpointError: they cannot be read."""
 
     @property
@@ -71,7 +71,7 @@ class RowData(Protocol):
 class RowsAsTheyAre:
     """The bytes are there, in elements of one byte; a row may have several dimensions."""
 
-    data: Rows
+    data: StoredRows
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -162,5 +162,5 @@ class WeightFormat(Protocol):
         Its codes are in ``data``.
         """
 
-    def codes(self, data: Rows, parts: Mapping[str, Tensor]) -> Codes:
+    def codes(self, data: StoredRows, parts: Mapping[str, Tensor]) -> Codes:
         """The matrix of these tensors, by the keys of ``parts``; CheckpointError for values that make no sense."""

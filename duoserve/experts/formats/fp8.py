@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from duoserve.experts.formats.codes import Codes, Part, Rows, RowsAsTheyAre, StoredTensor, WeightFormat
+from duoserve.experts.formats.codes import Codes, Part, RowsAsTheyAre, StoredRows, StoredTensor, WeightFormat
 from duoserve.kernels.weights import FP8_BLOCK, ExpertFormat
 
 # DeepSeek's are float32; other publishers round them to bfloat16, or to powers of two of one byte.
@@ -28,6 +28,6 @@ class Fp8(WeightFormat):
             "scales": Part(f"{name}_scale_inv", StoredTensor(blocks, SCALE_DTYPES)),
         }
 
-    def codes(self, data: Rows, parts: Mapping[str, Tensor]) -> Codes:
+    def codes(self, data: StoredRows, parts: Mapping[str, Tensor]) -> Codes:
         """As in WeightFormat."""
         return Codes(ExpertFormat.FP8, FP8_BLOCK, RowsAsTheyAre(data), parts["scales"].float())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from duoserve.errors import CheckpointError
-from duoserve.experts.formats.codes import Codes, Part, Rows, StoredTensor, WeightFormat
+from duoserve.experts.formats.codes import Codes, Part, StoredRows, StoredTensor, WeightFormat
 from duoserve.experts.formats.int4 import CODES_IN_WORD, WORD, Groups, codes_in, module_of, shared_parts
 from duoserve.experts.formats.lanes import NIBBLE, RepackedRows, narrowed, transposed, wide_tile
 from duoserve.experts.formats.scratch import BYTES_IN_WORD, Bytes, Scratch, Words, odd_lines
@@ -48,7 +48,7 @@ class Gptq(WeightFormat):
             "g_idx": Part(f"{base}.g_idx", StoredTensor((inner,), WORD)),
         }
 
-    def codes(self, data: Rows, parts: Mapping[str, Tensor]) -> Codes:
+    def codes(self, data: StoredRows, parts: Mapping[str, Tensor]) -> Codes:
         """As in WeightFormat."""
         order_D = self._order(parts["g_idx"])
         return Codes(
@@ -81,7 +81,7 @@ class Gptq(WeightFormat):
         return qzeros + ONES if self.less_one and not is_plain else qzeros
 
 
-def _outputs(words_WN: Rows, order_D: Tensor | None) -> RepackedRows:
+def _outputs(words_WN: StoredRows, order_D: Tensor | None) -> RepackedRows:
     """The codes of words, two in a byte; words have the inputs in turn, from the lowest bits up, and so have bytes."""
     words, num_rows = words_WN.shape
     shape = num_rows, words * BYTES_IN_WORD

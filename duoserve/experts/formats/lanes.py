@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from duoserve.experts.formats.codes import TILE_BYTES, Rows
+from duoserve.experts.formats.codes import TILE_BYTES, StoredRows
 from duoserve.experts.formats.scratch import BYTES_IN_WORD, LINE, Bytes, Scratch, Words
 
 LOW_NIBBLES, NIBBLE = np.uint32(0x0F0F0F0F), np.uint32(4)
@@ -29,7 +29,7 @@ class RepackedRows:
     is written to.
     """
 
-    words_XY: Rows
+    words_XY: StoredRows
     convert: Convert
     shape: tuple[int, int]
     tile: tuple[int, int]
@@ -55,7 +55,7 @@ class RepackedRows:
                     out[places_N[rows], here] = made
 
 
-def wide_tile(words_XY: Rows, num_rows: int) -> tuple[int, int]:
+def wide_tile(words_XY: StoredRows, num_rows: int) -> tuple[int, int]:
     """All columns of so many rows that some MB come of them: in each of ``num_rows`` rows an odd number of lines."""
     columns = words_XY.shape[1]
     lines = TILE_BYTES // num_rows // LINE | 1

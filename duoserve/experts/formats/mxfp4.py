@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from duoserve.experts.formats.codes import Codes, Part, Rows, RowsAsTheyAre, StoredTensor, WeightFormat
+from duoserve.experts.formats.codes import Codes, Part, RowsAsTheyAre, StoredRows, StoredTensor, WeightFormat
 from duoserve.kernels.weights import MXFP4_GROUP, ExpertFormat
 
 
@@ -26,6 +26,6 @@ class Mxfp4(WeightFormat):
             "scales": Part(f"{name}_scales", StoredTensor((num_rows, groups), byte)),
         }
 
-    def codes(self, data: Rows, parts: Mapping[str, Tensor]) -> Codes:
+    def codes(self, data: StoredRows, parts: Mapping[str, Tensor]) -> Codes:
         """As in WeightFormat."""
         return Codes(ExpertFormat.MXFP4, MXFP4_GROUP, RowsAsTheyAre(data), parts["scales"].T)

@@ -11,7 +11,7 @@ from duoserve.architecture import Quantization
 from duoserve.errors import CheckpointError
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.formats.awq import Awq
-from duoserve.experts.formats.codes import Codes, Rows, StoredTensor, WeightFormat
+from duoserve.experts.formats.codes import Codes, StoredRows, StoredTensor, WeightFormat
 from duoserve.experts.formats.fp8 import Fp8
 from duoserve.experts.formats.gptq import Gptq
 from duoserve.experts.formats.int4 import Groups
@@ -40,7 +40,7 @@ def stored_piece(form: WeightFormat, piece: MatrixPiece) -> dict[str, StoredTens
 
 
 @dataclass(frozen=True)
-class _StoredRows(Rows):
+class _CheckpointRows(StoredRows):
     """Rows that are read when they are asked for, into the memory of the ``role`` that their tensor has."""
 
     checkpoint: Checkpoint
@@ -51,11 +51,11 @@ class _StoredRows(Rows):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As in Rows."""
+        """As in StoredRows."""
         return self.checkpoint.info(self.name).part(self.entry).shape
 
     def __getitem__(self, rows: slice, /) -> torch.Tensor:
-        """As in Rows."""
+        """As in StoredRows."""
         first, stop, _ = rows.indices(self.shape[0])
         info = self.checkpoint.info(self.name).part(self.entry, (first, stop))
         memory = torch.from_numpy(self.scratch.array(self.role, (info.nbytes,), np.uint8))
@@ -64,7 +64,7 @@ class _StoredRows(Rows):
         return tensor
 
     def copy_to(self, out_NB: torch.Tensor) -> None:
-        """As in Rows."""
+        """As in StoredRows."""
         info = self.checkpoint.info(self.name).part(self.entry)
         self.checkpoint.read_into(self.name, out_NB.view(info.dtype).view(info.shape), self.entry)
 
@@ -75,7 +75,7 @@ def read_codes(checkpoint: Checkpoint, form: WeightFormat, piece: MatrixPiece, s
     Its codes are read when they are written to a row. The rest lies in ``scratch`` until it is given again.
     """
     stored = {
-        role: _StoredRows(checkpoint, part.name, piece.entry, role, scratch)
+        role: _CheckpointRows(checkpoint, part.name, piece.entry, role, scratch)
         for role, part in form.parts(piece.name, *piece.matrix_shape).items()
     }
     data = stored.pop(DATA)

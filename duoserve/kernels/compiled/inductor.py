@@ -41,7 +41,7 @@ class Traced(NamedTuple):
         """Equal for all that is compiled alike."""
         return self.graph.code, self.numbers, tuple((o.dtype, o.shape, o.stride()) for o in self.operands)
 
-    def compiled(self) -> Code | None:
+    def compiled(self) -> InductorCode | None:
         """The loops; None where they would be others for other numbers."""
         with self.fakes:
             graph = make_fx(self.graph, DECOMPOSED, _allow_non_fake_inputs=True)(*self.examples)
@@ -121,7 +121,7 @@ def compile_for_rows(work: Compiled, tensors: Sequence[Tensor], fixed: Sequence[
     return work if shapes.guards else lambda *tensors: compiled(len(tensors[with_rows]), *tensors)
 
 
-class Code:
+class InductorCode:
     """What Inductor has made: kernels, a wrapper that calls them, and around that what AOTAutograd does."""
 
     def __init__(self, graph: fx.GraphModule, examples: Sequence[Tensor | SymInt], options: dict[str, Any]) -> None:
@@ -160,11 +160,11 @@ def _same(one: object, other: object) -> bool:
     return one is other or (isinstance(other, int) and one == other)
 
 
-def _made_by_inductor(graph: fx.GraphModule, examples: Sequence[Tensor | SymInt]) -> Code:
+def _made_by_inductor(graph: fx.GraphModule, examples: Sequence[Tensor | SymInt]) -> InductorCode:
     """CompilerError where it fails."""
     try:
         with torch.device("cpu"):  # Inductor makes tensors on the default device, which a program may have changed
-            return Code(graph, examples, _options())
+            return InductorCode(graph, examples, _options())
     except (RuntimeError, OSError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise CompilerError(next((line for line in lines if "error:" in line), lines[0])) from error

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from duoserve.experts.formats.codes import Rows
+from duoserve.experts.formats.codes import StoredRows
 
 
 @dataclass(frozen=True)
-class TensorRows(Rows):
+class TensorRows(StoredRows):
     """Those of a tensor."""
 
     tensor: Tensor
