@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from duoserve.errors import ConfigError
 
 Scoring = Literal["softmax", "sigmoid", "softmax_of_topk"]
-# Over each head of a query or key, or over the whole projection before it is split into heads.
+# Queries and keys are normed head by head, or as whole projections before they are split into heads.
 NormOver = Literal["head", "projection"]
 QuantMethod = Literal["awq", "fp8", "gptq", "mxfp4"]
 
@@ -27,11 +27,11 @@ class KVShape(NamedTuple):
 
 @dataclass(frozen=True)
 class YarnConfig:
-    """YaRN (Peng et al., 2023): slow dimensions turn ``factor`` times slower, fast ones as they did.
+    """YaRN (Peng et al., 2023): slow dimensions turn ``factor`` times slower, fast ones at their own speed.
 
-    ``beta_fast`` and ``beta_slow`` are the turns over ``original_context`` positions between which one passes into the
-    other, at whole dimensions if ``truncate``. Cosines and sines are multiplied by ``magnitude``, and the scores of
-    latent attention by ``score_scale``.
+    In between, dimensions of ``beta_slow`` to ``beta_fast`` turns over ``original_context`` positions are blended; with
+    ``truncate`` the blend begins and ends at whole dimensions. Cosines and sines are multiplied by ``magnitude``, and
+    the scores of latent attention by ``score_scale``.
     """
 
     factor: float
@@ -57,8 +57,8 @@ class RopeConfig:
 class AttentionConfig:
     """Grouped-query attention.
 
-    ``windows`` has for each layer the positions that a token sees, itself included; None is all of them. ``clip``
-    bounds queries, keys and values. With ``sinks`` each head has one more logit that takes its share of the softmax.
+    ``windows`` has for each layer how many positions a token sees, itself included; None: all of them. ``clip`` bounds
+    queries, keys and values. With ``sinks`` each head has one more logit, which takes its share of the softmax.
     """
 
     num_heads: int
@@ -95,7 +95,7 @@ class LatentAttentionConfig:
     """Multi-head latent attention (DeepSeek-AI, 2024a): keys and values of all heads come from one latent a token.
 
     A query or key has ``nope_dim`` plain and ``rope_dim`` rotated dimensions. ``query_rank`` None means that queries
-    are projected in one step. ``bias`` is on the projections into ranks and on the output's.
+    are projected in one step. With ``bias`` the projections into ranks and the output projection have biases.
     """
 
     num_heads: int
@@ -109,7 +109,7 @@ class LatentAttentionConfig:
 
     @property
     def kv(self) -> KVShape:
-        """The latent and the rotated key, one row for all heads; values are read out of the latent."""
+        """The latent and the rotated key, in one row for all heads; values are read from the latent."""
         return KVShape(1, self.latent_dim + self.rope_dim, 0)
 
     @property
@@ -131,7 +131,8 @@ class RouterConfig:
     """How ``top_k`` of ``num_experts`` are chosen and weighted; ``kernels.router_topk`` has the formulas.
 
     ``wide``: logits are computed in float32 whatever the model's dtype. ``rounded``: weights are rounded to the
-    activations' dtype. ``bias`` is added to the logits, ``correction`` to the scores for the choice alone.
+    activations' dtype. ``bias``: one is added to the logits. ``correction``: one is added to the scores by which
+    experts are chosen, but not to their weights.
     """
 
     num_experts: int
@@ -153,7 +154,7 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class SharedExpertConfig:
-    """An expert that every token takes, its share weighted by a gate of its own if ``gated``."""
+    """An expert that every token takes. If ``gated``, its output is weighted by a gate of its own."""
 
     intermediate_size: int
     gated: bool = False
@@ -161,7 +162,7 @@ class SharedExpertConfig:
 
 @dataclass(frozen=True)
 class ClampConfig:
-    """gpt-oss's experts: ``(up + 1) * gate * sigmoid(alpha * gate)`` with both cut off at ``limit``, and biases."""
+    """gpt-oss's experts: ``(up + 1) * gate * sigmoid(alpha * gate)``, gate and up clamped at ``limit``, and biases."""
 
     alpha: float
     limit: float
@@ -171,7 +172,7 @@ class ClampConfig:
 class MoEConfig:
     """The feed-forward part: which ``layers`` have experts, in ascending order; the others have one dense network.
 
-    ``dense_intermediate_size`` is the width of that; 0 where no layer has one.
+    ``dense_intermediate_size`` is the width of the dense networks, 0 if no layer has one.
     """
 
     router: RouterConfig
@@ -184,7 +185,7 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class Multipliers:
-    """What Granite multiplies embeddings and each block's output by, and divides logits by."""
+    """Granite's factors of the embeddings and of each block's output, and the divisor of its logits."""
 
     embedding: float = 1.0
     residual: float = 1.0
@@ -196,11 +197,11 @@ NO_MULTIPLIERS = Multipliers()
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a checkpoint stores matrices that are no floats; ``experts/formats`` has a file on each method.
+    """How a checkpoint stores quantized matrices; ``experts/formats`` has a file for each method.
 
-    ``group`` is how many input features share a scale, 0 for all of them; fp8 and mxfp4 know it by themselves. The
-    rest is GPTQ's: ``symmetric`` says that all zero-points are 8, ``less_one`` that each is stored as one less than it
-    is, ``ordered`` that features are grouped in another order than their own.
+    ``group`` is how many input features share a scale, 0 for all of them; in fp8 and mxfp4 it is fixed and not used.
+    The others are GPTQ's: ``symmetric``: all zero-points are 8; ``less_one``: each is stored as one less than it is;
+    ``ordered``: features are grouped in another order than their own.
     """
 
     method: QuantMethod
@@ -220,7 +221,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Blocks:
-    """What the families differ in. ``mtp_layers`` count the layers behind the last that guess further tokens."""
+    """What the families differ in. ``mtp_layers`` counts the layers behind the last, which guess further tokens."""
 
     attention: AttentionConfig | LatentAttentionConfig
     rope: RopeConfig

@@ -14,7 +14,10 @@ MAX_BYTES = 2**63 - 1
 
 
 def parse_bytes(size: int | str) -> int:
-    """Bytes in ``size``: an integer, or text such as "4GiB" (1024s), "500MB" (1000s) or "4096"; else ConfigError."""
+    """The bytes of ``size``: an integer, or text such as "4GiB" (1024s), "500MB" (1000s) or "4096".
+
+    Raises ConfigError for anything else.
+    """
     match = SIZE.fullmatch(size) if isinstance(size, str) else None
     unit = UNITS.get(match[2].upper()) if match else None
     if match and unit:

@@ -27,7 +27,7 @@ class Phase(Enum):
 class ModelConfig:
     """An MoE transformer's hyper-parameters in one dialect; a family file maps ``config.json`` to it.
 
-    Sizes count elements (never bytes). ``dtype`` is that of what is not quantized.
+    Sizes count elements (never bytes). ``dtype`` is that of all weights that are not quantized.
     """
 
     model_type: str
@@ -45,7 +45,7 @@ class ModelConfig:
 
     @property
     def num_positions(self) -> int:
-        """Positions that the model knows; with YaRN, those that it is stretched to."""
+        """Positions that the model knows; with YaRN, the positions that it is stretched to."""
         yarn = self.blocks.rope.yarn
         stretched = 0 if yarn is None else int(yarn.factor * yarn.original_context)
         return max(self.max_position_embeddings, stretched)
@@ -75,7 +75,7 @@ class ModelConfig:
 class EngineConfig:
     """How a model is run; ``MoEModel.from_pretrained`` says what each option means.
 
-    Here memory sizes are bytes, and ``host_memory`` None is "auto" there. ConfigError for options that exclude
+    Here memory sizes are bytes, and ``host_memory`` None means its "auto". Raises ConfigError for options that exclude
     each other, and for values of another kind or out of range.
     """
 
@@ -119,7 +119,7 @@ class EngineConfig:
         host_memory: int | str | None = "auto",
         **others: Any,
     ) -> EngineConfig:
-        """A config from sizes as ``parse_bytes`` takes them, and ``others`` as they are; ConfigError as in both."""
+        """A config from sizes as ``parse_bytes`` takes them, and ``others`` as they are; raises the errors of both."""
         return cls(
             expert_memory=_given_bytes(expert_memory),
             memory=_given_bytes(memory),

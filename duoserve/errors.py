@@ -16,11 +16,11 @@ class CheckpointError(DuoServeError):
 
 
 class CutShortError(CheckpointError):
-    """A file ends before what it says it has."""
+    """A file is shorter than it says itself."""
 
 
 class MemoryBudgetError(DuoServeError):
-    """The memory that was allowed cannot hold what must be in it."""
+    """What must be in memory does not fit into the memory that is allowed or free."""
 
 
 class CopyError(DuoServeError):
@@ -44,7 +44,7 @@ class KernelError(DuoServeError, ValueError):
 
 
 class CompilerError(DuoServeError, RuntimeError):
-    """PyTorch's compiler has failed, or the C++ compiler that it calls; the message is the first that it says."""
+    """PyTorch's compiler, or the C++ compiler that it calls, has failed; the message is the first that it reports."""
 
 
 class TraceError(DuoServeError):
@@ -59,5 +59,5 @@ class OverloadedError(DuoServeError):
         self.retry_after_s = retry_after_s
 
     def __reduce__(self) -> tuple[type[OverloadedError], tuple[str, float]]:
-        """What copies are made from, also in another process: they need both arguments."""
+        """Copies, also in another process, are made with both arguments, which ``args`` does not keep."""
         return type(self), (str(self), self.retry_after_s)

@@ -1,6 +1,6 @@
-"""What passes between a service and those who ask it for text: objectives, pieces of text, figures.
+"""What passes between a service and its callers: objectives, pieces of text, figures.
 
-The engine's thread makes them, an event loop reads them, so all are immutable.
+The engine's thread makes them and an event loop reads them, so all are immutable.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Literal
 from duoserve.errors import ConfigError, RequestError
 from duoserve.metrics import Stats
 
-MAX_LOGPROBS = 20  # of the likeliest tokens at a place
+MAX_LOGPROBS = 20  # so many of the likeliest tokens at a place can be reported at most
 _SECONDS = "must be a finite number of seconds above 0, or None"
 FinishReason = Literal["stop", "length", "abort", "error"]  # why a request has ended
 
 
 class State(StrEnum):
-    """Whether a service takes requests. ``DRAINING``: it finishes those that it has. ``DEAD``: it never will again."""
+    """Whether a service takes requests. ``DRAINING``: it only finishes those that it has. ``DEAD``: it has ended."""
 
     READY = "ready"
     DRAINING = "draining"
@@ -29,7 +29,10 @@ class State(StrEnum):
 
 
 def _checked_seconds(name: str, value: object) -> float | None:
-    """Numbers of any kind as floats: the service's thread computes with them, where whatever goes wrong ends it."""
+    """A number of any kind as a float, checked here: an error in the service's thread would end the service.
+
+    Raises RequestError for what is not above 0 and finite.
+    """
     if value is None:
         return None
     try:
@@ -43,9 +46,9 @@ def _checked_seconds(name: str, value: object) -> float | None:
 
 @dataclass(frozen=True)
 class Objectives:
-    """What a request hopes for, in seconds: its first token after ``ttft_s``, each later one after ``tpot_s``.
+    """What a request hopes for, in seconds: its first token after ``ttft_s``, a later one every ``tpot_s``.
 
-    RequestError for what is not above 0 and finite.
+    Raises RequestError for what is not above 0 and finite.
     """
 
     ttft_s: float | None = None
@@ -56,32 +59,32 @@ class Objectives:
         object.__setattr__(self, "tpot_s", _checked_seconds("tpot_s", self.tpot_s))
 
     def or_else(self, defaults: Objectives) -> Objectives:
-        """These, and those of ``defaults`` where there is none."""
+        """These objectives; where one is None, that of ``defaults``."""
         return Objectives(
             defaults.ttft_s if self.ttft_s is None else self.ttft_s,
             defaults.tpot_s if self.tpot_s is None else self.tpot_s,
         )
 
     def met(self, ttft_s: float | None, tpot_s: float | None) -> bool:
-        """Whether a first token after ``ttft_s`` and later ones every ``tpot_s`` are in time; None is not late yet."""
+        """Whether a first token after ``ttft_s`` and later ones every ``tpot_s`` meet these. None: not late yet."""
         pairs = (ttft_s, self.ttft_s), (tpot_s, self.tpot_s)
         return all(took is None or limit is None or took <= limit for took, limit in pairs)
 
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """How a service shares the model out. At most ``max_batch`` requests run at once, ``max_waiting`` wait.
+    """How a service shares the model among requests. At most ``max_batch`` run at once, and ``max_waiting`` wait.
 
     ``scheduler`` "slo" starts the request with the least slack first and slices prefills between decode steps; "fcfs"
-    goes by arrival, a whole prefill at a time. ``admission`` "strict" refuses at once what would miss its objectives,
-    though not the first to come where nobody has been served for some seconds; "late" serves it late. ``objectives``
-    are those of requests that bring none of their own.
+    goes by arrival, a whole prefill at a time. ``admission`` "strict" refuses at once a request that would miss its
+    objectives, except the first to come after some idle seconds; "late" serves it late. ``objectives`` are those of
+    requests that bring none of their own.
 
-    An answer gets room for ``answer_room`` tokens in the KV cache, and a page more whenever it has filled it, not room
-    for all that it may have: most end earlier. Where no room is left the last to start make way, and catch up later.
-    Neither those, nor requests for which ``max_batch`` still has a place, count in ``max_waiting``.
+    An answer starts with room for ``answer_room`` tokens in the KV cache and gets a page more whenever it has filled
+    it: most answers end long before their limit. Where no room is left, the requests started last make way, and catch
+    up later. Neither these, nor requests for which ``max_batch`` still has a place, count in ``max_waiting``.
 
-    ConfigError for a value of another kind, or out of range.
+    Raises ConfigError for a value of another kind, or out of range.
     """
 
     max_batch: int = 16
@@ -112,7 +115,7 @@ def _check_count(name: str, value: object, least: int) -> None:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural log of the probability of ``token_id`` before any sampling rule, and of the likeliest at its place."""
+    """Natural logs of probabilities before any sampling rule: of ``token_id``, and of the likeliest at its place."""
 
     token_id: int
     logprob: float
@@ -121,7 +124,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a request gained. ``finish_reason`` is None but in its last piece: "stop" or "length" there.
+    """New text and tokens of a request. Only the last piece has a ``finish_reason``, "stop" or "length".
 
     ``text`` is empty while characters are incomplete or may begin a stop string, and without a tokenizer.
     """
@@ -134,7 +137,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Times:
-    """When things happened to one request, in seconds of ``time.monotonic``; None for what has not happened."""
+    """When each stage of a request was reached, in seconds of ``time.monotonic``; None: not yet."""
 
     arrived: float
     admitted: float | None = None
@@ -144,11 +147,11 @@ class Times:
 
 @dataclass(frozen=True)
 class ServiceFigures:
-    """A service since its start. ``finished`` counts requests by why they have ended.
+    """Figures of a service since its start. ``finished`` counts requests by the reason why they ended.
 
-    ``attained`` counts those that finished inside all of their objectives, of ``with_objectives`` that had any;
-    ``sent_back`` how often one made way in the KV cache.
-    ``stats`` are those of a single call, over all passes so far; times and rates of one request mean nothing there.
+    ``attained`` counts those that finished within all of their objectives, of ``with_objectives`` that had any;
+    ``sent_back`` counts how often a request made way in the KV cache. ``stats`` are as for a single call, over all
+    passes so far; their times and rates of one request mean nothing here.
     """
 
     state: State

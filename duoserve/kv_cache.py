@@ -23,7 +23,7 @@ PAGE_TOKENS = 64
 
 
 def pages_for(num_tokens: int) -> int:
-    """Pages that so many tokens take."""
+    """The number of pages that ``num_tokens`` tokens take."""
     return -(-num_tokens // PAGE_TOKENS)
 
 
@@ -34,10 +34,10 @@ def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 class NewTokens(NamedTuple):
-    """The new tokens of a pass and where they go, on the host: what a Batch is made from.
+    """The new tokens of a pass and where they go, on the host; a Batch is made from it.
 
-    ``token_ids``, ``positions`` and ``rows`` (of the cache: ``page * S + place``) are by new token; ``spans``,
-    ``lengths`` and ``page_table`` by sequence. The page table has -1 behind a sequence's pages.
+    ``token_ids``, ``positions`` and ``rows`` (of the cache: ``page * S + place``) have an entry for each new token;
+    ``spans``, ``lengths`` and ``page_table`` for each sequence. The page table has -1 behind a sequence's pages.
     """
 
     token_ids: list[int]
@@ -93,7 +93,7 @@ class PagedKVCache:
         return pages_for(num_tokens) * PAGE_TOKENS
 
     def reserve(self, sequence: SequenceKV, num_tokens: int) -> None:
-        """Gives ``sequence`` pages for ``num_tokens`` tokens in all; MemoryBudgetError when too few are free."""
+        """Gives ``sequence`` pages for ``num_tokens`` tokens in all; raises MemoryBudgetError if too few are free."""
         missing = pages_for(num_tokens) - len(sequence.pages)
         if missing > len(self._free):
             raise MemoryBudgetError(
@@ -111,19 +111,19 @@ class PagedKVCache:
 
     @property
     def free_tokens(self) -> int:
-        """Tokens of context that the pages which no sequence has hold together."""
+        """Tokens of context that all free pages hold together."""
         return len(self._free) * PAGE_TOKENS
 
     def check_integrity(self, sequences: Seq[SequenceKV]) -> None:
-        """IntegrityError unless every page is free or belongs to one of ``sequences``, which are all that there are."""
+        """Raises IntegrityError unless every page is free or belongs to one of ``sequences`` (all that there are)."""
         pages = sorted([*self._free, *(page for sequence in sequences for page in sequence.pages)])
         if pages != list(range(self.num_pages)):
             raise IntegrityError(f"pages {pages} are free or lent, but there are {self.num_pages}, each once")
 
     def extend(self, tokens_of: Seq[tuple[SequenceKV, Seq[int]]]) -> NewTokens:
-        """Places each sequence's new tokens, for which it must have pages; advances their lengths.
+        """Places each sequence's new tokens and advances its length.
 
-        IntegrityError where it has not: the kernels write where these rows say and check nothing.
+        Raises IntegrityError if a sequence has too few pages for them: kernels write to these rows without a check.
         """
         token_ids: list[int] = []
         positions: list[int] = []
@@ -163,7 +163,7 @@ class PagedKVCache:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
     def _page_table(self, sequences: Seq[SequenceKV]) -> list[list[int]]:
-        """The pages [B][M] of each sequence, -1 after its last; M is a power of two, so that few shapes occur."""
+        """The pages [B][M] of each sequence, -1 behind its last; M is a power of two, so that few shapes occur."""
         longest = max(len(sequence.pages) for sequence in sequences)
         width = min(1 << (longest - 1).bit_length(), self.num_pages)
         return [sequence.pages + [-1] * (width - len(sequence.pages)) for sequence in sequences]
@@ -173,7 +173,7 @@ class PagedKVCache:
 class BatchKV:
     """The KV store of one forward pass: where its new tokens go, and which pages each sequence reads.
 
-    ``new_tokens`` has the pages and lengths of its sequences on the host, without which no ``context`` can be read.
+    ``context`` needs ``new_tokens``, which has the pages and lengths of the sequences on the host.
     """
 
     cache: PagedKVCache
@@ -193,7 +193,7 @@ class BatchKV:
 
     @cached_property
     def _contexts(self) -> tuple[slice | Tensor, ...]:
-        """The rows of each sequence's context, which the passes that read by page table never ask for."""
+        """The rows of each sequence's context; passes that read by page table do not need them."""
         assert self.new_tokens is not None, "a recorded step reads contexts by page table"
         tables = zip(self.new_tokens.page_table, self.new_tokens.lengths, strict=True)
         return tuple(context_rows(pages, length, PAGE_TOKENS) for pages, length in tables)

@@ -1,4 +1,4 @@
-"""``MoEModel``: the public face. A checkpoint goes in, text comes out; what moves in between is the scheduler's affair.
+"""``MoEModel``, the public face: a checkpoint goes in, and text comes out.
 
 T tokens, V vocabulary.
 """
@@ -36,8 +36,9 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Completion:
-    """What a prompt became. ``text`` is None when the checkpoint has no tokenizer; ``finish_reason`` is "stop" (an end
-    token, which is in ``token_ids`` alone, or a stop string) or "length"; ``stats`` covers the call that made it.
+    """The answer to a prompt. ``text`` is None if the checkpoint has no tokenizer. ``finish_reason`` is "length" or
+    "stop": a stop string, or an end token, which is in ``token_ids`` but not in ``text``. ``stats`` are of the whole
+    call.
     """
 
     text: str | None
@@ -49,7 +50,7 @@ class Completion:
 class MoEModel:
     """A Mixture-of-Experts model with some of its experts in fast memory. Make one with :meth:`from_pretrained`.
 
-    One request runs at a time: other threads wait their turn. Use it as a context manager, or call :meth:`close`.
+    One call runs at a time, and other threads wait for their turn. Use it as a context manager, or call :meth:`close`.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -78,13 +79,13 @@ class MoEModel:
     ) -> MoEModel:
         """Loads a folder, a hub id, or an embedded model ("bard", "bard-fine").
 
-        At most one of these caps fast memory; with none, experts get as many slots as fit, with all else, in 80 % of
-        what is free. Sizes are bytes, or text such as "4GiB".
+        At most one of these caps fast memory. Without any, there are as many slots as fit into 80 % of the free memory
+        together with all else. Sizes are bytes, or text such as "4GiB".
 
-        - ``expert_slots``: so many slots, or a share of all experts such as "25%";
+        - ``expert_slots``: the number of slots, or a share of all experts such as "25%";
         - ``expert_memory``: the bytes of all slots together;
-        - ``memory``: everything on the device: slots, dense weights, KV cache, workspace. On a GPU it counts one
-          calling thread; cuBLAS takes up to 64 MiB more for each further one.
+        - ``memory``: everything on the device: slots, dense weights, KV cache, workspace. On a GPU this counts one
+          calling thread; cuBLAS takes up to 64 MiB more for each further thread.
 
         The other options:
 
@@ -92,30 +93,30 @@ class MoEModel:
         - ``device``: "cpu", "cuda", or "auto": a GPU if there is one.
         - ``dtype``: "float32", "float16" or "bfloat16", for weights that are not quantized, or "auto": the
           checkpoint's.
-        - ``host_memory``: RAM for packed experts, beside the cap; the others stay on disk. "auto": none on a CPU,
-          80 % of the free RAM behind a GPU.
+        - ``host_memory``: RAM for packed experts, in addition to the cap; the other experts stay on disk. "auto": none
+          on a CPU, 80 % of the free RAM with a GPU.
         - ``policy``: a name, a :class:`Policy`, or "auto": "resident" if every expert has a slot, else what ``duoserve
           evaluate`` recommends for this model, with its predictor, else "duoserve".
         - ``predictor``: a file that ``duoserve train-predictor`` wrote, a :class:`Predictor`, or "auto": the file
-          beside the model. Only policies that guess in decode use it. None: the one that policy "auto" brings, else no
-          guesses.
-        - ``max_context``: the tokens of the KV cache, over all running sequences; None: the model's positions, at
-          most 4096.
+          beside the model. Only policies that guess in decode use it. None: the predictor that policy "auto" brings,
+          else no guesses.
+        - ``max_context``: the tokens of the KV cache, over all running sequences; None: as many as the model has
+          positions, at most 4096.
         - ``copy_threads``: threads that bring experts into slots while the model computes.
         - ``decode_mode``: on a GPU "graph" (a decode step is one CUDA graph, which takes all experts in pinned RAM, or
           in slots under "resident"), "event" (layer by layer) or "auto" (whichever suits the measured link). On a CPU
-          "auto" (op by op) or "compiled", which takes a C++ compiler: faster prompts, and faster steps of up to 16
-          requests, for some seconds more when the model is loaded, and when there first are several requests.
-        - ``quantize``: of experts that the checkpoint has in floats, and of nothing else, "int8" and "int4" make
-          smaller and less exact ones; "bf12" makes bfloat16 ones about a quarter smaller, and keeps every bit.
+          "auto" (op by op) or "compiled", which needs a C++ compiler: prompts, and steps of up to 16 requests, are
+          faster, for some more seconds when the model is loaded and when several requests first run at once.
+        - ``quantize``: stores experts that the checkpoint has in floats, and nothing else, in a smaller format. "int8"
+          and "int4" are less exact; "bf12" makes bfloat16 experts about a quarter smaller and keeps every bit.
         - ``invariant``: a request has the same bits alone and in any batch. On a CPU only; decode steps then multiply
           row by row, which takes longer.
-        - ``cache_dir``: where experts are packed on first use, unless all have slots or wait in RAM, and where choices
-          of ``duoserve evaluate`` may lie; None: ``$DUOSERVE_CACHE``, else ``~/.cache/duoserve``.
+        - ``cache_dir``: where experts are packed on first use, unless all have slots or wait in RAM, and where
+          recommendations of ``duoserve evaluate`` may lie; None: ``$DUOSERVE_CACHE``, else ``~/.cache/duoserve``.
 
-        Raises ConfigError, CheckpointError, MemoryBudgetError or, for a predictor that is not there or is of another
-        model, TraceError: before anything large is allocated, where that can be known by then. CopyError if an expert
-        cannot be brought or made smaller.
+        Raises ConfigError, CheckpointError or MemoryBudgetError, TraceError if the predictor is missing or of another
+        model, and CopyError if an expert cannot be brought or quantized. What can be known before anything large is
+        allocated is raised before.
         """
         wanted = EngineConfig.of(
             device=device,
@@ -139,12 +140,12 @@ class MoEModel:
 
     @property
     def memory(self) -> MemoryPlan:
-        """What the memory was divided into when the model was loaded."""
+        """How memory was divided when the model was loaded."""
         return self._runtime.plan
 
     @property
     def text(self) -> Text | None:
-        """The checkpoint's tokenizer, None where it has none."""
+        """The checkpoint's tokenizer, None if it has none."""
         return self._runtime.text
 
     @property
@@ -154,7 +155,7 @@ class MoEModel:
 
     @property
     def chat_template(self) -> ChatTemplate | None:
-        """The checkpoint's chat template, None where it has none."""
+        """The checkpoint's chat template, None if it has none."""
         return self._runtime.chat_template
 
     @property
@@ -186,8 +187,8 @@ class MoEModel:
     ) -> Completion | list[Completion]:
         """Completes one prompt (text or token ids), or a list of prompts in shared passes over the experts.
 
-        ``changes`` override fields of ``params``. Raises RequestError for what cannot be served, CopyError when an
-        expert cannot be brought, MemoryBudgetError when memory is refused; the model stays usable after any of them.
+        ``changes`` override fields of ``params``. Raises RequestError for what cannot be served, CopyError if an
+        expert cannot be brought, MemoryBudgetError if memory is refused; the model stays usable after each of them.
         """
         single = is_one(prompt)
         prompts: Sequence[Any] = [prompt] if single else prompt
@@ -220,7 +221,10 @@ class MoEModel:
         return _completion(request, writer, stats)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; RequestError for text that cannot be encoded, or without a tokenizer. Any thread."""
+        """The token ids of a prompt; may be called from any thread.
+
+        Raises RequestError for text that cannot be encoded, or if there is no tokenizer.
+        """
         return encode(self._runtime.text, prompt)
 
     def forward(self, token_ids: Sequence[int]) -> Tensor:
@@ -232,9 +236,10 @@ class MoEModel:
     def lend(self) -> Iterator[Runtime]:
         """Hands the runtime to a service. Build the service inside the block.
 
-        When the block ends well, the service alone runs the engine until the model is closed, and ``generate``,
-        ``stream`` and ``forward`` raise RequestError. If the block raises, the model stays usable. Waits for a call
-        that runs; calls that come meanwhile wait for the block. RequestError if another service has the model.
+        If the block ends without an error, only the service runs the engine until the model is closed, and
+        ``generate``, ``stream`` and ``forward`` raise RequestError. If the block raises, the model stays usable. Waits
+        for a running call; calls that come meanwhile wait for the block. Raises RequestError if another service has
+        the model.
         """
         with self._turns.lend() as runtime:
             yield runtime
@@ -242,9 +247,9 @@ class MoEModel:
     def close(self) -> None:
         """Releases threads, files and memory; calling it again does nothing.
 
-        It waits for the step that another thread computes, whose call then raises ClosedError, or for its ``forward``,
-        which comes to its end. Those who wait for their turn get ClosedError. A service ends first, its requests with
-        ClosedError.
+        Waits for the step that another thread's call computes, after which that call raises ClosedError, or for the
+        end of its ``forward``. Calls that wait for their turn raise ClosedError. A service is ended first, and its
+        requests end with ClosedError.
         """
         self._turns.close()
 
@@ -259,7 +264,7 @@ class MoEModel:
         return self._turns.runtime
 
     def _pieces(self, writers: Mapping[Request, Writer]) -> Generator[str, None, Stats]:
-        """Yields text as it becomes certain, and returns the figures as they are before another call has its turn."""
+        """Yields text as it becomes certain; returns the figures, taken before another call has its turn."""
         meter = self._runtime.meter
         with self._turns.tokens(list(writers)) as tokens:
             for request, token in tokens:
@@ -269,7 +274,7 @@ class MoEModel:
 
 
 def _exhaust(generator: Generator[object, None, Result]) -> Result:
-    """Runs ``generator`` to its end; gives what it returns, and drops what it yields."""
+    """Runs ``generator`` to its end and gives what it returns; what it yields is dropped."""
     while True:
         try:
             next(generator)
@@ -279,7 +284,7 @@ def _exhaust(generator: Generator[object, None, Result]) -> Result:
 
 
 def _completion(request: Request, writer: Writer, stats: Stats) -> Completion:
-    text = writer.finish(request)  # which may find out why it ended
+    text = writer.finish(request)  # before finish_reason is read: this may find a stop string
     return Completion(text, request.output_ids, request.finish_reason or "length", stats)
 
 

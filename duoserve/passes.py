@@ -1,4 +1,4 @@
-"""Forward passes: decode steps, and prefills that decode steps may come between.
+"""Forward passes: decode steps, and prefills between whose layers decode steps may come.
 
 T tokens, B sequences, V vocabulary.
 """
@@ -22,7 +22,7 @@ from duoserve.torch_modes import inference
 
 
 class StepScheduler(Protocol):
-    """What passes need of the scheduler: they tell it when each pass begins, pauses, resumes and ends."""
+    """The part of the scheduler that passes use: they tell it when each pass begins, pauses, resumes and ends."""
 
     def begin(self, phase: Phase, num_tokens: int) -> None: ...
 
@@ -40,18 +40,18 @@ class StepScheduler(Protocol):
 
 
 class DecodeStep(Protocol):
-    """Computes a decode step in the model's place. The logits have the model's bits, unless the step is compiled."""
+    """Computes a decode step instead of the model. The logits have the model's bits, unless the step is compiled."""
 
     def __call__(self, new_tokens: NewTokens) -> Tensor:
-        """Takes B sequences with one new token each; gives float32 logits [B, V] on the host, one row a sequence."""
+        """Takes one new token of each of B sequences; gives float32 logits [B, V] on the host, a row a sequence."""
         ...
 
 
 class Decoder(DecodeStep, Protocol):
-    """Computes decode steps of every size in the model's place."""
+    """Computes decode steps of every size instead of the model."""
 
     def prepare(self, num_sequences: int) -> None:
-        """Records or compiles now what the first steps of up to ``num_sequences`` sequences would wait for."""
+        """Records or compiles now what the first steps of up to ``num_sequences`` sequences would have to wait for."""
         ...
 
 
@@ -59,8 +59,8 @@ class Decoder(DecodeStep, Protocol):
 class Prefill:
     """The prompts of ``requests`` in one pass.
 
-    ``late`` keeps the routing until the pass has ended, if decode steps may interrupt it and somebody listens. While it
-    is ``paused``, decode steps have the scheduler.
+    ``late`` keeps the routing until the pass has ended; it is None unless decode steps may interrupt the pass and there
+    is a listener. While the prefill is ``paused``, decode steps have the scheduler.
     """
 
     requests: list[Request]
@@ -78,8 +78,8 @@ class Prefill:
 class Passes:
     """Runs the passes of ``model``. One prefill may be under way at a time, with decode steps between its layers.
 
-    ``tap`` is given if somebody listens to the routers; it hears each pass without others in between. ``decoder``, if
-    given, computes the decode steps.
+    ``tap`` is given if there are listeners to the routers; it hears each pass as a whole, with no other in between.
+    ``decoder``, if given, computes the decode steps.
     """
 
     def __init__(  # noqa: PLR0913
@@ -121,10 +121,10 @@ class Passes:
 
     @inference()
     def decode(self, requests: Sequence[Request]) -> Tensor:
-        """Takes one token of each of B requests through the model; float32 logits [B, V] of the tokens behind them.
+        """Takes one token of each of B requests through the model; gives float32 logits [B, V] of the next tokens.
 
-        It is a request's last token or, while one that was sent back catches up, an earlier one. A prefill that is
-        under way is paused.
+        The token is a request's last one or, while a request that was sent back catches up, an earlier one. A prefill
+        that is under way is paused.
         """
         fresh = [(request.kv, request.next_ids) for request in requests]
         if self._prefill is not None and not self._prefill.paused:
@@ -150,7 +150,7 @@ class Passes:
 
     @inference()
     def advance(self, prefill: Prefill, num_layers: int) -> Tensor | None:
-        """Computes the next layers of a prefill; behind the last, float32 logits [B, V] of each prompt's last token."""
+        """Computes the next layers of a prefill; after the last, gives float32 logits [B, V] of each prompt's end."""
         if prefill.late is not None and self._tap is not None:
             self._tap.follow(prefill.late)
         logits_BV = None
@@ -170,7 +170,7 @@ class Passes:
         return logits_BV
 
     def abandon(self, prefill: Prefill) -> None:
-        """Drops a prefill that has not come to its last layer. Does nothing to one that has ended."""
+        """Drops a prefill that has not come to its last layer. Does nothing if it has ended."""
         if self._prefill is not prefill:
             return
         if prefill.paused:
@@ -180,12 +180,12 @@ class Passes:
             self._end(prefill)
 
     def end_all(self) -> None:
-        """Drops all that is under way: it may be more than is known of, for an interrupt may come between the two."""
+        """Drops all passes under way. After an interrupt the scheduler may have one that is not noted here."""
         self._scheduler.end_all()
         self._prefill = None
 
     def check_integrity(self) -> None:
-        """IntegrityError if the books of the slots disagree, or a hold has outlived its pass."""
+        """Raises IntegrityError if the books of the slots disagree, or if a hold has outlived its pass."""
         self._scheduler.check_integrity()
 
     def _go_on(self, prefill: Prefill) -> None:
@@ -208,7 +208,7 @@ class Passes:
                 self._scheduler.end()
 
     def _announce(self, phase: Phase, fresh: Iterable[tuple[int, Sequence[int]]]) -> None:
-        """Tells the tap whose token each row of the coming pass is."""
+        """Tells the tap which request each row of the coming pass belongs to."""
         if self._tap is not None:
             self._tap.begin(phase, _rows(fresh))
 

@@ -13,7 +13,7 @@ from duoserve.errors import RequestError
 from duoserve.moe_model import MoEModel
 
 WINDOW = 1024  # tokens of one pass
-OVERLAP = 256  # of them were in the pass before, so that every token but the first ones has at least so many before it
+OVERLAP = 256  # tokens repeated from the pass before, so that all but the first tokens have at least these before them
 
 
 class TextScore(NamedTuple):
@@ -24,7 +24,7 @@ class TextScore(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """The number of equally likely tokens that each might as well have been drawn from."""
+        """The number of equally likely tokens with the same surprise."""
         return math.exp(self.nats / self.tokens)
 
     def bits_per_byte(self, nbytes: int) -> float:
@@ -33,15 +33,15 @@ class TextScore(NamedTuple):
 
 
 def check_length(token_ids: Sequence[int]) -> None:
-    """RequestError: there are fewer than two, so that none is foretold."""
+    """Raises RequestError if there are fewer than two tokens, so that none is foretold."""
     if len(token_ids) < 2:
         raise RequestError(f"{len(token_ids)} tokens are no text that could be foretold: at least 2 are needed")
 
 
 def score(model: MoEModel, token_ids: Sequence[int]) -> TextScore:
-    """Every token but the first, foretold from those before it. RequestError: there are fewer than two.
+    """Scores every token but the first by those before it. The model must take WINDOW tokens at once.
 
-    The model must take WINDOW tokens at once.
+    Raises RequestError if there are fewer than two tokens.
     """
     check_length(token_ids)
     ids_T, nats, known = torch.tensor(token_ids, device="cpu"), 0.0, 1

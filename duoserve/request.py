@@ -13,10 +13,11 @@ from duoserve.sampling import SamplingParams
 
 @dataclass(eq=False)
 class Request:
-    """``finish_reason`` is None while it runs.
+    """A prompt, its parameters, and what has become of it so far; ``finish_reason`` is None until it has ended.
 
-    ``number`` is the engine's, from 0 in the order of arrival. ``num_logprobs`` (None: none are wanted) is how many of
-    the likeliest tokens to report at each place. Times are seconds on the engine's clock, None for what is to come.
+    The engine gives it its ``number``, from 0 in the order of arrival. ``num_logprobs`` is how many of the likeliest
+    tokens to report at each place, None: no log-probabilities. Times are seconds on the engine's clock, None for what
+    has not happened.
     """
 
     prompt_ids: list[int]
@@ -40,32 +41,32 @@ class Request:
 
     @property
     def num_known(self) -> int:
-        """Tokens of context that there are so far."""
+        """Tokens of the prompt and of the answer so far."""
         return len(self.prompt_ids) + len(self.output_ids)
 
     def room(self, answer_room: int) -> int:
-        """Tokens of context that it starts with room for: ``answer_room`` beyond those that it has."""
+        """Tokens of context that it starts with room for: ``answer_room`` beyond those known, at most all it needs."""
         return min(self.num_tokens, self.num_known + answer_room)
 
     @property
     def may_grow(self) -> bool:
-        """Whether it may come to need more room than it has; its last token needs none."""
+        """Whether it may come to need more room in the KV cache than it has; its last token needs none."""
         return self.kv.room < self.num_tokens - 1
 
     @property
     def next_ids(self) -> list[int]:
-        """What a decode step computes next: its last token, or the first of those whose room was taken from it."""
+        """The token that a decode step computes next: its last, or the first that is no longer in the KV cache."""
         place = self.kv.length - len(self.prompt_ids)
         return self.output_ids[place : place + 1]
 
     @property
     def caught_up(self) -> bool:
-        """Whether all of its tokens are computed, so that the logits are those of a new one."""
+        """Whether all of its tokens are in the KV cache, so that the next logits are those of a new token."""
         return self.kv.length == self.num_known
 
     @property
     def attained(self) -> bool:
-        """Whether the tokens that it has came inside its objectives: the first, and the others on the average."""
+        """Whether its tokens so far have met its objectives: the first token, and the others on average."""
         if self.arrived is None or self.first_token is None or self.last_token is None:
             return False
         others = len(self.output_ids) - 1
@@ -75,17 +76,16 @@ class Request:
     def finish(self, reason: FinishReason) -> None:
         """Ends the request before its next token.
 
-        The first reason given stays, but for the "length" of a request whose last token turns out to complete a stop
-        string.
+        The first reason given stays, except that "stop" replaces "length": its last token may complete a stop string.
         """
         if self.finish_reason is None or (self.finish_reason, reason) == ("length", "stop"):
             self.finish_reason = reason
 
 
 class Produced(NamedTuple):
-    """What a step came to for one request: a ``token``, or the ``error`` that has ended it.
+    """The result of a step for one request: a ``token``, or the ``error`` that has ended the request.
 
-    An error, and its causes, come without tracebacks: several requests may be told of one cause.
+    An error and its causes come without tracebacks, as several requests may share one cause.
     """
 
     request: Request

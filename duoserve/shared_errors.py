@@ -1,4 +1,4 @@
-"""An error that others are told of than the one whose call has raised it: without tracebacks, a copy for each."""
+"""Errors that are told to other callers than the one whose call raised them: without tracebacks, a copy for each."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from duoserve.errors import DuoServeError
 def drop_tracebacks(error: BaseException) -> None:
     """Drops the tracebacks of ``error`` and its causes, before it is handed to another caller.
 
-    Their frames, which are cleared, and those that had called them keep tensors, and the engine itself: whoever kept
-    the error would keep these alive. Nobody may have been told before: a coroutine that had would end where it waits.
+    A traceback's frames hold tensors and the engine; whoever keeps the error keeps them alive, so they are cleared.
+    Call this before anyone is told: clearing the frame of a coroutine that waits again would end it.
     """
     at: BaseException | None = error
     while at is not None:
-        traceback.clear_frames(at.__traceback__)  # which may have been written down: a log keeps it too
+        traceback.clear_frames(at.__traceback__)  # a log may keep the traceback itself
         at.__traceback__ = None
         at = at.__cause__
 
 
 def own_copy(error: DuoServeError) -> DuoServeError:
-    """``error`` again, for one of several who are told: each raises its own, whose traceback is nobody else's.
+    """A copy of ``error`` for one of several callers: each raises its own, so that no two share a traceback.
 
-    Its cause is everybody's: tracebacks are dropped before the first is told.
+    The copies share their cause, so call ``drop_tracebacks`` before the first is handed out.
     """
     twin = copy.copy(error)
     twin.__cause__ = error.__cause__

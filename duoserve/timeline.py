@@ -1,4 +1,4 @@
-"""When two lanes were busy: how long copies ran, and for how much of that the compute lane was at work too.
+"""Busy times of two lanes: how long copies ran, and for how much of that the compute lane was busy too.
 
 All times are seconds on one clock.
 """
@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 
 Interval = tuple[float, float]
 
-# Intervals kept before the older half is folded into sums. A copy that runs while this many others come and go would
-# lose the part of it that was folded away, which is why the number is generous.
+# So many intervals are kept before the older half is folded into sums. A copy that runs while this many others come and
+# go loses the part of it that was folded away, so the number is generous.
 FOLD_AT = 4096
 
 
@@ -36,8 +36,8 @@ class Timeline:
     def add_stall(self, start: float, stop: float) -> float:
         """The compute lane waited from ``start`` to ``stop``, which is not in the future.
 
-        Gives how many seconds of that it had been busy for, and now has not; they are not given twice. Stalls may come
-        late, and in any order.
+        Gives the seconds of this interval that had been counted as busy and no longer are, so none are given twice.
+        Stalls may be added late, and in any order.
         """
         with self._lock:
             since = self._computing_since
@@ -67,7 +67,7 @@ class Timeline:
             return self._transfer + _seconds_in(copies), self._overlap + overlap
 
     def _cut(self, start: float, stop: float) -> float:
-        """The compute lane was idle after all; gives the seconds that this changes."""
+        """Takes an interval out of the compute lane's busy time; gives the seconds that were taken out."""
         first = bisect_right(self._computes, start, key=lambda busy: busy[1])
         last = bisect_left(self._computes, stop, key=lambda busy: busy[0])
         within = self._computes[first:last]
@@ -115,7 +115,7 @@ def _seconds_in(intervals: Iterable[Interval]) -> float:
 
 
 def _common(left: Sequence[Interval], right: Sequence[Interval]) -> list[Interval]:
-    """What two ordered lists of disjoint intervals have in common, as such a list."""
+    """The intersection of two ordered lists of disjoint intervals, as such a list."""
     common: list[Interval] = []
     i = j = 0
     while i < len(left) and j < len(right):

@@ -1,7 +1,7 @@
-"""What a program around us has set for its thread in torch does not hold for our work.
+"""Keeps torch modes that the calling program has set for its thread away from our work.
 
-What it has set for the whole process is left alone, and does: where torch.set_float32_matmul_precision allows products
-in fewer bits, ours have these too.
+Settings for the whole process are left alone and apply to us too: where torch.set_float32_matmul_precision allows
+products in fewer bits, ours are computed in these.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-# Autocast is a switch for each kind of device, and what a model on a GPU does not compute there, the host does.
+# Autocast has a switch for each kind of device, and a model on a GPU computes some things on the host.
 KINDS = ("cpu", "cuda")
 
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Inside, ops have the dtypes of their operands, whatever torch.autocast is around."""
+    """Inside, ops compute in the dtypes of their operands, even within torch.autocast."""
     with ExitStack() as held:
         for kind in KINDS:
             if torch.is_autocast_enabled(kind):
@@ -29,7 +29,7 @@ def without_autocast() -> Iterator[None]:
 def as_in_new_thread() -> Iterator[None]:
     """Inside, torch is as a new thread finds it: for tensors that other threads write to, or that have gradients.
 
-    Those made in torch's inference mode can be written to by nobody who is not in it. Autocast is off too.
+    A tensor made in torch's inference mode cannot be written to outside of that mode. Autocast is off too.
     """
     with torch.inference_mode(False), without_autocast():
         yield
@@ -37,6 +37,6 @@ def as_in_new_thread() -> Iterator[None]:
 
 @contextmanager
 def inference() -> Iterator[None]:
-    """Torch's inference mode, without autocast: for passes and all that is made ready for them."""
+    """Torch's inference mode, without autocast: for passes and for all that is prepared for them."""
     with torch.inference_mode(), without_autocast():
         yield

@@ -28,9 +28,10 @@ from duoserve.traces.trace_file import TraceWriter, open_trace
 
 @dataclass(frozen=True)
 class RecordingSpec:
-    """What is run for a trace: ``params`` for every prompt, but with the prompt's number added to their seed.
+    """How a trace is recorded: every prompt is run with ``params``, the prompt's number added to their seed.
 
-    ``resume``: ``out`` has the first of the prompts, and the rest is added. ``append``: ``out`` has other requests.
+    ``resume``: ``out`` has the first of the prompts already, and the others are added. ``append``: ``out`` has other
+    requests, and all prompts are added.
     """
 
     out: Path
@@ -50,8 +51,8 @@ def record(  # noqa: PLR0913
 ) -> Trace:
     """Runs ``prompts`` one after the other, and gives the trace that is then in ``recording.out``.
 
-    TraceError if a file is in the way, or holds another model's trace or one that was made otherwise; RequestError for
-    a prompt that cannot be served, before the first is run.
+    Raises TraceError if a file is in the way, or if it has the trace of another model or of other settings, and
+    RequestError for a prompt that cannot be served, before the first is run.
     """
     if _is_in_the_way(recording.out) and not (recording.resume or recording.append):
         raise TraceError(f"{recording.out}: exists; --resume finishes it, --append adds to it, or give another --out")
@@ -76,13 +77,13 @@ def record(  # noqa: PLR0913
 
 
 def _conditions(dtype: torch.dtype, quantize: str | None, params: SamplingParams) -> str:
-    """What requests of one trace must have in common; their number of tokens and their seed may differ."""
+    """The settings that requests of one trace must share; their number of tokens, stops and seed may differ."""
     drawn = {name: value for name, value in vars(params).items() if name not in {"max_tokens", "stop", "seed"}}
     return json.dumps({"dtype": str(dtype).removeprefix("torch."), "quantize": quantize} | drawn)
 
 
 def _is_in_the_way(path: Path) -> bool:
-    """A file without a byte is what a recording leaves that has failed before its first request."""
+    """Whether a file must not be overwritten. A recording that fails before its first request leaves an empty file."""
     return is_file(path) and path.stat().st_size > 0
 
 
@@ -95,7 +96,7 @@ def _check(runtime: Runtime, prompts: Sequence[list[int]], max_tokens: int) -> N
 
 
 def _check_done(out: Path, prompts: Sequence[list[int]]) -> int:
-    """How many prompts are in the trace already; TraceError if it has others."""
+    """How many of the prompts are in the trace already; raises TraceError if it has other prompts."""
     if not out.stat().st_size:
         return 0
     trace = open_trace(out)

@@ -12,7 +12,7 @@ from duoserve.errors import ClosedError, RequestError
 from duoserve.loading import Runtime
 from duoserve.request import Request
 
-LOOK_AGAIN_S = 1.0  # an interrupt may keep a turn that ends from telling those who wait
+LOOK_AGAIN_S = 1.0  # waiting calls look again after this: an interrupt may keep the end of a turn from notifying them
 Result = TypeVar("Result")
 
 
@@ -21,18 +21,18 @@ class Turns:
 
     def __init__(self, runtime: Runtime) -> None:
         self._open_runtime: Runtime | None = runtime
-        # It is entered itself, not by way of the condition: an interrupt in Condition.__exit__ would leave it locked.
-        # Reentrant: a stream that is collected while this thread has it ends its turn.
+        # Entered directly, not through the condition: an interrupt in Condition.__exit__ would leave it locked.
+        # Reentrant: a stream that is garbage collected while this thread has the lock ends its turn.
         self._lock = threading.RLock()
-        self._turn_ends = threading.Condition(self._lock)  # or the model is closed, which need not end a turn
-        self._computing = threading.RLock()  # held for a step at a time: a stream that nobody reads holds up no close()
-        self._turn_holder: int | None = None  # the thread that has its turn
-        self._tokens: Generator[tuple[Request, int]] | None = None  # of the call that has its turn
+        self._turn_ends = threading.Condition(self._lock)  # also notified by close(), which need not end a turn
+        self._computing = threading.RLock()  # held for one step at a time: a stream left unread does not block close()
+        self._turn_holder: int | None = None  # id of the thread that has the turn
+        self._tokens: Generator[tuple[Request, int]] | None = None  # of the call that has the turn
         self._lent = False
 
     @property
     def runtime(self) -> Runtime:
-        """The runtime for what needs no turn; ClosedError after ``close``."""
+        """The runtime, for work that needs no turn; raises ClosedError after ``close``."""
         if self._open_runtime is None:
             raise ClosedError("this model was closed; load it again with MoEModel.from_pretrained")
         return self._open_runtime
@@ -41,7 +41,7 @@ class Turns:
     def turn(self) -> Iterator[Runtime]:
         """Waits for a turn, which lasts for the block.
 
-        RequestError if this thread has one, or a service has the model; ClosedError after ``close``.
+        Raises RequestError if this thread has one already or a service has the model, ClosedError after ``close``.
         """
         me = threading.get_ident()
         if self._turn_holder == me:
@@ -61,14 +61,14 @@ class Turns:
 
     @contextmanager
     def lend(self) -> Iterator[Runtime]:
-        """The last turn, unless the block raises; ``close`` waits for the block. Errors as in ``turn``."""
+        """A turn that is the last one unless the block raises; ``close`` waits for the block. Errors as in ``turn``."""
         with self.turn() as runtime, self._computing:
             self._check_to_be_had()
             yield runtime
             self._lent = True
 
     def step(self, compute: Callable[[], Result]) -> Result:
-        """What ``compute`` gives; while it lasts nobody closes the model. ClosedError if somebody has."""
+        """Calls ``compute`` and gives its result. ``close`` waits for it; raises ClosedError if the model is closed."""
         with self._computing:
             _ = self.runtime
             return compute()
@@ -78,7 +78,7 @@ class Turns:
         """A turn in which the engine generates: the block is given each new token with its request."""
         with self.turn() as runtime:
             self._tokens = tokens = runtime.engine.generate(requests)
-            del runtime  # close() releases it, however long the block lasts
+            del runtime  # so that close() can release it while the block lasts
             try:
                 yield self._step_by_step(tokens)
             finally:
@@ -87,9 +87,9 @@ class Turns:
                     self._tokens = None
 
     def close(self) -> None:
-        """Releases the runtime, after the step that another thread or a service computes; again, it does nothing.
+        """Releases the runtime, after the step that another thread or a service computes; a second call does nothing.
 
-        Those who wait for their turn get ClosedError, as does the call that has it when it wants another step.
+        Calls that wait for their turn raise ClosedError, and so does the call that has it at its next step.
         """
         with self._lock:
             runtime, self._open_runtime = self._open_runtime, None
@@ -97,7 +97,7 @@ class Turns:
         if runtime is not None:
             with self._computing, closing(runtime):
                 if self._tokens is not None and inspect.getgeneratorstate(self._tokens) != inspect.GEN_RUNNING:
-                    self._tokens.close()  # a stream that nobody reads on would hold the engine
+                    self._tokens.close()  # a stream that is not read to its end would hold the engine
 
     def _check_to_be_had(self) -> None:
         _ = self.runtime

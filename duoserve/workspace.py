@@ -1,4 +1,4 @@
-"""What a forward pass takes on its device beside weights and KV cache: activations by formula, so that a cap is kept.
+"""The memory of a forward pass on its device beside weights and KV cache, by formula, so that a cap can be kept.
 
 T tokens of the pass, H hidden, I expert intermediate, E experts, K top-k, R = T * K routed rows, V vocabulary.
 """
@@ -19,12 +19,12 @@ from duoserve.launching.recorded import MAX_SEQUENCES, MOST_RECORDINGS
 from duoserve.models.transformer import LOGIT_ROWS
 
 FLOAT_BYTES = 4
-SCORE_BYTES = 24  # of a token and expert: the router's float32 scores, their softmax and their order
-ROUTED_ROW_BYTES = 36  # its id and weight, and its places before and after sorting
-# Of an expert: the address of its row, and its slot and target in each recording.
+SCORE_BYTES = 24  # for each token and expert: the router's float32 scores, their softmax and their order
+ROUTED_ROW_BYTES = 36  # for each routed row: id, weight, and places before and after sorting
+# For each expert: the address of its row, and its slot and target in each recording.
 TABLE_BYTES = 8 + 2 * MOST_RECORDINGS * 4
-MASK_BYTES = 12  # of a query and key: their distance and whether one sees the other
-# Whatever the pass. On a GPU: cuBLAS's workspaces (32 MiB each on Hopper, for two streams of one thread) and what the
+MASK_BYTES = 12  # for each query and key: their distance, and whether one sees the other
+# For every pass. On a GPU: cuBLAS's workspaces (32 MiB each on Hopper, for two streams of one thread) and what the
 # allocator loses to rounding. On a CPU: the block of weights that a product widens or decodes at a time, sums of its
 # groups, and small vectors.
 FIXED_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
@@ -33,9 +33,9 @@ FIXED_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 def workspace_bytes(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, num_tokens: int, *, compiled: bool = False
 ) -> int:
-    """The workspace of the memory plan: enough for a pass over ``num_tokens`` tokens of one or more sequences.
+    """Bytes of the memory plan's workspace: enough for a pass over ``num_tokens`` tokens of one or more sequences.
 
-    ``compiled``: decode steps on a CPU are.
+    ``compiled``: decode steps are compiled, which counts on a CPU only.
     """
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -46,9 +46,9 @@ def workspace_bytes(
 
 
 def recorded_bytes(config: ModelConfig, dtype: torch.dtype, num_tokens: int) -> int:
-    """What recorded decode steps keep: each layer's choice and results in each recording, logits, and tables.
+    """Bytes that recorded decode steps keep: each layer's choice and results in each recording, logits, and tables.
 
-    Up to MAX_SEQUENCES sequences are counted, as many as a graph takes, where the context has a page for each.
+    A step is counted with as many sequences as the context has pages for, up to MAX_SEQUENCES, the most of a graph.
     """
     num_sequences, num_layers = min(MAX_SEQUENCES, max(1, num_tokens // PAGE_TOKENS)), len(config.moe_layers)
     kept = 3 * config.hidden_size + config.top_k * (config.hidden_size + config.expert_intermediate_size)
@@ -58,9 +58,9 @@ def recorded_bytes(config: ModelConfig, dtype: torch.dtype, num_tokens: int) -> 
 
 
 def compiled_bytes(config: ModelConfig, num_tokens: int) -> int:
-    """What compiled decode steps keep: the logits of each size, and what two parts of a step make on the way.
+    """Bytes that compiled decode steps keep: the logits of each size, and the attention scores of two parts of a step.
 
-    That is, of a query and token of one sequence, its score and its share; all else is no larger than a few rows.
+    For each head and token of one sequence that is its score and its share; all else is no larger than a few rows.
     """
     logits = sum(SIZES) * config.vocab_size
     scores = 2 * 2 * config.blocks.attention.num_heads * num_tokens
@@ -71,8 +71,8 @@ def compiled_bytes(config: ModelConfig, num_tokens: int) -> int:
 class PassMemory:
     """The most bytes that a pass over ``num_tokens`` holds at a time, counted from what each op reads and writes.
 
-    The layer's parts take turns, so the largest counts. On a CPU the twins compute in float32 and all tokens may take
-    one expert, whose rows are then copied; a GPU's kernels read rows where they lie.
+    The parts of a layer run one after another, so the largest counts. On a CPU the twins compute in float32, and the
+    rows of an expert are copied, which may be all tokens; a GPU's kernels read rows where they lie.
     """
 
     config: ModelConfig
@@ -82,7 +82,7 @@ class PassMemory:
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes of the residual's two parts, before and after a layer's attention, and of the largest part computed."""
+        """Bytes of the residual before and after a layer's attention, and of the largest part computed beside it."""
         config = self.config
         residual = 4 * self._rows(config.hidden_size) + 4 * FLOAT_BYTES * self.num_tokens * config.blocks.rope.dim
         dense = self._feed_forward(config.blocks.moe.dense_intermediate_size)
@@ -103,7 +103,7 @@ class PassMemory:
         return self._grouped_bytes(attention)
 
     def _grouped_bytes(self, attention: AttentionConfig) -> int:
-        """The projections, and the largest of: making them, rotating them, attending, projecting what that gives."""
+        """Bytes of the projections, and the most of: making them, rotating them, attending, projecting the result."""
         hidden, queries, keys = self.config.hidden_size, attention.width, attention.num_kv_heads * attention.head_dim
         projections = self._rows(queries + 2 * keys)
         copies = projections * ((attention.qk_norm is not None) + (attention.clip is not None))
@@ -116,7 +116,7 @@ class PassMemory:
         return projections + max(made, copies + rotated, copies + attended, projected)
 
     def _latent_bytes(self, attention: LatentAttentionConfig) -> int:
-        """Queries, and the largest of: making them, making latents, attending to what is read of these, the output."""
+        """Bytes of the queries, and the most of: making them, making latents, attending to these, the output."""
         hidden, queries, row = self.config.hidden_size, attention.width, attention.kv.key_dim
         rank, values = attention.query_rank or 0, attention.num_heads * attention.value_dim
         turned = attention.num_heads * attention.rope_dim
@@ -132,7 +132,7 @@ class PassMemory:
 
     @property
     def experts_bytes(self) -> int:
-        """The routing, each routed row's activations and output, and what one expert or the sum needs besides."""
+        """Bytes of the routing, of the routed rows' activations and outputs, and of an expert or the sum besides."""
         config = self.config
         hidden, inner = config.hidden_size, config.expert_intermediate_size
         scores = self.num_tokens * config.num_experts * (self.dtype.itemsize + SCORE_BYTES)
@@ -150,7 +150,7 @@ class PassMemory:
         return scores + routed + kept + max(alone, expert, combined, biases)
 
     def _together_bytes(self) -> int:
-        """A group of experts: their rows, the products and what becomes of them, in buffers that do not go by rows."""
+        """Bytes of a group of experts: rows, products and results, in buffers of a fixed number of rows."""
         if self.dtype is not torch.bfloat16:
             return 0
         width = 4 * self.config.expert_intermediate_size + 3 * self.config.hidden_size
@@ -158,13 +158,13 @@ class PassMemory:
 
     @property
     def logits_bytes(self) -> int:
-        """Normed rows, and a block of logits in the model's dtype and in float32."""
+        """Bytes of the normed rows, and of a block of logits in the model's dtype and in float32."""
         config, rows = self.config, min(self.num_tokens, LOGIT_ROWS)
         per_logit = FLOAT_BYTES if self.dtype is torch.float32 else self.dtype.itemsize + FLOAT_BYTES
         return 3 * self._rows(config.hidden_size) + rows * config.vocab_size * per_logit
 
     def _feed_forward(self, inner: int) -> int:
-        """A dense network that many wide: its products, whose first is kept to the end; 0 where there is none."""
+        """Bytes of a dense network of width ``inner``, whose first product is kept to the end; 0 if ``inner`` is 0."""
         if not inner:
             return 0
         hidden, wide = self.config.hidden_size, self._rows(2 * inner)
@@ -172,14 +172,14 @@ class PassMemory:
         return self._rows(hidden) + max(up, 2 * wide, wide + self._rows(inner) + self._product(inner, hidden))
 
     def _scores_bytes(self, attention: AttentionConfig, window: int | None) -> int:
-        """What masked attention writes out for a block of queries, and so does all attention in float32 on a GPU."""
+        """Bytes that masked attention writes out for a block of queries, as float32 attention on a GPU always does."""
         context, rows = self.num_tokens, min(QUERY_ROWS, self.num_tokens)
         if window is not None and window < context:
             context = min(context, window + rows)
         elif not attention.sinks and not (self.on_gpu and self.dtype is torch.float32):
             return 0
         heads_masked = 1
-        if attention.sinks:  # a column of its head's own mask, of which a GPU's attention makes an aligned copy
+        if attention.sinks:  # each head then has a mask of its own, of which a GPU's attention makes an aligned copy
             heads_masked = attention.num_heads * (2 if self.on_gpu else 1)
         mask = rows * (context + 1) * (MASK_BYTES + heads_masked * self.dtype.itemsize)
         if not self.on_gpu:
@@ -187,7 +187,7 @@ class PassMemory:
         return mask + self._written_out(rows, context, attention.num_heads, attention.head_dim)
 
     def _latent_scores_bytes(self, attention: LatentAttentionConfig) -> int:
-        """Values are narrower than keys, for which a CPU's attention writes scores out; so does float32 on a GPU."""
+        """As ``_scores_bytes``: values are narrower than keys, so a CPU, and float32 on a GPU, write scores out."""
         if self.on_gpu and self.dtype is not torch.float32:
             return 0
         context, rows = self.num_tokens, min(QUERY_ROWS, self.num_tokens)
@@ -196,21 +196,21 @@ class PassMemory:
 
     @staticmethod
     def _written_out(rows: int, context: int, num_heads: int, head_dim: int) -> int:
-        """Float32 scores of a block of queries, on the way to and from the softmax, and keys and values beside them."""
+        """Bytes of float32 scores of a block of queries before and after the softmax, and of their keys and values."""
         return num_heads * FLOAT_BYTES * (4 * rows * context + 2 * context * head_dim)
 
     def _rows(self, width: int) -> int:
-        """``width`` elements for every token."""
+        """Bytes of ``width`` elements for every token."""
         return self.num_tokens * width * self.dtype.itemsize
 
     def _scratch(self, width: int) -> int:
-        """``width`` float32 for every token, where the op is a twin in PyTorch: kernels keep them in registers."""
+        """Bytes of ``width`` float32 for every token. Twins in PyTorch need them; kernels keep them in registers."""
         return 0 if self.on_gpu else self.num_tokens * width * FLOAT_BYTES
 
     def _widened(self, width: int) -> int:
-        """A float32 copy of ``width`` elements for every token, which a twin makes of what is in half precision."""
+        """Bytes of a float32 copy of ``width`` elements for every token, which a twin makes of half precision."""
         return 0 if self.dtype is torch.float32 else self._scratch(width)
 
     def _product(self, width_in: int, width_out: int) -> int:
-        """A product's output, beside its float32 operands where it is made of these."""
+        """Bytes of a product's output, and of float32 copies of input and output if it is computed in these."""
         return self._rows(width_out) + self._widened(width_in) + self._widened(width_out)

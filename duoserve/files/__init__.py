@@ -1,1 +1,1 @@
-"""Files read at a place, written whole or not at all, and read as JSON that says one thing."""
+"""Reads files by position, writes them whole or not at all, and parses JSON strictly."""

@@ -11,7 +11,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from duoserve.errors import CheckpointError, ClosedError
 
-MAX_BUFFERS = 1024  # that one call takes (IOV_MAX)
+MAX_BUFFERS = 1024  # buffers that one call takes (IOV_MAX)
 
 
 class PositionalFile:
@@ -21,10 +21,10 @@ class PositionalFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens ``path``; CheckpointError if that fails or it is no regular file."""
+        """Opens ``path``; raises CheckpointError if that fails or it is not a regular file."""
         self.path = path
         try:
-            # Non-blocking, or a named pipe would hang the open; regular files do not mind.
+            # Non-blocking, or opening a named pipe would hang; it makes no difference to regular files.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: is missing; finish the download, or give the folder that has it") from error
@@ -38,7 +38,10 @@ class PositionalFile:
         self.modified_ns = status.st_mtime_ns
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fills ``buffer`` (writable bytes) from byte ``offset``; CheckpointError: short read, or the file changed."""
+        """Fills ``buffer`` (writable bytes) from byte ``offset``.
+
+        Raises CheckpointError if the read fails or comes up short, or if the file has changed.
+        """
         done = 0
         while done < len(buffer):
             count = self._read_some([buffer[done:]], offset + done)
@@ -52,12 +55,12 @@ class PositionalFile:
     def read_rows(self, rows: np.ndarray, offset: int) -> None:
         """Fills the rows of ``rows`` (uint8 [N, B], each contiguous) one after another; errors as in ``read_into``."""
         (num_rows, row_bytes), step = rows.shape, rows.strides[0]
-        span = as_strided(rows, ((num_rows - 1) * step + row_bytes,), (1,)).data  # whose slices cost less than its rows
+        span = as_strided(rows, ((num_rows - 1) * step + row_bytes,), (1,)).data  # slicing it costs less than rows[i]
         for first in range(0, num_rows, MAX_BUFFERS):
             starts = range(first * step, min(first + MAX_BUFFERS, num_rows) * step, step)
             batch = [span[start : start + row_bytes] for start in starts]
             count = self._read_some(batch, offset + first * row_bytes)
-            for row in range(count // row_bytes, len(batch)):  # what a short read left
+            for row in range(count // row_bytes, len(batch)):  # the rows that a short read left
                 self.read_into(batch[row], offset + (first + row) * row_bytes)
 
     def read(self, offset: int, nbytes: int) -> bytes:
@@ -81,7 +84,7 @@ class PositionalFile:
             )
 
     def _read_some(self, buffers: list[memoryview], offset: int) -> int:
-        """Fills as much of the buffers as one call does, and says how many bytes that is."""
+        """Fills as much of the buffers as one call does, and gives the number of bytes."""
         if self._fd < 0:
             raise ClosedError(f"{self.path}: read after close()")
         try:
@@ -92,7 +95,7 @@ class PositionalFile:
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file is there; False also where nobody may look, and then writing there says why."""
+    """Whether a file is there. False also if looking is not permitted; then writing there says why."""
     try:
         return path.is_file()
     except OSError:
@@ -100,7 +103,7 @@ def is_file(path: Path) -> bool:
 
 
 def is_there(path: Path) -> bool:
-    """Whether anything is there; CheckpointError where nobody may look, for then it may be."""
+    """Whether anything is there; raises CheckpointError if looking is not permitted, as something may be there."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -111,7 +114,7 @@ def is_there(path: Path) -> bool:
 
 
 def read_capped(path: Path, max_bytes: int) -> bytes:
-    """A whole small file; CheckpointError when it has more than ``max_bytes`` bytes."""
+    """The bytes of a whole small file; raises CheckpointError if there are more than ``max_bytes``."""
     file = PositionalFile(path)
     try:
         if file.size > max_bytes:

@@ -12,7 +12,7 @@ from duoserve.files.positional import read_capped
 
 
 def parse_object(data: bytes, where: Path) -> dict[str, Any]:
-    """The JSON object in ``data``, which came from the file ``where``; CheckpointError if it is anything else."""
+    """The JSON object in ``data``, which came from the file ``where``; raises CheckpointError for anything else."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a key twice, a number too long
@@ -23,7 +23,7 @@ def parse_object(data: bytes, where: Path) -> dict[str, Any]:
 
 
 def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
-    """The JSON object in the file ``path``, refused (CheckpointError) when the file exceeds ``max_bytes``."""
+    """The JSON object in the file ``path``; raises CheckpointError also if the file exceeds ``max_bytes``."""
     return parse_object(read_capped(path, max_bytes), path)
 
 

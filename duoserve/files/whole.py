@@ -1,4 +1,4 @@
-"""Files that are there whole or as they were before, also when the disk is full or the process is killed."""
+"""Writes files so that they are whole or as they were before, also if the disk is full or the process is killed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOCK_FILE = ".lock"
 
 @contextmanager
 def refused_as(kind: type[DuoServeError], what: str, remedy: str = "") -> Iterator[None]:
-    """``kind`` where the system refuses something inside; it says ``what``, the system's reason, and the ``remedy``."""
+    """Raises ``kind`` for an OSError inside; the message has ``what``, the system's reason and the ``remedy``."""
     try:
         yield
     except OSError as error:
@@ -26,7 +26,7 @@ def refused_as(kind: type[DuoServeError], what: str, remedy: str = "") -> Iterat
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Puts a file with ``data`` in place of what is at ``path``; OSError where that cannot be."""
+    """Replaces what is at ``path`` by a file with ``data``; raises OSError if that is impossible."""
     with scratch_folder(path.parent, ".writing-") as scratch:
         written = scratch / path.name
         written.write_bytes(data)
@@ -34,7 +34,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """The OSError of ``write_whole``, before there is anything to write; what is at ``path`` stays as it is."""
+    """Raises the OSError that ``write_whole`` would, before there is anything to write; leaves ``path`` as it is."""
     with scratch_folder(path.parent, ".writing-"):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -42,22 +42,22 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A folder in ``parent`` for a file that is not whole yet, gone when the block ends.
+    """A folder in ``parent`` for a file that is not whole yet; it is removed when the block ends.
 
-    Those of ``prefix`` that killed processes have left there are removed.
+    Folders of the same ``prefix`` that killed processes have left in ``parent`` are removed too.
     """
     remove_left(parent, prefix)
     with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as name:
         folder = Path(name)
         with (folder / "locking").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            (folder / "locking").rename(folder / _LOCK_FILE)  # by this name it is never without its lock
+            (folder / "locking").rename(folder / _LOCK_FILE)  # renamed only now: by this name it is always locked
             yield folder
 
 
 def remove_left(parent: Path, prefix: str) -> None:
-    """Removes the scratch folders of killed processes; ``prefix`` may lead through folders: ``*/.writing-``."""
+    """Removes the scratch folders of killed processes; ``prefix`` may name folders above them: ``*/.writing-``."""
     for path in parent.glob(f"{prefix}*/{_LOCK_FILE}"):
-        with suppress(OSError), path.open("rb+") as lock:  # OSError: its process lives, or it is another user's
+        with suppress(OSError), path.open("rb+") as lock:  # OSError: its process runs, or it belongs to another user
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path.parent)
