@@ -1,8 +1,8 @@
-"""The public ops. Every model computes through these names; this file alone decides what runs them.
+"""The public ops. Every model computes through these names; only this file decides what runs them.
 
 Operands on a GPU go to Triton, others to the op's twin in PyTorch, whose signature and docstring the op has. With
-``DUOSERVE_KERNELS=triton`` all go to Triton, which on a CPU means its interpreter (``TRITON_INTERPRET=1``): slow, but a
-check of the kernels in a model.
+``DUOSERVE_KERNELS=triton`` all go to Triton, which on a CPU needs its interpreter (``TRITON_INTERPRET=1``). That is
+slow, but checks the kernels within a model.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ __all__ = [
 _Operands = ParamSpec("_Operands")
 _Result = TypeVar("_Result")
 _TRITON_ON_CPU = os.environ.get("DUOSERVE_KERNELS") == "triton"
-_GPU = torch.cuda.is_available()  # without one no operand needs to be looked at
+_GPU = torch.cuda.is_available()  # without a GPU, operands need not be looked at
 
 
 def _dispatched(twin: Callable[_Operands, _Result]) -> Callable[_Operands, _Result]:
-    """The op of ``twin``'s name: in Triton where its operands are on a GPU, else ``twin`` itself."""
+    """The op of ``twin``'s name: it runs in Triton if its operands are on a GPU, else it is ``twin`` itself."""
 
     @wraps(twin)
     def op(*operands: _Operands.args, **options: _Operands.kwargs) -> _Result:
-        if has_torch_function(operands):  # a mode that watches torch's calls sees a launch as one of them
+        if has_torch_function(operands):  # lets a mode that watches torch's calls see the op as one call
             result: _Result = handle_torch_function(op, operands, *operands, **options)
             return result
         on_gpu = _GPU and any(operand.is_cuda for operand in operands if isinstance(operand, Tensor))
@@ -87,7 +87,7 @@ def _dispatched(twin: Callable[_Operands, _Result]) -> Callable[_Operands, _Resu
 
 
 def _in_triton(twin: Callable[_Operands, _Result]) -> Callable[_Operands, _Result]:
-    # The extra `triton`: a CPU does without it, and without the second that its import takes.
+    # Triton is an extra. A CPU needs neither it nor the second that its import takes.
     try:
         from duoserve.kernels import triton_ops  # noqa: PLC0415
     except ModuleNotFoundError as error:

@@ -9,8 +9,8 @@ bytes, padded to 16:
 - int16 columns of the escapes, and their bfloat16 weights. A place that is not used has column 0 and ``128 s[n]``, and
   so has the column of an escape in the first two parts; no escape has that weight.
 
-Weights of a trained layer lie within 16 exponents of each other but for one in ten thousand. Source: the waste is that
-which Zhang et al. (2025), DFloat11, code in variable lengths; equal lengths can be read from anywhere.
+All but one in ten thousand weights of a trained layer lie within 16 exponents of each other. Source: Zhang et al.
+(2025), DFloat11, save the same redundancy by codes of variable length; codes of equal length can be read at any place.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from torch import Tensor
 
 BITS, EXPONENTS = 12, 16
 ALIGNMENT = 16
-LEAST = 128  # what an escape's column has in its place, over the row's scale
+LEAST = 128  # the weight, over the row's scale, that stands in an escape's column
 _BYTE, _PLACE = 8, 4  # bits of a byte; bytes of an escape's column and weight
 _MANTISSA, _BIAS_OF_SCALE, _MAGNITUDE = 7, 7, 0x7FFF
 
 
 def room(inner: int) -> int:
-    """C: a row of 768 has 4, of 4096 or more 16.
+    """C: 4 in a row of 768 weights, 16 in rows of 4096 or more.
 
-    Of normal weights no row used more than 3 of 768 columns (of 260,000 rows), and 5 of 4096 (of 48,000).
+    With normally distributed weights, none of 260,000 rows of 768 used more than 3 places, and none of 48,000 rows of
+    4096 more than 5.
     """
     return min(16, max(4, -(-inner // 1024) * 4))
 
@@ -84,12 +85,12 @@ class Bf12Rows(NamedTuple):
         return w_ND
 
     def used_NC(self) -> Tensor:
-        """Which places for escapes are used. One that names no column, as in a damaged pack, counts for nothing."""
+        """Which places for escapes are used. A place that names no column, as in a damaged pack, does not count."""
         named_NC = (self.columns_NC >= 0) & (self.columns_NC < self.signed_ND.shape[1])
         return (self.escapes_NC != (LEAST * self.scales_N)[:, None]) & named_NC
 
     def put_escapes(self, w_ND: Tensor, used_NC: Tensor) -> None:
-        """Writes the escapes of the places ``used_NC`` into rows that are else complete."""
+        """Writes the escapes of the places ``used_NC`` into rows that are complete but for these."""
         rows, places = used_NC.nonzero(as_tuple=True)
         w_ND[rows, self.columns_NC[rows, places].long()] = self.escapes_NC[rows, places]
 
@@ -99,5 +100,5 @@ class Bf12Rows(NamedTuple):
 
 
 def signed(codes: Tensor) -> Tensor:
-    """Sign and mantissa as integers, of int32 codes."""
+    """Sign and mantissa of int32 codes, as integers."""
     return (codes ^ LEAST) - (codes >> 31)

@@ -30,10 +30,10 @@ def _write_rows_kernel(values_ptr, pages_ptr, rows_ptr, values_stride, num_colum
 
 
 def write_rows(values_TW: Tensor, pages_PSW: Tensor, rows_T: Tensor) -> None:
-    """As the twin in reference_small.py, whatever the rows say, so that a recorded step may run it.
+    """As the twin in reference_small.py; it runs alike whatever the rows are, so a recorded step may contain it.
 
     Values and pages have one dtype: float32, float16 or bfloat16. Each token's values are contiguous, and so are all
-    pages; rows are int64 below P * S, which only the device could check: the caller promises it. KernelError otherwise.
+    pages; rows are int64. Raises KernelError otherwise. Rows must be below P * S, which is not checked.
     """
     check_tensor("values", values_TW, (None, None), FLOATS)
     num_tokens, num_columns = values_TW.shape

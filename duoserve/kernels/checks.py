@@ -15,7 +15,7 @@ def require(holds: bool, message: str) -> None:
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    """``tensor`` has one of ``dtypes`` and ``shape``, where None stands for any size."""
+    """Raises KernelError unless ``tensor`` has one of ``dtypes``, and ``shape``, where None stands for any size."""
     require(tensor.dtype in dtypes, f"{name} is {tensor.dtype}; it must be {' or '.join(map(str, dtypes))}")
     fits = len(shape) == tensor.ndim and all(
         want in (None, size) for want, size in zip(shape, tensor.shape, strict=True)
@@ -24,13 +24,13 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype
 
 
 def check_contiguous(**tensors: Tensor) -> None:
-    """Every tensor lies in memory without gaps, row after row."""
+    """Raises KernelError unless every tensor is contiguous."""
     for name, tensor in tensors.items():
         require(tensor.is_contiguous(), f"{name} must be contiguous; its strides are {tensor.stride()}")
 
 
 def check_one_device(**tensors: Tensor) -> None:
-    """All tensors are on one device."""
+    """Raises KernelError unless all tensors are on one device."""
     devices = {name: str(tensor.device) for name, tensor in tensors.items()}
     require(len(set(devices.values())) == 1, f"all operands must be on one device, but they are on {devices}")
 

@@ -49,7 +49,7 @@ def moe_combine(y_TKH: Tensor, topk_weights_TK: Tensor, shared_TH: Tensor | None
     """As the twin in reference_small.py, with its bits: products and sums are rounded one by one, never fused.
 
     ``y_TKH`` is float32, float16 or bfloat16 with each token contiguous; the weights are float32; ``shared_TH`` has
-    ``y``'s dtype. KernelError otherwise.
+    ``y``'s dtype. Raises KernelError otherwise.
     """
     _check(y_TKH, topk_weights_TK, shared_TH)
     tokens, top_k, hidden = y_TKH.shape

@@ -1,7 +1,7 @@
-"""Which tiles each GEMM runs with: one table, one function that chooses, nothing tuned at run time.
+"""The tiles that each GEMM runs with: a table for each kind, one function that chooses, nothing tuned at run time.
 
-T tokens, K top-k, E experts. A tile is BN weight rows by BT routed rows, BK of the inner dimension at a time. The rows
-are untuned starting points until ``bench/`` has measured them on a GPU; their reasons say what they rest on.
+T tokens, K top-k, E experts. A tile is BN weight rows by BT routed rows, BK of the inner dimension at a time. The
+tables are untuned starting points until ``bench/`` has measured them on a GPU; each row says its ``reason``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from duoserve.kernels.weights import FP8_BLOCK, MXFP4_GROUP, ExpertFormat
 
 SMALL, MEDIUM, LARGE, HUGE = 16, 64, 128, 256  # BT of the four shape classes
 INTERPRETER = 0  # the "architecture" of Triton's interpreter
-SM_REGISTERS = 65536  # of a multiprocessor, on every architecture so far
-THREAD_REGISTERS = 255  # that an instruction can name
-LEAST_REGISTERS = 32  # of a thread, where a multiprocessor has as many threads as it can, 2048
+SM_REGISTERS = 65536  # registers of a multiprocessor, on every architecture so far
+THREAD_REGISTERS = 255  # registers that an instruction can name
+LEAST_REGISTERS = 32  # registers of a thread when a multiprocessor has 2048 threads, the most that it can have
 
 
 def _max_registers(ctas_per_sm: int, num_warps: int) -> int:
-    """Registers that each thread may have so that ``ctas_per_sm`` CTAs share a multiprocessor; given out by eights."""
+    """Registers, a multiple of 8, that each thread may have so that ``ctas_per_sm`` CTAs share a multiprocessor."""
     share = SM_REGISTERS // (ctas_per_sm * num_warps * 32) // 8 * 8
     return max(LEAST_REGISTERS, min(THREAD_REGISTERS, share))
 
@@ -37,11 +37,11 @@ class GemmConfig:
     ctas_per_sm: int
     reason: str
     tma: bool = False
-    group_t: int = 8  # tiles of routed rows that share a band of weights, so that both stay in the L2 cache
+    group_t: int = 8  # so many tiles of routed rows share a band of weights, so that both stay in the L2 cache
 
     @property
     def max_registers(self) -> int:
-        """A thread's budget. ptxas is told: left alone it spills to fit more CTAs than are ever launched."""
+        """A thread's registers. ptxas must be told: by itself it spills to fit more CTAs than are ever launched."""
         return _max_registers(self.ctas_per_sm, self.num_warps)
 
 
@@ -58,7 +58,7 @@ class GemvConfig:
 
     @property
     def max_registers(self) -> int:
-        """A thread's budget; ptxas is told."""
+        """A thread's registers; ptxas must be told."""
         return _max_registers(self.ctas_per_sm, self.num_warps)
 
 
@@ -83,7 +83,7 @@ _FP32 = {
     LARGE: GemmConfig(64, 64, 32, 8, 3, 1, "FMA: wider tiles gain nothing"),
     HUGE: GemmConfig(64, 64, 32, 8, 3, 1, "FMA: wider tiles gain nothing"),
 }
-# Decoded in registers, which then feed wgmma or mma; sums and scaled sums together take twice the accumulators.
+# Weights are decoded in registers, which then feed wgmma or mma; sums and scaled sums take twice the accumulators.
 _QUANTIZED_SM90 = {
     SMALL: GemmConfig(
         64, 16, 128, 4, 4, 3, "decode: 8 KB of int4 or 12 KB of bytes a stage; fp8 spills in 128 registers", True
@@ -98,8 +98,8 @@ _QUANTIZED_SM80 = {
     LARGE: GemmConfig(128, 64, 64, 8, 3, 1, "16 + 16 sums a thread; weights decoded once for 64 rows"),
     HUGE: GemmConfig(128, 64, 64, 8, 3, 1, "with 128 rows an int4 group of 128 spills"),
 }
-# Decoded in registers too, with one set of sums, and read through pointers. A step takes from both halves of a row, so
-# BK says in which order columns are summed: a table has one.
+# Weights are decoded in registers too, with one set of sums, and read through pointers. A step takes columns from both
+# halves of a row, so BK determines the order in which columns are summed: all rows of a table have the same.
 _BF12_SM90 = {
     SMALL: GemmConfig(64, 16, 128, 4, 4, 3, "decode: 12 KB of weights a stage, 3 CTAs"),
     MEDIUM: GemmConfig(128, 64, 128, 8, 4, 1, "still bound by memory: 40 KB a stage, 1 CTA"),
@@ -115,7 +115,7 @@ _BF12_SM80 = {
 
 
 def shape_class(num_tokens: int, top_k: int, num_experts: int) -> int:
-    """BT for so many routed rows: near the mean rows of an expert, and no more than the tokens can fill."""
+    """BT for T * K routed rows: near the mean number of rows of an expert, and no more than the tokens can fill."""
     mean_rows = num_tokens * top_k / num_experts
     if num_tokens <= SMALL or mean_rows <= SMALL / 2:
         return SMALL
@@ -148,16 +148,16 @@ def gemm_config(
     else:
         config = (_QUANTIZED_SM80 if no_wgmma else _QUANTIZED_SM90)[block_t]
     config = config if tma_fits else replace(config, tma=False)
-    if dtype == torch.float32:  # a step's products are unrolled: a group of 128 would spill
+    if dtype == torch.float32:  # a step's products are unrolled: steps of a whole group of 128 would spill
         return config
     block_k = scale_group(format, group) or config.block_k
-    # A narrow step brings few bytes, so more of them are under way.
+    # A narrow step reads few bytes, so more steps are under way.
     more = 2 if format is not ExpertFormat.FLOAT and block_k == MXFP4_GROUP else 0
     return replace(config, block_k=block_k, num_stages=config.num_stages + more)
 
 
 def scale_group(format: ExpertFormat, group: int) -> int:
-    """How many weights of a row have one scale, and no step takes more; 0 where that limits no step."""
+    """The number of a row's weights that share a scale, which is the most that a step takes; 0: no limit."""
     fixed = {ExpertFormat.INT4: group, ExpertFormat.MXFP4: MXFP4_GROUP, ExpertFormat.FP8: FP8_BLOCK}
     return fixed.get(format, 0)
 
@@ -165,8 +165,8 @@ def scale_group(format: ExpertFormat, group: int) -> int:
 def gemv_config(dtype: torch.dtype, arch: int, inner: int) -> GemvConfig:
     """The tiles of ``moe_gemv_up`` (``inner`` is H) and ``moe_gemv_down`` (I), on every ``arch`` so far.
 
-    BK is the widest of up to 512 that divides ``inner``, so that no load has a mask; where none from 128 on does,
-    256 with masks. Stages make up for a narrow BK: 14 to 16 KB of loads are under way in every CTA.
+    BK is the largest power of two from 128 to 512 that divides ``inner``, so that no load has a mask; if none does, it
+    is 256 with masks. Stages make up for a narrow BK: 14 to 16 KB of loads are under way in every CTA.
     """
     del arch
     exact = [block_k for block_k in (512, 256, 128) if inner % block_k == 0]

@@ -1,4 +1,4 @@
-"""Experts copied from host memory into slots by a kernel, so that the host need not know which before they move.
+"""Copies experts from host memory into slots by a kernel, so that the host need not know which before they move.
 
 E experts, S slots, B bytes of a row, W entries of a work list.
 """
@@ -15,16 +15,16 @@ from duoserve.kernels.host_rows import ROW_ALIGNMENT, HostRows, check_addresses
 from duoserve.kernels.machine import machine
 from duoserve.kernels.routing import Work
 
-# A link brings its 64 GB/s or so with a latency of about 2 us: 128 KB under way. Sixteen CTAs have 256 KB, and leave
-# the other SMs to the computation. Not measured yet.
+# A link of about 64 GB/s with a latency of about 2 us needs 128 KB under way. Sixteen CTAs have 256 KB under way, and
+# leave the other SMs to the computation. Not measured yet.
 COPY_CTAS = 16
-COPY_WORDS = 2048  # of 8 bytes: four loads of 16 bytes for each thread of COPY_WARPS
+COPY_WORDS = 2048  # words of 8 bytes: four loads of 16 bytes for each thread of COPY_WARPS
 COPY_WARPS = 8
 
 
 @triton.jit
 def page_gather_kernel(addresses_E, experts_W, slots_W, count_1, pool, num_slots, row_words, CHUNK: tl.constexpr):
-    """The CTAs take the chunks of all rows in turn, so that they read neighbours at the same time."""
+    """CTAs take the chunks of all rows in turn, so that neighbouring chunks are read at the same time."""
     chunks = tl.cdiv(row_words, CHUNK)
     at = tl.arange(0, CHUNK)
     for step in range(tl.program_id(0), tl.load(count_1) * chunks, tl.num_programs(0)):
@@ -44,9 +44,9 @@ def page_gather_kernel(addresses_E, experts_W, slots_W, count_1, pool, num_slots
 def page_gather(source: HostRows, work: Work, pool_SB: Tensor) -> None:
     """Copies the row of each expert in ``work`` from host memory into its slot, a row of ``pool_SB`` (uint8).
 
-    The device reads ``work``, whose count may be known to it alone. An expert that ``source`` has no row of turns its
-    slot into NaN; one whose slot does not exist is left out, and is NaN when it is computed. KernelError for operands
-    that do not fit.
+    The device reads ``work``, and its count need not be known to the host. If ``source`` has no row of an expert, its
+    slot is filled with NaN. An expert whose slot does not exist is left out, and is NaN when it is computed. Raises
+    KernelError for operands that do not fit.
     """
     _check(source, work, pool_SB)
     num_slots, row_bytes = pool_SB.shape

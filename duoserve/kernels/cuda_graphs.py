@@ -31,9 +31,9 @@ class CudaRecording(Recording[Result], Generic[Result]):
 
 
 class CudaRecorder(Recorder):
-    """Graphs over one pool of memory: they are replayed one after another on the current stream, never side by side.
+    """Records graphs in one pool of memory: they are replayed one after another on the current stream, never at once.
 
-    A pool ends with the last graph in it and takes no other after that: the graph that follows has a new one.
+    A pool ends with its last graph and takes no other after that: the graph that follows gets a new pool.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -55,9 +55,9 @@ class CudaRecorder(Recorder):
         target.copy_(source, non_blocking=True)
 
     def record(self, work: Callable[[], Result]) -> Recording[Result]:
-        """As in Recorder. The run before the capture compiles kernels and makes what libraries make once.
+        """As in Recorder. The run before the capture compiles kernels and lets libraries set themselves up.
 
-        Raises what ``work`` does; later recordings are not affected.
+        Raises what ``work`` raises; later recordings are not affected.
         """
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
@@ -68,23 +68,23 @@ class CudaRecorder(Recorder):
                 try:
                     result = self._capture(graph, work)
                 except BaseException:
-                    self._graphs.clear()  # the pool is left to those that it has
+                    self._graphs.clear()  # the next graph starts a new pool
                     raise
-        finally:  # whatever cut it short: what the first run reads may be freed and be somebody else's
+        finally:  # also on an error: memory that the first run reads may soon be freed and used for something else
             current.wait_stream(self._stream)
         self._graphs.add(graph)
         return CudaRecording(graph, result)
 
     def _capture(self, graph: torch.cuda.CUDAGraph, work: Callable[[], Result]) -> Result:
-        others = list(self._graphs)  # held, so that the pool does not end before this graph is in it
+        others = list(self._graphs)  # keeps the graphs alive, so that the pool does not end before this one is in it
         pool = others[0].pool() if others else torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()  # what is cached, of the first run too, is not released while a capture needs memory
-        # Copy threads go on calling CUDA meanwhile, which the default mode would take for a fault of the capture.
+        torch.cuda.empty_cache()  # cached memory, also of the first run, cannot be released during a capture
+        # Copy threads go on calling CUDA meanwhile, which the default mode would treat as an error of the capture.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             result = work()
         except BaseException:
-            with suppress(RuntimeError):  # the capture is not valid, of which ``work`` has said why
+            with suppress(RuntimeError):  # says only that the capture is invalid; the error of ``work`` says why
                 graph.capture_end()
             raise
         graph.capture_end()

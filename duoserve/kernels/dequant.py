@@ -1,7 +1,7 @@
-"""The quantized formats decoded in registers, to exact values of the compute dtype.
+"""Decodes the quantized formats in registers, to exact values of the compute dtype.
 
 Only codes are decoded here; scales multiply the float32 sums, once for each group, so no weight is ever rounded. Where
-decoding leaves a power of two to multiply by, it goes into the scale. ``reference_dequant`` is the specification.
+decoding leaves a factor, a power of two, it goes into the scale. ``reference_dequant`` is the specification.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ def codes_of(packed, BN: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def decode_int4(codes, zeros, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """``codes - zeros[:, None]``. Codes are or-ed into the mantissa of a power of two, which one subtraction undoes."""
+    """``codes - zeros[:, None]``. Codes are or-ed into the mantissa of a power of two, which is then subtracted."""
     if dtype == tl.float16:  # 0x6400 is 1024, whose last bit is worth 1
         shifted = (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
         return shifted - (zeros.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)[:, None]
     elif dtype == tl.bfloat16 and not INTERPRET:  # 0x4300 is 128, whose last bit is worth 1
         shifted = (codes.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
-        # Zero-points reach 16, which or-ing would take as well: 128 has seven bits of mantissa.
+        # Zero-points reach 16, and these can be or-ed too: 128 has seven bits of mantissa.
         return shifted - (zeros.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)[:, None]
     else:
         return codes.to(tl.float32) - zeros.to(tl.float32)[:, None]
@@ -37,7 +37,7 @@ def decode_fp8(codes, dtype: tl.constexpr, HARDWARE: tl.constexpr, INTERPRET: tl
         return codes.to(tl.float8e4nv, bitcast=True).to(dtype)
     else:
         is_nan = (codes & 0x7F) == 0x7F
-        if dtype == tl.float16:  # the exponents' biases differ by 8; subnormals stay so; products are exact
+        if dtype == tl.float16:  # the exponents' biases differ by 8; subnormals stay subnormal; products are exact
             bits = ((codes & 0x80).to(tl.uint16) << 8) | ((codes & 0x7F).to(tl.uint16) << 7)
             value = tl.where(is_nan, 0x7E00, bits).to(tl.uint16).to(tl.float16, bitcast=True)
             return value * 256.0
@@ -69,8 +69,8 @@ def e8m0(codes):
     return tl.where(codes == 255, float("nan"), bits.to(tl.int32).to(tl.float32, bitcast=True))
 
 
-# Four weights of BF12 ($2 their signs and mantissas, $3 their bytes of codes) as bfloat16, two in a register, each over
-# BF12_UNIT: 16-bit arithmetic has an instruction for every step of every weight, this has one for two or four.
+# Decodes four weights of BF12 ($2 their signs and mantissas, $3 their bytes of codes) to bfloat16, two in a register,
+# each over BF12_UNIT. An instruction here serves two or four weights; in 16-bit arithmetic it would serve one.
 _FOUR_OF_BF12 = """{
     .reg .b32 bytes, pair, codes;
     prmt.b32 bytes, $2, 0, 0xba98;
@@ -97,7 +97,7 @@ FOUR_BY_HIGH_HALVES = tl.constexpr(_FOUR_OF_BF12.replace("SHIFT", "3"))
 
 @triton.jit
 def bf12_unit(dtype: tl.constexpr):
-    """What ``decode_bf12`` leaves to multiply by, a power of two."""
+    """The factor, a power of two, that ``decode_bf12`` leaves out."""
     return 256.0 if dtype == tl.float16 else 64.0
 
 
@@ -105,8 +105,8 @@ def bf12_unit(dtype: tl.constexpr):
 def decode_bf12(signed, codes, HIGH: tl.constexpr, dtype: tl.constexpr, INTERPRET: tl.constexpr):
     """Sign and mantissa (uint8) times 2^exponent, over ``bf12_unit``; HIGH: the exponents are the codes' high halves.
 
-    The bits of a float are put together: its sign, an exponent, and the seven bits of mantissa that bfloat16 has. The
-    unit is what brings the exponents within those of float16, and makes one bit of all that they have in common.
+    The bits of a float are put together: its sign, an exponent, and the seven bits of bfloat16's mantissa. The unit
+    brings the exponents into float16's range, and in wider floats makes the offset that all share a single bit.
     """
     if dtype == tl.bfloat16 and not INTERPRET:
         four: tl.constexpr = FOUR_BY_HIGH_HALVES if HIGH else FOUR_BY_LOW_HALVES
@@ -117,7 +117,7 @@ def decode_bf12(signed, codes, HIGH: tl.constexpr, dtype: tl.constexpr, INTERPRE
         LEAST: tl.constexpr = 14 if dtype == tl.float16 else 128
         SIGN: tl.constexpr = 15 if dtype == tl.float16 else 31
         bits = signed.to(tl.int8, bitcast=True).to(integers) << (MANTISSA - 7)
-        bits ^= (bits >> SIGN) & ((1 << SIGN) - (1 << (MANTISSA - 7)))  # negative ones are in complement
+        bits ^= (bits >> SIGN) & ((1 << SIGN) - (1 << (MANTISSA - 7)))  # negative weights are in complement
         exponents = (codes >> 4 if HIGH else codes & 15).to(integers)
         bits += (exponents + LEAST) << MANTISSA
         return bits.to(tl.float16 if dtype == tl.float16 else tl.float32, bitcast=True)

@@ -1,9 +1,9 @@
-"""Experts of a few rows each, on a CPU that multiplies bfloat16: some share the small ops around their products.
+"""Experts of a few rows each, on a CPU that multiplies bfloat16: groups share the small ops around their products.
 
-On the rows of one expert such an op is sooner done than called.
+On the rows of one expert the call of such an op takes longer than its work.
 
 R routed rows, J of them of one expert, C of a group of experts; P features of a product (2I or H), D its inner
-dimension, H hidden, I expert intermediate. What lies between two products is turned: rows are columns there.
+dimension, H hidden, I expert intermediate. Between the two products all is transposed: rows are columns there.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.routing import RoutePlan
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights, Matrix
 
-# Rows of a product are whole tiles: for each number of them the library makes code of its own, which takes it longer
-# than the product.
+# Products have whole tiles of rows: the library makes code for each number of rows, which takes longer than a product.
 TILE = 16
-# What a group has between its products stays in a core's cache.
+# With so many rows a group's results between the products stay in a core's cache.
 GROUP_ROWS = 256
-# Of the buffers: always the same, for the code depends on it too, and an odd number of cache lines.
+# Columns of the buffers. The library's code depends on them too, so all have the same, an odd number of cache lines.
 WIDTH = GROUP_ROWS + 2 * TILE
 
 
@@ -39,19 +38,19 @@ class Member(NamedTuple):
 
     @property
     def columns(self) -> slice:
-        """Whole tiles: behind its own come others', which are computed next, or none."""
+        """Its columns, in whole tiles. The last may overlap the next expert's columns, which are computed after it."""
         num_rows = self.stop - self.start
         return slice(self.column, self.column + -(-num_rows // TILE) * TILE)
 
 
 def may_share(weights: ExpertWeights, x_TH: Tensor) -> bool:
-    """Whether experts of a few rows are computed so here."""
+    """Whether experts of a few rows can be computed in groups here."""
     of_one_dtype = weights.format is ExpertFormat.BF12 or weights.w13_SNH.dtype == x_TH.dtype
     return of_one_dtype and weights.products is Products.FASTEST and streams_left(x_TH)
 
 
 def shares(rows: tuple[int, int]) -> bool:
-    """Whether an expert of these sorted rows is one for a group: of more, or of one, products are faster otherwise."""
+    """Whether an expert of these sorted rows joins a group: of one row, or of many, products are faster otherwise."""
     start, stop = rows
     return 1 < stop - start <= LEFT_ROWS
 
@@ -59,9 +58,9 @@ def shares(rows: tuple[int, int]) -> bool:
 def experts_together(
     x_TH: Tensor, weights: ExpertWeights, plan: RoutePlan, pairs: Sequence[tuple[int, int]], y_RH: Tensor
 ) -> None:
-    """``moe_up`` and ``moe_down`` of the (expert, slot) ``pairs``, which ``shares`` has chosen.
+    """``moe_up`` and ``moe_down`` of the (expert, slot) ``pairs``, for each of which ``shares`` is true.
 
-    An expert's bits do not depend on those that it is computed with.
+    An expert's bits do not depend on the other experts of its group.
     """
     for group in _groups(plan, pairs):
         x_CH = _gathered(x_TH, [plan.tokens_R[member.start : member.stop] for member in group])
@@ -86,7 +85,7 @@ def _groups(plan: RoutePlan, pairs: Sequence[tuple[int, int]]) -> Iterator[list[
 
 
 def _gathered(x_TH: Tensor, tokens: list[Tensor]) -> Tensor:
-    """The rows of these tokens; behind them zeros, for the last tile."""
+    """The rows of these tokens, and zeros behind them to fill the last tile."""
     tokens_C = torch.cat(tokens)
     x_CH = x_TH.new_empty(len(tokens_C) + TILE, x_TH.shape[1])
     torch.index_select(x_TH, 0, tokens_C, out=x_CH[: len(tokens_C)])
@@ -95,9 +94,9 @@ def _gathered(x_TH: Tensor, tokens: list[Tensor]) -> Tensor:
 
 
 def _products(matrix: Matrix, group: Sequence[Member], x_DC: Tensor) -> Tensor:
-    """``w x`` of each expert for its columns."""
+    """``w x`` of each expert, in its columns."""
     num_features = matrix.data_SNB.shape[1]
-    # What has to be unpacked is multiplied a block at a time, while it is in the caches.
+    # Weights that have to be unpacked are multiplied a block at a time, while they are in the caches.
     step = num_features if matrix.format is ExpertFormat.FLOAT else power_of_two(WIDEN_ELEMENTS // matrix.inner)
     out_PC = x_DC.new_empty(num_features, WIDTH)
     for member in group:
@@ -108,9 +107,9 @@ def _products(matrix: Matrix, group: Sequence[Member], x_DC: Tensor) -> Tensor:
 
 
 def _activated(up_PC: Tensor, group: Sequence[Member]) -> Tensor:
-    """SwiGLU of all columns that are filled, the rest of the last tile too.
+    """SwiGLU of all filled columns, including the rest of the last tile.
 
-    PyTorch's exponential may end otherwise in the last elements of all, but rounded to bfloat16 its silu does not.
+    PyTorch's exponential may have other bits in the last elements of a tensor, but silu rounded to bfloat16 does not.
     """
     act_IC = up_PC.new_empty(len(up_PC) // 2, WIDTH)
     filled = slice(group[-1].columns.stop)

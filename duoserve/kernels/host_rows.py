@@ -1,4 +1,4 @@
-"""Where experts that are in no slot wait: rows of host memory that the device reads by itself.
+"""Rows of host memory where experts without a slot wait, and which the device reads by itself.
 
 E experts of one layer, S slots, B bytes of a row.
 """
@@ -21,9 +21,9 @@ ROW_ALIGNMENT = 16  # bytes that one thread moves at a time
 class HostRows:
     """A layer's experts in host memory, as tensors and as the addresses by which kernels read them.
 
-    ``rows_E`` has each expert's uint8 row [B], laid out as a slot is, or None where the host has none;
-    ``addresses_E`` (int64, on the device) says where they are, 0 for None. Both are here because a kernel takes no
-    tensor of another device and PyTorch follows no address; together they cannot disagree, and the memory lives.
+    ``rows_E`` has each expert's uint8 row [B], laid out as a slot is, or None if the host has none; ``addresses_E``
+    (int64, on the device) has their addresses, 0 for None. A kernel takes no tensor of another device, and PyTorch
+    follows no address, so both are needed; here they agree, and the memory stays alive.
     """
 
     rows_E: tuple[Tensor | None, ...]
@@ -31,7 +31,10 @@ class HostRows:
 
     @classmethod
     def of(cls, rows_E: Sequence[Tensor | None], device: torch.device | str) -> HostRows:
-        """``rows_E`` for kernels on ``device``: of one length, on 16 bytes and, for a GPU, pinned; else KernelError."""
+        """``rows_E`` for kernels on ``device``.
+
+        Raises KernelError unless they have one length, are aligned to 16 bytes and, for a GPU, pinned.
+        """
         rows = {expert: row_B for expert, row_B in enumerate(rows_E) if row_B is not None}
         sizes = {row_B.numel() for row_B in rows.values()}
         require(len(sizes) <= 1, f"the rows have different lengths: {sorted(sizes)} bytes")
@@ -42,17 +45,17 @@ class HostRows:
 
     @property
     def row_bytes(self) -> int | None:
-        """B, or None where the host has no row at all."""
+        """B, or None if the host has no row at all."""
         return next((row_B.numel() for row_B in self.rows_E if row_B is not None), None)
 
 
 def offset_in_row(part: Tensor, weights: ExpertWeights) -> int:
-    """The byte of a row at which ``part`` begins: one of the matrices, scales or zero-points in ``weights``."""
+    """The byte of a row at which ``part`` begins; it is one of the matrices, scales or zero-points of ``weights``."""
     return _byte_offset(part) - _byte_offset(weights.w13_SNH)
 
 
 def check_addresses(source: HostRows) -> None:
-    """The table that kernels read: one address for each expert."""
+    """Raises KernelError unless the table that kernels read has one address for each expert."""
     check_tensor("addresses_E", source.addresses_E, (len(source.rows_E),), (torch.int64,))
     check_contiguous(addresses_E=source.addresses_E)
 

@@ -1,4 +1,4 @@
-"""What a launch must know of the device that it is for."""
+"""The properties of a device that a launch depends on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INTERPRETED_CTAS = 3  # enough to show a mistake in a persistent loop
 
 @cache
 def machine(device: torch.device) -> tuple[int, int]:
-    """(architecture as in ``gemm_config``, number of SMs) of ``device``; KernelError where no kernel can run."""
+    """(architecture as in ``gemm_config``, number of SMs) of ``device``; raises KernelError if no kernel runs there."""
     if device.type != "cuda":
         require(interpreting(), f"Triton kernels need a GPU, not {device}, or TRITON_INTERPRET=1")
         return INTERPRETER, INTERPRETED_CTAS

@@ -1,9 +1,9 @@
-"""``y = x w^T``, whatever the dtype, by the fastest exact route of this machine; a GPU has but one.
+"""``y = x w^T``, whatever the dtype, by the fastest exact route of this machine; a GPU has only one.
 
 T tokens, K input features, N output features; H heads, B rows of one, D its dimension. A CPU makes sums in at least
-float32. On CUDA, PyTorch may by default add up in 16 bits what a long sum in half precision was split into; where that
-must not be, set ``torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction`` and
-``allow_bf16_reduced_precision_reduction`` to False: they are the process's, and nothing here changes them.
+float32. On CUDA, PyTorch may by default add up the parts of a long sum in half precision in 16 bits. To rule that out,
+set ``torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction`` and ``allow_bf16_reduced_precision_reduction``
+to False; they belong to the process, and nothing here changes them.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Up to here a product in half precision streams each weight once per row and memory sets the pace; beyond it, widening
-# the weights to float32 once and using the float32 units wins (measured on AVX2, where half has no units of its own).
+# Up to so many rows, a product in half precision reads each weight once per row, and memory sets the pace. With more it
+# is faster to widen the weights to float32 once (measured on AVX2, which has no units for half precision).
 NARROW_ROWS = 6
 # CPUs with units for bfloat16 stream a matrix faster as the left operand: 19 GB/s instead of 13 for one row (measured
-# on AMX). Up to here that is worth turning the result back, so that its rows are contiguous.
+# on AMX). Up to so many rows that makes up for transposing the result, so that its rows are contiguous.
 LEFT_ROWS = 64
-# Weight elements widened at a time: 4 MiB of float32 stay in the last-level cache until the product has read them.
+# So many weights are widened at a time: 4 MiB of float32 stay in the last-level cache until the product has read them.
 WIDEN_ELEMENTS = 1 << 20
-# Rows of a float32 product that are made together: fewer, or a rest of them, are summed in another order.
+# Rows of a float32 product that are computed together: fewer rows, or a remainder, are summed in another order.
 TILE_ROWS = 16
-# Sizes (in, out) that products are tried with: with two threads and AVX-512 some were seen to share sums out, some not.
+# Sizes (in, out) that products are tried with. With two threads and AVX-512, sums of some were split among threads.
 TRIAL_SHAPES = ((769, 515), (1536, 768), (768, 3072))
 
 
 class Products(Enum):
-    """Which rows share a product on a CPU: as many as are fastest, or so that none changes the bits of another.
+    """Which rows share a product on a CPU: as many as are fastest, or such that no row changes the bits of another.
 
-    BY_ROW is each row alone, which suits the few rows of a decode step. BY_TILE is float32 products of whole tiles, the
-    last one filled up with zeros, which suits prompts. The two have different bits.
+    BY_ROW multiplies each row alone, which suits the few rows of a decode step. BY_TILE makes float32 products of whole
+    tiles, the last one filled up with zeros, which suits prompts. The two have different bits.
     """
 
     FASTEST = "fastest"
@@ -43,7 +43,7 @@ class Products(Enum):
 
 
 def power_of_two(most: int) -> int:
-    """The largest up to ``most``, and at least 1: so many rows at a time leave none over, of most models' matrices."""
+    """The largest power of two up to ``most``, at least 1. Most matrices split into blocks of so many rows evenly."""
     return 1 << max(0, most.bit_length() - 1)
 
 
@@ -58,10 +58,10 @@ def has_native_matmul(dtype: torch.dtype) -> bool:
 
 
 def linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None, products: Products = Products.FASTEST) -> Tensor:
-    """``x_TK @ w_NK.T + bias_N`` -> [T, N] in ``x_TK``'s dtype; what is summed in, see the top of this file.
+    """``x_TK @ w_NK.T + bias_N`` -> [T, N] in ``x_TK``'s dtype; the top of this file says what sums are made in.
 
-    The route depends on T, the dtype and the machine only, so equal inputs give equal bits; ``products`` other than
-    FASTEST, on a CPU, give a row the bits that it has in a product with any others.
+    The route depends only on T, the dtype and the machine, so equal inputs give equal bits. With ``products`` other
+    than FASTEST, on a CPU, a row's bits do not depend on the other rows.
     """
     if products is Products.BY_ROW:
         return torch.cat([linear(x_TK[t : t + 1], w_NK, bias_N) for t in range(len(x_TK))])
@@ -76,7 +76,7 @@ def linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None, products: P
 
 @torch.library.custom_op("duoserve::widened_product", mutates_args=())
 def widened_product(x_TK: Tensor, w_NK: Tensor) -> Tensor:
-    """``x_TK @ w_NK.T`` in float32. A tracer would write down block after block of the weights, so it sees a call."""
+    """``x_TK @ w_NK.T`` in float32. It is an op, so that a tracer records one call and not each block of weights."""
     return _widened(x_TK, w_NK)
 
 
@@ -100,9 +100,9 @@ def left_product(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Te
 
 
 def product_of_blocks(x_TK: Tensor, blocks: Iterable[Tensor], num_out: int, turned: bool = False) -> Tensor:
-    """``linear`` with a matrix whose rows come in ``blocks``, each there until the next is asked for: [T, num_out].
+    """``linear`` with a matrix whose rows come in ``blocks``, each valid until the next is taken -> [T, num_out].
 
-    ``turned``: T may be contiguous, not the outputs, as of ``left_product``.
+    ``turned``: T may be contiguous instead of the outputs, as in ``left_product``.
     """
     if not x_TK.is_cpu or not streams_left(x_TK) or (len(x_TK) > LEFT_ROWS and not turned):
         return torch.cat([linear(x_TK, w_BK) for w_BK in blocks], dim=1)
@@ -127,10 +127,10 @@ def float_product(x_TK: Tensor, w_NK: Tensor, products: Products) -> Tensor:
 
 
 def by_rows(op: Callable[[Tensor], Tensor], x_TK: Tensor, products: Products) -> Tensor:
-    """``op(x_TK)``, an op on each element; of one row after another where ``products`` is not FASTEST.
+    """``op(x_TK)`` for an elementwise op, one row after another unless ``products`` is FASTEST.
 
-    What is not rounded exactly, as an exponential, has other bits in the last elements of a tensor or of a thread's
-    share, which do not fill a vector.
+    An op that is not rounded exactly, such as an exponential, has other bits in elements at the end of a tensor, or of
+    a thread's share, that do not fill a vector.
     """
     if products is Products.FASTEST:
         return op(x_TK)
@@ -138,7 +138,7 @@ def by_rows(op: Callable[[Tensor], Tensor], x_TK: Tensor, products: Products) ->
 
 
 def batched_product(x_HBD: Tensor, w_HDN: Tensor, products: Products) -> Tensor:
-    """``x_HBD @ w_HDN`` -> [H, B, N]: of H heads, each with B rows and weights of its own; sums as of ``linear``."""
+    """``x_HBD @ w_HDN`` -> [H, B, N], for H heads with B rows and weights each; sums are made as in ``linear``."""
     if products is Products.FASTEST:
         return torch.bmm(x_HBD, w_HDN)
     return torch.cat([torch.bmm(x_HBD[:, b : b + 1], w_HDN) for b in range(x_HBD.shape[1])], dim=1)
@@ -146,7 +146,7 @@ def batched_product(x_HBD: Tensor, w_HDN: Tensor, products: Products) -> Tensor:
 
 @cache
 def tiles_keep_bits() -> bool:
-    """Whether this machine's float32 products give a row in a tile the same bits, whatever its place and neighbours."""
+    """Whether a row of a tile has the same bits whatever its place and neighbours, in float32 products here."""
     return all(_places_keep_bits(*_trial(TILE_ROWS, num_in, num_out)) for num_in, num_out in TRIAL_SHAPES)
 
 
@@ -159,7 +159,7 @@ def _places_keep_bits(x_TK: Tensor, w_NK: Tensor) -> bool:
 
 @cache
 def _tiles_share_products(num_threads: int) -> bool:
-    """Whether a row has these bits too where so many threads make several tiles together: they may share out sums."""
+    """Whether a row keeps its bits in a product of several tiles by ``num_threads``, which may split sums."""
     assert num_threads == torch.get_num_threads()
     return all(_slices_keep_bits(*_trial(40 * TILE_ROWS, num_in, num_out)) for num_in, num_out in TRIAL_SHAPES)
 
@@ -181,7 +181,7 @@ def _trial(num_rows: int, num_in: int, num_out: int) -> tuple[Tensor, Tensor]:
 
 
 def _tile_product(x_TK: Tensor, w_KN: Tensor, *, out: Tensor) -> Tensor:
-    """The float32 product of whole tiles, made together where that keeps their bits."""
+    """The float32 product of whole tiles, as one product if that keeps their bits."""
     if _tiles_share_products(torch.get_num_threads()):
         return torch.mm(x_TK, w_KN, out=out)
     for start in range(0, len(x_TK), TILE_ROWS):
@@ -190,7 +190,7 @@ def _tile_product(x_TK: Tensor, w_KN: Tensor, *, out: Tensor) -> Tensor:
 
 
 def _filled(x_TK: Tensor) -> Tensor:
-    """Whole tiles of rows, the last ones zero."""
+    """The rows, filled up to whole tiles with zeros."""
     rest = -len(x_TK) % TILE_ROWS
     return x_TK if rest == 0 else F.pad(x_TK, (0, 0, 0, rest))
 

@@ -27,15 +27,15 @@ def bytes_of_row(D):
 
 @triton.jit
 def _escapes(x, x_rows, escapes_at, least, most, D):
-    """What the first ``most`` places add to the sums [BN, rows], over the ``least`` that stands in their columns."""
+    """What the escapes of the first ``most`` places add to the sums [BN, rows] over the ``least`` in their columns."""
     x_at = x + x_rows.to(tl.int64) * D
     columns_at = escapes_at.to(tl.pointer_type(tl.int16)) - places_of(D)
     more = tl.zeros((escapes_at.shape[0], x_rows.shape[0]), tl.float32)
     for place in range(0, most):
         weight = tl.load(escapes_at + place).to(tl.float32)
         column = tl.load(columns_at + place)
-        # Where it is not used, nothing of x may be seen: it could be no number. And bytes that are no expert's must not
-        # be followed to where nothing may be read.
+        # x may be NaN, which a place that is not used must not add; and in bytes of no expert a column may be anything,
+        # so it must not be read from unchecked.
         used = (weight != least) & (column >= 0) & (column < D)
         x_tile = tl.load(x_at[None, :] + column[:, None], mask=used[:, None], other=0.0).to(tl.float32)
         more += (weight - least)[:, None] * x_tile
@@ -46,9 +46,9 @@ def _escapes(x, x_rows, escapes_at, least, most, D):
 def _add_escapes(acc, x, x_rows, escapes_at, least, D, BN: tl.constexpr, BT: tl.constexpr, PLACES: tl.constexpr = 16):
     """``acc`` [BN, BT] with each escape's weight instead of the ``least`` that stands in its column.
 
-    The weights of a row's places begin at ``escapes_at`` [BN]. Places are used from the first, so those that no row of
-    the tile uses are at the end and cost nothing. They are added even if there are none, for a zero's sign would else
-    depend on the other rows of the tile. The rows of x are taken in pieces: all that is gathered fits in no registers.
+    The weights of a row's places begin at ``escapes_at`` [BN]. Places are used from the first on, so those that no row
+    of the tile uses are at the end and cost nothing. Sums are added even if there are no escapes, or the sign of a zero
+    would depend on the other rows of the tile. The rows of x are taken in pieces, as registers do not hold all of them.
     """
     PIECE: tl.constexpr = min(BT, 16)
     PIECES: tl.constexpr = BT // PIECE
@@ -94,7 +94,7 @@ def bf12_product(
     A step takes BK columns, half of them from each half of the rows, so that every byte of codes is read once.
     """
     slot = slot.to(tl.int64)
-    # EVEN says more of D / 2 than the compiler can know of it: that loads from there on are as wide as the others.
+    # If EVEN, D / 2 is a multiple of BK / 2. The compiler cannot know that, and needs it for wide loads from there on.
     half = tl.multiple_of(D // 2, BK // 2) if EVEN else D // 2
     n = tl.minimum(first_n + tl.arange(0, BN), N - 1)
     row_at = w + slot * slot_stride + n * tl.multiple_of(bytes_of_row(D), 16)

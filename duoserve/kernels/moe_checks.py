@@ -1,4 +1,4 @@
-"""What the experts' kernels check of their operands before a launch; KernelError says what is wrong.
+"""The checks of the experts' kernels before a launch: each raises KernelError, which says what is wrong.
 
 T tokens, K top-k, S slots, H hidden, I expert intermediate, R = T * K routed rows, N rows of a matrix, D its inner
 dimension.
@@ -33,7 +33,7 @@ SCALES = {
 
 
 def check_operands(weights: ExpertWeights, plan: RoutePlan, work: Work) -> tuple[int, int]:
-    """Weights, plan and work fit each other; returns H and I."""
+    """Checks that weights, plan and work fit each other; returns H and I."""
     for name, tensor in (("order_R", plan.order_R), ("starts_E1", plan.starts_E1), ("experts_W", work.experts_W)):
         check_tensor(name, tensor, (None,), (torch.int32,))
     check_tensor("slots_W", work.slots_W, tuple(work.experts_W.shape), (torch.int32,))
@@ -50,7 +50,7 @@ def check_operands(weights: ExpertWeights, plan: RoutePlan, work: Work) -> tuple
 
 
 def check_weights(weights: ExpertWeights) -> tuple[int, int]:
-    """Both matrices fit each other and the kernels; returns H and I."""
+    """Checks that both matrices fit each other and the kernels; returns H and I."""
     w13, w2 = weights.w13, weights.w2
     num_slots, two_inter, _ = w13.data_SNB.shape
     hidden, inter = w13.inner, two_inter // 2
@@ -98,7 +98,7 @@ def _decoder_shape(name: str, matrix: Matrix) -> tuple[int, int]:
 def check_rows(
     name: str, rows: Tensor, shape: tuple[int, int], weights: ExpertWeights, like: Tensor | None = None
 ) -> None:
-    """A matrix of activations that goes with ``weights``, and has the dtype of ``like``."""
+    """Checks a matrix of activations: it goes with ``weights``, and has the dtype of ``like``."""
     dtypes = FLOATS if like is None else (like.dtype,)
     if weights.format is ExpertFormat.FLOAT:
         dtypes = (weights.w13_SNH.dtype,)
@@ -108,7 +108,7 @@ def check_rows(
 
 
 def check_clamped(clamped: ClampedUp, weights: ExpertWeights, plan: RoutePlan) -> None:
-    """The bias is one of ``weights``' rows for each expert of ``plan``."""
+    """Checks that the bias has an element for each row of w13, for each expert of ``plan``."""
     bias_EN = clamped.bias_EN
     check_tensor("bias_EN", bias_EN, (len(plan.starts_E1) - 1, weights.w13_SNH.shape[1]), FLOATS)
     check_contiguous(bias_EN=bias_EN)

@@ -1,11 +1,11 @@
 """The experts of one token: matrix-vector products at the pace of memory, with the combine in registers.
 
 K top-k, S slots, H hidden, I expert intermediate. In a kernel a CTA has BN weight rows and reads BK of each at a time.
-Every lane sums in float32 in a fixed order, so the bits depend on the shapes only; they differ from those of the GEMMs
-and the combine, which round in between. No model computes with these: an expert that is read through goes by the GEMMs,
-and bits must not depend on where it was.
+Every lane sums in float32 in a fixed order, so the bits depend only on the shapes; they differ from those of the GEMMs
+and the combine, which round in between. No model computes with these: GEMMs compute the experts that are read through,
+and bits must not depend on where an expert was.
 
-They are for one token, and for weights that need no decoding, which is too slow without tensor cores.
+They take one token, and weights in floats: decoding quantized ones is too slow without tensor cores.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def moe_gemv_up(
 ) -> None:
     """``silu(x w1^T) * (x w3^T)`` of the K experts in ``slots_K`` (int32, on the device) into the rows of ``act_KI``.
 
-    A slot that does not exist gives NaN. float32, float16 or bfloat16, all alike; KernelError for what does not fit.
+    A slot that does not exist gives NaN. All tensors have one dtype: float32, float16 or bfloat16. Raises KernelError
+    for operands that do not fit.
     """
     hidden, inter = _check_float(weights)
     check_slots(slots_K, weights.w13_SNH)
@@ -186,14 +187,14 @@ def moe_gemv_down(
 
 
 def _check_float(weights: ExpertWeights) -> tuple[int, int]:
-    """Quantized weights of one token go through the GEMMs: decoding without tensor cores is slower than memory."""
+    """Refuses quantized weights, which go through the GEMMs: decoding without tensor cores is slower than memory."""
     is_float = weights.format is ExpertFormat.FLOAT
     require(is_float, f"one token's {weights.format.value} experts are computed by moe_up and moe_down")
     return check_weights(weights)
 
 
 def check_slots(slots_K: Tensor, w: Tensor) -> None:
-    """One slot for each of K experts, beside the weights ``w``."""
+    """Checks that there is one slot for each of K experts, on the device of the weights ``w``."""
     check_tensor("slots_K", slots_K, (None,), (torch.int32,))
     check_contiguous(slots_K=slots_K)
     check_one_device(slots_K=slots_K, weights=w)

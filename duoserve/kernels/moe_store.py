@@ -14,7 +14,7 @@ from duoserve.kernels.weights import ClampedUp
 
 
 def clamp_operands(clamped: ClampedUp | None, unused: Tensor) -> tuple[Tensor, float, float]:
-    """bias, alpha and limit; a kernel that has no use for a bias takes any pointer."""
+    """bias, alpha and limit; without ``clamped`` a kernel does not read the bias, and any pointer will do."""
     return (unused, 0.0, 0.0) if clamped is None else (clamped.bias_EN, clamped.alpha, clamped.limit)
 
 
@@ -32,7 +32,7 @@ def _clamped_up(acc, bias, expert, first_n, N, alpha, limit, BN: tl.constexpr, B
     n = tl.minimum(first_n + tl.arange(0, BN), N - 1)
     acc += tl.load(bias + expert.to(tl.int64) * N + n).to(tl.float32)[:, None]
     gate, up = tl.split(tl.permute(tl.reshape(acc, (BN // 2, 2, BT)), (0, 2, 1)))
-    gate = tl.where(gate > limit, limit, gate)  # which leaves NaN alone
+    gate = tl.where(gate > limit, limit, gate)  # unlike a minimum, this keeps NaN
     up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
     return (up + 1.0) * gate / (1.0 + tl.exp(-alpha * gate))
 
@@ -58,8 +58,8 @@ def store_rows(
 ):
     """Writes the sums [BN, BT] of weight rows from ``first_n`` on.
 
-    UP: SwiGLU of them, CLAMPED: what ClampedUp says, with ``expert``'s bias, to the sorted ``rows``. Else as they are,
-    to the places ``order`` where the rows were unsorted.
+    With UP it writes SwiGLU of them, or if CLAMPED the formula of ClampedUp with ``expert``'s bias, to the sorted
+    ``rows``. Without UP it writes them as they are, to the places ``order`` of the rows before sorting.
     """
     if UP:
         result = _clamped_up(acc, bias, expert, first_n, N, alpha, limit, BN, BT) if CLAMPED else _silu_up(acc, BN, BT)

@@ -56,7 +56,7 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """As the twin in reference_small.py -> [..., H], contiguous.
 
     ``x_TH`` has any shape [..., H] and float32, float16 or bfloat16; the weight has its dtype; H is at most MAX_NORMED.
-    A row's bits do not depend on the other rows. KernelError otherwise.
+    A row's bits do not depend on the other rows. Raises KernelError for other shapes and dtypes.
     """
     rows_TH = _rows(x_TH)
     _check(rows_TH, weight_H)
@@ -81,7 +81,7 @@ def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float
 
 
 def _rows(x_TH: Tensor) -> Tensor:
-    """``x`` as rows with contiguous elements, copied only where no view has that form."""
+    """``x`` as rows with contiguous elements; a copy only if no view has that form."""
     rows_TH = x_TH.reshape(-1, x_TH.shape[-1])
     return rows_TH if rows_TH.stride(1) == 1 else rows_TH.contiguous()
 
@@ -117,6 +117,6 @@ def _launch(
             ROWS=rows,
             COLUMNS=columns,
             INTERPRET=interpreting(),
-            # 8 elements (16 bytes of a half type) a thread, as far as 16 warps go.
+            # 8 elements (16 bytes of a half type) a thread, up to 16 warps; the widest rows have 32 warps.
             num_warps=32 if columns > 16384 else min(16, max(4, columns // 256)),
         )

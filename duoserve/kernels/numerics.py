@@ -1,4 +1,4 @@
-"""What the Triton kernels share: conversions and matrix products that are right in the interpreter too."""
+"""Conversions and matrix products for the Triton kernels that are right in the interpreter too."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def to_dtype(x_f32, dtype: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def full_float32(x_f32):
-    """``x_f32``, and the compiler forgets what it was converted from.
+    """``x_f32``, made such that the compiler does not see what it was converted from.
 
-    Where it remembers a narrower type, it multiplies in tf32 on sm_100, ``input_precision="ieee"`` or not (Triton
-    issue 10176). Not for the interpreter, which knows no assembly.
+    Where it sees a narrower type, it multiplies in tf32 on sm_100, even with ``input_precision="ieee"`` (Triton issue
+    10176). Not for the interpreter, which has no inline assembly.
     """
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x_f32], dtype=tl.float32, is_pure=False, pack=1)
 
@@ -43,7 +43,7 @@ def full_float32(x_f32):
 @triton.jit
 def matrix_product(w_tile, x_tile, acc, INTERPRET: tl.constexpr):
     """``acc + w_tile x_tile``, float32 in full precision."""
-    if INTERPRET:  # which multiplies only float32 rightly
+    if INTERPRET:  # the interpreter multiplies only float32 correctly
         return tl.dot(w_tile.to(tl.float32), x_tile.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(w_tile, x_tile, acc, input_precision="ieee")
@@ -51,11 +51,11 @@ def matrix_product(w_tile, x_tile, acc, INTERPRET: tl.constexpr):
 
 @triton.jit
 def step_product(w_tile, x_tile, acc, DECODED: tl.constexpr, ARCH: tl.constexpr, INTERPRET: tl.constexpr):
-    """As ``matrix_product``, in a loop; ``DECODED`` says that ``w_tile`` is not as it was loaded.
+    """As ``matrix_product``, in a loop; ``DECODED`` says that ``w_tile`` was decoded in registers.
 
-    Then it is in registers, and wgmma (sm_90) still reads them while the loop goes on: Triton 3.6 and 3.7 have the next
-    step's weights decoded into the same ones meanwhile, and the copies of 3.8 are left out by its ptxas (issue 9433).
-    They wait for sums that anything but a product takes, so something does: what may be an instruction, and is none.
+    wgmma (sm_90) still reads these registers while the loop goes on: Triton 3.6 and 3.7 decode the next step's weights
+    into them meanwhile, and the copies that 3.8 makes are left out by its ptxas (issue 9433). All of them wait for sums
+    that anything but a product uses, so the sums go through an empty piece of assembly.
     """
     acc = matrix_product(w_tile, x_tile, acc, INTERPRET)
     if DECODED and ARCH // 10 == 9 and not INTERPRET:

@@ -11,7 +11,7 @@ from torch import Tensor
 def context_rows(pages: Sequence[int], length: int, page_tokens: int) -> Tensor | slice:
     """The cache rows [C] of a sequence's ``length`` tokens, in order, from its pages on the host.
 
-    A slice, by which a tensor is read without a copy, where the pages adjoin; else int64 on the CPU.
+    They are a slice, which reads a tensor without a copy, if the pages adjoin; else int64 on the CPU.
     """
     used = list(pages[: -(-length // page_tokens)])
     if used == list(range(used[0], used[0] + len(used))):

@@ -1,4 +1,4 @@
-"""Work that is recorded once and then replayed as a whole, so that it costs one launch: what a CUDA graph offers."""
+"""Work that is recorded once and then replayed as a whole at the cost of one launch, as CUDA graphs do."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 
 class Recording(Protocol[Result_co]):
-    """Recorded work. It reads and writes the memory that it was recorded with, whatever that holds by then."""
+    """Recorded work. It reads and writes the memory that it was recorded with, whatever that holds at each replay."""
 
     @property
     def result(self) -> Result_co:
-        """What the work returned; every replay fills its tensors anew, and before the first they are undefined."""
+        """What the work returned. Every replay fills its tensors anew; before the first replay they are undefined."""
         ...
 
     def replay(self) -> None:
@@ -26,7 +26,7 @@ class Recording(Protocol[Result_co]):
 
 
 class Recorder(Protocol):
-    """A device that records. What is enqueued runs in order, while the host goes on; ``wait`` alone blocks it."""
+    """A device that records work. All that is enqueued runs in order while the host goes on; only ``wait`` blocks."""
 
     @property
     def device(self) -> torch.device:
@@ -42,10 +42,10 @@ class Recorder(Protocol):
         ...
 
     def record(self, work: Callable[[], Result]) -> Recording[Result]:
-        """Runs ``work`` once for real and records it: every launch, with the memory and the numbers it had now.
+        """Runs ``work`` once and records it: every launch, with the memory and the numbers of this run.
 
-        It must not read what the device computes, and no shape may depend on that. Keep all recordings that share
-        memory for as long as one of them is replayed.
+        ``work`` must not read what the device computes, and no shape may depend on that. Keep all recordings that share
+        memory as long as one of them is replayed.
         """
         ...
 

@@ -2,7 +2,7 @@
 
 T tokens, K top-k, E experts, S slots, H hidden, I expert intermediate, R = T * K routed rows, J of them of one expert,
 N rows of a matrix, D its inner dimension. The small ops and attention have files of their own. Sums are made in at
-least float32, on CUDA but for what ``matmul.py`` says; results come in the input's dtype.
+least float32 (``matmul.py`` has the exception, on CUDA); results have the input's dtype.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def route_plan(topk_ids_TK: Tensor, slots_E: Tensor) -> RoutePlan:
     no expert: its row sorts last and no op computes it.
     """
     num_experts, device = len(slots_E), slots_E.device
-    # Lists, not tensors: for the few rows of a decode step that is many times faster, for a prompt not slow.
+    # Lists are many times faster than tensors for the few rows of a decode step, and not slow for a prompt.
     ids = [e if 0 <= e < num_experts else num_experts for e in topk_ids_TK.flatten().tolist()]
     order = sorted(range(len(ids)), key=ids.__getitem__)
     counts = Counter(ids)
@@ -102,8 +102,8 @@ def moe_up(
 ) -> None:
     """``silu(x w1^T) * (x w3^T)`` for the rows of each expert in ``work``, into their sorted rows of ``act_RI``.
 
-    The weights' gate and up rows are interleaved; other rows of ``act_RI`` stay as they are. Source: SwiGLU, Shazeer
-    (2020). Where ``clamped`` is given, it says what to do with the products instead.
+    The weights' gate and up rows are interleaved; other rows of ``act_RI`` stay as they are. With ``clamped`` its
+    formula is applied instead. Source: SwiGLU, Shazeer (2020).
     """
     w13 = weights.w13
     for expert, slot in work.pairs():
@@ -136,9 +136,9 @@ def moe_experts(
     y_RH: Tensor,
     clamped: ClampedUp | None = None,
 ) -> None:
-    """``moe_up`` and ``moe_down`` of the same experts; what becomes of ``act_RI`` is left open.
+    """``moe_up`` and ``moe_down`` of the same experts; ``act_RI`` is scratch, and its contents afterwards undefined.
 
-    A CPU computes several experts of a few rows together, and the bits of each are those that it has by itself.
+    A CPU may compute several experts of a few rows together; an expert's bits do not depend on that.
     """
     if clamped is None and may_share(weights, x_TH):
         pairs = work.pairs()
@@ -168,32 +168,32 @@ def moe_gemv_down(
 ) -> None:
     """``out_1H = sum_j weight_j * act_j w2_j^T + shared`` of one token: ``moe_down`` and ``moe_combine`` in one.
 
-    FLOAT weights only. Triton rounds once at the end, this twin also each product, as the two ops do.
+    FLOAT weights only. Triton rounds once at the end; this twin rounds each product too, as the two ops do.
     """
     products = [_product(act_KI[j : j + 1], weights.w2, slot) for j, slot in enumerate(slots_K.tolist())]
     out_1H.copy_(moe_combine(torch.stack(products, dim=1), topk_weights_1K, shared_1H))
 
 
 def _rows_of(x_TH: Tensor, plan: RoutePlan, start: int, stop: int) -> Tensor:
-    """The tokens of the sorted rows from ``start`` to before ``stop``."""
+    """The rows of ``x_TH`` for the sorted rows from ``start`` to before ``stop``."""
     if x_TH.shape[0] == stop - start == 1:
         return x_TH
     return x_TH.index_select(0, plan.tokens_R[start:stop])
 
 
 def _swiglu(x_JH: Tensor, w13: Matrix, slot: int, act_JI: Tensor) -> None:
-    """``silu(gate) * up`` into ``act_JI``. A strided silu takes twice the time."""
+    """Writes ``silu(gate) * up`` to ``act_JI``. Gates are made contiguous: a strided silu takes twice the time."""
     product_JN = _product(x_JH, w13, slot, turned=True)
     gate_JI, up_JI = product_JN[:, 0::2], product_JN[:, 1::2]
     if product_JN.is_contiguous():
         gate_JI = by_rows(partial(F.silu, inplace=True), gate_JI.contiguous(), w13.products)
         torch.mul(gate_JI, up_JI, out=act_JI)
-    else:  # it is turned back last, for until then each of its rows is in one piece
+    else:  # transposed back last, as each row is contiguous until then
         act_JI.copy_(F.silu(gate_JI.T.contiguous(), inplace=True).mul_(up_JI.T).T)
 
 
 def _clamped(up_JN: Tensor, clamped: ClampedUp, products: Products, act_JI: Tensor) -> None:
-    """Gate and up rows in turn, the bias added, as ClampedUp says."""
+    """Writes the formula of ClampedUp to ``act_JI``, from gate and up columns in turn with the bias added."""
     gate_JI, up_JI = up_JN.view(len(up_JN), -1, 2).unbind(-1)
     gate_JI, up_JI = gate_JI.clamp(max=clamped.limit), up_JI.clamp(-clamped.limit, clamped.limit)
     share_JI = by_rows(torch.sigmoid, gate_JI * clamped.alpha, products)
@@ -201,10 +201,9 @@ def _clamped(up_JN: Tensor, clamped: ClampedUp, products: Products, act_JI: Tens
 
 
 def _product(x_JD: Tensor, matrix: Matrix, slot: int, turned: bool = False) -> Tensor:
-    """``x w^T`` [J, N]; quantized weights are decoded to float32, whatever ``x_JD`` is, a block of rows at a time.
+    """``x w^T`` [J, N]; quantized weights are decoded a block of rows at a time, to float32 whatever ``x_JD`` is.
 
-    BF12 is bfloat16 in a product with bfloat16.
-    ``turned``: J may be contiguous, not N.
+    Only BF12 is decoded to bfloat16 for a product with bfloat16. ``turned``: J may be contiguous instead of N.
     """
     if x_JD.dtype == matrix.data_SNB.dtype:
         w_ND = matrix.data_SNB[slot]

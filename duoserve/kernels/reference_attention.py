@@ -1,7 +1,7 @@
-"""The PyTorch spec of attention, which is also what runs on a CPU. No triton.
+"""The PyTorch spec of attention, which is also what runs on a CPU. Imports without triton.
 
 T new tokens, C context tokens, B sequences, H query heads, G KV heads, D head dimension, P pages, S tokens a page, M
-pages a sequence may have; in multi-head latent attention L latent and R rotary dimensions.
+pages a sequence may have; in multi-head latent attention L latent and R rotated dimensions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from duoserve.kernels.matmul import has_native_matmul
 from duoserve.kernels.paging import context_rows
 
-# Queries that are computed at a time where their scores may be written out, so that T x C of them never are.
+# Queries that are computed at a time where scores may be written out, so that these are never T x C.
 QUERY_ROWS = 256
 
 
@@ -38,7 +38,9 @@ def attention(
     mask = None if plain_causal else _visible(num_new, num_context, window, q_THD.device)
     if sinks_H is not None:
         k_CGD, v_CGD = _with_empty_row(k_CGD), _with_empty_row(v_CGD)
-        mask = _with_sinks(mask, sinks_H, num_new, num_context, q_THD.dtype)[None]  # with 3 axes scores are written out
+        mask = _with_sinks(mask, sinks_H, num_new, num_context, q_THD.dtype)[
+            None
+        ]  # 3 axes: scores would be written out
     out_HTD = F.scaled_dot_product_attention(
         q_THD.transpose(0, 1)[None],
         k_CGD.transpose(0, 1)[None],
@@ -52,9 +54,9 @@ def attention(
 
 
 def _of_one_query(q_1HD: Tensor, k_CGD: Tensor, v_CGD: Tensor, scale: float, sinks_H: Tensor | None) -> Tensor:
-    """``attention`` of one query that sees all: the heads of a KV head are its queries, so that it is read once."""
+    """``attention`` of one query that sees all. The heads of a KV head become its queries, so that it is read once."""
     dtype, (num_context, num_kv_heads, _) = q_1HD.dtype, k_CGD.shape
-    if q_1HD.is_cpu and not has_native_matmul(dtype):  # a third of the time that it takes in half
+    if q_1HD.is_cpu and not has_native_matmul(dtype):  # takes a third of the time of half precision
         q_1HD, k_CGD, v_CGD = q_1HD.float(), k_CGD.float(), v_CGD.float()
     mask = None
     if sinks_H is not None:
@@ -71,14 +73,14 @@ def _of_one_query(q_1HD: Tensor, k_CGD: Tensor, v_CGD: Tensor, scale: float, sin
 
 
 def _with_empty_row(x_CGD: Tensor) -> Tensor:
-    """The rows and one of zeros behind the context, for sinks."""
+    """The rows, and a row of zeros behind the context, for sinks."""
     return F.pad(x_CGD, (0, 0, 0, 0, 0, 1))
 
 
 def _streams_scores(q_THD: Tensor, v_CGD: Tensor) -> bool:
-    """Whether plain causal attention with shared KV heads keeps no scores.
+    """Whether PyTorch's causal attention with shared KV heads avoids writing scores out.
 
-    PyTorch's does not, but on a GPU in float32 and on a CPU where values are narrower than keys.
+    It does, except on a GPU in float32, and on a CPU if values are narrower than keys.
     """
     return q_THD.shape[-1] == v_CGD.shape[-1] if q_THD.is_cpu else q_THD.dtype is not torch.float32
 
@@ -86,9 +88,9 @@ def _streams_scores(q_THD: Tensor, v_CGD: Tensor) -> bool:
 def _in_blocks(
     q_THD: Tensor, k_CGD: Tensor, v_CGD: Tensor, scale: float, window: int | None, sinks_H: Tensor | None
 ) -> Tensor:
-    """``attention`` of QUERY_ROWS queries after another, each over what they can see of the context.
+    """``attention`` by blocks of QUERY_ROWS queries, each over the part of the context that they see.
 
-    The largest block comes first, and the memory of its scores serves all others: a GPU's allocator keeps what it has.
+    The largest block comes first, as a GPU's allocator then reuses the memory of its scores for all others.
     """
     num_new, before = q_THD.shape[0], k_CGD.shape[0] - q_THD.shape[0]
     blocks = []
@@ -118,7 +120,7 @@ def _visible(num_new: int, num_context: int, window: int | None, device: torch.d
 def _with_sinks(
     visible_TC: Tensor | None, sinks_H: Tensor, num_new: int, num_context: int, dtype: torch.dtype
 ) -> Tensor:
-    """What to add to the scores, [H, T, C + 1]: the sinks in a last column, whose key and value are zero."""
+    """What is added to the scores, [H, T, C + 1], with the sinks in the last column, whose key and value are zero."""
     added_HTC = torch.zeros((len(sinks_H), num_new, num_context + 1), dtype=dtype, device=sinks_H.device)
     added_HTC[..., -1] = sinks_H[:, None]
     if visible_TC is not None:
@@ -139,8 +141,8 @@ def decode_attention(
     """One new token of each sequence over the paged KV cache, its own keys and values included -> [B, H, D].
 
     Token c of sequence b is row ``c % S`` of page ``page_table_BM[b, c // S]``; ``lengths_B`` counts the tokens (int32
-    or int64, like the table). A length of 0 gives zeros: that is how a padded batch marks its padding. ``attention``
-    has the formula.
+    or int64, like the table). A length of 0, which marks padding of a batch, gives zeros. ``attention`` has the
+    formula.
     """
     attended = []
     for sequence, length in enumerate(lengths_B.tolist()):

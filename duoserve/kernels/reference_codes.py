@@ -1,4 +1,4 @@
-"""Products with quantized weights on a CPU: codes are multiplied as they are, and scales applied to the sums.
+"""Products with quantized weights on a CPU: codes are multiplied as they are, and scales are applied to the sums.
 
 bfloat16 and float32 hold every code exactly, and every weight of MXFP4, so none is rounded. J rows of one expert,
 N rows of its matrix, D its inner dimension, G groups of D, C codes of a half group.
@@ -15,15 +15,15 @@ from duoserve.kernels.matmul import has_native_matmul, power_of_two
 from duoserve.kernels.reference_dequant import E2M1, row_scales, unpack
 from duoserve.kernels.weights import FP8_BLOCK, ExpertFormat, Matrix
 
-# Up to here PyTorch's product with int8 weights, which converts them in registers, is the faster one. It takes rows of
-# whole vectors only: of others it reads beyond the end.
+# Up to so many rows PyTorch's product with int8 weights, which converts them in registers, is faster. It takes rows of
+# whole vectors only: it reads beyond the end of others.
 PACKED_ROWS, PACKED_VECTOR = 8, 16
-# Sums of groups that are made at a time, of as many rows as that is: a prompt's would take more memory than its pass.
+# The most sums of groups at a time, which limits the rows: all sums of a prompt would take more memory than its pass.
 SUMS = 1 << 20
 
 
 def multiplies_codes(matrix: Matrix, dtype: torch.dtype) -> bool:
-    """Whether ``code_product`` knows the format, and loses nothing of inputs of ``dtype``; float16's sums overflow."""
+    """Whether ``code_product`` takes the format, and inputs of ``dtype`` without loss; in float16 sums overflow."""
     whole_blocks = matrix.format is not ExpertFormat.FP8 or matrix.inner % FP8_BLOCK == 0
     quantized = matrix.format not in (ExpertFormat.FLOAT, ExpertFormat.BF12) and matrix.data_SNB.is_cpu
     return dtype is torch.bfloat16 and quantized and whole_blocks
@@ -54,7 +54,7 @@ def _int8_sums(x_JD: Tensor, q_ND: Tensor) -> Tensor:
 
 
 def _int4_product(x_JD: Tensor, data_NB: Tensor, scales_GN: Tensor, zeros_GN: Tensor) -> Tensor:
-    """Even features are in the low halves of bytes, odd ones in the high; of a group, all even ones come first here."""
+    """As ``code_product``; even features are in the low halves of bytes, and come first in each group here."""
     num_groups, num_rows = scales_GN.shape
     bytes_NGC = data_NB.view(num_rows, num_groups, -1)
     zeros_NG1 = zeros_GN.T.contiguous().view(torch.int8)[:, :, None]
@@ -67,7 +67,7 @@ def _int4_product(x_JD: Tensor, data_NB: Tensor, scales_GN: Tensor, zeros_GN: Te
 
 
 def _fp8_product(x_JD: Tensor, data_ND: Tensor, scales_GN: Tensor) -> Tensor:
-    """A block of columns is a group."""
+    """As ``code_product``; a block of columns is a group."""
     codes_GND, x_GJD = (
         rows.reshape(len(rows), -1, FP8_BLOCK).transpose(0, 1) for rows in (_looked_up(data_ND, ExpertFormat.FP8), x_JD)
     )
@@ -75,14 +75,14 @@ def _fp8_product(x_JD: Tensor, data_ND: Tensor, scales_GN: Tensor) -> Tensor:
 
 
 def _mxfp4_product(x_JD: Tensor, data_NB: Tensor, scales_GN: Tensor) -> Tensor:
-    """Scales are powers of two, so bfloat16 holds the weights themselves."""
+    """As ``code_product``; scales are powers of two, so bfloat16 holds the scaled weights."""
     scales_NG = scales_GN.T.contiguous().view(torch.float8_e8m0fnu).to(_code_dtype())
     w_NGD = _looked_up(data_NB, ExpertFormat.MXFP4).view(*scales_NG.shape, -1) * scales_NG[:, :, None]
     return torch.mm(w_NGD.flatten(1), x_JD.T.to(w_NGD.dtype)).T.float()
 
 
 def _scaled_sums(codes_GND: Tensor, x_GJ: Tensor, scales_GN: Tensor) -> Tensor:
-    """[J, N] of the sums of G groups; ``x_GJ`` is [G, J, D], or [G, J, 2, C], D in two parts."""
+    """The scaled sums [J, N] over G groups; ``x_GJ`` is [G, J, D], or [G, J, 2, C] with D in two parts."""
     num_rows = power_of_two(SUMS // scales_GN.numel())
     if x_GJ.shape[1] <= num_rows:
         x_GDJ = x_GJ.flatten(2).transpose(1, 2).to(codes_GND.dtype)
@@ -91,14 +91,14 @@ def _scaled_sums(codes_GND: Tensor, x_GJ: Tensor, scales_GN: Tensor) -> Tensor:
 
 
 def _looked_up(bytes_NB: Tensor, form: ExpertFormat) -> Tensor:
-    """The numbers [N, D] of fp8 or of MXFP4, of two bytes at a time."""
+    """The numbers [N, D] that bytes of fp8 or MXFP4 stand for, looked up two bytes at a time."""
     words = bytes_NB.flatten().view(torch.uint16).int()
     return _numbers(form).index_select(0, words).view(torch.bfloat16).view(len(bytes_NB), -1).to(_code_dtype())
 
 
 @cache
 def _numbers(form: ExpertFormat) -> Tensor:
-    """The bfloat16 numbers that each two bytes stand for, as one integer, for that is what is looked up fast."""
+    """The bfloat16 numbers that each pair of bytes stands for, as one integer, which is fast to look up."""
     bytes_W2 = torch.arange(1 << 16, dtype=torch.int32, device="cpu").to(torch.uint16).view(torch.uint8).view(-1, 2)
     if form is ExpertFormat.FP8:
         return bytes_W2.view(torch.float8_e4m3fn).bfloat16().view(torch.int32).flatten()

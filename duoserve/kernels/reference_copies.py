@@ -1,4 +1,4 @@
-"""The PyTorch spec of the ops that bring experts from host memory into slots. No triton.
+"""The PyTorch spec of the ops that bring experts from host memory into slots. Imports without triton.
 
 T tokens, K top-k, E experts, S slots, H hidden, I expert intermediate, R = T * K routed rows, B bytes of a row.
 """
@@ -20,7 +20,7 @@ ALL_BITS = 0xFF  # NaN in every float format, and in the scales of the others
 def page_gather(source: HostRows, work: Work, pool_SB: Tensor) -> None:
     """Copies the row of each expert in ``work`` into its slot, a row of ``pool_SB`` (uint8 [S, B]).
 
-    An expert that ``source`` has no row of turns its slot into NaN; one whose slot does not exist is left out.
+    If ``source`` has no row of an expert, its slot is filled with NaN. An expert whose slot does not exist is left out.
     """
     for expert, slot in work.pairs():
         row_B = source.rows_E[expert]
@@ -67,7 +67,7 @@ def moe_down_fill(
 
 
 def _filled(weights: ExpertWeights, matrix: Matrix, source: HostRows, work: Work) -> tuple[Work, list[tuple[int, int]]]:
-    """The experts of ``work`` whose ``matrix`` is now in their slots, and those that have no row or no slot."""
+    """Copies ``matrix`` of the experts in ``work``; gives the experts copied, and those without a row or a slot."""
     filled, lost = [], []
     for expert, slot in work.pairs():
         row_B = source.rows_E[expert]

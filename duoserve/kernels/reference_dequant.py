@@ -1,4 +1,4 @@
-"""The quantized formats decoded in PyTorch, exactly as their specifications say.
+"""Decodes the quantized formats in PyTorch, exactly as their specifications say.
 
 N rows of a matrix, D its inner dimension, G groups of D.
 """
@@ -21,7 +21,7 @@ ALL_ROWS = slice(None)
 def dense(matrix: Matrix, slot: int, rows: slice = ALL_ROWS) -> Tensor:
     """The weights [N, D] in ``slot``, or some rows of them: FLOAT as they are, BF12 in bfloat16, others in float32.
 
-    Of what fp8 and int8 stand for this is the float32 product; the other formats' values are exact in it.
+    For fp8 and int8 they are the rounded float32 product of code and scale; values of the other formats are exact.
     """
     if matrix.format is ExpertFormat.FLOAT:
         return matrix.data_SNB[slot, rows]
@@ -32,7 +32,7 @@ def dense(matrix: Matrix, slot: int, rows: slice = ALL_ROWS) -> Tensor:
 
 
 def _decoded(matrix: Matrix, slot: int, rows: slice) -> Tensor:
-    """Column by column as they are stored."""
+    """The weights in float32, columns in the order in which they are stored."""
     assert matrix.scales_SGN is not None
     data_NB, scales = matrix.data_SNB[slot, rows], matrix.scales_SGN[slot]
     if matrix.format is ExpertFormat.FP8:

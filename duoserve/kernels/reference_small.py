@@ -1,8 +1,8 @@
-"""The PyTorch spec of the small ops between the matrix products, which is also what runs on a CPU. No triton.
+"""The PyTorch spec of the small ops between the matrix products, which also runs on a CPU. Imports without triton.
 
 T tokens, K top-k, E experts, H hidden (in RoPE: query heads), G KV heads, D head dimension, R rotated dimensions, P
-pages, S tokens a page, W a row of them, F = R/2 frequencies, N expert groups. Sums are made in at least float32;
-results come in the input's dtype.
+pages, S tokens a page, W elements of a row of them, F = R/2 frequencies, N expert groups. Sums are made in at least
+float32; results have the input's dtype.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 Scoring = Literal["softmax", "sigmoid", "softmax_of_topk"]
-# Up to so many scores (a decode step's), sorting them all costs less than finding out which rows have equals.
+# Sorting up to so many scores (those of a decode step) costs less than finding out which rows have ties.
 SORT_ELEMENTS = 4096
 
 
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, of any shape [..., H].
 
-    ``x / sqrt(...)`` is rounded to the input's dtype before the weight is applied, as in transformers' models; but
-    its gpt-oss rounds only once, after that. Source: Zhang and Sennrich (2019).
+    ``x / sqrt(...)`` is rounded to the input's dtype before the weight is applied, as in transformers' models, except
+    its gpt-oss, which rounds only once, after that. Source: Zhang and Sennrich (2019).
     """
     wide_TH = x_TH.float()
     mean_T1 = (wide_TH * wide_TH).sum(-1, keepdim=True) / x_TH.shape[-1]
@@ -35,7 +35,7 @@ def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float
 
 
 def rope_frequencies(dim: int, theta: float) -> Tensor:
-    """``1 / theta^(2i/R)``, float32 [R/2] on the CPU, of R = ``dim`` rotated dimensions. Source: Su et al. (2021)."""
+    """``1 / theta^(2i/R)``, float32 [R/2] on the CPU, for R = ``dim`` rotated dimensions. Source: Su et al. (2021)."""
     return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
 
 
@@ -44,7 +44,7 @@ def rope_table(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines [T, 1, F] of ``position * frequency``, times ``magnitude``: float32, rounded to ``dtype``.
 
-    So does transformers, but for DeepSeek-V2, whose are not rounded.
+    Transformers rounds them too, except those of DeepSeek-V2.
     """
     angles_T1F = positions_T.float()[:, None, None] * frequencies_F.to(positions_T.device)
     cos_T1F, sin_T1F = angles_T1F.cos() * magnitude, angles_T1F.sin() * magnitude
@@ -79,8 +79,8 @@ def rope_write_kv(
 ) -> Tensor:
     """Rotates queries and keys and stores keys and values in the paged cache -> rotated queries [T, H, D].
 
-    Token t goes to row ``rows_T[t]`` = page * S + place (int64); a negative row stores nothing, which is how a padded
-    batch marks its padding. No two tokens may name one row. ``apply_rope`` has the formula.
+    Token t goes to row ``rows_T[t]`` = page * S + place (int64). A negative row, which marks padding of a batch, stores
+    nothing. No two tokens may have the same row. ``apply_rope`` has the formula.
     """
     turned_TND = apply_rope(torch.cat((q_THD, k_TGD), dim=1), cos_T1R, sin_T1R, interleaved)
     q_THD, k_TGD = turned_TND[:, : q_THD.shape[1]], turned_TND[:, q_THD.shape[1] :]
@@ -90,9 +90,9 @@ def rope_write_kv(
 
 
 def write_rows(values_TW: Tensor, pages_PSW: Tensor, rows_T: Tensor) -> None:
-    """Stores the row of token t in row ``rows_T[t]`` = page * S + place (int64) of the paged cache; none may repeat.
+    """Stores the row of token t in row ``rows_T[t]`` = page * S + place (int64) of the paged cache.
 
-    A negative row stores nothing, as in ``rope_write_kv``.
+    No two tokens may have the same row. A negative row stores nothing, as in ``rope_write_kv``.
     """
     if rows_T.shape[0] and int(rows_T.min()) < 0:
         kept_T = rows_T >= 0
@@ -112,7 +112,7 @@ def router_topk(
     scale: float = 1.0,
     round_to: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """The router's choice -> float32 weights [T, K] and int64 ids [T, K], in descending order of what chose them.
+    """The router's choice -> float32 weights [T, K] and int64 ids [T, K], in descending order of their scores.
 
     ``scoring`` says what an expert's weight is, in float32 whatever the dtype of the logits:
 
@@ -125,8 +125,8 @@ def router_topk(
     With ``n_group`` > 1 the experts form equal groups in order of their ids, and only those of the best ``topk_group``
     groups can be chosen; a group's score is its best expert's (softmax) or the sum of its two best (sigmoid). Weights
     are multiplied by ``scale`` and then rounded to ``round_to``. Of equal scores the lowest id wins, of experts and of
-    groups; NaN ranks above every number. Softmax keeps the order of the logits, so these are what is compared. Sources:
-    Jiang et al. (2024), DeepSeek-AI (2024a, 2024b).
+    groups; NaN ranks above every number. Softmax keeps the order of the logits, so logits are compared. Sources: Jiang
+    et al. (2024), DeepSeek-AI (2024a, 2024b).
     """
     logits = logits_TE.float()
     scores_TE = logits.sigmoid() if scoring == "sigmoid" else logits
@@ -134,7 +134,7 @@ def router_topk(
     if n_group > 1:
         choice_TE = _only_best_groups(choice_TE, n_group, topk_group, best=2 if scoring == "sigmoid" else 1)
     ids_TK = _best(choice_TE, top_k)
-    if scoring == "softmax_of_topk" or (scoring == "softmax" and renormalize):  # one number, written in two ways
+    if scoring == "softmax_of_topk" or (scoring == "softmax" and renormalize):  # both give the same numbers
         weights_TK = logits.gather(1, ids_TK).softmax(-1)
     else:
         weights_TK = (logits.softmax(-1) if scoring == "softmax" else scores_TE).gather(1, ids_TK)
@@ -144,9 +144,9 @@ def router_topk(
 
 
 def _best(scores_TE: Tensor, count: int) -> Tensor:
-    """The ids [T, count] of the highest scores in descending order; of equal ones the lowest id first.
+    """The ids [T, count] of the highest scores in descending order; of equal scores the lowest id comes first.
 
-    ``topk`` is faster than a stable sort but leaves the order of equals open, so rows with equals (or NaN) are sorted.
+    ``topk`` is faster than a stable sort but leaves the order of ties open, so rows with ties (or NaN) are sorted.
     """
     if scores_TE.numel() <= SORT_ELEMENTS:
         return _sorted(scores_TE)[:, :count]
@@ -157,7 +157,7 @@ def _best(scores_TE: Tensor, count: int) -> Tensor:
 
 
 def _sorted(scores_TE: Tensor) -> Tensor:
-    """All ids from the highest score to the lowest; of equal ones the lowest id first."""
+    """All ids from the highest score to the lowest; of equal scores the lowest id comes first."""
     ids_TE: Tensor = scores_TE.sort(dim=-1, descending=True, stable=True).indices
     return ids_TE
 
@@ -174,9 +174,9 @@ def _only_best_groups(choice_TE: Tensor, n_group: int, topk_group: int, best: in
 def moe_combine(y_TKH: Tensor, topk_weights_TK: Tensor, shared_TH: Tensor | None = None) -> Tensor:
     """``sum_j weight_j * y_j``, plus the shared expert's output last -> [T, H] in ``y``'s dtype.
 
-    Summed in float32 and in the order of j, so that no arrival order of experts shows.
+    Sums are made in float32 in the order of j, so that the order in which experts arrive leaves no trace.
     """
-    out_TH = y_TKH[:, 0] * topk_weights_TK[:, :1]  # float32, as one factor is
+    out_TH = y_TKH[:, 0] * topk_weights_TK[:, :1]  # float32, as the weights are
     for j in range(1, y_TKH.shape[1]):
         out_TH = out_TH + y_TKH[:, j] * topk_weights_TK[:, j : j + 1]
     return (out_TH if shared_TH is None else out_TH + shared_TH.float()).to(y_TKH.dtype)

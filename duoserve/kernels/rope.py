@@ -124,8 +124,7 @@ def rope_write_kv(
 
     Queries, keys, values and pages have one dtype: float32, float16 or bfloat16. Heads may lie anywhere (slices of the
     stacked projections are fine) as long as each is contiguous; pages and tables are contiguous; tables have any of the
-    three dtypes; rows are int64 below P * S, which only the device could check: the caller promises it. KernelError
-    otherwise.
+    three dtypes; rows are int64. Raises KernelError otherwise. Rows must be below P * S, which is not checked.
     """
     _check(q_THD, k_TGD, v_TGD, cos_T1R, sin_T1R, k_pages_PSGD, v_pages_PSGD, rows_T)
     num_tokens, num_heads, head_dim = q_THD.shape
@@ -161,7 +160,7 @@ def rope_write_kv(
             REST_PAD=triton.next_power_of_2(max(1, head_dim - 2 * half)),
             INTERPRET=interpreting(),
             num_warps=4,
-            # Rounded like the twin, product by product.
+            # Each product is rounded, as in the twin.
             enable_fp_fusion=False,
         )
     return out_THD

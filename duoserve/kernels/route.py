@@ -15,7 +15,7 @@ from duoserve.kernels.checks import check_contiguous, check_one_device, check_te
 from duoserve.kernels.limits import MAX_EXPERTS
 from duoserve.kernels.routing import DeviceWork, RoutePlan
 
-# One CTA sorts up to this many rows by comparing each with all: 2 us of compares at 512. Above it, blocks of rows.
+# One CTA sorts up to this many rows by comparing each with all: 2 us of compares at 512. More rows go in blocks.
 SMALL_ROWS = 512
 BLOCK_ROWS = 256
 CHUNK = 32  # rows compared at a time: a BLOCK_ROWS x CHUNK tile of compares stays in registers
@@ -24,14 +24,17 @@ SCAN = 1024
 
 @triton.jit
 def _load_ids(ids_R, rows, R, E):
-    """Expert ids of ``rows``, invalid ones and those past R as E."""
+    """The expert ids of ``rows``; E for invalid ids, and for rows from R on."""
     ids = tl.load(ids_R + rows, mask=rows < R, other=-1)
     return tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
 
 
 @triton.jit
 def _rank_among_equals(ids_R, first, mine, here, R, E, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """How many of the ROWS rows from ``first`` on have each row's expert and come before it (mine: ids, here: rows)."""
+    """For each row, how many of the ROWS rows from ``first`` on come before it and have its expert.
+
+    ``mine`` has the ids of the rows, ``here`` their numbers.
+    """
     rank = tl.zeros_like(here)
     for chunk in range(0, ROWS, CHUNK):
         rows = first + chunk + tl.arange(0, CHUNK)
@@ -67,7 +70,7 @@ def _write_lists(counts, slots_E, starts_E1, resident, missing, E, EP: tl.conste
     return starts
 
 
-# No number of rows is worth a compilation in the midst of a request.
+# Not specialized: a number of rows must not cause a compilation in the midst of a request.
 @triton.jit(do_not_specialize=["R"])
 def plan_small_kernel(
     ids_R,
@@ -93,7 +96,7 @@ def plan_small_kernel(
 
 @triton.jit(do_not_specialize=["R"])
 def count_kernel(ids_R, counts_BE, R, E, ROWS: tl.constexpr, EP: tl.constexpr):
-    """Rows of each expert in each block of ROWS rows; expert E counts the rows of none."""
+    """Counts the rows of each expert in each block of ROWS rows; expert E stands for rows of no expert."""
     block = tl.program_id(0)
     rows = block * ROWS + tl.arange(0, ROWS)
     counts = tl.histogram(tl.where(rows < R, _load_ids(ids_R, rows, R, E), EP - 1), EP)
@@ -117,7 +120,7 @@ def scan_kernel(counts_BE, totals_E, num_blocks, E, SCAN: tl.constexpr):
 
 @triton.jit
 def lists_kernel(totals_E, slots_E, starts_E1, resident, missing, E, EP: tl.constexpr):
-    """First rows and work lists from the experts' totals."""
+    """Writes first rows and work lists from the experts' totals."""
     experts = tl.arange(0, EP)
     counts = tl.load(totals_E + experts, mask=experts < E, other=0)
     _write_lists(counts, slots_E, starts_E1, resident, missing, E, EP)
@@ -137,7 +140,7 @@ def scatter_kernel(ids_R, counts_BE, starts_E1, order_R, R, E, ROWS: tl.constexp
 def route_plan(topk_ids_TK: Tensor, slots_E: Tensor) -> RoutePlan:
     """Sorts the routed rows stably by expert; see :class:`RoutePlan` and the twin in ``reference``.
 
-    One launch up to SMALL_ROWS rows, else four. KernelError for wrong dtypes or shapes.
+    Up to SMALL_ROWS rows it takes one launch, else four. Raises KernelError for wrong dtypes or shapes.
     """
     check_route(topk_ids_TK, slots_E)
     num_tokens, top_k = topk_ids_TK.shape
@@ -154,7 +157,7 @@ def route_plan(topk_ids_TK: Tensor, slots_E: Tensor) -> RoutePlan:
 
 
 def check_route(topk_ids_TK: Tensor, slots_E: Tensor) -> None:
-    """The operands of ``route_plan``: KernelError says what is wrong with them."""
+    """Checks the operands of ``route_plan``; raises KernelError, which says what is wrong with them."""
     check_tensor("topk_ids_TK", topk_ids_TK, (None, None), (torch.int32, torch.int64))
     check_tensor("slots_E", slots_E, (None,), (torch.int32,))
     check_contiguous(topk_ids_TK=topk_ids_TK, slots_E=slots_E)
@@ -198,5 +201,5 @@ def _plan_large(ids: Tensor, slots_E: Tensor, order_R: Tensor, starts_E1: Tensor
 
 
 def _bins(num_experts: int) -> int:
-    """Histogram bins: one for each expert, one for rows of none and one for padding."""
+    """Bins of the histogram: one for each expert, one for rows of no expert and one for padding."""
     return max(16, int(triton.next_power_of_2(num_experts + 2)))

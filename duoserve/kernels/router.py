@@ -18,13 +18,13 @@ from duoserve.kernels.reference_small import Scoring
 
 FLOATS = tuple(TRITON_DTYPES)
 MAX_EXPERTS = 4096
-# Below every rank: what has been chosen already, and padding.
+# Below every rank: stands for padding, and for what has been chosen already.
 LOWEST = tl.constexpr(-(2**63))
 
 
 @triton.jit
 def _rank(score, ids):
-    """int64 that order as (score, lowest id first), each one unique; NaN ranks above every number."""
+    """Unique int64 ranks that order by score, then lowest id first; NaN ranks above every number."""
     score = tl.where(score == 0.0, 0.0, score)  # -0 equals 0
     bits = score.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -85,7 +85,7 @@ def _router_kernel(
     members = tl.arange(0, S_PAD)[None, :]
     ids_NS = groups * S + members
     inside = (groups < N) & (members < S)
-    # Padding is -inf: no part of a softmax.
+    # Padding is -inf, which adds nothing to a softmax.
     logits_NS = tl.load(logits_ptr + token * logits_stride + ids_NS, mask=inside, other=float("-inf")).to(tl.float32)
     if SIGMOID:
         score_NS = 1.0 / (1.0 + tl.exp(-logits_NS))
@@ -135,11 +135,11 @@ def router_topk(
     scale: float = 1.0,
     round_to: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """As the twin in reference_small.py, and choosing as it does, ties included, wherever their scores are equal.
+    """As the twin in reference_small.py. The choice is the same, ties included, wherever both have the same scores.
 
-    (The sigmoid of one logit may differ in its last bit between the two.) Logits and bias are float32, float16 or
-    bfloat16; at most 4096 experts. KernelError otherwise, and when the groups allow fewer than K experts. An id is in
-    range and no token has one twice, whatever the logits, NaN included.
+    (The sigmoid of a logit may differ in its last bit between the two.) Logits and bias are float32, float16 or
+    bfloat16; there are at most 4096 experts. Raises KernelError otherwise, and if the groups allow fewer than K
+    experts. Whatever the logits, NaN included, ids are in range, and no token has one twice.
     """
     check_router(logits_TE, top_k, scoring, bias_E, n_group, topk_group)
     require(round_to in FLOATS, f"round_to is {round_to}; it must be one of {FLOATS}")
@@ -178,7 +178,7 @@ def router_topk(
 def check_router(
     logits_TE: Tensor, top_k: int, scoring: Scoring, bias_E: Tensor | None, n_group: int, topk_group: int
 ) -> None:
-    """KernelError unless the choice is defined."""
+    """Raises KernelError unless the operands define a choice."""
     check_tensor("logits", logits_TE, (None, None), FLOATS)
     num_experts = logits_TE.shape[1]
     require(logits_TE.stride(1) == 1, f"logits[t] must be contiguous; its strides are {logits_TE.stride()}")

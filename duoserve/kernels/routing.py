@@ -17,8 +17,8 @@ from torch import Tensor
 class Work(Protocol):
     """The experts that one launch computes, and the slots that they are in.
 
-    ``experts_W`` and ``slots_W`` (int32) count to ``count_1`` (int32 [1], on the device), the entries after it are -1.
-    Experts ascend. A slot of -1 is an expert that is in no slot: only ops that say so take it.
+    ``experts_W`` and ``slots_W`` (int32) have ``count_1`` (int32 [1], on the device) entries, followed by -1. Experts
+    ascend. A slot of -1 means that the expert is in no slot: only ops that say so take it.
     """
 
     @property
@@ -58,7 +58,7 @@ class HostWork:
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[int, int]], device: torch.device | str = "cpu") -> HostWork:
-        """The (expert, slot) ``pairs``, in ascending order of the experts and without unused entries."""
+        """A list of the (expert, slot) ``pairs``, in ascending order of the experts and without unused entries."""
         sorted_pairs = sorted(pairs)
         return cls(sorted_pairs, len(sorted_pairs), device)
 
@@ -79,7 +79,7 @@ class HostWork:
 
     @cached_property
     def _parts(self) -> tuple[Tensor, ...]:
-        """Experts, slots and their count, in one transfer, for which the host does not wait."""
+        """Experts, slots and their count, brought in one transfer, for which the host does not wait."""
         unused = [-1] * (self.num_entries - len(self.host_pairs))
         experts, slots = ([*(pair[i] for pair in self.host_pairs), *unused] for i in (0, 1))
         on_gpu = torch.device(self.device).type == "cuda"
@@ -131,11 +131,11 @@ class RoutePlan:
         return self.starts[expert], self.starts[expert + 1]
 
     def num_rows(self) -> dict[int, int]:
-        """How many rows each expert has that has any. Read on the host."""
+        """The number of rows of each expert that has any, read on the host."""
         spans = enumerate(zip(self.starts, self.starts[1:], strict=False))
         return {expert: stop - start for expert, (start, stop) in spans if stop > start}
 
 
 def by_demand(rows: Mapping[int, int]) -> list[int]:
-    """The experts that have ``rows``, those with most first; ties in order of their ids."""
+    """The experts of ``rows``, the one with the most rows first; ties are in the order of their ids."""
     return sorted(rows, key=lambda expert: (-rows[expert], expert))

@@ -1,4 +1,4 @@
-"""The ops between a layer's products, as a model asks for them; ``reference_small.py`` says what they do."""
+"""The small ops between a layer's products, which a model may get compiled; ``reference_small.py`` specifies them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from duoserve import kernels
 
 
 class SmallOps(NamedTuple):
-    """Each with the operands that it has in ``kernels``, in their order."""
+    """The ops to use, each with the operands that it has in ``kernels``, in their order."""
 
     rms_norm: Callable[..., Tensor] = kernels.rms_norm
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]] = kernels.add_rms_norm

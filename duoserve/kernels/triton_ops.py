@@ -1,4 +1,4 @@
-"""The ops in Triton, under the names of their twins. Imports triton: ``kernels/__init__`` alone imports this, late."""
+"""The ops in Triton, under the names of their twins. Imports triton, so only ``kernels/__init__`` imports it, late."""
 
 from duoserve.kernels.attention_gqa import decode_attention
 from duoserve.kernels.attention_mla import mla_decode_attention

@@ -19,8 +19,8 @@ BF12    1.5 bytes, and a few of a row       float32 [1, N], powers of two; ``bf1
         again: bfloat16 without loss        stand for bfloat16 weights bit by bit
 ======  ==================================  =====================================================================
 
-Scales lie group by group, with N contiguous, so that a tile of rows reads them with wide loads. ``order`` is there for
-INT4 that was quantized in another order than the features' own: int32 [H], column d of w13 goes with feature order[d].
+Scales lie group by group, with N contiguous, so that a tile of rows reads them with wide loads. ``order`` is only there
+if INT4 was quantized in another order of features: int32 [H], column d of w13 goes with feature order[d].
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SEGMENT_ALIGNMENT = 256  # TMA wants 128, and wide CPU loads never straddle a ca
 FP8_BLOCK = 128
 MXFP4_GROUP = 32
 INT4_GROUPS = (32, 64, 128)
-BF12_MULTIPLE, BF12_MOST = 4, 1 << 15  # columns: escapes lie on two bytes, and int16 names each
+BF12_MULTIPLE, BF12_MOST = 4, 1 << 15  # of columns, so that escapes lie on two bytes, and int16 can name each column
 
 
 class ExpertFormat(Enum):
@@ -62,14 +62,14 @@ class ExpertFormat(Enum):
         return self in (ExpertFormat.INT4, ExpertFormat.MXFP4)
 
     def row_width(self, inner: int) -> int:
-        """Elements of storage that a row of so many weights has."""
+        """Elements of storage that a row of ``inner`` weights has."""
         if self is ExpertFormat.BF12:
             return row_bytes(inner)
         return inner // 2 if self.packs_two else inner
 
 
 class Matrix(NamedTuple):
-    """One of the two matrices in all slots, with what decodes it. ``inner`` is D, whatever the bytes of a row."""
+    """One of the two matrices in all slots, with what decodes it. ``inner`` is D, however many bytes a row has."""
 
     data_SNB: Tensor
     scales_SGN: Tensor | None
@@ -96,9 +96,8 @@ class ExpertWeights:
     [S, H, I]. Both are contiguous in their last dimension; the slot stride is the padded size of an expert. Formats
     other than FLOAT hold uint8 (INT8: int8) there, [S, N, D / 2] where a byte holds two, [S, N, B] in BF12, and beside
     them their scales ``s13``, ``s2`` ([S, G, N] or [S, blocks, blocks]) and zero-points ``z13``, ``z2``; ``group`` is
-    their groups' size.
-    ``order_SH``, where it is there, says which feature each column of w13 goes with.
-    ``products`` is how a CPU multiplies them, and ``unpack`` how it makes BF12 bfloat16.
+    the size of their groups. ``order_SH``, if given, says which feature each column of w13 goes with. ``products`` says
+    how a CPU multiplies them, and ``unpack`` how it converts BF12 to bfloat16.
     """
 
     w13_SNH: Tensor
@@ -127,7 +126,7 @@ class ExpertWeights:
     def _matrix(
         self, w: Tensor, scales: Tensor | None, zeros: Tensor | None, features: int, *, interleaved: bool
     ) -> Matrix:
-        """``features`` are those that the other matrix says this one takes; a row of BF12 does not say it."""
+        """``features`` is D by the shape of the other matrix, as the length of a BF12 row does not say it."""
         stored = w.shape[2] * (2 if self.format.packs_two else 1)
         inner = features if self.format is ExpertFormat.BF12 else stored
         return Matrix(
@@ -136,10 +135,10 @@ class ExpertWeights:
 
 
 class ClampedUp(NamedTuple):
-    """What gpt-oss's experts have instead of SwiGLU: ``(up + 1) * gate * sigmoid(alpha * gate)``.
+    """The formula of gpt-oss's experts instead of SwiGLU: ``(up + 1) * gate * sigmoid(alpha * gate)``.
 
-    Before it ``bias_EN`` [E, 2I], gate and up in turn, is added to the products, then the gate is cut off above
-    ``limit``, and up beyond ``limit`` on both sides. Source: OpenAI (2025), gpt-oss model card.
+    Before that ``bias_EN`` [E, 2I], gate and up in turn, is added to the products; then the gate is cut off above
+    ``limit``, and up at ``limit`` on both sides. Source: OpenAI (2025), gpt-oss model card.
     """
 
     bias_EN: Tensor
@@ -149,7 +148,7 @@ class ClampedUp(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantizedLayout:
-    """Where the segments of a quantized expert lie in its row. KernelError for shapes that the format cannot have."""
+    """Where the segments of a quantized expert lie in its row. Raises KernelError for shapes the format cannot have."""
 
     format: ExpertFormat
     hidden: int
@@ -183,12 +182,12 @@ class QuantizedLayout:
 
     @property
     def segments(self) -> list[tuple[int, int]]:
-        """The byte at which each segment starts, and how many bytes it has."""
+        """The byte at which each segment starts, and its number of bytes."""
         sizes = self._sizes()
         return [(sum(map(_padded, sizes[:i])), size) for i, size in enumerate(sizes)]
 
     def weights(self, rows_SB: Tensor) -> ExpertWeights:
-        """Views of uint8 rows [S, at least slot_bytes], contiguous and on 256 bytes, as the kernels read them."""
+        """Views, as the kernels read them, of uint8 rows [S, at least slot_bytes], contiguous and on 256 bytes."""
         starts = [start for start, _ in self.segments]
         two_i, hidden, inter = 2 * self.intermediate, self.hidden, self.intermediate
         stored = torch.int8 if self.format is ExpertFormat.INT8 else torch.uint8

@@ -1,7 +1,7 @@
 """Attention of one new token, written so that a compiler makes loops of it that serve every length of context.
 
 H query heads, G KV heads, J = H / G queries of one, D head dimension, P pages, S tokens a page, M pages of the context
-and C = M * S tokens, of which the last may be none.
+with C = M * S places, the last of which may hold no tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from duoserve.kernels.compiled.streamed import laid_down
 
-# Queries of one KV head at most: their sums are made side by side, and a core has no more registers.
+# The most queries of one KV head: their sums are made side by side, and a core has registers for no more.
 QUERIES = 8
 
 
@@ -25,8 +25,8 @@ def streamed_attention(
 ) -> Tensor:
     """As ``decode_attention`` of one sequence without window and sinks, in float32 until the end -> [1, H, D].
 
-    M may be one of the tracer's symbols. In place of what is behind the context its first token is read, for a page may
-    hold NaN there.
+    M may be one of the tracer's symbols. Places behind the context's end may hold NaN, so its first token is read in
+    their place.
     """
     page_tokens, num_kv_heads = k_pages_PSGD.shape[1:3]
     rows_C, seen_C1 = _rows(page_table_1M[0], lengths_1, page_tokens)
@@ -41,7 +41,7 @@ def streamed_attention(
 
 
 def _rows(pages_M: Tensor, lengths_1: Tensor, page_tokens: int) -> tuple[Tensor, Tensor]:
-    """The cache rows of the tokens, and which there are."""
+    """The cache row to read at each place [C], and which places hold tokens [C, 1]."""
     places_C = torch.arange(pages_M.shape[0] * page_tokens, device=pages_M.device)
     rows_C = laid_down(pages_M[places_C // page_tokens].long() * page_tokens + places_C % page_tokens)
     seen_C = places_C < lengths_1

@@ -27,17 +27,20 @@ class CompiledRecording(Generic[Result]):
         self.result = result
 
     def replay(self, *number: int) -> None:
-        """As in Recording, done when it returns; with the number that work of ``record_for`` takes."""
+        """As in Recording, but the work is done on return. ``number`` is what work of ``record_for`` takes."""
         self.compiled(*self.operands, *number)
 
     def on(self, others: Mapping[Tensor, Tensor]) -> CompiledRecording[Result]:
-        """The same work on other memory: where it has a key of ``others`` it takes the value, a tensor just like it."""
+        """The same work on other memory: each operand that is a key of ``others`` is replaced by the tensor there.
+
+        That tensor must have the operand's dtype, shape and strides.
+        """
         operands = [others.get(operand, operand) for operand in self.operands]
         return type(self)(self.compiled, operands, self.result)
 
 
 class TapedRecording(CompiledRecording[Result]):
-    """The same, of ``TapedCode``."""
+    """A CompiledRecording of ``TapedCode``."""
 
     compiled: TapedCode
 
@@ -55,10 +58,10 @@ class TapedRecording(CompiledRecording[Result]):
 
 
 class CpuCompiler(Recorder):
-    """Work that differs only in the tensors that it reads and writes, as layers do, is compiled once.
+    """Compiles work once if it differs only in the tensors that it reads and writes, as layers do.
 
-    With ``taped`` the calls of kernels are written down and repeated, see ``tape.py``: for work that is replayed often,
-    as its buffers are kept.
+    With ``taped`` the calls of kernels are written down and repeated, see ``tape.py``. That keeps their buffers, so it
+    is for work that is replayed often.
     """
 
     device = torch.device("cpu")
@@ -77,9 +80,9 @@ class CpuCompiler(Recorder):
 
     @torch.no_grad()
     def record(self, work: Callable[[], Result]) -> CompiledRecording[Result]:
-        """As in Recorder: the run for real makes the tensors that replays fill.
+        """As in Recorder: the first run makes the tensors of the result, which replays fill.
 
-        These are the ones in the result's tuples and named tuples. Others that ``work`` makes exist while it runs only.
+        The result may be a tensor or tuples of tensors. Other tensors that ``work`` makes exist only while it runs.
         """
         recording = self._recorded(work, work(), range(0))
         assert recording is not None
@@ -87,9 +90,10 @@ class CpuCompiler(Recorder):
 
     @torch.no_grad()
     def record_for(self, work: Callable[[int], Result], numbers: range) -> CompiledRecording[Result]:
-        """As ``record``, of work that each replay does with one of ``numbers``: one of them, or several from 2 on.
+        """As ``record``, for work that takes a number, which each replay picks from ``numbers``.
 
-        It may do it with the largest instead, so what a larger one adds must not show.
+        It may be run with the largest instead, so a larger number must not change the result. ``numbers`` has one
+        number, or several from 2 on.
         """
         largest = numbers[-1]
         recording = self._recorded(work, work(largest), numbers) if len(numbers) > 1 else None
@@ -122,18 +126,21 @@ class CpuCompiler(Recorder):
 
 @contextmanager
 def loading_compiler() -> Iterator[None]:
-    """The block imports ``inductor``: CompilerError where that fails, as for want of a place for temporary files."""
+    """For a block that imports ``inductor``: raises CompilerError if that fails.
+
+    It does where, for one, there is no place for temporary files.
+    """
     try:
         yield
-    except Exception as error:  # of any kind: PyTorch asks the system for much when its compiler is imported
+    except Exception as error:  # any kind is possible: importing PyTorch's compiler asks the system for much
         raise CompilerError(f"PyTorch's compiler cannot be loaded ({type(error).__name__}: {error})") from error
 
 
 def cpp_compiler() -> str:
-    """The C++ compiler that Inductor calls: ``CXX``, or this system's usual one."""
+    """The C++ compiler that Inductor calls: ``CXX``, or the usual one of this system."""
     return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
 def can_compile() -> bool:
-    """Whether that compiler is there."""
+    """Whether ``cpp_compiler`` is installed."""
     return shutil.which(cpp_compiler()) is not None

@@ -1,4 +1,4 @@
-"""Ops that a compiler would call, as loops that it can make instead: what they are replaced by once work is compiled.
+"""Replacements of ops that a compiler would call as they are by ops that it makes loops of.
 
 T tokens, E experts.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from duoserve.kernels.compiled.attention_loops import QUERIES, streamed_attention
 from duoserve.kernels.compiled.traced import DECODE_ATTENTION
 
-# Scores that are compared with each other, all with all.
+# The most scores that are sorted by comparing all with all.
 COUNTED = 128
 
 
@@ -29,7 +29,7 @@ def _decode_attention(
     window: int | None = None,
     sinks_H: Tensor | None = None,
 ) -> Any:
-    """Attention of one sequence as loops: a call of the op takes longer than they do for a short context."""
+    """Attention of one sequence as loops: for a short context a call of the op takes longer than these."""
     num_queries = q_BHD.shape[1] // k_pages_PSGD.shape[2]
     if len(q_BHD) > 1 or num_queries > QUERIES or window is not None or sinks_H is not None:
         return NotImplemented
@@ -37,7 +37,7 @@ def _decode_attention(
 
 
 def _sort(scores_TE: Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
-    """A router's sort of few scores: the place of each is the number of those before it. NaN is highest."""
+    """A router's sort of few scores: each score's place is the number of scores before it. NaN is highest."""
     if scores_TE.dim() != 2 or dim not in {-1, 1} or not (stable and descending) or scores_TE.shape[1] > COUNTED:
         return NotImplemented
     ids_E = torch.arange(scores_TE.shape[1], device=scores_TE.device)

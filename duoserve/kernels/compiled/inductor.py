@@ -1,4 +1,4 @@
-"""Work as a graph that Inductor, PyTorch's compiler, makes loops of. Importing it takes a second."""
+"""Traces work as a graph, of which Inductor, PyTorch's compiler, makes loops. Importing this file takes a second."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from duoserve.kernels.compiled.decomposed import DECOMPOSED
 from duoserve.kernels.compiled.tape import Compiled
 from duoserve.kernels.compiled.traced import TracedOps
 
-# What Inductor goes by where it need not know the number of rows: loops of few are not shared out among threads.
+# The number of rows that Inductor assumes when it chooses how to make loops: those of few rows use one thread only.
 USUAL_ROWS = 1024
 
 
 class Traced(NamedTuple):
-    """A graph that takes ``operands``, and behind them a number, any of ``numbers``, if there are such."""
+    """A graph that takes ``operands`` and, unless ``numbers`` is empty, one of ``numbers`` behind them."""
 
     graph: fx.GraphModule
     operands: list[Tensor]
@@ -38,11 +38,11 @@ class Traced(NamedTuple):
 
     @property
     def key(self) -> object:
-        """Equal for all that is compiled alike."""
+        """Equal for graphs that compile to the same code."""
         return self.graph.code, self.numbers, tuple((o.dtype, o.shape, o.stride()) for o in self.operands)
 
     def compiled(self) -> InductorCode | None:
-        """The loops; None where they would be others for other numbers."""
+        """The compiled loops; None if other numbers would need other loops."""
         with self.fakes:
             graph = make_fx(self.graph, DECOMPOSED, _allow_non_fake_inputs=True)(*self.examples)
         compiled = _made_by_inductor(graph, self.examples)
@@ -50,9 +50,9 @@ class Traced(NamedTuple):
 
 
 def trace(work: Callable[..., object], result: object, numbers: range) -> Traced:
-    """The operations of ``work``, which end by writing what it returns into the tensors of ``result``.
+    """The graph of ``work``, which writes what ``work`` returns into the tensors of ``result`` at its end.
 
-    It takes one of ``numbers``, nothing if there are none.
+    ``work`` takes one of ``numbers``, or nothing if there are none.
     """
     targets = pytree.tree_leaves(result)
 
@@ -63,7 +63,7 @@ def trace(work: Callable[..., object], result: object, numbers: range) -> Traced
             if isinstance(target, Tensor) and value is not target:
                 target.copy_(value)
 
-    # Inductor keeps what it has made on disk, but not without an environment of shapes, even where none is symbolic.
+    # Inductor keeps compiled code on disk only if there is a ShapeEnv, even where no shape is symbolic.
     shapes = ShapeEnv()
     fakes = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
     number = [_any_of(numbers, (numbers[0] + numbers[-1]) // 2, shapes)] if numbers else []
@@ -74,7 +74,7 @@ def trace(work: Callable[..., object], result: object, numbers: range) -> Traced
 
 
 def _any_of(numbers: range, usual: int, shapes: ShapeEnv) -> SymInt:
-    """A symbol. As an input it lets Inductor keep on disk, with what it has made, what that takes the number to be."""
+    """A symbol for any of ``numbers``. As an input it lets Inductor keep code and guards on the number on disk."""
     source = ConstantSource("number")
     symbol = shapes.create_symbol(usual, source, DimDynamic.DYNAMIC)
     shapes.constrain_symbol_range(symbol, numbers[0], numbers[-1])
@@ -84,7 +84,7 @@ def _any_of(numbers: range, usual: int, shapes: ShapeEnv) -> SymInt:
 
 
 def _lift(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
-    """The same graph with all tensors that it holds as its first inputs, and these tensors."""
+    """The graph with the tensors that it holds turned into its first inputs, and these tensors."""
     graph = traced.graph
     held = graph.find_nodes(op="get_attr")
     operands = {node.target: getattr(traced, node.target) for node in held}
@@ -97,10 +97,10 @@ def _lift(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
 
 
 def compile_for_rows(work: Compiled, tensors: Sequence[Tensor], fixed: Sequence[bool]) -> Compiled:
-    """``work(*tensors)``, compiled for any number of rows from two on: the first dimension of those that are not fixed.
+    """``work`` of tensors like ``tensors``, compiled for any number of rows from two on.
 
-    What else the tensors are, their strides too, stays as it is; their values do not matter here. ``work`` itself where
-    the compiler would make other code for other numbers of rows.
+    The rows are the first dimension of the tensors that are not ``fixed``. All other dimensions, strides and dtypes
+    stay as they are here; values do not matter. Gives ``work`` itself if other numbers of rows would need other code.
     """
 
     def traced(_: int, *tensors: Tensor) -> object:
@@ -122,13 +122,13 @@ def compile_for_rows(work: Compiled, tensors: Sequence[Tensor], fixed: Sequence[
 
 
 class InductorCode:
-    """What Inductor has made: kernels, a wrapper that calls them, and around that what AOTAutograd does."""
+    """Code that Inductor has made: kernels, a wrapper that calls them, and AOTAutograd's work around that."""
 
     def __init__(self, graph: fx.GraphModule, examples: Sequence[Tensor | SymInt], options: dict[str, Any]) -> None:
         self._inner: Any = None
-        self._inputs: list[object] | None = None  # of the wrapper, where somebody wants to know
+        self._inputs: list[object] | None = None  # what the wrapper was given last; noted only while it is a list
         keep: Any = self._keep
-        # With AOTAutograd's cache what is inside would not be seen; Inductor's own keeps the code.
+        # AOTAutograd's cache would bypass inner_compile. Inductor's own cache keeps the code all the same.
         with functorch_config.patch(enable_autograd_cache=False):
             self._outer: Any = compile_fx(graph, list(examples), inner_compile=keep, config_patches=options)
 
@@ -137,7 +137,7 @@ class InductorCode:
         return self._outer(*operands)
 
     def wrapper(self, operands: Sequence[object]) -> Callable[..., object] | None:
-        """Does the work; returns the wrapper if it takes a list of these ``operands``, as they are."""
+        """Does the work; returns the wrapper if it is given just these ``operands``, as one list."""
         self._inputs = []
         self(*operands)
         given, self._inputs = self._inputs, None
@@ -152,7 +152,7 @@ class InductorCode:
                 self._inputs = list(inputs)
             return inner(inputs)
 
-        vars(call)["_boxed_call"] = True  # it takes one list, as what it calls does
+        vars(call)["_boxed_call"] = True  # says that it takes one list, as ``inner`` does
         return call
 
 
@@ -161,9 +161,9 @@ def _same(one: object, other: object) -> bool:
 
 
 def _made_by_inductor(graph: fx.GraphModule, examples: Sequence[Tensor | SymInt]) -> InductorCode:
-    """CompilerError where it fails."""
+    """The graph compiled by Inductor; raises CompilerError if that fails."""
     try:
-        with torch.device("cpu"):  # Inductor makes tensors on the default device, which a program may have changed
+        with torch.device("cpu"):  # Inductor uses the default device, which the calling program may have changed
             return InductorCode(graph, examples, _options())
     except (RuntimeError, OSError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
@@ -171,11 +171,11 @@ def _made_by_inductor(graph: fx.GraphModule, examples: Sequence[Tensor | SymInt]
 
 
 def _options() -> dict[str, Any]:
-    """Inductor's, which are part of the key that it finds on the disk what it has made before.
+    """Options for Inductor, which are also part of the key under which it keeps code on disk.
 
-    Loops are made for so many threads, and for vectors of such a width: with other ones they leave out elements, or
-    write behind a tensor's end. To check the operands of a call again takes three times as long as the rest of it.
+    Loops are made for a number of threads and a vector width: with others they would leave out elements, or write
+    beyond a tensor's end. Checking the operands at each call would take three times as long as the rest of the call.
     """
-    # The best instructions of this width are the ones that were picked: see pick_vec_isa.
+    # pick_vec_isa picks the best instructions that this CPU has, and this width selects the same ones.
     width = pick_vec_isa().bit_width()
     return {"cpp.threads": torch.get_num_threads(), "cpp.simdlen": width, "size_asserts": False}

@@ -16,7 +16,7 @@ Work = Callable[..., None]
 
 
 class CompiledLoops:
-    """Calls of work on tensors. One at a time, from any thread: each takes all threads that PyTorch has."""
+    """Calls work on tensors as compiled loops, one call at a time: each uses all of PyTorch's threads. Any thread."""
 
     def __init__(self) -> None:
         self._compiler = CpuCompiler()
@@ -24,24 +24,24 @@ class CompiledLoops:
         self._turn = threading.Lock()
 
     def __call__(self, work: Work, *tensors: Tensor) -> None:
-        """``work(*tensors)``, which writes what it makes into some of them and reads no value on the host.
+        """``work(*tensors)``, which writes its results into some of the tensors and reads no value on the host.
 
-        It is compiled when it first meets tensors of such dtypes, shapes and strides. To be found again it must be
-        equal to what it was: a function, or an object that is compared by its values.
+        It is compiled when it first meets tensors of these dtypes, shapes and strides. ``work`` is found again by
+        equality: it must be a function, or an object that is compared by its values.
         """
         with self._turn:
             made = self._prepared(work, tensors)
             made.recording.on(dict(zip(made.tensors, tensors, strict=True))).replay()
 
     def prepare(self, work: Work, *tensors: Tensor) -> None:
-        """Compiles what a call with tensors like these would wait for; their values are left alone."""
+        """Compiles now what a call with tensors like these would wait for; does not change the tensors."""
         with self._turn:
             self._prepared(work, tensors)
 
     def _prepared(self, work: Work, tensors: tuple[Tensor, ...]) -> _Made:
         key = work, tuple((tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors)
         if key not in self._made:
-            # Of zeros, which are indices too: the tensors that there are would be held as long as what they made.
+            # Not the caller's tensors, which the recording would keep alive; zeros, as some tensors may be indices.
             zeros = tuple(
                 torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).zero_() for t in tensors
             )

@@ -18,7 +18,7 @@ _Result = TypeVar("_Result")
 
 
 def compiled_ops() -> SmallOps:
-    """Loops of one model's own. Rows of RoPE's that are negative must come last."""
+    """The ops of one model, as loops. Negative rows of ``rope_write_kv`` must come last."""
     return SmallOps(
         rms_norm=ForRows(kernels.rms_norm, fixed=(1,)),
         add_rms_norm=ForRows(kernels.add_rms_norm, fixed=(2,)),
@@ -28,10 +28,10 @@ def compiled_ops() -> SmallOps:
 
 
 class ForRows(Generic[_Result]):
-    """An op of ``kernels``, compiled when it first meets tensors of such dtypes, widths and strides; of one row itself.
+    """An op of ``kernels``, compiled when it first meets tensors of these dtypes, widths and strides.
 
-    The rows are the first dimension of its tensors, but for those at the places ``fixed``. No row changes the bits of
-    another, which are not quite those of ``kernels``: what was rounded in between is not.
+    Rows are the first dimension of its tensors, except of those at the places ``fixed``; one row goes to the op itself.
+    No row changes the bits of another. Bits differ slightly from those of ``kernels``, which rounds in between.
     """
 
     def __init__(self, op: Callable[..., _Result], fixed: Collection[int] = ()) -> None:
@@ -40,7 +40,7 @@ class ForRows(Generic[_Result]):
         self._made: dict[object, Compiled] = {}
 
     def __call__(self, *operands: Any) -> _Result:
-        """What the op makes of its operands, of which the first has rows."""
+        """The op's result. The first of its operands has rows."""
         if len(operands[0]) == 1:
             return self._op(*operands)
         key = tuple(self._kind(place, operand) for place, operand in enumerate(operands))
@@ -49,7 +49,7 @@ class ForRows(Generic[_Result]):
         return cast(_Result, self._made[key](*filter(_is_tensor, operands)))
 
     def _kind(self, place: int, operand: object) -> object:
-        """What code is made for; of what is no tensor, its value."""
+        """The properties of an operand that code is made for; the value of an operand that is not a tensor."""
         if not isinstance(operand, Tensor):
             return operand
         return operand.dtype, operand.shape if place in self._fixed else operand.shape[1:], operand.stride()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from duoserve.kernels.bf12 import LEAST, Bf12Rows, signed
 
-# Rows that are read side by side: a core then asks for more memory at a time (bench/LOG.md has what that is worth).
+# So many rows are read side by side: a core then has more reads under way (bench/LOG.md says what that is worth).
 STREAMS = (8, 4, 2, 1)
 CODES_IN_WORD, CODE_BITS = 8, 4
 PLACE_FACTORS = torch.tensor(
@@ -19,7 +19,7 @@ PLACE_FACTORS = torch.tensor(
 
 
 def streamed_product(w_NK: Tensor, x_K: Tensor) -> Tensor:
-    """``w x`` in float32 [N], each row summed in the same order whatever else is computed."""
+    """``w x`` in float32 [N]; each row is summed in the same order whatever else is computed."""
     wide_K = x_K.float()
     return torch.cat([(part_RK.float() * wide_K).sum(-1) for part_RK in _side_by_side(w_NK)])
 
@@ -35,7 +35,7 @@ def streamed_fp8_product(w_NK: Tensor, scales_NG: Tensor, x_K: Tensor) -> Tensor
 def streamed_int4_product(words_NW: Tensor, scales_GN: Tensor, zeros_GN: Tensor, x_K: Tensor) -> Tensor:
     """``w x`` in float32 [N] of int4 codes, eight in an int32 word, the first in its lowest bits.
 
-    Codes are multiplied as they are, and scales applied to the sums of groups, of which L lanes are added up last.
+    Codes are multiplied as they are, and scales are applied to the sums of groups; L lanes of them are added up last.
     """
     num_groups = len(scales_GN)
     x_8GL, sums_G = _by_place(x_K, num_groups), x_K.float().view(num_groups, -1).sum(-1)
@@ -47,9 +47,9 @@ def streamed_int4_product(words_NW: Tensor, scales_GN: Tensor, zeros_GN: Tensor,
 
 
 def streamed_bf12_product(rows: Bf12Rows, x_K: Tensor) -> Tensor:
-    """``w x`` in float32 [N] of BF12: integers that no conversion rounds, whose sums are scaled, and the escapes.
+    """``w x`` in float32 [N] of BF12: scaled sums of the codes as integers, which float32 holds exactly, and escapes.
 
-    No bits are reinterpreted, which a compiler would do for one element after another.
+    No bits are reinterpreted: a compiler would do that for one element after another.
     """
     wide_K = x_K.float()
     halves = laid_down(wide_K).chunk(2)
@@ -61,7 +61,7 @@ def streamed_bf12_product(rows: Bf12Rows, x_K: Tensor) -> Tensor:
 
 
 def _integer_sums(signed_RK: Tensor, exponents_RB: Tensor, halves: tuple[Tensor, ...]) -> Tensor:
-    """[R], of both halves of the columns at a time, whose exponents share bytes."""
+    """The sums [R] of integer codes, over both halves of the columns at a time, as their exponents share bytes."""
     low_RB, high_RB = (signed(half_RB.int()) for half_RB in signed_RK.chunk(2, dim=1))
     pairs_RB = exponents_RB.int()
     low_RB, high_RB = low_RB << (pairs_RB & 15), high_RB << (pairs_RB >> 4)
@@ -69,7 +69,7 @@ def _integer_sums(signed_RK: Tensor, exponents_RB: Tensor, halves: tuple[Tensor,
 
 
 def _scaled_sums(words_RGL: Tensor, scales_RG: Tensor, x_8GL: Tensor) -> Tensor:
-    """[R], of half of the words' codes at a time: what takes many operations, a compiler would lay down in memory."""
+    """The scaled sums [R], by half of the words' codes at a time: a longer expression would be laid down in memory."""
     halves = (range(CODES_IN_WORD // 2), range(CODES_IN_WORD // 2, CODES_IN_WORD))
     sums = [sum(_codes(words_RGL, place) * x_8GL[place] for place in places) for places in halves]
     low_RL, high_RL = ((sums_RGL * scales_RG[:, :, None]).sum(1) for sums_RGL in sums)
@@ -77,25 +77,28 @@ def _scaled_sums(words_RGL: Tensor, scales_RG: Tensor, x_8GL: Tensor) -> Tensor:
 
 
 def _codes(words_RGL: Tensor, place: int) -> Tensor:
-    """Codes of this place, masked where they are, which ``_by_place`` makes up for; at the last one is the sign."""
+    """The codes at one place of the words, masked and not shifted, which ``_by_place`` makes up for.
+
+    Those at the last place are shifted down, as they contain the sign bit.
+    """
     if place == CODES_IN_WORD - 1:
         return ((words_RGL >> (CODE_BITS * place)) & 15).float()
     return (words_RGL & (15 << (CODE_BITS * place))).float()
 
 
 def _by_place(x_K: Tensor, num_groups: int) -> Tensor:
-    """[8, G, L] in float32: what each of a word's codes is multiplied with, over the power of two that it stands at."""
+    """The factors [8, G, L] of each of a word's codes, in float32, divided by the power of two of the code's place."""
     x_8W = (x_K.float().view(-1, CODES_IN_WORD) * PLACE_FACTORS).T.contiguous()
     return laid_down(x_8W).view(CODES_IN_WORD, num_groups, -1)
 
 
 def laid_down(x: Tensor) -> Tensor:
-    """A compiler would make these again for every row of the matrix, but what is strided it must lay down in memory."""
+    """``x``, which a compiler must lay down in memory as it is strided, instead of making it again for each row."""
     return x.as_strided(x.shape, x.stride())
 
 
 def _side_by_side(matrix_NK: Tensor) -> tuple[Tensor, ...]:
-    """The rows in as many parts as are to be read at a time."""
+    """The rows in as many equal parts as are read side by side."""
     streams = next(count for count in STREAMS if len(matrix_NK) % count == 0)
     parts: tuple[Tensor, ...] = matrix_NK.unflatten(0, (streams, -1)).unbind()
     return parts

@@ -1,7 +1,7 @@
 """The kernel calls of compiled work, written down with their buffers, and repeated without the wrapper around them.
 
-In a decode step weights have driven the wrapper's Python out of the caches by the time it is called again: it takes a
-fifth of the step (bench/LOG.md).
+In a decode step, weights drive the wrapper's Python out of the caches before it is called again: it takes a fifth of
+the step (bench/LOG.md).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 Kernel = Callable[..., None]
 Compiled = Callable[..., object]
 
-# What Inductor's wrapper may name beside kernels and dtypes: what makes buffers and aliases, which are kept, and what
-# takes the operands out of their list.
+# The names that Inductor's wrapper may use beside kernels and dtypes: they make buffers and aliases, which the tape
+# keeps, or take the operands out of their list.
 _BESIDE_KERNELS = {"empty_strided_cpu", "reinterpret_tensor", "torch", "clear"}
 
 
 class Bound(NamedTuple):
-    """The calls of a tape on certain operands."""
+    """The calls of a tape, with certain operands filled in."""
 
     tape: Tape
     calls: list[tuple[Kernel, list[Any]]]
@@ -34,14 +34,14 @@ class Bound(NamedTuple):
 
 
 class Tape:
-    """The calls of work on operands, and maybe on a number, for that one only: buffers are as large as it says."""
+    """The kernel calls of some work on operands, for one ``number`` only, as that determines the sizes of buffers."""
 
     def __init__(
         self, calls: Sequence[tuple[Kernel, Sequence[Any]]], operands: Sequence[Tensor], number: tuple[int, ...]
     ) -> None:
         self.number = number
         places = {id(operand): place for place, operand in enumerate(operands)}
-        # Where an argument is no operand's place, it is a buffer, or the number.
+        # An argument without a place among the operands is a buffer, or the number.
         self._calls = [(kernel, [(places.get(id(arg)), arg) for arg in args]) for kernel, args in calls]
 
     def bound(self, operands: Sequence[Tensor]) -> Bound:
@@ -53,19 +53,19 @@ class Tape:
 
 
 class Code(Protocol):
-    """Compiled work as Inductor hands it out."""
+    """Compiled work, with access to the wrapper that Inductor has made."""
 
     def __call__(self, *operands: object) -> object:
         """Does the work."""
         ...
 
     def wrapper(self, operands: Sequence[object]) -> Callable[..., Any] | None:
-        """Does the work; returns Inductor's wrapper if it takes a list of these ``operands``, as they are."""
+        """Does the work; returns Inductor's wrapper if that is given just these ``operands``, as one list."""
         ...
 
 
 class TapedCode:
-    """Work that several recordings share, and its tape, of the number that came last."""
+    """Compiled work that several recordings share, and its tape for the number that came last."""
 
     def __init__(self, code: Code) -> None:
         self._code = code
@@ -78,7 +78,7 @@ class TapedCode:
         return self._code(*operands)
 
     def replayed(self, operands: Sequence[Tensor], number: tuple[int, ...]) -> Bound | None:
-        """Does the work, and returns how it is done again, if it can be."""
+        """Does the work; returns the bound tape that repeats it, or None if there is none yet, or cannot be."""
         if self.tape is not None and self.tape.number == number:
             bound = self.tape.bound(operands)
             bound.play()
@@ -97,7 +97,7 @@ class TapedCode:
 
 
 def calls_kernels_alone(wrapper: object) -> bool:
-    """Whether Inductor's ``wrapper`` names kernels, what makes their buffers, and nothing that may hide more work."""
+    """Whether Inductor's ``wrapper`` names kernels, what makes their buffers, and nothing that may do other work."""
     function = wrapper.__func__ if isinstance(wrapper, MethodType) else wrapper
     if not isinstance(function, FunctionType) or function.__closure__:
         return False
@@ -108,7 +108,10 @@ def calls_kernels_alone(wrapper: object) -> bool:
 
 
 def write_down(wrapper: Callable[..., Any], operands: Sequence[Tensor], number: tuple[int, ...]) -> Tape | None:
-    """Does the work of a ``wrapper`` that calls kernels alone; None if one is given a part of an operand."""
+    """Does the work of a ``wrapper`` that only calls kernels, and gives the tape of the calls.
+
+    Gives None if a kernel is given a part of an operand: the tape could not find that part in other operands.
+    """
     calls: list[tuple[Kernel, Sequence[Any]]] = []
 
     def noted(kernel: Kernel) -> Kernel:
@@ -132,7 +135,7 @@ def _is_kernel(name: str) -> bool:
 
 
 def _parts_of(operands: Sequence[Tensor], calls: Sequence[tuple[Kernel, Sequence[Any]]]) -> bool:
-    """Whether a kernel has been given memory of an operand under another shape."""
+    """Whether a kernel has been given a view of an operand's memory instead of the operand."""
     whole = {id(operand) for operand in operands}
     memory = {operand.untyped_storage().data_ptr() for operand in operands}
     args = [arg for _, args in calls for arg in args if isinstance(arg, Tensor) and id(arg) not in whole]

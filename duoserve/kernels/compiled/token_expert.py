@@ -22,15 +22,15 @@ from duoserve.kernels.compiled.streamed import (
 from duoserve.kernels.matmul import has_native_matmul, linear
 from duoserve.kernels.weights import FP8_BLOCK, ExpertFormat, ExpertWeights, Matrix
 
-# Products of up to so many rows are loops, of more those of a library, which takes sixteen rows in about the time of
-# four where the machine multiplies their dtype.
+# Products of up to this many rows are loops. Larger ones are a library's, which takes about as long for sixteen rows as
+# for four where the machine multiplies their dtype.
 LOOP_ROWS = 4
-# Words of codes in such a group fill a vector; with less the loops are slower than the products of PyTorch.
+# The codes of a group of this size fill a vector of words; for smaller groups PyTorch's products are faster.
 INT4_GROUP = 128
 
 
 class CallRows(NamedTuple):
-    """The numbers of rows that calls of ``token_expert`` are made for, ascending, and the most that calls pay for."""
+    """The ``sizes`` in rows that calls of ``token_expert`` are made for, ascending; up to ``most`` rows they pay."""
 
     sizes: tuple[int, ...]
     most: int
@@ -44,10 +44,10 @@ NO_CALLS = CallRows((), 0)
 
 
 def call_rows(weights: ExpertWeights) -> CallRows:
-    """What ``token_expert`` computes faster than the ops of a model, which would have to decode what is quantized.
+    """The numbers of rows for which ``token_expert`` beats the model's ops, which decode quantized weights first.
 
-    Loops over int4 and fp8 take long to compile, so these have none of four rows. Of int4 in smaller groups, of fp8 in
-    blocks that are cut short and of MXFP4 there are none at all.
+    Loops over int4 and fp8 take long to compile, so there are none of four rows. There are no loops at all for int4 in
+    smaller groups, for fp8 in blocks that are cut short, and for MXFP4.
     """
     match weights.format:
         case ExpertFormat.FLOAT:
@@ -64,10 +64,10 @@ def call_rows(weights: ExpertWeights) -> CallRows:
 
 
 class SlotMatrix(NamedTuple):
-    """A matrix in one slot: [N, D] of floats, fp8 or int8, or int4 codes in int32 words, with what decodes it.
+    """A matrix in one slot: ``data`` [N, D] in floats, fp8 or int8, or int4 codes in int32 words, and what decodes it.
 
-    int8 has ``scales`` [N]; fp8 has ``scales`` [blocks of N, G], rows of ``lanes`` blocks in turn; int4 has ``scales``
-    and ``zeros`` [G, N] and maybe the ``order`` of features. Of BF12 ``rows`` has all, of which ``data`` is a part.
+    int8 has ``scales`` [N]; fp8 has ``scales`` [blocks of N, G], the rows of ``lanes`` blocks taking turns; int4 has
+    ``scales`` and ``zeros`` [G, N] and maybe the ``order`` of features. BF12 has all in ``rows``, ``data`` included.
     """
 
     data: Tensor
@@ -79,7 +79,7 @@ class SlotMatrix(NamedTuple):
 
     @classmethod
     def of(cls, matrix: Matrix, slot: int) -> SlotMatrix:
-        """The matrix in ``slot``, of weights in any format but MXFP4."""
+        """The matrix in ``slot``; any format but MXFP4."""
         data, scales = matrix.data_SNB[slot], matrix.scales_SGN
         if scales is None:
             return cls(data)
@@ -96,7 +96,7 @@ class SlotMatrix(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that there are, in an order that every slot has."""
+        """All tensors of the matrix, in the same order for every slot."""
         parts = self.rows or (self.data, self.scales, self.zeros, self.order)
         return [part for part in parts if part is not None]
 
@@ -120,20 +120,20 @@ class SlotMatrix(NamedTuple):
         return streamed_int4_product(self.data, self.scales, self.zeros, x_D)
 
     def _row_scales(self, scales: Tensor) -> Tensor:
-        """The scales of each weight row [N, G], from those of fp8's blocks."""
+        """The scales of each weight row [N, G], from those of blocks of fp8."""
         blocks_B1LG = scales.view(-1, 1, self.lanes, scales.shape[1])
         return blocks_B1LG.expand(-1, FP8_BLOCK, -1, -1).reshape(-1, scales.shape[1])
 
 
 class SlotWeights(NamedTuple):
-    """The matrices in one slot: [2I, H], gate and up rows in turn, and [H, I]."""
+    """The matrices in one slot: ``w13`` [2I, H], gate and up rows in turn, and ``w2`` [H, I]."""
 
     w13: SlotMatrix
     w2: SlotMatrix
 
     @classmethod
     def of(cls, weights: ExpertWeights, slot: int) -> SlotWeights:
-        """The matrices in ``slot``, of weights in any format but MXFP4."""
+        """The matrices in ``slot``; any format but MXFP4."""
         return cls(SlotMatrix.of(weights.w13, slot), SlotMatrix.of(weights.w2, slot))
 
     @property
@@ -145,9 +145,9 @@ class SlotWeights(NamedTuple):
 def token_expert(x_BH: Tensor, weights: SlotWeights, tokens_J: Tensor, places_J: Tensor, y_RH: Tensor) -> None:
     """Writes ``w2 (silu(w1 x) * (w3 x))`` of J tokens to rows ``places_J`` of ``y_RH``.
 
-    ``tokens_J`` (rows of ``x_BH``) and ``places_J`` are int64. Sums are made in float32, and rounded to ``x_BH``'s
-    dtype behind each of the two matrices. No value is read on the host, so that a tracer can follow. Source: SwiGLU,
-    Shazeer (2020).
+    ``tokens_J`` (rows of ``x_BH``) and ``places_J`` are int64. Sums are made in float32 and rounded to ``x_BH``'s dtype
+    after each of the two products. No value is read on the host, so that a tracer can follow. Source: SwiGLU, Shazeer
+    (2020).
     """
     product_JN = weights.w13.product(x_BH[tokens_J])
     gate_JI, up_JI = product_JN.view(len(product_JN), -1, 2).unbind(-1)

@@ -1,4 +1,4 @@
-"""The ops as a tracer can follow them: none reads a value, and products of one row are loops that a compiler fuses.
+"""The ops in a form that a tracer can follow: none reads a value, and products of one row are loops to be fused.
 
 T tokens, N rows of a matrix, K its inner dimension.
 """
@@ -22,7 +22,7 @@ from duoserve.kernels.routing import HostWork, RoutePlan
 
 
 class TracedOps(TorchFunctionMode):
-    """While it is on, ops that read values, or that a compiler cannot see into, are replaced by twins."""
+    """While this mode is on, ops that read values, or that a compiler cannot see into, are replaced by twins."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -42,7 +42,7 @@ def _decode_attention(
     window: int | None = None,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """Its work depends on lengths, so a compiler must not look inside."""
+    """The op as a call that a compiler does not look into, as its work depends on the values of lengths."""
     return decode_attention_together(
         q_BHD, k_pages_PSGD, v_pages_PSGD, page_table_BM, lengths_B, scale, window, sinks_H
     )
@@ -76,10 +76,10 @@ def _(q_latent_BHL: Tensor, *_rest: Any) -> Tensor:
 
 
 def _write_rows(values_TW: Tensor, pages_PSW: Tensor, rows_T: Tensor) -> None:
-    """Padding, whose rows are negative and last, writes what the first token writes: a row less is another shape."""
+    """Padding, whose rows are negative and last, repeats the first token's write: to leave it out changes a shape."""
     source_T = torch.where(rows_T < 0, 0, torch.arange(rows_T.shape[0], device=rows_T.device))
     rows_T, page_tokens = rows_T[source_T], pages_PSW.shape[1]
-    # Not into a view of the pages: before 2.13, PyTorch's compiler copied all of them there and back for that.
+    # Not into a view of the pages, for which PyTorch's compiler before 2.13 copied all of them there and back.
     pages_PSW.index_put_((rows_T // page_tokens, rows_T % page_tokens), values_TW[source_T])
 
 
@@ -100,7 +100,7 @@ def _rope_write_kv(
 
 
 def _no_plan(topk_ids_TK: Tensor, slots_E: Tensor) -> RoutePlan:
-    """The host makes the plan, once it knows the choice."""
+    """No plan: the host makes it outside of the traced work, when it knows the routers' choice."""
     nothing = HostWork.of([])
     return RoutePlan(slots_E.new_empty(0), slots_E.new_empty(0), nothing, nothing, topk_ids_TK.shape[1])
 

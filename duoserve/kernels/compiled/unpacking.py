@@ -18,12 +18,12 @@ from duoserve.kernels.compiled.streamed import laid_down
 from duoserve.kernels.matmul import power_of_two
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights
 
-# Weights that are unpacked at a time: what is between the two loops stays in the cores' caches.
+# So many weights are unpacked at a time: what the first loop leaves for the second stays in the cores' caches.
 PIECE_WEIGHTS = 1 << 19
 
 
 class CompiledUnpack:
-    """``Bf12Rows.dense``, compiled for pieces of rows; of what is left over, op by op."""
+    """``Bf12Rows.dense``, compiled for pieces of rows; the rows left over are unpacked op by op."""
 
     def __init__(self) -> None:
         self._loops = CompiledLoops()
@@ -43,7 +43,7 @@ class CompiledUnpack:
         return w_ND
 
     def prepare(self, inner: int) -> None:
-        """Compiles what rows of so many weights take, which else the first of them would wait for."""
+        """Compiles the loops for rows of ``inner`` weights now, so that the first rows need not wait for it."""
         piece = _piece_rows(inner)
         data_PB = torch.zeros(piece, row_bytes(inner), dtype=torch.uint8, device="cpu")
         rows_P = Bf12Rows.of(data_PB, data_PB.new_zeros(piece, dtype=torch.float32), inner)
@@ -54,7 +54,7 @@ class CompiledUnpack:
 def with_compiled_unpacking(weights: ExpertWeights) -> ExpertWeights:
     """The same weights; those of BF12 are unpacked by compiled loops. For CPUs with a C++ compiler.
 
-    As they are, with a warning, where the loops cannot be compiled.
+    Warns and gives the weights as they are if the loops cannot be compiled.
     """
     if weights.format is not ExpertFormat.BF12:
         return weights
@@ -87,9 +87,10 @@ def _unpack(
     w_ND: Tensor,
     used_NC: Tensor,
 ) -> None:
-    """All but the escapes, and which places of those are used: their bytes lie behind the others, in the cache by then.
+    """Unpacks all weights but the escapes into ``w_ND``, and finds which places of escapes are used.
 
-    In float32 first: from bytes to bfloat16 a compiler converts one element after another.
+    The latter is done here as their bytes, behind the others, are in the cache by then. Weights are made in float32
+    first: from bytes to bfloat16 a compiler converts one element after another.
     """
     wide_NB, scales_N1 = exponents_NB.int(), scales_N[:, None]
     halves = zip(signed_ND.chunk(2, dim=1), (wide_NB & 15, wide_NB >> 4), strict=True)
