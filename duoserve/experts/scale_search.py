@@ -23,7 +23,8 @@ from duoserve.kernels.weights import ExpertFormat, Matrix
 
 Loops = Callable[..., None]  # of a search and what it takes
 
-# How much of the range of its weights a scale spans: less of it cuts off the largest, and steps finer over the others.
+# The candidate scales cover these shares of the weights' range: a smaller share clips the largest weights and gives the
+# others finer steps.
 INT4_SPANS = tuple(1 - step / 32 for step in range(12))
 INT8_SPANS = tuple(1 - step / 64 for step in range(8))
 INT4_MOST, INT8_MOST = 15, 127
@@ -105,7 +106,7 @@ class _Places(NamedTuple):
         )
 
     def search(self, way: Way) -> None:
-        """Searches blocks of one shape: the last reaches back over places done, and if all are fewer, is padded."""
+        """Searches in blocks of one size. The last block overlaps the one before; too few places are padded to one."""
         places, size = self.w_PX.shape
         block = power_of_two(max(1, way.block_weights // size))
         if places < block:

@@ -1,1 +1,1 @@
-"""What is computed: the decoder's blocks, and the families of models that are built of them."""
+"""The computation: the decoder's blocks, and the families of models that are built of them."""

@@ -20,7 +20,7 @@ from duoserve.models.tensors import Tensors
 
 @dataclass(frozen=True)
 class GroupedQueryAttention:
-    """``qkv`` makes queries, keys and values at once: [T, (H + 2G) * D]; ``out`` takes [T, H * D]."""
+    """One projection ``qkv`` makes queries, keys and values: [T, (H + 2G) * D]; ``out`` takes [T, H * D]."""
 
     layer: int
     config: AttentionConfig
@@ -34,7 +34,7 @@ class GroupedQueryAttention:
     def load(
         cls, layer: int, config: AttentionConfig, hidden: int, eps: float, tensors: Tensors
     ) -> GroupedQueryAttention:
-        """Loads it from the projections ``q_proj`` to ``o_proj`` and what else the config says there is."""
+        """Loads it from the projections ``q_proj`` to ``o_proj``, and the norms and sinks that the config names."""
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         widths = (("q", queries), ("k", keys), ("v", keys))
         parts = [(tensors.under(f"{name}_proj"), width) for name, width in widths]
@@ -88,7 +88,7 @@ class GroupedQueryAttention:
 
 
 def _norms(config: AttentionConfig, eps: float, tensors: Tensors) -> tuple[RMSNorm, RMSNorm] | None:
-    """The norms of queries and keys; their width says what they are taken over."""
+    """The norms of queries and keys, as wide as a head or as the whole projection."""
     if config.qk_norm is None:
         return None
     heads = (1, 1) if config.qk_norm == "head" else (config.num_heads, config.num_kv_heads)

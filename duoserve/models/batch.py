@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class KVStore(Protocol):
-    """Keys and values of the batch's sequences: what attention needs of a paged KV cache."""
+    """Keys and values of the batch's sequences: the part of a paged KV cache that attention uses."""
 
     @property
     def rows_T(self) -> Tensor:
@@ -21,7 +21,7 @@ class KVStore(Protocol):
 
     @property
     def page_table_BM(self) -> Tensor:
-        """The pages of every sequence in order, int32; what lies past a sequence's pages is not read."""
+        """The pages of every sequence in order, int32; entries behind a sequence's pages are not read."""
 
     @property
     def lengths_B(self) -> Tensor:
@@ -39,7 +39,7 @@ class KVStore(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """``token_ids_T`` and ``positions_T`` are int64; sequence ``i`` owns the new tokens ``spans[i]`` (start, stop)."""
+    """The new tokens ``token_ids_T`` at ``positions_T`` (both int64); sequence i has ``spans[i]`` (start, stop)."""
 
     token_ids_T: Tensor
     positions_T: Tensor
@@ -48,5 +48,5 @@ class Batch:
 
     @property
     def is_decode(self) -> bool:
-        """Whether every sequence has one new token, so that row b is sequence b's."""
+        """Whether every sequence has one new token, so that row b belongs to sequence b."""
         return self.token_ids_T.shape[0] == len(self.spans)

@@ -10,13 +10,13 @@ from duoserve.models.quantization_fields import quantization
 from duoserve.models.rope_fields import MAX_POSITIONS
 
 MAX_WIDTH = 1 << 20
-# The formats of checkpoints in which every matrix of every expert has tensors of its own.
+# The formats in which every matrix of every expert has tensors of its own.
 ONE_TENSOR_A_MATRIX: tuple[QuantMethod, ...] = ("awq", "fp8", "gptq")
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def refuse_unsupported(fields: ConfigFields) -> None:
-    """What no family's model has a way to compute."""
+    """Raises ConfigError for fields that no family can compute."""
     fields.choice("hidden_act", ["silu"])
     if not fields.flag("is_causal", True):
         raise fields.refusal("is_causal", "supported: true")
@@ -27,9 +27,9 @@ def refuse_unsupported(fields: ConfigFields) -> None:
 def model_config(
     fields: ConfigFields, model_type: str, blocks: Blocks, formats: tuple[QuantMethod, ...] = ONE_TENSOR_A_MATRIX
 ) -> ModelConfig:
-    """A model of these blocks; its other numbers have the same names in all families.
+    """The config of a model of ``blocks``; all other fields have the same names in all families.
 
-    ``formats`` are those that its experts' tensors may be quantized in.
+    ``formats`` are the quantized formats that the family's experts may have.
     """
     return ModelConfig(
         model_type=model_type,
@@ -63,7 +63,7 @@ def num_heads(fields: ConfigFields) -> int:
 
 
 def grouped_query(fields: ConfigFields) -> AttentionConfig:
-    """Plain grouped-query attention: every token sees all, scores are over the root of ``head_dim``, nothing more."""
+    """Plain grouped-query attention: every token sees all before it, and scores are divided by sqrt(``head_dim``)."""
     heads, dim = num_heads(fields), head_dim(fields)
     return AttentionConfig(
         num_heads=heads,
@@ -75,7 +75,7 @@ def grouped_query(fields: ConfigFields) -> AttentionConfig:
 
 
 def head_dim(fields: ConfigFields) -> int:
-    """Null or absent, the heads share the hidden size."""
+    """Dimensions of a head; if the field is null or absent, the heads share the hidden size."""
     hidden, heads = hidden_size(fields), num_heads(fields)
     given = fields.optional_integer("head_dim", 1, 1024)
     if given is None and hidden % heads:
@@ -84,25 +84,25 @@ def head_dim(fields: ConfigFields) -> int:
 
 
 def used_window(fields: ConfigFields) -> int | None:
-    """Qwen's window, which counts only where ``use_sliding_window`` says so."""
+    """Qwen's window, which is used only if ``use_sliding_window`` is true; else None."""
     if not fields.flag("use_sliding_window"):
         return None
     return fields.optional_integer("sliding_window", 1, MAX_POSITIONS)
 
 
 def layer_windows(fields: ConfigFields, window: int | None, slides: list[bool]) -> tuple[int | None, ...]:
-    """The window of each layer: ``layer_types`` says which have one, and where that is absent, ``slides`` does."""
+    """The window of each layer. ``layer_types`` says which layers have one or, if it is absent, ``slides`` does."""
     kinds = fields.choices("layer_types", (FULL, SLIDING), num_layers(fields))
     slides = [kind == SLIDING for kind in kinds] or slides
     if any(slides) and window is None:
-        if not fields.is_null("sliding_window"):  # so it is there, and not used
+        if not fields.is_null("sliding_window"):  # it is there, but use_sliding_window is false
             raise fields.refusal("use_sliding_window", "layer_types has layers that slide, so it must be true")
         raise fields.refusal("sliding_window", "layers slide, so it must be a number of positions")
     return tuple(window if sliding else None for sliding in slides)
 
 
 def num_experts(fields: ConfigFields, name: str) -> int:
-    """The field ``name``, with a bound on all tensors of all experts."""
+    """Routed experts of a layer, from the field ``name``; bounded, as all layers have tensors for each."""
     experts, layers = fields.integer(name, 1, 4096), num_layers(fields)
     if 3 * layers * experts > MAX_TENSORS:
         raise fields.refusal(name, f"with {layers} layers, that is more tensors than {MAX_TENSORS}")
@@ -120,7 +120,7 @@ def width(fields: ConfigFields, name: str) -> int:
 
 
 def sparse_layers(fields: ConfigFields) -> tuple[int, ...]:
-    """Qwen's MoE layers: every ``decoder_sparse_step``-th but those of ``mlp_only_layers``."""
+    """Qwen's MoE layers: every ``decoder_sparse_step``-th, except those in ``mlp_only_layers``."""
     layers, step = num_layers(fields), fields.integer("decoder_sparse_step", 1, 1000)
     dense = fields.integers("mlp_only_layers", 0, 1000)
     sparse = tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
@@ -138,17 +138,17 @@ def layers_behind_dense(fields: ConfigFields) -> tuple[int, ...]:
 
 
 def shared_experts(fields: ConfigFields) -> int:
-    """Shared experts, which are one network as wide as all of them."""
+    """The number of shared experts; they are stored as one network as wide as all of them together."""
     return fields.integer("n_shared_experts", 1, 1024)
 
 
 def mtp_layers(fields: ConfigFields) -> int:
-    """Layers behind the last that guess further tokens."""
+    """The number of layers behind the last, which guess further tokens."""
     return fields.optional_integer("num_nextn_predict_layers", 0, 1000) or 0
 
 
 def corrected_router(fields: ConfigFields) -> RouterConfig:
-    """The sigmoid router with a correction of the choice, in groups, of DeepSeek-V3 and GLM."""
+    """The router of DeepSeek-V3 and GLM: sigmoid scores, a correction of them for the choice, and groups."""
     fields.choice("scoring_func", ["sigmoid"], "sigmoid")
     fields.choice("topk_method", ["noaux_tc"], "noaux_tc")
     experts = num_experts(fields, "n_routed_experts")
@@ -168,7 +168,7 @@ def corrected_router(fields: ConfigFields) -> RouterConfig:
 
 
 def groups(fields: ConfigFields, experts: int, chosen: int, least: int) -> tuple[int, int]:
-    """``n_group`` equal groups of at least ``least`` experts, and how many of them may be chosen from."""
+    """The number of groups, each of at least ``least`` experts, and from how many of them experts may be chosen."""
     n_group = fields.integer("n_group", 1, experts)
     if experts % n_group or experts // n_group < least:
         raise fields.refusal("n_group", f"{experts} experts must form equal groups of at least {least}")

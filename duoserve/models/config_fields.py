@@ -1,4 +1,4 @@
-"""Reads hyper-parameters out of a raw ``config.json``, in the dialects of transformers 4 (the hub) and 5."""
+"""Reads hyper-parameters from a raw ``config.json``, in the dialects of transformers 4 (the hub) and 5."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _MAX_TOKEN_IDS = 1000
 class ConfigFields:
     """A typed view of one JSON object.
 
-    Every reader takes a field's name; where the field is absent it returns ``default``, and where that is left out it
-    refuses. Every refusal is a ConfigError with the field's name, its value, and what is supported.
+    Every reader takes a field's name. If the field is absent, it returns ``default``, or refuses if there is none. A
+    refusal is a ConfigError with the field's name, its value, and what is supported.
     """
 
     def __init__(self, raw: Mapping[str, Any], where: str = "config.json") -> None:
@@ -28,9 +28,9 @@ class ConfigFields:
 
     @classmethod
     def completed(cls, raw: Mapping[str, Any], defaults: Mapping[str, Any], aliases: Mapping[str, str]) -> ConfigFields:
-        """A config.json whose absent fields are ``defaults``; ``aliases`` are other names of some of them.
+        """A config.json whose absent fields have the values of ``defaults``; ``aliases`` maps other names to fields.
 
-        Of a field and its other name, one that is null says nothing.
+        If a field appears under both names and one is null, the other counts.
         """
         named = dict(raw)
         for alias, name in aliases.items():
@@ -46,12 +46,12 @@ class ConfigFields:
     def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
         """An integer in low..high."""
         value = self._raw.get(name, default)
-        if type(value) is not int or not low <= value <= high:  # a bool is an int to isinstance
+        if type(value) is not int or not low <= value <= high:  # isinstance would let a bool pass
             raise self.refusal(name, f"it must be an integer in {low}..{high}")
         return value
 
     def optional_integer(self, name: str, low: int, high: int, default: int | None = None) -> int | None:
-        """An integer in low..high, or None for null (and where the field and ``default`` are absent)."""
+        """An integer in low..high, or None for null, or if both the field and ``default`` are absent."""
         return None if self._raw.get(name, default) is None else self.integer(name, low, high, default)
 
     def number(self, name: str, low: float, high: float, default: float | None = None) -> float:
@@ -62,7 +62,7 @@ class ConfigFields:
         return float(value)
 
     def is_set(self, name: str) -> bool:
-        """Whether the field is there and neither null nor zero nor empty."""
+        """Whether the field is there, and neither null, zero nor empty."""
         return bool(self._raw.get(name))
 
     def is_null(self, name: str) -> bool:
@@ -70,21 +70,21 @@ class ConfigFields:
         return self._raw.get(name) is None
 
     def integers(self, name: str, low: int, high: int) -> list[int]:
-        """A list of integers in low..high; null and absent are an empty one."""
+        """A list of integers in low..high; empty if null or absent."""
         value = [] if self._raw.get(name) is None else self._raw[name]
         if not isinstance(value, list) or not all(type(n) is int and low <= n <= high for n in value):
             raise self.refusal(name, f"it must be a list of integers in {low}..{high}")
         return value
 
     def inner(self, name: str) -> ConfigFields:
-        """The fields of an object that has no objects in it; null and absent are an empty one."""
+        """The fields of an object that has no objects in it; empty if null or absent."""
         value = self._raw.get(name) or {}
         if not isinstance(value, dict) or any(isinstance(entry, dict) for entry in value.values()):
             raise self.refusal(name, "supported: null, or one flat object for all layers")
         return ConfigFields(value, f"{self._where}: {name}")
 
     def section(self, name: str) -> ConfigFields:
-        """The fields of an object, whatever is in them."""
+        """The fields of an object, which may have objects in it."""
         value = self._raw.get(name)
         if not isinstance(value, dict):
             raise self.refusal(name, "it must be an object")
@@ -92,24 +92,24 @@ class ConfigFields:
 
     @property
     def names(self) -> list[str]:
-        """The fields that are there."""
+        """The names of all fields that are there."""
         return list(self._raw)
 
     def only(self, *names: str) -> None:
-        """Refuses a field that is not among ``names``."""
+        """Refuses any field that is not among ``names``."""
         for name in self._raw:
             if name not in names:
                 raise self.refusal(name, "what it says of the weights is not known here")
 
     def texts(self, name: str) -> list[str]:
-        """A list of texts; null and absent are an empty one."""
+        """A list of texts; empty if null or absent."""
         value = [] if self._raw.get(name) is None else self._raw[name]
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
             raise self.refusal(name, "it must be a list of texts")
         return value
 
     def choices(self, name: str, supported: Collection[str], count: int) -> list[str]:
-        """``count`` of the ``supported`` texts in a list; null and absent are an empty one."""
+        """A list of ``count`` texts, all of them ``supported``; empty if null or absent."""
         value = [] if self._raw.get(name) is None else self._raw[name]
         known = isinstance(value, list) and all(isinstance(entry, str) and entry in supported for entry in value)
         if not known or len(value) not in (0, count):
@@ -145,11 +145,11 @@ class ConfigFields:
 
     @property
     def says_dtype(self) -> bool:
-        """Whether the weights' dtype is there; else the weights themselves know it."""
+        """Whether the weights' dtype is given; if not, it is that of the stored weights."""
         return not (self.is_null("dtype") and self.is_null("torch_dtype"))
 
     def dtype(self) -> torch.dtype:
-        """The weights' dtype, from ``dtype`` or the older ``torch_dtype``; bfloat16 where neither is there."""
+        """The weights' dtype, from ``dtype`` or the older ``torch_dtype``; bfloat16 if neither is given."""
         if not self.says_dtype:
             return torch.bfloat16
         name = "torch_dtype" if self.is_null("dtype") else "dtype"

@@ -1,4 +1,4 @@
-"""From a model's config and its checkpoint's dense tensors to a Transformer, for every family alike.
+"""Builds a Transformer from a model's config and its checkpoint's dense tensors, in the same way for all families.
 
 V vocabulary, H hidden.
 """
@@ -22,7 +22,7 @@ from duoserve.scheduling.source import ExpertSource
 
 
 class MoENames(NamedTuple):
-    """What a family calls the parts of a layer's feed-forward ``block`` in its checkpoints."""
+    """A family's names in its checkpoints for a layer's feed-forward ``block``, and for parts of it."""
 
     block: str = "mlp"
     router: str = "gate"
@@ -30,14 +30,14 @@ class MoENames(NamedTuple):
 
 
 class RoutedExperts(NamedTuple):
-    """Where routed experts come from, and the slots that kernels read them from."""
+    """The ``source`` of routed experts, and the ``weights`` in the slots, which kernels read."""
 
     source: ExpertSource
     weights: ExpertWeights
 
 
 def load_decoder(config: ModelConfig, names: MoENames, tensors: Tensors, experts: RoutedExperts) -> Transformer:
-    """The model, its dense weights read from ``tensors``."""
+    """The model, with its dense weights read from ``tensors``."""
     model = tensors.under("model")
     vocab = (config.vocab_size, config.hidden_size)
     embed_VH = model("embed_tokens.weight", *vocab)

@@ -37,7 +37,7 @@ from duoserve.models.rope_fields import rope_config
 
 V2, V3 = "deepseek_v2", "deepseek_v3"
 MAX_RANK = 1 << 16
-# What transformers' configs take for a field that is not there, where both take the same.
+# The values of absent fields that are the same in both of transformers' configs.
 DEFAULTS: dict[str, Any] = {
     "attention_bias": False,
     "hidden_act": "silu",
@@ -96,7 +96,7 @@ DEFAULTS_V3 = DEFAULTS | {
 
 
 def parse_v2(raw: dict[str, Any]) -> ModelConfig:
-    """The hyper-parameters of a raw ``config.json``; ConfigError names a field that is unsupported or out of bounds."""
+    """The hyper-parameters of a raw ``config.json``; raises ConfigError if a field is unsupported or out of bounds."""
     fields = ConfigFields.completed(raw, DEFAULTS_V2, aliases={"num_experts": "n_routed_experts"})
     refuse_unsupported(fields)
     for name in ("mlp_bias", "norm_topk_prob"):
@@ -106,7 +106,7 @@ def parse_v2(raw: dict[str, Any]) -> ModelConfig:
 
 
 def parse_v3(raw: dict[str, Any]) -> ModelConfig:
-    """The hyper-parameters of a V3, read as in ``parse_v2``."""
+    """The hyper-parameters of a V3; errors as in ``parse_v2``."""
     aliases = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
     fields = ConfigFields.completed(raw, DEFAULTS_V3, aliases)
     refuse_unsupported(fields)
@@ -116,7 +116,7 @@ def parse_v3(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _check_head_dim(fields: ConfigFields, rotated: int) -> None:
-    """In transformers' V3 ``head_dim`` is how many dimensions rotate; null is a head's share of the hidden size."""
+    """Checks ``head_dim``: in transformers' V3 it is the number of rotated dimensions, and null means another."""
     if "head_dim" in fields.names and fields.optional_integer("head_dim", 1, 1024) != rotated:
         raise fields.refusal("head_dim", f"it must be absent or qk_rope_head_dim, {rotated}")
 

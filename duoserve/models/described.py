@@ -1,4 +1,4 @@
-"""What is known of a model from its config and its index, while its weights are here in part or not at all."""
+"""Describes a model by its config and its index, while only some or none of its weights are here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HEADERS, INDEX, CONFIG = "the weights' headers", INDEX_FILE, CONFIG_FILE
 
 @dataclass(frozen=True)
 class DescribedModel:
-    """A model by its config. ``nbytes`` has the bytes of every tensor that it needs; ``source`` says where from."""
+    """A model by its config. ``nbytes`` has the bytes of every tensor that it needs; ``source`` says from where."""
 
     folder: Path
     family: Family
@@ -35,7 +35,7 @@ class DescribedModel:
 def described(model: str | Path) -> DescribedModel:
     """The model of a folder, a hub id or an embedded name; of a hub id only small files are downloaded.
 
-    ConfigError or CheckpointError if it cannot be run, as far as these files show.
+    Raises ConfigError or CheckpointError if these files show that it cannot be run.
     """
     folder = resolve_model(model, weights=False)
     listed = _listed(folder)
@@ -45,7 +45,10 @@ def described(model: str | Path) -> DescribedModel:
 
 
 def _listed(folder: Path) -> Mapping[str, str] | None:
-    """Which file each tensor is in, by name. A single file of weights is named alone; None if there is no such file."""
+    """The file of each tensor, by the tensor's name, from the index; for a single file of weights only that file.
+
+    None if neither is there.
+    """
     if not any(is_there(folder / name) for name in (SINGLE_FILE, INDEX_FILE)):
         return None
     listed = weight_map(folder)
@@ -60,7 +63,7 @@ def _from_headers(folder: Path) -> DescribedModel:
 
 
 def _from_index(folder: Path, listed: Mapping[str, str] | None) -> DescribedModel:
-    """The model without its weights: bytes follow from shapes and dtypes."""
+    """The model without its weights; bytes follow from shapes and dtypes."""
     raw = read_object(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
     family = family_of(raw)
     config = family.parse_config(raw)

@@ -1,4 +1,4 @@
-"""The ways in which families keep their routed experts in a checkpoint.
+"""The ways in which families store their routed experts in a checkpoint.
 
 E experts, H hidden, I expert intermediate.
 """
@@ -16,7 +16,7 @@ def separate(
     block: str = "mlp",
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
 ) -> ExpertPieces:
-    """Three tensors an expert: ``names`` of gate and up [I, H] and down [H, I]."""
+    """Three tensors an expert, with these ``names``: gate and up [I, H], and down [H, I]."""
     prefix = f"model.layers.{expert.layer}.{block}.experts.{expert.expert}"
     gate, up, down = (f"{prefix}.{name}.weight" for name in names)
     wide = (config.expert_intermediate_size, config.hidden_size)
@@ -24,7 +24,7 @@ def separate(
 
 
 def fused(config: ModelConfig, expert: ExpertId) -> ExpertPieces:
-    """Two tensors a layer: ``input_linear`` [E, 2I, H], the gate's rows before up's, ``output_linear`` [E, H, I]."""
+    """Two tensors a layer: ``input_linear`` [E, 2I, H] with gate rows before up rows, ``output_linear`` [E, H, I]."""
     prefix = f"model.layers.{expert.layer}.block_sparse_moe"
     experts, hidden, inter = config.num_experts, config.hidden_size, config.expert_intermediate_size
     up_name, up_shape = f"{prefix}.input_linear.weight", (experts, 2 * inter, hidden)
@@ -36,7 +36,7 @@ def fused(config: ModelConfig, expert: ExpertId) -> ExpertPieces:
 
 
 def transposed(config: ModelConfig, expert: ExpertId) -> ExpertPieces:
-    """Two tensors a layer: ``gate_up_proj`` [E, H, 2I], gate and up in turn, ``down_proj`` [E, I, H]."""
+    """Two tensors a layer: ``gate_up_proj`` [E, H, 2I] with gate and up in turn, ``down_proj`` [E, I, H]."""
     prefix = f"model.layers.{expert.layer}.mlp.experts"
     experts, hidden, inter = config.num_experts, config.hidden_size, config.expert_intermediate_size
     up_shape, down_shape = (experts, hidden, 2 * inter), (experts, inter, hidden)

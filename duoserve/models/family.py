@@ -1,4 +1,4 @@
-"""A model family: what its ``config.json`` means and what its tensors are called; blocks and loading are shared."""
+"""A model family: the meaning of its ``config.json`` and the names of its tensors; blocks and loading are shared."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from duoserve.scheduling.source import ExpertSource
 
 
 class _NoSource(ExpertSource):
-    """A dry run computes nothing."""
+    """The experts of a dry run, which computes nothing."""
 
     def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> NoReturn:
         raise IntegrityError(f"layer {layer} of a dry run asked for experts")
@@ -33,9 +33,9 @@ _NO_EXPERTS = RoutedExperts(_NoSource(), ExpertWeights(torch.empty(0, 0, 0), tor
 
 @dataclass(frozen=True)
 class Family:
-    """``model_type`` and ``architecture`` are config.json's names for it; ``parse_config`` maps a raw config.json.
+    """A family. ``model_type`` and ``architecture`` are its names in config.json, which ``parse_config`` maps.
 
-    ``names`` are those of a layer's feed-forward block, ``expert_pieces`` the tensors of one routed expert.
+    ``names`` are its names for a layer's feed-forward block; ``expert_pieces`` gives the tensors of a routed expert.
     """
 
     model_type: str
@@ -45,11 +45,11 @@ class Family:
     expert_pieces: Callable[[ModelConfig, ExpertId], ExpertPieces]
 
     def build(self, config: ModelConfig, read: ReadTensor, experts: RoutedExperts) -> Transformer:
-        """The model from a reader of dense tensors; its routed experts are left to ``experts``."""
+        """Builds the model; ``read`` reads its dense tensors, and ``experts`` has its routed experts."""
         return load_decoder(config, self.names, Tensors.of(read), experts)
 
     def dense_needs(self, config: ModelConfig) -> dict[str, TensorNeed]:
-        """Every tensor that ``build`` will read; a tied head has none of its own."""
+        """Every tensor that ``build`` will read; there is none for a tied head."""
         return needs_of(lambda tensors: load_decoder(config, self.names, tensors, _NO_EXPERTS))
 
     def dense_bytes(self, config: ModelConfig, dtype: torch.dtype) -> int:
@@ -57,15 +57,15 @@ class Family:
         return sum(self.dense_sizes(config, dtype))
 
     def dense_sizes(self, config: ModelConfig, dtype: torch.dtype) -> list[int]:
-        """The same, tensor by tensor."""
+        """Bytes in ``dtype`` of each tensor that is not part of a routed expert."""
         needs = self.dense_needs(config).values()
         return [prod(need.shape) * (need.dtype or dtype).itemsize for need in needs]
 
     def expert_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        """Every tensor that routed experts lie in, name -> shape."""
+        """Name -> shape of every tensor that routed experts lie in."""
         experts = ModelShape.of(config).all_experts()
         return {piece.name: piece.shape for expert in experts for piece in self.expert_pieces(config, expert)}
 
     def tensor_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        """Every tensor of a checkpoint, name -> shape."""
+        """Name -> shape of every tensor of a checkpoint."""
         return {name: need.shape for name, need in self.dense_needs(config).items()} | self.expert_shapes(config)

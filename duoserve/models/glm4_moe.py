@@ -28,7 +28,7 @@ from duoserve.models.family import Family
 from duoserve.models.rope_fields import rope_config
 
 MODEL_TYPE = "glm4_moe"
-# What transformers' Glm4MoeConfig takes for a field that is not there.
+# The values of absent fields in transformers' Glm4MoeConfig.
 DEFAULTS: dict[str, Any] = {
     "attention_bias": False,
     "bos_token_id": None,
@@ -60,7 +60,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
-    """The hyper-parameters of a raw ``config.json``; ConfigError names a field that is unsupported or out of bounds."""
+    """The hyper-parameters of a raw ``config.json``; raises ConfigError if a field is unsupported or out of bounds."""
     aliases = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
     fields = ConfigFields.completed(raw, DEFAULTS, aliases)
     refuse_unsupported(fields)

@@ -26,7 +26,7 @@ from duoserve.models.rope_fields import MAX_POSITIONS, rope_config
 
 MODEL_TYPE = "gpt_oss"
 ROPE = "rope_parameters"  # null is the default too
-# What transformers' GptOssConfig takes for a field that is not there.
+# The values of absent fields in transformers' GptOssConfig.
 DEFAULTS: dict[str, Any] = {
     "attention_bias": True,
     "bos_token_id": None,
@@ -60,7 +60,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
-    """The hyper-parameters of a raw ``config.json``; ConfigError names a field that is unsupported or out of bounds."""
+    """The hyper-parameters of a raw ``config.json``; raises ConfigError if a field is unsupported or out of bounds."""
     given = {name: value for name, value in raw.items() if name != ROPE or value is not None}
     fields = ConfigFields.completed(given, DEFAULTS, aliases={"num_experts": "num_local_experts"})
     refuse_unsupported(fields)
@@ -76,7 +76,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _attention(fields: ConfigFields) -> AttentionConfig:
-    """Every other layer has a window, the first among them; every head has a sink."""
+    """Attention with a window in every other layer, beginning with the first, and a sink for every head."""
     bias, window = fields.flag("attention_bias"), fields.optional_integer("sliding_window", 1, MAX_POSITIONS)
     windows = layer_windows(fields, window, [layer % 2 == 0 for layer in range(num_layers(fields))])
     return replace(grouped_query(fields), windows=windows, qkv_bias=bias, out_bias=bias, sinks=True)

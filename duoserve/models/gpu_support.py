@@ -10,7 +10,7 @@ from duoserve.kernels.limits import MAX_EXPERTS, MAX_HEAD_DIM, MAX_LATENT_DIM, M
 
 
 def cpu_only(config: ModelConfig) -> str | None:
-    """What of the model no kernel for GPUs has yet; None where there is nothing."""
+    """Why no GPU can compute the model yet: what the kernels lack; None if they lack nothing."""
     if config.quantization is not None and config.quantization.ordered:
         return str(config.quantization)
     for name, number, most in _bounded_sizes(config):
@@ -20,7 +20,7 @@ def cpu_only(config: ModelConfig) -> str | None:
 
 
 def _bounded_sizes(config: ModelConfig) -> Iterator[tuple[str, int, int]]:
-    """The sizes that kernels for GPUs have a bound on: name, number and bound."""
+    """The model's sizes that kernels for GPUs bound: name, number and bound."""
     yield "hidden size", config.hidden_size, MAX_NORMED
     yield "number of experts", config.num_experts, MAX_EXPERTS
     attention = config.blocks.attention

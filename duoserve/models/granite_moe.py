@@ -24,7 +24,7 @@ from duoserve.models.family import Family
 from duoserve.models.rope_fields import rope_config
 
 MODEL_TYPE = "granitemoe"
-# What transformers' GraniteMoeConfig takes for a field that is not there.
+# The values of absent fields in transformers' GraniteMoeConfig.
 DEFAULTS: dict[str, Any] = {
     "attention_bias": False,
     "attention_multiplier": 1.0,
@@ -51,7 +51,7 @@ MAX_MULTIPLIER = 1e6
 
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
-    """The hyper-parameters of a raw ``config.json``; ConfigError names a field that is unsupported or out of bounds."""
+    """The hyper-parameters of a raw ``config.json``; raises ConfigError if a field is unsupported or out of bounds."""
     fields = ConfigFields.completed(raw, DEFAULTS, aliases={"num_experts": "num_local_experts"})
     refuse_unsupported(fields)
     experts, bias = num_experts(fields, "num_local_experts"), fields.flag("attention_bias")

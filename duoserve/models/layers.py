@@ -24,14 +24,15 @@ class Linear:
 
     @classmethod
     def load(cls, tensors: Tensors, num_out: int, num_in: int, bias: bool = False) -> Linear:
-        """Loads it from ``weight`` and, where there is one, ``bias``."""
+        """Loads it from ``weight`` and, if it has one, ``bias``."""
         return cls(tensors("weight", num_out, num_in), tensors("bias", num_out) if bias else None)
 
     @classmethod
     def load_stacked(cls, parts: Sequence[tuple[Tensors, int]], num_in: int, bias: bool = False) -> Linear:
-        """Several of the same input in one product, their outputs side by side; of each its tensors and ``num_out``.
+        """Several layers of the same input as one, their outputs side by side. A part is its tensors and ``num_out``.
 
-        What is read in a row can lie in a row, and be joined without a copy: so all weights come before any bias.
+        All weights are read before any bias: tensors that are read one after another can lie one after another, and
+        then are joined without a copy.
         """
         weights = [tensors("weight", num_out, num_in) for tensors, num_out in parts]
         biases = [tensors("bias", num_out) for tensors, num_out in parts] if bias else []
@@ -42,9 +43,9 @@ class Linear:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """All rows in one tensor, without a copy where they lie so.
+    """All rows in one tensor, without a copy if they lie one after another.
 
-    ``torch.cat`` of the meta tensors of a dry run would load torch's compiler: seconds.
+    ``torch.cat`` of a dry run's meta tensors is avoided, as it would load torch's compiler, which takes seconds.
     """
     first, num_rows = parts[0], sum(len(part) for part in parts)
     if _lie_in_a_row(parts):
@@ -82,7 +83,7 @@ class RMSNorm:
         return self.ops.rms_norm(x_TH, self.weight_H, self.eps)
 
     def after_adding(self, delta_TH: Tensor | None, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """``x + delta``, normed and as it is; no delta is zero."""
+        """(norm of ``x + delta``, ``x + delta``); a delta of None counts as zero."""
         if delta_TH is None:
             return self(x_TH), x_TH
         return self.ops.add_rms_norm(delta_TH, x_TH, self.weight_H, self.eps)
@@ -97,7 +98,7 @@ class FeedForward:
 
     @classmethod
     def load(cls, tensors: Tensors, hidden: int, intermediate: int) -> FeedForward:
-        """Loads it from ``gate_proj``, ``up_proj`` and ``down_proj``."""
+        """Loads the network from ``gate_proj``, ``up_proj`` and ``down_proj``."""
         wide = [(tensors.under(name), intermediate) for name in ("gate_proj", "up_proj")]
         return cls(Linear.load_stacked(wide, hidden), Linear.load(tensors.under("down_proj"), hidden, intermediate))
 

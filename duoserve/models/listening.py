@@ -12,7 +12,7 @@ from duoserve.scheduling.routing import RoutingListener
 def listened_to(model: Transformer, listener: RoutingListener | None) -> tuple[Transformer, RoutingTap | None]:
     """A variant of ``model`` (all tensors shared) with a tap at every MoE layer, and that tap.
 
-    Whoever runs passes must tell the tap of each before it begins. Where nobody listens it is the model itself.
+    The caller must tell the tap of each pass before it begins. Without a listener, gives the model itself and None.
     """
     if listener is None:
         return model, None

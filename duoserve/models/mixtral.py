@@ -25,7 +25,7 @@ from duoserve.models.family import Family
 from duoserve.models.rope_fields import MAX_POSITIONS, rope_config
 
 MODEL_TYPE = "mixtral"
-# What transformers' MixtralConfig takes for a field that is not there.
+# The values of absent fields in transformers' MixtralConfig.
 DEFAULTS: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -46,7 +46,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
-    """The hyper-parameters of a raw ``config.json``; ConfigError names a field that is unsupported or out of bounds."""
+    """The hyper-parameters of a raw ``config.json``; raises ConfigError if a field is unsupported or out of bounds."""
     fields = ConfigFields.completed(raw, DEFAULTS, aliases={"num_experts": "num_local_experts"})
     refuse_unsupported(fields)
     if fields.flag("attention_bias", False):

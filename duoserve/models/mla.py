@@ -1,7 +1,7 @@
-"""Multi-head latent attention: what is cached of a token is one latent and one rotated key for all heads.
+"""Multi-head latent attention: one latent and one rotated key of a token are cached for all heads.
 
 T new tokens, B sequences with one new token each, C context tokens, H heads, N plain and R rotated dimensions of a
-query or key, V dimensions of a value, L latent, W = L + R a row of the cache, Z = N + V what a head reads of a latent.
+query or key, V dimensions of a value, L latent, W = L + R of a cache row, Z = N + V that a head reads from a latent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from duoserve.models.batch import Batch
 from duoserve.models.layers import Linear, RMSNorm
 from duoserve.models.tensors import Tensors
 
-# The norms of the ranks have it, whatever the model's other norms have.
+# The norms within low-rank projections use this, whatever the model's other norms use.
 RANK_NORM_EPS = 1e-6
 
 
@@ -37,9 +37,9 @@ class LowRank:
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """A prompt reads keys and values out of its latents; a decode step works on the latents themselves (absorbed form).
+    """A prompt expands latents to keys and values; a decode step works on the latents themselves (absorbed form).
 
-    ``expand_HZL`` reads out of a latent: the keys' plain dimensions, then the values.
+    ``expand_HZL`` expands a latent: to the plain dimensions of the keys, then the values.
     """
 
     layer: int
@@ -76,7 +76,8 @@ class LatentAttention:
         q_nope_THN, q_rope_THR = torch.split(q_THQ, [config.nope_dim, config.rope_dim], dim=-1)
         q_rope_THR = kernels.apply_rope(q_rope_THR, *rope, self.interleaved)
         self._remember(x_TH, rope, batch)
-        # Prompts of one token each look like a decode step; by tiles, they must not depend on others being longer.
+        # Prompts of one token each look like a decode step. With BY_TILE their bits must be those that they have beside
+        # longer prompts, so they take the prompts' way.
         one_each = batch.is_decode and self.products is not Products.BY_TILE
         attend = self._attend_one_each if one_each else self._attend
         return self.out(attend(q_nope_THN, q_rope_THR, batch).flatten(1))
@@ -89,7 +90,7 @@ class LatentAttention:
         kernels.write_rows(row_TW, self._pages(batch), batch.kv.rows_T)
 
     def _attend_one_each(self, q_nope_BHN: Tensor, q_rope_BHR: Tensor, batch: Batch) -> Tensor:
-        """Values [B, H, V]; the queries are taken to the latents instead of the latents to keys."""
+        """Attended values [B, H, V]; queries are mapped to the space of latents instead of latents to keys."""
         kv, nope = batch.kv, self.config.nope_dim
         q_latent_HBL = kernels.batched_product(q_nope_BHN.transpose(0, 1), self.expand_HZL[:, :nope], self.products)
         out_BHL = kernels.mla_decode_attention(
@@ -104,7 +105,7 @@ class LatentAttention:
         return kernels.batched_product(out_HBL, values_HLV, self.products).transpose(0, 1)
 
     def _attend(self, q_nope_THN: Tensor, q_rope_THR: Tensor, batch: Batch) -> Tensor:
-        """Values [T, H, V]."""
+        """Attended values [T, H, V]."""
         q_THQ = torch.cat((q_nope_THN, q_rope_THR), dim=-1)
         attended = [
             kernels.attention(q_THQ[start:stop], *self._keys_values(batch, sequence), self.config.scale, None)

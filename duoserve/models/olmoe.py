@@ -23,7 +23,7 @@ from duoserve.models.family import Family
 from duoserve.models.rope_fields import rope_config
 
 MODEL_TYPE = "olmoe"
-# What transformers' OlmoeConfig takes for a field that is not there.
+# The values of absent fields in transformers' OlmoeConfig.
 DEFAULTS: dict[str, Any] = {
     "attention_bias": False,
     "bos_token_id": None,
@@ -47,7 +47,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
-    """The hyper-parameters of a raw ``config.json``; ConfigError names a field that is unsupported or out of bounds."""
+    """The hyper-parameters of a raw ``config.json``; raises ConfigError if a field is unsupported or out of bounds."""
     fields = ConfigFields.completed(raw, DEFAULTS, aliases={"num_local_experts": "num_experts"})
     refuse_unsupported(fields)
     fields.absent("sliding_window", "supported: null")
@@ -62,7 +62,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _attention(fields: ConfigFields) -> AttentionConfig:
-    """Queries and keys are normed whole, before they are split into heads, then clipped with the values."""
+    """Attention whose queries and keys are normed before they are split into heads, then clipped like the values."""
     fields.absent("head_dim", "supported: null; the heads share the hidden size")
     bias = fields.flag("attention_bias")
     clip = None if fields.is_null("clip_qkv") else fields.number("clip_qkv", 0, 1e6)

@@ -1,4 +1,4 @@
-"""Opens a checkpoint and checks it against its family. Of the weights, only biases that must be zeros are read."""
+"""Opens a checkpoint and checks it against its family. The only weights read are biases that must be zeros."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from duoserve.scheduling.plan import ModelShape
 GENERATION_CONFIG = "generation_config.json"
 MAX_GENERATION_CONFIG_BYTES = 1 << 20
 HEAD = "lm_head.weight"
-WORTH_COMPILING = 1 << 30  # bytes of experts in floats: op by op they take about as long as compiling
+WORTH_COMPILING = 1 << 30  # quantizing so many bytes of experts op by op takes about as long as compiling
 LAYER = re.compile(r"model\.layers\.(\d{1,6})\.", re.ASCII)
 
 
@@ -60,13 +60,13 @@ class OpenedModel:
 
     @property
     def pack_layers(self) -> int:
-        """How many layers a pack has: all up to the last with experts."""
+        """The number of layers of a pack: all up to the last that has experts."""
         return ModelShape.of(self.config).depth
 
     def layout(self, dtype: torch.dtype, quantize: str | None = None) -> ExpertLayout:
-        """The row of bytes of one expert: made ``quantize`` (one of QUANTIZE), or as the checkpoint quantizes it.
+        """The row of bytes of one expert: quantized to ``quantize`` (one of QUANTIZE), or as the checkpoint has it.
 
-        In ``dtype`` if neither does.
+        Experts that are not quantized are in ``dtype``.
         """
         if quantize is not None:
             stored = quantized_by_us(self.config, quantize)
@@ -78,21 +78,21 @@ class OpenedModel:
         return self.family.dense_bytes(self.config, dtype)
 
     def expert_store(self, dtype: torch.dtype) -> CheckpointStore:
-        """A store of the routed experts that reads them from the checkpoint and packs each as it is read."""
+        """A store that reads the routed experts from the checkpoint, and packs each as it is read."""
         pieces = partial(self.family.expert_pieces, self.config)
         return CheckpointStore(self.checkpoint, self.layout(dtype), pieces, weight_format(self.config))
 
     def quantizing_store(self, kind: str) -> QuantizingStore:
         """A store that quantizes each expert to ``kind`` (one of QUANTIZE) as it is read; the checkpoint has floats.
 
-        Compiled loops do it if there is a C++ compiler, and enough experts to be worth its seconds.
+        It uses compiled loops if there is a C++ compiler, and if there are enough experts to be worth its seconds.
         """
         source = self.expert_store(self.config.dtype)
         compiles = can_compile() and len(self.experts) * source.layout.slot_bytes >= WORTH_COMPILING
         return QuantizingStore(source, quantized_by_us(self.config, kind), Way.compiled() if compiles else OP_BY_OP)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Reads a tensor that is not a routed expert's, in ``dtype``; a quantized one is decoded."""
+        """Reads a tensor that is not part of a routed expert, in ``dtype``, and decodes it if it is quantized."""
         if name not in self._quantized:
             return self.checkpoint.read(name, dtype)
         form, (num_rows, inner) = self._quantized[name]
@@ -100,7 +100,7 @@ class OpenedModel:
 
     @cached_property
     def _quantized(self) -> dict[str, tuple[WeightFormat, tuple[int, ...]]]:
-        """The format and the shape of every quantized matrix that is not a routed expert's, by name."""
+        """Name -> format and shape of every quantized matrix that is not part of a routed expert."""
         form, is_quantized = weight_format(self.config), by_tensors(self.checkpoint.tensors)
         needs = self.family.dense_needs(self.config).items()
         return {} if form is None else {n: (form, need.shape) for n, need in needs if is_quantized(n, form)}
@@ -108,11 +108,14 @@ class OpenedModel:
 
 @contextmanager
 def opened(model: str | Path) -> Iterator[OpenedModel]:
-    """Opens the model of a folder, a hub id or an embedded name; ConfigError or CheckpointError if it cannot be run."""
+    """Opens the model of a folder, a hub id or an embedded name.
+
+    Raises ConfigError or CheckpointError if it cannot be run.
+    """
     with closing(Checkpoint.open(resolve_model(model))) as checkpoint:
         family = family_of(checkpoint.config)
         config = _with_end_tokens(family.parse_config(checkpoint.config), checkpoint.folder / GENERATION_CONFIG)
-        if HEAD in checkpoint.tensors:  # a head of its own is used even where the config calls it tied
+        if HEAD in checkpoint.tensors:  # a head of its own is used even if the config calls it tied
             config = replace(config, tie_word_embeddings=False)
         stored = stored_tensors(family, config, by_tensors(checkpoint.tensors))
         checkpoint.check(
@@ -127,7 +130,7 @@ def opened(model: str | Path) -> Iterator[OpenedModel]:
 def is_unused(config: ModelConfig, needed: Collection[str], name: str) -> bool:
     """Whether a checkpoint may have the tensor ``name`` though the model does not need it.
 
-    That are tensors that no model needs, those of layers that guess further tokens, and GPTQ's spare biases.
+    It may be a tensor that no model needs, one of a layer that guesses further tokens, or a spare bias of GPTQ.
     """
     layer = LAYER.match(name)
     is_mtp = layer and config.num_layers <= int(layer[1]) < config.num_layers + config.blocks.mtp_layers
@@ -135,14 +138,14 @@ def is_unused(config: ModelConfig, needed: Collection[str], name: str) -> bool:
 
 
 def _is_spare_bias(config: ModelConfig, needed: Collection[str], name: str) -> bool:
-    """Whether it is the bias of a matrix that has none in the model: until March 2024 AutoGPTQ wrote zeros there."""
+    """Whether ``name`` is the bias of a matrix that has none in the model; AutoGPTQ wrote zeros until March 2024."""
     module, _, part = name.rpartition(".")
     is_gptq = config.quantization is not None and config.quantization.method == "gptq"
     return is_gptq and part == "bias" and name not in needed and f"{module}.qweight" in needed
 
 
 def _check_spare_biases(config: ModelConfig, needed: Collection[str], checkpoint: Checkpoint) -> None:
-    """Reads GPTQ's spare biases, some tens of MB; CheckpointError if one is not all zeros, for it would be missed."""
+    """Reads GPTQ's spare biases, some tens of MB, which the model ignores; raises CheckpointError if any is not 0."""
     for name, info in checkpoint.tensors.items():
         if _is_spare_bias(config, needed, name) and checkpoint.read(name, torch.float64).any():
             raise CheckpointError(
@@ -152,7 +155,7 @@ def _check_spare_biases(config: ModelConfig, needed: Collection[str], checkpoint
 
 
 def _with_dtype(config: ModelConfig, checkpoint: Checkpoint, names: Iterable[str]) -> ModelConfig:
-    """``config`` with the dtype of the first float tensor of ``names``, if config.json has none (as gpt-oss's)."""
+    """``config`` with the dtype of the first float tensor of ``names`` if config.json has none (as that of gpt-oss)."""
     if ConfigFields(checkpoint.config).says_dtype:
         return config
     dtypes = (checkpoint.info(name).dtype for name in names)
@@ -160,7 +163,7 @@ def _with_dtype(config: ModelConfig, checkpoint: Checkpoint, names: Iterable[str
 
 
 def _with_end_tokens(config: ModelConfig, path: Path) -> ModelConfig:
-    """``config`` with the end tokens of generation_config.json, which are more complete, if it is there and has any."""
+    """``config`` with the end tokens of generation_config.json if that has any, as it is more complete."""
     if not is_there(path):
         return config
     raw = read_object(path, MAX_GENERATION_CONFIG_BYTES)

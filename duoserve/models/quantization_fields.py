@@ -1,4 +1,4 @@
-"""What a config.json's ``quantization_config`` means; what is not known of it is refused by name."""
+"""Reads the ``quantization_config`` of a config.json; a field that is not known is refused by name."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ EXPERTS = ".experts"
 def quantization(
     fields: ConfigFields, methods: tuple[QuantMethod, ...], hidden: int, inter: int
 ) -> Quantization | None:
-    """How the checkpoint is quantized, None where it is not; ``methods`` are those that the family has names for.
+    """How the checkpoint is quantized, None if it is not; ``methods`` are those that the family supports.
 
-    ``hidden`` and ``inter`` are an expert's sizes, which have to be whole groups.
+    ``hidden`` and ``inter`` are an expert's sizes, which must be whole groups.
     """
     if fields.is_null(NAME):
         return None
@@ -41,10 +41,10 @@ def _fp8(section: ConfigFields) -> Quantization:
         *("quant_method", "fmt", "activation_scheme", "weight_block_size", "scale_fmt", "expert_dtype"),
         *("dequantize", "modules_to_convert", *_SKIPS),
     )
-    section.flag("dequantize", False)  # what transformers is to do on loading: of the file it says nothing
+    section.flag("dequantize", False)  # tells transformers what to do on loading, and nothing about the file
     section.absent("modules_to_convert", "supported: null")
     section.choice("fmt", ["e4m3"], "e4m3")
-    section.choice("activation_scheme", ["dynamic"], "dynamic")  # activations stay as they are: nothing is lost
+    section.choice("activation_scheme", ["dynamic"], "dynamic")  # we do not quantize activations, so no less is exact
     section.choice("scale_fmt", ["float", "ue8m0"], "float")
     section.choice("expert_dtype", ["fp8"], "fp8")
     if section.integers("weight_block_size", 1, 1 << 20) != [FP8_BLOCK, FP8_BLOCK]:
@@ -59,8 +59,8 @@ def _mxfp4(section: ConfigFields) -> Quantization:
     return Quantization("mxfp4")
 
 
-# Lists of modules that are not quantized. Which they are is seen from the tensors: programs match the names in ways of
-# their own, and no two of them alike.
+# Lists of modules that are not quantized. The tensors show which these are; the lists do not count, as each program
+# matches their names in its own way.
 _SKIPS = ("modules_to_not_convert", "ignored_layers")
 
 
@@ -74,7 +74,7 @@ def _check_skips(section: ConfigFields) -> None:
 
 def _awq(section: ConfigFields) -> Quantization:
     section.only(*_INT4, "zero_point", "version", "checkpoint_format", *_SKIPS, *_OF_NO_EFFECT)
-    for name in ("version", "checkpoint_format"):  # the second is GPTQModel's
+    for name in ("version", "checkpoint_format"):  # GPTQModel writes the second
         _version(section, name, ["gemm", "GEMM"], "gemm")
     for name, supported in (("zero_point", True), ("desc_act", False)):
         if section.flag(name, supported) is not supported:
@@ -97,7 +97,7 @@ def _gptq(section: ConfigFields) -> Quantization:
         group,
         symmetric=section.flag("sym", True),
         less_one=version == "gptq",
-        ordered=by_activation and group > 0,  # one group has no order
+        ordered=by_activation and group > 0,  # a single group has no order
     )
 
 
@@ -107,7 +107,7 @@ def _version(section: ConfigFields, name: str, supported: list[str], default: st
 
 
 def _group(section: ConfigFields) -> int:
-    """0 for one group of all features, which files have as -1."""
+    """Features in a group; 0 for one group of all features, which files write as -1."""
     for name in _NULL:
         section.absent(name, "supported: null")
     section.integer("bits", 4, 4)
@@ -118,10 +118,10 @@ def _group(section: ConfigFields) -> int:
     return max(size, 0)
 
 
-# Null here says that nothing is added to the weights and that they are not rotated.
+# If these are null, nothing is added to the weights, and they are not rotated.
 _NULL = ("adapter", "rotation")
 _INT4 = ("quant_method", "bits", "group_size", "format", "sym", "desc_act", "pack_dtype", "lm_head", *_NULL)
-# How the codes were found, or how some other program is to run them.
+# These say how the codes were found, or how some other program is to run them.
 _OF_NO_EFFECT = (
     *("act_group_aware", "backend", "batch_size", "block_name_to_quantize", "buffered_fwd", "cache_block_outputs"),
     *("damp_auto_increment", "damp_percent", "dataset", "disable_exllama", "do_fuse", "exllama_config", "fail_safe"),

@@ -27,7 +27,7 @@ from duoserve.models.family import Family
 from duoserve.models.rope_fields import rope_config
 
 MODEL_TYPE = "qwen2_moe"
-# What transformers' Qwen2MoeConfig takes for a field that is not there.
+# The values of absent fields in transformers' Qwen2MoeConfig.
 DEFAULTS: dict[str, Any] = {
     "bos_token_id": None,
     "decoder_sparse_step": 1,
@@ -57,7 +57,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
-    """The hyper-parameters of a raw ``config.json``; ConfigError names a field that is unsupported or out of bounds."""
+    """The hyper-parameters of a raw ``config.json``; raises ConfigError if a field is unsupported or out of bounds."""
     fields = ConfigFields.completed(raw, DEFAULTS, aliases={"num_local_experts": "num_experts"})
     refuse_unsupported(fields)
     experts = num_experts(fields, "num_experts")
@@ -77,7 +77,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _attention(fields: ConfigFields) -> AttentionConfig:
-    """Where windows are used, every other layer below ``max_window_layers`` has one."""
+    """Attention that may have biases; if windows are used, every other layer below ``max_window_layers`` has one."""
     window = used_window(fields)
     below = fields.integer("max_window_layers", 0, 1000)
     slides = [window is not None and layer % 2 == 0 and layer < below for layer in range(num_layers(fields))]

@@ -26,7 +26,7 @@ from duoserve.models.family import Family
 from duoserve.models.rope_fields import rope_config
 
 MODEL_TYPE = "qwen3_moe"
-# What transformers' Qwen3MoeConfig takes for a field that is not there.
+# The values of absent fields in transformers' Qwen3MoeConfig.
 DEFAULTS: dict[str, Any] = {
     "attention_bias": False,
     "bos_token_id": None,
@@ -54,7 +54,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
-    """The hyper-parameters of a raw ``config.json``; ConfigError names a field that is unsupported or out of bounds."""
+    """The hyper-parameters of a raw ``config.json``; raises ConfigError if a field is unsupported or out of bounds."""
     fields = ConfigFields.completed(raw, DEFAULTS, aliases={"num_local_experts": "num_experts"})
     refuse_unsupported(fields)
     experts, bias = num_experts(fields, "num_experts"), fields.flag("attention_bias")

@@ -22,7 +22,10 @@ FAMILIES = (
 
 
 def family_of(raw: dict[str, Any]) -> Family:
-    """The family of a raw ``config.json``; ConfigError lists what there is if model_type or architecture is unknown."""
+    """The family of a raw ``config.json``.
+
+    Raises ConfigError, which lists the known families, if model_type or architecture is unknown.
+    """
     for family in FAMILIES:
         if raw.get("model_type") == family.model_type:
             _check_architectures(raw, family)
@@ -33,16 +36,17 @@ def family_of(raw: dict[str, Any]) -> Family:
 
 
 def _check_architectures(raw: dict[str, Any], family: Family) -> None:
-    """``architectures`` may be absent; where it is not, it must name the class that predicts the next token."""
+    """Checks ``architectures``: if it is there, it must name the class that predicts the next token."""
     named = raw.get("architectures")
     if named is not None and not (isinstance(named, list) and family.architecture in named):
         raise ConfigFields(raw).refusal("architectures", f"supported: {family.architecture}")
 
 
 def _check_auto_map(raw: dict[str, Any], family: Family) -> None:
-    """``auto_map`` names classes in code that comes with a checkpoint; it is never run.
+    """Checks ``auto_map``, which names classes in code that comes with a checkpoint. That code is never run.
 
-    DeepSeek's names those that transformers has of its own by now. Whatever others are, duoserve's are not the same.
+    DeepSeek's code is that of classes which transformers now has itself. Other code may compute something else than
+    duoserve, so it is refused.
     """
     auto_map = raw.get("auto_map") or {}
     stem = family.architecture.removesuffix("ForCausalLM")

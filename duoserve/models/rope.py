@@ -18,7 +18,7 @@ from duoserve.kernels import Products
 
 @dataclass(frozen=True)
 class Rope:
-    """How fast each pair of dimensions turns, and what cosines and sines are multiplied by."""
+    """The frequency of each pair of dimensions, and the factor of cosines and sines."""
 
     frequencies_F: Tensor
     magnitude: float
@@ -42,12 +42,12 @@ class Rope:
 
 
 def yarn_magnitude(factor: float, strength: float = 1.0) -> float:
-    """How much longer YaRN makes queries and keys for a context ``factor`` times as long: its section 3.4."""
+    """The factor by which YaRN lengthens queries and keys for a context ``factor`` times as long (its section 3.4)."""
     return 0.1 * strength * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _yarn_frequencies(config: RopeConfig, yarn: YarnConfig) -> Tensor:
-    """Between the first and the last of the passing dimensions, a mix of the plain and the slowed frequency."""
+    """YaRN's frequencies: plain, slowed, and in between a mix of both."""
     first, last = (_dimension(turns, config, yarn) for turns in (yarn.beta_fast, yarn.beta_slow))
     if yarn.truncate:
         first, last = math.floor(first), math.ceil(last)
@@ -61,5 +61,5 @@ def _yarn_frequencies(config: RopeConfig, yarn: YarnConfig) -> Tensor:
 
 
 def _dimension(turns: float, config: RopeConfig, yarn: YarnConfig) -> float:
-    """The pair of dimensions that makes ``turns`` turns over the original context, as a fraction."""
+    """The pair of dimensions, in general a fraction, that makes ``turns`` turns over the original context."""
     return config.dim * math.log(yarn.original_context / (turns * 2 * math.pi)) / (2 * math.log(config.theta))

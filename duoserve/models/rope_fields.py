@@ -1,4 +1,4 @@
-"""What a ``config.json`` says of rotary embeddings, in the dialects of transformers 4 (the hub) and 5."""
+"""Reads rotary embeddings from a ``config.json``, in the dialects of transformers 4 (the hub) and 5."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from duoserve.models.rope import yarn_magnitude
 
 ROPE_TYPES = ("default", "yarn")
 MAX_POSITIONS = 1 << 30
-LEAST_TURNS = 1e-6  # of YaRN, over the original context; of still fewer, the quotient overflows
+LEAST_TURNS = 1e-6  # of YaRN, over the original context; with still fewer the quotient overflows
 
 
 def rope_config(fields: ConfigFields, head_dim: int, *, partial: bool = False, interleaved: bool = False) -> RopeConfig:
-    """Plain RoPE or YaRN over ``head_dim`` dimensions, or over a part of them where a family has that.
+    """Plain RoPE or YaRN over ``head_dim`` dimensions, or over a part of them if ``partial`` allows it.
 
-    As transformers 5 does: ``rope_scaling`` goes before ``rope_parameters``, and what is inside of it before the
-    top-level fields. ConfigError for any other kind.
+    As in transformers 5, ``rope_scaling`` takes precedence over ``rope_parameters``, and fields inside of it over
+    top-level fields. Raises ConfigError for any other kind.
     """
     inner = fields.inner("rope_scaling" if fields.is_set("rope_scaling") else "rope_parameters")
     dim = int(head_dim * _share(fields, inner, partial))
@@ -38,7 +38,7 @@ def _share(fields: ConfigFields, inner: ConfigFields, partial: bool) -> float:
 
 
 def _yarn(fields: ConfigFields, inner: ConfigFields) -> YarnConfig:
-    """``mscale`` scales cosines and sines, ``mscale_all_dim`` takes that back and scales latent attention's scores."""
+    """YaRN: ``mscale`` scales cosines and sines; ``mscale_all_dim`` undoes it and scales latent attention's scores."""
     fields.absent("original_max_position_embeddings", "with YaRN, it belongs into rope_scaling or rope_parameters")
     factor = inner.number("factor", 0, 1e6)
     up, back = (_optional(inner, name) for name in ("mscale", "mscale_all_dim"))

@@ -1,4 +1,4 @@
-"""The router: which experts a token goes to, and what each weighs.
+"""The router: which experts a token goes to, and with which weights.
 
 T tokens, K top-k, E experts, H hidden.
 """
@@ -19,7 +19,7 @@ from duoserve.models.tensors import Tensors
 
 @dataclass(frozen=True)
 class Router:
-    """``logits``, then ``choose``; ``correction_E`` shifts the scores for the choice alone."""
+    """A router: ``logits``, then ``choose``; ``correction_E`` shifts the scores of the choice, but not the weights."""
 
     config: RouterConfig
     projection: Linear
@@ -27,7 +27,7 @@ class Router:
 
     @classmethod
     def load(cls, config: RouterConfig, hidden: int, tensors: Tensors) -> Router:
-        """Loads the router from ``weight`` and what else the config says there is."""
+        """Loads the router from ``weight``, and the bias and correction that the config names."""
         dtype = torch.float32 if config.wide else None
         weight_EH = tensors("weight", config.num_experts, hidden, dtype=dtype)
         projection = Linear(weight_EH, tensors("bias", config.num_experts, dtype=dtype) if config.bias else None)
@@ -36,7 +36,7 @@ class Router:
         return cls(config, projection, tensors("e_score_correction_bias", config.num_experts, dtype=torch.float32))
 
     def logits(self, x_TH: Tensor) -> Tensor:
-        """[T, E], in float32 where the config says wide."""
+        """Logits [T, E], in float32 if the config says ``wide``."""
         return self.projection(x_TH.float() if self.config.wide else x_TH)
 
     def choose(self, logits_TE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a checkpoint has to hold of a model, tensor by tensor, in the format that it is in."""
+"""The tensors that a checkpoint must have for a model, in the checkpoint's format."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from duoserve.kernels.weights import BF12_MOST, BF12_MULTIPLE, ExpertFormat
 from duoserve.models.family import Family
 from duoserve.scheduling.plan import ModelShape
 
-# Whether a matrix that is no expert's, by its name, is in the checkpoint's format.
+# Whether a matrix outside of experts, by its name, is in the checkpoint's quantized format.
 IsQuantized = Callable[[str, WeightFormat], bool]
 PROJECTION = re.compile(r".*_proj(_with_mqa)?\.weight", re.DOTALL)
 
 
 def weight_format(config: ModelConfig) -> WeightFormat | None:
-    """What the model's quantized matrices are in; None where there are none."""
+    """The format of the model's quantized matrices; None if there are none."""
     return None if config.quantization is None else format_of(config.quantization)
 
 
@@ -41,7 +41,7 @@ def stored_experts(family: Family, config: ModelConfig) -> dict[str, StoredTenso
 
 
 def stored_tensors(family: Family, config: ModelConfig, is_quantized: IsQuantized) -> dict[str, StoredTensor]:
-    """All tensors; of those that experts are not made of, ``is_quantized(name, form)`` says which are in the format."""
+    """All tensors. Outside of experts, ``is_quantized(name, form)`` says which matrices are in the format."""
     form, dense = weight_format(config), dict[str, StoredTensor]()
     for name, need in family.dense_needs(config).items():
         if form is not None and len(need.shape) == 2 and is_quantized(name, form):
@@ -52,31 +52,31 @@ def stored_tensors(family: Family, config: ModelConfig, is_quantized: IsQuantize
 
 
 def by_tensors(tensors: Mapping[str, TensorInfo]) -> IsQuantized:
-    """Goes by the tensors there are: a matrix is quantized if it is no float, or if anything else of it is there."""
+    """Decides by tensors: a matrix is quantized if its tensor is not in floats, or if another tensor of it is there."""
     by_name = by_names(tensors)
     return lambda name, form: by_name(name, form) or (name in tensors and tensors[name].dtype not in FLOATS)
 
 
 def by_names(names: Collection[str]) -> IsQuantized:
-    """Goes by an index: a matrix is quantized if anything else of it is there."""
+    """Decides by the names in an index: a matrix is quantized if another tensor of it is there."""
     return lambda name, form: any(part.name in names for part in form.parts(name, 1, 1).values() if part.name != name)
 
 
 def by_convention(config: ModelConfig) -> IsQuantized:
-    """Where nothing but the config is there: what most do. In MXFP4 only experts are."""
+    """Decides by the config alone, as most checkpoints do: all projections are quantized, in MXFP4 only experts."""
     mixed = config.quantization is not None and config.quantization.method == "mxfp4"
     return lambda name, form: not mixed and PROJECTION.fullmatch(name) is not None
 
 
 def expert_layout(config: ModelConfig, dtype: torch.dtype, scale_dtype: torch.dtype = torch.float16) -> ExpertLayout:
-    """The row of one expert: in ``dtype``, or as it is quantized; int4 has its scales in ``scale_dtype``."""
+    """The row of one expert, in ``dtype`` unless it is quantized; int4 has its scales in ``scale_dtype``."""
     return ExpertLayout(_stored(config, dtype, scale_dtype), config.hidden_size, config.expert_intermediate_size)
 
 
 def quantized_by_us(config: ModelConfig, kind: str) -> Quantized:
-    """What ``quantize=kind`` makes of experts: in int4 the largest groups up to 128 that divide their sizes.
+    """The format that ``quantize=kind`` gives experts; int4 has the largest groups up to 128 that divide their sizes.
 
-    ConfigError: the checkpoint is quantized already, or no groups do; or what is to be BF12 cannot be.
+    Raises ConfigError if the checkpoint is quantized already, if no groups divide the sizes, or if BF12 is impossible.
     """
     if config.quantization is not None:
         raise ConfigError(f"quantize={kind!r}: the checkpoint is quantized already ({config.quantization})")
@@ -116,7 +116,7 @@ def _stored(config: ModelConfig, dtype: torch.dtype, scale_dtype: torch.dtype) -
 
 
 def scale_dtype_of(family: Family, config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> torch.dtype:
-    """The dtype of int4 scales: that of the first expert's, which those of the others must have too."""
+    """The dtype of int4 scales: that of the first expert, which all others must have too."""
     form = weight_format(config)
     if form is None:
         return torch.float16
@@ -125,5 +125,5 @@ def scale_dtype_of(family: Family, config: ModelConfig, tensors: Mapping[str, Te
 
 
 def stored_bytes(tensor: StoredTensor, dtype: torch.dtype) -> int:
-    """Bytes of a tensor; of a float, in ``dtype``."""
+    """Bytes of a tensor; a float tensor is counted in ``dtype``."""
     return prod(tensor.shape) * (dtype if tensor.dtypes is FLOATS else tensor.dtypes[0]).itemsize

@@ -1,4 +1,4 @@
-"""The tap between a model's routers and whoever listens to them.
+"""The tap between a model's routers and a listener.
 
 T tokens, K top-k, E experts, H hidden.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from duoserve.config import Phase
 from duoserve.scheduling.routing import Routing, RoutingListener
 
-Logits = Callable[[Tensor], Tensor]  # of normed hidden states [T, H]: [T, E]
+Logits = Callable[[Tensor], Tensor]  # from normed hidden states [T, H] to logits [T, E]
 
 
 class RouterSite(NamedTuple):
@@ -28,7 +28,7 @@ class RouterSite(NamedTuple):
 
 
 class _Ahead(NamedTuple):
-    """A later layer's router; an earlier layer's normed input times ``scale_H`` is normed as this router wants it."""
+    """A later layer's router; ``scale_H`` turns an earlier layer's normed input into one normed for this router."""
 
     layer: int
     logits: Logits
@@ -37,7 +37,7 @@ class _Ahead(NamedTuple):
 
 @dataclass
 class LatePass:
-    """Keeps what the routers chose in a pass that other passes may interrupt; look-ahead scores would be too large."""
+    """Keeps the choices of a pass that other passes may interrupt, but no look-ahead scores, which are too large."""
 
     phase: Phase
     requests_T: np.ndarray
@@ -45,10 +45,10 @@ class LatePass:
 
 
 class RoutingTap:
-    """Tells ``listener`` what the routers at ``sites`` (in the order of their layers) say.
+    """Tells ``listener`` what the routers at ``sites`` (in the order of their layers) choose.
 
     Look-ahead scores are a later router's logits for this layer's hidden state, normed with the weight of the later
-    layer's norm. They are products of their own: this layer's logits keep the bits that they have without a listener.
+    layer's norm. They are products of their own, so that this layer's logits have the same bits without a listener.
     """
 
     def __init__(self, listener: RoutingListener, sites: Sequence[RouterSite]) -> None:
@@ -61,23 +61,23 @@ class RoutingTap:
         }
 
     def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
-        """A forward pass begins; row t of it is a token of request ``requests_T[t]`` (int64)."""
+        """To be called before a forward pass, whose row t is a token of request ``requests_T[t]`` (int64)."""
         self._requests_T = requests_T
         self._late = None
         self._listener.begin(phase, requests_T)
 
     def follow(self, late: LatePass) -> None:
-        """The choices to come are of a pass that others may interrupt: they are kept in ``late`` until ``deliver``."""
+        """Keeps the next choices, which are of a pass that others may interrupt, in ``late`` until ``deliver``."""
         self._late = late
 
     def deliver(self, late: LatePass) -> None:
-        """The pass has ended: tells the listener of the whole of it."""
+        """Tells the listener of a whole pass, when it has ended."""
         self.begin(late.phase, late.requests_T)
         for routing in late.routings:
             self._listener.routed(routing)
 
     def routed(self, layer: int, x_TH: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor) -> None:
-        """The router of ``layer`` chose from its input ``x_TH``."""
+        """Takes the choice that the router of ``layer`` made from its input ``x_TH``."""
         late = self._late
         if late is not None:
             late.routings.append(Routing(layer, late.requests_T, _host(topk_ids_TK), _host(topk_weights_TK), {}))
@@ -86,25 +86,25 @@ class RoutingTap:
         self.routed_on_host(layer, _host(topk_ids_TK), _host(topk_weights_TK), ahead)
 
     def later(self, layer: int) -> list[int]:
-        """The layers behind ``layer`` that it looks ahead to."""
+        """The layers behind ``layer`` for which there are look-ahead scores."""
         return [ahead.layer for ahead in self._ahead[layer]]
 
     def look_ahead(self, layer: int, x_TH: Tensor) -> dict[int, Tensor]:
-        """The look-ahead scores for the layers behind ``layer``: float32 [T, E] of each, where its routers are."""
+        """The look-ahead scores at ``layer`` by later layer: float32 [T, E], on the routers' device."""
         return {ahead.layer: ahead.logits(x_TH * ahead.scale_H).float() for ahead in self._ahead[layer]}
 
     def routed_on_host(
         self, layer: int, topk_ids_TK: np.ndarray, topk_weights_TK: np.ndarray, ahead: Mapping[int, np.ndarray]
     ) -> None:
-        """As ``routed``, for the choice of a decode step that has been brought to the host already."""
+        """As ``routed``, for a decode step's choice that is already on the host."""
         self._listener.routed(Routing(layer, self._requests_T, topk_ids_TK, topk_weights_TK, ahead))
 
 
 def _look_ahead(site: RouterSite, later: RouterSite) -> _Ahead:
-    """The router of ``later`` as asked at ``site``.
+    """The router of ``later``, to be asked at ``site``.
 
-    Where the norm at ``site`` has a weight of zero, its output does not show the hidden state: the scale is zero too.
-    So it is for a weight that is so small that the dtype of the norm does not hold the scale.
+    A weight of zero in the norm at ``site`` hides the hidden state, so the scale is zero there. It is zero too where a
+    weight is so small that the norm's dtype cannot hold the scale.
     """
     scale_H = (later.norm_H.float() / site.norm_H.float()).to(site.norm_H.dtype)
     return _Ahead(later.layer, later.logits, torch.where(scale_H.isfinite(), scale_H, 0))

@@ -1,7 +1,7 @@
 """The dense tensors of a checkpoint, as blocks ask for them: by name and shape.
 
-The same code that loads a model says which tensors it needs, in a dry run on a reader that only takes notes. So a model
-uses exactly the tensors that its checkpoint is checked for.
+The code that loads a model also says which tensors it needs, in a dry run with a reader that only takes notes. So a
+model uses exactly the tensors that its checkpoint is checked for.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class ReadTensor(Protocol):
     """Reads a tensor by its name in the checkpoint."""
 
     def __call__(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor in ``dtype``, or in the model's."""
+        """The tensor in ``dtype``, or in the model's dtype if that is None."""
 
 
 class TensorNeed(NamedTuple):
-    """What a model needs a tensor to be; ``dtype`` None: the model's."""
+    """The shape and dtype that a model needs a tensor in; ``dtype`` None: the model's."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -37,7 +37,7 @@ class Tensors:
 
     @classmethod
     def of(cls, read: ReadTensor) -> Tensors:
-        """The tensors of a checkpoint whose shapes have been checked."""
+        """The tensors of a checkpoint, whose shapes must have been checked."""
         return cls(lambda name, need: read(name, need.dtype))
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -45,7 +45,7 @@ class Tensors:
         return self.get(self.prefix + name, TensorNeed(shape, dtype))
 
     def under(self, name: str) -> Tensors:
-        """The tensors below one more part of a name."""
+        """The tensors whose names go on with ``name``."""
         return Tensors(self.get, f"{self.prefix}{name}.")
 
 

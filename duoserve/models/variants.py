@@ -1,4 +1,4 @@
-"""Variants of a loaded model: they share its tensors and compute in another way. The model itself is unchanged."""
+"""Variants of a loaded model, which share its tensors and compute in another way. The model itself stays as it is."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def with_ops(model: Transformer, ops: SmallOps) -> Transformer:
 
 
 def with_script(model: Transformer, script: RoutingScript) -> Transformer:
-    """A variant whose routers do not choose: ``script`` does."""
+    """A variant in which ``script`` makes the routers' choices."""
     return _with(model, "script", script)
 
 
@@ -40,7 +40,7 @@ def _with(model: Transformer, name: str, value: object) -> Transformer:
 def _changed(part: Any, name: str, value: object) -> Any:
     """A copy of ``part`` with ``value`` in every field called ``name``, at any depth; ``part`` itself if there is none.
 
-    Only tuples and frozen dataclasses are searched. Other objects have a state of their own, so both models share them.
+    Only tuples and frozen dataclasses are searched. Other objects have state of their own, and both models share them.
     """
     if type(part) is tuple:
         return tuple(_changed(each, name, value) for each in part)

@@ -1,7 +1,7 @@
 """AWQ's GEMM layout. Source: Lin et al. (2024), and AutoAWQ, whose files these are.
 
 ``W[n, d] = (q - z) * s``: q in ``qweight`` [D, N / 8], z in ``qzeros`` [G, N / 8], s in ``scales`` [G, N]. A word has
-eight outputs, from the lowest bits up the first, third, fifth and seventh, then the others.
+eight outputs: from the lowest bits up the first, third, fifth and seventh, then the second, fourth, sixth and eighth.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class Awq(WeightFormat):
 
 
 def _outputs(words_DW: StoredRows) -> RepackedRows:
-    """The codes of words, two inputs in a byte."""
+    """The codes of ``words_DW``, repacked with two inputs in a byte."""
     inputs, words = words_DW.shape
     num_rows = words * CODES_IN_WORD
     return RepackedRows(words_DW, _convert, (num_rows, inputs // 2), wide_tile(words_DW, num_rows))
 
 
 def _convert(words: Words, out: Bytes, scratch: Scratch) -> None:
-    """Two inputs' codes of each output come together in a byte of one word, then bytes of words go to their rows."""
+    """Brings each output's codes of two inputs together in a byte of a word, then the bytes of words to their rows."""
     even, odd, (inputs, columns) = words[0::2], words[1::2], words.shape
     swapped = scratch.array("swapped", even.shape)
     halves_X2W = scratch.array("halves", (inputs // 2, 2, columns))
@@ -69,7 +69,7 @@ def _convert(words: Words, out: Bytes, scratch: Scratch) -> None:
 
 
 def _by_output(by_nibble_GN: Tensor) -> Tensor:
-    """The columns of outputs in their own order."""
+    """The columns, from the order in words to the order of outputs."""
     by_nibble = by_nibble_GN.numpy()
     eights_GWE = by_nibble.reshape(len(by_nibble), -1, CODES_IN_WORD)
     return torch.from_numpy(eights_GWE[:, :, NIBBLE_OF_OUTPUT].reshape(by_nibble.shape))

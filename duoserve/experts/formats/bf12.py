@@ -1,4 +1,4 @@
-"""bfloat16 weights made BF12, without loss: see ``kernels/bf12.py``.
+"""Encodes bfloat16 weights as BF12, without loss: see ``kernels/bf12.py``.
 
 N rows of a matrix, D its inner dimension, B bytes of a packed row, C places for escapes.
 """
@@ -20,9 +20,9 @@ LEAST_BASE, SCALE_BIAS, NO_BASE = 8, 134, 0
 
 
 def encode(bits_ND: Bits, scratch: Scratch) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """The bytes [N, B] of rows of bfloat16 bits, which lie in ``scratch``, and the scales [N].
+    """The bytes [N, B], which lie in ``scratch``, of rows of bfloat16 bits, and the scales [N].
 
-    CopyError for weights that are no finite numbers, and for a row that has more escapes than there is room for.
+    Raises CopyError for weights that are not finite, and for a row that has more escapes than there is room for.
     """
     num_rows, inner = bits_ND.shape
     exponents_ND = scratch.array("exponents", bits_ND.shape, np.uint16)
@@ -32,7 +32,7 @@ def encode(bits_ND: Bits, scratch: Scratch) -> tuple[NDArray[np.uint8], NDArray[
     if (top_N == NOT_FINITE).any():
         raise CopyError("not all weights are finite numbers")
     bases_N = _bases(bits_ND, exponents_ND, top_N)
-    # Below the base they wrap around, and are as far outside as what is above.
+    # Exponents below the base wrap around, and so are outside of the window like those above it.
     np.subtract(exponents_ND, bases_N[:, None], out=exponents_ND)
     outside_ND = _outside(bits_ND, exponents_ND, bases_N)
     scales_N = np.ldexp(np.where(bases_N == NO_BASE, np.float32(0), np.float32(1)), bases_N.astype(int) - SCALE_BIAS)
@@ -45,7 +45,10 @@ def encode(bits_ND: Bits, scratch: Scratch) -> tuple[NDArray[np.uint8], NDArray[
 
 
 def _bases(bits_ND: Bits, exponents_ND: Bits, top_N: Bits) -> Bits:
-    """The least exponent of each row's window: it ends with the largest weight's, or where it leaves fewer outside."""
+    """The least exponent of each row's window, which ends at the largest weight.
+
+    If that leaves too many weights outside, the window is where it leaves the fewest.
+    """
     bases_N = np.maximum(top_N, LEAST_BASE + EXPONENTS - 1) - np.uint16(EXPONENTS - 1)
     bases_N[top_N == 0] = NO_BASE
     outside_N = (exponents_ND < bases_N[:, None]).sum(1)
@@ -62,7 +65,7 @@ def _best_base(bits_D: Bits, exponents_D: Bits) -> int:
 
 
 def _outside(bits_ND: Bits, places_ND: Bits, bases_N: Bits) -> NDArray[np.bool_]:
-    """The escapes. Where there is no base, all that is not 0."""
+    """Which weights are escapes; in a row without a base, all but zeros. Raises CopyError if there are too many."""
     outside_ND: NDArray[np.bool_] = places_ND >= EXPONENTS
     none_N = bases_N == NO_BASE
     outside_ND[none_N] = bits_ND[none_N] << np.uint16(1) != 0

@@ -1,4 +1,4 @@
-"""What every quantized format of a checkpoint is read as: a matrix in the codes and scales of a packed row.
+"""The form in which every quantized format of a checkpoint is read: a matrix in the codes and scales of a packed row.
 
 N rows of a matrix, D its inner dimension, B bytes of one row, G groups of D.
 """
@@ -18,15 +18,14 @@ from duoserve.experts.formats.scratch import Scratch
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat, Matrix
 
-# About as much is read and converted at a time. Two threads of Python share them if each call works on a MB or more: of
-# smaller ones, each thread would mostly wait for the other's turn in between, which costs more than a core's own cache
-# would save.
+# About so much is read and converted at a time. If each call works on a MB or more, two Python threads run at once;
+# with smaller calls each would mostly wait for the interpreter, which costs more than a core's cache saves.
 TILE_BYTES = 2 << 20
-LONG_ROW_BYTES = 4096  # of shorter rows a second copy costs less than a place in a list of buffers
+LONG_ROW_BYTES = 4096  # copying a shorter row a second time costs less than a place in a list of buffers
 
 
 class StoredTensor(NamedTuple):
-    """What a tensor of a checkpoint has to be."""
+    """The shape that a tensor of a checkpoint must have, and the dtypes that it may have."""
 
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
@@ -40,36 +39,36 @@ class Part(NamedTuple):
 
 
 class StoredRows(Protocol):
-    """The rows of a stored tensor, of which some can be had at a time. CheckpointError: they cannot be read."""
+    """The rows of a stored tensor, which are read some at a time. Raises CheckpointError if they cannot be read."""
 
     @property
     def shape(self) -> Sequence[int]:
-        """The shape of all of them."""
+        """The shape of the whole tensor."""
 
     def __getitem__(self, rows: slice, /) -> Tensor:
-        """Contiguous, until the next are asked for."""
+        """Some rows, contiguous, and valid until the next are asked for."""
 
     def copy_to(self, out_NB: Tensor) -> None:
-        """Fills ``out_NB``, whose elements are bytes and each row contiguous, with the bytes of all rows."""
+        """Fills ``out_NB``, whose elements are bytes and whose rows are contiguous each, with the bytes of all rows."""
 
 
 class RowData(Protocol):
-    """The bytes [N, B] of a matrix in a packed row, made when they are written there."""
+    """The bytes [N, B] of a matrix in a packed row, which are made when they are written there."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """N, B."""
 
     def write(self, out_NB: Tensor, scratch: Scratch, rows_N: Tensor | None = None) -> None:
-        """Fills ``out_NB`` (each row contiguous), whose row n becomes row ``rows_N[n]`` (int64), or n.
+        """Fills ``out_NB`` (each row contiguous): row n gets row ``rows_N[n]`` (int64) of the matrix, or row n.
 
-        What is made on the way lies in ``scratch``.
+        Intermediate results lie in ``scratch``.
         """
 
 
 @dataclass(frozen=True)
 class RowsAsTheyAre:
-    """The bytes are there, in elements of one byte; a row may have several dimensions."""
+    """RowData whose bytes are stored as they are, in elements of one byte; a row may have several dimensions."""
 
     data: StoredRows
 
@@ -92,15 +91,15 @@ class RowsAsTheyAre:
 
 
 def _bytes(rows: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """Rows of elements of one byte. As NumPy's: torch would split a copy over threads, and packing has its own."""
+    """Rows of elements of one byte, for NumPy: torch would split a copy over threads, and packing has its own."""
     return rows.view(dtype).flatten(1).numpy()
 
 
 class Codes(NamedTuple):
     """One matrix; the table in ``kernels/weights.py`` says what its bytes mean.
 
-    ``group`` counts features and need not be one of the kernels'; the last group may be cut short. Column d goes with
-    feature ``order_D[d]`` (int64), None: with feature d.
+    ``group`` is in features and may be one that no kernel has; the last group may be cut short. Column d goes with
+    feature ``order_D[d]`` (int64), or with feature d if that is None.
     """
 
     format: ExpertFormat
@@ -117,14 +116,14 @@ class Codes(NamedTuple):
 
     @property
     def data_NB(self) -> Tensor:
-        """The bytes, in memory of their own."""
+        """The bytes [N, B], in new memory."""
         dtype = torch.int8 if self.format is ExpertFormat.INT8 else torch.uint8
         out_NB = torch.empty(self.data.shape, dtype=dtype, device="cpu")
         self.data.write(out_NB, Scratch())
         return out_NB
 
     def in_groups_of(self, group: int) -> Codes:
-        """The same in groups of ``group``, which divides both D and the group that there is."""
+        """The same matrix in groups of ``group``, which must divide D and the present group."""
         if group == self.group:
             return self
         scales_GN, zeros_GN = (
@@ -154,13 +153,13 @@ class Codes(NamedTuple):
 
 
 class WeightFormat(Protocol):
-    """One way to store a matrix otherwise than as floats."""
+    """A way to store a matrix other than in floats."""
 
     def parts(self, name: str, num_rows: int, inner: int) -> dict[str, Part]:
-        """The tensors of the matrix [num_rows, inner] that is called ``name`` where it is not quantized.
+        """The tensors of the matrix [num_rows, inner], by role; its name would be ``name`` if it were not quantized.
 
-        Its codes are in ``data``.
+        Its codes have the role "data".
         """
 
     def codes(self, data: StoredRows, parts: Mapping[str, Tensor]) -> Codes:
-        """The matrix of these tensors, by the keys of ``parts``; CheckpointError for values that make no sense."""
+        """The matrix of these tensors, by their roles; raises CheckpointError for values that make no sense."""

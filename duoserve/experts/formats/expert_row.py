@@ -1,4 +1,4 @@
-"""From the codes of one expert's matrices to its packed row.
+"""Writes an expert's packed row from the codes of its matrices.
 
 N rows of a matrix, D its inner dimension, B bytes of one row, G groups of D, H hidden, I expert intermediate.
 """
@@ -15,16 +15,16 @@ from duoserve.experts.formats.scratch import Scratch
 from duoserve.experts.pieces import MatrixName
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights, Matrix
 
-# Gate and up rows lie in turn.
+# Gate and up rows take turns.
 LANES: dict[MatrixName, slice] = {"gate": slice(0, None, 2), "up": slice(1, None, 2)}
 ALL = slice(None)
 
 
 class RowWriter:
-    """Writes an expert's matrices into the one slot of ``weights``, one after another: the down projection comes first.
+    """Writes an expert's matrices into the one slot of ``weights``, one after another; the down projection comes first.
 
-    The order of its features, where it has one, becomes the order of gate and up rows: what they make is what it takes.
-    That of gate and up, which must be one, goes into the row.
+    If the down projection has an order of features, it becomes the order of gate and up rows, whose outputs these are.
+    The order of gate and up, which must be the same for both, goes into the row.
     """
 
     def __init__(self, weights: ExpertWeights, scratch: Scratch) -> None:
@@ -33,7 +33,7 @@ class RowWriter:
         self._orders: dict[MatrixName, Tensor | None] = {}
 
     def add(self, matrix: MatrixName, codes: Codes) -> None:
-        """CheckpointError for scales in another dtype than the row's."""
+        """Writes a matrix; raises CheckpointError if its scales have another dtype than the row's."""
         rows_I = None if matrix == "down" else self._orders["down"]
         self._orders[matrix] = codes.order_D
         target = self._weights.w2 if matrix == "down" else self._weights.w13
@@ -42,7 +42,7 @@ class RowWriter:
         _fill(target, codes, LANES.get(matrix, ALL), rows_I, self._scratch)
 
     def finish(self) -> None:
-        """All matrices are there; CheckpointError where the row has room for one order, and gate and up have two."""
+        """Writes the order, after all matrices; raises CheckpointError if gate and up do not have the same order."""
         if self._weights.order_SH is None:
             return
         gate_H, up_H = self._orders["gate"], self._orders["up"]
@@ -52,12 +52,12 @@ class RowWriter:
 
 
 def down_first(matrix: MatrixName) -> bool:
-    """Sorts matrices as RowWriter wants them."""
+    """A sort key that brings matrices into the order in which RowWriter takes them."""
     return matrix != "down"
 
 
 def _fill(target: Matrix, codes: Codes, lane: slice, rows_N: Tensor | None, scratch: Scratch) -> None:
-    """Row n is the codes' row ``rows_N[n]``, or n; where rows are given, scales are those of single rows."""
+    """Writes row ``rows_N[n]``, or n, of the codes to row n. With ``rows_N``, each row must have scales of its own."""
     assert target.scales_SGN is not None
     if codes.scales_GN.dtype != target.scales_SGN.dtype:
         raise CheckpointError(f"scales are {codes.scales_GN.dtype}, those of other experts {target.scales_SGN.dtype}")
@@ -73,5 +73,5 @@ def _fill(target: Matrix, codes: Codes, lane: slice, rows_N: Tensor | None, scra
 
 
 def _bits(scales: Tensor) -> np.ndarray:
-    """NumPy's view of them, which has no bfloat16; its loops stay on their thread, and packing has threads."""
+    """The scales as an array, bfloat16 as int16. NumPy's loops stay on their thread; packing has threads of its own."""
     return scales.view(torch.int16).numpy() if scales.itemsize == torch.int16.itemsize else scales.numpy()

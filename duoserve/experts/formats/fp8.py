@@ -13,12 +13,12 @@ from torch import Tensor
 from duoserve.experts.formats.codes import Codes, Part, RowsAsTheyAre, StoredRows, StoredTensor, WeightFormat
 from duoserve.kernels.weights import FP8_BLOCK, ExpertFormat
 
-# DeepSeek's are float32; other publishers round them to bfloat16, or to powers of two of one byte.
+# DeepSeek's scales are float32; other publishers round them to bfloat16, or to powers of two of one byte.
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 
 
 class Fp8(WeightFormat):
-    """``weight`` [N, D] and ``weight_scale_inv`` [N / 128, D / 128], both rounded up."""
+    """``weight`` [N, D] and ``weight_scale_inv`` [N / 128, D / 128], whose sizes are rounded up."""
 
     def parts(self, name: str, num_rows: int, inner: int) -> dict[str, Part]:
         """As in WeightFormat."""

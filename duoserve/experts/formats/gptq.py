@@ -1,4 +1,4 @@
-"""GPTQ, of both versions, with and without an order of activation. Source: Frantar et al. (2023), and gptqmodel.
+"""GPTQ in both versions, with and without an order of features. Source: Frantar et al. (2023), and gptqmodel.
 
 ``W[n, d] = (q - z) * s`` with z and s of the group ``g_idx[d]``: q in ``qweight`` [D / 8, N], eight inputs in a word,
 z in ``qzeros`` [G, N / 8], eight outputs in a word, s in ``scales`` [G, N].
@@ -22,7 +22,7 @@ from duoserve.experts.formats.scratch import BYTES_IN_WORD, Bytes, Scratch, Word
 from duoserve.kernels.weights import ExpertFormat
 
 ONES, EIGHTS = 0x11111111, 0x88888888 - (1 << 32)
-ORDERED_WORDS = 1 << 18  # of a tile: an order takes its inputs from all rows
+ORDERED_WORDS = 1 << 18  # words of a tile with an order, which has all rows, as inputs come from any of them
 LOW_NIBBLE, SIXTEEN = np.uint8(15), np.uint8(16)
 
 
@@ -30,8 +30,8 @@ LOW_NIBBLE, SIXTEEN = np.uint8(15), np.uint8(16)
 class Gptq(WeightFormat):
     """The matrix of a module is its ``qweight``, ``qzeros``, ``scales`` and ``g_idx``.
 
-    ``less_one``: version 1, each zero-point is stored one less than it is. ``symmetric``: they are all 8. ``ordered``:
-    features may be in groups other than their neighbours'.
+    ``less_one``: version 1, in which each zero-point is stored as one less than it is. ``symmetric``: all zero-points
+    are 8. ``ordered``: neighbouring features may be in different groups.
     """
 
     groups: Groups
@@ -61,7 +61,7 @@ class Gptq(WeightFormat):
         )
 
     def _order(self, g_idx_D: Tensor) -> Tensor:
-        """The features group by group (int64); CheckpointError unless groups are as large as they should be."""
+        """The features group by group (int64); raises CheckpointError unless groups have the right sizes and order."""
         order_D = torch.argsort(g_idx_D, stable=True)
         inner = len(order_D)
         in_groups_D = torch.arange(inner, device="cpu") // self.groups.of(inner)
@@ -72,17 +72,17 @@ class Gptq(WeightFormat):
         return order_D
 
     def _zero_words(self, qzeros: Tensor) -> Tensor:
-        """Words of the zero-points themselves.
+        """Words of the true zero-points.
 
-        One is added to a whole word, for it was taken from a whole word: a zero-point of 0 borrowed from its neighbour.
-        Some files of version 2 say that they are of version 1; of a symmetric one this can be told.
+        Ones are added to a whole word, as they were subtracted from a whole word: a zero-point of 0 borrowed from its
+        neighbour. Some files of version 2 claim to be of version 1, which can be seen if they are symmetric.
         """
         is_plain = self.symmetric and bool((qzeros == EIGHTS).all())
         return qzeros + ONES if self.less_one and not is_plain else qzeros
 
 
 def _outputs(words_WN: StoredRows, order_D: Tensor | None) -> RepackedRows:
-    """The codes of words, two in a byte; words have the inputs in turn, from the lowest bits up, and so have bytes."""
+    """The codes of ``words_WN``, repacked; inputs lie from the lowest bits up in words, and two in each byte."""
     words, num_rows = words_WN.shape
     shape = num_rows, words * BYTES_IN_WORD
     if order_D is None:
@@ -95,27 +95,26 @@ def _outputs(words_WN: StoredRows, order_D: Tensor | None) -> RepackedRows:
 
 
 def _as_they_are(words: Words, out: Bytes, scratch: Scratch) -> None:
-    """A column of words becomes a row of bytes."""
+    """Turns each column of words into a row of bytes."""
     np.copyto(out.view(np.uint32), transposed(words))
 
 
 def _reordered(words: Words, out: Bytes, scratch: Scratch, even_D: np.ndarray, odd_D: np.ndarray) -> None:
-    """A byte of ``out`` has the codes at a place of ``even_D`` and at one of ``odd_D``."""
+    """Fills each byte of ``out`` with the codes at a place of ``even_D`` and, above it, at one of ``odd_D``."""
     bytes_DN, (pairs, columns) = _codes(words, scratch), (len(even_D), words.shape[1])
     padded, odd = (scratch.array(name, (odd_lines(pairs), columns), np.uint8) for name in ("even", "odd"))
     even, odd = padded[:pairs], odd[:pairs]
-    bytes_DN.take(even_D, axis=0, out=even, mode="clip")  # else NumPy would not write to ``out`` directly
+    bytes_DN.take(even_D, axis=0, out=even, mode="clip")  # in other modes NumPy buffers ``out``
     bytes_DN.take(odd_D, axis=0, out=odd, mode="clip")
     np.bitwise_and(even, LOW_NIBBLE, even)
-    np.multiply(odd, SIXTEEN, odd)  # a shift of bytes is no operation of vectors
+    np.multiply(odd, SIXTEEN, odd)  # NumPy shifts bytes without vectors
     np.bitwise_or(even, odd, even)
     np.copyto(out, transposed(padded)[:, :pairs])
 
 
 def _codes(words: Words, scratch: Scratch) -> Bytes:
-    """Words [X, Y] by bytes [8 X, Y]: first the low bytes of all words, and so on; then the same, half a byte lower.
-
-    So each code is in the low half of a byte; what is above it is another.
+    """The bytes [8 X, Y] of words [X, Y]: the lowest bytes of all words first, and so on; then all again, shifted down
+    by half a byte. So each code is in the low half of a byte; above it is another.
     """
     words_XY, bytes_24XY = scratch.array("words", words.shape), scratch.array("codes", (2, 4, *words.shape), np.uint8)
     np.copyto(words_XY, words)

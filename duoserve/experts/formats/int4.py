@@ -1,4 +1,4 @@
-"""What AWQ and GPTQ share: eight codes of 4 bits in a word of int32, of outputs' zero-points and of the weights.
+"""What AWQ and GPTQ share: int32 words hold eight codes of 4 bits, those of weights and those of zero-points.
 
 N output features, D input features, G groups of D.
 """
@@ -22,21 +22,21 @@ SCALES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Groups:
-    """``size`` input features share a scale; 0 stands for all that there are."""
+    """Groups of input features that share a scale: of ``size`` features each, or with 0 one group of all."""
 
     size: int
 
     def of(self, inner: int) -> int:
-        """Features in a group of ``inner``."""
+        """The number of features in a group, of ``inner`` features in all."""
         return self.size or inner
 
     def count(self, inner: int) -> int:
-        """Groups of ``inner``, the last of which may be cut short."""
+        """The number of groups of ``inner`` features; the last group may be cut short."""
         return -(-inner // self.of(inner))
 
 
 def row_group(group: int, hidden: int, inter: int) -> int | None:
-    """The largest group that packed rows can have for groups of ``group`` (0: of all features); None: there is none."""
+    """The largest group that packed rows can have for groups of ``group`` (0: of all features); None if none fits."""
     divided = gcd(group, hidden, inter)
     return max((size for size in INT4_GROUPS if divided % size == 0), default=None)
 
@@ -56,6 +56,6 @@ def module_of(name: str) -> str:
 
 
 def codes_in(words: Tensor) -> Tensor:
-    """The codes in int32 words [X, Y], the lowest bits first: uint8 [X, 8 Y]. In NumPy, on one thread: see lanes.py."""
+    """The codes in int32 words [X, Y], the lowest bits first: uint8 [X, 8 Y]. In NumPy for the reasons of lanes.py."""
     bytes_XB = words.contiguous().view(torch.uint8).numpy()
     return torch.from_numpy(np.stack((bytes_XB & 15, bytes_XB >> 4), axis=-1).reshape(len(bytes_XB), -1))

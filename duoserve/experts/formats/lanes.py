@@ -1,7 +1,7 @@
-"""Matrices of 4-bit codes in words of 32 bits, turned into rows of bytes a tile at a time.
+"""Turns matrices of 4-bit codes in words of 32 bits into rows of bytes, a tile at a time.
 
-NumPy's loops, for they release the GIL, stay on their thread and narrow words to bytes in vectors.
-X rows of Y words; N rows of B bytes that come of them.
+It uses NumPy's loops, as they release the GIL, stay on their thread and narrow words to bytes in vectors.
+X rows of Y words; N rows of B bytes that are made of them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Convert = Callable[[Words, Bytes, Scratch], None]
 
 @dataclass(frozen=True)
 class RepackedRows:
-    """Rows that are made of columns of words, some columns of some rows at a time: ``tile`` rows and columns of them.
+    """RowData that is made of columns of words, a ``tile`` of so many rows and columns at a time.
 
-    ``convert`` fills the bytes of a tile, which it may not write to. No second matrix is held but in the place that it
-    is written to.
+    ``convert`` makes the bytes of a tile of words, to which it must not write. The only whole matrix in memory is the
+    one that is written.
     """
 
     words_XY: StoredRows
@@ -35,7 +35,7 @@ class RepackedRows:
     tile: tuple[int, int]
 
     def write(self, out_NB: Tensor, scratch: Scratch, rows_N: Tensor | None = None) -> None:
-        """Fills ``out_NB``, whose row n is row ``rows_N[n]`` of the matrix, or n."""
+        """As in RowData."""
         out = out_NB.numpy()
         places_N = None if rows_N is None else np.argsort(rows_N.numpy())
         (num_words, columns), (num_rows, nbytes) = self.words_XY.shape, self.shape
@@ -56,30 +56,30 @@ class RepackedRows:
 
 
 def wide_tile(words_XY: StoredRows, num_rows: int) -> tuple[int, int]:
-    """All columns of so many rows that some MB come of them: in each of ``num_rows`` rows an odd number of lines."""
+    """A tile of all columns, with so many rows that it makes about TILE_BYTES, in each row an odd number of lines."""
     columns = words_XY.shape[1]
     lines = TILE_BYTES // num_rows // LINE | 1
     return lines * LINE * num_rows // (columns * BYTES_IN_WORD), columns
 
 
 def transposed(rows_XY: np.ndarray) -> np.ndarray:
-    """[X, Y] of bytes or of words to [Y, X], in new memory; fast if columns have an odd number of cache lines.
+    """Bytes or words [X, Y] as [Y, X], in new memory; fast if columns have an odd number of cache lines.
 
-    Else the lines that are written to in turn would all compete for the same few places of a cache. PyTorch's shuffle
-    of a pixel's channels is by definition this transposition. It is the only one there that works in vectors, for bytes
-    and for float32, which words are moved as, bit by bit; it is several times as fast as NumPy's and PyTorch's copies.
+    With an even number, the lines that are written in turn would compete for the same few places of a cache. PyTorch's
+    shuffle of a pixel's channels is by definition this transposition. No other op there does it in vectors, for bytes
+    and for float32, as which words are moved bit by bit; it is several times as fast as NumPy's and PyTorch's copies.
     """
     num_rows, columns = rows_XY.shape
     moved_as = rows_XY if rows_XY.dtype == np.uint8 else rows_XY.view(np.float32)
-    pixel = torch.from_numpy(moved_as).reshape(1, 1, 1, -1).permute(0, 3, 1, 2)  # one, so that it stays on its thread
+    pixel = torch.from_numpy(moved_as).reshape(1, 1, 1, -1).permute(0, 3, 1, 2)  # one pixel stays on this thread
     columns_YX: np.ndarray = torch.channel_shuffle(pixel, num_rows).view(columns, num_rows).numpy()
     return columns_YX.view(rows_XY.dtype)
 
 
 def narrowed(words: Words, byte: int, out: Bytes) -> None:
-    """Byte ``byte`` of every word, the lowest is 0; ``words`` are an array of Scratch's.
+    """Writes byte ``byte`` (0 is the lowest) of every word to ``out``; ``words`` must be an array of Scratch.
 
-    What NumPy narrows is the word that begins at that byte. It need not be aligned for that, and so none is shifted.
+    NumPy narrows the unaligned words that begin at that byte, so no word has to be shifted.
     """
     moved: Words = np.ndarray(words.shape, np.uint32, words.base, byte, words.strides)
     np.copyto(out, moved, casting="unsafe")  # the low bits

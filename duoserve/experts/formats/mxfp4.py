@@ -15,7 +15,7 @@ from duoserve.kernels.weights import MXFP4_GROUP, ExpertFormat
 
 
 class Mxfp4(WeightFormat):
-    """``_blocks`` [N, D / 32, 16] and ``_scales`` [N, D / 32], both bytes."""
+    """Tensors of bytes ``_blocks`` [N, D / 32, 16] and ``_scales`` [N, D / 32]."""
 
     def parts(self, name: str, num_rows: int, inner: int) -> dict[str, Part]:
         """As in WeightFormat."""

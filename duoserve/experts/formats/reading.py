@@ -1,4 +1,4 @@
-"""Reads matrices that a checkpoint has in a quantized format. N rows of a matrix, D its inner dimension."""
+"""Reads the matrices of a checkpoint that are in a quantized format. N rows of a matrix, D its inner dimension."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from duoserve.experts.formats.mxfp4 import Mxfp4
 from duoserve.experts.formats.scratch import Scratch
 from duoserve.experts.pieces import MatrixPiece
 
-DATA = "data"  # the part that has a matrix's codes
+DATA = "data"  # the role of the tensor that has a matrix's codes
 
 
 def format_of(quantization: Quantization) -> WeightFormat:
-    """Who knows the tensors of this method."""
+    """The format of a quantization method."""
     groups = Groups(quantization.group)
     if quantization.method == "awq":
         return Awq(groups)
@@ -33,7 +33,7 @@ def format_of(quantization: Quantization) -> WeightFormat:
 
 
 def stored_piece(form: WeightFormat, piece: MatrixPiece) -> dict[str, StoredTensor]:
-    """The tensors, by name, that a piece of an expert lies in; one for all experts of a layer where the piece's is."""
+    """The tensors, by name, that a piece of an expert lies in; they have all experts of a layer if the piece does."""
     experts = piece.shape[:1] if piece.entry is not None else ()
     parts = form.parts(piece.name, *piece.matrix_shape).values()
     return {name: tensor._replace(shape=(*experts, *tensor.shape)) for name, tensor in parts}
@@ -41,7 +41,7 @@ def stored_piece(form: WeightFormat, piece: MatrixPiece) -> dict[str, StoredTens
 
 @dataclass(frozen=True)
 class _CheckpointRows(StoredRows):
-    """Rows that are read when they are asked for, into the memory of the ``role`` that their tensor has."""
+    """Rows that are read when they are asked for, into the scratch memory of their tensor's ``role``."""
 
     checkpoint: Checkpoint
     name: str
@@ -70,9 +70,9 @@ class _CheckpointRows(StoredRows):
 
 
 def read_codes(checkpoint: Checkpoint, form: WeightFormat, piece: MatrixPiece, scratch: Scratch) -> Codes:
-    """One matrix of one expert. CheckpointError: a tensor cannot be read, or its values make no sense.
+    """One matrix of one expert. Raises CheckpointError if a tensor cannot be read, or if its values make no sense.
 
-    Its codes are read when they are written to a row. The rest lies in ``scratch`` until it is given again.
+    Codes are read only when they are written to a row. The rest lies in ``scratch``, valid until its next use.
     """
     stored = {
         role: _CheckpointRows(checkpoint, part.name, piece.entry, role, scratch)
@@ -87,5 +87,5 @@ def read_codes(checkpoint: Checkpoint, form: WeightFormat, piece: MatrixPiece, s
 
 
 def read_dense(checkpoint: Checkpoint, form: WeightFormat, name: str, shape: tuple[int, int]) -> torch.Tensor:
-    """The matrix ``name`` [N, D], decoded, in float32. Errors as of ``read_codes``."""
+    """The matrix ``name`` [N, D], decoded, in float32. Errors as in ``read_codes``."""
     return read_codes(checkpoint, form, MatrixPiece("down", name, shape), Scratch()).dense()

@@ -1,4 +1,4 @@
-"""Memory that is used again and again by one thread: fresh memory would cost it as much as what is done with it."""
+"""Memory that one thread uses again and again: getting fresh memory would cost as much as the work on it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ LINE = 64
 
 
 class Scratch:
-    """Arrays by name, each in the memory of the last one of that name. Of one thread at a time."""
+    """Arrays by name, each in the memory of the last array of that name. For one thread at a time."""
 
     def __init__(self) -> None:
         self._memory: dict[str, Bytes] = {}
 
     def array(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.uint32) -> np.ndarray:
-        """Contiguous, of any values; there are BYTES_IN_WORD bytes more behind it."""
+        """A contiguous array of any values, with BYTES_IN_WORD more bytes behind it."""
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         if name not in self._memory or len(self._memory[name]) < nbytes + BYTES_IN_WORD:
             self._memory[name] = np.empty(nbytes + BYTES_IN_WORD, np.uint8)
@@ -29,5 +29,5 @@ class Scratch:
 
 
 def odd_lines(nbytes: int) -> int:
-    """Bytes of an odd number of cache lines, at least ``nbytes``."""
+    """``nbytes``, rounded up to an odd number of cache lines."""
     return (-(-nbytes // LINE) | 1) * LINE
