@@ -1,1 +1,1 @@
-"""Load tests of OpenAI-compatible servers: what is asked, what comes back when, and what that amounts to."""
+"""Load tests of OpenAI-compatible servers: the requests, the times of their answers, and figures of these."""

@@ -1,4 +1,4 @@
-"""Requests to an OpenAI-compatible server, all on their way at once, and what came back when."""
+"""Sends requests to an OpenAI-compatible server, many at once, and notes when each piece of an answer comes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from duoserve.loadtest.figures import Answer
 from duoserve.loadtest.workload import LoadRequest
 
 DONE = "[DONE]"
-SHOWN = 300  # characters of an error
-TEXTS = ("content", "reasoning", "reasoning_content")  # of a chat's chunk: what is said, and thoughts in both spellings
+SHOWN = 300  # characters of an error message
+TEXTS = ("content", "reasoning", "reasoning_content")  # texts of a chat's chunk: thoughts have either of two names
 
 
 @dataclass(frozen=True)
 class Target:
     """A server under ``url`` (with or without ``/v1``); ``model`` None: the first that it has.
 
-    ``chat`` asks for chats instead of completions; ``ignore_eos``, which vLLM knows too, for full lengths. A request
-    that is not answered to its end after ``timeout_s`` has failed.
+    With ``chat``, chats are asked for instead of completions; with ``ignore_eos``, which vLLM takes too, answers of
+    full length. A request that is not answered to its end after ``timeout_s`` has failed.
     """
 
     url: str
@@ -37,7 +37,7 @@ class Target:
     ignore_eos: bool = False
 
     def client(self) -> httpx.AsyncClient:
-        """A client for any number of requests at once; the caller closes it. ConfigError for what is no URL."""
+        """A client for any number of requests at once, which the caller closes. Raises ConfigError for a bad URL."""
         headers = {} if self.api_key is None else {b"Authorization": f"Bearer {self.api_key}".encode()}
         base = self.url.rstrip("/").removesuffix("/v1")
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -48,7 +48,7 @@ class Target:
 
 
 async def served_model(client: httpx.AsyncClient, wanted: str | None) -> str:
-    """The name to ask for; ConfigError where nobody answers, a key is wrong, or there is no such model."""
+    """The model's name in requests; raises ConfigError without an answer, with a wrong key, or without that model."""
     try:
         reply = await client.get("/v1/models")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -66,9 +66,9 @@ async def served_model(client: httpx.AsyncClient, wanted: str | None) -> str:
 
 @dataclass(frozen=True)
 class Form:
-    """How requests are put: to which endpoint, for which model, and whether answers must have their full length.
+    """The form of requests: to which endpoint, for which model, and whether answers must have their full length.
 
-    An answer may take ``timeout_s`` from when it is asked for to its end, whatever comes meanwhile.
+    An answer may take ``timeout_s`` from its request to its end, whatever comes meanwhile.
     """
 
     model: str
@@ -78,11 +78,11 @@ class Form:
 
     @property
     def path(self) -> str:
-        """Path of the endpoint."""
+        """The path of the endpoint."""
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
     def body(self, asked: LoadRequest) -> dict[str, Any]:
-        """Body of a streamed request whose tokens the server counts."""
+        """The body of a streamed request, which asks the server to count tokens."""
         said = {"messages": [{"role": "user", "content": asked.prompt}]} if self.chat else {"prompt": asked.prompt}
         options = {"stream": True, "stream_options": {"include_usage": True}}
         longer = {"ignore_eos": True} if self.ignore_eos else {}
@@ -92,14 +92,14 @@ class Form:
 async def answers(
     client: httpx.AsyncClient, form: Form, asked: Sequence[LoadRequest], times: Sequence[float]
 ) -> list[Answer]:
-    """Asks each at its time (seconds from now), whatever has become of the others."""
+    """Sends each request at its time (seconds from now), however the others fare, and gives their answers."""
     began = time.perf_counter()
     tasks = [_answer_at(client, form, each, at, began) for each, at in zip(asked, times, strict=True)]
     return await asyncio.gather(*tasks)
 
 
 async def _answer_at(client: httpx.AsyncClient, form: Form, asked: LoadRequest, at: float, began: float) -> Answer:
-    """What comes of it, by the time at which it was due: where this process is late, that is part of the latency."""
+    """The answer to one request. Latencies count from when it was due, so they include a delay of this process."""
     await asyncio.sleep(at - (time.perf_counter() - began))
     late_s = time.perf_counter() - began - at
     try:
@@ -117,13 +117,13 @@ async def _answer_at(client: httpx.AsyncClient, form: Form, asked: LoadRequest, 
 
 
 class _Failed(Exception):
-    """The server says that it has failed."""
+    """Raised if the server reports that it has failed."""
 
 
 async def _read(client: httpx.AsyncClient, form: Form, asked: LoadRequest, began: float) -> tuple[list[float], int]:
-    """When each piece of the answer came, and how many tokens the server counted; 0 where it counts none.
+    """When each piece of the answer came, and how many tokens the server counted (0 if it does not count).
 
-    ValueError for what is no answer of OpenAI's.
+    Raises ValueError if the answer is not in OpenAI's form.
     """
     pieces: list[float] = []
     tokens = 0
@@ -142,7 +142,7 @@ async def _read(client: httpx.AsyncClient, form: Form, asked: LoadRequest, began
 
 
 def _understood(data: str) -> tuple[bool, int]:
-    """Whether an event brings a token, and how many it counts, 0 without; ValueError for what is not OpenAI's."""
+    """Whether an event brings a token, and how many tokens it counts, or 0. Raises ValueError as ``_read`` does."""
     event = json.loads(data)
     try:
         if event.get("error") is not None:
@@ -153,9 +153,9 @@ def _understood(data: str) -> tuple[bool, int]:
 
 
 def _has_token(choice: dict[str, Any]) -> bool:
-    """Whether a chunk, in either form, brings what the server counts: text, thoughts, or a token that has no text.
+    """Whether a chunk, in either form, brings what the server counts: text, thoughts, or a token without text.
 
-    A chat's first chunk says whose turn it is, and comes ahead of any token.
+    A chat's first chunk only names the role, and comes before any token.
     """
     delta = choice.get("delta") or {}
     if "text" in choice or any(delta.get(name) for name in TEXTS):
@@ -164,5 +164,5 @@ def _has_token(choice: dict[str, Any]) -> bool:
 
 
 def _counted(event: dict[str, Any]) -> int:
-    """Tokens of the answer, where the server says so."""
+    """Tokens of the answer if the server gives their number, else 0."""
     return int((event.get("usage") or {}).get("completion_tokens") or 0)

@@ -1,4 +1,4 @@
-"""Server-sent events, as the standard has them: from the bytes of an answer to the data of each event."""
+"""Parses server-sent events as the standard defines them: from the bytes of an answer to the data of each event."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import AsyncIterable, AsyncIterator
 
 
 async def event_data(parts: AsyncIterable[bytes]) -> AsyncIterator[str]:
-    """The data of each event that has any, as soon as its empty line has come; of the last, that may be missing.
+    """The data of each event that has any, as soon as the event's empty line has come; the last may do without one.
 
-    Lines end with CR, LF or both, and nowhere else: JSON may have other characters that some take for ends of lines.
+    Lines end only with CR, LF or both: JSON may contain other characters at which, for one, str.splitlines splits.
     """
     data: list[str] = []
     async for line in _lines(parts):
@@ -25,7 +25,7 @@ async def event_data(parts: AsyncIterable[bytes]) -> AsyncIterator[str]:
 
 
 async def _lines(parts: AsyncIterable[bytes]) -> AsyncIterator[str]:
-    """The lines without their ends; a byte order mark in front of the first is no part of it."""
+    """The lines without their ends, and without a byte order mark at the very start."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")("replace"), translate=True)
     rest = ""
     async for part in parts:

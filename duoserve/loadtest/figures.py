@@ -1,4 +1,4 @@
-"""What the answers to a load amount to: latencies, how many met their objectives, and the search for goodput. Pure."""
+"""Figures of the answers to a load: latencies, attainment of objectives, and the search for goodput. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from duoserve.interface import Objectives
 from duoserve.metrics import percentile
 
 PERCENTILES = (50, 90, 95, 99)
-ATTAINED = 0.9  # of the requests have to meet both objectives at a rate that counts as good
+ATTAINED = 0.9  # a rate is good if this share of the requests meets both objectives
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a request. Seconds since the load began; ``pieces_s`` is when each piece came, of thoughts too.
+    """The answer to a request. Times are seconds since the load began; ``pieces_s`` has one for each piece of text.
 
-    ``asked_s`` is when it was due, ``late_s`` how much later this side sent it. ``tokens`` is what the server counted,
-    or the pieces where it counts none. ``error`` is empty where all went well.
+    Pieces of thoughts count too. ``asked_s`` is when the request was due, ``late_s`` how much later it was sent.
+    ``tokens`` is the server's count, or the number of pieces if it does not count. ``error`` is empty if all went well.
     """
 
     asked_s: float
@@ -35,21 +35,21 @@ class Answer:
 
     @property
     def tpot_s(self) -> float:
-        """Mean seconds between the tokens after the first; 0 where there is one token."""
+        """Mean seconds of each token after the first; 0 if there is only one."""
         return (self.pieces_s[-1] - self.pieces_s[0]) / (self.tokens - 1) if self.tokens > 1 else 0.0
 
     def meets(self, objectives: Objectives) -> bool:
-        """Whether it came, and in time."""
+        """Whether the answer came, and in time."""
         return not self.error and objectives.met(self.ttft_s, self.tpot_s)
 
 
 def attainment(answers: Sequence[Answer], objectives: Objectives) -> float:
-    """The share of requests that met both objectives; one that failed did not."""
+    """The share of requests that met both objectives; a request that failed did not."""
     return sum(answer.meets(objectives) for answer in answers) / len(answers)
 
 
 def summary(answers: Sequence[Answer], objectives: Objectives) -> dict[str, Any]:
-    """Counts, rates and percentiles in milliseconds, of what was answered; None for those of nothing."""
+    """Counts, rates, and percentiles of what was answered, in milliseconds; None where nothing was."""
     good = [answer for answer in answers if not answer.error]
     seconds = max((answer.pieces_s[-1] for answer in good), default=None)
     gaps = [later - earlier for a in good for earlier, later in zip(a.pieces_s, a.pieces_s[1:], strict=False)]
@@ -78,9 +78,9 @@ def _percentiles_ms(seconds: Sequence[float]) -> dict[str, float | None]:
 
 @dataclass
 class GoodputSearch:
-    """Tries ``rate``, then twice or half the last until both a good and a bad one are known, then between them.
+    """Tries ``rate``, then twice or half the last until both a good and a bad rate are known, then rates in between.
 
-    A rate is good where ATTAINED of the requests met their objectives. Not more than ``trials``.
+    A rate is good if the share ATTAINED of the requests met their objectives. There are at most ``trials``.
     """
 
     rate: float
@@ -89,17 +89,17 @@ class GoodputSearch:
 
     @property
     def good(self) -> float | None:
-        """The highest rate that was good and below which none was bad; None before there is one."""
+        """The highest good rate below which no rate was bad; None if there is none yet."""
         good = (rate for rate, attained in self.tried if attained >= ATTAINED)
         return max((rate for rate in good if self.bad is None or rate < self.bad), default=None)
 
     @property
     def bad(self) -> float | None:
-        """The lowest rate that was bad."""
+        """The lowest bad rate; None if there is none yet."""
         return min((rate for rate, attained in self.tried if attained < ATTAINED), default=None)
 
     def next_rate(self) -> float | None:
-        """What to try now; None when it is enough."""
+        """The rate to try next; None when the search has ended."""
         if len(self.tried) >= self.trials:
             return None
         if not self.tried:
@@ -109,5 +109,5 @@ class GoodputSearch:
         return self.bad / 2 if self.good is None else math.sqrt(self.good * self.bad)
 
     def record(self, rate: float, attained: float) -> None:
-        """What came of a trial."""
+        """Notes the share of requests that met their objectives at ``rate``."""
         self.tried.append((rate, attained))

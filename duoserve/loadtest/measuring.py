@@ -1,4 +1,4 @@
-"""A load on a server, once or at the rates that a search for goodput asks for."""
+"""Puts a load on a server, once or at the rates that a search for goodput asks for."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["Target", "measured"]
 async def measured(
     target: Target, load: Workload, search: GoodputSearch, objectives: Objectives, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """``url``, ``model``, and for each rate that ``search`` asks for a summary; errors as of the client.
+    """``url``, ``model``, and a summary of each rate that ``search`` asks for; raises the errors of the client.
 
-    All trials ask for the same; ``say`` hears a line after each. RequestError when nothing is answered in the first: a
-    rate that is too high for any answer is a bad rate only behind one that had some.
+    All trials send the same requests; ``say`` is given a line after each. Raises RequestError if nothing is answered in
+    the first trial; in a later one that makes a bad rate.
     """
     trials: list[dict[str, Any]] = []
     async with target.client() as client:

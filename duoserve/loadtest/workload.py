@@ -1,4 +1,4 @@
-"""What a load test asks for: how many requests, how long they are, and when they come. Pure: a seed says it all."""
+"""The requests of a load test: how many there are, how long they are, and when they come, all drawn from a seed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Arrivals = Literal["poisson", "burst"]
 ARRIVALS: tuple[Arrivals, ...] = ("poisson", "burst")
 BURST = 8  # requests that come at once
 # Conversations of ShareGPT have 161 tokens of prompt and 338 of answer on average (Kwon et al., 2023, section 6.1).
-# That they are spread log-normally, and how widely, is our choice: a few are many times as long as most.
+# The log-normal spread and its width are our choice: a few requests are many times as long as most.
 PROMPT_MEAN, ANSWER_MEAN, SPREAD = 161.0, 338.0, 1.0
 TEXT = "the king and queen of night will speak no more to men who come with swords but ask what time has done"
 
@@ -25,7 +25,7 @@ class LoadRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """``requests`` of lengths up to ``max_prompt`` words and ``max_tokens`` tokens; means above ShareGPT's are cut."""
+    """``requests`` of up to ``max_prompt`` words and ``max_tokens`` tokens; means are ShareGPT's where these allow."""
 
     requests: int
     arrivals: Arrivals = "poisson"
@@ -45,7 +45,7 @@ class Workload:
         ]
 
     def times(self, rate: float) -> list[float]:
-        """When each request comes, in seconds, at ``rate`` requests a second on average: apart, or BURST at once."""
+        """When each request comes, in seconds, at ``rate`` requests a second on average: singly, or BURST at once."""
         dice = random.Random(self.seed + 1)
         together = BURST if self.arrivals == "burst" else 1
         now, times = 0.0, list[float]()
@@ -56,6 +56,6 @@ class Workload:
 
 
 def _length(dice: random.Random, mean: float, most: int) -> int:
-    """A length from 1 to ``most``; a mean that would often be cut off is lowered to a quarter of that."""
+    """A length from 1 to ``most``; the mean is lowered to a quarter of ``most``, or lengths would often be cut."""
     mean = min(mean, most / 4)
     return max(1, min(most, round(dice.lognormvariate(math.log(mean) - SPREAD**2 / 2, SPREAD))))

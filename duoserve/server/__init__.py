@@ -1,1 +1,1 @@
-"""The HTTP server, OpenAI's dialect: needs the extra ``serve``, and is imported by ``duoserve serve`` alone."""
+"""The HTTP server in OpenAI's dialect. It needs the extra ``serve``, and only ``duoserve serve`` imports it."""

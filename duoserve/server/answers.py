@@ -1,4 +1,4 @@
-"""The JSON of answers: whole or in chunks, in both dialects, with log-probabilities in the form of each."""
+"""The JSON of answers, whole or in chunks, in the dialects of both endpoints, with log-probabilities in their form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOWEST = -9999.0  # JSON has no minus infinity
 
 @dataclass(frozen=True)
 class Head:
-    """What all chunks of an answer have in common."""
+    """The fields that all chunks of an answer share."""
 
     model: str
     id: str
@@ -29,16 +29,16 @@ class ChoiceWriter(Protocol):
     """Writes one choice of an answer."""
 
     def deltas(self, piece: Piece) -> list[dict[str, Any]]:
-        """The choice in chunks, of which the last brings the piece."""
+        """The choice's next chunks, the last of which brings the piece."""
         ...
 
     def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """The choice in an answer that is given at once."""
+        """The choice as part of an answer that is given at once."""
         ...
 
 
 class Dialect(Protocol):
-    """How one endpoint says things."""
+    """The form of one endpoint's answers."""
 
     @property
     def whole_object(self) -> str: ...
@@ -51,16 +51,16 @@ class Dialect(Protocol):
 
     @property
     def goes_on(self) -> bool:
-        """Whether answers are to be put behind their prompts, as text."""
+        """Whether an answer is text to be put behind its prompt."""
         ...
 
     def writer(self, index: int, tokens: TokenText | None, prompt_ids: Sequence[int]) -> ChoiceWriter:
-        """A writer of choice ``index``; ``tokens`` None where no log-probabilities are wanted."""
+        """A writer of choice ``index``; ``tokens`` is None if no log-probabilities are wanted."""
         ...
 
 
 class CompletionWriter:
-    """A choice of ``/v1/completions``."""
+    """Writes a choice of ``/v1/completions``."""
 
     def __init__(self, index: int, tokens: TokenText | None, prompt_ids: Sequence[int]) -> None:
         self._index = index
@@ -92,7 +92,7 @@ class CompletionWriter:
 
 
 class ChatWriter:
-    """A choice of ``/v1/chat/completions``: what is said, and nothing of other channels."""
+    """Writes a choice of ``/v1/chat/completions``: what is said, and nothing of other channels."""
 
     def __init__(self, index: int, tokens: TokenText | None, channels: Channels) -> None:
         self._index = index
@@ -101,7 +101,7 @@ class ChatWriter:
         self._begun = False
 
     def deltas(self, piece: Piece) -> list[dict[str, Any]]:
-        """As in ChoiceWriter; a chunk of its own says ahead of them all whose turn it is."""
+        """As in ChoiceWriter; the first of all chunks only names the role."""
         heard = self._heard(piece)
         brought = self._choice([heard]) | {"delta": {"content": heard.text}}
         if self._begun:
@@ -117,7 +117,7 @@ class ChatWriter:
         return self._choice(heard) | {"message": {"role": "assistant", "content": text, "refusal": None}}
 
     def _heard(self, piece: Piece) -> Piece:
-        """What of it is said. A mark that ends a message may bring the last of its text, and is none of it itself."""
+        """The part of a piece that is said. A mark that ends a message may bring the last of its text."""
         said = self._channels.push(piece.token_ids)
         heard = piece if said else replace(piece, text="")
         return heard if said and self._channels.said else replace(heard, logprobs=())
@@ -149,7 +149,7 @@ class ChatWriter:
 
 @dataclass(frozen=True)
 class Completions:
-    """``/v1/completions``."""
+    """The dialect of ``/v1/completions``."""
 
     whole_object: str = "text_completion"
     chunk_object: str = "text_completion"
@@ -163,7 +163,7 @@ class Completions:
 
 @dataclass(frozen=True)
 class Chat:
-    """``/v1/chat/completions`` of a model with this tokenizer."""
+    """The dialect of ``/v1/chat/completions``, for a model with this tokenizer."""
 
     text: Text
     whole_object: str = "chat.completion"
@@ -182,7 +182,7 @@ def new_head(dialect: Dialect, model: str) -> Head:
 
 
 def answer(head: Head, kind: str, choices: Iterable[dict[str, Any]], usage: dict[str, int] | None) -> dict[str, Any]:
-    """An answer, or a chunk of one, as ``kind`` says; without a usage it has no such field."""
+    """An answer, or a chunk of one, whose object is ``kind``; it has no field for a usage of None."""
     body = {"id": head.id, "object": kind, "created": head.created, "model": head.model, "choices": choices}
     return body if usage is None else body | {"usage": usage}
 
@@ -194,7 +194,7 @@ def usage_of(prompt_tokens: int, output_tokens: int) -> dict[str, int]:
 
 
 def _by_label(chosen: Sequence[tuple[int, float]], tokens: TokenText) -> dict[str, float]:
-    """The log-probabilities of ``chosen``, in their order; of tokens that look alike, the first's."""
+    """The log-probabilities of ``chosen`` by label, in their order; of tokens with the same label, the first counts."""
     found: dict[str, float] = {}
     for token_id, logprob in chosen:
         found.setdefault(tokens.label(token_id), _finite(logprob))

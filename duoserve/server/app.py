@@ -16,11 +16,11 @@ from duoserve.server.host import ServiceLoader
 from duoserve.server.http import ClientGone, HeaderLimit, HostGuard, KeyGuard, error_response
 from duoserve.server.settings import ServerSettings
 
-CLIENT_GONE = 499  # nobody reads it; nginx's number, for logs
+CLIENT_GONE = 499  # nginx's status for logs; no client reads it
 
 
 def make_app(loader: ServiceLoader, settings: ServerSettings) -> Starlette:
-    """The application over ``loader``, whose loading and closing are its caller's affair."""
+    """The application over ``loader``, which the caller starts and closes."""
     to = Endpoints(loader, settings)
     routes = [
         Route("/health", to.health),
@@ -49,7 +49,7 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 async def _unforeseen(request: Request, error: Exception) -> Response:
-    """Behind it, the error goes on to uvicorn, which writes it down."""
+    """Answers an error that nobody foresaw; the error itself then goes on to uvicorn, which logs it."""
     return error_response(as_api_error(error))
 
 

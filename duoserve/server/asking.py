@@ -1,4 +1,4 @@
-"""From the body of a request to what is asked of the engine, in both dialects: completions and chat."""
+"""From the body of a request, a completion or a chat, to what is asked of the engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from duoserve.server.fields import BodyFields, shown
 
 MAX_N = 16
 MAX_PROMPTS = 128
-MAX_CHOICES = 256  # of one request: its prompts, each ``n`` times
+MAX_CHOICES = 256  # of one request: its number of prompts times ``n``
 MAX_MESSAGES = 2048
 MAX_TOKENS = 2**31  # beyond any context; the engine knows the real bound
 MAX_OBJECTIVE_MS = 86_400_000  # a day
@@ -24,7 +24,7 @@ NOT_FROM_CLIENTS = ("chat_template", "chat_template_kwargs")
 NOT_SUPPORTED = (
     *("tools", "functions", "logit_bias", "suffix", "echo", "presence_penalty", "frequency_penalty"),
     *("reasoning_effort", "audio"),
-    # vLLM's
+    # fields of vLLM
     *("min_tokens", "stop_token_ids", "bad_words", "allowed_token_ids", "use_beam_search"),
     *("truncate_prompt_tokens", "continue_final_message", "include_stop_str_in_output"),
     *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
@@ -38,9 +38,9 @@ Prompt = str | list[int]
 
 @dataclass(frozen=True)
 class Asked:
-    """A request, checked but for what only the tokenizer or the engine can tell.
+    """A request, checked as far as that needs neither tokenizer nor engine.
 
-    ``max_tokens`` None: all that the context holds. ``sampling`` are fields of SamplingParams by name.
+    ``max_tokens`` None: all that the context holds. ``sampling`` has fields of SamplingParams by name.
     """
 
     model: str | None
@@ -53,9 +53,9 @@ class Asked:
     objectives: Objectives
 
     def params(self, prompt_tokens: int, context: int, repeat: int) -> SamplingParams:
-        """The parameters of a prompt's ``repeat``-th choice; a 400 where ``context`` tokens do not hold it.
+        """The parameters of a prompt's ``repeat``-th choice; raises a 400 if ``context`` tokens do not hold it.
 
-        Choices of one seed count up from it, for they would be the same otherwise; behind the highest comes 0.
+        With a seed, choices count up from it, or they would all be the same; the highest seed is followed by 0.
         """
         room = context - prompt_tokens
         if room < 1 or (self.max_tokens or 1) > room:
@@ -84,7 +84,7 @@ def completion(fields: BodyFields) -> tuple[Asked, list[Prompt]]:
 
 
 def chat(fields: BodyFields) -> tuple[Asked, Messages]:
-    """The body of ``/v1/chat/completions``, and its messages. Special tokens are the template's alone."""
+    """The body of ``/v1/chat/completions``, and its messages. Only the template writes special tokens."""
     fields.refuse_other(add_generation_prompt=True, add_special_tokens=False, skip_special_tokens=True)
     messages = _messages(fields)
     top = fields.integer("top_logprobs", 0, MAX_LOGPROBS)
@@ -116,7 +116,7 @@ def _asked(fields: BodyFields, max_tokens: int | None, logprobs: int | None) -> 
 
 
 def _refuse(fields: BodyFields) -> None:
-    """What would change the answer and is not done is refused; a value that asks for nothing is not."""
+    """Refuses fields that would change the answer and are not supported, unless their value asks for nothing."""
     for name in NOT_FROM_CLIENTS:
         if fields.raw(name) not in (None, {}):
             raise bad(name, f"{name} is not taken from clients")
@@ -146,7 +146,7 @@ def _sampling_params(**values: Any) -> SamplingParams:
     try:
         return SamplingParams(**values)
     except RequestError as error:
-        name = str(error).partition(" ")[0]  # the message begins with the field
+        name = str(error).partition(" ")[0]  # the message begins with the field's name
         if name == "stop":
             raise bad(name, f"stop is {shown(values[name])}, but must be at most 4 non-empty strings") from error
         raise bad(name if name in values else None, str(error)) from error
@@ -159,7 +159,7 @@ def _objectives(fields: BodyFields) -> Objectives:
 
 
 def _prompts(fields: BodyFields) -> list[Prompt]:
-    """Text, token ids, or a list of either."""
+    """The prompts: text, token ids, or a list of either."""
     value = fields.raw("prompt")
     if isinstance(value, str) or _is_ids(value):
         return [value]
@@ -170,7 +170,7 @@ def _prompts(fields: BodyFields) -> list[Prompt]:
 
 
 def _is_ids(value: object) -> bool:
-    """Whether it is a list of integers that are no booleans; the engine knows the vocabulary."""
+    """Whether ``value`` is a list of integers (not booleans). The engine checks them against the vocabulary."""
     return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
 
 
@@ -195,7 +195,7 @@ def _message(value: object, where: str) -> dict[str, str]:
 
 
 def _content(value: object, where: str, role: str) -> str:
-    """Text, or text in parts; an assistant's may be absent."""
+    """The content of a message: text, or text in parts; an assistant's may be absent."""
     if isinstance(value, str):
         return value
     if value is None and role == "assistant":

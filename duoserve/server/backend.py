@@ -1,4 +1,4 @@
-"""What the server needs of the engine: the part of ``AsyncEngine`` that it uses, so that tests can play it."""
+"""The part of ``AsyncEngine`` that the server uses, as protocols, so that tests can replace it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ class Template(Protocol):
     """A checkpoint's chat template."""
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The prompt that ``messages`` make. RequestError where they make none, DuoServeError where nobody's would."""
+        """The prompt that ``messages`` make.
+
+        Raises RequestError for messages that make none, another DuoServeError if no messages could be rendered.
+        """
         ...
 
 
 class Model(Protocol):
-    """What a model says of itself. Nothing here runs it."""
+    """The properties of a model; nothing here runs it."""
 
     @property
     def config(self) -> ModelConfig: ...
 
     @property
     def text(self) -> Text | None:
-        """Its tokenizer, None where the checkpoint has none."""
+        """The tokenizer, None if the checkpoint has none."""
         ...
 
     @property
@@ -53,7 +56,7 @@ class RequestStream(Protocol):
 
     @property
     def objectives(self) -> Objectives:
-        """Its own objectives, and the service's where it brought none."""
+        """The request's objectives, and the service's where it brought none."""
         ...
 
     @property
@@ -62,11 +65,13 @@ class RequestStream(Protocol):
     def __aiter__(self) -> Self: ...
 
     async def __anext__(self) -> Piece:
-        """CopyError or another DuoServeError: the request failed. ClosedError: the service went away."""
+        """The next piece. Raises CopyError or another DuoServeError if the request failed, ClosedError if the service
+        has ended.
+        """
         ...
 
     def cancel(self) -> None:
-        """Ends it, at any time and any number of times."""
+        """Ends the request; may be called at any time, any number of times."""
         ...
 
 
@@ -81,7 +86,7 @@ class Service(Protocol):
 
     @property
     def capacity(self) -> int:
-        """Requests that may be there at once: those that run and those that wait."""
+        """The most requests that may run and wait at once."""
         ...
 
     @property
@@ -98,14 +103,14 @@ class Service(Protocol):
         logprobs: int | None = None,
         goes_on: bool = False,
     ) -> RequestStream:
-        """With ``goes_on`` the text is one to put behind the prompt's, else one of its own.
+        """Queues a prompt. With ``goes_on`` the answer's text is to be put behind the prompt's, else it stands alone.
 
-        RequestError: not to be served. OverloadedError: not now. ClosedError: no longer.
+        Raises RequestError if it can never be served, OverloadedError if not now, ClosedError if no longer.
         """
         ...
 
     async def drain(self, seconds: float) -> None:
-        """Takes nothing more, and ends with ClosedError what has not finished ``seconds`` later."""
+        """Takes no more requests, and after ``seconds`` ends those that have not finished with ClosedError."""
         ...
 
     async def close(self) -> None: ...

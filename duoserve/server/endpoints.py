@@ -1,4 +1,4 @@
-"""The endpoints: each takes a request apart, asks the service, and writes the answer."""
+"""The endpoints: each parses a request, asks the service, and writes the answer."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ class Endpoints:
         self._since, self._created = time.monotonic(), int(time.time())
 
     async def health(self, request: Request) -> Response:
-        """200 when requests are taken, 503 else; a probe needs no key."""
+        """200 if requests are taken, else 503; a probe needs no key."""
         state = self._loader.state
         code = 200 if state == State.READY else 503
         return json_response({"status": state}, code, {"Retry-After": "5"} if state == LOADING else None)
 
     async def models(self, request: Request) -> Response:
-        """The one model."""
+        """The list of models, which has one."""
         return json_response({"object": "list", "data": [self._model_card(self._loader.service().model)]})
 
     async def model(self, request: Request) -> Response:
-        """The one model by its name, which may have slashes."""
+        """The model by its name, which may have slashes."""
         service = self._loader.service()
         self._check_model(request.path_params["name"])
         return json_response(self._model_card(service.model))
@@ -75,7 +75,7 @@ class Endpoints:
         self._check_model(asked.model)
         _check_room(asked, 1, service.capacity)
         prompt_ids = await self._preparing.render(service.model, messages)
-        assert service.model.text is not None  # or nothing could be rendered
+        assert service.model.text is not None  # there is a prompt, so there is a tokenizer
         return await self._answered(request, service, Chat(service.model.text), asked, [prompt_ids])
 
     async def tokenize(self, request: Request) -> Response:
@@ -91,7 +91,7 @@ class Endpoints:
         return json_response({"count": len(tokens), "max_model_len": model.max_context, "tokens": tokens})
 
     async def metrics(self, request: Request) -> Response:
-        """Prometheus's text."""
+        """The metrics in Prometheus's text format."""
         return Response(self._metrics.text(), media_type=self._metrics.content_type)
 
     async def version(self, request: Request) -> Response:
@@ -103,7 +103,7 @@ class Endpoints:
         return Response(PAGE, headers=PAGE_HEADERS, media_type="text/html")
 
     async def status(self, request: Request) -> Response:
-        """What the status page shows."""
+        """The data of the status page."""
         data = status(self._loader, self._request_log, self._settings, self._since)
         return json_response(data, headers={"Cache-Control": "no-store"})
 
@@ -117,7 +117,7 @@ class Endpoints:
         }
 
     def _token_text(self, model: Model) -> TokenText:
-        """The same one for all answers, for what it keeps."""
+        """One TokenText for all answers, as it keeps what it has made."""
         if self._tokens is None:
             self._tokens = TokenText(model.text)
         return self._tokens
@@ -129,7 +129,10 @@ class Endpoints:
     async def _answered(
         self, request: Request, service: Service, dialect: Dialect, asked: Asked, prompts: Sequence[Sequence[int]]
     ) -> ASGIApp:
-        """The answer to ``asked`` for each of ``prompts``; ClientGone when it is, and then nothing goes on."""
+        """The answer to ``asked`` for each of ``prompts``.
+
+        If the client goes away, all work on it is stopped, and ClientGone is raised.
+        """
         head = new_head(dialect, self._settings.name)
         tokens = None if asked.logprobs is None else self._token_text(service.model)
         pairs = [(ids, repeat) for ids in prompts for repeat in range(asked.n)]
@@ -151,7 +154,7 @@ class Endpoints:
 
 
 def _check_room(asked: Asked, prompts: int, capacity: int) -> None:
-    """A 400 for what would be refused at any time: choices are taken together, as a request each."""
+    """Raises a 400 if there are more choices than ``capacity``: each is a request, and all are taken together."""
     choices = asked.n * prompts
     if choices > capacity:
         message = f"{choices} choices are more than the {capacity} requests that this server takes at once"
@@ -159,7 +162,7 @@ def _check_room(asked: Asked, prompts: int, capacity: int) -> None:
 
 
 async def _whole(generation: Generation, dialect: Dialect, head: Head, large: bool) -> Response:
-    """All choices in their order, once they are there; ``large`` with log-probabilities, which may be a million."""
+    """All choices in their order, once they are complete; ``large``: with log-probabilities, maybe a million."""
     pieces: dict[Choice, list[Piece]] = {choice: [] for choice in generation.choices}
     while not generation.finished:
         event = await generation.next(None)

@@ -17,11 +17,11 @@ TYPES = {
 }
 
 log = logging.getLogger("duoserve.server")
-UNFORESEEN = "internal"  # the code of what nobody foresaw
+UNFORESEEN = "internal"  # the code of errors that nobody foresaw
 
 
 class ApiError(Exception):
-    """A refusal or a failure that a client is told of. ``param`` names the field that is at fault."""
+    """A refusal or a failure that a client is told of. ``param`` names the field at fault."""
 
     def __init__(
         self,
@@ -46,17 +46,17 @@ class ApiError(Exception):
 
 
 def bad(param: str | None, message: str) -> ApiError:
-    """A request that is wrong in the field ``param``."""
+    """The 400 for a request that is wrong in the field ``param``."""
     return ApiError(400, message, param=param)
 
 
 def unavailable(message: str) -> ApiError:
-    """The service is not there now; a client may try again a little later."""
+    """The 503 while the service is not there; a client may try again a little later."""
     return ApiError(503, message, code="unavailable", headers={"Retry-After": "5"})
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of ``error``; of what nobody foresaw, nothing but that it happened."""
+    """What a client is told of ``error``; of an error that nobody foresaw, only that it happened."""
     match error:
         case ApiError():
             return error
@@ -74,7 +74,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def noted(error: Exception) -> ApiError:
-    """The same, written down where it is the server's fault: a line, and where it came from if nobody foresaw it."""
+    """As ``as_api_error``; logs a line if it is the server's fault, with a traceback if nobody foresaw it."""
     told = as_api_error(error)
     if told.status == 500:
         log.error("a request failed: %s", error, exc_info=error if told.code == UNFORESEEN else None)

@@ -1,4 +1,4 @@
-"""The fields of a JSON body, each taken with its type and bounds; what is wrong is a 400 that names the field."""
+"""Reads the fields of a JSON body with their types and bounds; raises a 400 that names the field if one is wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHOWN = 60  # characters of a wrong value that a message repeats
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in ``body``; a 400 for anything else, such as NaN, or nesting beyond Python's depth."""
+    """The JSON object in ``body``; raises a 400 for anything else, such as NaN, or nesting beyond Python's depth."""
     try:
         value = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -23,18 +23,18 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 class BodyFields:
-    """A JSON object's fields by name; null counts as absent. What nobody takes is ignored, as OpenAI's servers do."""
+    """A JSON object's fields by name; null counts as absent. Unknown fields are ignored, as OpenAI's servers do."""
 
     def __init__(self, values: dict[str, Any], prefix: str = "") -> None:
         self._values = values
         self._prefix = prefix
 
     def raw(self, name: str) -> Any:
-        """A value as it came, None where there is none."""
+        """A value as it came, None if absent."""
         return self._values.get(name)
 
     def integer(self, name: str, low: int, high: int) -> int | None:
-        """An integer in ``low..high``; 3.0 is one."""
+        """An integer in ``low..high``; 3.0 counts as one."""
         value = self.raw(name)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -50,7 +50,7 @@ class BodyFields:
         raise self.wrong(name, f"a number in {low:g}..{high:g}")
 
     def flag(self, name: str) -> bool:
-        """True or false; false where it is absent."""
+        """True or false; false if absent."""
         value = self.raw(name)
         if value is None or isinstance(value, bool):
             return bool(value)
@@ -64,27 +64,27 @@ class BodyFields:
         raise self.wrong(name, "a string")
 
     def part(self, name: str) -> BodyFields:
-        """An object's own fields; none where it is absent."""
+        """The fields of an object; no fields if it is absent."""
         value = self.raw(name)
         if value is None or isinstance(value, dict):
             return BodyFields(value or {}, f"{self._prefix}{name}.")
         raise self.wrong(name, "an object")
 
     def refuse(self, *names: str) -> None:
-        """A 400 where one of these, which this server does not do, asks for something; null, false and "" do not."""
+        """Raises a 400 if one of these unsupported fields asks for something: null, false, 0 and empty do not."""
         for name in names:
             if self.raw(name):
                 raise self._not_supported(name)
 
     def refuse_even_empty(self, *names: str) -> None:
-        """The same, where 0 and an empty value ask for something too; null and false do not."""
+        """As ``refuse``, for fields in which 0 and an empty value ask for something too; null and false do not."""
         for name in names:
             value = self.raw(name)
             if value is not None and value is not False:
                 raise self._not_supported(name)
 
     def refuse_other(self, **done: bool | float | str | list[str]) -> None:
-        """A 400 where one of these, which this server does in one way alone, asks for another."""
+        """Raises a 400 if one of these fields, which are supported with one value only, has another."""
         for name, way in done.items():
             if self.raw(name) not in (None, way):
                 raise self.wrong(name, f"{json.dumps(way)}: this server does nothing else")
@@ -99,7 +99,7 @@ class BodyFields:
 
 
 def shown(value: object) -> str:
-    """A value as a message repeats it: short, and never longer to make than to read."""
+    """A value as a message repeats it: cut short, and made without going through all of a large value."""
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, list):

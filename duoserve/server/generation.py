@@ -1,4 +1,4 @@
-"""The choices of one request at work: submitted together, their pieces merged as they come, cancelled together."""
+"""The running choices of one request: submitted together, their pieces merged as they come, cancelled together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from duoserve.server.records import Record, RequestLog
 
 @dataclass(eq=False)
 class Choice:
-    """One choice: where its tokens come from, who writes them, what is noted of it."""
+    """One choice: the stream of its tokens, the writer of its answer, and its record in the log."""
 
     stream: RequestStream
     writer: ChoiceWriter
@@ -25,7 +25,7 @@ class Choice:
 
 
 class Event(NamedTuple):
-    """A piece of one choice."""
+    """A new piece of one choice."""
 
     choice: Choice
     piece: Piece
@@ -53,7 +53,7 @@ class Generation:
         return sum(choice.record.output_tokens for choice in self.choices)
 
     async def next(self, seconds: float | None) -> Event | None:
-        """The next piece of any choice; None when ``seconds`` bring none. Raises what a stream raised."""
+        """The next piece of any choice; None if none comes within ``seconds``. Raises what a stream raised."""
         try:
             async with asyncio.timeout(seconds):
                 event = await self._events.get()
@@ -65,7 +65,7 @@ class Generation:
         return event
 
     def close(self) -> None:
-        """Cancels what still runs; doing so twice is harmless."""
+        """Cancels the choices that still run; doing so twice is harmless."""
         for task, choice in zip(self._tasks, self.choices, strict=True):
             if not task.done():
                 choice.stream.cancel()
@@ -85,7 +85,7 @@ class Generation:
 
 
 class Wanted(NamedTuple):
-    """What one choice needs: its prompt, its parameters, who writes it, and whether its text goes on the prompt's."""
+    """A choice to be submitted. ``goes_on``: its text goes on from the prompt's."""
 
     prompt_ids: Sequence[int]
     params: SamplingParams
@@ -101,7 +101,7 @@ async def begin(  # noqa: PLR0913, PLR0917
     objectives: Objectives,
     logprobs: int | None,
 ) -> Generation:
-    """Submits all choices, or none: where one is refused, the others are taken back and the refusal raised."""
+    """Submits all choices or none: if one is refused, the others are cancelled and the refusal is raised."""
     streams = await _all_or_none(
         [
             service.submit(one.prompt_ids, one.params, objectives, logprobs=logprobs, goes_on=one.goes_on)
@@ -121,7 +121,7 @@ def _times(stream: RequestStream) -> Times:
 
 
 async def _all_or_none(submissions: Sequence[Coroutine[Any, Any, RequestStream]]) -> list[RequestStream]:
-    """Side by side: one after another, each would wait for a step of the engine and be prefilled alone."""
+    """Submits all at once: one after another, each would wait for a step of the engine and be prefilled alone."""
     tasks = [asyncio.create_task(one) for one in submissions]
     try:
         return await asyncio.gather(*tasks)

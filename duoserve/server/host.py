@@ -15,7 +15,7 @@ LOADING = "loading"
 
 
 class ServiceLoader:
-    """Loads a service in a thread of its own, so that the socket can say meanwhile that it is not ready."""
+    """Loads a service in a thread of its own, so that the server can answer meanwhile that it is not ready."""
 
     def __init__(self, load: Callable[[], Service]) -> None:
         self._load = load
@@ -24,24 +24,24 @@ class ServiceLoader:
 
     @property
     def state(self) -> str:
-        """``LOADING``, or a :class:`State`; a model that could not be loaded is "dead"."""
+        """``LOADING``, or a :class:`State`; "dead" if the model could not be loaded."""
         if self.failure is not None:
             return State.DEAD.value
         return LOADING if self._service is None else self._service.state.value
 
     @property
     def known(self) -> Service | None:
-        """The service in whatever state, None before there is one."""
+        """The service in any state, None before there is one."""
         return self._service
 
     def service(self) -> Service:
-        """The service, ready; a 503 that says why it is not."""
+        """The service if it is ready; else raises a 503 that says why it is not."""
         if self._service is None or self.state != State.READY:
             raise unavailable(f"the model is {self.state}" if self.state == LOADING else f"the service is {self.state}")
         return self._service
 
     async def start(self) -> None:
-        """Loads; raises what loading raised, an allocation that failed as MemoryBudgetError."""
+        """Loads; raises what loading raises, and MemoryBudgetError if an allocation fails."""
         try:
             with explained_refusals("the model was loaded"):
                 self._service = await _in_thread(self._load)
@@ -50,7 +50,7 @@ class ServiceLoader:
             raise
 
     async def drain(self, seconds: float) -> None:
-        """Lets what runs finish for so long, takes nothing more."""
+        """Takes no more requests, and lets those that run finish within ``seconds``."""
         if self._service is not None:
             await self._service.drain(seconds)
 
@@ -61,7 +61,7 @@ class ServiceLoader:
 
 
 async def _in_thread(load: Callable[[], Service]) -> Service:
-    """Not asyncio's own threads: those would hold up an exit until a large model has been read."""
+    """Loads in a new thread: those of asyncio would hold up an exit until a large model has been read."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Service] = loop.create_future()
 

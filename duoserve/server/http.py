@@ -1,4 +1,4 @@
-"""HTTP itself: bounded bodies, JSON, answers that end when nobody reads them any more, the key."""
+"""HTTP: bounded bodies, JSON, answers that end when the client goes away, checks of host and key."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from duoserve.server.fields import BodyFields, parse_object, shown
 from duoserve.server.sse import HEADERS
 
 OPEN_PATHS = {"/health"}
-PAGE_PATHS = {"/", "/status"}  # what a browser asks for: it can send a key as a password, and not as a token
+PAGE_PATHS = {"/", "/status"}  # for browsers, which can send a key as a password, and not as a token
 BODY_SECONDS = 30.0
 DISCARDED = 16 << 20  # bytes
 Result = TypeVar("Result")
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has gone away and does not wait for the answer."""
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """JSON in ASCII: what came in as half a surrogate pair can go out again."""
+    """A response of JSON in ASCII, so that half a surrogate pair in a request can be repeated in the answer."""
     return Response(json.dumps(body), status, headers, "application/json")
 
 
 async def large_json_response(body: Any) -> Response:
-    """The same, written by a thread, so that the event loop goes on meanwhile; iterators in it count as lists."""
+    """As ``json_response``, written by a thread while the event loop goes on; iterators in ``body`` count as lists."""
     return Response(await asyncio.to_thread(json_in_parts, body), media_type="application/json")
 
 
 def json_in_parts(value: Any, depth: int = 5) -> str:
-    """What ``json.dumps`` gives, which lets no other thread run: so, down to ``depth``, one call for each value.
+    """What ``json.dumps`` gives, by one call for each value down to ``depth``, as no other thread runs during a call.
 
-    Down to there an iterator counts as a list: what it gives is there no longer than it takes to write it.
+    Down to ``depth`` an iterator counts as a list, whose items exist only while they are written.
     """
     if depth and isinstance(value, dict):
         items = (f"{json.dumps(name)}: {json_in_parts(one, depth - 1)}" for name, one in value.items())
@@ -59,9 +59,10 @@ def error_response(error: ApiError) -> Response:
 
 
 async def read_fields(request: Request, max_bytes: int) -> BodyFields:
-    """The JSON object in the body: 415 without its content type, 413 above ``max_bytes``, 408 when it takes long.
+    """The JSON object in the body.
 
-    ClientGone where the body is cut off.
+    Raises a 415 without its content type, a 413 above ``max_bytes``, a 408 if it takes long, and ClientGone if the body
+    is cut off.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -76,9 +77,10 @@ async def read_fields(request: Request, max_bytes: int) -> BodyFields:
 
 
 async def _body(request: Request, max_bytes: int) -> bytes:
-    """The body of a request. Of one that is too large, DISCARDED bytes more are read, for nothing.
+    """The body of a request; raises a 413 if it is too large.
 
-    A client that still writes when the connection is closed is told of a reset, and not what it was answered.
+    DISCARDED bytes beyond the limit are read all the same: a client that still writes when the connection is closed
+    sees a reset instead of the answer.
     """
     announced = request.headers.get("content-length", "0")
     body, size = bytearray(), 0
@@ -95,7 +97,7 @@ async def _body(request: Request, max_bytes: int) -> bytes:
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of ``work``, which is cancelled when the client goes away; ClientGone then."""
+    """The result of ``work``. If the client goes away, cancels it and raises ClientGone."""
     task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -114,7 +116,7 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventResponse:
-    """Server-sent events while the client listens; ``close`` is called however that ends."""
+    """Sends server-sent events while the client listens; ``close`` is called however that ends."""
 
     def __init__(self, frames: AsyncIterator[bytes], close: Callable[[], None]) -> None:
         self._frames = frames
@@ -138,7 +140,7 @@ class EventResponse:
 
 
 class HeaderLimit:
-    """Refuses headers above ``max_bytes``; the parser bounds only those that come in pieces."""
+    """Refuses headers above ``max_bytes``; the parser only bounds headers that come in pieces."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -155,7 +157,7 @@ class HeaderLimit:
 
 
 class HostGuard:
-    """Lets through who asks for one of ``names``, whatever the port; everyone to OPEN_PATHS."""
+    """Lets requests through whose host is one of ``names``, whatever the port, and all requests to OPEN_PATHS."""
 
     def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
         self._app = app
@@ -175,12 +177,15 @@ class HostGuard:
 
 
 def _without_port(host: str) -> str:
-    """``[::1]:80`` has colons of its own."""
+    """A host without its port; the address in ``[::1]:80`` has colons of its own."""
     return host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
 
 
 class KeyGuard:
-    """Lets through who has the key, as a bearer's token or, from browsers, as a password; everyone to OPEN_PATHS."""
+    """Lets requests through that have the key, and all requests to OPEN_PATHS.
+
+    The key comes as a bearer token or, from browsers, as a password.
+    """
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
@@ -199,7 +204,7 @@ class KeyGuard:
 
     def _knows(self, headers: Headers) -> bool:
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        offered = given.encode("latin-1").strip()  # as bytes: two that a key may end with are white space in Latin-1
+        offered = given.encode("latin-1").strip()  # as bytes: text would lose two that are white space in Latin-1
         if scheme.lower() == "basic":
             offered = _password(offered)
         return scheme.lower() in {"basic", "bearer"} and hmac.compare_digest(offered, self._key)

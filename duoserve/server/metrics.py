@@ -1,4 +1,4 @@
-"""``/metrics`` in Prometheus's text format: vLLM's names under ``duoserve:``, and what experts cost beside them."""
+"""``/metrics`` in Prometheus's text format: vLLM's metrics under ``duoserve:``, and the costs of moving experts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HISTOGRAMS = {
 
 
 class Metrics:
-    """The figures of a server for one model, whose service's own are asked for when somebody looks."""
+    """The metrics of a server for one model; its service's ``figures`` are asked for at each scrape."""
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -43,7 +43,7 @@ class Metrics:
         }
 
     def ended(self, record: Record) -> None:
-        """Enters a request that has ended; one that was cut off has no latencies worth a place here."""
+        """Counts a request that has ended; the latencies of a request that was cut off do not count."""
         self._observe("time_to_first_token_seconds", record.ttft_s)
         for gap in record.gaps:
             self._observe("inter_token_latency_seconds", gap)
@@ -57,7 +57,7 @@ class Metrics:
         self._observe("request_decode_time_seconds", _between(times.first_token, record.last_token))
 
     def text(self) -> bytes:
-        """All of it, as it is now."""
+        """All metrics as they are now."""
         return generate_latest(self._registry)
 
     def _observe(self, name: str, seconds: float | None) -> None:
@@ -66,7 +66,7 @@ class Metrics:
 
 
 class _ServiceCollector(Collector):
-    """The service's own figures, read when somebody looks; nothing before there is a service."""
+    """Collects the service's own figures at each scrape; gives nothing before there is a service."""
 
     def __init__(self, model_name: str, figures: Callable[[], ServiceFigures | None]) -> None:
         self._model_name = model_name

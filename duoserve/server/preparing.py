@@ -12,18 +12,18 @@ from duoserve.server.backend import Model
 from duoserve.server.errors import ApiError, bad
 
 Result = TypeVar("Result")
-THREADS = 4  # so many texts at once; others wait, inside their own limit
+THREADS = 4  # so many texts at once; others wait, which counts toward their own limit
 
 
 class Preparing:
-    """Threads that render and tokenize. A text that takes longer than ``seconds`` is a 400."""
+    """Threads that render and tokenize. They raise a 400 for a text that takes longer than ``seconds``."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="duoserve-text")
 
     async def encode(self, model: Model, prompt: str | list[int]) -> list[int]:
-        """The token ids of a prompt, as completions take it."""
+        """The token ids of a completion's prompt."""
         if not isinstance(prompt, str):
             return prompt
         if model.text is None:

@@ -1,4 +1,4 @@
-"""What happened to each request: kept while it runs, and of the last ones after."""
+"""Records of requests: of all that run, and of the last that ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEPT = 512
 
 @dataclass(eq=False)
 class Record:
-    """One choice of a request. Times are of ``time.monotonic``, in seconds; ``ask`` gives them as they are now."""
+    """The record of one choice. Times are seconds of ``time.monotonic``; ``ask`` gives those known so far."""
 
     id: str
     prompt_tokens: int
@@ -27,7 +27,7 @@ class Record:
 
     @property
     def times(self) -> Times:
-        """When things happened to it, up to now or to its end."""
+        """When each stage of the request was reached, as known now or at its end."""
         return self.ask()
 
     @property
@@ -38,7 +38,7 @@ class Record:
 
     @property
     def e2e_s(self) -> float | None:
-        """Seconds from its arrival to its last token, once it has that."""
+        """Seconds from its arrival to its last token, once there is one."""
         return None if self.outcome is None or self.last_token is None else self.last_token - self.times.arrived
 
     @property
@@ -54,14 +54,14 @@ class Record:
 
     @property
     def attained(self) -> bool | None:
-        """Whether it is inside its objectives so far; None without any, or before there is anything to compare."""
+        """Whether it has met its objectives so far; None without any, or before there is anything to compare."""
         took, hoped = (self.ttft_s, self.tpot_s), (self.objectives.ttft_s, self.objectives.tpot_s)
         comparable = any(None not in pair for pair in zip(took, hoped, strict=True))
         return self.objectives.met(*took) if comparable else None
 
 
 class RequestLog:
-    """The requests that run, and the last ``KEPT`` that ended, without gaps. ``listeners`` hear of each that ends."""
+    """The requests that run, and the last ``KEPT`` that ended, without their gaps. ``listeners`` hear of every end."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -76,15 +76,15 @@ class RequestLog:
 
     @property
     def ended(self) -> Iterable[Record]:
-        """The last that ended, the latest last."""
+        """The last requests that ended, the latest last."""
         return tuple(self._ended)
 
     def begin(self, record: Record) -> None:
-        """A request was taken."""
+        """Notes that a request was taken."""
         self._live[record] = None
 
     def piece(self, record: Record, piece: Piece) -> None:
-        """A request gained ``piece``; tokens that come together have no gap between them."""
+        """Notes a new ``piece`` of a request; tokens that come together have no gap between them."""
         record.output_tokens += len(piece.token_ids)
         if not piece.token_ids:
             return
@@ -94,13 +94,13 @@ class RequestLog:
         record.last_token = now
 
     def end(self, record: Record, outcome: FinishReason) -> None:
-        """A request ended; later outcomes of the same one are not heard."""
+        """Notes that a request ended; later outcomes of the same request are ignored."""
         if record in self._live:
             del self._live[record]
             times = record.times
-            record.ask = lambda: times  # whom it asked before is not kept
+            record.ask = lambda: times  # lets go of the stream that was asked before
             record.outcome = outcome
             self._ended.append(record)
             for listener in self.listeners:
                 listener(record)
-            record.gaps.clear()  # one for each token: too much to keep
+            record.gaps.clear()  # there is one for each token, which is too much to keep

@@ -19,13 +19,13 @@ from duoserve.server.backend import Service
 from duoserve.server.host import ServiceLoader
 from duoserve.server.settings import ServerSettings
 
-LAST_WORDS_S = 5.0  # for what was cut off to say so to its clients
+LAST_WORDS_S = 5.0  # the time for answers that were cut off to tell their clients
 
 
 def serve(settings: ServerSettings, load: Callable[[], Service], ready: Callable[[str], None]) -> None:
-    """Serves until SIGTERM or SIGINT. The socket listens before ``load`` is called; ``ready`` is told the URL after.
+    """Serves until SIGTERM or SIGINT. The socket listens before ``load`` is called; ``ready`` gets the URL after that.
 
-    Raises what ``load`` raises, and ConfigError where the address cannot be had.
+    Raises what ``load`` raises, and ConfigError if it cannot listen at the address.
     """
     listening = listen(settings.host, settings.port)
     with listening:
@@ -33,17 +33,17 @@ def serve(settings: ServerSettings, load: Callable[[], Service], ready: Callable
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. ConfigError where there cannot be one."""
+    """A listening socket; raises ConfigError if there cannot be one."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=512)
-    except (OSError, TypeError) as error:  # TypeError: no name that could be looked up
+    except (OSError, TypeError) as error:  # TypeError: the host is not a name that can be looked up
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"cannot listen on {host} port {port}: {why}; see --host and --port") from error
 
 
 def url_of(listening: socket.socket) -> str:
-    """Where it listens, as a client writes it."""
+    """The URL of a listening socket, for clients."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -70,13 +70,13 @@ class Listener(uvicorn.Server):
         self._hurried = asyncio.Event()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal begins the shutdown, a second SIGINT hurries it."""
+        """Begins the shutdown at the first signal, and hurries it at a second SIGINT."""
         if self.should_exit and sig == signal.SIGINT:
-            self._hurried.set()  # not force_exit: from Python 3.12 on, uvicorn waits for its connections all the same
+            self._hurried.set()  # not force_exit: with that, from Python 3.12 on, uvicorn still waits for connections
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stops accepting, drains, and lets answers end; then releases the model. Hurried, it cuts the answers off."""
+        """Stops accepting, drains, and lets answers end, or cuts them off if hurried; then releases the model."""
         draining = asyncio.create_task(self._loader.drain(self._shutdown_s))
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as patience:
@@ -88,7 +88,7 @@ class Listener(uvicorn.Server):
         await self._loader.close()
 
     async def _cut_off(self, draining: asyncio.Task[None], patience: asyncio.Timeout) -> None:
-        """Once hurried: ends all streams, and gives their clients LAST_WORDS_S to take what they are told of it."""
+        """Once hurried, ends all streams, and gives their clients LAST_WORDS_S to receive the error."""
         await self._hurried.wait()
         draining.cancel()
         await self._loader.close()
@@ -96,7 +96,7 @@ class Listener(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT begin the shutdown, and are not raised again after it: the process ends in order."""
+        """Lets SIGTERM and SIGINT begin the shutdown. They are not raised again after it: the process ends in order."""
         loop = asyncio.get_running_loop()
         numbers = (signal.SIGTERM, signal.SIGINT)
         for number in numbers:
@@ -123,6 +123,6 @@ async def _load(loader: ServiceLoader, listener: Listener, ready: Callable[[], N
     try:
         await loader.start()
     except Exception:
-        listener.should_exit = True  # the failure is the loader's to tell
+        listener.should_exit = True  # the loader keeps the failure, which is raised in the end
     else:
         ready()

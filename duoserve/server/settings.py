@@ -1,4 +1,4 @@
-"""What the server is told at its start, beside what the service is told."""
+"""The settings of the server, beside those of the service."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ DAY_S = 86_400
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """``name`` is the model's, in requests and answers. Without an ``api_key`` everyone may ask.
+    """``name`` is the model's name in requests and answers. Without an ``api_key`` every client may ask.
 
     ``shutdown_s`` is how long running requests may go on after SIGTERM, ``ping_s`` how long a stream may be silent.
-    Where there are ``allowed_hosts``, requests by another name of this machine are refused, as a web page's are that
-    has its own name lead here.
+    With ``allowed_hosts``, a request whose Host header names anything else is refused. This stops web pages that point
+    their own domain at this machine (DNS rebinding).
     """
 
     name: str
@@ -27,7 +27,7 @@ class ServerSettings:
     ping_s: float = 10.0
     max_body_bytes: int = 4 << 20
     max_header_bytes: int = 32 << 10
-    text_s: float = 10.0  # for rendering and tokenizing one request, and a template's process is given less to start
+    text_s: float = 10.0  # limit for rendering and tokenizing one request; a template's process must start in less
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -1,4 +1,4 @@
-"""Answers as server-sent events: chunks, pings while nothing comes, errors once the status has been sent."""
+"""Answers as server-sent events: chunks, pings during silence, and errors, as the status has been sent by then."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def events(  # noqa: PLR0913, PLR0917
     include_usage: bool,
     ping_s: float,
 ) -> AsyncIterator[bytes]:
-    """The events of an answer of which ``first`` (None: nothing yet) has come; always ends with ``DONE``."""
+    """The events of an answer whose ``first`` piece has come (None: not yet); always ends with ``DONE``."""
     try:
         yield PING if first is None else _chunk(first, dialect, head)
         while not generation.finished:

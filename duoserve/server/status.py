@@ -1,4 +1,4 @@
-"""What the status page shows, as JSON: the service now, and the latencies of the last requests."""
+"""The data of the status page, as JSON: the service as it is now, and latencies of the last requests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAGE_HEADERS = {
 
 
 def status(loader: ServiceLoader, request_log: RequestLog, settings: ServerSettings, since: float) -> dict[str, Any]:
-    """The whole page's data. ``since`` is when the server began, of ``time.monotonic``."""
+    """All data of the page. ``since`` is when the server began, in seconds of ``time.monotonic``."""
     service = loader.known
     ended = list(request_log.ended)
     return {

@@ -1,4 +1,4 @@
-"""What single tokens look like in an answer, where a character may be spread over several."""
+"""The text of single tokens in an answer, where a character may be spread over several."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from duoserve.text.tokenizer import WORD, IncrementalDecoder, Text
 class TokenText:
     """The bytes of each token of a vocabulary, and a label that tells tokens apart. Any thread may ask.
 
-    What was asked for once is kept: answers have many tokens, and few different ones.
+    It keeps what it has made: answers have many tokens, but few different ones.
     """
 
     def __init__(self, text: Text | None) -> None:
@@ -21,7 +21,7 @@ class TokenText:
     def data(self, token_id: int) -> bytes:
         """The UTF-8 bytes that the token stands for; none for special tokens, and without a tokenizer.
 
-        They are those that it has behind a word: in front of a text, some decoders strip its space.
+        They are the bytes behind a word: at the start of a text some decoders strip a token's space.
         """
         found = self._data.get(token_id)
         if found is None:
@@ -29,14 +29,14 @@ class TokenText:
         return found
 
     def label(self, token_id: int) -> str:
-        r"""Its text; ``bytes:\xe2`` where that is no whole character, as OpenAI writes it, and its id without any."""
+        r"""The token's text; ``bytes:\xe2``, as OpenAI has it, if that is no whole character; its id if it is empty."""
         found = self._labels.get(token_id)
         if found is None:
             found = self._labels[token_id] = self._make_label(token_id)
         return found
 
     def offsets(self, behind: Sequence[int] = ()) -> Offsets:
-        """Offsets of one answer's tokens, whose text goes on from that of the tokens ``behind`` it."""
+        """Offsets of one answer's tokens; its text goes on from that of the tokens ``behind``."""
         return Offsets(self._text, behind)
 
     def _make_data(self, token_id: int) -> bytes:
@@ -59,14 +59,14 @@ class TokenText:
 
 
 class Offsets:
-    """Where the tokens of one answer begin in its text, in characters; all at 0 where there is no tokenizer."""
+    """Where the tokens of one answer begin in its text, in characters; always 0 without a tokenizer."""
 
     def __init__(self, text: Text | None, behind: Sequence[int]) -> None:
         self._decoder = None if text is None else IncrementalDecoder(text, behind)
         self._end = 0
 
     def next(self, token_id: int) -> int:
-        """Where ``token_id`` begins, which comes behind those that were asked for before."""
+        """Where the next token begins, which is ``token_id``; must be asked for all tokens in order."""
         begin = self._end
         if self._decoder is not None:
             self._end += len(self._decoder.push(token_id))

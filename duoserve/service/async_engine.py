@@ -21,7 +21,7 @@ DEFAULTS = ServiceSettings()
 class AsyncEngine:
     """Runs one model for many callers of an asyncio program; the engine works on a thread of its own.
 
-    The model is its alone until ``close``, which closes the model too.
+    Only the engine uses the model until ``close``, which closes the model too.
     """
 
     def __init__(self, model: MoEModel, *, settings: ServiceSettings = DEFAULTS) -> None:
@@ -39,21 +39,21 @@ class AsyncEngine:
 
     @property
     def model(self) -> MoEModel:
-        """What is served, for its config and memory; calls of it are refused."""
+        """The model that is served, for its config and memory; its own calls are refused."""
         return self._model
 
     @property
     def capacity(self) -> int:
-        """Requests that may be there at once: those that run and those that wait."""
+        """The most requests that may run and wait at once."""
         return self._settings.max_batch + self._settings.max_waiting
 
     @property
     def objectives(self) -> Objectives:
-        """What holds where a request brings none of its own."""
+        """The objectives of requests that bring none of their own."""
         return self._settings.objectives
 
     def figures(self) -> ServiceFigures:
-        """The service since its start, as of the last step. Any thread; cheap."""
+        """The figures since the service's start, as of the last step. Any thread may ask; it costs little."""
         return self._worker.figures
 
     async def submit(
@@ -65,14 +65,14 @@ class AsyncEngine:
         logprobs: int | None = None,
         goes_on: bool = False,
     ) -> Stream:
-        """Queues a prompt. ``logprobs`` (0 to 20; None: none) is how many of the likeliest tokens to report a place.
-        What ``objectives`` leave open is the service's.
+        """Queues a prompt and gives the stream of its answer.
 
-        With ``goes_on`` the text keeps the space before its first word, so that it can be put behind the prompt's;
-        without, it begins as a text of its own, where some tokenizers leave that space out.
+        ``logprobs`` (0 to 20; None: no log-probabilities) is how many of the likeliest tokens to report at each place.
+        Where an objective is None, the service's holds. With ``goes_on`` the text keeps the space before its first
+        word, so that it can be put behind the prompt's text; without, some tokenizers leave that space out.
 
-        RequestError for what can never be served, OverloadedError (which says when to try again) for what cannot be
-        now, ClosedError when the service takes no more.
+        Raises RequestError for what can never be served, OverloadedError (which says when to try again) for what cannot
+        be served now, ClosedError if the service takes no more requests.
         """
         arrived = time.monotonic()
         if self.state is not State.READY:
@@ -92,7 +92,7 @@ class AsyncEngine:
         return stream
 
     async def drain(self, seconds: float) -> None:
-        """Takes no more requests, lets those that there are finish for so long, then ends the rest with ClosedError."""
+        """Takes no more requests, and after ``seconds`` ends those that have not finished with ClosedError."""
         self._worker.drain()
         try:
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._worker.drained)), seconds)
@@ -102,7 +102,7 @@ class AsyncEngine:
     async def close(self) -> None:
         """Ends all requests with ClosedError, then the thread, then the model.
 
-        Who calls it again waits for the same end, which comes even if everybody who waits is cancelled.
+        Further calls wait for the same end, which comes even if all calls are cancelled.
         """
         if self._closing is None or self._closing.cancelled():
             self._closing = asyncio.create_task(asyncio.to_thread(self._end))

@@ -11,10 +11,10 @@ from duoserve.request import Request
 
 
 class Stream:
-    """Pieces of text as they come; the last has a ``finish_reason``. For one task of the event loop that made it.
+    """Pieces of text as they come; the last has a ``finish_reason``. For one task of the event loop that it is made in.
 
-    Iterating raises the error that has ended the request: CopyError or another DuoServeError of its own, ClosedError
-    when the service went away. After ``cancel`` it just ends.
+    Iterating raises the error that has ended the request: CopyError or another DuoServeError of its own, or ClosedError
+    if the service has ended. After ``cancel`` the iteration just ends.
     """
 
     def __init__(self, request: Request, cancel: Callable[[Request], None]) -> None:
@@ -32,17 +32,17 @@ class Stream:
 
     @property
     def output_tokens(self) -> int:
-        """Tokens that have been made so far."""
+        """Tokens of the answer so far."""
         return len(self._request.output_ids)
 
     @property
     def objectives(self) -> Objectives:
-        """What the request is held to: its own, and the service's where it brought none."""
+        """The request's objectives, and the service's where it brought none."""
         return self._request.objectives
 
     @property
     def times(self) -> Times:
-        """When things happened to the request."""
+        """When each stage of the request was reached."""
         request = self._request
         return Times(request.arrived or 0.0, request.admitted, request.first_token, self._finished)
 
@@ -61,13 +61,13 @@ class Stream:
         return item
 
     def cancel(self) -> None:
-        """Stops the request's work before the next step; any time, any number of times."""
+        """Stops the request before the next step; may be called at any time, any number of times."""
         self._cancel(self._request)
 
     def give(self, item: Piece | DuoServeError | None, finished: float | None) -> bool:
-        """The service's thread gives the next piece, or the end of it; False if the event loop has been closed.
+        """Takes the next piece, an error, or None for the end, from the service's thread.
 
-        An error, and its causes, must come without tracebacks.
+        Gives False if the event loop has been closed. An error and its causes must come without tracebacks.
         """
         self._finished = finished
         try:

@@ -1,4 +1,4 @@
-"""The thread that runs a service's engine: between two steps it does what callers have asked for meanwhile."""
+"""The thread that runs a service's engine. Between two steps it does what callers have asked for meanwhile."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from duoserve.service.stream import Stream
 from duoserve.shared_errors import drop_tracebacks
 from duoserve.text.writer import Writer
 
-# Figures that take work to gather are at most this old while the engine is busy.
+# Figures that take work to gather are renewed no more often than this while the engine is busy.
 FIGURES_S = 0.25
 log = logging.getLogger("duoserve")
 
 
 @dataclass(frozen=True)
 class Task:
-    """Where a request's tokens go."""
+    """The writer of a request's text, and the stream that its caller reads."""
 
     writer: Writer
     stream: Stream
 
 
 class Worker:
-    """Runs ``runtime``'s engine on a thread of its own until ``stop``, and has let go of it then.
+    """Runs ``runtime``'s engine on a thread of its own until ``stop``, which lets go of the runtime.
 
-    Closing the runtime stops it first. All methods may be called by any thread.
+    Closing the runtime stops the worker first. All methods may be called by any thread.
     """
 
     def __init__(self, runtime: Runtime, settings: ServiceSettings) -> None:
@@ -68,7 +68,7 @@ class Worker:
         return self._state
 
     def submit(self, request: Request, task: Task) -> Future[None]:
-        """Adds a request; the future has the error if it was refused."""
+        """Adds a request; the future has the error if it is refused."""
         answer: Future[None] = Future()
         self._ask(lambda: self._add(request, task, answer))
         return answer
@@ -82,7 +82,7 @@ class Worker:
         self._ask(lambda: self._become(State.DRAINING))
 
     def end_all(self) -> Future[None]:
-        """Takes no more requests and ends those that there are with ClosedError."""
+        """Takes no more requests, and ends all present ones with ClosedError."""
         done: Future[None] = Future()
         self._ask(lambda: self._end_all(done))
         return done
@@ -94,11 +94,11 @@ class Worker:
             self._stopped = True
             self._wake.notify()
         self._thread.join()
-        self._open_runtime = None  # streams know the worker, and may be kept for longer than the model is open
+        self._open_runtime = None  # streams refer to the worker, and may be kept when the model is closed
 
     @property
     def _runtime(self) -> Runtime:
-        """The runtime, for the thread alone; ClosedError after ``stop``."""
+        """The runtime, which only the worker's thread may use; raises ClosedError after ``stop``."""
         if self._open_runtime is None:
             raise ClosedError("the service has been closed")
         return self._open_runtime
@@ -113,17 +113,17 @@ class Worker:
                 self._asked.append(command)
                 self._wake.notify()
                 return
-        command()  # the thread is gone: nobody touches the engine any more
+        command()  # the worker's thread has ended, so nothing else uses the engine
 
     def _run(self) -> None:
         try:
             self._runtime.meter.begin_request()
             while self._obey():
                 made = self._engine.step()
-                self._publish(fresh=False)  # who is told of a token may look at the figures at once
+                self._publish(fresh=False)  # before tokens are delivered: their callers may look at the figures at once
                 for produced in made:
                     self._deliver(produced)
-        except BaseException as error:  # whatever it is: nobody else would hear of it, and all would wait for ever
+        except BaseException as error:  # of any kind: otherwise all callers would wait for ever
             self._die(error)
         with self._wake:
             left, self._asked, self._gone = self._asked, deque(), True
@@ -131,14 +131,14 @@ class Worker:
             command()
 
     def _obey(self) -> bool:
-        """Does what was asked for, waiting while there is no work; False when it is time to stop."""
+        """Does what was asked for, and waits while there is no work; gives False when it is time to stop."""
         while True:
             self._settle()
             with self._wake:
                 while self._engine.idle and not self._asked and not self._stopped:
                     self._wake.wait()
                 stopped = self._stopped and not self._asked
-            for _ in range(len(self._asked)):  # what is behind an error is done when the thread ends
+            for _ in range(len(self._asked)):  # if one raises, those behind it are done when the thread ends
                 self._asked.popleft()()
             if stopped or not self._engine.idle:
                 return not stopped
@@ -191,7 +191,7 @@ class Worker:
             self._end(request, None, "abort")
 
     def _end(self, request: Request, last: Piece | DuoServeError | None, reason: FinishReason) -> None:
-        """The request has ended, or ends now; nothing happens if it had ended before."""
+        """Ends a request and its stream; does nothing if they have ended before."""
         task = self._tasks.pop(request, None)
         if task is None:
             return
@@ -220,7 +220,7 @@ class Worker:
 
     def _die(self, error: BaseException) -> None:
         log.critical("the service has died of an error", exc_info=error)
-        drop_tracebacks(error)  # once: those who have been told of it below may raise it again
+        drop_tracebacks(error)  # once, and before any caller is told: they may raise it again
         self._state = State.DEAD
         self._why = f"the service has died of an error: {type(error).__name__}: {error}"
         tasks, self._tasks = self._tasks, {}
@@ -256,13 +256,13 @@ class Worker:
 
 
 def _text(writer: Writer, request: Request, token: int) -> str:
-    """What became certain with ``token``; all that is left, if it is the last. DuoServeError of the tokenizer."""
+    """The text that became certain with ``token``, or all the rest if it is the last. Raises the tokenizer's errors."""
     text = writer.push(request, token)
     return text if request.finish_reason is None else text + writer.rest(request)
 
 
 def _answer(answer: Future[None], error: DuoServeError | None) -> None:
-    """Nobody may be waiting any more."""
+    """Sets the future's result or error, unless its caller has cancelled it."""
     if error is not None:
         drop_tracebacks(error)
     if answer.set_running_or_notify_cancel():

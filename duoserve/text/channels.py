@@ -1,4 +1,4 @@
-"""Answers in channels, as gpt-oss gives them: its thoughts first, then what is said. Source: OpenAI's harmony format.
+"""Answers in channels, as gpt-oss gives them: thoughts first, then what is said. Source: OpenAI's harmony format.
 
 ``<|start|>assistant<|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...``
 """
@@ -14,24 +14,25 @@ FINAL = "final"
 
 
 class Channels:
-    """Tells, token by token, which of an answer's are said: those in the channel "final".
+    """Tells, token by token, which tokens of an answer are said: those in the channel "final".
 
-    All of them, where the answer has no channels or the tokenizer knows none. ``said`` and ``in_header`` hold for what
-    comes next: whether it is said, and whether it only names who says what follows, and where.
+    All tokens are said if the answer has no channels, or if the tokenizer has no marks for them. ``said`` and
+    ``in_header`` are about the next token: whether it is said, and whether it belongs to a message's header, which
+    names the role and the channel.
     """
 
     def __init__(self, text: Text) -> None:
         self._text = text
         self._channel, self._message = text.special_id(CHANNEL), text.special_id(MESSAGE)
         self._ends = (text.special_id(END), text.special_id(START))
-        self._name: list[int] | None = None  # of the channel, as far as it is written; None before there is one
+        self._name: list[int] | None = None  # the channel's name so far, in tokens; None before the first header
         self.said = True
         self.in_header = False
 
     def push(self, token_ids: Iterable[int]) -> bool:
         """Whether the text that comes with ``token_ids`` is said, judged by the last of them.
 
-        A mark has no text: what comes with it is of what it ends.
+        A mark has no text of its own: text that comes with it belongs to the message that it ends.
         """
         said = self.said
         for token_id in token_ids:
@@ -50,7 +51,10 @@ class Channels:
 
 
 def said(text: Text, written: str, token_ids: Sequence[int]) -> str:
-    """What is said of a whole answer, ``written`` being the text of ``token_ids``: all behind the last that is not."""
+    """The part of an answer's text that is said: all behind the last token that is not.
+
+    ``written`` is the text of all ``token_ids``.
+    """
     channels = Channels(text)
     unsaid = max((place for place, token_id in enumerate(token_ids, 1) if not channels.push([token_id])), default=0)
     return written[len(text.decode(token_ids[:unsaid])) :]

@@ -1,7 +1,7 @@
-"""The process that renders chat templates. It imports nothing of duoserve, and whoever started it may kill it.
+"""The process that renders chat templates. It imports nothing of duoserve, and may be killed at any time.
 
-A template comes from a checkpoint, so it is a stranger's program: it runs in jinja2's sandbox, which keeps it from
-Python, and in this process, whose memory is bounded, so that it takes none of the service's.
+A template comes with a checkpoint, so it is an untrusted program: it runs in jinja2's sandbox, which keeps it from
+Python, and in this process, whose memory is bounded, so that it cannot use up the service's.
 
 Requests and answers are lines of JSON: ``{"template", "variables"}``, then ``{"text"}`` or ``{"error"}``.
 """
@@ -24,18 +24,18 @@ MAX_CHARACTERS = 1 << 20
 
 
 class GenerationMarks(Extension):
-    """``{% generation %}`` marks what an assistant has said; only training looks at the marks."""
+    """``{% generation %}`` marks what an assistant has said; only training uses the marks, so they are dropped."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """What stands between the marks."""
+        """The nodes between the marks."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """What templates find, as transformers has it for them."""
+    """The environment of templates, with the filters and functions that transformers gives them."""
     made = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationMarks, loopcontrols]
     )
@@ -51,22 +51,22 @@ def to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON for people: not escaped for HTML, as jinja2's own filter is."""
+    """JSON that is not escaped for HTML, unlike that of jinja2's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def raise_exception(message: str) -> None:
-    """How a template refuses messages."""
+    """Raises an error; templates call it to refuse messages."""
     raise TemplateError(message)
 
 
 def strftime_now(form: str) -> str:
-    """The date, which some templates tell the model."""
+    """The current date, which some templates put into the prompt."""
     return datetime.now().strftime(form)
 
 
 def answer(made: ImmutableSandboxedEnvironment, line: str) -> dict[str, str]:
-    """What one request comes to."""
+    """The answer to one request."""
     try:
         request = json.loads(line)
         pieces, length = [], 0
@@ -83,7 +83,7 @@ def answer(made: ImmutableSandboxedEnvironment, line: str) -> dict[str, str]:
 
 
 def main() -> None:
-    """Answers until nobody asks any more."""
+    """Answers requests until its input ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     made = environment()
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""From the messages of a conversation to a prompt, by the template that came with the checkpoint."""
+"""From the messages of a conversation to a prompt, by the checkpoint's template."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from duoserve.text import chat_sandbox
 from duoserve.text.tokenizer_config import TOKENIZER_CONFIG, read_tokenizer_config, special_tokens
 
 TEMPLATE_BYTES = 1 << 20
-SECONDS = 2.0  # real templates take a thousandth of it
-START_SECONDS = 8.0  # a fresh interpreter on a busy machine; less than a server waits for the prompt (`text_s`)
-LEAST_JINJA2 = (3, 1, 6)  # templates get out of the sandbox of those before it (CVE-2024-56326, CVE-2025-27516)
-# An isolated interpreter looks neither into a user's site nor PYTHONPATH, and where it looks may be another jinja2: it
-# gets the two packages that are in use here, and no other module of the folders that they are in.
+SECONDS = 2.0  # real templates take a thousandth of this
+START_SECONDS = 8.0  # for a fresh interpreter on a busy machine; less than a server waits for the prompt (`text_s`)
+LEAST_JINJA2 = (3, 1, 6)  # templates can escape the sandbox of older ones (CVE-2024-56326, CVE-2025-27516)
+# An isolated interpreter ignores the user's site and PYTHONPATH, and might find another jinja2. So it gets the two
+# packages that are in use here, and no other module of their folders.
 START = """
 import runpy, sys
 from importlib import machinery, util
@@ -40,10 +40,10 @@ runpy.run_path(script, run_name="__main__")
 
 
 class ChatTemplate:
-    """One checkpoint's template and its special tokens. Any thread may render; one at a time does.
+    """A checkpoint's template and its special tokens. Any thread may render, but only one does at a time.
 
-    The template runs in a process of its own (chat_sandbox.py), which is started when it is first needed and killed
-    when it takes more than ``SECONDS``. ``close`` ends it.
+    The template runs in a process of its own (chat_sandbox.py), which is started when it is first needed, and killed
+    if a template takes more than ``SECONDS``. ``close`` ends it.
     """
 
     def __init__(self, template: str, tokens: Mapping[str, str]) -> None:
@@ -55,19 +55,19 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
-        """One from ``chat_template.jinja``, else ``chat_template.json`` or ``tokenizer_config.json``; None without any.
+        """The template of ``chat_template.jinja``, else ``chat_template.json`` or ``tokenizer_config.json``, or None.
 
-        CheckpointError for one that is malformed. Of several named ones, the one called "default".
+        Of several templates with names, it is the one called "default". Raises CheckpointError if it is malformed.
         """
         config = read_tokenizer_config(folder)
         template = _template(folder, config)
         return None if template is None else cls(template, special_tokens(config))
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The prompt that ``messages`` make, each of them with "role" and "content".
+        """The prompt that ``messages`` make, each of which has "role" and "content".
 
-        RequestError where the template refuses them, or takes too much time or memory; a bare DuoServeError where its
-        process does not start, or jinja2 is older than LEAST_JINJA2.
+        Raises RequestError if the template refuses them, or takes too much time or memory, and a bare DuoServeError if
+        its process does not start, or if jinja2 is older than LEAST_JINJA2.
         """
         variables = self._special_tokens | {
             "messages": list(messages),
@@ -92,10 +92,10 @@ class ChatTemplate:
             self._kill()
 
     def _asked(self, line: str) -> dict[str, str]:
-        """The process's answer, which is waited for no longer than it may take."""
+        """The process's answer to ``line``; kills the process if it takes too long."""
         if self._closed:
             raise ClosedError("the chat template was used after close()")
-        if self._process is not None and self._process.poll() is not None:  # ended by somebody else
+        if self._process is not None and self._process.poll() is not None:  # something else has ended it
             self._kill()
         process = self._process or self._started()
         reply = self._reply(process, line, SECONDS)
@@ -104,7 +104,7 @@ class ChatTemplate:
         return reply
 
     def _started(self) -> subprocess.Popen[str]:
-        """A new process, once it has answered: its start is not the template's time."""
+        """A new process that has answered once, so that its start does not count as the template's time."""
         _check_jinja2(jinja2.__version__)
         folders = [str(Path(file).parents[1]) for file in (markupsafe.__file__, jinja2.__file__)]
         command = [sys.executable, "-I", "-c", START, chat_sandbox.__file__, *folders]
@@ -116,7 +116,7 @@ class ChatTemplate:
                 stderr=subprocess.DEVNULL,
                 text=True,
                 encoding="utf-8",
-                start_new_session=True,  # Ctrl-C is for this process: it closes the other
+                start_new_session=True,  # so that Ctrl-C reaches only this process, which closes the other
             )
         except OSError as error:
             raise DuoServeError(f"the process that renders chat templates cannot be started ({error})") from error
@@ -128,9 +128,9 @@ class ChatTemplate:
         return process
 
     def _reply(self, process: subprocess.Popen[str], line: str, seconds: float) -> dict[str, str] | None:
-        """The answer to ``line``; None if none came in time.
+        """The answer to ``line``; None if none comes in time.
 
-        Without one, be it for an interrupt, the process is killed: what it still said would answer the next ``line``.
+        Without an answer, also after an interrupt, the process is killed: a late answer would go to the next ``line``.
         """
         assert process.stdin is not None and process.stdout is not None
         reply: dict[str, str] | None = None
@@ -157,7 +157,7 @@ class ChatTemplate:
 
 
 def _check_jinja2(version: str) -> None:
-    """DuoServeError for one whose sandbox does not hold."""
+    """Raises DuoServeError if this version's sandbox is not safe."""
     if tuple(map(int, re.findall(r"\d+", version)[:3])) < LEAST_JINJA2:
         least = ".".join(map(str, LEAST_JINJA2))
         raise DuoServeError(

@@ -1,4 +1,4 @@
-"""From what callers give as a prompt, text or token ids, to token ids."""
+"""From a caller's prompt, which is text or token ids, to token ids."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Prompt = str | Sequence[int]
 
 
 def encode(text: Text | None, prompt: Prompt) -> list[int]:
-    """Token ids of ``prompt``, by the checkpoint's tokenizer if it has one.
+    """The token ids of ``prompt``, by the checkpoint's tokenizer if it is text.
 
-    RequestError for what is no prompt, for text that cannot be encoded, or for text without a tokenizer.
+    Raises RequestError for what is not a prompt, for text that cannot be encoded, and for text without a tokenizer.
     """
     if not isinstance(prompt, str):
         return as_token_ids(prompt)
@@ -27,7 +27,7 @@ def encode(text: Text | None, prompt: Prompt) -> list[int]:
 
 
 def is_one(prompt: Any) -> bool:
-    """Whether it is one prompt, and not a list of them; RequestError for what is neither."""
+    """Whether ``prompt`` is one prompt, and not a list of prompts; raises RequestError if it is neither."""
     if isinstance(prompt, (str, bytes)):
         return True
     try:
@@ -37,7 +37,7 @@ def is_one(prompt: Any) -> bool:
 
 
 def as_token_ids(prompt: Any) -> list[int]:
-    """Integers of any kind, numpy's and torch's too. Bytes are a sequence of these, but not of tokens."""
+    """A list of integers, which may be numpy's or torch's. Bytes are refused, though they are sequences of integers."""
     if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
         raise _no_prompt(prompt)
     try:
@@ -47,7 +47,7 @@ def as_token_ids(prompt: Any) -> list[int]:
 
 
 def _is_integer(value: Any) -> bool:
-    """A scalar: a tensor of one element would pass for an index too."""
+    """Whether ``value`` is an integer and a scalar: a tensor of one element could be used as an index too."""
     return isinstance(value, Integral) or getattr(value, "ndim", 1) == 0
 
 

@@ -1,4 +1,4 @@
-"""Text in, token ids out, and back again: whole, or a token at a time as they are generated."""
+"""From text to token ids and back, whole or a token at a time as they are generated."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from duoserve.text.tokenizer_config import TOKENIZER_CONFIG, read_tokenizer_conf
 TOKENIZER = "tokenizer.json"
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 WORD = "a"  # an entry that every decoder takes for a word
-LOOKED_BACK = 64  # tokens, for one that has text: special ones have none
+LOOKED_BACK = 64  # so many tokens are searched for the last that has text, which special tokens do not have
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """How a byte-level vocabulary writes each byte: printable Latin-1 as it is, the others from U+0100 on."""
+    """Character -> byte, as byte-level vocabularies write it: printable Latin-1 as it is, the others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (byte for byte in range(256) if byte not in printable)
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
@@ -34,13 +34,13 @@ BYTE_OF = _byte_alphabet()
 
 
 class Text:
-    """A checkpoint's tokenizer. ``decode`` gives to the character what :class:`IncrementalDecoder` streams.
+    """A checkpoint's tokenizer. ``decode`` gives exactly the text that :class:`IncrementalDecoder` streams.
 
     ``join`` turns vocabulary entries into text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        tokenizer.no_truncation()  # a tokenizer.json may carry either, left over from training
+        tokenizer.no_truncation()  # a tokenizer.json may still have truncation or padding from training
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
@@ -48,14 +48,14 @@ class Text:
         decoder = tokenizer.decoder
         kinds = set() if decoder is None else _decoder_kinds(json.loads(decoder.__getstate__()))
         self.byte_level = "ByteLevel" in kinds  # every token is a run of bytes
-        self._byte_fallback = "ByteFallback" in kinds  # a token such as <0xE2> is one byte
+        self._byte_fallback = "ByteFallback" in kinds  # tokens such as <0xE2> are one byte
         self.join: Callable[[list[str]], str] = " ".join if decoder is None else decoder.decode
 
     @classmethod
     def load(cls, folder: Path) -> Text | None:
-        """The tokenizer in ``folder/tokenizer.json``, None where there is none, CheckpointError for a broken one.
+        """The tokenizer in ``folder/tokenizer.json``, None if there is none; raises CheckpointError if it is broken.
 
-        Where that adds no special tokens, those are added that ``tokenizer_config.json`` says.
+        If it adds no special tokens by itself, those that ``tokenizer_config.json`` names are added.
         """
         path = folder / TOKENIZER
         if not is_there(path):
@@ -65,17 +65,18 @@ class Text:
             return cls(_completed(Tokenizer.from_file(str(path)), config))
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Token ids of ``text`` and, if wanted, of the special tokens that the post-processor adds; else RequestError.
+        """The token ids of ``text``, with the special tokens that the post-processor adds if ``add_special``.
 
-        Special tokens that are written in the text become what they say either way.
+        Special tokens that are written in the text are encoded as such in any case. Raises RequestError for text that
+        cannot be encoded.
         """
         with _guarded(RequestError, "the tokenizer cannot encode this text"):
-            # As a batch of one: only then are other threads let run meanwhile, which a long text would hold up.
+            # Encoded as a batch of one, which releases the GIL: else a long text would hold up all other threads.
             [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=add_special)
             return list(encoding.ids)
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of ``token_ids``; special tokens, and ids that the tokenizer does not know, leave nothing."""
+        """The text of ``token_ids``; special tokens, and ids that the tokenizer does not know, have none."""
         decoder = IncrementalDecoder(self)
         return "".join([decoder.push(token_id) for token_id in token_ids] + [decoder.flush()])
 
@@ -85,34 +86,34 @@ class Text:
             return None if token_id in self._special else self._tokenizer.id_to_token(token_id)
 
     def special_id(self, token: str) -> int | None:
-        """The id of a special token, None where there is none of that name."""
+        """The id of a special token, None if there is none of that name."""
         token_id = self._tokenizer.token_to_id(token)
         return token_id if token_id in self._special else None
 
     def token_bytes(self, token: str) -> bytes | None:
-        """The bytes that ``token`` stands for, None where it stands for characters."""
+        """The bytes that ``token`` stands for, None if it stands for characters."""
         if self.byte_level:
-            known = all(char in BYTE_OF for char in token)  # else an added token, written as it is
+            known = all(char in BYTE_OF for char in token)  # else it is an added token, which is plain text
             return bytes(BYTE_OF[char] for char in token) if known else token.encode()
         match = BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
         return bytes([int(match[1], 16)]) if match else None
 
 
 class IncrementalDecoder:
-    """The text of a growing token sequence, in pieces that are final when they are given; constant work a token.
+    """The text of a growing token sequence, in pieces that are final when they are given; each token costs the same.
 
-    A character that is spread over tokens is held back until it is whole. Bytes that are no UTF-8 become U+FFFD, one
-    for each maximal invalid part; ``tokenizers`` agrees for byte-level vocabularies, but gives up a whole run of byte
-    tokens such as ``<0xE2>`` when any of it is invalid, which a stream cannot know in advance.
+    A character that is spread over tokens is held back until it is whole. Bytes that are not UTF-8 become U+FFFD, one
+    for each maximal invalid part. ``tokenizers`` does the same for byte-level vocabularies, but replaces a whole run of
+    byte tokens such as ``<0xE2>`` if any of it is invalid, which a stream cannot know in advance.
 
-    ``behind`` are token ids whose text this one goes on from, and keeps the space of its first word for; behind none
-    that have text it begins anew, as ``Text.decode`` does.
+    The text goes on from that of the token ids ``behind``, and so keeps the space before its first word. If none of
+    them has text, it begins anew, as in ``Text.decode``.
     """
 
     def __init__(self, text: Text, behind: Sequence[int] = ()) -> None:
         self._text = text
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        # The last written token, if any: spaces at a token's start depend on there being one.
+        # The last token with text, if any: whether a token keeps the space at its start depends on there being one.
         self._before = _last_written(text, behind)
 
     def push(self, token_id: int) -> str:
@@ -124,7 +125,7 @@ class IncrementalDecoder:
         return self.flush() + self._write(token) if data is None else self._write(self._utf8.decode(data))
 
     def flush(self) -> str:
-        """What was held back: U+FFFD for a character that never became whole."""
+        """The rest that was held back: U+FFFD for a character that never became whole."""
         return self._write(self._utf8.decode(b"", True))
 
     def _write(self, token: str) -> str:
@@ -136,7 +137,7 @@ class IncrementalDecoder:
 
 
 class StopStrings:
-    """Cuts text at the stop string that is completed first, wherever the pieces of the text are cut.
+    """Cuts text at the stop string that is completed first, even if that spans several pieces of the text.
 
     ``found`` is that string, None until then. Text that may turn out to begin a stop string is held back.
     """
@@ -147,7 +148,7 @@ class StopStrings:
         self.found: str | None = None
 
     def push(self, piece: str) -> str:
-        """The text that is certain to precede every stop string; nothing after one was found."""
+        """The text that is certain to precede any stop string; nothing once one has been found."""
         if self.found is not None:
             return ""
         text = self._held + piece
@@ -161,15 +162,16 @@ class StopStrings:
         return text[:cut]
 
     def flush(self) -> str:
-        """What was held back, once no text will follow."""
+        """The text that was held back, for when no more follows."""
         held, self._held = self._held, ""
         return held
 
 
 def _completed(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
-    """The same with the tokens at both ends that ``config`` says, if it has none of its own there; else ValueError.
+    """The tokenizer, which adds the tokens that ``config`` names at both ends of a text, if it adds none by itself.
 
-    DeepSeek's need it. What transformers 4 made of these flags, its version 5 leaves out beside a tokenizer.json.
+    DeepSeek's tokenizers need it. Transformers 4 applied these flags too; version 5 does not if there is a
+    tokenizer.json. Raises ValueError for a token that the tokenizer does not have.
     """
     tokens = special_tokens(config)
     bos, eos = ([tokens[n]] if config.get(f"add_{n}") and n in tokens else [] for n in ("bos_token", "eos_token"))
@@ -184,7 +186,7 @@ def _completed(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
 
 
 def _last_written(text: Text, token_ids: Sequence[int]) -> list[str]:
-    """The last of ``token_ids`` that has text, alone; ``WORD`` for one that may be only a part of a character."""
+    """A list of the last of ``token_ids`` that has text; ``WORD`` stands for one that may be a part of a character."""
     token = next(filter(None, map(text.token, reversed(token_ids[-LOOKED_BACK:]))), None)
     if token is None:
         return []
@@ -192,7 +194,7 @@ def _last_written(text: Text, token_ids: Sequence[int]) -> list[str]:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of ``text`` with which ``stop`` begins."""
+    """The length of the longest end of ``text`` that is a beginning of ``stop``."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
@@ -205,7 +207,7 @@ def _decoder_kinds(decoder: dict[str, Any]) -> set[str]:
 
 @contextmanager
 def _guarded(error: type[DuoServeError], message: str) -> Iterator[None]:
-    """Turns whatever the tokenizer raises into ``error``; a panic in its Rust code is a bare BaseException."""
+    """Turns anything that the tokenizer raises into ``error``; a panic in its Rust code is a bare BaseException."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):

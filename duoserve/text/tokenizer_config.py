@@ -1,4 +1,4 @@
-"""tokenizer_config.json: what a checkpoint says of its tokenizer beside ``tokenizer.json``."""
+"""Reads tokenizer_config.json, which describes a checkpoint's tokenizer beside ``tokenizer.json``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """What is in the file, nothing where there is none; CheckpointError for one that is malformed."""
+    """The file's object, empty if there is no file; raises CheckpointError if it is malformed."""
     path = folder / TOKENIZER_CONFIG
     return read_object(path, MAX_BYTES) if is_there(path) else {}
 
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens that have a name of their own; each stands as text or as an object that has it."""
+    """Name -> text of the special tokens that have a name; the file has each as text or as an object with the text."""
     found = {}
     for name in SPECIAL_TOKENS:
         token = config.get(name)

@@ -1,4 +1,4 @@
-"""From one request's tokens to its text."""
+"""Turns one request's tokens into its text."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from duoserve.text.tokenizer import IncrementalDecoder, StopStrings, Text
 class Writer:
     """Turns one request's tokens into text and ends the request at a stop string.
 
-    If its last permitted token completes one, the reason is "stop" all the same. Stop strings are not looked for in a
-    channel's header (see channels.py), nor across one. ``behind`` are tokens that the text continues: it then keeps the
-    space before its first word.
+    If the last permitted token completes one, the reason is "stop" all the same. Stop strings are not looked for in a
+    channel's header (see channels.py), nor across one. The text goes on from that of the tokens ``behind``, and then
+    keeps the space before its first word.
     """
 
     def __init__(self, text: Text | None, stop: Sequence[str], behind: Sequence[int] = ()) -> None:
@@ -27,7 +27,7 @@ class Writer:
             raise RequestError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
 
     def push(self, request: Request, token: int) -> str:
-        """The text that became certain with ``token``; an end token has none, whatever its entry in the vocabulary."""
+        """The text that became certain with ``token``; an end token has none, whatever the vocabulary says."""
         if self._decoder is None or self._channels is None or request.finish_reason == "stop":
             return ""
         piece, in_header = self._decoder.push(token), self._channels.in_header
@@ -38,7 +38,7 @@ class Writer:
         return self._write(request, certain + self._stop.flush() if self._channels.in_header else certain)
 
     def rest(self, request: Request) -> str:
-        """What was held back, once no token will follow."""
+        """The text that was held back, for when no token follows."""
         if self._decoder is None or self._stop.found:
             return ""
         certain = self._stop.push(self._decoder.flush())
