@@ -1,4 +1,4 @@
-"""Decode steps on a CPU that PyTorch's compiler has made: all that lies between two layers' experts is one call.
+"""Decode steps on a CPU that PyTorch's compiler has made: all that lies between the experts of two layers is one call.
 
 B sequences, V vocabulary.
 """
@@ -24,22 +24,22 @@ from duoserve.models.parts import PartEnd, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
 from duoserve.passes import DecodeStep
 
-# Sequences of the steps that are compiled: few sizes, for each takes seconds to compile, and to compute four rows of a
-# product takes as long as to compute two, as its time is that of its weights.
+# The numbers of sequences that steps are compiled for. They are few, as each takes seconds to compile, and a product of
+# four rows takes as long as one of two: reading the weights determines the time.
 SIZES = (1, 4, 16)
-# Pages of a short context, 4096 tokens. Attention of one sequence is loops over its pages, and how their sums are made
-# must not depend on how many there are.
+# Pages of a short context: 4096 tokens. Attention of one sequence is loops over its pages, and how their sums are made
+# must not depend on the number of pages.
 SHORT = 64
 _BY_OPS = "such steps run op by op, more slowly, and round other numbers"
 
 
 def compiled_decoder(model: Transformer, cache: PagedKVCache) -> RecordedDecoder:
-    """Decodes in compiled steps of SIZES, the last sequences padding; the model itself computes those of more.
+    """Decodes in compiled steps of SIZES, filled up with padding; the model itself computes larger steps.
 
-    A step's bits are not quite the model's, since sums are made in another order; they are the same under every policy.
-    The step of one sequence is compiled here, others when a service prepares for them or when they first occur, so that
-    who generates alone does not wait for them. They are not put off any longer, or bits would depend on how often there
-    was such a step.
+    A step's bits are not quite the model's, as sums are made in another order; they are the same under every policy.
+    The step of one sequence is compiled here. Others are compiled when a service prepares for them, or when they first
+    occur, so that a single request does not wait for them. They are not put off further, or bits would depend on how
+    many such steps there have been.
     """
     steps = compiled_steps(model, cache, CpuCompiler(taped=True))
     decoder = RecordedDecoder(model, cache, steps, record_after=0, shapes=PaddedShapes(SIZES, cache.num_pages))
@@ -49,7 +49,7 @@ def compiled_decoder(model: Transformer, cache: PagedKVCache) -> RecordedDecoder
 
 @dataclass(frozen=True)
 class PaddedShapes(Shapes):
-    """The least of ``sizes`` (ascending) that the sequences fit in, and page tables as wide as they can get.
+    """Shapes padded to the least of ``sizes`` (ascending) that holds the sequences, with the widest page table.
 
     A short context of one sequence has a step of its own.
     """
@@ -58,21 +58,21 @@ class PaddedShapes(Shapes):
     width: int
 
     def of(self, new_tokens: NewTokens) -> Shape:
-        """As in Shapes; of all steps that fit in none the same."""
+        """As in Shapes; all steps that are larger than any size have the same shape."""
         size = next((size for size in self.sizes if size >= len(new_tokens.spans)), self.sizes[-1] + 1)
         is_short = size == 1 and pages_for(new_tokens.lengths[0]) <= SHORT
         return size, min(self.width, SHORT) if is_short else self.width
 
     def up_to(self, num_sequences: int) -> Iterable[Shape]:
-        """As in Shapes, but for the long context of one sequence: a step of its own, that few need."""
+        """As in Shapes, without the step for a long context of one sequence, which few need."""
         smaller = [size for size in self.sizes if size < num_sequences]
         return [(size, min(self.width, SHORT) if size == 1 else self.width) for size in self.sizes[: len(smaller) + 1]]
 
 
 def compiled_steps(model: Transformer, cache: PagedKVCache, compiler: CpuCompiler) -> MakeStep:
-    """Makes the compiled steps of ``model``, which share the memory of their routed rows.
+    """A maker of compiled steps for ``model``, which share the memory of their routed rows.
 
-    None, with a warning, for one that cannot be compiled when it is wanted: requests go on op by op.
+    It warns and gives None if a step cannot be compiled when it is wanted: requests then go on op by op.
     """
     experts = CompiledExperts(compiler, model, SIZES[-1])
 
@@ -90,14 +90,14 @@ def compiled_steps(model: Transformer, cache: PagedKVCache, compiler: CpuCompile
 
 
 def _widths(num_sequences: int, widest: int) -> range:
-    """The widths of page tables that such a step reads: of one sequence as few pages as it has, two at least."""
+    """The widths of page tables that a step reads. One sequence has as many pages as it needs, at least two."""
     if num_sequences > 1 or widest < 2:
         return range(widest, widest + 1)
     return range(2 if widest <= SHORT else SHORT + 1, widest + 1)
 
 
 class _Layer(NamedTuple):
-    """A compiled part, the ``end`` that it comes to, and who is told of it."""
+    """A compiled part, the ``end`` that it comes to, and its routers' choice, for listeners."""
 
     part: CompiledRecording[PartEnd | Tensor]
     end: PartEnd
@@ -136,7 +136,7 @@ class CompiledStep(DecodeStep):
         return self._logits_BV[:num_sequences]
 
     def _compute(self, layer: _Layer, num_sequences: int) -> None:
-        """The chosen experts of a layer: what is missing is asked for before anybody hears of the choice."""
+        """Computes the chosen experts of a layer. Missing experts are asked for before listeners hear of the choice."""
         chosen = Chosen(layer.chosen.ids_NBK[0, :num_sequences].tolist())
         with layer.end.block.acquire(chosen.num_rows) as lease:
             if layer.chosen.report(num_sequences):

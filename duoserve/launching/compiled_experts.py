@@ -1,4 +1,4 @@
-"""The chosen experts of a compiled decode step: few rows of one are a compiled call, many are the model's own ops.
+"""The chosen experts of a compiled decode step: compiled calls for experts of few rows, the model's ops for others.
 
 B sequences, K top-k, H hidden, I expert intermediate, R = B * K routed rows, J of them of one expert.
 """
@@ -23,7 +23,7 @@ from duoserve.scheduling.source import ReadyExpert
 
 
 class StepRows(NamedTuple):
-    """Where a step's routed rows lie: what an expert takes, the model's ops keep in between, and an expert gives."""
+    """The memory of a step's routed rows: the inputs of experts, what ops keep in between, and the outputs."""
 
     x_BH: Tensor
     act_RI: Tensor
@@ -35,12 +35,12 @@ class StepRows(NamedTuple):
         return StepRows(self.x_BH[:num_sequences], self.act_RI[:num_rows], self.y_RH[:num_rows])
 
     def holding(self, end: PartEnd) -> PartEnd:
-        """The same end with its rows here, as part of what is recorded."""
+        """The same end with its rows copied to this memory, as part of what is recorded."""
         self.x_BH.copy_(end.routed.x_TH)
         return end._replace(routed=self.in_place_of(end.routed))
 
     def in_place_of(self, routed: Routed) -> Routed:
-        """The same choice with these rows."""
+        """The same choice with its rows in this memory."""
         return routed._replace(x_TH=self.x_BH, act_RI=self.act_RI, y_RH=self.y_RH)
 
 
@@ -49,13 +49,13 @@ class Chosen:
 
     def __init__(self, ids_BK: list[list[int]]) -> None:
         self._ids_BK = ids_BK
-        self.places: dict[int, list[int]] = {}  # by expert: its rows ``b * K + j``, ascending
+        self.places: dict[int, list[int]] = {}  # expert -> its rows ``b * K + j``, ascending
         for place, expert in enumerate(expert for ids_K in ids_BK for expert in ids_K):
             self.places.setdefault(expert, []).append(place)
 
     @property
     def num_rows(self) -> dict[int, int]:
-        """How many rows each expert has that has any."""
+        """The number of rows of each expert that has any."""
         return {expert: len(places) for expert, places in self.places.items()}
 
     @property
@@ -65,7 +65,7 @@ class Chosen:
 
     @cached_property
     def plan(self) -> RoutePlan:
-        """The same for the model's ops."""
+        """The choice as a plan for the model's ops."""
         no_slots_E = torch.full((1 + max(self.places),), -1, dtype=torch.int32, device="cpu")
         return route_plan(torch.tensor(self._ids_BK, device="cpu"), no_slots_E)
 
@@ -73,7 +73,7 @@ class Chosen:
 class CompiledExperts:
     """Computes the experts of steps of up to ``num_sequences`` sequences, whose ``rows`` all layers share.
 
-    So one compiled call serves the layers of every step. An expert of many rows takes several.
+    So one compiled call serves all layers and steps. An expert of many rows takes several calls.
     """
 
     def __init__(self, compiler: CpuCompiler, model: Transformer, num_sequences: int) -> None:
@@ -84,18 +84,18 @@ class CompiledExperts:
         self.rows = StepRows(
             x_VH.new_zeros(num_sequences, hidden),
             x_VH.new_zeros(num_rows, block.weights.w2.inner),
-            x_VH.new_zeros(num_rows + 1, hidden),  # the last one is what padding of calls is written to
+            x_VH.new_zeros(num_rows + 1, hidden),  # the last row is spare: the padding of calls is written there
         )
         self._sizes = call_rows(block.weights) if block.clamped is None else NO_CALLS
         self._calls: dict[int, _Call] = {}
 
     def prepare(self, num_sequences: int) -> None:
-        """Makes the calls that steps of so many sequences need, for an expert may be chosen by all of them."""
+        """Makes the calls for steps of ``num_sequences`` sequences, all of which may choose the same expert."""
         for num_rows in range(1, min(num_sequences, self._sizes.most) + 1):
             self._call(num_rows)
 
     def compute(self, end: PartEnd, chosen: Chosen, ready: Iterable[ReadyExpert]) -> None:
-        """The experts that are ``ready``, of a choice that ``rows`` hold."""
+        """Computes the experts that are ``ready``; ``rows`` must hold the step's choice."""
         by_ops = []
         for expert, slot in ready:
             places = chosen.places[expert]
@@ -113,20 +113,23 @@ class CompiledExperts:
             places = places[call.num_rows :]
 
     def _call(self, num_rows: int) -> _Call:
-        """The call for an expert that has ``num_rows`` rows left."""
+        """The next call for an expert that has ``num_rows`` rows left."""
         size = self._sizes.next_call(num_rows)
         if size not in self._calls:
             self._calls[size] = _Call(self._compiler, self._block, self.rows, size)
         return self._calls[size]
 
     def _real(self, routed: Routed, chosen: Chosen) -> Routed:
-        """The choice without padding."""
+        """The choice ``routed`` without its padding."""
         rows = self.rows.first(chosen.num_sequences, self._block.top_k)
         return rows.in_place_of(routed)._replace(plan=chosen.plan)
 
 
 class _Call:
-    """A compiled expert of J rows, in any slot; of fewer, others repeat the last and are written behind all rows."""
+    """A compiled call for J rows of one expert, in any slot.
+
+    With fewer rows the last is repeated, and the copies' results go to a spare row.
+    """
 
     def __init__(self, compiler: CpuCompiler, block: MoEBlock, rows: StepRows, num_rows: int) -> None:
         self.num_rows, self._top_k, self._nowhere = num_rows, block.top_k, len(rows.y_RH) - 1

@@ -1,4 +1,4 @@
-"""Prompts on a CPU whose small ops PyTorch's compiler has made. T tokens, H hidden."""
+"""Prompts on a CPU with small ops that PyTorch's compiler has made. T tokens, H hidden."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from duoserve.models.variants import with_ops
 def compiled_prompts(model: Transformer, cache: PagedKVCache) -> Transformer:
     """The same model with compiled ops between its products, for passes over more than one token.
 
-    All of them are compiled here, so that no prompt waits for it. The bits are not quite the model's, since what it
-    rounds in between is not; they are the same under every policy.
+    All ops are compiled here, so that no prompt waits for it. Bits differ slightly from the model's, which rounds in
+    between; they are the same under every policy.
     """
     compiled = with_ops(model, compiled_ops())
     _compile_all(compiled, cache)
@@ -24,7 +24,7 @@ def compiled_prompts(model: Transformer, cache: PagedKVCache) -> Transformer:
 
 @torch.inference_mode()
 def _compile_all(model: Transformer, cache: PagedKVCache) -> None:
-    """Two tokens go through everything but the chosen experts, in whose place is what the memory holds."""
+    """Passes two tokens through everything but the chosen experts, whose outputs are left uninitialized."""
     kv = SequenceKV()
     cache.reserve(kv, 2)
     batch = cache.batch(cache.extend([(kv, [0, 0])]))

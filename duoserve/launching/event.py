@@ -29,10 +29,10 @@ from duoserve.scheduling.source import ReadyExpert
 
 
 def event_steps(model: Transformer, cache: PagedKVCache, recorder: Recorder) -> MakeStep:
-    """A maker of recorded steps for ``model``. It makes none (gives None) for more than MAX_SEQUENCES sequences.
+    """A maker of recorded steps for ``model``. It gives None for more than MAX_SEQUENCES sequences.
 
-    The memory plan counts no more than those. Nor could more than LOGIT_ROWS be recorded: the model itself brings their
-    logits to the host.
+    The memory plan counts no more. Nor could more than LOGIT_ROWS be recorded, as the model then brings logits to the
+    host block by block.
     """
 
     def make(num_sequences: int, table_width: int) -> EventStep | None:
@@ -44,7 +44,7 @@ def event_steps(model: Transformer, cache: PagedKVCache, recorder: Recorder) -> 
 
 
 class _Layer(NamedTuple):
-    """A recorded part that comes to ``end``, and the recorded experts of whatever is in the feed."""
+    """A recorded part that comes to ``end``, and the recorded computation of the experts in the feed."""
 
     end: PartEnd
     part: Recording[PartEnd | Tensor]
@@ -69,7 +69,7 @@ class EventStep(DecodeStep):
             self._layers.append(_Layer(end, part, experts))
             part = self._recorded(partial(next_part, end))
         self._last = part
-        recorder.wait()  # the host may write what all that has read
+        recorder.wait()  # from now on the host may write to the memory that has been read
 
     def __call__(self, new_tokens: NewTokens) -> Tensor:
         """The float32 logits [B, V] on the host, which the next call overwrites."""
@@ -83,7 +83,7 @@ class EventStep(DecodeStep):
         return self._logits_BV
 
     def _compute(self, layer: _Layer) -> None:
-        """The chosen experts of a layer, the resident ones at once, the others behind their copies."""
+        """Computes the chosen experts of a layer, those that are resident at once, the others after their copies."""
         self._feed.rewind()
         block = layer.end.block
         chosen = self._chosen[block.layer]
@@ -101,13 +101,13 @@ class EventStep(DecodeStep):
         layer.experts.replay()
 
     def _recorded(self, work: Callable[[], PartEnd | Tensor]) -> Recording[PartEnd | Tensor]:
-        """A part, replayed with tokens of nobody: the next one is recorded by running it on what this one chose."""
+        """Records a part and replays it, on padding: recording the next part runs it on this one's choice."""
         part = self._recorder.record(lambda: self._with_outputs(work()))
         part.replay()
         return part
 
     def _with_outputs(self, end: PartEnd | Tensor) -> PartEnd | Tensor:
-        """Lets the host know, as part of what is recorded, what a part has come to."""
+        """Adds the copy of a part's choice or logits to the host to what is recorded."""
         if isinstance(end, PartEnd):
             self._chosen[end.block.layer].bring([end.routed])
         else:

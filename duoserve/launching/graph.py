@@ -1,9 +1,8 @@
 """Decode steps that are one recording each, which the device carries out without the host.
 
-The device knows which slots the experts are in, and a kernel brings those that are missing from the host's RAM into
-slots that are kept free for them ("read-through"). The host learns afterwards what the routers chose. Before it
-launches the next step, it sets slots aside for that step's misses, and copies experts ahead that the step is likely to
-want.
+The device has the table of slots, and a kernel brings missing experts from the host's RAM into slots that are kept free
+for them ("read-through"). The host learns afterwards what the routers chose. Before it launches the next step, it sets
+slots aside for that step's misses, and copies experts ahead that the step is likely to want.
 
 B sequences, K top-k, E experts, L layers of the model, N of them that have experts, V vocabulary.
 """
@@ -35,8 +34,7 @@ def graph_steps(
 ) -> MakeStep:
     """A maker of recorded steps for ``model``, whose experts all lie in RAM that the device reads: see ``host_rows``.
 
-    It makes none (gives None) for more than MAX_SEQUENCES sequences, or where a layer may miss more experts than there
-    are slots.
+    It gives None for more than MAX_SEQUENCES sequences, or if a layer may miss more experts than there are slots.
     """
     rows = {block.layer: host_rows(block, store, recorder.device) for block in moe_blocks(model)}
 
@@ -50,15 +48,15 @@ def graph_steps(
 
 
 def host_rows(block: MoEBlock, store: ExpertStore, device: torch.device) -> HostRows:
-    """Where each expert of a layer lies in RAM; KernelError if ``device`` cannot read there."""
+    """The rows of a layer's experts in RAM; raises KernelError if ``device`` cannot read there."""
     experts = (ExpertId(block.layer, expert) for expert in range(block.num_experts))
     return HostRows.of([store.host_row(expert) for expert in experts], device)
 
 
 class GraphStep(DecodeStep):
-    """A recorded decode step for batches of one size with one width of page table. ``books`` say who is in which slot.
+    """A recorded decode step for batches of one size with one width of page table.
 
-    ``rows`` has the host's rows by layer.
+    ``books`` says which expert is in which slot; ``rows`` has the host's rows by layer.
     """
 
     def __init__(  # noqa: PLR0913
@@ -77,7 +75,7 @@ class GraphStep(DecodeStep):
         self._inputs = inputs
         self._rows = rows
         self._books = books
-        # The slots of the experts, and those that the misses of a layer fill: one copy brings both.
+        # The slots of the experts, and those that the misses of a layer fill, in one tensor: one copy brings both.
         self._host_2LE = recorder.host((2, *books.slots_LE.shape), torch.int32)
         self._host_2LE.fill_(-1)
         self._tables_2LE = self._host_2LE.to(recorder.device, copy=True)
@@ -96,7 +94,7 @@ class GraphStep(DecodeStep):
         try:
             self._recording.replay()
             self._books.catch_up()
-        finally:  # whatever cut it short: the device fills slots that the books call EMPTY, and reads the host's rows
+        finally:  # also on an error: the device is filling slots that the books call EMPTY, and reads the host's rows
             self._recorder.wait()
         self._books.took(self._chosen.ids_NBK.numpy())
         if self._chosen.report():

@@ -1,4 +1,4 @@
-"""What a recorded decode step gets from the host: its tokens, and which experts to compute from which slots.
+"""The inputs of a recorded decode step from the host: its tokens, and which experts to compute from which slots.
 
 B sequences, M pages of the page table, E experts, W = E entries of a work list.
 """
@@ -19,7 +19,7 @@ from duoserve.models.batch import Batch
 class DecodeInputs:
     """The tokens of a recorded step of B sequences whose page table is M wide.
 
-    Before the first ``load`` its rows belong to no sequence: they are stored nowhere.
+    Before the first ``load`` all rows are padding, which is stored nowhere.
     """
 
     def __init__(self, recorder: Recorder, cache: PagedKVCache, num_sequences: int, table_width: int) -> None:
@@ -37,7 +37,7 @@ class DecodeInputs:
     def load(self, new_tokens: NewTokens) -> None:
         """Writes ``new_tokens`` for the next replay; the one before must have ended.
 
-        Where these have fewer than B sequences, the others are padding: a token that is stored nowhere and attends to
+        If these have fewer than B sequences, the others are padding: a token that is stored nowhere and attends to
         nothing.
         """
         padding = self.shape[0] - len(new_tokens.spans)
@@ -55,11 +55,11 @@ class DecodeInputs:
         host_N = self._host_N.numpy()
         host_N[: sum(self._sizes[:4])] = list(chain.from_iterable(numbers))
         table_BM = host_N[sum(self._sizes[:4]) :].reshape(self.shape)
-        for pages_M, pages in zip(table_BM, new_tokens.page_table, strict=False):  # what is behind them is not read
-            pages_M[: len(pages)] = pages[: self.shape[1]]  # a sequence may have pages that it has not come to
+        for pages_M, pages in zip(table_BM, new_tokens.page_table, strict=False):  # entries behind pages are not read
+            pages_M[: len(pages)] = pages[: self.shape[1]]  # a sequence may have more pages than it uses yet
 
     def batch(self, num_pages: int | None = None) -> Batch:
-        """While the step is recorded, adds the copy of the tokens to the device; gives their batch, as for ``kv``."""
+        """Records the copy of the tokens to the device and gives their batch; ``num_pages`` as in ``kv``."""
         self._recorder.copy(self._device_N, self._host_N)
         token_ids_B, positions_B, _, lengths_B, table = torch.split_with_sizes(self._device_N, self._sizes)
         self._table_BM.copy_(table.view(self.shape))
@@ -67,7 +67,7 @@ class DecodeInputs:
         return Batch(token_ids_B, positions_B, tuple((b, b + 1) for b in range(self.shape[0])), self.kv(num_pages))
 
     def kv(self, num_pages: int | None = None) -> BatchKV:
-        """Where the batch reads and writes keys and values; contexts have up to ``num_pages`` pages (None: M)."""
+        """The KV store of the batch; contexts have up to ``num_pages`` pages (None: M)."""
         _, _, rows_B, _, _ = torch.split_with_sizes(self._device_N, self._sizes)
         return BatchKV(self._cache, rows_B, self._table_BM[:, :num_pages], self._lengths_B)
 
@@ -88,7 +88,7 @@ class WorkFeed:
         self.work = DeviceWork(*torch.split_with_sizes(self._device_W, [num_experts, num_experts, 1]))
 
     def rewind(self) -> None:
-        """All lists have arrived: their memory on the host may be written again."""
+        """To be called when all lists have arrived: their memory on the host is then used again."""
         self._next = 0
 
     def load(self, pairs: Iterable[tuple[int, int]]) -> None:

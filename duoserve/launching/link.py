@@ -1,4 +1,4 @@
-"""How fast the link to a device is: by copies, and when a kernel reads the host's memory by itself."""
+"""Measures the link to a device, both for copies and for a kernel that reads the host's memory."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from duoserve.experts.slots import SlotPool
 from duoserve.kernels import HostRows, HostWork
 
 ROUNDS = 3
-MAX_ROWS = 16  # enough of the smallest experts there are for a copy rate within a few percent
+MAX_ROWS = 16  # enough to find the rate of copies within a few percent, even with the smallest experts there are
 
 
 class LinkRates(NamedTuple):
-    """Bytes per second of experts that copies bring, and of experts that a kernel reads."""
+    """Bytes per second of experts that are copied, and of experts that a kernel reads."""
 
     copy: float
     zero_copy: float
 
 
 def link_rates(source: HostRows, pool: SlotPool, seconds: Callable[[Callable[[], None]], float]) -> LinkRates:
-    """Brings the same rows both ways into the first slots, whose bytes are lost; ``seconds`` times a run."""
+    """Brings the same rows into the first slots in both ways; the slots' bytes are lost. ``seconds`` times a run."""
     rows = {expert: row_B for expert, row_B in enumerate(source.rows_E) if row_B is not None}
     pairs = list(zip(rows, range(min(MAX_ROWS, pool.num_slots)), strict=False))
     work = HostWork.of(pairs, pool.rows_SB.device)
@@ -40,7 +40,7 @@ def link_rates(source: HostRows, pool: SlotPool, seconds: Callable[[Callable[[],
 
 
 def seconds_on_gpu(run: Callable[[], object]) -> float:
-    """The device's time for ``run``, the best of ROUNDS after one that compiles."""
+    """The device's time for ``run``: the best of ROUNDS, after one that compiles."""
     run()
     return min(_timed(run) for _ in range(ROUNDS))
 

@@ -15,19 +15,19 @@ from duoserve.models.transformer import Transformer
 from duoserve.out_of_memory import first_line, is_refusal
 from duoserve.passes import Decoder, DecodeStep
 
-# A shape (sequences, width of the page table) is recorded once it has been computed so often: recording costs as much
+# A shape (sequences, width of the page table) is recorded once it has been computed this often: recording costs as much
 # as many steps, and a batch that shrinks passes through shapes that it never comes back to.
 RECORD_AFTER = 4
-MOST_RECORDINGS = 8  # at a time, for each takes memory
-MAX_SHAPES = MOST_RECORDINGS - 1  # that are kept: what makes way for another does so once that is there
-MAX_SEQUENCES = MEDIUM  # of a step that a GPU records: the memory plan counts no more, and read-through takes no more
+MOST_RECORDINGS = 8  # the most that exist at a time, as each takes memory
+MAX_SHAPES = MOST_RECORDINGS - 1  # the most that are kept: one is dropped only after another has been made
+MAX_SEQUENCES = MEDIUM  # of a step that a GPU records: the memory plan and read-through allow no more
 
-Shape = tuple[int, int]  # of a step: sequences, width of the page table
-MakeStep = Callable[[int, int], DecodeStep | None]  # of (sequences, width), None where that cannot be recorded
+Shape = tuple[int, int]  # sequences of a step, width of its page table
+MakeStep = Callable[[int, int], DecodeStep | None]  # makes a step of a shape; None if it cannot be recorded
 
 
 class Shapes(Protocol):
-    """Which shapes are recorded: a step may have a shape of its own, or be padded to a larger one."""
+    """Says which shapes are recorded: a step may have a shape of its own, or be padded to a larger one."""
 
     def of(self, new_tokens: NewTokens) -> Shape:
         """The shape that the step of ``new_tokens`` is recorded in."""
@@ -39,10 +39,10 @@ class Shapes(Protocol):
 
 
 class ExactShapes(Shapes):
-    """Every step is recorded in its own shape, without padding, so that its bits are those of the model itself.
+    """Records every step in its own shape, without padding, so that its bits are those of the model itself.
 
-    Steps padded to the next power of two would need fewer recordings. But kernels choose their tiles, and libraries the
-    algorithm of a matrix product, by the number of rows: other numbers of rows have other bits.
+    Steps padded to the next power of two would need fewer recordings. But kernels choose tiles, and libraries the
+    algorithm of a matrix product, by the number of rows, so padding would change bits.
     """
 
     def of(self, new_tokens: NewTokens) -> Shape:
@@ -50,7 +50,7 @@ class ExactShapes(Shapes):
         return len(new_tokens.spans), len(new_tokens.page_table[0])
 
     def up_to(self, num_sequences: int) -> Iterable[Shape]:
-        """None: the widths of the page tables to come are not known."""
+        """No shapes, as the widths of the page tables to come are not known."""
         return ()
 
 
@@ -61,7 +61,7 @@ class RecordedDecoder(Decoder):
     """Computes decode steps with the recordings that ``make_step`` makes; ``model`` computes those of other shapes.
 
     A shape is recorded when it has occurred more than ``record_after`` times; at most ``max_shapes`` recordings are
-    kept. One that memory is refused for is not tried again. ``num_recordings`` counts the calls of ``make_step``.
+    kept. If memory is refused for a shape, it is not tried again. ``num_recordings`` counts the calls of ``make_step``.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917
@@ -81,7 +81,7 @@ class RecordedDecoder(Decoder):
         self._shapes = shapes
         self._seen: Counter[Shape] = Counter()
         self.num_recordings = 0
-        self._steps: dict[Shape, DecodeStep | None] = {}  # the latest that occurred comes last
+        self._steps: dict[Shape, DecodeStep | None] = {}  # the most recently used comes last
 
     def __call__(self, new_tokens: NewTokens) -> Tensor:
         """As in Decoder; the next call may overwrite the logits."""
@@ -100,9 +100,9 @@ class RecordedDecoder(Decoder):
         return self._steps.get(shape)
 
     def _record(self, shape: Shape) -> None:
-        """Records the shape, unless it has been tried before.
+        """Records the shape, unless that has been tried before.
 
-        If there are too many then, the recording that was not used for longest is dropped; its shape is counted anew.
+        If there are too many recordings then, the least recently used is dropped, and its shape is counted anew.
         """
         if shape in self._steps:
             self._steps[shape] = self._steps.pop(shape)
@@ -114,7 +114,7 @@ class RecordedDecoder(Decoder):
             del self._steps[recorded[0]], self._seen[recorded[0]]
 
     def _made(self, shape: Shape) -> DecodeStep | None:
-        """None, with a warning, where there is not the memory to record it: the model itself takes less."""
+        """The recorded step. Warns and gives None if there is not enough memory: the model itself takes less."""
         try:
             return self._make_step(*shape)
         except (MemoryError, RuntimeError) as error:

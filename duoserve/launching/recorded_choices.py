@@ -1,4 +1,4 @@
-"""What the routers chose in a recorded step, brought to the host for the scheduler and for listeners.
+"""Brings the routers' choices in a recorded step to the host, for the scheduler and for listeners.
 
 N layers that have experts, B sequences, K top-k, E experts, M look-ahead scores over all layers.
 """
@@ -15,7 +15,7 @@ from duoserve.models.moe import MoEBlock, Routed
 
 
 class RecordedChoices:
-    """The choices of ``blocks`` (in the order of their layers) in the last replay; before the first, meaningless."""
+    """The choices of ``blocks`` (in the order of their layers) in the last replay; undefined before the first."""
 
     def __init__(self, recorder: Recorder, blocks: Sequence[MoEBlock], num_sequences: int) -> None:
         self._recorder = recorder
@@ -33,7 +33,7 @@ class RecordedChoices:
         )
 
     def bring(self, chosen: Sequence[Routed]) -> None:
-        """While the step is recorded, adds the copies of the choices to the host, and of what listeners want."""
+        """Records the copies of the choices to the host, and of the weights and scores that listeners want."""
         self._recorder.copy(self.ids_NBK, _stacked([routed.topk_ids_TK for routed in chosen]))
         if not self._heard:
             return
@@ -43,9 +43,9 @@ class RecordedChoices:
             self._recorder.copy(self._scores_MBE, _stacked(scores))
 
     def report(self, num_sequences: int | None = None) -> bool:
-        """After a replay, tells the taps of the blocks what was chosen; gives False if nobody listens.
+        """Tells the taps of the blocks what was chosen in a replay; gives False if there are no listeners.
 
-        They hear of the first ``num_sequences`` sequences (None: of all); any others are padding.
+        The taps are told of the first ``num_sequences`` sequences (None: of all); any others are padding.
         """
         if not self._heard:
             return False
@@ -57,7 +57,7 @@ class RecordedChoices:
             self._later,
             strict=True,
         ):
-            if block.tap is not None:  # who keeps what it hears: the next step overwrites this memory
+            if block.tap is not None:  # gets copies to keep: the next step overwrites this memory
                 ahead = {layer: next(scores).copy() for layer in later}
                 block.tap.routed_on_host(block.layer, ids_BK.copy(), weights_BK.copy(), ahead)
         return True
@@ -68,5 +68,5 @@ def _look_ahead(block: MoEBlock, routed: Routed) -> list[Tensor]:
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors stacked along a new first axis; for a single one no kernel is launched."""
+    """The tensors stacked along a new first axis; a single tensor takes no kernel launch."""
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))

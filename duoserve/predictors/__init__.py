@@ -1,1 +1,1 @@
-"""Predictors: what says which experts a coming layer will want, and how it is trained from traces."""
+"""Predictors of the experts that coming layers will want, and their training on traces."""

@@ -1,4 +1,4 @@
-"""MoE-Infinity's prediction: the past request most like the present one says what comes (Xue et al., 2024).
+"""MoE-Infinity's predictor: the stored request most like the present one says what comes (Xue et al., 2024).
 
 M stored requests, T rows, E experts, L MoE layers.
 """
@@ -12,13 +12,13 @@ from duoserve.predictors.base import RowPredictor
 from duoserve.scheduling.routing import Routing
 from duoserve.traces.trace import TraceMeta
 
-_REMEMBERED = 64  # requests; one that comes back later than that begins anew
+_REMEMBERED = 64  # requests that are remembered; a request that comes back later begins anew
 
 
 class ActivationMatrixPredictor(RowPredictor):
-    """``matrices_MLE`` has of each stored request the share of its tokens that chose an expert.
+    """``matrices_MLE`` has, for each stored request, the share of its tokens that chose each expert.
 
-    The present request's matrix is matched by cosine; its dot products with the stored ones are kept up as it grows.
+    The present request's matrix is matched by cosine; its dot products with the stored ones are updated as it grows.
     """
 
     name = "activation-matrix"
@@ -37,7 +37,7 @@ class ActivationMatrixPredictor(RowPredictor):
         super().begin(phase, requests_T)
         self._requests = requests_T.tolist()
         for number in self._requests:
-            likeness_M = self._likeness.pop(number, None)  # put back at the end: the oldest are forgotten first
+            likeness_M = self._likeness.pop(number, None)  # put back at the end, so that the oldest come first
             if likeness_M is None or phase is Phase.PREFILL:
                 likeness_M = np.zeros(len(self.matrices_MLE), dtype=np.float32)
             self._likeness[number] = likeness_M
@@ -52,7 +52,7 @@ class ActivationMatrixPredictor(RowPredictor):
             self._likeness[number] += direction_EM[ids_K].sum(0)
 
     def chances(self, layer: int, distance: int) -> np.ndarray:
-        """See RowPredictor. The present matrix's own length is the same for all candidates and left out."""
+        """See RowPredictor. The length of the present matrix is left out: it is the same for all candidates."""
         place = self.history.place[layer]
         best = [int(self._likeness[number].argmax()) for number in dict.fromkeys(self._requests)]
         return self.matrices_MLE[best, place]

@@ -1,4 +1,4 @@
-"""The experts that followed the last layer's choice in the traces.
+"""Predicts the experts that followed the last layer's choice in the traces.
 
 T rows, E experts, L MoE layers.
 """

@@ -1,4 +1,4 @@
-"""What the predictors share: they follow the passes, and join the rows of a step.
+"""The base of the predictors: it follows the passes, and joins the chances of a step's rows.
 
 T rows of a step, E experts.
 """
@@ -17,9 +17,9 @@ from duoserve.traces.trace import TraceMeta
 
 
 class RowPredictor(Predictor):
-    """A predictor that judges each row by itself, in ``chances``. ``meta`` says whose routing it predicts.
+    """A predictor that judges each row by itself, in ``chances``. ``meta`` is the model whose routing it predicts.
 
-    ``trained_on`` has the marks of the prompts whose requests it has been trained on: on those it looks too good.
+    ``trained_on`` has the marks of the prompts that it has been trained on, for which it looks better than it is.
     """
 
     name = ""
@@ -40,7 +40,7 @@ class RowPredictor(Predictor):
         self.history.observe(routing)
 
     def predict(self, layer: int) -> np.ndarray:
-        """See Predictor; IntegrityError for a layer beyond the horizon."""
+        """See Predictor; raises IntegrityError for a layer beyond the horizon."""
         distance = self.history.distance(layer)
         if distance > self.horizon:
             raise IntegrityError(f"{self.name} was asked {distance} layers ahead, its horizon is {self.horizon}")

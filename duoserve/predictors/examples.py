@@ -1,4 +1,4 @@
-"""What predictors are trained on: the tokens of a trace, each with what was known before it.
+"""The examples that predictors are trained on: the tokens of a trace, each with what was known before it.
 
 N tokens of the chosen requests, laid end to end; K top-k, E experts, L MoE layers, D decays.
 """
@@ -18,14 +18,14 @@ from duoserve.traces.trace import LayerTrace, Trace
 
 
 class Examples(NamedTuple):
-    """Examples for one layer, some layers ahead: what was ``seen``, and which experts were chosen then (0 or 1)."""
+    """Examples for one layer, some layers ahead: what was ``seen`` by then, and which experts were chosen (0 or 1)."""
 
     seen: Seen
     chosen_NE: np.ndarray
 
 
 class Tokens:
-    """All tokens of some requests of a trace. A prompt's tokens are taken one after the other, like all others."""
+    """All tokens of some requests of a trace. A prompt's tokens come one after the other, like all others."""
 
     def __init__(self, trace: Trace, requests: Sequence[int]) -> None:
         self.meta = trace.meta
@@ -34,7 +34,7 @@ class Tokens:
         self._rows = np.concatenate([np.arange(start, stop) for start, stop in spans])
         self._lengths = [stop - start for start, stop in spans]
         self._first = np.cumsum([0, *self._lengths[:-1]])
-        self._longer = len(spans) - np.cumsum(np.bincount(self._lengths))  # requests of more than so many tokens
+        self._longer = len(spans) - np.cumsum(np.bincount(self._lengths))  # [n]: requests of more than n tokens
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -45,11 +45,11 @@ class Tokens:
         return spread(ids_NK, np.ones(1, dtype=np.float32), self.meta.num_experts)
 
     def by_request(self, values_NE: np.ndarray) -> list[np.ndarray]:
-        """The rows of each request."""
+        """``values_NE`` split into the rows of each request."""
         return np.split(values_NE, self._first[1:])
 
     def examples(self, place: int, distance: int) -> Examples:
-        """What a layer's choice is to be told from."""
+        """The examples for the choice of the layer at ``place``, made ``distance`` layers ahead."""
         num_layers = len(self.meta.layers)
         observed, late = (place - distance) % num_layers, place < distance
         path = [self._weights_at(observed - back, late) for back in range(PATH_INPUTS)]
@@ -60,9 +60,9 @@ class Tokens:
         return Examples(Seen(path, scores_NE, *self._counts(chosen_NE)), chosen_NE)
 
     def whole_paths(self) -> Iterator[np.ndarray]:
-        """Before each layer in order, how often each expert is on the path of the token at hand, float32 [N, E].
+        """For each layer in order, how often each expert is on the token's path before that layer, float32 [N, E].
 
-        Before the first layer that is the whole of the token before.
+        Before the first layer it is the whole path of the previous token.
         """
         chosen = (self.chosen(place) for place in range(len(self.meta.layers)))
         yield self._a_token_late(reduce(np.add, chosen))
@@ -73,7 +73,10 @@ class Tokens:
         return LayerTrace(*(None if tensor is None else tensor[self._rows] for tensor in said))  # type: ignore[arg-type]
 
     def _weights_at(self, place: int, late: bool) -> np.ndarray:
-        """Each token's choice at ``place`` by weight; below 0 the layers of the token before come, from the last."""
+        """Each token's choice at ``place`` by weight, [N, E]; places below 0 are the previous token's last layers.
+
+        ``late``: the choice of the previous token.
+        """
         said = self._layer(place % len(self.meta.layers))
         weights_NK = said.topk_weights_NK.astype(np.float32)
         share_NK = weights_NK / np.maximum(weights_NK.sum(1, keepdims=True), 1e-9)
@@ -81,7 +84,7 @@ class Tokens:
         return self._a_token_late(path_NE) if late or place < 0 else path_NE
 
     def _a_token_late(self, values_NE: np.ndarray) -> np.ndarray:
-        """Each row's values at the token before it, zeros at a request's first."""
+        """For each row, the values of the previous token; zeros for a request's first token."""
         shifted_NE = np.roll(values_NE, 1, axis=0)
         shifted_NE[self._first] = 0
         return shifted_NE
@@ -91,7 +94,7 @@ class Tokens:
         fading_D1 = DECAYS[:, None]
         counts_NDE = np.zeros((len(self), len(DECAYS), self.meta.num_experts), dtype=np.float32)
         longest_first = np.argsort(self._lengths)[::-1]
-        for at in range(1, max(self._lengths)):  # of all requests that are so long, at once
+        for at in range(1, max(self._lengths)):  # all requests that are long enough at once
             before = self._first[longest_first[: self._longer[at]]] + at - 1
             counts_NDE[before + 1] = counts_NDE[before] * fading_D1 + chosen_NE[before, None]
         within = np.concatenate([np.arange(length) for length in self._lengths])
@@ -105,7 +108,7 @@ def popularity(tokens: Tokens) -> np.ndarray:
 
 
 def affinity(path_NE: np.ndarray, chosen_NE: np.ndarray) -> np.ndarray:
-    """How often j was chosen when i was on the path, float32 [E, E]; where i is rare, as often as at all."""
+    """How often j was chosen when i was on the path, float32 [E, E]; if i is rare, how often j was chosen at all."""
     prior_E = chosen_NE.mean(0)
     was_NE = (path_NE > 0).astype(np.float32)
     together_EE: np.ndarray = (was_NE.T @ chosen_NE + 2 * prior_E) / (was_NE.sum(0)[:, None] + 2)

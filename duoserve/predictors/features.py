@@ -1,4 +1,4 @@
-"""What predictors compute from, the same for training and at run time.
+"""The features that predictors compute from, the same in training and at run time.
 
 T tokens, K top-k, E experts, D decays.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-# Per token, of how often an expert was chosen by its request: the last few tokens, the passage, the request.
+# Decays per token of counts of a request's choices: over the last few tokens, the passage, the request.
 DECAYS = np.array([0.5, 0.85, 0.98], dtype=np.float32)
-_PRIOR_TOKENS = 2.0  # an expert's general popularity weighs like so many tokens of the request
+_PRIOR_TOKENS = 2.0  # an expert's general popularity weighs as much as so many tokens of the request
 _LEAST = np.float32(1e-4)
 _LARGEST = 8.0
 
@@ -17,7 +17,7 @@ _LARGEST = 8.0
 def margins(scores_TE: np.ndarray, top_k: int) -> np.ndarray:
     """How far each score lies above the border between the ``top_k`` best of its row and the others, [T, E]."""
     sorted_TE = np.sort(scores_TE, axis=1)
-    least = scores_TE.shape[1] - top_k  # the place of the least of the best
+    least = scores_TE.shape[1] - top_k  # the place of the lowest of the best scores, in ascending order
     border_T1 = (sorted_TE[:, max(0, least - 1), None] + sorted_TE[:, least, None]) / 2
     above_TE: np.ndarray = scores_TE - border_T1
     return above_TE
@@ -42,13 +42,13 @@ def log_affinity(chosen_TE: np.ndarray, affinity_EE: np.ndarray, prior_E: np.nda
 
 
 def log_rates(counts_TDE: np.ndarray, totals_TD1: np.ndarray, prior_E: np.ndarray) -> np.ndarray:
-    """Log of how often the request chose each expert lately, by decayed counts of choices and of tokens, [T, D, E]."""
+    """Log of how often the request chose each expert lately, from decayed counts of choices and tokens, [T, D, E]."""
     rates_TDE = (counts_TDE + _PRIOR_TOKENS * prior_E) / (totals_TD1 + _PRIOR_TOKENS)
     logs_TDE: np.ndarray = np.log(rates_TDE + _LEAST)
     return logs_TDE
 
 
 def any_row(chances_TE: np.ndarray) -> np.ndarray:
-    """The chance that at least one row chooses the expert, float32 [E], rows taken as independent."""
+    """The chance that at least one row chooses an expert, float32 [E], as if rows were independent."""
     joined_E: np.ndarray = chances_TE[0] if len(chances_TE) == 1 else 1 - np.prod(1 - chances_TE, axis=0)
     return joined_E

@@ -1,4 +1,4 @@
-"""Predictors in files: ``NAME.safetensors`` has the arrays, ``NAME.json`` beside it whose they are and how good.
+"""Predictors in files: ``NAME.safetensors`` has the arrays, ``NAME.json`` beside it the model and the quality.
 
 Arrays are checked by their names, which end in their shape: L MoE layers, E experts, F direct features, X inputs.
 """
@@ -29,8 +29,8 @@ from duoserve.traces.trace import TraceMeta
 
 FORMAT = "duoserve predictor 1"
 MAX_BYTES = 1 << 30
-MAX_JSON_BYTES = 1 << 24  # which has the marks of half a million prompts
-# The predictors that are made of tables, by what their constructors take.
+MAX_JSON_BYTES = 1 << 24  # enough for the marks of half a million prompts
+# The predictors that are made of tables, with the arrays that their constructors take.
 TABLES: dict[str, tuple[type[RowPredictor], tuple[str, ...]]] = {
     "popularity": (PopularityPredictor, ("popularity_LE",)),
     "affinity": (AffinityPredictor, ("popularity_LE", "affinity_LEE")),
@@ -41,7 +41,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def save_predictor(predictor: RowPredictor, path: Path, notes: Mapping[str, Any]) -> None:
-    """Writes ``path`` (named .safetensors) and its JSON; ``notes`` says what it was trained on and how good it is."""
+    """Writes ``path`` (named .safetensors) and its JSON; ``notes`` say what it was trained on and how good it is."""
     meta = predictor.meta
     about = {
         "format": FORMAT,
@@ -58,14 +58,14 @@ def save_predictor(predictor: RowPredictor, path: Path, notes: Mapping[str, Any]
 
 
 def check_place(path: Path) -> None:
-    """TraceError where ``save_predictor`` cannot write to ``path``, before there is a predictor."""
+    """Raises TraceError if ``save_predictor`` cannot write to ``path``, before there is a predictor."""
     with refused_as(TraceError, f"{path}: cannot be written"):
         for file in (path, notes_path(path)):
             check_writable(file)
 
 
 def load_predictor(path: Path, fingerprint: str | None = None) -> RowPredictor:
-    """The predictor in ``path``; TraceError if it is malformed, or not of the model with this ``fingerprint``."""
+    """The predictor in ``path``; raises TraceError if it is malformed, or not of the model with ``fingerprint``."""
     try:
         about = read_object(notes_path(path), MAX_JSON_BYTES)
         arrays = safetensors.numpy.load(read_capped(path, MAX_BYTES))
@@ -84,7 +84,7 @@ def load_predictor(path: Path, fingerprint: str | None = None) -> RowPredictor:
 
 
 def check_model(meta: TraceMeta, fingerprint: str, predictor: object) -> None:
-    """TraceError, about ``predictor``, if its ``meta`` is not that of the model with this ``fingerprint``."""
+    """Raises TraceError, which names ``predictor``, if its ``meta`` is not of the model with this ``fingerprint``."""
     if meta.fingerprint != fingerprint:
         raise TraceError(
             f"{predictor}: is the predictor of another model (fingerprint {meta.fingerprint:.16}, this model's is "
@@ -93,7 +93,7 @@ def check_model(meta: TraceMeta, fingerprint: str, predictor: object) -> None:
 
 
 def notes_path(path: Path) -> Path:
-    """Where the JSON of the predictor in ``path`` is."""
+    """The path of the JSON that belongs to the predictor in ``path``."""
     return path.with_suffix(".json")
 
 
@@ -113,7 +113,7 @@ def _arrays(predictor: RowPredictor) -> Arrays:
 
 
 def _made(kind: str, meta: TraceMeta, arrays: Arrays) -> RowPredictor:
-    """LookupError for what is missing, ValueError for what has the wrong shape."""
+    """The predictor of these arrays; raises LookupError if one is missing, ValueError if one has the wrong shape."""
     if kind == LearnedPredictor.name:
         return LearnedPredictor(meta, _networks(meta, arrays))
     if kind == PaperPredictor.name:
@@ -124,7 +124,7 @@ def _made(kind: str, meta: TraceMeta, arrays: Arrays) -> RowPredictor:
 
 
 def _networks(meta: TraceMeta, arrays: Arrays) -> dict[tuple[int, int], LayerNetwork]:
-    """The horizon is how often there is an array for each layer: a name may claim any."""
+    """The networks by place and distance. The horizon follows from the number of arrays, as a name may claim any."""
     horizon = len(arrays) // (len(meta.layers) * len(LayerNetwork._fields))
     places = [(place, distance) for distance in range(1, horizon + 1) for place in range(len(meta.layers))]
     return {(place, distance): _network(f"{place}.{distance}.", arrays, meta) for place, distance in places}
@@ -153,7 +153,10 @@ def _perceptron(meta: TraceMeta, arrays: Arrays) -> tuple[list[np.ndarray], list
 
 
 def _checked(name: str, arrays: Arrays, meta: TraceMeta) -> np.ndarray:
-    """The array, float32, if it has the shape that its name says; letters without a fixed size may have any but 0."""
+    """The array in float32; raises ValueError unless it has the shape that its name says.
+
+    Letters without a fixed size stand for any size but 0.
+    """
     sizes = {"L": len(meta.layers), "E": meta.num_experts, "F": DIRECT, "1": 1}
     sizes["X"] = (DIRECT + PATH_INPUTS) * meta.num_experts
     array, letters = arrays[name], name.rpartition("_")[2]

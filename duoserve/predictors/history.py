@@ -1,4 +1,4 @@
-"""What the rows of a step have chosen so far, and what their requests chose before.
+"""Follows what the rows of a step have chosen so far, and what their requests chose before.
 
 T rows of a step, K top-k, E experts, L MoE layers, D decays, S requests that are remembered.
 """
@@ -15,16 +15,16 @@ from duoserve.predictors.features import DECAYS, spread
 from duoserve.scheduling.routing import Routing
 from duoserve.traces.trace import TraceMeta
 
-PATH = 3  # layers that are remembered in full
-_REMEMBERED = 64  # requests; one that comes back later than that begins anew
+PATH = 3  # layers whose choices are remembered in full
+_REMEMBERED = 64  # requests that are remembered; a request that comes back later begins anew
 
 
 class History:
     """Follows the passes of a model. Layers are counted by their place among the MoE layers.
 
-    ``path`` has the weights [T, E] of the last layers' choices, the newest first (zeros for a row that had none), and
-    ``whole_path_TE`` counts the choices of the row's present token over all layers so far. ``ahead`` has the look-ahead
-    scores that the last layer gave, ``last`` is its place, -1 before the first pass.
+    ``path`` has the weights [T, E] of the last layers' choices, the newest first (zeros for a row without any), and
+    ``whole_path_TE`` counts the choices of each row's present token over all layers so far. ``last`` is the place of
+    the last observed layer (-1 before the first pass), and ``ahead`` has the look-ahead scores that it gave.
     """
 
     def __init__(self, meta: TraceMeta) -> None:
@@ -46,7 +46,7 @@ class History:
         return len(self._requests_T)
 
     def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
-        """A step over these requests begins. A prefill begins them anew: numbers may come again in another replay."""
+        """To be called when a step begins. A prefill forgets its requests, as another replay may repeat numbers."""
         if phase is Phase.PREFILL:
             self._forget(set(requests_T.tolist()))
         if not np.array_equal(requests_T, self._requests_T):
@@ -54,7 +54,7 @@ class History:
         self.ahead = {}
 
     def observe(self, routing: Routing) -> None:
-        """A layer's choice; it counts for the requests from now on."""
+        """Takes a layer's choice, which counts for the requests from now on."""
         place = self.place[routing.layer]
         ids_TK, weights_TK = routing.topk_ids_TK, routing.topk_weights_TK
         share_TK = weights_TK / np.maximum(weights_TK.sum(1, keepdims=True), 1e-9)
@@ -70,7 +70,7 @@ class History:
             self._keep_last_rows()
 
     def distance(self, layer: int) -> int:
-        """How many MoE layers ``layer`` lies behind the last observed one; a step ahead for those before it."""
+        """How many MoE layers ``layer`` comes after the last observed one; in the next step if it lies before that."""
         return (self.place[layer] - self.last - 1) % len(self.meta.layers) + 1
 
     def counts(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,11 +101,11 @@ class History:
             self._requests_T = np.empty(0, dtype=np.int64)
 
     def _keep_last_rows(self) -> None:
-        """A prompt ends here: of each request, the next step goes on from its last row."""
+        """Keeps the last row of each request, at the end of a prompt: the next step goes on from there."""
         self._reorder(np.array(list(dict.fromkeys(self._requests_T.tolist())), dtype=np.int64))
 
     def _reorder(self, requests_T: np.ndarray) -> None:
-        """Makes rows of these requests, each with the path of its request's last row so far."""
+        """Makes a row for each of these requests, with the path of the last row that its request has had."""
         row_of = {number: row for row, number in enumerate(self._requests_T.tolist())}
         rows_T = np.array([row_of.get(number, -1) for number in requests_T.tolist()], dtype=np.int64)
         known_T1 = (rows_T >= 0)[:, None]
@@ -117,7 +117,7 @@ class History:
         self._slots_T = np.array([self._slot(number, most) for number in numbers], dtype=np.int64)
 
     def _slot(self, number: int, most: int) -> int:
-        """Where the request is remembered; of more than ``most``, the one not seen for longest is forgotten."""
+        """The slot in which a request is remembered; beyond ``most`` requests the least recently seen is forgotten."""
         if number in self._slots:
             self._slots.move_to_end(number)
             return self._slots[number]

@@ -15,17 +15,17 @@ from duoserve.predictors.features import DECAYS, log_affinity, log_rates, margin
 from duoserve.predictors.lookahead import logistic
 from duoserve.traces.trace import TraceMeta
 
-PATH_INPUTS = 2  # of the last layers, what they chose
+PATH_INPUTS = 2  # so many of the last layers' choices are inputs
 DIRECT = 2 + len(DECAYS)
 
 
 class LayerNetwork(NamedTuple):
-    """What predicts one layer from so many layers before it.
+    """A network that predicts one layer from a fixed number of layers before it.
 
-    An expert's logit is the sum of its own features, weighted by ``direct_FE``, of ``bias_E``, and of what two small
-    layers make of all inputs (``inner_XH``, ``inner_bias_H``, ``outer_HE``). ``scale_1`` is the typical margin of the
-    look-ahead scores, ``affinity_EE`` how often an expert follows one of the last observed layer, ``prior_E`` how often
-    it is chosen at all.
+    An expert's logit is the sum of its own features weighted by ``direct_FE``, of ``bias_E``, and of the output of two
+    small layers over all inputs (``inner_XH``, ``inner_bias_H``, ``outer_HE``). ``scale_1`` is the typical margin of
+    the look-ahead scores, ``affinity_EE`` how often an expert follows one of the last observed layer, ``prior_E`` how
+    often it is chosen at all.
     """
 
     direct_FE: np.ndarray
@@ -39,8 +39,11 @@ class LayerNetwork(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a network may look at. ``path`` has the last layers' choices [T, E] by weight, the newest first; ``scores``
-    are look-ahead scores [T, E] of the layer behind the last observed one, if there are any.
+    """What a network may look at.
+
+    ``path`` has the last layers' choices [T, E] by weight, the newest first; ``scores_TE`` are the look-ahead scores
+    for the layer after the last observed one, if there are any. ``counts_TDE`` and ``totals_TD1`` are decayed counts of
+    the request's choices and tokens.
     """
 
     path: Sequence[np.ndarray]
@@ -60,7 +63,7 @@ def inputs(seen: Seen, top_k: int, scale: float, affinity_EE: np.ndarray, prior_
 
 
 class LearnedPredictor(RowPredictor):
-    """``networks`` maps (place of the layer among the MoE layers, layers ahead) to what predicts it."""
+    """``networks`` maps (place of the layer among the MoE layers, layers ahead) to the network that predicts it."""
 
     name = "duoserve"
     lookahead = 1

@@ -1,4 +1,4 @@
-"""The next layer's router on today's hidden state.
+"""Predicts by the next layer's router, applied to today's hidden state.
 
 T rows, E experts, L MoE layers.
 """
@@ -11,13 +11,13 @@ from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.features import margins
 from duoserve.traces.trace import TraceMeta
 
-LEAST_LOGIT = -80.0  # float32 has no exp of 89
+LEAST_LOGIT = -80.0  # exp(89) overflows float32
 
 
 class LookaheadPredictor(RowPredictor):
-    """A score's distance from the border of the top-k becomes a chance by ``slopes_L`` and ``offsets_L``.
+    """Turns a score's distance from the border of the top-k into a chance, by ``slopes_L`` and ``offsets_L``.
 
-    Of the first layer, which nothing looks ahead to, it knows ``popularity_LE`` only.
+    For the first layer, which has no look-ahead scores, it uses ``popularity_LE``.
     """
 
     name = "lookahead"
@@ -38,6 +38,6 @@ class LookaheadPredictor(RowPredictor):
 
 
 def logistic(logits: np.ndarray) -> np.ndarray:
-    """``1 / (1 + exp(-x))``; no chance is below that of LEAST_LOGIT."""
+    """``1 / (1 + exp(-x))``, with x no lower than LEAST_LOGIT."""
     chances: np.ndarray = 1 / (1 + np.exp(-np.maximum(logits, LEAST_LOGIT)))
     return chances

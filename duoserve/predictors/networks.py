@@ -1,4 +1,4 @@
-"""The networks of two predictors, trained with torch on a CPU; what comes out is numpy.
+"""Trains the networks of two predictors with torch on a CPU; the results are NumPy arrays.
 
 N tokens, E experts, F direct features, X inputs, H hidden units.
 """
@@ -21,10 +21,10 @@ from duoserve.predictors.learned import DIRECT
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained. ``patience``: epochs without a better held-out loss before it ends.
+    """How a network is trained. It ends after ``patience`` epochs without a better held-out loss.
 
-    ``epoch_rows`` bounds the examples of an epoch, which are drawn anew each time, and the held-out ones, of which the
-    same are asked after each epoch. ``positive_weight`` is that of a chosen expert in the loss, None for 1.
+    ``epoch_rows`` bounds the examples of an epoch, which are drawn anew each time, and the held-out examples, which are
+    the same after each epoch. ``positive_weight`` is the weight of a chosen expert in the loss, None for 1.
     """
 
     width: int
@@ -37,15 +37,13 @@ class Recipe:
     positive_weight: float | None = None
 
 
-FLOAT = torch.float32  # the examples', whatever a program makes torch's default
+FLOAT = torch.float32  # the dtype of examples, whatever the calling program makes torch's default
 Data = tuple[np.ndarray, np.ndarray]
 Module = TypeVar("Module", bound=nn.Module)
 
 
 class LayerModule(nn.Module):
-    """LayerNetwork in torch. It begins with direct features alone, weighted alike for all experts: the outer weights
-    are zero.
-    """
+    """LayerNetwork in torch. It begins with outer weights of zero, so that only the direct features count."""
 
     def __init__(self, num_inputs: int, num_experts: int, width: int, direct_F: Tensor, bias_E: Tensor) -> None:
         super().__init__()
@@ -63,8 +61,8 @@ class LayerModule(nn.Module):
 def fit_layer(train: Data, held: Data, recipe: Recipe, looks_ahead: bool) -> dict[str, np.ndarray]:
     """The trained arrays of a LayerNetwork, by their names there.
 
-    ``looks_ahead``: the first feature is the layer's own margin. Otherwise it is another layer's, and only the inner
-    layers may make something of it.
+    ``looks_ahead``: the first feature is the margin for the layer itself. Otherwise it is that for another layer, which
+    only the inner layers may use.
     """
     drawn = torch.randperm(len(train[0]))[: recipe.epoch_rows // 4].numpy()
     start = fit_start(train[0][drawn], train[1][drawn], looks_ahead)

@@ -15,7 +15,7 @@ from duoserve.traces.trace import TraceMeta
 
 
 def paper_inputs(whole_path_TE: np.ndarray, popularity_E: np.ndarray, affinity_TE: np.ndarray) -> np.ndarray:
-    """[T, 3E]: the experts on the token's path, the coming layer's popularity, the affinity to it; each by its maximum.
+    """Inputs [T, 3E]: experts on the token's path, popularity, and affinity to the coming layer, each over its maximum.
 
     ``affinity_TE`` is the sum over the experts that the last layer chose.
     """
@@ -25,7 +25,7 @@ def paper_inputs(whole_path_TE: np.ndarray, popularity_E: np.ndarray, affinity_T
 
 
 class PaperPredictor(RowPredictor):
-    """``weights`` [in, out] and ``biases`` [out] are the perceptron's; it is one for all MoE layers."""
+    """One perceptron with ``weights`` [in, out] and ``biases`` [out] predicts all MoE layers."""
 
     name = "paper"
 

@@ -1,4 +1,4 @@
-"""The experts that the request chose most often, lately and before; at its start those that all requests choose.
+"""Predicts the experts that the request has chosen most often; at its start, those that all requests choose most.
 
 T rows, E experts, L MoE layers.
 """
@@ -11,7 +11,7 @@ from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.features import log_rates
 from duoserve.traces.trace import TraceMeta
 
-SLOWEST = -1  # of the decays: the request as a whole
+SLOWEST = -1  # the slowest decay, which covers the request as a whole
 
 
 class PopularityPredictor(RowPredictor):

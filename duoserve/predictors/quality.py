@@ -1,4 +1,4 @@
-"""How good a predictor is on requests that it has not seen: asked before each layer of each decode step.
+"""Measures how good a predictor is on requests that it has not seen: it is asked before each layer of a decode step.
 
 K top-k, E experts.
 """
@@ -24,7 +24,7 @@ BINS = 10
 class Quality:
     """``ranks`` maps each layer to [steps, K]: the places of the chosen experts in the predicted order, from 0.
 
-    ``calibration_error`` is the mean distance of predicted chances from what came true, over ten equal bins.
+    ``calibration_error`` is the mean difference between predicted chances and the share that came true, over ten bins.
     """
 
     meta: TraceMeta
@@ -36,11 +36,11 @@ class Quality:
         return float((self._ranks(layer) < count).mean())
 
     def exact(self, layer: int | None = None) -> float:
-        """The share of steps whose top-k were all predicted, and nothing else."""
+        """The share of steps whose top-k experts are exactly the predicted ones."""
         return float((self._ranks(layer) < self.meta.top_k).all(1).mean())
 
     def at_least_half(self, layer: int | None = None) -> float:
-        """The share of steps of which at least half of the top-k were predicted."""
+        """The share of steps in which at least half of the top-k experts were predicted."""
         return float((2 * (self._ranks(layer) < self.meta.top_k).sum(1) >= self.meta.top_k).mean())
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,9 +61,9 @@ class Quality:
 
 
 def measure(predictor: Predictor, trace: Trace, requests: Sequence[int]) -> Quality:
-    """Runs through ``requests`` as an engine would, and compares each prediction with what came.
+    """Runs through ``requests`` as an engine would, and compares each prediction with what was chosen.
 
-    TraceError if none of them has a decode step.
+    Raises TraceError if none of them has a decode step.
     """
     if not trace.decodes_R[list(requests)].any():
         raise TraceError(f"{len(requests)} requests are held out to measure on, and none decodes: trace more tokens")

@@ -1,4 +1,4 @@
-"""From a trace to a predictor, with some requests held out to say how good it has become.
+"""Trains a predictor on a trace, with some requests held out to measure how good it has become.
 
 N tokens, E experts, L MoE layers.
 """
@@ -28,10 +28,10 @@ from duoserve.torch_modes import as_in_new_thread
 from duoserve.traces.trace import Trace
 
 HELD_OUT_SHARE = 0.15
-STOPPING_SHARE = 0.15  # of the others: they say when the training of a network ends
+STOPPING_SHARE = 0.15  # the share of the other requests that determines when the training of a network ends
 MOST_MATRICES = 128
 PAPER_DEPTH = 7
-RIDGE = 1e-9  # what large slopes cost, so that there is one best slope where all scores are equal
+RIDGE = 1e-9  # a penalty on slopes, so that there is a best slope even if all scores are equal
 LAYER_RECIPE = Recipe(
     width=64, epochs=30, patience=4, learning_rate=3e-3, weight_decay=1e-2, batch=512, epoch_rows=60_000
 )
@@ -42,9 +42,9 @@ PAPER_RECIPE = Recipe(
 
 @dataclass(frozen=True)
 class Split:
-    """A trace's tokens to train on. What is trained until it gets worse is trained on ``fit``, and ``stop`` says when.
+    """A trace's tokens to train on. Networks are trained on ``fit`` until they get worse on ``stop``.
 
-    Those two share no prompt, and make up ``train``; where that is of one prompt, both are all of it.
+    The two share no prompt and make up ``train``; if that has only one prompt, both are all of it.
     """
 
     train: Tokens
@@ -57,10 +57,10 @@ class Split:
 def train(
     trace: Trace, kind: str, *, horizon: int = 1, seed: int = 0, progress: bool = False
 ) -> tuple[RowPredictor, list[int]]:
-    """A predictor of this ``kind`` (a key of KINDS), and the numbers of the requests that it knows nothing of.
+    """A predictor of this ``kind`` (a key of KINDS), and the numbers of the requests that were held out.
 
-    Those of one prompt are held out together, and those that decode before others. ``horizon`` is how far ahead the
-    kind "duoserve" learns to look. TraceError for a trace of less than two prompts.
+    Requests of one prompt are held out together, and requests that decode before others. ``horizon`` is how many layers
+    ahead the kind "duoserve" learns to look. Raises TraceError for a trace of fewer than two prompts.
     """
     by_prompt = _by_prompt(trace)
     if len(by_prompt) < 2:
@@ -73,7 +73,7 @@ def train(
     held, rest = _parted(groups, HELD_OUT_SHARE)
     stop, fit = _parted(rest, STOPPING_SHARE) if len(rest) > 1 else (rest, rest)
     train_tokens, fit_tokens, stop_tokens = (Tokens(trace, _joined(numbers)) for numbers in (rest, fit, stop))
-    # The optimizers, too, take the default device, which a program may have changed.
+    # Optimizers use the default device, which the calling program may have changed.
     with as_in_new_thread(), torch.device("cpu"):
         predictor = KINDS[kind](Split(train_tokens, fit_tokens, stop_tokens, horizon, progress))
     predictor.trained_on = frozenset(trace.prompt_marks[number] for number in _joined(rest))
@@ -81,7 +81,7 @@ def train(
 
 
 def _by_prompt(trace: Trace) -> list[list[int]]:
-    """The numbers of the requests that have the same prompt: what one of them tells is known of the others."""
+    """The numbers of the requests, grouped by prompt: to know one request of a prompt is to know much of the others."""
     found: dict[str, list[int]] = {}
     for number, mark in enumerate(trace.prompt_marks):
         found.setdefault(mark, []).append(number)
@@ -89,7 +89,7 @@ def _by_prompt(trace: Trace) -> list[list[int]]:
 
 
 def _parted(groups: Sequence[list[int]], share: float) -> tuple[list[list[int]], list[list[int]]]:
-    """The first groups, which have that share of the requests or a little more, and the others, at least one each."""
+    """The first groups, with a ``share`` of the requests or a little more, and the others; at least one group each."""
     wanted, taken, count = round(share * sum(map(len, groups))), 1, len(groups[0])
     while taken < len(groups) - 1 and count < wanted:
         count += len(groups[taken])
@@ -102,17 +102,17 @@ def _joined(groups: Iterable[list[int]]) -> list[int]:
 
 
 def train_popularity(split: Split) -> PopularityPredictor:
-    """Counts."""
+    """Counts how often experts are chosen."""
     return PopularityPredictor(split.train.meta, popularity(split.train))
 
 
 def train_affinity(split: Split) -> AffinityPredictor:
-    """Counts pairs."""
+    """Counts how often experts of neighbouring layers are chosen together."""
     return AffinityPredictor(split.train.meta, popularity(split.train), _affinities(split))
 
 
 def train_activation_matrix(split: Split) -> ActivationMatrixPredictor:
-    """Keeps the matrices of up to MOST_MATRICES requests."""
+    """Stores the matrices of up to MOST_MATRICES requests."""
     layers = range(len(split.train.meta.layers))
     shares = [[rows.mean(0) for rows in split.train.by_request(split.train.chosen(place))] for place in layers]
     matrices_MLE = np.array(shares, dtype=np.float32).swapaxes(0, 1)[:MOST_MATRICES]
@@ -131,9 +131,9 @@ def train_lookahead(split: Split) -> LookaheadPredictor:
 
 
 def train_paper(split: Split) -> PaperPredictor:
-    """The paper's perceptron, one for all layers, with the loss weighted as there."""
+    """Trains the paper's perceptron, one for all layers, with the loss weighted as in the paper."""
     meta, popularity_LE, affinity_LEE = split.train.meta, popularity(split.train), _affinities(split)
-    most = PAPER_RECIPE.epochs * PAPER_RECIPE.epoch_rows // len(meta.layers)  # of a layer; more are not drawn
+    most = PAPER_RECIPE.epochs * PAPER_RECIPE.epoch_rows // len(meta.layers)  # examples of a layer that can be drawn
 
     def data(tokens: Tokens) -> Data:
         x, y = [], []
@@ -153,7 +153,7 @@ def train_paper(split: Split) -> PaperPredictor:
 
 
 def train_duoserve(split: Split) -> LearnedPredictor:
-    """One network for each layer and number of layers ahead."""
+    """Trains a network for each layer and number of layers ahead."""
     places = [(p, d) for d in range(1, split.horizon + 1) for p in range(len(split.train.meta.layers))]
     bar = tqdm(places, desc="train", unit="network", disable=not split.progress)
     return LearnedPredictor(split.train.meta, {place: _layer_network(split, *place) for place in bar})

@@ -1,1 +1,1 @@
-"""Traces: what the routers of a model have chosen, recorded or made up, in memory and on the disk."""
+"""Traces: the choices of a model's routers, recorded or made up, in memory and on disk."""

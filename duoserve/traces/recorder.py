@@ -1,4 +1,4 @@
-"""Listens to one request at a time and keeps what it hears.
+"""Records the routing of one request at a time.
 
 T tokens, K top-k, E experts.
 """
@@ -13,7 +13,7 @@ from duoserve.traces.trace import LayerTrace
 
 
 class TraceRecorder:
-    """A RoutingListener; ``take`` gives what was heard since the last time."""
+    """A RoutingListener; ``take`` gives the routing since the last ``take``."""
 
     lookahead = 1
 
@@ -22,18 +22,18 @@ class TraceRecorder:
         self._ahead: dict[int, np.ndarray] = {}
 
     def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
-        """Nothing is known of the first layer ahead of it."""
+        """Forgets look-ahead scores, as there are none for a pass's first layer."""
         self._ahead = {}
 
     def routed(self, routing: Routing) -> None:
-        """Keeps the choice beside the scores that the layer before gave."""
+        """Keeps the choice, together with the look-ahead scores that the layer before gave for it."""
         ahead_TE = self._ahead.get(routing.layer)
         said = LayerTrace(routing.topk_ids_TK, routing.topk_weights_TK, ahead_TE)
         self._heard.setdefault(routing.layer, []).append(said)
         self._ahead = dict(routing.ahead)
 
     def take(self) -> dict[int, LayerTrace]:
-        """Each layer's routing of all tokens in the order of the passes, and forgets it."""
+        """Gives each layer's routing of all tokens in the order of the passes, and forgets it."""
         heard, self._heard = self._heard, {}
         return {layer: _joined(said) for layer, said in heard.items()}
 

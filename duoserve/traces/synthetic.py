@@ -1,8 +1,7 @@
 """Made-up traces with the statistics of real models' routing.
 
-How many distinct experts a window of tokens uses, and how often caches hit, are those of measured traces of the five
-models in CARDS, to which the generator's parameters were fitted. How well one layer foretells the next is no property
-of the model here: it is a parameter.
+The generator's parameters were fitted to measured traces of the five models in CARDS: windows of tokens use as many
+distinct experts, and caches hit as often. How well one layer foretells the next is not fitted: it is a parameter.
 
 R requests, T tokens of one, K top-k, E experts.
 """
@@ -17,18 +16,18 @@ import numpy as np
 from duoserve.errors import ConfigError
 from duoserve.traces.trace import LayerTrace, Trace, TraceMeta
 
-_LEAST_DRAW = np.float32(1e-30)  # an exponential draw may be 0, which has no logarithm
-_FLAT_NOISE = 64.0  # noise of so many logits leaves next to nothing of the scores
+_LEAST_DRAW = np.float32(1e-30)  # draws are at least this: an exponential draw may be 0, which has no logarithm
+_FLAT_NOISE = 64.0  # noise of this standard deviation leaves next to nothing of the scores
 _CALIBRATION_ROWS = 8192
 
 
 @dataclass(frozen=True)
 class RoutingCard:
-    """A model's sizes, and what the router's logits of one layer are the sum of, besides Gumbel noise of scale 1.
+    """A model's sizes, and the parameters of its routers' logits.
 
-    ``skew`` times minus the logarithm of the expert's rank; ``request`` times a normal draw for each request and
-    expert; and two autoregressive walks over the tokens, ``slow`` and ``fast`` in amplitude, with the correlation of
-    neighbours ``slow_memory`` and ``fast_memory``.
+    A logit is the sum of Gumbel noise of scale 1; minus ``skew`` times the logarithm of the expert's rank; ``request``
+    times a normal draw for each request and expert; and two autoregressive walks over the tokens, with amplitudes
+    ``slow`` and ``fast`` and correlations of neighbours ``slow_memory`` and ``fast_memory``.
     """
 
     name: str
@@ -47,7 +46,7 @@ CARDS = {
     card.name: card
     for card in (
         RoutingCard("qwen3-30b-a3b", 128, 8, 48, 0.0, 2.41, 0.63, 0.88, 0.35, 0.68),
-        # The first fit had a skew of 1.31, with which caches hit up to 4 points too seldom.
+        # The first fit had a skew of 1.31, with which hit rates were up to 4 points too low.
         RoutingCard("gpt-oss-120b", 128, 4, 36, 1.40, 2.24, 0.02, 0.98, 2.23, 0.40),
         RoutingCard("gpt-oss-20b", 32, 4, 24, 1.07, 2.21, 0.47, 0.95, 1.15, 0.07),
         RoutingCard("deepseek-v2-lite", 64, 6, 26, 0.71, 0.56, 0.33, 0.995, 0.37, 0.40),
@@ -62,7 +61,7 @@ def synthesize(  # noqa: PLR0913
     """A trace of ``requests`` requests, each a prompt of ``prompt`` tokens and ``tokens`` steps behind it.
 
     Of a token's experts, the share ``precision`` is among the ``top_k`` that rank first in the look-ahead scores.
-    ConfigError where that cannot be: it is at least top_k / num_experts, and below 1.
+    Raises ConfigError unless ``precision`` is at least top_k / num_experts and below 1.
     """
     chance = card.top_k / card.num_experts
     if not chance < precision < 1:
@@ -91,7 +90,7 @@ def synthesize(  # noqa: PLR0913
 def bytes_needed(card: RoutingCard, requests: int, tokens: int) -> int:
     """RAM that ``synthesize`` takes at most, for requests of ``tokens`` tokens each, their prompts included.
 
-    That are the trace's own columns, and what one layer is made of beside the one before: 24 bytes an expert.
+    It has the trace's own columns and, while a layer is made, 24 bytes for each expert and token.
     """
     columns = _meta(card).columns().values()
     kept = sum(column.dtype.itemsize * prod(column.row_shape) for column in columns)

@@ -1,4 +1,4 @@
-"""Recorded routing: what a model's routers chose, request by request.
+"""Recorded routing: the choices of a model's routers, request by request.
 
 R requests, N tokens of all requests laid end to end, T tokens of one, K top-k, E experts, L MoE layers.
 """
@@ -17,7 +17,7 @@ from duoserve.errors import TraceError
 from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.routing import Routing
 
-# What a trace consists of: its tensors by name. Those of a layer end in its number.
+# The names of a trace's tensors. Names of a layer's tensors end in its number.
 REQUESTS, TOKEN_IDS = "requests", "token_ids"
 IDS, WEIGHTS, LOOKAHEAD = "topk_ids", "topk_weights", "lookahead"
 
@@ -31,9 +31,9 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class TraceMeta:
-    """Whose routing it is: the checkpoint's ``fingerprint``, its MoE ``layers`` in order, and their sizes.
+    """The model of a trace: the checkpoint's ``fingerprint``, its MoE ``layers`` in order, and their sizes.
 
-    ``conditions`` says in what precision it was computed and how tokens were drawn; empty where that is not known.
+    ``conditions`` says in which precision it was run and how tokens were drawn; empty if that is not known.
     """
 
     fingerprint: str
@@ -44,12 +44,12 @@ class TraceMeta:
 
     @property
     def shape(self) -> ModelShape:
-        """What a scheduler must know of the model."""
+        """The sizes that a scheduler needs of the model."""
         return ModelShape(self.num_experts, self.top_k, self.layers)
 
     @property
     def ids_dtype(self) -> type[np.unsignedinteger]:
-        """The smallest integers that hold an expert's number."""
+        """The smallest integer dtype that holds an expert's number."""
         return np.uint8 if self.num_experts <= 256 else np.uint16
 
     def of_layer(self, layer: int) -> list[str]:
@@ -60,8 +60,8 @@ class TraceMeta:
     def columns(self) -> dict[str, Column]:
         """Every tensor of a trace by name. Rows are tokens; those of REQUESTS are requests.
 
-        A request's row has its number of tokens and how many of them are the prompt. The first MoE layer has no
-        look-ahead scores: nothing comes before it.
+        A request's row has its number of tokens, and how many of them are the prompt. The first MoE layer has no
+        look-ahead scores, as no router comes before it.
         """
         found = {REQUESTS: Column(np.dtype(np.int32), (2,)), TOKEN_IDS: Column(np.dtype(np.int32), ())}
         chosen = Column(np.dtype(self.ids_dtype), (self.top_k,)), Column(np.dtype(np.float16), (self.top_k,))
@@ -82,7 +82,7 @@ class TraceMeta:
 
 
 class Rows(Protocol):
-    """Where a trace's tensors lie."""
+    """Access to a trace's tensors by rows."""
 
     def read(self, name: str, start: int, stop: int | None) -> np.ndarray:
         """Rows ``start`` to ``stop`` (None: the last) of the tensor ``name``."""
@@ -91,7 +91,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class MemoryRows:
-    """A trace's tensors as arrays."""
+    """A trace's tensors as arrays in memory."""
 
     tensors: Mapping[str, np.ndarray]
 
@@ -100,7 +100,7 @@ class MemoryRows:
 
 
 class LayerTrace(NamedTuple):
-    """One layer's routing of many tokens; ``ahead_NE`` is what the layer before made of it, None for the first."""
+    """One layer's routing of many tokens; ``ahead_NE`` has the look-ahead scores for it, None for the first layer."""
 
     topk_ids_NK: np.ndarray
     topk_weights_NK: np.ndarray
@@ -111,7 +111,7 @@ class LayerTrace(NamedTuple):
 class RequestTrace:
     """The routing of one request. Step 0 is its prompt, and every step after it one token.
 
-    ``token_ids_T`` are the tokens that went through the model, the first ``num_prompt`` of them the prompt.
+    ``token_ids_T`` are the tokens that went through the model; the first ``num_prompt`` of them are the prompt.
     """
 
     number: int
@@ -121,11 +121,11 @@ class RequestTrace:
 
     @property
     def num_steps(self) -> int:
-        """The prompt's step and one for each token behind it."""
+        """The number of steps: one for the prompt, and one for each token behind it."""
         return len(self.token_ids_T) - self.num_prompt + 1
 
     def routing(self, step: int) -> Iterator[Routing]:
-        """What each layer's router said in ``step``, in the order of the layers."""
+        """What each layer's router chose in ``step``, in the order of the layers."""
         rows = self._rows(step)
         requests_T = np.full(rows.stop - rows.start, self.number, dtype=np.int64)
         layers = list(self.layers.items())
@@ -191,7 +191,7 @@ class Trace:
 
     @cached_property
     def starts_R(self) -> np.ndarray:
-        """The first row of each request, and behind the last where the rows end: int64 [R + 1]."""
+        """The first row of each request, and the end of all rows at last: int64 [R + 1]."""
         return np.concatenate([[0], np.cumsum(self.requests_R2[:, 0], dtype=np.int64)])
 
     @property
@@ -206,13 +206,13 @@ class Trace:
         return decodes_R
 
     def check_decodes(self) -> None:
-        """TraceError if no request decodes: there is nothing to judge a predictor or a policy by."""
+        """Raises TraceError if no request decodes: predictors and policies are judged by decode steps."""
         if not self.decodes_R.any():
             raise TraceError(f"the trace has {len(self)} requests, and none decodes: trace more tokens")
 
     @cached_property
     def prompt_marks(self) -> list[str]:
-        """A word for each request's prompt: the same wherever that prompt is, in this trace or another."""
+        """A hash of each request's prompt, the same for that prompt in any trace."""
         token_ids_N, prompts_R = self.read(TOKEN_IDS).astype("<i4"), self.requests_R2[:, 1]
         prompts = (token_ids_N[start : start + n] for start, n in zip(self.starts_R, prompts_R, strict=False))
         return [blake2b(prompt.tobytes(), digest_size=8).hexdigest() for prompt in prompts]
@@ -222,7 +222,7 @@ class Trace:
         return self._rows.read(name, 0, None)
 
     def chosen(self, layer: int) -> np.ndarray:
-        """The experts that all tokens chose at ``layer``, [N, K], and nothing else that lies beside them."""
+        """The experts that all tokens chose at ``layer``, [N, K]; reads nothing else of the layer."""
         return self.read(self.meta.of_layer(layer)[0])
 
     def layer(self, layer: int, start: int = 0, stop: int | None = None) -> LayerTrace:

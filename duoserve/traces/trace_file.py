@@ -1,6 +1,6 @@
-"""Traces in files: safetensors, one behind the other, each with one request or more.
+"""Traces in files, which are safetensors files one behind the other, each with one request or more.
 
-A request is written at once when it is done, so that what a crash leaves is whole requests and a tail that is cut off.
+A request is written at once when it is done, so a crash leaves whole requests and an incomplete tail.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TYPE_NAMES[np.dtype(np.float16)] = "F16"
 
 @dataclass(frozen=True)
 class Segment:
-    """One safetensors file within the file: its tensors, whose they are, and the byte behind them."""
+    """One safetensors file within the file: its model, its tensors, and the byte at which it ends."""
 
     meta: TraceMeta
     tensors: Mapping[str, TensorInfo]
@@ -46,7 +46,7 @@ class FileRows(Rows):
         self._path, self._file, self._segments = path, file, segments
         self._meta = segments[0].meta
         self._columns = self._meta.columns()
-        self._starts = {  # the first row of each segment, and behind the last where the rows end
+        self._starts = {  # the first row of each segment, and the end of all rows at last
             name: [0, *accumulate(segment.tensors[name].shape[0] for segment in segments)]
             for name in (REQUESTS, TOKEN_IDS)
         }
@@ -63,7 +63,7 @@ class FileRows(Rows):
         return np.concatenate(parts)
 
     def _check(self, name: str, values: np.ndarray) -> None:
-        """TraceError where they cannot be a router's: nothing that is computed from them would be right."""
+        """Raises TraceError for values that no router can give, as nothing computed from them would be right."""
         if name.startswith(IDS) and values.size:
             if values.max() >= self._meta.num_experts:
                 raise TraceError(f"{self._path}: {name} has expert {values.max()} of {self._meta.num_experts}; {AGAIN}")
@@ -74,7 +74,7 @@ class FileRows(Rows):
             raise TraceError(f"{self._path}: {name} has values that are no numbers; {AGAIN}")
 
     def _spans(self, name: str, start: int, stop: int | None) -> Iterator[tuple[TensorInfo, int, int]]:
-        """The tensors that have some of the rows, and which of theirs; no other segment is looked at."""
+        """Each tensor that has some of the rows, with the range of its rows; looks at no other segment."""
         starts = self._starts[REQUESTS if name == REQUESTS else TOKEN_IDS]
         end = starts[-1] if stop is None else min(stop, starts[-1])
         at = bisect_right(starts, start) - 1
@@ -87,7 +87,7 @@ class FileRows(Rows):
 def open_trace(path: Path, fingerprint: str | None = None) -> Trace:
     """The trace in the file ``path``, read as it is used.
 
-    TraceError if it is malformed, cut short or empty, or not of the model with ``fingerprint`` (where one is given).
+    Raises TraceError if it is malformed, cut short or empty, or not of the model with ``fingerprint`` (if given).
     """
     file = _open(path)
     try:
@@ -106,16 +106,16 @@ def open_trace(path: Path, fingerprint: str | None = None) -> Trace:
 
 
 class TraceWriter:
-    """Adds requests of the model ``meta`` to the file ``path``, which is made where there is none.
+    """Adds requests of the model ``meta`` to the file ``path``, which is made if there is none.
 
-    What an interrupted writer left of a request is cut off. TraceError if the file is another model's trace or was
-    recorded otherwise, cannot be read or written, or has a writer already: it is locked until ``close``.
+    A request that an interrupted writer left incomplete is cut off. The file is locked until ``close``. Raises
+    TraceError if it is a trace of another model or of other settings, cannot be read or written, or has a writer.
     """
 
     def __init__(self, path: Path, meta: TraceMeta) -> None:
         self._path, self._meta = path, meta
         with refused_as(TraceError, f"{path}: cannot be written"):
-            self._file = path.open("a+b")  # which refuses a pipe, where "ab" would wait for its reader
+            self._file = path.open("a+b")  # "a+b" refuses a pipe; "ab" would wait for its reader
         try:
             self._claim()
         except BaseException:
@@ -125,7 +125,7 @@ class TraceWriter:
     def append(self, token_ids: Sequence[int], num_prompt: int, layers: Mapping[int, LayerTrace]) -> None:
         """Writes one request: the tokens that went through the model, and each layer's routing of them.
 
-        TraceError where it cannot be written: what was there before stays whole.
+        Raises TraceError if it cannot be written; what was there before stays whole.
         """
         values = self._meta.named(np.array([[len(token_ids), num_prompt]]), np.array(token_ids), layers)
         with refused_as(TraceError, f"{self._path}: cannot be written", "; --resume goes on with it"):
@@ -133,12 +133,12 @@ class TraceWriter:
             self._file.flush()
 
     def close(self) -> None:
-        """Closes the file; idempotent. What could not be written has been said by ``append``."""
+        """Closes the file; idempotent. It raises no error: ``append`` has reported what could not be written."""
         with suppress(OSError):
             self._file.close()
 
     def _claim(self) -> None:
-        """Keeps other writers out, and cuts off what is no whole request."""
+        """Locks out other writers, and cuts off an incomplete request at the end."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._file.truncate(self._whole_bytes())
@@ -148,7 +148,7 @@ class TraceWriter:
             raise TraceError(f"{self._path}: cannot be written ({error})") from error
 
     def _whole_bytes(self) -> int:
-        """Where the last whole request ends."""
+        """The byte at which the last whole request ends."""
         file = _open(self._path)
         try:
             segments = list(_segments(file, self._path))
@@ -170,13 +170,13 @@ def _open(path: Path) -> PositionalFile:
 
 
 def _segments(file: PositionalFile, path: Path) -> Iterator[Segment]:
-    """The whole segments from the file's start; TraceError if one is whole and yet wrong, or of another model."""
+    """The whole segments from the file's start; raises TraceError if one of them is malformed, or of another model."""
     start, first = 0, None
     while start < file.size:
         try:
             header = read_segment(file, start)
         except CutShortError:
-            return  # the caller sees that bytes are left over
+            return  # the caller sees by ``end`` that bytes are left over
         except CheckpointError as error:
             raise TraceError(f"{path}: is no trace from byte {start} on, or cannot be read ({error})") from error
         segment = Segment(_meta_of(header.metadata, path), {t.name: t for t in header.tensors}, header.end)
@@ -271,5 +271,5 @@ def _encoded(meta: TraceMeta, values: Mapping[str, np.ndarray]) -> bytes:
 
 
 def _fitting(values: np.ndarray, dtype: np.dtype[np.generic]) -> np.ndarray:
-    """The values in ``dtype``; scores beyond the range of half precision become its largest."""
+    """The values in ``dtype``; scores beyond the range of half precision become its largest number."""
     return (np.clip(values, -_LARGEST_HALF, _LARGEST_HALF) if dtype == np.float16 else values).astype(dtype)
