@@ -48,7 +48,7 @@ class Roster:
 
     def join(self, request: Request) -> None:
         """A new request waits."""
-        self._samplers[request] = Sampler(request.params, self._vocab_size)
+        self._samplers[request] = Sampler(request.params, self._vocab_size, request.prompt_ids)
         self.waiting.append(request)
 
     def take(self, places: Sequence[int], answer_room: int) -> list[Request]:
@@ -68,7 +68,7 @@ class Roster:
 
     def sample(self, request: Request, logits_V: Tensor) -> int:
         """The next token of ``request``; errors as in Sampler."""
-        return self._samplers[request](logits_V, request.prompt_ids + request.output_ids)
+        return self._samplers[request](logits_V)
 
     def make_room(self) -> list[Request]:
         """Those that run, each with room for its next token. Where that lacks, the last to start make way."""
