@@ -31,9 +31,9 @@ from duoserve.models.variants import with_script
 from duoserve.predictors.lookahead import LookaheadPredictor
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
-from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.scheduler import Scheduler
+from duoserve.wiring import make_scheduler
 from serve_cells import Cell, Part
 from serve_digest import NotedPasses, digest
 from serve_host import Host
@@ -157,10 +157,9 @@ class Ground:
         meter, pool = StallMeter(), SlotPool(plan.num_slots, store.layout, device=device)
         piece_bytes = plan.slot_bytes if part.whole_rows else PIECE_BYTES
         copies = self.host.copy_engine(store, pool, meter, piece_bytes)
-        scheduler = Scheduler(ModelShape.of(config), pool, copies, policy, meter, self._predictor(policy))
-        with closing(scheduler):
-            if policy.all_resident:
-                scheduler.load_all()
+        predictor = self._predictor(policy)
+        with ExitStack() as held:
+            scheduler = make_scheduler(config, pool, copies, policy, meter, held, predictor=predictor)
             asked_for = AskedFor(scheduler)
             built = self.model.family.build(config, self.model.reader(device), RoutedExperts(asked_for, pool.weights))
             replay = RoutingReplay(self.warm, config.moe_layers)

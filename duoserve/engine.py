@@ -13,24 +13,25 @@ from itertools import count
 from torch import Tensor
 
 from duoserve.batching.cost import MeasuredCosts
-from duoserve.batching.load_view import as_coming, as_running, as_waiting
-from duoserve.batching.next_work import Batching, Load, WaitingRequest
+from duoserve.batching.load_view import as_waiting
+from duoserve.batching.next_work import Batching, Load
 from duoserve.config import ModelConfig
+from duoserve.context_limits import ContextLimits
 from duoserve.errors import (
     CopyError,
     DuoServeError,
     IntegrityError,
     MemoryBudgetError,
     OverloadedError,
-    RequestError,
 )
 from duoserve.interface import ServiceSettings
-from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache, SequenceKV
+from duoserve.kv_cache import PagedKVCache, SequenceKV
 from duoserve.metrics import Meter
 from duoserve.out_of_memory import explained_refusals
 from duoserve.passes import Passes, Prefill
 from duoserve.request import Produced, Request
-from duoserve.sampling import Sampler, token_logprobs
+from duoserve.roster import Roster
+from duoserve.sampling import token_logprobs
 from duoserve.shared_errors import drop_tracebacks, own_copy
 
 # Of a list of prompts: as many at once as the KV cache holds with all of their answers, in their order.
@@ -44,7 +45,7 @@ class Engine:
     """Runs requests in ``passes``. Not thread-safe: one call at a time.
 
     ``add`` and ``abort`` requests between steps; ``step`` does one unit of work. Until ``serve_by``, requests start in
-    the order of arrival, as many at once as the KV cache holds.
+    the order of arrival, as many at once as the KV cache holds. ``limits`` are those of each request.
     """
 
     def __init__(
@@ -55,46 +56,39 @@ class Engine:
         meter: Meter,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.limits = ContextLimits(config.vocab_size, config.num_positions, cache.num_tokens)
         self._passes = passes
-        self._config = config
+        self._eos_token_ids = config.eos_token_ids
         self._cache = cache
         self._meter = meter
         self._clock = clock
         self._numbers = count()
         self._costs = MeasuredCosts()
         self._batching = Batching(ALL_AT_ONCE, self._costs, passes.num_layers)
-        self._samplers: dict[Request, Sampler] = {}
-        self._waiting: list[Request] = []
-        self._decoding: list[Request] = []
+        self._roster = Roster(passes, cache, config.vocab_size, clock)
         self._forward_kv = SequenceKV()
         self._last_was_decode = False
         self._measured = clock()  # when the last step ended that the costs know of
-        self._num_sent_back = 0
 
     @property
     def num_waiting(self) -> int:
         """Requests that have not been started."""
-        return len(self._waiting)
+        return len(self._roster.waiting)
 
     @property
     def num_started(self) -> int:
         """Requests that have been started and not ended."""
-        return len(self._started())
+        return len(self._roster.started)
 
     @property
     def num_sent_back(self) -> int:
         """How often a request has made way in the KV cache for those that had started before it."""
-        return self._num_sent_back
+        return self._roster.num_sent_back
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._waiting or self._decoding or self._passes.prefill)
-
-    @property
-    def max_context(self) -> int:
-        """Tokens of context that one request may come to need at most: what the model knows, and the cache holds."""
-        return min(self._cache.num_tokens, self._config.num_positions)
+        return not (self._roster.waiting or self._roster.decoding or self._passes.prefill)
 
     @property
     def kv_usage(self) -> float:
@@ -112,39 +106,16 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """A request joins. RequestError for what can never be served, OverloadedError for what cannot be now."""
-        self.check_prompt(request.prompt_ids, request.params.max_tokens)
+        self.limits.check(request.prompt_ids, request.params.max_tokens)
         if request.arrived is None:
             request.arrived = self._clock()
-        settings, num_new = self._batching.settings, sum(one.admitted is None for one in self._waiting)
-        if num_new >= settings.max_waiting + max(0, settings.max_batch - self.num_started):
-            wait_s = self._batching.first_token_s(self._as_waiting(request), self._load())
-            raise OverloadedError(
-                f"{num_new} requests wait and {self.num_started} run: max_batch={settings.max_batch} and "
-                f"max_waiting={settings.max_waiting} allow no more: try again later",
-                max(0.1, wait_s),
-            )
-        if settings.admission == "strict":
-            refusal = self._batching.refusal(self._as_waiting(request), self._load())
-            if refusal is not None:
-                raise OverloadedError(f"the request would miss its objective: {refusal.why}", refusal.retry_after_s)
+        self._check_overload(request)
         request.number = next(self._numbers)
-        self._samplers[request] = Sampler(request.params, self._config.vocab_size)
-        self._waiting.append(request)
+        self._roster.join(request)
 
     def abort(self, request: Request) -> None:
-        """Ends a request, which no step works for any more; does nothing to one that has ended.
-
-        Its pages are free at once, but for those of a prompt in a pass with others: that pass still writes to them.
-        """
-        if request not in self._samplers:
-            return
-        request.finish("abort")
-        prefill = self._passes.prefill
-        if prefill is None or request not in prefill.requests:
-            self._release(request)
-        elif all(other.finish_reason for other in prefill.requests):
-            self._passes.abandon(prefill)
-            self._release_all(prefill.requests)
+        """Ends a request, which no step works for any more; does nothing to one that has ended."""
+        self._roster.abort(request)
 
     def step(self) -> list[Produced]:
         """One unit of work, and what it came to; nothing where there is nothing to do.
@@ -153,18 +124,18 @@ class Engine:
         A copy that fails, or memory that is refused, ends the requests of its pass, non-finite logits the one that they
         are of. Any other error is raised, and leaves the engine for nothing but ``abort``.
         """
-        for request in [one for one in self._decoding if one.finish_reason]:
-            self._release(request)
-        if self._passes.prefill is None and self._waiting and self._prefill_has_turn:
+        roster = self._roster
+        roster.release([one for one in roster.decoding if one.finish_reason])
+        if self._passes.prefill is None and roster.waiting and self._prefill_has_turn:
             failed = self._start_prefill()
             if failed:
                 return failed
         prefill = self._passes.prefill
         if prefill is not None:
-            num_layers = self._batching.layers(self._started_load(), self._prefill_has_turn)
+            num_layers = self._batching.layers(roster.started_load(self._measured), self._prefill_has_turn)
             if num_layers:
                 return self._advance_prefill(prefill, num_layers)
-        return self._decode() if self._decoding else []
+        return self._decode() if roster.decoding else []
 
     def generate(self, requests: Sequence[Request]) -> Generator[tuple[Request, int]]:
         """Yields each new token with its request, as many requests at a time as the KV cache holds.
@@ -173,7 +144,7 @@ class Engine:
         MemoryBudgetError when memory is refused.
         """
         for request in requests:
-            self.check_prompt(request.prompt_ids, request.params.max_tokens)
+            self.limits.check(request.prompt_ids, request.params.max_tokens)
         self._end_all()
         self._meter.begin_request()
         try:
@@ -192,7 +163,7 @@ class Engine:
 
     def forward(self, token_ids: Sequence[int]) -> Tensor:
         """One prefill of ``token_ids``: float32 logits [T, V] of every position. Errors as in ``generate``."""
-        self.check_prompt(token_ids, 0)
+        self.limits.check(token_ids, 0)
         self._end_all()
         self._meter.begin_request()
         try:
@@ -204,57 +175,46 @@ class Engine:
             self._end_all()
             self._meter.end_request()
 
-    def check_prompt(self, token_ids: Sequence[int], max_tokens: int) -> None:
-        """RequestError for a prompt that can never be served."""
-        vocab, room, known = self._config.vocab_size, self._cache.num_tokens, self._config.num_positions
-        if not token_ids:
-            raise RequestError("the prompt is empty: give at least one token")
-        bad = next((t for t in token_ids if not 0 <= t < vocab), None)
-        if bad is not None:
-            raise RequestError(f"token id {bad} lies outside the vocabulary, 0..{vocab - 1}")
-        if len(token_ids) + max_tokens > known:
-            raise RequestError(
-                f"{len(token_ids)} prompt tokens and max_tokens={max_tokens} exceed the {known} positions that the "
-                "model knows: lower max_tokens or shorten the prompt"
-            )
-        if len(token_ids) + max_tokens > room:
-            raise RequestError(
-                f"{len(token_ids)} prompt tokens and max_tokens={max_tokens} exceed the context of {room} tokens: "
-                "lower max_tokens, shorten the prompt, or load the model with a larger max_context"
-            )
-
     def check_integrity(self) -> None:
         """IntegrityError if pages or holds outlive their requests, or the books of the slots disagree."""
-        started = self._started()
-        self._cache.check_integrity([request.kv for request in started])
-        known = [*self._waiting, *started]
-        if len(known) != len(self._samplers) or not all(request in self._samplers for request in known):
-            raise IntegrityError(f"{len(known)} requests wait or run, but {len(self._samplers)} have samplers")
+        self._roster.check_integrity()
         self._passes.check_integrity()
 
     @property
     def _prefill_has_turn(self) -> bool:
         """Whether it is a prefill's turn: the last step was a decode step, or nobody decodes."""
-        return self._last_was_decode or not self._decoding
+        return self._last_was_decode or not self._roster.decoding
+
+    def _load(self) -> Load:
+        return self._roster.load(self._batching.settings.answer_room, self._measured)
+
+    def _check_overload(self, request: Request) -> None:
+        """OverloadedError where the settings allow no more requests, or this one would miss its objective."""
+        settings, asked = self._batching.settings, as_waiting(request, self._batching.settings.answer_room)
+        num_new = sum(one.admitted is None for one in self._roster.waiting)
+        if num_new >= settings.max_waiting + max(0, settings.max_batch - self.num_started):
+            raise OverloadedError(
+                f"{num_new} requests wait and {self.num_started} run: max_batch={settings.max_batch} and "
+                f"max_waiting={settings.max_waiting} allow no more: try again later",
+                max(0.1, self._batching.first_token_s(asked, self._load())),
+            )
+        if settings.admission == "strict":
+            refusal = self._batching.refusal(asked, self._load())
+            if refusal is not None:
+                raise OverloadedError(f"the request would miss its objective: {refusal.why}", refusal.retry_after_s)
 
     def _end_all(self) -> None:
         """Ends what this call has begun, and what interrupts have kept an earlier one from ending."""
         self._passes.end_all()
         self._cache.release(self._forward_kv)
-        for request in list(self._samplers):
-            self.abort(request)
-
-    def _started(self) -> list[Request]:
-        prefill = self._passes.prefill
-        return [*self._decoding, *(() if prefill is None else prefill.requests)]
+        for request in self._roster.everyone:
+            self._roster.abort(request)
 
     def _start_prefill(self) -> list[Produced]:
         """Begins a prefill of those of the waiting whose turn it is; gives those for whom that failed."""
         now = self._clock()
-        chosen = [self._waiting[place] for place in self._batching.start(self._load())]
+        chosen = self._roster.take(self._batching.start(self._load()), self._batching.settings.answer_room)
         for request in chosen:
-            self._waiting.remove(request)
-            self._cache.reserve(request.kv, request.room(self._batching.settings.answer_room))
             if request.admitted is None:
                 request.admitted = now
                 self._meter.prompt(len(request.prompt_ids))
@@ -262,7 +222,7 @@ class Engine:
             return []
         try:
             with explained_refusals(COMPUTING_A_PASS):
-                self._passes.start_prefill(chosen, interruptible=bool(self._decoding))
+                self._passes.start_prefill(chosen, interruptible=bool(self._roster.decoding))
         except PASS_ERRORS as error:
             return self._fail(chosen, error)
         return []
@@ -279,12 +239,12 @@ class Engine:
         self._costs.note_prefill(prefill.num_tokens, num_layers, self._measured - begun)
         if logits_BV is None:
             return []
-        self._decoding += prefill.requests
+        self._roster.prefilled(prefill.requests)
         return self._sample_all(prefill.requests, logits_BV)
 
     def _decode(self) -> list[Produced]:
         self._last_was_decode = True
-        requests, begun = self._with_room(), self._clock()
+        requests, begun = self._roster.make_room(), self._clock()
         if not requests:
             return []
         try:
@@ -296,40 +256,6 @@ class Engine:
         self._measured = self._clock()
         self._costs.note_decode(len(requests), self._measured - begun)
         return produced
-
-    def _with_room(self) -> list[Request]:
-        """The requests that run, each with room for its next token. Where that lacks, the last to start make way."""
-        for request in list(self._decoding):
-            while request in self._decoding and request.num_known > request.kv.room + self._cache.free_tokens:
-                self._make_way()
-            if request in self._decoding:
-                self._cache.reserve(request.kv, request.num_known)
-        return list(self._decoding)
-
-    def _make_way(self) -> None:
-        """The last to start wait again: those of the prefill that is under way, or else one that runs."""
-        prefill = self._passes.prefill
-        if prefill is None:
-            self._send_back(self._decoding.pop())
-            return
-        self._passes.abandon(prefill)
-        for request in prefill.requests:
-            if request.finish_reason is None:
-                self._send_back(request)
-            else:
-                self._release(request)
-
-    def _send_back(self, request: Request) -> None:
-        """Takes the request's pages: it waits for room again.
-
-        Its tokens so far are then computed anew by decode steps behind its prompt: one longer prompt would be faster,
-        but would have other bits.
-        """
-        self._cache.release(request.kv)
-        self._num_sent_back += 1
-        if request.first_token is not None:  # else it goes on waiting as it did
-            request.sent_back = self._clock()
-        self._waiting.append(request)
 
     def _sample_all(self, requests: Sequence[Request], logits_BV: Tensor) -> list[Produced]:
         produced = []
@@ -344,19 +270,19 @@ class Engine:
                     request.finish("error")
                     produced.append(Produced(request, error=error))
             if request.finish_reason is not None:
-                self._release(request)
+                self._roster.release([request])
         return produced
 
     def _sample(self, request: Request, logits_V: Tensor) -> Produced:
         with self._meter.compute():
-            token = self._samplers[request](logits_V, request.prompt_ids + request.output_ids)
+            token = self._roster.sample(request, logits_V)
             wanted = request.num_logprobs
             logprobs = None if wanted is None else token_logprobs(logits_V, token, wanted)
         request.output_ids.append(token)
         request.last_token = self._clock()
         if request.first_token is None:
             request.first_token = request.last_token
-        if token in self._config.eos_token_ids and not request.params.ignore_eos:
+        if token in self._eos_token_ids and not request.params.ignore_eos:
             request.finish("stop")
         elif len(request.output_ids) >= request.params.max_tokens:
             request.finish("length")
@@ -369,31 +295,5 @@ class Engine:
         failed = [Produced(request, error=own_copy(error)) for request in requests if request.finish_reason is None]
         for request in requests:
             request.finish("error")
-        self._release_all(requests)
+        self._roster.release(requests)
         return failed
-
-    def _release_all(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            self._release(request)
-
-    def _release(self, request: Request) -> None:
-        self._cache.release(request.kv)
-        for requests in (self._waiting, self._decoding):
-            if request in requests:
-                requests.remove(request)
-        del self._samplers[request]  # last: an interrupt leaves nobody who cannot be aborted
-
-    def _as_waiting(self, request: Request) -> WaitingRequest:
-        return as_waiting(request, self._batching.settings.answer_room)
-
-    def _load(self) -> Load:
-        return self._started_load()._replace(waiting=[*map(self._as_waiting, self._waiting)])
-
-    def _started_load(self) -> Load:
-        """The load without the requests that wait, of which there may be many."""
-        # A page for each that grows: else the next to do so would send a newcomer back.
-        growing = sum(request.may_grow for request in self._decoding)
-        free = self._cache.free_tokens - growing * PAGE_TOKENS
-        prefill = self._passes.prefill
-        coming = None if prefill is None else as_coming(prefill, self._passes.num_layers)
-        return Load(self._clock(), (), [*map(as_running, self._decoding)], free, coming, self._measured)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,7 +29,6 @@ from duoserve.models.variants import with_products
 from duoserve.out_of_memory import explained_refusals
 from duoserve.passes import Decoder, Passes
 from duoserve.placement import Placement
-from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import RoutingListener, audience
@@ -37,6 +36,7 @@ from duoserve.scheduling.scheduler import Scheduler
 from duoserve.text.chat_template import ChatTemplate
 from duoserve.text.tokenizer import Text
 from duoserve.torch_modes import as_in_new_thread
+from duoserve.wiring import make_scheduler
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ def _engine(
     decision: Decision, store: ExpertStore, meter: Meter, listener: RoutingListener | None, held: ExitStack
 ) -> Engine:
     """The floors wired together, from the slots up to the passes; ``held`` closes what is open of them."""
-    place, policy, config = decision.place, decision.policy, decision.place.model.config
+    place, config = decision.place, decision.place.model.config
     pool = SlotPool(decision.plan.num_slots, store.layout, device=place.device)
-    copies = held.enter_context(closing(place.copy_engine(store, pool, decision.wanted.copy_threads, meter)))
-    scheduler = Scheduler(ModelShape.of(config), pool, copies, policy, meter, decision.predictor)
-    held.enter_context(closing(scheduler))
-    if policy.all_resident:
-        scheduler.load_all(progress=sys.stderr.isatty())
+    copies = place.copy_engine(store, pool, decision.wanted.copy_threads, meter)
+    predictor, progress = decision.predictor, sys.stderr.isatty()
+    scheduler = make_scheduler(
+        config, pool, copies, decision.policy, meter, held, predictor=predictor, progress=progress
+    )
     transformer, tap = _transformer_and_tap(decision, scheduler, pool, listener)
     cache = PagedKVCache(config, place.max_context, place.dtype, place.device)
     prompts, decoder = _prompts_and_decoder(DecoderParts(transformer, cache, scheduler, store, pool), decision)

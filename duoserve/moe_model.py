@@ -151,7 +151,7 @@ class MoEModel:
     @property
     def max_context(self) -> int:
         """Tokens of the longest request, prompt and output: what the KV cache holds and the model has positions for."""
-        return self._runtime.engine.max_context
+        return self._runtime.engine.limits.max_context
 
     @property
     def chat_template(self) -> ChatTemplate | None:

@@ -1,6 +1,6 @@
 """From the logits of one position to the next token: what a request may ask for, and the draw itself.
 
-V vocabulary.
+V vocabulary, N tokens that were seen.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -77,27 +78,46 @@ def _checked_stops(stop: object) -> tuple[str, ...]:
 
 
 class Sampler:
-    """Draws the tokens of one request. Its random numbers are its own, so requests cannot disturb each other."""
+    """Draws the tokens that follow one prompt. Its random numbers are its own: requests cannot disturb each other."""
 
-    def __init__(self, params: SamplingParams, vocab_size: int) -> None:
+    def __init__(self, params: SamplingParams, vocab_size: int, prompt_ids: Sequence[int]) -> None:
         self.params = params
         self.vocab_size = vocab_size
+        self._prompt_ids = prompt_ids
+        self._num_tokens = len(prompt_ids)  # and those drawn
         self._random = torch.Generator()
         if params.seed is None:
             self._random.seed()
         else:
             self._random.manual_seed(params.seed)
 
-    def __call__(self, logits_V: Tensor, context: Sequence[int]) -> int:
-        """The token that follows ``context`` (prompt and output so far), from its float32 logits on any device.
+    def __call__(self, logits_V: Tensor) -> int:
+        """The token that follows the prompt and those drawn so far, from its float32 logits on any device.
 
         Raises ``DuoServeError`` when a logit is NaN or infinite: that is the model's fault, not the request's.
         """
         if logits_V.shape != (self.vocab_size,):
             raise IntegrityError(f"logits have shape {tuple(logits_V.shape)}, the vocabulary {self.vocab_size} entries")
         scores_V = logits_V.detach().float().cpu()
-        _check_finite(scores_V, position=len(context))
-        scores_V = penalize_repetition(scores_V, context, self.params.repetition_penalty)
+        _check_finite(scores_V, position=self._num_tokens)
+        if self._penalizes:
+            scores_V = penalize_repetition(scores_V, self._seen_N, self.params.repetition_penalty)
+        token = self._draw(scores_V)
+        self._num_tokens += 1
+        if self._penalizes and token not in self._seen_N:
+            self._seen_N = torch.cat([self._seen_N, self._seen_N.new_tensor([token])])
+        return token
+
+    @property
+    def _penalizes(self) -> bool:
+        return self.params.repetition_penalty != 1.0
+
+    @cached_property
+    def _seen_N(self) -> Tensor:
+        """What is penalized. It is made when the first token is drawn: the samplers of those who wait may be many."""
+        return distinct(self._prompt_ids, self.vocab_size)
+
+    def _draw(self, scores_V: Tensor) -> int:
         if self.params.greedy:
             return int(scores_V.argmax())  # the lowest id of those that tie
         probs_V = truncate(scores_V, self.params).softmax(-1)
@@ -122,14 +142,15 @@ def _check_finite(scores_V: Tensor, position: int) -> None:
         )
 
 
-def penalize_repetition(scores_V: Tensor, context: Sequence[int], penalty: float) -> Tensor:
-    """Divides the positive and multiplies the negative scores of the tokens in ``context``, each once."""
-    if penalty == 1.0:
-        return scores_V
-    head = len(scores_V)  # which may have fewer rows than the embedding
-    seen = torch.tensor(sorted({token for token in context if token < head}), dtype=torch.int64, device="cpu")
-    old = scores_V[seen]
-    return scores_V.index_copy(0, seen, torch.where(old < 0, old * penalty, old / penalty))
+def distinct(token_ids: Sequence[int], vocab_size: int) -> Tensor:
+    """Each of ``token_ids`` once, int64 [N]; ids beyond the vocabulary are left out."""
+    return torch.tensor(sorted({token for token in token_ids if token < vocab_size}), dtype=torch.int64, device="cpu")
+
+
+def penalize_repetition(scores_V: Tensor, seen_N: Tensor, penalty: float) -> Tensor:
+    """Divides the positive and multiplies the negative scores of the tokens in ``seen_N``, where each is once."""
+    old_N = scores_V[seen_N]
+    return scores_V.index_copy(0, seen_N, torch.where(old_N < 0, old_N * penalty, old_N / penalty))
 
 
 def truncate(scores_V: Tensor, params: SamplingParams) -> Tensor:

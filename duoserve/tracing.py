@@ -90,7 +90,7 @@ def _is_in_the_way(path: Path) -> bool:
 def _check(runtime: Runtime, prompts: Sequence[list[int]], max_tokens: int) -> None:
     for number, token_ids in enumerate(prompts, 1):
         try:
-            runtime.engine.check_prompt(token_ids, max_tokens)
+            runtime.engine.limits.check(token_ids, max_tokens)
         except RequestError as error:
             raise RequestError(f"prompt {number}: {error}") from error
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -18,6 +17,7 @@ from duoserve.experts.layout import ExpertLayout
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.kv_cache import PagedKVCache
+from duoserve.launching.launch import DecoderParts
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
@@ -25,26 +25,18 @@ from duoserve.models.opened import opened
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Decoder, Passes
 from duoserve.request import Request
-from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import RoutingListener, audience
-from duoserve.scheduling.scheduler import Scheduler
-
-
-class Parts(NamedTuple):
-    """What a decoder is made of."""
-
-    model: Transformer
-    cache: PagedKVCache
-    scheduler: Scheduler
-    store: ExpertStore
+from duoserve.wiring import make_scheduler
 
 
 class AssembledEngine(Engine):
     """An engine that shows what it is made of."""
 
-    def __init__(self, passes: Passes, parts: Parts, config: ModelConfig, copies: CopyEngine, meter: Meter) -> None:
+    def __init__(
+        self, passes: Passes, parts: DecoderParts, config: ModelConfig, copies: CopyEngine, meter: Meter
+    ) -> None:
         super().__init__(passes, config, parts.cache, meter)
         self.passes, self.copies, self.meter = passes, copies, meter
         self.cache, self.scheduler = parts.cache, parts.scheduler
@@ -65,7 +57,7 @@ def assembled(
     predictor: Predictor | None = None,
     *,
     make_pool: Callable[[int, ExpertLayout], SlotPool] = poisoned,
-    make_decoder: Callable[[Parts], Decoder] | None = None,
+    make_decoder: Callable[[DecoderParts], Decoder] | None = None,
     change: Callable[[Transformer], Transformer] = lambda model: model,
     device: torch.device = CPU,
 ) -> Iterator[AssembledEngine]:
@@ -73,23 +65,23 @@ def assembled(
 
     ``change`` makes another model of the one that was built.
     """
-    with opened(folder) as found:
+    with opened(folder) as found, ExitStack() as held:
         config = found.config
         store = found.expert_store(config.dtype)
         pool, meter = make_pool(slots, store.layout), Meter()
         copies = make_copies(store, pool)
-        scheduler = Scheduler(ModelShape.of(config), pool, copies, get_policy(policy), meter, predictor)
-        with closing(scheduler):
-            built = found.family.build(
-                config,
-                lambda name, dtype=None: found.read(name, dtype or config.dtype).to(device),
-                RoutedExperts(scheduler, pool.weights),
-            )
-            transformer, tap = listened_to(change(built), audience(scheduler.listener, listener))
-            parts = Parts(transformer, PagedKVCache(config, 256, config.dtype, device), scheduler, store)
-            decoder = None if make_decoder is None else make_decoder(parts)
-            passes = Passes(transformer, scheduler, parts.cache, meter, tap=tap, decoder=decoder)
-            yield AssembledEngine(passes, parts, config, copies, meter)
+        scheduler = make_scheduler(config, pool, copies, get_policy(policy), meter, held, predictor=predictor)
+        built = found.family.build(
+            config,
+            lambda name, dtype=None: found.read(name, dtype or config.dtype).to(device),
+            RoutedExperts(scheduler, pool.weights),
+        )
+        transformer, tap = listened_to(change(built), audience(scheduler.listener, listener))
+        cache = PagedKVCache(config, 256, config.dtype, device)
+        parts = DecoderParts(transformer, cache, scheduler, store, pool)
+        decoder = None if make_decoder is None else make_decoder(parts)
+        passes = Passes(transformer, scheduler, cache, meter, tap=tap, decoder=decoder)
+        yield AssembledEngine(passes, parts, config, copies, meter)
 
 
 def tokens_of(engine: Engine, prompt: list[int], params: SamplingParams) -> list[int]:

@@ -19,10 +19,11 @@ from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.kv_cache import NewTokens
 from duoserve.launching.event import event_steps
 from duoserve.launching.graph import graph_steps
+from duoserve.launching.launch import DecoderParts
 from duoserve.launching.recorded import RecordedDecoder
 from duoserve.passes import Decoder
 from duoserve.request import Request
-from tests.assembly import Parts, assembled
+from tests.assembly import assembled
 from tests.fake_recorder import FakeRecorder
 from tests.fake_streams import FakeStreams, LaggingPool
 
@@ -46,10 +47,10 @@ class LaggingDevice:
         self.store = TieredStore(HostStore(store, self.in_ram), store)
         return StreamCopyEngine(self.store, pool, self.streams, piece_bytes=pool.rows_SB.shape[1] // 3)
 
-    def recorded(self, mode: str, record_after: int = 0) -> Callable[[Parts], Decoder]:
+    def recorded(self, mode: str, record_after: int = 0) -> Callable[[DecoderParts], Decoder]:
         """Makes decoders of ``mode`` that record a shape when it comes for the time after ``record_after``."""
 
-        def decoder(parts: Parts) -> Decoder:
+        def decoder(parts: DecoderParts) -> Decoder:
             if mode == "graph":
                 books = parts.scheduler.read_through()
                 steps = graph_steps(parts.model, parts.cache, self.recorder, self.store, books)
@@ -87,8 +88,7 @@ class Truth:
     def __init__(self, folder: Path, num_experts: int, prompts: Sequence[list[int]], max_tokens: Sequence[int]) -> None:
         self.logits: list[Tensor] = []
 
-        def by_the_model(parts: Parts) -> Decoder:
-            parts.scheduler.load_all()
+        def by_the_model(parts: DecoderParts) -> Decoder:
             return lambda new_tokens: self._noted(parts.model(parts.cache.batch(new_tokens)))
 
         with assembled(folder, "resident", num_experts, ThreadedCopyEngine, make_decoder=by_the_model) as engine:

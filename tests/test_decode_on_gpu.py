@@ -26,10 +26,11 @@ from duoserve.kernels.cuda_graphs import CudaRecorder
 from duoserve.kv_cache import NewTokens
 from duoserve.launching.event import event_steps
 from duoserve.launching.graph import graph_steps
+from duoserve.launching.launch import DecoderParts
 from duoserve.launching.recorded import RecordedDecoder
 from duoserve.passes import Decoder
 from duoserve.scheduling.predictor import Predictor
-from tests.assembly import AssembledEngine, Parts, assembled
+from tests.assembly import AssembledEngine, assembled
 from tests.checkpoints import save_mixtral
 from tests.lagging import write
 from tests.scheduling.fortune import any_teller
@@ -101,17 +102,17 @@ class Gpu:
         with self._open:  # the store is closed last
             yield self._open.enter_context(making)
 
-    def model(self, parts: Parts) -> Decoder:
+    def model(self, parts: DecoderParts) -> Decoder:
         return lambda new_tokens: parts.model(parts.cache.batch(new_tokens)).cpu()
 
-    def event(self, parts: Parts) -> Decoder:
+    def event(self, parts: DecoderParts) -> Decoder:
         return self.recording(parts, event_steps(parts.model, parts.cache, CudaRecorder(self.device)))
 
-    def graph(self, parts: Parts) -> Decoder:
+    def graph(self, parts: DecoderParts) -> Decoder:
         recorder, books = CudaRecorder(self.device), parts.scheduler.read_through()
         return self.recording(parts, graph_steps(parts.model, parts.cache, recorder, self.store, books))
 
-    def recording(self, parts: Parts, make_step: Callable[[int, int], Decoder | None]) -> Decoder:
+    def recording(self, parts: DecoderParts, make_step: Callable[[int, int], Decoder | None]) -> Decoder:
         def counted(num_sequences: int, table_width: int) -> Decoder | None:
             step = make_step(num_sequences, table_width)
             self.recorded += step is not None
@@ -134,8 +135,6 @@ def test_the_bits_of_the_model_itself(mode: str, slots: int, record_after: int, 
     written, logits = [], []
     for gpu, how in ((Gpu(), "model"), (Gpu(record_after), mode)):
         with gpu.engine(folder, slots, how) as engine:
-            if slots == len(EXPERTS):
-                engine.scheduler.load_all()
             written.append([write(engine, PROMPTS, [12, 5, 9]) for _ in range(2)])
         logits.append(gpu.logits)
     assert gpu.recorded == 3
@@ -151,8 +150,6 @@ def test_what_is_foretold_changes_no_bit(mode: str, policy: str, folder: Path) -
     written, logits, tried = [], [], Gpu()
     for gpu, slots, how, teller in ((Gpu(), 24, "model", None), (tried, 12, mode, any_teller("liar", 3, 2))):
         with gpu.engine(folder, slots, how, policy, teller) as engine:
-            if slots == len(EXPERTS):
-                engine.scheduler.load_all()
             written.append(write(engine, PROMPTS, [12, 5, 9]))
             copied = engine.meter.snapshot().bytes
         logits.append(torch.cat(gpu.logits))
@@ -167,7 +164,6 @@ def test_stress(mode: str, tmp_path: Path) -> None:
     rng, folder = random.Random(7), save_mixtral(tmp_path, dtype=torch.bfloat16)
     true, tried, progress = Gpu(), Gpu(), Progress(mode)
     with true.engine(folder, 24, "model") as resident, tried.engine(folder, 10, mode) as engine:
-        resident.scheduler.load_all()
         while len(tried.logits) < STRESS_STEPS:
             lengths = rng.sample(range(2, 40), rng.randint(1, 4) if tried.logits else 4)
             prompts = [[rng.randint(1, 95) for _ in range(rng.randint(1, 20))] for _ in lengths]

@@ -98,7 +98,6 @@ class Interleaved:
 @pytest.fixture(scope="module")
 def truth(folder: Path) -> tuple[list[Tensor], Tensor]:
     with assembled(folder, "resident", 32, virtual_copies(0)) as engine:
-        engine.scheduler.load_all()
         whole = Interleaved(engine, [])
         return whole.decoded, whole.prefilled
 
@@ -128,8 +127,6 @@ def test_slicing_changes_no_bit(policy: str, guesses: bool, folder: Path, truth:
         teller = any_teller("anything", seed, 2) if guesses else None
         copies = virtual_copies(seed, piece_bytes)
         with assembled(folder, policy, 32 if resident else slots, copies, predictor=teller) as engine:
-            if resident:
-                engine.scheduler.load_all()
             sliced = Interleaved(engine, slices)
             assert same_bits(sliced.decoded[:6], truth[0][:6])
             assert same_bits([sliced.prefilled], [truth[1]])

@@ -119,9 +119,19 @@ def test_copy_threads_end_with_a_load_that_fails_behind_them(folder: Path, monke
 
     alive = threads_since()
     monkeypatch.setattr(Placement, "copy_engine", copy_engine)
-    monkeypatch.setattr("duoserve.loading.Scheduler", fails)
+    monkeypatch.setattr("duoserve.wiring.Scheduler", fails)
     with pytest.raises(MemoryBudgetError, match=r"while the model was loaded \(no room for the books\)"):
         MoEModel.from_pretrained(folder)
+    assert alive() == 0
+
+
+def test_copy_threads_end_with_a_scheduler_that_has_too_few_slots(folder: Path) -> None:
+    alive = threads_since()
+    with (
+        pytest.raises(MemoryBudgetError, match="keeps all 24 experts in slots"),
+        assembled(folder, "resident", 4, ThreadedCopyEngine),
+    ):
+        pass
     assert alive() == 0
 
 

@@ -17,7 +17,17 @@ from tests.fakes import PATIENCE_S
 from tests.interrupts import interrupted
 
 FOLDER = Path(duoserve.__file__).parent
-NAMES = ("moe_model", "turns", "engine", "passes", "metrics", "kv_cache", "scheduling/scheduler")
+NAMES = (
+    "moe_model",
+    "turns",
+    "engine",
+    "context_limits",
+    "roster",
+    "passes",
+    "metrics",
+    "kv_cache",
+    "scheduling/scheduler",
+)
 FILES = {str(FOLDER / f"{name}.py") for name in NAMES}
 PROMPTS = [[5, 9, 2, 40, 41, 7], [3, 1], [8, 8, 60]]
 

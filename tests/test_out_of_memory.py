@@ -153,7 +153,10 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-@pytest.mark.parametrize("part", ["PagedKVCache", "Scheduler", "_transformer_and_tap", "_prompts_and_decoder"])
+@pytest.mark.parametrize(
+    "part",
+    ["wiring.Scheduler", "loading.PagedKVCache", "loading._transformer_and_tap", "loading._prompts_and_decoder"],
+)
 def test_a_load_that_is_refused_memory_leaves_nothing_open(
     part: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +169,7 @@ def test_a_load_that_is_refused_memory_leaves_nothing_open(
     load().close()
     gc.collect()
     alive, files = threads_since(), open_files()
-    monkeypatch.setattr(f"duoserve.loading.{part}", refuse)
+    monkeypatch.setattr(f"duoserve.{part}", refuse)
     with pytest.raises(MemoryBudgetError, match=r"out of memory while the model was loaded \(CUDA out of memory"):
         load()
     gc.collect()

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from duoserve.errors import DuoServeError, IntegrityError, RequestError
-from duoserve.sampling import Sampler, SamplingParams, penalize_repetition, truncate
+from duoserve.sampling import Sampler, SamplingParams, distinct, penalize_repetition, truncate
 
 V = 97
 
@@ -49,14 +49,14 @@ def test_distribution_equals_transformers(params, seed):
     random = torch.Generator().manual_seed(seed)
     logits_V = 4 * torch.randn(V, generator=random)
     context = torch.randint(V, (20,), generator=random).tolist()
-    ours = truncate(penalize_repetition(logits_V, context, params.repetition_penalty), params).softmax(-1)
+    ours = truncate(penalize_repetition(logits_V, distinct(context, V), params.repetition_penalty), params).softmax(-1)
     torch.testing.assert_close(ours, theirs(params, logits_V, context), rtol=1e-4, atol=1e-6)
 
 
 def test_draws_follow_the_distribution():
     logits_V = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
-    sampler = Sampler(SamplingParams(seed=0, top_k=4), 5)
-    drawn = torch.bincount(torch.tensor([sampler(logits_V, [0]) for _ in range(4000)]), minlength=5) / 4000
+    sampler = Sampler(SamplingParams(seed=0, top_k=4), 5, [0])
+    drawn = torch.bincount(torch.tensor([sampler(logits_V) for _ in range(4000)]), minlength=5) / 4000
     expected = torch.tensor([0.0, 1.0, 2.0, -math.inf, 0.5]).softmax(-1)
     assert drawn[3] == 0
     assert (drawn - expected).abs().max() < 4 * math.sqrt(0.25 / 4000)
@@ -66,12 +66,12 @@ def test_a_seed_fixes_the_tokens_and_no_other_request_disturbs_them():
     logits_V = torch.randn(V, generator=torch.Generator().manual_seed(1))
 
     def draw(seed, noise=False):
-        sampler, other = Sampler(SamplingParams(seed=seed), V), Sampler(SamplingParams(seed=99), V)
+        sampler, other = Sampler(SamplingParams(seed=seed), V, []), Sampler(SamplingParams(seed=99), V, [])
         tokens = []
         for _ in range(30):
-            tokens.append(sampler(logits_V, tokens))
+            tokens.append(sampler(logits_V))
             if noise:
-                other(logits_V, tokens)
+                other(logits_V)
                 torch.rand(3)
         return tokens
 
@@ -83,18 +83,30 @@ def test_a_seed_fixes_the_tokens_and_no_other_request_disturbs_them():
 def test_greedy_takes_the_lowest_id_of_a_tie():
     logits_V = torch.full((50_000,), -1.0)
     logits_V[[49_999, 31_234, 77]] = 3.0
-    assert Sampler(SamplingParams(temperature=0.0), 50_000)(logits_V, []) == 77
+    assert Sampler(SamplingParams(temperature=0.0), 50_000, [])(logits_V) == 77
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-7, 5e-324])
 def test_a_tiny_temperature_does_not_overflow(temperature):
     logits_V = torch.tensor([1e30, -1e30, 0.5e30])
-    assert Sampler(SamplingParams(temperature=temperature), 3)(logits_V, []) == 0
+    assert Sampler(SamplingParams(temperature=temperature), 3, [])(logits_V) == 0
 
 
 def test_the_penalty_counts_a_token_once_and_ignores_ids_beyond_the_head():
-    scores_V = penalize_repetition(torch.tensor([2.0, -2.0, 1.0]), [0, 0, 1, 7], 2.0)
+    scores_V = penalize_repetition(torch.tensor([2.0, -2.0, 1.0]), distinct([0, 0, 1, 7], 3), 2.0)
     assert scores_V.tolist() == [1.0, -4.0, 1.0]
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3])
+def test_a_sampler_penalizes_the_prompt_and_what_it_has_drawn(penalty):
+    """As the whole context would have it, bit for bit: every token is compared."""
+    params, context = SamplingParams(temperature=0.0, repetition_penalty=penalty), [3, 8, 3]
+    sampler, random = Sampler(params, V, context.copy()), torch.Generator().manual_seed(2)
+    for _ in range(2 * V):
+        logits_V = torch.randn(V, generator=random)
+        expected = int(penalize_repetition(logits_V, distinct(context, V), penalty).argmax())
+        assert sampler(logits_V) == expected
+        context.append(expected)
 
 
 def test_top_p_keeps_the_lowest_ids_of_a_tie():
@@ -108,13 +120,13 @@ def test_non_finite_logits_are_the_models_fault(bad, temperature):
     logits_V = torch.zeros(V)
     logits_V[[3, 9]] = bad
     with pytest.raises(DuoServeError, match=r"non-finite logits \(2 of 97\) for token 5") as caught:
-        Sampler(SamplingParams(temperature=temperature), V)(logits_V, [1, 2, 3, 4, 5])
+        Sampler(SamplingParams(temperature=temperature), V, [1, 2, 3, 4, 5])(logits_V)
     assert not isinstance(caught.value, RequestError)
 
 
 def test_logits_of_another_vocabulary_are_a_bug():
     with pytest.raises(IntegrityError, match=r"\(96,\)"):
-        Sampler(SamplingParams(), V)(torch.zeros(V - 1), [])
+        Sampler(SamplingParams(), V, [])(torch.zeros(V - 1))
 
 
 @pytest.mark.parametrize(
@@ -151,4 +163,4 @@ def test_a_lone_stop_string_becomes_a_tuple():
 
 @pytest.mark.parametrize("seed", [-(2**63), 0, 2**64 - 1])
 def test_every_allowed_seed_works(seed):
-    assert 0 <= Sampler(SamplingParams(seed=seed), V)(torch.zeros(V), []) < V
+    assert 0 <= Sampler(SamplingParams(seed=seed), V, [])(torch.zeros(V)) < V

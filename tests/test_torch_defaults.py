@@ -182,7 +182,7 @@ def test_lists_of_the_host_stay_there(default: str) -> None:
     logits_V = torch.tensor([0.0, 1.0, 2.0])
     with DEFAULTS[default]():
         rows_C, work = kernels.context_rows([3, 1], 6, page_tokens=4), HostWork.of([(2, 5)])
-        token = Sampler(SamplingParams(temperature=0.0, repetition_penalty=9.0), 3)(logits_V, [2])
+        token = Sampler(SamplingParams(temperature=0.0, repetition_penalty=9.0), 3, [2])(logits_V)
     assert isinstance(rows_C, Tensor)
     assert rows_C.tolist() == [12, 13, 14, 15, 4, 5]
     assert [part.tolist() for part in (work.experts_W, work.slots_W, work.count_1)] == [[2], [5], [1]]

@@ -43,6 +43,7 @@ from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.scheduling.source import ExpertSource, Lease
+from duoserve.wiring import make_scheduler
 
 LEAST_WEIGHT = 2.0**-13  # float16 has smaller ones, but computes with them slowly
 BF12_SCALE = 2.0**-14
@@ -222,10 +223,8 @@ def running(stage: Stage, policy: Policy, num_slots: int, tier: str, context: in
     """The staged model under ``policy``, its experts in the store named ``tier``, room for ``context`` tokens."""
     config, meter, pool = stage.config, Meter(), SlotPool(num_slots, stage.layout)
     copies = ThreadedCopyEngine(stage.stores[tier], pool, EngineConfig().copy_threads, on_copied=meter.copied)
-    scheduler = Scheduler(ModelShape.of(config), pool, copies, policy, meter)
-    with closing(scheduler):
-        if policy.all_resident:
-            scheduler.load_all()
+    with ExitStack() as held:
+        scheduler = make_scheduler(config, pool, copies, policy, meter, held)
         watch = Watch(scheduler, config)
         built = stage.family.build(config, stage.read, RoutedExperts(watch, pool.weights))
         model, tap = listened_to(with_script(built, watch), scheduler.listener)

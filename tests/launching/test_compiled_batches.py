@@ -26,11 +26,12 @@ from duoserve.launching import compiled as compiled_decode
 from duoserve.launching import compiled_experts
 from duoserve.launching.compiled import CompiledStep, PaddedShapes, compiled_decoder, compiled_steps
 from duoserve.launching.compiled_experts import CompiledExperts
+from duoserve.launching.launch import DecoderParts
 from duoserve.launching.recorded import RecordedDecoder
 from duoserve.models.moe import MoEBlock
 from duoserve.passes import Decoder, Passes
 from duoserve.service.async_engine import AsyncEngine
-from tests.assembly import Parts, assembled
+from tests.assembly import assembled
 from tests.checkpoints import save_mixtral
 from tests.compiled_case import needs_compiler, save
 from tests.fakes import Gate
@@ -44,7 +45,7 @@ PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in 
 MAX_TOKENS = (8, 5, 9)  # they leave one after the other, so that there is more and more padding
 GREEDY = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
 TYPES = ("mixtral", "deepseek_v3", "gpt_oss")
-Before = Callable[[Parts, NewTokens], None]
+Before = Callable[[DecoderParts, NewTokens], None]
 COMPILER = CpuCompiler()  # that of all engines that are assembled here, so that what is alike is compiled once
 
 
@@ -73,10 +74,12 @@ def fours(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sequences
 
 
-def in_fours(logits: list[Tensor], before: Before = lambda parts, new_tokens: None) -> Callable[[Parts], Decoder]:
+def in_fours(
+    logits: list[Tensor], before: Before = lambda parts, new_tokens: None
+) -> Callable[[DecoderParts], Decoder]:
     """Makes decoders that note their ``logits``; ``before`` is called before each step."""
 
-    def make(parts: Parts) -> Decoder:
+    def make(parts: DecoderParts) -> Decoder:
         steps = compiled_steps(parts.model, parts.cache, COMPILER)
         fours = PaddedShapes((4,), parts.cache.num_pages)
         decode = RecordedDecoder(parts.model, parts.cache, steps, record_after=0, shapes=fours)
@@ -121,7 +124,7 @@ def test_padding_is_nobody(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> No
     init = CompiledExperts.__init__
     monkeypatch.setattr(CompiledExperts, "__init__", lambda self, *args: made.append(self) or init(self, *args))
 
-    def poison(parts: Parts, new_tokens: NewTokens) -> None:
+    def poison(parts: DecoderParts, new_tokens: NewTokens) -> None:
         for rows in made[-1].rows:
             rows.fill_(float("nan"))
         for pages_PSW in [pages for layer in parts.cache.layers for pages in layer]:
@@ -155,7 +158,7 @@ def test_padding_is_nobody(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_step_writes_to_the_pages_of_its_sequences_only(mixtral: Path) -> None:
     before: list[list[Tensor]] = []
 
-    def look(parts: Parts, new_tokens: NewTokens) -> None:
+    def look(parts: DecoderParts, new_tokens: NewTokens) -> None:
         rows = [pages.flatten(0, 1).flatten(1).view(torch.int32) for layer in parts.cache.layers for pages in layer]
         if before:
             changed = [(now != then).any(1).nonzero().flatten() for now, then in zip(rows, before, strict=True)]
@@ -235,7 +238,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def _compiled(parts: Parts) -> Decoder:
+def _compiled(parts: DecoderParts) -> Decoder:
     return compiled_decoder(parts.model, parts.cache)
 
 

@@ -22,6 +22,7 @@ from duoserve.experts.store import ExpertStore, HostStore
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.experts.tickets import Ticket
 from duoserve.launching.event import event_steps
+from duoserve.launching.launch import DecoderParts
 from duoserve.launching.recorded import MAX_SEQUENCES, MAX_SHAPES, RecordedDecoder
 from duoserve.models.mixtral import parse_config
 from duoserve.passes import Decoder, DecodeStep
@@ -30,7 +31,7 @@ from duoserve.scheduling.lease import SlotLease
 from duoserve.scheduling.routing import Routing
 from duoserve.scheduling.source import ReadyExpert
 from duoserve.workspace import recorded_bytes
-from tests.assembly import Parts, assembled
+from tests.assembly import assembled
 from tests.checkpoints import BARD
 from tests.lagging import LaggingDevice, Truth, write
 from tests.launching.conftest import DTYPES, MAX_TOKENS, PROMPTS
@@ -40,12 +41,12 @@ from tests.scheduling.fortune import GUESSING, STREAMING, any_teller
 EXPERTS = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)]
 
 
-def _decoder(parts: Parts, device: LaggingDevice, **options: int) -> RecordedDecoder:
+def _decoder(parts: DecoderParts, device: LaggingDevice, **options: int) -> RecordedDecoder:
     steps = event_steps(parts.model, parts.cache, device.recorder)
     return RecordedDecoder(parts.model, parts.cache, steps, **options)
 
 
-def recorded(device: LaggingDevice, record_after: int = 0) -> Callable[[Parts], Decoder]:
+def recorded(device: LaggingDevice, record_after: int = 0) -> Callable[[DecoderParts], Decoder]:
     return lambda parts: device.lagging(_decoder(parts, device, record_after=record_after))
 
 
@@ -101,7 +102,7 @@ class Witness(Heard):
 
     def __init__(self) -> None:
         super().__init__(lookahead=1)
-        self.parts: Parts | None = None
+        self.parts: DecoderParts | None = None
         self.asked_for: list[bool] = []
         self.course: list[int | str] = []
 
@@ -125,7 +126,7 @@ def test_demands_are_on_their_way_and_hits_are_launched_before_anybody_hears_of_
 
     monkeypatch.setattr(SlotLease, "at_once", noted)
 
-    def decoder(parts: Parts) -> Decoder:
+    def decoder(parts: DecoderParts) -> Decoder:
         witness.parts = parts
         return recorded(device)(parts)
 
@@ -142,7 +143,7 @@ def test_demands_are_on_their_way_and_hits_are_launched_before_anybody_hears_of_
 def test_only_so_many_shapes_are_recorded_at_a_time(folder: Path, truth: Truth) -> None:
     device, made = LaggingDevice(seed=2), []
 
-    def decoder(parts: Parts) -> Decoder:
+    def decoder(parts: DecoderParts) -> Decoder:
         made.append(_decoder(parts, device, record_after=0, max_shapes=2))
         return device.lagging(made[0])
 
@@ -265,7 +266,7 @@ def test_requests_go_on_where_memory_for_recordings_is_refused(
 def test_more_sequences_than_the_memory_plan_counts_are_left_to_the_model_itself(folder: Path) -> None:
     device, steps = LaggingDevice(seed=5), list[DecodeStep | None]()
 
-    def decoder(parts: Parts) -> Decoder:
+    def decoder(parts: DecoderParts) -> Decoder:
         make = event_steps(parts.model, parts.cache, device.recorder)
         steps.extend(make(num_sequences, 1) for num_sequences in (MAX_SEQUENCES, MAX_SEQUENCES + 1))
         return recorded(device)(parts)

@@ -15,11 +15,12 @@ from duoserve.experts.slots import SlotPool, SlotState
 from duoserve.experts.streams import Lane
 from duoserve.kv_cache import NewTokens
 from duoserve.launching.graph import graph_steps
+from duoserve.launching.launch import DecoderParts
 from duoserve.launching.recorded import RecordedDecoder
 from duoserve.passes import Decoder
 from duoserve.scheduling.read_through import ReadThrough
 from duoserve.scheduling.scheduler import Scheduler
-from tests.assembly import Parts, assembled
+from tests.assembly import assembled
 from tests.checkpoints import BARD
 from tests.fake_streams import FakeMark
 from tests.lagging import LaggingDevice, Truth, write
@@ -42,7 +43,7 @@ class Checked:
         self.pool = self.device.pool(num_slots, layout)  # type: ignore[arg-type]
         return self.pool
 
-    def decoder(self, parts: Parts) -> Decoder:
+    def decoder(self, parts: DecoderParts) -> Decoder:
         steps = graph_steps(
             parts.model, parts.cache, self.device.recorder, self.device.store, parts.scheduler.read_through()
         )
@@ -153,7 +154,7 @@ def test_a_step_that_is_cut_short_leaves_the_device_nothing_to_do(
             raise KeyboardInterrupt
         catch_up(books)
 
-    def decoder(parts: Parts) -> Decoder:
+    def decoder(parts: DecoderParts) -> Decoder:
         books = parts.scheduler.read_through()
         steps = graph_steps(parts.model, parts.cache, device.recorder, device.store, books)
         decode = RecordedDecoder(parts.model, parts.cache, steps, 0)

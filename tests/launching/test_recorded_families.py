@@ -14,12 +14,13 @@ from torch import Tensor
 
 from duoserve.experts.layout import ExpertId
 from duoserve.kv_cache import NewTokens
+from duoserve.launching.launch import DecoderParts
 from duoserve.models.moe import RoutingScript
 from duoserve.models.opened import opened
 from duoserve.models.transformer import Transformer
 from duoserve.models.variants import with_script
 from duoserve.passes import Decoder
-from tests.assembly import Parts, assembled
+from tests.assembly import assembled
 from tests.checkpoints import save_mixtral
 from tests.lagging import LaggingDevice, Truth, write
 from tests.listeners import Copying
@@ -88,7 +89,7 @@ def scripted_run(folder: Path, mode: str) -> tuple[list[list[int]], list[Tensor]
     device = LaggingDevice(seed=8, in_ram=[ExpertId(layer, expert) for layer in range(3) for expert in range(8)])
     script, listener = Script(), Copying(lookahead=1)
 
-    def decoder(parts: Parts) -> Decoder:
+    def decoder(parts: DecoderParts) -> Decoder:
         if mode:
             decode = device.recorded(mode)(parts)
         else:

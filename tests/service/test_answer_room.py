@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from duoserve import MoEModel
+from duoserve import MoEModel, SamplingParams
 from duoserve.batching.next_work import Batching
 from duoserve.engine import Engine
 from duoserve.errors import OverloadedError
@@ -88,6 +88,19 @@ def test_who_comes_back_has_the_bits_that_it_has_alone_where_batches_keep_them(
         together = logprobs(engine, [asked(prompt, 150, num_logprobs=5) for prompt in (PROMPT, OTHER)])
     assert engine.num_sent_back and seen.most == 2
     assert together == [one for single in alone for one in single]
+
+
+def test_who_comes_back_is_penalized_for_what_it_had_written_and_draws_on(float_folder: Path) -> None:
+    how = {"max_tokens": 200, "temperature": 0.7, "repetition_penalty": 1.5, "ignore_eos": True}
+    drawn = [SamplingParams(seed=seed, **how) for seed in (1, 2)]
+    with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
+        alone = [[token for _, token in engine.generate([Request(PROMPT, one)])] for one in drawn]
+        engine.serve_by(ServiceSettings(answer_room=8))
+        requests = [Request(PROMPT, one) for one in drawn]
+        for request in requests:
+            engine.add(request)
+        assert run(engine, requests) == alone
+        assert [request.sent_back is None for request in requests] == [True, False]
 
 
 def test_one_that_was_sent_back_can_be_aborted_and_the_others_go_on(float_folder: Path) -> None:

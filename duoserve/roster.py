@@ -1,0 +1,154 @@
+"""The requests that an engine has, and what each of them holds.
+
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor
+
+from duoserve.batching.choices import Load
+from duoserve.batching.load_view import as_coming, as_running, as_waiting
+from duoserve.errors import IntegrityError
+from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache
+from duoserve.passes import Passes
+from duoserve.request import Request
+from duoserve.sampling import Sampler
+
+
+class Roster:
+    """A request on it is among those who are ``waiting`` or ``decoding``, or in the prefill of ``passes``.
+
+    Each has a sampler, and pages of ``cache`` once it has started. ``num_sent_back``: how often one had to make way in
+    the cache for those that had started before it.
+    """
+
+    def __init__(self, passes: Passes, cache: PagedKVCache, vocab_size: int, clock: Callable[[], float]) -> None:
+        self.waiting: list[Request] = []
+        self.decoding: list[Request] = []
+        self.num_sent_back = 0
+        self._passes = passes
+        self._cache = cache
+        self._vocab_size = vocab_size
+        self._clock = clock
+        self._samplers: dict[Request, Sampler] = {}
+
+    @property
+    def started(self) -> list[Request]:
+        """Those that run, and those that are being prefilled."""
+        prefill = self._passes.prefill
+        return [*self.decoding, *(() if prefill is None else prefill.requests)]
+
+    @property
+    def everyone(self) -> list[Request]:
+        """All on it, those too that an interrupt has left neither waiting nor started."""
+        return list(self._samplers)
+
+    def join(self, request: Request) -> None:
+        """A new request waits."""
+        self._samplers[request] = Sampler(request.params, self._vocab_size, request.prompt_ids)
+        self.waiting.append(request)
+
+    def take(self, places: Sequence[int], answer_room: int) -> list[Request]:
+        """Those of the waiting at ``places``, who are prefilled next: they wait no more, and have pages.
+
+        The pages are for ``answer_room`` tokens beyond those that a request has.
+        """
+        chosen = [self.waiting[place] for place in places]
+        for request in chosen:
+            self.waiting.remove(request)
+            self._cache.reserve(request.kv, request.room(answer_room))
+        return chosen
+
+    def prefilled(self, requests: Sequence[Request]) -> None:
+        """Their prefill has ended: from now on they run."""
+        self.decoding += requests
+
+    def sample(self, request: Request, logits_V: Tensor) -> int:
+        """The next token of ``request``; errors as in Sampler."""
+        return self._samplers[request](logits_V)
+
+    def make_room(self) -> list[Request]:
+        """Those that run, each with room for its next token. Where that lacks, the last to start make way."""
+        for request in list(self.decoding):
+            while request in self.decoding and request.num_known > request.kv.room + self._cache.free_tokens:
+                self._make_way()
+            if request in self.decoding:
+                self._cache.reserve(request.kv, request.num_known)
+        return list(self.decoding)
+
+    def abort(self, request: Request) -> None:
+        """Ends a request; does nothing to one that is not on it.
+
+        Its pages are free at once, but for those of a prompt in a pass with others: that pass still writes to them.
+        """
+        if request not in self._samplers:
+            return
+        request.finish("abort")
+        prefill = self._passes.prefill
+        if prefill is None or request not in prefill.requests:
+            self.release([request])
+        elif all(other.finish_reason for other in prefill.requests):
+            self._passes.abandon(prefill)
+            self.release(prefill.requests)
+
+    def release(self, requests: Iterable[Request]) -> None:
+        """Strikes out requests that have ended, and takes what they hold."""
+        for request in requests:
+            self._cache.release(request.kv)
+            for those in (self.waiting, self.decoding):
+                if request in those:
+                    those.remove(request)
+            del self._samplers[request]  # last: an interrupt leaves nobody who cannot be aborted
+
+    def load(self, answer_room: int, measured: float) -> Load:
+        """All that a choice depends on; whoever waits will start with room for ``answer_room`` tokens beyond its own.
+
+        ``measured``: as in Load.
+        """
+        waiting = [as_waiting(request, answer_room) for request in self.waiting]
+        return self.started_load(measured)._replace(waiting=waiting)
+
+    def started_load(self, measured: float) -> Load:
+        """The load without the requests that wait, of which there may be many."""
+        # A page for each that grows: else the next to do so would send a newcomer back.
+        growing = sum(request.may_grow for request in self.decoding)
+        free = self._cache.free_tokens - growing * PAGE_TOKENS
+        prefill = self._passes.prefill
+        coming = None if prefill is None else as_coming(prefill, self._passes.num_layers)
+        return Load(self._clock(), (), [*map(as_running, self.decoding)], free, coming, measured)
+
+    def check_integrity(self) -> None:
+        """IntegrityError if pages outlive their requests, or not all requests have samplers."""
+        started = self.started
+        self._cache.check_integrity([request.kv for request in started])
+        known = [*self.waiting, *started]
+        if len(known) != len(self._samplers) or not all(request in self._samplers for request in known):
+            raise IntegrityError(f"{len(known)} requests wait or run, but {len(self._samplers)} have samplers")
+
+    def _make_way(self) -> None:
+        """The last to start wait again: those of the prefill that is under way, or else one that runs."""
+        prefill = self._passes.prefill
+        if prefill is None:
+            self._send_back(self.decoding.pop())
+            return
+        self._passes.abandon(prefill)
+        for request in prefill.requests:
+            if request.finish_reason is None:
+                self._send_back(request)
+            else:
+                self.release([request])
+
+    def _send_back(self, request: Request) -> None:
+        """Takes the request's pages: it waits for room again.
+
+        Its tokens so far are then computed anew by decode steps behind its prompt: one longer prompt would be faster,
+        but would have other bits.
+        """
+        self._cache.release(request.kv)
+        self.num_sent_back += 1
+        if request.first_token is not None:  # else it goes on waiting as it did
+            request.sent_back = self._clock()
+        self.waiting.append(request)

@@ -1,0 +1,36 @@
+"""The slots of a model and who fills them, put together for whoever makes an engine."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, closing
+
+from duoserve.config import ModelConfig
+from duoserve.experts.copy_engine import CopyEngine
+from duoserve.experts.slots import SlotPool
+from duoserve.metrics import Meter
+from duoserve.scheduling.plan import ModelShape
+from duoserve.scheduling.policies import Policy
+from duoserve.scheduling.predictor import Predictor
+from duoserve.scheduling.scheduler import Scheduler
+
+
+def make_scheduler(  # noqa: PLR0913, PLR0917
+    config: ModelConfig,
+    pool: SlotPool,
+    copies: CopyEngine,
+    policy: Policy,
+    meter: Meter,
+    held: ExitStack,
+    *,
+    predictor: Predictor | None = None,
+    progress: bool = False,
+) -> Scheduler:
+    """The scheduler of the slots in ``pool``; where ``policy`` wants all experts resident, they are when it comes.
+
+    ``held`` closes it, and ``copies``, whatever fails here. Errors as in Scheduler and its ``load_all``.
+    """
+    held.enter_context(closing(copies))
+    scheduler = held.enter_context(closing(Scheduler(ModelShape.of(config), pool, copies, policy, meter, predictor)))
+    if policy.all_resident:
+        scheduler.load_all(progress=progress)
+    return scheduler
