@@ -50,7 +50,8 @@ class Scheduler(ExpertSource):
 
     The slots are those of an empty ``pool``, which it alone changes, as it does ``copies`` (which ``close`` closes).
     MemoryBudgetError if ``policy`` wants all experts resident and the slots are fewer. What ``predictor`` says goes
-    into decode steps if the policy makes guesses. Not thread-safe.
+    into decode steps if the policy makes guesses. ``table`` says which expert is in which slot, for others to read
+    only. Not thread-safe.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917
@@ -77,8 +78,8 @@ class Scheduler(ExpertSource):
         self._link = self._foresight.link if self._foresight.guesses_within_budget else None
         self._guard = self._new_guard()
         self._ranking: Ranking = self._guard or policy.eviction.ranking(shape.depth, shape.num_experts)
-        table = SlotTable(shape.depth, shape.num_experts, pool.num_slots)
-        self._residency = Residency(table, pool, copies, meter, link=self._link)
+        self.table = SlotTable(shape.depth, shape.num_experts, pool.num_slots)
+        self._residency = Residency(self.table, pool, copies, meter, link=self._link)
         self._cache = Cache(self._residency, self._shape, policy.eviction, self._ranking)
         self._pass: _Pass | None = None
         self._aside: tuple[_Pass, OpenLease] | None = None
@@ -87,11 +88,6 @@ class Scheduler(ExpertSource):
         self._ghosts_outdated = True  # a prefill has changed the slots: the guard's ghosts must begin anew
         self._under_way = False  # from a pass's beginning until it has ended, or was cut short and cleaned up after
         self._closed = False
-
-    @property
-    def table(self) -> SlotTable:
-        """Who is in which slot, for others to read only."""
-        return self._residency.table
 
     @property
     def listener(self) -> RoutingListener | None:
@@ -108,7 +104,7 @@ class Scheduler(ExpertSource):
             self._pause()
         self._ranking.begin(phase, num_tokens)
         if self._guard is not None and phase is Phase.DECODE and self._ghosts_outdated:
-            self._guard.become(self._residency.slots)
+            self._guard.become(self.table.slots)
         self._ghosts_outdated = phase is Phase.PREFILL
         self._pass = _Pass(phase, num_tokens, self._open_space(phase, num_tokens))
         try:
@@ -174,7 +170,7 @@ class Scheduler(ExpertSource):
         if self._lease is not None and not self._lease.idle:
             raise IntegrityError(f"layer {layer} asked for experts while another lease was open")
         if self._policy.all_resident and self._residency.is_complete(layer, self._shape.num_experts):
-            slots = self._residency.slots[layer]
+            slots = self.table.slots[layer]
             self._meter.hit(self._pass.phase, len(experts))
             self._lease = StandingLease(layer, [ReadyExpert(expert, slots[expert]) for expert in experts])
             return self._lease
@@ -239,7 +235,7 @@ class Scheduler(ExpertSource):
     def check_integrity(self) -> None:
         """Compares the books of the slots; IntegrityError if they disagree, or a slot is held between passes."""
         self.table.check_integrity()
-        held = [slot for slot in range(self.table.num_slots) if self.table.holds(slot)]
+        held = self.table.held()
         if self._pass is None and held:
             raise IntegrityError(f"slots {held} are held, but no forward pass is under way")
 
@@ -301,7 +297,7 @@ class Scheduler(ExpertSource):
         self._residency.drain()
         num_absent = self._shape.total_experts - sum(self._residency.filled())
         size = ring_size(self._policy.prefill, self._shape, num_tokens, self._num_slots, num_absent)
-        for _ in range(size - len(self._residency.table.empty_slots())):
+        for _ in range(size - len(self.table.empty_slots())):
             self._cache.give_up(BEFORE_FIRST)
         slots = self.table.empty_slots()
         return Ring(self._residency, self._shape, size, slots if self._policy.keeps else slots[:size])
@@ -312,7 +308,7 @@ class Scheduler(ExpertSource):
         return lease, lease.start(wanted)
 
     def _plan(self, run: _Pass, layer: int, wanted: Sequence[int]) -> LayerPlan:
-        slots = self._residency.slots
+        slots = self.table.slots
         if self._policy.looks_ahead(run.phase):
             present = {other: slots[other] for other in self._shape.layers}
         else:
@@ -329,5 +325,5 @@ class Scheduler(ExpertSource):
     def _with_guesses(self, plan: LayerPlan) -> LayerPlan:
         """The plan of a decode step's layer, once its routing has been heard."""
         ledger = self._residency.ledger
-        guesses = self._foresight.guess(plan.layer, self._residency.slots, ledger.guesses, ledger.unused)
+        guesses = self._foresight.guess(plan.layer, self.table.slots, ledger.guesses, ledger.unused)
         return plan._replace(prefetch=guesses.copies, ahead=guesses.ahead, spared=guesses.spared)

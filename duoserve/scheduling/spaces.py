@@ -121,7 +121,7 @@ class Cache(Shared):
         idle, values = self._residency.idle, self._ranking.values
         if self.lent:
             spared = {*spared, *self._lodgers()}
-        for layers in self._eviction.groups(loading, self._residency.slots, self._quotas):
+        for layers in self._eviction.groups(loading, self._residency.table.slots, self._quotas):
             slot = least_valued(layers, idle, values, spared)
             if slot is not None:
                 return self._residency.free(slot)
@@ -176,10 +176,10 @@ class Ring(Space):
 
     def ring_view(self, layer: int) -> RingView:
         """As in Space. The layers that are left, this one included, share the surplus evenly."""
-        ledger, slot_of = self._residency.ledger, self._residency.table.slot_of
+        ledger = self._residency.ledger
         ahead = [guess for guess in (*ledger.guesses, *ledger.unused) if guess.layer > layer]
-        pending = sum(self._owns(slot_of(guess)) for guess in ahead)
-        here = self._residency.slots[layer] if layer != BEFORE_FIRST else {}
+        pending = sum(self._owns_slot_of(guess) for guess in ahead)
+        here = self._residency.table.slots[layer] if layer != BEFORE_FIRST else {}
         settled = frozenset(expert for expert, slot in here.items() if slot not in self._slots)
         surplus, layers_left = len(self._slots) - self._size, len(self._shape.after(layer - 1))
         return RingView(max(0, self._size - pending), settled, surplus // max(1, layers_left))
