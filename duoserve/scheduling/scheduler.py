@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from dataclasses import dataclass
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -37,12 +38,14 @@ from duoserve.scheduling.step_guesses import StepGuesses
 LOAD_AHEAD = 16
 
 
-class _Pass(NamedTuple):
-    """A forward pass that has begun."""
+@dataclass(eq=False, slots=True)
+class _Pass:
+    """A forward pass that has begun, and the lease that was opened last in it."""
 
     phase: Phase
     num_tokens: int
     space: Space
+    lease: OpenLease | None = None
 
 
 class Scheduler(ExpertSource):
@@ -82,9 +85,8 @@ class Scheduler(ExpertSource):
         self._residency = Residency(self.table, pool, copies, meter, link=self._link)
         self._cache = Cache(self._residency, self._shape, policy.eviction, self._ranking)
         self._pass: _Pass | None = None
-        self._aside: tuple[_Pass, OpenLease] | None = None
+        self._aside: _Pass | None = None  # a prefill that will be resumed
         self._read_through: ReadThrough | None = None
-        self._lease: OpenLease | None = None
         self._ghosts_outdated = True  # a prefill has changed the slots: the guard's ghosts must begin anew
         self._under_way = False  # from a pass's beginning until it has ended, or was cut short and cleaned up after
         self._closed = False
@@ -120,15 +122,15 @@ class Scheduler(ExpertSource):
         Its ring keeps its slots, and the copies ahead go on, unless that would leave decode steps less than half of the
         slots, or the device carries those out by itself.
         """
-        run, lease = self._pass, self._lease
-        if run is None or run.phase is not Phase.PREFILL or lease is None or not lease.idle:
+        run = self._pass
+        if run is None or run.phase is not Phase.PREFILL or run.lease is None or not run.lease.idle:
             raise IntegrityError("only a prefill that has computed all it asked for can be set aside")
         lent = run.space.set_aside() if isinstance(run.space, Ring) else frozenset()
         if 2 * len(lent) <= self._num_slots and self._read_through is None:
             self._cache.lent = lent
         if not self._cache.lent:
             self._residency.drain()
-        self._pass, self._lease, self._aside = None, None, (run, lease)
+        self._pass, self._aside = None, run
         self._under_way = False
 
     def resume(self) -> None:
@@ -137,7 +139,7 @@ class Scheduler(ExpertSource):
         if self._aside is None:
             raise IntegrityError("a prefill was resumed, but none had been set aside")
         self._under_way = True
-        (run, lease), self._aside = self._aside, None
+        run, self._aside = self._aside, None
         lent, self._cache.lent = self._cache.lent, frozenset()
         self._ghosts_outdated = True
         self._pause()
@@ -146,8 +148,8 @@ class Scheduler(ExpertSource):
             self._residency.collect()
             run.space.take_up()
         else:
-            run = run._replace(space=self._open_space(run.phase, run.num_tokens))
-        self._pass, self._lease = run, lease
+            run.space = self._open_space(run.phase, run.num_tokens)
+        self._pass = run
 
     def give_up_aside(self) -> None:
         """The prefill that was set aside will not be resumed: what its ring holds is for decode steps from now on."""
@@ -165,22 +167,23 @@ class Scheduler(ExpertSource):
     def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> OpenLease:
         """See ExpertSource: what is missing has been asked for, as far as there are slots, when this returns."""
         self._check_open()
-        if self._pass is None:
+        run = self._pass
+        if run is None:
             raise IntegrityError(f"layer {layer} asked for experts outside of a forward pass")
-        if self._lease is not None and not self._lease.idle:
+        if run.lease is not None and not run.lease.idle:
             raise IntegrityError(f"layer {layer} asked for experts while another lease was open")
         if self._policy.all_resident and self._residency.is_complete(layer, self._shape.num_experts):
             slots = self.table.slots[layer]
-            self._meter.hit(self._pass.phase, len(experts))
-            self._lease = StandingLease(layer, [ReadyExpert(expert, slots[expert]) for expert in experts])
-            return self._lease
+            self._meter.hit(run.phase, len(experts))
+            run.lease = StandingLease(layer, [ReadyExpert(expert, slots[expert]) for expert in experts])
+            return run.lease
         self._ranking.used(layer, experts, [1] * len(experts) if counts is None else counts)
         self._residency.collect()  # first, for the link must know when the last copies of the layer before arrived
-        if self._link is not None and self._pass.phase is Phase.DECODE:
+        if self._link is not None and run.phase is Phase.DECODE:
             self._link.routed(layer, self._copies.now())
-        lease, num_ready = self._open_lease(self._pass, layer, experts)
-        self._meter.hit(self._pass.phase, num_ready)
-        self._meter.miss(self._pass.phase, len(experts) - num_ready)
+        lease, num_ready = self._open_lease(run, layer, experts)
+        self._meter.hit(run.phase, num_ready)
+        self._meter.miss(run.phase, len(experts) - num_ready)
         return lease
 
     def end(self) -> None:
@@ -190,9 +193,10 @@ class Scheduler(ExpertSource):
         cancelled or waited for, so that every slot is EMPTY or READY. Does nothing outside of a pass. If it is cut
         short itself, by a KeyboardInterrupt for one, what begins next does the rest.
         """
-        lease, self._lease, self._pass = self._lease, None, None
+        run, self._pass = self._pass, None
         if not self._under_way:
             return
+        lease = None if run is None else run.lease
         if lease is not None:
             lease.close()
         by_device = self._read_through is not None and self._read_through.ended()
@@ -304,7 +308,7 @@ class Scheduler(ExpertSource):
 
     def _open_lease(self, run: _Pass, layer: int, wanted: Sequence[int]) -> tuple[SlotLease, int]:
         plan_prefetch = self._with_guesses if run.phase is Phase.DECODE and self._foresight.guesses_at_all else None
-        lease = self._lease = SlotLease(self._residency, run.space, self._plan(run, layer, wanted), plan_prefetch)
+        lease = run.lease = SlotLease(self._residency, run.space, self._plan(run, layer, wanted), plan_prefetch)
         return lease, lease.start(wanted)
 
     def _plan(self, run: _Pass, layer: int, wanted: Sequence[int]) -> LayerPlan:
