@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -209,8 +209,8 @@ class _Run:
             result.itl_s.append(itl_s)
             result.decode_stall_s += stall_s
         stats = self._meter.snapshot()
-        _add_difference(result.bytes, stats.bytes, before)
-        result.hits, result.misses = stats.hits[Phase.DECODE.value], stats.misses[Phase.DECODE.value]
+        result.bytes += stats.bytes - before
+        result.hits, result.misses = stats.hits[Phase.DECODE], stats.misses[Phase.DECODE]
         result.total_s += self._clock.now - begun
 
     def _one_token(self, layer: int, experts: list[int]) -> _Asked:
@@ -307,9 +307,3 @@ def _prompt_of(request: RequestTrace, layer: int, machine: Machine) -> _Asked:
 def _tokens_of(request: RequestTrace, layers: Sequence[int]) -> list[list[list[int]]]:
     """The experts by layer and decoded token."""
     return [request.layers[layer].topk_ids_NK[request.num_prompt :].tolist() for layer in layers]
-
-
-def _add_difference(counts: ByteCounts, after: ByteCounts, before: ByteCounts) -> None:
-    for kind in fields(ByteCounts):
-        grown = getattr(after, kind.name) - getattr(before, kind.name)
-        setattr(counts, kind.name, getattr(counts, kind.name) + grown)

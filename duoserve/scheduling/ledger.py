@@ -42,15 +42,15 @@ class Ledger:
             self.unused[expert] = nbytes
         elif expert in self._late:
             self._late.discard(expert)
-            self._meter.count_bytes("prefetched_late", nbytes)
+            self._meter.bytes.prefetched_late += nbytes
         else:
-            self._meter.count_bytes("demanded", nbytes)
+            self._meter.bytes.demanded += nbytes
 
     def dropped(self, expert: ExpertId, nbytes: int = 0) -> None:
         """A copy has failed, or was cancelled when ``nbytes`` of it had been moved for nothing."""
         self.guesses.pop(expert, None)
         self._late.discard(expert)
-        self._meter.count_bytes("wasted", nbytes)
+        self._meter.bytes.wasted += nbytes
 
     def restore(self, is_ready: Callable[[ExpertId], bool]) -> None:
         """No copy is under way, and the unused guesses that are not READY have lost their slots, whatever was told."""
@@ -62,9 +62,9 @@ class Ledger:
     def used(self, expert: ExpertId) -> None:
         """A layer asks for an expert that is READY: if it was an unused guess, its bytes were useful."""
         if expert in self.unused:
-            self._meter.count_bytes("prefetched_useful", self.unused.pop(expert))
+            self._meter.bytes.prefetched_useful += self.unused.pop(expert)
 
     def given_up(self, expert: ExpertId) -> None:
         """A READY expert loses its slot: if it was an unused guess, its bytes were wasted."""
         if expert in self.unused:
-            self._meter.count_bytes("wasted", self.unused.pop(expert))
+            self._meter.bytes.wasted += self.unused.pop(expert)
