@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sized
-from typing import Protocol
 
 from duoserve.errors import ClosedError, ConfigError, CopyError
 from duoserve.experts.layout import ExpertId
@@ -23,7 +23,7 @@ CopyListener = Callable[[float, float, int], None]
 IDLE_SECONDS = 1.0
 
 
-class CopyEngine(Protocol):
+class CopyEngine(ABC):
     """Brings experts into slots. Demands go before prefetches, oldest first.
 
     An engine that carries prefetches in pieces (see TicketQueue) lets demands overtake between two of them; what is on
@@ -31,21 +31,21 @@ class CopyEngine(Protocol):
     read it has been announced by ``fence`` before the next copy into it is asked for.
     """
 
+    @abstractmethod
     def now(self) -> float:
         """Seconds on the clock of this engine's tickets."""
-        ...
 
+    @abstractmethod
     def ticket(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
         """A copy of ``expert`` into ``slot`` that can be asked for."""
-        ...
 
+    @abstractmethod
     def ask(self, ticket: Ticket) -> None:
         """Asks for this copy; ClosedError after close(), CopyError without a thread.
 
         Whatever it raises, and wherever it is interrupted: who has noted the ticket before can go on to ``cancel`` it,
         and where that does nothing, to ``wait`` for it.
         """
-        ...
 
     def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
         """Asks for a copy of which nobody has to know before it is under way; raises what ``ask`` does."""
@@ -53,39 +53,39 @@ class CopyEngine(Protocol):
         self.ask(ticket)
         return ticket
 
+    @abstractmethod
     def promote(self, ticket: Ticket) -> None:
         """Turns what is queued of a prefetch into the last of the demands; does nothing for any other ticket."""
-        ...
 
+    @abstractmethod
     def cancel(self, ticket: Ticket) -> bool:
         """True if some of the ticket was still queued, or to be asked for; it is CANCELLED then. False changes nothing.
 
         The slot may be given to another ticket at once: a piece still on its way lands before that one's first does.
         """
-        ...
 
+    @abstractmethod
     def fence(self, slots: Collection[int]) -> None:
         """The work launched so far may use ``slots``: no copy into one of them starts before that work has ended."""
-        ...
 
+    @abstractmethod
     def land(self) -> None:
         """Work launched from now on comes behind all that is still on its way of cancelled copies."""
-        ...
 
+    @abstractmethod
     def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
         """Blocks until one of ``tickets`` is finished, then returns all finished ones in the order given.
 
         Empty for no tickets. A failed copy does not raise here: look at ``state`` and ``error``.
         """
-        ...
 
+    @abstractmethod
     def settle(self) -> None:
         """Brings the states of tickets up to ``now()`` in an engine that has no threads of its own."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Cancels what is queued and waits for what is running; idempotent."""
-        ...
 
 
 def started(thread: threading.Thread, others: Sized) -> bool:
