@@ -55,7 +55,7 @@ class Placement:
         return cls(model, device, _dtype(wanted.dtype, model.config), context_of(model.config, wanted.max_context))
 
     def plan(self, wanted: EngineConfig, policy: Policy | None) -> MemoryPlan:
-        """How memory is divided under ``policy``, or under one that suits it; MemoryBudgetError: it cannot work."""
+        """How memory is divided under ``policy``, or under one that suits it; MemoryBudgetError if it cannot work."""
         needs = MemoryNeeds(
             config=self.model.config,
             layout=self.model.layout(self.dtype, wanted.quantize),

@@ -14,7 +14,7 @@ from duoserve.errors import ConfigError, MemoryBudgetError
 from duoserve.experts.layout import ExpertLayout
 
 SHARE = re.compile(r"\s*(\d{1,3}(?:\.\d{1,9})?)\s*%\s*", re.ASCII)
-COMFORTABLE = Fraction(4, 5)  # of the free RAM, where nobody said how much
+COMFORTABLE = Fraction(4, 5)  # of the free memory, where no setting says how much
 
 
 def slot_count(slots: int | str, total_experts: int) -> int:
@@ -41,7 +41,7 @@ class FreeMemory:
 
     @property
     def waiting_bytes(self) -> int:
-        """RAM for experts that wait, where nobody said how much: behind a GPU what is comfortable, else none."""
+        """RAM for experts that wait, where no setting says how much: behind a GPU what is comfortable, else none."""
         return 0 if self.host_bytes is None else int(self.host_bytes * COMFORTABLE)
 
     def taken(self, plan: MemoryPlan) -> int:

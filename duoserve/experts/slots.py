@@ -1,4 +1,4 @@
-"""The slots: fixed buffers of fast memory for one expert each (SlotPool), and who is in which (SlotTable).
+"""The slots: fixed buffers of fast memory for one expert each (SlotPool), and which expert is in which (SlotTable).
 
 B bytes of one row, E experts, L layers, S slots.
 """
@@ -136,11 +136,11 @@ class SlotTable:
         self._holds[slot] -= 1
 
     def held(self) -> list[int]:
-        """The slots that somebody holds, lowest first."""
+        """The slots that are held, lowest first."""
         return [slot for slot, holds in enumerate(self._holds) if holds]
 
     def reset(self) -> None:
-        """Takes back all holds, and what is LOADING becomes EMPTY: whoever asked for that is no more."""
+        """Takes back all holds and aborts all loads, behind a pass that was cut short."""
         self._holds = [0] * self.num_slots
         for slot, state in enumerate(self._states):
             if state is SlotState.LOADING:
@@ -173,7 +173,7 @@ class SlotTable:
             raise IntegrityError(f"{self._describe(slot)}: only a READY slot can be held")
 
     def _vacate(self, slot: int, expert: ExpertId) -> None:
-        """No call but the last: Python lets an interrupt in at calls, and the records must not be left half changed."""
+        """Calls nothing before the last line: Python lets interrupts in at calls, and the records must stay whole."""
         self._ready_LE[expert] = -1
         del self.slots[expert.layer][expert.expert]
         self._experts[slot] = None
@@ -227,7 +227,7 @@ class SlotPool:
         return self.rows_SB[slot]
 
     def scrub(self, slot: int) -> bool:
-        """Makes a freed slot read as NaN if the pool is poisoned, else does nothing; whether it did.
+        """Makes a freed slot read as NaN if the pool is poisoned; returns whether it is.
 
         On a GPU that is done behind the kernels that were launched before, and no copy may come before it.
         """

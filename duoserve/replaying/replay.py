@@ -83,7 +83,7 @@ class Replay:
 
 
 class Watcher(NamedTuple):
-    """Who sees the lanes of a replay at work: the link, and the compute lane with the layer it works for."""
+    """What is called with the work of a replay's lanes: copies, and what is computed (start, end, layer)."""
 
     on_copied: CopyListener | None = None
     on_computed: Callable[[float, float, int], None] | None = None
@@ -106,7 +106,7 @@ def replay(  # noqa: PLR0913
 
     With ``host_clock`` (seconds of this thread's work) the scheduler's and the predictor's own work takes the time that
     it takes here, and no two replays are quite alike; it is quicker here than between computing, unless the ``watcher``
-    really computes something. MemoryBudgetError when ``policy`` cannot work with so many slots.
+    really computes something. MemoryBudgetError if ``policy`` cannot work with ``num_slots`` slots.
     """
     run = _Run(trace, policy, machine, num_slots, predictor, watcher, host_clock)
     if policy.all_resident:

@@ -12,8 +12,8 @@ class Ledger:
     """Follows each prefetch from a guess to its use.
 
     A copy is a *guess* from its prefetch until a layer asks for its expert. A guess that arrives before that is
-    *unused*: its bytes count as ``prefetched_useful`` once it is asked for, as ``wasted`` if it is given up first. Of
-    one that is cancelled half-way, what had been moved is ``wasted``.
+    *unused*: its bytes count as ``prefetched_useful`` once it is asked for, as ``wasted`` if it is given up first. If a
+    copy is cancelled half-way, what had been moved of it is ``wasted``.
     """
 
     def __init__(self, meter: Meter) -> None:
@@ -36,7 +36,7 @@ class Ledger:
         return True
 
     def arrived(self, expert: ExpertId, nbytes: int) -> None:
-        """A copy of ``nbytes`` has arrived; counts them, unless they are a guess that is yet to be used."""
+        """A copy of ``nbytes`` has arrived; counts them, unless it is a guess, which is yet to be used."""
         if expert in self.guesses:
             del self.guesses[expert]
             self.unused[expert] = nbytes

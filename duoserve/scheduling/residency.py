@@ -1,4 +1,4 @@
-"""Who is in which slot and what is on its way: the slot table, the pool and the copy engine, kept in step."""
+"""Which expert is in which slot and what is on its way: the slot table, the pool and the copy engine, kept in step."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class _Made(NamedTuple):
 class Residency:
     """The hands of the scheduler: nothing else changes what is in the slots. It decides nothing.
 
-    ``link`` hears of every copy that has been made, once it is known when it was: a device that makes copies behind the
-    host says so behind their collection.
+    ``link`` hears of every copy that has been made, once its times are known: on a device that makes copies behind the
+    host that is after the copy has been collected.
 
     ``table``, ``ledger`` and ``idle`` are for others to read only.
     """
@@ -74,12 +74,12 @@ class Residency:
         return self._noted()
 
     def settle(self) -> None:
-        """What was measured of the copies so far is reported; none is collected."""
+        """Reports what was measured of the copies so far, and collects none."""
         self._copies.settle()
         self._tell_link()
 
     def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
-        """Stalls until one of ``tickets`` has finished, then as ``collect``."""
+        """Stalls until one of ``tickets`` has finished, then does what ``collect`` does."""
         with self._meter.stall():
             self._copies.wait(tickets)
         return self._noted()
@@ -108,7 +108,7 @@ class Residency:
             idle[expert] = slot
 
     def touch(self, expert: ExpertId, slot: int) -> None:
-        """A READY expert that nobody holds counts as used last. Whether it was a guess is for ``came_true`` to say."""
+        """A READY expert that is not held counts as used last. Whether it was a guess is for ``came_true`` to say."""
         del self.idle[expert.layer][expert.expert]
         self.idle[expert.layer][expert.expert] = slot
 
@@ -135,7 +135,7 @@ class Residency:
         return ticket
 
     def disown(self, expert: ExpertId) -> None:
-        """Nobody waits for this copy any more: it is cancelled or, when it is all on its way, a mere guess.
+        """No layer waits for this copy any more: it is cancelled, or becomes a guess if all of it is on its way.
 
         Does nothing where it has been collected.
         """
@@ -152,7 +152,7 @@ class Residency:
         return ticket.slot
 
     def free(self, slot: int) -> int:
-        """Gives up the expert in a READY slot that nobody holds, and returns the slot."""
+        """Gives up the expert in a READY slot that is not held, and returns the slot."""
         expert = self.table.expert_in(slot)
         self.table.evict(slot)
         assert expert is not None
@@ -172,7 +172,7 @@ class Residency:
     def restore(self) -> None:
         """Behind a pass that was cut short, maybe between any two lines: drains, and makes the books agree.
 
-        The table is the truth, but for holds, which nobody has between passes, and copies that are under way nowhere.
+        The table is the truth, but for holds, of which there are none between passes, and for loads without a copy.
         """
         self.drain()
         self._copies.fence(self.table.held())

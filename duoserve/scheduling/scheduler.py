@@ -93,7 +93,7 @@ class Scheduler(ExpertSource):
 
     @property
     def listener(self) -> RoutingListener | None:
-        """Who must hear the routing, before each ``begin`` and a lease's ``prefetch``; None if nothing is foretold."""
+        """What must hear of passes before ``begin`` and of routings before ``prefetch``; None without guesses."""
         return self._foresight if self._foresight.guesses_at_all else None
 
     def begin(self, phase: Phase, num_tokens: int) -> None:

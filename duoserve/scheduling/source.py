@@ -37,9 +37,9 @@ class Lease(Protocol):
 
     @abstractmethod
     def prefetch(self) -> None:
-        """Asks, behind this layer's demands, for what those foretell who listen to the routing and have heard it.
+        """Starts copies of what the listeners predict, queued behind this layer's demands.
 
-        Once for each layer, and before the next asks for its experts; never where nobody listens.
+        Call it after they have heard the layer's routing, and once only; not at all where nothing listens.
         """
         ...
 

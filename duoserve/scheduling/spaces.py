@@ -50,7 +50,7 @@ class Space(ABC):
 
     @abstractmethod
     def retire(self, expert: int, slot: int) -> None:
-        """An expert of the plan's layer is done with (computed or not), and nobody holds its slot any more."""
+        """The plan's layer is done with this expert (computed or not), and its slot is not held any more."""
 
     @abstractmethod
     def _owns(self, slot: int) -> bool:
