@@ -23,12 +23,12 @@ def one_round(model: MoEModel, prompts: Sequence[list[int]], new_tokens: int) ->
     model.generate(list(prompts), _greedy(new_tokens))
     stats = model.stats
     steps = new_tokens - 1
-    asked = stats.hits[Phase.DECODE.value] + stats.misses[Phase.DECODE.value]
+    asked = stats.hits[Phase.DECODE] + stats.misses[Phase.DECODE]
     return {
         "step_s": sum(stats.itl_s) / len(stats.itl_s),
         "itl_s": stats.itl_s,
         "experts_per_step": asked / steps,
-        "misses_per_step": stats.misses[Phase.DECODE.value] / steps,
+        "misses_per_step": stats.misses[Phase.DECODE] / steps,
     }
 
 

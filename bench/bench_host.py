@@ -122,9 +122,16 @@ class InRam(ExpertStore):
     def __init__(self) -> None:
         self._row_B = torch.zeros(LAYOUT.slot_bytes, dtype=torch.uint8)
 
+    def read(self, expert: ExpertId, row_B: Tensor) -> None:
+        """As in ExpertStore."""
+        row_B.copy_(self._row_B)
+
     def host_row(self, expert: ExpertId) -> Tensor:
         """As in ExpertStore."""
         return self._row_B
+
+    def close(self) -> None:
+        """Nothing to release."""
 
 
 class NoRecorder(Recorder):

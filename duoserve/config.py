@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ DECODE_MODES = ("auto", "event", "graph", "compiled")
 QUANTIZE = ("bf12", "int8", "int4")
 
 
-class Phase(Enum):
+class Phase(StrEnum):
     """The two phases of inference, scheduled apart."""
 
     PREFILL = "prefill"

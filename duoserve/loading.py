@@ -94,10 +94,10 @@ def load(  # noqa: PLR0913
         wanted = replace(wanted, decode_mode=resolve_mode(wanted.decode_mode, place.device))
         decision = decide(place, wanted, named, predictor, cache_dir)
         if wanted.decode_mode == "graph":
-            check_graph(decision.policy, place.all_in_ram(decision.plan, decision.policy.keeps))
+            check_graph(decision.policy, decision.plan.all_in_ram)
         meter = Meter()
         with explained_refusals("the model was loaded"):
-            store = place.slow_tier(decision.plan, cache_dir, held, wanted.quantize, decision.policy.keeps)
+            store = place.slow_tier(decision.plan, cache_dir, held, wanted.quantize)
             engine = _engine(decision, store, meter, listener, held)
         return Runtime(
             config=found.config,

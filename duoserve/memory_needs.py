@@ -28,7 +28,7 @@ class MemoryNeeds:
     max_context: int
 
     def plan(self, wanted: EngineConfig, free: FreeMemory, needs_all: bool = False, keeps: bool = True) -> MemoryPlan:
-        """How memory is divided, ``needs_all`` and ``keeps`` as in plan_memory; MemoryBudgetError: it cannot work."""
+        """How memory is divided, ``needs_all`` and ``keeps`` as in plan_memory; MemoryBudgetError if it cannot work."""
         config, context = self.config, PagedKVCache.whole_pages(self.max_context)
         return plan_memory(
             layout=self.layout,
@@ -48,5 +48,5 @@ class MemoryNeeds:
 
 
 def context_of(config: ModelConfig, wanted: int | None) -> int:
-    """The tokens that the KV cache holds where nobody, or somebody, said how many."""
+    """The tokens that the KV cache holds: ``wanted``, else all positions of the model up to DEFAULT_MAX_CONTEXT."""
     return wanted or min(config.num_positions, DEFAULT_MAX_CONTEXT)

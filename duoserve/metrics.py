@@ -10,7 +10,8 @@ import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
+from operator import add, sub
 from typing import Any
 
 from duoserve.config import Phase
@@ -43,9 +44,15 @@ class ByteCounts:
         """All bytes of which the use is known."""
         return self.demanded + self.prefetched_useful + self.prefetched_late + self.wasted
 
+    def __add__(self, other: ByteCounts) -> ByteCounts:
+        return ByteCounts(*map(add, astuple(self), astuple(other)))
+
+    def __sub__(self, other: ByteCounts) -> ByteCounts:
+        return ByteCounts(*map(sub, astuple(self), astuple(other)))
+
 
 def _per_phase() -> dict[str, int]:
-    return {phase.value: 0 for phase in Phase}
+    return dict.fromkeys(Phase, 0)
 
 
 @dataclass
@@ -53,7 +60,7 @@ class Stats:
     """What one request cost. ``compute_s + stall_s`` is the wall time, but for what runs outside both.
 
     ``transfer_s`` is how long the copy lane was busy, ``overlap_s`` how much of that the compute lane was at work too.
-    ``hits`` and ``misses`` count the experts that a layer asked for, by ``Phase.value``.
+    ``hits`` and ``misses`` count the experts that a layer asked for, by the ``Phase``.
     """
 
     ttft_s: float | None = None
@@ -81,9 +88,9 @@ class Stats:
 
     def hit_rate(self, phase: Phase | None = None) -> float | None:
         """Share of the experts asked for that were READY, in one phase or in both; None when none was asked for."""
-        names = [phase.value] if phase else list(self.hits)
-        hits = sum(self.hits[name] for name in names)
-        asked = hits + sum(self.misses[name] for name in names)
+        phases = [phase] if phase else list(Phase)
+        hits = sum(self.hits[one] for one in phases)
+        asked = hits + sum(self.misses[one] for one in phases)
         return hits / asked if asked else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,10 +99,10 @@ class Stats:
         flat |= {"itl_s": list(self.itl_s), "prompt_tokens": self.prompt_tokens, "output_tokens": self.output_tokens}
         flat["hit_rate"] = self.hit_rate()
         for phase in Phase:
-            flat[f"hits_{phase.value}"] = self.hits[phase.value]
-            flat[f"misses_{phase.value}"] = self.misses[phase.value]
-            flat[f"hit_rate_{phase.value}"] = self.hit_rate(phase)
-        flat |= {f"bytes_{kind.name}": getattr(self.bytes, kind.name) for kind in _KINDS}
+            flat[f"hits_{phase}"] = self.hits[phase]
+            flat[f"misses_{phase}"] = self.misses[phase]
+            flat[f"hit_rate_{phase}"] = self.hit_rate(phase)
+        flat |= {f"bytes_{kind}": nbytes for kind, nbytes in asdict(self.bytes).items()}
         flat["bytes_total"] = self.bytes.total
         return flat | {f"{name}_s": getattr(self, f"{name}_s") for name in _TIMES}
 
@@ -105,15 +112,14 @@ class Stats:
             ("TTFT", _seconds(self.ttft_s)),
             ("TPOT", _seconds(self.tpot_s)),
             ("tokens/s", "-" if self.tokens_per_s is None else f"{self.tokens_per_s:.1f}"),
-            ("hit rate", ", ".join(f"{phase.value} {_percent(self.hit_rate(phase))}" for phase in Phase)),
-            *((f"MB {kind.name.replace('_', ' ')}", f"{getattr(self.bytes, kind.name) / 1e6:.1f}") for kind in _KINDS),
+            ("hit rate", ", ".join(f"{phase} {_percent(self.hit_rate(phase))}" for phase in Phase)),
+            *((f"MB {kind.replace('_', ' ')}", f"{nbytes / 1e6:.1f}") for kind, nbytes in asdict(self.bytes).items()),
             *((name, _seconds(getattr(self, f"{name}_s"))) for name in _TIMES),
         ]
         width = max(len(label) for label, _ in rows)
         return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
 
 
-_KINDS = fields(ByteCounts)
 _TIMES = ("wall", "compute", "stall", "transfer", "overlap")
 
 
@@ -211,17 +217,17 @@ class Meter:
     def hit(self, phase: Phase, n: int = 1) -> None:
         """Counts ``n`` experts that were READY when their layer asked for them."""
         if n:
-            self._stats.hits[phase.value] += n
+            self._stats.hits[phase] += n
 
     def miss(self, phase: Phase, n: int = 1) -> None:
         """Counts ``n`` experts that were not."""
         if n:
-            self._stats.misses[phase.value] += n
+            self._stats.misses[phase] += n
 
-    def count_bytes(self, kind: str, nbytes: int) -> None:
-        """Adds bytes to a class of :class:`ByteCounts`, by its name; AttributeError if there is no such class."""
-        counts = self._stats.bytes
-        setattr(counts, kind, getattr(counts, kind) + nbytes)
+    @property
+    def bytes(self) -> ByteCounts:
+        """The live counts of this request, to whose fields bytes are added once it is known what they were good for."""
+        return self._stats.bytes
 
     def snapshot(self) -> Stats:
         """The figures so far, open sections included, as data of its own."""

@@ -55,7 +55,7 @@ class Placement:
         return cls(model, device, _dtype(wanted.dtype, model.config), context_of(model.config, wanted.max_context))
 
     def plan(self, wanted: EngineConfig, policy: Policy | None) -> MemoryPlan:
-        """How memory is divided under ``policy``, or under one that suits it; MemoryBudgetError: it cannot work."""
+        """How memory is divided under ``policy``, or under one that suits it; MemoryBudgetError if it cannot work."""
         needs = MemoryNeeds(
             config=self.model.config,
             layout=self.model.layout(self.dtype, wanted.quantize),
@@ -79,32 +79,20 @@ class Placement:
         return read
 
     def slow_tier(
-        self,
-        plan: MemoryPlan,
-        cache_dir: str | Path | None,
-        held: ExitStack,
-        quantize: str | None,
-        keeps: bool,
+        self, plan: MemoryPlan, cache_dir: str | Path | None, held: ExitStack, quantize: str | None
     ) -> ExpertStore:
-        """Where experts wait: the checkpoint itself when each is read but once, else RAM, else the pack on disk.
-
-        Where each has a slot it is read once if the policy ``keeps`` it there, and else in every pass.
-        """
+        """Where experts wait: the checkpoint itself when each is read but once, else RAM, else the pack on disk."""
         model = self.model
         in_ram = partial(HostStore, progress=sys.stderr.isatty(), pinned=self._on_gpu)
         source = model.expert_store(self.dtype) if quantize is None else model.quantizing_store(quantize)
-        if _read_once(plan, keeps):
+        if plan.read_once:
             return source
-        if plan.host_experts == plan.total_experts:
+        if plan.all_in_ram:
             return held.enter_context(closing(in_ram(source, model.experts)))
         disk = held.enter_context(closing(_open_pack(source, model, cache_dir)))
         if plan.host_experts == 0:
             return disk
         return held.enter_context(closing(TieredStore(in_ram(disk, model.experts[: plan.host_experts]), disk)))
-
-    def all_in_ram(self, plan: MemoryPlan, keeps: bool) -> bool:
-        """Whether every expert will wait in RAM. Not if the policy ``keeps`` each in a slot: it never waits."""
-        return plan.host_experts == plan.total_experts and not _read_once(plan, keeps)
 
     def copy_engine(self, store: ExpertStore, pool: SlotPool, num_threads: int, meter: Meter) -> CopyEngine:
         """Threads that read into RAM, or the copy lanes of a GPU."""
@@ -123,11 +111,6 @@ class Placement:
     @property
     def _on_gpu(self) -> bool:
         return self.device.type == "cuda"
-
-
-def _read_once(plan: MemoryPlan, keeps: bool) -> bool:
-    """Whether each expert is read into a slot and stays there."""
-    return keeps and plan.all_in_slots
 
 
 def _dtype(name: str, config: ModelConfig) -> torch.dtype:

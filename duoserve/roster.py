@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from duoserve.batching.choices import Load
 from duoserve.batching.load_view import as_coming, as_running, as_waiting
+from duoserve.batching.next_work import Load
 from duoserve.errors import IntegrityError
 from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache
 from duoserve.passes import Passes

@@ -198,19 +198,27 @@ def test_hit_rates(meter: Meter) -> None:
 
 
 def test_bytes_by_class(meter: Meter) -> None:
-    for power, kind in enumerate(("demanded", "prefetched_useful", "prefetched_late", "wasted")):
-        meter.count_bytes(kind, 10**power)
+    meter.bytes.demanded += 1
+    meter.bytes.prefetched_useful += 10
+    meter.bytes.prefetched_late += 100
+    meter.bytes.wasted += 1000
     assert meter.snapshot().bytes == ByteCounts(1, 10, 100, 1000)
     assert meter.snapshot().bytes.total == 1111
     with pytest.raises(AttributeError):
-        meter.count_bytes("lost", 1)
+        meter.bytes.lost += 1  # type: ignore[attr-defined]
+
+
+def test_byte_counts_are_added_and_subtracted_class_by_class() -> None:
+    more, less = ByteCounts(11, 22, 33, 44), ByteCounts(1, 2, 3, 4)
+    assert more - less == ByteCounts(10, 20, 30, 40)
+    assert more + less == ByteCounts(12, 24, 36, 48)
 
 
 def test_a_snapshot_does_not_change_any_more(clock: Clock, meter: Meter) -> None:
     meter.begin_request()
     before = meter.snapshot()
     meter.hit(Phase.DECODE)
-    meter.count_bytes("demanded", 5)
+    meter.bytes.demanded += 5
     for _ in range(2):
         meter.token()
     assert before == Stats()

@@ -70,10 +70,10 @@ def test_a_revision_is_what_the_hub_is_asked_for(folder: Path, tmp_path: Path, m
 def test_stats_count_every_expert_and_every_byte(model: MoEModel) -> None:
     stats = model.generate(PROMPT, GREEDY).stats
     assert (stats.prompt_tokens, stats.output_tokens, len(stats.itl_s)) == (6, 8, 7)
-    decode = stats.hits[Phase.DECODE.value] + stats.misses[Phase.DECODE.value]
+    decode = stats.hits[Phase.DECODE] + stats.misses[Phase.DECODE]
     assert decode == 7 * 3 * 2  # steps x layers x top-k
-    assert stats.misses[Phase.DECODE.value] > 0 and stats.hits[Phase.DECODE.value] > 0
-    assert stats.bytes.demanded >= stats.misses[Phase.DECODE.value] * model.memory.slot_bytes
+    assert stats.misses[Phase.DECODE] > 0 and stats.hits[Phase.DECODE] > 0
+    assert stats.bytes.demanded >= stats.misses[Phase.DECODE] * model.memory.slot_bytes
     assert stats.bytes.total % model.memory.slot_bytes == 0
 
 

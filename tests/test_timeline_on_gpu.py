@@ -47,8 +47,14 @@ class Numbered(ExpertStore):
         self.rows_NB = torch.empty(LAYERS * EXPERTS, layout.slot_bytes, dtype=torch.uint8, pin_memory=True)
         self.rows_NB.copy_(torch.arange(LAYERS * EXPERTS, dtype=torch.uint8)[:, None])
 
+    def read(self, expert: ExpertId, row_B: Tensor) -> None:
+        row_B.copy_(self.host_row(expert))
+
     def host_row(self, expert: ExpertId) -> Tensor:
         return self.rows_NB[number(expert)]
+
+    def close(self) -> None:
+        """Nothing to release."""
 
 
 def number(expert: ExpertId) -> int:

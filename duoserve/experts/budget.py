@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from typing import NamedTuple
 
 from duoserve.byte_sizes import format_bytes
 from duoserve.config import EngineConfig
@@ -13,7 +14,7 @@ from duoserve.errors import ConfigError, MemoryBudgetError
 from duoserve.experts.layout import ExpertLayout
 
 SHARE = re.compile(r"\s*(\d{1,3}(?:\.\d{1,9})?)\s*%\s*", re.ASCII)
-COMFORTABLE = Fraction(4, 5)  # of the free RAM, where nobody said how much
+COMFORTABLE = Fraction(4, 5)  # of the free memory, where no setting says how much
 
 
 def slot_count(slots: int | str, total_experts: int) -> int:
@@ -40,7 +41,7 @@ class FreeMemory:
 
     @property
     def waiting_bytes(self) -> int:
-        """RAM for experts that wait, where nobody said how much: behind a GPU what is comfortable, else none."""
+        """RAM for experts that wait, where no setting says how much: behind a GPU what is comfortable, else none."""
         return 0 if self.host_bytes is None else int(self.host_bytes * COMFORTABLE)
 
     def taken(self, plan: MemoryPlan) -> int:
@@ -52,7 +53,8 @@ class FreeMemory:
 class MemoryPlan:
     """What memory holds once the model is loaded: counts of experts, and bytes.
 
-    ``host_experts`` is how many experts' rows wait in host RAM, beside those in the slots; 0 when all stay in a slot.
+    ``host_experts`` is how many experts' rows wait in host RAM, beside those in the slots. With ``read_once`` that is
+    none: each expert is read into a slot of its own, and stays there.
     """
 
     num_slots: int
@@ -62,6 +64,7 @@ class MemoryPlan:
     dense_bytes: int
     kv_bytes: int
     workspace_bytes: int
+    read_once: bool = False
 
     @property
     def fixed_bytes(self) -> int:
@@ -87,6 +90,11 @@ class MemoryPlan:
     def all_in_slots(self) -> bool:
         """Whether there is a slot for every expert."""
         return self.num_slots == self.total_experts
+
+    @property
+    def all_in_ram(self) -> bool:
+        """Whether every expert's row waits in host RAM."""
+        return self.host_experts == self.total_experts
 
     def __str__(self) -> str:
         """The arithmetic, a line for each part."""
@@ -127,23 +135,29 @@ def plan_memory(  # noqa: PLR0913
     total = num_layers * num_experts
     least = total if needs_all else min(top_k + 1, total)
     waiting = _waiting(wanted, layout, total, free)
-    smallest = MemoryPlan(
-        num_slots=least,
-        host_experts=0 if keeps and least == total else waiting,
-        total_experts=total,
-        slot_bytes=layout.slot_bytes,
-        dense_bytes=dense_bytes,
-        kv_bytes=kv_bytes,
-        workspace_bytes=workspace_bytes,
-    )
+
+    def planned(slots: int) -> MemoryPlan:
+        read_once = keeps and slots == total
+        return MemoryPlan(
+            num_slots=slots,
+            host_experts=0 if read_once else waiting,
+            total_experts=total,
+            slot_bytes=layout.slot_bytes,
+            dense_bytes=dense_bytes,
+            kv_bytes=kv_bytes,
+            workspace_bytes=workspace_bytes,
+            read_once=read_once,
+        )
+
+    smallest = planned(least)
     why = f"{num_layers} layers x {num_experts} experts, all resident" if needs_all else f"top-{top_k} and one prefetch"
     _check_smallest_fits(smallest, why, free)
-    slots = _slots_given(smallest, wanted, free, keeps)
-    if slots < least:
-        raise MemoryBudgetError(_too_few(smallest, why, slots, wanted, free))
-    slots = min(slots, total)
-    plan = replace(smallest, num_slots=slots, host_experts=0 if keeps and slots == total else waiting)
-    _check_fits(plan, smallest, wanted, free)
+    knob = _knob(wanted, smallest, free, keeps)
+    if knob.slots < least:
+        short = f"{max(0, knob.slots)} of the {least} slots that are needed ({why})"
+        raise MemoryBudgetError(f"{knob.given} gives {short}: {knob.raised}")
+    plan = planned(min(knob.slots, total))
+    _check_fits(plan, knob, free)
     return plan
 
 
@@ -174,9 +188,10 @@ def _check_smallest_fits(smallest: MemoryPlan, why: str, free: FreeMemory) -> No
         )
 
 
-def _check_fits(plan: MemoryPlan, smallest: MemoryPlan, wanted: EngineConfig, free: FreeMemory) -> None:
-    if free.taken(plan) > free.device_bytes:
-        raise MemoryBudgetError(_too_much(plan, smallest, wanted, free))
+def _check_fits(plan: MemoryPlan, knob: _Knob, free: FreeMemory) -> None:
+    if (needed := free.taken(plan)) > free.device_bytes:
+        given = f"{_exact(free.device_bytes)} of {free.name}"
+        raise MemoryBudgetError(f"{_terms(plan, free)} = {_exact(needed)}, but {given} are free: {knob.lowered}")
     if free.host_bytes is not None and plan.host_bytes > free.host_bytes:
         raise MemoryBudgetError(
             f"{plan.host_experts} experts x {_exact(plan.slot_bytes)} = {_exact(plan.host_bytes)} of host memory, but "
@@ -184,47 +199,43 @@ def _check_fits(plan: MemoryPlan, smallest: MemoryPlan, wanted: EngineConfig, fr
         )
 
 
-def _slots_given(smallest: MemoryPlan, wanted: EngineConfig, free: FreeMemory, keeps: bool) -> int:
-    """The slots that the one knob in use asks for; it may be fewer than none."""
+class _Knob(NamedTuple):
+    """What decides how many ``slots`` there are: a setting, or how much memory is free. ``given`` shows its value.
+
+    ``slots`` may be negative. Refusals advise ``raised`` where they are too few, and ``lowered`` where they do not fit.
+    """
+
+    given: str
+    slots: int
+    raised: str
+    lowered: str
+
+
+def _knob(wanted: EngineConfig, smallest: MemoryPlan, free: FreeMemory, keeps: bool) -> _Knob:
+    """The knob that is in use; what is no slot takes as much as in the ``smallest`` plan."""
+    least, row, fixed = smallest.num_slots, smallest.slot_bytes, smallest.fixed_bytes
+    room = free.device_bytes - (free.taken(smallest) - smallest.total_bytes)
+    fits, terms = (room - fixed) // row, _terms(smallest, free)
     if wanted.expert_slots is not None:
-        return slot_count(wanted.expert_slots, smallest.total_experts)
+        given, slots = f"expert_slots={wanted.expert_slots}", slot_count(wanted.expert_slots, smallest.total_experts)
+        return _Knob(given, slots, f"raise expert_slots to at least {least}", f"lower expert_slots to at most {fits}")
     if wanted.expert_memory is not None:
-        return wanted.expert_memory // smallest.slot_bytes
+        given, slots = f"expert_memory={_exact(wanted.expert_memory)}", wanted.expert_memory // row
+        raised = f"{least} slots x {_exact(row)}; raise expert_memory to at least {_exact(least * row)}"
+        return _Knob(given, slots, raised, f"lower expert_memory to at most {_exact(fits * row)}")
+    lowered = f"lower memory to at most {_exact(room)}"
     if wanted.memory is not None:
-        return (wanted.memory - smallest.fixed_bytes) // smallest.slot_bytes
+        given, slots = f"memory={_exact(wanted.memory)}", (wanted.memory - fixed) // row
+        raised = f"{terms}; raise memory to at least {_exact(smallest.total_bytes)} or lower max_context"
+        return _Knob(given, slots, raised, lowered)
+    given = f"80 % of the {_exact(free.device_bytes)} of free {free.name}"
+    raised = f"{terms}; lower max_context or, to use more of it, set expert_slots to at least {least}"
+    return _Knob(given, _comfortable_slots(smallest, free, keeps), raised, lowered)
+
+
+def _comfortable_slots(smallest: MemoryPlan, free: FreeMemory, keeps: bool) -> int:
+    """The slots where no setting says how many, or how much memory they may take."""
     room = int(free.device_bytes * COMFORTABLE) - smallest.fixed_bytes
     if keeps and room >= smallest.total_experts * smallest.slot_bytes:  # then none waits
         return smallest.total_experts
     return (room + smallest.total_bytes - free.taken(smallest)) // smallest.slot_bytes
-
-
-def _too_few(smallest: MemoryPlan, why: str, slots: int, wanted: EngineConfig, free: FreeMemory) -> str:
-    """What was given, what is needed, and the figure that would do."""
-    least, pool = smallest.num_slots, smallest.num_slots * smallest.slot_bytes
-    terms = _terms(smallest, free)
-    short = f"{max(0, slots)} of the {least} slots that are needed ({why})"
-    if wanted.expert_slots is not None:
-        return f"expert_slots={wanted.expert_slots} gives {short}: raise expert_slots to at least {least}"
-    if wanted.expert_memory is not None:
-        given, need = f"expert_memory={_exact(wanted.expert_memory)}", f"{least} slots x {_exact(smallest.slot_bytes)}"
-        return f"{given} gives {short}: {need}; raise expert_memory to at least {_exact(pool)}"
-    if wanted.memory is not None:
-        given, enough = f"memory={_exact(wanted.memory)}", _exact(smallest.total_bytes)
-        return f"{given} gives {short}: {terms}; raise memory to at least {enough} or lower max_context"
-    given = f"80 % of the {_exact(free.device_bytes)} of free {free.name}"
-    remedy = f"lower max_context or, to use more of it, set expert_slots to at least {least}"
-    return f"{given} gives {short}: {terms}; {remedy}"
-
-
-def _too_much(plan: MemoryPlan, smallest: MemoryPlan, wanted: EngineConfig, free: FreeMemory) -> str:
-    """The plan's arithmetic, what is free, and the most that would fit."""
-    room = free.device_bytes - (free.taken(smallest) - smallest.total_bytes)
-    fits = (room - smallest.fixed_bytes) // plan.slot_bytes
-    if wanted.expert_slots is not None:
-        remedy = f"lower expert_slots to at most {fits}"
-    elif wanted.expert_memory is not None:
-        remedy = f"lower expert_memory to at most {_exact(fits * plan.slot_bytes)}"
-    else:
-        remedy = f"lower memory to at most {_exact(room)}"
-    needed, given = _exact(free.taken(plan)), _exact(free.device_bytes)
-    return f"{_terms(plan, free)} = {needed}, but {given} of {free.name} are free: {remedy}"

@@ -92,7 +92,7 @@ class Checkpoint:
             self._check_tensor(self.tensors[name], tuple(shape), dtypes.get(name, FLOATS))
 
     def info(self, name: str) -> TensorInfo:
-        """Where the tensor lies; CheckpointError: there is none of that name."""
+        """Where the tensor lies; CheckpointError if there is none of that name."""
         try:
             return self.tensors[name]
         except KeyError:
@@ -101,7 +101,7 @@ class Checkpoint:
     def read(self, name: str, dtype: torch.dtype | None = None, entry: int | None = None) -> Tensor:
         """The tensor, or its part ``entry``, as a new CPU tensor in ``dtype`` or its own.
 
-        CheckpointError: unknown, unreadable, truncated.
+        CheckpointError if it is unknown, unreadable or truncated.
         """
         info = self.info(name).part(entry)
         out = torch.empty(info.shape, dtype=dtype or info.dtype, device="cpu")
@@ -131,7 +131,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 (hex) over config.json, the shards' names, sizes and headers, and 4 KiB from each tensor's middle.
 
-        Of a tensor that holds a layer's experts, 4 KiB from each one's middle. ``changed_ns`` is for what it misses.
+        Of a tensor that holds a layer's experts, 4 KiB from the middle of each. ``changed_ns`` is for other changes.
         """
         if self._fingerprint is None:
             self._fingerprint = self._compute_fingerprint()
@@ -222,7 +222,7 @@ def _open_shard(path: Path, opened: ExitStack) -> _Shard:
 
 
 def _sampled(tensor: TensorInfo) -> list[TensorInfo]:
-    """The parts of which a fingerprint has samples: where matrices lie in one tensor, each of them."""
+    """The parts that a fingerprint samples: the tensor, or each of the matrices that lie in it."""
     if len(tensor.shape) < 3 or tensor.shape[0] > _MAX_ENTRIES:
         return [tensor]
     return [tensor.part(entry) for entry in range(tensor.shape[0])]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sized
-from typing import Protocol
 
 from duoserve.errors import ClosedError, ConfigError, CopyError
 from duoserve.experts.layout import ExpertId
@@ -13,83 +13,83 @@ from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.tickets import Priority, Ticket, TicketQueue
 
-# Told of everything that was copied: from when to when that took (seconds on the engine's clock), and its bytes. Copy
-# threads count from when they were asked: their wake-up is part of the copy, and the lane is busy while one is
+# Called for everything that was copied: with when that began and ended (seconds on the engine's clock), and its bytes.
+# Copy threads count from when they were asked: their wake-up is part of the copy, and the lane is busy while one is
 # outstanding.
 CopyListener = Callable[[float, float, int], None]
-# A thread that has had nothing to copy for so long ends; the next copy starts another. A store that computes, as one
+# A thread ends that has had nothing to copy for this long; the next copy starts another. A store that computes, as one
 # that quantizes does, leaves each thread that it ran on a team of OpenMP threads, and where all teams have more threads
 # than there are CPUs, OpenMP's threads sleep between two operations: a decode step then takes twice as long.
 IDLE_SECONDS = 1.0
 
 
-class CopyEngine(Protocol):
+class CopyEngine(ABC):
     """Brings experts into slots. Demands go before prefetches, oldest first.
 
     An engine that carries prefetches in pieces (see TicketQueue) lets demands overtake between two of them; what is on
-    its way is never interrupted. The caller sees to it that a slot belongs to one ticket at a time, and that who may
-    read it has been announced by ``fence`` before the next copy into it is asked for.
+    its way is never interrupted. The caller gives a slot to one ticket at a time, and calls ``fence`` for the work that
+    may read it before asking for the next copy into it.
     """
 
+    @abstractmethod
     def now(self) -> float:
         """Seconds on the clock of this engine's tickets."""
-        ...
 
+    @abstractmethod
     def ticket(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
         """A copy of ``expert`` into ``slot`` that can be asked for."""
-        ...
 
+    @abstractmethod
     def ask(self, ticket: Ticket) -> None:
         """Asks for this copy; ClosedError after close(), CopyError without a thread.
 
-        Whatever it raises, and wherever it is interrupted: who has noted the ticket before can go on to ``cancel`` it,
-        and where that does nothing, to ``wait`` for it.
+        After any exception or interrupt, a caller that recorded the ticket first can still ``cancel`` it, or, if that
+        returns False, ``wait`` for it.
         """
-        ...
 
     def submit(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
-        """Asks for a copy of which nobody has to know before it is under way; raises what ``ask`` does."""
+        """Makes a ticket and asks for it, where it need not be recorded first; raises what ``ask`` does."""
         ticket = self.ticket(expert, slot, priority)
         self.ask(ticket)
         return ticket
 
+    @abstractmethod
     def promote(self, ticket: Ticket) -> None:
         """Turns what is queued of a prefetch into the last of the demands; does nothing for any other ticket."""
-        ...
 
+    @abstractmethod
     def cancel(self, ticket: Ticket) -> bool:
-        """True if some of the ticket was still queued, or to be asked for; it is CANCELLED then. False changes nothing.
+        """Cancels what has not been sent: the ticket is CANCELLED. False if nothing was left, and then nothing changes.
 
-        The slot may be given to another ticket at once: a piece still on its way lands before that one's first does.
+        The slot may be reused at once: a piece on its way lands before the next ticket's first.
         """
-        ...
 
+    @abstractmethod
     def fence(self, slots: Collection[int]) -> None:
         """The work launched so far may use ``slots``: no copy into one of them starts before that work has ended."""
-        ...
 
+    @abstractmethod
     def land(self) -> None:
-        """Work launched from now on comes behind all that is still on its way of cancelled copies."""
-        ...
+        """Work launched from now on starts after all pieces of cancelled copies that are on their way have landed."""
 
+    @abstractmethod
     def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
         """Blocks until one of ``tickets`` is finished, then returns all finished ones in the order given.
 
         Empty for no tickets. A failed copy does not raise here: look at ``state`` and ``error``.
         """
-        ...
 
+    @abstractmethod
     def settle(self) -> None:
         """Brings the states of tickets up to ``now()`` in an engine that has no threads of its own."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Cancels what is queued and waits for what is running; idempotent."""
-        ...
 
 
 def started(thread: threading.Thread, others: Sized) -> bool:
-    """Starts ``thread``; False where no more can be had and the ``others`` must do, CopyError where there are none."""
+    """Starts ``thread``; False if no more can be had and the ``others`` must do, CopyError if there are no others."""
     try:
         thread.start()
     except RuntimeError as error:
@@ -183,7 +183,7 @@ class ThreadedCopyEngine(CopyEngine):
             thread.join()
 
     def _start_threads(self) -> None:
-        """One is enough where no more can be had; CopyError without any."""
+        """Starts those that are missing; one is enough where no more can be had. CopyError without any."""
         while len(self._threads) < self._num_threads:
             thread = threading.Thread(target=self._work, name="duoserve-copy", daemon=True)
             if not started(thread, self._threads):

@@ -50,7 +50,7 @@ def _automatic() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     if fault := _fault(torch.cuda.current_device()):
-        warnings.warn(f"device='auto' is the CPU: {fault}", stacklevel=1)  # the same place, whoever asked
+        warnings.warn(f"device='auto' is the CPU: {fault}", stacklevel=1)  # one place: Python shows it once
         return "cpu"
     return "cuda"
 
@@ -65,7 +65,7 @@ def _fault(index: int) -> str | None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that this process may still take on ``device``, those included that PyTorch keeps for whoever asks next."""
+    """Bytes that this process may still take on ``device``, including what PyTorch keeps for later allocations."""
     if device.type == "cpu":
         return available_bytes()
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

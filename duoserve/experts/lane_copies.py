@@ -65,7 +65,7 @@ class LaneCopies:
         return copy
 
     def enqueue(self, ticket: Ticket, copy: LaneCopy, row_B: Tensor) -> Mark | None:
-        """All that is left of a demand or a part of a prefetch; else returns what must pass before there is room."""
+        """Enqueues what is left of a demand or a part of a prefetch; else returns what must pass before it has room."""
         lane, start, stop = _lane(ticket), ticket.sent, ticket.nbytes
         if lane is Lane.PREFETCH:
             stop = min(start + self._prefetches.part_bytes, stop)
@@ -92,7 +92,7 @@ class LaneCopies:
         self._copying.pop(ticket, None)
 
     def stop(self, ticket: Ticket) -> bool:
-        """Whether there was something left of a prefetch that is kept from its lane now."""
+        """Stops enqueueing a prefetch. False for a demand, and for what has not begun or is all enqueued."""
         if ticket.priority is Priority.DEMAND or ticket not in self._copying:
             return False
         self._users.land(ticket.slot, self._copying[ticket].end)
@@ -100,11 +100,11 @@ class LaneCopies:
         return True
 
     def first_of(self, tickets: Collection[Ticket]) -> Ticket | None:
-        """The one that was enqueued first; None if none of them has been."""
+        """The ticket whose copy was enqueued first; None if none of them has been."""
         return next((ticket for ticket in self._arrivals if ticket in tickets), None)
 
     def join(self, ticket: Ticket) -> None:
-        """Makes the compute lane wait for a copy that ``arrives``, and takes note of for how long it does."""
+        """Makes the compute lane wait for a copy that ``arrives``, and notes how long it waits."""
         before, end = self._streams.mark(Lane.COMPUTE), self._arrivals[ticket].end
         self._streams.after(Lane.COMPUTE, end)
         self._times.stalled(before, self._streams.mark(Lane.COMPUTE))
@@ -123,7 +123,7 @@ class LaneCopies:
         self._times.report(copying=bool(self._copying or self._arrivals))
 
     def may_start(self, ticket: Ticket) -> bool:
-        """Whether the copy would hold up none behind it on its lane: no kernel reads the slot, or it is a demand."""
+        """Whether the copy would hold up none behind it on its lane: it is a demand, or no kernel reads the slot."""
         return ticket.priority is Priority.DEMAND or not self._users.is_read(ticket.slot)
 
     def fence(self, slots: Collection[int], until: Mark) -> None:
@@ -131,11 +131,11 @@ class LaneCopies:
         self._users.read(slots, until)
 
     def land(self) -> None:
-        """What is enqueued on COMPUTE from now on comes behind all that is still on its way of cancelled copies."""
+        """What is enqueued on COMPUTE from now on starts after all parts of cancelled copies have landed."""
         self._users.precede_compute()
 
     def ends(self) -> list[Mark]:
-        """Up to where all lies that has been enqueued."""
+        """The marks behind all that has been enqueued."""
         return [*(copy.end for copy in self._arrivals.values()), *self._times.ends(), *self._users.landing()]
 
     def _finish(self, ticket: Ticket) -> None:

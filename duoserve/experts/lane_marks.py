@@ -1,4 +1,4 @@
-"""What marks on lanes say to the engine of streams: who uses a slot, what stands in line, and when it was done.
+"""What the engine of streams reads from marks on lanes: what uses a slot, what is queued, and when it was done.
 
 Not thread-safe: the engine holds its lock.
 """
@@ -14,7 +14,7 @@ from duoserve.experts.streams import Lane, Mark, Streams
 from duoserve.experts.tickets import Ticket
 
 # No more of the prefetches stands on their lane than one piece, for a demand may have to wait for all of it: CUDA does
-# not order copies by priority. It goes in so many parts, of which one is copied while the next waits behind it, so that
+# not order copies by priority. A piece goes in this many parts: one is copied while the next waits behind it, so that
 # the link never idles.
 PARTS_OF_A_PIECE = 2
 # Times are counted from a moment that is not longer ago than this, if the lanes have been idle since. The clocks of a
@@ -22,7 +22,7 @@ PARTS_OF_A_PIECE = 2
 # a millisecond. It takes some 10 us to find such a moment.
 RENEW_S = 0.1
 
-StallListener = Callable[[float, float], None]  # told from when to when the compute lane waited for a copy
+StallListener = Callable[[float, float], None]  # called with when the compute lane began and ceased to wait for a copy
 
 
 class SlotUsers:
@@ -43,11 +43,11 @@ class SlotUsers:
         return until is not None and not self._streams.passed(until)
 
     def land(self, slot: int, until: Mark) -> None:
-        """Bytes of a copy into the slot land before ``until``, and its ticket does not say so any more."""
+        """Bytes of a copy into the slot land before ``until``, although its ticket has finished."""
         self._landing[slot] = until
 
     def landing(self) -> list[Mark]:
-        """Up to where such copies land."""
+        """The marks before which such copies land."""
         return [*self._landing.values()]
 
     def precede(self, lane: Lane, slot: int) -> None:
@@ -55,10 +55,10 @@ class SlotUsers:
         for users in (self._readers, self._landing):
             if slot in users:
                 self._streams.after(lane, users[slot])
-                del users[slot]  # last: what an interrupt keeps from the lane is told to the next who uses the slot
+                del users[slot]  # last: if an interrupt keeps the lane from waiting, the slot's next copy waits
 
     def precede_compute(self) -> None:
-        """What is enqueued on COMPUTE from now on comes behind all that still lands."""
+        """What is enqueued on COMPUTE from now on starts after all such copies have landed."""
         for slot, until in [*self._landing.items()]:
             if self._streams.passed(until):
                 del self._landing[slot]
@@ -83,11 +83,11 @@ class PrefetchLane:
         self.part_bytes = max(1, piece_bytes // PARTS_OF_A_PIECE)
 
     def add(self, end: Mark, nbytes: int) -> None:
-        """So many bytes have been enqueued, up to ``end``."""
+        """``nbytes`` have been enqueued, up to ``end``."""
         self._standing.append(_Part(end, nbytes))
 
     def in_the_way(self, nbytes: int) -> Mark | None:
-        """What must pass before ``nbytes`` more may stand there; None if they may now."""
+        """The mark that must pass before ``nbytes`` more may stand there; None if they may now."""
         standing = self._standing
         while standing and self._streams.passed(standing[0].end):
             standing.popleft()
@@ -111,9 +111,10 @@ class _Copied(NamedTuple):
 
 
 class LaneTimes:
-    """Tells tickets and listeners when copies of ``nbytes`` were made and stalls were, once their marks have passed.
+    """Reports when copies of ``nbytes`` and stalls happened, once the device has passed their marks.
 
-    Waits until the device comes to what is enqueued on DEMAND now: times are counted from there in every lane.
+    Times count from a mark on DEMAND; making this object waits for the device to reach it, and so does ``report``
+    whenever it makes another.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class LaneTimes:
         self._count_from_now()
 
     def copied(self, ticket: Ticket, begin: Mark, end: Mark, read: bool) -> None:
-        """The copy of ``ticket`` lies between these marks; ``read``: since it was taken, its row has been read."""
+        """The copy of ``ticket`` lies between these marks; ``read``: its row was read from the disk before them."""
         self._copies.append(_Copied(ticket, _Stretch(begin, end), read))
 
     def stalled(self, begin: Mark, end: Mark) -> None:
@@ -142,11 +143,11 @@ class LaneTimes:
         self._stalls.append(_Stretch(begin, end))
 
     def ends(self) -> list[Mark]:
-        """The ends of the copies that have not been told of."""
+        """The ends of the copies that have not been reported."""
         return [copy.stretch.end for copy in self._copies]
 
     def report(self, copying: bool) -> None:
-        """Tells of what has passed; ``copying``: some has begun that this has not been told of."""
+        """Reports what has passed. ``copying``: copies are under way for which ``copied`` has not been called."""
         while self._stalls and self._streams.passed(self._stalls[0].end):
             stall = self._stalls.popleft()
             if self._on_stalled is not None:

@@ -1,4 +1,4 @@
-"""The folder of a pack: where it is, whether what is in it is good, and who may write there."""
+"""The folder of a pack: where it is, whether what is in it is good, and whether this process may write there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOCK_FILE, SCRATCH = ".lock", ".packing-"
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """``cache_dir``, or ``$DUOSERVE_CACHE``, or ``~/.cache/duoserve``; CheckpointError: there is no home directory."""
+    """``cache_dir``, or ``$DUOSERVE_CACHE``, or ``~/.cache/duoserve``; CheckpointError if there is no home."""
     given = cache_dir or os.environ.get("DUOSERVE_CACHE")
     try:
         return Path(given).expanduser() if given else Path.home() / ".cache" / "duoserve"
@@ -37,7 +37,7 @@ def pack_path(checkpoint: Checkpoint, layout: ExpertLayout, cache_dir: str | Pat
 def is_current(folder: Path, changed_ns: int) -> bool:
     """Whether a pack is there that is not older than ``changed_ns``, the time of the checkpoint's newest file.
 
-    False also where nobody may look.
+    False also for a folder that may not be read.
     """
     try:
         return (folder / HEADER_FILE).stat().st_mtime_ns >= changed_ns
@@ -51,7 +51,7 @@ def is_out_of_reach(folder: Path) -> bool:
 
 
 def is_packed(folder: Path, header: PackHeader, changed_ns: int = 0) -> bool:
-    """Whether the pack that is there is whole, has that header, and is current; False also where nobody may look."""
+    """Whether a pack is there that is whole, has that header, and is current; False also if it may not be read."""
     try:
         whole = read_pack_header(folder) == header and (folder / PACK_FILE).stat().st_size == header.total_bytes
     except (CheckpointError, OSError):
@@ -72,7 +72,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def publish(scratch: Path, folder: Path, made_ns: int) -> None:
-    """Moves the two files of a finished pack into place; who reads the old one goes on reading it.
+    """Moves the two files of a finished pack into place; processes that read the old one go on reading it.
 
     ``made_ns`` becomes the time of the header: the pack is of the checkpoint as it was then.
     """
@@ -84,7 +84,7 @@ def publish(scratch: Path, folder: Path, made_ns: int) -> None:
 
 
 def say(words: str) -> None:
-    """One line on stderr, why packing takes its time."""
+    """Prints one line on stderr that says why packing takes its time."""
     print(f"duoserve: {words}", file=sys.stderr, flush=True)
 
 

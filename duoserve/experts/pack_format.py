@@ -63,7 +63,7 @@ class PackHeader:
 
 
 def read_pack_header(folder: Path) -> PackHeader:
-    """The checked header of the pack in ``folder``; CheckpointError: it is missing, malformed or of another version."""
+    """The checked header of a pack's ``folder``; CheckpointError if it is missing, malformed or of another version."""
     path = folder / HEADER_FILE
     try:
         raw = read_object(path, _MAX_HEADER_BYTES)

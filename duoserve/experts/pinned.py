@@ -25,7 +25,7 @@ def pin(rows_NB: Tensor) -> bool:
         f"host memory could not be page-locked (CUDA error {int(status)}): copies to the GPU will be slower; raise the "
         "limit of locked memory (ulimit -l) or lower host_memory",
         RuntimeWarning,
-        stacklevel=1,  # the same place, whoever asked
+        stacklevel=1,  # one place: Python shows it once
     )
     return False
 

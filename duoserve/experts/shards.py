@@ -20,7 +20,7 @@ _CONVERT = "convert them once, where you trust them, with model.save_pretrained(
 def weight_map(folder: Path) -> dict[str, str] | None:
     """Tensor name -> shard file name by the index; None when the folder has a single ``model.safetensors`` instead.
 
-    CheckpointError: neither is there, or the index is malformed or names anything but files of this folder.
+    CheckpointError if neither is there, or the index is malformed or names anything but files of this folder.
     """
     if is_there(folder / SINGLE_FILE):
         return None
@@ -49,7 +49,7 @@ def _checked(mapping: Any, index: Path) -> dict[str, str]:
 
 
 def _check_file_name(file: Any, tensor: str, index: Path) -> None:
-    """The string alone decides: a hub cache is full of links out of the folder, so where it leads proves nothing."""
+    """Decides by the string alone: a hub cache is full of links out of the folder, so where it leads proves nothing."""
     plain = isinstance(file, str) and file.isprintable() and not {"/", "\\"} & set(file)
     if not plain:
         raise CheckpointError(

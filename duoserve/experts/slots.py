@@ -1,4 +1,4 @@
-"""The slots: fixed buffers of fast memory for one expert each (SlotPool), and who is in which (SlotTable).
+"""The slots: fixed buffers of fast memory for one expert each (SlotPool), and which expert is in which (SlotTable).
 
 B bytes of one row, E experts, L layers, S slots.
 """
@@ -33,11 +33,14 @@ class SlotTable:
     EMPTY -> begin_load -> LOADING -> finish_load -> READY -> evict -> EMPTY, or LOADING -> abort_load -> EMPTY. Only a
     READY slot can be held, and a held one cannot be evicted. Any other transition raises IntegrityError and changes
     nothing. Transitions cost the same whatever the number of slots, but for one short memory move.
+
+    ``slots`` has a dict for each layer, of the experts that are LOADING or READY and their slots, in the order in
+    which they began to load. Others may only read it.
     """
 
     def __init__(self, num_layers: int, num_experts: int, num_slots: int) -> None:
         self.num_slots = num_slots
-        self._slot_of: dict[ExpertId, int] = {}
+        self.slots: list[dict[int, int]] = [{} for _ in range(num_layers)]
         self._experts: list[ExpertId | None] = [None] * num_slots
         self._states = [SlotState.EMPTY] * num_slots
         self._holds = [0] * num_slots
@@ -46,7 +49,7 @@ class SlotTable:
 
     def slot_of(self, expert: ExpertId) -> int:
         """The slot that holds or is loading this expert, -1 if none."""
-        return self._slot_of.get(expert, -1)
+        return self.slots[expert.layer].get(expert.expert, -1)
 
     def expert_in(self, slot: int) -> ExpertId | None:
         """The expert in this slot, arrived or not; None if it is EMPTY."""
@@ -93,12 +96,13 @@ class SlotTable:
         """EMPTY -> LOADING; the expert must be in no slot yet."""
         self._check_expert(expert)
         self._require(slot, SlotState.EMPTY, "begin_load")
-        if expert in self._slot_of:
+        here = self.slots[expert.layer]
+        if expert.expert in here:
             raise IntegrityError(
-                f"begin_load of {expert} into slot {slot}: it is already in {self._describe(self._slot_of[expert])}"
+                f"begin_load of {expert} into slot {slot}: it is already in {self._describe(here[expert.expert])}"
             )
         del self._empty[bisect_left(self._empty, slot)]
-        self._slot_of[expert] = slot
+        here[expert.expert] = slot
         self._experts[slot] = expert
         self._states[slot] = SlotState.LOADING
 
@@ -132,11 +136,11 @@ class SlotTable:
         self._holds[slot] -= 1
 
     def held(self) -> list[int]:
-        """The slots that somebody holds, lowest first."""
+        """The slots that are held, lowest first."""
         return [slot for slot, holds in enumerate(self._holds) if holds]
 
     def reset(self) -> None:
-        """Takes back all holds, and what is LOADING becomes EMPTY: whoever asked for that is no more."""
+        """Takes back all holds and aborts all loads, behind a pass that was cut short."""
         self._holds = [0] * self.num_slots
         for slot, state in enumerate(self._states):
             if state is SlotState.LOADING:
@@ -145,8 +149,9 @@ class SlotTable:
     def check_integrity(self) -> None:
         """Compares every record with every other, O(L * E + S); IntegrityError says what disagrees."""
         in_slots = {expert: slot for slot, expert in enumerate(self._experts) if expert is not None}
-        if in_slots != self._slot_of:
-            raise IntegrityError(f"slots hold {in_slots}, but experts are looked up as {self._slot_of}")
+        looked_up = {ExpertId(layer, expert): here[expert] for layer, here in enumerate(self.slots) for expert in here}
+        if in_slots != looked_up:
+            raise IntegrityError(f"slots hold {in_slots}, but experts are looked up as {looked_up}")
         for slot in range(self.num_slots):
             self._check_record(slot)
         empty = [slot for slot, state in enumerate(self._states) if state is SlotState.EMPTY]
@@ -168,9 +173,9 @@ class SlotTable:
             raise IntegrityError(f"{self._describe(slot)}: only a READY slot can be held")
 
     def _vacate(self, slot: int, expert: ExpertId) -> None:
-        """No call but the last: Python lets an interrupt in at calls, and the records must not be left half changed."""
+        """Calls nothing before the last line: Python lets interrupts in at calls, and the records must stay whole."""
         self._ready_LE[expert] = -1
-        del self._slot_of[expert]
+        del self.slots[expert.layer][expert.expert]
         self._experts[slot] = None
         self._states[slot] = SlotState.EMPTY
         insort(self._empty, slot)
@@ -222,7 +227,7 @@ class SlotPool:
         return self.rows_SB[slot]
 
     def scrub(self, slot: int) -> bool:
-        """Makes a freed slot read as NaN if the pool is poisoned, else does nothing; whether it did.
+        """Makes a freed slot read as NaN if the pool is poisoned; returns whether it is.
 
         On a GPU that is done behind the kernels that were launched before, and no copy may come before it.
         """

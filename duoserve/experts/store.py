@@ -5,8 +5,8 @@ B bytes of one row, N rows.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 from weakref import finalize
 
 import numpy as np
@@ -20,17 +20,17 @@ from duoserve.experts.pinned import pin, unpin
 from duoserve.experts.rows import aligned_rows
 
 
-class ExpertStore(Protocol):
+class ExpertStore(ABC):
     """A source of packed experts."""
 
     layout: ExpertLayout
 
+    @abstractmethod
     def read(self, expert: ExpertId, row_B: Tensor) -> None:
         """Fills ``row_B``, a contiguous uint8 CPU row [slot_bytes] on a 4096-byte boundary; safe from many threads.
 
         CopyError names the expert, the file and the offset when the bytes cannot be had; ClosedError after close().
         """
-        ...
 
     def parts(self, expert: ExpertId) -> Sequence[RowPart]:
         """The parts of the expert's row that ``read_part`` can fill, together the whole row."""
@@ -44,9 +44,9 @@ class ExpertStore(Protocol):
         """The expert's row where it lies in RAM, the same as long as the store is open; None if it must be read."""
         return None
 
+    @abstractmethod
     def close(self) -> None:
         """Gives back files and memory; idempotent."""
-        ...
 
 
 class HostStore(ExpertStore):

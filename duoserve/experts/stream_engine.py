@@ -1,4 +1,4 @@
-"""Copies to a device that works behind the host: nobody waits for them but the device's own lanes."""
+"""Copies to a device that works behind the host: only the device's own lanes wait for them."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class StreamCopyEngine(CopyEngine):
             self._pinned = False
 
     def _start_threads(self) -> None:
-        """One for each staging row, or as many as can be had; CopyError without any."""
+        """Starts one for each staging row, or as many as can be had; CopyError without any."""
         for number, row_B in enumerate(self._staging_NB):
             thread = threading.Thread(target=self._work, args=(row_B,), name=f"duoserve-copy-{number}", daemon=True)
             if not started(thread, self._threads):
@@ -153,7 +153,7 @@ class StreamCopyEngine(CopyEngine):
             self._threads.append(thread)
 
     def _put(self, ticket: Ticket) -> None:
-        """Enqueues it or puts it into the queue. Where the device fails it is FAILED: nobody waits for it in vain."""
+        """Enqueues it or puts it into the queue. If the device fails, it is FAILED: no wait for it is endless."""
         try:
             if not self._enqueue_at_once(ticket):
                 self._queue.push(ticket)
@@ -184,7 +184,7 @@ class StreamCopyEngine(CopyEngine):
                 if in_the_way is not None:
                     self._streams.wait(in_the_way)
         except BaseException:
-            # The slot and the row are about to be somebody else's. What was enqueued last may be behind ``copy.end``.
+            # The slot and the row are about to be reused, and what was enqueued last may be behind ``copy.end``.
             self._streams.wait(self._streams.mark(copy.lane))
             raise
         finally:
@@ -193,7 +193,7 @@ class StreamCopyEngine(CopyEngine):
         return copy.end
 
     def _enqueue(self, ticket: Ticket, copy: LaneCopy, row_B: Tensor) -> Mark | None:
-        """A part of the copy, unless it is cancelled or something must pass first: then returns that."""
+        """Enqueues a part of the copy, unless it is cancelled; returns the mark that must pass before, if any."""
         with self._lock:
             if ticket.state is TicketState.CANCELLED:
                 return None

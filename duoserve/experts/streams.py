@@ -6,6 +6,7 @@ enqueues, and blocks nowhere but in ``wait``.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from enum import Enum
 from typing import Protocol
 
@@ -24,29 +25,29 @@ class Mark(Protocol):
     """A point in a lane: passed once all that was enqueued there before it is done."""
 
 
-class Streams(Protocol):
+class Streams(ABC):
     """The lanes of one device. Any thread may use them; COMPUTE is the lane on which the caller's kernels run."""
 
+    @abstractmethod
     def mark(self, lane: Lane) -> Mark:
         """The point that ``lane`` has been filled to."""
-        ...
 
+    @abstractmethod
     def after(self, lane: Lane, mark: Mark) -> None:
         """What is enqueued on ``lane`` from now on starts when ``mark`` has passed. The host goes on."""
-        ...
 
+    @abstractmethod
     def copy(self, lane: Lane, target_B: Tensor, source_B: Tensor) -> None:
         """Enqueues a copy of bytes from the host to the device; the source must stay as it is until it is made."""
-        ...
 
+    @abstractmethod
     def passed(self, mark: Mark) -> bool:
         """Whether the device has come to ``mark``."""
-        ...
 
+    @abstractmethod
     def wait(self, mark: Mark) -> None:
         """Blocks the host until the device has come to ``mark``."""
-        ...
 
+    @abstractmethod
     def seconds(self, earlier: Mark, later: Mark) -> float:
         """The device's time between two marks that have passed."""
-        ...

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from duoserve.errors import CopyError
 from duoserve.experts.layout import ExpertId
 
-# Of a prefetch: what a demand may have to wait for, 0.3 ms at 25 GB/s. Each costs some microseconds to put on the link.
+# The size of a prefetch's pieces: a demand may have to wait for one, 0.3 ms at 25 GB/s. Putting one on the link costs
+# some microseconds.
 PIECE_BYTES = 8 << 20
 
 
@@ -76,7 +77,7 @@ class Ticket:
         self.finished_at = now  # last: other threads may ask whether it is ``finished``
 
     def hand_over(self, now: float) -> None:
-        """What a device is asked to do from now on finds the copy made; ``arrive`` will say when it was."""
+        """What a device is asked to do from now on finds the copy made; ``arrive`` will say when it was made."""
         self.state = TicketState.DONE
         self.finished_at = now
 
@@ -174,7 +175,7 @@ class TicketQueue:
         return True
 
     def withdraw(self, ticket: Ticket) -> bool:
-        """Takes this ticket out as ``discard`` does; True also where nothing of it has been taken or was ever here."""
+        """Takes this ticket out as ``discard`` does; True also for a ticket that is QUEUED and was never put in."""
         return self.discard(ticket) or ticket.state is TicketState.QUEUED
 
     def clear(self) -> list[Ticket]:

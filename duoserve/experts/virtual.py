@@ -31,7 +31,7 @@ class VirtualClock:
 
 
 class ComputeLane:
-    """The compute stream of a device: work is done in the order of its launch, while the host runs ahead."""
+    """The compute stream of a device: work is done in the order of its launch, and the host runs ahead."""
 
     def __init__(self, clock: VirtualClock) -> None:
         self._clock = clock
@@ -53,7 +53,7 @@ class ComputeLane:
 class ClockedCopyEngine(CopyEngine):
     """What engines on a virtual clock share: copies of ``nbytes`` bytes wait in ``queue``; for one thread.
 
-    What falls due while somebody else advances the clock happens at its own time, at the latest in the next call.
+    What falls due while other code advances the clock is carried out by the next call, with its own time.
     """
 
     def __init__(self, clock: VirtualClock, queue: TicketQueue, nbytes: int, on_copied: CopyListener | None) -> None:

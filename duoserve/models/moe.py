@@ -116,8 +116,7 @@ class MoEBlock:
 
     def compute(self, routed: Routed, work: Work) -> None:
         """Computes those of the chosen experts that ``work`` names, from the slots that it says they are in."""
-        x_TH, _, _, plan, act_RI, y_RH = routed
-        kernels.moe_experts(x_TH, self.weights, plan, work, act_RI, y_RH, self._clamped_up)
+        kernels.moe_experts(routed.x_TH, self.weights, routed.plan, work, routed.act_RI, routed.y_RH, self._clamped_up)
 
     def compute_missing(self, routed: Routed, source: HostRows, slots_E: Tensor) -> None:
         """Computes the chosen experts that are in no slot, as their rows are copied from ``source`` into slots.

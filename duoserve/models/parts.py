@@ -11,7 +11,7 @@ from torch import Tensor
 
 from duoserve.models.batch import Batch
 from duoserve.models.moe import MoEBlock, Routed
-from duoserve.models.transformer import Transformer, times
+from duoserve.models.transformer import Transformer
 
 
 class PassFrame(NamedTuple):
@@ -47,7 +47,7 @@ def first_part(model: Transformer, batch: Batch, slots_LE: Tensor | None = None)
 def next_part(end: PartEnd) -> PartEnd | Tensor:
     """From the chosen experts, all computed, to the next choice; behind the last one to the float32 logits [T, V]."""
     block, routed, layer = end.block, end.routed, end.frame.model.layers[end.at]
-    delta_TH = times(block.combine(routed, block.share(routed)), layer.multiplier)
+    delta_TH = layer.added(block.combine(routed, block.share(routed)))
     return _go_on(end.frame, end.at + 1, delta_TH, end.x_TH)
 
 
@@ -57,5 +57,5 @@ def _go_on(frame: PassFrame, first: int, delta_TH: Tensor | None, x_TH: Tensor) 
         if isinstance(layer.ffn, MoEBlock):
             slots_E = None if frame.slots_LE is None else frame.slots_LE[layer.ffn.layer]
             return PartEnd(layer.ffn, layer.ffn.route(normed_TH, slots_E), at, x_TH, frame)
-        delta_TH = times(layer.ffn(normed_TH), layer.multiplier)
+        delta_TH = layer.added(layer.ffn(normed_TH))
     return frame.model.logits(delta_TH, x_TH)

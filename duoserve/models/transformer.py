@@ -40,15 +40,19 @@ class DecoderLayer:
     ) -> tuple[Tensor, Tensor]:
         """Takes and gives the residual in two parts, ``delta + x``: the next norm adds them, in one op with itself."""
         normed_TH, x_TH = self.attend(delta_TH, x_TH, rope, batch)
-        return times(self.ffn(normed_TH), self.multiplier), x_TH
+        return self.added(self.ffn(normed_TH)), x_TH
 
     def attend(
         self, delta_TH: Tensor | None, x_TH: Tensor, rope: tuple[Tensor, Tensor], batch: Batch
     ) -> tuple[Tensor, Tensor]:
         """The part before ``ffn``: what that takes, and the residual ``x``."""
         normed_TH, x_TH = self.attention_norm.after_adding(delta_TH, x_TH)
-        attended_TH = times(self.attention(normed_TH, rope, batch), self.multiplier)
+        attended_TH = self.added(self.attention(normed_TH, rope, batch))
         return self.ffn_norm.after_adding(attended_TH, x_TH)
+
+    def added(self, output_TH: Tensor) -> Tensor:
+        """What an output of ``attention`` or ``ffn`` adds to the residual."""
+        return _times(output_TH, self.multiplier)
 
 
 @dataclass(eq=False)
@@ -100,7 +104,7 @@ class Transformer:
 
     def embed(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The residual that the first layer takes, and the angles that all layers share."""
-        x_TH = times(self.embed_VH[batch.token_ids_T], self.multipliers.embedding)
+        x_TH = _times(self.embed_VH[batch.token_ids_T], self.multipliers.embedding)
         return x_TH, self.rope.table(batch.positions_T, like=x_TH)
 
     def logits(self, delta_TH: Tensor | None, x_TH: Tensor) -> Tensor:
@@ -123,6 +127,6 @@ class Transformer:
         return (logits_TV if divisor == 1.0 else logits_TV / divisor).float()
 
 
-def times(x: Tensor, factor: float) -> Tensor:
-    """``x * factor``, and ``x`` itself for 1."""
-    return x if factor == 1.0 else x * factor
+def _times(x_TH: Tensor, factor: float) -> Tensor:
+    """``x_TH`` itself for a factor of 1."""
+    return x_TH if factor == 1.0 else x_TH * factor

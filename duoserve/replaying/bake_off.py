@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import asdict
 from typing import Any
 
-from duoserve.metrics import ByteCounts
 from duoserve.replaying.hardware import Machine
 from duoserve.replaying.replay import ORACLE, Replay, layer_belady_bytes, least_bytes, oracle_of, replay
 from duoserve.scheduling.policies import POLICIES, Policy, get_policy
@@ -59,7 +59,7 @@ def figures(done: Replay, bounds: Mapping[str, float]) -> dict[str, Any]:
     Flat and JSON-able.
     """
     score, tokens = done.score, max(1, done.num_tokens)
-    kinds = {f"{kind}_bytes_per_token": getattr(done.bytes, kind) / tokens for kind in ByteCounts.__annotations__}
+    kinds = {f"{kind}_bytes_per_token": nbytes / tokens for kind, nbytes in asdict(done.bytes).items()}
     return {
         "policy": done.policy,
         "predictor": done.predictor,

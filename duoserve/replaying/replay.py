@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ from duoserve.scheduling.eviction import Eviction
 from duoserve.scheduling.plan import DecodeFetch, GuessMode, PrefillFetch
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
-from duoserve.scheduling.routing import Routing
+from duoserve.scheduling.routing import Routing, RoutingListener
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.scheduling.source import Lease, ReadyExpert
 from duoserve.traces.trace import RequestTrace, Trace
@@ -83,7 +83,7 @@ class Replay:
 
 
 class Watcher(NamedTuple):
-    """Who sees the lanes of a replay at work: the link, and the compute lane with the layer it works for."""
+    """What is called with the work of a replay's lanes: copies, and what is computed (start, end, layer)."""
 
     on_copied: CopyListener | None = None
     on_computed: Callable[[float, float, int], None] | None = None
@@ -106,7 +106,7 @@ def replay(  # noqa: PLR0913
 
     With ``host_clock`` (seconds of this thread's work) the scheduler's and the predictor's own work takes the time that
     it takes here, and no two replays are quite alike; it is quicker here than between computing, unless the ``watcher``
-    really computes something. MemoryBudgetError when ``policy`` cannot work with so many slots.
+    really computes something. MemoryBudgetError if ``policy`` cannot work with ``num_slots`` slots.
     """
     run = _Run(trace, policy, machine, num_slots, predictor, watcher, host_clock)
     if policy.all_resident:
@@ -145,11 +145,16 @@ def _decoded(trace: Trace) -> int:
 
 
 class _Asked(NamedTuple):
-    """What a layer asks for in a step: its experts, the most wanted first, for how many tokens, and for how long."""
+    """What ``layer`` asks for in a pass of ``num_tokens`` tokens: experts, the most wanted first.
 
+    ``counts`` are their numbers of tokens, and ``seconds`` has, by expert, how long computing it takes.
+    """
+
+    layer: int
+    num_tokens: int
     experts: list[int]
     counts: list[int]
-    seconds: list[float]
+    seconds: dict[int, float]
 
 
 class _Run:
@@ -198,17 +203,18 @@ class _Run:
         result.ttft_s.append(ttft_s)
         result.prefill_stall_s += stall_s
         before = self._meter.snapshot().bytes
-        for step, experts in enumerate(zip(*_tokens_of(request, self._layers), strict=True), start=1):
-            itl_s, stall_s = self._pass(Phase.DECODE, request, step, [self._one_token(wanted) for wanted in experts])
+        for step, chosen in enumerate(zip(*_tokens_of(request, self._layers), strict=True), start=1):
+            asked = [self._one_token(layer, experts) for layer, experts in zip(self._layers, chosen, strict=True)]
+            itl_s, stall_s = self._pass(Phase.DECODE, request, step, asked)
             result.itl_s.append(itl_s)
             result.decode_stall_s += stall_s
         stats = self._meter.snapshot()
-        _add_difference(result.bytes, stats.bytes, before)
-        result.hits, result.misses = stats.hits[Phase.DECODE.value], stats.misses[Phase.DECODE.value]
+        result.bytes += stats.bytes - before
+        result.hits, result.misses = stats.hits[Phase.DECODE], stats.misses[Phase.DECODE]
         result.total_s += self._clock.now - begun
 
-    def _one_token(self, experts: list[int]) -> _Asked:
-        return _Asked(experts, [1] * len(experts), [self._machine.one_token_s] * len(experts))
+    def _one_token(self, layer: int, experts: list[int]) -> _Asked:
+        return _Asked(layer, 1, experts, [1] * len(experts), dict.fromkeys(experts, self._machine.one_token_s))
 
     def _pass(self, phase: Phase, request: RequestTrace, step: int, asked: Sequence[_Asked]) -> tuple[float, float]:
         """A forward pass; returns its seconds, and in how many of them the compute lane stood still."""
@@ -217,22 +223,20 @@ class _Run:
         attention_s = self._machine.attention_s(num_tokens, context)
         if self._copied is not None:
             self._copied.roused_s, self._copied.ended_s = self._machine.disturbed_s(num_tokens)
-        listener = self._listener
-        routings = None if listener is None else request.routing(step)
-        hearing_s = 0.0 if listener is None else self._machine.hearing_s(num_tokens, listener.lookahead)
+        listener, routings = self._listener, request.routing(step)
         with self._host:
             if listener is not None:
                 listener.begin(phase, np.full(num_tokens, request.number, dtype=np.int64))
             self._scheduler.begin(phase, num_tokens)
-        for layer, wanted in zip(self._layers, asked, strict=True):
-            self._launch(layer, attention_s)
+        for wanted in asked:
+            self._launch(wanted.layer, attention_s)
             self._lane.synchronize()  # the router's choice
             with self._host:
-                lease = self._scheduler.acquire(layer, wanted.experts, wanted.counts)
+                lease = self._scheduler.acquire(wanted.layer, wanted.experts, wanted.counts)
             with lease:
-                if routings is not None:
-                    self._hear(layer, lease, next(routings), wanted, hearing_s, num_tokens)
-                self._compute(layer, lease, wanted, num_tokens)
+                if listener is not None:
+                    self._hear(listener, next(routings), wanted, lease)
+                self._compute(wanted, lease)
         with self._host:
             self._scheduler.end()
         self._launch(self._layers[-1], self._machine.rest_s(num_tokens))
@@ -240,40 +244,38 @@ class _Run:
         wall_s = self._clock.now - begun
         return wall_s, wall_s - (self._lane.busy_s - busy_s)
 
-    def _hear(  # noqa: PLR0913, PLR0917
-        self, layer: int, lease: Lease, routing: Routing, wanted: _Asked, hearing_s: float, num_tokens: int
-    ) -> None:
+    def _hear(self, listener: RoutingListener, routing: Routing, wanted: _Asked, lease: Lease) -> None:
         """Hears it behind the layer's demands; a device computes meanwhile what is there, a host only afterwards."""
         if self._machine.hardware.host_computes:
-            self._launch(layer, hearing_s)
+            self._launch(wanted.layer, self._machine.hearing_s(wanted.num_tokens, listener.lookahead))
             self._lane.synchronize()
         else:
             with self._host:
                 ready = lease.at_once()
-            self._launch_experts(layer, ready, wanted, num_tokens)
+            self._launch_experts(wanted, ready)
         with self._host:
-            assert self._listener is not None
-            self._listener.routed(routing)
+            listener.routed(routing)
             lease.prefetch()
 
-    def _compute(self, layer: int, lease: Lease, wanted: _Asked, num_tokens: int) -> None:
+    def _compute(self, wanted: _Asked, lease: Lease) -> None:
         batches = iter(lease)
         while True:
             with self._host:
                 ready = next(batches, None)
             if ready is None:
                 return
-            self._launch_experts(layer, ready, wanted, num_tokens)
+            self._launch_experts(wanted, ready)
             if self._machine.hardware.host_computes:
                 self._lane.synchronize()
 
-    def _launch_experts(self, layer: int, ready: Sequence[ReadyExpert], wanted: _Asked, num_tokens: int) -> None:
+    def _launch_experts(self, wanted: _Asked, ready: Sequence[ReadyExpert]) -> None:
         """The experts of a batch are one launch."""
         if ready:
-            cost, fresh = dict(zip(wanted.experts, wanted.seconds, strict=True)), self._fresh(layer, ready)
-            caches_s = fresh * self._machine.fresh_s(num_tokens)
-            caches_s += (len(ready) - fresh) * self._machine.cold_s(num_tokens)
-            self._launch(layer, self._machine.launch_s + sum([cost[one.expert] for one in ready]) + caches_s)
+            fresh = self._fresh(wanted.layer, ready)
+            caches_s = fresh * self._machine.fresh_s(wanted.num_tokens)
+            caches_s += (len(ready) - fresh) * self._machine.cold_s(wanted.num_tokens)
+            experts_s = sum([wanted.seconds[one.expert] for one in ready])
+            self._launch(wanted.layer, self._machine.launch_s + experts_s + caches_s)
 
     def _fresh(self, layer: int, ready: Sequence[ReadyExpert]) -> int:
         """How many have been copied since they were computed last, as far as that matters."""
@@ -297,16 +299,11 @@ def _lanes(machine: Machine, clock: VirtualClock, on_copied: CopyListener | None
 
 
 def _prompt_of(request: RequestTrace, layer: int, machine: Machine) -> _Asked:
-    step = next(steps_of(request, layer))
-    return _Asked(step.experts, step.counts, [machine.expert_s(count) for count in step.counts])
+    _, num_tokens, experts, counts = next(steps_of(request, layer))
+    seconds = {expert: machine.expert_s(count) for expert, count in zip(experts, counts, strict=True)}
+    return _Asked(layer, num_tokens, experts, counts, seconds)
 
 
 def _tokens_of(request: RequestTrace, layers: Sequence[int]) -> list[list[list[int]]]:
     """The experts by layer and decoded token."""
     return [request.layers[layer].topk_ids_NK[request.num_prompt :].tolist() for layer in layers]
-
-
-def _add_difference(counts: ByteCounts, after: ByteCounts, before: ByteCounts) -> None:
-    for kind in fields(ByteCounts):
-        grown = getattr(after, kind.name) - getattr(before, kind.name)
-        setattr(counts, kind.name, getattr(counts, kind.name) + grown)

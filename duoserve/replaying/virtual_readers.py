@@ -14,8 +14,8 @@ from duoserve.experts.tickets import Ticket, TicketQueue
 from duoserve.experts.virtual import ClockedCopyEngine, ComputeLane, VirtualClock
 
 _DONE_BYTES = 1.0  # what is less is rounding
-# Memory is warm if its slot is among the last so many that were read into or computed from. Measured on a Xeon with
-# experts of 7 MB: reads into two slots in turn are as fast as into one, and into three nearly as slow as into sixteen.
+# Memory is warm if its slot is among this number of slots that were read into or computed from last. Measured on a Xeon
+# with experts of 7 MB: reads into two slots in turn are as fast as into one, and into three nearly as slow as into 16.
 WARM_SLOTS = 2
 
 
@@ -42,7 +42,7 @@ class Readers:
     warm: float = 1.0
 
     def rate(self, reads: int) -> float:
-        """Bytes/s of each of so many reads at once."""
+        """Bytes/s of each read where ``reads`` of them run at once."""
         beyond = (reads - 1) / (self.threads - 1) if self.threads > 1 else 0.0
         return (self.alone + beyond * (self.together - self.alone)) / reads
 
@@ -124,13 +124,13 @@ class VirtualReaders(ClockedCopyEngine):
         return [ticket for ticket in tickets if ticket.finished]
 
     def settle(self) -> None:
-        """Lets happen what is due by now."""
+        """Carries out what is due by now."""
         if self._waking or self._reads:
             self._run(self.now())
         self._at = max(self._at, self.now())
 
     def compute(self, seconds: float) -> None:
-        """The host computes what takes ``seconds`` when nobody is in its way."""
+        """The host computes what takes ``seconds`` if no copy thread is in its way."""
         self.settle()
         self._computes, done_at = True, self.now() + seconds
         while True:
@@ -142,7 +142,7 @@ class VirtualReaders(ClockedCopyEngine):
         self._computes = False
 
     def touch(self, expert: ExpertId, slot: int) -> bool:
-        """An expert is computed: whether for the first time since it was copied."""
+        """An expert is computed; returns whether for the first time since it was copied."""
         self._use(slot)
         fresh = expert in self._fresh
         self._fresh.discard(expert)
@@ -156,7 +156,7 @@ class VirtualReaders(ClockedCopyEngine):
             self.settle()
 
     def _use(self, slot: int) -> bool:
-        """Whether the slot was among those used last, of which it is the last now."""
+        """Notes the slot as the one used last; returns whether it was among those used last before."""
         among = slot in self._used
         if among:
             self._used.remove(slot)

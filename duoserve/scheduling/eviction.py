@@ -66,7 +66,7 @@ class Eviction:
         return quotas
 
     def groups(self, loading: int, slots: Sequence[Sized], quotas: Sequence[int]) -> Iterable[Collection[int]]:
-        """Layers to look for a victim in, the first group first, when ``loading`` needs a slot (BEFORE_FIRST: nobody).
+        """Layers to look for a victim in, the first group first, when ``loading`` (or BEFORE_FIRST) needs a slot.
 
         ``slots`` (those that it fills, copies under way included) and ``quotas`` are by layer.
         """

@@ -19,10 +19,9 @@ class Guard(Ranking):
     Two caches without slots and without guesses are kept: one by this ranking, one by the rival's. The credit is how
     many more misses the rival's has had, plus ALLOWED_MISSES of all of its misses.
 
-    The credit must cover what ``own`` may lose by chance. The cache lacks some experts that the rival's has, and has as
-    many others instead. The uses of the ones and of the others cancel, except for a difference that grows with the root
-    of their number; a loss beyond that shows in the credit. So ``own`` begins without credit, and each gain lets the
-    cache differ in more experts.
+    The credit must cover what ``own`` may lose by chance. Where the two caches differ in n experts, the uses of these
+    cancel but for about sqrt(n); a larger loss shows in the credit. So ``own`` begins without credit, and each gain
+    lets the cache differ in more experts.
     """
 
     def __init__(self, own: Ranking, rival: Ranking | None, new_ghost: Callable[[], Ghost]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from duoserve.errors import ClosedError, IntegrityError
 from duoserve.experts.layout import ExpertId
@@ -16,7 +17,7 @@ from duoserve.scheduling.source import Lease, ReadyExpert
 from duoserve.scheduling.spaces import Space
 
 
-class OpenLease(Lease, Protocol):
+class OpenLease(Lease, ABC):
     """A lease of ``layer`` as the scheduler has it: its own iterator, and open until it is closed.
 
     ``complete``: every wanted expert has been handed out and retired.
@@ -26,14 +27,15 @@ class OpenLease(Lease, Protocol):
     complete: bool
 
     @property
+    @abstractmethod
     def idle(self) -> bool:
         """Whether nothing is held and nothing is waited for: at the end, or when closed."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Gives back all slots that are held; copies that are still under way become guesses. Idempotent."""
-        ...
 
+    @abstractmethod
     def __next__(self) -> list[ReadyExpert]: ...
 
     def __enter__(self) -> Self:

@@ -12,8 +12,8 @@ class Ledger:
     """Follows each prefetch from a guess to its use.
 
     A copy is a *guess* from its prefetch until a layer asks for its expert. A guess that arrives before that is
-    *unused*: its bytes count as ``prefetched_useful`` once it is asked for, as ``wasted`` if it is given up first. Of
-    one that is cancelled half-way, what had been moved is ``wasted``.
+    *unused*: its bytes count as ``prefetched_useful`` once it is asked for, as ``wasted`` if it is given up first. If a
+    copy is cancelled half-way, what had been moved of it is ``wasted``.
     """
 
     def __init__(self, meter: Meter) -> None:
@@ -36,21 +36,21 @@ class Ledger:
         return True
 
     def arrived(self, expert: ExpertId, nbytes: int) -> None:
-        """A copy of ``nbytes`` has arrived; counts them, unless they are a guess that is yet to be used."""
+        """A copy of ``nbytes`` has arrived; counts them, unless it is a guess, which is yet to be used."""
         if expert in self.guesses:
             del self.guesses[expert]
             self.unused[expert] = nbytes
         elif expert in self._late:
             self._late.discard(expert)
-            self._meter.count_bytes("prefetched_late", nbytes)
+            self._meter.bytes.prefetched_late += nbytes
         else:
-            self._meter.count_bytes("demanded", nbytes)
+            self._meter.bytes.demanded += nbytes
 
     def dropped(self, expert: ExpertId, nbytes: int = 0) -> None:
         """A copy has failed, or was cancelled when ``nbytes`` of it had been moved for nothing."""
         self.guesses.pop(expert, None)
         self._late.discard(expert)
-        self._meter.count_bytes("wasted", nbytes)
+        self._meter.bytes.wasted += nbytes
 
     def restore(self, is_ready: Callable[[ExpertId], bool]) -> None:
         """No copy is under way, and the unused guesses that are not READY have lost their slots, whatever was told."""
@@ -62,9 +62,9 @@ class Ledger:
     def used(self, expert: ExpertId) -> None:
         """A layer asks for an expert that is READY: if it was an unused guess, its bytes were useful."""
         if expert in self.unused:
-            self._meter.count_bytes("prefetched_useful", self.unused.pop(expert))
+            self._meter.bytes.prefetched_useful += self.unused.pop(expert)
 
     def given_up(self, expert: ExpertId) -> None:
         """A READY expert loses its slot: if it was an unused guess, its bytes were wasted."""
         if expert in self.unused:
-            self._meter.count_bytes("wasted", self.unused.pop(expert))
+            self._meter.bytes.wasted += self.unused.pop(expert)

@@ -14,10 +14,10 @@ from duoserve.scheduling.account import Account
 
 # The share of a new measurement in the running mean.
 NEW_SHARE = 0.1
-# A guess must come true at least so often, even where the link is idle: it costs energy, and its slot has a victim.
+# The least chance of a guess that is copied, even where the link is idle: it costs energy, and its slot has a victim.
 MIN_CHANCE = 0.25
 _BINS = 10
-_PRIOR = 4.0  # guesses' worth of trust in what the predictor says about itself
+_PRIOR = 4.0  # the stated chance counts as much as the outcomes of this many guesses
 _KEEP = 0.99  # of the record of a bin, for each new guess in it
 
 
@@ -103,7 +103,7 @@ class IdleLink:
         self._hits: float | None = None  # of a layer
 
     def pause(self) -> None:
-        """Something else comes before the next layer is routed: the time until then is not measured."""
+        """Another pass comes before the next layer is routed: the time until then is not measured."""
         self._routed_at = None
 
     def arrived(self, ticket: Ticket, asked: bool) -> None:
@@ -225,9 +225,8 @@ def affordable(
     """The ``guesses`` that pay, in their order. Each comes with how many layers ahead (from 0) it is.
 
     ``queued`` copies go before them, and the link is idle for ``idle_s`` until the next layer is routed. What is left
-    of a copy then delays that layer's demands. A guess that comes true saves the part of its copy that was made before;
-    one that does not has taken the slot of an expert, which would have been used with the chance that
-    ``victim_chances`` has for so many layers ahead.
+    of a copy then delays that layer's demands. A right guess saves the part of its copy made while the link was idle.
+    A wrong one cost an expert its slot; the layer would have used that expert with chance ``victim_chances[ahead]``.
     """
     free_at, chosen = queued * copy_s, []
     for ahead, guess in guesses:

@@ -66,7 +66,7 @@ class ModelShape:
 
     @property
     def depth(self) -> int:
-        """Layers up to the last that has experts: so many rows has what is kept by layer."""
+        """Rows of a table by layer: the last layer with experts, plus one."""
         return self.layers[-1] + 1
 
     def after(self, layer: int) -> tuple[int, ...]:
@@ -120,7 +120,7 @@ class LayerView(NamedTuple):
 
 
 class Guesses(NamedTuple):
-    """What a predictor's word comes to: copies for the layers ``ahead``, the likeliest first, and who is spared."""
+    """What comes of a prediction: copies for the layers ``ahead``, the likeliest first, and experts to be spared."""
 
     copies: tuple[ExpertId, ...] = ()
     ahead: tuple[int, ...] = ()

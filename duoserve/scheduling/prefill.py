@@ -11,8 +11,8 @@ RING_SLOTS = 4
 # The paper's: one is computed on, one is filled.
 TWO_BUFFERS = 2
 # While attention is computed no slot comes free, and what the link brings meanwhile needs room: the more, the longer
-# the prompt is, and the smaller the experts are, of which a layer has more then. With one slot for each so many
-# tokens x experts of a layer, a virtual A5000 on a 50 GB/s link gets 8192 tokens through Qwen3-30B-A3B in FP8 in the
+# the prompt is, and the smaller the experts are, of which a layer has more then. With a slot for each 8192 of tokens x
+# experts of a layer, a virtual A5000 on a 50 GB/s link gets 8192 tokens through Qwen3-30B-A3B in FP8 in the
 # time of the bound, with slots for 5 to 25 % of the experts; with half as many it takes up to 1.21 times that.
 TOKENS_X_EXPERTS_PER_SLOT = 8192
 # What decode steps have gathered must survive: no more than this share of the slots goes to that room. A slot more

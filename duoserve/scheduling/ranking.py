@@ -11,10 +11,10 @@ from typing import Protocol
 
 from duoserve.config import Phase
 
-# After so many decode steps a use counts half, and at a new prompt what was used before it counts so much. Measured by
-# cache_study.py on made-up traces of four models, prompts of 1 to 256 tokens, slots for 12.5 and 25 % of the experts:
-# 64 and 0.02 to 0.1 are within 0.4 points of the best everywhere (32 to 128, 0.02 to 0.3 tried); 0.3 costs up to 3
-# points. Dividing by the age of the last use on top of that gained nothing.
+# A use counts half after HALF_LIFE decode steps; at a new prompt, what was used before it counts CARRY times as much.
+# Measured by cache_study.py on made-up traces of four models, prompts of 1 to 256 tokens, slots for 12.5 and 25 % of
+# the experts: 64 and 0.02 to 0.1 are within 0.4 points of the best everywhere (32 to 128, 0.02 to 0.3 tried); 0.3 costs
+# up to 3 points. Dividing by the age of the last use on top of that gained nothing.
 HALF_LIFE = 64.0
 CARRY = 0.05
 # Beyond this growth all values are scaled back, long before floats run out.

@@ -23,8 +23,8 @@ from duoserve.scheduling.residency import Residency
 from duoserve.scheduling.spaces import Cache
 from duoserve.scheduling.step_guesses import StepGuesses
 
-# So much of the slots is kept EMPTY for the misses of a step. More slots hold fewer experts; with fewer, later layers
-# overwrite what earlier ones have brought. Not measured yet.
+# The share of the slots that is kept EMPTY for the misses of a step. If more are, fewer experts stay in slots; if fewer
+# are, later layers overwrite what earlier ones have brought. Not measured yet.
 SPARE_SHARE = 1 / 8
 
 # Called with a layer, the experts that it has used, the most wanted first, and the number of tokens of each.
@@ -43,7 +43,7 @@ class Fill(NamedTuple):
 
 
 def most_misses(shape: ModelShape, num_tokens: int) -> int:
-    """X: how many experts a layer of a step of ``num_tokens`` tokens can miss; so many slots must be free before it."""
+    """X: the most experts that a layer of a step of ``num_tokens`` tokens can miss; each needs an EMPTY slot."""
     return min(shape.num_experts, num_tokens * shape.top_k)
 
 
@@ -119,7 +119,7 @@ class ReadThrough:
         """Gives the slots, all EMPTY, that the misses of each layer fill in the coming step: int32 [N, X].
 
         Experts are given up where too few slots are EMPTY; IntegrityError where even that is not enough. Until ``took``
-        nobody but ``catch_up`` may change a slot.
+        only ``catch_up`` may change a slot.
         """
         self._guesses.launched()
         num_slots, most = self._residency.table.num_slots, most_misses(self._shape, num_tokens)

@@ -1,4 +1,4 @@
-"""Who is in which slot and what is on its way: the slot table, the pool and the copy engine, kept in step."""
+"""Which expert is in which slot and what is on its way: the slot table, the pool and the copy engine, kept in step."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class _Made(NamedTuple):
 class Residency:
     """The hands of the scheduler: nothing else changes what is in the slots. It decides nothing.
 
-    ``link`` hears of every copy that has been made, once it is known when it was: a device that makes copies behind the
-    host says so behind their collection.
+    ``link`` hears of every copy that has been made, once its times are known: on a device that makes copies behind the
+    host that is after the copy has been collected.
 
-    ``table``, ``ledger``, ``slots`` and ``idle`` are for others to read only.
+    ``table``, ``ledger`` and ``idle`` are for others to read only.
     """
 
     def __init__(
@@ -38,8 +38,7 @@ class Residency:
     ) -> None:
         self.table = table
         self.ledger = Ledger(meter)
-        self.slots: list[dict[int, int]] = [{} for _ in table.ready_LE]  # by layer: expert -> slot, arrived or not
-        self.idle: list[dict[int, int]] = [{} for _ in table.ready_LE]  # by layer: see IdleExperts
+        self.idle: list[dict[int, int]] = [{} for _ in table.slots]  # by layer: see IdleExperts
         self._pool = pool
         self._copies = copies
         self._meter = meter
@@ -56,7 +55,6 @@ class Residency:
         ticket = self._copies.ticket(expert, slot, priority)
         self.table.begin_load(expert, slot)
         self._under_way[expert] = ticket
-        self.slots[expert.layer][expert.expert] = slot
         if priority is Priority.PREFETCH:
             self.ledger.guess(expert)
         try:
@@ -76,12 +74,12 @@ class Residency:
         return self._noted()
 
     def settle(self) -> None:
-        """What was measured of the copies so far is reported; none is collected."""
+        """Reports what was measured of the copies so far, and collects none."""
         self._copies.settle()
         self._tell_link()
 
     def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
-        """Stalls until one of ``tickets`` has finished, then as ``collect``."""
+        """Stalls until one of ``tickets`` has finished, then does what ``collect`` does."""
         with self._meter.stall():
             self._copies.wait(tickets)
         return self._noted()
@@ -92,7 +90,7 @@ class Residency:
 
     def use(self, expert: ExpertId) -> int | None:
         """Holds a READY expert for the layer that asks for it and returns its slot; None if it is not READY."""
-        slot = self.slots[expert.layer].get(expert.expert)
+        slot = self.table.slots[expert.layer].get(expert.expert)
         if slot is None or (self._under_way and expert in self._under_way):
             return None
         self.table.hold(slot)
@@ -110,7 +108,7 @@ class Residency:
             idle[expert] = slot
 
     def touch(self, expert: ExpertId, slot: int) -> None:
-        """A READY expert that nobody holds counts as used last. Whether it was a guess is for ``came_true`` to say."""
+        """A READY expert that is not held counts as used last. Whether it was a guess is for ``came_true`` to say."""
         del self.idle[expert.layer][expert.expert]
         self.idle[expert.layer][expert.expert] = slot
 
@@ -127,7 +125,6 @@ class Residency:
         if slot is not None:
             self.table.begin_load(expert, slot)
             self.table.finish_load(slot)
-            self.slots[expert.layer][expert.expert] = slot
             self.idle[expert.layer][expert.expert] = slot
 
     def hasten(self, expert: ExpertId) -> Ticket:
@@ -138,7 +135,7 @@ class Residency:
         return ticket
 
     def disown(self, expert: ExpertId) -> None:
-        """Nobody waits for this copy any more: it is cancelled or, when it is all on its way, a mere guess.
+        """No layer waits for this copy any more: it is cancelled, or becomes a guess if all of it is on its way.
 
         Does nothing where it has been collected.
         """
@@ -155,13 +152,13 @@ class Residency:
         return ticket.slot
 
     def free(self, slot: int) -> int:
-        """Gives up the expert in a READY slot that nobody holds, and returns the slot."""
+        """Gives up the expert in a READY slot that is not held, and returns the slot."""
         expert = self.table.expert_in(slot)
         self.table.evict(slot)
         assert expert is not None
         del self.idle[expert.layer][expert.expert]
         self.ledger.given_up(expert)
-        self._vacate(expert, slot)
+        self._scrub(slot)
         return slot
 
     def drain(self) -> None:
@@ -175,19 +172,15 @@ class Residency:
     def restore(self) -> None:
         """Behind a pass that was cut short, maybe between any two lines: drains, and makes the books agree.
 
-        The table is the truth, but for holds, which nobody has between passes, and copies that are under way nowhere.
+        The table is the truth, but for holds, of which there are none between passes, and for loads without a copy.
         """
         self.drain()
         self._copies.fence(self.table.held())
         self.table.reset()
         self.ledger.restore(self.table.is_ready)
-        ready: list[dict[int, int]] = [{} for _ in self.slots]
-        for slot, expert in self.table.ready():
-            ready[expert.layer][expert.expert] = slot
-        for layer, there in enumerate(ready):
-            self.slots[layer] = there
-            known = {expert: slot for expert, slot in self.idle[layer].items() if there.get(expert) == slot}
-            self.idle[layer] = known | there  # those that were held come last, for they were used last
+        for layer, ready in enumerate(self.table.slots):
+            known = {expert: slot for expert, slot in self.idle[layer].items() if ready.get(expert) == slot}
+            self.idle[layer] = known | ready  # those that were held come last, for they were used last
         for slot in self.table.empty_slots():
             self._scrub(slot)
 
@@ -198,11 +191,11 @@ class Residency:
 
     def is_complete(self, layer: int, num_experts: int) -> bool:
         """Whether all experts of a layer are READY, and no copy of any is under way."""
-        return len(self.slots[layer]) == num_experts and not self._under_way
+        return len(self.table.slots[layer]) == num_experts and not self._under_way
 
     def filled(self) -> list[int]:
         """How many slots each layer fills, copies under way included."""
-        return list(map(len, self.slots))
+        return list(map(len, self.table.slots))
 
     def _noted(self) -> list[Ticket]:
         finished = [ticket for ticket in self._under_way.values() if ticket.finished]
@@ -229,11 +222,7 @@ class Residency:
         else:
             self.table.abort_load(slot)
             self.ledger.dropped(expert, ticket.sent if ticket.state is TicketState.CANCELLED else 0)
-            self._vacate(expert, slot)
-
-    def _vacate(self, expert: ExpertId, slot: int) -> None:
-        del self.slots[expert.layer][expert.expert]
-        self._scrub(slot)
+            self._scrub(slot)
 
     def _scrub(self, slot: int) -> None:
         if self._pool.scrub(slot):

@@ -1,4 +1,4 @@
-"""What the routers said, and who is told.
+"""What the routers said, and the listeners that are told.
 
 T tokens, K top-k, E experts.
 """
@@ -16,9 +16,9 @@ from duoserve.config import Phase
 class Routing(NamedTuple):
     """What one layer's router said for the tokens of a step.
 
-    ``layer`` is the model's layer number. ``requests_T`` (int64) says whose token each row is, ``topk_ids_TK`` (int64)
-    and ``topk_weights_TK`` (float32) what was chosen. ``ahead`` maps later MoE layers to float32 [T, E]: the logits
-    that their routers give to this layer's hidden state; it is empty where nobody asked for them.
+    ``layer`` is the model's layer number. ``requests_T`` (int64) has each row's request, ``topk_ids_TK`` (int64) and
+    ``topk_weights_TK`` (float32) what was chosen. ``ahead`` maps later MoE layers to float32 [T, E]: the logits that
+    their routers give to this layer's hidden state; it is empty unless a listener wants them.
     """
 
     layer: int

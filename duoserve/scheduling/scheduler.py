@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from dataclasses import dataclass
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -37,12 +38,14 @@ from duoserve.scheduling.step_guesses import StepGuesses
 LOAD_AHEAD = 16
 
 
-class _Pass(NamedTuple):
-    """A forward pass that has begun."""
+@dataclass(eq=False, slots=True)
+class _Pass:
+    """A forward pass that has begun, and the lease that was opened last in it."""
 
     phase: Phase
     num_tokens: int
     space: Space
+    lease: OpenLease | None = None
 
 
 class Scheduler(ExpertSource):
@@ -50,7 +53,8 @@ class Scheduler(ExpertSource):
 
     The slots are those of an empty ``pool``, which it alone changes, as it does ``copies`` (which ``close`` closes).
     MemoryBudgetError if ``policy`` wants all experts resident and the slots are fewer. What ``predictor`` says goes
-    into decode steps if the policy makes guesses. Not thread-safe.
+    into decode steps if the policy makes guesses. ``table`` says which expert is in which slot, for others to read
+    only. Not thread-safe.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917
@@ -77,25 +81,19 @@ class Scheduler(ExpertSource):
         self._link = self._foresight.link if self._foresight.guesses_within_budget else None
         self._guard = self._new_guard()
         self._ranking: Ranking = self._guard or policy.eviction.ranking(shape.depth, shape.num_experts)
-        table = SlotTable(shape.depth, shape.num_experts, pool.num_slots)
-        self._residency = Residency(table, pool, copies, meter, link=self._link)
+        self.table = SlotTable(shape.depth, shape.num_experts, pool.num_slots)
+        self._residency = Residency(self.table, pool, copies, meter, link=self._link)
         self._cache = Cache(self._residency, self._shape, policy.eviction, self._ranking)
         self._pass: _Pass | None = None
-        self._aside: tuple[_Pass, OpenLease] | None = None
+        self._aside: _Pass | None = None  # a prefill that will be resumed
         self._read_through: ReadThrough | None = None
-        self._lease: OpenLease | None = None
         self._ghosts_outdated = True  # a prefill has changed the slots: the guard's ghosts must begin anew
         self._under_way = False  # from a pass's beginning until it has ended, or was cut short and cleaned up after
         self._closed = False
 
     @property
-    def table(self) -> SlotTable:
-        """Who is in which slot, for others to read only."""
-        return self._residency.table
-
-    @property
     def listener(self) -> RoutingListener | None:
-        """Who must hear the routing, before each ``begin`` and a lease's ``prefetch``; None if nothing is foretold."""
+        """What must hear of passes before ``begin`` and of routings before ``prefetch``; None without guesses."""
         return self._foresight if self._foresight.guesses_at_all else None
 
     def begin(self, phase: Phase, num_tokens: int) -> None:
@@ -108,7 +106,7 @@ class Scheduler(ExpertSource):
             self._pause()
         self._ranking.begin(phase, num_tokens)
         if self._guard is not None and phase is Phase.DECODE and self._ghosts_outdated:
-            self._guard.become(self._residency.slots)
+            self._guard.become(self.table.slots)
         self._ghosts_outdated = phase is Phase.PREFILL
         self._pass = _Pass(phase, num_tokens, self._open_space(phase, num_tokens))
         try:
@@ -124,15 +122,15 @@ class Scheduler(ExpertSource):
         Its ring keeps its slots, and the copies ahead go on, unless that would leave decode steps less than half of the
         slots, or the device carries those out by itself.
         """
-        run, lease = self._pass, self._lease
-        if run is None or run.phase is not Phase.PREFILL or lease is None or not lease.idle:
+        run = self._pass
+        if run is None or run.phase is not Phase.PREFILL or run.lease is None or not run.lease.idle:
             raise IntegrityError("only a prefill that has computed all it asked for can be set aside")
         lent = run.space.set_aside() if isinstance(run.space, Ring) else frozenset()
         if 2 * len(lent) <= self._num_slots and self._read_through is None:
             self._cache.lent = lent
         if not self._cache.lent:
             self._residency.drain()
-        self._pass, self._lease, self._aside = None, None, (run, lease)
+        self._pass, self._aside = None, run
         self._under_way = False
 
     def resume(self) -> None:
@@ -141,7 +139,7 @@ class Scheduler(ExpertSource):
         if self._aside is None:
             raise IntegrityError("a prefill was resumed, but none had been set aside")
         self._under_way = True
-        (run, lease), self._aside = self._aside, None
+        run, self._aside = self._aside, None
         lent, self._cache.lent = self._cache.lent, frozenset()
         self._ghosts_outdated = True
         self._pause()
@@ -150,8 +148,8 @@ class Scheduler(ExpertSource):
             self._residency.collect()
             run.space.take_up()
         else:
-            run = run._replace(space=self._open_space(run.phase, run.num_tokens))
-        self._pass, self._lease = run, lease
+            run.space = self._open_space(run.phase, run.num_tokens)
+        self._pass = run
 
     def give_up_aside(self) -> None:
         """The prefill that was set aside will not be resumed: what its ring holds is for decode steps from now on."""
@@ -169,22 +167,23 @@ class Scheduler(ExpertSource):
     def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> OpenLease:
         """See ExpertSource: what is missing has been asked for, as far as there are slots, when this returns."""
         self._check_open()
-        if self._pass is None:
+        run = self._pass
+        if run is None:
             raise IntegrityError(f"layer {layer} asked for experts outside of a forward pass")
-        if self._lease is not None and not self._lease.idle:
+        if run.lease is not None and not run.lease.idle:
             raise IntegrityError(f"layer {layer} asked for experts while another lease was open")
         if self._policy.all_resident and self._residency.is_complete(layer, self._shape.num_experts):
-            slots = self._residency.slots[layer]
-            self._meter.hit(self._pass.phase, len(experts))
-            self._lease = StandingLease(layer, [ReadyExpert(expert, slots[expert]) for expert in experts])
-            return self._lease
+            slots = self.table.slots[layer]
+            self._meter.hit(run.phase, len(experts))
+            run.lease = StandingLease(layer, [ReadyExpert(expert, slots[expert]) for expert in experts])
+            return run.lease
         self._ranking.used(layer, experts, [1] * len(experts) if counts is None else counts)
         self._residency.collect()  # first, for the link must know when the last copies of the layer before arrived
-        if self._link is not None and self._pass.phase is Phase.DECODE:
+        if self._link is not None and run.phase is Phase.DECODE:
             self._link.routed(layer, self._copies.now())
-        lease, num_ready = self._open_lease(self._pass, layer, experts)
-        self._meter.hit(self._pass.phase, num_ready)
-        self._meter.miss(self._pass.phase, len(experts) - num_ready)
+        lease, num_ready = self._open_lease(run, layer, experts)
+        self._meter.hit(run.phase, num_ready)
+        self._meter.miss(run.phase, len(experts) - num_ready)
         return lease
 
     def end(self) -> None:
@@ -194,9 +193,10 @@ class Scheduler(ExpertSource):
         cancelled or waited for, so that every slot is EMPTY or READY. Does nothing outside of a pass. If it is cut
         short itself, by a KeyboardInterrupt for one, what begins next does the rest.
         """
-        lease, self._lease, self._pass = self._lease, None, None
+        run, self._pass = self._pass, None
         if not self._under_way:
             return
+        lease = None if run is None else run.lease
         if lease is not None:
             lease.close()
         by_device = self._read_through is not None and self._read_through.ended()
@@ -239,7 +239,7 @@ class Scheduler(ExpertSource):
     def check_integrity(self) -> None:
         """Compares the books of the slots; IntegrityError if they disagree, or a slot is held between passes."""
         self.table.check_integrity()
-        held = [slot for slot in range(self.table.num_slots) if self.table.holds(slot)]
+        held = self.table.held()
         if self._pass is None and held:
             raise IntegrityError(f"slots {held} are held, but no forward pass is under way")
 
@@ -301,18 +301,18 @@ class Scheduler(ExpertSource):
         self._residency.drain()
         num_absent = self._shape.total_experts - sum(self._residency.filled())
         size = ring_size(self._policy.prefill, self._shape, num_tokens, self._num_slots, num_absent)
-        for _ in range(size - len(self._residency.table.empty_slots())):
+        for _ in range(size - len(self.table.empty_slots())):
             self._cache.give_up(BEFORE_FIRST)
         slots = self.table.empty_slots()
         return Ring(self._residency, self._shape, size, slots if self._policy.keeps else slots[:size])
 
     def _open_lease(self, run: _Pass, layer: int, wanted: Sequence[int]) -> tuple[SlotLease, int]:
         plan_prefetch = self._with_guesses if run.phase is Phase.DECODE and self._foresight.guesses_at_all else None
-        lease = self._lease = SlotLease(self._residency, run.space, self._plan(run, layer, wanted), plan_prefetch)
+        lease = run.lease = SlotLease(self._residency, run.space, self._plan(run, layer, wanted), plan_prefetch)
         return lease, lease.start(wanted)
 
     def _plan(self, run: _Pass, layer: int, wanted: Sequence[int]) -> LayerPlan:
-        slots = self._residency.slots
+        slots = self.table.slots
         if self._policy.looks_ahead(run.phase):
             present = {other: slots[other] for other in self._shape.layers}
         else:
@@ -329,5 +329,5 @@ class Scheduler(ExpertSource):
     def _with_guesses(self, plan: LayerPlan) -> LayerPlan:
         """The plan of a decode step's layer, once its routing has been heard."""
         ledger = self._residency.ledger
-        guesses = self._foresight.guess(plan.layer, self._residency.slots, ledger.guesses, ledger.unused)
+        guesses = self._foresight.guess(plan.layer, self.table.slots, ledger.guesses, ledger.unused)
         return plan._replace(prefetch=guesses.copies, ahead=guesses.ahead, spared=guesses.spared)

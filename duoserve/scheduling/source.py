@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
@@ -29,14 +30,16 @@ class Lease(Protocol):
 
     def __iter__(self) -> Iterator[list[ReadyExpert]]: ...
 
+    @abstractmethod
     def at_once(self) -> list[ReadyExpert]:
         """The next batch if it need not be waited for; else, or if there is none, nothing."""
         ...
 
+    @abstractmethod
     def prefetch(self) -> None:
-        """Asks, behind this layer's demands, for what those foretell who listen to the routing and have heard it.
+        """Starts copies of what the listeners predict, queued behind this layer's demands.
 
-        Once for each layer, and before the next asks for its experts; never where nobody listens.
+        Call it after they have heard the layer's routing, and once only; not at all where nothing listens.
         """
         ...
 

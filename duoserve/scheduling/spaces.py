@@ -6,6 +6,7 @@ under way, or to the space of the decode steps.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Set
 
 from duoserve.experts.layout import ExpertId
@@ -15,7 +16,7 @@ from duoserve.scheduling.ranking import Ranking
 from duoserve.scheduling.residency import Residency
 
 
-class Space:
+class Space(ABC):
     """What all spaces share. They hand out EMPTY slots only, and never touch one that is held or LOADING.
 
     A pass may read experts in any slot, but gives up only slots of its own space, and cancels only copies into these.
@@ -36,9 +37,9 @@ class Space:
         """The prefill ring as planning sees it at ``layer``; NO_RING where there is none."""
         return NO_RING
 
+    @abstractmethod
     def spare(self, layer: int) -> int | None:
         """A slot for a guess about ``layer``, None if there is none to spare."""
-        raise NotImplementedError
 
     def take(self) -> int | None:
         """A slot for a demand; None if there is none now. Guesses make way for it, the newest first."""
@@ -47,11 +48,13 @@ class Space:
             slot = self._cancel_guess()
         return self._free_guess() if slot is None else slot
 
+    @abstractmethod
     def retire(self, expert: int, slot: int) -> None:
-        """An expert of the plan's layer is done with (computed or not), and nobody holds its slot any more."""
+        """The plan's layer is done with this expert (computed or not), and its slot is not held any more."""
 
+    @abstractmethod
     def _owns(self, slot: int) -> bool:
-        raise NotImplementedError
+        """Whether the slot belongs to this space."""
 
     def _owns_slot_of(self, expert: ExpertId) -> bool:
         return self._owns(self._residency.table.slot_of(expert))
@@ -113,6 +116,9 @@ class Cache(Shared):
         slot = super().take()
         return self.give_up(self._plan.layer) if slot is None and self._plan.spared else slot
 
+    def retire(self, expert: int, slot: int) -> None:
+        """Nothing: the expert stays in its slot."""
+
     def give_up(self, loading: int, spared: Collection[ExpertId] = ()) -> int | None:
         """Gives up the least valued expert and gives its slot; ``loading`` is the layer it is for, or BEFORE_FIRST.
 
@@ -121,7 +127,7 @@ class Cache(Shared):
         idle, values = self._residency.idle, self._ranking.values
         if self.lent:
             spared = {*spared, *self._lodgers()}
-        for layers in self._eviction.groups(loading, self._residency.slots, self._quotas):
+        for layers in self._eviction.groups(loading, self._residency.table.slots, self._quotas):
             slot = least_valued(layers, idle, values, spared)
             if slot is not None:
                 return self._residency.free(slot)
@@ -176,10 +182,10 @@ class Ring(Space):
 
     def ring_view(self, layer: int) -> RingView:
         """As in Space. The layers that are left, this one included, share the surplus evenly."""
-        ledger, slot_of = self._residency.ledger, self._residency.table.slot_of
+        ledger = self._residency.ledger
         ahead = [guess for guess in (*ledger.guesses, *ledger.unused) if guess.layer > layer]
-        pending = sum(self._owns(slot_of(guess)) for guess in ahead)
-        here = self._residency.slots[layer] if layer != BEFORE_FIRST else {}
+        pending = sum(self._owns_slot_of(guess) for guess in ahead)
+        here = self._residency.table.slots[layer] if layer != BEFORE_FIRST else {}
         settled = frozenset(expert for expert, slot in here.items() if slot not in self._slots)
         surplus, layers_left = len(self._slots) - self._size, len(self._shape.after(layer - 1))
         return RingView(max(0, self._size - pending), settled, surplus // max(1, layers_left))

@@ -36,10 +36,10 @@ class StepGuesses:
         copies: Sequence[ExpertId] = ()
         last = self._shape.layers[-1]
         if not self._foresight.guesses_within_budget or self._link.idle_before(last):
-            ledger, slots = self._residency.ledger, self._residency.slots
+            ledger, slots = self._residency.ledger, self._residency.table.slots
             copies = self._foresight.guess(last, slots, ledger.guesses, ledger.unused, self._link).copies
         loads = list(zip(copies, room(len(copies)), strict=False)) if copies else []
-        self._link.asked(self._now(), [len(self._residency.slots[expert.layer]) for expert, _ in loads])
+        self._link.asked(self._now(), [len(self._residency.table.slots[expert.layer]) for expert, _ in loads])
         for expert, slot in loads:
             self._residency.load(expert, slot, Priority.PREFETCH)
 

@@ -57,6 +57,12 @@ class Device(Streams, Recorder):
         self.free = max(self.free, self.now)
         return At(self.free)
 
+    def after(self, lane: Lane, mark: Mark) -> None:
+        raise AssertionError("a lane had to wait, but there is one only")
+
+    def copy(self, *operands: object) -> None:
+        raise AssertionError("bytes were copied")
+
     def passed(self, mark: Mark) -> bool:
         assert isinstance(mark, At)
         return mark.seconds <= self.now

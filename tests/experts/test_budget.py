@@ -105,12 +105,16 @@ def test_host_memory_holds_whole_rows_and_no_more_than_there_are(host_memory, ro
 
 
 def test_no_rows_wait_when_every_expert_has_a_slot():
-    assert BARD.plan(EngineConfig(host_memory=GIB)).host_experts == 0
+    plan = BARD.plan(EngineConfig(host_memory=GIB))
+    assert plan.host_experts == 0 and plan.read_once
+    assert not BARD.plan(EngineConfig(expert_slots=47, host_memory=0)).read_once
 
 
 def test_rows_wait_behind_slots_that_keep_none():
     none_kept = replace(BARD, keeps=False)
     assert none_kept.plan(EngineConfig(host_memory=5 * ROW)).host_experts == 5
+    nowhere_else = none_kept.plan(EngineConfig(host_memory=0))
+    assert nowhere_else.all_in_slots and nowhere_else.host_experts == 0 and not nowhere_else.read_once
     assert none_kept.plan(EngineConfig(host_memory=GIB)).host_experts == 48
     roomy = replace(none_kept, available=2 * (FIXED + 48 * ROW))
     both = roomy.plan(EngineConfig(host_memory=GIB))

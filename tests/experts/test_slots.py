@@ -130,7 +130,7 @@ def test_illegal_transitions_raise_and_change_nothing(action: Callable[[SlotTabl
 
 
 def forget_the_expert(table: SlotTable) -> None:
-    del table._slot_of[B]
+    del table.slots[B.layer][B.expert]
 
 
 def forget_the_slot(table: SlotTable) -> None:

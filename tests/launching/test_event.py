@@ -108,7 +108,7 @@ class Witness(Heard):
 
     def routed(self, routing: Routing) -> None:
         if self.parts is not None and self.begun[-1][0] is Phase.DECODE:
-            slots = self.parts.scheduler._residency.slots[routing.layer]
+            slots = self.parts.scheduler.table.slots[routing.layer]
             self.course.append("told")
             self.asked_for.append(set(routing.topk_ids_TK.ravel().tolist()) <= slots.keys())
 
