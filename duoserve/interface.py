@@ -14,6 +14,7 @@ from typing import Literal
 
 from duoserve.errors import ConfigError, RequestError
 from duoserve.metrics import Stats
+from duoserve.number_checks import check_integer
 
 MAX_LOGPROBS = 20  # of the likeliest tokens at a place
 _SECONDS = "must be a finite number of seconds above 0, or None"
@@ -92,22 +93,17 @@ class ServiceSettings:
     answer_room: int = 256
 
     def __post_init__(self) -> None:
-        _check_count("max_batch", self.max_batch, 1)
-        _check_count("max_waiting", self.max_waiting, 0)
-        _check_count("answer_room", self.answer_room, 1)
+        check_integer(ConfigError, "max_batch", self.max_batch, 1)
+        check_integer(ConfigError, "max_waiting", self.max_waiting, 0)
+        check_integer(ConfigError, "answer_room", self.answer_room, 1)
         if not isinstance(self.objectives, Objectives):
-            raise ConfigError(f"objectives={self.objectives!r}, but must be Objectives")
+            raise ConfigError(f"objectives is {self.objectives!r}, but must be Objectives")
         for name, value, known in (
             ("admission", self.admission, ("late", "strict")),
             ("scheduler", self.scheduler, ("slo", "fcfs")),
         ):
             if value not in known:
                 raise ConfigError(f"{name}={value!r} is not known: use one of {', '.join(map(repr, known))}")
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}={value!r}, but must be an integer of at least {least}")
 
 
 @dataclass(frozen=True)
