@@ -19,6 +19,8 @@ from duoserve.number_checks import check_integer, check_number
 MAX_STOPS = 4
 GREEDY_BELOW = 1e-6  # float32 logits of ordinary size differ by more than this, so the limit has been reached
 LOWEST_SEED, HIGHEST_SEED = -(2**63), 2**64 - 1  # that torch.Generator takes
+# The lowest and the highest value of each field that may be a fraction.
+RANGES = {"temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "repetition_penalty": (0.01, 100.0)}
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,8 @@ class SamplingParams:
         check_integer(RequestError, "top_k", self.top_k, 0)
         if self.seed is not None:
             check_integer(RequestError, "seed", self.seed, LOWEST_SEED, HIGHEST_SEED)
-        check_number(RequestError, "temperature", self.temperature, 0.0, 100.0)
-        check_number(RequestError, "top_p", self.top_p, 0.0, 1.0)
-        check_number(RequestError, "min_p", self.min_p, 0.0, 1.0)
-        check_number(RequestError, "repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        for name, (low, high) in RANGES.items():
+            check_number(RequestError, name, getattr(self, name), low, high)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos is {self.ignore_eos!r}, but must be True or False")
 
