@@ -56,6 +56,11 @@ class Objectives:
         object.__setattr__(self, "ttft_s", _checked_seconds("ttft_s", self.ttft_s))
         object.__setattr__(self, "tpot_s", _checked_seconds("tpot_s", self.tpot_s))
 
+    @classmethod
+    def of_ms(cls, ttft_ms: float | None, tpot_ms: float | None) -> Objectives:
+        """Objectives that are given in milliseconds, as people and HTTP requests give them."""
+        return cls(*(None if limit is None else limit / 1000 for limit in (ttft_ms, tpot_ms)))
+
     def or_else(self, defaults: Objectives) -> Objectives:
         """These, and those of ``defaults`` where there is none."""
         return Objectives(

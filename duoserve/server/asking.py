@@ -152,7 +152,7 @@ def _sampling_params(**values: Any) -> SamplingParams:
 def _objectives(fields: Fields) -> Objectives:
     ttft_ms = fields.number("slo_ttft_ms", 0.001, MAX_OBJECTIVE_MS)
     tpot_ms = fields.number("slo_tpot_ms", 0.001, MAX_OBJECTIVE_MS)
-    return Objectives(None if ttft_ms is None else ttft_ms / 1000, None if tpot_ms is None else tpot_ms / 1000)
+    return Objectives.of_ms(ttft_ms, tpot_ms)
 
 
 def _prompts(fields: Fields) -> list[Prompt]:
