@@ -6,6 +6,7 @@ import re
 from decimal import Decimal
 
 from duoserve.errors import ConfigError
+from duoserve.number_checks import is_integer
 
 UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}}
 UNITS |= {f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}
@@ -22,7 +23,7 @@ def parse_bytes(size: int | str) -> int:
     unit = UNITS.get(match[2].upper()) if match else None
     if match and unit:
         size = int(Decimal(match[1]) * unit)
-    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= MAX_BYTES:
+    if not is_integer(size) or not 0 <= size <= MAX_BYTES:
         raise ConfigError(
             f"{size!r} is not an amount of memory: give bytes, or text such as '4GiB', '1.5GiB' or '500MB'"
         )

@@ -11,6 +11,7 @@ import torch
 from duoserve.architecture import Blocks, Quantization
 from duoserve.byte_sizes import parse_bytes
 from duoserve.errors import ConfigError
+from duoserve.number_checks import check_integer
 
 DECODE_MODES = ("auto", "event", "graph", "compiled")
 QUANTIZE = ("bf12", "int8", "int4")
@@ -107,8 +108,8 @@ class EngineConfig:
         for name in ("expert_memory", "memory", "host_memory", "max_context"):
             value = getattr(self, name)
             if value is not None:
-                _check_integer(name, value, low=1 if name == "max_context" else 0)
-        _check_integer("copy_threads", self.copy_threads, low=1)
+                check_integer(ConfigError, name, value, 1 if name == "max_context" else 0)
+        check_integer(ConfigError, "copy_threads", self.copy_threads, 1)
 
     @classmethod
     def of(
@@ -135,8 +136,3 @@ def _given_bytes(size: int | str | None) -> int | None:
 def _check_kind(name: str, value: object, kind: type, called: str) -> None:
     if not isinstance(value, kind):
         raise ConfigError(f"{name} is {value!r}, but must be {called}")
-
-
-def _check_integer(name: str, value: object, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ConfigError(f"{name} is {value!r}, but must be an integer of at least {low}")

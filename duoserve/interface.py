@@ -14,6 +14,7 @@ from typing import Literal
 
 from duoserve.errors import ConfigError, RequestError
 from duoserve.metrics import Stats
+from duoserve.number_checks import check_integer
 
 MAX_LOGPROBS = 20  # so many of the likeliest tokens at a place can be reported at most
 _SECONDS = "must be a finite number of seconds above 0, or None"
@@ -58,6 +59,11 @@ class Objectives:
         object.__setattr__(self, "ttft_s", _checked_seconds("ttft_s", self.ttft_s))
         object.__setattr__(self, "tpot_s", _checked_seconds("tpot_s", self.tpot_s))
 
+    @classmethod
+    def of_ms(cls, ttft_ms: float | None, tpot_ms: float | None) -> Objectives:
+        """Objectives that are given in milliseconds, as people and HTTP requests give them."""
+        return cls(*(None if limit is None else limit / 1000 for limit in (ttft_ms, tpot_ms)))
+
     def or_else(self, defaults: Objectives) -> Objectives:
         """These objectives; where one is None, that of ``defaults``."""
         return Objectives(
@@ -95,22 +101,17 @@ class ServiceSettings:
     answer_room: int = 256
 
     def __post_init__(self) -> None:
-        _check_count("max_batch", self.max_batch, 1)
-        _check_count("max_waiting", self.max_waiting, 0)
-        _check_count("answer_room", self.answer_room, 1)
+        check_integer(ConfigError, "max_batch", self.max_batch, 1)
+        check_integer(ConfigError, "max_waiting", self.max_waiting, 0)
+        check_integer(ConfigError, "answer_room", self.answer_room, 1)
         if not isinstance(self.objectives, Objectives):
-            raise ConfigError(f"objectives={self.objectives!r}, but must be Objectives")
+            raise ConfigError(f"objectives is {self.objectives!r}, but must be Objectives")
         for name, value, known in (
             ("admission", self.admission, ("late", "strict")),
             ("scheduler", self.scheduler, ("slo", "fcfs")),
         ):
             if value not in known:
                 raise ConfigError(f"{name}={value!r} is not known: use one of {', '.join(map(repr, known))}")
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}={value!r}, but must be an integer of at least {least}")
 
 
 @dataclass(frozen=True)

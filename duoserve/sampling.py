@@ -15,10 +15,13 @@ from torch import Tensor
 
 from duoserve.errors import DuoServeError, IntegrityError, RequestError
 from duoserve.interface import TokenLogprobs
+from duoserve.number_checks import check_integer, check_number
 
 MAX_STOPS = 4
 GREEDY_BELOW = 1e-6  # float32 logits of ordinary size differ by more than this, so the limit has been reached
 LOWEST_SEED, HIGHEST_SEED = -(2**63), 2**64 - 1  # that torch.Generator takes
+# The lowest and the highest value of each field that may be a fraction.
+RANGES = {"temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "repetition_penalty": (0.01, 100.0)}
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _checked_stops(self.stop))
-        _check_integer("max_tokens", self.max_tokens, 1, None)
-        _check_integer("top_k", self.top_k, 0, None)
+        check_integer(RequestError, "max_tokens", self.max_tokens, 1)
+        check_integer(RequestError, "top_k", self.top_k, 0)
         if self.seed is not None:
-            _check_integer("seed", self.seed, LOWEST_SEED, HIGHEST_SEED)
-        _check_number("temperature", self.temperature, 0.0, 100.0)
-        _check_number("top_p", self.top_p, 0.0, 1.0)
-        _check_number("min_p", self.min_p, 0.0, 1.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+            check_integer(RequestError, "seed", self.seed, LOWEST_SEED, HIGHEST_SEED)
+        for name, (low, high) in RANGES.items():
+            check_number(RequestError, name, getattr(self, name), low, high)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos is {self.ignore_eos!r}, but must be True or False")
 
@@ -56,18 +57,6 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature < GREEDY_BELOW
-
-
-def _check_integer(name: str, value: int, low: int, high: int | None) -> None:
-    allowed = f"an integer of at least {low}" if high is None else f"an integer in {low}..{high}"
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise RequestError(f"{name} is {value!r}, but must be {allowed}")
-
-
-def _check_number(name: str, value: float, low: float, high: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value <= high:  # NaN fails every comparison
-        raise RequestError(f"{name} is {value!r}, but must be a number in {low:g}..{high:g}")
 
 
 def _checked_stops(stop: object) -> tuple[str, ...]:

@@ -24,7 +24,6 @@ Policies and schedulers are the server's: start it with the --policy and --sched
 come at their times, whether or not others have been answered, and latencies count from there.
 """
 NEEDS_EXTRA = "duoserve bench serve needs httpx: pip install 'duoserve[serve]'"
-MILLISECONDS = 1e-3
 TRIALS = 8
 LATE_MS = 50  # worth a word; it is in the latencies either way
 
@@ -65,7 +64,7 @@ def add_serve(benches: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """One load, or the search for goodput; a line of progress for each trial."""
-    objectives = Objectives(_seconds(args.slo_ttft_ms), _seconds(args.slo_tpot_ms))
+    objectives = Objectives.of_ms(args.slo_ttft_ms, args.slo_tpot_ms)
     if args.goodput and objectives == Objectives():
         raise ConfigError("--goodput counts requests inside objectives: give --slo-ttft-ms, --slo-tpot-ms or both")
     if not args.goodput:
@@ -112,10 +111,6 @@ def _goodput(good: float | None, bad: float | None) -> str:
         return f"goodput: none found; {bad:.3g} requests/s are too many for {ATTAINED:.0%} inside objectives"
     above = f"below {bad:.3g}" if bad is not None else "no rate was too high: raise --rate or --trials"
     return f"goodput: {good:.3g} requests/s with {ATTAINED:.0%} inside objectives ({above})"
-
-
-def _seconds(milliseconds: float | None) -> float | None:
-    return None if milliseconds is None else milliseconds * MILLISECONDS
 
 
 def _positive(text: str) -> float:

@@ -174,14 +174,15 @@ def _service_settings(args: argparse.Namespace) -> ServiceSettings:
         max_waiting=args.max_waiting,
         admission=args.admission,
         scheduler=args.scheduler,
-        objectives=Objectives(_seconds(args.slo_ttft_ms), _seconds(args.slo_tpot_ms)),
+        objectives=_objectives(args.slo_ttft_ms, args.slo_tpot_ms),
     )
 
 
-def _seconds(milliseconds: float | None) -> float | None:
-    if milliseconds is not None and not 0 < milliseconds < math.inf:
-        raise ConfigError(f"an objective is {milliseconds} ms, but must be more than 0, and finite")
-    return None if milliseconds is None else milliseconds / 1000
+def _objectives(ttft_ms: float | None, tpot_ms: float | None) -> Objectives:
+    for limit in (ttft_ms, tpot_ms):
+        if limit is not None and not 0 < limit < math.inf:
+            raise ConfigError(f"an objective is {limit} ms, but must be more than 0, and finite")
+    return Objectives.of_ms(ttft_ms, tpot_ms)
 
 
 def _load(name: str, wanted: dict[str, Any], settings: ServiceSettings) -> AsyncEngine:

@@ -12,6 +12,7 @@ from duoserve.byte_sizes import format_bytes
 from duoserve.config import EngineConfig
 from duoserve.errors import ConfigError, MemoryBudgetError
 from duoserve.experts.layout import ExpertLayout
+from duoserve.number_checks import is_integer
 
 SHARE = re.compile(r"\s*(\d{1,3}(?:\.\d{1,9})?)\s*%\s*", re.ASCII)
 COMFORTABLE = Fraction(4, 5)  # of the free memory, where no setting says how much
@@ -22,7 +23,7 @@ def slot_count(slots: int | str, total_experts: int) -> int:
     match = SHARE.fullmatch(slots) if isinstance(slots, str) else None
     if match and 0 < Decimal(match[1]) <= 100:
         return round(Decimal(match[1]) * total_experts / 100)
-    if not isinstance(slots, int) or isinstance(slots, bool):
+    if not is_integer(slots):
         raise ConfigError(f"expert_slots={slots!r}: give a count, or a share of all experts such as '25%'")
     return slots
 

@@ -9,6 +9,7 @@ from typing import Any
 from duoserve.errors import CheckpointError, KernelError
 from duoserve.experts.layout import FORMS, ExpertId, ExpertLayout
 from duoserve.files.strict_json import read_object
+from duoserve.number_checks import is_integer
 
 PACK_FILE = "experts.pack"
 HEADER_FILE = "pack.json"
@@ -94,7 +95,7 @@ def _check_fields(raw: dict[str, Any], path: Path) -> None:
         odd = sorted(raw.keys() ^ wanted)
         raise CheckpointError(f"{path}: has to hold exactly {sorted(wanted)}, wrong are {odd}; {REMEDY}")
     for name in sorted(wanted - {"fingerprint", "dtype"}):
-        if type(raw[name]) is not int or raw[name] < 1:
+        if not is_integer(raw[name]) or raw[name] < 1:
             raise CheckpointError(f"{path}: {name} is {raw[name]!r}, but must be a positive integer; {REMEDY}")
     if not isinstance(raw["fingerprint"], str):
         raise CheckpointError(f"{path}: fingerprint is {raw['fingerprint']!r}, but must be text; {REMEDY}")

@@ -18,6 +18,7 @@ import torch
 from duoserve.errors import CheckpointError, CutShortError
 from duoserve.files.positional import PositionalFile
 from duoserve.files.strict_json import parse_object
+from duoserve.number_checks import is_integer
 
 MAX_HEADER_BYTES = 16 << 20  # the largest in public use, with 90 thousand tensors, have 10 MB
 MAX_TENSORS = 200_000
@@ -156,7 +157,7 @@ def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
 
 def _are_sizes(value: Any) -> bool:
     """Whether ``value`` is a list of integers that a 64-bit size can hold."""
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+    return isinstance(value, list) and all(is_integer(n) and 0 <= n < 1 << 63 for n in value)
 
 
 def _check_cover(tensors: Iterable[TensorInfo], file: PositionalFile, data_start: int) -> int:

@@ -76,6 +76,24 @@ def visible_span(lengths_ptr, sequence, window, table_tokens):
     return tl.maximum(length - window, 0), length
 
 
+@triton.jit
+def attend_block(score_HC, visible_C, v_CD, max_H, sum_H, acc_HD, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """One block of online softmax: the maximum, the sum of exponentials and the unnormalized output with it.
+
+    Scores are to base 2. This block or an earlier one must have a visible token, else the results are NaN.
+    """
+    score_HC = tl.where(visible_C[None, :], score_HC, float("-inf"))
+    new_max_H = tl.maximum(max_H, tl.max(score_HC, axis=1))
+    shrink_H = tl.exp2(max_H - new_max_H)
+    p_HC = tl.exp2(score_HC - new_max_H[:, None])
+    sum_H = sum_H * shrink_H + tl.sum(p_HC, axis=1)
+    p_HC = to_dtype(p_HC, dtype, INTERPRET)
+    if INTERPRET:
+        p_HC = p_HC.to(tl.float32)
+    acc_HD = tl.dot(p_HC, v_CD, acc_HD * shrink_H[:, None], input_precision="ieee")
+    return new_max_H, sum_H, acc_HD
+
+
 # No page table's width, nor number of chunks, is worth a compilation in the midst of a request.
 @triton.jit(do_not_specialize=["table_stride", "num_chunks"])
 def _chunks_kernel(
@@ -138,16 +156,7 @@ def _chunks_kernel(
             if INTERPRET:
                 k_CD, v_CD = k_CD.to(tl.float32), v_CD.to(tl.float32)
             score_HC = tl.dot(q_HD, tl.trans(k_CD), input_precision="ieee") * scale_log2
-            score_HC = tl.where(visible_C[None, :], score_HC, float("-inf"))
-            new_max_H = tl.maximum(max_H, tl.max(score_HC, axis=1))
-            shrink_H = tl.exp2(max_H - new_max_H)
-            p_HC = tl.exp2(score_HC - new_max_H[:, None])
-            sum_H = sum_H * shrink_H + tl.sum(p_HC, axis=1)
-            p_HC = to_dtype(p_HC, dtype, INTERPRET)
-            if INTERPRET:
-                p_HC = p_HC.to(tl.float32)
-            acc_HD = tl.dot(p_HC, v_CD, acc_HD * shrink_H[:, None], input_precision="ieee")
-            max_H = new_max_H
+            max_H, sum_H, acc_HD = attend_block(score_HC, visible_C, v_CD, max_H, sum_H, acc_HD, dtype, INTERPRET)
         part_H = (sequence * (G * GROUP) + heads_H) * num_chunks + chunk
         tl.store(max_ptr + part_H, max_H, mask=in_group_H < GROUP)
         tl.store(sum_ptr + part_H, sum_H, mask=in_group_H < GROUP)

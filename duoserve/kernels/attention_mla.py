@@ -15,6 +15,7 @@ from torch import Tensor
 from duoserve.kernels.attention_gqa import (
     FLOATS,
     LOG2_E,
+    attend_block,
     check_table,
     merge_chunks,
     new_partials,
@@ -23,7 +24,7 @@ from duoserve.kernels.attention_gqa import (
 )
 from duoserve.kernels.checks import check_contiguous, check_one_device, check_tensor, require
 from duoserve.kernels.limits import MAX_LATENT_DIM, MAX_ROTATED_DIM
-from duoserve.kernels.numerics import interpreting, to_dtype
+from duoserve.kernels.numerics import interpreting
 
 # Query heads of a program, the least that the tensor cores take. 32 would read a page half as often where there are 128
 # heads, but leave room for one program on a multiprocessor and for none on sm_86 and sm_89; 64 spill.
@@ -101,16 +102,7 @@ def _mla_chunks_kernel(
                 latent_CL, rope_CR = latent_CL.to(tl.float32), rope_CR.to(tl.float32)
             score_HC = tl.dot(q_latent_HL, tl.trans(latent_CL), input_precision="ieee")
             score_HC = tl.dot(q_rope_HR, tl.trans(rope_CR), score_HC, input_precision="ieee") * scale_log2
-            score_HC = tl.where(visible_C[None, :], score_HC, float("-inf"))
-            new_max_H = tl.maximum(max_H, tl.max(score_HC, axis=1))
-            shrink_H = tl.exp2(max_H - new_max_H)
-            p_HC = tl.exp2(score_HC - new_max_H[:, None])
-            sum_H = sum_H * shrink_H + tl.sum(p_HC, axis=1)
-            p_HC = to_dtype(p_HC, dtype, INTERPRET)
-            if INTERPRET:
-                p_HC = p_HC.to(tl.float32)
-            acc_HL = tl.dot(p_HC, latent_CL, acc_HL * shrink_H[:, None], input_precision="ieee")
-            max_H = new_max_H
+            max_H, sum_H, acc_HL = attend_block(score_HC, visible_C, latent_CL, max_H, sum_H, acc_HL, dtype, INTERPRET)
         part_H = (sequence * H + heads_H) * num_chunks + chunk
         tl.store(max_ptr + part_H, max_H, mask=heads_H < H)
         tl.store(sum_ptr + part_H, sum_H, mask=heads_H < H)

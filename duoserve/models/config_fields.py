@@ -10,6 +10,7 @@ import torch
 
 from duoserve.errors import ConfigError
 from duoserve.experts.layout import DTYPES
+from duoserve.number_checks import is_integer, is_number
 
 MAX_TOKEN_ID = (4 << 20) - 1
 _MAX_TOKEN_IDS = 1000
@@ -46,7 +47,7 @@ class ConfigFields:
     def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
         """An integer in low..high."""
         value = self._raw.get(name, default)
-        if type(value) is not int or not low <= value <= high:  # isinstance would let a bool pass
+        if not is_integer(value) or not low <= value <= high:
             raise self.refusal(name, f"it must be an integer in {low}..{high}")
         return value
 
@@ -57,7 +58,7 @@ class ConfigFields:
     def number(self, name: str, low: float, high: float, default: float | None = None) -> float:
         """A finite number above ``low`` and up to ``high``."""
         value = self._raw.get(name, default)
-        if type(value) not in (int, float) or not low < value <= high:  # NaN fails every comparison
+        if not is_number(value) or not low < value <= high:  # NaN fails every comparison
             raise self.refusal(name, f"it must be a number above {low:g} and up to {high:g}")
         return float(value)
 
@@ -72,7 +73,7 @@ class ConfigFields:
     def integers(self, name: str, low: int, high: int) -> list[int]:
         """A list of integers in low..high; empty if null or absent."""
         value = [] if self._raw.get(name) is None else self._raw[name]
-        if not isinstance(value, list) or not all(type(n) is int and low <= n <= high for n in value):
+        if not isinstance(value, list) or not all(is_integer(n) and low <= n <= high for n in value):
             raise self.refusal(name, f"it must be a list of integers in {low}..{high}")
         return value
 
@@ -139,7 +140,7 @@ class ConfigFields:
         """One token id, a list of them, or null for none."""
         value = self._raw.get(name, default)
         ids = [] if value is None else value if isinstance(value, list) else [value]
-        if len(ids) > _MAX_TOKEN_IDS or not all(type(i) is int and 0 <= i <= MAX_TOKEN_ID for i in ids):
+        if len(ids) > _MAX_TOKEN_IDS or not all(is_integer(i) and 0 <= i <= MAX_TOKEN_ID for i in ids):
             raise self.refusal(name, f"it must be a token id in 0..{MAX_TOKEN_ID}, a list of them, or null")
         return tuple(ids)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from duoserve.errors import RequestError
 from duoserve.interface import MAX_LOGPROBS, Objectives
-from duoserve.sampling import HIGHEST_SEED, LOWEST_SEED, SamplingParams
+from duoserve.sampling import HIGHEST_SEED, LOWEST_SEED, RANGES, SamplingParams
 from duoserve.server.errors import ApiError, bad
 from duoserve.server.fields import BodyFields, shown
 
@@ -130,11 +130,8 @@ def _refuse(fields: BodyFields) -> None:
 def _sampling(fields: BodyFields) -> dict[str, Any]:
     top_k = fields.integer("top_k", -1, MAX_TOKENS)  # -1 is off, as vLLM has it
     found = {
-        "temperature": fields.number("temperature", 0.0, 100.0),
-        "top_p": fields.number("top_p", 0.0, 1.0),
         "top_k": None if top_k is None else max(0, top_k),
-        "min_p": fields.number("min_p", 0.0, 1.0),
-        "repetition_penalty": fields.number("repetition_penalty", 0.01, 100.0),
+        **{name: fields.number(name, low, high) for name, (low, high) in RANGES.items()},
         "stop": fields.raw("stop"),
         "seed": fields.integer("seed", LOWEST_SEED, HIGHEST_SEED),
         "ignore_eos": fields.flag("ignore_eos"),
@@ -155,7 +152,7 @@ def _sampling_params(**values: Any) -> SamplingParams:
 def _objectives(fields: BodyFields) -> Objectives:
     ttft_ms = fields.number("slo_ttft_ms", 0.001, MAX_OBJECTIVE_MS)
     tpot_ms = fields.number("slo_tpot_ms", 0.001, MAX_OBJECTIVE_MS)
-    return Objectives(None if ttft_ms is None else ttft_ms / 1000, None if tpot_ms is None else tpot_ms / 1000)
+    return Objectives.of_ms(ttft_ms, tpot_ms)
 
 
 def _prompts(fields: BodyFields) -> list[Prompt]:

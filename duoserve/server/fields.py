@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
-from typing import Any, TypeGuard
+from typing import Any
 
+from duoserve.number_checks import is_integer, is_number
 from duoserve.server.errors import ApiError, bad
 
 SHOWN = 60  # characters of a wrong value that a message repeats
@@ -38,14 +38,14 @@ class BodyFields:
         value = self.raw(name)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if value is None or (_is_integer(value) and low <= value <= high):
+        if value is None or (is_integer(value) and low <= value <= high):
             return value
         raise self.wrong(name, f"an integer in {low}..{high}")
 
     def number(self, name: str, low: float, high: float) -> float | None:
         """A number in ``low..high``."""
         value = self.raw(name)
-        if value is None or (_is_number(value) and low <= value <= high):
+        if value is None or (is_number(value) and low <= value <= high):
             return value
         raise self.wrong(name, f"a number in {low:g}..{high:g}")
 
@@ -108,14 +108,6 @@ def shown(value: object) -> str:
         return "an integer of more than 60 digits"
     text = json.dumps(value[: SHOWN + 1] if isinstance(value, str) else value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _no_constant(name: str) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from duoserve.errors import ClosedError, RequestError
 from duoserve.interface import MAX_LOGPROBS, Objectives, ServiceFigures, ServiceSettings, State
 from duoserve.moe_model import MoEModel
+from duoserve.number_checks import check_integer
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.service.stream import Stream
@@ -121,6 +122,5 @@ def _check_kinds(params: object, objectives: object) -> None:
 
 
 def _check_logprobs(logprobs: int | None) -> None:
-    number = isinstance(logprobs, int) and not isinstance(logprobs, bool)
-    if logprobs is not None and not (number and 0 <= logprobs <= MAX_LOGPROBS):
-        raise RequestError(f"logprobs is {logprobs!r}, but must be an integer in 0..{MAX_LOGPROBS}")
+    if logprobs is not None:
+        check_integer(RequestError, "logprobs", logprobs, 0, MAX_LOGPROBS)

@@ -9,7 +9,7 @@ import numpy as np
 
 from duoserve.config import Phase
 from duoserve.scheduling.routing import Routing
-from duoserve.traces.trace import LayerTrace
+from duoserve.traces.trace import LayerTrace, joined
 
 
 class TraceRecorder:
@@ -35,10 +35,4 @@ class TraceRecorder:
     def take(self) -> dict[int, LayerTrace]:
         """Gives each layer's routing of all tokens in the order of the passes, and forgets it."""
         heard, self._heard = self._heard, {}
-        return {layer: _joined(said) for layer, said in heard.items()}
-
-
-def _joined(said: list[LayerTrace]) -> LayerTrace:
-    ids, weights = np.concatenate([s.topk_ids_NK for s in said]), np.concatenate([s.topk_weights_NK for s in said])
-    scores = [s.ahead_NE for s in said if s.ahead_NE is not None]
-    return LayerTrace(ids, weights, np.concatenate(scores) if scores else None)
+        return {layer: joined(said) for layer, said in heard.items()}

@@ -167,7 +167,7 @@ class Trace:
             self.meta,
             np.array(sizes, dtype=np.int32).reshape(-1, 2),
             np.concatenate([request.token_ids_T for request in requests]),
-            {layer: _joined([request.layers[layer] for request in requests]) for layer in self.meta.layers},
+            {layer: joined([request.layers[layer] for request in requests]) for layer in self.meta.layers},
         )
 
     def __len__(self) -> int:
@@ -230,6 +230,6 @@ class Trace:
         return LayerTrace(*(self._rows.read(name, start, stop) for name in self.meta.of_layer(layer)))
 
 
-def _joined(parts: Sequence[LayerTrace]) -> LayerTrace:
+def joined(parts: Sequence[LayerTrace]) -> LayerTrace:
     """One layer's routing of all the tokens of ``parts``."""
     return LayerTrace(*(np.concatenate(column) for column in zip(*parts, strict=True) if column[0] is not None))
