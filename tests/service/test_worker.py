@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import logging
+import shutil
 import threading
 import time
 import weakref
@@ -27,7 +28,7 @@ from duoserve.service.stream import Stream
 from duoserve.text.tokenizer import IncrementalDecoder
 from tests.checkpoints import BARD, save_mixtral
 from tests.fakes import Gate
-from tests.small_tokenizers import byte_level_tokenizer
+from tests.small_tokenizers import byte_level_tokenizer, stripping_tokenizer
 
 PROMPT = [5, 9, 2, 40, 41, 7]
 PARAMS = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
@@ -250,6 +251,25 @@ def test_a_tokenizer_that_fails_ends_its_request_alone(monkeypatch: pytest.Monke
 
     model = MoEModel.from_pretrained(BARD, policy="lru", expert_slots=12)
     serve(model, main)
+
+
+def test_a_decoder_that_panics_ends_its_request_alone(folder: Path, tmp_path: Path) -> None:
+    with MoEModel.from_pretrained(folder) as model:
+        free = model.generate(PROMPT, PARAMS).token_ids
+    last = max(set(free), key=free.index)
+    folder = shutil.copytree(folder, tmp_path / "model")
+    stripping_tokenizer(last, 96).save(str(folder / "tokenizer.json"))
+
+    async def main(service: AsyncEngine) -> None:
+        first, second = [await service.submit(PROMPT, replace(PARAMS, max_tokens=n)) for n in (30, free.index(last))]
+        with pytest.raises(DuoServeError, match="the tokenizer cannot decode"):
+            async for _ in first:
+                pass
+        text = "".join([piece.text async for piece in second])
+        assert text == "".join(f"w{token}" for token in free[: free.index(last)])
+        assert service.state is State.READY and service.figures().finished == {"error": 1, "length": 1}
+
+    serve(MoEModel.from_pretrained(folder), main)
 
 
 def test_the_last_piece_has_the_end_token_without_its_text(tmp_path: Path) -> None:
