@@ -60,6 +60,14 @@ def test_what_cannot_be_measured_is_refused(duoserve, words, said):
     assert ran.code == 1 and said in ran.err and ran.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("proxy", ["socks://127.0.0.1:9", "http://127.0.0.1:9"])
+def test_no_proxy_stands_between_the_load_and_the_server(duoserve, served, monkeypatch, proxy):  # noqa: F811
+    server = served(script_of(*spoken("a")))
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    ran = duoserve("bench", "serve", "--url", server.url, "--requests", "2", "--rate", "50", *SMALL)
+    assert ran.code == 0, ran.err
+
+
 def test_another_model_or_key_is_named(duoserve, served):  # noqa: F811
     server = served(api_key="rïght")
     ran = duoserve("bench", "serve", "--url", server.url, "--api-key", "wrong")
