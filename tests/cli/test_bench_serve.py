@@ -52,6 +52,9 @@ def test_the_search_for_goodput_says_what_it_found(duoserve, served):  # noqa: F
         (("--url", "http://127.0.0.1:9"), "--url: no server answers at http://127.0.0.1:9"),
         (("--url", "nonsense"), "--url: no server answers at"),
         (("--url", "http://[::1"), "--url: 'http://[::1' is no URL"),
+        (("--url", "\udcff"), "--url: '\\udcff' is no URL"),
+        (("--url", "http://127.0.0.1:9", "--api-key", "s3cret\udcff"), "--api-key: no request can show"),
+        (("--url", "http://127.0.0.1:9", "--api-key", "s3\ncret"), "--api-key: no request can show"),
         (("--url", "http://127.0.0.1:9", "--goodput"), "--goodput counts requests inside objectives: give --slo-ttft"),
     ],
 )
