@@ -8,7 +8,7 @@ from typing import Any
 
 from duoserve.errors import RequestError
 from duoserve.interface import MAX_LOGPROBS, Objectives
-from duoserve.sampling import HIGHEST_SEED, LOWEST_SEED, SamplingParams
+from duoserve.sampling import HIGHEST_SEED, LOWEST_SEED, MAX_STOPS, SamplingParams
 from duoserve.server.errors import ApiError, bad
 from duoserve.server.fields import Fields, shown
 
@@ -135,11 +135,24 @@ def _sampling(fields: Fields) -> dict[str, Any]:
         "top_k": None if top_k is None else max(0, top_k),
         "min_p": fields.number("min_p", 0.0, 1.0),
         "repetition_penalty": fields.number("repetition_penalty", 0.01, 100.0),
-        "stop": fields.raw("stop"),
+        "stop": _stops(fields),
         "seed": fields.integer("seed", LOWEST_SEED, HIGHEST_SEED),
         "ignore_eos": fields.flag("ignore_eos"),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _stops(fields: Fields) -> list[str] | None:
+    """One text or several. They are checked here, for what else is there may be too deep to be told of."""
+    value = fields.raw("stop")
+    stops = [value] if isinstance(value, str) else value
+    if stops is None or (isinstance(stops, list) and len(stops) <= MAX_STOPS and all(map(_is_stop, stops))):
+        return stops
+    raise fields.wrong("stop", f"at most {MAX_STOPS} non-empty strings")
+
+
+def _is_stop(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
 
 
 def _sampling_params(**values: Any) -> SamplingParams:
@@ -147,8 +160,6 @@ def _sampling_params(**values: Any) -> SamplingParams:
         return SamplingParams(**values)
     except RequestError as error:
         name = str(error).partition(" ")[0]  # the message begins with the field
-        if name == "stop":
-            raise bad(name, f"stop is {shown(values[name])}, but must be at most 4 non-empty strings") from error
         raise bad(name if name in values else None, str(error)) from error
 
 
