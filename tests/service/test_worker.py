@@ -91,6 +91,29 @@ def test_a_close_that_is_cancelled_comes_to_its_end(folder: Path) -> None:
     asyncio.run(asyncio.wait_for(main(), 20))
 
 
+def test_a_service_is_closed_in_another_event_loop_than_one_that_gave_up(folder: Path) -> None:
+    gate = Gate()
+
+    async def begun() -> AsyncEngine:
+        service = AsyncEngine(MoEModel.from_pretrained(folder))
+        engine = service.model._runtime.engine
+        step, engine.step = engine.step, lambda: gate.pass_through() or step()  # type: ignore[method-assign, func-returns-value]
+        await service.submit(PROMPT, PARAMS)
+        await asyncio.to_thread(gate.wait_entered)
+        return service
+
+    loop = asyncio.new_event_loop()
+    service = loop.run_until_complete(begun())
+    with pytest.raises(TimeoutError):
+        loop.run_until_complete(asyncio.wait_for(service.close(), 0.05))
+    loop.close()
+    gate.open()
+    for _ in range(2):
+        asyncio.run(asyncio.wait_for(service.close(), 20))
+    with pytest.raises(ClosedError, match="this model was closed"):
+        _ = service.model.config
+
+
 @pytest.mark.parametrize("error", [None, CopyError("no such expert"), ZeroDivisionError("a bug")], ids=repr)
 def test_who_keeps_a_closed_service_and_what_it_has_said_keeps_nothing_of_the_model(
     error: Exception | None, folder: Path, monkeypatch: pytest.MonkeyPatch
