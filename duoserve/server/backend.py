@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
-from duoserve.config import ModelConfig
 from duoserve.interface import Objectives, Piece, ServiceFigures, State, Times
 from duoserve.sampling import SamplingParams
 from duoserve.text.tokenizer import Text
@@ -21,9 +20,6 @@ class Template(Protocol):
 
 class Model(Protocol):
     """What a model says of itself. Nothing here runs it."""
-
-    @property
-    def config(self) -> ModelConfig: ...
 
     @property
     def text(self) -> Text | None:
@@ -44,12 +40,6 @@ class Model(Protocol):
 
 class Stream(Protocol):
     """One request: its pieces, the last of which has a finish reason."""
-
-    @property
-    def prompt_tokens(self) -> int: ...
-
-    @property
-    def output_tokens(self) -> int: ...
 
     @property
     def objectives(self) -> Objectives:

@@ -43,7 +43,7 @@ class Metrics:
         }
 
     def ended(self, record: Record) -> None:
-        """Enters a request that has ended; one that was cut off has no latencies worth a place here."""
+        """Enters a request that has ended. Of one that has not finished, only its tokens' own times count."""
         self._observe("time_to_first_token_seconds", record.ttft_s)
         for gap in record.gaps:
             self._observe("inter_token_latency_seconds", gap)
