@@ -38,6 +38,14 @@ def llama_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def stripping_tokenizer(token_id: int, size: int) -> Tokenizer:
+    """Words, and one token that makes ``tokenizers`` panic where it is decoded: its decoder strips both ends of it."""
+    vocab = {"z" if n == token_id else f"w{n}": n for n in range(size)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="z"))
+    tokenizer.decoder = decoders.Strip("z", 1, 1)
+    return tokenizer
+
+
 def channel_tokenizer() -> Tokenizer:
     """Byte-level, with the marks of gpt-oss's answers."""
     tokenizer = byte_level_tokenizer()

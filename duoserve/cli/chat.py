@@ -20,6 +20,7 @@ EXAMPLES = """\
   duoserve chat Qwen/Qwen3-30B-A3B --system "Answer in one sentence." --temperature 0.7
 """
 RESET, EXIT = "/reset", "/exit"
+PROMPT = "> "
 
 
 def add_command(commands: Subparsers) -> None:
@@ -59,16 +60,25 @@ def _converse(model: MoEModel, system: str | None, params: SamplingParams, fills
 
 
 def _lines() -> Iterator[str]:
-    """What is said, without empty lines; the prompt is shown where somebody sees it."""
+    """What is said, without empty lines."""
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = _line().strip()
         except EOFError:
             return
         except UnicodeDecodeError as error:
             raise RequestError(f"what stdin says is not {error.encoding} text: {error.reason}") from error
         if line:
             yield line
+
+
+def _line() -> str:
+    """The next line of stdin. Who types it sees a prompt, which a redirected stdout does not take."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return input(PROMPT)
+    if sys.stdin.isatty():
+        print(PROMPT, end="", file=sys.stderr, flush=True)
+    return input()
 
 
 def _answer(model: MoEModel, messages: list[dict[str, str]], params: SamplingParams, fills_context: bool) -> str:

@@ -37,13 +37,19 @@ class Target:
     ignore_eos: bool = False
 
     def client(self) -> httpx.AsyncClient:
-        """A client for any number of requests at once, which the caller closes. Raises ConfigError for a bad URL."""
+        """A client for any number of requests, which the caller closes. Raises ConfigError for a bad URL or key.
+
+        It takes no proxy from the environment, so that the server itself is measured.
+        """
+        if self.api_key is not None and not self.api_key.isprintable():
+            raise ConfigError("--api-key: no request can show a line break, a byte that is not UTF-8, and their like")
         headers = {} if self.api_key is None else {b"Authorization": f"Bearer {self.api_key}".encode()}
         base = self.url.rstrip("/").removesuffix("/v1")
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        direct = httpx.AsyncHTTPTransport(limits=limits)
         try:
-            return httpx.AsyncClient(base_url=base, headers=headers, timeout=self.timeout_s, limits=limits)
-        except httpx.InvalidURL as error:
+            return httpx.AsyncClient(base_url=base, headers=headers, timeout=self.timeout_s, transport=direct)
+        except (httpx.InvalidURL, UnicodeError) as error:
             raise ConfigError(f"--url: {self.url!r} is no URL ({error})") from error
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import ceil, comb
+from math import ceil, exp, lgamma, log, log1p
 from typing import NamedTuple
 
 from duoserve.config import EngineConfig
@@ -213,4 +213,8 @@ class Costs:
 def chances(count: int, chance: float) -> Iterator[tuple[int, float]]:
     """The binomial distribution: each number of hits in ``count`` trials, and its probability."""
     for hits in range(count + 1):
-        yield hits, comb(count, hits) * chance**hits * (1 - chance) ** (count - hits)
+        if 0.0 < chance < 1.0:  # by logarithms: a thousand trials can end in more ways than a float holds
+            ways = lgamma(count + 1) - lgamma(hits + 1) - lgamma(count - hits + 1)
+            yield hits, exp(ways + hits * log(chance) + (count - hits) * log1p(-chance))
+        else:
+            yield hits, float(hits == count * chance)

@@ -8,7 +8,7 @@ from typing import Any
 
 from duoserve.errors import RequestError
 from duoserve.interface import MAX_LOGPROBS, Objectives
-from duoserve.sampling import HIGHEST_SEED, LOWEST_SEED, RANGES, SamplingParams
+from duoserve.sampling import HIGHEST_SEED, LOWEST_SEED, MAX_STOPS, RANGES, SamplingParams
 from duoserve.server.errors import ApiError, bad
 from duoserve.server.fields import BodyFields, shown
 
@@ -132,11 +132,24 @@ def _sampling(fields: BodyFields) -> dict[str, Any]:
     found = {
         "top_k": None if top_k is None else max(0, top_k),
         **{name: fields.number(name, low, high) for name, (low, high) in RANGES.items()},
-        "stop": fields.raw("stop"),
+        "stop": _stops(fields),
         "seed": fields.integer("seed", LOWEST_SEED, HIGHEST_SEED),
         "ignore_eos": fields.flag("ignore_eos"),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _stops(fields: BodyFields) -> list[str] | None:
+    """One text or several. They are checked here, for what else is there may be too deep to be told of."""
+    value = fields.raw("stop")
+    stops = [value] if isinstance(value, str) else value
+    if stops is None or (isinstance(stops, list) and len(stops) <= MAX_STOPS and all(map(_is_stop, stops))):
+        return stops
+    raise fields.wrong("stop", f"at most {MAX_STOPS} non-empty strings")
+
+
+def _is_stop(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
 
 
 def _sampling_params(**values: Any) -> SamplingParams:
@@ -144,8 +157,6 @@ def _sampling_params(**values: Any) -> SamplingParams:
         return SamplingParams(**values)
     except RequestError as error:
         name = str(error).partition(" ")[0]  # the message begins with the field's name
-        if name == "stop":
-            raise bad(name, f"stop is {shown(values[name])}, but must be at most 4 non-empty strings") from error
         raise bad(name if name in values else None, str(error)) from error
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
-from duoserve.config import ModelConfig
 from duoserve.interface import Objectives, Piece, ServiceFigures, State, Times
 from duoserve.sampling import SamplingParams
 from duoserve.text.tokenizer import Text
@@ -26,9 +25,6 @@ class Model(Protocol):
     """The properties of a model; nothing here runs it."""
 
     @property
-    def config(self) -> ModelConfig: ...
-
-    @property
     def text(self) -> Text | None:
         """The tokenizer, None if the checkpoint has none."""
         ...
@@ -47,12 +43,6 @@ class Model(Protocol):
 
 class RequestStream(Protocol):
     """One request: its pieces, the last of which has a finish reason."""
-
-    @property
-    def prompt_tokens(self) -> int: ...
-
-    @property
-    def output_tokens(self) -> int: ...
 
     @property
     def objectives(self) -> Objectives:

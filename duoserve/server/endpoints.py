@@ -88,7 +88,7 @@ class Endpoints:
         if prompt is None:
             raise fields.wrong("prompt", "text")
         tokens = await self._preparing.encode(model, prompt)
-        return json_response({"count": len(tokens), "max_model_len": model.max_context, "tokens": tokens})
+        return await large_json_response({"count": len(tokens), "max_model_len": model.max_context, "tokens": tokens})
 
     async def metrics(self, request: Request) -> Response:
         """The metrics in Prometheus's text format."""

@@ -43,7 +43,7 @@ class Metrics:
         }
 
     def ended(self, record: Record) -> None:
-        """Counts a request that has ended; the latencies of a request that was cut off do not count."""
+        """Counts a request that has ended. If it was cut off, only the times of the tokens that it had count."""
         self._observe("time_to_first_token_seconds", record.ttft_s)
         for gap in record.gaps:
             self._observe("inter_token_latency_seconds", gap)

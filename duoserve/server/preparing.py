@@ -9,14 +9,17 @@ from typing import Any, TypeVar
 
 from duoserve.errors import RequestError
 from duoserve.server.backend import Model
-from duoserve.server.errors import ApiError, bad
+from duoserve.server.errors import ApiError, bad, unavailable
 
 Result = TypeVar("Result")
-THREADS = 4  # so many texts at once; others wait, which counts toward their own limit
+THREADS = 4  # texts at a time; others wait
 
 
 class Preparing:
-    """Threads that render and tokenize. They raise a 400 for a text that takes longer than ``seconds``."""
+    """Threads that render and tokenize. They raise a 400 for a text that takes longer than ``seconds``.
+
+    A text that no thread takes up within ``seconds`` is a 503, for that is not its own fault.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -39,11 +42,27 @@ class Preparing:
         return await self._bounded("messages", lambda: text.encode(template.render(messages), add_special=False))
 
     async def _bounded(self, param: str, work: Callable[..., Result], *args: Any) -> Result:
-        loop = asyncio.get_running_loop()
+        loop, begun = asyncio.get_running_loop(), asyncio.Event()
+
+        def run() -> Result:
+            loop.call_soon_threadsafe(begun.set)
+            return work(*args)
+
+        done = loop.run_in_executor(self._threads, run)
         try:
+            await self._taken_up(begun)
             async with asyncio.timeout(self._seconds):
-                return await loop.run_in_executor(self._threads, work, *args)
+                return await done
         except TimeoutError as error:
             raise bad(param, f"{param} took longer than {self._seconds:g} s to tokenize: shorten it") from error
         except RequestError as error:
             raise ApiError(400, str(error), param=param) from error
+        finally:
+            done.cancel()  # or a thread would take it up for nobody
+
+    async def _taken_up(self, begun: asyncio.Event) -> None:
+        try:
+            async with asyncio.timeout(self._seconds):
+                await begun.wait()
+        except TimeoutError as error:
+            raise unavailable("the server prepares too many other prompts: try again") from error

@@ -42,3 +42,9 @@ class ServerSettings:
             raise ConfigError("the API key is empty: give one, or none at all")
         if self.api_key is not None and self.api_key != self.api_key.strip():
             raise ConfigError("the API key begins or ends with white space, which no request can show")
+        if self.api_key is not None and not self.api_key.isprintable():
+            raise ConfigError("the API key has a line break, a byte that is not UTF-8, or else what cannot be printed")
+        try:
+            self.name.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"the model's name {self.name!r} is not UTF-8: see --served-model-name") from error

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from duoserve.errors import ClosedError, RequestError
 from duoserve.interface import MAX_LOGPROBS, Objectives, ServiceFigures, ServiceSettings, State
@@ -31,7 +33,8 @@ class AsyncEngine:
         with model.lend() as runtime:
             self._text = runtime.text
             self._worker = Worker(runtime, settings)
-        self._closing: asyncio.Task[None] | None = None
+        self._closing: Future[None] | None = None
+        self._close_lock = threading.Lock()
 
     @property
     def state(self) -> State:
@@ -103,11 +106,12 @@ class AsyncEngine:
     async def close(self) -> None:
         """Ends all requests with ClosedError, then the thread, then the model.
 
-        Further calls wait for the same end, which comes even if all calls are cancelled.
+        Further calls, in any event loop, wait for the same end, which comes even if all calls are cancelled.
         """
-        if self._closing is None or self._closing.cancelled():
-            self._closing = asyncio.create_task(asyncio.to_thread(self._end))
-        await asyncio.shield(self._closing)
+        with self._close_lock:
+            if self._closing is None:
+                self._closing = ThreadPoolExecutor(1, thread_name_prefix="duoserve-close").submit(self._end)
+        await asyncio.shield(asyncio.wrap_future(self._closing))
 
     def _end(self) -> None:
         self._worker.stop()

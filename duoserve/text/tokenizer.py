@@ -34,10 +34,7 @@ BYTE_OF = _byte_alphabet()
 
 
 class Text:
-    """A checkpoint's tokenizer. ``decode`` gives exactly the text that :class:`IncrementalDecoder` streams.
-
-    ``join`` turns vocabulary entries into text.
-    """
+    """A checkpoint's tokenizer. ``decode`` gives to the character what :class:`IncrementalDecoder` streams."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         tokenizer.no_truncation()  # a tokenizer.json may still have truncation or padding from training
@@ -48,8 +45,8 @@ class Text:
         decoder = tokenizer.decoder
         kinds = set() if decoder is None else _decoder_kinds(json.loads(decoder.__getstate__()))
         self.byte_level = "ByteLevel" in kinds  # every token is a run of bytes
-        self._byte_fallback = "ByteFallback" in kinds  # tokens such as <0xE2> are one byte
-        self.join: Callable[[list[str]], str] = " ".join if decoder is None else decoder.decode
+        self._byte_fallback = "ByteFallback" in kinds  # a token such as <0xE2> is one byte
+        self._join: Callable[[list[str]], str] = " ".join if decoder is None else decoder.decode
 
     @classmethod
     def load(cls, folder: Path) -> Text | None:
@@ -79,6 +76,14 @@ class Text:
         """The text of ``token_ids``; special tokens, and ids that the tokenizer does not know, have none."""
         decoder = IncrementalDecoder(self)
         return "".join([decoder.push(token_id) for token_id in token_ids] + [decoder.flush()])
+
+    def join(self, tokens: list[str]) -> str:
+        """The text of vocabulary entries that follow each other; DuoServeError where the decoder fails."""
+        try:
+            return self._join(tokens)
+        except BaseException:  # guarded no earlier: there is a join or two for each token, and the guard costs as much
+            with _guarded(DuoServeError, f"the tokenizer cannot decode {tokens}"):
+                raise
 
     def token(self, token_id: int) -> str | None:
         """The vocabulary's entry, None for special tokens and for ids beyond the vocabulary."""

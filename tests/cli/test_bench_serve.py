@@ -52,12 +52,23 @@ def test_the_search_for_goodput_says_what_it_found(duoserve, served):  # noqa: F
         (("--url", "http://127.0.0.1:9"), "--url: no server answers at http://127.0.0.1:9"),
         (("--url", "nonsense"), "--url: no server answers at"),
         (("--url", "http://[::1"), "--url: 'http://[::1' is no URL"),
+        (("--url", "\udcff"), "--url: '\\udcff' is no URL"),
+        (("--url", "http://127.0.0.1:9", "--api-key", "s3cret\udcff"), "--api-key: no request can show"),
+        (("--url", "http://127.0.0.1:9", "--api-key", "s3\ncret"), "--api-key: no request can show"),
         (("--url", "http://127.0.0.1:9", "--goodput"), "--goodput counts requests inside objectives: give --slo-ttft"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(duoserve, words, said):
     ran = duoserve("bench", "serve", *words)
     assert ran.code == 1 and said in ran.err and ran.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("proxy", ["socks://127.0.0.1:9", "http://127.0.0.1:9"])
+def test_no_proxy_stands_between_the_load_and_the_server(duoserve, served, monkeypatch, proxy):  # noqa: F811
+    server = served(script_of(*spoken("a")))
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    ran = duoserve("bench", "serve", "--url", server.url, "--requests", "2", "--rate", "50", *SMALL)
+    assert ran.code == 0, ran.err
 
 
 def test_another_model_or_key_is_named(duoserve, served):  # noqa: F811

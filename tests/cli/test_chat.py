@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import sys
 
 import pytest
 
@@ -95,6 +96,21 @@ def test_thoughts_of_an_answer_are_shown_but_not_in_the_next_prompt(duoserve, tm
     ran = duoserve("chat", folder)
     assert (ran.code, ran.out) == (0, "analysisok?assistantfinalcat\nfinalmat\n")
     assert Text(tokenizer).decode(prompts[1]) == "[user] hi\n[assistant] cat\n[user] more\n[assistant] "
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_the_prompt_is_shown_on_the_terminal_alone(duoserve, chat_folder, answers, monkeypatch, seen):
+    (answer,) = answers("[user] hi\n[assistant] ")
+    monkeypatch.setattr("sys.stdin", Terminal("hi\n"))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: seen)
+    ran = duoserve("chat", chat_folder, *GREEDY)
+    assert ran.out == (f"> {answer}\n> " if seen else f"{answer}\n")
+    assert ran.err.count("> ") == (0 if seen else 2)
 
 
 def test_what_is_no_text_is_refused(duoserve, chat_folder, monkeypatch):

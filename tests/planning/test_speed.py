@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from duoserve.planning.sizes import ModelSizes
-from duoserve.planning.speed import Costs, PromptSpec, StepSpec
+from duoserve.planning.speed import Costs, PromptSpec, StepSpec, chances
 from duoserve.replaying.hardware import Hardware, LayerSizes, Machine
 from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import POLICIES
@@ -41,6 +41,18 @@ def test_a_miss_costs_its_copy_and_what_cannot_be_computed_meanwhile() -> None:
     assert none_missing.total == pytest.approx(4 * (BEFORE + 2 * ONE) + HEAD)
     half = 0.25 * 2 * ONE + 0.5 * (COPY + ONE) + 0.25 * (2 * COPY + ONE)
     assert IN_RAM.decode(POLICIES["lru"], step(0.5)).total == pytest.approx(4 * (BEFORE + half) + HEAD)
+
+
+@pytest.mark.parametrize("count", [1, 8, 4096])
+@pytest.mark.parametrize("chance", [0.0, 1e-9, 0.3, 1.0])
+def test_chances_are_those_of_the_binomial_distribution(count: int, chance: float) -> None:
+    found = list(chances(count, chance))
+    assert [hits for hits, _ in found] == list(range(count + 1))
+    assert sum(share for _, share in found) == pytest.approx(1)
+    assert sum(hits * share for hits, share in found) == pytest.approx(count * chance)
+    assert sum((hits - count * chance) ** 2 * share for hits, share in found) == pytest.approx(
+        count * chance * (1 - chance), rel=1e-9, abs=1e-12
+    )
 
 
 def test_on_demand_computes_nothing_meanwhile() -> None:

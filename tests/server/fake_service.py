@@ -39,24 +39,21 @@ class FakeTemplate:
 
 @dataclass
 class FakeModel:
-    """The model's face; ``config`` is nothing that the server reads."""
+    """The model's face."""
 
     text: Text | None = field(default_factory=lambda: Text(byte_level_tokenizer()))
     chat_template: FakeTemplate | None = field(default_factory=FakeTemplate)
     max_context: int = CONTEXT
     policy: str = "lru"
-    config: Any = None
 
 
 class FakeStream:
     """Plays one script."""
 
-    def __init__(self, service: FakeService, steps: Sequence[Step], prompt_tokens: int, objectives: Objectives) -> None:
+    def __init__(self, service: FakeService, steps: Sequence[Step], objectives: Objectives) -> None:
         self._service = service
         self._steps = iter(steps)
-        self.prompt_tokens = prompt_tokens
         self.objectives = objectives
-        self.output_tokens = 0
         self.times = Times(time.monotonic())
         self.cancelled_at: float | None = None
         self.over = False
@@ -83,7 +80,6 @@ class FakeStream:
     def _given(self, piece: Piece) -> Piece:
         now = time.monotonic()
         self.times = replace(self.times, admitted=self.times.admitted or now, first_token=self.times.first_token or now)
-        self.output_tokens += len(piece.token_ids)
         if piece.finish_reason:
             self._end(piece.finish_reason)
         return piece
@@ -133,7 +129,7 @@ class FakeService:
         steps = self.script(len(self.streams))
         asked = {"prompt": list(prompt), "params": params, "objectives": objectives, "logprobs": logprobs}
         self.asked.append(asked | {"goes_on": goes_on})
-        self.streams.append(FakeStream(self, steps, len(prompt), objectives.or_else(self.objectives)))
+        self.streams.append(FakeStream(self, steps, objectives.or_else(self.objectives)))
         return self.streams[-1]
 
     async def drain(self, seconds: float) -> None:

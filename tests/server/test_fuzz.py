@@ -113,8 +113,11 @@ def told(answer):
     return answer.status_code
 
 
+JSON = {"Content-Type": "application/json"}
+
+
 def post(server, path, body):
-    return told(server.http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"}))
+    return told(server.http.post(path, content=json.dumps(body), headers=JSON))
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -146,6 +149,13 @@ def test_no_bytes_make_a_500(lasting, body):
 def test_no_odd_json_makes_a_500(lasting, body):
     for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
         told(lasting.http.post(path, content=body, headers={"Content-Type": "application/json"}))
+
+
+def test_no_depth_makes_a_500(lasting):
+    """Of what the parser still takes, some would be too deep to be told of."""
+    for depth in range(900, 1000):
+        body = f'{{"prompt": "a", "stop": {"[" * depth}"a"{"]" * depth}}}'
+        assert told(lasting.http.post("/v1/completions", content=body, headers=JSON)) == 400
 
 
 @settings(max_examples=100, deadline=None)

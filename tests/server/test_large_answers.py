@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,6 +46,27 @@ def test_others_are_answered_while_a_large_answer_is_made(served, chat):
     assert len(found.json()["choices"]) == CHOICES
     meanwhile = [(asked, told) for asked, told in others if began < asked and told < came]
     assert len(meanwhile) >= 5  # an event loop that made the answer itself would tell one or two, before it begins
+
+
+def test_others_are_answered_while_the_ids_of_a_long_text_are_written(served):
+    text = SimpleNamespace(encode=lambda prompt: [12_345] * 4_000_000)
+    server = served(model=FakeModel(text=text))
+    came = []
+
+    def answered():
+        with server.http.stream("POST", "/tokenize", json={"prompt": "long"}) as found:
+            came.append(time.monotonic())
+            found.read()
+        return found
+
+    told = []
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(answered)
+        while not answer.done():
+            assert server.http.get("/health").status_code == 200
+            told.append(time.monotonic())
+    assert len(answer.result().json()["tokens"]) == 4_000_000
+    assert sum(one < came[0] for one in told) >= 5
 
 
 def test_json_in_parts_is_json():

@@ -168,7 +168,8 @@ def test_settings_are_checked():
     nan, inf = float("nan"), float("inf")
     seconds = [{"shutdown_s": -1}, {"shutdown_s": nan}, {"shutdown_s": inf}, {"ping_s": 0}, {"ping_s": nan}]
     keys = [{"api_key": ""}, {"api_key": " s3cret"}, {"api_key": "s3cret\n"}]
-    for wrong in ({"port": 70_000}, {"host": ""}, *keys, *seconds):
+    keys += [{"api_key": "s3cret\udcff"}, {"api_key": "s3\ncret"}, {"api_key": "s3\0cret"}]
+    for wrong in ({"port": 70_000}, {"host": ""}, {"name": "mod\udcffel"}, *keys, *seconds):
         with pytest.raises(ConfigError):
             settings(**wrong)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
+from duoserve.errors import DuoServeError
 from duoserve.interface import Piece, TokenLogprobs
 from duoserve.server.answers import Completions
 from duoserve.server.token_text import TokenText
 from duoserve.text.tokenizer import IncrementalDecoder, Text
-from tests.small_tokenizers import byte_level_tokenizer, llama_tokenizer
+from tests.small_tokenizers import byte_level_tokenizer, llama_tokenizer, stripping_tokenizer
 
 LLAMA = llama_tokenizer()
 WORDS = ["▁the", "the", "▁", "cat", "##s", ".", "▁é"]
@@ -81,6 +82,13 @@ def test_without_a_tokenizer_there_is_no_text_to_have_a_place_in() -> None:
     writer = Completions().writer(0, TokenText(None), [5])
     found = writer.whole([Piece("", (token,), (TokenLogprobs(token, -1.0, ()),), "stop") for token in (5, 6)])
     assert (found["logprobs"]["tokens"], found["logprobs"]["text_offset"]) == (["token_id:5", "token_id:6"], [0, 0])
+
+
+def test_a_token_that_makes_the_decoder_panic_is_an_error() -> None:
+    tokens = TokenText(Text(stripping_tokenizer(2, 4)))
+    with pytest.raises(DuoServeError, match="the tokenizer cannot decode"):
+        tokens.label(2)
+    assert tokens.label(3) == "w3"
 
 
 def test_byte_level_tokens_are_their_bytes() -> None:

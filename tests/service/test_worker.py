@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import logging
+import shutil
 import threading
 import time
 import weakref
@@ -27,7 +28,7 @@ from duoserve.service.stream import Stream
 from duoserve.text.tokenizer import IncrementalDecoder
 from tests.checkpoints import BARD, save_mixtral
 from tests.fakes import Gate
-from tests.small_tokenizers import byte_level_tokenizer
+from tests.small_tokenizers import byte_level_tokenizer, stripping_tokenizer
 
 PROMPT = [5, 9, 2, 40, 41, 7]
 PARAMS = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
@@ -88,6 +89,29 @@ def test_a_close_that_is_cancelled_comes_to_its_end(folder: Path) -> None:
             [_ async for _ in stream]
 
     asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_a_service_is_closed_in_another_event_loop_than_one_that_gave_up(folder: Path) -> None:
+    gate = Gate()
+
+    async def begun() -> AsyncEngine:
+        service = AsyncEngine(MoEModel.from_pretrained(folder))
+        engine = service.model._runtime.engine
+        step, engine.step = engine.step, lambda: gate.pass_through() or step()  # type: ignore[method-assign, func-returns-value]
+        await service.submit(PROMPT, PARAMS)
+        await asyncio.to_thread(gate.wait_entered)
+        return service
+
+    loop = asyncio.new_event_loop()
+    service = loop.run_until_complete(begun())
+    with pytest.raises(TimeoutError):
+        loop.run_until_complete(asyncio.wait_for(service.close(), 0.05))
+    loop.close()
+    gate.open()
+    for _ in range(2):
+        asyncio.run(asyncio.wait_for(service.close(), 20))
+    with pytest.raises(ClosedError, match="this model was closed"):
+        _ = service.model.config
 
 
 @pytest.mark.parametrize("error", [None, CopyError("no such expert"), ZeroDivisionError("a bug")], ids=repr)
@@ -250,6 +274,25 @@ def test_a_tokenizer_that_fails_ends_its_request_alone(monkeypatch: pytest.Monke
 
     model = MoEModel.from_pretrained(BARD, policy="lru", expert_slots=12)
     serve(model, main)
+
+
+def test_a_decoder_that_panics_ends_its_request_alone(folder: Path, tmp_path: Path) -> None:
+    with MoEModel.from_pretrained(folder) as model:
+        free = model.generate(PROMPT, PARAMS).token_ids
+    last = max(set(free), key=free.index)
+    folder = shutil.copytree(folder, tmp_path / "model")
+    stripping_tokenizer(last, 96).save(str(folder / "tokenizer.json"))
+
+    async def main(service: AsyncEngine) -> None:
+        first, second = [await service.submit(PROMPT, replace(PARAMS, max_tokens=n)) for n in (30, free.index(last))]
+        with pytest.raises(DuoServeError, match="the tokenizer cannot decode"):
+            async for _ in first:
+                pass
+        text = "".join([piece.text async for piece in second])
+        assert text == "".join(f"w{token}" for token in free[: free.index(last)])
+        assert service.state is State.READY and service.figures().finished == {"error": 1, "length": 1}
+
+    serve(MoEModel.from_pretrained(folder), main)
 
 
 def test_the_last_piece_has_the_end_token_without_its_text(tmp_path: Path) -> None:

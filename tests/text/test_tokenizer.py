@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from duoserve.errors import CheckpointError, RequestError
+from duoserve.errors import CheckpointError, DuoServeError, RequestError
 from duoserve.text.tokenizer import IncrementalDecoder, StopStrings, Text
-from tests.small_tokenizers import byte_level_tokenizer, llama_tokenizer
+from tests.small_tokenizers import byte_level_tokenizer, llama_tokenizer, stripping_tokenizer
 
 ALPHABET = st.sampled_from("aeé the\n日😀👍🏽▁ ")
 
@@ -200,6 +200,13 @@ def test_a_panic_in_the_tokenizer_is_a_request_error(capfd):
     with pytest.raises(RequestError, match="the tokenizer cannot encode this text"):
         Text(tokenizer).encode("a" * 40 + "b")
     assert "panicked" in capfd.readouterr().err, "this text no longer makes the tokenizer panic: find another"
+
+
+def test_a_panic_in_the_decoder_is_an_error_that_is_not_the_requests(capfd):
+    with pytest.raises(DuoServeError, match=r"the tokenizer cannot decode \['w1', 'z'\]: ") as raised:
+        Text(stripping_tokenizer(2, 4)).decode([0, 1, 2, 3])
+    assert not isinstance(raised.value, RequestError)
+    assert "panicked" in capfd.readouterr().err, "this token no longer makes the tokenizer panic: find another"
 
 
 def test_text_that_is_no_unicode_is_a_request_error():
