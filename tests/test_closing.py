@@ -78,7 +78,7 @@ def test_nothing_is_released_under_the_step_of_a_service(model: MoEModel, monkey
     def held_up(*args: object) -> Tensor:
         gate.pass_through()
         assert not released.is_set()
-        return decode(*args)  # type: ignore[arg-type]
+        return decode(*args)
 
     async def main() -> None:
         service = AsyncEngine(model)
@@ -111,7 +111,7 @@ def test_nothing_is_released_while_a_service_is_made(model: MoEModel, monkeypatc
     def held_up(*args: object) -> None:
         gate.pass_through()
         assert not released.is_set()
-        prepare(*args)  # type: ignore[arg-type]
+        prepare(*args)
 
     monkeypatch.setattr(Passes, "prepare", held_up)
     model._runtime._held.callback(released.set)

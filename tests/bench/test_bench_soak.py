@@ -38,7 +38,7 @@ def served(fate: str, answer: httpx.Response, expected: tuple[str, str] = ("xy",
         transport = httpx.MockTransport(lambda request: answer)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
             clients = Clients(http, [KIND], [[expected]], 0)
-            await soak(clients, [Asked(fate, 0, {}, 0)], 1)  # type: ignore[arg-type]
+            await soak(clients, [Asked(fate, 0, {}, 0)], 1)
             return clients.tally
 
     return asyncio.run(main())

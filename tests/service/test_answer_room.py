@@ -65,7 +65,7 @@ def test_answers_grow_together_and_make_way_when_no_room_is_left(
     prompts = [PROMPT, OTHER, RUNNING, PROMPT[:3]]
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
         alone = [[t for _, t in engine.generate([asked(p, n)])] for p, n in zip(prompts, lengths, strict=True)]
-        engine.serve_by(ServiceSettings(answer_room=8, scheduler=scheduler))  # type: ignore[arg-type]
+        engine.serve_by(ServiceSettings(answer_room=8, scheduler=scheduler))
         seen = Together(monkeypatch)
         requests = [asked(p, n) for p, n in zip(prompts, lengths, strict=True)]
         for request in requests:

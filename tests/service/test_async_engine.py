@@ -102,7 +102,7 @@ def test_streams_give_what_generate_gives(load: Open) -> None:
                 assert all(piece.finish_reason is None for piece in pieces[:-1])
                 assert stream.output_tokens == len(whole.token_ids)
                 times = stream.times
-                assert times.arrived <= times.admitted <= times.first_token <= times.finished  # type: ignore[operator]
+                assert times.arrived <= times.admitted <= times.first_token <= times.finished
             figures = service.figures()
             assert figures.finished == {whole.finish_reason: 3} and figures.state is State.READY
             await until(lambda: service.figures().stats.output_tokens == 3 * len(whole.token_ids))
@@ -147,7 +147,7 @@ def test_what_cannot_be_served_is_refused_and_nothing_is_left_of_it(load: Open) 
                 ([1], {"logprobs": 21}, "logprobs is 21, but must be an integer in 0..20"),
             ):
                 with pytest.raises(RequestError, match=says):
-                    await service.submit(prompt, params(), **how)  # type: ignore[arg-type]
+                    await service.submit(prompt, params(), **how)
             first = await service.submit(PROMPT, LONG)
             await anext(first)
             second = await service.submit(PROMPT, LONG)
