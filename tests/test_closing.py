@@ -15,6 +15,7 @@ from torch import Tensor
 from duoserve import AsyncEngine, ClosedError, MoEModel, SamplingParams, State
 from duoserve.passes import Passes
 from tests.fakes import PATIENCE_S, Gate
+from tests.loops import in_a_loop
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
 
@@ -71,7 +72,10 @@ def test_nothing_is_released_under_a_step(what: str, model: MoEModel, monkeypatc
     assert isinstance(call.error(), ClosedError if what == "generate" else type(None))
 
 
-def test_nothing_is_released_under_the_step_of_a_service(model: MoEModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@in_a_loop
+async def test_nothing_is_released_under_the_step_of_a_service(
+    model: MoEModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate, released, decode = Gate(), threading.Event(), Passes.decode
     tokens: list[int] = []
 
@@ -80,28 +84,25 @@ def test_nothing_is_released_under_the_step_of_a_service(model: MoEModel, monkey
         assert not released.is_set()
         return decode(*args)
 
-    async def main() -> None:
-        service = AsyncEngine(model)
-        engine = weakref.ref(model._runtime.engine)
-        stream = await service.submit("To be", GREEDY)
-        await asyncio.to_thread(gate.wait_entered)
-        closing = Call(model.close)
-        assert not await asyncio.to_thread(released.wait, 0.2), "the model was closed under a step"
-        gate.open()
-        with pytest.raises(ClosedError, match="shutting down"):
-            async for piece in stream:
-                tokens.extend(piece.token_ids)
-        assert await asyncio.to_thread(closing.error) is None and released.is_set()
-        gc.collect()
-        assert engine() is None and service.state is State.DRAINING
-        with pytest.raises(ClosedError):
-            await service.submit("To be", GREEDY)
-        await service.close()
-
     alone = model.generate("To be", GREEDY).token_ids
     monkeypatch.setattr(Passes, "decode", held_up)
     model._runtime._held.callback(released.set)
-    asyncio.run(asyncio.wait_for(main(), 20))
+    service = AsyncEngine(model)
+    engine = weakref.ref(model._runtime.engine)
+    stream = await service.submit("To be", GREEDY)
+    await asyncio.to_thread(gate.wait_entered)
+    closing = Call(model.close)
+    assert not await asyncio.to_thread(released.wait, 0.2), "the model was closed under a step"
+    gate.open()
+    with pytest.raises(ClosedError, match="shutting down"):
+        async for piece in stream:
+            tokens.extend(piece.token_ids)
+    assert await asyncio.to_thread(closing.error) is None and released.is_set()
+    gc.collect()
+    assert engine() is None and service.state is State.DRAINING
+    with pytest.raises(ClosedError):
+        await service.submit("To be", GREEDY)
+    await service.close()
     assert tokens == alone[: len(tokens)] and 0 < len(tokens) < len(alone)
 
 

@@ -36,6 +36,7 @@ from tests.compiled_case import needs_compiler, save
 from tests.fakes import Gate
 from tests.lagging import Truth, write
 from tests.listeners import Heard
+from tests.loops import in_a_loop
 from tests.models.cases import FAMILIES
 from tests.models.test_families import decoded
 from tests.models.test_mixtral_parity import relative_error
@@ -179,7 +180,7 @@ def test_requests_join_and_leave_while_others_go_on(
         sampled = model.generate(PROMPTS[0], GREEDY, temperature=0.9, seed=5).token_ids
     monkeypatch.setattr(Passes, "decode", lambda *args: gate.pass_through() or decode(*args))
     with MoEModel.from_pretrained(mixtral, expert_slots=9, policy="duoserve", decode_mode="compiled") as model:
-        assert asyncio.run(_together(model, gate)) == [*expected, sampled]
+        assert _together(model, gate) == [*expected, sampled]
     assert fours == [1] + [4] * 5 + [3] * 3 + [2] * 3 + [1] * 11
 
 
@@ -187,6 +188,7 @@ def _staggered() -> list[tuple[list[int], int]]:
     return list(zip(PROMPTS, (24, 6, 12), strict=True))
 
 
+@in_a_loop
 async def _together(model: MoEModel, gate: Gate) -> list[list[int]]:
     """The others come while the first is in its first decode step, at ``gate``; the fourth samples."""
     service = AsyncEngine(model)
@@ -268,14 +270,14 @@ def test_quantized_experts_of_few_and_of_many_rows(
     options = {"quantize": quantize, "dtype": "float32"}
     with MoEModel.from_pretrained(folder, **options) as model:
         expected = [[out.token_ids for out in model.generate(prompts, GREEDY)] for prompts in batches]
-        alone, top = asyncio.run(decoded(model, PROMPTS[0], 9))
+        alone, top = decoded(model, PROMPTS[0], 9)
     rows, compute = [], MoEBlock.compute
     monkeypatch.setattr(
         MoEBlock, "compute", lambda self, routed, work: rows.append(len(routed.x_TH)) or compute(self, routed, work)
     )
     with MoEModel.from_pretrained(folder, decode_mode="compiled", **options) as model:
         assert [[out.token_ids for out in model.generate(prompts, GREEDY)] for prompts in batches] == expected
-        found, found_top = asyncio.run(decoded(model, PROMPTS[0], 9))
+        found, found_top = decoded(model, PROMPTS[0], 9)
     assert found == alone
     assert relative_error(found_top, top) <= 1e-5
     assert fours and (4 in rows) == (most < 4)
