@@ -50,23 +50,22 @@ class Call:
 
 @pytest.mark.parametrize("what", ["generate", "forward"])
 def test_nothing_is_released_under_a_step(what: str, model: MoEModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    entered, gate, released = threading.Event(), threading.Event(), threading.Event()
+    gate, released = Gate(), threading.Event()
     name = "decode" if what == "generate" else "whole"
     step = getattr(Passes, name)
 
     def held_up(*args: object) -> Tensor:
-        entered.set()
-        assert gate.wait(PATIENCE_S)
+        gate.pass_through()
         assert not released.is_set()
         return step(*args)
 
     monkeypatch.setattr(Passes, name, held_up)
     model._runtime._held.callback(released.set)  # the first thing that is released
     call = Call(lambda: model.generate("To be", GREEDY) if what == "generate" else model.forward([1, 2, 3]))
-    assert entered.wait(PATIENCE_S)
+    gate.wait_entered()
     waiting, closing = Call(lambda: model.generate("To be", GREEDY)), Call(model.close)
     assert not released.wait(0.2), "the model was closed under a step"
-    gate.set()
+    gate.open()
     assert closing.error() is None and released.is_set()
     assert isinstance(waiting.error(), ClosedError)
     assert isinstance(call.error(), ClosedError if what == "generate" else type(None))
