@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from duoserve import AsyncEngine, ClosedError, MoEModel, SamplingParams, State
+from duoserve import AsyncEngine, ClosedError, MoEModel, State
 from duoserve.passes import Passes
 from tests.fakes import PATIENCE_S, Gate
 from tests.loops import in_a_loop
+from tests.toys import greedy
 
-GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+GREEDY = greedy(40)
 
 
 @pytest.fixture

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from duoserve import AsyncEngine, CompilerError, MemoryBudgetError, MoEModel, SamplingParams, State
+from duoserve import AsyncEngine, CompilerError, MemoryBudgetError, MoEModel, State
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Passes
 from tests.checkpoints import save_mixtral
 from tests.live_threads import threads_since
 from tests.loops import in_a_loop
+from tests.toys import greedy
 
 PROMPT = [5, 9, 2, 40, 41, 7]
-GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+GREEDY = greedy(8)
 REFUSAL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the notes")
 SAID = r"^out of memory while a pass was computed \(.+\): free some, or lower expert_slots, memory, host_memory or max"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from duoserve import ConfigError, MoEModel, SamplingParams
+from duoserve import ConfigError, MoEModel
 from duoserve.errors import RequestError
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.quantizing import QuantizingStore
@@ -26,9 +26,10 @@ from tests.compiled_case import needs_compiler
 from tests.models.cases.quantized import CASES
 from tests.models.test_mixtral_parity import relative_error
 from tests.test_moe_model import HELD_OUT
+from tests.toys import greedy, toy_prompt
 
-PROMPT = [(11 * i * i + 5 * i) % 95 + 1 for i in range(30)]
-GREEDY = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
+PROMPT = toy_prompt(30)
+GREEDY = greedy(32)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from duoserve import ConfigError, MoEModel, SamplingParams
+from duoserve import ConfigError, MoEModel
 from duoserve.kernels import compiled as compiled_kernels
 from duoserve.kernels.compiled import inductor
 from duoserve.kernels.compiled.compiler import CpuCompiler
@@ -21,9 +21,10 @@ from tests.checkpoints import save_mixtral
 from tests.compiled_case import few_streams, needs_compiler, save
 from tests.models.test_families import decoded
 from tests.models.test_mixtral_parity import relative_error
+from tests.toys import greedy, toy_prompt
 
-PROMPT = [(7 * i * i + 3 * i) % 95 + 1 for i in range(40)]
-GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+PROMPT = toy_prompt(40)
+GREEDY = greedy(20)
 # Latent attention, dense first layers and shared experts; sinks, windows and an activation of its own; a gated shared
 # expert and biases. What the others add is in the router and in norms, which are traced from the same ops.
 TYPES = ("deepseek_v3", "gpt_oss", "qwen2_moe")

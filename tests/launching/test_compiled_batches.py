@@ -40,10 +40,11 @@ from tests.loops import in_a_loop
 from tests.models.cases import FAMILIES
 from tests.models.test_families import decoded
 from tests.models.test_mixtral_parity import relative_error
+from tests.toys import greedy, toy_prompt
 
-PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in (7, 30, 1)]
+PROMPTS = [toy_prompt(length) for length in (7, 30, 1)]
 MAX_TOKENS = (8, 5, 9)  # they leave one after the other, so that there is more and more padding
-GREEDY = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
+GREEDY = greedy(9)
 TYPES = ("mixtral", "deepseek_v3", "gpt_oss")
 Before = Callable[[Parts, NewTokens], None]
 COMPILER = CpuCompiler()  # that of all engines that are assembled here, so that what is alike is compiled once

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from duoserve import CheckpointError, ConfigError, MoEModel, SamplingParams, kernels
+from duoserve import CheckpointError, ConfigError, MoEModel, kernels
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.interface import ServiceSettings
 from duoserve.models.described import described
@@ -26,9 +26,10 @@ from tests.loops import in_a_loop
 from tests.models.cases import FAMILIES
 from tests.models.cases.case import SINGLE, FamilyCases
 from tests.models.test_mixtral_parity import relative_error
+from tests.toys import greedy, toy_prompt
 
-PROMPT = [(7 * i * i + 3 * i) % 95 + 1 for i in range(40)]
-GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+PROMPT = toy_prompt(40)
+GREEDY = greedy(64)
 STREAMING = tuple(name for name in POLICIES if name != "resident")
 ALL = [(model_type, name) for model_type, family in FAMILIES.items() for name in family.cases]
 

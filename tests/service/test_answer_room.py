@@ -23,8 +23,9 @@ from duoserve.request import Request
 from tests.assembly import assembled
 from tests.checkpoints import save_mixtral
 from tests.loops import in_a_loop
-from tests.service.test_async_engine import ids, params, read, serving
+from tests.service.test_async_engine import ids, read, serving
 from tests.test_engine_steps import OTHER, PROMPT, RUNNING, asked, run, virtual_copies
+from tests.toys import greedy
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,7 @@ async def test_answers_that_might_fill_the_context_are_written_side_by_side(tmp_
     folder = save_mixtral(tmp_path / "model", max_position_embeddings=512)
     model = MoEModel.from_pretrained(folder, expert_slots=9, policy="lru", cache_dir=tmp_path, max_context=512)
     async with serving(model, answer_room=32) as service:
-        streams = [await service.submit(PROMPT, params(512 - len(PROMPT))) for _ in range(2)]
+        streams = [await service.submit(PROMPT, greedy(512 - len(PROMPT))) for _ in range(2)]
         for stream in streams:
             await anext(stream)
         assert service.figures().running == 2

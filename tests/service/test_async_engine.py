@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from duoserve import AsyncEngine, MoEModel, Objectives, Piece, SamplingParams, ServiceSettings, State
+from duoserve import AsyncEngine, MoEModel, Objectives, Piece, ServiceSettings, State
 from duoserve.errors import ClosedError, CopyError, DuoServeError, OverloadedError, RequestError
 from duoserve.experts.copy_engine import ThreadedCopyEngine
 from duoserve.experts.tickets import Ticket
@@ -25,9 +25,10 @@ from tests.checkpoints import BARD, save_mixtral
 from tests.fakes import PATIENCE_S, Gate
 from tests.live_threads import threads_since
 from tests.loops import in_a_loop
+from tests.toys import greedy, toy_prompt
 
-PROMPT = [(11 * i * i + 5 * i) % 95 + 1 for i in range(30)]
-LONG = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
+PROMPT = toy_prompt(30)
+LONG = greedy(200)
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +77,6 @@ async def read(stream: AsyncIterator[Piece]) -> list[Piece]:
     return [piece async for piece in stream]
 
 
-def params(max_tokens: int = 8, **more: Any) -> SamplingParams:
-    return SamplingParams(**{"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True} | more)
-
-
 def ids(pieces: Sequence[Piece]) -> list[int]:
     return [token for piece in pieces for token in piece.token_ids]
 
@@ -87,10 +84,10 @@ def ids(pieces: Sequence[Piece]) -> list[int]:
 @in_a_loop
 async def test_streams_give_what_generate_gives(load: Open) -> None:
     with MoEModel.from_pretrained(BARD, policy="lru", expert_slots=12) as alone:
-        whole = alone.generate("To be, or", params(24, ignore_eos=False, stop=["\n\n"]))
+        whole = alone.generate("To be, or", greedy(24, ignore_eos=False, stop=["\n\n"]))
 
     async with serving(load(BARD, expert_slots=12)) as service:
-        streams = [await service.submit("To be, or", params(24, ignore_eos=False, stop=["\n\n"])) for _ in range(3)]
+        streams = [await service.submit("To be, or", greedy(24, ignore_eos=False, stop=["\n\n"])) for _ in range(3)]
         for stream in streams:
             pieces = await read(stream)
             assert "".join(piece.text for piece in pieces) == whole.text
@@ -109,9 +106,9 @@ async def test_streams_give_what_generate_gives(load: Open) -> None:
 @in_a_loop
 async def test_a_stop_string_ends_the_stream_before_it(load: Open) -> None:
     async with serving(load(BARD, expert_slots=12)) as service:
-        text = "".join(p.text for p in await read(await service.submit("To be, or", params(40))))
+        text = "".join(p.text for p in await read(await service.submit("To be, or", greedy(40))))
         for stop, most in ((text[12:16], 40), ("re", 4)):  # the last of 4 tokens completes it
-            pieces = await read(await service.submit("To be, or", params(most, stop=stop)))
+            pieces = await read(await service.submit("To be, or", greedy(most, stop=stop)))
             assert "".join(piece.text for piece in pieces) == text[: text.index(stop)]
             assert pieces[-1].finish_reason == "stop"
         assert len(ids(pieces)) == 4
@@ -120,11 +117,11 @@ async def test_a_stop_string_ends_the_stream_before_it(load: Open) -> None:
 @in_a_loop
 async def test_logprobs_come_with_the_tokens(load: Open) -> None:
     async with serving(load()) as service:
-        pieces = await read(await service.submit(PROMPT, params(5), logprobs=3))
+        pieces = await read(await service.submit(PROMPT, greedy(5), logprobs=3))
         said = [one for piece in pieces for one in piece.logprobs]
         assert [one.token_id for one in said] == ids(pieces) and all(len(one.top) == 3 for one in said)
         assert all(one.top[0] == (one.token_id, one.logprob) for one in said)  # greedy
-        assert not any(piece.logprobs for piece in await read(await service.submit(PROMPT, params(2))))
+        assert not any(piece.logprobs for piece in await read(await service.submit(PROMPT, greedy(2))))
 
 
 @in_a_loop
@@ -138,7 +135,7 @@ async def test_what_cannot_be_served_is_refused_and_nothing_is_left_of_it(load: 
             ([1], {"logprobs": 21}, "logprobs is 21, but must be an integer in 0..20"),
         ):
             with pytest.raises(RequestError, match=says):
-                await service.submit(prompt, params(), **how)
+                await service.submit(prompt, greedy(), **how)
         first = await service.submit(PROMPT, LONG)
         await anext(first)
         second = await service.submit(PROMPT, LONG)
@@ -153,16 +150,16 @@ async def test_what_cannot_be_served_is_refused_and_nothing_is_left_of_it(load: 
 @in_a_loop
 async def test_objectives_are_counted_and_strict_admission_refuses(load: Open) -> None:
     async with serving(load(), admission="strict", objectives=Objectives(ttft_s=60.0)) as service:
-        plain = await service.submit(PROMPT, params())
-        mixed = await service.submit(PROMPT, params(), Objectives(None, 60.0))
+        plain = await service.submit(PROMPT, greedy())
+        mixed = await service.submit(PROMPT, greedy(), Objectives(None, 60.0))
         assert (plain.objectives, mixed.objectives) == (Objectives(60.0), Objectives(60.0, 60.0))
         await read(plain), await read(mixed)
         with pytest.raises(OverloadedError, match="would miss its objective"):
-            await service.submit(PROMPT, params(), Objectives(1e-9))
+            await service.submit(PROMPT, greedy(), Objectives(1e-9))
         figures = service.figures()
         assert (figures.attained, figures.with_objectives, figures.refused) == (2, 2, 1)
     async with serving(load()) as service:
-        await read(await service.submit(PROMPT, params(), Objectives(1e-9)))
+        await read(await service.submit(PROMPT, greedy(), Objectives(1e-9)))
         assert (service.figures().attained, service.figures().with_objectives) == (0, 1)
 
 
@@ -186,7 +183,7 @@ async def test_a_cancelled_prompt_stops_between_two_layers(load: Open, monkeypat
     # So slow that no step is planned to have two of them.
     began = slowed(monkeypatch, lambda: time.sleep(0.05) or go_on.acquire(timeout=PATIENCE_S))
     async with serving(load()) as service:
-        before = await service.submit(PROMPT, params(1))
+        before = await service.submit(PROMPT, greedy(1))
         await read(before)
         stream = await service.submit(PROMPT, LONG)
         await until(lambda: len(began) == 4)
@@ -205,7 +202,7 @@ async def test_a_task_that_is_cancelled_while_it_submits_leaves_nothing(
     gate = Gate()
     slowed(monkeypatch, gate.pass_through)
     async with serving(load()) as service:
-        first = await service.submit(PROMPT, params(2))
+        first = await service.submit(PROMPT, greedy(2))
         await asyncio.to_thread(gate.wait_entered)
         waits = asyncio.create_task(service.submit(PROMPT, LONG))
         await until(lambda: len(service._worker._asked) == 1)
@@ -292,7 +289,7 @@ async def test_an_unexpected_error_ends_the_service_and_nobody_waits_for_ever(
 @in_a_loop
 async def test_drain_lets_what_runs_finish_and_then_ends_the_rest(load: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(load()) as service:
-        short = await service.submit(PROMPT, params(5))
+        short = await service.submit(PROMPT, greedy(5))
         draining = asyncio.create_task(service.drain(20.0))
         await until(lambda: service.state is State.DRAINING)
         with pytest.raises(ClosedError):
@@ -339,7 +336,7 @@ async def test_a_crowd_of_any_shape_gets_what_each_gets_alone(load: Open) -> Non
     number, rng = int(os.environ.get("DUOSERVE_CROWD", "2000")), random.Random(7)
     kinds = [([rng.randrange(2, 96) for _ in range(rng.choice((1, 3, 9, 30)))], rng.randrange(1, 9)) for _ in range(60)]
     with load(expert_slots=24) as alone:
-        expected = [alone.generate(prompt, params(most)).token_ids for prompt, most in kinds]
+        expected = [alone.generate(prompt, greedy(most)).token_ids for prompt, most in kinds]
 
     async def one(service: AsyncEngine, free: asyncio.Semaphore) -> str:
         kind, fate = rng.randrange(len(kinds)), rng.random()
@@ -347,9 +344,9 @@ async def test_a_crowd_of_any_shape_gets_what_each_gets_alone(load: Open) -> Non
         async with free:
             if fate < 0.01:
                 with pytest.raises(RequestError):
-                    await service.submit([], params())
+                    await service.submit([], greedy())
                 return "malformed"
-            stream = await service.submit(prompt, params(most), Objectives(rng.choice((None, 0.01, 1.0))))
+            stream = await service.submit(prompt, greedy(most), Objectives(rng.choice((None, 0.01, 1.0))))
             if fate < 0.06:
                 stop_at = rng.randrange(3)
                 async for piece in stream:

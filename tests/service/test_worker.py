@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from duoserve import AsyncEngine, MoEModel, Objectives, SamplingParams, State
+from duoserve import AsyncEngine, MoEModel, Objectives, State
 from duoserve.errors import ClosedError, CopyError, DuoServeError, RequestError
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Passes
@@ -30,9 +30,10 @@ from tests.fakes import Gate
 from tests.loops import in_a_loop
 from tests.service.test_async_engine import serving
 from tests.small_tokenizers import byte_level_tokenizer
+from tests.toys import greedy
 
 PROMPT = [5, 9, 2, 40, 41, 7]
-PARAMS = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+PARAMS = greedy(30)
 
 
 @pytest.fixture(scope="module")
