@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,8 @@ from duoserve.kernels.compiled.compiler import CpuCompiler
 from duoserve.kernels.reference import decode_attention
 from duoserve.kv_cache import NewTokens
 from duoserve.launching import compiled as compiled_decode
-from duoserve.launching import compiled_experts
-from duoserve.launching.compiled import CompiledStep, PaddedShapes, compiled_decoder, compiled_steps
+from duoserve.launching import compiled_experts, launch
+from duoserve.launching.compiled import SIZES, CompiledStep, PaddedShapes, compiled_decoder, compiled_steps
 from duoserve.launching.compiled_experts import CompiledExperts
 from duoserve.launching.recorded import RecordedDecoder
 from duoserve.models.moe import MoEBlock
@@ -62,10 +63,9 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fours(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Models compile steps of four sequences only, no prompts; has how many were somebody's, step by step."""
+    """Models compile steps for up to four sequences only, no prompts; has how many were somebody's, step by step."""
     sequences, step = [], CompiledStep.__call__
-    monkeypatch.setattr(compiled_decode, "PaddedShapes", lambda sizes, width: PaddedShapes((4,), width))
-    monkeypatch.setattr(RecordedDecoder, "prepare", lambda self, num_sequences: None)
+    monkeypatch.setattr(launch, "compiled_decoder", partial(compiled_decoder, sizes=SIZES[1:]))
     monkeypatch.setattr(loading, "compiled_prompts", lambda model, cache: model)
     monkeypatch.setattr(
         CompiledStep,
@@ -79,7 +79,7 @@ def in_fours(logits: list[Tensor], before: Before = lambda parts, new_tokens: No
     """Makes decoders that note their ``logits``; ``before`` is called before each step."""
 
     def make(parts: Parts) -> Decoder:
-        steps = compiled_steps(parts.model, parts.cache, COMPILER)
+        steps = compiled_steps(parts.model, parts.cache, COMPILER, SIZES[-1])
         fours = PaddedShapes((4,), parts.cache.num_pages)
         decode = RecordedDecoder(parts.model, parts.cache, steps, record_after=0, shapes=fours)
 
@@ -116,32 +116,37 @@ def _num_experts(folder: Path) -> int:
     return 24 if _family(folder) == "mixtral" else FAMILIES[_family(folder)].experts
 
 
-@needs_compiler
-def test_padding_is_nobody(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With NaN wherever nobody's numbers are, a step has the same bits; it wants and tells of nobody's experts."""
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Before:
+    """Puts NaN wherever nobody's numbers are."""
     made: list[CompiledExperts] = []
     init = CompiledExperts.__init__
     monkeypatch.setattr(CompiledExperts, "__init__", lambda self, *args: made.append(self) or init(self, *args))
 
-    def poison(parts: Parts, new_tokens: NewTokens) -> None:
+    def before(parts: Parts, new_tokens: NewTokens) -> None:
         for rows in made[-1].rows:
             rows.fill_(float("nan"))
         for pages_PSW in [pages for layer in parts.cache.layers for pages in layer]:
             pages_PSW[parts.cache._free] = float("nan")
 
-    def run(before: Before, listener: Heard | None) -> tuple[list[Tensor], int]:
-        logits: list[Tensor] = []
-        with assembled(
-            mixtral, "lru", 9, ThreadedCopyEngine, listener, make_decoder=in_fours(logits, before)
-        ) as engine:
-            write(engine, PROMPTS, MAX_TOKENS)
-            stats = engine.meter.snapshot()
-        return logits, stats.hits["decode"] + stats.misses["decode"]
+    return before
 
-    heard = Heard()
-    clean, wanted = run(lambda parts, new_tokens: None, None)
-    poisoned, also_wanted = run(poison, heard)
+
+@needs_compiler
+def test_padding_has_no_part_in_the_bits_of_a_step(mixtral: Path, poison: Before) -> None:
+    clean, poisoned = [], []
+    for logits, before in ((clean, lambda parts, new_tokens: None), (poisoned, poison)):
+        with assembled(mixtral, "lru", 9, ThreadedCopyEngine, make_decoder=in_fours(logits, before)) as engine:
+            write(engine, PROMPTS, MAX_TOKENS)
     assert all(torch.equal(one, other) for one, other in zip(clean, poisoned, strict=True))
+
+
+@needs_compiler
+def test_padding_wants_no_experts_and_nobody_is_told_of_it(mixtral: Path, poison: Before) -> None:
+    heard = Heard()
+    with assembled(mixtral, "lru", 9, ThreadedCopyEngine, heard, make_decoder=in_fours([], poison)) as engine:
+        write(engine, PROMPTS, MAX_TOKENS)
+        stats = engine.meter.snapshot()
     told = [
         (len(requests), routing)
         for (phase, requests), routings in zip(heard.begun, heard.routings, strict=True)
@@ -150,7 +155,8 @@ def test_padding_is_nobody(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ]
     assert all(len(routing.topk_ids_TK) == len(routing.topk_weights_TK) == rows for rows, routing in told)
     assert {rows for rows, _ in told} == {1, 2, 3}
-    assert wanted == also_wanted == sum(len(set(routing.topk_ids_TK.ravel().tolist())) for _, routing in told)
+    wanted = sum(len(set(routing.topk_ids_TK.ravel().tolist())) for _, routing in told)
+    assert stats.hits["decode"] + stats.misses["decode"] == wanted
 
 
 @needs_compiler
@@ -217,11 +223,11 @@ async def _together(model: MoEModel, gate: Gate) -> list[list[int]]:
 def test_more_sequences_than_a_step_takes_are_computed_by_the_model(
     mixtral: Path, fours: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled_decode, "SIZES", (4,))
-    prompts = [PROMPTS[1][:length] for length in range(2, 7)]
-    with MoEModel.from_pretrained(mixtral, max_context=512) as model:
+    monkeypatch.setattr(RecordedDecoder, "prepare", lambda decoder, num_sequences: None)  # nothing need be compiled
+    prompts = [PROMPTS[1][:length] for length in range(2, 3 + SIZES[-1])]
+    with MoEModel.from_pretrained(mixtral, max_context=2048) as model:
         expected = [out.token_ids for out in model.generate(prompts, GREEDY)]
-    with MoEModel.from_pretrained(mixtral, max_context=512, decode_mode="compiled") as model:
+    with MoEModel.from_pretrained(mixtral, max_context=2048, decode_mode="compiled") as model:
         assert [out.token_ids for out in model.generate(prompts, GREEDY)] == expected
     assert fours == []
 
@@ -231,7 +237,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the steps that were to be compiled; none is."""
     sizes: list[int] = []
 
-    def recorded(model: object, cache: object, compiler: object) -> Callable[[int, int], None]:
+    def recorded(model: object, cache: object, compiler: object, most: int) -> Callable[[int, int], None]:
         return lambda num_sequences, width: sizes.append(num_sequences)
 
     monkeypatch.setattr(compiled_decode, "compiled_steps", recorded)
