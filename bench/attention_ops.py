@@ -15,10 +15,10 @@ from torch import Tensor
 
 from duoserve.kernels.attention_gqa import decode_attention
 from duoserve.kernels.attention_mla import mla_decode_attention
+from duoserve.kv_cache import PAGE_TOKENS
 from gpu_timing import Work
 from moe_paths import Check
 from op_cases import OpCase, Source, close
-from shapes import PAGE_TOKENS
 
 QWEN3_HEADS = (32, 4, 128)  # query heads, KV heads, head dimension
 DEEPSEEK_HEADS = (16, 512, 64)  # query heads, latent and rotary dimensions

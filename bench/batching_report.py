@@ -17,7 +17,7 @@ import batching_plot
 import tables
 from goodput_search import ATTAINED
 from harness import Target
-from tables import table
+from tables import not_idle, table
 
 Result = dict[str, Any]
 OF_BATCH = 8
@@ -76,10 +76,8 @@ def render(result: Result, picture: str | None = None) -> str:
 
 def warnings(result: Result) -> str:
     """What is wrong with these figures, in bold."""
-    busiest = max(result["idle"].values())
-    found = ["this is `--quick`: it checks the bench and measures nothing"] * result["quick"]
-    found += [f"others used {busiest:.0%} of the machine's CPU time"] * (busiest > tables.BUSY_SHARE)
-    return tables.warnings(result, found)
+    quick = ["this is `--quick`: it checks the bench and measures nothing"] * result["quick"]
+    return tables.warnings(result, quick + not_idle(max(result["idle"].values())))
 
 
 def facts(result: Result) -> str:

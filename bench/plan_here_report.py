@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tables import markdown
+from tables import markdown, not_idle, warnings
 
 WITHIN = 0.15
-BUSY = 0.08  # of the machine's CPU time in others' hands: no figure of such a run is worth much
+BUSY = 0.08  # of the machine's CPU time in others' hands: such a run is tried again
 FIGURES = (("TTFT", "s", "ttft_s", "planned_ttft_s", 1.0), ("TPOT", "ms", "tpot_s", "planned_tpot_s", 1e3))
 BY_HITS = ("TPOT, with its hits", "ms", "tpot_s", "tpot_s_by_hits", 1e3)
 
@@ -45,9 +45,8 @@ def report(result: dict[str, Any]) -> str:
 def _opening(result: dict[str, Any]) -> Iterator[str]:
     machine, versions, size, cells = result["machine"], result["versions"], result["size"], result["cells"]
     yield "# The planner on this machine"
-    busy = max(done["foreign_cpu"] for cell in cells for done in cell["rounds"])
-    if busy > BUSY:
-        yield f"**Warning: the machine was not idle: in one run others used {busy:.0%} of its CPU time.**"
+    if said := warnings(result, not_idle(_busiest(cells))):
+        yield said
     yield (
         f"`{result['command']}`, {result['date']}, commit {versions['commit']}, torch {versions['torch']}; "
         f"{machine['cores']} cores of {machine['cpu']} ({', '.join(machine['isa'])}), "
@@ -61,6 +60,10 @@ def _opening(result: dict[str, Any]) -> Iterator[str]:
         "own card, of random weights those of chance; *by its hits* has those that there were."
     )
     yield "\n".join(_counted(cells))
+
+
+def _busiest(cells: list[dict[str, Any]]) -> float:
+    return max(done["foreign_cpu"] for cell in cells for done in cell["rounds"])
 
 
 def _counted(cells: list[dict[str, Any]]) -> Iterator[str]:
@@ -102,8 +105,8 @@ def _cells(verdict: Verdict, scale: float) -> list[str]:
 
 def _closing(result: dict[str, Any]) -> Iterator[str]:
     rates = ", ".join(f"{name} {rate:.3g}" for name, rate in result["hardware"].items())
-    most = max(done["foreign_cpu"] for cell in result["cells"] for done in cell["rounds"])
     before, after = (f"{result.get(f'others_{when}', 0.0):.0%}" for when in ("before", "after"))
+    most = _busiest(result["cells"])
     yield f"Others used {before} of the CPU time before, {after} after, and at most {most:.0%} in a run."
     yield f"Rates of the machine, before all rounds: {rates} (bytes/s, FLOP/s, seconds)."
     yield "\n".join(f"- {check}: {'passed' if passed else 'FAILED'}" for check, passed in result["checks"].items())

@@ -14,7 +14,7 @@ from typing import Any
 
 import tables
 from cpu_rows import OP_BY_OP, POLICIES, decode_io
-from tables import into_readme, spread, table
+from tables import into_readme, not_idle, spread, table
 
 MARKERS = "<!-- bench_cpu -->", "<!-- /bench_cpu -->"
 
@@ -38,17 +38,11 @@ def headline(result: Result) -> str:
 
 def warnings(result: Result) -> str:
     """Why these figures may not be worth quoting, first and in bold."""
-    found = []
-    if result["quick"]:
-        found.append("this is `--quick`, a tiny model: it checks the bench and measures nothing")
     idle = result["idle"]
-    busiest = max(idle["foreign_cpu_before"], idle["foreign_cpu_after"])
-    disturbed = max((s["foreign_cpu"] for s in result["summary"].values()), default=0.0)
-    if max(busiest, disturbed) > tables.BUSY_SHARE:
-        found.append(
-            f"the machine was not idle: others used up to {max(busiest, disturbed):.0%} of its CPU time "
-            f"(load {idle['load'][0]:.1f})"
-        )
+    busy = [idle["foreign_cpu_before"], idle["foreign_cpu_after"]]
+    busy += [summary["foreign_cpu"] for summary in result["summary"].values()]
+    found = ["this is `--quick`, a tiny model: it checks the bench and measures nothing"] * result["quick"]
+    found += not_idle(max(busy))
     found += [f"{name} was not measured" for name in result["not_measured"]]
     if "xllamacpp" not in result["not_measured"] and "cap_bytes" in result and result["cap_bytes"] is None:
         found.append("llama.cpp was not measured from disk, as no control group can be made here")

@@ -6,10 +6,10 @@ memory bound bytes that must be read over the rate of a copy; all rates are from
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from duoserve.metrics import percentile
 from harness import Target
 from serve_cells import BASE, EVENT, GRAPH, PAPER_SHARE, PROMPTS, Cell
 from serve_models import BF16
@@ -43,8 +43,8 @@ def figures(measured: dict[str, Any], ceilings: dict[str, float]) -> Row:
         "prefill_link_share": copied / link / stats["ttft_s"],
         "prefill_unneeded_share": max(0.0, 1 - needed / copied) if copied else 0.0,
         "prefill_stall_share": before["stall_s"] / before["wall_s"],
-        "tpot_p50_s": quantile(stats["itl_s"], 0.5),
-        "tpot_p95_s": quantile(stats["itl_s"], 0.95),
+        "tpot_p50_s": percentile(stats["itl_s"], 50),
+        "tpot_p95_s": percentile(stats["itl_s"], 95),
         "tpot_mean_s": decode_s / steps,
         "tpot_bound_s": tpot_bound_s / steps,
         "tok_s": batch * steps / decode_s,
@@ -65,11 +65,6 @@ def figures(measured: dict[str, Any], ceilings: dict[str, float]) -> Row:
 def _read_bytes(measured: dict[str, Any]) -> float:
     """Bytes of weights that the decode steps read in device memory."""
     return measured["asked"] * measured["slot_bytes"] + measured["steps"] * measured["dense_active_bytes"]
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value that is no less than ``share`` of them."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def checks(parts: Iterable[dict[str, Any]]) -> list[Row]:
@@ -199,7 +194,7 @@ def _against_accelerate(model: str, parts: Sequence[dict[str, Any]]) -> list[Tar
     if ours and peer:
         ttft = peer["ttft_s"] / ours["ttft_s"]
         gaps = END_TO_END_TOKENS - 1
-        theirs = peer["ttft_s"] + gaps * quantile(peer["itl_s"], 0.5) if peer["itl_s"] else None
+        theirs = peer["ttft_s"] + gaps * percentile(peer["itl_s"], 50) if peer["itl_s"] else None
         end_to_end = theirs and theirs / (ours["ttft_s"] + gaps * ours["tpot_mean_s"])
     what = f"accelerate / {BASE} at {PAPER_SHARE}"
     return [

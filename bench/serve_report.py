@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import tables
+from duoserve.metrics import percentile
 from serve_cells import AUTO, GRAPH, Cell
-from serve_figures import quantile
 from serve_models import BF16
 from serve_timeline import write
 from tables import table
@@ -141,7 +141,7 @@ def peers(result: Result) -> str:
         if part["status"] == "measured":
             found = part["measured"]
             gaps = found["itl_s"]
-            tpot = f"{1e3 * quantile(gaps, 0.5):.3g}" if gaps else NOT_MEASURED
+            tpot = f"{1e3 * percentile(gaps, 50):.3g}" if gaps else NOT_MEASURED
             peak = NOT_MEASURED if found["peak_bytes"] is None else f"{found['peak_bytes'] / 1e9:.2f}"
             lines.append([part["model"], f"{found['ttft_s']:.3g}", tpot, f"{found['moved_bytes'] / 1e9:.1f}", peak])
         else:

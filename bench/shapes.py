@@ -8,10 +8,10 @@ import torch
 
 from duoserve.experts.layout import ExpertLayout, Quantized
 from duoserve.kernels import ExpertFormat
+from duoserve.kv_cache import PagedKVCache
 
 SEED = 20250907
 ITEM_BYTES = 2  # bf16
-PAGE_TOKENS = 64
 TRAINING_PROMPTS = 12
 RUNTIME_BYTES = 100_000_000  # what an engine may take beside the model where memory is limited
 
@@ -49,7 +49,7 @@ class Shape:
     @property
     def slot_bytes(self) -> int:
         """Bytes of one slot: an expert, padded as direct I/O wants it."""
-        return -(-self.expert_bytes // 4096) * 4096
+        return ExpertLayout(torch.bfloat16, self.hidden, self.intermediate).slot_bytes
 
     @property
     def bf12_slot_bytes(self) -> int:
@@ -67,7 +67,7 @@ class Shape:
     @property
     def max_context(self) -> int:
         """Tokens of context that an engine is loaded for: the request, in whole pages of the KV cache."""
-        return -(-(self.prompt_tokens + self.new_tokens) // PAGE_TOKENS) * PAGE_TOKENS
+        return PagedKVCache.whole_pages(self.prompt_tokens + self.new_tokens)
 
     @property
     def kv_bytes(self) -> int:

@@ -18,13 +18,13 @@ from duoserve.kernels.norm import add_rms_norm
 from duoserve.kernels.rope import rope_write_kv
 from duoserve.kernels.route import route_plan
 from duoserve.kernels.router import router_topk
+from duoserve.kv_cache import PAGE_TOKENS
 from gpu_timing import Work
 from kernel_targets import PLAN_TOKENS, plan_name
 from moe_operands import STEPS
 from moe_paths import Check, relative_error, same_plan
 from moe_shapes import DEEPSEEK, QWEN3, MoEShape
 from op_cases import OpCase, Source, close
-from shapes import PAGE_TOKENS
 
 PREFILL_TOKENS = 32768
 

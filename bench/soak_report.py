@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import tables
-from tables import table
+from tables import not_idle, table
 
 Result = dict[str, Any]
 GROWN_BYTES = 16 << 20  # an allocator's arenas breathe; a leak of 2 kB a request is more than that
@@ -58,10 +58,8 @@ def render(result: Result) -> str:
 
 def warnings(result: Result) -> str:
     """What is wrong with this run, in bold."""
-    busiest = max(result["idle"].values())
-    found = ["this is `--quick`: it checks the bench"] * result["quick"]
-    found += [f"others used {busiest:.0%} of the machine's CPU time"] * (busiest > 0.02)
-    return tables.warnings(result, found)
+    quick = ["this is `--quick`: it checks the bench"] * result["quick"]
+    return tables.warnings(result, quick + not_idle(max(result["idle"].values())))
 
 
 def facts(result: Result) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-BUSY_SHARE = 0.05  # of the machine's CPU time in other hands: from there on the figures are disturbed
+BUSY_SHARE = 0.05  # of the machine's CPU time in others' hands: beyond it figures are disturbed
 
 
 def warnings(result: dict[str, Any], texts: Iterable[str]) -> str:

@@ -101,6 +101,13 @@ class ArrayStore(ExpertStore):
         self.closed = True
 
 
+class InRam(ArrayStore):
+    """The same experts; who copies may read their rows where they lie."""
+
+    def host_row(self, expert: ExpertId) -> Tensor:
+        return self.row(expert)
+
+
 def save_pack(store: ArrayStore, folder: Path, fingerprint: str = "f" * 64) -> Path:
     """A pack of all experts of ``store`` in ``folder``, written plainly; returns ``folder``."""
     header = PackHeader.for_layout(store.layout, store.num_layers, store.num_experts, fingerprint)

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from duoserve import SamplingParams
 from duoserve.engine import Engine
 from duoserve.experts.copy_engine import ThreadedCopyEngine
 from duoserve.experts.layout import ExpertId, ExpertLayout
@@ -26,6 +25,7 @@ from duoserve.request import Request
 from tests.assembly import assembled
 from tests.fake_recorder import FakeRecorder
 from tests.fake_streams import FakeStreams, LaggingPool
+from tests.toys import greedy
 
 
 class LaggingDevice:
@@ -74,8 +74,7 @@ class LaggingDevice:
 
 def write(engine: Engine, prompts: Sequence[list[int]], max_tokens: Sequence[int]) -> list[list[int]]:
     """Greedy continuations in shared passes, of which the shorter ones leave the batch early."""
-    greedy = [SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True) for count in max_tokens]
-    requests = [Request(list(prompt), params) for prompt, params in zip(prompts, greedy, strict=True)]
+    requests = [Request(list(prompt), greedy(count)) for prompt, count in zip(prompts, max_tokens, strict=True)]
     for _ in engine.generate(requests):
         pass
     engine.check_integrity()

@@ -51,7 +51,7 @@ class LiveBytes(TorchDispatchMode):
     def _in_parts(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """The result by the ops that ``func`` is made of, which come one by one; NotImplemented if it is one itself."""
         with self:
-            return func.decompose(*args, **kwargs)  # type: ignore[attr-defined]
+            return func.decompose(*args, **kwargs)
 
     def _made(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = storage._cdata, storage.nbytes()

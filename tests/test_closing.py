@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from duoserve import AsyncEngine, ClosedError, MoEModel, SamplingParams, State
+from duoserve import AsyncEngine, ClosedError, MoEModel, State
 from duoserve.passes import Passes
 from tests.fakes import PATIENCE_S, Gate
+from tests.loops import in_a_loop
+from tests.toys import greedy
 
-GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+GREEDY = greedy(40)
 
 
 @pytest.fixture
@@ -49,59 +51,58 @@ class Call:
 
 @pytest.mark.parametrize("what", ["generate", "forward"])
 def test_nothing_is_released_under_a_step(what: str, model: MoEModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    entered, gate, released = threading.Event(), threading.Event(), threading.Event()
+    gate, released = Gate(), threading.Event()
     name = "decode" if what == "generate" else "whole"
     step = getattr(Passes, name)
 
     def held_up(*args: object) -> Tensor:
-        entered.set()
-        assert gate.wait(PATIENCE_S)
+        gate.pass_through()
         assert not released.is_set()
         return step(*args)
 
     monkeypatch.setattr(Passes, name, held_up)
     model._runtime._held.callback(released.set)  # the first thing that is released
     call = Call(lambda: model.generate("To be", GREEDY) if what == "generate" else model.forward([1, 2, 3]))
-    assert entered.wait(PATIENCE_S)
+    gate.wait_entered()
     waiting, closing = Call(lambda: model.generate("To be", GREEDY)), Call(model.close)
     assert not released.wait(0.2), "the model was closed under a step"
-    gate.set()
+    gate.open()
     assert closing.error() is None and released.is_set()
     assert isinstance(waiting.error(), ClosedError)
     assert isinstance(call.error(), ClosedError if what == "generate" else type(None))
 
 
-def test_nothing_is_released_under_the_step_of_a_service(model: MoEModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@in_a_loop
+async def test_nothing_is_released_under_the_step_of_a_service(
+    model: MoEModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate, released, decode = Gate(), threading.Event(), Passes.decode
     tokens: list[int] = []
 
     def held_up(*args: object) -> Tensor:
         gate.pass_through()
         assert not released.is_set()
-        return decode(*args)  # type: ignore[arg-type]
-
-    async def main() -> None:
-        service = AsyncEngine(model)
-        engine = weakref.ref(model._runtime.engine)
-        stream = await service.submit("To be", GREEDY)
-        await asyncio.to_thread(gate.wait_entered)
-        closing = Call(model.close)
-        assert not await asyncio.to_thread(released.wait, 0.2), "the model was closed under a step"
-        gate.open()
-        with pytest.raises(ClosedError, match="shutting down"):
-            async for piece in stream:
-                tokens.extend(piece.token_ids)
-        assert await asyncio.to_thread(closing.error) is None and released.is_set()
-        gc.collect()
-        assert engine() is None and service.state is State.DRAINING
-        with pytest.raises(ClosedError):
-            await service.submit("To be", GREEDY)
-        await service.close()
+        return decode(*args)
 
     alone = model.generate("To be", GREEDY).token_ids
     monkeypatch.setattr(Passes, "decode", held_up)
     model._runtime._held.callback(released.set)
-    asyncio.run(asyncio.wait_for(main(), 20))
+    service = AsyncEngine(model)
+    engine = weakref.ref(model._runtime.engine)
+    stream = await service.submit("To be", GREEDY)
+    await asyncio.to_thread(gate.wait_entered)
+    closing = Call(model.close)
+    assert not await asyncio.to_thread(released.wait, 0.2), "the model was closed under a step"
+    gate.open()
+    with pytest.raises(ClosedError, match="shutting down"):
+        async for piece in stream:
+            tokens.extend(piece.token_ids)
+    assert await asyncio.to_thread(closing.error) is None and released.is_set()
+    gc.collect()
+    assert engine() is None and service.state is State.DRAINING
+    with pytest.raises(ClosedError):
+        await service.submit("To be", GREEDY)
+    await service.close()
     assert tokens == alone[: len(tokens)] and 0 < len(tokens) < len(alone)
 
 
@@ -111,7 +112,7 @@ def test_nothing_is_released_while_a_service_is_made(model: MoEModel, monkeypatc
     def held_up(*args: object) -> None:
         gate.pass_through()
         assert not released.is_set()
-        prepare(*args)  # type: ignore[arg-type]
+        prepare(*args)
 
     monkeypatch.setattr(Passes, "prepare", held_up)
     model._runtime._held.callback(released.set)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from duoserve import MoEModel, SamplingParams
+from duoserve import MoEModel
 from duoserve.experts.cuda_streams import CudaStreams
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.slots import SlotPool
@@ -34,6 +34,7 @@ from tests.assembly import AssembledEngine, assembled
 from tests.checkpoints import save_mixtral
 from tests.lagging import write
 from tests.scheduling.fortune import any_teller
+from tests.toys import greedy, toy_prompt
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,7 +43,7 @@ pytestmark = [
 STRESS_STEPS = int(os.environ.get("STRESS_STEPS", "10000"))
 SAID_EVERY = max(1, min(250, STRESS_STEPS // 10))  # steps of that run
 EXPERTS = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)]
-PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in (7, 30, 1)]
+PROMPTS = [toy_prompt(length) for length in (7, 30, 1)]
 MODES = ["event", "graph"]
 
 
@@ -176,7 +177,7 @@ def test_stress(mode: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_no_growth(mode: str, folder: Path) -> None:
     """Once its shape is recorded, a sequence takes no more memory of the device."""
-    params = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
+    params = greedy(200)
     with MoEModel.from_pretrained(folder, device="cuda", policy="lru", expert_slots=10, decode_mode=mode) as model:
         first = model.generate(PROMPTS[1], params).token_ids
         gc.collect()

@@ -78,7 +78,7 @@ class Interleaved:
         return request
 
     def _last(self, prefill: object, num_layers: int) -> Tensor:
-        logits_BV = self.passes.advance(prefill, num_layers)  # type: ignore[arg-type]
+        logits_BV = self.passes.advance(prefill, num_layers)
         assert logits_BV is not None
         return logits_BV
 
@@ -200,7 +200,7 @@ def run(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
 
 
 def asked(prompt: list[int], max_tokens: int = 6, **fields: object) -> Request:
-    return Request(prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True), **fields)  # type: ignore[arg-type]
+    return Request(prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True), **fields)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_requests_join_and_leave_and_write_what_they_write_alone(float_folder: P
     prompts = [PROMPT, OTHER, RUNNING, PROMPT[:3], OTHER[:1]]
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
         alone = [[token for _, token in engine.generate([asked(prompt, 4 + i)])] for i, prompt in enumerate(prompts)]
-        engine.serve_by(ServiceSettings(max_batch=3, scheduler=scheduler))  # type: ignore[arg-type]
+        engine.serve_by(ServiceSettings(max_batch=3, scheduler=scheduler))
         requests = [asked(p, 4 + i, objectives=Objectives(1.0, 1e-4 * i or None)) for i, p in enumerate(prompts)]
         for request in requests[:2]:
             engine.add(request)
@@ -229,11 +229,11 @@ def test_requests_join_and_leave_and_write_what_they_write_alone(float_folder: P
 @pytest.mark.parametrize("scheduler", ["slo", "fcfs"])
 def test_a_decode_step_lies_between_two_prefills_while_somebody_runs(float_folder: Path, scheduler: str) -> None:
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
-        engine.serve_by(ServiceSettings(max_batch=4, scheduler=scheduler))  # type: ignore[arg-type]
+        engine.serve_by(ServiceSettings(max_batch=4, scheduler=scheduler))
         passes, course = engine.passes, []
         start, decode = passes.start_prefill, passes.decode
-        passes.start_prefill = lambda *args, **how: course.append("P") or start(*args, **how)  # type: ignore[method-assign]
-        passes.decode = lambda requests: course.append("D") or decode(requests)  # type: ignore[method-assign]
+        passes.start_prefill = lambda *args, **how: course.append("P") or start(*args, **how)
+        passes.decode = lambda requests: course.append("D") or decode(requests)
         for prompt in (RUNNING, PROMPT, OTHER):
             engine.add(asked(prompt, 20))
             while engine.num_waiting or passes.prefill:

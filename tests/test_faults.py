@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from duoserve import CheckpointError, CopyError, DuoServeError, MemoryBudgetError, MoEModel, SamplingParams
+from duoserve import CheckpointError, CopyError, DuoServeError, MemoryBudgetError, MoEModel
 from duoserve.engine import Engine
 from duoserve.experts.copy_engine import ThreadedCopyEngine
 from duoserve.experts.layout import ExpertId
@@ -24,9 +24,10 @@ from tests.assembly import assembled, tokens_of
 from tests.checkpoints import save_mixtral
 from tests.fake_streams import FakeStreams
 from tests.live_threads import threads_since
+from tests.toys import greedy
 
 PROMPT = [5, 9, 2, 40, 41, 7]
-GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+GREEDY = greedy(8)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from duoserve import MoEModel, SamplingParams
+from duoserve import MoEModel
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore, HostStore, TieredStore
@@ -24,9 +24,10 @@ from tests.checkpoints import save_mixtral
 from tests.fake_streams import FakeStreams
 from tests.scheduling.fortune import GUESSING, STREAMING, any_teller, generous_link
 from tests.scheduling.recording import RecordingEngine
+from tests.toys import greedy, toy_prompt
 
-PROMPT = [(11 * i * i + 5 * i) % 95 + 1 for i in range(30)]
-GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+PROMPT = toy_prompt(30)
+GREEDY = greedy(12)
 SHARES = {"top_k + 1": 3, "a quarter": 6, "half": 12, "all": 24}
 
 

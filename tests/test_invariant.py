@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from duoserve import MoEModel, SamplingParams
+from duoserve import MoEModel
 from duoserve.errors import ConfigError
 from duoserve.kernels.matmul import TILE_ROWS, Products, batched_product, float_product, linear, tiles_keep_bits
 from duoserve.request import Request
 from tests.checkpoints import BARD, save_mixtral
 from tests.kernels.common import assert_close
 from tests.models.cases import FAMILIES
+from tests.toys import greedy
 
 STEPS = 4
 # A prompt of one token, some shorter and longer than a tile, and so many that steps have more than NARROW_ROWS rows.
@@ -28,8 +29,7 @@ def logits(model: MoEModel, prompts: Sequence[list[int]]) -> list[Tensor]:
     """Float32 [1 + STEPS, V] of each prompt, all of them in one batch: the prompt's last token, then every step."""
     engine = model._runtime.engine
     passes, cache = engine._passes, engine._cache
-    params = SamplingParams(max_tokens=STEPS + 1, temperature=0.0, ignore_eos=True)
-    requests = [Request(prompt, params, number=number) for number, prompt in enumerate(prompts)]
+    requests = [Request(prompt, greedy(STEPS + 1), number=number) for number, prompt in enumerate(prompts)]
     for request in requests:
         cache.reserve(request.kv, request.num_tokens)
     found = [passes.advance(passes.start_prefill(requests, interruptible=False), passes.num_layers)]
@@ -93,7 +93,7 @@ def test_without_it_a_batch_changes_bits(tmp_path: Path) -> None:
 
 
 def test_bards_tokens_alone_are_those_in_a_full_batch() -> None:
-    params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    params = greedy(24)
     prompts = ["To be, or", "O Romeo,", "KING", "Now is the winter", "If", "Exeunt", "All the world's a", "Out,"]
     with MoEModel.from_pretrained(BARD, expert_slots="25%", max_context=1024, invariant=True) as model:
         together = model.generate(prompts, params)

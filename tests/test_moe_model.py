@@ -36,9 +36,10 @@ from duoserve.text.tokenizer import Text
 from tests.checkpoints import BARD, save_mixtral
 from tests.live_threads import threads_since
 from tests.small_tokenizers import byte_level_tokenizer
+from tests.toys import greedy
 
 PROMPT = [5, 9, 2, 40, 41, 7]
-GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+GREEDY = greedy(8)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_a_list_gives_what_each_prompt_gives_alone(model: MoEModel) -> None:
 
 def test_more_prompts_than_the_kv_cache_holds_run_in_turns(folder: Path) -> None:
     with MoEModel.from_pretrained(folder, max_context=128) as model:
-        done = model.generate([PROMPT] * 5, SamplingParams(max_tokens=50, temperature=0.0, ignore_eos=True))
+        done = model.generate([PROMPT] * 5, greedy(50))
     assert [len(d.token_ids) for d in done] == [50] * 5 and len({tuple(d.token_ids) for d in done}) == 1
 
 

@@ -9,19 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from duoserve import MoEModel, SamplingParams
+from duoserve import MoEModel
 from duoserve.workspace import FIXED_BYTES, recorded_bytes
 from tests.checkpoints import save_mixtral
 from tests.models.cases import FAMILIES
 from tests.models.cases.quantized import CASES
 from tests.scheduling.fortune import GUESSING, STREAMING, any_teller
+from tests.toys import greedy, toy_prompt
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
-PROMPT = [(11 * i * i + 5 * i) % 95 + 1 for i in range(30)]
+GREEDY = greedy(24)
+PROMPT = toy_prompt(30)
 
 
 def test_bard_writes_on_a_gpu_what_it_writes_on_a_cpu() -> None:
@@ -93,7 +94,7 @@ def long_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 @pytest.mark.parametrize("policy", ["on-demand", "layer-prefetch", "lru"])
 def test_the_cap_is_kept_and_nothing_grows(policy: str, long_folder: Path, before: dict[str, int]) -> None:
     cap = 200 << 20
-    settings = SamplingParams(max_tokens=1000, temperature=0.0, ignore_eos=True)
+    settings = greedy(1000)
     with MoEModel.from_pretrained(long_folder, device="cuda", policy=policy, memory=cap, max_context=2048) as model:
         model.generate(PROMPT, settings)
         gc.collect()
@@ -120,7 +121,7 @@ def test_a_prompt_of_the_whole_context_keeps_within_the_plan(
     changes: dict[str, int], dtype: torch.dtype, tmp_path: Path, before: dict[str, int]
 ) -> None:
     made = save_mixtral(tmp_path, dtype=dtype, hidden_size=256, max_position_embeddings=4096, **changes)
-    prompt = [(11 * i * i + 5 * i) % 95 + 1 for i in range(4096)]
+    prompt = toy_prompt(4096)
     with MoEModel.from_pretrained(made, device="cuda", policy="lru", expert_slots=6, max_context=4096) as model:
         model.forward(prompt)
         used, plan = peaks(), model.memory

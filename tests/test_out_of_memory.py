@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import weakref
 from collections.abc import Iterator
@@ -12,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from duoserve import AsyncEngine, CompilerError, MemoryBudgetError, MoEModel, SamplingParams, State
+from duoserve import AsyncEngine, CompilerError, MemoryBudgetError, MoEModel, State
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Passes
 from tests.checkpoints import save_mixtral
 from tests.live_threads import threads_since
+from tests.loops import in_a_loop
+from tests.toys import greedy
 
 PROMPT = [5, 9, 2, 40, 41, 7]
-GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+GREEDY = greedy(8)
 REFUSAL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the notes")
 SAID = r"^out of memory while a pass was computed \(.+\): free some, or lower expert_slots, memory, host_memory or max"
 
@@ -115,25 +116,22 @@ def test_other_errors_stay_what_they_are(error: Exception, model: MoEModel, monk
 
 
 @pytest.mark.parametrize("number", [0, 3], ids=["prompt", "step"])
-def test_in_a_service_it_ends_the_requests_of_its_pass_and_the_service_goes_on(
+@in_a_loop
+async def test_in_a_service_it_ends_the_requests_of_its_pass_and_the_service_goes_on(
     number: int, model: MoEModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = model.generate(PROMPT, GREEDY).token_ids
-
-    async def main() -> None:
-        service = AsyncEngine(model)
-        try:
-            Once(monkeypatch, "advance", number, REFUSAL)
-            stream = await service.submit(PROMPT, GREEDY)
-            with pytest.raises(MemoryBudgetError, match=SAID):
-                _ = [piece async for piece in stream]
-            assert service.state is State.READY and service.figures().finished == {"error": 1}
-            stream = await service.submit(PROMPT, GREEDY)
-            assert [token async for piece in stream for token in piece.token_ids] == whole
-        finally:
-            await service.close()
-
-    asyncio.run(asyncio.wait_for(main(), 20))
+    service = AsyncEngine(model)
+    try:
+        Once(monkeypatch, "advance", number, REFUSAL)
+        stream = await service.submit(PROMPT, GREEDY)
+        with pytest.raises(MemoryBudgetError, match=SAID):
+            _ = [piece async for piece in stream]
+        assert service.state is State.READY and service.figures().finished == {"error": 1}
+        stream = await service.submit(PROMPT, GREEDY)
+        assert [token async for piece in stream for token in piece.token_ids] == whole
+    finally:
+        await service.close()
 
 
 def test_a_service_that_cannot_get_ready_for_its_batches_says_so(

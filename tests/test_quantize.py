@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from duoserve import ConfigError, MoEModel, SamplingParams
+from duoserve import ConfigError, MoEModel
 from duoserve.errors import RequestError
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.quantizing import QuantizingStore
@@ -26,9 +26,10 @@ from tests.compiled_case import needs_compiler
 from tests.models.cases.quantized import CASES
 from tests.models.test_mixtral_parity import relative_error
 from tests.test_moe_model import HELD_OUT
+from tests.toys import greedy, toy_prompt
 
-PROMPT = [(11 * i * i + 5 * i) % 95 + 1 for i in range(30)]
-GREEDY = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
+PROMPT = toy_prompt(30)
+GREEDY = greedy(32)
 
 
 @pytest.fixture(scope="module")
@@ -166,13 +167,13 @@ def test_a_text_is_foretold_window_by_window(folder: Path) -> None:
             logits_TV[torch.arange(len(token_ids) - 1), torch.tensor(token_ids[1:])] = torch.tensor(4.0).log()
             return logits_TV
 
-    found = score(Uniform(), ids)  # type: ignore[arg-type]
+    found = score(Uniform(), ids)
     assert found.tokens == len(ids) - 1
     assert found.perplexity == pytest.approx(99 / 4, rel=1e-6)
     assert found.bits_per_byte(100) == pytest.approx(found.nats / 69.314718, rel=1e-6)
     assert [len(token_ids) for token_ids in passes] == [WINDOW, WINDOW, len(ids) - 2 * (WINDOW - OVERLAP)]
     with pytest.raises(RequestError, match="1 tokens are no text that could be foretold"):
-        score(Uniform(), [3])  # type: ignore[arg-type]
+        score(Uniform(), [3])
 
 
 def test_what_cannot_be_quantized_is_refused(folder: Path, tmp_path: Path) -> None:

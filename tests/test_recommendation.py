@@ -334,4 +334,4 @@ class TestEvaluate:
             for layer in trace.meta.layers:
                 here, there = some[at].layers[layer], trace[number].layers[layer]
                 assert (here.topk_ids_NK == there.topk_ids_NK).all()
-                assert layer == 0 or (here.ahead_NE == there.ahead_NE).all()  # type: ignore[union-attr]
+                assert layer == 0 or (here.ahead_NE == there.ahead_NE).all()

@@ -26,9 +26,10 @@ from duoserve.traces.synthetic import CARDS, synthesize
 from tests.checkpoints import save_mixtral
 from tests.compiled_case import needs_compiler
 from tests.experts.test_quantizing import INT4_128, quantized, random_matrix
+from tests.toys import toy_prompt
 
 BF16 = torch.bfloat16
-PROMPT = [(7 * i * i + 3 * i) % 95 + 1 for i in range(300)]  # more than logits are made for at a time
+PROMPT = toy_prompt(300)  # more than logits are made for at a time
 SAMPLED = SamplingParams(max_tokens=8, seed=3, repetition_penalty=1.2, ignore_eos=True)
 
 

@@ -12,14 +12,14 @@ from duoserve.config import EngineConfig
 from duoserve.engine import Engine
 from duoserve.errors import RequestError, TraceError
 from duoserve.predictors.training import train
-from duoserve.sampling import SamplingParams
 from duoserve.traces.trace_file import open_trace
 from duoserve.tracing import RecordingSpec, record
 from tests.checkpoints import save_mixtral
 from tests.listeners import Heard
 from tests.models.cases import FAMILIES
+from tests.toys import greedy
 
-GREEDY = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+GREEDY = greedy(5)
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from duoserve import MoEModel, SamplingParams
+from duoserve import MoEModel
 from duoserve.config import EngineConfig, ModelConfig
 from duoserve.errors import MemoryBudgetError
 from duoserve.kernels.matmul import has_native_matmul
@@ -22,10 +22,11 @@ from tests.checkpoints import save_mixtral
 from tests.live_bytes import LiveBytes
 from tests.models.cases import FAMILIES
 from tests.models.cases.case import Case
+from tests.toys import greedy, toy_prompt
 
 CONTEXT = 512
-GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
-PROMPT = [(11 * i * i + 5 * i) % 95 + 1 for i in range(CONTEXT)]
+GREEDY = greedy(4)
+PROMPT = toy_prompt(CONTEXT)
 # Each has another part of the pass as its largest.
 SHAPES: dict[str, dict[str, Any]] = {
     "experts": {"intermediate_size": 256, "hidden_size": 64},

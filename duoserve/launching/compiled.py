@@ -33,16 +33,16 @@ SHORT = 64
 _BY_OPS = "such steps run op by op, more slowly, and round other numbers"
 
 
-def compiled_decoder(model: Transformer, cache: PagedKVCache) -> RecordedDecoder:
-    """Decodes in compiled steps of SIZES, filled up with padding; the model itself computes larger steps.
+def compiled_decoder(model: Transformer, cache: PagedKVCache, sizes: tuple[int, ...] = SIZES) -> RecordedDecoder:
+    """Decodes in compiled steps of ``sizes``, filled up with padding; the model itself computes larger steps.
 
     A step's bits are not quite the model's, as sums are made in another order; they are the same under every policy.
     The step of one sequence is compiled here. Others are compiled when a service prepares for them, or when they first
     occur, so that a single request does not wait for them. They are not put off further, or bits would depend on how
     many such steps there have been.
     """
-    steps = compiled_steps(model, cache, CpuCompiler(taped=True))
-    decoder = RecordedDecoder(model, cache, steps, record_after=0, shapes=PaddedShapes(SIZES, cache.num_pages))
+    steps = compiled_steps(model, cache, CpuCompiler(taped=True), sizes[-1])
+    decoder = RecordedDecoder(model, cache, steps, record_after=0, shapes=PaddedShapes(sizes, cache.num_pages))
     decoder.prepare(1)
     return decoder
 
@@ -69,15 +69,15 @@ class PaddedShapes(Shapes):
         return [(size, min(self.width, SHORT) if size == 1 else self.width) for size in self.sizes[: len(smaller) + 1]]
 
 
-def compiled_steps(model: Transformer, cache: PagedKVCache, compiler: CpuCompiler) -> MakeStep:
-    """A maker of compiled steps for ``model``, which share the memory of their routed rows.
+def compiled_steps(model: Transformer, cache: PagedKVCache, compiler: CpuCompiler, most: int) -> MakeStep:
+    """A maker of compiled steps of up to ``most`` sequences, which share the memory of their routed rows.
 
     It warns and gives None if a step cannot be compiled when it is wanted: requests then go on op by op.
     """
-    experts = CompiledExperts(compiler, model, SIZES[-1])
+    experts = CompiledExperts(compiler, model, most)
 
     def make(num_sequences: int, table_width: int) -> CompiledStep | None:
-        if num_sequences > SIZES[-1]:
+        if num_sequences > most:
             return None
         inputs = DecodeInputs(compiler, cache, num_sequences, table_width)
         try:

@@ -47,7 +47,7 @@ def going(planned_s: float | None = None, tokens: int = 1, left: int = 10) -> Ru
 def load(
     waiting: Sequence[WaitingRequest] = (), running: Sequence[RunningRequest] = (), free: int = 10_000, **more: object
 ) -> Load:
-    return Load(more.pop("now", 0.0), waiting, running, free, **more)  # type: ignore[arg-type]
+    return Load(more.pop("now", 0.0), waiting, running, free, **more)
 
 
 def test_the_least_slack_goes_first_and_arrival_counts_for_nothing_else() -> None:
@@ -165,7 +165,7 @@ def test_where_nobody_is_there_an_old_measurement_refuses_nobody() -> None:
         assert one.refusal(request, load(now=now, measured=now - 0.5 * STALE_S)) is not None
         assert one.refusal(request, load(now=now, measured=now - 1.1 * STALE_S)) is None
         for busy in ({"waiting": [asked()]}, {"running": [going()]}, {"coming": ComingPrefill(100, 1, LAYERS)}):
-            assert one.refusal(request, load(now=now, measured=0.0, **busy)) is not None  # type: ignore[arg-type]
+            assert one.refusal(request, load(now=now, measured=0.0, **busy)) is not None
 
 
 def test_those_that_wait_take_places_from_each_other() -> None:

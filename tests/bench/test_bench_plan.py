@@ -133,7 +133,7 @@ def test_the_report_counts_what_is_off_and_warns_of_others() -> None:
     off = here((1.0, 1.2))
     off["rounds"][0]["foreign_cpu"] = 0.3
     text = report(conditions | {"cells": [off]})
-    assert "**off**" in text and "in one run others used 30% of its CPU time" in text
+    assert "**off**" in text and "others used up to 30% of its CPU time" in text
 
 
 def test_a_run_that_others_disturb_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ import serve_report
 from duoserve.architecture import LatentAttentionConfig
 from duoserve.config import Phase
 from duoserve.experts.layout import ExpertId, ExpertLayout
+from duoserve.metrics import percentile
 from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.routing import Routing
 from duoserve.traces.synthetic import CARDS, synthesize
@@ -154,7 +155,7 @@ def test_verdicts() -> None:
 def test_the_report_has_the_median_that_is_judged() -> None:
     found = {"ttft_s": 6.0, "itl_s": [1.4, 1.0, 1.3, 1.1], "peak_bytes": None, "moved_bytes": 0}
     peer = {"name": "peer", "model": QWEN3, "status": "measured", "measured": found}
-    assert serve_figures.quantile(found["itl_s"], 0.5) == 1.1
+    assert percentile(found["itl_s"], 50) == 1.1
     assert "| 1.1e+03 |" in serve_report.peers({"parts": [peer]})
 
 

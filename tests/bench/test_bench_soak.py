@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
@@ -18,6 +17,7 @@ import soak_report
 from soak_clients import Clients, soak
 from soak_load import CANCELLED, MALFORMED, WRONG, Asked, Kind, kinds, requests
 from soak_watch import Sample, growth, look, looking
+from tests.loops import in_a_loop
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 KIND = Kind("a", 2, 0.0, 0, (), 1)
@@ -31,17 +31,14 @@ def stream(events: list[dict[str, Any]], end: str = "data: [DONE]\n\n") -> str:
     return "".join(f"data: {json.dumps(one)}\n\n" for one in events) + end
 
 
-def served(fate: str, answer: httpx.Response, expected: tuple[str, str] = ("xy", "length")) -> Any:
+@in_a_loop
+async def served(fate: str, answer: httpx.Response, expected: tuple[str, str] = ("xy", "length")) -> Any:
     """The tally of one client that gets ``answer``."""
-
-    async def main() -> Any:
-        transport = httpx.MockTransport(lambda request: answer)
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
-            clients = Clients(http, [KIND], [[expected]], 0)
-            await soak(clients, [Asked(fate, 0, {}, 0)], 1)  # type: ignore[arg-type]
-            return clients.tally
-
-    return asyncio.run(main())
+    transport = httpx.MockTransport(lambda request: answer)
+    async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
+        clients = Clients(http, [KIND], [[expected]], 0)
+        await soak(clients, [Asked(fate, 0, {}, 0)], 1)
+        return clients.tally
 
 
 def test_a_good_answer_is_no_fault() -> None:
@@ -95,17 +92,14 @@ def samples(leak: int, files: int = 0) -> list[Sample]:
     return [Sample(n, 1 << 28, (1 << 27) + leak * max(0, n - 1000), 9, 20 + n * files) for n in range(0, 10_001, 100)]
 
 
-def test_however_fast_requests_are_each_quarter_is_looked_at() -> None:
-    async def main() -> list[Sample]:
-        found = [look(os.getpid(), 0)]
-        transport = httpx.MockTransport(lambda request: httpx.Response(200, json=WHOLE))
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
-            clients = Clients(http, [KIND], [[("xy", "length")]], 0)
-            clients.one_has_ended = looking(os.getpid(), 200, clients.tally.ended.total, found)
-            await soak(clients, [Asked("whole", 0, {}, 0)] * 200, 64)
-        return found
-
-    found = asyncio.run(main())
+@in_a_loop
+async def test_however_fast_requests_are_each_quarter_is_looked_at() -> None:
+    found = [look(os.getpid(), 0)]
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=WHOLE))
+    async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
+        clients = Clients(http, [KIND], [[("xy", "length")]], 0)
+        clients.one_has_ended = looking(os.getpid(), 200, clients.tally.ended.total, found)
+        await soak(clients, [Asked("whole", 0, {}, 0)] * 200, 64)
     assert [one.requests for one in found] == [*range(0, 201, 10)]
     assert growth(found)["grown_bytes"] is not None
 

@@ -15,33 +15,17 @@ from duoserve.errors import KernelError
 from duoserve.kernels import attention_gqa as attention
 from duoserve.kernels import reference_attention as reference
 from tests.kernels.common import DEVICE, DTYPES, assert_close, assert_same_bits, poisoned
+from tests.kernels.paged_case import GARBAGE_PAGE, paged
 
-GARBAGE_PAGE = 1 << 20  # in the table where a sequence has no page: reading it would be far out of bounds
 
-
-def paged(
+def case_of(
     lengths: list[int], heads: tuple[int, int], dim: int, page_tokens: int, dtype: torch.dtype, columns: int = 0
 ) -> dict[str, Any]:
-    """Queries, and the keys and values of each sequence scattered over pages that are poisoned elsewhere."""
+    """Queries, and the keys and values of each sequence."""
     num_heads, num_kv_heads = heads
-    counts = [-(-length // page_tokens) for length in lengths]
-    num_pages, columns = sum(counts) + 2, max([1, columns, *counts])
-    pages = [poisoned(num_pages, page_tokens, num_kv_heads, dim, dtype=dtype) for _ in range(2)]
-    table = torch.full((len(lengths), columns), GARBAGE_PAGE, dtype=torch.int32)
-    free = torch.randperm(num_pages).tolist()
-    for b, length in enumerate(lengths):
-        for m in range(counts[b]):
-            page = table[b, m] = free.pop()
-            used = min(page_tokens, length - m * page_tokens)
-            for store in pages:
-                store[page, :used] = torch.randn(used, num_kv_heads, dim).to(dtype)
+    (k_pages, v_pages), where = paged(lengths, [(num_kv_heads, dim)] * 2, page_tokens, dtype, columns)
     q = torch.randn(len(lengths), num_heads, dim, device=DEVICE).to(dtype)
-    given_lengths = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    return {"q_BHD": q, "k_pages_PSGD": pages[0], "v_pages_PSGD": pages[1]} | {
-        "page_table_BM": table.to(DEVICE),
-        "lengths_B": given_lengths,
-        "scale": dim**-0.5,
-    }
+    return {"q_BHD": q, "k_pages_PSGD": k_pages, "v_pages_PSGD": v_pages, "scale": dim**-0.5} | where
 
 
 def truth_of(case: dict[str, Any], window: int | None = None, sinks: Tensor | None = None) -> Tensor:
@@ -99,14 +83,14 @@ def test_every_shape(
     sinks = torch.randn(heads[0], device=DEVICE).to(dtype) if with_sinks else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "CHUNK_TOKENS", chunk)
-        assert_attends(paged(lengths, heads, dim, page_tokens, dtype), window, sinks)
+        assert_attends(case_of(lengths, heads, dim, page_tokens, dtype), window, sinks)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunks_of_full_size(dtype: torch.dtype) -> None:
     """Lengths about the edges of the real chunks, more chunks than one merge block takes at a time."""
     assert attention.CHUNK_TOKENS == 256
-    assert_attends(paged([255, 256, 257, 700], (4, 2), 16, 32, dtype), window=300)
+    assert_attends(case_of([255, 256, 257, 700], (4, 2), 16, 32, dtype), window=300)
 
 
 def test_long_contexts_have_longer_chunks_and_the_merge_takes_them_all() -> None:
@@ -115,11 +99,11 @@ def test_long_contexts_have_longer_chunks_and_the_merge_takes_them_all() -> None
         patch.setattr(attention, "MAX_CHUNKS", 4)
         assert attention.plan_chunks(128, 1) == (32, 4, 4)
         assert attention.plan_chunks(129, 1) == (64, 3, 3)
-        assert_attends(paged([200, 3], (2, 1), 16, 10, torch.float32))
+        assert_attends(case_of([200, 3], (2, 1), 16, 10, torch.float32))
 
 
 def test_a_padded_row_is_zero_and_a_length_beyond_the_table_is_the_tables() -> None:
-    case = paged([0, 20], (2, 2), 16, 4, torch.float32)
+    case = case_of([0, 20], (2, 2), 16, 4, torch.float32)
     case["lengths_B"] = torch.tensor([-5, 23], dtype=torch.int32, device=DEVICE)
     out = attention.decode_attention(**case)
     case["lengths_B"] = torch.tensor([0, 20], dtype=torch.int32, device=DEVICE)
@@ -131,7 +115,7 @@ def test_a_padded_row_is_zero_and_a_length_beyond_the_table_is_the_tables() -> N
 def test_a_sequence_has_the_same_bits_alone_and_in_any_batch(dtype: torch.dtype) -> None:
     """Whatever the others are, however wide the table is and however many programs share the chunks."""
     lengths = [600, 1, 40, 513]
-    case = paged(lengths, (4, 2), 16, 64, dtype, columns=12)
+    case = case_of(lengths, (4, 2), 16, 64, dtype, columns=12)
     out = attention.decode_attention(**case, window=400)
     for b, length in enumerate(lengths):
         alone = dict(case, q_BHD=case["q_BHD"][b : b + 1], lengths_B=case["lengths_B"][b : b + 1])
@@ -144,7 +128,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_any_batch(dtype: torch.dtype)
 
 
 def test_where_the_pages_lie_does_not_matter() -> None:
-    case = paged([70, 33], (4, 1), 32, 16, torch.float16)
+    case = case_of([70, 33], (4, 1), 32, 16, torch.float16)
     out = attention.decode_attention(**case)
     order = torch.randperm(len(case["k_pages_PSGD"]))
     moved = dict(case, k_pages_PSGD=case["k_pages_PSGD"][order], v_pages_PSGD=case["v_pages_PSGD"][order])
@@ -154,7 +138,7 @@ def test_where_the_pages_lie_does_not_matter() -> None:
 
 
 def test_indices_of_64_bits_and_queries_that_are_a_slice() -> None:
-    case = paged([30, 9], (4, 2), 16, 8, torch.float32)
+    case = case_of([30, 9], (4, 2), 16, 8, torch.float32)
     out = attention.decode_attention(**case)
     wide = poisoned(2, 8, 16, dtype=torch.float32)
     wide[:, 2:6] = case["q_BHD"]
@@ -165,7 +149,7 @@ def test_indices_of_64_bits_and_queries_that_are_a_slice() -> None:
 
 def test_a_large_score_does_not_overflow() -> None:
     torch.manual_seed(0)  # of two scores that are all but equal, rounding would decide what each weighs
-    case = paged([50], (2, 1), 16, 16, torch.float32)
+    case = case_of([50], (2, 1), 16, 16, torch.float32)
     case["q_BHD"] = case["q_BHD"] * 1000
     assert_attends(case)
 
@@ -185,4 +169,4 @@ REFUSED = [
 @pytest.mark.parametrize(("change", "message"), REFUSED)
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(KernelError, match=message):
-        attention.decode_attention(**{**paged([30, 9], (4, 2), 16, 8, torch.float32), **change})
+        attention.decode_attention(**{**case_of([30, 9], (4, 2), 16, 8, torch.float32), **change})

@@ -14,32 +14,19 @@ from duoserve.errors import KernelError
 from duoserve.kernels import attention_gqa
 from duoserve.kernels import reference_attention as reference
 from duoserve.kernels.attention_mla import mla_decode_attention
-from tests.kernels.common import DEVICE, DTYPES, assert_close, assert_same_bits, poisoned
+from tests.kernels.common import DEVICE, DTYPES, assert_close, assert_same_bits
+from tests.kernels.paged_case import paged
 
-GARBAGE_PAGE = 1 << 20
 
-
-def paged(
+def case_of(
     lengths: list[int], num_heads: int, dims: tuple[int, int], page_tokens: int, dtype: torch.dtype, columns: int = 0
 ) -> dict[str, Any]:
-    """Queries, and each sequence's latents scattered over pages that are poisoned elsewhere."""
-    latent_dim, rope_dim = dims
-    counts = [-(-length // page_tokens) for length in lengths]
-    num_pages, columns = sum(counts) + 2, max([1, columns, *counts])
-    pages = poisoned(num_pages, page_tokens, latent_dim + rope_dim, dtype=dtype)
-    table = torch.full((len(lengths), columns), GARBAGE_PAGE, dtype=torch.int32)
-    free = torch.randperm(num_pages).tolist()
-    for b, length in enumerate(lengths):
-        for m in range(counts[b]):
-            table[b, m] = free.pop()
-            used = min(page_tokens, length - m * page_tokens)
-            pages[table[b, m], :used] = torch.randn(used, latent_dim + rope_dim, device=DEVICE).to(dtype)
-    q = torch.randn(len(lengths), num_heads, latent_dim + rope_dim, device=DEVICE).to(dtype)
-    return {"q_latent_BHL": q[..., :latent_dim], "q_rope_BHR": q[..., latent_dim:], "latent_pages_PSW": pages} | {
-        "page_table_BM": table.to(DEVICE),
-        "lengths_B": torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
-        "scale": (latent_dim + rope_dim) ** -0.5,
-    }
+    """Queries, and each sequence's latents."""
+    latent_dim, width = dims[0], sum(dims)
+    [pages], where = paged(lengths, [(width,)], page_tokens, dtype, columns)
+    q = torch.randn(len(lengths), num_heads, width, device=DEVICE).to(dtype)
+    queries = {"q_latent_BHL": q[..., :latent_dim], "q_rope_BHR": q[..., latent_dim:]}
+    return queries | {"latent_pages_PSW": pages, "scale": width**-0.5} | where
 
 
 def rows_of(case: dict[str, Any], sequence: int) -> Tensor:
@@ -80,7 +67,7 @@ def test_every_shape(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    case = paged(lengths, num_heads, dims, page_tokens, dtype)
+    case = case_of(lengths, num_heads, dims, page_tokens, dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_gqa, "CHUNK_TOKENS", chunk)
         out = mla_decode_attention(**case)
@@ -92,7 +79,7 @@ def test_every_shape(
 def test_the_absorbed_form_is_the_plain_one() -> None:
     """With the key and value halves of kv_b_proj applied outside, it is attention over each head's own keys."""
     heads, (latent_dim, rope_dim), nope, value = 3, (32, 16), 8, 12
-    case = paged([21], heads, (latent_dim, rope_dim), 8, torch.float32)
+    case = case_of([21], heads, (latent_dim, rope_dim), 8, torch.float32)
     q_nope, k_up = torch.randn(1, heads, nope, device=DEVICE), torch.randn(heads, nope, latent_dim, device=DEVICE)
     v_up = torch.randn(heads, value, latent_dim, device=DEVICE)
     case["q_latent_BHL"] = torch.einsum("bhn,hnl->bhl", q_nope, k_up)
@@ -110,7 +97,7 @@ def test_the_absorbed_form_is_the_plain_one() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sequence_has_the_same_bits_alone_and_in_any_batch(dtype: torch.dtype) -> None:
     lengths = [520, 1, 40]
-    case = paged(lengths, 4, (32, 16), 64, dtype, columns=10)
+    case = case_of(lengths, 4, (32, 16), 64, dtype, columns=10)
     out = mla_decode_attention(**case)
     assert_close(out, truth_of(case), dtype, roundings=2)
     for b, length in enumerate(lengths):
@@ -135,4 +122,4 @@ REFUSED = [
 @pytest.mark.parametrize(("change", "message"), REFUSED)
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(KernelError, match=message):
-        mla_decode_attention(**{**paged([30, 9], 4, (32, 16), 8, torch.float32), **change})
+        mla_decode_attention(**{**case_of([30, 9], 4, (32, 16), 8, torch.float32), **change})

@@ -9,8 +9,9 @@ import torch
 
 from tests.checkpoints import save_mixtral
 from tests.lagging import Truth
+from tests.toys import toy_prompt
 
-PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in (7, 30, 1)]
+PROMPTS = [toy_prompt(length) for length in (7, 30, 1)]
 MAX_TOKENS = (12, 5, 9)
 DTYPES = ("float32", "bfloat16")
 

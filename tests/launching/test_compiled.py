@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import warnings
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from duoserve import ConfigError, MoEModel, SamplingParams
+from duoserve import ConfigError, MoEModel
 from duoserve.kernels import compiled as compiled_kernels
 from duoserve.kernels.compiled import inductor
 from duoserve.kernels.compiled.compiler import CpuCompiler
@@ -22,9 +21,10 @@ from tests.checkpoints import save_mixtral
 from tests.compiled_case import few_streams, needs_compiler, save
 from tests.models.test_families import decoded
 from tests.models.test_mixtral_parity import relative_error
+from tests.toys import greedy, toy_prompt
 
-PROMPT = [(7 * i * i + 3 * i) % 95 + 1 for i in range(40)]
-GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+PROMPT = toy_prompt(40)
+GREEDY = greedy(20)
 # Latent attention, dense first layers and shared experts; sinks, windows and an activation of its own; a gated shared
 # expert and biases. What the others add is in the router and in norms, which are traced from the same ops.
 TYPES = ("deepseek_v3", "gpt_oss", "qwen2_moe")
@@ -60,7 +60,7 @@ def test_a_compiled_step_has_the_probabilities_of_prefill_and_the_same_bits_unde
     def run(**options: Any) -> tuple[list[int], torch.Tensor]:
         options |= {"dtype": "float32", "decode_mode": "compiled", "cache_dir": tmp_path}
         with MoEModel.from_pretrained(folder, **options) as model:
-            return asyncio.run(decoded(model, PROMPT[:9], 20))
+            return decoded(model, PROMPT[:9], 20)
 
     tokens, top_C202 = run(policy="resident")
     with MoEModel.from_pretrained(folder, dtype="float32") as model:
@@ -83,7 +83,7 @@ def test_a_context_that_has_grown_long_is_attended_to_by_a_step_of_its_own(
     monkeypatch.setattr(CompiledStep, "__init__", lambda self, *parts: make(self, *parts) or widths.append(self.widths))
     with MoEModel.from_pretrained(mixtral, dtype="float32", decode_mode="compiled", max_context=256) as model:
         assert range(2, 5) not in widths
-        tokens, top_C202 = asyncio.run(decoded(model, prompt[:50], 100))
+        tokens, top_C202 = decoded(model, prompt[:50], 100)
     with MoEModel.from_pretrained(mixtral, dtype="float32") as model:
         truth_CV = model.forward(prompt[:50] + tokens[:-1])[49:].log_softmax(-1)
     assert range(2, 5) in widths
@@ -99,7 +99,7 @@ def test_quantized_experts_give_the_logits_of_the_model(
     out = []
     for mode in ("auto", "compiled"):
         with MoEModel.from_pretrained(folder, dtype="float32", quantize=quantize, decode_mode=mode) as model:
-            out.append(asyncio.run(decoded(model, PROMPT, 20)))
+            out.append(decoded(model, PROMPT, 20))
     (expected, expected_top), (tokens, top) = out
     assert len(compiled_calls) == 19
     assert tokens == expected

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,8 @@ from duoserve.kernels.compiled.compiler import CpuCompiler
 from duoserve.kernels.reference import decode_attention
 from duoserve.kv_cache import NewTokens
 from duoserve.launching import compiled as compiled_decode
-from duoserve.launching import compiled_experts
-from duoserve.launching.compiled import CompiledStep, PaddedShapes, compiled_decoder, compiled_steps
+from duoserve.launching import compiled_experts, launch
+from duoserve.launching.compiled import SIZES, CompiledStep, PaddedShapes, compiled_decoder, compiled_steps
 from duoserve.launching.compiled_experts import CompiledExperts
 from duoserve.launching.launch import DecoderParts
 from duoserve.launching.recorded import RecordedDecoder
@@ -37,13 +38,15 @@ from tests.compiled_case import needs_compiler, save
 from tests.fakes import Gate
 from tests.lagging import Truth, write
 from tests.listeners import Heard
+from tests.loops import in_a_loop
 from tests.models.cases import FAMILIES
 from tests.models.test_families import decoded
 from tests.models.test_mixtral_parity import relative_error
+from tests.toys import greedy, toy_prompt
 
-PROMPTS = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in (7, 30, 1)]
+PROMPTS = [toy_prompt(length) for length in (7, 30, 1)]
 MAX_TOKENS = (8, 5, 9)  # they leave one after the other, so that there is more and more padding
-GREEDY = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
+GREEDY = greedy(9)
 TYPES = ("mixtral", "deepseek_v3", "gpt_oss")
 Before = Callable[[DecoderParts, NewTokens], None]
 COMPILER = CpuCompiler()  # that of all engines that are assembled here, so that what is alike is compiled once
@@ -61,10 +64,9 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fours(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Models compile steps of four sequences only, no prompts; has how many were somebody's, step by step."""
+    """Models compile steps for up to four sequences only, no prompts; has how many were somebody's, step by step."""
     sequences, step = [], CompiledStep.__call__
-    monkeypatch.setattr(compiled_decode, "PaddedShapes", lambda sizes, width: PaddedShapes((4,), width))
-    monkeypatch.setattr(RecordedDecoder, "prepare", lambda self, num_sequences: None)
+    monkeypatch.setattr(launch, "compiled_decoder", partial(compiled_decoder, sizes=SIZES[1:]))
     monkeypatch.setattr(loading, "compiled_prompts", lambda model, cache: model)
     monkeypatch.setattr(
         CompiledStep,
@@ -80,7 +82,7 @@ def in_fours(
     """Makes decoders that note their ``logits``; ``before`` is called before each step."""
 
     def make(parts: DecoderParts) -> Decoder:
-        steps = compiled_steps(parts.model, parts.cache, COMPILER)
+        steps = compiled_steps(parts.model, parts.cache, COMPILER, SIZES[-1])
         fours = PaddedShapes((4,), parts.cache.num_pages)
         decode = RecordedDecoder(parts.model, parts.cache, steps, record_after=0, shapes=fours)
 
@@ -117,32 +119,37 @@ def _num_experts(folder: Path) -> int:
     return 24 if _family(folder) == "mixtral" else FAMILIES[_family(folder)].experts
 
 
-@needs_compiler
-def test_padding_is_nobody(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With NaN wherever nobody's numbers are, a step has the same bits; it wants and tells of nobody's experts."""
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Before:
+    """Puts NaN wherever nobody's numbers are."""
     made: list[CompiledExperts] = []
     init = CompiledExperts.__init__
     monkeypatch.setattr(CompiledExperts, "__init__", lambda self, *args: made.append(self) or init(self, *args))
 
-    def poison(parts: DecoderParts, new_tokens: NewTokens) -> None:
+    def before(parts: DecoderParts, new_tokens: NewTokens) -> None:
         for rows in made[-1].rows:
             rows.fill_(float("nan"))
         for pages_PSW in [pages for layer in parts.cache.layers for pages in layer]:
             pages_PSW[parts.cache._free] = float("nan")
 
-    def run(before: Before, listener: Heard | None) -> tuple[list[Tensor], int]:
-        logits: list[Tensor] = []
-        with assembled(
-            mixtral, "lru", 9, ThreadedCopyEngine, listener, make_decoder=in_fours(logits, before)
-        ) as engine:
-            write(engine, PROMPTS, MAX_TOKENS)
-            stats = engine.meter.snapshot()
-        return logits, stats.hits["decode"] + stats.misses["decode"]
+    return before
 
-    heard = Heard()
-    clean, wanted = run(lambda parts, new_tokens: None, None)
-    poisoned, also_wanted = run(poison, heard)
+
+@needs_compiler
+def test_padding_has_no_part_in_the_bits_of_a_step(mixtral: Path, poison: Before) -> None:
+    clean, poisoned = [], []
+    for logits, before in ((clean, lambda parts, new_tokens: None), (poisoned, poison)):
+        with assembled(mixtral, "lru", 9, ThreadedCopyEngine, make_decoder=in_fours(logits, before)) as engine:
+            write(engine, PROMPTS, MAX_TOKENS)
     assert all(torch.equal(one, other) for one, other in zip(clean, poisoned, strict=True))
+
+
+@needs_compiler
+def test_padding_wants_no_experts_and_nobody_is_told_of_it(mixtral: Path, poison: Before) -> None:
+    heard = Heard()
+    with assembled(mixtral, "lru", 9, ThreadedCopyEngine, heard, make_decoder=in_fours([], poison)) as engine:
+        write(engine, PROMPTS, MAX_TOKENS)
+        stats = engine.meter.snapshot()
     told = [
         (len(requests), routing)
         for (phase, requests), routings in zip(heard.begun, heard.routings, strict=True)
@@ -151,7 +158,8 @@ def test_padding_is_nobody(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ]
     assert all(len(routing.topk_ids_TK) == len(routing.topk_weights_TK) == rows for rows, routing in told)
     assert {rows for rows, _ in told} == {1, 2, 3}
-    assert wanted == also_wanted == sum(len(set(routing.topk_ids_TK.ravel().tolist())) for _, routing in told)
+    wanted = sum(len(set(routing.topk_ids_TK.ravel().tolist())) for _, routing in told)
+    assert stats.hits["decode"] + stats.misses["decode"] == wanted
 
 
 @needs_compiler
@@ -182,7 +190,7 @@ def test_requests_join_and_leave_while_others_go_on(
         sampled = model.generate(PROMPTS[0], GREEDY, temperature=0.9, seed=5).token_ids
     monkeypatch.setattr(Passes, "decode", lambda *args: gate.pass_through() or decode(*args))
     with MoEModel.from_pretrained(mixtral, expert_slots=9, policy="duoserve", decode_mode="compiled") as model:
-        assert asyncio.run(_together(model, gate)) == [*expected, sampled]
+        assert _together(model, gate) == [*expected, sampled]
     assert fours == [1] + [4] * 5 + [3] * 3 + [2] * 3 + [1] * 11
 
 
@@ -190,6 +198,7 @@ def _staggered() -> list[tuple[list[int], int]]:
     return list(zip(PROMPTS, (24, 6, 12), strict=True))
 
 
+@in_a_loop
 async def _together(model: MoEModel, gate: Gate) -> list[list[int]]:
     """The others come while the first is in its first decode step, at ``gate``; the fourth samples."""
     service = AsyncEngine(model)
@@ -217,11 +226,11 @@ async def _together(model: MoEModel, gate: Gate) -> list[list[int]]:
 def test_more_sequences_than_a_step_takes_are_computed_by_the_model(
     mixtral: Path, fours: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled_decode, "SIZES", (4,))
-    prompts = [PROMPTS[1][:length] for length in range(2, 7)]
-    with MoEModel.from_pretrained(mixtral, max_context=512) as model:
+    monkeypatch.setattr(RecordedDecoder, "prepare", lambda decoder, num_sequences: None)  # nothing need be compiled
+    prompts = [PROMPTS[1][:length] for length in range(2, 3 + SIZES[-1])]
+    with MoEModel.from_pretrained(mixtral, max_context=2048) as model:
         expected = [out.token_ids for out in model.generate(prompts, GREEDY)]
-    with MoEModel.from_pretrained(mixtral, max_context=512, decode_mode="compiled") as model:
+    with MoEModel.from_pretrained(mixtral, max_context=2048, decode_mode="compiled") as model:
         assert [out.token_ids for out in model.generate(prompts, GREEDY)] == expected
     assert fours == []
 
@@ -231,7 +240,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the steps that were to be compiled; none is."""
     sizes: list[int] = []
 
-    def recorded(model: object, cache: object, compiler: object) -> Callable[[int, int], None]:
+    def recorded(model: object, cache: object, compiler: object, most: int) -> Callable[[int, int], None]:
         return lambda num_sequences, width: sizes.append(num_sequences)
 
     monkeypatch.setattr(compiled_decode, "compiled_steps", recorded)
@@ -271,14 +280,14 @@ def test_quantized_experts_of_few_and_of_many_rows(
     options = {"quantize": quantize, "dtype": "float32"}
     with MoEModel.from_pretrained(folder, **options) as model:
         expected = [[out.token_ids for out in model.generate(prompts, GREEDY)] for prompts in batches]
-        alone, top = asyncio.run(decoded(model, PROMPTS[0], 9))
+        alone, top = decoded(model, PROMPTS[0], 9)
     rows, compute = [], MoEBlock.compute
     monkeypatch.setattr(
         MoEBlock, "compute", lambda self, routed, work: rows.append(len(routed.x_TH)) or compute(self, routed, work)
     )
     with MoEModel.from_pretrained(folder, decode_mode="compiled", **options) as model:
         assert [[out.token_ids for out in model.generate(prompts, GREEDY)] for prompts in batches] == expected
-        found, found_top = asyncio.run(decoded(model, PROMPTS[0], 9))
+        found, found_top = decoded(model, PROMPTS[0], 9)
     assert found == alone
     assert relative_error(found_top, top) <= 1e-5
     assert fours and (4 in rows) == (most < 4)

@@ -11,10 +11,11 @@ from duoserve import MoEModel, SamplingParams, loading
 from duoserve.kernels.compiled import inductor
 from tests.compiled_case import needs_compiler, save
 from tests.models.test_mixtral_parity import relative_error
+from tests.toys import toy_prompt
 
 # Also with norms of heads, with latent attention and shared experts, with sinks and another activation.
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
-PROMPTS = [[(7 * i * i + 3 * i) % 95 + 1 for i in range(length)] for length in (2, 40, 17, 90)]
+PROMPTS = [toy_prompt(length) for length in (2, 40, 17, 90)]
 
 pytestmark = needs_compiler
 

@@ -40,7 +40,7 @@ class Checked:
         self.steps = 0
 
     def make_pool(self, num_slots: int, layout: object) -> SlotPool:
-        self.pool = self.device.pool(num_slots, layout)  # type: ignore[arg-type]
+        self.pool = self.device.pool(num_slots, layout)
         return self.pool
 
     def decoder(self, parts: DecoderParts) -> Decoder:

@@ -14,9 +14,11 @@ from duoserve.loadtest.client import Form, answers
 from duoserve.loadtest.events import event_data
 from duoserve.loadtest.figures import Answer
 from duoserve.loadtest.workload import LoadRequest
+from tests.loops import in_a_loop
 
 
-def answer(*parts: bytes, timeout_s: float = 5.0, pause_s: float = 0.0, chat: bool = False) -> Answer:
+@in_a_loop
+async def answer(*parts: bytes, timeout_s: float = 5.0, pause_s: float = 0.0, chat: bool = False) -> Answer:
     """What becomes of a request that is answered with ``parts``."""
 
     async def content() -> AsyncIterator[bytes]:
@@ -24,14 +26,11 @@ def answer(*parts: bytes, timeout_s: float = 5.0, pause_s: float = 0.0, chat: bo
             await asyncio.sleep(pause_s)
             yield part
 
-    async def main() -> Answer:
-        transport = httpx.MockTransport(lambda request: httpx.Response(200, content=content()))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            form = Form("m", chat, timeout_s=timeout_s)
-            [found] = await answers(client, form, [LoadRequest("a", 4)], [0.0])
-            return found
-
-    return asyncio.run(main())
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=content()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        form = Form("m", chat, timeout_s=timeout_s)
+        [found] = await answers(client, form, [LoadRequest("a", 4)], [0.0])
+        return found
 
 
 def event(text: str, **fields: object) -> bytes:

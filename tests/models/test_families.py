@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from duoserve import CheckpointError, ConfigError, MoEModel, SamplingParams, kernels
+from duoserve import CheckpointError, ConfigError, MoEModel, kernels
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.interface import ServiceSettings
 from duoserve.models.described import described
@@ -23,12 +22,14 @@ from duoserve.scheduling.policies import POLICIES
 from duoserve.service.async_engine import AsyncEngine
 from tests.checkpoints import reference_greedy, reference_logits
 from tests.kernels.common import INTERPRETED
+from tests.loops import in_a_loop
 from tests.models.cases import FAMILIES
 from tests.models.cases.case import SINGLE, FamilyCases
 from tests.models.test_mixtral_parity import relative_error
+from tests.toys import greedy, toy_prompt
 
-PROMPT = [(7 * i * i + 3 * i) % 95 + 1 for i in range(40)]
-GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+PROMPT = toy_prompt(40)
+GREEDY = greedy(64)
 STREAMING = tuple(name for name in POLICIES if name != "resident")
 ALL = [(model_type, name) for model_type, family in FAMILIES.items() for name in family.cases]
 
@@ -64,6 +65,7 @@ def test_decode_gives_the_logits_of_prefill(folder: Path) -> None:
     assert [done.token_ids for done in together] == [done.token_ids for done in alone]
 
 
+@in_a_loop
 async def decoded(model: MoEModel, prompt: list[int], count: int) -> tuple[list[int], torch.Tensor]:
     """Greedy tokens; the 20 likeliest at each place, each with its log-probability: [count, 20, 2]."""
     service = AsyncEngine(model, settings=ServiceSettings(max_batch=1))
@@ -77,7 +79,7 @@ async def decoded(model: MoEModel, prompt: list[int], count: int) -> tuple[list[
 
 def test_decode_gives_the_probabilities_of_prefill(folder: Path) -> None:
     with MoEModel.from_pretrained(folder, dtype="float32") as model:
-        tokens, top_C202 = asyncio.run(decoded(model, PROMPT[:5], 20))
+        tokens, top_C202 = decoded(model, PROMPT[:5], 20)
     with MoEModel.from_pretrained(folder, dtype="float32") as model:
         truth_CV = model.forward(PROMPT[:5] + tokens[:-1])[4:].log_softmax(-1)
     truth_C20 = truth_CV.gather(1, top_C202[..., 0].long())

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from duoserve import SamplingParams
 from duoserve.config import EngineConfig, Phase
 from duoserve.engine import Engine
 from duoserve.experts.slots import SlotPool
@@ -23,9 +22,10 @@ from duoserve.request import Request
 from tests.assembly import assembled, tokens_of
 from tests.checkpoints import save_mixtral
 from tests.listeners import Heard
+from tests.toys import greedy
 
 PROMPT = [(7 * i) % 95 + 1 for i in range(20)]
-GREEDY = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+GREEDY = greedy(5)
 PREFILL, DECODE = Phase.PREFILL, Phase.DECODE
 
 
@@ -71,7 +71,7 @@ def test_rows_of_a_shared_pass_belong_to_their_requests(folder: Path) -> None:
     heard = Heard()
 
     def serve(engine: Engine) -> None:
-        short = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        short = greedy(2)
         list(engine.generate([Request(PROMPT[:3], short), Request(PROMPT[:2], GREEDY)]))
         list(engine.generate([Request(PROMPT[:1], short)]))
 

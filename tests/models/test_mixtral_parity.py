@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from duoserve import MoEModel, SamplingParams
+from duoserve import MoEModel
 from tests.checkpoints import BARD, reference_greedy, reference_logits, save_mixtral, to_hub_dialect
+from tests.toys import greedy, toy_prompt
 
-PROMPT = [(7 * i * i + 3 * i) % 95 + 1 for i in range(40)]
+PROMPT = toy_prompt(40)
 
 CASES = {
     "plain": {},
@@ -41,14 +42,14 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def test_logits_and_greedy_tokens_equal_those_of_transformers(folder: Path) -> None:
     with MoEModel.from_pretrained(folder, dtype="float32") as model:
         assert relative_error(model.forward(PROMPT), reference_logits(folder, PROMPT)) <= 1e-5
-        out = model.generate(PROMPT, SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True))
+        out = model.generate(PROMPT, greedy(64))
     assert out.token_ids == reference_greedy(folder, PROMPT, 64)
 
 
 def test_decode_gives_the_logits_of_prefill(folder: Path) -> None:
     """Teacher forcing: the greedy token after every prefix is the argmax of that prefix's last logits."""
     with MoEModel.from_pretrained(folder, dtype="float32") as model:
-        out = model.generate(PROMPT[:5], SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True))
+        out = model.generate(PROMPT[:5], greedy(20))
         logits_TV = model.forward(PROMPT[:5] + out.token_ids[:-1])
     assert logits_TV[4:].argmax(-1).tolist() == out.token_ids
 
@@ -65,5 +66,5 @@ def test_bard_equals_transformers() -> None:
     prompt = [0, *((37 * i) % 2000 + 2 for i in range(300))]
     with MoEModel.from_pretrained("bard", dtype="float32", max_context=1024) as model:
         assert relative_error(model.forward(prompt), reference_logits(BARD, prompt)) <= 1e-5
-        out = model.generate(prompt[:20], SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True))
+        out = model.generate(prompt[:20], greedy(64))
     assert out.token_ids == reference_greedy(BARD, prompt[:20], 64)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import FineGrainedFP8Config
 
-from duoserve import CheckpointError, ConfigError, MoEModel, SamplingParams, placement
+from duoserve import CheckpointError, ConfigError, MoEModel, placement
 from duoserve.architecture import Quantization
 from duoserve.errors import CopyError
 from duoserve.experts.shards import INDEX_FILE
@@ -25,9 +25,10 @@ from tests.checkpoints import reference_greedy, reference_logits
 from tests.models.cases.case import SINGLE
 from tests.models.cases.quantized import AWQ, CASES, FP8, GPTQ, QuantizedCase
 from tests.models.test_mixtral_parity import relative_error
+from tests.toys import greedy, toy_prompt
 
-PROMPT = [(7 * i * i + 3 * i) % 95 + 1 for i in range(40)]
-GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+PROMPT = toy_prompt(40)
+GREEDY = greedy(40)
 
 
 class Saved(NamedTuple):

@@ -24,7 +24,7 @@ def planner_of(name: str) -> Planner:
 
 
 def plan(name: str, hardware: str, **asked: object) -> Plan:
-    return planner_of(name).plan(find_hardware(hardware), Question(**asked))  # type: ignore[arg-type]
+    return planner_of(name).plan(find_hardware(hardware), Question(**asked))
 
 
 @pytest.mark.parametrize(

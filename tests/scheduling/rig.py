@@ -102,11 +102,11 @@ class Rig:
     def prefill(self, routing: Routing | None = None, *, tokens: int = 1000, **times: float) -> list[Batch]:
         """A long prompt, which wants every expert unless ``routing`` says otherwise."""
         every = [list(range(self.num_experts))] * self.num_layers
-        return self.run(Phase.PREFILL, routing or every, tokens=tokens, **times)  # type: ignore[arg-type]
+        return self.run(Phase.PREFILL, routing or every, tokens=tokens, **times)
 
     def decode(self, routing: Routing, **times: float) -> list[Batch]:
         """One token."""
-        return self.run(Phase.DECODE, routing, **times)  # type: ignore[arg-type]
+        return self.run(Phase.DECODE, routing, **times)
 
     def resident(self) -> set[ExpertId]:
         """The experts that are READY."""

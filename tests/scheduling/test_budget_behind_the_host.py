@@ -23,16 +23,11 @@ from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.residency import Residency
 from duoserve.scheduling.scheduler import Scheduler
 from tests.fake_streams import FakeMark, FakeStreams
-from tests.fakes import SMALL, ArrayStore
+from tests.fakes import SMALL, InRam
 from tests.scheduling.fortune import Teller, certain, routed
 
 LAYERS, EXPERTS, SLOTS = 4, 8, 12
 COPY_S = 1000
-
-
-class InRam(ArrayStore):
-    def host_row(self, expert: ExpertId) -> Tensor:
-        return self.row(expert)
 
 
 class SlowLanes(FakeStreams):

@@ -25,7 +25,7 @@ def order(ranking: Ranking, layer: int = 0) -> list[int]:
 
 @pytest.mark.parametrize("kind", RANKINGS)
 def test_the_unused_go_first(kind: type[Ranking]) -> None:
-    ranking = kind(2, 4)  # type: ignore[call-arg]
+    ranking = kind(2, 4)
     ranking.begin(Phase.PREFILL, 3)
     ranking.used(0, [2, 1], [2, 1])
     assert set(order(ranking)[:2]) == {0, 3}

@@ -15,12 +15,7 @@ from duoserve.metrics import Meter
 from duoserve.scheduling.residency import Residency
 from duoserve.scheduling.source import ReadyExpert
 from tests.fake_streams import FakeStreams, LaggingPool
-from tests.fakes import SMALL, ArrayStore
-
-
-class InRam(ArrayStore):
-    def host_row(self, expert: ExpertId) -> torch.Tensor:
-        return self.row(expert)
+from tests.fakes import SMALL, InRam
 
 
 @pytest.mark.parametrize("seed", range(20))

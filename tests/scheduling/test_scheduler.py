@@ -234,11 +234,11 @@ class TestResident:
             assert [ready.expert for batch in lease for ready in batch] == [4, 3]
         rig.scheduler.end()
 
-    @pytest.mark.parametrize("prompt", [True, False], ids=["device keeps up", "device lags behind"])
-    def test_what_the_device_waited_for_while_all_were_loaded_is_no_stall_of_a_pass(self, prompt: bool) -> None:
+    @pytest.mark.parametrize("keeps_up", [True, False], ids=["device keeps up", "device lags behind"])
+    def test_what_the_device_waited_for_while_all_were_loaded_is_no_stall_of_a_pass(self, keeps_up: bool) -> None:
         class Device(Clock):
             def passed(self, mark: Mark) -> bool:
-                if prompt:
+                if keeps_up:
                     self.finish()
                 return super().passed(mark)
 
@@ -253,7 +253,7 @@ class TestResident:
         scheduler = Scheduler(ModelShape(8, 2, (0,)), pool, engine, get_policy("resident"), meter)
         with closing(scheduler):
             scheduler.load_all()
-            assert (len(told) == 8) is prompt
+            assert (len(told) == 8) is keeps_up
             streams.finish()
             meter.begin_request()
             with meter.compute():

@@ -22,8 +22,10 @@ from duoserve.passes import Passes
 from duoserve.request import Request
 from tests.assembly import assembled
 from tests.checkpoints import save_mixtral
-from tests.service.test_async_engine import go, ids, params, read, serving
+from tests.loops import in_a_loop
+from tests.service.test_async_engine import ids, read, serving
 from tests.test_engine_steps import OTHER, PROMPT, RUNNING, asked, run, virtual_copies
+from tests.toys import greedy
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_answers_grow_together_and_make_way_when_no_room_is_left(
     prompts = [PROMPT, OTHER, RUNNING, PROMPT[:3]]
     with assembled(float_folder, "lru", 9, virtual_copies(2)) as engine:
         alone = [[t for _, t in engine.generate([asked(p, n)])] for p, n in zip(prompts, lengths, strict=True)]
-        engine.serve_by(ServiceSettings(answer_room=8, scheduler=scheduler))  # type: ignore[arg-type]
+        engine.serve_by(ServiceSettings(answer_room=8, scheduler=scheduler))
         seen = Together(monkeypatch)
         requests = [asked(p, n) for p, n in zip(prompts, lengths, strict=True)]
         for request in requests:
@@ -173,22 +175,19 @@ def test_whoever_comes_gets_all_that_was_asked_for(
         assert engine.kv_usage == 0
 
 
-def test_answers_that_might_fill_the_context_are_written_side_by_side(tmp_path: Path) -> None:
+@in_a_loop
+async def test_answers_that_might_fill_the_context_are_written_side_by_side(tmp_path: Path) -> None:
     """As of chats that name no max_tokens."""
     folder = save_mixtral(tmp_path / "model", max_position_embeddings=512)
     model = MoEModel.from_pretrained(folder, expert_slots=9, policy="lru", cache_dir=tmp_path, max_context=512)
-
-    async def main() -> None:
-        async with serving(model, answer_room=32) as service:
-            streams = [await service.submit(PROMPT, params(512 - len(PROMPT))) for _ in range(2)]
-            for stream in streams:
-                await anext(stream)
-            assert service.figures().running == 2
-            whole = await asyncio.gather(*map(read, streams))
-            assert [stream.output_tokens for stream in streams] == [512 - len(PROMPT)] * 2
-            assert ids(whole[0])[-300:] == ids(whole[1])[-300:]
-
-    go(main())
+    async with serving(model, answer_room=32) as service:
+        streams = [await service.submit(PROMPT, greedy(512 - len(PROMPT))) for _ in range(2)]
+        for stream in streams:
+            await anext(stream)
+        assert service.figures().running == 2
+        whole = await asyncio.gather(*map(read, streams))
+        assert [stream.output_tokens for stream in streams] == [512 - len(PROMPT)] * 2
+        assert ids(whole[0])[-300:] == ids(whole[1])[-300:]
 
 
 def test_nobody_waits_where_there_is_a_place(float_folder: Path) -> None:

@@ -58,7 +58,7 @@ def test_answers_that_outgrow_their_room_all_come_to_their_end(
     """In a cache that holds little more than the largest of them."""
     hopes = Objectives(0.5, 0.02)
     arrivals = [Arrival(gap_s * n, *sizes, hopes if n % 2 else Objectives()) for n, sizes in enumerate(lengths)]
-    how = ServiceSettings(max_batch=4, max_waiting=4096, scheduler=scheduler, answer_room=16)  # type: ignore[arg-type]
+    how = ServiceSettings(max_batch=4, max_waiting=4096, scheduler=scheduler, answer_room=16)
     served = serve(arrivals, LINEAR, how, room=512)
     assert [len(request.output_ids) for request in served] == [answer for _, answer in lengths]
 

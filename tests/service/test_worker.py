@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from duoserve import AsyncEngine, MoEModel, Objectives, SamplingParams, State
+from duoserve import AsyncEngine, MoEModel, Objectives, State
 from duoserve.errors import ClosedError, CopyError, DuoServeError, RequestError
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Passes
@@ -28,26 +28,18 @@ from duoserve.service.stream import Stream
 from duoserve.text.tokenizer import IncrementalDecoder
 from tests.checkpoints import BARD, save_mixtral
 from tests.fakes import Gate
+from tests.loops import in_a_loop
+from tests.service.test_async_engine import serving
 from tests.small_tokenizers import byte_level_tokenizer, stripping_tokenizer
+from tests.toys import greedy
 
 PROMPT = [5, 9, 2, 40, 41, 7]
-PARAMS = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+PARAMS = greedy(30)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_mixtral(tmp_path_factory.mktemp("worker"))
-
-
-def serve(model: MoEModel, main: Callable[[AsyncEngine], Coroutine[Any, Any, None]]) -> None:
-    async def run() -> None:
-        service = AsyncEngine(model)
-        try:
-            await asyncio.wait_for(main(service), 20)
-        finally:
-            await service.close()
-
-    asyncio.run(run())
 
 
 def broken(error: BaseException) -> Callable[..., None]:
@@ -66,29 +58,26 @@ def test_a_service_that_cannot_be_made_does_not_keep_the_model(folder: Path, mon
         assert len(model.generate(PROMPT, PARAMS).token_ids) == PARAMS.max_tokens
 
 
-def test_a_close_that_is_cancelled_comes_to_its_end(folder: Path) -> None:
+@in_a_loop
+async def test_a_close_that_is_cancelled_comes_to_its_end(folder: Path) -> None:
     """It waits for a step that is under way; who calls it again waits for the same end."""
     gate = Gate()
-
-    async def main() -> None:
-        service = AsyncEngine(MoEModel.from_pretrained(folder))
-        engine = service.model._runtime.engine
-        step, engine.step = engine.step, lambda: gate.pass_through() or step()  # type: ignore[method-assign, func-returns-value]
-        stream = await service.submit(PROMPT, PARAMS)
-        await asyncio.to_thread(gate.wait_entered)
-        first = asyncio.create_task(service.close())
-        await asyncio.sleep(0)
-        first.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await first
-        gate.open()
-        await service.close()
-        with pytest.raises(ClosedError, match="this model was closed"):
-            _ = service.model.config
-        with pytest.raises(ClosedError):
-            [_ async for _ in stream]
-
-    asyncio.run(asyncio.wait_for(main(), 20))
+    service = AsyncEngine(MoEModel.from_pretrained(folder))
+    engine = service.model._runtime.engine
+    step, engine.step = engine.step, lambda: gate.pass_through() or step()
+    stream = await service.submit(PROMPT, PARAMS)
+    await asyncio.to_thread(gate.wait_entered)
+    first = asyncio.create_task(service.close())
+    await asyncio.sleep(0)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    gate.open()
+    await service.close()
+    with pytest.raises(ClosedError, match="this model was closed"):
+        _ = service.model.config
+    with pytest.raises(ClosedError):
+        [_ async for _ in stream]
 
 
 def test_a_service_is_closed_in_another_event_loop_than_one_that_gave_up(folder: Path) -> None:
@@ -97,7 +86,7 @@ def test_a_service_is_closed_in_another_event_loop_than_one_that_gave_up(folder:
     async def begun() -> AsyncEngine:
         service = AsyncEngine(MoEModel.from_pretrained(folder))
         engine = service.model._runtime.engine
-        step, engine.step = engine.step, lambda: gate.pass_through() or step()  # type: ignore[method-assign, func-returns-value]
+        step, engine.step = engine.step, lambda: gate.pass_through() or step()
         await service.submit(PROMPT, PARAMS)
         await asyncio.to_thread(gate.wait_entered)
         return service
@@ -115,50 +104,48 @@ def test_a_service_is_closed_in_another_event_loop_than_one_that_gave_up(folder:
 
 
 @pytest.mark.parametrize("error", [None, CopyError("no such expert"), ZeroDivisionError("a bug")], ids=repr)
-def test_who_keeps_a_closed_service_and_what_it_has_said_keeps_nothing_of_the_model(
+@in_a_loop
+async def test_who_keeps_a_closed_service_and_what_it_has_said_keeps_nothing_of_the_model(
     error: Exception | None, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if error is not None:
         monkeypatch.setattr(Transformer, "advance", broken(error))
-
-    async def main() -> None:
-        service = AsyncEngine(MoEModel.from_pretrained(folder))
-        engine = weakref.ref(service.model._runtime.engine)
-        with pytest.raises(RequestError) as refused:
-            await service.submit([], PARAMS)
-        stream = await service.submit(PROMPT, PARAMS)
-        while stream.times.finished is None:
-            await asyncio.sleep(0.01)
-        await service.close()
-        gc.collect()
-        assert engine() is None and refused.value is not None
-        assert service.figures().finished == {"length" if error is None else "error": 1}
-        stream.cancel()
-        with pytest.raises(ClosedError):
-            await service.submit(PROMPT, PARAMS)
-        await service.close()
-
-    asyncio.run(asyncio.wait_for(main(), 20))
+    service = AsyncEngine(MoEModel.from_pretrained(folder))
+    engine = weakref.ref(service.model._runtime.engine)
+    with pytest.raises(RequestError) as refused:
+        await service.submit([], PARAMS)
+    stream = await service.submit(PROMPT, PARAMS)
+    while stream.times.finished is None:
+        await asyncio.sleep(0.01)
+    await service.close()
+    gc.collect()
+    assert engine() is None and refused.value is not None
+    assert service.figures().finished == {"length" if error is None else "error": 1}
+    stream.cancel()
+    with pytest.raises(ClosedError):
+        await service.submit(PROMPT, PARAMS)
+    await service.close()
 
 
-def test_an_error_while_requests_are_added_reaches_all_who_wait(
+@in_a_loop
+async def test_an_error_while_requests_are_added_reaches_all_who_wait(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def main(service: AsyncEngine) -> None:
+    model = MoEModel.from_pretrained(folder)
+    async with serving(model) as service:
         monkeypatch.setattr(model._runtime.engine, "add", broken(ZeroDivisionError("a bug")))
         asked = [service.submit(PROMPT, PARAMS) for _ in range(4)]
         found = await asyncio.gather(*asked, return_exceptions=True)
         assert [type(one) for one in found] == [ClosedError] * 4
         assert service.state is State.DEAD
-
-    model = MoEModel.from_pretrained(folder)
-    serve(model, main)
     [record] = [one for one in caplog.records if one.levelno == logging.CRITICAL]
     assert record.exc_info is not None and isinstance(record.exc_info[1], ZeroDivisionError)
 
 
-def test_no_kind_of_error_leaves_callers_waiting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main(service: AsyncEngine) -> None:
+@in_a_loop
+async def test_no_kind_of_error_leaves_callers_waiting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MoEModel.from_pretrained(folder)
+    async with serving(model) as service:
         monkeypatch.setattr(model._runtime.engine, "step", broken(SystemExit(3)))
         stream = await service.submit(PROMPT, PARAMS)
         with pytest.raises(ClosedError, match="SystemExit: 3"):
@@ -166,11 +153,9 @@ def test_no_kind_of_error_leaves_callers_waiting(folder: Path, monkeypatch: pyte
                 pass
         assert service.state is State.DEAD
 
-    model = MoEModel.from_pretrained(folder)
-    serve(model, main)
 
-
-def test_who_has_been_told_of_an_error_goes_on_while_others_are_told(
+@in_a_loop
+async def test_who_has_been_told_of_an_error_goes_on_while_others_are_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What each is told is cleared of the calls that it came through: of its own, not of another caller's."""
@@ -185,7 +170,7 @@ def test_who_has_been_told_of_an_error_goes_on_while_others_are_told(
             raise CopyError("injected")
         return decode(passes, requests)
 
-    async def main(service: AsyncEngine) -> None:
+    async with serving(MoEModel.from_pretrained(folder)) as service:
         monkeypatch.setattr(Stream, "give", slow)
         monkeypatch.setattr(Passes, "decode", failing)
         streams = [await service.submit(PROMPT, replace(PARAMS, max_tokens=50)) for _ in range(3)]  # a page each
@@ -197,11 +182,10 @@ def test_who_has_been_told_of_an_error_goes_on_while_others_are_told(
             told.append(caught.value)
         assert len({*map(id, told)}) == 3
 
-    serve(MoEModel.from_pretrained(folder), main)
-
 
 @pytest.mark.parametrize("error", [CopyError("no such expert"), ZeroDivisionError("a bug")], ids=repr)
-def test_who_has_raised_the_cause_of_an_error_goes_on_while_others_are_told(
+@in_a_loop
+async def test_who_has_raised_the_cause_of_an_error_goes_on_while_others_are_told(
     error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     give, gone_on = Stream.give, []
@@ -219,7 +203,8 @@ def test_who_has_raised_the_cause_of_an_error_goes_on_while_others_are_told(
         await asyncio.sleep(0.2)
         gone_on.append(stream)
 
-    async def main(service: AsyncEngine) -> None:
+    error.__cause__ = OSError("io")
+    async with serving(MoEModel.from_pretrained(folder)) as service:
         streams = [await service.submit(PROMPT, PARAMS) for _ in range(3)]
         for stream in streams:
             await anext(stream)
@@ -228,32 +213,27 @@ def test_who_has_raised_the_cause_of_an_error_goes_on_while_others_are_told(
         await asyncio.gather(*map(reader, streams))
         assert {*gone_on} == {*streams}
 
-    error.__cause__ = OSError("io")
-    serve(MoEModel.from_pretrained(folder), main)
-
 
 @pytest.mark.parametrize(("kind", "name"), [(Sampler, "__call__"), (IncrementalDecoder, "push")])
-def test_who_keeps_what_a_single_request_was_told_keeps_nothing_of_the_model(
+@in_a_loop
+async def test_who_keeps_what_a_single_request_was_told_keeps_nothing_of_the_model(
     kind: type, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kind, name, broken(DuoServeError("of this request alone")))
-
-    async def main() -> None:
-        service = AsyncEngine(MoEModel.from_pretrained(BARD, policy="lru", expert_slots=12))
-        engine = weakref.ref(service.model._runtime.engine)
-        stream = await service.submit("O Romeo", PARAMS)
-        while stream.times.finished is None:
-            await asyncio.sleep(0.01)
-        await service.close()
-        gc.collect()
-        assert engine() is None and service.figures().finished == {"error": 1}
-        with pytest.raises(DuoServeError, match="of this request alone"):
-            await anext(stream)
-
-    asyncio.run(asyncio.wait_for(main(), 20))
+    service = AsyncEngine(MoEModel.from_pretrained(BARD, policy="lru", expert_slots=12))
+    engine = weakref.ref(service.model._runtime.engine)
+    stream = await service.submit("O Romeo", PARAMS)
+    while stream.times.finished is None:
+        await asyncio.sleep(0.01)
+    await service.close()
+    gc.collect()
+    assert engine() is None and service.figures().finished == {"error": 1}
+    with pytest.raises(DuoServeError, match="of this request alone"):
+        await anext(stream)
 
 
-def test_a_tokenizer_that_fails_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@in_a_loop
+async def test_a_tokenizer_that_fails_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     push, fails = IncrementalDecoder.push, [True]
 
     def stumbling(self: IncrementalDecoder, token_id: int) -> str:
@@ -261,7 +241,8 @@ def test_a_tokenizer_that_fails_ends_its_request_alone(monkeypatch: pytest.Monke
             raise RequestError("the tokenizer panicked")
         return push(self, token_id)
 
-    async def main(service: AsyncEngine) -> None:
+    model = MoEModel.from_pretrained(BARD, policy="lru", expert_slots=12)
+    async with serving(model) as service:
         monkeypatch.setattr(IncrementalDecoder, "push", stumbling)
         first, second = [await service.submit("O Romeo", PARAMS) for _ in range(2)]
         with pytest.raises(DuoServeError, match="panicked") as raised:
@@ -272,18 +253,15 @@ def test_a_tokenizer_that_fails_ends_its_request_alone(monkeypatch: pytest.Monke
         assert service.state is State.READY and service.figures().finished == {"error": 1, "length": 1}
         model._runtime.engine.check_integrity()
 
-    model = MoEModel.from_pretrained(BARD, policy="lru", expert_slots=12)
-    serve(model, main)
 
-
-def test_a_decoder_that_panics_ends_its_request_alone(folder: Path, tmp_path: Path) -> None:
+@in_a_loop
+async def test_a_decoder_that_panics_ends_its_request_alone(folder: Path, tmp_path: Path) -> None:
     with MoEModel.from_pretrained(folder) as model:
         free = model.generate(PROMPT, PARAMS).token_ids
     last = max(set(free), key=free.index)
     folder = shutil.copytree(folder, tmp_path / "model")
     stripping_tokenizer(last, 96).save(str(folder / "tokenizer.json"))
-
-    async def main(service: AsyncEngine) -> None:
+    async with serving(MoEModel.from_pretrained(folder)) as service:
         first, second = [await service.submit(PROMPT, replace(PARAMS, max_tokens=n)) for n in (30, free.index(last))]
         with pytest.raises(DuoServeError, match="the tokenizer cannot decode"):
             async for _ in first:
@@ -292,34 +270,35 @@ def test_a_decoder_that_panics_ends_its_request_alone(folder: Path, tmp_path: Pa
         assert text == "".join(f"w{token}" for token in free[: free.index(last)])
         assert service.state is State.READY and service.figures().finished == {"error": 1, "length": 1}
 
-    serve(MoEModel.from_pretrained(folder), main)
 
-
-def test_the_last_piece_has_the_end_token_without_its_text(tmp_path: Path) -> None:
+@in_a_loop
+async def test_the_last_piece_has_the_end_token_without_its_text(tmp_path: Path) -> None:
     folder = save_mixtral(tmp_path / "model", vocab_size=291)
     byte_level_tokenizer().save(str(folder / "tokenizer.json"))
     with MoEModel.from_pretrained(folder) as model:
         free = model.generate(PROMPT, PARAMS).token_ids
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": free[3]}))
 
-    async def main(service: AsyncEngine) -> None:
+    async with serving(MoEModel.from_pretrained(folder)) as service:
         stream = await service.submit(PROMPT, replace(PARAMS, ignore_eos=False), logprobs=1)
         pieces = [piece async for piece in stream]
         assert [token for piece in pieces for token in piece.token_ids] == free[:4] and len(pieces[-1].logprobs) == 1
         assert service.model.text is not None
         assert "".join(piece.text for piece in pieces) == service.model.text.decode(free[:3])
 
-    serve(MoEModel.from_pretrained(folder), main)
 
-
-def test_figures_know_a_request_no_later_than_its_caller(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@in_a_loop
+async def test_figures_know_a_request_no_later_than_its_caller(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     give, seen = Stream.give, []
+    model = MoEModel.from_pretrained(folder)
+    engine, gate = model._runtime.engine, threading.Event()
+    step = engine.step
 
-    async def main(service: AsyncEngine) -> None:
-        def looking(self: Stream, item: Any, finished: float | None) -> bool:
-            seen.append(service.figures().running)
-            return give(self, item, finished)
+    def looking(stream: Stream, item: Any, finished: float | None) -> bool:
+        seen.append(service.figures().running)
+        return give(stream, item, finished)
 
+    async with serving(model) as service:
         monkeypatch.setattr(Stream, "give", looking)
         monkeypatch.setattr(engine, "step", lambda: [*step()] if gate.wait(10) else [])
         stream = await service.submit(PROMPT, PARAMS)
@@ -327,11 +306,6 @@ def test_figures_know_a_request_no_later_than_its_caller(folder: Path, monkeypat
         gate.set()
         assert sum([len(piece.token_ids) async for piece in stream]) == PARAMS.max_tokens
         assert seen == [1] * (PARAMS.max_tokens - 1) + [0]
-
-    model = MoEModel.from_pretrained(folder)
-    engine, gate = model._runtime.engine, threading.Event()
-    step = engine.step
-    serve(model, main)
 
 
 @pytest.mark.parametrize(
@@ -343,13 +317,12 @@ def test_figures_know_a_request_no_later_than_its_caller(folder: Path, monkeypat
     ],
     ids=["no number", "no objectives", "no params"],
 )
-def test_who_asks_for_what_is_none_is_refused_alone(hoped: Callable[[], Any], message: str, folder: Path) -> None:
-    async def main(service: AsyncEngine) -> None:
+@in_a_loop
+async def test_who_asks_for_what_is_none_is_refused_alone(hoped: Callable[[], Any], message: str, folder: Path) -> None:
+    async with serving(MoEModel.from_pretrained(folder)) as service:
         other = await service.submit(PROMPT, PARAMS)
         await anext(other)
         with pytest.raises(RequestError, match=message):
             await service.submit(PROMPT, *hoped())
         assert sum([len(piece.token_ids) async for piece in other]) == PARAMS.max_tokens - 1
         assert service.state is State.READY
-
-    serve(MoEModel.from_pretrained(folder), main)

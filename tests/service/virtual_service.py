@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from duoserve import SamplingParams
 from duoserve.engine import Engine
 from duoserve.errors import MemoryBudgetError, OverloadedError
 from duoserve.interface import Objectives, ServiceSettings
 from duoserve.kv_cache import PAGE_TOKENS, SequenceKV
 from duoserve.metrics import Meter
 from duoserve.request import Request
+from tests.toys import greedy
 
 VOCAB = 4
 
@@ -185,8 +185,7 @@ def serve(
 
 
 def _request(one: Arrival) -> Request:
-    params = SamplingParams(max_tokens=one.answer, temperature=0.0, ignore_eos=True)
-    return Request([1] * one.prompt, params, objectives=one.objectives, arrived=one.at)
+    return Request([1] * one.prompt, greedy(one.answer), objectives=one.objectives, arrived=one.at)
 
 
 def _warm_up(engine: Engine, rates: Rates) -> None:
