@@ -22,6 +22,9 @@ GREEDY_BELOW = 1e-6  # float32 logits of ordinary size differ by more than this,
 LOWEST_SEED, HIGHEST_SEED = -(2**63), 2**64 - 1  # that torch.Generator takes
 # The lowest and the highest value of each field that may be a fraction.
 RANGES = {"temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "repetition_penalty": (0.01, 100.0)}
+# Tokens that top-p looks at before it sorts the vocabulary: a tenth of the time at 151,936 where they are enough.
+LIKELIEST = 1024
+ROUNDING = 1e-9  # no sum of probabilities in float64 is as far as that from another of the same
 
 
 @dataclass(frozen=True)
@@ -165,12 +168,29 @@ def keep_top_k(scores_V: Tensor, k: int) -> Tensor:
 
 def keep_top_p(scores_V: Tensor, p: float) -> Tensor:
     """The fewest most likely tokens whose probabilities reach ``p``; of those that tie, the lowest ids."""
+    if len(scores_V) > LIKELIEST and (kept := _reaching(scores_V, p)) is not None:
+        return torch.full_like(scores_V, -math.inf).index_copy_(0, kept, scores_V[kept])
     order = scores_V.argsort(descending=True, stable=True)
     probs = scores_V[order].softmax(-1, dtype=torch.float64)
     before = probs.cumsum(-1) - probs
     out = before >= p
     out[0] = False
     return scores_V.index_fill(0, order[out], -math.inf)
+
+
+def _reaching(scores_V: Tensor, p: float) -> Tensor | None:
+    """The ids that ``keep_top_p`` keeps, from the LIKELIEST tokens alone; None where only all tokens decide.
+
+    They do where a sum is so near to ``p`` that the order of summation counts, and where the last token that is kept
+    ties with the last of the likeliest: others, of lower ids, may tie with it.
+    """
+    ids = scores_V.topk(LIKELIEST, sorted=False).indices.sort().values
+    likeliest, order = scores_V[ids].sort(descending=True, stable=True)
+    probs = (likeliest.double() - scores_V.double().logsumexp(0)).exp()
+    before = (probs.cumsum(-1) - probs)[1:]
+    count = 1 + int((before < p).sum())
+    surely = likeliest[count - 1] > likeliest[-1] and ((before - p).abs() > ROUNDING).all()
+    return ids[order[:count]] if surely else None
 
 
 def keep_min_p(scores_V: Tensor, min_p: float) -> Tensor:

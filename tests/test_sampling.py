@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from duoserve.errors import DuoServeError, IntegrityError, RequestError
-from duoserve.sampling import Sampler, SamplingParams, distinct, penalize_repetition, truncate
+from duoserve.sampling import LIKELIEST, Sampler, SamplingParams, distinct, keep_top_p, penalize_repetition, truncate
 
 V = 97
 
@@ -112,6 +113,55 @@ def test_a_sampler_penalizes_the_prompt_and_what_it_has_drawn(penalty):
 def test_top_p_keeps_the_lowest_ids_of_a_tie():
     kept = truncate(torch.zeros(5000), SamplingParams(top_p=0.25)).isfinite()
     assert torch.equal(kept, torch.arange(5000) < 1250)
+
+
+def of_all_sorted(scores_V: torch.Tensor, p: float) -> torch.Tensor:
+    """What top-p keeps, from the probabilities of the whole vocabulary in order."""
+    order = scores_V.argsort(descending=True, stable=True)
+    probs = scores_V[order].softmax(-1, dtype=torch.float64)
+    out = probs.cumsum(-1) - probs >= p
+    out[0] = False
+    return scores_V.index_fill(0, order[out], -math.inf)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    size=st.sampled_from([1, LIKELIEST, LIKELIEST + 1, 5000]),
+    levels=st.sampled_from([1, 3, 40, 100_000]),
+    spread=st.floats(0.0, 40.0),
+    ruled_out=st.sampled_from([0.0, 0.5, 0.999]),
+    p=st.sampled_from([0.0, 1e-12, 0.1, 0.25, 0.5, 0.9, 0.99, 1 - 1e-12]) | st.floats(0.0, 1.0, exclude_max=True),
+    seed=st.integers(0, 2**32),
+)
+def test_top_p_keeps_what_it_would_with_all_tokens_sorted(size, levels, spread, ruled_out, p, seed):
+    """With few levels many tokens tie, within the likeliest and across their edge."""
+    random = torch.Generator().manual_seed(seed)
+    scores_V = -spread * torch.randint(levels, (size,), generator=random) / levels
+    scores_V[torch.rand(size, generator=random) < ruled_out] = -math.inf
+    scores_V[torch.randint(size, (1,), generator=random)] = 0.0
+    assert torch.equal(keep_top_p(scores_V, p), of_all_sorted(scores_V, p))
+
+
+class Sorted(TorchDispatchMode):
+    """Notes how many numbers each sort has."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("sort", "argsort"):
+            self.sizes.append(args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("spread", "most"), [(4.0, LIKELIEST), (0.1, 50_000)])
+def test_top_p_sorts_the_vocabulary_only_where_the_likeliest_tokens_are_not_enough(spread, most):
+    scores_V = spread * torch.randn(50_000, generator=torch.Generator().manual_seed(1))
+    with Sorted() as sort:
+        kept = keep_top_p(scores_V, 0.9)
+    assert max(sort.sizes) == most
+    assert torch.equal(kept, of_all_sorted(scores_V, 0.9))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
