@@ -33,7 +33,7 @@ def add_command(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Answers line after line of stdin. A model that cannot chat is refused before it is loaded."""
+    """Answers stdin line by line. A model that cannot chat is refused before it is loaded."""
     params = sampling(args)
     folder = folder_with_text(args.model)
     if ChatTemplate.load(folder) is None:
@@ -59,7 +59,7 @@ def _converse(model: MoEModel, system: str | None, params: SamplingParams, fills
 
 
 def _lines() -> Iterator[str]:
-    """What is said, without empty lines; the prompt is shown where somebody sees it."""
+    """The lines of stdin that are not empty; shows a prompt if stdin is a terminal."""
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -72,10 +72,10 @@ def _lines() -> Iterator[str]:
 
 
 def _answer(model: MoEModel, messages: list[dict[str, str]], params: SamplingParams, fills_context: bool) -> str:
-    """Streams the answer and returns what of it was said. The template writes special tokens itself."""
+    """Streams the answer and returns the part that was said. The template writes special tokens itself."""
     assert model.chat_template is not None and model.text is not None
     prompt_ids = model.text.encode(model.chat_template.render(messages), add_special=False)
-    if fills_context:  # of a prompt that leaves no room, the model says so
+    if fills_context:  # if a prompt leaves no room, the model's own error says so
         params = replace(params, max_tokens=max(1, model.max_context - len(prompt_ids)))
     done = _shown(model.stream(prompt_ids, params))
     if done.finish_reason == "length":
