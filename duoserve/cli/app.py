@@ -15,7 +15,7 @@ from duoserve.cli import bench, chat, evaluate, generate, info, pack, plan, repl
 from duoserve.errors import DuoServeError
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the signal's number, as shells report them
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what a disk says that takes no more
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the errors of a disk that takes no more
 
 EPILOG = """\
 examples:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             return _carry_out(argv)
-        finally:  # also behind an error or --help: the flush at exit would not say what is wrong
+        finally:  # also after an error or --help: the flush at exit would not say what is wrong
             sys.stdout.flush()
     except BrokenPipeError:
         _discard_stdout()
@@ -50,7 +50,7 @@ def _carry_out(argv: Sequence[str] | None) -> int:
     args = command_line().parse_args(argv)
     command: Callable[[argparse.Namespace], None] = args.command
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # models write what a terminal's encoding may not have
+        sys.stdout.reconfigure(errors="replace")  # models write characters that a terminal's encoding may lack
     try:
         command(args)
     except DuoServeError as error:
@@ -81,12 +81,12 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def _open_closed_streams() -> None:
-    """Opens what the shell has closed (``>&-``), which is None: nothing comes from it, and what it gets is gone."""
+    """Replaces streams that the shell has closed (``>&-``), which are None, by the null device."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - until the process ends
 
 
 def _discard_stdout() -> None:
-    """Nobody reads stdout any more, or it takes no more: the flush at exit must not fail again."""
+    """Sends stdout to the null device once it is closed or full, so that the flush at exit does not fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

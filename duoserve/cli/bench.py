@@ -1,4 +1,4 @@
-"""``duoserve bench``: what measures."""
+"""``duoserve bench``: the commands that measure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``duoserve bench cpu`` and ``bench gpu``: what the README shows of measurements, made anew by a clone's benches."""
+"""``duoserve bench cpu`` and ``bench gpu``: make the README's measurements anew, with the benches of a clone."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ CPU_EXAMPLES = """\
 GPU_EXAMPLES = """\
   duoserve bench gpu --checkout ~/duoserve
 """
-# No figures, but every part begins; no results of a real run are overwritten.
+# So short that no figures come of it, but every part begins. Results of a real run are not overwritten.
 QUICK_SUITE = {"BENCH_SECONDS": "40", "SERVE_SECONDS": "60", "RESULT_SUFFIX": "-quick"}
 
 
 class Job(NamedTuple):
-    """One script of bench/, its arguments and its environment; ``report``: what it prints is also written there."""
+    """One script of bench/, its arguments and its environment; what it prints is also written to ``report``."""
 
     script: str
     words: tuple[str, ...]
@@ -45,7 +45,7 @@ class Job(NamedTuple):
 
 
 class Jobs(Protocol):
-    """The jobs of a report, in order."""
+    """Makes the list of a report's jobs, in order."""
 
     def __call__(self, checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]: ...
 
@@ -74,7 +74,7 @@ def add_reports(benches: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace, jobs: Jobs) -> None:
-    """One script after the other; ConfigError where they are not there, DuoServeError at the first that fails."""
+    """Runs one script after the other; raises ConfigError if they are missing, DuoServeError once one fails."""
     checkout = args.checkout.expanduser().resolve()
     if not (checkout / "bench").is_dir():
         raise ConfigError(
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace, jobs: Jobs) -> None:
 
 
 def _make(out: Path) -> None:
-    """Makes the folder for results and tries it, for the benches take long; ConfigError where that cannot be."""
+    """Makes the folder for results and tries to write there, as benches take long; raises ConfigError if it cannot."""
     with _writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
         with scratch_folder(out, ".trying-"):
@@ -109,9 +109,9 @@ def _writing_to(out: Path) -> Iterator[None]:
 
 
 def cpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:
-    """The CPU bench, its report, the planner, the policies; with texts also what predictors do.
+    """The CPU bench, its report, the planner and the policies; with texts also the benches on texts.
 
-    ConfigError without the packages that the bench makes its models with.
+    Raises ConfigError without the packages that the bench makes its models with.
     """
     missing = [name for name in ("transformers", "accelerate") if find_spec(name) is None]
     if missing:
@@ -120,7 +120,7 @@ def cpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:
         refuse_in_vain(args, ["texts"], "a --quick run makes no table of texts")
     day = time.strftime("%Y-%m-%d", time.gmtime())
     name = f"{_slug(_cpu_name())}-{day}"
-    # Results name their command, which should say nothing of where the clone is: all scripts start in it.
+    # Results name their command, which should not depend on where the clone is: all scripts start in it.
     out = out.relative_to(checkout) if out.is_relative_to(checkout) else out
     if args.quick:
         return _cpu_bench(out / f"cpu-{name}-quick.json", ("--quick",), ())
@@ -137,7 +137,7 @@ def cpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:
 
 
 def _cpu_bench(result: Path, quick: tuple[str, ...], readme: tuple[str, ...]) -> list[Job]:
-    """The bench into ``result``, and what is made of that."""
+    """The bench, which writes ``result``, and the jobs that make reports of it."""
     return [
         Job("bench_cpu.py", (*quick, "--json", str(result))),
         Job("report.py", (str(result), *readme), result.with_suffix(".md")),
@@ -162,7 +162,7 @@ def _jobs_on_texts(out: Path, texts: Path | None, readme: tuple[str, ...]) -> li
 
 
 def gpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:
-    """The suite for GPU machines, without its tests; it names its results itself. ConfigError without a GPU."""
+    """The suite for GPU machines, without tests; it names its results itself. Raises ConfigError without a GPU."""
     if not torch.cuda.is_available():
         raise ConfigError("bench gpu needs a CUDA device, and torch sees none; duoserve bench cpu needs none")
     env = {"OUT": str(out), "PYTHON": sys.executable} | (QUICK_SUITE if args.quick else {})
@@ -170,7 +170,7 @@ def gpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:
 
 
 def _carry_out(job: Job, checkout: Path, terminal: TextIO) -> None:
-    """Streams what the script prints; its own package is that of the checkout, whose commit it will name."""
+    """Runs a script and streams what it prints. It imports the package of the checkout, whose commit it names."""
     starter = ["bash"] if job.script.endswith(".sh") else [sys.executable]
     command = [*starter, f"bench/{job.script}", *job.words]
     print(f"== {shlex.join(command)}", file=sys.stderr, flush=True)

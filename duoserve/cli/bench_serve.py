@@ -1,4 +1,4 @@
-"""``duoserve bench serve``: a load on an OpenAI-compatible server, and what its latencies and goodput are."""
+"""``duoserve bench serve``: puts a load on an OpenAI-compatible server, and measures latencies and goodput."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ come at their times, whether or not others have been answered, and latencies cou
 """
 NEEDS_EXTRA = "duoserve bench serve needs httpx: pip install 'duoserve[serve]'"
 TRIALS = 8
-LATE_MS = 50  # worth a word; it is in the latencies either way
+LATE_MS = 50  # requests that are sent later than this are mentioned; latencies include the delay in any case
 
 
 def add_serve(benches: Subparsers) -> None:
@@ -63,7 +63,7 @@ def add_serve(benches: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """One load, or the search for goodput; a line of progress for each trial."""
+    """Runs one load, or the search for goodput, with a line of progress for each trial."""
     objectives = Objectives.of_ms(args.slo_ttft_ms, args.slo_tpot_ms)
     if args.goodput and objectives == Objectives():
         raise ConfigError("--goodput counts requests inside objectives: give --slo-ttft-ms, --slo-tpot-ms or both")

@@ -34,7 +34,7 @@ def add_command(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Answers line after line of stdin. A model that cannot chat is refused before it is loaded."""
+    """Answers stdin line by line. A model that cannot chat is refused before it is loaded."""
     params = sampling(args)
     folder = folder_with_text(args.model)
     if ChatTemplate.load(folder) is None:
@@ -60,7 +60,7 @@ def _converse(model: MoEModel, system: str | None, params: SamplingParams, fills
 
 
 def _lines() -> Iterator[str]:
-    """What is said, without empty lines."""
+    """The lines of stdin that are not empty."""
     while True:
         try:
             line = _line().strip()
@@ -73,7 +73,7 @@ def _lines() -> Iterator[str]:
 
 
 def _line() -> str:
-    """The next line of stdin. Who types it sees a prompt, which a redirected stdout does not take."""
+    """The next line of stdin. A terminal shows a prompt for it, which a redirected stdout does not receive."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         return input(PROMPT)
     if sys.stdin.isatty():
@@ -82,10 +82,10 @@ def _line() -> str:
 
 
 def _answer(model: MoEModel, messages: list[dict[str, str]], params: SamplingParams, fills_context: bool) -> str:
-    """Streams the answer and returns what of it was said. The template writes special tokens itself."""
+    """Streams the answer and returns the part that was said. The template writes special tokens itself."""
     assert model.chat_template is not None and model.text is not None
     prompt_ids = model.text.encode(model.chat_template.render(messages), add_special=False)
-    if fills_context:  # of a prompt that leaves no room, the model says so
+    if fills_context:  # if a prompt leaves no room, the model's own error says so
         params = replace(params, max_tokens=max(1, model.max_context - len(prompt_ids)))
     done = _shown(model.stream(prompt_ids, params))
     if done.finish_reason == "length":

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
         try:
             if not args.dry_run:
                 where = save_recommendation(found.checkpoint, done.recommendation, done.predictor, context)
-        finally:  # also where the disk is full by now: what was found has taken long
+        finally:  # also if the disk is full by now: finding the result has taken long
             _say(done, context, where, as_json=args.json)
 
 
@@ -105,8 +105,8 @@ def _given_trace(args: argparse.Namespace, checkpoint: Checkpoint) -> Trace:
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts; RequestError where nothing could be learned from running them."""
-    if args.max_tokens is not None and args.max_tokens < 2:  # the first one comes of the prompt's own pass
+    """The prompts; raises RequestError if nothing could be learned from running them."""
+    if args.max_tokens is not None and args.max_tokens < 2:  # the first token comes from the prompt's own pass
         raise RequestError(f"--max-tokens {args.max_tokens}: no request would decode: give at least 2")
     prompts = read_prompts(args.prompts)
     if len(set(prompts)) < 2:

@@ -1,4 +1,4 @@
-"""``duoserve generate``: a prompt in, text out as it comes, or one JSON object with the figures."""
+"""``duoserve generate``: continues a prompt, as text printed as it comes, or as one JSON object with figures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def add_command(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generates to stdout. What is wrong with the request is said before the model is loaded."""
+    """Generates to stdout. Errors of the request are reported before the model is loaded."""
     params = sampling(args)
     prompt = _stdin() if args.prompt is None else args.prompt
     with MoEModel.from_pretrained(folder_with_text(args.model), **loading(args)) as model:

@@ -1,4 +1,4 @@
-"""What a checkpoint consists of and what of it fits where, from its config and headers alone."""
+"""The parts of a checkpoint, and how many experts fit in how much memory, from its config and headers alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from duoserve.models.described import DescribedModel
 from duoserve.models.stored import expert_layout, stored_experts
 
 EXPERTS, OTHER = "experts", "other"
-# The first word found in a tensor's name says what it is part of; a router is called gate in checkpoints.
+# The first of these words in a tensor's name says which part it belongs to; checkpoints call a router gate.
 PARTS = {
     "embed_tokens": "embeddings",
     "lm_head": "head",
@@ -36,7 +36,7 @@ ORDER = (
 
 @dataclass(frozen=True)
 class Fit:
-    """How many experts ``memory_bytes`` of slots hold, and which share of all experts (0 to 1) that is."""
+    """How many experts ``memory_bytes`` of slots hold, and which share of all experts (0 to 1) this is."""
 
     memory_bytes: int
     slots: int
@@ -45,7 +45,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Bytes are those on disk; ``slot_bytes`` is one expert in a slot, padded. Parameters count elements."""
+    """Bytes on disk by part, and ``slot_bytes`` of one expert in a slot, padded. Parameters count elements."""
 
     bytes_by_part: dict[str, int]
     expert_bytes: int
@@ -58,7 +58,7 @@ class Inventory:
 
 
 def take_inventory(model: DescribedModel) -> Inventory:
-    """Sums up every tensor that the architecture asks for."""
+    """Adds up all tensors that the architecture asks for."""
     config = model.config
     stored_in = stored_experts(model.family, config)
     by_part = dict.fromkeys([*ORDER, OTHER], 0)
@@ -82,7 +82,7 @@ def take_inventory(model: DescribedModel) -> Inventory:
 
 
 def what_fits(slot_bytes: int, total: int, least: int) -> list[Fit]:
-    """From the fewest slots that work, over the powers of two between, to a slot for every expert."""
+    """Fits for the fewest slots that work, the powers of two between, and a slot for every expert."""
     low, high = least * slot_bytes, total * slot_bytes
     between = [1 << n for n in range(low.bit_length(), high.bit_length()) if low < 1 << n < high]
     slots = {nbytes: nbytes // slot_bytes for nbytes in dict.fromkeys((low, *between, high))}

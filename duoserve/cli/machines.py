@@ -13,16 +13,16 @@ WITH_GPU, WITHOUT = "pcie4", "ddr4"
 
 
 def add_hardware(parser: argparse.ArgumentParser) -> None:
-    """``--hardware``: None is what ``replayed_on`` makes of it."""
+    """Adds ``--hardware``; ``replayed_on`` interprets it, and also None."""
     names = f"'{THIS}' (this machine, measured once), or one of {', '.join(HARDWARE)}"
     default = f"default: {WITH_GPU} where there is a GPU, else {WITHOUT}, whose experts come from an NVMe disk"
     parser.add_argument("--hardware", metavar="NAME", help=f"{names} ({default})")
 
 
 def replayed_on(name: str | None) -> Hardware:
-    """The card; on a CPU its link is the disk, where the experts wait that have no slot.
+    """The machine called ``name``, or a card like this one if None. On a CPU its link is the disk.
 
-    ConfigError for a name that is not known, and as in ``this_machine``.
+    Raises ConfigError for an unknown name, and as ``this_machine`` does.
     """
     if name is None:
         name = WITHOUT if resolve_device("auto").type == "cpu" else WITH_GPU

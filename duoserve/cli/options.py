@@ -33,13 +33,13 @@ def add_parser(commands: Subparsers, name: str, summary: str, examples: str) -> 
 
 
 def add_dtype(parser: argparse._ActionsContainer) -> None:
-    """``--dtype``: "auto" is the checkpoint's."""
+    """Adds ``--dtype``; "auto" is the checkpoint's."""
     what = "dtype of weights that are not quantized (default: auto, the checkpoint's)"
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=what)
 
 
 def add_loading(parser: argparse.ArgumentParser, *, predicts: bool = True) -> None:
-    """How a model is loaded: the arguments that ``loading`` gives, ``--predictor`` if it ``predicts``."""
+    """Adds the options for loading a model, which ``loading`` reads; ``--predictor`` only if it ``predicts``."""
     group = parser.add_argument_group("memory and device")
     limit = group.add_mutually_exclusive_group()
     limit.add_argument("--expert-slots", type=slots, metavar="N", help="experts in fast memory: a count, or as 25%%")
@@ -68,30 +68,30 @@ def add_loading(parser: argparse.ArgumentParser, *, predicts: bool = True) -> No
 
 
 def loading(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``add_loading`` was given, by name: what ``MoEModel.from_pretrained`` takes, whose defaults hold else."""
+    """The given options of ``add_loading``, as arguments of ``MoEModel.from_pretrained``, which has the defaults."""
     return {name: getattr(args, name) for name in LOADING if name in args}
 
 
 def refuse_in_vain(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
-    """ConfigError that says ``why`` if any of these arguments was given: None and False are those that were not."""
+    """Raises ConfigError, which says ``why``, if any of these arguments was given, so is neither None nor False."""
     given = [name for name in names if getattr(args, name) is not None and getattr(args, name) is not False]
     if given:
         raise ConfigError(f"{' and '.join('--' + name.replace('_', '-') for name in given)}: {why}")
 
 
 def add_quantize(parser: argparse._ActionsContainer) -> None:
-    """``--quantize``: None leaves experts as they are."""
+    """Adds ``--quantize``; None leaves experts as they are."""
     what = "make experts that are in floats smaller: bf12 without loss, the others less exact"
     parser.add_argument("--quantize", choices=QUANTIZE, help=what)
 
 
 def add_format(parser: argparse._ActionsContainer) -> None:
-    """``--format``: None is the checkpoint's."""
+    """Adds ``--format``; None is the checkpoint's."""
     parser.add_argument("--format", choices=FORMATS, help="format of the experts (default: the checkpoint's)")
 
 
 def count(text: str) -> int:
-    """An integer of 1 or more, and such that sizes can be made of it."""
+    """An integer of 1 or more that is small enough for sizes to be computed from it."""
     value = int(text)
     if not 1 <= value < 1 << 63:
         raise argparse.ArgumentTypeError(f"{text} is not a count in 1..{(1 << 63) - 1}")
@@ -99,7 +99,7 @@ def count(text: str) -> int:
 
 
 def natural(text: str) -> int:
-    """An integer of 0 or more, and such that every generator takes it as a seed."""
+    """An integer of 0 or more that every random generator takes as a seed."""
     value = int(text)
     if not 0 <= value < 1 << 63:
         raise argparse.ArgumentTypeError(f"{text} is not an integer in 0..{(1 << 63) - 1}")
@@ -107,5 +107,5 @@ def natural(text: str) -> int:
 
 
 def slots(text: str) -> int | str:
-    """A count, or text for the library to judge."""
+    """A count, or text that the library checks."""
     return int(text) if text.isdecimal() else text

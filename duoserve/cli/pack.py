@@ -1,4 +1,4 @@
-"""``duoserve pack``: the experts of a checkpoint into one file that slots are filled from by direct reads."""
+"""``duoserve pack``: writes the experts of a checkpoint to one file, from which slots are filled by direct reads."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _pack(model: OpenedModel, args: argparse.Namespace) -> None:
         return
     store = model.expert_store(dtype) if args.quantize is None else model.quantizing_store(args.quantize)
     if not write_pack(store, model.experts, path, fingerprint, progress=True, changed_ns=changed_ns):
-        print(f"already packed: {size}")  # by the process that was waited for
+        print(f"already packed: {size}")  # by another process, for which this one has waited
         return
     print(f"packed: {size}")
     if isinstance(store, QuantizingStore):
@@ -82,7 +82,7 @@ def _pack(model: OpenedModel, args: argparse.Namespace) -> None:
 
 
 def _text(path: Path) -> str:
-    """What the file says, every byte of it; read once, for it may be a pipe."""
+    """The file's text. It is read once and whole, as it may be a pipe."""
     try:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
@@ -93,7 +93,7 @@ def _text(path: Path) -> str:
 
 
 def _token_ids(model: OpenedModel, text: str) -> list[int]:
-    """The text's tokens behind the token that begins one; at least two, else RequestError."""
+    """The text's tokens behind the token that begins a text; raises RequestError if there are fewer than two."""
     tokenizer = Text.load(model.checkpoint.folder)
     if tokenizer is None:
         raise RequestError(f"--text: {model.checkpoint.folder} has no tokenizer.json")

@@ -1,4 +1,4 @@
-"""``duoserve plan``: will it fit and how fast will it be, from the config alone."""
+"""``duoserve plan``: whether a model will fit and how fast it will be, from its config alone."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def add_command(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints a plan for each machine; the refusal is an error where none of them can run the model."""
+    """Prints a plan for each machine; raises the first refusal if none of them can run the model."""
     planner, question = Planner(args.model.lower(), find_model(args.model)), _question(args)
     names = [name.strip() for name in args.hardware.split(",")]
     if not any(name.partition("@")[0] == THIS for name in names):
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     machines = [_machine(name, args) for name in names]
     answers = _answers(planner, machines, question)
     if not args.disk and any(machine.name == THIS for machine, _ in _plans(machines, answers)):
-        planner = _rehearsed(planner, question, anew=args.measure)  # only now: refusals have not had to wait for it
+        planner = _rehearsed(planner, question, anew=args.measure)  # only now, so that refusals need not wait for it
         answers = _answers(planner, machines, question)
     if args.json:
         print(json.dumps({"model": args.model, "plans": [figures(planner, answer) for answer in answers]}))
@@ -117,7 +117,7 @@ def _question(args: argparse.Namespace) -> Question:
 
 
 def _machine(text: str, args: argparse.Namespace) -> Hardware:
-    """A card, or this machine, with another link or disk where that is wanted."""
+    """A card, or this machine, with another link or disk if given."""
     name, _, link = text.partition("@")
     if name == THIS:
         if args.measure:
@@ -127,13 +127,13 @@ def _machine(text: str, args: argparse.Namespace) -> Hardware:
         found = find_hardware(name)
     if link and link not in LINKS:
         raise ConfigError(f"link {link!r} is not known: use one of {', '.join(LINKS)}")
-    if args.disk:  # one read alone is as fast, as on the cards: what was measured is of the disk that is here
+    if args.disk:  # a single reader gets all of it, as on cards: the measured rate belongs to the disk that is here
         found = replace(found, disk=DISKS[args.disk], reader=inf)
     return replace(found, name=text, link=LINKS[link] if link else found.link)
 
 
 def _answers(planner: Planner, machines: list[Hardware], question: Question) -> list[Answer]:
-    """One for each machine; the first machine's refusal is raised where none of them can run the model."""
+    """An answer for each machine; raises the first machine's refusal if none of them can run the model."""
     answers = [_answer(planner, machine, question) for machine in machines]
     if isinstance(answers[0], MemoryBudgetError) and not any(_plans(machines, answers)):
         raise answers[0]
@@ -154,7 +154,7 @@ def _plans(machines: list[Hardware], answers: list[Answer]) -> Iterator[tuple[Ha
 
 
 def _rehearsed(planner: Planner, question: Question, *, anew: bool) -> Planner:
-    """The planner with a rehearsal on this machine, where one can be made."""
+    """The planner with a rehearsal on this machine, if one can be made."""
     config = planner.model.config
     layout = layout_in(config, question.form, config.dtype)
     found = this_rehearsal(planner.model, layout, question.prompt, anew=anew)

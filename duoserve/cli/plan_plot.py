@@ -1,4 +1,4 @@
-"""A picture of plans; needs matplotlib, the extra ``plot``."""
+"""Draws plans; needs matplotlib, the extra ``plot``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ POINTS = 24
 
 
 def draw_plans(path: Path, planner: Planner, plans: Sequence[Plan]) -> None:
-    """TPOT of the best policy over the memory that is given, a curve for each machine, its own plan a dot.
+    """Draws TPOT of the best policy over memory: a curve for each machine, with a dot for its plan.
 
-    ConfigError where matplotlib is not installed, or the file cannot be drawn.
+    Raises ConfigError if matplotlib is not installed, or if the file cannot be written.
     """
     figure = new_figure(8, 5)
     axes = figure.subplots()
@@ -31,9 +31,10 @@ def draw_plans(path: Path, planner: Planner, plans: Sequence[Plan]) -> None:
 
 
 def tpot_over_memory(planner: Planner, plan: Plan) -> list[tuple[int, float]]:
-    """Bytes and seconds, from the fewest slots that work to one for every expert, as if the machine had the memory."""
+    """(bytes, TPOT) from the fewest slots that work to one for every expert, as if the machine had that memory."""
     memory, top_k = plan.memory, planner.model.config.top_k
-    waiting = max(memory.host_bytes, plan.question.host_memory or 0)  # none wait where all have slots, but with fewer
+    # Where all experts have slots none wait, but with fewer slots some do.
+    waiting = max(memory.host_bytes, plan.question.host_memory or 0)
     least = min(top_k + 1, memory.total_experts)
     counts = sorted({least + (memory.total_experts - least) * n // (POINTS - 1) for n in range(POINTS)})
     found = []

@@ -13,7 +13,7 @@ from duoserve.replaying.hardware import Hardware
 
 
 def figures(planner: Planner, answer: Plan | MemoryBudgetError) -> dict[str, Any]:
-    """JSON-able; sizes in bytes, times in seconds."""
+    """An answer as an object for JSON; sizes are bytes, times are seconds."""
     if isinstance(answer, MemoryBudgetError):
         return {"refusal": str(answer)}
     memory = answer.memory
@@ -59,7 +59,7 @@ def _others(planner: Planner, plan: Plan) -> Iterator[tuple[str, Plan]]:
 
 
 def lines(planner: Planner, machine: Hardware, answer: Plan | MemoryBudgetError) -> Iterator[str]:
-    """The same for people."""
+    """An answer as lines of text."""
     if isinstance(answer, MemoryBudgetError):
         yield from (f"{machine.name}: cannot run it", f"  {answer}", "")
         return

@@ -1,4 +1,4 @@
-"""Pictures of replays, and what all pictures share; needs matplotlib, the extra ``plot``."""
+"""Draws replays, and has what all plots share; needs matplotlib, the extra ``plot``."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Span = tuple[float, float]
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], lanes: tuple[list[Span], list[Span]], title: str) -> None:
-    """Hit rate over capacity, by policy, and below it a decode step's copy lane, compute lane and stalls.
+    """Draws hit rates over capacity by policy, and below that a decode step's copy lane, compute lane and stalls.
 
-    ConfigError where matplotlib is not installed, or the file cannot be drawn.
+    Raises ConfigError if matplotlib is not installed, or if the file cannot be written.
     """
     figure = new_figure(9, 7)
     above, below = figure.subplots(2, 1, height_ratios=[3, 1])
@@ -43,7 +43,7 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], lanes: tuple[list[Span],
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty picture, in inches; ConfigError where matplotlib is not installed."""
+    """An empty figure, with its size in inches; raises ConfigError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an optional extra
     except ImportError as error:
@@ -52,7 +52,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes the picture in the format that the file's name ends in; ConfigError where that cannot be."""
+    """Writes the figure in the format that the file's name ends in; raises ConfigError if that is impossible."""
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not have
@@ -60,7 +60,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def stalls(work: Sequence[Span]) -> list[Span]:
-    """Where the compute lane stood still between two jobs."""
+    """The spans in which the compute lane stood still between two jobs."""
     return [(before[1], after[0]) for before, after in pairwise(work) if after[0] > before[1]]
 
 

@@ -1,4 +1,4 @@
-"""Prompts in a file, for commands that run many."""
+"""Reads prompts from a file, for commands that run many."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from duoserve.errors import RequestError
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts in a file; RequestError if it cannot be read or has none."""
+    """The prompts in a file; raises RequestError if it cannot be read or has none."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -25,7 +25,7 @@ def read_prompts(path: Path) -> list[str]:
 def _from_json(line: str, where: str) -> str:
     try:
         value = json.loads(line)
-    except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets, thousands deep
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets that are nested thousands deep
         raise RequestError(f"{where}: is not JSON ({error})") from error
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):

@@ -1,4 +1,4 @@
-"""``duoserve replay``: what every policy would cost on a trace, without the model and without the machine."""
+"""``duoserve replay``: the costs of every policy on a trace, without the model and without the machine."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from duoserve.traces.trace import Trace
 from duoserve.traces.trace_file import open_trace
 
 MADE_UP = "synthetic:"
-# What is made up unless the options of the same names say otherwise.
+# The defaults of the options that describe a made-up trace.
 USUAL = {"requests": 4, "tokens": 128, "prompt_tokens": 128, "precision": 0.8, "seed": 0}
-# So many more are made up, from which it is learned what their look-ahead scores are worth, and who guesses by that.
+# So many more requests are made up, on which predictors learn what look-ahead scores are worth.
 LEARNED_FROM = 4
 BY_LOOKAHEAD = ("lookahead", "duoserve")
 EXAMPLES = """\
@@ -99,7 +99,7 @@ def _add_synthetic(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Replays, with a progress bar where stderr is a terminal, and prints a row for each slot count and policy."""
+    """Replays, with a progress bar if stderr is a terminal, and prints a row for each slot count and policy."""
     names = contestants(args.policies)
     trace, predictors = _made_up(args) if args.trace.startswith(MADE_UP) else _recorded(args, names)
     model = args.model or _made_after(trace)
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _recorded(args: argparse.Namespace, names: Sequence[str]) -> tuple[Trace, dict[str, Predictor]]:
-    """The requests of a trace that no predictor was trained on, and the predictors by kind."""
+    """A trace of the requests that no predictor was trained on, and the predictors by kind."""
     refuse_in_vain(args, USUAL, f"say what {MADE_UP}NAME makes up, but {args.trace} was recorded")
     trace = open_trace(Path(args.trace))
     predictors = _predictors(args.predictor, trace.meta.fingerprint, names)
@@ -138,7 +138,7 @@ def _recorded(args: argparse.Namespace, names: Sequence[str]) -> tuple[Trace, di
 
 
 def _made_up(args: argparse.Namespace) -> tuple[Trace, dict[str, Predictor]]:
-    """A trace, and what has learned from others like it to foretell a layer by its look-ahead scores."""
+    """A trace, and predictors by look-ahead scores that were trained on others like it."""
     if args.predictor:
         raise ConfigError(f"--predictor: {args.trace} is foretold by what learns from others like it: give none")
     name = args.trace.removeprefix(MADE_UP)
@@ -154,7 +154,7 @@ def _made_up(args: argparse.Namespace) -> tuple[Trace, dict[str, Predictor]]:
 
 
 def _check_room(card: RoutingCard, requests: int, tokens: int) -> None:
-    """MemoryBudgetError where RAM cannot hold the trace and the two that it is then parted into."""
+    """Raises MemoryBudgetError if RAM cannot hold the trace, and the two traces that it is then divided into."""
     needed, free = 2 * bytes_needed(card, requests, tokens), free_bytes(CPU)
     if needed > free:
         raise MemoryBudgetError(
@@ -165,7 +165,7 @@ def _check_room(card: RoutingCard, requests: int, tokens: int) -> None:
 
 
 def _predictors(paths: Sequence[Path], fingerprint: str, names: Sequence[str]) -> dict[str, RowPredictor]:
-    """The predictors in ``paths`` by kind; ConfigError for one that no policy of these ``names`` would use."""
+    """The predictors in ``paths`` by kind; raises ConfigError for one that no policy of these ``names`` would use."""
     taken = {POLICIES[name].predictor for name in names if name in POLICIES}
     found: dict[str, RowPredictor] = {}
     for path in paths:
@@ -186,7 +186,7 @@ def _say_who_goes_without(names: Sequence[str], predictors: Mapping[str, Predict
 
 
 def _made_after(trace: Trace) -> str:
-    """The model that a synthetic trace is made after; ConfigError for a recorded one."""
+    """The model that a synthetic trace is made after; raises ConfigError for a recorded trace."""
     if not trace.meta.fingerprint.startswith(MADE_UP):
         raise ConfigError("the trace does not say how large the model's experts are: give --model")
     return trace.meta.fingerprint.removeprefix(MADE_UP)

@@ -1,4 +1,4 @@
-"""What replays are asked for on the command line, and their figures as text."""
+"""Parses what replays are asked for on the command line, and writes their figures as text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from duoserve.scheduling.policies import get_policy
 
 
 def contestants(names: str) -> list[str]:
-    """The policies of a list such as "lru,duoserve", or of "all"; ConfigError for a name that is not known."""
+    """The policies of a list such as "lru,duoserve", or of "all"; raises ConfigError for an unknown name."""
     if names == "all":
         return list(CONTESTANTS)
     chosen = [name.strip() for name in names.split(",")]
@@ -25,9 +25,9 @@ def contestants(names: str) -> list[str]:
 
 
 def slot_counts(listed: str, shape: ModelShape) -> list[int]:
-    """Slots over all layers, of a list of counts and shares of all experts as ``expert_slots`` has them: "64,25%".
+    """The numbers of slots of a list such as "64,25%": counts, or shares of all experts, as in ``expert_slots``.
 
-    ConfigError if one cannot work.
+    Raises ConfigError for a number that cannot work.
     """
     return [_slot_count(wanted.strip(), shape) for wanted in listed.split(",")]
 
@@ -77,7 +77,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Rows of ``figures`` as text, one line each below a heading; bytes are those of a decoded token."""
+    """Rows of ``figures`` as lines of text below a heading; bytes are per decoded token."""
     cells = [[title for title, _ in _COLUMNS.values()]]
     cells += [["-" if row[key] is None else show(row[key]) for key, (_, show) in _COLUMNS.items()] for row in rows]
     widths = [max(len(line[at]) for line in cells) for at in range(len(_COLUMNS))]

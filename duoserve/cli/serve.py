@@ -1,4 +1,4 @@
-"""``duoserve serve``: a model behind OpenAI's HTTP interface, on this machine alone unless told otherwise."""
+"""``duoserve serve``: a model behind OpenAI's HTTP interface, for this machine only unless told otherwise."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def take_environment(parser: argparse.ArgumentParser) -> None:
-    """Makes ``DUOSERVE_MAX_BATCH`` and its like the defaults of ``--max-batch`` and its like.
+    """Makes environment variables the defaults of options: ``DUOSERVE_MAX_BATCH`` that of ``--max-batch``, and so on.
 
-    Kubernetes sets DUOSERVE_PORT to an address where a Service has the name duoserve: that is passed over.
+    If a Kubernetes Service is called duoserve, DUOSERVE_PORT is set to an address, which is ignored.
     """
     for action in parser._actions:
         if action.option_strings and action.dest != "help":
@@ -68,7 +68,7 @@ def take_environment(parser: argparse.ArgumentParser) -> None:
             if action.choices is not None:
                 action.type = _one_of(list(action.choices))
             if action.nargs == 0:
-                action.type = _truth  # argparse asks it about a default that is text
+                action.type = _truth  # argparse applies it to a default that is text
             value = os.environ.get(name)
             if value is None or (name == "DUOSERVE_PORT" and value.startswith("tcp://")):
                 continue
@@ -78,7 +78,7 @@ def take_environment(parser: argparse.ArgumentParser) -> None:
 
 
 def _naming(name: str, value: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The same type, whose error says which variable ``value`` is from, if it is that very text."""
+    """The type ``kind``; if the text is ``value``, from the variable ``name``, its error names that variable."""
 
     @wraps(kind)
     def checked(text: str) -> Any:
@@ -93,14 +93,14 @@ def _naming(name: str, value: str, kind: Callable[[str], Any]) -> Callable[[str]
 
 
 def _truth(value: str) -> bool:
-    """A flag as a variable."""
+    """The value of a flag that is given as a variable."""
     if value.lower() not in TRUTHS:
         raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(TRUTHS)}")
     return TRUTHS[value.lower()]
 
 
 def _one_of(choices: list[str]) -> Callable[[str], str]:
-    """A type that knows its choices: argparse asks it about defaults too, unlike ``choices``."""
+    """A type that checks ``choices``: argparse applies types to defaults too, unlike its own ``choices``."""
 
     def checked(value: str) -> str:
         if value not in choices:

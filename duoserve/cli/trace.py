@@ -1,4 +1,4 @@
-"""``duoserve trace``: run prompts and record what the routers choose."""
+"""``duoserve trace``: runs prompts and records what the routers choose."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def add_command(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Records, with a progress bar where stderr is a terminal, and says how much there is."""
+    """Records, with a progress bar if stderr is a terminal, and prints how much there is then."""
     prompts = read_prompts(args.prompts)
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
     recording = RecordingSpec(args.out, params, args.resume, args.append)

@@ -1,4 +1,4 @@
-"""``duoserve train-predictor``: from a trace to a predictor of which experts come next."""
+"""``duoserve train-predictor``: trains a predictor of the experts that come next, on a trace."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def add_command(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains, measures on the requests that were held out, and saves."""
+    """Trains a predictor, measures it on the requests that were held out, and saves it."""
     if args.out.suffix != ".safetensors":
         raise RequestError(f"--out {args.out}: must be named .safetensors; the JSON beside it is named after it")
     check_place(args.out)

@@ -1,4 +1,4 @@
-"""What commands that write text share: how tokens are drawn, and a model that has a tokenizer."""
+"""Shared by commands that write text: options for drawing tokens, and the check for a tokenizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAMPLING = {
 
 
 def folder_with_text(model: str) -> Path:
-    """The folder of ``model``; RequestError where it has no tokenizer, before anything is loaded."""
+    """The folder of ``model``; raises RequestError if it has no tokenizer, before anything is loaded."""
     folder = resolve_model(model)
     if not is_there(folder / TOKENIZER):
         raise RequestError(f"{model} has no {TOKENIZER}, which text needs: give token ids in Python, to generate()")
@@ -32,7 +32,7 @@ def folder_with_text(model: str) -> Path:
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, fills_context: bool = False) -> None:
-    """The fields of SamplingParams as options; ``fills_context``: no --max-tokens is None, and not their default."""
+    """Adds the fields of SamplingParams as options. With ``fills_context`` the default of --max-tokens is None."""
     group = parser.add_argument_group("sampling")
     defaults = {field.name: field.default for field in fields(SamplingParams)}
     for name, (kind, metavar, help_text) in SAMPLING.items():
@@ -45,6 +45,6 @@ def add_sampling(parser: argparse.ArgumentParser, *, fills_context: bool = False
 
 
 def sampling(args: argparse.Namespace) -> SamplingParams:
-    """What ``add_sampling`` was given."""
+    """The SamplingParams that the options of ``add_sampling`` give."""
     given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
     return SamplingParams(stop=tuple(args.stop), **given)

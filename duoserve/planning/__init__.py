@@ -1,1 +1,1 @@
-"""Will a model fit, and how fast will it be: answered before it is downloaded."""
+"""Plans: whether a model will fit and how fast it will be, before it is downloaded."""

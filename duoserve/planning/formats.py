@@ -1,4 +1,4 @@
-"""A model as it would be with its experts in another format: what the checkpoint is in, or could be made."""
+"""The formats in which a plan may have a model's experts: the checkpoint's, or one that they can be quantized to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMATS = ("bf16", "bf12", "fp8", "int8", "int4")
 
 
 def layout_in(config: ModelConfig, form: str | None, dtype: torch.dtype) -> ExpertLayout:
-    """The row of one expert in one of FORMATS, None: in the checkpoint's own; ConfigError where that cannot be."""
+    """The row of one expert in one of FORMATS, or in the checkpoint's if None; raises ConfigError if impossible."""
     if form is None:
         return expert_layout(config, dtype)
     plain = replace(config, quantization=None)

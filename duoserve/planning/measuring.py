@@ -1,4 +1,4 @@
-"""A machine's rates, in a few seconds: bytes/s and FLOP/s of the calls that a model makes."""
+"""Measures a machine's rates in a few seconds: bytes/s and FLOP/s of the calls that a model makes."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ RATES = (
     *("link", "memory", "flops", "widening", "disk", "reader"),
     *("copy_latency_s", "layer_overhead_s", "expert_overhead_s"),
 )
-PIECE, PIECES, READERS = 4 << 20, 16, 2  # reads of the size of an expert, by as many threads as copy by default
+PIECE, PIECES, READERS = 4 << 20, 16, 2  # reads of about an expert's size, by as many threads as copy by default
 ROUNDS = 5
-PCIE_LATENCY_S = 1e-5  # of a copy; assumed
+PCIE_LATENCY_S = 1e-5  # of a copy; not measured but assumed
 NO_WIDENING = 1e18
 WIDTH, MATRICES = 1536, 24  # 24 matrices of 4.5 MiB: more than caches hold
-FEW, MANY = 16, 128  # rows of products, from which the time for the weights and that for the rows are told apart
+FEW, MANY = 16, 128  # rows of two products, whose difference tells the time of rows from that of the weights
 GPU_WIDTH, GPU_BYTES = 8192, 256 << 20
 
 
 def measure(device: torch.device, folder: Path) -> dict[str, float]:
-    """The RATES; ``folder`` is where packs lie, so its disk is the one that counts."""
+    """The RATES; ``folder`` is where packs lie, so its disk is the one that is measured."""
     on_cpu = device.type == "cpu"
     rates = (_cpu_rates() if on_cpu else _gpu_rates(device)) | disk_rates(folder)
     latency_s = copy_latency_s(rates["disk"], folder) if on_cpu else PCIE_LATENCY_S
@@ -44,12 +44,12 @@ def measure(device: torch.device, folder: Path) -> dict[str, float]:
 
 
 def usual_seconds(run: Callable[[], object]) -> float:
-    """The median of ROUNDS after one that warms up: what is usual here, others' work included."""
+    """The median of ROUNDS after a warm-up: the usual time here, with other programs running as usual."""
     return statistics.median([_seconds(run) for _ in range(ROUNDS + 1)][1:])
 
 
 def disk_rates(folder: Path) -> dict[str, float]:
-    """Bytes/s of reads past the page cache, by all copy threads and by one."""
+    """Bytes/s of reads that bypass the page cache, by all copy threads and by a single one."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as scratch, _direct(_written(Path(scratch) / "pieces")) as descriptor:
         rows_RB, nbytes = aligned_rows(READERS, PIECE), PIECES * PIECE
@@ -59,7 +59,7 @@ def disk_rates(folder: Path) -> dict[str, float]:
                 os.preadv(descriptor, [rows_RB[reader].numpy().data], piece * PIECE)
 
         def all_pieces(readers: int) -> None:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # where reads cannot pass the page cache by
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # in case reads cannot bypass the page cache
             list(threads.map(share, range(readers), [readers] * readers))
 
         with ThreadPoolExecutor(READERS) as threads:
@@ -68,16 +68,16 @@ def disk_rates(folder: Path) -> dict[str, float]:
 
 
 def copy_latency_s(disk: float, folder: Path) -> float:
-    """What a copy takes beyond its bytes, threads that wake each other included: small experts, fetched on demand."""
+    """Seconds of a copy beyond reading its bytes, such as waking threads; from small experts, fetched on demand."""
     kept, fetched = (_decode_s("bard-fine", "resident", "100%"), _decode_s("bard-fine", "on-demand", "25%", folder))
     copies = fetched.config.top_k * len(fetched.config.moe_layers)
     return max(1e-9, (fetched.seconds - kept.seconds) / copies - fetched.memory.slot_bytes / disk)
 
 
 def overheads(memory: float) -> dict[str, float]:
-    """What a layer and an expert of a decode step take beyond reading their weights.
+    """Seconds of a layer and of an expert in a decode step beyond reading their weights.
 
-    Of two models whose layers differ in how many experts a token takes, all experts in slots.
+    They are told apart by two models whose tokens take different numbers of experts, with all experts in slots.
     """
     (few, some_s), (many, more_s) = (_layer_s(name, memory) for name in ("bard", "bard-fine"))
     expert_s = max(1e-9, (more_s - some_s) / (many - few))
@@ -85,7 +85,7 @@ def overheads(memory: float) -> dict[str, float]:
 
 
 class _Decoded(NamedTuple):
-    """Seconds of a decode step, and what took them."""
+    """Seconds of a decode step, with the memory plan and the config of the model."""
 
     seconds: float
     memory: MemoryPlan
@@ -155,7 +155,7 @@ def _written(path: Path) -> Path:
 
 @contextmanager
 def _direct(path: Path) -> Iterator[int]:
-    """A descriptor that reads past the page cache, where there is such a thing."""
+    """A descriptor whose reads bypass the page cache, if the file system supports that."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError:

@@ -1,4 +1,4 @@
-"""Models that a plan can be made for without their checkpoint: each is a folder with a config.json and no weights."""
+"""Models that can be planned for without their checkpoint: each is a folder with a config.json and no weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ MODEL_CARDS = tuple(sorted(path.parent.name for path in CONFIGS.glob("*/config.j
 
 
 def find_model(model: str | Path) -> DescribedModel:
-    """The model by the name of a card (in any case), by folder, hub id or embedded name; what described() raises."""
+    """The model by the name of a card (in any case), by folder, hub id or embedded name.
+
+    Raises the errors of ``described``.
+    """
     name = str(model).lower()
     return described(CONFIGS / name if name in MODEL_CARDS and not Path(model).is_dir() else model)

@@ -1,4 +1,4 @@
-"""From a model, a machine and a question to memory by part, speed by policy, and what more memory would buy."""
+"""Plans a model on a machine: memory by part, speed by policy, and what more memory would gain."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from duoserve.planning.speed import Costs
 from duoserve.replaying.hardware import GIB, HARDWARE, Hardware, Machine
 from duoserve.scheduling.policies import POLICIES, Policy
 
-CURVE_TOKENS = 192  # of each request that the hit rates were taken from
-INT4_BITS = 5  # experts of no more bits than that are not made smaller by int4
+CURVE_TOKENS = 192  # tokens of each request that hit rates were taken from
+INT4_BITS = 5  # experts with at most so many bits a weight are not made smaller by int4
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans of one model, known by ``name``; MemoryBudgetError, with the arithmetic, where it cannot run.
+    """Makes plans of one model, known by ``name``. Raises MemoryBudgetError, with the arithmetic, if it cannot run.
 
-    ``rehearsals`` are by the name of the hardware that they were taken on; they count for experts of the same size.
-    ``copy_threads`` read from the disk of a machine that computes on its CPU.
+    ``rehearsals`` are by the name of the hardware that they were made on, and are used for experts of the same size.
+    ``copy_threads`` threads read from the disk of a machine that computes on its CPU.
     """
 
     name: str
@@ -77,20 +77,20 @@ class Planner:
         return Plan(hardware, question, layout, memory, {s.policy: s for s in speeds}, curves.name, notes)
 
     def costs(self, plan: Plan) -> Costs:
-        """What the times of ``plan`` were made from."""
+        """The costs from which the times of ``plan`` were computed."""
         return self._costs(plan.hardware, plan.layout, plan.memory)
 
     def one_gib_more(self, plan: Plan) -> Plan | None:
-        """The same with a GiB more for everything; None where all experts have slots already."""
+        """The plan with a GiB more for everything; None if all experts have slots already."""
         if plan.memory.all_in_slots:
             return None
         larger = replace(plan.hardware, memory_bytes=plan.hardware.memory_bytes + GIB)
         return self.plan(larger, replace(plan.question, memory=plan.memory.total_bytes + GIB, expert_slots=None))
 
     def in_int4(self, plan: Plan) -> Plan | None:
-        """The same with experts in int4; None where they are as small already, cannot be made so, or on a CPU.
+        """The plan with experts in int4; None if they are as small already or cannot be int4, and on a CPU.
 
-        A CPU decodes them before it multiplies, and how long that takes is not known here.
+        A CPU decodes int4 before it multiplies, and how long that takes is not known here.
         """
         if plan.hardware.host_computes:
             return None
@@ -122,7 +122,7 @@ class Planner:
             max_context=self._context(question),
         )
         host_bytes = hardware.host_bytes
-        if _is_card(hardware):  # its RAM is assumed: who names more has more
+        if _is_card(hardware):  # its RAM is only assumed, so there may be as much as the question names
             host_bytes = max(host_bytes, question.host_memory or 0)
         wanted = EngineConfig(
             memory=question.memory, expert_slots=question.expert_slots, host_memory=question.host_memory
@@ -130,7 +130,7 @@ class Planner:
         return needs.plan(wanted, FreeMemory(hardware.memory_bytes, None if on_cpu else host_bytes))
 
     def _context(self, question: Question) -> int:
-        """Tokens of the KV cache; ConfigError where the question's sequences have no room, in it or in the model."""
+        """Tokens of the KV cache; raises ConfigError if the sequences are too long for it, or for the model."""
         config, per_sequence = self.model.config, question.prompt + question.new_tokens
         if per_sequence > config.num_positions:
             raise ConfigError(
@@ -183,12 +183,12 @@ def _cost_notes(layout: ExpertLayout, costs: Costs) -> list[str]:
 
 
 def _is_card(hardware: Hardware) -> bool:
-    """Whether it is a machine by name, of which nothing was measured here."""
+    """Whether ``hardware`` is a card, with rates that were not measured here."""
     return hardware.name.partition("@")[0] in HARDWARE
 
 
 def _suits(policy: Policy, memory: MemoryPlan) -> bool:
-    """Whether the policy has a use here: all experts in slots, or not all."""
+    """Whether the policy suits the memory: "resident" if all experts have slots, the others if not."""
     return policy.all_resident == memory.all_in_slots
 
 

@@ -1,4 +1,4 @@
-"""What is asked of a planner, and how fast a policy answers it: where its slots, hits and copies come from."""
+"""The question that a planner answers, and the speed of a policy, from its slots, hits and copies."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from duoserve.planning.speed import Costs, PromptSpec, Seconds, StepSpec
 from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.prefill import ring_size
 
-# Policies that need no predictor, for what a trained one gains is not known before the model has run; of equal ones the
-# first is best. By the ranking of their caches.
+# Policies without predictors (what a trained one gains is not known before the model has run), with the ranking of
+# their caches. Of equally fast policies the first counts as best.
 RANKED = {"resident": "lru", "duoserve": "lfru", "lru": "lru", "on-demand": "lru", "layer-prefetch": "lru"}
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is planned for: ``batch`` prompts of ``prompt`` tokens at a time, with ``new_tokens`` behind each.
+    """What a plan is made for: ``batch`` prompts of ``prompt`` tokens at a time, with ``new_tokens`` behind each.
 
     ``form`` is the experts' format (formats.py), None: the checkpoint's. ``memory`` caps everything on the device, in
     bytes, or ``expert_slots`` the slots (a count, or a share as "25%"), and ``host_memory`` the experts that wait in
-    RAM; ``max_context`` are the tokens of the KV cache. ``routing`` names the card that hit rates are taken from, or
-    UNIFORM; None: the model's own or the nearest.
+    RAM; ``max_context`` is the tokens of the KV cache. ``routing`` names the card that hit rates are taken from, or
+    UNIFORM; None: the model's own card or the nearest.
     """
 
     prompt: int = 512
@@ -38,7 +38,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Speed:
-    """A policy's times: of a prompt with the slots full of another's experts, of the very first, and of a step."""
+    """A policy's times: of a prompt while slots are full of another's experts, of the very first, and of a step."""
 
     policy: str
     ttft: Seconds
@@ -48,7 +48,7 @@ class Speed:
 
 
 def speed_of(costs: Costs, curves: RoutingCurves, memory: MemoryPlan, question: Question, name: str) -> Speed:
-    """What the policy ``name`` takes, its slots divided evenly over the layers."""
+    """The speed of the policy ``name``, with slots divided evenly over the layers."""
     policy, shape = POLICIES[name], costs.model.shape
     hit_rate = curves.hit_rate(RANKED[name], memory.share, question.batch) if policy.keeps else 0.0
     step = StepSpec(
@@ -73,6 +73,6 @@ def speed_of(costs: Costs, curves: RoutingCurves, memory: MemoryPlan, question: 
 
 
 def _of_prompts(curves: RoutingCurves, question: Question, num_experts: int) -> float:
-    """Distinct experts that all prompts use in a layer, each as if it chose by itself."""
+    """Distinct experts that all prompts together use in a layer, as if each chose independently."""
     passed_over = 1 - curves.in_prompt(question.prompt) / num_experts
     return num_experts * (1 - passed_over**question.batch)

@@ -1,7 +1,7 @@
 """Rehearsals: a few layers of a model's sizes, with made-up weights, are run on this machine, and each layer is timed.
 
-They measure what formulas cannot know: what the host takes for a layer, an expert and a miss, how much copies slow down
-the computation, and how fast matrix products of just these sizes are.
+They measure what formulas cannot know: the host's time for a layer, an expert and a miss, how much copies slow down the
+computation, and how fast matrix products of these sizes are.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ TIERS = ("disk", "ram")
 RESIDENT = "resident"
 WAYS = ((RESIDENT, "disk"), *product(("duoserve", "lru", "on-demand", "layer-prefetch"), TIERS))  # policies, tiers
 LAYERS = 4
-FEW, MANY = 3 / 8, 3 / 4  # shares of the experts in slots; policies that keep none need but few
-STEPS = 12  # behind a prompt
-PROMPTS, MOST_PROMPTS, ENOUGH_S = 3, 8, 0.6  # for each share of slots: more of them where they take little time
-MIN_PROMPT, MAX_PROMPT = 2, 512  # a single token is a decode step to who watches the layers
+FEW, MANY = 3 / 8, 3 / 4  # shares of the experts in slots; policies that keep no experts need only few
+STEPS = 12  # decode steps behind each prompt
+PROMPTS, MOST_PROMPTS, ENOUGH_S = 3, 8, 0.6  # prompts for each share of slots: more of them if they take little time
+MIN_PROMPT, MAX_PROMPT = 2, 512  # a prompt of a single token would look like a decode step
 MAX_BYTES = 1 << 30
-TRIMMED = 0.1  # of the samples, at either end: others' work on this machine
+TRIMMED = 0.1  # the share of samples dropped at either end, which other programs may have disturbed
 
 
 class StepTimes(NamedTuple):
-    """Seconds of a decode step: ``layer_s[n]`` of a layer that misses n experts, ``rest_s`` outside of the layers.
+    """Seconds of a decode step: ``layer_s[n]`` for a layer that misses n experts, ``rest_s`` outside of the layers.
 
-    Under a policy that keeps no experts, ``layer_s`` has one figure for all layers.
+    Under a policy that keeps no experts, ``layer_s`` has a single entry for all layers.
     """
 
     layer_s: tuple[float, ...]
@@ -50,9 +50,9 @@ class StepTimes(NamedTuple):
 
 
 class PromptTimes(NamedTuple):
-    """Seconds of a prompt: of a layer for which ``copies[i]`` experts are copied, ``layer_s[i]``; ``rest_s`` outside.
+    """Seconds of a prompt: ``layer_s[i]`` for a layer with ``copies[i]`` copies, ``rest_s`` outside of the layers.
 
-    There is an entry for each share of the experts in slots that was rehearsed.
+    There is an entry for each rehearsed share of the experts in slots.
     """
 
     copies: tuple[float, ...]
@@ -61,7 +61,7 @@ class PromptTimes(NamedTuple):
 
 
 class PolicyTimes(NamedTuple):
-    """What was measured of one policy, with the experts in one tier."""
+    """The times of one policy, with the experts in one tier."""
 
     decode: StepTimes
     prefill: PromptTimes
@@ -69,9 +69,9 @@ class PolicyTimes(NamedTuple):
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What was measured with experts of ``slot_bytes`` bytes, prompts of ``prompt`` tokens and the steps behind them.
+    """Times measured with experts of ``slot_bytes`` bytes, prompts of ``prompt`` tokens, and steps behind them.
 
-    ``times`` are by policy and then by tier. "resident" is the same in every tier, and is under the first.
+    ``times`` are by policy and then by tier. "resident" is the same in every tier, and is stored under the first.
     """
 
     slot_bytes: int
@@ -79,12 +79,15 @@ class Rehearsal:
     times: Mapping[str, Mapping[str, PolicyTimes]]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The rehearsal as an object for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """What ``to_dict`` gave; AttributeError, KeyError, TypeError or ValueError for anything else."""
+        """The rehearsal from the object of ``to_dict``.
+
+        Raises AttributeError, KeyError, TypeError or ValueError for anything else.
+        """
         times = {
             policy: {tier: _times(*parts) for tier, parts in tiers.items()} for policy, tiers in raw["times"].items()
         }
@@ -103,9 +106,10 @@ def _floats(raw: Iterable[float]) -> tuple[float, ...]:
 
 
 def layers_to_rehearse(model: DescribedModel, layout: ExpertLayout, free: int) -> int:
-    """How many layers to rehearse: they fit in half of ``free`` bytes of RAM, and their experts in MAX_BYTES.
+    """The number of layers to rehearse, which fit in half of ``free`` bytes of RAM, with their experts in MAX_BYTES.
 
-    0 if even two do not. Larger experts need no rehearsal: moving their bytes takes so long that formulas will do.
+    0 if even two layers do not fit. Larger experts need no rehearsal: the time of moving their bytes dominates, for
+    which formulas will do.
     """
     for count in range(LAYERS, 1, -1):
         config = few_layers(model.config, count)
@@ -150,7 +154,7 @@ def _rehearsed(stage: Stage, policy: Policy, tier: str, prompt: int) -> PolicyTi
 
 
 class TimedPass(NamedTuple):
-    """One pass: its seconds, the watch's notes, and how many copies had ended since its request began."""
+    """One pass: its seconds, the notes of its layers' times, and how many copies have ended since its request began."""
 
     seconds: float
     notes: PassNotes
@@ -158,7 +162,7 @@ class TimedPass(NamedTuple):
 
 
 def timed_requests(run: Running, prompt: int) -> list[list[TimedPass]]:
-    """Several requests, pass by pass, after one that fills the slots and warms everything up."""
+    """The timed passes of several requests, after one that fills the slots and warms everything up."""
     list(timed_passes(run, prompt, STEPS))
     requests, begun = [list(timed_passes(run, prompt, STEPS))], time.perf_counter()
     while len(requests) < PROMPTS or (len(requests) < MOST_PROMPTS and time.perf_counter() - begun < ENOUGH_S):
@@ -167,7 +171,7 @@ def timed_requests(run: Running, prompt: int) -> list[list[TimedPass]]:
 
 
 def timed_passes(run: Running, prompt: int, steps: int) -> Iterator[TimedPass]:
-    """One request, pass by pass."""
+    """The timed passes of one request."""
     run.watch.passes.clear()
     params = SamplingParams(max_tokens=1 + steps, temperature=0.0, ignore_eos=True)
     copied = [run.meter.snapshot().bytes.total for _ in run.engine.generate([Request([1] * prompt, params)])]
@@ -177,7 +181,7 @@ def timed_passes(run: Running, prompt: int, steps: int) -> Iterator[TimedPass]:
 
 
 def prompt_times(runs: Sequence[Sequence[TimedPass]]) -> PromptTimes:
-    """From the prompts' passes of each run (they have fewer and fewer slots) to medians of what one prompt takes."""
+    """The medians of a prompt's times in each run, from its prompts' passes; runs have fewer and fewer slots."""
     copies, layers_s, rests_s = [], [], []
     for prompts in runs:
         num_layers = len(prompts[0].notes.asked_s)
@@ -189,11 +193,11 @@ def prompt_times(runs: Sequence[Sequence[TimedPass]]) -> PromptTimes:
 
 
 def step_times(requests: Sequence[Sequence[TimedPass]], keeps: bool) -> StepTimes:
-    """From the decode steps of each request to seconds by how many experts a layer misses (``keeps``), or for all.
+    """Step times from each request's decode steps: by how many experts a layer misses if ``keeps``, else for all.
 
-    Numbers that never occurred are interpolated. How the numbers differ comes from trimmed means over all steps. How
-    long steps take as a whole comes from the median of the requests' means, as TPOT does: what is slow now and then
-    counts, what was slow in one request does not.
+    Times of numbers that never occurred are interpolated. The differences between numbers come from trimmed means over
+    all steps. How long steps take as a whole comes from the median of the requests' means, as TPOT does: so what is
+    slow now and then counts, and what was slow in one request does not.
     """
     by_missing: dict[int, list[float]] = {}
     for step in chain.from_iterable(requests):
@@ -216,11 +220,11 @@ def step_times(requests: Sequence[Sequence[TimedPass]], keeps: bool) -> StepTime
 
 
 def _gaps_s(run: TimedPass) -> list[float]:
-    """Seconds from when each layer asks for its experts until the next one does."""
+    """The seconds from each layer's request for its experts to the next layer's."""
     return [later - asked for asked, later in pairwise(run.notes.asked_s)]
 
 
 def trimmed_mean(values: Sequence[float]) -> float:
-    """The mean without the smallest and the largest values, a share TRIMMED of all at either end."""
+    """The mean without the smallest and the largest values, a share of TRIMMED at either end."""
     cut = int(TRIMMED * len(values))
     return statistics.mean(sorted(values)[cut : len(values) - cut])

@@ -1,7 +1,7 @@
-"""How long a pass takes by a rehearsal: the time that a layer took, times the number of layers.
+"""Times of passes by a rehearsal: the time that a layer took, times the number of layers.
 
-Pure functions. For what was not rehearsed (longer prompts, batches), the measured time is scaled by the ratio that the
-formulas of speed.py give. Seconds; counts are means over the MoE layers.
+Pure functions. For longer prompts and batches, which are not rehearsed, the measured time is scaled by the ratio that
+the formulas of speed.py give. Times are seconds, and counts are means over the MoE layers.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from duoserve.scheduling.policies import Policy
 
 @dataclass(frozen=True)
 class RehearsedCosts(Costs):
-    """Costs of a model whose layers were rehearsed; formulas answer for policies that were not."""
+    """Costs of a model whose layers were rehearsed; for policies that were not, those of the formulas."""
 
     rehearsal: Rehearsal
 
     @classmethod
     def of(cls, costs: Costs, rehearsal: Rehearsal) -> Self:
-        """The same model and machine, with times by ``rehearsal``."""
+        """Costs of the same model and machine, with times by ``rehearsal``."""
         return cls(costs.machine, costs.model, costs.ram_share, rehearsal, copy_threads=costs.copy_threads)
 
     def decode(self, policy: Policy, step: StepSpec) -> Seconds:
@@ -63,7 +63,7 @@ class RehearsedCosts(Costs):
         return num_layers * layer_s + times.rest_s
 
     def _prompt_s(self, times: PromptTimes, copies: float) -> float:
-        """Seconds interpolated at so many ``copies`` a layer. A layer without copies takes what a resident one took."""
+        """Seconds interpolated at ``copies`` copies a layer. A layer without copies takes as long as a resident one."""
         seen, layer_s, resident = times.copies, times.layer_s, self.rehearsal.times.get(RESIDENT)
         if len(seen) > 1 and resident is not None:
             seen, layer_s = (0.0, *seen), (next(iter(resident.values())).prefill.layer_s[0], *layer_s)
@@ -73,8 +73,8 @@ class RehearsedCosts(Costs):
 def along(places: Sequence[float], values: Sequence[float], place: float) -> float:
     """The value at ``place`` of straight lines through ``values`` at ``places``.
 
-    ``places`` may come in any order; where one comes twice, the mean of its values counts. Beyond the last place the
-    last line goes on, though it never falls; before the first place its value holds.
+    ``places`` may come in any order; if a place comes twice, the mean of its values counts. Beyond the last place the
+    last line goes on, but never falls; before the first place the first value holds.
     """
     by_place: dict[float, list[float]] = {}
     for at, value in sorted(zip(places, values, strict=True)):

@@ -1,9 +1,9 @@
-"""Two things that speed depends on in a model's routing: hit rates of caches, and how many distinct experts are used.
+"""Two properties of a model's routing that speed depends on: hit rates of caches, and numbers of distinct experts.
 
 Both are curves, over the share of the experts that is in slots and over the number of tokens. bench/routing_curves.py
-makes them from the cards of traces/synthetic.py, and from what the embedded models write. A model without curves of
-its own gets those of the model that is nearest in experts and top-k, scaled to its numbers. UNIFORM stands for weights
-that nobody trained, which route by chance.
+makes them from the cards of traces/synthetic.py, and from traces of the embedded models. A model without curves of its
+own gets those of the model that is nearest in experts and top-k, scaled to its numbers. UNIFORM stands for untrained
+weights, which route by chance.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ UNIFORM = "uniform"
 
 @dataclass(frozen=True)
 class RoutingCurves:
-    """The curves of the card ``name``, to be read for a model of ``num_experts`` and ``top_k``.
+    """The curves of the card ``name``, scaled to a model of ``num_experts`` and ``top_k``.
 
     ``raw`` is the card's record in assets/routing.json.
     """
@@ -38,7 +38,7 @@ class RoutingCurves:
     top_k: int
 
     def hit_rate(self, ranking: str, share: float, batch: int = 1) -> float:
-        """How many of the experts that a decode step asks for are in slots, 0 to 1, under an eviction by ``ranking``.
+        """The share (0 to 1) of a decode step's experts that are in slots, with an eviction by ``ranking``.
 
         ``share`` (0 to 1) of a layer's experts are in slots; the step has ``batch`` sequences.
         """
@@ -52,13 +52,13 @@ class RoutingCurves:
         return self._distinct(self.raw["batch"], batch)
 
     def in_prompt(self, tokens: int) -> float:
-        """How many distinct experts of a layer a prompt of so many tokens uses, on average."""
+        """How many distinct experts of a layer a prompt of ``tokens`` tokens uses, on average."""
         return self._distinct(self.raw["window"], tokens)
 
     def _distinct(self, curve: Mapping[str, float], tokens: int) -> float:
         """How many distinct experts ``tokens`` tokens use, by the card's ``curve`` of tokens to distinct experts.
 
-        A token of the model uses another share of the experts than one of the card, so that tokens are scaled by that.
+        Tokens are scaled, as a token of the model uses another share of the experts than a token of the card.
         """
         raw = self.raw
         scaled = tokens * (self.top_k / self.num_experts) / (raw["top_k"] / raw["num_experts"])
@@ -76,7 +76,7 @@ class ByChance(RoutingCurves):
     """Curves by formula: every token chooses every expert with the same chance, whatever was chosen before."""
 
     def hit_rate(self, ranking: str, share: float, batch: int = 1) -> float:
-        """The share that is in slots: no ranking is better than another."""
+        """The share of the experts in slots, as no ranking is better than another."""
         return share
 
     def _distinct(self, curve: Mapping[str, float], tokens: int) -> float:
@@ -92,7 +92,7 @@ def curves_for(num_experts: int, top_k: int, model: str = "") -> RoutingCurves:
     if model == UNIFORM:
         sizes = {"num_experts": num_experts, "top_k": top_k, "batch": {}, "window": {}}
         return ByChance(UNIFORM, sizes, num_experts, top_k)
-    others = [card for card in cards if card not in EMBEDDED]  # which are too small to stand for anybody else
+    others = [card for card in cards if card not in EMBEDDED]  # embedded models are too small to stand for others
     name = model if model in cards else min(others, key=lambda card: _distance(cards[card], num_experts, top_k))
     return RoutingCurves(name, cards[name], num_experts, top_k)
 
@@ -105,9 +105,9 @@ def known_routings() -> list[str]:
 def _unmet(widths: Sequence[int], unmet: Sequence[float], tokens: float) -> float:
     """The share of the experts that none of ``tokens`` tokens uses, for more tokens than any of the ``widths``.
 
-    ``unmet`` has that share at the two largest widths. Were experts chosen by chance, its logarithm would grow in
-    proportion to the tokens. The experts that are left are those that are seldom chosen, so it grows with a power of
-    the tokens instead: the power by which it grew between the two widths.
+    ``unmet`` has that share at the two largest widths. If experts were chosen by chance, its logarithm would grow in
+    proportion to the tokens. But the experts that are left are chosen seldom, so it grows with a power of the tokens:
+    the power by which it grew between the two widths.
     """
     fewer, more = unmet
     if more <= 0 or fewer <= more:

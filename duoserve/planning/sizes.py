@@ -1,4 +1,4 @@
-"""What a pass over a model reads and computes, summed up from the tensors that its blocks ask for."""
+"""The sizes that determine what a pass reads and computes, from the tensors that a model's blocks ask for."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.", re.ASCII)
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """One MoE layer (a mean over all of them) in ``layer``; parameters beside them, and bytes.
+    """A model's sizes: ``layer`` is the mean of all MoE layers; parameters count what lies outside of these.
 
-    Every token goes through the ``dense_params`` of the layers without experts, and the last one of a sequence through
-    the ``head_params``. ``kv_bytes`` are a layer's for one token of context.
+    Every token goes through the ``dense_params`` of the layers without experts, and only the last token of a sequence
+    through the ``head_params``. ``kv_bytes`` are those of a layer for one token of context.
     """
 
     layer: LayerSizes
@@ -61,6 +61,9 @@ def sizes_of(family: Family, config: ModelConfig, layout: ExpertLayout, dtype: t
 
 
 def layer_sizes(model: DescribedModel | OpenedModel, form: str | None = None) -> LayerSizes:
-    """One MoE layer with its experts in ``form``, one of FORMATS, or None for the checkpoint's; as in ``layout_in``."""
+    """One MoE layer with its experts in ``form``, one of FORMATS, or None for the checkpoint's.
+
+    Raises ConfigError as ``layout_in`` does.
+    """
     config = model.config
     return sizes_of(model.family, config, layout_in(config, form, config.dtype), config.dtype).layer

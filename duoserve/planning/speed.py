@@ -1,7 +1,7 @@
-"""How long a prompt and a decode step take, by formulas for what a replay would find.
+"""Times of prompts and decode steps, by formulas for what a replay would find.
 
 Pure functions of rates and counts. Copies and computation of a layer overlap as far as the policy allows. The bound is
-the part of the machine that is busy longest. Seconds; counts are means over the MoE layers.
+the part of the machine that is busy longest. Times are seconds, and counts are means over the MoE layers.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ class StepSpec:
 
 @dataclass(frozen=True)
 class Seconds:
-    """How long a pass takes in ``total``, and for how long of that each part of the machine is busy."""
+    """Seconds of a pass: in ``total``, and those in which each part of the machine is ``busy``."""
 
     total: float
     busy: Mapping[str, float]
 
     @property
     def bound(self) -> str:
-        """What is busy longest: link, disk, memory, compute or overhead."""
+        """The part that is busy longest: link, disk, memory, compute or overhead."""
         return max(self.busy, key=self.busy.__getitem__)
 
 
 class _Work(NamedTuple):
-    """What a pass computes: new tokens, the sequences they belong to, the context of each, and experts of a layer."""
+    """The work of a pass: new tokens, their sequences, the context of each sequence, and the experts of a layer."""
 
     tokens: int
     sequences: int
@@ -70,9 +70,9 @@ class _Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """What a model's passes cost on a machine. ``ram_share`` of its experts (0 to 1) wait in RAM, the rest on disk.
+    """The costs of a model's passes on a machine. ``ram_share`` (0 to 1) of its experts wait in RAM, the rest on disk.
 
-    On a CPU ``copy_threads`` are read at a time.
+    On a CPU ``copy_threads`` experts are read at a time.
     """
 
     machine: Machine
@@ -81,7 +81,7 @@ class Costs:
     copy_threads: int = field(default=EngineConfig().copy_threads, kw_only=True)
 
     def decode(self, policy: Policy, step: StepSpec) -> Seconds:
-        """A decode step without prefetches."""
+        """The seconds of a decode step without prefetches."""
         asked, num_layers = step.asked, len(self.model.shape.layers)
         before = self._attention_s(step.sequences, step.sequences, step.context)
         one = self._expert_s(step.sequences, asked)
@@ -91,8 +91,8 @@ class Costs:
             case DecodeFetch.ON_DEMAND:
                 copies, layer = asked, before + self._arrival_s(asked) + asked * one
             case DecodeFetch.NEXT_LAYER:
-                # A whole layer takes so long that of a step's guesses few arrive in time. Demands go before them; but
-                # on a CPU each copy thread ends the read that it has begun, of which half is still to come on average.
+                # Copying a whole layer takes so long that few of a step's guesses arrive in time. Demands go before
+                # them; but on a CPU each copy thread ends the read that it has begun, half of which is left on average.
                 wasted = self.copy_threads if self.machine.hardware.host_computes else 0
                 copies = asked + wasted
                 layer = before + (asked + wasted / 2) * self.copy_s + asked * one
@@ -103,7 +103,7 @@ class Costs:
         return Seconds(num_layers * layer + self._rest_s(work), self._busy(work, copies))
 
     def prefill(self, policy: Policy, prompt: PromptSpec) -> Seconds:
-        """One pass over all prompts, up to their first tokens."""
+        """The seconds of one pass over all prompts, up to their first tokens."""
         num_layers, used = len(self.model.shape.layers), prompt.used
         before, one = self._attention_s(prompt.tokens, prompt.sequences, 0), self._expert_s(prompt.tokens, used)
         copies = self._prefill_copies(policy, prompt)
@@ -119,12 +119,12 @@ class Costs:
 
     @cached_property
     def copy_s(self) -> float:
-        """The copy of an expert while others are copied too; the mean over those in RAM and on disk."""
+        """Seconds of an expert's copy while others are copied too; the mean over experts in RAM and on disk."""
         return self._copy_s(self.machine.hardware.disk)
 
     @cached_property
     def _lone_copy_s(self) -> float:
-        """The copy of an expert while no other is copied."""
+        """Seconds of an expert's copy while no other is copied."""
         return self._copy_s(min(self.machine.hardware.disk, self.machine.hardware.reader))
 
     def _copy_s(self, disk: float) -> float:
@@ -135,14 +135,14 @@ class Costs:
         return hardware.copy_latency_s + nbytes * waiting
 
     def _arrival_s(self, copies: float) -> float:
-        """How long ``copies`` demands take; ``copy_threads`` are read at a time, none faster than alone."""
+        """Seconds of ``copies`` demand loads. ``copy_threads`` are read at a time, none of them faster than alone."""
         turns = ceil(copies / self.copy_threads)
         return max(copies * self.copy_s, turns * self._lone_copy_s if self.machine.hardware.host_computes else 0.0)
 
     def _mixed_s(self, asked: float, hit_rate: float, one: float) -> float:
-        """A layer's experts, of which some are missing: those in slots are computed while the others are copied.
+        """Seconds of a layer's experts: those in slots are computed while missing ones are copied.
 
-        The mean over how many are missing, if each is with the chance ``1 - hit_rate``.
+        It is the mean over how many are missing, if each of them is missing with the chance ``1 - hit_rate``.
         """
         count = max(1, round(asked))
         mean = sum(chance * self._with_missing_s(count, n, one) for n, chance in chances(count, 1 - hit_rate))
@@ -154,7 +154,7 @@ class Costs:
         return max(asked * one, self._arrival_s(missing) + one, self._arrival_s(1) + missing * one)
 
     def _prefill_copies(self, policy: Policy, prompt: PromptSpec) -> float:
-        """Copies of a layer, on average. Wrong guesses do not count: where the link is the bound, few are ever made."""
+        """Copies of a layer on average. Wrong guesses do not count: while the link is the bound, few are ever made."""
         match policy.prefill:
             case PrefillFetch.RESIDENT:
                 return 0.0
@@ -164,23 +164,23 @@ class Costs:
                 return prompt.used * (1 - prompt.resident)
 
     def _speculates(self, policy: Policy, prompt: PromptSpec) -> bool:
-        """Whether experts are copied before their layer is routed, so that the link is never idle."""
+        """Whether experts are copied before their layer is routed, which keeps the link busy."""
         return (
             policy.prefill is PrefillFetch.NEXT_LAYER
             or active_share(self.model.shape, prompt.tokens) >= SPECULATION_SHARE
         )
 
     def _expert_s(self, tokens: int, experts: float) -> float:
-        """Computing one of the ``experts`` that a layer's ``tokens`` tokens are spread over."""
+        """Seconds of computing one of the ``experts`` over which a layer's ``tokens`` tokens are spread."""
         return self.machine.expert_s(tokens * self.model.shape.top_k / experts)
 
     def _attention_s(self, tokens: int, sequences: int, context: int) -> float:
-        """A layer up to its router's choice; reading the keys and values of the context is included."""
+        """Seconds of a layer up to its router's choice, including reading the keys and values of the context."""
         cached = sequences * context * self.model.kv_bytes / self.machine.hardware.memory
         return self.machine.attention_s(tokens, context, sequences) + cached
 
     def _rest_s(self, work: _Work) -> float:
-        """The layers without experts, and the head."""
+        """Seconds of the layers without experts, and of the head."""
         hardware, nbytes = self.machine.hardware, self.model.layer.other_bits / 8
         parts = (self.model.dense_params, work.tokens), (self.model.head_params, work.sequences)
         return sum(hardware.product_s(params * nbytes, 2.0 * rows * params, rows) for params, rows in parts)
@@ -193,7 +193,7 @@ class Costs:
         return 2.0 * (work.tokens * self.model.dense_params + work.sequences * self.model.head_params)
 
     def _busy(self, work: _Work, copies: float) -> dict[str, float]:
-        """How long each part is busy in a whole pass. What is read from disk for a device crosses the link as well."""
+        """Seconds in which each part is busy in a pass. What a device reads from disk crosses the link as well."""
         hardware, layer, num_layers = self.machine.hardware, self.model.layer, len(self.model.shape.layers)
         crossing = self.ram_share if hardware.host_computes else 1.0
         moved = num_layers * copies * layer.expert_bytes

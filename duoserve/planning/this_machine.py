@@ -1,6 +1,6 @@
-"""The machine that this runs on, measured once; rates, and rehearsals of models, are kept in the cache folder.
+"""The machine that this runs on. It is measured once: rates and rehearsals of models are kept in the cache folder.
 
-What is free of its memory is asked anew each time.
+Only its free memory is looked up each time.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ _MAX_BYTES = 1 << 16
 
 
 def this_machine(cache_dir: str | Path | None = None, *, anew: bool = False) -> Hardware:
-    """The card; measured now if it has not been, or if ``anew``.
+    """The machine's rates and memory; it is measured now if it has not been yet, or if ``anew``.
 
-    ConfigError for a malformed file, or a cache folder that cannot be written; CheckpointError as in cache_folder.
+    Raises ConfigError for a malformed file, or a cache folder that cannot be written, and CheckpointError as
+    ``cache_folder`` does.
     """
     device, path = resolve_device("auto"), cache_folder(cache_dir) / FILE
     about = _about(device)
@@ -59,9 +60,9 @@ def this_machine(cache_dir: str | Path | None = None, *, anew: bool = False) -> 
 def this_rehearsal(
     model: DescribedModel, layout: ExpertLayout, prompt: int, cache_dir: str | Path | None = None, *, anew: bool = False
 ) -> Rehearsal | None:
-    """The model's layers on this machine, behind prompts of ``prompt`` tokens; rehearsed now if they have not been.
+    """A rehearsal of the model with prompts of ``prompt`` tokens; it is made now if there is none yet, or if ``anew``.
 
-    None on a GPU, and where ``rehearse`` has none. Errors as in ``this_machine``.
+    None on a GPU, and if ``rehearse`` gives None. Errors as in ``this_machine``.
     """
     device, folder = resolve_device("auto"), cache_folder(cache_dir)
     if device.type != "cpu":
@@ -90,7 +91,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _writing_to(folder: Path) -> Iterator[None]:
-    """Makes ``folder``: its disk is measured, and figures are kept there. ConfigError where that cannot be."""
+    """Makes ``folder``, whose disk is measured, and which keeps the figures; raises ConfigError if it cannot."""
     remedy = "; choose another cache folder with DUOSERVE_CACHE, or name a machine with --hardware"
     with refused_as(ConfigError, f"{folder}: this machine cannot be measured there", remedy):
         folder.mkdir(parents=True, exist_ok=True)
