@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from duoserve.callers import warn_caller
 from duoserve.config import EngineConfig
 from duoserve.errors import ConfigError, TraceError
 from duoserve.experts.budget import MemoryPlan
@@ -18,8 +18,6 @@ from duoserve.recommendation import Recommendation, find_recommendation, predict
 from duoserve.scheduling.plan import GuessMode
 from duoserve.scheduling.policies import Policy, get_policy
 from duoserve.scheduling.predictor import Predictor
-
-CALLER = 5  # the caller of from_pretrained is this many calls above the functions of this file that warn
 
 
 class Decision(NamedTuple):
@@ -71,7 +69,7 @@ def _best(
     try:
         found = find_recommendation(checkpoint, cache_dir)
     except TraceError as error:
-        warnings.warn(f'policy="auto" ignores what duoserve evaluate recommends: {error}', stacklevel=CALLER)
+        warn_caller(f'policy="auto" ignores what duoserve evaluate recommends: {error}')
         return None, None
     best, folder = found or (None, None)
     if best is None or folder is None or not (best.use_predictor and with_predictor):
@@ -80,7 +78,7 @@ def _best(
         return best, recommended_predictor(folder, checkpoint)
     except TraceError as error:
         why = f"without the predictor that is recommended for this model: {error}; run duoserve evaluate again"
-        warnings.warn(f'policy="auto" makes no guesses {why}', stacklevel=CALLER)
+        warn_caller(f'policy="auto" makes no guesses {why}')
         return replace(best, use_predictor=False), None
 
 
@@ -98,10 +96,10 @@ def _automatic(plan: MemoryPlan, best: Recommendation | None, *, guesses: bool) 
 def _warn_if_unused(predictor: Predictor | None, policy: Policy, *, automatic: bool) -> None:
     """Warns that the predictor the caller asked for was not found, or that an ``automatic`` policy ignores it."""
     if predictor is None:
-        warnings.warn('predictor="auto" found none beside the model: duoserve evaluate writes one', stacklevel=CALLER)
+        warn_caller('predictor="auto" found none beside the model: duoserve evaluate writes one')
     elif automatic and policy.guesses is GuessMode.NONE:
         why = f"policy={policy.name!r}, which duoserve evaluate recommends for this model, makes no guesses"
-        warnings.warn(f"the predictor is not used: {why}; name a policy that does", stacklevel=CALLER)
+        warn_caller(f"the predictor is not used: {why}; name a policy that does")
 
 
 def _asked_for(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from duoserve.callers import warn_caller
 from duoserve.config import EngineConfig, ModelConfig
 from duoserve.errors import ConfigError
 from duoserve.experts.budget import FreeMemory, MemoryPlan
@@ -139,7 +139,7 @@ def _open_pack(source: ExpertStore, model: OpenedModel, cache_dir: str | Path | 
     fingerprint, changed_ns = model.checkpoint.fingerprint(), model.checkpoint.changed_ns
     if not is_current(folder, changed_ns):
         if is_out_of_reach(folder):
-            warnings.warn(f"{folder} is older than {model.checkpoint.folder}, and may not be made again", stacklevel=2)
+            warn_caller(f"{folder} is older than {model.checkpoint.folder}, and may not be made again")
         else:
             write_pack(source, model.experts, folder, fingerprint, changed_ns=changed_ns)
     return DiskStore(folder, source.layout, model.pack_layers, model.config.num_experts, fingerprint)

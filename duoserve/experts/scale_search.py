@@ -7,13 +7,13 @@ the codes of a place, S spans.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from duoserve.callers import warn_caller
 from duoserve.errors import CopyError
 from duoserve.experts.layout import Quantized
 from duoserve.kernels.compiled.loops import CompiledLoops
@@ -77,7 +77,7 @@ class ScaleSearch:
             if self._way is OP_BY_OP:
                 raise
             cause = str(error).partition("\n")[0]
-            warnings.warn(f"scales are searched for op by op, more slowly: compiling failed ({cause})", stacklevel=2)
+            warn_caller(f"scales are searched for op by op, more slowly: compiling failed ({cause})")
             self._way = OP_BY_OP
             places.search(self._way)
 

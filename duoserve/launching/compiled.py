@@ -5,7 +5,6 @@ B sequences, V vocabulary.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from duoserve.callers import warn_caller
 from duoserve.errors import CompilerError
 from duoserve.kernels.compiled.compiler import CompiledRecording, CpuCompiler
 from duoserve.kv_cache import NewTokens, PagedKVCache, pages_for
@@ -83,7 +83,7 @@ def compiled_steps(model: Transformer, cache: PagedKVCache, compiler: CpuCompile
         try:
             return CompiledStep(model, compiler, inputs, experts)
         except CompilerError as error:
-            warnings.warn(f"a decode step of {num_sequences} could not be compiled ({error}): {_BY_OPS}", stacklevel=2)
+            warn_caller(f"a decode step of {num_sequences} could not be compiled ({error}): {_BY_OPS}")
             return None
 
     return make

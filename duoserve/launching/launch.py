@@ -5,7 +5,6 @@ On a CPU what lies between two layers' experts can be compiled ("compiled").
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -13,6 +12,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from duoserve.callers import warn_caller
 from duoserve.errors import CompilerError, ConfigError
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
@@ -109,10 +109,9 @@ def resolve_mode(mode: str, device: torch.device) -> str:
     _check_device(mode, device)
     if mode != "compiled" or (obstacle := _compiler_fault()) is None:
         return mode
-    warnings.warn(
+    warn_caller(
         f"decode_mode='compiled' takes a C++ compiler, and {obstacle}: decode steps run op by op, more slowly "
-        "(install one, or name it in CXX)",
-        stacklevel=2,
+        "(install one, or name it in CXX)"
     )
     return "auto"
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from torch import Tensor
 
+from duoserve.callers import warn_caller
 from duoserve.kernels.configs import MEDIUM
 from duoserve.kv_cache import NewTokens, PagedKVCache
 from duoserve.models.transformer import Transformer
@@ -121,9 +121,8 @@ class RecordedDecoder(Decoder):
             if not is_refusal(error):
                 raise
             why = first_line(error)
-        warnings.warn(
+        warn_caller(
             f"out of memory while a decode step of {shape[0]} was recorded ({why}): such steps run op by op, more "
-            "slowly (lower expert_slots, memory or max_context, and load the model again)",
-            stacklevel=2,
+            "slowly (lower expert_slots, memory or max_context, and load the model again)"
         )
         return None
