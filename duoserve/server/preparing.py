@@ -12,7 +12,7 @@ from duoserve.server.backend import Model
 from duoserve.server.errors import ApiError, bad
 
 Result = TypeVar("Result")
-THREADS = 4  # so many texts at once; others wait, which counts toward their own limit
+THREADS = 4  # this many texts at once; others wait, which counts toward their own limit
 
 
 class Preparing:
