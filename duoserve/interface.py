@@ -16,7 +16,7 @@ from duoserve.errors import ConfigError, RequestError
 from duoserve.metrics import Stats
 from duoserve.number_checks import check_integer
 
-MAX_LOGPROBS = 20  # so many of the likeliest tokens at a place can be reported at most
+MAX_LOGPROBS = 20  # this many of the likeliest tokens at a place can be reported at most
 _SECONDS = "must be a finite number of seconds above 0, or None"
 FinishReason = Literal["stop", "length", "abort", "error"]  # why a request has ended
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 
 Interval = tuple[float, float]
 
-# So many intervals are kept before the older half is folded into sums. A copy that runs while this many others come and
-# go loses the part of it that was folded away, so the number is generous.
+# This many intervals are kept before the older half is folded into sums. A copy that runs while so many others come
+# and go loses the part of it that was folded away, so the number is generous.
 FOLD_AT = 4096
 
 

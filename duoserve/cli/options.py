@@ -57,7 +57,7 @@ def add_loading(parser: argparse.ArgumentParser, *, predicts: bool = True) -> No
     group.add_argument("--policy", default="auto", metavar="NAME", help=f"{what}: auto, {', '.join(POLICIES)}")
     if predicts:
         what = "a file that train-predictor wrote, or auto: the one beside the model; for policies that guess in decode"
-        default = "default: with --policy auto the one that evaluate chose, else none"
+        default = "default: with --policy auto the one that evaluate recommends, else none"
         group.add_argument("--predictor", metavar="FILE", help=f"{what} ({default})")
     group.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto, a GPU if there is one)")
     add_dtype(group)

@@ -37,7 +37,7 @@ from duoserve.traces.trace_file import open_trace
 MADE_UP = "synthetic:"
 # The defaults of the options that describe a made-up trace.
 USUAL = {"requests": 4, "tokens": 128, "prompt_tokens": 128, "precision": 0.8, "seed": 0}
-# So many more requests are made up, on which predictors learn what look-ahead scores are worth.
+# This many more requests are made up, on which predictors learn what look-ahead scores are worth.
 LEARNED_FROM = 4
 BY_LOOKAHEAD = ("lookahead", "duoserve")
 EXAMPLES = """\

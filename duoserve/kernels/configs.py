@@ -37,7 +37,7 @@ class GemmConfig:
     ctas_per_sm: int
     reason: str
     tma: bool = False
-    group_t: int = 8  # so many tiles of routed rows share a band of weights, so that both stay in the L2 cache
+    group_t: int = 8  # this many tiles of routed rows share a band of weights, so that both stay in the L2 cache
 
     @property
     def max_registers(self) -> int:

@@ -22,7 +22,7 @@ from duoserve.kernels.weights import ExpertFormat, ExpertWeights, Matrix
 
 # Products have whole tiles of rows: the library makes code for each number of rows, which takes longer than a product.
 TILE = 16
-# With so many rows a group's results between the products stay in a core's cache.
+# With this many rows a group's results between the products stay in a core's cache.
 GROUP_ROWS = 256
 # Columns of the buffers. The library's code depends on them too, so all have the same, an odd number of cache lines.
 WIDTH = GROUP_ROWS + 2 * TILE

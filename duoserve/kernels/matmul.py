@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Up to so many rows, a product in half precision reads each weight once per row, and memory sets the pace. With more it
-# is faster to widen the weights to float32 once (measured on AVX2, which has no units for half precision).
+# Up to this many rows, a product in half precision reads each weight once per row, and memory sets the pace. With more
+# it is faster to widen the weights to float32 once (measured on AVX2, which has no units for half precision).
 NARROW_ROWS = 6
 # CPUs with units for bfloat16 stream a matrix faster as the left operand: 19 GB/s instead of 13 for one row (measured
-# on AMX). Up to so many rows that makes up for transposing the result, so that its rows are contiguous.
+# on AMX). Up to this many rows that makes up for transposing the result, so that its rows are contiguous.
 LEFT_ROWS = 64
-# So many weights are widened at a time: 4 MiB of float32 stay in the last-level cache until the product has read them.
+# Weights that are widened at a time: 4 MiB of float32 stay in the last-level cache until the product has read them.
 WIDEN_ELEMENTS = 1 << 20
 # Rows of a float32 product that are computed together: fewer rows, or a remainder, are summed in another order.
 TILE_ROWS = 16
@@ -43,7 +43,7 @@ class Products(Enum):
 
 
 def power_of_two(most: int) -> int:
-    """The largest power of two up to ``most``, at least 1. Most matrices split into blocks of so many rows evenly."""
+    """The largest power of two up to ``most``, at least 1. Most matrices split evenly into blocks of so many rows."""
     return 1 << max(0, most.bit_length() - 1)
 
 

@@ -34,8 +34,8 @@ def _escapes(x, x_rows, escapes_at, least, most, D):
     for place in range(0, most):
         weight = tl.load(escapes_at + place).to(tl.float32)
         column = tl.load(columns_at + place)
-        # x may be NaN, which a place that is not used must not add; and in bytes of no expert a column may be anything,
-        # so it must not be read from unchecked.
+        # A place that is not used must not read x, which may be NaN there. And the bytes may be no expert's, so columns
+        # are checked before they are followed.
         used = (weight != least) & (column >= 0) & (column < D)
         x_tile = tl.load(x_at[None, :] + column[:, None], mask=used[:, None], other=0.0).to(tl.float32)
         more += (weight - least)[:, None] * x_tile

@@ -15,8 +15,8 @@ from duoserve.kernels.matmul import has_native_matmul, power_of_two
 from duoserve.kernels.reference_dequant import E2M1, row_scales, unpack
 from duoserve.kernels.weights import FP8_BLOCK, ExpertFormat, Matrix
 
-# Up to so many rows PyTorch's product with int8 weights, which converts them in registers, is faster. It takes rows of
-# whole vectors only: it reads beyond the end of others.
+# Up to this many rows PyTorch's product with int8 weights, which converts them in registers, is faster. It takes only
+# rows of whole vectors: it reads beyond the end of others.
 PACKED_ROWS, PACKED_VECTOR = 8, 16
 # The most sums of groups at a time, which limits the rows: all sums of a prompt would take more memory than its pass.
 SUMS = 1 << 20

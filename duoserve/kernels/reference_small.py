@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Scoring = Literal["softmax", "sigmoid", "softmax_of_topk"]
-# Sorting up to so many scores (those of a decode step) costs less than finding out which rows have ties.
+# Sorting up to this many scores (those of a decode step) costs less than finding out which rows have ties.
 SORT_ELEMENTS = 4096
 
 

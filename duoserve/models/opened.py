@@ -41,7 +41,7 @@ from duoserve.scheduling.plan import ModelShape
 GENERATION_CONFIG = "generation_config.json"
 MAX_GENERATION_CONFIG_BYTES = 1 << 20
 HEAD = "lm_head.weight"
-WORTH_COMPILING = 1 << 30  # quantizing so many bytes of experts op by op takes about as long as compiling
+WORTH_COMPILING = 1 << 30  # quantizing this many bytes of experts op by op takes about as long as compiling
 LAYER = re.compile(r"model\.layers\.(\d{1,6})\.", re.ASCII)
 
 

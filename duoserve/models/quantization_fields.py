@@ -44,7 +44,9 @@ def _fp8(section: ConfigFields) -> Quantization:
     section.flag("dequantize", False)  # tells transformers what to do on loading, and nothing about the file
     section.absent("modules_to_convert", "supported: null")
     section.choice("fmt", ["e4m3"], "e4m3")
-    section.choice("activation_scheme", ["dynamic"], "dynamic")  # we do not quantize activations, so no less is exact
+    section.choice(
+        "activation_scheme", ["dynamic"], "dynamic"
+    )  # here activations are not quantized, which loses nothing
     section.choice("scale_fmt", ["float", "ue8m0"], "float")
     section.choice("expert_dtype", ["fp8"], "fp8")
     if section.integers("weight_block_size", 1, 1 << 20) != [FP8_BLOCK, FP8_BLOCK]:

@@ -27,7 +27,7 @@ from duoserve.replaying.hardware import GIB, HARDWARE, Hardware, Machine
 from duoserve.scheduling.policies import POLICIES, Policy
 
 CURVE_TOKENS = 192  # tokens of each request that hit rates were taken from
-INT4_BITS = 5  # experts with at most so many bits a weight are not made smaller by int4
+INT4_BITS = 5  # experts with at most this many bits a weight are not made smaller by int4
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 # Decays per token of counts of a request's choices: over the last few tokens, the passage, the request.
 DECAYS = np.array([0.5, 0.85, 0.98], dtype=np.float32)
-_PRIOR_TOKENS = 2.0  # an expert's general popularity weighs as much as so many tokens of the request
+_PRIOR_TOKENS = 2.0  # an expert's general popularity weighs as much as this many tokens of the request
 _LEAST = np.float32(1e-4)
 _LARGEST = 8.0
 

@@ -15,7 +15,7 @@ from duoserve.predictors.features import DECAYS, log_affinity, log_rates, margin
 from duoserve.predictors.lookahead import logistic
 from duoserve.traces.trace import TraceMeta
 
-PATH_INPUTS = 2  # so many of the last layers' choices are inputs
+PATH_INPUTS = 2  # this many of the last layers' choices are inputs
 DIRECT = 2 + len(DECAYS)
 
 

@@ -12,7 +12,7 @@ from duoserve.server.backend import Model
 from duoserve.server.errors import ApiError, bad, unavailable
 
 Result = TypeVar("Result")
-THREADS = 4  # texts at a time; others wait
+THREADS = 4  # this many texts at once; others wait
 
 
 class Preparing:

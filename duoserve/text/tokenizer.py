@@ -20,7 +20,7 @@ from duoserve.text.tokenizer_config import TOKENIZER_CONFIG, read_tokenizer_conf
 TOKENIZER = "tokenizer.json"
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 WORD = "a"  # an entry that every decoder takes for a word
-LOOKED_BACK = 64  # so many tokens are searched for the last that has text, which special tokens do not have
+LOOKED_BACK = 64  # this many tokens are searched for the last that has text, which special tokens do not have
 
 
 def _byte_alphabet() -> dict[str, int]:

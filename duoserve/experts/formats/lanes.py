@@ -23,7 +23,7 @@ Convert = Callable[[Words, Bytes, Scratch], None]
 
 @dataclass(frozen=True)
 class RepackedRows:
-    """RowData that is made of columns of words, a ``tile`` of so many rows and columns at a time.
+    """RowData that is made of columns of words, a ``tile`` of rows and columns at a time.
 
     ``convert`` makes the bytes of a tile of words, to which it must not write. The only whole matrix in memory is the
     one that is written.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from duoserve.kernels.bf12 import LEAST, Bf12Rows, signed
 
-# So many rows are read side by side: a core then has more reads under way (bench/LOG.md says what that is worth).
+# This many rows are read side by side: a core then has more reads under way (bench/LOG.md says what that is worth).
 STREAMS = (8, 4, 2, 1)
 CODES_IN_WORD, CODE_BITS = 8, 4
 PLACE_FACTORS = torch.tensor(

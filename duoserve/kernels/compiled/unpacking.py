@@ -18,7 +18,7 @@ from duoserve.kernels.compiled.streamed import laid_down
 from duoserve.kernels.matmul import power_of_two
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights
 
-# So many weights are unpacked at a time: what the first loop leaves for the second stays in the cores' caches.
+# This many weights are unpacked at a time: what the first loop leaves for the second stays in the cores' caches.
 PIECE_WEIGHTS = 1 << 19
 
 
