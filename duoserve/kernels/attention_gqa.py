@@ -62,7 +62,7 @@ def plan_chunks(table_tokens: int, num_rows: int) -> ChunkSplit:
 
 
 def block_tokens(width: int, dtype: torch.dtype) -> int:
-    """Tokens of a block of ``width`` elements a token: BLOCK_BYTES of them, 16 (which a dot needs) to 64.
+    """How many tokens of ``width`` elements fill BLOCK_BYTES: at least 16, which a dot needs, and at most 64.
 
     Float32 takes 16: its dots are unrolled into scalar products, and 32 spill on sm_90.
     """
@@ -71,7 +71,7 @@ def block_tokens(width: int, dtype: torch.dtype) -> int:
 
 @triton.jit
 def visible_span(lengths_ptr, sequence, window, table_tokens):
-    """The half-open range of tokens that the sequence's last token sees; within the table whatever its length."""
+    """The half-open range of tokens that the sequence's last token sees, cut off at the end of the table."""
     length = tl.minimum(tl.maximum(tl.load(lengths_ptr + sequence).to(tl.int32), 0), table_tokens)
     return tl.maximum(length - window, 0), length
 
@@ -122,7 +122,7 @@ def _chunks_kernel(
     D_PAD: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Programs (sequence, block of one KV head's query heads, first chunk): unnormalized sums of their chunks."""
+    """A program (sequence, block of a KV head's query heads, first chunk) writes its chunks' unnormalized sums."""
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     sequence = tl.program_id(0).to(tl.int64)
@@ -183,7 +183,7 @@ def _merge_kernel(
     D_PAD: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Programs (sequence, head): the chunks' sums on one scale, added, divided by the sum of all exponentials."""
+    """A program (sequence, head) adds its chunks' sums on one scale, and divides by the sum of all exponentials."""
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     first, length = visible_span(lengths_ptr, sequence, window, table_tokens)
@@ -224,7 +224,7 @@ class Partials(NamedTuple):
 
 
 def new_partials(like_BHD: Tensor, num_chunks: int) -> Partials:
-    """Uninitialized: the merge reads what the chunks have written, no more."""
+    """Makes uninitialized partials: the merge reads only what the chunks have written."""
     batch, heads, dim = like_BHD.shape
     shape = (batch, heads, num_chunks)
     acc_BHND = torch.empty((*shape, dim), dtype=torch.float32, device=like_BHD.device)
@@ -277,12 +277,13 @@ def decode_attention(
     window: int | None = None,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """As the twin in reference_attention.py -> [B, H, D], contiguous.
+    """Does as its twin in reference_attention.py; the result is [B, H, D], contiguous.
 
     Queries and pages have one dtype: float32, float16 or bfloat16; H is a multiple of G; D is at most MAX_HEAD_DIM;
     pages are contiguous; table and lengths are int32 or int64; sinks have any float dtype. Page ids up to each length
-    must be below P, which only the device could check: the caller promises it. What lies beyond is not read, in the
-    table or in the pages, and a length beyond the table counts as the table's. KernelError otherwise.
+    must be below P, which only the device could check: the caller promises it. What lies beyond a length is not read,
+    in the table or in the pages, and a length beyond the table counts as the table's. Raises KernelError for operands
+    that do not fit.
     """
     _check(q_BHD, k_pages_PSGD, v_pages_PSGD, page_table_BM, lengths_B, window, sinks_H)
     batch, num_heads, dim = q_BHD.shape
@@ -326,7 +327,7 @@ def decode_attention(
 
 
 def check_table(batch: int, page_table_BM: Tensor, lengths_B: Tensor) -> None:
-    """KernelError unless the table and the lengths can serve ``batch`` sequences."""
+    """Raises KernelError unless the table and the lengths can serve ``batch`` sequences."""
     check_tensor("page_table", page_table_BM, (batch, None), INDICES)
     check_tensor("lengths", lengths_B, (batch,), INDICES)
     require(page_table_BM.shape[1] > 0, "page_table has no columns")

@@ -33,7 +33,7 @@ HEAD_ROWS = 16
 NUM_WARPS = 8
 
 
-# As in ``attention_gqa``: neither is worth a compilation in the midst of a request.
+# As in ``attention_gqa``, neither is worth a compilation in the midst of a request.
 @triton.jit(do_not_specialize=["table_stride", "num_chunks"])
 def _mla_chunks_kernel(
     q_latent_ptr,
@@ -63,7 +63,7 @@ def _mla_chunks_kernel(
     R_PAD: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Programs (sequence, block of heads, first chunk): unnormalized sums of their chunks."""
+    """A program (sequence, block of heads, first chunk) writes its chunks' unnormalized sums."""
     dtype: tl.constexpr = q_latent_ptr.dtype.element_ty
     sequence = tl.program_id(0).to(tl.int64)
     heads_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -117,10 +117,11 @@ def mla_decode_attention(
     lengths_B: Tensor,
     scale: float,
 ) -> Tensor:
-    """As the twin in reference_attention.py -> [B, H, L], contiguous.
+    """Does as its twin in reference_attention.py; the result is [B, H, L], contiguous.
 
     Queries and pages have one dtype: float32, float16 or bfloat16; L is at most MAX_LATENT_DIM and R at most
-    MAX_ROTATED_DIM; pages are contiguous. Table and lengths as in ``decode_attention``. KernelError otherwise.
+    MAX_ROTATED_DIM; pages are contiguous. Table and lengths are as in ``decode_attention``. Raises KernelError for
+    operands that do not fit.
     """
     _check(q_latent_BHL, q_rope_BHR, latent_pages_PSW, page_table_BM, lengths_B)
     batch, num_heads, latent_dim = q_latent_BHL.shape

@@ -33,7 +33,7 @@ THREAD_BYTES = 128  # under way for each thread: eight loads of 16 bytes
 
 @triton.jit
 def _part(address, offset, like):
-    """The expert's row at ``address``, from byte ``offset`` on, as a pointer to elements as in ``like``."""
+    """A pointer into the expert's row at ``address``, at byte ``offset``, to elements of the dtype of ``like``."""
     return tl.multiple_of((address + offset).to(tl.pointer_type(like.dtype.element_ty)), 16)
 
 
@@ -79,7 +79,7 @@ def _fill_tile(
     BN: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Weight rows ``first_n`` to ``first_n + BN`` and what decodes them, from the row at ``address`` into ``slot``."""
+    """Copies weight rows ``first_n`` to ``first_n + BN``, and what decodes them, from ``address`` into ``slot``."""
     last_n = tl.minimum(first_n + BN, N)
     slot = slot.to(tl.int64)
     width = D // 2 if (FORMAT == "int4") | (FORMAT == "mxfp4") else bytes_of_row(D) if FORMAT == "bf12" else D
@@ -142,7 +142,7 @@ def moe_fill_kernel(
     EVEN: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """``moe_up_fill`` (UP) or ``moe_down_fill``: each CTA takes every so-many-th tile of weights in the work list."""
+    """Computes ``moe_up_fill`` (UP) or ``moe_down_fill``: the CTAs take turns at the work list's tiles of weights."""
     num_n = tl.cdiv(N, BN)
     for tile in range(tl.program_id(0), tl.load(count_1) * num_n, tl.num_programs(0)):
         item = tile // num_n
@@ -220,12 +220,12 @@ def moe_up_fill(
     act_RI: Tensor,
     clamped: ClampedUp | None = None,
 ) -> None:
-    """``moe_up`` with w13 and its scales brought from ``source`` into the slots that ``work`` names; the same bits.
+    """Does as ``moe_up``, bit by bit, and brings w13 and its scales from ``source`` into the slots that ``work`` names.
 
-    Any format, at most MAX_TOKENS tokens. An expert that ``source`` has no row of, or whose slot does not exist, gives
-    NaN; one without routed rows is brought all the same. A slot is whole once ``moe_down_fill`` has run too, with the
-    same ``work``. KernelError for operands that do not fit. One token's FLOAT experts have these bits in ``moe_up``,
-    not in ``moe_gemv_up``: where those are to be kept, ``page_gather`` brings the experts.
+    It takes any format, and at most MAX_TOKENS tokens. An expert that ``source`` has no row of, or whose slot does not
+    exist, gives NaN; one without routed rows is brought all the same. A slot is whole once ``moe_down_fill`` has run
+    too, with the same ``work``. ``moe_gemv_up`` has other bits: ``page_gather`` brings experts for those who need them.
+    Raises KernelError for operands that do not fit.
     """
     hidden, inter = _check(weights, source, plan, work)
     check_rows("x_TH", x_TH, (len(plan.order_R) // plan.top_k, hidden), weights)
@@ -238,7 +238,7 @@ def moe_up_fill(
 def moe_down_fill(
     act_RI: Tensor, weights: ExpertWeights, source: HostRows, plan: RoutePlan, work: Work, y_RH: Tensor
 ) -> None:
-    """``moe_down`` with w2 and its scales brought from ``source`` into the slots; else as ``moe_up_fill``."""
+    """Does as ``moe_down``, and brings w2 and its scales from ``source`` into the slots; else as ``moe_up_fill``."""
     hidden, inter = _check(weights, source, plan, work)
     check_rows("act_RI", act_RI, (len(plan.order_R), inter), weights)
     check_rows("y_RH", y_RH, (len(plan.order_R), hidden), weights, like=act_RI)
@@ -248,10 +248,10 @@ def moe_down_fill(
 def fill_config(
     dtype: torch.dtype, arch: int, block_t: int, format: ExpertFormat = ExpertFormat.FLOAT, group: int = 0
 ) -> GemmConfig:
-    """The GEMMs' tiles of that ``shape_class``, up to MEDIUM, by pointers: TMA would not see what threads stored.
+    """The GEMMs' tiles for ``block_t``, at most MEDIUM. They load by pointers: TMA would not see what threads stored.
 
     float32 takes 16 rows at a time by 8 warps, whatever the table says: with wider tiles or fewer warps ptxas spills.
-    BF12's are for 4 warps: with 8 they spill on sm_80.
+    With BF12 it takes 4 warps, for 8 spill on sm_80.
     """
     if dtype == torch.float32:
         num_warps = 4 if format is ExpertFormat.BF12 else 8
@@ -272,7 +272,7 @@ def _check(weights: ExpertWeights, source: HostRows, plan: RoutePlan, work: Work
 
 
 def _check_place(part: Tensor, weights: ExpertWeights, row_bytes: int | None) -> None:
-    """``part`` lies in the host's rows as in the slots, where wide loads can read it."""
+    """Checks that ``part`` lies in the host's rows where it lies in a slot, and that wide loads can read it there."""
     one_pool = part.untyped_storage().data_ptr() == weights.w13_SNH.untyped_storage().data_ptr()
     require(one_pool, "the parts of an expert are not views of one pool")
     start = offset_in_row(part, weights)

@@ -36,7 +36,10 @@ def _item_tiles(experts_W, starts_E1, count, items, num_n, BT: tl.constexpr):
 
 @triton.jit
 def _place_in_expert(tile, num_t, num_n, GROUP_T: tl.constexpr):
-    """(t, n) of an expert's ``tile``: down bands of GROUP_T tiles of rows, t the fastest."""
+    """Which tile t of rows and n of weights an expert's ``tile`` is.
+
+    They are counted in bands of GROUP_T tiles of rows, one band after another; within a band t counts fastest.
+    """
     band = tile // (GROUP_T * num_n)
     first_t = band * GROUP_T
     band_t = tl.minimum(num_t - first_t, GROUP_T)
@@ -46,7 +49,7 @@ def _place_in_expert(tile, num_t, num_n, GROUP_T: tl.constexpr):
 
 @triton.jit
 def _decode(tile, z_at, dtype: tl.constexpr, FORMAT: tl.constexpr, FP8_HARDWARE: tl.constexpr, INTERPRET: tl.constexpr):
-    """A tile of weights as stored, in ``dtype`` and without its scales."""
+    """Decodes a tile of stored weights to ``dtype``, without its scales."""
     if FORMAT == "int8":
         return tile.to(tl.float32 if INTERPRET else dtype)
     elif FORMAT == "fp8":
@@ -61,7 +64,7 @@ def _decode(tile, z_at, dtype: tl.constexpr, FORMAT: tl.constexpr, FP8_HARDWARE:
 
 @triton.jit
 def _scale_columns(n, UP: tl.constexpr, FORMAT: tl.constexpr):
-    """Where row n's scales are: a column of [G, N], or a block row of fp8, where gate and up rows take turns."""
+    """The column of [G, N] with row n's scales; for fp8 its row of blocks, which in w13 are gate and up in turn."""
     if FORMAT == "fp8":
         return n // 256 * 2 + n % 2 if UP else n // 128
     else:
@@ -95,8 +98,8 @@ def product(
 ):
     """``W x^T`` in float32 [BN, BT] for BN weight rows from ``first_n`` on and the rows of x at ``x_rows``.
 
-    Weight rows past N and unused x rows are some row that exists: their results are never stored. Where GROUP weights
-    of a row have one scale, a step lies in one group, and its sums are scaled before they are added.
+    In place of weight rows past N and of unused x rows, rows that exist are read: their results are never stored. Where
+    GROUP weights of a row share a scale, a step lies within one group, and its sums are scaled before they are added.
     """
     if FORMAT == "bf12":
         return bf12_product(
@@ -161,8 +164,8 @@ def product(
         return acc
 
 
-# A list of the host's has any length, and its parts lie wherever that puts them; a step has any number of rows. None of
-# that is worth a compilation in the midst of a request.
+# A work list of the host's has any length, so its parts may lie at any address, and a step has any number of rows. None
+# of these is worth a compilation in the midst of a request.
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["slots_W", "count_1"])
 def moe_gemm_kernel(
     x,
@@ -200,7 +203,7 @@ def moe_gemm_kernel(
     EVEN: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """``moe_up`` (UP) or ``moe_down``: each CTA takes every so-many-th tile of all experts in the work list."""
+    """Computes ``moe_up`` (UP) or ``moe_down``: the CTAs take turns at the tiles of all experts in the work list."""
     items = tl.arange(0, WP)
     num_n = tl.cdiv(N, BN)
     tiles = _item_tiles(experts_W, starts_E1, tl.load(count_1), items, num_n, BT)
@@ -256,11 +259,11 @@ def moe_up(
     clamped: ClampedUp | None = None,
     config: GemmConfig | None = None,
 ) -> None:
-    """``silu(x w1^T) * (x w3^T)`` for the rows of each expert in ``work``, into their sorted rows of ``act_RI``.
+    """Writes ``silu(x w1^T) * (x w3^T)`` for the rows of each expert in ``work``, to their sorted rows of ``act_RI``.
 
-    Where ``clamped`` is given, it says what to do with the products instead. Other rows of ``act_RI`` are not touched;
-    an expert without a slot gives NaN. Activations are float32, float16 or bfloat16, and so are FLOAT weights; sums are
-    float32. ``config`` is the table's unless given. KernelError for operands that do not fit.
+    Where ``clamped`` is given, its formula replaces this one. Other rows of ``act_RI`` are not touched; an expert
+    without a slot gives NaN. Activations are float32, float16 or bfloat16, and so are FLOAT weights; sums are float32.
+    Without a ``config`` the table's is taken. Raises KernelError for operands that do not fit.
     """
     hidden, inter = check_operands(weights, plan, work)
     check_rows("x_TH", x_TH, (len(plan.order_R) // plan.top_k, hidden), weights)
@@ -292,7 +295,7 @@ def moe_experts(
     y_RH: Tensor,
     clamped: ClampedUp | None = None,
 ) -> None:
-    """``moe_up``, then ``moe_down``, whose errors these are."""
+    """Runs ``moe_up``, then ``moe_down``, and raises what they raise."""
     moe_up(x_TH, weights, plan, work, act_RI, clamped)
     moe_down(act_RI, weights, plan, work, y_RH)
 
@@ -349,7 +352,7 @@ def _launch(
 
 
 def compiled_for(matrix: Matrix, plan: RoutePlan, config: GemmConfig, clamped: ClampedUp | None) -> dict[str, Any]:
-    """What ``product`` and the store behind it are compiled for, in every kernel that has them, and the launch."""
+    """The constants of ``product`` and ``store_rows``, for every kernel that calls them, and the launch's options."""
     arch, _ = machine(matrix.data_SNB.device)
     return {
         "TOP_K": plan.top_k,
@@ -370,7 +373,10 @@ def compiled_for(matrix: Matrix, plan: RoutePlan, config: GemmConfig, clamped: C
 
 
 def descriptor(matrix: Matrix, config: GemmConfig) -> TensorDescriptor:
-    """How TMA reads tiles [1, BN, BK] of the weights from the slots."""
+    """The descriptor by which TMA reads tiles [1, BN, BK] of the weights from the slots.
+
+    Raises KernelError for weights that TMA cannot read.
+    """
     w = matrix.data_SNB
     require(matrix.format is not ExpertFormat.BF12, "bf12 is read through pointers, not by a tensor descriptor")
     require(tma_fits(w), "a tensor descriptor needs addresses and strides in multiples of 16 bytes")
