@@ -10,7 +10,7 @@ import json
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -57,7 +57,8 @@ class FileRows(Rows):
         parts = [np.empty((0, *column.row_shape), column.dtype)]
         for info, low, high in self._spans(name, start, stop):
             width = info.nbytes // max(1, info.shape[0])
-            data = self._file.read(info.offset + low * width, (high - low) * width)
+            with _read_errors():
+                data = self._file.read(info.offset + low * width, (high - low) * width)
             parts.append(np.frombuffer(data, column.dtype).reshape(-1, *column.row_shape))
             self._check(name, parts[-1])
         return np.concatenate(parts)
@@ -163,8 +164,15 @@ class TraceWriter:
 
 
 def _open(path: Path) -> PositionalFile:
-    try:
+    with _read_errors():
         return PositionalFile(path)
+
+
+@contextmanager
+def _read_errors() -> Iterator[None]:
+    """What cannot be read is a trace, not a model: TraceError."""
+    try:
+        yield
     except CheckpointError as error:
         raise TraceError(str(error)) from error
 
@@ -206,10 +214,8 @@ def _check_columns(segment: Segment, path: Path) -> None:
 
 def _check_requests(segment: Segment, file: PositionalFile, path: Path) -> None:
     info, rows = segment.tensors[REQUESTS], segment.tensors[TOKEN_IDS].shape
-    try:
+    with _read_errors():
         sizes_R2 = np.frombuffer(file.read(info.offset, info.nbytes), np.int32).reshape(-1, 2)
-    except CheckpointError as error:
-        raise TraceError(f"{path}: cannot be read ({error})") from error
     tokens_R, prompts_R = sizes_R2.T.astype(np.int64)
     if not len(tokens_R) or (prompts_R < 1).any() or (prompts_R > tokens_R).any() or (tokens_R.sum(),) != rows:
         raise TraceError(f"{path}: has requests without a prompt, or none, or other tokens than theirs; {AGAIN}")

@@ -222,6 +222,16 @@ def test_a_trace_that_is_refused_is_closed(tmp_path):
     assert str(path) not in [os.path.realpath(one) for one in Path("/proc/self/fd").iterdir()]
 
 
+def test_a_trace_that_changes_while_it_is_used_is_said_to_be_one(tmp_path):
+    path = tmp_path / "t"
+    save_trace(small_trace(), path)
+    read = open_trace(path)
+    with path.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(TraceError, match=r"t: changed after it was opened .* load the model or trace again$"):
+        read.layer(2)
+
+
 def test_many_experts_and_scores_beyond_half_precision(tmp_path):
     trace = small_trace(TraceMeta("f", (1, 2), num_experts=300, top_k=3), [(2, 1)])
     layers = dict(trace[0].layers)
