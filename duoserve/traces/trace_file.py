@@ -25,6 +25,8 @@ from duoserve.traces.trace import IDS, REQUESTS, TOKEN_IDS, LayerTrace, Rows, Tr
 
 FORMAT = "duoserve trace 1"
 AGAIN = "record it again"
+_LENGTH_BYTES = 8  # of a header, which begins so:
+_BEGINNING = f'{{"__metadata__":{{"format":"{FORMAT}"'.encode()
 _LARGEST_HALF = 65504.0
 _TYPE_NAMES = {np.dtype(np.int32): "I32", np.dtype(np.uint8): "U8", np.dtype(np.uint16): "U16"}
 _TYPE_NAMES[np.dtype(np.float16)] = "F16"
@@ -149,13 +151,14 @@ class TraceWriter:
             raise TraceError(f"{self._path}: cannot be written ({error})") from error
 
     def _whole_bytes(self) -> int:
-        """Where the last whole request ends."""
+        """Where the last whole request ends; TraceError for what no writer has begun."""
         file = _open(self._path)
         try:
             segments = list(_segments(file, self._path))
+            begun = not file.size or bool(segments) or _is_begun(file)
         finally:
             file.close()
-        if file.size and not segments:
+        if not begun:
             raise TraceError(f"{self._path}: is no trace; give --out another name, or remove the file")
         if segments:
             _check_fingerprint(self._path, segments[0].meta, self._meta.fingerprint)
@@ -197,6 +200,13 @@ def _segments(file: PositionalFile, path: Path) -> Iterator[Segment]:
         _check_requests(segment, file, path)
         yield segment
         start = segment.end
+
+
+def _is_begun(file: PositionalFile) -> bool:
+    """Whether the file begins as ``_encoded`` does, behind the header's length, as far as it goes."""
+    with _read_errors():
+        there = file.read(_LENGTH_BYTES, max(0, min(len(_BEGINNING), file.size - _LENGTH_BYTES)))
+    return there != b"" and _BEGINNING.startswith(there)
 
 
 def _check_columns(segment: Segment, path: Path) -> None:
@@ -273,7 +283,7 @@ def _encoded(meta: TraceMeta, values: Mapping[str, np.ndarray]) -> bytes:
         data.append(tensor.tobytes())
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    return b"".join([len(header).to_bytes(8, "little"), header, *data])
+    return b"".join([len(header).to_bytes(_LENGTH_BYTES, "little"), header, *data])
 
 
 def _fitting(values: np.ndarray, dtype: np.dtype[np.generic]) -> np.ndarray:

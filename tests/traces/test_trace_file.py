@@ -79,6 +79,27 @@ def test_a_tail_cut_short_is_refused_and_then_cut_off(tmp_path, lost):
     assert_same(open_trace(path), trace)
 
 
+@pytest.mark.parametrize("kept", [9, 60, 400, -1])
+def test_a_first_request_cut_short_is_refused_and_then_written_anew(tmp_path, kept):
+    path, trace = tmp_path / "t", small_trace()
+    save_trace(trace, path, last=1)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(TraceError, match=r"the last \d+ bytes are no whole request; .*--resume.* 0 whole"):
+        open_trace(path)
+    save_trace(trace, path)
+    assert_same(open_trace(path), trace)
+
+
+@pytest.mark.parametrize(
+    "content", [b"t", (400).to_bytes(8, "little"), (400).to_bytes(8, "little") + b'{"__metadata__":{"format":"pt"']
+)
+def test_what_may_be_no_trace_cut_short_is_not_overwritten(tmp_path, content):
+    (tmp_path / "t").write_bytes(content)
+    with pytest.raises(TraceError, match="is no trace"):
+        TraceWriter(tmp_path / "t", META)
+    assert (tmp_path / "t").read_bytes() == content
+
+
 @pytest.mark.parametrize(
     ("name", "fault"), [("preadv", "Input/output error"), ("fstat", "changed after it was opened")]
 )
