@@ -27,6 +27,8 @@ FORMAT = "duoserve trace 1"
 AGAIN = "record it again"
 _LENGTH_BYTES = 8  # of a header, which begins so:
 _BEGINNING = f'{{"__metadata__":{{"format":"{FORMAT}"'.encode()
+_MOST_EXPERTS = 1 << 16  # of a layer: their numbers are stored in 16 bits
+_MOST_IN_ALL = 1 << 24  # of all layers up to the last, each of which has rows in tables, whether it has experts or not
 _LARGEST_HALF = 65504.0
 _TYPE_NAMES = {np.dtype(np.int32): "I32", np.dtype(np.uint8): "U8", np.dtype(np.uint16): "U16"}
 _TYPE_NAMES[np.dtype(np.float16)] = "F16"
@@ -258,6 +260,8 @@ def _meta_of(metadata: Mapping[str, str], path: Path) -> TraceMeta:
             raise ValueError(f"{len(layers)} layers, top-{meta.top_k} of {meta.num_experts}")
         if layers[0] < 0 or list(layers) != sorted(set(layers)):
             raise ValueError(f"layers {list(layers)}, not in ascending order from 0 on")
+        if meta.num_experts > _MOST_EXPERTS or meta.shape.depth * meta.num_experts > _MOST_IN_ALL:
+            raise ValueError(f"layer {layers[-1]} of {meta.num_experts} experts, more than any model has")
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise TraceError(f"{path}: is no trace of this version ({error!r}, wanted {FORMAT!r}); {AGAIN}") from error
     return meta

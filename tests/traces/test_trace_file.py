@@ -220,6 +220,21 @@ def test_layers_that_no_pass_goes_through_are_refused(tmp_path, layers):
         open_trace(tmp_path / "t")
 
 
+@pytest.mark.parametrize(
+    ("claim", "fault"),
+    [
+        ({"layers": (0, 2, 10**9)}, "layer 1000000000 of 6 experts"),
+        ({"layers": (0, 2, 10**5), "num_experts": 1000}, "layer 100000 of 1000 experts"),
+        ({"num_experts": 65537}, "layer 3 of 65537 experts"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(tmp_path, claim, fault):
+    """Tables of what is kept by layer and expert would be made of them."""
+    save_trace(small_trace(replace(META, **claim), [(2, 1)]), tmp_path / "t")
+    with pytest.raises(TraceError, match=f"{fault}, more than any model has"):
+        open_trace(tmp_path / "t")
+
+
 @pytest.mark.parametrize("layers", ["[1e999]", "[[1]]", "5", "[", "[" * 100_000])
 def test_layers_that_are_no_numbers_are_refused(tmp_path, layers):
     trace = small_trace()
