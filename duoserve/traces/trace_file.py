@@ -281,7 +281,8 @@ def _encoded(meta: TraceMeta, values: Mapping[str, np.ndarray]) -> bytes:
     entries: dict[str, object] = {"__metadata__": about}
     data, size = [], 0
     for name, column in meta.columns().items():
-        tensor = np.ascontiguousarray(_fitting(values[name], column.dtype))
+        given = in_half(values[name]) if column.dtype == np.float16 else values[name].astype(column.dtype)
+        tensor = np.ascontiguousarray(given)
         offsets = [size, size := size + tensor.nbytes]
         entries[name] = {"dtype": _TYPE_NAMES[column.dtype], "shape": tensor.shape, "data_offsets": offsets}
         data.append(tensor.tobytes())
@@ -290,6 +291,7 @@ def _encoded(meta: TraceMeta, values: Mapping[str, np.ndarray]) -> bytes:
     return b"".join([len(header).to_bytes(_LENGTH_BYTES, "little"), header, *data])
 
 
-def _fitting(values: np.ndarray, dtype: np.dtype[np.generic]) -> np.ndarray:
-    """The values in ``dtype``; scores beyond the range of half precision become its largest."""
-    return (np.clip(values, -_LARGEST_HALF, _LARGEST_HALF) if dtype == np.float16 else values).astype(dtype)
+def in_half(values: np.ndarray) -> np.ndarray:
+    """Scores and weights as a trace has them: float16, in which what is beyond its range becomes its largest."""
+    halves: np.ndarray = np.clip(values, -_LARGEST_HALF, _LARGEST_HALF).astype(np.float16)
+    return halves
