@@ -15,7 +15,16 @@ from tqdm import tqdm
 
 from duoserve.byte_sizes import format_bytes
 from duoserve.cli.machines import add_hardware, replayed_on
-from duoserve.cli.options import DESCRIBED_HELP, Subparsers, add_format, add_parser, count, natural, refuse_in_vain
+from duoserve.cli.options import (
+    DESCRIBED_HELP,
+    Subparsers,
+    add_format,
+    add_parser,
+    count,
+    natural,
+    refuse_in_vain,
+    refuse_to_replace,
+)
 from duoserve.cli.plots import draw, one_step
 from duoserve.cli.replay_report import contestants, slot_counts, table
 from duoserve.errors import ConfigError, MemoryBudgetError
@@ -125,6 +134,9 @@ def run(args: argparse.Namespace) -> None:
 def _recorded(args: argparse.Namespace, names: Sequence[str]) -> tuple[Trace, dict[str, Predictor]]:
     """The requests of a trace that no predictor was trained on, and the predictors by kind."""
     refuse_in_vain(args, USUAL, f"say what {MADE_UP}NAME makes up, but {args.trace} was recorded")
+    for option in ("csv", "plot"):
+        if getattr(args, option) is not None:
+            refuse_to_replace(Path(args.trace), f"--{option}", getattr(args, option))
     trace = open_trace(Path(args.trace))
     predictors = _predictors(args.predictor, trace.meta.fingerprint, names)
     known = frozenset[str]().union(*(predictor.trained_on for predictor in predictors.values()))
