@@ -76,7 +76,7 @@ def load_predictor(path: Path, fingerprint: str | None = None) -> RowPredictor:
     if fingerprint is not None:
         check_model(meta, fingerprint, path)
     try:
-        predictor = _made(str(about["kind"]), meta, arrays)
+        predictor = _made(str(about["kind"]), meta, _finite(arrays))
         predictor.trained_on = frozenset(map(str, about.get("trained_on", ())))
     except (LookupError, TypeError, ValueError) as error:
         raise TraceError(f"{path}: is not a whole predictor ({error}); train it again") from error
@@ -110,6 +110,16 @@ def _arrays(predictor: RowPredictor) -> Arrays:
             arrays |= {f"{number}.weight": pair[0], f"{number}.bias": pair[1]}
         return arrays
     return {name: getattr(predictor, name) for name in TABLES[predictor.name][1]}
+
+
+def _finite(arrays: Arrays) -> Arrays:
+    """The arrays in float32; ValueError for one with values that this cannot hold, or that are no numbers."""
+    with np.errstate(over="ignore"):
+        floats = {name: array.astype(np.float32) for name, array in arrays.items()}
+    for name, array in floats.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} has values that are not finite")
+    return floats
 
 
 def _made(kind: str, meta: TraceMeta, arrays: Arrays) -> RowPredictor:
@@ -153,14 +163,14 @@ def _perceptron(meta: TraceMeta, arrays: Arrays) -> tuple[list[np.ndarray], list
 
 
 def _checked(name: str, arrays: Arrays, meta: TraceMeta) -> np.ndarray:
-    """The array, float32, if it has the shape that its name says; letters without a fixed size may have any but 0."""
+    """The array if it has the shape that its name says; letters without a fixed size may have any but 0."""
     sizes = {"L": len(meta.layers), "E": meta.num_experts, "F": DIRECT, "1": 1}
     sizes["X"] = (DIRECT + PATH_INPUTS) * meta.num_experts
     array, letters = arrays[name], name.rpartition("_")[2]
     alike = array.ndim == len(letters) and array.size > 0
     if not alike or any(size != sizes.get(x, size) for x, size in zip(letters, array.shape, strict=True)):
         raise ValueError(f"{name} has the shape {array.shape} where the model has {sizes}")
-    return array.astype(np.float32)
+    return array
 
 
 def _meta(about: Mapping[str, Any], path: Path) -> TraceMeta:
@@ -172,5 +182,5 @@ def _meta(about: Mapping[str, Any], path: Path) -> TraceMeta:
         if not layers or not 0 < top_k <= num_experts:
             raise ValueError(f"{len(layers)} layers, top-{top_k} of {num_experts} experts")
         return TraceMeta(str(about["fingerprint"]), layers, num_experts, top_k)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise TraceError(f"{notes_path(path)}: is not of this version ({error!r}, wanted {FORMAT!r})") from error

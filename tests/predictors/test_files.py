@@ -97,6 +97,31 @@ def test_no_matrices_at_all_are_refused(trained, tmp_path):
         load_predictor(path)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_arrays_that_are_not_finite_are_refused(trained, tmp_path, kind, value):
+    path = tmp_path / "p.safetensors"
+    save_predictor(trained[kind][0], path, {})
+    whole = path.read_bytes()
+    last_of_a_sort = {name.rpartition(".")[2]: name for name in safetensors.numpy.load(whole)}
+    for name in last_of_a_sort.values():
+        path.write_bytes(whole)
+        change_arrays(path, lambda arrays: np.put(arrays[name], 0, value))  # noqa: B023 - called at once
+        with pytest.raises(TraceError, match=f"is not a whole predictor .*{name} has values that are not finite"):
+            load_predictor(path)
+
+
+@pytest.mark.parametrize("name", ["num_experts", "top_k", "layers"])
+def test_notes_with_a_number_beyond_all_floats_are_refused(trained, tmp_path, name):
+    path = tmp_path / "p.safetensors"
+    save_predictor(trained["affinity"][0], path, {})
+    about = json.loads(notes_path(path).read_text())
+    endless = json.dumps(about | {name: "1e999"}).replace('"1e999"', "[1e999]" if name == "layers" else "1e999")
+    notes_path(path).write_text(endless)
+    with pytest.raises(TraceError, match="is not of this version"):
+        load_predictor(path)
+
+
 @pytest.mark.parametrize(("dtype", "nbytes"), [("BF16", 2), ("F8_E4M3", 1)])
 def test_numbers_that_numpy_does_not_have_are_refused(trained, tmp_path, dtype, nbytes):
     path = tmp_path / "p.safetensors"
