@@ -14,8 +14,8 @@ from duoserve.experts.budget import MemoryPlan
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.placement import Placement
 from duoserve.predictors.base import RowPredictor
-from duoserve.predictors.files import check_model, load_predictor
-from duoserve.scheduling.plan import GuessMode
+from duoserve.predictors.files import check_model, check_shape, load_predictor
+from duoserve.scheduling.plan import GuessMode, ModelShape
 from duoserve.scheduling.policies import Policy, get_policy
 from duoserve.scheduling.predictor import Predictor
 
@@ -52,20 +52,20 @@ def decide(
     and there is one where the predictor that was asked for is not there, or "auto" comes to a policy without guesses.
     TraceError or ConfigError for a predictor that cannot be used, MemoryBudgetError for memory that cannot be had.
     """
-    checkpoint = place.model.checkpoint
+    checkpoint, shape = place.model.checkpoint, ModelShape.of(place.model.config)
     plan = place.plan(wanted, named)
     best, chosen = None, None
     if named is None and not plan.all_in_slots:
-        best, chosen = _best(checkpoint, cache_dir, with_predictor=predictor is None)
+        best, chosen = _best(checkpoint, shape, cache_dir, with_predictor=predictor is None)
     policy = named or _automatic(plan, best, guesses=predictor is not None)
-    used = chosen if predictor is None else _asked_for(predictor, checkpoint, cache_dir)
+    used = chosen if predictor is None else _asked_for(predictor, checkpoint, shape, cache_dir)
     if predictor is not None and not policy.all_resident:
         _warn_if_unused(used, policy, automatic=named is None)
     return Decision(place, wanted, policy, used, plan)
 
 
 def _best(
-    checkpoint: Checkpoint, cache_dir: str | Path | None, *, with_predictor: bool
+    checkpoint: Checkpoint, shape: ModelShape, cache_dir: str | Path | None, *, with_predictor: bool
 ) -> tuple[PolicyChoice | None, Predictor | None]:
     """What ``duoserve evaluate`` chose for this model, and its predictor; what is broken of them is only warned of."""
     try:
@@ -77,7 +77,7 @@ def _best(
     if best is None or folder is None or not (best.use_predictor and with_predictor):
         return best, None
     try:
-        return best, chosen_predictor(folder, checkpoint)
+        return best, _checked(chosen_predictor(folder, checkpoint), shape)
     except TraceError as error:
         why = f"without the predictor that was chosen for this model: {error}; run duoserve evaluate again"
         warnings.warn(f'policy="auto" makes no guesses {why}', stacklevel=CALLER)
@@ -105,15 +105,23 @@ def _warn_if_unused(predictor: Predictor | None, policy: Policy, *, automatic: b
 
 
 def _asked_for(
-    predictor: Predictor | str | Path, checkpoint: Checkpoint, cache_dir: str | Path | None
+    predictor: Predictor | str | Path, checkpoint: Checkpoint, shape: ModelShape, cache_dir: str | Path | None
 ) -> Predictor | None:
     """The predictor that the caller gave or named; None where "auto" finds none."""
     if predictor == "auto":
-        return predictor_beside(checkpoint, cache_dir)
+        beside = predictor_beside(checkpoint, cache_dir)
+        return None if beside is None else _checked(beside, shape)
     if isinstance(predictor, (str, Path)):
-        return load_predictor(Path(predictor), checkpoint.fingerprint())
+        return _checked(load_predictor(Path(predictor), checkpoint.fingerprint()), shape)
     if not hasattr(predictor, "predict"):
         raise ConfigError(f"predictor is {predictor!r}, but must be a file, 'auto' or a Predictor")
     if isinstance(predictor, RowPredictor):
         check_model(predictor.meta, checkpoint.fingerprint(), f"predictor={predictor.name!r}")
+        return _checked(predictor, shape)
+    return predictor
+
+
+def _checked(predictor: RowPredictor, shape: ModelShape) -> RowPredictor:
+    """It; TraceError where it does not fit the model that its fingerprint says it is of."""
+    check_shape(predictor.meta, shape, f"predictor={predictor.name!r}")
     return predictor

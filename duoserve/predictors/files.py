@@ -25,6 +25,7 @@ from duoserve.predictors.learned import DIRECT, PATH_INPUTS, LayerNetwork, Learn
 from duoserve.predictors.lookahead import LookaheadPredictor
 from duoserve.predictors.paper import PaperPredictor
 from duoserve.predictors.popularity import PopularityPredictor
+from duoserve.scheduling.plan import ModelShape
 from duoserve.traces.trace import TraceMeta
 
 FORMAT = "duoserve predictor 1"
@@ -90,6 +91,16 @@ def check_model(meta: TraceMeta, fingerprint: str, predictor: object) -> None:
             f"{predictor}: is the predictor of another model (fingerprint {meta.fingerprint:.16}, this model's is "
             f"{fingerprint:.16}); train one on a trace of this model"
         )
+
+
+def check_shape(meta: TraceMeta, shape: ModelShape, predictor: object) -> None:
+    """TraceError, about ``predictor``, if its ``meta`` has other layers or experts than the model of this ``shape``."""
+    if meta.shape != shape:
+        raise TraceError(f"{predictor}: is the predictor of {_words(meta.shape)}, not {_words(shape)}; train it again")
+
+
+def _words(shape: ModelShape) -> str:
+    return f"top-{shape.top_k} of {shape.num_experts} experts in layers {list(shape.layers)}"
 
 
 def notes_path(path: Path) -> Path:
