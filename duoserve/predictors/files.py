@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,11 @@ def save_predictor(predictor: RowPredictor, path: Path, notes: Mapping[str, Any]
         "num_experts": meta.num_experts,
         "top_k": meta.top_k,
     }
-    trained_on = {"trained_on": sorted(predictor.trained_on)}
+    data = safetensors.numpy.save(_arrays(predictor))
+    binding = {"arrays": _digest(data), "trained_on": sorted(predictor.trained_on)}
     with refused_as(TraceError, f"{path}: cannot be written"):
-        write_whole(path, safetensors.numpy.save(_arrays(predictor)))
-        write_whole(notes_path(path), f"{json.dumps(about | dict(notes) | trained_on, indent=1)}\n".encode())
+        write_whole(path, data)
+        write_whole(notes_path(path), f"{json.dumps(about | dict(notes) | binding, indent=1)}\n".encode())
 
 
 def check_place(path: Path) -> None:
@@ -69,7 +71,8 @@ def load_predictor(path: Path, fingerprint: str | None = None) -> RowPredictor:
     """The predictor in ``path``; TraceError if it is malformed, or not of the model with this ``fingerprint``."""
     try:
         about = read_object(notes_path(path), MAX_JSON_BYTES)
-        arrays = safetensors.numpy.load(read_capped(path, MAX_BYTES))
+        data = read_capped(path, MAX_BYTES)
+        arrays = safetensors.numpy.load(data)
     # ValueError: a path without a name. KeyError: numbers that numpy does not have, such as bfloat16.
     except (CheckpointError, safetensors.SafetensorError, ValueError, KeyError) as error:
         raise TraceError(f"{path}: cannot be read as a predictor ({error!r})") from error
@@ -81,7 +84,14 @@ def load_predictor(path: Path, fingerprint: str | None = None) -> RowPredictor:
         predictor.trained_on = frozenset(map(str, about.get("trained_on", ())))
     except (LookupError, TypeError, ValueError) as error:
         raise TraceError(f"{path}: is not a whole predictor ({error}); train it again") from error
+    if about.get("arrays", digest := _digest(data)) != digest:
+        raise TraceError(f"{path}: is not what {notes_path(path).name} is about; train it again")
     return predictor
+
+
+def _digest(data: bytes) -> str:
+    """What tells that one of the two files is another predictor's: they are written one after the other."""
+    return blake2b(data, digest_size=16).hexdigest()
 
 
 def check_model(meta: TraceMeta, fingerprint: str, predictor: object) -> None:

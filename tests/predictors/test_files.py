@@ -188,3 +188,36 @@ def test_a_full_disk_leaves_the_predictor_that_was_there(trained, tmp_path, monk
     with pytest.raises(TraceError, match="No space left"):
         save_predictor(trained["popularity"][0], path, {"of": "after"})
     assert load_predictor(path).name == "popularity"
+
+
+def test_arrays_beside_the_notes_of_others_are_refused(trained, tmp_path, monkeypatch):
+    """Of the two files the second cannot be written."""
+    path, written = tmp_path / "p.safetensors", []
+    save_predictor(trained["popularity"][0], path, {})
+    other = deepcopy(trained["popularity"][0])
+    other.popularity_LE = other.popularity_LE[:, ::-1].copy()
+    write_bytes = Path.write_bytes
+
+    def breaks_off(target, data):
+        written.append(target)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        return write_bytes(target, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", breaks_off)
+        with pytest.raises(TraceError, match="No space left"):
+            save_predictor(other, path, {})
+    with pytest.raises(TraceError, match=r"p\.safetensors: is not what p\.json is about; train it again"):
+        load_predictor(path)
+    save_predictor(other, path, {})
+    np.testing.assert_array_equal(load_predictor(path).popularity_LE, other.popularity_LE)
+
+
+def test_a_predictor_of_an_earlier_version_whose_notes_name_no_arrays_is_read(trained, tmp_path):
+    path = tmp_path / "p.safetensors"
+    save_predictor(trained["popularity"][0], path, {})
+    about = json.loads(notes_path(path).read_text())
+    del about["arrays"]
+    notes_path(path).write_text(json.dumps(about))
+    assert load_predictor(path).name == "popularity"
