@@ -68,8 +68,8 @@ def add_command(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints rows for the policies that evaluating.py compares, what to expect, and where the choice was written.
 
-    These are its BASELINES, its KINDS (the best of them without guesses too) and the oracle, not every policy. What
-    cannot be done is refused before the prompts are run: they take the longest.
+    These are its BASELINES, those GUESSING (the best of them without guesses too) and the oracle, not every policy.
+    What cannot be done is refused before the prompts are run: they take the longest.
     """
     prompts = [] if args.prompts is None else _prompts(args)
     with opened(args.model) as found, tempfile.TemporaryDirectory() as scratch:
