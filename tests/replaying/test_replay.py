@@ -15,7 +15,7 @@ from duoserve.replaying.replay import Watcher, layer_belady_bytes, least_bytes, 
 from duoserve.replaying.scored import Score, ScoredPredictor
 from duoserve.scheduling.policies import POLICIES, get_policy
 from duoserve.scheduling.routing import Routing
-from tests.scheduling.fortune import Teller, certain, routed
+from tests.scheduling.fortune import Teller, certain, generous_link, routed
 from tests.traces.drawn import drawn_trace, trace_of
 
 SIZES = LayerSizes("small", 1_000_000, 8, 1_000_000, 64)
@@ -114,6 +114,19 @@ def test_what_a_predictor_takes_passes_while_the_demands_are_copied(course: list
     assert thoughtful.misses == (18 if hidden else 0)
     beyond_s = 0.0 if hidden else 3 * (teller.seconds - compute_s)
     assert thoughtful.itl_s == pytest.approx([itl_s + beyond_s for itl_s in thoughtless.itl_s], rel=1e-6)
+
+
+@pytest.mark.parametrize(("on_cpu", "itl_s"), [(False, 3.0), (True, 3.5)])
+def test_a_demand_waits_for_all_of_a_wrong_guess_where_copy_threads_read(on_cpu: bool, itl_s: float) -> None:
+    """And on a device's link, which can be divided, for a piece. A copy takes 1 s, a layer's attention 0.5 s.
+
+    Layer 1 is routed at 2 s; the copy of 7, which is foretold of it, begins at 1.5 s behind the demand of layer 0.
+    """
+    hardware = Hardware("round", 1e8, 1e30, 1e30, 0.0, 0.5, host_computes=on_cpu)
+    machine, teller = Machine(hardware, LayerSizes("large", 10**8, 8, 0, 0)), Teller(lambda layer: certain(8, [7]))
+    with generous_link():
+        run = replay(trace_of([(1, [[0], [1]])], layers=2), get_policy("lookahead"), machine, 4, predictor=teller)
+    assert run.itl_s == [pytest.approx(itl_s, abs=0.01)]
 
 
 def test_the_lanes_can_be_watched() -> None:
