@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -306,7 +307,7 @@ def _prompt_of(request: RequestTrace, layer: int, machine: Machine) -> _Asked:
 
 def _tokens_of(request: RequestTrace, layers: Sequence[int]) -> list[list[list[int]]]:
     """The experts by layer and decoded token."""
-    return [request.layers[layer].topk_ids_NK[request.num_prompt :].tolist() for layer in layers]
+    return [[step.experts for step in islice(steps_of(request, layer), 1, None)] for layer in layers]
 
 
 def _add_difference(counts: ByteCounts, after: ByteCounts, before: ByteCounts) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -9,12 +10,15 @@ import pytest
 
 from duoserve.config import Phase
 from duoserve.errors import MemoryBudgetError
+from duoserve.kernels import by_demand
 from duoserve.replaying.foreseen import Belady, Future
 from duoserve.replaying.hardware import Hardware, LayerSizes, Machine
 from duoserve.replaying.replay import Watcher, layer_belady_bytes, least_bytes, oracle_of, replay
 from duoserve.replaying.scored import Score, ScoredPredictor
 from duoserve.scheduling.policies import POLICIES, get_policy
 from duoserve.scheduling.routing import Routing
+from duoserve.scheduling.scheduler import Scheduler
+from duoserve.scheduling.source import Lease
 from tests.scheduling.fortune import Teller, certain, generous_link, routed
 from tests.traces.drawn import drawn_trace, trace_of
 
@@ -127,6 +131,21 @@ def test_a_demand_waits_for_all_of_a_wrong_guess_where_copy_threads_read(on_cpu:
     with generous_link():
         run = replay(trace_of([(1, [[0], [1]])], layers=2), get_policy("lookahead"), machine, 4, predictor=teller)
     assert run.itl_s == [pytest.approx(itl_s, abs=0.01)]
+
+
+def test_a_replay_asks_for_a_layers_experts_in_the_order_in_which_a_model_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace, asked = drawn_trace(), []
+    acquire = Scheduler.acquire
+
+    def noted(scheduler: Scheduler, layer: int, experts: list[int], counts: list[int]) -> Lease:
+        asked.append(dict(zip(experts, counts, strict=True)))
+        return acquire(scheduler, layer, experts, counts)
+
+    monkeypatch.setattr(Scheduler, "acquire", noted)
+    replay(trace, get_policy("lru"), EVEN, 24)
+    steps = [request.routing(step) for request in trace for step in range(request.num_steps)]
+    wanted = [Counter(routing.topk_ids_TK.ravel().tolist()) for routings in steps for routing in routings]
+    assert [list(rows) for rows in asked] == [by_demand(rows) for rows in wanted] and asked == wanted
 
 
 def test_the_lanes_can_be_watched() -> None:
