@@ -13,9 +13,9 @@ from duoserve.experts.budget import MemoryPlan
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.placement import Placement
 from duoserve.predictors.base import RowPredictor
-from duoserve.predictors.files import check_model, load_predictor
+from duoserve.predictors.files import check_model, check_shape, load_predictor
 from duoserve.recommendation import Recommendation, find_recommendation, predictor_beside, recommended_predictor
-from duoserve.scheduling.plan import GuessMode
+from duoserve.scheduling.plan import GuessMode, ModelShape
 from duoserve.scheduling.policies import Policy, get_policy
 from duoserve.scheduling.predictor import Predictor
 
@@ -50,20 +50,20 @@ def decide(
     guesses are made), the predictor asked for is not found, or "auto" picks a policy that makes no guesses.
     Raises TraceError or ConfigError for a predictor that cannot be used, MemoryBudgetError if memory is too small.
     """
-    checkpoint = place.model.checkpoint
+    checkpoint, shape = place.model.checkpoint, ModelShape.of(place.model.config)
     plan = place.plan(wanted, named)
     best, recommended = None, None
     if named is None and not plan.all_in_slots:
-        best, recommended = _best(checkpoint, cache_dir, with_predictor=predictor is None)
+        best, recommended = _best(checkpoint, shape, cache_dir, with_predictor=predictor is None)
     policy = named or _automatic(plan, best, guesses=predictor is not None)
-    used = recommended if predictor is None else _asked_for(predictor, checkpoint, cache_dir)
+    used = recommended if predictor is None else _asked_for(predictor, checkpoint, shape, cache_dir)
     if predictor is not None and not policy.all_resident:
         _warn_if_unused(used, policy, automatic=named is None)
     return Decision(place, wanted, policy, used, plan)
 
 
 def _best(
-    checkpoint: Checkpoint, cache_dir: str | Path | None, *, with_predictor: bool
+    checkpoint: Checkpoint, shape: ModelShape, cache_dir: str | Path | None, *, with_predictor: bool
 ) -> tuple[Recommendation | None, Predictor | None]:
     """The recommendation for this model and its predictor; warns of what is broken and goes on without it."""
     try:
@@ -75,7 +75,7 @@ def _best(
     if best is None or folder is None or not (best.use_predictor and with_predictor):
         return best, None
     try:
-        return best, recommended_predictor(folder, checkpoint)
+        return best, _checked(recommended_predictor(folder, checkpoint), shape)
     except TraceError as error:
         why = f"without the predictor that is recommended for this model: {error}; run duoserve evaluate again"
         warn_caller(f'policy="auto" makes no guesses {why}')
@@ -103,15 +103,23 @@ def _warn_if_unused(predictor: Predictor | None, policy: Policy, *, automatic: b
 
 
 def _asked_for(
-    predictor: Predictor | str | Path, checkpoint: Checkpoint, cache_dir: str | Path | None
+    predictor: Predictor | str | Path, checkpoint: Checkpoint, shape: ModelShape, cache_dir: str | Path | None
 ) -> Predictor | None:
     """The predictor that the caller gave or named; None where "auto" finds none."""
     if predictor == "auto":
-        return predictor_beside(checkpoint, cache_dir)
+        beside = predictor_beside(checkpoint, cache_dir)
+        return None if beside is None else _checked(beside, shape)
     if isinstance(predictor, (str, Path)):
-        return load_predictor(Path(predictor), checkpoint.fingerprint())
+        return _checked(load_predictor(Path(predictor), checkpoint.fingerprint()), shape)
     if not hasattr(predictor, "predict"):
         raise ConfigError(f"predictor is {predictor!r}, but must be a file, 'auto' or a Predictor")
     if isinstance(predictor, RowPredictor):
         check_model(predictor.meta, checkpoint.fingerprint(), f"predictor={predictor.name!r}")
+        return _checked(predictor, shape)
+    return predictor
+
+
+def _checked(predictor: RowPredictor, shape: ModelShape) -> RowPredictor:
+    """It; TraceError where it does not fit the model that its fingerprint says it is of."""
+    check_shape(predictor.meta, shape, f"predictor={predictor.name!r}")
     return predictor

@@ -15,8 +15,8 @@ from duoserve.replaying.replay import ORACLE, Replay, replay
 from duoserve.scheduling.policies import POLICIES
 from duoserve.traces.trace import Trace
 
-KINDS = ("activation-matrix", "lookahead", "duoserve")
 BASELINES = ("on-demand", "lru")
+GUESSING = ("activation-matrix", "lookahead", "duoserve")  # policies that make guesses
 # Prefetch moves bytes and takes a predictor's time, which a replay does not see: it must gain this share.
 LEAST_GAIN = 0.01
 
@@ -33,14 +33,14 @@ class Evaluation:
 def evaluate(
     trace: Trace, machine: Machine, slot_counts: Sequence[int], seed: int = 0, *, progress: bool = False
 ) -> Evaluation:
-    """Trains predictors on most of the trace's requests, and replays BASELINES, KINDS and the oracle on the others.
+    """Trains predictors on most of the trace's requests, and replays BASELINES, GUESSING and the oracle on the others.
 
     The recommended policy has the least decode time over all ``slot_counts``. If it makes guesses, they stay only if
     they gain LEAST_GAIN. Raises TraceError if the trace has fewer than two prompts, or if no request decodes.
     """
     trace.check_decodes()
     predictors, held = _trained(trace, seed, progress)
-    names = [*BASELINES, *KINDS, ORACLE]
+    names = [*BASELINES, *GUESSING, ORACLE]
     runs = list(bake_off(held, machine, slot_counts, names, predictors))
     decode_s = {name: _decode_s(run for run in runs if run.policy == name) for name in names if name != ORACLE}
     best = min(decode_s, key=decode_s.__getitem__)
@@ -58,8 +58,12 @@ def evaluate(
 
 
 def _trained(trace: Trace, seed: int, progress: bool) -> tuple[dict[str, RowPredictor], Trace]:
-    """A predictor of each of KINDS, and the requests that none was trained on: one seed holds out the same for all."""
-    trained = {kind: train(trace, kind, seed=seed, progress=progress) for kind in KINDS}
+    """Predictors by kind, one for each of GUESSING, and the requests that none was trained on.
+
+    One seed holds out the same for all.
+    """
+    kinds = [kind for name in GUESSING if (kind := POLICIES[name].predictor) is not None]
+    trained = {kind: train(trace, kind, seed=seed, progress=progress) for kind in kinds}
     _, held = next(iter(trained.values()))
     return {kind: predictor for kind, (predictor, _) in trained.items()}, trace.select(held)
 

@@ -22,7 +22,7 @@ from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
 from duoserve.text.prompts import Prompt, encode
 from duoserve.traces.recorder import TraceRecorder
-from duoserve.traces.trace import Trace, TraceMeta
+from duoserve.traces.trace import TOKEN_IDS, Trace, TraceMeta
 from duoserve.traces.trace_file import TraceWriter, open_trace
 
 
@@ -102,9 +102,8 @@ def _check_done(out: Path, prompts: Sequence[list[int]]) -> int:
     trace = open_trace(out)
     if len(trace) > len(prompts):
         raise TraceError(f"{out}: has {len(trace)} requests, but there are {len(prompts)} prompts to resume with")
-    for request, prompt in zip(trace, prompts, strict=False):
-        if request.token_ids_T[: request.num_prompt].tolist() != prompt:
-            raise TraceError(
-                f"{out}: request {request.number} has another prompt; resume with the prompts it began with"
-            )
+    token_ids_N, sizes = trace.read(TOKEN_IDS), trace.requests_R2[:, 1].tolist()
+    for number, (start, num_prompt, prompt) in enumerate(zip(trace.starts_R.tolist(), sizes, prompts, strict=False)):
+        if token_ids_N[start : start + num_prompt].tolist() != prompt:
+            raise TraceError(f"{out}: request {number} has another prompt; resume with the prompts it began with")
     return len(trace)

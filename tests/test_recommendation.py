@@ -295,6 +295,23 @@ def test_a_predictor_of_another_model_is_refused(folder: Path, tmp_path: Path) -
     assert not (tmp_path / "packs").exists()
 
 
+def test_a_predictor_that_claims_other_layers_than_the_models_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Its fingerprint is the model's: it would fail within the first request."""
+    with closing(Checkpoint.open(folder)) as checkpoint:
+        predictor, _ = train(trace_for(checkpoint), "lookahead")
+        predictor.meta = replace(predictor.meta, layers=(0, 1, 3))
+        save_recommendation(checkpoint, Recommendation("lookahead", True, ""), predictor, {})
+    for told in (folder / PREDICTOR_FILE, predictor):
+        with pytest.raises(TraceError, match=r"is the predictor of top-2 of 8 experts in layers \[0, 1, 3\]"):
+            MoEModel.from_pretrained(folder, predictor=told, expert_slots=6, cache_dir=tmp_path)
+    with (
+        pytest.warns(UserWarning, match=r"makes no guesses without .* in layers \[0, 1, 3\]"),
+        MoEModel.from_pretrained(folder, expert_slots=6, cache_dir=tmp_path) as model,
+    ):
+        assert model.policy == "lookahead"
+        assert model.generate([1, 2, 3], max_tokens=4, ignore_eos=True).token_ids
+
+
 class TestEvaluate:
     def test_prefetch_stays_where_the_link_is_idle_and_goes_where_it_never_is(self) -> None:
         trace = drawn_trace(requests=8, tokens=40, precision=0.95)

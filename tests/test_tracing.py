@@ -12,7 +12,7 @@ from duoserve.config import EngineConfig
 from duoserve.engine import Engine
 from duoserve.errors import RequestError, TraceError
 from duoserve.predictors.training import train
-from duoserve.traces.trace_file import open_trace
+from duoserve.traces.trace_file import FileRows, open_trace
 from duoserve.tracing import RecordingSpec, record
 from tests.checkpoints import save_mixtral
 from tests.listeners import Heard
@@ -132,6 +132,14 @@ def test_other_prompts_do_not_resume_a_trace(folder, tmp_path, prompts, fault):
     run(folder, tmp_path / "t", PROMPTS[:1])
     with pytest.raises(TraceError, match=fault):
         run(folder, tmp_path / "t", prompts, resume=True)
+
+
+def test_prompts_are_compared_without_a_look_at_what_was_routed(folder, tmp_path, monkeypatch):
+    run(folder, tmp_path / "t")
+    read, names = FileRows.read, []
+    monkeypatch.setattr(FileRows, "read", lambda rows, name, *span: names.append(name) or read(rows, name, *span))
+    assert len(run(folder, tmp_path / "t", resume=True)) == 3
+    assert set(names) == {"requests", "token_ids"}
 
 
 def test_another_models_trace_is_left_alone(folder, tmp_path):

@@ -68,7 +68,7 @@ def add_command(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints a row for each policy that evaluating.py compares, what to expect, and where that was written.
 
-    The policies are BASELINES, KINDS (the best of them without guesses too) and the oracle. What cannot be done is
+    The policies are BASELINES, GUESSING (the best of them without guesses too) and the oracle. What cannot be done is
     refused before the prompts are run, which takes the longest.
     """
     prompts = [] if args.prompts is None else _prompts(args)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from duoserve.config import DECODE_MODES, QUANTIZE, EngineConfig
-from duoserve.errors import ConfigError
+from duoserve.errors import ConfigError, RequestError
 from duoserve.experts.layout import DTYPES
+from duoserve.files.positional import is_file
 from duoserve.planning.formats import FORMATS
 from duoserve.planning.model_cards import MODEL_CARDS
 from duoserve.scheduling.policies import POLICIES
@@ -77,6 +79,12 @@ def refuse_in_vain(args: argparse.Namespace, names: Iterable[str], why: str) -> 
     given = [name for name in names if getattr(args, name) is not None and getattr(args, name) is not False]
     if given:
         raise ConfigError(f"{' and '.join('--' + name.replace('_', '-') for name in given)}: {why}")
+
+
+def refuse_to_replace(trace: Path, option: str, written: Path) -> None:
+    """RequestError where the file ``written``, which ``option`` names, is the ``trace`` that is read."""
+    if is_file(trace) and is_file(written) and written.samefile(trace):
+        raise RequestError(f"{option} {written}: is the trace itself; give another name")
 
 
 def add_quantize(parser: argparse._ActionsContainer) -> None:

@@ -15,7 +15,16 @@ from tqdm import tqdm
 
 from duoserve.byte_sizes import format_bytes
 from duoserve.cli.machines import add_hardware, replayed_on
-from duoserve.cli.options import DESCRIBED_HELP, Subparsers, add_format, add_parser, count, natural, refuse_in_vain
+from duoserve.cli.options import (
+    DESCRIBED_HELP,
+    Subparsers,
+    add_format,
+    add_parser,
+    count,
+    natural,
+    refuse_in_vain,
+    refuse_to_replace,
+)
 from duoserve.cli.plots import draw, one_step
 from duoserve.cli.replay_report import contestants, slot_counts, table
 from duoserve.errors import ConfigError, MemoryBudgetError
@@ -24,14 +33,14 @@ from duoserve.files.whole import refused_as
 from duoserve.planning.model_cards import find_model
 from duoserve.planning.sizes import layer_sizes
 from duoserve.predictors.base import RowPredictor
-from duoserve.predictors.files import load_predictor
+from duoserve.predictors.files import check_shape, load_predictor
 from duoserve.predictors.training import train
 from duoserve.replaying.bake_off import bake_off, contestant, rows
 from duoserve.replaying.hardware import Machine
 from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.predictor import Predictor
 from duoserve.traces.synthetic import CARDS, RoutingCard, bytes_needed, synthesize
-from duoserve.traces.trace import Trace
+from duoserve.traces.trace import Trace, TraceMeta
 from duoserve.traces.trace_file import open_trace
 
 MADE_UP = "synthetic:"
@@ -125,8 +134,11 @@ def run(args: argparse.Namespace) -> None:
 def _recorded(args: argparse.Namespace, names: Sequence[str]) -> tuple[Trace, dict[str, Predictor]]:
     """A trace of the requests that no predictor was trained on, and the predictors by kind."""
     refuse_in_vain(args, USUAL, f"say what {MADE_UP}NAME makes up, but {args.trace} was recorded")
+    for option in ("csv", "plot"):
+        if getattr(args, option) is not None:
+            refuse_to_replace(Path(args.trace), f"--{option}", getattr(args, option))
     trace = open_trace(Path(args.trace))
-    predictors = _predictors(args.predictor, trace.meta.fingerprint, names)
+    predictors = _predictors(args.predictor, trace.meta, names)
     known = frozenset[str]().union(*(predictor.trained_on for predictor in predictors.values()))
     new = [number for number, mark in enumerate(trace.prompt_marks) if mark not in known]
     if len(new) < len(trace):
@@ -164,12 +176,13 @@ def _check_room(card: RoutingCard, requests: int, tokens: int) -> None:
         )
 
 
-def _predictors(paths: Sequence[Path], fingerprint: str, names: Sequence[str]) -> dict[str, RowPredictor]:
+def _predictors(paths: Sequence[Path], meta: TraceMeta, names: Sequence[str]) -> dict[str, RowPredictor]:
     """The predictors in ``paths`` by kind; raises ConfigError for one that no policy of these ``names`` would use."""
     taken = {POLICIES[name].predictor for name in names if name in POLICIES}
     found: dict[str, RowPredictor] = {}
     for path in paths:
-        predictor = load_predictor(path, fingerprint)
+        predictor = load_predictor(path, meta.fingerprint)
+        check_shape(predictor.meta, meta.shape, path)
         if predictor.name not in taken:
             raise ConfigError(f"--predictor {path}: none of {', '.join(names)} takes the kind {predictor.name!r}")
         if predictor.name in found:

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-from duoserve.cli.options import Subparsers, add_parser, natural, refuse_in_vain
+from duoserve.cli.options import Subparsers, add_parser, natural, refuse_in_vain, refuse_to_replace
 from duoserve.errors import RequestError
-from duoserve.predictors.files import check_place, save_predictor
+from duoserve.predictors.files import check_place, notes_path, save_predictor
 from duoserve.predictors.quality import measure
 from duoserve.predictors.training import KINDS, train
 from duoserve.traces.trace_file import open_trace
@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     """Trains a predictor, measures it on the requests that were held out, and saves it."""
     if args.out.suffix != ".safetensors":
         raise RequestError(f"--out {args.out}: must be named .safetensors; the JSON beside it is named after it")
+    for written in (args.out, notes_path(args.out)):
+        refuse_to_replace(args.trace, "--out", written)
     check_place(args.out)
     if args.kind != "duoserve":
         refuse_in_vain(args, ["horizon"], f"the kind {args.kind!r} takes none, only duoserve does")

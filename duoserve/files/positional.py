@@ -80,7 +80,7 @@ class PositionalFile:
         if (now.st_size, now.st_mtime_ns) != (self.size, self.modified_ns):
             raise CheckpointError(
                 f"{self.path}: changed after it was opened ({self.size} bytes then, {now.st_size} now); "
-                "load the model again"
+                "load the model or trace again"
             )
 
     def _read_some(self, buffers: list[memoryview], offset: int) -> int:

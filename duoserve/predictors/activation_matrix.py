@@ -9,10 +9,9 @@ import numpy as np
 
 from duoserve.config import Phase
 from duoserve.predictors.base import RowPredictor
+from duoserve.predictors.history import REMEMBERED
 from duoserve.scheduling.routing import Routing
 from duoserve.traces.trace import TraceMeta
-
-_REMEMBERED = 64  # requests that are remembered; a request that comes back later begins anew
 
 
 class ActivationMatrixPredictor(RowPredictor):
@@ -41,7 +40,7 @@ class ActivationMatrixPredictor(RowPredictor):
             if likeness_M is None or phase is Phase.PREFILL:
                 likeness_M = np.zeros(len(self.matrices_MLE), dtype=np.float32)
             self._likeness[number] = likeness_M
-        while len(self._likeness) > max(_REMEMBERED, len(self._requests)):
+        while len(self._likeness) > max(REMEMBERED, len(self._requests)):
             del self._likeness[next(iter(self._likeness))]
 
     def observe(self, routing: Routing) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from duoserve.predictors.learned import DIRECT, PATH_INPUTS, LayerNetwork, Learn
 from duoserve.predictors.lookahead import LookaheadPredictor
 from duoserve.predictors.paper import PaperPredictor
 from duoserve.predictors.popularity import PopularityPredictor
+from duoserve.scheduling.plan import ModelShape
 from duoserve.traces.trace import TraceMeta
 
 FORMAT = "duoserve predictor 1"
@@ -51,10 +53,11 @@ def save_predictor(predictor: RowPredictor, path: Path, notes: Mapping[str, Any]
         "num_experts": meta.num_experts,
         "top_k": meta.top_k,
     }
-    trained_on = {"trained_on": sorted(predictor.trained_on)}
+    data = safetensors.numpy.save(_arrays(predictor))
+    binding = {"arrays": _digest(data), "trained_on": sorted(predictor.trained_on)}
     with refused_as(TraceError, f"{path}: cannot be written"):
-        write_whole(path, safetensors.numpy.save(_arrays(predictor)))
-        write_whole(notes_path(path), f"{json.dumps(about | dict(notes) | trained_on, indent=1)}\n".encode())
+        write_whole(path, data)
+        write_whole(notes_path(path), f"{json.dumps(about | dict(notes) | binding, indent=1)}\n".encode())
 
 
 def check_place(path: Path) -> None:
@@ -68,7 +71,8 @@ def load_predictor(path: Path, fingerprint: str | None = None) -> RowPredictor:
     """The predictor in ``path``; raises TraceError if it is malformed, or not of the model with ``fingerprint``."""
     try:
         about = read_object(notes_path(path), MAX_JSON_BYTES)
-        arrays = safetensors.numpy.load(read_capped(path, MAX_BYTES))
+        data = read_capped(path, MAX_BYTES)
+        arrays = safetensors.numpy.load(data)
     # ValueError: a path without a name. KeyError: numbers that numpy does not have, such as bfloat16.
     except (CheckpointError, safetensors.SafetensorError, ValueError, KeyError) as error:
         raise TraceError(f"{path}: cannot be read as a predictor ({error!r})") from error
@@ -76,11 +80,18 @@ def load_predictor(path: Path, fingerprint: str | None = None) -> RowPredictor:
     if fingerprint is not None:
         check_model(meta, fingerprint, path)
     try:
-        predictor = _made(str(about["kind"]), meta, arrays)
+        predictor = _made(str(about["kind"]), meta, _finite(arrays))
         predictor.trained_on = frozenset(map(str, about.get("trained_on", ())))
     except (LookupError, TypeError, ValueError) as error:
         raise TraceError(f"{path}: is not a whole predictor ({error}); train it again") from error
+    if about.get("arrays", digest := _digest(data)) != digest:
+        raise TraceError(f"{path}: is not what {notes_path(path).name} is about; train it again")
     return predictor
+
+
+def _digest(data: bytes) -> str:
+    """What tells that one of the two files is another predictor's: they are written one after the other."""
+    return blake2b(data, digest_size=16).hexdigest()
 
 
 def check_model(meta: TraceMeta, fingerprint: str, predictor: object) -> None:
@@ -90,6 +101,16 @@ def check_model(meta: TraceMeta, fingerprint: str, predictor: object) -> None:
             f"{predictor}: is the predictor of another model (fingerprint {meta.fingerprint:.16}, this model's is "
             f"{fingerprint:.16}); train one on a trace of this model"
         )
+
+
+def check_shape(meta: TraceMeta, shape: ModelShape, predictor: object) -> None:
+    """Raises TraceError, which names ``predictor``, if its ``meta`` has other layers or experts than ``shape``."""
+    if meta.shape != shape:
+        raise TraceError(f"{predictor}: is the predictor of {_words(meta.shape)}, not {_words(shape)}; train it again")
+
+
+def _words(shape: ModelShape) -> str:
+    return f"top-{shape.top_k} of {shape.num_experts} experts in layers {list(shape.layers)}"
 
 
 def notes_path(path: Path) -> Path:
@@ -110,6 +131,16 @@ def _arrays(predictor: RowPredictor) -> Arrays:
             arrays |= {f"{number}.weight": pair[0], f"{number}.bias": pair[1]}
         return arrays
     return {name: getattr(predictor, name) for name in TABLES[predictor.name][1]}
+
+
+def _finite(arrays: Arrays) -> Arrays:
+    """The arrays in float32; ValueError for one with values that this cannot hold, or that are no numbers."""
+    with np.errstate(over="ignore"):
+        floats = {name: array.astype(np.float32) for name, array in arrays.items()}
+    for name, array in floats.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} has values that are not finite")
+    return floats
 
 
 def _made(kind: str, meta: TraceMeta, arrays: Arrays) -> RowPredictor:
@@ -153,7 +184,7 @@ def _perceptron(meta: TraceMeta, arrays: Arrays) -> tuple[list[np.ndarray], list
 
 
 def _checked(name: str, arrays: Arrays, meta: TraceMeta) -> np.ndarray:
-    """The array in float32; raises ValueError unless it has the shape that its name says.
+    """The array; raises ValueError unless it has the shape that its name says.
 
     Letters without a fixed size stand for any size but 0.
     """
@@ -163,7 +194,7 @@ def _checked(name: str, arrays: Arrays, meta: TraceMeta) -> np.ndarray:
     alike = array.ndim == len(letters) and array.size > 0
     if not alike or any(size != sizes.get(x, size) for x, size in zip(letters, array.shape, strict=True)):
         raise ValueError(f"{name} has the shape {array.shape} where the model has {sizes}")
-    return array.astype(np.float32)
+    return array
 
 
 def _meta(about: Mapping[str, Any], path: Path) -> TraceMeta:
@@ -175,5 +206,5 @@ def _meta(about: Mapping[str, Any], path: Path) -> TraceMeta:
         if not layers or not 0 < top_k <= num_experts:
             raise ValueError(f"{len(layers)} layers, top-{top_k} of {num_experts} experts")
         return TraceMeta(str(about["fingerprint"]), layers, num_experts, top_k)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise TraceError(f"{notes_path(path)}: is not of this version ({error!r}, wanted {FORMAT!r})") from error

@@ -16,7 +16,7 @@ from duoserve.scheduling.routing import Routing
 from duoserve.traces.trace import TraceMeta
 
 PATH = 3  # layers whose choices are remembered in full
-_REMEMBERED = 64  # requests that are remembered; a request that comes back later begins anew
+REMEMBERED = 64  # requests that are remembered; a request that comes back later begins anew
 
 
 class History:
@@ -113,7 +113,7 @@ class History:
         self.whole_path_TE = _taken(self.whole_path_TE, rows_T, known_T1)
         self._requests_T = requests_T
         numbers = requests_T.tolist()
-        most = max(_REMEMBERED, len(set(numbers)))  # a prompt has a row for each of its tokens
+        most = max(REMEMBERED, len(set(numbers)))  # a prompt has a row for each of its tokens
         self._slots_T = np.array([self._slot(number, most) for number in numbers], dtype=np.int64)
 
     def _slot(self, number: int, most: int) -> int:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from duoserve.config import Phase
+from duoserve.kernels import by_demand
 from duoserve.scheduling.ranking import Ranking
 from duoserve.traces.trace import RequestTrace, Trace
 
@@ -33,7 +34,7 @@ class Hits(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One layer's part of a step: distinct experts, the most wanted first, and how many tokens want each."""
+    """One layer's part of a step: distinct experts as by_demand orders them, and how many tokens want each."""
 
     phase: Phase
     num_tokens: int
@@ -49,14 +50,15 @@ def steps_of(request: RequestTrace, layer: int) -> Iterator[Step]:
 def _steps(ids_TK: np.ndarray, num_prompt: int) -> Iterator[Step]:
     yield prompt_step(ids_TK[:num_prompt])
     for experts in ids_TK[num_prompt:].tolist():
-        yield Step(Phase.DECODE, 1, experts, [1] * len(experts))
+        yield Step(Phase.DECODE, 1, by_demand(dict.fromkeys(experts, 1)), [1] * len(experts))
 
 
 def prompt_step(ids_TK: np.ndarray) -> Step:
     """What a prompt's tokens want of a layer."""
     experts_E, counts_E = np.unique(ids_TK, return_counts=True)
-    order_E = np.argsort(-counts_E, kind="stable")
-    return Step(Phase.PREFILL, len(ids_TK), experts_E[order_E].tolist(), counts_E[order_E].tolist())
+    rows = dict(zip(experts_E.tolist(), counts_E.tolist(), strict=True))
+    experts = by_demand(rows)
+    return Step(Phase.PREFILL, len(ids_TK), experts, [rows[expert] for expert in experts])
 
 
 def cached_hits(trace: Trace, num_slots: int, ranking: Callable[[int, int], Ranking], warm_up: int = 0) -> Hits:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from duoserve.config import Phase
 from duoserve.experts.copy_engine import CopyEngine, CopyListener
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.slots import SlotPool
+from duoserve.experts.tickets import PIECE_BYTES
 from duoserve.experts.virtual import ComputeLane, VirtualClock, VirtualCopyEngine
 from duoserve.metrics import ByteCounts, Meter
 from duoserve.replaying.cache_study import belady_hits, least_copies, steps_of
@@ -295,7 +297,9 @@ def _lanes(machine: Machine, clock: VirtualClock, on_copied: CopyListener | None
         threads = VirtualReaders(clock, hardware.readers, nbytes, on_copied)
         return HostLane(clock, threads), threads
     lane = ComputeLane(clock)
-    return lane, VirtualCopyEngine(clock, hardware.copy_s, nbytes=nbytes, lane=lane, on_copied=on_copied)
+    pieces = None if hardware.host_computes else PIECE_BYTES  # copy threads read experts whole
+    link = VirtualCopyEngine(clock, hardware.copy_s, nbytes=nbytes, piece_bytes=pieces, lane=lane, on_copied=on_copied)
+    return lane, link
 
 
 def _prompt_of(request: RequestTrace, layer: int, machine: Machine) -> _Asked:
@@ -306,4 +310,4 @@ def _prompt_of(request: RequestTrace, layer: int, machine: Machine) -> _Asked:
 
 def _tokens_of(request: RequestTrace, layers: Sequence[int]) -> list[list[list[int]]]:
     """The experts by layer and decoded token."""
-    return [request.layers[layer].topk_ids_NK[request.num_prompt :].tolist() for layer in layers]
+    return [[step.experts for step in islice(steps_of(request, layer), 1, None)] for layer in layers]

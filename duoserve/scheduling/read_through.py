@@ -17,6 +17,7 @@ import numpy as np
 from duoserve.config import Phase
 from duoserve.errors import IntegrityError
 from duoserve.experts.layout import ExpertId
+from duoserve.kernels import by_demand
 from duoserve.metrics import Meter
 from duoserve.scheduling.plan import BEFORE_FIRST, ModelShape
 from duoserve.scheduling.residency import Residency
@@ -187,19 +188,20 @@ class ReadThrough:
     def _note_last(self) -> None:
         if self._last is not None:
             for layer, ids_BK, slots_BK in zip(self.layers, *map(np.ndarray.tolist, self._last), strict=True):
-                self._touch(layer, Counter(zip(chain(*ids_BK), chain(*slots_BK), strict=True)))
+                self._touch(layer, list(chain(*ids_BK)), list(chain(*slots_BK)))
             self._last = None
 
-    def _touch(self, layer: int, rows: Counter[tuple[int, int]]) -> None:
-        """Notes one layer's use of (expert, slot) pairs with their numbers of tokens, the most wanted as the last used.
+    def _touch(self, layer: int, experts: Sequence[int], slots: Sequence[int]) -> None:
+        """Notes one layer's use of what each token chose, and of its slots, the most wanted as the last used.
 
         An expert that has lost its slot meanwhile is not touched, even if it is on its way into the same slot again.
         """
-        idle, chosen = self._residency.idle[layer], sorted(rows, key=rows.__getitem__)
-        self._used(layer, [expert for expert, _ in reversed(chosen)], [rows[one] for one in reversed(chosen)])
-        for expert, slot in chosen:
-            if slot >= 0 and idle.get(expert) == slot:
-                self._residency.touch(ExpertId(layer, expert), slot)
+        idle, rows, slot_of = self._residency.idle[layer], Counter(experts), dict(zip(experts, slots, strict=True))
+        wanted = by_demand(rows)
+        self._used(layer, wanted, [rows[expert] for expert in wanted])
+        for expert in reversed(wanted):
+            if slot_of[expert] >= 0 and idle.get(expert) == slot_of[expert]:
+                self._residency.touch(ExpertId(layer, expert), slot_of[expert])
 
     def _make_room(self, num_slots: int, spared: Collection[ExpertId] = ()) -> None:
         """Gives up experts until ``num_slots`` slots are EMPTY, or only ``spared`` ones are left to give up."""

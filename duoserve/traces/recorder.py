@@ -10,10 +10,11 @@ import numpy as np
 from duoserve.config import Phase
 from duoserve.scheduling.routing import Routing
 from duoserve.traces.trace import LayerTrace, joined
+from duoserve.traces.trace_file import in_half
 
 
 class TraceRecorder:
-    """A RoutingListener; ``take`` gives the routing since the last ``take``."""
+    """A RoutingListener; ``take`` gives the routing since the last ``take``, scores and weights in half precision."""
 
     lookahead = 1
 
@@ -28,11 +29,12 @@ class TraceRecorder:
     def routed(self, routing: Routing) -> None:
         """Keeps the choice, together with the look-ahead scores that the layer before gave for it."""
         ahead_TE = self._ahead.get(routing.layer)
-        said = LayerTrace(routing.topk_ids_TK, routing.topk_weights_TK, ahead_TE)
+        scores_TE = None if ahead_TE is None else in_half(ahead_TE)
+        said = LayerTrace(routing.topk_ids_TK, in_half(routing.topk_weights_TK), scores_TE)
         self._heard.setdefault(routing.layer, []).append(said)
         self._ahead = dict(routing.ahead)
 
     def take(self) -> dict[int, LayerTrace]:
         """Gives each layer's routing of all tokens in the order of the passes, and forgets it."""
         heard, self._heard = self._heard, {}
-        return {layer: joined(said) for layer, said in heard.items()}
+        return {layer: joined(heard.pop(layer)) for layer in list(heard)}

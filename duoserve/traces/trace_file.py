@@ -10,7 +10,7 @@ import json
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +25,10 @@ from duoserve.traces.trace import IDS, REQUESTS, TOKEN_IDS, LayerTrace, Rows, Tr
 
 FORMAT = "duoserve trace 1"
 AGAIN = "record it again"
+_LENGTH_BYTES = 8  # of a header, which begins so:
+_BEGINNING = f'{{"__metadata__":{{"format":"{FORMAT}"'.encode()
+_MOST_EXPERTS = 1 << 16  # of a layer: their numbers are stored in 16 bits
+_MOST_IN_ALL = 1 << 24  # of all layers up to the last, each of which has rows in tables, whether it has experts or not
 _LARGEST_HALF = 65504.0
 _TYPE_NAMES = {np.dtype(np.int32): "I32", np.dtype(np.uint8): "U8", np.dtype(np.uint16): "U16"}
 _TYPE_NAMES[np.dtype(np.float16)] = "F16"
@@ -57,7 +61,8 @@ class FileRows(Rows):
         parts = [np.empty((0, *column.row_shape), column.dtype)]
         for info, low, high in self._spans(name, start, stop):
             width = info.nbytes // max(1, info.shape[0])
-            data = self._file.read(info.offset + low * width, (high - low) * width)
+            with _read_errors():
+                data = self._file.read(info.offset + low * width, (high - low) * width)
             parts.append(np.frombuffer(data, column.dtype).reshape(-1, *column.row_shape))
             self._check(name, parts[-1])
         return np.concatenate(parts)
@@ -148,13 +153,14 @@ class TraceWriter:
             raise TraceError(f"{self._path}: cannot be written ({error})") from error
 
     def _whole_bytes(self) -> int:
-        """The byte at which the last whole request ends."""
+        """The byte at which the last whole request ends; raises TraceError for a file that no writer has begun."""
         file = _open(self._path)
         try:
             segments = list(_segments(file, self._path))
+            begun = not file.size or bool(segments) or _is_begun(file)
         finally:
             file.close()
-        if file.size and not segments:
+        if not begun:
             raise TraceError(f"{self._path}: is no trace; give --out another name, or remove the file")
         if segments:
             _check_fingerprint(self._path, segments[0].meta, self._meta.fingerprint)
@@ -163,8 +169,15 @@ class TraceWriter:
 
 
 def _open(path: Path) -> PositionalFile:
-    try:
+    with _read_errors():
         return PositionalFile(path)
+
+
+@contextmanager
+def _read_errors() -> Iterator[None]:
+    """What cannot be read is a trace, not a model: TraceError."""
+    try:
+        yield
     except CheckpointError as error:
         raise TraceError(str(error)) from error
 
@@ -191,6 +204,13 @@ def _segments(file: PositionalFile, path: Path) -> Iterator[Segment]:
         start = segment.end
 
 
+def _is_begun(file: PositionalFile) -> bool:
+    """Whether the file begins as ``_encoded`` does, behind the header's length, as far as it goes."""
+    with _read_errors():
+        there = file.read(_LENGTH_BYTES, max(0, min(len(_BEGINNING), file.size - _LENGTH_BYTES)))
+    return there != b"" and _BEGINNING.startswith(there)
+
+
 def _check_columns(segment: Segment, path: Path) -> None:
     columns = segment.meta.columns()
     if segment.tensors.keys() != columns.keys():
@@ -206,10 +226,8 @@ def _check_columns(segment: Segment, path: Path) -> None:
 
 def _check_requests(segment: Segment, file: PositionalFile, path: Path) -> None:
     info, rows = segment.tensors[REQUESTS], segment.tensors[TOKEN_IDS].shape
-    try:
+    with _read_errors():
         sizes_R2 = np.frombuffer(file.read(info.offset, info.nbytes), np.int32).reshape(-1, 2)
-    except CheckpointError as error:
-        raise TraceError(f"{path}: cannot be read ({error})") from error
     tokens_R, prompts_R = sizes_R2.T.astype(np.int64)
     if not len(tokens_R) or (prompts_R < 1).any() or (prompts_R > tokens_R).any() or (tokens_R.sum(),) != rows:
         raise TraceError(f"{path}: has requests without a prompt, or none, or other tokens than theirs; {AGAIN}")
@@ -242,6 +260,8 @@ def _meta_of(metadata: Mapping[str, str], path: Path) -> TraceMeta:
             raise ValueError(f"{len(layers)} layers, top-{meta.top_k} of {meta.num_experts}")
         if layers[0] < 0 or list(layers) != sorted(set(layers)):
             raise ValueError(f"layers {list(layers)}, not in ascending order from 0 on")
+        if meta.num_experts > _MOST_EXPERTS or meta.shape.depth * meta.num_experts > _MOST_IN_ALL:
+            raise ValueError(f"layer {layers[-1]} of {meta.num_experts} experts, more than any model has")
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise TraceError(f"{path}: is no trace of this version ({error!r}, wanted {FORMAT!r}); {AGAIN}") from error
     return meta
@@ -261,15 +281,17 @@ def _encoded(meta: TraceMeta, values: Mapping[str, np.ndarray]) -> bytes:
     entries: dict[str, object] = {"__metadata__": about}
     data, size = [], 0
     for name, column in meta.columns().items():
-        tensor = np.ascontiguousarray(_fitting(values[name], column.dtype))
+        given = in_half(values[name]) if column.dtype == np.float16 else values[name].astype(column.dtype)
+        tensor = np.ascontiguousarray(given)
         offsets = [size, size := size + tensor.nbytes]
         entries[name] = {"dtype": _TYPE_NAMES[column.dtype], "shape": tensor.shape, "data_offsets": offsets}
         data.append(tensor.tobytes())
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    return b"".join([len(header).to_bytes(8, "little"), header, *data])
+    return b"".join([len(header).to_bytes(_LENGTH_BYTES, "little"), header, *data])
 
 
-def _fitting(values: np.ndarray, dtype: np.dtype[np.generic]) -> np.ndarray:
-    """The values in ``dtype``; scores beyond the range of half precision become its largest number."""
-    return (np.clip(values, -_LARGEST_HALF, _LARGEST_HALF) if dtype == np.float16 else values).astype(dtype)
+def in_half(values: np.ndarray) -> np.ndarray:
+    """Scores and weights as a trace has them: float16, in which what is beyond its range becomes its largest."""
+    halves: np.ndarray = np.clip(values, -_LARGEST_HALF, _LARGEST_HALF).astype(np.float16)
+    return halves

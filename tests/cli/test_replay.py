@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,33 @@ def test_a_trace_file_needs_a_models_sizes(capsys: pytest.CaptureFixture[str], t
     assert "give --model" in capsys.readouterr().err
     assert main([*command, "--model", "bard"]) == 0
     assert main([*command, "--model", "gpt-oss-20b"]) == 0
+
+
+@pytest.mark.parametrize("option", ["--csv", "--plot"])
+def test_the_trace_is_not_replaced_by_what_is_made_of_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, option: str
+) -> None:
+    path = tmp_path / "t.svg"
+    save_trace(drawn_trace(requests=2, tokens=4), path)
+    before = path.read_bytes()
+    command = ["replay", str(path), "--model", "bard", "--slots", "24", "--policies", "lru", option, str(path)]
+    assert main(command) == 1
+    said = capsys.readouterr()
+    assert f"{option} {path}: is the trace itself" in said.err and not said.out
+    assert path.read_bytes() == before
+
+
+def test_a_predictor_of_other_layers_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace = drawn_trace(requests=4, tokens=20)
+    save_trace(trace, tmp_path / "t.safetensors")
+    predictor, _ = train(trace, "lookahead")
+    predictor.meta = replace(predictor.meta, layers=(0, 1, 2, 3, 4, 6))
+    save_predictor(predictor, tmp_path / "p.safetensors", {})
+    command = ["replay", str(tmp_path / "t.safetensors"), "--slots", "24", "--policies", "lookahead"]
+    assert main([*command, "--model", "bard", "--predictor", str(tmp_path / "p.safetensors")]) == 1
+    assert (
+        "p.safetensors: is the predictor of top-2 of 16 experts in layers [0, 1, 2, 3, 4, 6]" in capsys.readouterr().err
+    )
 
 
 def test_a_trained_predictor_goes_to_the_policy_of_its_kind(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -55,6 +55,17 @@ def test_a_bad_name_is_refused_before_the_training(duoserve, trace, tmp_path, mo
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("name", ["t.safetensors", "t.json"])
+def test_the_trace_is_not_replaced_by_what_is_made_of_it(duoserve, trace, monkeypatch, name):
+    monkeypatch.setattr(train_predictor, "train", None)
+    monkeypatch.chdir(trace.parent)
+    trace.rename(name)
+    before = trace.with_name(name).read_bytes()
+    ran = duoserve("train-predictor", trace.with_name(name), "--kind", "popularity", "--out", "t.safetensors")
+    assert (ran.code, f"--out {name}: is the trace itself" in ran.err) == (1, True), ran.err
+    assert trace.with_name(name).read_bytes() == before
+
+
 def test_it_is_measured_on_requests_that_decode(duoserve, tmp_path):
     """They stand behind more than are measured, all of which are of a prompt alone."""
     prompts, others = [(2, 2)] * 300, [(4, 2)] * 5

@@ -97,6 +97,31 @@ def test_no_matrices_at_all_are_refused(trained, tmp_path):
         load_predictor(path)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_arrays_that_are_not_finite_are_refused(trained, tmp_path, kind, value):
+    path = tmp_path / "p.safetensors"
+    save_predictor(trained[kind][0], path, {})
+    whole = path.read_bytes()
+    last_of_a_sort = {name.rpartition(".")[2]: name for name in safetensors.numpy.load(whole)}
+    for name in last_of_a_sort.values():
+        path.write_bytes(whole)
+        change_arrays(path, lambda arrays: np.put(arrays[name], 0, value))  # noqa: B023 - called at once
+        with pytest.raises(TraceError, match=f"is not a whole predictor .*{name} has values that are not finite"):
+            load_predictor(path)
+
+
+@pytest.mark.parametrize("name", ["num_experts", "top_k", "layers"])
+def test_notes_with_a_number_beyond_all_floats_are_refused(trained, tmp_path, name):
+    path = tmp_path / "p.safetensors"
+    save_predictor(trained["affinity"][0], path, {})
+    about = json.loads(notes_path(path).read_text())
+    endless = json.dumps(about | {name: "1e999"}).replace('"1e999"', "[1e999]" if name == "layers" else "1e999")
+    notes_path(path).write_text(endless)
+    with pytest.raises(TraceError, match="is not of this version"):
+        load_predictor(path)
+
+
 @pytest.mark.parametrize(("dtype", "nbytes"), [("BF16", 2), ("F8_E4M3", 1)])
 def test_numbers_that_numpy_does_not_have_are_refused(trained, tmp_path, dtype, nbytes):
     path = tmp_path / "p.safetensors"
@@ -162,4 +187,37 @@ def test_a_full_disk_leaves_the_predictor_that_was_there(trained, tmp_path, monk
     monkeypatch.setattr(Path, "write_bytes", breaks_off)
     with pytest.raises(TraceError, match="No space left"):
         save_predictor(trained["popularity"][0], path, {"of": "after"})
+    assert load_predictor(path).name == "popularity"
+
+
+def test_arrays_beside_the_notes_of_others_are_refused(trained, tmp_path, monkeypatch):
+    """Of the two files the second cannot be written."""
+    path, written = tmp_path / "p.safetensors", []
+    save_predictor(trained["popularity"][0], path, {})
+    other = deepcopy(trained["popularity"][0])
+    other.popularity_LE = other.popularity_LE[:, ::-1].copy()
+    write_bytes = Path.write_bytes
+
+    def breaks_off(target, data):
+        written.append(target)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        return write_bytes(target, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", breaks_off)
+        with pytest.raises(TraceError, match="No space left"):
+            save_predictor(other, path, {})
+    with pytest.raises(TraceError, match=r"p\.safetensors: is not what p\.json is about; train it again"):
+        load_predictor(path)
+    save_predictor(other, path, {})
+    np.testing.assert_array_equal(load_predictor(path).popularity_LE, other.popularity_LE)
+
+
+def test_a_predictor_of_an_earlier_version_whose_notes_name_no_arrays_is_read(trained, tmp_path):
+    path = tmp_path / "p.safetensors"
+    save_predictor(trained["popularity"][0], path, {})
+    about = json.loads(notes_path(path).read_text())
+    del about["arrays"]
+    notes_path(path).write_text(json.dumps(about))
     assert load_predictor(path).name == "popularity"

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from duoserve.config import Phase
-from duoserve.replaying.cache_study import NEVER, belady_hits, cached_hits, least_copies, next_use, prompt_step
+from duoserve.kernels import by_demand
+from duoserve.replaying.cache_study import (
+    NEVER,
+    belady_hits,
+    cached_hits,
+    least_copies,
+    next_use,
+    prompt_step,
+    steps_of,
+)
 from duoserve.scheduling.ranking import DecayedFrequency, Recency
 from duoserve.traces.synthetic import CARDS, synthesize
 from duoserve.traces.trace import MemoryRows, Trace
@@ -20,6 +29,11 @@ from tests.traces.drawn import drawn_trace, trace_of
 def test_a_prompts_experts_come_most_wanted_first() -> None:
     step = prompt_step(np.array([[3, 1], [3, 2], [3, 2]]))
     assert step == (Phase.PREFILL, 3, [3, 2, 1], [3, 2, 1])
+
+
+def test_a_tokens_experts_come_as_a_model_asks_for_them() -> None:
+    [_, step] = steps_of(trace_of([(1, [[2, 0], [3, 1]])])[0], 0)
+    assert step == (Phase.DECODE, 1, by_demand({3: 1, 1: 1}), [1, 1])
 
 
 def test_lru_by_hand() -> None:

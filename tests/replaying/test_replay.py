@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -9,13 +10,16 @@ import pytest
 
 from duoserve.config import Phase
 from duoserve.errors import MemoryBudgetError
+from duoserve.kernels import by_demand
 from duoserve.replaying.foreseen import Belady, Future
 from duoserve.replaying.hardware import Hardware, LayerSizes, Machine
 from duoserve.replaying.replay import Watcher, layer_belady_bytes, least_bytes, oracle_of, replay
 from duoserve.replaying.scored import Score, ScoredPredictor
 from duoserve.scheduling.policies import POLICIES, get_policy
 from duoserve.scheduling.routing import Routing
-from tests.scheduling.fortune import Teller, certain, routed
+from duoserve.scheduling.scheduler import Scheduler
+from duoserve.scheduling.source import Lease
+from tests.scheduling.fortune import Teller, certain, generous_link, routed
 from tests.traces.drawn import drawn_trace, trace_of
 
 SIZES = LayerSizes("small", 1_000_000, 8, 1_000_000, 64)
@@ -114,6 +118,34 @@ def test_what_a_predictor_takes_passes_while_the_demands_are_copied(course: list
     assert thoughtful.misses == (18 if hidden else 0)
     beyond_s = 0.0 if hidden else 3 * (teller.seconds - compute_s)
     assert thoughtful.itl_s == pytest.approx([itl_s + beyond_s for itl_s in thoughtless.itl_s], rel=1e-6)
+
+
+@pytest.mark.parametrize(("on_cpu", "itl_s"), [(False, 3.0), (True, 3.5)])
+def test_a_demand_waits_for_all_of_a_wrong_guess_where_copy_threads_read(on_cpu: bool, itl_s: float) -> None:
+    """And on a device's link, which can be divided, for a piece. A copy takes 1 s, a layer's attention 0.5 s.
+
+    Layer 1 is routed at 2 s; the copy of 7, which is foretold of it, begins at 1.5 s behind the demand of layer 0.
+    """
+    hardware = Hardware("round", 1e8, 1e30, 1e30, 0.0, 0.5, host_computes=on_cpu)
+    machine, teller = Machine(hardware, LayerSizes("large", 10**8, 8, 0, 0)), Teller(lambda layer: certain(8, [7]))
+    with generous_link():
+        run = replay(trace_of([(1, [[0], [1]])], layers=2), get_policy("lookahead"), machine, 4, predictor=teller)
+    assert run.itl_s == [pytest.approx(itl_s, abs=0.01)]
+
+
+def test_a_replay_asks_for_a_layers_experts_in_the_order_in_which_a_model_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace, asked = drawn_trace(), []
+    acquire = Scheduler.acquire
+
+    def noted(scheduler: Scheduler, layer: int, experts: list[int], counts: list[int]) -> Lease:
+        asked.append(dict(zip(experts, counts, strict=True)))
+        return acquire(scheduler, layer, experts, counts)
+
+    monkeypatch.setattr(Scheduler, "acquire", noted)
+    replay(trace, get_policy("lru"), EVEN, 24)
+    steps = [request.routing(step) for request in trace for step in range(request.num_steps)]
+    wanted = [Counter(routing.topk_ids_TK.ravel().tolist()) for routings in steps for routing in routings]
+    assert [list(rows) for rows in asked] == [by_demand(rows) for rows in wanted] and asked == wanted
 
 
 def test_the_lanes_can_be_watched() -> None:

@@ -16,6 +16,7 @@ from duoserve.errors import IntegrityError
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotState
 from duoserve.experts.tickets import TicketState
+from duoserve.kernels import by_demand
 from duoserve.scheduling.account import ALLOWED_TIME
 from duoserve.scheduling.link_budget import IdleLink, StepLink
 from duoserve.scheduling.plan import ModelShape
@@ -73,6 +74,16 @@ def test_the_books_agree_with_the_device(
         assert after.misses["decode"] - before.misses["decode"] == misses
         assert after.bytes.demanded - before.bytes.demanded == misses * rig.store.layout.slot_bytes
         assert rig.num_states(SlotState.LOADING) == len(rig.scheduler._residency.under_way())
+
+
+def test_the_rankings_hear_of_a_step_as_they_do_of_one_that_the_host_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig("lru", layers=1, experts=8, top_k=3, slots=6)
+    device, heard = FakeDevice(rig), []
+    used = device.books._used
+    monkeypatch.setattr(device.books, "_used", lambda *what: heard.append(what) or used(*what))
+    device.step({0: [5, 2, 3]}, tokens=1)
+    device.books.catch_up()
+    assert heard == [(0, by_demand({5: 1, 2: 1, 3: 1}), [1, 1, 1])]
 
 
 def test_what_is_chosen_again_is_a_hit_and_the_longest_unused_goes_first() -> None:

@@ -79,6 +79,27 @@ def test_a_tail_cut_short_is_refused_and_then_cut_off(tmp_path, lost):
     assert_same(open_trace(path), trace)
 
 
+@pytest.mark.parametrize("kept", [9, 60, 400, -1])
+def test_a_first_request_cut_short_is_refused_and_then_written_anew(tmp_path, kept):
+    path, trace = tmp_path / "t", small_trace()
+    save_trace(trace, path, last=1)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(TraceError, match=r"the last \d+ bytes are no whole request; .*--resume.* 0 whole"):
+        open_trace(path)
+    save_trace(trace, path)
+    assert_same(open_trace(path), trace)
+
+
+@pytest.mark.parametrize(
+    "content", [b"t", (400).to_bytes(8, "little"), (400).to_bytes(8, "little") + b'{"__metadata__":{"format":"pt"']
+)
+def test_what_may_be_no_trace_cut_short_is_not_overwritten(tmp_path, content):
+    (tmp_path / "t").write_bytes(content)
+    with pytest.raises(TraceError, match="is no trace"):
+        TraceWriter(tmp_path / "t", META)
+    assert (tmp_path / "t").read_bytes() == content
+
+
 @pytest.mark.parametrize(
     ("name", "fault"), [("preadv", "Input/output error"), ("fstat", "changed after it was opened")]
 )
@@ -199,6 +220,21 @@ def test_layers_that_no_pass_goes_through_are_refused(tmp_path, layers):
         open_trace(tmp_path / "t")
 
 
+@pytest.mark.parametrize(
+    ("claim", "fault"),
+    [
+        ({"layers": (0, 2, 10**9)}, "layer 1000000000 of 6 experts"),
+        ({"layers": (0, 2, 10**5), "num_experts": 1000}, "layer 100000 of 1000 experts"),
+        ({"num_experts": 65537}, "layer 3 of 65537 experts"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(tmp_path, claim, fault):
+    """Tables of what is kept by layer and expert would be made of them."""
+    save_trace(small_trace(replace(META, **claim), [(2, 1)]), tmp_path / "t")
+    with pytest.raises(TraceError, match=f"{fault}, more than any model has"):
+        open_trace(tmp_path / "t")
+
+
 @pytest.mark.parametrize("layers", ["[1e999]", "[[1]]", "5", "[", "[" * 100_000])
 def test_layers_that_are_no_numbers_are_refused(tmp_path, layers):
     trace = small_trace()
@@ -220,6 +256,16 @@ def test_a_trace_that_is_refused_is_closed(tmp_path):
         with pytest.raises(TraceError):
             open_trace(path)
     assert str(path) not in [os.path.realpath(one) for one in Path("/proc/self/fd").iterdir()]
+
+
+def test_a_trace_that_changes_while_it_is_used_is_said_to_be_one(tmp_path):
+    path = tmp_path / "t"
+    save_trace(small_trace(), path)
+    read = open_trace(path)
+    with path.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(TraceError, match=r"t: changed after it was opened .* load the model or trace again$"):
+        read.layer(2)
 
 
 def test_many_experts_and_scores_beyond_half_precision(tmp_path):
