@@ -24,9 +24,9 @@ ROUTED_ROW_BYTES = 36  # its id and weight, and its places before and after sort
 # Of an expert: the address of its row, and its slot and target in each recording.
 TABLE_BYTES = 8 + 2 * MOST_RECORDINGS * 4
 MASK_BYTES = 12  # of a query and key: their distance and whether one sees the other
-# Whatever the pass. On a GPU: cuBLAS's workspaces (32 MiB each on Hopper, for two streams of one thread) and what the
-# allocator loses to rounding. On a CPU: the block of weights that a product widens or decodes at a time, sums of its
-# groups, and small vectors.
+# Whatever the pass. On a GPU: cuBLAS's workspaces (32 MiB each on Hopper: a thread's, the recordings', and that of the
+# first run of what is to be recorded) and what the allocator loses to rounding. On a CPU: the block of weights that a
+# product widens or decodes at a time, sums of its groups, and small vectors.
 FIXED_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 
 

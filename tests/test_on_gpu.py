@@ -105,6 +105,19 @@ def test_the_cap_is_kept_and_nothing_grows(policy: str, long_folder: Path, befor
         assert all(warm[kind] - before[kind] <= cap for kind in warm)
 
 
+@pytest.mark.parametrize("mode", ["event", "graph"])
+def test_a_model_that_is_closed_leaves_nothing(mode: str, folder: Path) -> None:
+    """What the first one has made once for all, as handles of libraries, serves the others."""
+    held = []
+    for _ in range(3):
+        with MoEModel.from_pretrained(folder, device="cuda", policy="lru", expert_slots=10, decode_mode=mode) as model:
+            model.generate(PROMPT, GREEDY)
+        del model
+        gc.collect()
+        held.append(torch.cuda.memory_allocated())
+    assert held[1] == held[2]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
