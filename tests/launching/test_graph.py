@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from duoserve.errors import IntegrityError
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool, SlotState
 from duoserve.experts.streams import Lane
@@ -107,6 +108,38 @@ def test_the_bits_of_the_model_itself(
     assert truth.differences(device.logits, rounds=2) == []
     assert checked.steps == 2 * len(truth.logits)
     assert device.recorder.num_recordings == sum(min(8, 2 * sequences) <= slots for sequences in (1, 2, 3))
+
+
+FILLS = {"moe_up_fill", "moe_down_fill"}
+
+
+@pytest.mark.parametrize(("policy", "filling"), [("resident", set()), ("lru", FILLS)])
+def test_a_step_fills_slots_only_where_an_expert_can_be_missing(
+    policy: str, filling: set[str], folder: Path, truth: Truth
+) -> None:
+    """By the policy, not by the slots: any other fills slots for all experts step by step."""
+    device = LaggingDevice(seed=5, in_ram=EXPERTS)
+
+    def decoder(parts: Parts) -> Decoder:
+        if policy == "resident":
+            parts.scheduler.load_all()
+        return device.recorded("graph")(parts)
+
+    with assembled(folder, policy, 24, device.copies, make_pool=device.pool, make_decoder=decoder) as engine:
+        assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
+    assert truth.differences(device.logits) == []
+    assert device.recorder.launched & FILLS == filling and "moe_experts" in device.recorder.launched
+
+
+def test_a_step_that_would_miss_what_none_may_miss_is_refused(folder: Path) -> None:
+    device = LaggingDevice(seed=5, in_ram=EXPERTS)
+    with (
+        assembled(
+            folder, "resident", 24, device.copies, make_pool=device.pool, make_decoder=device.recorded("graph")
+        ) as engine,
+        pytest.raises(IntegrityError, match="a step may miss 2 experts, of which all were to be in slots"),
+    ):
+        write(engine, [[5]], [3])
 
 
 @pytest.mark.parametrize("kind", ["liar", "anything"])
