@@ -193,7 +193,12 @@ class BatchKV:
 
     @cached_property
     def _contexts(self) -> tuple[slice | Tensor, ...]:
-        """The rows of each sequence's context, which the passes that read by page table never ask for."""
+        """The rows of each sequence's context, which the passes that read by page table never ask for.
+
+        Where its pages do not adjoin they are on the cache's device: a list on the host would be sent to a GPU, which
+        the host waits for, once for the keys and once for the values of every layer.
+        """
         assert self.new_tokens is not None, "a recorded step reads contexts by page table"
         tables = zip(self.new_tokens.page_table, self.new_tokens.lengths, strict=True)
-        return tuple(context_rows(pages, length, PAGE_TOKENS) for pages, length in tables)
+        rows = (context_rows(pages, length, PAGE_TOKENS) for pages, length in tables)
+        return tuple(one if isinstance(one, slice) else one.to(self.cache.device) for one in rows)
