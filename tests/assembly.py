@@ -68,6 +68,7 @@ def assembled(
     make_decoder: Callable[[Parts], Decoder] | None = None,
     change: Callable[[Transformer], Transformer] = lambda model: model,
     device: torch.device = CPU,
+    max_context: int = 256,
 ) -> Iterator[AssembledEngine]:
     """An engine whose slots are poisoned and whose copies are made by ``make_copies(store, pool)``.
 
@@ -86,7 +87,7 @@ def assembled(
                 RoutedExperts(scheduler, pool.weights),
             )
             transformer, tap = listened_to(change(built), audience(scheduler.listener, listener))
-            parts = Parts(transformer, PagedKVCache(config, 256, config.dtype, device), scheduler, store)
+            parts = Parts(transformer, PagedKVCache(config, max_context, config.dtype, device), scheduler, store)
             decoder = None if make_decoder is None else make_decoder(parts)
             passes = Passes(transformer, scheduler, parts.cache, meter, tap=tap, decoder=decoder)
             yield AssembledEngine(passes, parts, config, copies, meter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -20,6 +21,9 @@ from duoserve.passes import Decoder, DecodeStep
 RECORD_AFTER = 4
 MOST_RECORDINGS = 8  # at a time, for each takes memory
 MAX_SHAPES = MOST_RECORDINGS - 1  # that are kept: what makes way for another does so once that is there
+# How wide page tables are recorded that serve contexts of up to 4096 tokens; others are as wide as the batch has them.
+# Columns that no sequence has cost a GPU, four by four, a program that ends at once.
+TABLE_WIDTHS = (8, 64)
 MAX_SEQUENCES = MEDIUM  # of a step that a GPU records: the memory plan counts no more, and read-through takes no more
 
 Shape = tuple[int, int]  # of a step: sequences, width of the page table
@@ -38,23 +42,26 @@ class Shapes(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class ExactShapes(Shapes):
-    """Every step is recorded in its own shape, without padding, so that its bits are those of the model itself.
+    """Every step is recorded with its own number of sequences, so that its bits are those of the model itself.
 
     Steps padded to the next power of two would need fewer recordings. But kernels choose their tiles, and libraries the
-    algorithm of a matrix product, by the number of rows: other numbers of rows have other bits.
+    algorithm of a matrix product, by the number of rows: other numbers of rows have other bits. The page table may be
+    wider, up to the ``num_pages`` that there are, for that changes none: what is behind a sequence's pages is not read,
+    and attention cuts up to 32768 tokens at the same places whatever the width.
     """
+
+    num_pages: int
 
     def of(self, new_tokens: NewTokens) -> Shape:
         """As in Shapes."""
-        return len(new_tokens.spans), len(new_tokens.page_table[0])
+        width = len(new_tokens.page_table[0])
+        return len(new_tokens.spans), min(next((one for one in TABLE_WIDTHS if one >= width), width), self.num_pages)
 
     def up_to(self, num_sequences: int) -> Iterable[Shape]:
         """None: the widths of the page tables to come are not known."""
         return ()
-
-
-EXACT = ExactShapes()
 
 
 class RecordedDecoder(Decoder):
@@ -62,6 +69,7 @@ class RecordedDecoder(Decoder):
 
     A shape is recorded when it has occurred more than ``record_after`` times; at most ``max_shapes`` recordings are
     kept. One that memory is refused for is not tried again. ``num_recordings`` counts the calls of ``make_step``.
+    ``shapes`` are ExactShapes unless named.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917
@@ -71,14 +79,14 @@ class RecordedDecoder(Decoder):
         make_step: MakeStep,
         record_after: int = RECORD_AFTER,
         max_shapes: int = MAX_SHAPES,
-        shapes: Shapes = EXACT,
+        shapes: Shapes | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
         self._make_step = make_step
         self._record_after = record_after
         self._max_shapes = max_shapes
-        self._shapes = shapes
+        self._shapes = ExactShapes(cache.num_pages) if shapes is None else shapes
         self._seen: Counter[Shape] = Counter()
         self.num_recordings = 0
         self._steps: dict[Shape, DecodeStep | None] = {}  # the latest that occurred comes last
