@@ -193,7 +193,12 @@ class BatchKV:
 
     @cached_property
     def _contexts(self) -> tuple[slice | Tensor, ...]:
-        """The rows of each sequence's context; passes that read by page table do not need them."""
+        """The rows of each sequence's context; passes that read by page table do not need them.
+
+        Where its pages do not adjoin, the rows are on the cache's device: from a list on the host, each layer would
+        send them to a GPU twice, for keys and for values, and the host would wait for that.
+        """
         assert self.new_tokens is not None, "a recorded step reads contexts by page table"
         tables = zip(self.new_tokens.page_table, self.new_tokens.lengths, strict=True)
-        return tuple(context_rows(pages, length, PAGE_TOKENS) for pages, length in tables)
+        rows = (context_rows(pages, length, PAGE_TOKENS) for pages, length in tables)
+        return tuple(one if isinstance(one, slice) else one.to(self.cache.device) for one in rows)

@@ -24,9 +24,9 @@ ROUTED_ROW_BYTES = 36  # for each routed row: id, weight, and places before and 
 # For each expert: the address of its row, and its slot and target in each recording.
 TABLE_BYTES = 8 + 2 * MOST_RECORDINGS * 4
 MASK_BYTES = 12  # for each query and key: their distance, and whether one sees the other
-# For every pass. On a GPU: cuBLAS's workspaces (32 MiB each on Hopper, for two streams of one thread) and what the
-# allocator loses to rounding. On a CPU: the block of weights that a product widens or decodes at a time, sums of its
-# groups, and small vectors.
+# For every pass. On a GPU: cuBLAS's workspaces (32 MiB each on Hopper: one of the thread, one of the recordings, and
+# one of the first run of what will be recorded) and what the allocator loses to rounding. On a CPU: the block of
+# weights that a product widens or decodes at a time, sums of its groups, and small vectors.
 FIXED_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 
 

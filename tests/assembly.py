@@ -60,6 +60,7 @@ def assembled(
     make_decoder: Callable[[DecoderParts], Decoder] | None = None,
     change: Callable[[Transformer], Transformer] = lambda model: model,
     device: torch.device = CPU,
+    max_context: int = 256,
 ) -> Iterator[AssembledEngine]:
     """An engine whose slots are poisoned and whose copies are made by ``make_copies(store, pool)``.
 
@@ -77,7 +78,7 @@ def assembled(
             RoutedExperts(scheduler, pool.weights),
         )
         transformer, tap = listened_to(change(built), audience(scheduler.listener, listener))
-        cache = PagedKVCache(config, 256, config.dtype, device)
+        cache = PagedKVCache(config, max_context, config.dtype, device)
         parts = DecoderParts(transformer, cache, scheduler, store, pool)
         decoder = None if make_decoder is None else make_decoder(parts)
         passes = Passes(transformer, scheduler, cache, meter, tap=tap, decoder=decoder)

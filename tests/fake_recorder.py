@@ -42,6 +42,10 @@ class _Launch:
     def __init__(self, call: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
         self._call, self._args, self._kwargs, self.result = call, args, kwargs, result
 
+    @property
+    def name(self) -> str:
+        return str(getattr(self._call, "__name__", self._call))
+
     def again(self) -> None:
         for old, new in zip(
             _tensors(self.result), _tensors(self._call(*_fresh(self._args), **_fresh(self._kwargs))), strict=True
@@ -121,6 +125,7 @@ class FakeRecorder(Recorder):
         self._streams = streams
         self._recording = False
         self.num_recordings = 0
+        self.launched: set[str] = set()  # what is in them, by name
 
     @property
     def device(self) -> torch.device:
@@ -143,6 +148,7 @@ class FakeRecorder(Recorder):
         for launch in tape:  # on a device it would not have run yet
             launch.ruin()
         self.num_recordings += 1
+        self.launched.update(launch.name for launch in tape)
         return FakeRecording(self._streams, tape, result)
 
     def wait(self) -> None:

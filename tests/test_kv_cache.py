@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from duoserve import kv_cache
 from duoserve.errors import IntegrityError
@@ -60,3 +64,32 @@ def test_a_step_of_one_token_each_does_not_list_the_rows_of_its_contexts(monkeyp
         for context in (*batch.kv.context(0, number), *batch.kv.context(0, number)):
             assert context[:, 0, 0].tolist() == rows
     assert len(listed) == len(sequences)
+
+
+class Indexed(TorchFunctionMode):
+    """Notes where the tensors are by which others are indexed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor):
+            self.by.append(args[1].device.type)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_rows_of_a_context_are_where_the_cache_is() -> None:
+    """Else each layer would send them there anew."""
+    cache, sequences = (
+        PagedKVCache(CONFIG, 8 * PAGE_TOKENS, torch.bfloat16, device="meta"),
+        [SequenceKV(), SequenceKV()],
+    )
+    for num_tokens in (PAGE_TOKENS, 2 * PAGE_TOKENS):
+        for sequence in sequences:
+            cache.reserve(sequence, num_tokens)
+    batch = cache.batch(cache.extend([(sequence, [0] * 70) for sequence in sequences]))
+    with Indexed() as indexed:
+        for number in range(len(sequences)):
+            assert batch.kv.context(0, number)[1].shape == (70, 8, 128)
+    assert indexed.by == ["meta"] * 4

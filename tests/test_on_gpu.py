@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from duoserve import MoEModel
+from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache, SequenceKV
+from duoserve.models.opened import opened
 from duoserve.workspace import FIXED_BYTES, recorded_bytes
 from tests.checkpoints import save_mixtral
 from tests.models.cases import FAMILIES
@@ -106,6 +108,19 @@ def test_the_cap_is_kept_and_nothing_grows(policy: str, long_folder: Path, befor
         assert all(warm[kind] - before[kind] <= cap for kind in warm)
 
 
+@pytest.mark.parametrize("mode", ["event", "graph"])
+def test_a_model_that_is_closed_leaves_nothing(mode: str, folder: Path) -> None:
+    """What the first one has made once for all, as handles of libraries, serves the others."""
+    held = []
+    for _ in range(3):
+        with MoEModel.from_pretrained(folder, device="cuda", policy="lru", expert_slots=10, decode_mode=mode) as model:
+            model.generate(PROMPT, GREEDY)
+        del model
+        gc.collect()
+        held.append(torch.cuda.memory_allocated())
+    assert held[1] == held[2]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -129,6 +144,24 @@ def test_a_prompt_of_the_whole_context_keeps_within_the_plan(
         recorded = recorded_bytes(model.config, dtype, 4096)  # of decode steps, of which there is none
         activations = plan.workspace_bytes - FIXED_BYTES["cuda"] - recorded
         assert used["allocated"] - before["allocated"] > plan.total_bytes - plan.workspace_bytes + activations // 3
+
+
+def test_the_host_waits_for_the_rows_of_a_context_once_a_pass(folder: Path) -> None:
+    with opened(folder) as found:
+        config = found.config
+    cache, sequences = PagedKVCache(config, 8 * PAGE_TOKENS, torch.bfloat16, "cuda"), [SequenceKV(), SequenceKV()]
+    for num_tokens in (PAGE_TOKENS, 2 * PAGE_TOKENS):  # one after the other, so that no sequence's pages adjoin
+        for sequence in sequences:
+            cache.reserve(sequence, num_tokens)
+    kv = cache.batch(cache.extend([(sequence, [0] * 70) for sequence in sequences])).kv
+    kv.context(0, 0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for layer in range(config.num_layers):
+            for number in range(len(sequences)):
+                kv.context(layer, number)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Generic
 from weakref import WeakSet
 
@@ -33,7 +33,8 @@ class CudaRecording(Recording[Result], Generic[Result]):
 class CudaRecorder(Recorder):
     """Records graphs in one pool of memory: they are replayed one after another on the current stream, never at once.
 
-    A pool ends with its last graph and takes no other after that: the graph that follows gets a new pool.
+    A pool ends with its last graph and takes no other after that: the graph that follows gets a new pool. The
+    workspace of cuBLAS that a graph writes to lies in the pool too: see ``_own_workspaces``.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -78,18 +79,33 @@ class CudaRecorder(Recorder):
     def _capture(self, graph: torch.cuda.CUDAGraph, work: Callable[[], Result]) -> Result:
         others = list(self._graphs)  # keeps the graphs alive, so that the pool does not end before this one is in it
         pool = others[0].pool() if others else torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()  # cached memory, also of the first run, cannot be released during a capture
-        # Copy threads go on calling CUDA meanwhile, which the default mode would treat as an error of the capture.
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            result = work()
-        except BaseException:
-            with suppress(RuntimeError):  # says only that the capture is invalid; the error of ``work`` says why
-                graph.capture_end()
-            raise
-        graph.capture_end()
+        with _own_workspaces():
+            torch.cuda.empty_cache()  # cached memory, also of the first run, cannot be released during a capture
+            # Copy threads go on calling CUDA meanwhile, which the default mode would treat as an error of the capture.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                result = work()
+            except BaseException:
+                with suppress(RuntimeError):  # says only that the capture is invalid; the error of ``work`` says why
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return result
 
     def wait(self) -> None:
         """As in Recorder; releases the GIL."""
         torch.cuda.current_stream(self._device).synchronize()
+
+
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """A graph that is captured inside has workspaces of cuBLAS in its own pool, as PyTorch's cudagraph_trees has them.
+
+    Otherwise it would write to that of the stream, which lives until any graph of the stream is dropped (PyTorch's
+    issue 193402) and is then somebody else's memory. Whoever calls cuBLAS next gets a new one: all are let go.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()

@@ -6,15 +6,24 @@ pages a sequence may have; in multi-head latent attention L latent and R rotated
 
 from __future__ import annotations
 
+from threading import Lock
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from duoserve.kernels.matmul import has_native_matmul
 from duoserve.kernels.paging import context_rows
 
 # Queries that are computed at a time where scores may be written out, so that these are never T x C.
 QUERY_ROWS = 256
+# What a GPU attends with: all that PyTorch has but cuDNN, which it prefers on Hopper from 2.11 on. That is faster once
+# it runs, but takes 20 to 400 ms for a plan of each new length, and keeps all plans for as long as the thread lives.
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# PyTorch's choice is the process's, so of two threads each would put back what the other has set.
+_CHOICE = Lock()
 
 
 def attention(
@@ -38,10 +47,8 @@ def attention(
     mask = None if plain_causal else _visible(num_new, num_context, window, q_THD.device)
     if sinks_H is not None:
         k_CGD, v_CGD = _with_empty_row(k_CGD), _with_empty_row(v_CGD)
-        mask = _with_sinks(mask, sinks_H, num_new, num_context, q_THD.dtype)[
-            None
-        ]  # 3 axes: scores would be written out
-    out_HTD = F.scaled_dot_product_attention(
+        mask = _with_sinks(mask, sinks_H, num_new, num_context, q_THD.dtype)[None]  # with 3 axes scores are written out
+    out_HTD = _fused(
         q_THD.transpose(0, 1)[None],
         k_CGD.transpose(0, 1)[None],
         v_CGD.transpose(0, 1)[None],
@@ -62,7 +69,7 @@ def _of_one_query(q_1HD: Tensor, k_CGD: Tensor, v_CGD: Tensor, scale: float, sin
     if sinks_H is not None:
         k_CGD, v_CGD = _with_empty_row(k_CGD), _with_empty_row(v_CGD)
         mask = _with_sinks(None, sinks_H, 1, num_context, q_1HD.dtype).view(1, num_kv_heads, -1, num_context + 1)
-    out_1GJD = F.scaled_dot_product_attention(
+    out_1GJD = _fused(
         q_1HD.reshape(1, num_kv_heads, -1, q_1HD.shape[-1]),
         k_CGD.transpose(0, 1)[None],
         v_CGD.transpose(0, 1)[None],
@@ -70,6 +77,14 @@ def _of_one_query(q_1HD: Tensor, k_CGD: Tensor, v_CGD: Tensor, scale: float, sin
         scale=scale,
     )
     return out_1GJD.flatten(1, 2).to(dtype)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """PyTorch's attention, [1, heads, tokens, D] each; on a GPU by one of WITHOUT_PLANS."""
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    with _CHOICE, sdpa_kernel(WITHOUT_PLANS):
+        return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 def _with_empty_row(x_CGD: Tensor) -> Tensor:

@@ -108,7 +108,8 @@ class GraphStep(DecodeStep):
         while isinstance(end, PartEnd):
             block, routed = end.block, end.routed
             block.compute(routed, routed.plan.resident)
-            block.compute_missing(routed, self._rows[block.layer], targets_LE[block.layer])
+            if self._books.may_miss:
+                block.compute_missing(routed, self._rows[block.layer], targets_LE[block.layer])
             chosen.append(routed)
             end = next_part(end)
         self._chosen.bring(chosen)

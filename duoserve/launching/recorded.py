@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -20,6 +21,9 @@ from duoserve.passes import Decoder, DecodeStep
 RECORD_AFTER = 4
 MOST_RECORDINGS = 8  # the most that exist at a time, as each takes memory
 MAX_SHAPES = MOST_RECORDINGS - 1  # the most that are kept: one is dropped only after another has been made
+# Widths of page tables that are recorded, for contexts of up to 4096 tokens; beyond them a table keeps its own width.
+# Columns without a sequence's pages cost a GPU one program for each four of them, which ends at once.
+TABLE_WIDTHS = (8, 64)
 MAX_SEQUENCES = MEDIUM  # of a step that a GPU records: the memory plan and read-through allow no more
 
 Shape = tuple[int, int]  # sequences of a step, width of its page table
@@ -38,23 +42,26 @@ class Shapes(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class ExactShapes(Shapes):
-    """Records every step in its own shape, without padding, so that its bits are those of the model itself.
+    """Records every step with its own number of sequences, so that its bits are those of the model itself.
 
     Steps padded to the next power of two would need fewer recordings. But kernels choose tiles, and libraries the
-    algorithm of a matrix product, by the number of rows, so padding would change bits.
+    algorithm of a matrix product, by the number of rows, so padding would change bits. The page table may be wider, up
+    to ``num_pages``, which changes none: what is behind a sequence's pages is not read, and attention cuts up to 32768
+    tokens at the same places whatever the width.
     """
+
+    num_pages: int
 
     def of(self, new_tokens: NewTokens) -> Shape:
         """As in Shapes."""
-        return len(new_tokens.spans), len(new_tokens.page_table[0])
+        width = len(new_tokens.page_table[0])
+        return len(new_tokens.spans), min(next((one for one in TABLE_WIDTHS if one >= width), width), self.num_pages)
 
     def up_to(self, num_sequences: int) -> Iterable[Shape]:
         """No shapes, as the widths of the page tables to come are not known."""
         return ()
-
-
-EXACT = ExactShapes()
 
 
 class RecordedDecoder(Decoder):
@@ -62,6 +69,7 @@ class RecordedDecoder(Decoder):
 
     A shape is recorded when it has occurred more than ``record_after`` times; at most ``max_shapes`` recordings are
     kept. If memory is refused for a shape, it is not tried again. ``num_recordings`` counts the calls of ``make_step``.
+    ``shapes`` are ExactShapes unless named.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917
@@ -71,14 +79,14 @@ class RecordedDecoder(Decoder):
         make_step: MakeStep,
         record_after: int = RECORD_AFTER,
         max_shapes: int = MAX_SHAPES,
-        shapes: Shapes = EXACT,
+        shapes: Shapes | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
         self._make_step = make_step
         self._record_after = record_after
         self._max_shapes = max_shapes
-        self._shapes = shapes
+        self._shapes = ExactShapes(cache.num_pages) if shapes is None else shapes
         self._seen: Counter[Shape] = Counter()
         self.num_recordings = 0
         self._steps: dict[Shape, DecodeStep | None] = {}  # the most recently used comes last

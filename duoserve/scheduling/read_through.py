@@ -90,7 +90,9 @@ class ReadThrough:
         meter: Meter,
         used: UseListener,
         guesses: StepGuesses,
+        may_miss: bool,
     ) -> None:
+        self.may_miss = may_miss  # else every expert is in a slot before each step
         self._guesses = guesses
         self._residency = residency
         self._cache = cache
@@ -119,8 +121,8 @@ class ReadThrough:
     def lay_targets(self, num_tokens: int) -> np.ndarray:
         """Gives the slots, all EMPTY, that the misses of each layer fill in the coming step: int32 [N, X].
 
-        Experts are given up where too few slots are EMPTY; IntegrityError where even that is not enough. Until ``took``
-        only ``catch_up`` may change a slot.
+        Experts are given up where too few slots are EMPTY; IntegrityError where even that is not enough, or where a
+        step may miss although nothing ``may_miss``. Until ``took`` only ``catch_up`` may change a slot.
         """
         self._guesses.launched()
         num_slots, most = self._residency.table.num_slots, most_misses(self._shape, num_tokens)
@@ -131,6 +133,8 @@ class ReadThrough:
             self._make_room(most)
         spare = self._residency.table.empty_slots()
         width = min(most, self._shape.total_experts - sum(self._residency.filled()))
+        if width and not self.may_miss:
+            raise IntegrityError(f"a step may miss {width} experts, of which all were to be in slots")
         if len(spare) < width:
             raise IntegrityError(f"a step of {num_tokens} tokens may miss {width} experts; {len(spare)} slots are free")
         np.copyto(self.slots_LE, self._residency.table.ready_LE)

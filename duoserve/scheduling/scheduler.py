@@ -214,9 +214,16 @@ class Scheduler(ExpertSource):
     def read_through(self) -> ReadThrough:
         """The books of decode steps that the device carries out by itself, to be kept within passes of this."""
         guesses = StepGuesses(self._residency, self._shape, self._foresight, self._copies.now)
-        books = ReadThrough(self._residency, self._cache, self._shape, self._meter, self._ranking.used, guesses)
-        self._read_through = books
-        return books
+        self._read_through = ReadThrough(
+            self._residency,
+            self._cache,
+            self._shape,
+            self._meter,
+            self._ranking.used,
+            guesses,
+            may_miss=not self._policy.all_resident,
+        )
+        return self._read_through
 
     def load_all(self, progress: bool = False) -> None:
         """Brings every expert into a slot, as far as there are slots; CopyError if one cannot be read.

@@ -30,6 +30,7 @@ case "$*" in
             works) echo nvidia-h100 ;;
             fails) exec "$REAL_PYTHON" -c "raise RuntimeError('the driver')" ;;
         esac ;;
+    *find_spec*xdist*) exit "${XDIST:-0}" ;;
     *find_spec*) exit 0 ;;
     *"-m pytest"*)
         [[ $all != *"-k stress"* ]] || printf '%s' "$STRESS_SAYS"
@@ -144,6 +145,31 @@ def test_the_suite_benches_even_when_tests_fail(tmp_path: Path, pytest_status: i
     for bench in ("copy", "kernels", "serve"):
         assert [path.suffix for path in sorted(out.glob(f"{bench}-nvidia-h100-*"))] == [".json", ".md"]
     assert len(list(out.iterdir())) == 7  # what the head of the script promises
+
+
+@NO_GPU
+@pytest.mark.parametrize(
+    ("cores", "xdist", "each"),
+    [("64", "0", "4"), ("16", "0", "4"), ("8", "0", "2"), ("7", "0", None), ("16", "1", None)],
+)
+def test_what_compiles_much_is_spread_over_processes_where_there_are_cores(
+    tmp_path: Path, cores: str, xdist: str, each: str | None
+) -> None:
+    done = suite(tmp_path, "kernel-tests", "gpu-tests", CORES=cores, XDIST=xdist)
+    assert done.returncode == 0, done.stdout + done.stderr
+    commands = re.findall(r"^pytest -m pytest (\S+) (.*)", (tmp_path / "out" / "suite.log").read_text(), re.MULTILINE)
+    spread = {file: found[1] for file, options in commands if (found := re.search(r"-n (\d+) ", options))}
+    compiling = {file for file, _ in commands if file.startswith("tests/kernels/")} | {"tests/test_decode_on_gpu.py"}
+    assert spread == (dict.fromkeys(compiling, each) if each else {})
+    assert len(compiling) > 1 and len(commands) > len(compiling)
+
+
+@NO_GPU
+def test_four_files_are_spread_at_a_time_and_first_what_takes_longest(tmp_path: Path) -> None:
+    done = suite(tmp_path, "kernel-tests", CORES="16", TESTS_SECONDS="1", PYTEST_HANGS=".")
+    assert done.returncode == 1 and "no time is left" in done.stdout
+    begun = re.findall(r"gpu_suite: tests/kernels/(\S+) did not finish", (tmp_path / "out" / "suite.log").read_text())
+    assert len(begun) == 4 and "test_moe_gemm.py" in begun
 
 
 def cpu_only() -> set[str]:

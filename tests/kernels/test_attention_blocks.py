@@ -1,12 +1,16 @@
-"""Attention of more queries than are computed at a time, against float64 over all scores at once."""
+"""Attention of more queries than are computed at a time, against float64 over all scores at once; what computes it."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import cudnn_sdp_enabled, flash_sdp_enabled, math_sdp_enabled, mem_efficient_sdp_enabled
+from torch.nn.attention import SDPBackend
 
 from duoserve.kernels import QUERY_ROWS, attention, reference_attention
 from tests.kernels.common import DEVICE, assert_close
@@ -57,3 +61,73 @@ def test_no_block_is_larger_than_the_one_before(window: int | None, rest: int, m
     reference_attention.attention(q_THD, kv_CGD, kv_CGD, 1.0, window)
     blocks = sizes[1:]
     assert len(blocks) == 3 + (rest > 0) and blocks == sorted(blocks, reverse=True)
+
+
+# By what a GPU is asked for: new tokens, context tokens, width of values, window, whether there are sinks.
+ASKED: dict[str, tuple[int, int, int, int | None, bool]] = {
+    "whole prompt": (300, 300, DIM, None, False),
+    "narrow values": (300, 300, DIM // 2, None, False),
+    "window": (300, 300, DIM, 40, False),
+    "sinks": (300, 300, DIM, None, True),
+    "behind others": (30, 300, DIM, None, False),
+    "one query": (1, 300, DIM, None, False),
+    "one query with sinks": (1, 300, DIM, None, True),
+}
+
+
+def asked(what: str, longer: int, device: str) -> tuple[Any, ...]:
+    """Operands of ``attention`` in bfloat16, ``longer`` tokens longer."""
+    num_new, num_context, width, window, sinks = ASKED[what]
+    num_new += longer if num_new > 1 else 0
+    q_THD = torch.zeros(num_new, HEADS, DIM, dtype=torch.bfloat16, device=device)
+    k_CGD = torch.zeros(num_context + longer, GROUPS, DIM, dtype=torch.bfloat16, device=device)
+    sinks_H = torch.zeros(HEADS, dtype=torch.bfloat16, device=device) if sinks else None
+    return q_THD, k_CGD, k_CGD[..., :width], 1.0, window, sinks_H
+
+
+class OnGpu(Tensor):
+    """Says that it is on a GPU, and is not; so does what is made of it."""
+
+    is_cuda, is_cpu = True, False
+
+
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("what", ASKED)
+def test_a_gpu_is_not_asked_for_attention_by_plans(what: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed: list[tuple[bool, ...]] = []
+
+    def noted(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        allowed.append((flash_sdp_enabled(), mem_efficient_sdp_enabled(), math_sdp_enabled(), cudnn_sdp_enabled()))
+        return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    before = cudnn_sdp_enabled()
+    q_THD, *others = asked(what, 0, "cpu")
+    attention(q_THD.as_subclass(OnGpu) if on_gpu else q_THD, *others)
+    assert set(allowed) == {(True, True, True, before and not on_gpu)}
+    assert cudnn_sdp_enabled() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("what", ASKED)
+def test_a_prompt_of_another_length_takes_a_gpu_no_longer(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan of cuDNN's, which PyTorch prefers on Hopper, takes longer than that."""
+    chosen: list[int] = []
+    attend = F.scaled_dot_product_attention
+
+    def noted(*operands: Tensor, **options: Any) -> Tensor:
+        chosen.append(torch._fused_sdp_choice(*operands, **options))
+        return attend(*operands, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    seconds = []
+    for longer in range(5):
+        operands = asked(what, longer, "cuda")
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        attention(*operands)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    assert chosen and int(SDPBackend.CUDNN_ATTENTION.value) not in chosen
+    assert max(seconds[1:]) < 0.05

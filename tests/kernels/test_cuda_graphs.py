@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import count
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from duoserve.kernels.cuda_graphs import CudaRecorder
 
 DEVICE = torch.device("cuda", 0)
+CLEAR = "_cuda_clearCublasWorkspaces"
 
 
 class FakeGraph:
@@ -21,9 +24,11 @@ class FakeGraph:
     captures = True  # whether what is captured is valid
     cached = False  # whether memory that the device has is kept from others for the next who asks
     alive: dict[int, int]  # how many graphs each pool has
+    calls: list[str]  # what was called, in order
     handle: int | None = None
 
     def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+        self.calls.append("begin")
         if FakeGraph.cached:
             raise torch.OutOfMemoryError("what is cached cannot be released while a capture is under way")
         if self.alive.get(pool) == 0:
@@ -32,6 +37,7 @@ class FakeGraph:
         self.alive[pool] = self.alive.get(pool, 0) + 1
 
     def capture_end(self) -> None:
+        self.calls.append("end")
         if not self.captures:
             self.__del__()
             raise RuntimeError("invalid capture")
@@ -49,16 +55,23 @@ class FakeGraph:
         pass
 
 
+def emptied() -> None:
+    FakeGraph.calls.append("empty")
+    FakeGraph.cached = False
+
+
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> CudaRecorder:
     handles = count()
     monkeypatch.setattr(FakeGraph, "captures", True)
     monkeypatch.setattr(FakeGraph, "cached", False)
     monkeypatch.setattr(FakeGraph, "alive", {}, raising=False)
+    monkeypatch.setattr(FakeGraph, "calls", [], raising=False)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: setattr(FakeGraph, "cached", False))
+    monkeypatch.setattr(torch.cuda, "empty_cache", emptied)
+    monkeypatch.setattr(torch._C, CLEAR, lambda: FakeGraph.calls.append("clear"), raising=False)  # not in a CPU's torch
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     return CudaRecorder(DEVICE)
@@ -130,6 +143,44 @@ def test_recordings_share_memory_until_the_last_is_dropped_and_one_can_follow(re
 def test_recordings_dropped_by_what_the_next_one_does_are_no_hindrance(recorder: CudaRecorder) -> None:
     kept = [recorder.record(lambda: 1)]
     assert recorder.record(kept.clear) is not None
+
+
+@pytest.mark.parametrize("error", [None, ValueError("why")])
+def test_a_graph_has_no_workspace_that_its_stream_has_before_or_after(
+    recorder: CudaRecorder, error: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream's is freed with any graph of the stream, and what the first run had is not kept beside the graph's."""
+    if error is None:
+        recorder.record(lambda: FakeGraph.calls.append("work"))
+    else:
+        with pytest.raises(ValueError, match="why"):
+            recorder.record(failing_when_captured(monkeypatch, error))
+    assert [call for call in FakeGraph.calls if call != "work"] == ["clear", "empty", "begin", "end", "clear"]
+
+
+def test_pytorch_can_let_go_of_workspaces() -> None:
+    """By a function of its own that a CPU's PyTorch declares, but has not."""
+    assert f"def {CLEAR}() -> None" in Path(torch.__file__).with_name("_C").joinpath("__init__.pyi").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_product_recorded_on_a_gpu_outlives_another_recording() -> None:
+    """Its workspace is not given to who comes next: neither reads the other's numbers."""
+    recorder = CudaRecorder(DEVICE)
+    x_MK, w_KN = (torch.randn(rows, 4096, device=DEVICE).bfloat16() for rows in (1, 4096))
+    kept, dropped = (recorder.record(lambda: x_MK @ w_KN) for _ in range(2))
+    kept.replay()
+    recorder.wait()
+    true_MN = kept.result.clone()
+    del dropped
+    gc.collect()
+    torch.cuda.empty_cache()
+    others = [torch.full((4 << 20,), float("nan"), device=DEVICE) for _ in range(4)]  # of 16 MiB each
+    kept.replay()
+    recorder.wait()
+    assert torch.equal(kept.result, true_MN)
+    assert all(bool(other.isnan().all()) for other in others)
 
 
 @pytest.mark.gpu

@@ -38,6 +38,7 @@ from tests.launching.conftest import DTYPES, MAX_TOKENS, PROMPTS
 from tests.listeners import Heard
 from tests.scheduling.fortune import GUESSING, STREAMING, any_teller
 
+CACHE = SimpleNamespace(batch=lambda layout: layout, num_pages=1)
 EXPERTS = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)]
 
 
@@ -161,9 +162,7 @@ def test_the_shape_that_has_not_occurred_for_longest_makes_way() -> None:
         made.append(num_sequences)
         return lambda layout: torch.ones(1)
 
-    decoder = RecordedDecoder(
-        lambda batch: torch.zeros(1), SimpleNamespace(batch=lambda layout: layout), make, record_after=1, max_shapes=2
-    )
+    decoder = RecordedDecoder(lambda batch: torch.zeros(1), CACHE, make, record_after=1, max_shapes=2)
 
     def recorded(num_sequences: int) -> bool:
         return bool(decoder(SimpleNamespace(spans=[()] * num_sequences, page_table=[[0]])).item())
@@ -187,9 +186,7 @@ def test_memory_is_planned_for_as_many_recordings_as_there_ever_are() -> None:
         most.append(len(alive))
         return step
 
-    decoder = RecordedDecoder(
-        lambda batch: torch.zeros(1), SimpleNamespace(batch=lambda layout: layout), make, record_after=0
-    )
+    decoder = RecordedDecoder(lambda batch: torch.zeros(1), CACHE, make, record_after=0)
     for num_sequences in range(1, 2 * MAX_SHAPES):
         assert decoder(SimpleNamespace(spans=[()] * num_sequences, page_table=[[0]])).item() == 1
     assert len(alive) == MAX_SHAPES
@@ -209,9 +206,7 @@ def test_shapes_that_cannot_be_recorded_do_not_count() -> None:
         made.append(num_sequences)
         return None if num_sequences > 1 else lambda layout: torch.ones(1)
 
-    decoder = RecordedDecoder(
-        lambda batch: torch.zeros(1), SimpleNamespace(batch=lambda layout: layout), make, record_after=0, max_shapes=1
-    )
+    decoder = RecordedDecoder(lambda batch: torch.zeros(1), CACHE, make, record_after=0, max_shapes=1)
     layouts = [SimpleNamespace(spans=[()] * num_sequences, page_table=[[0]]) for num_sequences in (3, 2, 1, 2, 1)]
     assert [decoder(layout).item() for layout in layouts] == [0, 0, 1, 0, 1] and made == [3, 2, 1]
 
@@ -225,9 +220,7 @@ def test_a_shape_that_memory_is_refused_for_is_tried_once_and_drops_no_other() -
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return lambda layout: torch.ones(1)
 
-    decoder = RecordedDecoder(
-        lambda batch: torch.zeros(1), SimpleNamespace(batch=lambda layout: layout), make, record_after=1, max_shapes=1
-    )
+    decoder = RecordedDecoder(lambda batch: torch.zeros(1), CACHE, make, record_after=1, max_shapes=1)
     layouts = [SimpleNamespace(spans=[()] * num_sequences, page_table=[[0]]) for num_sequences in (1, 1, 2, 2, 2, 2, 1)]
     with pytest.warns(UserWarning, match="out of memory while a decode step of 2 was recorded") as warned:
         assert [decoder(layout).item() for layout in layouts] == [0, 1, 0, 0, 0, 0, 1]
@@ -238,7 +231,7 @@ def test_what_else_goes_wrong_while_a_step_is_recorded_is_raised() -> None:
     def make(num_sequences: int, table_width: int) -> DecodeStep:
         raise RuntimeError("an illegal memory access was encountered")
 
-    decoder = RecordedDecoder(lambda batch: torch.zeros(1), SimpleNamespace(), make, record_after=0)
+    decoder = RecordedDecoder(lambda batch: torch.zeros(1), CACHE, make, record_after=0)
     with pytest.raises(RuntimeError, match="illegal"):
         decoder(SimpleNamespace(spans=[()], page_table=[[0]]))
 

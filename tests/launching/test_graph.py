@@ -110,6 +110,24 @@ def test_the_bits_of_the_model_itself(
     assert device.recorder.num_recordings == sum(min(8, 2 * sequences) <= slots for sequences in (1, 2, 3))
 
 
+FILLS = {"moe_up_fill", "moe_down_fill"}
+
+
+@pytest.mark.parametrize(("policy", "filling"), [("resident", set()), ("lru", FILLS)])
+def test_a_step_fills_slots_only_where_an_expert_can_be_missing(
+    policy: str, filling: set[str], folder: Path, truth: Truth
+) -> None:
+    """By the policy, not by the slots: any other fills slots for all experts step by step."""
+    device = LaggingDevice(seed=5, in_ram=EXPERTS)
+
+    with assembled(
+        folder, policy, 24, device.copies, make_pool=device.pool, make_decoder=device.recorded("graph")
+    ) as engine:
+        assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
+    assert truth.differences(device.logits) == []
+    assert device.recorder.launched & FILLS == filling and "moe_experts" in device.recorder.launched
+
+
 @pytest.mark.parametrize("kind", ["liar", "anything"])
 def test_what_is_copied_between_two_steps_changes_no_bit(kind: str, folder: Path, truth: Truth) -> None:
     device = LaggingDevice(seed=2, in_ram=EXPERTS)

@@ -176,6 +176,14 @@ def test_where_all_experts_have_slots_none_is_given_up() -> None:
     assert len(rig.resident()) == 8 and device.books.fits(num_tokens=100)
 
 
+def test_a_step_that_would_miss_an_expert_where_none_may_be_missing_is_refused() -> None:
+    rig = Rig("resident", layers=2, experts=4, top_k=2, slots=8)
+    device = FakeDevice(rig)
+    rig.scheduler.begin(Phase.DECODE, 1)
+    with pytest.raises(IntegrityError, match="a step may miss 2 experts, of which all were to be in slots"):
+        device.books.lay_targets(1)
+
+
 def test_the_last_layer_to_fill_a_slot_has_it() -> None:
     ids_NBK, slots_NBK = np.array([[[3, 1]], [[2, 0]]]), np.array([[[-1, -1]], [[7, -1]]])
     assert fills([4, 6], ids_NBK, slots_NBK, targets_NX=np.array([[5, 6], [6, 5]])) == [
