@@ -388,11 +388,12 @@ def test_the_command(tmp_path: Path) -> None:
     assert result["timeline"]["status"] == "measured" and "Timeline of a step" in report
 
 
-def test_a_run_that_is_cut_short_says_what_it_left_out(tmp_path: Path) -> None:
+def test_a_run_that_is_cut_short_says_what_it_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "serve.json"
-    command = [sys.executable, str(BENCH / "bench_serve.py"), "--tiny", "--seconds", "0", "--json", str(out)]
-    environment = {"PYTHONPATH": str(BENCH.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-    assert done.returncode == 0 and "skipped: the time was up" in done.stdout
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(sys, "argv", ["bench_serve.py", "--tiny", "--seconds", "0", "--json", str(out)])
+    assert bench_serve.main() == 0 and "skipped: the time was up" in capsys.readouterr().out
     assert {entry["status"] for entry in json.loads(out.read_text())["parts"]} == {"skipped"}
     assert len(bench_serve.all_parts(list(MODELS))) == len(json.loads(out.read_text())["parts"])

@@ -87,6 +87,6 @@ def test_bard_writes_the_same_by_every_kernel(monkeypatch: pytest.MonkeyPatch, t
         with MoEModel.from_pretrained(
             "bard", device="cpu", dtype="float32", expert_slots="25%", cache_dir=tmp_path
         ) as model:
-            written.append(model.generate("To be, or", params).token_ids)
+            written.append(model.generate("To be", params).token_ids)
     assert written[0] == written[1]
     assert len(written[0]) == 3

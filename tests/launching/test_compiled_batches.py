@@ -34,7 +34,7 @@ from duoserve.passes import Decoder, Passes
 from duoserve.service.async_engine import AsyncEngine
 from tests.assembly import assembled
 from tests.checkpoints import save_mixtral
-from tests.compiled_case import needs_compiler, save
+from tests.compiled_case import few_streams, needs_compiler, save
 from tests.fakes import Gate
 from tests.lagging import Truth, write
 from tests.listeners import Heard
@@ -98,7 +98,9 @@ def in_fours(
 
 
 @needs_compiler
-def test_a_batch_has_the_logits_of_the_model_under_every_policy(folder: Path) -> None:
+def test_a_batch_has_the_logits_of_the_model_under_every_policy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if _family(folder) != "mixtral":
+        few_streams(monkeypatch)
     top_k = 2 if folder.name.startswith("mixtral") else FAMILIES[_family(folder)].top_k
     truth = Truth(folder, _num_experts(folder), PROMPTS, MAX_TOKENS)
     found: list[list[Tensor]] = []
