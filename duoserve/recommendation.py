@@ -43,7 +43,7 @@ def save_recommendation(
 ) -> Path:
     """Writes the recommendation beside the model and returns the folder.
 
-    Goes to the cache instead if the model's folder is read-only or the package's own, whose files stay as they were
+    The folder is in the cache if the model's own is read-only, or in the package, whose files stay as they were
     shipped. Raises CheckpointError if there is no cache, TraceError if the recommendation cannot be written.
     """
     about: dict[str, Any] = {
