@@ -33,13 +33,19 @@ def serve(settings: ServerSettings, load: Callable[[], Service], ready: Callable
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; raises ConfigError if there cannot be one."""
+    """A listening socket; raises ConfigError if there cannot be one.
+
+    Its connections send at once, which asyncio sees to only for sockets that were made with a protocol's number: else
+    the end of each answer, and each next event of a stream, would wait for the client to acknowledge what came before.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=512)
+        listening = socket.create_server((host, port), family=family, backlog=512)
     except (OSError, TypeError) as error:  # TypeError: the host is not a name that can be looked up
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"cannot listen on {host} port {port}: {why}; see --host and --port") from error
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
+    return listening
 
 
 def url_of(listening: socket.socket) -> str:

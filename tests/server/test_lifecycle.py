@@ -153,6 +153,14 @@ def test_what_loading_raises_ends_the_server(error, kind, message):
     assert ready == []
 
 
+def test_connections_send_at_once() -> None:
+    """Else the body of an answer waits some 40 ms until the client has acknowledged its head."""
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_a_taken_port_is_refused_before_anything_is_loaded():
     with listen("127.0.0.1", 0) as taken, pytest.raises(ConfigError, match=r"cannot listen on 127.0.0.1 port \d+"):
         serve(settings(port=taken.getsockname()[1]), failing(AssertionError("loaded")), print)
