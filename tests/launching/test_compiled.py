@@ -140,7 +140,7 @@ def test_with_a_compiler_that_fails_all_runs_op_by_op(
     folder = save_mixtral(tmp_path, hidden_size=128, intermediate_size=128, dtype=torch.bfloat16)
     with MoEModel.from_pretrained(folder, quantize=quantize) as model:
         expected = model.generate(PROMPT, GREEDY).token_ids
-    monkeypatch.setattr(inductor, "Code", failing)
+    monkeypatch.setattr(inductor, "InductorCode", failing)
     with (
         pytest.warns(UserWarning, match=r"fails \(Python\.h: no such file\): decode steps run op by op"),
         MoEModel.from_pretrained(folder, quantize=quantize, decode_mode="compiled") as model,
@@ -158,7 +158,7 @@ def test_a_step_that_cannot_be_compiled_later_runs_op_by_op(mixtral: Path, monke
     with MoEModel.from_pretrained(mixtral) as model:
         expected = [out.token_ids for out in model.generate([PROMPT, PROMPT[:3]], GREEDY)]
     with MoEModel.from_pretrained(mixtral, decode_mode="compiled") as model:
-        monkeypatch.setattr(inductor, "Code", failing)
+        monkeypatch.setattr(inductor, "InductorCode", failing)
         with pytest.warns(UserWarning, match="of 4 could not be compiled .No space left on device.: such steps run op"):
             assert [out.token_ids for out in model.generate([PROMPT, PROMPT[:3]], GREEDY)] == expected
         with warnings.catch_warnings():

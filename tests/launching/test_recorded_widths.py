@@ -9,10 +9,11 @@ import torch
 
 from duoserve.experts.layout import ExpertId
 from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache, SequenceKV, pages_for
+from duoserve.launching.launch import DecoderParts
 from duoserve.launching.recorded import ExactShapes
 from duoserve.models.mixtral import parse_config
 from duoserve.passes import Decoder
-from tests.assembly import Parts, assembled
+from tests.assembly import assembled
 from tests.checkpoints import save_mixtral
 from tests.lagging import LaggingDevice, write
 
@@ -25,7 +26,7 @@ def run(folder: Path, mode: str) -> tuple[list[list[list[int]]], LaggingDevice]:
     """What follows each prompt, and the device, which has the logits; mode "" is the model itself."""
     device = LaggingDevice(seed=9, in_ram=EXPERTS)
 
-    def decoder(parts: Parts) -> Decoder:
+    def decoder(parts: DecoderParts) -> Decoder:
         if mode:
             return device.recorded(mode)(parts)
         return device.lagging(lambda new_tokens: parts.model(parts.cache.batch(new_tokens)))
