@@ -11,7 +11,8 @@
 #   sanitize      decode steps under compute-sanitizer                       at most 150 s
 #
 # The parts run in the order in which they are named (`--part PART` does too); without any: tests copy kernels serve.
-# Each file of tests has its own process, since after a fault of the device all else in that process fails.
+# Each file of tests has its own process, since after a fault of the device all else in that process fails; with
+# pytest-xdist and eight cores or more, those that compile the most kernels have up to four.
 # Where a command may take ten minutes, four calls do it: `gpu-tests stress sanitize`, `kernel-tests copy`, `kernels`,
 # `serve`. With --within all parts together end by then: the limits of later ones shrink, the benches measure their first
 # rows alone, and what has no time left is SKIPPED. Two calls give what matters most on a machine that one has for a
@@ -45,6 +46,9 @@ serve_grace=80 # the last cell may begin with a long prompt
 steps=${STRESS_STEPS:-10000}
 # Of the tests in tests/kernels those that run nothing on a GPU.
 cpu_only='machine_code|in_flight|compiled_loops|compiled_ops|decomposed|matmul|reference|tape|token_expert|unpacking|experts_together'
+# Those that compile the most kernels.
+compile_most='moe_gemm|moe_fill|bf12_product|decode_attention'
+cores=${CORES:-$(nproc)}
 unset TRITON_INTERPRET # which a shell may have left: it would put the kernels on the CPU
 
 within=0 # no limit
@@ -124,6 +128,12 @@ if [[ -n $undressed ]]; then
     export PYTHONPATH="$bare:$PYTHONPATH"
     runner=("$python" -P -c 'import duoserve, pytest, sys; sys.exit(pytest.main(sys.argv[1:]))')
 fi
+# What spreads a file's tests over processes, each of which compiles what it needs. The bare package is the first one's.
+each=$((cores / 4 < 4 ? cores / 4 : 4))
+spread=""
+if ((each > 1)) && [[ -z $undressed && -z $(missing xdist) ]]; then
+    spread="-n $each"
+fi
 summary=()
 status=0
 mkdir -p "$out"
@@ -202,22 +212,21 @@ tested() {
 }
 
 # tested_all SECONDS JOBS ARGUMENTS FILE ...: each file with these arguments, so many at a time; of "FILE|WHICH" the tests
-# that `-k WHICH` chooses. One that is alone leaves a third of the time to those behind it. Its status is that of the
-# worst: a failure, then CUT_OFF.
+# that `-k WHICH` chooses, of "FILE|WHICH|MORE" with more arguments. One that is alone leaves a third of the time to those
+# behind it. Its status is that of the worst: a failure, then CUT_OFF.
 tested_all() {
-    local end=$((SECONDS + $1)) jobs=$2 arguments=$3 file which job left worst=0 started=()
-    for file in "${@:4}"; do
+    local end=$((SECONDS + $1)) jobs=$2 arguments=$3 entry file which more job left worst=0 started=()
+    for entry in "${@:4}"; do
+        IFS="|" read -r file which more <<<"$entry"
         while (($(jobs -rp | wc -l) >= jobs)); do sleep 0.1; done
         left=$(((end - SECONDS) * (jobs > 1 ? 3 : 2) / 3))
         if ((left < 1)); then
-            echo "${file%%|*}: no time is left"
+            echo "$file: no time is left"
             worst=$CUT_OFF
             continue
         fi
-        which=()
-        [[ $file != *"|"* ]] || which=(-k "${file#*|}")
         # shellcheck disable=SC2086 # several words
-        tested "$left" "${file%%|*}" $arguments "${which[@]}" &
+        tested "$left" "$file" $arguments $more ${which:+-k "$which"} &
         started+=($!)
     done
     for job in "${started[@]}"; do
@@ -287,7 +296,10 @@ for part in "${parts[@]}"; do
             seconds=$(limit "$tests_seconds")
             echo "== the kernel tests, at most $seconds s"
             # Compiling is most of the time, and the GPU takes them all; what is long comes first.
-            mapfile -t files < <(ls -S tests/kernels/test_*.py | grep -vE "/test_($cpu_only)\.py")
+            mapfile -t files < <(
+                ls -S tests/kernels/test_*.py | grep -E "/test_($compile_most)\.py" | sed "s/\$/||$spread/"
+                ls -S tests/kernels/test_*.py | grep -vE "/test_($compile_most|$cpu_only)\.py"
+            )
             OMP_NUM_THREADS=2 tested_all "$seconds" 8 "" "${files[@]}"
             note "kernel tests" $?
             ;;
@@ -301,11 +313,11 @@ for part in "${parts[@]}"; do
             )
             # The library's before those of the benches.
             mapfile -t -O ${#files[@]} files < <(gpu_files tests --exclude-dir=bench; gpu_files tests/bench)
-            # One after another: they measure memory, and count what the whole device holds. A quarter of the time is
-            # kept from the first two, which may hang.
+            # One after another: they measure memory, and count what the whole device holds, but for decode steps, which
+            # look at their own process. A quarter of the time is kept from the first two, which may hang.
             end=$((SECONDS + seconds))
             tested_all $((seconds * 3 / 4)) 1 "-m gpu" \
-                tests/test_timeline_on_gpu.py "tests/test_decode_on_gpu.py|not stress"
+                tests/test_timeline_on_gpu.py "tests/test_decode_on_gpu.py|not stress|$spread"
             ended=$?
             tested_all $((end - SECONDS)) 1 "-m gpu" "${files[@]}"
             note "GPU tests" "$(worse $ended $?)"

@@ -30,6 +30,7 @@ case "$*" in
             works) echo nvidia-h100 ;;
             fails) exec "$REAL_PYTHON" -c "raise RuntimeError('the driver')" ;;
         esac ;;
+    *find_spec*xdist*) exit "${XDIST:-0}" ;;
     *find_spec*) exit 0 ;;
     *"-m pytest"*)
         [[ $all != *"-k stress"* ]] || printf '%s' "$STRESS_SAYS"
@@ -146,14 +147,48 @@ def test_the_suite_benches_even_when_tests_fail(tmp_path: Path, pytest_status: i
     assert len(list(out.iterdir())) == 7  # what the head of the script promises
 
 
+@NO_GPU
+@pytest.mark.parametrize(
+    ("cores", "xdist", "each"),
+    [("64", "0", "4"), ("16", "0", "4"), ("8", "0", "2"), ("7", "0", None), ("16", "1", None)],
+)
+def test_what_compiles_much_is_spread_over_processes_where_there_are_cores(
+    tmp_path: Path, cores: str, xdist: str, each: str | None
+) -> None:
+    done = suite(tmp_path, "kernel-tests", "gpu-tests", CORES=cores, XDIST=xdist)
+    assert done.returncode == 0, done.stdout + done.stderr
+    commands = re.findall(r"^pytest -m pytest (\S+) (.*)", (tmp_path / "out" / "suite.log").read_text(), re.MULTILINE)
+    spread = {file: found[1] for file, options in commands if (found := re.search(r"-n (\d+) ", options))}
+    assert spread == (dict.fromkeys(compile_most() | {"tests/test_decode_on_gpu.py"}, each) if each else {})
+    assert {file for file, _ in commands} > spread.keys() | compile_most()
+
+
+@NO_GPU
+def test_what_compiles_most_comes_first(tmp_path: Path) -> None:
+    done = suite(tmp_path, "kernel-tests", CORES="16", TESTS_SECONDS="1", PYTEST_HANGS=".")
+    assert done.returncode == 1 and "no time is left" in done.stdout
+    begun = set(re.findall(r"gpu_suite: (\S+) did not finish", (tmp_path / "out" / "suite.log").read_text()))
+    assert len(compile_most()) == 4 and begun > compile_most() and len(begun) == 8
+
+
+def compile_most() -> set[str]:
+    """Those that compile the most kernels."""
+    return named("compile_most")
+
+
 def cpu_only() -> set[str]:
     """The tests of kernels that run nothing on a GPU."""
-    (names,) = re.findall(r"^cpu_only='(.*)'", (ROOT / "bench/gpu_suite.sh").read_text(), re.MULTILINE)
+    return named("cpu_only")
+
+
+def named(which: str) -> set[str]:
+    """The files of tests of kernels that the suite names so."""
+    (names,) = re.findall(rf"^{which}='(.*)'", (ROOT / "bench/gpu_suite.sh").read_text(), re.MULTILINE)
     return {f"tests/kernels/test_{name}.py" for name in names.split("|")}
 
 
-def test_what_is_left_out_is_there() -> None:
-    assert [file for file in cpu_only() if not (ROOT / file).exists()] == []
+def test_what_is_left_out_or_comes_first_is_there() -> None:
+    assert [file for file in cpu_only() | compile_most() if not (ROOT / file).exists()] == []
 
 
 @NO_GPU
