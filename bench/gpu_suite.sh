@@ -12,7 +12,7 @@
 #
 # The parts run in the order in which they are named (`--part PART` does too); without any: tests copy kernels serve.
 # Each file of tests has its own process, since after a fault of the device all else in that process fails; with
-# pytest-xdist and eight cores or more, up to four of its own where compiling kernels is most of the time.
+# pytest-xdist and eight cores or more, those that compile the most kernels have up to four.
 # Where a command may take ten minutes, four calls do it: `gpu-tests stress sanitize`, `kernel-tests copy`, `kernels`,
 # `serve`. With --within all parts together end by then: the limits of later ones shrink, the benches measure their first
 # rows alone, and what has no time left is SKIPPED. Two calls give what matters most on a machine that one has for a
@@ -46,6 +46,8 @@ serve_grace=80 # the last cell may begin with a long prompt
 steps=${STRESS_STEPS:-10000}
 # Of the tests in tests/kernels those that run nothing on a GPU.
 cpu_only='machine_code|in_flight|compiled_loops|compiled_ops|decomposed|matmul|reference|tape|token_expert|unpacking|experts_together'
+# Those that compile the most kernels.
+compile_most='moe_gemm|moe_fill|bf12_product|decode_attention'
 cores=${CORES:-$(nproc)}
 unset TRITON_INTERPRET # which a shell may have left: it would put the kernels on the CPU
 
@@ -294,9 +296,11 @@ for part in "${parts[@]}"; do
             seconds=$(limit "$tests_seconds")
             echo "== the kernel tests, at most $seconds s"
             # Compiling is most of the time, and the GPU takes them all; what is long comes first.
-            longest=tests/kernels/test_moe_gemm.py
-            mapfile -t files < <(ls -S tests/kernels/test_*.py | grep -vE "^$longest|/test_($cpu_only)\.py")
-            OMP_NUM_THREADS=2 tested_all "$seconds" $((${#spread} ? 4 : 8)) "$spread" "$longest" "${files[@]}"
+            mapfile -t files < <(
+                ls -S tests/kernels/test_*.py | grep -E "/test_($compile_most)\.py" | sed "s/\$/||$spread/"
+                ls -S tests/kernels/test_*.py | grep -vE "/test_($compile_most|$cpu_only)\.py"
+            )
+            OMP_NUM_THREADS=2 tested_all "$seconds" 8 "" "${files[@]}"
             note "kernel tests" $?
             ;;
         gpu-tests)
