@@ -1,4 +1,4 @@
-"""Which prompts can be served at all."""
+"""The bounds that a prompt and its answer must keep to."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from duoserve.errors import RequestError
 
 @dataclass(frozen=True)
 class ContextLimits:
-    """What bounds each request: ids below ``vocab_size``, and tokens of prompt and answer together.
+    """Bounds of each request: ids lie below ``vocab_size``, and prompt and answer together have a limited length.
 
-    The model knows ``num_positions`` of them, and the KV cache has ``room`` for so many.
+    The model knows ``num_positions`` positions, and the KV cache has ``room`` for that many tokens.
     """
 
     vocab_size: int
@@ -21,11 +21,11 @@ class ContextLimits:
 
     @property
     def max_context(self) -> int:
-        """Tokens of context that one request may come to need at most."""
+        """The most tokens of prompt and answer that a request may have."""
         return min(self.room, self.num_positions)
 
     def check(self, token_ids: Sequence[int], max_tokens: int) -> None:
-        """RequestError for a prompt that can never be served, or not with an answer of ``max_tokens`` tokens."""
+        """Raises RequestError if a prompt can never be served, or not with an answer of ``max_tokens`` tokens."""
         self._check_ids(token_ids)
         asked = f"{len(token_ids)} prompt tokens and max_tokens={max_tokens} exceed the"
         needed = len(token_ids) + max_tokens

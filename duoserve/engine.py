@@ -34,10 +34,10 @@ from duoserve.roster import Roster
 from duoserve.sampling import token_logprobs
 from duoserve.shared_errors import drop_tracebacks, own_copy
 
-# Of a list of prompts: as many at once as the KV cache holds with all of their answers, in their order.
+# For a list of prompts: as many at once as the KV cache holds with all of their answers, in their order.
 ALL_AT_ONCE = ServiceSettings(max_batch=1 << 30, max_waiting=1 << 30, scheduler="fcfs", answer_room=1 << 30)
 COMPUTING_A_PASS = "a pass was computed"
-PASS_ERRORS = (CopyError, MemoryBudgetError)  # what ends the requests of a pass and no others
+PASS_ERRORS = (CopyError, MemoryBudgetError)  # errors that end the requests of a pass and no others
 log = logging.getLogger("duoserve")
 
 
@@ -45,7 +45,7 @@ class Engine:
     """Runs requests in ``passes``. Not thread-safe: one call at a time.
 
     ``add`` and ``abort`` requests between steps; ``step`` does one unit of work. Until ``serve_by``, requests start in
-    the order of arrival, as many at once as the KV cache holds. ``limits`` are those of each request.
+    the order of arrival, as many at once as the KV cache holds. ``limits`` bound each request.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Engine:
         self._roster = Roster(passes, cache, config.vocab_size, clock)
         self._forward_kv = SequenceKV()
         self._last_was_decode = False
-        self._measured = clock()  # when the last step ended that the costs know of
+        self._measured = clock()  # when the last step ended whose time is in the costs
 
     @property
     def num_waiting(self) -> int:
@@ -87,7 +87,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether there is no work to do."""
         return not (self._roster.waiting or self._roster.decoding or self._passes.prefill)
 
     @property
@@ -96,16 +96,16 @@ class Engine:
         return 1 - self._cache.free_tokens / self._cache.num_tokens
 
     def serve_by(self, settings: ServiceSettings) -> None:
-        """Works by ``settings`` from now on; gets ready for batches of that size first, which may take a while.
+        """Works by ``settings`` from now on. First prepares for batches of that size, which may take a while.
 
-        MemoryBudgetError where memory for that is refused.
+        Raises MemoryBudgetError if memory for that is refused.
         """
         with explained_refusals("decode steps were made ready"):
             self._passes.prepare(settings.max_batch)
         self._batching = Batching(settings, self._costs, self._passes.num_layers)
 
     def add(self, request: Request) -> None:
-        """A request joins. RequestError for what can never be served, OverloadedError for what cannot be now."""
+        """Adds a request. Raises RequestError if it can never be served, OverloadedError if it cannot be served now."""
         self.limits.check(request.prompt_ids, request.params.max_tokens)
         if request.arrived is None:
             request.arrived = self._clock()
@@ -114,15 +114,15 @@ class Engine:
         self._roster.join(request)
 
     def abort(self, request: Request) -> None:
-        """Ends a request, which no step works for any more; does nothing to one that has ended."""
+        """Ends a request: no further step works on it. Does nothing if it has ended."""
         self._roster.abort(request)
 
     def step(self) -> list[Produced]:
-        """One unit of work, and what it came to; nothing where there is nothing to do.
+        """Does one unit of work and returns what it has produced; nothing if there is no work.
 
-        Between two prefills there is a decode step: whatever keeps coming, those who run come to their end.
-        A copy that fails, or memory that is refused, ends the requests of its pass, non-finite logits the one that they
-        are of. Any other error is raised, and leaves the engine for nothing but ``abort``.
+        Between two prefills there is a decode step, so that running requests end however many keep coming. A failed
+        copy, or refused memory, ends the requests of its pass; non-finite logits end their own request. Any other error
+        is raised, and after it only ``abort`` may be called.
         """
         roster = self._roster
         roster.release([one for one in roster.decoding if one.finish_reason])
@@ -176,20 +176,20 @@ class Engine:
             self._meter.end_request()
 
     def check_integrity(self) -> None:
-        """IntegrityError if pages or holds outlive their requests, or the books of the slots disagree."""
+        """Raises IntegrityError if pages or holds outlive their requests, or if the books of the slots disagree."""
         self._roster.check_integrity()
         self._passes.check_integrity()
 
     @property
     def _prefill_has_turn(self) -> bool:
-        """Whether it is a prefill's turn: the last step was a decode step, or nobody decodes."""
+        """Whether it is a prefill's turn: the last step was a decode step, or no request decodes."""
         return self._last_was_decode or not self._roster.decoding
 
     def _load(self) -> Load:
         return self._roster.load(self._batching.settings.answer_room, self._measured)
 
     def _check_overload(self, request: Request) -> None:
-        """OverloadedError where the settings allow no more requests, or this one would miss its objective."""
+        """Raises OverloadedError if the settings allow no more requests, or if this one would miss its objective."""
         settings, asked = self._batching.settings, as_waiting(request, self._batching.settings.answer_room)
         num_new = sum(one.admitted is None for one in self._roster.waiting)
         if num_new >= settings.max_waiting + max(0, settings.max_batch - self.num_started):
@@ -204,14 +204,14 @@ class Engine:
                 raise OverloadedError(f"the request would miss its objective: {refusal.why}", refusal.retry_after_s)
 
     def _end_all(self) -> None:
-        """Ends what this call has begun, and what interrupts have kept an earlier one from ending."""
+        """Ends what this call has begun, and what an interrupted earlier call has left."""
         self._passes.end_all()
         self._cache.release(self._forward_kv)
         for request in self._roster.everyone:
             self._roster.abort(request)
 
     def _start_prefill(self) -> list[Produced]:
-        """Begins a prefill of those of the waiting whose turn it is; gives those for whom that failed."""
+        """Begins a prefill of the waiting requests whose turn it is; returns those that this ended."""
         now = self._clock()
         chosen = self._roster.take(self._batching.start(self._load()), self._batching.settings.answer_room)
         for request in chosen:
@@ -289,7 +289,7 @@ class Engine:
         return Produced(request, token, logprobs)
 
     def _fail(self, requests: Sequence[Request], error: DuoServeError) -> list[Produced]:
-        """``error`` ends these requests, those that had been aborted without a word; it keeps no tensor of the pass."""
+        """Ends these requests with ``error``, which keeps no tensor of the pass; aborted ones get no word of it."""
         log.debug("a pass has failed", exc_info=error)
         drop_tracebacks(error)
         failed = [Produced(request, error=own_copy(error)) for request in requests if request.finish_reason is None]

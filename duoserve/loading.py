@@ -54,13 +54,13 @@ class Runtime:
     _ends: list[Callable[[], None]] = field(default_factory=list)
 
     def before_close(self, end: Callable[[], None]) -> None:
-        """Has ``close`` call ``end`` first, which stops whoever runs the engine on a thread of their own."""
+        """Has ``close`` call ``end`` first, which stops a service that runs the engine on a thread of its own."""
         self._ends.append(end)
 
     def close(self) -> None:
         """Stops the copies, then closes the files, in the reverse order of opening.
 
-        What an ``end`` raises, KeyboardInterrupt for one, leaves all of them open: somebody may be computing.
+        What an ``end`` raises, KeyboardInterrupt for one, leaves all of them open: a step may still be under way.
         """
         for end in self._ends:
             end()

@@ -19,10 +19,10 @@ from duoserve.sampling import Sampler
 
 
 class Roster:
-    """A request on it is among those who are ``waiting`` or ``decoding``, or in the prefill of ``passes``.
+    """Each request on it is ``waiting``, ``decoding``, or in the prefill of ``passes``.
 
-    Each has a sampler, and pages of ``cache`` once it has started. ``num_sent_back``: how often one had to make way in
-    the cache for those that had started before it.
+    It has a sampler, and pages of ``cache`` once it has started. ``num_sent_back`` counts how often a request had to
+    give up its pages to requests that had started before it.
     """
 
     def __init__(self, passes: Passes, cache: PagedKVCache, vocab_size: int, clock: Callable[[], float]) -> None:
@@ -37,22 +37,22 @@ class Roster:
 
     @property
     def started(self) -> list[Request]:
-        """Those that run, and those that are being prefilled."""
+        """The requests that decode, and those that are being prefilled."""
         prefill = self._passes.prefill
         return [*self.decoding, *(() if prefill is None else prefill.requests)]
 
     @property
     def everyone(self) -> list[Request]:
-        """All on it, those too that an interrupt has left neither waiting nor started."""
+        """All requests on it, also those that an interrupt has left neither waiting nor started."""
         return list(self._samplers)
 
     def join(self, request: Request) -> None:
-        """A new request waits."""
+        """Puts a new request behind those that wait."""
         self._samplers[request] = Sampler(request.params, self._vocab_size, request.prompt_ids)
         self.waiting.append(request)
 
     def take(self, places: Sequence[int], answer_room: int) -> list[Request]:
-        """Those of the waiting at ``places``, who are prefilled next: they wait no more, and have pages.
+        """Takes the requests at ``places`` of ``waiting``, which are prefilled next, and gives them pages.
 
         The pages are for ``answer_room`` tokens beyond those that a request has.
         """
@@ -63,7 +63,7 @@ class Roster:
         return chosen
 
     def prefilled(self, requests: Sequence[Request]) -> None:
-        """Their prefill has ended: from now on they run."""
+        """Moves requests whose prefill has ended to ``decoding``."""
         self.decoding += requests
 
     def sample(self, request: Request, logits_V: Tensor) -> int:
@@ -71,7 +71,10 @@ class Roster:
         return self._samplers[request](logits_V)
 
     def make_room(self) -> list[Request]:
-        """Those that run, each with room for its next token. Where that lacks, the last to start make way."""
+        """Reserves room for each decoding request's next token, and returns these requests.
+
+        If the cache is full, the requests that started last are sent back to wait.
+        """
         for request in list(self.decoding):
             while request in self.decoding and request.num_known > request.kv.room + self._cache.free_tokens:
                 self._make_way()
@@ -82,7 +85,7 @@ class Roster:
     def abort(self, request: Request) -> None:
         """Ends a request; does nothing to one that is not on it.
 
-        Its pages are free at once, but for those of a prompt in a pass with others: that pass still writes to them.
+        Its pages are free at once, except if its prompt is in a pass with others, as that pass still writes to them.
         """
         if request not in self._samplers:
             return
@@ -95,25 +98,25 @@ class Roster:
             self.release(prefill.requests)
 
     def release(self, requests: Iterable[Request]) -> None:
-        """Strikes out requests that have ended, and takes what they hold."""
+        """Removes requests that have ended, and frees what they hold."""
         for request in requests:
             self._cache.release(request.kv)
             for those in (self.waiting, self.decoding):
                 if request in those:
                     those.remove(request)
-            del self._samplers[request]  # last: an interrupt leaves nobody who cannot be aborted
+            del self._samplers[request]  # last: an interrupt leaves no request that cannot be aborted
 
     def load(self, answer_room: int, measured: float) -> Load:
-        """All that a choice depends on; whoever waits will start with room for ``answer_room`` tokens beyond its own.
+        """All that decides what to do next; ``measured`` is as in Load.
 
-        ``measured``: as in Load.
+        Waiting requests will start with room for ``answer_room`` tokens more than they have.
         """
         waiting = [as_waiting(request, answer_room) for request in self.waiting]
         return self.started_load(measured)._replace(waiting=waiting)
 
     def started_load(self, measured: float) -> Load:
         """The load without the requests that wait, of which there may be many."""
-        # A page for each that grows: else the next to do so would send a newcomer back.
+        # One page is kept for each request that may grow: else the next one that does would send a newcomer back.
         growing = sum(request.may_grow for request in self.decoding)
         free = self._cache.free_tokens - growing * PAGE_TOKENS
         prefill = self._passes.prefill
@@ -121,7 +124,7 @@ class Roster:
         return Load(self._clock(), (), [*map(as_running, self.decoding)], free, coming, measured)
 
     def check_integrity(self) -> None:
-        """IntegrityError if pages outlive their requests, or not all requests have samplers."""
+        """Raises IntegrityError if pages outlive their requests, or if a request has no sampler."""
         started = self.started
         self._cache.check_integrity([request.kv for request in started])
         known = [*self.waiting, *started]
@@ -129,7 +132,7 @@ class Roster:
             raise IntegrityError(f"{len(known)} requests wait or run, but {len(self._samplers)} have samplers")
 
     def _make_way(self) -> None:
-        """The last to start wait again: those of the prefill that is under way, or else one that runs."""
+        """Sends back the requests of the prefill that is under way, or else the decoding one that started last."""
         prefill = self._passes.prefill
         if prefill is None:
             self._send_back(self.decoding.pop())
@@ -142,10 +145,10 @@ class Roster:
                 self.release([request])
 
     def _send_back(self, request: Request) -> None:
-        """Takes the request's pages: it waits for room again.
+        """Takes the request's pages and lets it wait for room again.
 
-        Its tokens so far are then computed anew by decode steps behind its prompt: one longer prompt would be faster,
-        but would have other bits.
+        Behind its prompt, its tokens so far will be computed anew by decode steps: a longer prompt would be faster, but
+        would have other bits.
         """
         self._cache.release(request.kv)
         self.num_sent_back += 1

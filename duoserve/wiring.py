@@ -1,4 +1,4 @@
-"""The slots of a model and who fills them, put together for whoever makes an engine."""
+"""Puts the slots of a model and their scheduler together."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def make_scheduler(  # noqa: PLR0913, PLR0917
     predictor: Predictor | None = None,
     progress: bool = False,
 ) -> Scheduler:
-    """The scheduler of the slots in ``pool``; where ``policy`` wants all experts resident, they are when it comes.
+    """A scheduler of the slots in ``pool``, which have all experts if ``policy`` wants them resident.
 
-    ``held`` closes it, and ``copies``, whatever fails here. Errors as in Scheduler and its ``load_all``.
+    ``held`` closes it and ``copies``, also if this fails. Errors are those of Scheduler and of its ``load_all``.
     """
     held.enter_context(closing(copies))
     scheduler = held.enter_context(closing(Scheduler(ModelShape.of(config), pool, copies, policy, meter, predictor)))
