@@ -6,6 +6,7 @@ T tokens of the pass, H hidden, I expert intermediate, E experts, K top-k, R = T
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 
@@ -13,6 +14,7 @@ from duoserve.architecture import AttentionConfig, LatentAttentionConfig
 from duoserve.config import ModelConfig
 from duoserve.kernels import QUERY_ROWS
 from duoserve.kernels.experts_together import WIDTH
+from duoserve.kernels.limits import CHUNK_TOKENS, MAX_CHUNKS
 from duoserve.kv_cache import PAGE_TOKENS
 from duoserve.launching.compiled import SIZES
 from duoserve.launching.recorded import MAX_SEQUENCES, MOST_RECORDINGS
@@ -46,7 +48,7 @@ def workspace_bytes(
 
 
 def recorded_bytes(config: ModelConfig, dtype: torch.dtype, num_tokens: int) -> int:
-    """Bytes that recorded decode steps keep: each layer's choice and results in each recording, logits, and tables.
+    """Bytes of recorded decode steps: each layer's choice and results in each recording, logits, tables, and partials.
 
     A step is counted with as many sequences as the context has pages for, up to MAX_SEQUENCES, the most of a graph.
     """
@@ -54,7 +56,20 @@ def recorded_bytes(config: ModelConfig, dtype: torch.dtype, num_tokens: int) -> 
     kept = 3 * config.hidden_size + config.top_k * (config.hidden_size + config.expert_intermediate_size)
     logits = config.vocab_size * (dtype.itemsize + FLOAT_BYTES)
     steps = MOST_RECORDINGS * num_sequences * (num_layers * kept * dtype.itemsize + logits)
-    return steps + config.num_layers * config.num_experts * TABLE_BYTES
+    tables = config.num_layers * config.num_experts * TABLE_BYTES
+    return steps + tables + partial_bytes(config, num_sequences, num_tokens)
+
+
+def partial_bytes(config: ModelConfig, num_sequences: int, table_tokens: int) -> int:
+    """Bytes that decode attention on a GPU takes between its two kernels, if page tables span ``table_tokens`` tokens.
+
+    For each sequence, head and chunk of the context that is a sum of values, a largest score and a sum of weights.
+    Recordings have that in memory of their own, which one layer and one recording after another uses.
+    """
+    attention = config.blocks.attention
+    width = attention.latent_dim if isinstance(attention, LatentAttentionConfig) else attention.head_dim
+    num_chunks = min(MAX_CHUNKS, ceil(table_tokens / CHUNK_TOKENS))
+    return num_sequences * attention.num_heads * num_chunks * (width + 2) * FLOAT_BYTES
 
 
 def compiled_bytes(config: ModelConfig, num_tokens: int) -> int:

@@ -12,12 +12,14 @@ import torch
 from duoserve import MoEModel
 from duoserve.config import EngineConfig, ModelConfig
 from duoserve.errors import MemoryBudgetError
+from duoserve.kernels.attention_gqa import new_partials, plan_chunks
 from duoserve.kernels.matmul import has_native_matmul
 from duoserve.models.mixtral import parse_config
 from duoserve.models.opened import opened
 from duoserve.models.transformer import LOGIT_ROWS
 from duoserve.placement import Placement
-from duoserve.workspace import FIXED_BYTES, PassMemory, workspace_bytes
+from duoserve.planning.model_cards import find_model
+from duoserve.workspace import FIXED_BYTES, PassMemory, partial_bytes, recorded_bytes, workspace_bytes
 from tests.checkpoints import save_mixtral
 from tests.live_bytes import LiveBytes
 from tests.models.cases import FAMILIES
@@ -142,6 +144,15 @@ def test_mixtrals_8k_prompt_on_a_gpu() -> None:
     by_hand = 2 * (16384 * (14336 + 4096) + 5 * 8192 * 4096)
     assert by_hand < memory.peak_bytes < 1.05 * by_hand
     assert workspace_bytes(mixtral_8x7b(), torch.bfloat16, torch.device("cuda"), 8192) > 1_000_000_000
+
+
+@pytest.mark.parametrize("table_tokens", [64, 4096, 20000, 1 << 17])
+def test_what_decode_attention_makes_between_its_kernels_is_planned_for_recordings(table_tokens: int) -> None:
+    deepseek = find_model("deepseek-v3").config
+    for config, heads, width in ((mixtral_8x7b(), 32, 128), (deepseek, 128, 512)):
+        made = new_partials(torch.empty(3, heads, width, device="meta"), plan_chunks(table_tokens, 3).num_chunks)
+        assert partial_bytes(config, 3, table_tokens) == sum(part.nbytes for part in made)
+    assert recorded_bytes(deepseek, torch.bfloat16, 32768) > partial_bytes(deepseek, 64, 32768) > 2_000_000_000
 
 
 @pytest.mark.parametrize(("changes", "dtype"), [({}, torch.float32), ({"sliding_window": 4096}, torch.bfloat16)])

@@ -20,16 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from duoserve.kernels.checks import check_contiguous, check_one_device, check_tensor, require
-from duoserve.kernels.limits import MAX_HEAD_DIM
+from duoserve.kernels.limits import CHUNK_TOKENS, MAX_CHUNKS, MAX_HEAD_DIM
 from duoserve.kernels.numerics import TRITON_DTYPES, interpreting, to_dtype
 
 FLOATS = tuple(TRITON_DTYPES)
 INDICES = (torch.int32, torch.int64)
-# Tokens of a chunk. At 4096 tokens and 8 KV heads one sequence already makes 128 programs; the partial results of 4
-# query heads are 2 KiB beside the 128 KiB of keys and values that a chunk of 128-wide bf16 heads reads.
-CHUNK_TOKENS = 256
-# The merge sees all chunks of a context at once, so longer contexts have longer chunks.
-MAX_CHUNKS = 128
 # Programs beyond this many take several chunks each instead: 30 a multiprocessor of the largest GPUs.
 MAX_PROGRAMS = 4096
 # Query heads of a program: the 16 rows that the tensor cores take at least, and no more heads than most models have for
