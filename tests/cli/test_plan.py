@@ -70,7 +70,7 @@ def test_one_refusal_among_others_is_said_in_its_place(duoserve):
         (
             ["mixtral-8x22b", "--hardware", "rtx3060,rtx4070"],
             1,
-            "17913294336 bytes of GPU memory must be free (16.68 GiB: 3 slots",
+            "17938853376 bytes of GPU memory must be free (16.71 GiB: 3 slots",
         ),
         (["mixtral-8x7b", "--hardware", "abacus"], 1, "hardware 'abacus' is not known"),
         (["mixtral-8x7b", "--hardware", "rtx4090@string"], 1, "link 'string' is not known: use one of pcie3x16"),
