@@ -22,7 +22,7 @@ GREEDY_BELOW = 1e-6  # float32 logits of ordinary size differ by more than this,
 LOWEST_SEED, HIGHEST_SEED = -(2**63), 2**64 - 1  # that torch.Generator takes
 # The lowest and the highest value of each field that may be a fraction.
 RANGES = {"temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "repetition_penalty": (0.01, 100.0)}
-# Tokens that top-p looks at before it sorts the vocabulary: a tenth of the time at 151,936 where they are enough.
+# Tokens that top-p looks at before it sorts the vocabulary (bench/LOG.md has what that is worth).
 LIKELIEST = 1024
 ROUNDING = 1e-9  # no sum of probabilities in float64 is as far as that from another of the same
 

@@ -126,14 +126,20 @@ def test_copy_threads_end_with_a_load_that_fails_behind_them(folder: Path, monke
     assert alive() == 0
 
 
-def test_copy_threads_end_with_a_scheduler_that_has_too_few_slots(folder: Path) -> None:
-    alive = threads_since()
+def test_copies_are_closed_with_a_scheduler_that_has_too_few_slots(folder: Path) -> None:
+    closed = []
+
+    class Noting(ThreadedCopyEngine):
+        def close(self) -> None:
+            closed.append(self)
+            super().close()
+
     with (
         pytest.raises(MemoryBudgetError, match="keeps all 24 experts in slots"),
-        assembled(folder, "resident", 4, ThreadedCopyEngine),
+        assembled(folder, "resident", 4, Noting),
     ):
         pass
-    assert alive() == 0
+    assert len(closed) == 1
 
 
 def test_weights_that_are_not_finite_end_the_request(tmp_path: Path) -> None:
