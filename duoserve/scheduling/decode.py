@@ -6,13 +6,15 @@ from duoserve.scheduling.plan import NO_GUESSES, DecodeFetch, Guesses, LayerPlan
 
 
 def plan_decode(mode: DecodeFetch, view: LayerView, shape: ModelShape, guesses: Guesses = NO_GUESSES) -> LayerPlan:
-    """What to copy, and what to copy ahead of its routing, once a layer of a decode step has been routed."""
+    """What to copy, and what to copy ahead of its routing, once a layer of a decode step has been routed.
+
+    ``guesses`` are those of earlier layers, whose copies have been asked for.
+    """
     if mode is DecodeFetch.NEXT_LAYER:
         ahead = next_layers(view.layer, shape, 1)
         return LayerPlan(view.layer, view.demand(), tuple(view.absent(shape.experts(ahead))), ahead=ahead)
-    if guesses is NO_GUESSES:
-        return LayerPlan(view.layer, view.demand(), overlap=mode is not DecodeFetch.ON_DEMAND)
-    return LayerPlan(view.layer, view.demand(), guesses.copies, ahead=guesses.ahead, spared=guesses.spared)
+    overlap = mode is not DecodeFetch.ON_DEMAND
+    return LayerPlan(view.layer, view.demand(), ahead=guesses.ahead, overlap=overlap, spared=guesses.spared)
 
 
 def next_layers(layer: int, shape: ModelShape, count: int) -> tuple[int, ...]:

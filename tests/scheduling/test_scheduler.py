@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
@@ -13,12 +14,13 @@ from duoserve.experts.slots import SlotPool, SlotState
 from duoserve.experts.streams import Mark
 from duoserve.experts.tickets import Priority
 from duoserve.metrics import Meter
-from duoserve.scheduling.plan import ModelShape
+from duoserve.scheduling.plan import GuessMode, ModelShape
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.scheduler import Scheduler
 from tests.experts.test_lane_marks import Clock, Stepping
 from tests.experts.test_stream_engine import EXPERTS, PartlyInRam
 from tests.fakes import SMALL
+from tests.scheduling.fortune import Teller, certain
 from tests.scheduling.rig import Batch, Rig
 
 ALL = list(range(8))
@@ -123,6 +125,11 @@ class TestOnDemand:
         batches = rig.decode([[1, 2]] * 4, attention_s=0.5, expert_s=0.25)
         assert batches[0] == Batch(2.5, 0, [1, 2]) and len(batches) == 4
         assert rig.stats().overlap_s == 0.0
+
+    def test_with_guesses_too_a_layer_is_computed_when_all_have_come(self) -> None:
+        guessing = replace(get_policy("on-demand"), guesses=GuessMode.TOP_K)
+        rig = Rig(guessing, slots=8, predictor=Teller(lambda layer: certain(8, [6, 7])))
+        assert [batch.experts for batch in rig.decode([[1, 2]] * 4)] == [[1, 2]] * 4
 
     def test_nothing_is_kept(self) -> None:
         rig = Rig("on-demand", slots=32)
