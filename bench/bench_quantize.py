@@ -34,7 +34,7 @@ def pack(quantize: str | None, cache: Path) -> dict[str, Any]:
     """Writes the pack into ``cache``; bytes of an expert, and by how much its weights are off."""
     with opened(MODEL) as model:
         layout = model.layout(model.config.dtype, quantize)
-        store = model.expert_store(model.config.dtype) if quantize is None else model.quantizing_store(quantize)
+        store = model.expert_store(model.config.dtype, quantize)
         write_pack(store, model.experts, pack_path(model.checkpoint, layout, cache), model.checkpoint.fingerprint())
         error = store.weight_error if isinstance(store, QuantizingStore) else None
         name = str(model.config.dtype).removeprefix("torch.")

@@ -27,7 +27,7 @@ CONVERT_SECONDS = 2.0
 def pack(folder: Path, cache: Path, quantize: str | None) -> int:
     """What ``duoserve pack`` does; bytes of the pack, none of which stay in memory."""
     with opened(folder) as model:
-        store = model.expert_store(model.config.dtype) if quantize is None else model.quantizing_store(quantize)
+        store = model.expert_store(model.config.dtype, quantize)
         write_pack(store, model.experts, pack_path(model.checkpoint, store.layout, cache), "of a bench")
         return len(model.experts) * store.layout.slot_bytes
 
@@ -37,7 +37,7 @@ def convert(folder: Path, cache: Path, quantize: str | None) -> int:
     torch.set_num_threads(1)
     nbytes, until = 0, time.perf_counter() + CONVERT_SECONDS
     with opened(folder) as model:
-        store = model.expert_store(model.config.dtype) if quantize is None else model.quantizing_store(quantize)
+        store = model.expert_store(model.config.dtype, quantize)
         largest = max(part.stop - part.start for part in store.parts(model.experts[0]))
         bytes_B = aligned_rows(1, largest)[0]
         for expert in model.experts:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from duoserve.callers import warn_caller
-from duoserve.config import EngineConfig, ModelConfig
+from duoserve.config import EngineConfig
 from duoserve.errors import ConfigError
 from duoserve.experts.budget import FreeMemory, MemoryPlan
 from duoserve.experts.copy_engine import CopyEngine, ThreadedCopyEngine
 from duoserve.experts.cuda_streams import CudaStreams
 from duoserve.experts.device import CPU, free_bytes, resolve_device
 from duoserve.experts.disk_store import DiskStore
-from duoserve.experts.layout import DTYPES
 from duoserve.experts.pack_folder import is_current, is_out_of_reach, pack_path
 from duoserve.experts.packing import write_pack
 from duoserve.experts.rows import DenseMemory
@@ -52,7 +51,7 @@ class Placement:
             raise ConfigError(f"{only_cpu} runs on CPUs only so far: load it with device='cpu'")
         if wanted.invariant:
             _check_invariance(device)
-        return cls(model, device, _dtype(wanted.dtype, model.config), context_of(model.config, wanted.max_context))
+        return cls(model, device, model.dtype(wanted.dtype), context_of(model.config, wanted.max_context))
 
     def plan(self, wanted: EngineConfig, policy: Policy | None) -> MemoryPlan:
         """How memory is divided under ``policy``, or under one that suits it; MemoryBudgetError if it cannot work."""
@@ -84,7 +83,7 @@ class Placement:
         """Where experts wait: the checkpoint itself when each is read but once, else RAM, else the pack on disk."""
         model = self.model
         in_ram = partial(HostStore, progress=sys.stderr.isatty(), pinned=self._on_gpu)
-        source = model.expert_store(self.dtype) if quantize is None else model.quantizing_store(quantize)
+        source = model.expert_store(self.dtype, quantize)
         if plan.read_once:
             return source
         if plan.all_in_ram:
@@ -111,14 +110,6 @@ class Placement:
     @property
     def _on_gpu(self) -> bool:
         return self.device.type == "cuda"
-
-
-def _dtype(name: str, config: ModelConfig) -> torch.dtype:
-    if name == "auto":
-        return config.dtype
-    if name not in DTYPES:
-        raise ConfigError(f"dtype={name!r} is not supported: use 'auto', {', '.join(map(repr, DTYPES))}")
-    return DTYPES[name]
 
 
 def _check_invariance(device: torch.device) -> None:

@@ -48,7 +48,7 @@ def with_decoded_experts(folder: Path, kind: str, out: Path) -> Path:
     shutil.copytree(folder, out)
     tensors = load_file(out / "model.safetensors")
     with opened(folder) as found:
-        store = found.quantizing_store(kind)
+        store = found.expert_store(found.config.dtype, kind)
         for expert in found.experts:
             weights = read(store, expert)
             prefix = f"model.layers.{expert.layer}.block_sparse_moe.experts.{expert.expert}"
@@ -83,7 +83,7 @@ def test_bf12_changes_no_weight_and_nothing_that_is_computed(mode: str, tmp_path
     if wide:  # others are mostly padding
         assert smaller < floats / 2  # float32's
     with opened(folder) as opened_model:
-        stores = opened_model.expert_store(torch.bfloat16), opened_model.quantizing_store("bf12")
+        stores = [opened_model.expert_store(torch.bfloat16, quantize) for quantize in (None, "bf12")]
         for expert in opened_model.experts:
             plain, packed = (read(store, expert) for store in stores)
             for ours, w_ND in ((packed.w13, plain.w13_SNH[0]), (packed.w2, plain.w2_SHI[0])):

@@ -8,7 +8,6 @@ from pathlib import Path
 from duoserve.byte_sizes import format_bytes
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_dtype, add_parser, add_quantize
 from duoserve.errors import ConfigError, RequestError
-from duoserve.experts.layout import DTYPES
 from duoserve.experts.pack_folder import is_packed, pack_path
 from duoserve.experts.pack_format import PackHeader
 from duoserve.experts.packing import write_pack
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _pack(model: OpenedModel, args: argparse.Namespace) -> None:
-    dtype = model.config.dtype if args.dtype == "auto" else DTYPES[args.dtype]
+    dtype = model.dtype(args.dtype)
     layout = model.layout(dtype, args.quantize)
     path, fingerprint = pack_path(model.checkpoint, layout, args.out), model.checkpoint.fingerprint()
     changed_ns = model.checkpoint.changed_ns
@@ -71,7 +70,7 @@ def _pack(model: OpenedModel, args: argparse.Namespace) -> None:
     if is_packed(path, header, changed_ns):
         print(f"already packed: {size}")
         return
-    store = model.expert_store(dtype) if args.quantize is None else model.quantizing_store(args.quantize)
+    store = model.expert_store(dtype, args.quantize)
     if not write_pack(store, model.experts, path, fingerprint, progress=True, changed_ns=changed_ns):
         print(f"already packed: {size}")  # by another process, for which this one has waited
         return

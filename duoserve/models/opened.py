@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from duoserve.config import ModelConfig
-from duoserve.errors import CheckpointError
+from duoserve.errors import CheckpointError, ConfigError
 from duoserve.experts.checkpoint import FLOATS, Checkpoint, is_ignorable
 from duoserve.experts.formats.codes import WeightFormat
 from duoserve.experts.formats.reading import read_dense
 from duoserve.experts.hub import resolve_model
-from duoserve.experts.layout import ExpertId, ExpertLayout
+from duoserve.experts.layout import DTYPES, ExpertId, ExpertLayout
 from duoserve.experts.packing import CheckpointStore
 from duoserve.experts.quantizing import QuantizingStore
 from duoserve.experts.scale_search import OP_BY_OP, Way
+from duoserve.experts.store import ExpertStore
 from duoserve.files.positional import is_there
 from duoserve.files.strict_json import read_object
 from duoserve.kernels.compiled.compiler import can_compile
@@ -63,6 +64,14 @@ class OpenedModel:
         """The number of layers of a pack: all up to the last that has experts."""
         return ModelShape.of(self.config).depth
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of that ``name`` (one of DTYPES), the checkpoint's if it is "auto"; ConfigError for other names."""
+        if name == "auto":
+            return self.config.dtype
+        if name not in DTYPES:
+            raise ConfigError(f"dtype={name!r} is not supported: use 'auto', {', '.join(map(repr, DTYPES))}")
+        return DTYPES[name]
+
     def layout(self, dtype: torch.dtype, quantize: str | None = None) -> ExpertLayout:
         """The row of bytes of one expert: quantized to ``quantize`` (one of QUANTIZE), or as the checkpoint has it.
 
@@ -77,16 +86,15 @@ class OpenedModel:
         """The bytes that everything but the routed experts takes in ``dtype``."""
         return self.family.dense_bytes(self.config, dtype)
 
-    def expert_store(self, dtype: torch.dtype) -> CheckpointStore:
-        """A store that reads the routed experts from the checkpoint, and packs each as it is read."""
+    def expert_store(self, dtype: torch.dtype, quantize: str | None = None) -> ExpertStore:
+        """A store that reads the routed experts from the checkpoint, and makes the row of ``layout`` of each."""
+        if quantize is not None:
+            return self._quantizing_store(quantize)
         pieces = partial(self.family.expert_pieces, self.config)
         return CheckpointStore(self.checkpoint, self.layout(dtype), pieces, weight_format(self.config))
 
-    def quantizing_store(self, kind: str) -> QuantizingStore:
-        """A store that quantizes each expert to ``kind`` (one of QUANTIZE) as it is read; the checkpoint has floats.
-
-        It uses compiled loops if there is a C++ compiler, and if there are enough experts to be worth its seconds.
-        """
+    def _quantizing_store(self, kind: str) -> QuantizingStore:
+        """Its loops are compiled if there is a C++ compiler, and if there are enough experts to be worth that."""
         source = self.expert_store(self.config.dtype)
         compiles = can_compile() and len(self.experts) * source.layout.slot_bytes >= WORTH_COMPILING
         return QuantizingStore(source, quantized_by_us(self.config, kind), Way.compiled() if compiles else OP_BY_OP)
