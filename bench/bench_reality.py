@@ -30,7 +30,7 @@ from duoserve.config import EngineConfig
 from duoserve.predictors.training import train
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import get_policy
-from duoserve.text.tokenizer import Text
+from duoserve.text.tokenizer import Tokenizer
 from duoserve.traces.trace import Trace
 from duoserve.tracing import RecordingSpec, record
 from harness import result_file, write_result
@@ -77,9 +77,9 @@ def prompts_of(model: str, count: int, length: int) -> list[list[int]]:
         random = torch.Generator().manual_seed(0)
         vocab = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
         return torch.randint(3, vocab, (count, length), generator=random).tolist()
-    text = Text.load(REPOSITORY / "duoserve" / "assets" / "bard")
-    assert text is not None
-    ids = text.encode(PLAY.read_text())
+    tokenizer = Tokenizer.load(REPOSITORY / "duoserve" / "assets" / "bard")
+    assert tokenizer is not None
+    ids = tokenizer.encode(PLAY.read_text())
     stride = (len(ids) - length) // count
     return [ids[start : start + length] for start in range(0, count * stride, stride)]
 

@@ -34,7 +34,7 @@ from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import RoutingListener, audience
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.text.chat_template import ChatTemplate
-from duoserve.text.tokenizer import Text
+from duoserve.text.tokenizer import Tokenizer
 from duoserve.torch_modes import as_in_new_thread
 from duoserve.wiring import make_scheduler
 
@@ -46,7 +46,7 @@ class Runtime:
     config: ModelConfig
     plan: MemoryPlan
     policy: Policy
-    text: Text | None
+    tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
     engine: Engine
     meter: Meter
@@ -86,7 +86,7 @@ def load(  # noqa: PLR0913
     named = named_policy(policy)
     with as_in_new_thread(), ExitStack() as held:
         found = held.enter_context(opened(model))
-        text, template = Text.load(found.checkpoint.folder), ChatTemplate.load(found.checkpoint.folder)
+        tokenizer, template = Tokenizer.load(found.checkpoint.folder), ChatTemplate.load(found.checkpoint.folder)
         if template is not None:
             held.callback(template.close)
         place = Placement.of(found, wanted)
@@ -103,7 +103,7 @@ def load(  # noqa: PLR0913
             config=found.config,
             plan=decision.plan,
             policy=decision.policy,
-            text=text,
+            tokenizer=tokenizer,
             chat_template=template,
             engine=engine,
             meter=meter,

@@ -27,7 +27,7 @@ from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.text.chat_template import ChatTemplate
 from duoserve.text.prompts import Prompt, as_token_ids, encode, is_one
-from duoserve.text.tokenizer import Text
+from duoserve.text.tokenizer import Tokenizer
 from duoserve.text.writer import Writer
 from duoserve.turns import Turns
 
@@ -144,9 +144,9 @@ class MoEModel:
         return self._runtime.plan
 
     @property
-    def text(self) -> Text | None:
+    def tokenizer(self) -> Tokenizer | None:
         """The checkpoint's tokenizer, None if it has none."""
-        return self._runtime.text
+        return self._runtime.tokenizer
 
     @property
     def max_context(self) -> int:
@@ -193,8 +193,8 @@ class MoEModel:
         single = is_one(prompt)
         prompts: Sequence[Any] = [prompt] if single else prompt
         params = _with_changes(params, changes)
-        text = self._runtime.text
-        writers = {Request(self.encode(one), params): Writer(text, params.stop) for one in prompts}
+        tokenizer = self._runtime.tokenizer
+        writers = {Request(self.encode(one), params): Writer(tokenizer, params.stop) for one in prompts}
         if not writers:
             return []
         stats = _exhaust(self._pieces(writers))
@@ -209,10 +209,10 @@ class MoEModel:
         The finished Completion is the generator's return value (``StopIteration.value``).
         """
         params = _with_changes(params, changes)
-        if self._runtime.text is None:
+        if self._runtime.tokenizer is None:
             raise RequestError("stream() yields text, but this checkpoint has no tokenizer.json: use generate()")
         request = Request(self.encode(prompt), params)
-        return self._stream(request, Writer(self._runtime.text, params.stop))
+        return self._stream(request, Writer(self._runtime.tokenizer, params.stop))
 
     def _stream(self, request: Request, writer: Writer) -> Generator[str, None, Completion]:
         stats = yield from self._pieces({request: writer})
@@ -225,7 +225,7 @@ class MoEModel:
 
         Raises RequestError for text that cannot be encoded, or if there is no tokenizer.
         """
-        return encode(self._runtime.text, prompt)
+        return encode(self._runtime.tokenizer, prompt)
 
     def forward(self, token_ids: Sequence[int]) -> Tensor:
         """One prefill: float32 logits [T, V] of every position."""

@@ -65,7 +65,7 @@ def record(  # noqa: PLR0913
         closing(TraceWriter(recording.out, meta)) as writer,
         closing(load(model, wanted, policy, None, recorder)) as runtime,
     ):
-        encoded = [encode(runtime.text, prompt) for prompt in prompts]
+        encoded = [encode(runtime.tokenizer, prompt) for prompt in prompts]
         _check(runtime, encoded, recording.params.max_tokens)
         done = _check_done(recording.out, encoded) if recording.resume else 0
         numbered = list(enumerate(encoded))[done:]

@@ -15,7 +15,7 @@ import torch
 from duoserve import MoEModel, SamplingParams
 from duoserve.config import EngineConfig
 from duoserve.experts.hub import EMBEDDED, EMBEDDED_FOLDER
-from duoserve.text.tokenizer import Text
+from duoserve.text.tokenizer import Tokenizer
 from duoserve.tracing import RecordingSpec, record
 
 # A scene that no embedded model was trained on.
@@ -81,9 +81,9 @@ def test_it_writes_lines_of_a_play(model: MoEModel) -> None:
 
 
 def test_it_is_as_good_as_its_card_says(model: MoEModel, folder: Path) -> None:
-    text = Text.load(folder)
-    assert text is not None
-    measured = bits_per_byte(model, [0, *text.encode(SCENE), 1], len(SCENE.encode()))
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer is not None
+    measured = bits_per_byte(model, [0, *tokenizer.encode(SCENE), 1], len(SCENE.encode()))
     assert measured == pytest.approx(card(folder, r"of the scene in `tests/macbeth\.txt`: (\d\.\d+)")[0], abs=0.01)
     assert max(card(folder, r"Macbeth (\d\.\d+), Twelfth Night (\d\.\d+)")) <= 2.1
 

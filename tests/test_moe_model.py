@@ -32,7 +32,7 @@ from duoserve import (
 from duoserve.config import Phase
 from duoserve.errors import TraceError
 from duoserve.request import Request
-from duoserve.text.tokenizer import Text
+from duoserve.text.tokenizer import Tokenizer
 from tests.checkpoints import BARD, save_mixtral
 from tests.live_threads import threads_since
 from tests.small_tokenizers import byte_level_tokenizer
@@ -127,7 +127,7 @@ def test_an_end_token_is_no_text_though_the_tokenizer_does_not_call_it_special(t
     with MoEModel.from_pretrained(folder) as model:
         done = model.generate(PROMPT, GREEDY, ignore_eos=False)
         assert (done.token_ids, done.finish_reason) == (free.token_ids[:4], "stop")
-        assert model.text is not None and done.text == model.text.decode(free.token_ids[:3])
+        assert model.tokenizer is not None and done.text == model.tokenizer.decode(free.token_ids[:3])
         assert "".join(model.stream(PROMPT, GREEDY, ignore_eos=False)) == done.text
         assert model.generate(PROMPT, GREEDY).text == free.text  # one that is ignored is text
 
@@ -389,8 +389,8 @@ Signifying nothing.
 
 def test_bard_predicts_a_play_it_has_not_seen(bard: MoEModel) -> None:
     """In bits per byte: 8 knows nothing, about 4.5 only how frequent letters are, bard about 2 over whole plays."""
-    text = Text.load(BARD)
-    assert text is not None
-    ids = torch.tensor([0, *text.encode(HELD_OUT)])
+    tokenizer = Tokenizer.load(BARD)
+    assert tokenizer is not None
+    ids = torch.tensor([0, *tokenizer.encode(HELD_OUT)])
     nats = torch.nn.functional.cross_entropy(bard.forward(ids.tolist())[:-1], ids[1:], reduction="sum").item()
     assert nats / math.log(2) / len(HELD_OUT.encode()) < 2.5

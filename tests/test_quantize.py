@@ -20,7 +20,7 @@ from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertWeights
 from duoserve.models.opened import opened
 from duoserve.perplexity import OVERLAP, WINDOW, score
-from duoserve.text.tokenizer import Text
+from duoserve.text.tokenizer import Tokenizer
 from tests.checkpoints import BARD, reference_greedy, reference_logits, save_mixtral
 from tests.compiled_case import needs_compiler
 from tests.models.cases.quantized import CASES
@@ -140,9 +140,9 @@ LIMITS = {"int8": (1.002, 1.95), "int4": (1.02, 3.5)}  # bf12, which changes not
 @pytest.mark.parametrize("kind", LIMITS)
 def test_bard_foretells_a_play_nearly_as_well_as_before(kind: str) -> None:
     """Bits per byte against bfloat16's, and how much smaller an expert is, padding included."""
-    text = Text.load(BARD)
-    assert text is not None
-    ids = [0, *text.encode(HELD_OUT)]
+    tokenizer = Tokenizer.load(BARD)
+    assert tokenizer is not None
+    ids = [0, *tokenizer.encode(HELD_OUT)]
     found = []
     for quantize in (None, kind):
         with MoEModel.from_pretrained("bard", quantize=quantize) as model:

@@ -83,15 +83,15 @@ def _line() -> str:
 
 def _answer(model: MoEModel, messages: list[dict[str, str]], params: SamplingParams, fills_context: bool) -> str:
     """Streams the answer and returns the part that was said. The template writes special tokens itself."""
-    assert model.chat_template is not None and model.text is not None
-    prompt_ids = model.text.encode(model.chat_template.render(messages), add_special=False)
+    assert model.chat_template is not None and model.tokenizer is not None
+    prompt_ids = model.tokenizer.encode(model.chat_template.render(messages), add_special=False)
     if fills_context:  # if a prompt leaves no room, the model's own error says so
         params = replace(params, max_tokens=max(1, model.max_context - len(prompt_ids)))
     done = _shown(model.stream(prompt_ids, params))
     if done.finish_reason == "length":
         limit = f"the context is full (raise --max-context, or {RESET})" if fills_context else "raise --max-tokens"
         print(f"duoserve: the answer was cut off after {len(done.token_ids)} tokens: {limit}", file=sys.stderr)
-    return said(model.text, done.text or "", done.token_ids)
+    return said(model.tokenizer, done.text or "", done.token_ids)
 
 
 def _shown(pieces: Generator[str, None, Completion]) -> Completion:

@@ -15,7 +15,7 @@ from duoserve.experts.quantizing import QuantizingStore
 from duoserve.models.opened import OpenedModel, opened
 from duoserve.moe_model import MoEModel
 from duoserve.perplexity import WINDOW, TextScore, check_length, score
-from duoserve.text.tokenizer import Text
+from duoserve.text.tokenizer import Tokenizer
 
 EXAMPLES = """\
   duoserve pack bard
@@ -93,7 +93,7 @@ def _text(path: Path) -> str:
 
 def _token_ids(model: OpenedModel, text: str) -> list[int]:
     """The text's tokens behind the token that begins a text; raises RequestError if there are fewer than two."""
-    tokenizer = Text.load(model.checkpoint.folder)
+    tokenizer = Tokenizer.load(model.checkpoint.folder)
     if tokenizer is None:
         raise RequestError(f"--text: {model.checkpoint.folder} has no tokenizer.json")
     ids, first = tokenizer.encode(text), model.config.bos_token_id

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from duoserve.interface import Piece, TokenLogprobs
 from duoserve.server.token_text import TokenText
 from duoserve.text.channels import Channels
-from duoserve.text.tokenizer import Text
+from duoserve.text.tokenizer import Tokenizer
 
 LOWEST = -9999.0  # JSON has no minus infinity
 
@@ -165,7 +165,7 @@ class Completions:
 class Chat:
     """The dialect of ``/v1/chat/completions``, for a model with this tokenizer."""
 
-    text: Text
+    tokenizer: Tokenizer
     whole_object: str = "chat.completion"
     chunk_object: str = "chat.completion.chunk"
     id_prefix: str = "chatcmpl"
@@ -173,7 +173,7 @@ class Chat:
 
     def writer(self, index: int, tokens: TokenText | None, prompt_ids: Sequence[int]) -> ChoiceWriter:
         """A writer of choice ``index``."""
-        return ChatWriter(index, tokens, Channels(self.text))
+        return ChatWriter(index, tokens, Channels(self.tokenizer))
 
 
 def new_head(dialect: Dialect, model: str) -> Head:

@@ -7,7 +7,7 @@ from typing import Any, Protocol, Self
 
 from duoserve.interface import Objectives, Piece, ServiceFigures, State, Times
 from duoserve.sampling import SamplingParams
-from duoserve.text.tokenizer import Text
+from duoserve.text.tokenizer import Tokenizer
 
 
 class Template(Protocol):
@@ -25,7 +25,7 @@ class Model(Protocol):
     """The properties of a model; nothing here runs it."""
 
     @property
-    def text(self) -> Text | None:
+    def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, None if the checkpoint has none."""
         ...
 

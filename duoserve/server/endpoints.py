@@ -75,8 +75,8 @@ class Endpoints:
         self._check_model(asked.model)
         _check_room(asked, 1, service.capacity)
         prompt_ids = await self._preparing.render(service.model, messages)
-        assert service.model.text is not None  # there is a prompt, so there is a tokenizer
-        return await self._answered(request, service, Chat(service.model.text), asked, [prompt_ids])
+        assert service.model.tokenizer is not None  # there is a prompt, so there is a tokenizer
+        return await self._answered(request, service, Chat(service.model.tokenizer), asked, [prompt_ids])
 
     async def tokenize(self, request: Request) -> Response:
         """The token ids of a text, as vLLM gives them."""
@@ -119,7 +119,7 @@ class Endpoints:
     def _token_text(self, model: Model) -> TokenText:
         """One TokenText for all answers, as it keeps what it has made."""
         if self._tokens is None:
-            self._tokens = TokenText(model.text)
+            self._tokens = TokenText(model.tokenizer)
         return self._tokens
 
     def _check_model(self, name: str | None) -> None:

@@ -29,17 +29,17 @@ class Preparing:
         """The token ids of a completion's prompt."""
         if not isinstance(prompt, str):
             return prompt
-        if model.text is None:
+        if model.tokenizer is None:
             raise bad("prompt", "the prompt is text, but this model has no tokenizer: give token ids")
-        return await self._bounded("prompt", model.text.encode, prompt)
+        return await self._bounded("prompt", model.tokenizer.encode, prompt)
 
     async def render(self, model: Model, messages: Sequence[dict[str, Any]]) -> list[int]:
         """The token ids of a conversation; the template has written the special tokens itself."""
-        text, template = model.text, model.chat_template
-        if template is None or text is None:
+        tokenizer, template = model.tokenizer, model.chat_template
+        if template is None or tokenizer is None:
             lacks = "chat template" if template is None else "tokenizer"
             raise bad("messages", f"this model has no {lacks}: ask /v1/completions")
-        return await self._bounded("messages", lambda: text.encode(template.render(messages), add_special=False))
+        return await self._bounded("messages", lambda: tokenizer.encode(template.render(messages), add_special=False))
 
     async def _bounded(self, param: str, work: Callable[..., Result], *args: Any) -> Result:
         loop, begun = asyncio.get_running_loop(), asyncio.Event()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from duoserve.text.tokenizer import WORD, IncrementalDecoder, Text
+from duoserve.text.tokenizer import WORD, IncrementalDecoder, Tokenizer
 
 
 class TokenText:
@@ -13,8 +13,8 @@ class TokenText:
     It keeps what it has made: answers have many tokens, but few different ones.
     """
 
-    def __init__(self, text: Text | None) -> None:
-        self._text = text
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
         self._data: dict[int, bytes] = {}
         self._labels: dict[int, str] = {}
 
@@ -37,15 +37,15 @@ class TokenText:
 
     def offsets(self, behind: Sequence[int] = ()) -> Offsets:
         """Offsets of one answer's tokens; its text goes on from that of the tokens ``behind``."""
-        return Offsets(self._text, behind)
+        return Offsets(self._tokenizer, behind)
 
     def _make_data(self, token_id: int) -> bytes:
-        if self._text is None or (token := self._text.token(token_id)) is None:
+        if self._tokenizer is None or (token := self._tokenizer.token(token_id)) is None:
             return b""
-        data = self._text.token_bytes(token)
+        data = self._tokenizer.token_bytes(token)
         if data is not None:
             return data
-        join = self._text.join
+        join = self._tokenizer.join
         return join([WORD, token]).removeprefix(join([WORD])).encode(errors="replace")
 
     def _make_label(self, token_id: int) -> str:
@@ -61,8 +61,8 @@ class TokenText:
 class Offsets:
     """Where the tokens of one answer begin in its text, in characters; always 0 without a tokenizer."""
 
-    def __init__(self, text: Text | None, behind: Sequence[int]) -> None:
-        self._decoder = None if text is None else IncrementalDecoder(text, behind)
+    def __init__(self, tokenizer: Tokenizer | None, behind: Sequence[int]) -> None:
+        self._decoder = None if tokenizer is None else IncrementalDecoder(tokenizer, behind)
         self._end = 0
 
     def next(self, token_id: int) -> int:

@@ -31,7 +31,7 @@ class AsyncEngine:
         self._model = model
         self._settings = settings
         with model.lend() as runtime:
-            self._text = runtime.text
+            self._tokenizer = runtime.tokenizer
             self._worker = Worker(runtime, settings)
         self._closing: Future[None] | None = None
         self._close_lock = threading.Lock()
@@ -87,7 +87,7 @@ class AsyncEngine:
         request = Request(prompt_ids, params, num_logprobs=logprobs, arrived=arrived)
         request.objectives = (objectives or Objectives()).or_else(self.objectives)
         stream = Stream(request, self._worker.cancel)
-        task = Task(Writer(self._text, params.stop, prompt_ids if goes_on else ()), stream)
+        task = Task(Writer(self._tokenizer, params.stop, prompt_ids if goes_on else ()), stream)
         try:
             await asyncio.wrap_future(self._worker.submit(request, task))
         except asyncio.CancelledError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from duoserve.text.tokenizer import Text
+from duoserve.text.tokenizer import Tokenizer
 
 START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
 FINAL = "final"
@@ -21,10 +21,10 @@ class Channels:
     names the role and the channel.
     """
 
-    def __init__(self, text: Text) -> None:
-        self._text = text
-        self._channel, self._message = text.special_id(CHANNEL), text.special_id(MESSAGE)
-        self._ends = (text.special_id(END), text.special_id(START))
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._channel, self._message = tokenizer.special_id(CHANNEL), tokenizer.special_id(MESSAGE)
+        self._ends = (tokenizer.special_id(END), tokenizer.special_id(START))
         self._name: list[int] | None = None  # the channel's name so far, in tokens; None before the first header
         self.said = True
         self.in_header = False
@@ -45,16 +45,16 @@ class Channels:
             self.said, self.in_header, self._name = False, True, []
         elif self._name is not None and self.in_header:
             if token_id == self._message:
-                self.said, self.in_header = self._text.decode(self._name).split()[:1] == [FINAL], False
+                self.said, self.in_header = self._tokenizer.decode(self._name).split()[:1] == [FINAL], False
             else:
                 self._name.append(token_id)
 
 
-def said(text: Text, written: str, token_ids: Sequence[int]) -> str:
+def said(tokenizer: Tokenizer, written: str, token_ids: Sequence[int]) -> str:
     """The part of an answer's text that is said: all behind the last token that is not.
 
     ``written`` is the text of all ``token_ids``.
     """
-    channels = Channels(text)
+    channels = Channels(tokenizer)
     unsaid = max((place for place, token_id in enumerate(token_ids, 1) if not channels.push([token_id])), default=0)
-    return written[len(text.decode(token_ids[:unsaid])) :]
+    return written[len(tokenizer.decode(token_ids[:unsaid])) :]

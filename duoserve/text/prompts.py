@@ -9,21 +9,21 @@ from operator import index
 from typing import Any
 
 from duoserve.errors import RequestError
-from duoserve.text.tokenizer import Text
+from duoserve.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 
 
-def encode(text: Text | None, prompt: Prompt) -> list[int]:
+def encode(tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
     """The token ids of ``prompt``, by the checkpoint's tokenizer if it is text.
 
     Raises RequestError for what is not a prompt, for text that cannot be encoded, and for text without a tokenizer.
     """
     if not isinstance(prompt, str):
         return as_token_ids(prompt)
-    if text is None:
+    if tokenizer is None:
         raise RequestError("the prompt is text, but this checkpoint has no tokenizer.json: give token ids")
-    return text.encode(prompt)
+    return tokenizer.encode(prompt)
 
 
 def is_one(prompt: Any) -> bool:

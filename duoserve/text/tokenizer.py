@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from duoserve.errors import CheckpointError, DuoServeError, RequestError
@@ -33,10 +33,10 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_OF = _byte_alphabet()
 
 
-class Text:
+class Tokenizer:
     """A checkpoint's tokenizer. ``decode`` gives to the character what :class:`IncrementalDecoder` streams."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         tokenizer.no_truncation()  # a tokenizer.json may still have truncation or padding from training
         tokenizer.no_padding()
         self._tokenizer = tokenizer
@@ -49,7 +49,7 @@ class Text:
         self._join: Callable[[list[str]], str] = " ".join if decoder is None else decoder.decode
 
     @classmethod
-    def load(cls, folder: Path) -> Text | None:
+    def load(cls, folder: Path) -> Tokenizer | None:
         """The tokenizer in ``folder/tokenizer.json``, None if there is none; raises CheckpointError if it is broken.
 
         If it adds no special tokens by itself, those that ``tokenizer_config.json`` names are added.
@@ -59,7 +59,7 @@ class Text:
             return None
         config = read_tokenizer_config(folder)
         with _guarded(CheckpointError, f"{path} is not a tokenizer that can be used: download it again"):
-            return cls(_completed(Tokenizer.from_file(str(path)), config))
+            return cls(_completed(tokenizers.Tokenizer.from_file(str(path)), config))
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """The token ids of ``text``, with the special tokens that the post-processor adds if ``add_special``.
@@ -112,21 +112,21 @@ class IncrementalDecoder:
     byte tokens such as ``<0xE2>`` if any of it is invalid, which a stream cannot know in advance.
 
     The text goes on from that of the token ids ``behind``, and so keeps the space before its first word. If none of
-    them has text, it begins anew, as in ``Text.decode``.
+    them has text, it begins anew, as in ``Tokenizer.decode``.
     """
 
-    def __init__(self, text: Text, behind: Sequence[int] = ()) -> None:
-        self._text = text
+    def __init__(self, tokenizer: Tokenizer, behind: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         # The last token with text, if any: whether a token keeps the space at its start depends on there being one.
-        self._before = _last_written(text, behind)
+        self._before = _last_written(tokenizer, behind)
 
     def push(self, token_id: int) -> str:
         """The text that became certain with ``token_id``; may be empty."""
-        token = self._text.token(token_id)
+        token = self._tokenizer.token(token_id)
         if not token:
             return ""
-        data = self._text.token_bytes(token)
+        data = self._tokenizer.token_bytes(token)
         return self.flush() + self._write(token) if data is None else self._write(self._utf8.decode(data))
 
     def flush(self) -> str:
@@ -134,9 +134,9 @@ class IncrementalDecoder:
         return self._write(self._utf8.decode(b"", True))
 
     def _write(self, token: str) -> str:
-        if self._text.byte_level or not token:
+        if self._tokenizer.byte_level or not token:
             return token
-        piece = self._text.join([*self._before, token])[len(self._text.join(self._before)) :]
+        piece = self._tokenizer.join([*self._before, token])[len(self._tokenizer.join(self._before)) :]
         self._before = [token]
         return piece
 
@@ -172,7 +172,7 @@ class StopStrings:
         return held
 
 
-def _completed(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
+def _completed(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """The tokenizer, which adds the tokens that ``config`` names at both ends of a text, if it adds none by itself.
 
     DeepSeek's tokenizers need it. Transformers 4 applied these flags too; version 5 does not if there is a
@@ -190,12 +190,12 @@ def _completed(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _last_written(text: Text, token_ids: Sequence[int]) -> list[str]:
+def _last_written(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str]:
     """A list of the last of ``token_ids`` that has text; ``WORD`` stands for one that may be a part of a character."""
-    token = next(filter(None, map(text.token, reversed(token_ids[-LOOKED_BACK:]))), None)
+    token = next(filter(None, map(tokenizer.token, reversed(token_ids[-LOOKED_BACK:]))), None)
     if token is None:
         return []
-    return [token if text.token_bytes(token) is None else WORD]
+    return [token if tokenizer.token_bytes(token) is None else WORD]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from duoserve.errors import RequestError
 from duoserve.request import Request
 from duoserve.text.channels import Channels
-from duoserve.text.tokenizer import IncrementalDecoder, StopStrings, Text
+from duoserve.text.tokenizer import IncrementalDecoder, StopStrings, Tokenizer
 
 
 class Writer:
@@ -18,12 +18,12 @@ class Writer:
     keeps the space before its first word.
     """
 
-    def __init__(self, text: Text | None, stop: Sequence[str], behind: Sequence[int] = ()) -> None:
-        self._decoder = None if text is None else IncrementalDecoder(text, behind)
-        self._channels = None if text is None else Channels(text)
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str], behind: Sequence[int] = ()) -> None:
+        self._decoder = None if tokenizer is None else IncrementalDecoder(tokenizer, behind)
+        self._channels = None if tokenizer is None else Channels(tokenizer)
         self._stop = StopStrings(stop)
         self._pieces: list[str] = []
-        if stop and text is None:
+        if stop and tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
 
     def push(self, request: Request, token: int) -> str:

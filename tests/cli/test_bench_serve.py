@@ -121,7 +121,7 @@ def test_chats_are_asked_for_where_a_server_has_nothing_else(duoserve, served): 
     assert ran.code == 0, ran.err
     [trial] = json.loads(ran.out)["trials"]
     assert (trial["failed"], trial["requests"]) == (0, 2) and trial["tokens_per_s"] > 0
-    said = [server.service.model.text.decode(asked["prompt"]) for asked in server.service.asked]
+    said = [server.service.model.tokenizer.decode(asked["prompt"]) for asked in server.service.asked]
     assert all(one.startswith("<user>") for one in said)
     assert all(asked["params"].ignore_eos for asked in server.service.asked)
 

@@ -8,7 +8,7 @@ import pytest
 
 from duoserve.moe_model import MoEModel
 from duoserve.sampling import Sampler, SamplingParams
-from duoserve.text.tokenizer import Text
+from duoserve.text.tokenizer import Tokenizer
 from tests.checkpoints import save_mixtral
 from tests.small_tokenizers import channel_tokenizer
 
@@ -58,7 +58,7 @@ def test_an_answer_may_fill_the_context_and_it_is_said_that_it_was_cut(duoserve,
     """More than the 64 tokens that others get; of --max-tokens, no more than those."""
     say(monkeypatch, "hi")
     with MoEModel.from_pretrained(chat_folder, max_context=128, cache_dir=tmp_path) as model:
-        prompt = model.text.encode("[user] hi\n[assistant] ", add_special=False)
+        prompt = model.tokenizer.encode("[user] hi\n[assistant] ", add_special=False)
         whole = model.generate(prompt, max_tokens=128 - len(prompt), temperature=0.0)
     assert whole.finish_reason == "length" and len(whole.token_ids) > 64
     ran = duoserve("chat", chat_folder, "--temperature", "0", "--expert-slots", "25%", "--max-context", "128")
@@ -88,14 +88,14 @@ def test_thoughts_of_an_answer_are_shown_but_not_in_the_next_prompt(duoserve, tm
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     thought, final = "<|channel|>analysis<|message|>ok?<|end|><|start|>assistant", "<|channel|>final<|message|>"
-    drawn = iter(Text(tokenizer).encode(f"{thought}{final}cat</s>{final}mat</s>"))
+    drawn = iter(Tokenizer(tokenizer).encode(f"{thought}{final}cat</s>{final}mat</s>"))
     monkeypatch.setattr(Sampler, "__call__", lambda *_: next(drawn))
     prompts, stream = [], MoEModel.stream
     monkeypatch.setattr(MoEModel, "stream", lambda self, ids, *a: prompts.append(ids) or stream(self, ids, *a))
     say(monkeypatch, "hi", "more")
     ran = duoserve("chat", folder)
     assert (ran.code, ran.out) == (0, "analysisok?assistantfinalcat\nfinalmat\n")
-    assert Text(tokenizer).decode(prompts[1]) == "[user] hi\n[assistant] cat\n[user] more\n[assistant] "
+    assert Tokenizer(tokenizer).decode(prompts[1]) == "[user] hi\n[assistant] cat\n[user] more\n[assistant] "
 
 
 class Terminal(io.StringIO):

@@ -11,7 +11,7 @@ from typing import Any
 from duoserve.errors import ClosedError, RequestError
 from duoserve.interface import Objectives, Piece, ServiceFigures, State, Times, TokenLogprobs
 from duoserve.metrics import Stats
-from duoserve.text.tokenizer import Text
+from duoserve.text.tokenizer import Tokenizer
 from tests.small_tokenizers import byte_level_tokenizer
 
 VOCAB = 291
@@ -41,7 +41,7 @@ class FakeTemplate:
 class FakeModel:
     """The model's face."""
 
-    text: Text | None = field(default_factory=lambda: Text(byte_level_tokenizer()))
+    tokenizer: Tokenizer | None = field(default_factory=lambda: Tokenizer(byte_level_tokenizer()))
     chat_template: FakeTemplate | None = field(default_factory=FakeTemplate)
     max_context: int = CONTEXT
     policy: str = "lru"

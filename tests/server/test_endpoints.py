@@ -21,7 +21,7 @@ SAID = "<user>hi<assistant>"
 
 def length(text):
     """Of a text, in tokens."""
-    return len(FakeModel().text.encode(text))
+    return len(FakeModel().tokenizer.encode(text))
 
 
 def test_a_completion_is_in_openais_form(served):
@@ -36,7 +36,7 @@ def test_a_completion_is_in_openais_form(served):
     }
     asked = server.service.asked[0]
     assert (asked["params"].max_tokens, asked["params"].temperature, asked["logprobs"]) == (5, 0.0, None)
-    assert asked["prompt"] == server.service.model.text.encode("the cat")
+    assert asked["prompt"] == server.service.model.tokenizer.encode("the cat")
 
 
 def test_a_chat_completion_is_in_openais_form(served):
@@ -51,7 +51,7 @@ def test_a_chat_completion_is_in_openais_form(served):
         "usage": {"prompt_tokens": length(SAID), "completion_tokens": 2, "total_tokens": length(SAID) + 2},
     }
     asked = server.service.asked[0]
-    assert server.service.model.text.decode(asked["prompt"]) == SAID
+    assert server.service.model.tokenizer.decode(asked["prompt"]) == SAID
     assert asked["params"].max_tokens == CONTEXT - length(SAID)  # all that there is room for
 
 
@@ -60,7 +60,7 @@ def test_messages_may_have_text_in_parts_and_a_developer(served):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "developer", "content": "c"}, {"role": "user", "content": parts}]
     assert server.post("/v1/chat/completions", {"messages": messages}).status_code == 200
-    said = server.service.model.text.decode(server.service.asked[0]["prompt"])
+    said = server.service.model.tokenizer.decode(server.service.asked[0]["prompt"])
     assert said == "<system>c<user>a\nb<assistant>"
 
 
@@ -130,8 +130,8 @@ def test_log_probabilities_in_the_form_of_completions(served):
 
 
 def server_label(server, token_id):
-    text = server.service.model.text
-    data = text.token_bytes(text.token(token_id))
+    tokenizer = server.service.model.tokenizer
+    data = tokenizer.token_bytes(tokenizer.token(token_id))
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -141,8 +141,8 @@ def server_label(server, token_id):
 def test_log_probabilities_in_the_form_of_chat(served):
     server = served(script_of(with_logprobs("a", 65, "stop")))
     found = server.chat(logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]["content"]
-    text = server.service.model.text
-    data = text.token_bytes(text.token(65))
+    tokenizer = server.service.model.tokenizer
+    data = tokenizer.token_bytes(tokenizer.token(65))
     entry = {"token": data.decode(errors="replace"), "logprob": -0.25, "bytes": list(data)}
     assert [{name: found[0][name] for name in entry}] == [entry]
     assert found[0]["top_logprobs"][0] == entry and len(found[0]["top_logprobs"]) == 2
@@ -333,7 +333,7 @@ def test_models_version_and_tokenize(lasting):
     assert found == {
         "count": length("the cat"),
         "max_model_len": CONTEXT,
-        "tokens": lasting.service.model.text.encode("the cat"),
+        "tokens": lasting.service.model.tokenizer.encode("the cat"),
     }
     assert lasting.post("/tokenize", {}).json()["error"]["param"] == "prompt"
     bare = {"prompt": "the cat", "add_special_tokens": False}
@@ -369,7 +369,7 @@ def test_a_request_that_the_engine_refuses_is_a_400(served):
 
 
 def test_what_the_model_lacks_is_said(served):
-    bare = served(model=FakeModel(text=None, chat_template=None))
+    bare = served(model=FakeModel(tokenizer=None, chat_template=None))
     assert "no chat template" in bare.chat().json()["error"]["message"]
     assert "no tokenizer" in bare.complete().json()["error"]["message"]
     assert bare.complete(prompt=[1, 2], logprobs=0).status_code == 200

@@ -49,8 +49,8 @@ def test_others_are_answered_while_a_large_answer_is_made(served, chat):
 
 
 def test_others_are_answered_while_the_ids_of_a_long_text_are_written(served):
-    text = SimpleNamespace(encode=lambda prompt: [12_345] * 4_000_000)
-    server = served(model=FakeModel(text=text))
+    tokenizer = SimpleNamespace(encode=lambda prompt: [12_345] * 4_000_000)
+    server = served(model=FakeModel(tokenizer=tokenizer))
     came = []
 
     def answered():

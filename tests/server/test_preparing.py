@@ -41,7 +41,7 @@ def slow() -> Iterator[Slow]:
 
 
 def test_a_text_that_finds_no_thread_is_to_be_sent_again_and_not_to_be_shortened(served, slow):
-    server = served(model=FakeModel(text=slow), text_s=0.2)
+    server = served(model=FakeModel(tokenizer=slow), text_s=0.2)
     with ThreadPoolExecutor(THREADS) as threads:
         held = [threads.submit(server.post, "/tokenize", {"prompt": "held"}) for _ in range(THREADS)]
         slow.all_are_held()
@@ -55,7 +55,7 @@ def test_a_text_that_finds_no_thread_is_to_be_sent_again_and_not_to_be_shortened
 
 
 def test_the_wait_for_a_thread_is_not_a_texts_own_time(served, slow):
-    server = served(model=FakeModel(text=slow), text_s=1.5)
+    server = served(model=FakeModel(tokenizer=slow), text_s=1.5)
     with ThreadPoolExecutor(THREADS + 1) as threads:
         held = [threads.submit(server.post, "/tokenize", {"prompt": "held"}) for _ in range(THREADS)]
         slow.all_are_held()

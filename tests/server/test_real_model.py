@@ -87,7 +87,7 @@ def test_a_chat_is_the_models_own_template_rendered(tmp_path):
     (folder / "chat_template.jinja").write_text(template)
     asked = {"model": "fake", "messages": [{"role": "user", "content": "What ho!"}], "max_tokens": 6, "temperature": 0}
     with MoEModel.from_pretrained(folder, max_context=512) as model:
-        prompt = model.text.encode("<user>What ho!<assistant>", add_special=False)
+        prompt = model.tokenizer.encode("<user>What ho!<assistant>", add_special=False)
         alone = model.generate(prompt, max_tokens=6, temperature=0.0)
     with serving(lambda: AsyncEngine(MoEModel.from_pretrained(folder, max_context=512))) as server:
         wait_ready(server)

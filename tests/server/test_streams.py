@@ -13,7 +13,7 @@ import pytest
 from duoserve.errors import CopyError, DuoServeError
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
-from duoserve.text.tokenizer import IncrementalDecoder, Text
+from duoserve.text.tokenizer import IncrementalDecoder, Tokenizer
 from duoserve.text.writer import Writer
 from tests.server.fake_service import FakeModel, script_of, spoken, with_logprobs
 from tests.small_tokenizers import channel_tokenizer
@@ -54,12 +54,13 @@ def test_a_chat_says_its_role_first_and_its_usage_last(served):
 
 def test_a_chat_says_what_is_in_the_final_channel(served):
     """Whole and streamed, with log-probabilities of that alone; a completion gives the text as it is."""
-    text = Text(channel_tokenizer())
-    token_ids = text.encode("<|channel|>analysis<|message|>ok?<|end|><|start|>assistant<|channel|>final<|message|>cat")
-    decoder = IncrementalDecoder(text)
+    tokenizer = Tokenizer(channel_tokenizer())
+    thought = "<|channel|>analysis<|message|>ok?<|end|><|start|>assistant"
+    token_ids = tokenizer.encode(f"{thought}<|channel|>final<|message|>cat")
+    decoder = IncrementalDecoder(tokenizer)
     steps = [with_logprobs(decoder.push(token_id), token_id) for token_id in token_ids]
     steps[-1] = replace(steps[-1], finish_reason="stop")
-    server = served(script_of(*steps), model=FakeModel(text=text))
+    server = served(script_of(*steps), model=FakeModel(tokenizer=tokenizer))
     done = server.chat(logprobs=True).json()
     assert done["choices"][0]["message"]["content"] == "cat"
     assert "".join(one["token"] for one in done["choices"][0]["logprobs"]["content"]) == "cat"
@@ -72,13 +73,13 @@ def test_a_chat_says_what_is_in_the_final_channel(served):
 @pytest.mark.parametrize("stop", ["let", "lthe", "final", "assistant", "at!", "t\0"])
 def test_nothing_of_a_channels_header_is_in_a_chat(served, stop):
     """Nor is it held against a stop string, and what was held back for one is not lost at the end of what is said."""
-    text, final = Text(channel_tokenizer()), "<|channel|>final<|message|>"
+    tokenizer, final = Tokenizer(channel_tokenizer()), "<|channel|>final<|message|>"
     thought, further = "<|channel|>analysis<|message|>ok?<|end|><|start|>assistant", "<|end|><|start|>assistant"
-    token_ids = text.encode(f"{thought}{final}the mat{further}")
-    request, writer = Request([], SamplingParams()), Writer(text, [stop])
+    token_ids = tokenizer.encode(f"{thought}{final}the mat{further}")
+    request, writer = Request([], SamplingParams()), Writer(tokenizer, [stop])
     steps = [with_logprobs(writer.push(request, token_id), token_id) for token_id in token_ids]
     steps[-1] = replace(steps[-1], text=steps[-1].text + writer.rest(request), finish_reason="length")
-    server = served(script_of(*steps), model=FakeModel(text=text))
+    server = served(script_of(*steps), model=FakeModel(tokenizer=tokenizer))
     choice = server.chat(logprobs=True).json()["choices"][0]
     assert choice["message"]["content"] == "the mat"
     assert "".join(one["token"] for one in choice["logprobs"]["content"]) == "the mat"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers import Tokenizer, decoders, models
+import tokenizers
+from tokenizers import decoders, models
 
 from duoserve.errors import DuoServeError
 from duoserve.interface import Piece, TokenLogprobs
 from duoserve.server.answers import Completions
 from duoserve.server.token_text import TokenText
-from duoserve.text.tokenizer import IncrementalDecoder, Text
+from duoserve.text.tokenizer import IncrementalDecoder, Tokenizer
 from tests.small_tokenizers import byte_level_tokenizer, llama_tokenizer, stripping_tokenizer
 
 LLAMA = llama_tokenizer()
@@ -22,13 +23,13 @@ def ids_of(tokens: list[str]) -> list[int]:
 
 def answered(tokens: list[str], tops: list[list[str]], prompt: tuple[str, ...] = ("<s>",)) -> tuple[str, dict]:
     """The text of a completion, and the log-probabilities beside it; each of ``tops`` is a place's likeliest tokens."""
-    ids, prompt_ids, text = ids_of(tokens), ids_of([*prompt]), Text(LLAMA)
-    decoder = IncrementalDecoder(text, prompt_ids)
+    ids, prompt_ids, tokenizer = ids_of(tokens), ids_of([*prompt]), Tokenizer(LLAMA)
+    decoder = IncrementalDecoder(tokenizer, prompt_ids)
     said = [
         TokenLogprobs(token, -1.0, tuple((LLAMA.token_to_id(name), -1.0 - n) for n, name in enumerate(top)))
         for token, top in zip(ids, tops, strict=True)
     ]
-    writer = Completions().writer(0, TokenText(text), prompt_ids)
+    writer = Completions().writer(0, TokenText(tokenizer), prompt_ids)
     deltas = [writer.deltas(Piece("", (one.token_id,), (one,), None))[-1]["logprobs"] for one in said]
     return "".join(map(decoder.push, ids)) + decoder.flush(), {
         name: [one for delta in deltas for one in delta[name]] for name in deltas[0]
@@ -36,7 +37,7 @@ def answered(tokens: list[str], tops: list[list[str]], prompt: tuple[str, ...] =
 
 
 def test_a_token_keeps_the_space_before_its_word() -> None:
-    tokens = TokenText(Text(LLAMA))
+    tokens = TokenText(Tokenizer(LLAMA))
     ids = ids_of(["▁the", "the", "▁", "<0xE6>", "</s>"])
     assert [tokens.data(token) for token in ids] == [b" the", b"the", b" ", b"\xe6", b""]
     assert [tokens.label(token) for token in ids] == [" the", "the", " ", "bytes:\\xe6", "token_id:2"]
@@ -44,12 +45,12 @@ def test_a_token_keeps_the_space_before_its_word() -> None:
 
 @pytest.mark.parametrize("decoder", [LLAMA.decoder, decoders.Metaspace(), decoders.WordPiece(cleanup=True), None])
 def test_the_bytes_of_tokens_are_those_of_their_text(decoder: decoders.Decoder | None) -> None:
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="the"))
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="the"))
     if decoder is not None:
         tokenizer.decoder = decoder
     ids = [*range(len(WORDS)), *range(len(WORDS))[::2]]
     whole = tokenizer.decode([3, *ids]).removeprefix("cat")
-    assert b"".join(map(TokenText(Text(tokenizer)).data, ids)).decode() == whole
+    assert b"".join(map(TokenText(Tokenizer(tokenizer)).data, ids)).decode() == whole
 
 
 def test_of_tokens_that_look_alike_the_likelier_counts() -> None:
@@ -85,7 +86,7 @@ def test_without_a_tokenizer_there_is_no_text_to_have_a_place_in() -> None:
 
 
 def test_a_token_that_makes_the_decoder_panic_is_an_error() -> None:
-    tokens = TokenText(Text(stripping_tokenizer(2, 4)))
+    tokens = TokenText(Tokenizer(stripping_tokenizer(2, 4)))
     with pytest.raises(DuoServeError, match="the tokenizer cannot decode"):
         tokens.label(2)
     assert tokens.label(3) == "w3"
@@ -93,6 +94,6 @@ def test_a_token_that_makes_the_decoder_panic_is_an_error() -> None:
 
 def test_byte_level_tokens_are_their_bytes() -> None:
     tokenizer = byte_level_tokenizer()
-    tokens = TokenText(Text(tokenizer))
+    tokens = TokenText(Tokenizer(tokenizer))
     ids = tokenizer.encode("the cat é", add_special_tokens=False).ids
     assert b"".join(map(tokens.data, ids)) == "the cat é".encode()

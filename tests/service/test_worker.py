@@ -283,8 +283,8 @@ async def test_the_last_piece_has_the_end_token_without_its_text(tmp_path: Path)
         stream = await service.submit(PROMPT, replace(PARAMS, ignore_eos=False), logprobs=1)
         pieces = [piece async for piece in stream]
         assert [token for piece in pieces for token in piece.token_ids] == free[:4] and len(pieces[-1].logprobs) == 1
-        assert service.model.text is not None
-        assert "".join(piece.text for piece in pieces) == service.model.text.decode(free[:3])
+        assert service.model.tokenizer is not None
+        assert "".join(piece.text for piece in pieces) == service.model.tokenizer.decode(free[:3])
 
 
 @in_a_loop

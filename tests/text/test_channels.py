@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from duoserve.text.channels import Channels, said
-from duoserve.text.tokenizer import Text
+from duoserve.text.tokenizer import Tokenizer
 from tests.small_tokenizers import byte_level_tokenizer, channel_tokenizer
 
 THOUGHT = "<|channel|>analysis<|message|>The cat?<|end|><|start|>assistant"
@@ -24,22 +24,22 @@ ANSWERS = {
 
 @pytest.mark.parametrize(("answer", "expected"), ANSWERS.values(), ids=ANSWERS)
 def test_what_is_said_is_in_the_final_channel(answer: str, expected: str) -> None:
-    text = Text(channel_tokenizer())
-    token_ids = text.encode(answer)
-    assert said(text, text.decode(token_ids), token_ids) == expected
+    tokenizer = Tokenizer(channel_tokenizer())
+    token_ids = tokenizer.encode(answer)
+    assert said(tokenizer, tokenizer.decode(token_ids), token_ids) == expected
 
 
 def test_text_that_a_stop_string_cut_stays_cut() -> None:
-    text = Text(channel_tokenizer())
-    token_ids = text.encode(f"{THOUGHT}<|channel|>final<|message|>the mat")
-    assert said(text, text.decode(token_ids).removesuffix(" mat"), token_ids) == "the"
+    tokenizer = Tokenizer(channel_tokenizer())
+    token_ids = tokenizer.encode(f"{THOUGHT}<|channel|>final<|message|>the mat")
+    assert said(tokenizer, tokenizer.decode(token_ids).removesuffix(" mat"), token_ids) == "the"
 
 
 def test_tokens_are_told_apart_as_they_come() -> None:
-    text = Text(channel_tokenizer())
-    token_ids = text.encode(ANSWERS["thoughts"][0])
-    channels = Channels(text)
-    assert text.decode([token_id for token_id in token_ids if channels.push([token_id])]) == "the café"
+    tokenizer = Tokenizer(channel_tokenizer())
+    token_ids = tokenizer.encode(ANSWERS["thoughts"][0])
+    channels = Channels(tokenizer)
+    assert tokenizer.decode([token_id for token_id in token_ids if channels.push([token_id])]) == "the café"
 
 
 SAID = {
@@ -53,12 +53,13 @@ SAID = {
 
 @pytest.mark.parametrize(("answer", "expected"), SAID.values(), ids=SAID)
 def test_no_header_of_a_further_message_is_said(answer: str, expected: str) -> None:
-    text = Text(channel_tokenizer())
-    channels = Channels(text)
-    assert text.decode([token_id for token_id in text.encode(answer) if channels.push([token_id])]) == expected
+    tokenizer = Tokenizer(channel_tokenizer())
+    channels = Channels(tokenizer)
+    told = [token_id for token_id in tokenizer.encode(answer) if channels.push([token_id])]
+    assert tokenizer.decode(told) == expected
 
 
 def test_without_the_marks_all_is_said() -> None:
-    text = Text(byte_level_tokenizer())
-    token_ids = text.encode(ANSWERS["thoughts"][0])
-    assert said(text, text.decode(token_ids), token_ids) == ANSWERS["thoughts"][0]
+    tokenizer = Tokenizer(byte_level_tokenizer())
+    token_ids = tokenizer.encode(ANSWERS["thoughts"][0])
+    assert said(tokenizer, tokenizer.decode(token_ids), token_ids) == ANSWERS["thoughts"][0]

@@ -9,21 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from duoserve.errors import CheckpointError, DuoServeError, RequestError
-from duoserve.text.tokenizer import IncrementalDecoder, StopStrings, Text
+from duoserve.text.tokenizer import IncrementalDecoder, StopStrings, Tokenizer
 from tests.small_tokenizers import byte_level_tokenizer, llama_tokenizer, stripping_tokenizer
 
 ALPHABET = st.sampled_from("aeé the\n日😀👍🏽▁ ")
 
 
-def word_tokenizer(decoder) -> Tokenizer:
+def word_tokenizer(decoder) -> tokenizers.Tokenizer:
     vocab = {token: n for n, token in enumerate(["[UNK]", "▁the", "cat", "##s", "▁", "."])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     if decoder is not None:
         tokenizer.decoder = decoder
     return tokenizer
@@ -33,8 +34,8 @@ BYTE_LEVEL, LLAMA = byte_level_tokenizer(), llama_tokenizer()
 CONTEXTUAL = [decoders.Metaspace(), decoders.WordPiece(cleanup=True), None]
 
 
-def streamed(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
-    decoder = IncrementalDecoder(Text(tokenizer))
+def streamed(tokenizer: tokenizers.Tokenizer, token_ids: list[int]) -> list[str]:
+    decoder = IncrementalDecoder(Tokenizer(tokenizer))
     return [*(decoder.push(token_id) for token_id in token_ids), decoder.flush()]
 
 
@@ -48,9 +49,9 @@ def test_any_byte_level_sequence_streams_to_its_decoded_text(token_ids):
 @given(st.text(ALPHABET, max_size=20))
 def test_encoded_text_streams_back_without_a_replacement_character(text):
     for tokenizer in (BYTE_LEVEL, LLAMA):
-        token_ids = Text(tokenizer).encode(text)
+        token_ids = Tokenizer(tokenizer).encode(text)
         pieces = streamed(tokenizer, token_ids)
-        assert "".join(pieces) == tokenizer.decode(token_ids) == Text(tokenizer).decode(token_ids)
+        assert "".join(pieces) == tokenizer.decode(token_ids) == Tokenizer(tokenizer).decode(token_ids)
         assert not any("\ufffd" in piece for piece in pieces)
 
 
@@ -71,7 +72,7 @@ def test_any_llama_sequence_with_whole_characters_streams_to_its_decoded_text(pa
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, LLAMA.get_vocab_size()), max_size=30))
 def test_streamed_and_whole_text_agree_on_broken_bytes_too(token_ids):
-    assert "".join(streamed(LLAMA, token_ids)) == Text(LLAMA).decode(token_ids)
+    assert "".join(streamed(LLAMA, token_ids)) == Tokenizer(LLAMA).decode(token_ids)
 
 
 @pytest.mark.parametrize("decoder", CONTEXTUAL)
@@ -98,7 +99,7 @@ def test_broken_bytes_lose_no_valid_neighbour():
 
 def test_a_text_goes_on_behind_another():
     def behind(prompt, tokens, tokenizer=LLAMA):
-        decoder = IncrementalDecoder(Text(tokenizer), [tokenizer.token_to_id(token) for token in prompt])
+        decoder = IncrementalDecoder(Tokenizer(tokenizer), [tokenizer.token_to_id(token) for token in prompt])
         return "".join(decoder.push(tokenizer.token_to_id(token)) for token in tokens)
 
     assert behind(["▁cat"], ["▁the"]) == behind(["▁cat", "</s>"], ["▁the"]) == behind(["<0xC3>"], ["▁the"]) == " the"
@@ -109,11 +110,11 @@ def test_a_text_goes_on_behind_another():
 
 def test_work_per_token_does_not_grow(monkeypatch):
     """Not one join of the streamed text covers more than two tokens, however long the output is."""
-    text = Text(LLAMA)
+    tokenizer = Tokenizer(LLAMA)
     widths = []
-    join = text.join
-    text.join = lambda tokens: widths.append(len(tokens)) or join(tokens)
-    decoder = IncrementalDecoder(text)
+    join = tokenizer.join
+    tokenizer.join = lambda tokens: widths.append(len(tokens)) or join(tokens)
+    decoder = IncrementalDecoder(tokenizer)
     for _ in range(500):
         decoder.push(LLAMA.token_to_id("▁cat"))
         decoder.push(LLAMA.token_to_id("<0xFF>"))
@@ -122,19 +123,19 @@ def test_work_per_token_does_not_grow(monkeypatch):
 
 
 def test_special_tokens_are_added_as_the_post_processor_says_and_not_shown():
-    text = Text(LLAMA)
-    assert text.encode("the")[0] == LLAMA.token_to_id("<s>")
-    assert text.decode(text.encode("the cat</s>")) == "the cat"
-    assert Text(BYTE_LEVEL).encode("the") == BYTE_LEVEL.encode("the", add_special_tokens=False).ids
+    tokenizer = Tokenizer(LLAMA)
+    assert tokenizer.encode("the")[0] == LLAMA.token_to_id("<s>")
+    assert tokenizer.decode(tokenizer.encode("the cat</s>")) == "the cat"
+    assert Tokenizer(BYTE_LEVEL).encode("the") == BYTE_LEVEL.encode("the", add_special_tokens=False).ids
 
 
-def saved(folder: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> Path:
+def saved(folder: Path, tokenizer: tokenizers.Tokenizer, config: dict[str, Any]) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 
-def deepseek_tokenizer() -> Tokenizer:
+def deepseek_tokenizer() -> tokenizers.Tokenizer:
     """Its tokenizer.json has a post-processor that adds nothing."""
     tokenizer = byte_level_tokenizer()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -152,21 +153,22 @@ def test_special_tokens_that_only_the_config_adds_are_those_of_transformers(tmp_
     folder = saved(tmp_path, deepseek_tokenizer(), {"bos_token": bos, "eos_token": "</s>"} | flags)
     named = {"bos_token": "<s>" if bos is ADDED else bos, "eos_token": "</s>"}
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **named, **flags)
-    assert Text.load(folder).encode("the cat") == theirs.encode("the cat")
-    assert Text.load(folder).encode("the cat", add_special=False) == theirs.encode("the cat", add_special_tokens=False)
+    ours = Tokenizer.load(folder)
+    assert ours.encode("the cat") == theirs.encode("the cat")
+    assert ours.encode("the cat", add_special=False) == theirs.encode("the cat", add_special_tokens=False)
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 def test_special_tokens_of_the_tokenizer_itself_stay(tmp_path, flags):
     folder = saved(tmp_path, llama_tokenizer(), {"bos_token": "<s>", "eos_token": "</s>"} | flags)
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)
-    assert Text.load(folder).encode("the cat") == theirs.encode("the cat") == LLAMA.encode("the cat").ids
+    assert Tokenizer.load(folder).encode("the cat") == theirs.encode("the cat") == LLAMA.encode("the cat").ids
 
 
 def test_a_token_to_add_that_the_tokenizer_does_not_have_is_refused(tmp_path):
     folder = saved(tmp_path, deepseek_tokenizer(), {"bos_token": "<begin>", "add_bos_token": True})
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json adds '<begin>', which is none of its tokens"):
-        Text.load(folder)
+        Tokenizer.load(folder)
 
 
 def test_a_tokenizer_config_that_says_a_thing_twice_is_refused(tmp_path):
@@ -175,7 +177,7 @@ def test_a_tokenizer_config_that_says_a_thing_twice_is_refused(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"tokenizer_config\.json: not valid JSON .*'add_bos_token' stands 2 times"
     ):
-        Text.load(folder)
+        Tokenizer.load(folder)
 
 
 def test_truncation_and_padding_left_in_the_file_are_not_applied(tmp_path):
@@ -184,40 +186,40 @@ def test_truncation_and_padding_left_in_the_file_are_not_applied(tmp_path):
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=64)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert Text.load(tmp_path).encode("the cat sat on the mat") == whole
+    assert Tokenizer.load(tmp_path).encode("the cat sat on the mat") == whole
 
 
 def test_a_missing_tokenizer_is_none_and_a_broken_one_is_refused(tmp_path):
-    assert Text.load(tmp_path) is None
+    assert Tokenizer.load(tmp_path) is None
     (tmp_path / "tokenizer.json").write_text('{"model": 7}')
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer that can be used"):
-        Text.load(tmp_path)
+        Tokenizer.load(tmp_path)
 
 
 def test_a_panic_in_the_tokenizer_is_a_request_error(capfd):
     tokenizer = byte_level_tokenizer()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
     with pytest.raises(RequestError, match="the tokenizer cannot encode this text"):
-        Text(tokenizer).encode("a" * 40 + "b")
+        Tokenizer(tokenizer).encode("a" * 40 + "b")
     assert "panicked" in capfd.readouterr().err, "this text no longer makes the tokenizer panic: find another"
 
 
 def test_a_panic_in_the_decoder_is_an_error_that_is_not_the_requests(capfd):
     with pytest.raises(DuoServeError, match=r"the tokenizer cannot decode \['w1', 'z'\]: ") as raised:
-        Text(stripping_tokenizer(2, 4)).decode([0, 1, 2, 3])
+        Tokenizer(stripping_tokenizer(2, 4)).decode([0, 1, 2, 3])
     assert not isinstance(raised.value, RequestError)
     assert "panicked" in capfd.readouterr().err, "this token no longer makes the tokenizer panic: find another"
 
 
 def test_text_that_is_no_unicode_is_a_request_error():
     with pytest.raises(RequestError, match="cannot encode"):
-        Text(BYTE_LEVEL).encode("\ud800")
+        Tokenizer(BYTE_LEVEL).encode("\ud800")
 
 
 @pytest.mark.parametrize("token_id", [-1, 2**40])
 def test_a_number_that_is_no_token_id_is_a_request_error(token_id):
     with pytest.raises(RequestError, match=f"{token_id} is not a token id"):
-        Text(BYTE_LEVEL).decode([token_id])
+        Tokenizer(BYTE_LEVEL).decode([token_id])
 
 
 def test_ctrl_c_stays_ctrl_c():
@@ -225,10 +227,10 @@ def test_ctrl_c_stays_ctrl_c():
         def encode_batch(self, texts, **how):
             raise KeyboardInterrupt
 
-    text = Text(BYTE_LEVEL)
-    text._tokenizer = Interrupted()
+    tokenizer = Tokenizer(BYTE_LEVEL)
+    tokenizer._tokenizer = Interrupted()
     with pytest.raises(KeyboardInterrupt):
-        text.encode("a")
+        tokenizer.encode("a")
 
 
 def cut(stops: list[str], pieces: list[str]) -> tuple[str, str | None]:
@@ -283,7 +285,7 @@ def test_other_threads_run_while_a_long_text_is_encoded():
     beating = threading.Thread(target=beat)
     beating.start()
     began = time.perf_counter()
-    Text(BYTE_LEVEL).encode("the cat and the king " * 50_000)
+    Tokenizer(BYTE_LEVEL).encode("the cat and the king " * 50_000)
     ended = time.perf_counter()
     over.set()
     beating.join()

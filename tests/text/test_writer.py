@@ -6,19 +6,19 @@ import pytest
 
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
-from duoserve.text.tokenizer import Text
+from duoserve.text.tokenizer import Tokenizer
 from duoserve.text.writer import Writer
 from tests.small_tokenizers import channel_tokenizer, llama_tokenizer
 
-TEXT = Text(llama_tokenizer())
-CHANNELS = Text(channel_tokenizer())
+TOKENIZER = Tokenizer(llama_tokenizer())
+CHANNELS = Tokenizer(channel_tokenizer())
 THOUGHT, FINAL = "<|channel|>analysis<|message|>ok<|end|><|start|>assistant", "<|channel|>final<|message|>"
 
 
 def written(tokens: str, reason: str | None, *stop: str) -> tuple[str | None, str | None]:
     """The text of ``tokens``, with the last of which the engine ends the request, and why it has ended then."""
-    request, writer = Request([], SamplingParams()), Writer(TEXT, stop)
-    ids = [TEXT._tokenizer.token_to_id(token) for token in tokens.split()]
+    request, writer = Request([], SamplingParams()), Writer(TOKENIZER, stop)
+    ids = [TOKENIZER._tokenizer.token_to_id(token) for token in tokens.split()]
     for place, token in enumerate(ids, 1):
         if place == len(ids) and reason is not None:
             request.finish(reason)
