@@ -13,8 +13,8 @@ from itertools import count
 from torch import Tensor
 
 from duoserve.batching.cost import MeasuredCosts
-from duoserve.batching.load_view import as_waiting
-from duoserve.batching.next_work import Batching, Load
+from duoserve.batching.next_work import Batching, Traffic
+from duoserve.batching.traffic import as_waiting
 from duoserve.config import ModelConfig
 from duoserve.context_limits import ContextLimits
 from duoserve.errors import (
@@ -132,7 +132,7 @@ class Engine:
                 return failed
         prefill = self._passes.prefill
         if prefill is not None:
-            num_layers = self._batching.layers(roster.started_load(self._measured), self._prefill_has_turn)
+            num_layers = self._batching.layers(roster.started_traffic(self._measured), self._prefill_has_turn)
             if num_layers:
                 return self._advance_prefill(prefill, num_layers)
         return self._decode() if roster.decoding else []
@@ -185,8 +185,8 @@ class Engine:
         """Whether it is a prefill's turn: the last step was a decode step, or no request decodes."""
         return self._last_was_decode or not self._roster.decoding
 
-    def _load(self) -> Load:
-        return self._roster.load(self._batching.settings.answer_room, self._measured)
+    def _traffic(self) -> Traffic:
+        return self._roster.traffic(self._batching.settings.answer_room, self._measured)
 
     def _check_overload(self, request: Request) -> None:
         """Raises OverloadedError if the settings allow no more requests, or if this one would miss its objective."""
@@ -196,10 +196,10 @@ class Engine:
             raise OverloadedError(
                 f"{num_new} requests wait and {self.num_started} run: max_batch={settings.max_batch} and "
                 f"max_waiting={settings.max_waiting} allow no more: try again later",
-                max(0.1, self._batching.first_token_s(asked, self._load())),
+                max(0.1, self._batching.first_token_s(asked, self._traffic())),
             )
         if settings.admission == "strict":
-            refusal = self._batching.refusal(asked, self._load())
+            refusal = self._batching.refusal(asked, self._traffic())
             if refusal is not None:
                 raise OverloadedError(f"the request would miss its objective: {refusal.why}", refusal.retry_after_s)
 
@@ -213,7 +213,7 @@ class Engine:
     def _start_prefill(self) -> list[Produced]:
         """Begins a prefill of the waiting requests whose turn it is; returns those that this ended."""
         now = self._clock()
-        chosen = self._roster.take(self._batching.start(self._load()), self._batching.settings.answer_room)
+        chosen = self._roster.take(self._batching.start(self._traffic()), self._batching.settings.answer_room)
         for request in chosen:
             if request.admitted is None:
                 request.admitted = now

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from duoserve.batching.load_view import as_coming, as_running, as_waiting
-from duoserve.batching.next_work import Load
+from duoserve.batching.next_work import Traffic
+from duoserve.batching.traffic import as_running, as_running_prefill, as_waiting
 from duoserve.errors import IntegrityError
 from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache
 from duoserve.passes import Passes
@@ -51,12 +51,12 @@ class Roster:
         self._samplers[request] = Sampler(request.params, self._vocab_size, request.prompt_ids)
         self.waiting.append(request)
 
-    def take(self, places: Sequence[int], answer_room: int) -> list[Request]:
-        """Takes the requests at ``places`` of ``waiting``, which are prefilled next, and gives them pages.
+    def take(self, indices: Sequence[int], answer_room: int) -> list[Request]:
+        """Takes the requests at ``indices`` of ``waiting``, which are prefilled next, and gives them pages.
 
         The pages are for ``answer_room`` tokens beyond those that a request has.
         """
-        chosen = [self.waiting[place] for place in places]
+        chosen = [self.waiting[index] for index in indices]
         for request in chosen:
             self.waiting.remove(request)
             self._cache.reserve(request.kv, request.room(answer_room))
@@ -106,22 +106,22 @@ class Roster:
                     those.remove(request)
             del self._samplers[request]  # last: an interrupt leaves no request that cannot be aborted
 
-    def load(self, answer_room: int, measured: float) -> Load:
-        """All that decides what to do next; ``measured`` is as in Load.
+    def traffic(self, answer_room: int, measured: float) -> Traffic:
+        """All that decides what to do next; ``measured`` is as in Traffic.
 
         Waiting requests will start with room for ``answer_room`` tokens more than they have.
         """
         waiting = [as_waiting(request, answer_room) for request in self.waiting]
-        return self.started_load(measured)._replace(waiting=waiting)
+        return self.started_traffic(measured)._replace(waiting=waiting)
 
-    def started_load(self, measured: float) -> Load:
-        """The load without the requests that wait, of which there may be many."""
+    def started_traffic(self, measured: float) -> Traffic:
+        """The traffic without the requests that wait, of which there may be many."""
         # One page is kept for each request that may grow: else the next one that does would send a newcomer back.
         growing = sum(request.may_grow for request in self.decoding)
         free = self._cache.free_tokens - growing * PAGE_TOKENS
         prefill = self._passes.prefill
-        coming = None if prefill is None else as_coming(prefill, self._passes.num_layers)
-        return Load(self._clock(), (), [*map(as_running, self.decoding)], free, coming, measured)
+        running_prefill = None if prefill is None else as_running_prefill(prefill, self._passes.num_layers)
+        return Traffic(self._clock(), (), [*map(as_running, self.decoding)], free, running_prefill, measured)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError if pages outlive their requests, or if a request has no sampler."""

@@ -58,7 +58,7 @@ F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  m
     models/opened  models/described  models/gpu_support
 F5  interface  sampling  context_limits  text/__init__  text/tokenizer_config  text/tokenizer  text/prompts
     text/channels  text/chat_sandbox  text/chat_template  kv_cache  request  text/writer  passes  wiring
-    batching/__init__  batching/cost  batching/next_work  batching/load_view  roster  engine  launching/__init__
+    batching/__init__  batching/cost  batching/next_work  batching/traffic  roster  engine  launching/__init__
     launching/inputs  launching/recorded_choices  launching/recorded  launching/event  launching/graph
     launching/compiled_experts  launching/compiled  launching/compiled_prompts  launching/link  launching/launch
     workspace  memory_needs  placement  recommendation  deciding  loading  tracing  evaluating  turns  moe_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from duoserve.batching.next_work import ComingPrefill, RunningRequest, WaitingRequest
+from duoserve.batching.next_work import RunningPrefill, RunningRequest, WaitingRequest
 from duoserve.kv_cache import PagedKVCache
 from duoserve.passes import Prefill
 from duoserve.request import Request
@@ -32,10 +32,10 @@ def as_running(request: Request) -> RunningRequest:
     return RunningRequest(request.first_token or 0.0, tokens, left, request.kv.room, tpot_s)
 
 
-def as_coming(prefill: Prefill, num_layers: int) -> ComingPrefill:
+def as_running_prefill(prefill: Prefill, num_layers: int) -> RunningPrefill:
     """The prefill that is under way, on a model of ``num_layers`` layers."""
     left = num_layers - prefill.partial.next_layer
     arrived = min(request.arrived or 0.0 for request in prefill.requests)
     room = sum(request.kv.room for request in prefill.requests)
     longest = max(request.params.max_tokens for request in prefill.requests)
-    return ComingPrefill(prefill.num_tokens, len(prefill.requests), left, arrived, room, longest)
+    return RunningPrefill(prefill.num_tokens, len(prefill.requests), left, arrived, room, longest)
