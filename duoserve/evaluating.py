@@ -39,21 +39,21 @@ def evaluate(
     they gain LEAST_GAIN. Raises TraceError if the trace has fewer than two prompts, or if no request decodes.
     """
     trace.check_decodes()
-    predictors, held = _trained(trace, seed, progress)
+    predictors, held_out = _trained(trace, seed, progress)
     names = [*BASELINES, *GUESSING, ORACLE]
-    runs = list(bake_off(held, machine, slot_counts, names, predictors))
+    runs = list(bake_off(held_out, machine, slot_counts, names, predictors))
     decode_s = {name: _decode_s(run for run in runs if run.policy == name) for name in names if name != ORACLE}
     best = min(decode_s, key=decode_s.__getitem__)
     kind = POLICIES[best].predictor
     if kind is None:
         recommendation = Recommendation(best, False, _why(best, False, decode_s, decode_s[best]))
-        return Evaluation(recommendation, None, list(rows(runs, held, machine)))
-    unguessed = [replay(held, POLICIES[best].without_guesses(), machine, slots) for slots in slot_counts]
+        return Evaluation(recommendation, None, list(rows(runs, held_out, machine)))
+    unguessed = [replay(held_out, POLICIES[best].without_guesses(), machine, slots) for slots in slot_counts]
     unguessed_s = _decode_s(unguessed)
     pays = decode_s[best] <= (1 - LEAST_GAIN) * unguessed_s
     recommendation = Recommendation(best, pays, _why(best, pays, decode_s, unguessed_s))
     return Evaluation(
-        recommendation, predictors[kind] if pays else None, list(rows([*runs, *unguessed], held, machine))
+        recommendation, predictors[kind] if pays else None, list(rows([*runs, *unguessed], held_out, machine))
     )
 
 
@@ -64,8 +64,8 @@ def _trained(trace: Trace, seed: int, progress: bool) -> tuple[dict[str, RowPred
     """
     kinds = [kind for name in GUESSING if (kind := POLICIES[name].predictor) is not None]
     trained = {kind: train(trace, kind, seed=seed, progress=progress) for kind in kinds}
-    _, held = next(iter(trained.values()))
-    return {kind: predictor for kind, (predictor, _) in trained.items()}, trace.select(held)
+    _, held_out = next(iter(trained.values()))
+    return {kind: predictor for kind, (predictor, _) in trained.items()}, trace.select(held_out)
 
 
 def _decode_s(runs: Iterable[Replay]) -> float:

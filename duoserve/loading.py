@@ -50,7 +50,7 @@ class Runtime:
     chat_template: ChatTemplate | None
     engine: Engine
     meter: Meter
-    _held: ExitStack
+    _resources: ExitStack
     _ends: list[Callable[[], None]] = field(default_factory=list)
 
     def before_close(self, end: Callable[[], None]) -> None:
@@ -64,7 +64,7 @@ class Runtime:
         """
         for end in self._ends:
             end()
-        self._held.close()
+        self._resources.close()
 
 
 def load(  # noqa: PLR0913
@@ -84,11 +84,11 @@ def load(  # noqa: PLR0913
     MemoryBudgetError for memory that the plan cannot have, or that is refused when it is carried out.
     """
     named = named_policy(policy)
-    with as_in_new_thread(), ExitStack() as held:
-        found = held.enter_context(opened(model))
+    with as_in_new_thread(), ExitStack() as resources:
+        found = resources.enter_context(opened(model))
         tokenizer, template = Tokenizer.load(found.checkpoint.folder), ChatTemplate.load(found.checkpoint.folder)
         if template is not None:
-            held.callback(template.close)
+            resources.callback(template.close)
         place = Placement.of(found, wanted)
         # Before the plan: compiled steps take memory, and so does the compiler that is tried.
         wanted = replace(wanted, decode_mode=resolve_mode(wanted.decode_mode, place.device))
@@ -97,8 +97,8 @@ def load(  # noqa: PLR0913
             check_graph(decision.policy, decision.plan.all_in_ram)
         meter = Meter()
         with explained_refusals("the model was loaded"):
-            store = place.slow_tier(decision.plan, cache_dir, held, wanted.quantize)
-            engine = _engine(decision, store, meter, listener, held)
+            store = place.slow_tier(decision.plan, cache_dir, resources, wanted.quantize)
+            engine = _engine(decision, store, meter, listener, resources)
         return Runtime(
             config=found.config,
             plan=decision.plan,
@@ -107,20 +107,20 @@ def load(  # noqa: PLR0913
             chat_template=template,
             engine=engine,
             meter=meter,
-            _held=held.pop_all(),
+            _resources=resources.pop_all(),
         )
 
 
 def _engine(
-    decision: Decision, store: ExpertStore, meter: Meter, listener: RoutingListener | None, held: ExitStack
+    decision: Decision, store: ExpertStore, meter: Meter, listener: RoutingListener | None, resources: ExitStack
 ) -> Engine:
-    """The floors wired together, from the slots up to the passes; ``held`` closes what is open of them."""
+    """The floors wired together, from the slots up to the passes; ``resources`` closes what is open of them."""
     place, config = decision.place, decision.place.model.config
     pool = SlotPool(decision.plan.num_slots, store.layout, device=place.device)
     copies = place.copy_engine(store, pool, decision.wanted.copy_threads, meter)
     predictor, progress = decision.predictor, sys.stderr.isatty()
     scheduler = make_scheduler(
-        config, pool, copies, decision.policy, meter, held, predictor=predictor, progress=progress
+        config, pool, copies, decision.policy, meter, resources, predictor=predictor, progress=progress
     )
     transformer, tap = _transformer_and_tap(decision, scheduler, pool, listener)
     cache = PagedKVCache(config, place.max_context, place.dtype, place.device)

@@ -78,7 +78,7 @@ class Placement:
         return read
 
     def slow_tier(
-        self, plan: MemoryPlan, cache_dir: str | Path | None, held: ExitStack, quantize: str | None
+        self, plan: MemoryPlan, cache_dir: str | Path | None, resources: ExitStack, quantize: str | None
     ) -> ExpertStore:
         """Where experts wait: the checkpoint itself when each is read but once, else RAM, else the pack on disk."""
         model = self.model
@@ -87,11 +87,11 @@ class Placement:
         if plan.read_once:
             return source
         if plan.all_in_ram:
-            return held.enter_context(closing(in_ram(source, model.experts)))
-        disk = held.enter_context(closing(_open_pack(source, model, cache_dir)))
+            return resources.enter_context(closing(in_ram(source, model.experts)))
+        disk = resources.enter_context(closing(_open_pack(source, model, cache_dir)))
         if plan.host_experts == 0:
             return disk
-        return held.enter_context(closing(TieredStore(in_ram(disk, model.experts[: plan.host_experts]), disk)))
+        return resources.enter_context(closing(TieredStore(in_ram(disk, model.experts[: plan.host_experts]), disk)))
 
     def copy_engine(self, store: ExpertStore, pool: SlotPool, num_threads: int, meter: Meter) -> CopyEngine:
         """Threads that read into RAM, or the copy lanes of a GPU."""

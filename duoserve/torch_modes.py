@@ -18,10 +18,10 @@ KINDS = ("cpu", "cuda")
 @contextmanager
 def without_autocast() -> Iterator[None]:
     """Inside, ops compute in the dtypes of their operands, even within torch.autocast."""
-    with ExitStack() as held:
+    with ExitStack() as modes:
         for kind in KINDS:
             if torch.is_autocast_enabled(kind):
-                held.enter_context(torch.autocast(kind, enabled=False))
+                modes.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

@@ -20,17 +20,18 @@ def make_scheduler(  # noqa: PLR0913, PLR0917
     copies: CopyEngine,
     policy: Policy,
     meter: Meter,
-    held: ExitStack,
+    resources: ExitStack,
     *,
     predictor: Predictor | None = None,
     progress: bool = False,
 ) -> Scheduler:
     """A scheduler of the slots in ``pool``, which have all experts if ``policy`` wants them resident.
 
-    ``held`` closes it and ``copies``, also if this fails. Errors are those of Scheduler and of its ``load_all``.
+    ``resources`` closes it and ``copies``, also if this fails. Errors are those of Scheduler and of its ``load_all``.
     """
-    held.enter_context(closing(copies))
-    scheduler = held.enter_context(closing(Scheduler(ModelShape.of(config), pool, copies, policy, meter, predictor)))
+    resources.enter_context(closing(copies))
+    scheduler = Scheduler(ModelShape.of(config), pool, copies, policy, meter, predictor)
+    resources.enter_context(closing(scheduler))
     if policy.all_resident:
         scheduler.load_all(progress=progress)
     return scheduler

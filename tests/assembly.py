@@ -66,12 +66,12 @@ def assembled(
 
     ``change`` makes another model of the one that was built.
     """
-    with opened(folder) as found, ExitStack() as held:
+    with opened(folder) as found, ExitStack() as resources:
         config = found.config
         store = found.expert_store(config.dtype)
         pool, meter = make_pool(slots, store.layout), Meter()
         copies = make_copies(store, pool)
-        scheduler = make_scheduler(config, pool, copies, get_policy(policy), meter, held, predictor=predictor)
+        scheduler = make_scheduler(config, pool, copies, get_policy(policy), meter, resources, predictor=predictor)
         built = found.family.build(
             config,
             lambda name, dtype=None: found.read(name, dtype or config.dtype).to(device),

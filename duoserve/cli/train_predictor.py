@@ -55,11 +55,11 @@ def run(args: argparse.Namespace) -> None:
     trace, start = open_trace(args.trace), perf_counter()
     trace.check_decodes()
     bars = sys.stderr.isatty()
-    predictor, held = train(trace, args.kind, horizon=args.horizon or 1, seed=args.seed, progress=bars)
+    predictor, held_out = train(trace, args.kind, horizon=args.horizon or 1, seed=args.seed, progress=bars)
     seconds = perf_counter() - start
-    measured = [number for number in held if trace.decodes_R[number]][:MOST_MEASURED]
+    measured = [number for number in held_out if trace.decodes_R[number]][:MOST_MEASURED]
     quality = measure(predictor, trace, measured)
-    data = {"trace": args.trace.name, "requests": len(trace), "tokens": trace.num_tokens, "held_out_requests": held}
+    data = {"trace": args.trace.name, "requests": len(trace), "tokens": trace.num_tokens, "held_out_requests": held_out}
     notes = {"data": data, "seed": args.seed, "train_seconds": round(seconds, 1), "held_out": quality.to_dict()}
     save_predictor(predictor, args.out, notes)
     if args.json:

@@ -195,11 +195,11 @@ def staged(family: Family, config: ModelConfig, layout: ExpertLayout, folder: Pa
     write_pack(source, experts, folder, FINGERPRINT)
     needs, memory = family.dense_needs(config), DenseMemory(family.dense_sizes(config, config.dtype))
     tensors = {name: memory.keep(_dense(name, need.shape, need.dtype or config.dtype)) for name, need in needs.items()}
-    with ExitStack() as held:
+    with ExitStack() as resources:
         disk = DiskStore(folder, layout, config.num_layers, config.num_experts, FINGERPRINT)
         stores = {
-            "disk": held.enter_context(closing(disk)),
-            "ram": held.enter_context(closing(HostStore(source, experts))),
+            "disk": resources.enter_context(closing(disk)),
+            "ram": resources.enter_context(closing(HostStore(source, experts))),
         }
         yield Stage(family, config, layout, lambda name, dtype=None: tensors[name], stores)
 
@@ -223,8 +223,8 @@ def running(stage: Stage, policy: Policy, num_slots: int, tier: str, context: in
     """The staged model under ``policy``, its experts in the store named ``tier``, room for ``context`` tokens."""
     config, meter, pool = stage.config, Meter(), SlotPool(num_slots, stage.layout)
     copies = ThreadedCopyEngine(stage.stores[tier], pool, EngineConfig().copy_threads, on_copied=meter.copied)
-    with ExitStack() as held:
-        scheduler = make_scheduler(config, pool, copies, policy, meter, held)
+    with ExitStack() as resources:
+        scheduler = make_scheduler(config, pool, copies, policy, meter, resources)
         watch = Watch(scheduler, config)
         built = stage.family.build(config, stage.read, RoutedExperts(watch, pool.weights))
         model, tap = listened_to(with_script(built, watch), scheduler.listener)

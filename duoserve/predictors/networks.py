@@ -58,7 +58,7 @@ class LayerModule(nn.Module):
         return logits_NE
 
 
-def fit_layer(train: Data, held: Data, recipe: Recipe, looks_ahead: bool) -> dict[str, np.ndarray]:
+def fit_layer(train: Data, held_out: Data, recipe: Recipe, looks_ahead: bool) -> dict[str, np.ndarray]:
     """The trained arrays of a LayerNetwork, by their names there.
 
     ``looks_ahead``: the first feature is the margin for the layer itself. Otherwise it is that for another layer, which
@@ -66,7 +66,7 @@ def fit_layer(train: Data, held: Data, recipe: Recipe, looks_ahead: bool) -> dic
     """
     drawn = torch.randperm(len(train[0]))[: recipe.epoch_rows // 4].numpy()
     start = fit_start(train[0][drawn], train[1][drawn], looks_ahead)
-    module = fit(LayerModule(train[0].shape[1], train[1].shape[1], recipe.width, *start), train, held, recipe)
+    module = fit(LayerModule(train[0].shape[1], train[1].shape[1], recipe.width, *start), train, held_out, recipe)
     arrays: dict[str, Tensor] = {"direct_FE": module.direct, "bias_E": module.bias, "outer_HE": module.outer}
     arrays |= {"inner_XH": module.inner.weight.T, "inner_bias_H": module.inner.bias}
     return {name: np.ascontiguousarray(tensor.detach().numpy()) for name, tensor in arrays.items()}
@@ -92,25 +92,25 @@ def fit_start(x: np.ndarray, y: np.ndarray, looks_ahead: bool) -> tuple[Tensor, 
     return (direct_F1 * used_F1).detach()[:, 0], bias_E.detach()
 
 
-def fit_perceptron(train: Data, held: Data, recipe: Recipe, depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def fit_perceptron(train: Data, held_out: Data, recipe: Recipe, depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Weights [in, out] and biases of a perceptron with ``depth`` linear layers of ``recipe.width`` units."""
     widths = [train[0].shape[1], *[recipe.width] * (depth - 1), train[1].shape[1]]
     parts: list[nn.Module] = []
     for inner, outer in pairwise(widths):
         parts += [nn.Linear(inner, outer, dtype=FLOAT), nn.ReLU()]
-    module = fit(nn.Sequential(*parts[:-1]), train, held, recipe)
+    module = fit(nn.Sequential(*parts[:-1]), train, held_out, recipe)
     linears = [part for part in module if isinstance(part, nn.Linear)]
     return [(np.ascontiguousarray(p.weight.detach().numpy().T), p.bias.detach().numpy()) for p in linears]
 
 
-def fit(module: Module, train: Data, held: Data, recipe: Recipe) -> Module:
+def fit(module: Module, train: Data, held_out: Data, recipe: Recipe) -> Module:
     """Trains by Adam with cosine decay on the binary cross-entropy of each expert; gives the best held-out state."""
     x_NX, y_NE = (torch.from_numpy(array) for array in train)
     optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
-    loss_of, held_rows = _loss(recipe), torch.randperm(len(held[0]))[: recipe.epoch_rows].numpy()
-    held = held[0][held_rows], held[1][held_rows]
-    best, best_state, since = held_loss(module, held, loss_of), copy.deepcopy(module.state_dict()), 0
+    loss_of, held_out_rows = _loss(recipe), torch.randperm(len(held_out[0]))[: recipe.epoch_rows].numpy()
+    held_out = held_out[0][held_out_rows], held_out[1][held_out_rows]
+    best, best_state, since = held_out_loss(module, held_out, loss_of), copy.deepcopy(module.state_dict()), 0
     for _ in range(recipe.epochs):
         module.train()
         drawn = torch.randperm(len(x_NX))[: recipe.epoch_rows]
@@ -120,7 +120,7 @@ def fit(module: Module, train: Data, held: Data, recipe: Recipe) -> Module:
             torch.autograd.backward(loss_of(module(x_NX[rows]), y_NE[rows]))
             optimizer.step()
         schedule.step()
-        loss, since = held_loss(module, held, loss_of), since + 1
+        loss, since = held_out_loss(module, held_out, loss_of), since + 1
         if loss < best:
             best, best_state, since = loss, copy.deepcopy(module.state_dict()), 0
         if since >= recipe.patience:
@@ -130,10 +130,10 @@ def fit(module: Module, train: Data, held: Data, recipe: Recipe) -> Module:
 
 
 @torch.no_grad()
-def held_loss(module: nn.Module, held: Data, loss_of: Callable[[Tensor, Tensor], Tensor]) -> float:
+def held_out_loss(module: nn.Module, held_out: Data, loss_of: Callable[[Tensor, Tensor], Tensor]) -> float:
     """The mean loss on held-out examples."""
     module.eval()
-    x_NX, y_NE = (torch.from_numpy(array) for array in held)
+    x_NX, y_NE = (torch.from_numpy(array) for array in held_out)
     return float(loss_of(module(x_NX), y_NE))
 
 

@@ -70,14 +70,14 @@ def train(
     order = np.random.default_rng(seed).permutation(len(by_prompt)).tolist()
     groups = [by_prompt[at] for at in order]
     groups.sort(key=lambda numbers: not trace.decodes_R[numbers].any())
-    held, rest = _parted(groups, HELD_OUT_SHARE)
+    held_out, rest = _parted(groups, HELD_OUT_SHARE)
     stop, fit = _parted(rest, STOPPING_SHARE) if len(rest) > 1 else (rest, rest)
     train_tokens, fit_tokens, stop_tokens = (Tokens(trace, _joined(numbers)) for numbers in (rest, fit, stop))
     # Optimizers use the default device, which the calling program may have changed.
     with as_in_new_thread(), torch.device("cpu"):
         predictor = KINDS[kind](Split(train_tokens, fit_tokens, stop_tokens, horizon, progress))
     predictor.trained_on = frozenset(trace.prompt_marks[number] for number in _joined(rest))
-    return predictor, _joined(held)
+    return predictor, _joined(held_out)
 
 
 def _by_prompt(trace: Trace) -> list[list[int]]:

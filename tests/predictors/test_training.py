@@ -21,7 +21,7 @@ from duoserve.predictors.examples import Tokens, affinity, popularity
 from duoserve.predictors.features import margins
 from duoserve.predictors.files import save_predictor
 from duoserve.predictors.learned import DIRECT, PATH_INPUTS
-from duoserve.predictors.networks import LayerModule, Recipe, fit, held_loss
+from duoserve.predictors.networks import LayerModule, Recipe, fit, held_out_loss
 from duoserve.predictors.paper import paper_inputs
 from duoserve.predictors.quality import measure
 from duoserve.predictors.training import KINDS, train
@@ -226,11 +226,12 @@ def test_a_network_keeps_its_best_state_on_what_is_held_out():
     """Noise is learned by heart, which is worse than to know nothing."""
     torch.manual_seed(0)
     x, y = torch.randn(64, 28).numpy(), torch.rand(64, 4).round().numpy()
-    train_data, held_data = (x[:32], y[:32]), (x[32:], y[32:])
+    train_data, held_out_data = (x[:32], y[:32]), (x[32:], y[32:])
     recipe = Recipe(64, epochs=60, patience=5, learning_rate=1e-2, weight_decay=0.0, batch=16, epoch_rows=64)
     module = LayerModule(28, 4, 64, torch.zeros(DIRECT), torch.zeros(4))
-    before = held_loss(module, held_data, F.binary_cross_entropy_with_logits)
-    after = held_loss(fit(module, train_data, held_data, recipe), held_data, F.binary_cross_entropy_with_logits)
+    before = held_out_loss(module, held_out_data, F.binary_cross_entropy_with_logits)
+    fitted = fit(module, train_data, held_out_data, recipe)
+    after = held_out_loss(fitted, held_out_data, F.binary_cross_entropy_with_logits)
     assert after <= before
 
 
