@@ -15,7 +15,7 @@ from duoserve.errors import (
     TraceError,
 )
 from duoserve.experts.budget import MemoryPlan
-from duoserve.interface import Objectives, Piece, ServiceFigures, ServiceSettings, State, TokenLogprobs
+from duoserve.interface import Objectives, Piece, ServiceFigures, ServiceSettings, ServiceState, TokenLogprobs
 from duoserve.metrics import Stats
 from duoserve.moe_model import Completion, MoEModel
 from duoserve.sampling import SamplingParams
@@ -49,7 +49,7 @@ __all__ = [
     "SamplingParams",
     "ServiceFigures",
     "ServiceSettings",
-    "State",
+    "ServiceState",
     "Stats",
     "Stream",
     "TokenLogprobs",

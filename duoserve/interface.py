@@ -21,7 +21,7 @@ _SECONDS = "must be a finite number of seconds above 0, or None"
 FinishReason = Literal["stop", "length", "abort", "error"]  # why a request has ended
 
 
-class State(StrEnum):
+class ServiceState(StrEnum):
     """Whether a service takes requests. ``DRAINING``: it only finishes those that it has. ``DEAD``: it has ended."""
 
     READY = "ready"
@@ -155,7 +155,7 @@ class ServiceFigures:
     passes so far; their times and rates of one request mean nothing here.
     """
 
-    state: State
+    state: ServiceState
     running: int
     waiting: int
     kv_usage: float

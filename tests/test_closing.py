@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from duoserve import AsyncEngine, ClosedError, MoEModel, State
+from duoserve import AsyncEngine, ClosedError, MoEModel, ServiceState
 from duoserve.passes import Passes
 from tests.fakes import PATIENCE_S, Gate
 from tests.loops import in_a_loop
@@ -99,7 +99,7 @@ async def test_nothing_is_released_under_the_step_of_a_service(
             tokens.extend(piece.token_ids)
     assert await asyncio.to_thread(closing.error) is None and released.is_set()
     gc.collect()
-    assert engine() is None and service.state is State.DRAINING
+    assert engine() is None and service.state is ServiceState.DRAINING
     with pytest.raises(ClosedError):
         await service.submit("To be", GREEDY)
     await service.close()
@@ -123,7 +123,7 @@ def test_nothing_is_released_while_a_service_is_made(model: MoEModel, monkeypatc
     assert not released.wait(0.2), "the model was closed while a service was made of it"
     gate.open()
     assert making.error() is None and closing.error() is None
-    assert released.is_set() and services[0].state is State.DRAINING
+    assert released.is_set() and services[0].state is ServiceState.DRAINING
 
 
 def test_a_stream_that_nobody_reads_holds_up_no_close(model: MoEModel) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from duoserve import AsyncEngine, CompilerError, MemoryBudgetError, MoEModel, State
+from duoserve import AsyncEngine, CompilerError, MemoryBudgetError, MoEModel, ServiceState
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Passes
 from tests.checkpoints import save_mixtral
@@ -127,7 +127,7 @@ async def test_in_a_service_it_ends_the_requests_of_its_pass_and_the_service_goe
         stream = await service.submit(PROMPT, GREEDY)
         with pytest.raises(MemoryBudgetError, match=SAID):
             _ = [piece async for piece in stream]
-        assert service.state is State.READY and service.figures().finished == {"error": 1}
+        assert service.state is ServiceState.READY and service.figures().finished == {"error": 1}
         stream = await service.submit(PROMPT, GREEDY)
         assert [token async for piece in stream for token in piece.token_ids] == whole
     finally:

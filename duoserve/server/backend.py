@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
-from duoserve.interface import Objectives, Piece, ServiceFigures, State, Times
+from duoserve.interface import Objectives, Piece, ServiceFigures, ServiceState, Times
 from duoserve.sampling import SamplingParams
 from duoserve.text.tokenizer import Tokenizer
 
@@ -69,7 +69,7 @@ class Service(Protocol):
     """A model at work for many callers."""
 
     @property
-    def state(self) -> State: ...
+    def state(self) -> ServiceState: ...
 
     @property
     def model(self) -> Model: ...

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from duoserve import __version__
-from duoserve.interface import Piece, State
+from duoserve.interface import Piece, ServiceState
 from duoserve.server import asking
 from duoserve.server.answers import Chat, Completions, Dialect, Head, answer, new_head, usage_of
 from duoserve.server.asking import Asked
@@ -44,7 +44,7 @@ class Endpoints:
     async def health(self, request: Request) -> Response:
         """200 if requests are taken, else 503; a probe needs no key."""
         state = self._loader.state
-        code = 200 if state == State.READY else 503
+        code = 200 if state == ServiceState.READY else 503
         return json_response({"status": state}, code, {"Retry-After": "5"} if state == LOADING else None)
 
     async def models(self, request: Request) -> Response:

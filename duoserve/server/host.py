@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 
-from duoserve.interface import State
+from duoserve.interface import ServiceState
 from duoserve.out_of_memory import explained_refusals
 from duoserve.server.backend import Service
 from duoserve.server.errors import unavailable
@@ -24,9 +24,9 @@ class ServiceLoader:
 
     @property
     def state(self) -> str:
-        """``LOADING``, or a :class:`State`; "dead" if the model could not be loaded."""
+        """``LOADING``, or a :class:`ServiceState`; "dead" if the model could not be loaded."""
         if self.failure is not None:
-            return State.DEAD.value
+            return ServiceState.DEAD.value
         return LOADING if self._service is None else self._service.state.value
 
     @property
@@ -36,7 +36,7 @@ class ServiceLoader:
 
     def service(self) -> Service:
         """The service if it is ready; else raises a 503 that says why it is not."""
-        if self._service is None or self.state != State.READY:
+        if self._service is None or self.state != ServiceState.READY:
             raise unavailable(f"the model is {self.state}" if self.state == LOADING else f"the service is {self.state}")
         return self._service
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from duoserve.errors import ClosedError, RequestError
-from duoserve.interface import MAX_LOGPROBS, Objectives, ServiceFigures, ServiceSettings, State
+from duoserve.interface import MAX_LOGPROBS, Objectives, ServiceFigures, ServiceSettings, ServiceState
 from duoserve.moe_model import MoEModel
 from duoserve.number_checks import check_integer
 from duoserve.request import Request
@@ -37,7 +37,7 @@ class AsyncEngine:
         self._close_lock = threading.Lock()
 
     @property
-    def state(self) -> State:
+    def state(self) -> ServiceState:
         """Whether requests are taken."""
         return self._worker.state
 
@@ -79,7 +79,7 @@ class AsyncEngine:
         be served now, ClosedError if the service takes no more requests.
         """
         arrived = time.monotonic()
-        if self.state is not State.READY:
+        if self.state is not ServiceState.READY:
             raise ClosedError("the service takes no more requests")
         _check_kinds(params, objectives)
         _check_logprobs(logprobs)

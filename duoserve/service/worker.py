@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from duoserve.engine import Engine
 from duoserve.errors import ClosedError, DuoServeError, OverloadedError
-from duoserve.interface import FinishReason, Piece, ServiceFigures, ServiceSettings, State
+from duoserve.interface import FinishReason, Piece, ServiceFigures, ServiceSettings, ServiceState
 from duoserve.loading import Runtime
 from duoserve.request import Produced, Request
 from duoserve.service.stream import Stream
@@ -44,7 +44,7 @@ class Worker:
         self._tasks: dict[Request, Task] = {}
         self._finished: Counter[FinishReason] = Counter()
         self._refused = self._attained = self._with_objectives = 0
-        self._state = State.READY
+        self._state = ServiceState.READY
         self._why = "the service is shutting down"
         self._asked: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -63,7 +63,7 @@ class Worker:
         return self._figures
 
     @property
-    def state(self) -> State:
+    def state(self) -> ServiceState:
         """Whether requests are taken."""
         return self._state
 
@@ -79,7 +79,7 @@ class Worker:
 
     def drain(self) -> None:
         """Takes no more requests; ``drained`` is done when the last has ended."""
-        self._ask(lambda: self._become(State.DRAINING))
+        self._ask(lambda: self._become(ServiceState.DRAINING))
 
     def end_all(self) -> Future[None]:
         """Takes no more requests, and ends all present ones with ClosedError."""
@@ -147,11 +147,11 @@ class Worker:
         if not self._engine.idle:
             return
         self._publish(fresh=True)
-        if self._state is State.DRAINING and not self.drained.done():
+        if self._state is ServiceState.DRAINING and not self.drained.done():
             self.drained.set_result(None)
 
     def _add(self, request: Request, task: Task, answer: Future[None]) -> None:
-        if self._state is not State.READY:
+        if self._state is not ServiceState.READY:
             _answer(answer, ClosedError(self._why))
             return
         try:
@@ -209,19 +209,19 @@ class Worker:
         self._attained += reason != "error" and request.attained
 
     def _end_all(self, done: Future[None]) -> None:
-        self._become(State.DRAINING)
+        self._become(ServiceState.DRAINING)
         for request in list(self._tasks):
             self._end(request, ClosedError(self._why), "error")
         _answer(done, None)
 
-    def _become(self, state: State) -> None:
-        if self._state is not State.DEAD:
+    def _become(self, state: ServiceState) -> None:
+        if self._state is not ServiceState.DEAD:
             self._state = state
 
     def _die(self, error: BaseException) -> None:
         log.critical("the service has died of an error", exc_info=error)
         drop_tracebacks(error)  # once, and before any caller is told: they may raise it again
-        self._state = State.DEAD
+        self._state = ServiceState.DEAD
         self._why = f"the service has died of an error: {type(error).__name__}: {error}"
         tasks, self._tasks = self._tasks, {}
         self._finished["error"] += len(tasks)

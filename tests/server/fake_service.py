@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from duoserve.errors import ClosedError, RequestError
-from duoserve.interface import Objectives, Piece, ServiceFigures, State, Times, TokenLogprobs
+from duoserve.interface import Objectives, Piece, ServiceFigures, ServiceState, Times, TokenLogprobs
 from duoserve.metrics import Stats
 from duoserve.text.tokenizer import Tokenizer
 from tests.small_tokenizers import byte_level_tokenizer
@@ -110,7 +110,7 @@ class FakeService:
     ) -> None:
         self.script = script or (lambda number: spoken("Hello", " world"))
         self.model = model or FakeModel()
-        self.state = State.READY
+        self.state = ServiceState.READY
         self.capacity = 272
         self.objectives = objectives or Objectives()
         self.asked: list[dict[str, Any]] = []
@@ -121,7 +121,7 @@ class FakeService:
         self.closed = False
 
     async def submit(self, prompt, params, objectives=None, *, logprobs=None, goes_on=False) -> FakeStream:
-        if self.state is not State.READY:
+        if self.state is not ServiceState.READY:
             raise ClosedError("the service takes no more requests")
         bad = next((token for token in prompt if not 0 <= token < VOCAB), None)
         if bad is not None or not prompt:
@@ -133,7 +133,7 @@ class FakeService:
         return self.streams[-1]
 
     async def drain(self, seconds: float) -> None:
-        self.state = State.DRAINING
+        self.state = ServiceState.DRAINING
         until = time.monotonic() + seconds
         while time.monotonic() < until and not all(stream.over for stream in self.streams):
             await asyncio.sleep(0.01)

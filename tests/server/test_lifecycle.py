@@ -12,7 +12,7 @@ import time
 import pytest
 
 from duoserve.errors import CheckpointError, ConfigError, MemoryBudgetError
-from duoserve.interface import State
+from duoserve.interface import ServiceState
 from duoserve.server.host import ServiceLoader
 from duoserve.server.run import listen, serve
 from duoserve.server.settings import ServerSettings
@@ -43,7 +43,7 @@ def test_the_socket_answers_503_while_the_model_loads():
 
 def test_a_dead_engine_is_a_503_everywhere(served):
     server = served()
-    server.service.state = State.DEAD
+    server.service.state = ServiceState.DEAD
     assert server.http.get("/health").status_code == 503
     for answer in (server.complete(), server.chat(), server.http.get("/v1/models"), server.post("/tokenize", {})):
         assert answer.status_code == 503 and "dead" in answer.json()["error"]["message"]
@@ -186,4 +186,4 @@ def test_a_host_whose_model_could_not_be_loaded_is_dead():
     loader = ServiceLoader(failing(CheckpointError("broken")))
     with pytest.raises(CheckpointError):
         asyncio.run(loader.start())
-    assert loader.state == State.DEAD
+    assert loader.state == ServiceState.DEAD

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from duoserve import AsyncEngine, MoEModel, Objectives, Piece, ServiceSettings, State
+from duoserve import AsyncEngine, MoEModel, Objectives, Piece, ServiceSettings, ServiceState
 from duoserve.errors import ClosedError, CopyError, DuoServeError, OverloadedError, RequestError
 from duoserve.experts.copy_engine import ThreadedCopyEngine
 from duoserve.experts.tickets import Ticket
@@ -58,7 +58,7 @@ async def serving(model: MoEModel, **how: Any) -> AsyncIterator[AsyncEngine]:
     engine = model._runtime.engine
     try:
         yield service
-        if service.state is not State.DEAD:
+        if service.state is not ServiceState.DEAD:
             await until(lambda: service.figures().running + service.figures().waiting == 0)
             engine.check_integrity()
             assert engine.idle and service.figures().kv_usage == 0
@@ -98,7 +98,7 @@ async def test_streams_give_what_generate_gives(load: Open) -> None:
             times = stream.times
             assert times.arrived <= times.admitted <= times.first_token <= times.finished
         figures = service.figures()
-        assert figures.finished == {whole.finish_reason: 3} and figures.state is State.READY
+        assert figures.finished == {whole.finish_reason: 3} and figures.state is ServiceState.READY
         await until(lambda: service.figures().stats.output_tokens == 3 * len(whole.token_ids))
         assert service.figures().stats.bytes.total > 0
 
@@ -237,7 +237,7 @@ async def test_a_copy_that_fails_ends_the_requests_of_its_pass_and_the_service_g
         for stream in streams:
             with pytest.raises(CopyError, match="injected"):
                 await read(stream)
-        assert service.state is State.READY and service.figures().finished == {"error": 2}
+        assert service.state is ServiceState.READY and service.figures().finished == {"error": 2}
         assert ids(await read(await service.submit(PROMPT, LONG))) == expected
 
 
@@ -261,7 +261,7 @@ async def test_logits_that_are_no_numbers_end_their_request_alone(load: Open, mo
         with pytest.raises(DuoServeError, match="non-finite logits"):
             await read(bad)
         assert ids(await read(good)) == expected
-        assert service.figures().finished == {"error": 1, "length": 1} and service.state is State.READY
+        assert service.figures().finished == {"error": 1, "length": 1} and service.state is ServiceState.READY
 
 
 @in_a_loop
@@ -280,7 +280,7 @@ async def test_an_unexpected_error_ends_the_service_and_nobody_waits_for_ever(
         for stream in streams:
             with pytest.raises(ClosedError, match="ZeroDivisionError: a bug"):
                 await read(stream)
-        assert service.state is State.DEAD and service.figures().state is State.DEAD
+        assert service.state is ServiceState.DEAD and service.figures().state is ServiceState.DEAD
         with pytest.raises(ClosedError):
             await service.submit(PROMPT, LONG)
         await service.drain(1.0)
@@ -291,7 +291,7 @@ async def test_drain_lets_what_runs_finish_and_then_ends_the_rest(load: Open, mo
     async with serving(load()) as service:
         short = await service.submit(PROMPT, greedy(5))
         draining = asyncio.create_task(service.drain(20.0))
-        await until(lambda: service.state is State.DRAINING)
+        await until(lambda: service.state is ServiceState.DRAINING)
         with pytest.raises(ClosedError):
             await service.submit(PROMPT, LONG)
         assert len(ids(await read(short))) == 5

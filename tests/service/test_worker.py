@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from duoserve import AsyncEngine, MoEModel, Objectives, State
+from duoserve import AsyncEngine, MoEModel, Objectives, ServiceState
 from duoserve.errors import ClosedError, CopyError, DuoServeError, RequestError
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Passes
@@ -137,7 +137,7 @@ async def test_an_error_while_requests_are_added_reaches_all_who_wait(
         asked = [service.submit(PROMPT, PARAMS) for _ in range(4)]
         found = await asyncio.gather(*asked, return_exceptions=True)
         assert [type(one) for one in found] == [ClosedError] * 4
-        assert service.state is State.DEAD
+        assert service.state is ServiceState.DEAD
     [record] = [one for one in caplog.records if one.levelno == logging.CRITICAL]
     assert record.exc_info is not None and isinstance(record.exc_info[1], ZeroDivisionError)
 
@@ -151,7 +151,7 @@ async def test_no_kind_of_error_leaves_callers_waiting(folder: Path, monkeypatch
         with pytest.raises(ClosedError, match="SystemExit: 3"):
             async for _ in stream:
                 pass
-        assert service.state is State.DEAD
+        assert service.state is ServiceState.DEAD
 
 
 @in_a_loop
@@ -250,7 +250,7 @@ async def test_a_tokenizer_that_fails_ends_its_request_alone(monkeypatch: pytest
                 pass
         assert all(entry.path.name != "worker.py" for entry in raised.traceback)  # whose frames have the engine
         assert sum([len(piece.token_ids) async for piece in second]) == PARAMS.max_tokens
-        assert service.state is State.READY and service.figures().finished == {"error": 1, "length": 1}
+        assert service.state is ServiceState.READY and service.figures().finished == {"error": 1, "length": 1}
         model._runtime.engine.check_integrity()
 
 
@@ -268,7 +268,7 @@ async def test_a_decoder_that_panics_ends_its_request_alone(folder: Path, tmp_pa
                 pass
         text = "".join([piece.text async for piece in second])
         assert text == "".join(f"w{token}" for token in free[: free.index(last)])
-        assert service.state is State.READY and service.figures().finished == {"error": 1, "length": 1}
+        assert service.state is ServiceState.READY and service.figures().finished == {"error": 1, "length": 1}
 
 
 @in_a_loop
@@ -325,4 +325,4 @@ async def test_who_asks_for_what_is_none_is_refused_alone(hoped: Callable[[], An
         with pytest.raises(RequestError, match=message):
             await service.submit(PROMPT, *hoped())
         assert sum([len(piece.token_ids) async for piece in other]) == PARAMS.max_tokens - 1
-        assert service.state is State.READY
+        assert service.state is ServiceState.READY
