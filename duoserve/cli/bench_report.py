@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol, TextIO
 
 import torch
 
-from duoserve.cli.options import Subparsers, add_parser, refuse_in_vain
+from duoserve.cli.options import Subparsers, add_parser, refuse_unused
 from duoserve.errors import ConfigError, DuoServeError
 from duoserve.files.whole import scratch_folder
 
@@ -117,7 +117,7 @@ def cpu_jobs(checkout: Path, out: Path, args: argparse.Namespace) -> list[Job]:
     if missing:
         raise ConfigError(f"bench cpu needs {' and '.join(missing)}: in the clone, pip install -e '.[test]'")
     if args.quick:
-        refuse_in_vain(args, ["texts"], "a --quick run makes no table of texts")
+        refuse_unused(args, ["texts"], "a --quick run makes no table of texts")
     day = time.strftime("%Y-%m-%d", time.gmtime())
     name = f"{_slug(_cpu_name())}-{day}"
     # Results name their command, which should not depend on where the clone is: all scripts start in it.

@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from typing import Any
 
-from duoserve.cli.options import Subparsers, add_parser, count, refuse_in_vain
+from duoserve.cli.options import Subparsers, add_parser, count, refuse_unused
 from duoserve.errors import ConfigError
 from duoserve.interface import Objectives
 from duoserve.loadtest.figures import ATTAINED, PERCENTILES, GoodputSearch
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     if args.goodput and objectives == Objectives():
         raise ConfigError("--goodput counts requests inside objectives: give --slo-ttft-ms, --slo-tpot-ms or both")
     if not args.goodput:
-        refuse_in_vain(args, ["trials"], "there is one, unless --goodput searches")
+        refuse_unused(args, ["trials"], "there is one, unless --goodput searches")
     try:
         from duoserve.loadtest.measuring import Target, measured  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as error:

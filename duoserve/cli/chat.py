@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import replace
 
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
-from duoserve.cli.writing import add_sampling, folder_with_text, sampling
+from duoserve.cli.sampling_options import add_sampling, folder_with_text, sampling
 from duoserve.errors import RequestError
 from duoserve.moe_model import Completion, MoEModel
 from duoserve.sampling import SamplingParams

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from duoserve.cli.machines import add_hardware, replayed_on
-from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser, natural, refuse_in_vain
+from duoserve.cli.hardware_option import add_hardware, replayed_on
+from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser, natural, refuse_unused
 from duoserve.cli.prompts import read_prompts
 from duoserve.cli.replay_report import slot_counts, table
 from duoserve.config import EngineConfig
@@ -100,7 +100,7 @@ def _say(done: Evaluation, context: Mapping[str, Any], where: Path | None, *, as
 
 
 def _given_trace(args: argparse.Namespace, checkpoint: Checkpoint) -> Trace:
-    refuse_in_vain(args, ["max_tokens"], "nothing is written where a --trace was recorded before: give --prompts")
+    refuse_unused(args, ["max_tokens"], "nothing is written where a --trace was recorded before: give --prompts")
     return open_trace(args.trace, checkpoint.fingerprint())
 
 

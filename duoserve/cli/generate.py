@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
-from duoserve.cli.writing import add_sampling, folder_with_text, sampling
+from duoserve.cli.sampling_options import add_sampling, folder_with_text, sampling
 from duoserve.errors import RequestError
 from duoserve.moe_model import MoEModel
 from duoserve.sampling import SamplingParams

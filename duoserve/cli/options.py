@@ -74,7 +74,7 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in LOADING if name in args}
 
 
-def refuse_in_vain(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
+def refuse_unused(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
     """Raises ConfigError, which says ``why``, if any of these arguments was given, so is neither None nor False."""
     given = [name for name in names if getattr(args, name) is not None and getattr(args, name) is not False]
     if given:

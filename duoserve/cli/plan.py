@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from duoserve.byte_sizes import parse_bytes
-from duoserve.cli.options import DESCRIBED_HELP, Subparsers, add_format, add_parser, refuse_in_vain, slots
+from duoserve.cli.options import DESCRIBED_HELP, Subparsers, add_format, add_parser, refuse_unused, slots
 from duoserve.cli.plan_plot import draw_plans
 from duoserve.cli.plan_report import figures, lines
 from duoserve.errors import ConfigError, MemoryBudgetError
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     planner, question = Planner(args.model.lower(), find_model(args.model)), _question(args)
     names = [name.strip() for name in args.hardware.split(",")]
     if not any(name.partition("@")[0] == THIS for name in names):
-        refuse_in_vain(args, ["measure"], f"it is {THIS!r} that is measured, and --hardware is {args.hardware}")
+        refuse_unused(args, ["measure"], f"it is {THIS!r} that is measured, and --hardware is {args.hardware}")
     machines = [_machine(name, args) for name in names]
     answers = _answers(planner, machines, question)
     if not args.disk and any(machine.name == THIS for machine, _ in _plans(machines, answers)):

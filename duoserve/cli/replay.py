@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from duoserve.byte_sizes import format_bytes
-from duoserve.cli.machines import add_hardware, replayed_on
+from duoserve.cli.hardware_option import add_hardware, replayed_on
 from duoserve.cli.options import (
     DESCRIBED_HELP,
     Subparsers,
@@ -22,8 +22,8 @@ from duoserve.cli.options import (
     add_parser,
     count,
     natural,
-    refuse_in_vain,
     refuse_to_replace,
+    refuse_unused,
 )
 from duoserve.cli.plots import draw, one_step
 from duoserve.cli.replay_report import contestants, slot_counts, table
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _recorded(args: argparse.Namespace, names: Sequence[str]) -> tuple[Trace, dict[str, Predictor]]:
     """A trace of the requests that no predictor was trained on, and the predictors by kind."""
-    refuse_in_vain(args, USUAL, f"say what {MADE_UP}NAME makes up, but {args.trace} was recorded")
+    refuse_unused(args, USUAL, f"say what {MADE_UP}NAME makes up, but {args.trace} was recorded")
     for option in ("csv", "plot"):
         if getattr(args, option) is not None:
             refuse_to_replace(Path(args.trace), f"--{option}", getattr(args, option))

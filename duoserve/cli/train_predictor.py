@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-from duoserve.cli.options import Subparsers, add_parser, natural, refuse_in_vain, refuse_to_replace
+from duoserve.cli.options import Subparsers, add_parser, natural, refuse_to_replace, refuse_unused
 from duoserve.errors import RequestError
 from duoserve.predictors.files import check_place, notes_path, save_predictor
 from duoserve.predictors.quality import measure
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         refuse_to_replace(args.trace, "--out", written)
     check_place(args.out)
     if args.kind != "duoserve":
-        refuse_in_vain(args, ["horizon"], f"the kind {args.kind!r} takes none, only duoserve does")
+        refuse_unused(args, ["horizon"], f"the kind {args.kind!r} takes none, only duoserve does")
     trace, start = open_trace(args.trace), perf_counter()
     trace.check_decodes()
     bars = sys.stderr.isatty()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from duoserve.cli import evaluate, main
-from duoserve.cli.machines import replayed_on
+from duoserve.cli.hardware_option import replayed_on
 from duoserve.errors import TraceError
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.recommendation import RECOMMENDATION_FILE

@@ -13,7 +13,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("options", COMMANDS)
-def test_an_option_in_vain_is_an_error(duoserve, options):
+def test_an_unused_option_is_an_error(duoserve, options):
     ran = duoserve(*COMMANDS[options])
     assert (ran.code, ran.out) == (1, "")
     assert ran.err.startswith(f"duoserve: error: {options}: ")
