@@ -20,7 +20,7 @@ from duoserve.experts.pack_folder import pack_path
 from duoserve.experts.packing import write_pack
 from duoserve.experts.quantizing import QuantizingStore
 from duoserve.models.opened import opened
-from duoserve.perplexity import WINDOW, score
+from duoserve.perplexity import WINDOW, score, scored_ids
 from harness import result_file, write_result
 from machine import conditions
 from shakespeare import HELD_OUT, title
@@ -46,9 +46,8 @@ def bits_per_byte(quantize: str | None, cache: Path, files: list[Path]) -> dict[
     found = {}
     with MoEModel.from_pretrained(MODEL, max_context=WINDOW, quantize=quantize, cache_dir=cache) as model:
         for file in files:
-            ids, first = model.encode(file.read_text()), model.config.bos_token_id
-            behind = ids if first is None or ids[:1] == [first] else [first, *ids]
-            found[title(file.name)] = score(model, behind).bits_per_byte(file.stat().st_size)
+            ids = scored_ids(model.encode(file.read_text()), model.config.bos_token_id)
+            found[title(file.name)] = score(model, ids).bits_per_byte(file.stat().st_size)
     return found
 
 

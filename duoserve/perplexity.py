@@ -38,6 +38,12 @@ def check_length(token_ids: Sequence[int]) -> None:
         raise RequestError(f"{len(token_ids)} tokens are no text that could be foretold: at least 2 are needed")
 
 
+def scored_ids(token_ids: list[int], bos_token_id: int | None) -> list[int]:
+    """The tokens of a text behind the token that begins a text, if there is one and they do not begin with it."""
+    first = [] if bos_token_id is None else [bos_token_id]
+    return token_ids if token_ids[:1] == first else first + token_ids
+
+
 def score(model: MoEModel, token_ids: Sequence[int]) -> TextScore:
     """Scores every token but the first by those before it. The model must take WINDOW tokens at once.
 

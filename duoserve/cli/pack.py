@@ -14,7 +14,7 @@ from duoserve.experts.packing import write_pack
 from duoserve.experts.quantizing import QuantizingStore
 from duoserve.models.opened import OpenedModel, opened
 from duoserve.moe_model import MoEModel
-from duoserve.perplexity import WINDOW, TextScore, check_length, score
+from duoserve.perplexity import WINDOW, TextScore, check_length, score, scored_ids
 from duoserve.text.tokenizer import Tokenizer
 
 EXAMPLES = """\
@@ -96,9 +96,7 @@ def _token_ids(model: OpenedModel, text: str) -> list[int]:
     tokenizer = Tokenizer.load(model.checkpoint.folder)
     if tokenizer is None:
         raise RequestError(f"--text: {model.checkpoint.folder} has no tokenizer.json")
-    ids, first = tokenizer.encode(text), model.config.bos_token_id
-    if first is not None and ids[:1] != [first]:
-        ids = [first, *ids]
+    ids = scored_ids(tokenizer.encode(text), model.config.bos_token_id)
     check_length(ids)
     return ids
 

@@ -23,10 +23,10 @@ TEXTS = ("content", "reasoning", "reasoning_content")  # texts of a chat's chunk
 
 @dataclass(frozen=True)
 class Target:
-    """A server under ``url`` (with or without ``/v1``); ``model`` None: the first that it has.
+    """A server under ``url`` (with or without ``/v1``); ``model`` None: the first that it has, by ``served_model``.
 
     With ``chat``, chats are asked for instead of completions; with ``ignore_eos``, which vLLM takes too, answers of
-    full length. A request that is not answered to its end after ``timeout_s`` has failed.
+    full length. A request that is not answered to its end after ``timeout_s``, whatever comes meanwhile, has failed.
     """
 
     url: str
@@ -35,6 +35,18 @@ class Target:
     timeout_s: float = 600.0
     chat: bool = False
     ignore_eos: bool = False
+
+    @property
+    def path(self) -> str:
+        """The path of the endpoint."""
+        return "/v1/chat/completions" if self.chat else "/v1/completions"
+
+    def body(self, asked: LoadRequest) -> dict[str, Any]:
+        """The body of a streamed request, which asks the server to count tokens."""
+        said = {"messages": [{"role": "user", "content": asked.prompt}]} if self.chat else {"prompt": asked.prompt}
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        longer = {"ignore_eos": True} if self.ignore_eos else {}
+        return {"model": self.model, "max_tokens": asked.max_tokens, **said, **options, **longer}
 
     def client(self) -> httpx.AsyncClient:
         """A client for any number of requests, which the caller closes. Raises ConfigError for a bad URL or key.
@@ -70,49 +82,24 @@ async def served_model(client: httpx.AsyncClient, wanted: str | None) -> str:
     return wanted or str(names[0])
 
 
-@dataclass(frozen=True)
-class Form:
-    """The form of requests: to which endpoint, for which model, and whether answers must have their full length.
-
-    An answer may take ``timeout_s`` from its request to its end, whatever comes meanwhile.
-    """
-
-    model: str
-    chat: bool = False
-    ignore_eos: bool = False
-    timeout_s: float = 600.0
-
-    @property
-    def path(self) -> str:
-        """The path of the endpoint."""
-        return "/v1/chat/completions" if self.chat else "/v1/completions"
-
-    def body(self, asked: LoadRequest) -> dict[str, Any]:
-        """The body of a streamed request, which asks the server to count tokens."""
-        said = {"messages": [{"role": "user", "content": asked.prompt}]} if self.chat else {"prompt": asked.prompt}
-        options = {"stream": True, "stream_options": {"include_usage": True}}
-        longer = {"ignore_eos": True} if self.ignore_eos else {}
-        return {"model": self.model, "max_tokens": asked.max_tokens, **said, **options, **longer}
-
-
 async def answers(
-    client: httpx.AsyncClient, form: Form, asked: Sequence[LoadRequest], times: Sequence[float]
+    client: httpx.AsyncClient, target: Target, asked: Sequence[LoadRequest], times: Sequence[float]
 ) -> list[Answer]:
     """Sends each request at its time (seconds from now), however the others fare, and gives their answers."""
     began = time.perf_counter()
-    tasks = [_answer_at(client, form, each, at, began) for each, at in zip(asked, times, strict=True)]
+    tasks = [_answer_at(client, target, each, at, began) for each, at in zip(asked, times, strict=True)]
     return await asyncio.gather(*tasks)
 
 
-async def _answer_at(client: httpx.AsyncClient, form: Form, asked: LoadRequest, at: float, began: float) -> Answer:
+async def _answer_at(client: httpx.AsyncClient, target: Target, asked: LoadRequest, at: float, began: float) -> Answer:
     """The answer to one request. Latencies count from when it was due, so they include a delay of this process."""
     await asyncio.sleep(at - (time.perf_counter() - began))
     late_s = time.perf_counter() - began - at
     try:
-        async with asyncio.timeout(form.timeout_s):
-            pieces, tokens = await _read(client, form, asked, began)
+        async with asyncio.timeout(target.timeout_s):
+            pieces, tokens = await _read(client, target, asked, began)
     except TimeoutError:
-        return Answer(at, error=f"not answered to its end within {form.timeout_s:g} s", late_s=late_s)
+        return Answer(at, error=f"not answered to its end within {target.timeout_s:g} s", late_s=late_s)
     except _Failed as failure:
         return Answer(at, error=str(failure)[:SHOWN], late_s=late_s)
     except (httpx.HTTPError, ValueError) as error:
@@ -126,14 +113,14 @@ class _Failed(Exception):
     """Raised if the server reports that it has failed."""
 
 
-async def _read(client: httpx.AsyncClient, form: Form, asked: LoadRequest, began: float) -> tuple[list[float], int]:
+async def _read(client: httpx.AsyncClient, target: Target, asked: LoadRequest, began: float) -> tuple[list[float], int]:
     """When each piece of the answer came, and how many tokens the server counted (0 if it does not count).
 
     Raises ValueError if the answer is not in OpenAI's form.
     """
     pieces: list[float] = []
     tokens = 0
-    async with client.stream("POST", form.path, json=form.body(asked)) as reply:
+    async with client.stream("POST", target.path, json=target.body(asked)) as reply:
         if reply.status_code != httpx.codes.OK:
             raise _Failed(f"{reply.status_code}: {(await reply.aread()).decode(errors='replace')}")
         async for data in event_data(reply.aiter_bytes()):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from duoserve.errors import RequestError
 from duoserve.interface import Objectives
-from duoserve.loadtest.client import Form, Target, answers, served_model
+from duoserve.loadtest.client import Target, answers, served_model
 from duoserve.loadtest.figures import GoodputSearch, summary
 from duoserve.loadtest.workload import Workload
 
@@ -24,13 +25,12 @@ async def measured(
     """
     trials: list[dict[str, Any]] = []
     async with target.client() as client:
-        model = await served_model(client, target.model)
-        form = Form(model, target.chat, target.ignore_eos, target.timeout_s)
+        target = replace(target, model=await served_model(client, target.model))
         while (rate := search.next_rate()) is not None:
-            found = summary(await answers(client, form, load.asked(), load.times(rate)), objectives)
+            found = summary(await answers(client, target, load.asked(), load.times(rate)), objectives)
             if not trials and found["failed"] == found["requests"]:
                 raise RequestError(f"all {found['failed']} requests failed; the first: {found['first_error']}")
             trials.append({"rate": rate, **found})
             search.record(rate, found["attained"])
             say(f"{rate:.3g} requests/s: {found['attained']:.0%} inside objectives")
-    return {"url": target.url, "model": model, "trials": trials}
+    return {"url": target.url, "model": target.model, "trials": trials}

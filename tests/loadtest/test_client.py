@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 import httpx
 import pytest
 
-from duoserve.loadtest.client import Form, answers
+from duoserve.loadtest.client import Target, answers
 from duoserve.loadtest.events import event_data
 from duoserve.loadtest.figures import Answer
 from duoserve.loadtest.workload import LoadRequest
@@ -28,8 +28,8 @@ async def answer(*parts: bytes, timeout_s: float = 5.0, pause_s: float = 0.0, ch
 
     transport = httpx.MockTransport(lambda request: httpx.Response(200, content=content()))
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-        form = Form("m", chat, timeout_s=timeout_s)
-        [found] = await answers(client, form, [LoadRequest("a", 4)], [0.0])
+        target = Target("http://server", "m", timeout_s=timeout_s, chat=chat)
+        [found] = await answers(client, target, [LoadRequest("a", 4)], [0.0])
         return found
 
 
