@@ -21,7 +21,7 @@ from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.tickets import PIECE_BYTES
 from duoserve.kv_cache import PagedKVCache
-from duoserve.launching.launch import DecoderParts, Launch, choose_launch, resolve_mode
+from duoserve.launching.launch import Launch, StepParts, choose_launch, resolve_mode
 from duoserve.launching.link import LinkRates
 from duoserve.launching.recorded import RECORD_AFTER
 from duoserve.memory_needs import MemoryNeeds
@@ -39,7 +39,7 @@ from serve_digest import NotedPasses, digest
 from serve_host import Host
 from serve_models import Unavailable, Wired
 from serve_replay import AskedFor, HostArena, ReplayedPasses, RoutingReplay, SharedRows, Tape, TapedScores
-from serve_steps import StallMeter, TimedDecoder, timed_decoder
+from serve_steps import StallMeter, TimedRunner, timed_runner
 from serve_timeline import packed, timeline
 
 # Of a prompt and of a decode: their logits must have the same bits in every cell of a group.
@@ -90,12 +90,12 @@ class Served:
     passes: NotedPasses
     asked_for: AskedFor
     launch: Launch
-    decoder: TimedDecoder | None
+    runner: TimedRunner | None
 
     @property
     def num_recordings(self) -> int:
         """Steps that were recorded so far."""
-        return self.decoder.num_recordings if self.decoder is not None else 0
+        return self.runner.num_recordings if self.runner is not None else 0
 
     @property
     def resident(self) -> set[ExpertId]:
@@ -109,7 +109,7 @@ class KnownLink:
     def __init__(self) -> None:
         self._rates: LinkRates | None = None
 
-    def rates(self, parts: DecoderParts) -> LinkRates:
+    def rates(self, parts: StepParts) -> LinkRates:
         """As ``parts.measure_link``, which destroys what is in the first slots."""
         if self._rates is None:
             self._rates = parts.measure_link()
@@ -166,15 +166,15 @@ class Ground:
             heard_by = None if scheduler.listener is None else TapedScores(scheduler.listener, replay)
             model, tap = listened_to(with_script(built, replay), heard_by)
             cache = PagedKVCache(config, max_context, config.dtype, device)
-            parts = DecoderParts(model, cache, scheduler, store, pool)
+            parts = StepParts(model, cache, scheduler, store, pool)
             launch = self._launch(mode, policy, parts)
-            decoder = None if launch is Launch.MODEL else timed_decoder(launch, parts, self.host.recorder())
+            runner = None if launch is Launch.MODEL else timed_runner(launch, parts, self.host.recorder())
             replayed = ReplayedPasses(scheduler, replay)
-            passes = NotedPasses(model, replayed, cache, meter, tap=tap, decoder=decoder)
+            passes = NotedPasses(model, replayed, cache, meter, tap=tap, runner=runner)
             engine = Engine(passes, config, cache, meter)
-            yield Served(engine, meter, scheduler, replay, replayed, passes, asked_for, launch, decoder)
+            yield Served(engine, meter, scheduler, replay, replayed, passes, asked_for, launch, runner)
 
-    def _launch(self, mode: str, policy: Policy, parts: DecoderParts) -> Launch:
+    def _launch(self, mode: str, policy: Policy, parts: StepParts) -> Launch:
         try:
             resolved = resolve_mode(mode, self.host.device)
             return choose_launch(resolved, self.host.device, policy, parts.readable, lambda: self.link.rates(parts))
@@ -317,11 +317,11 @@ def _steps(tokens: Iterable[object], batch: int) -> Iterator[None]:
 
 def _timed_steps(served: Served, steps: Iterator[None], num: int) -> Figures | None:
     """Times of ``num`` more steps, as ``host_seconds`` takes them; None where steps are not recorded."""
-    if served.decoder is None or not num:
+    if served.runner is None or not num:
         return None
     meter, replayed = served.meter, served.replayed
     wall_s, stall_s, replay_s = meter.snapshot().wall_s, meter.device_stall_s, replayed.seconds
-    with served.decoder.timing() as times:
+    with served.runner.timing() as times:
         for _ in range(num):
             next(steps)
     found = times.to_dict() | {"wall_s": meter.snapshot().wall_s - wall_s, "stall_s": meter.device_stall_s - stall_s}

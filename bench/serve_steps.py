@@ -20,10 +20,10 @@ from duoserve.kernels.recorder import Recorder, Recording, Result
 from duoserve.kv_cache import NewTokens
 from duoserve.launching.event import event_steps
 from duoserve.launching.graph import graph_steps
-from duoserve.launching.launch import DecoderParts, Launch
-from duoserve.launching.recorded import RecordedDecoder
+from duoserve.launching.launch import Launch, StepParts
+from duoserve.launching.recorded import RecordedRunner
 from duoserve.metrics import Meter
-from duoserve.passes import Decoder
+from duoserve.passes import StepRunner
 
 Clock = Callable[[], float]
 
@@ -138,10 +138,10 @@ class _TimedRecording(Recording[Result], Generic[Result]):
         self._recorder.replay(self._inner)
 
 
-class TimedDecoder(Decoder):
+class TimedRunner(StepRunner):
     """``inner``, whose recorded steps are timed inside ``timing()``; ``recorder`` has recorded them."""
 
-    def __init__(self, inner: RecordedDecoder, recorder: TimedRecorder, clock: Clock = time.perf_counter) -> None:
+    def __init__(self, inner: RecordedRunner, recorder: TimedRecorder, clock: Clock = time.perf_counter) -> None:
         self.times = StepTimes()
         self._inner = inner
         self._recorder = recorder
@@ -163,7 +163,7 @@ class TimedDecoder(Decoder):
             self._recorder.is_timing = False
 
     def __call__(self, new_tokens: NewTokens) -> Tensor:
-        """As in Decoder."""
+        """As in StepRunner."""
         began = self._clock()
         logits_BV = self._inner(new_tokens)
         if self._recorder.is_timing:
@@ -171,7 +171,7 @@ class TimedDecoder(Decoder):
         return logits_BV
 
     def prepare(self, num_sequences: int) -> None:
-        """As in Decoder."""
+        """As in StepRunner."""
         self._inner.prepare(num_sequences)
 
     def _note(self, began: float, ended: float) -> None:
@@ -185,14 +185,14 @@ class TimedDecoder(Decoder):
             times.aside_s += self._clock() - ended
 
 
-def timed_decoder(launch: Launch, parts: DecoderParts, recorder: TimedRecorder) -> TimedDecoder:
-    """Steps that are launched by EVENT or GRAPH, as ``make_decoder`` makes them."""
+def timed_runner(launch: Launch, parts: StepParts, recorder: TimedRecorder) -> TimedRunner:
+    """Steps that are launched by EVENT or GRAPH, as ``make_step_runner`` makes them."""
     model, cache = parts.model, parts.cache
     if launch is Launch.EVENT:
         steps = event_steps(model, cache, recorder)
     else:
         steps = graph_steps(model, cache, recorder, parts.store, parts.scheduler.read_through())
-    return TimedDecoder(RecordedDecoder(model, cache, steps), recorder)
+    return TimedRunner(RecordedRunner(model, cache, steps), recorder)
 
 
 def host_seconds(times: dict[str, Any]) -> tuple[float, float]:

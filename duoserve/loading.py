@@ -18,7 +18,7 @@ from duoserve.kernels import Products
 from duoserve.kernels.compiled.unpacking import with_compiled_unpacking
 from duoserve.kv_cache import PagedKVCache
 from duoserve.launching.compiled_prompts import compiled_prompts
-from duoserve.launching.launch import DecoderParts, VariantDecoder, check_graph, make_decoder, resolve_mode
+from duoserve.launching.launch import StepParts, VariantRunner, check_graph, make_step_runner, resolve_mode
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
@@ -27,7 +27,7 @@ from duoserve.models.tap import RoutingTap
 from duoserve.models.transformer import Transformer
 from duoserve.models.variants import with_products
 from duoserve.out_of_memory import explained_refusals
-from duoserve.passes import Decoder, Passes
+from duoserve.passes import Passes, StepRunner
 from duoserve.placement import Placement
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
@@ -124,8 +124,8 @@ def _engine(
     )
     transformer, tap = _transformer_and_tap(decision, scheduler, pool, listener)
     cache = PagedKVCache(config, place.max_context, place.dtype, place.device)
-    prompts, decoder = _prompts_and_decoder(DecoderParts(transformer, cache, scheduler, store, pool), decision)
-    return Engine(Passes(prompts, scheduler, cache, meter, tap=tap, decoder=decoder), config, cache, meter)
+    prompts, runner = _prompts_and_runner(StepParts(transformer, cache, scheduler, store, pool), decision)
+    return Engine(Passes(prompts, scheduler, cache, meter, tap=tap, runner=runner), config, cache, meter)
 
 
 def _transformer_and_tap(
@@ -139,10 +139,10 @@ def _transformer_and_tap(
     return listened_to(built, audience(scheduler.listener, listener))
 
 
-def _prompts_and_decoder(parts: DecoderParts, decision: Decision) -> tuple[Transformer, Decoder | None]:
-    """The model that computes prompts, and the decoder for decode steps; without one, that model computes them too."""
+def _prompts_and_runner(parts: StepParts, decision: Decision) -> tuple[Transformer, StepRunner | None]:
+    """The model that computes prompts, and the runner for decode steps; without one, that model computes them too."""
     model, cache, wanted = parts.model, parts.cache, decision.wanted
     if wanted.invariant:
-        return with_products(model, Products.BY_TILE), VariantDecoder(with_products(model, Products.BY_ROW), cache)
-    decoder = make_decoder(wanted.decode_mode, decision.policy, parts)
-    return compiled_prompts(model, cache) if wanted.decode_mode == "compiled" else model, decoder
+        return with_products(model, Products.BY_TILE), VariantRunner(with_products(model, Products.BY_ROW), cache)
+    runner = make_step_runner(wanted.decode_mode, decision.policy, parts)
+    return compiled_prompts(model, cache) if wanted.decode_mode == "compiled" else model, runner

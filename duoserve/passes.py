@@ -47,7 +47,7 @@ class DecodeStep(Protocol):
         ...
 
 
-class Decoder(DecodeStep, Protocol):
+class StepRunner(DecodeStep, Protocol):
     """Computes decode steps of every size instead of the model."""
 
     def prepare(self, num_sequences: int) -> None:
@@ -79,7 +79,7 @@ class Passes:
     """Runs the passes of ``model``. One prefill may be under way at a time, with decode steps between its layers.
 
     ``tap`` is given if there are listeners to the routers; it hears each pass as a whole, with no other in between.
-    ``decoder``, if given, computes the decode steps.
+    ``runner``, if given, computes the decode steps.
     """
 
     def __init__(  # noqa: PLR0913
@@ -90,7 +90,7 @@ class Passes:
         meter: Meter,
         *,
         tap: RoutingTap | None = None,
-        decoder: Decoder | None = None,
+        runner: StepRunner | None = None,
     ) -> None:
         self.num_layers = len(model.layers)
         self._model = model
@@ -98,7 +98,7 @@ class Passes:
         self._cache = cache
         self._meter = meter
         self._tap = tap
-        self._decoder = decoder
+        self._runner = runner
         self._prefill: Prefill | None = None
 
     @property
@@ -109,8 +109,8 @@ class Passes:
     @inference()
     def prepare(self, num_sequences: int) -> None:
         """Makes decode steps of up to ``num_sequences`` requests ready, so that the first of them need not wait."""
-        if self._decoder is not None:
-            self._decoder.prepare(num_sequences)
+        if self._runner is not None:
+            self._runner.prepare(num_sequences)
 
     @inference()
     def whole(self, number: int, kv: SequenceKV, token_ids: Sequence[int]) -> Tensor:
@@ -201,8 +201,8 @@ class Passes:
         with self._meter.compute():
             self._scheduler.begin(phase, len(new_tokens.token_ids))
             try:
-                if phase is Phase.DECODE and self._decoder is not None:
-                    return self._decoder(new_tokens)
+                if phase is Phase.DECODE and self._runner is not None:
+                    return self._runner(new_tokens)
                 return self._model(self._cache.batch(new_tokens), rows).cpu()
             finally:
                 self._scheduler.end()

@@ -17,13 +17,13 @@ from duoserve.experts.layout import ExpertLayout
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.kv_cache import PagedKVCache
-from duoserve.launching.launch import DecoderParts
+from duoserve.launching.launch import StepParts
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
 from duoserve.models.opened import opened
 from duoserve.models.transformer import Transformer
-from duoserve.passes import Decoder, Passes
+from duoserve.passes import Passes, StepRunner
 from duoserve.request import Request
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.predictor import Predictor
@@ -34,9 +34,7 @@ from duoserve.wiring import make_scheduler
 class AssembledEngine(Engine):
     """An engine that shows what it is made of."""
 
-    def __init__(
-        self, passes: Passes, parts: DecoderParts, config: ModelConfig, copies: CopyEngine, meter: Meter
-    ) -> None:
+    def __init__(self, passes: Passes, parts: StepParts, config: ModelConfig, copies: CopyEngine, meter: Meter) -> None:
         super().__init__(passes, config, parts.cache, meter)
         self.passes, self.copies, self.meter = passes, copies, meter
         self.cache, self.scheduler = parts.cache, parts.scheduler
@@ -57,7 +55,7 @@ def assembled(
     predictor: Predictor | None = None,
     *,
     make_pool: Callable[[int, ExpertLayout], SlotPool] = poisoned,
-    make_decoder: Callable[[DecoderParts], Decoder] | None = None,
+    make_step_runner: Callable[[StepParts], StepRunner] | None = None,
     change: Callable[[Transformer], Transformer] = lambda model: model,
     device: torch.device = CPU,
     max_context: int = 256,
@@ -79,9 +77,9 @@ def assembled(
         )
         transformer, tap = listened_to(change(built), audience(scheduler.listener, listener))
         cache = PagedKVCache(config, max_context, config.dtype, device)
-        parts = DecoderParts(transformer, cache, scheduler, store, pool)
-        decoder = None if make_decoder is None else make_decoder(parts)
-        passes = Passes(transformer, scheduler, cache, meter, tap=tap, decoder=decoder)
+        parts = StepParts(transformer, cache, scheduler, store, pool)
+        runner = None if make_step_runner is None else make_step_runner(parts)
+        passes = Passes(transformer, scheduler, cache, meter, tap=tap, runner=runner)
         yield AssembledEngine(passes, parts, config, copies, meter)
 
 

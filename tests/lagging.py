@@ -18,9 +18,9 @@ from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.kv_cache import NewTokens
 from duoserve.launching.event import event_steps
 from duoserve.launching.graph import graph_steps
-from duoserve.launching.launch import DecoderParts
-from duoserve.launching.recorded import RecordedDecoder
-from duoserve.passes import Decoder
+from duoserve.launching.launch import StepParts
+from duoserve.launching.recorded import RecordedRunner
+from duoserve.passes import StepRunner
 from duoserve.request import Request
 from tests.assembly import assembled
 from tests.fake_recorder import FakeRecorder
@@ -47,20 +47,20 @@ class LaggingDevice:
         self.store = TieredStore(HostStore(store, self.in_ram), store)
         return StreamCopyEngine(self.store, pool, self.streams, piece_bytes=pool.rows_SB.shape[1] // 3)
 
-    def recorded(self, mode: str, record_after: int = 0) -> Callable[[DecoderParts], Decoder]:
-        """Makes decoders of ``mode`` that record a shape when it comes for the time after ``record_after``."""
+    def recorded(self, mode: str, record_after: int = 0) -> Callable[[StepParts], StepRunner]:
+        """Makes runners of ``mode`` that record a shape when it comes for the time after ``record_after``."""
 
-        def decoder(parts: DecoderParts) -> Decoder:
+        def runner(parts: StepParts) -> StepRunner:
             if mode == "graph":
                 books = parts.scheduler.read_through()
                 steps = graph_steps(parts.model, parts.cache, self.recorder, self.store, books)
             else:
                 steps = event_steps(parts.model, parts.cache, self.recorder)
-            return self.lagging(RecordedDecoder(parts.model, parts.cache, steps, record_after))
+            return self.lagging(RecordedRunner(parts.model, parts.cache, steps, record_after))
 
-        return decoder
+        return runner
 
-    def lagging(self, decode: Decoder) -> Decoder:
+    def lagging(self, decode: StepRunner) -> StepRunner:
         def step(new_tokens: NewTokens) -> Tensor:
             try:
                 self.logits.append(decode(new_tokens).clone())
@@ -87,10 +87,10 @@ class Truth:
     def __init__(self, folder: Path, num_experts: int, prompts: Sequence[list[int]], max_tokens: Sequence[int]) -> None:
         self.logits: list[Tensor] = []
 
-        def by_the_model(parts: DecoderParts) -> Decoder:
+        def by_the_model(parts: StepParts) -> StepRunner:
             return lambda new_tokens: self._noted(parts.model(parts.cache.batch(new_tokens)))
 
-        with assembled(folder, "resident", num_experts, ThreadedCopyEngine, make_decoder=by_the_model) as engine:
+        with assembled(folder, "resident", num_experts, ThreadedCopyEngine, make_step_runner=by_the_model) as engine:
             self.tokens = write(engine, prompts, max_tokens)
 
     def differences(self, logits: Sequence[Tensor], rounds: int = 1) -> list[int]:

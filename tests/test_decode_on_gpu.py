@@ -26,9 +26,9 @@ from duoserve.kernels.cuda_graphs import CudaRecorder
 from duoserve.kv_cache import NewTokens
 from duoserve.launching.event import event_steps
 from duoserve.launching.graph import graph_steps
-from duoserve.launching.launch import DecoderParts
-from duoserve.launching.recorded import RecordedDecoder
-from duoserve.passes import Decoder
+from duoserve.launching.launch import StepParts
+from duoserve.launching.recorded import RecordedRunner
+from duoserve.passes import StepRunner
 from duoserve.scheduling.predictor import Predictor
 from tests.assembly import AssembledEngine, assembled
 from tests.checkpoints import save_mixtral
@@ -89,7 +89,7 @@ class Gpu:
         self, folder: Path, slots: int, mode: str, policy: str = "lru", predictor: Predictor | None = None
     ) -> Iterator[AssembledEngine]:
         policy = "resident" if slots == len(EXPERTS) else policy
-        decoders = {"event": self.event, "graph": self.graph, "model": self.model}
+        runners = {"event": self.event, "graph": self.graph, "model": self.model}
         making = assembled(
             folder,
             policy,
@@ -97,31 +97,31 @@ class Gpu:
             self.copies,
             predictor=predictor,
             make_pool=self.pool,
-            make_decoder=lambda parts: self.noted(decoders[mode](parts)),
+            make_step_runner=lambda parts: self.noted(runners[mode](parts)),
             device=self.device,
         )
         with self._open:  # the store is closed last
             yield self._open.enter_context(making)
 
-    def model(self, parts: DecoderParts) -> Decoder:
+    def model(self, parts: StepParts) -> StepRunner:
         return lambda new_tokens: parts.model(parts.cache.batch(new_tokens)).cpu()
 
-    def event(self, parts: DecoderParts) -> Decoder:
+    def event(self, parts: StepParts) -> StepRunner:
         return self.recording(parts, event_steps(parts.model, parts.cache, CudaRecorder(self.device)))
 
-    def graph(self, parts: DecoderParts) -> Decoder:
+    def graph(self, parts: StepParts) -> StepRunner:
         recorder, books = CudaRecorder(self.device), parts.scheduler.read_through()
         return self.recording(parts, graph_steps(parts.model, parts.cache, recorder, self.store, books))
 
-    def recording(self, parts: DecoderParts, make_step: Callable[[int, int], Decoder | None]) -> Decoder:
-        def counted(num_sequences: int, table_width: int) -> Decoder | None:
+    def recording(self, parts: StepParts, make_step: Callable[[int, int], StepRunner | None]) -> StepRunner:
+        def counted(num_sequences: int, table_width: int) -> StepRunner | None:
             step = make_step(num_sequences, table_width)
             self.recorded += step is not None
             return step
 
-        return RecordedDecoder(parts.model, parts.cache, counted, self.record_after)
+        return RecordedRunner(parts.model, parts.cache, counted, self.record_after)
 
-    def noted(self, decode: Decoder) -> Decoder:
+    def noted(self, decode: StepRunner) -> StepRunner:
         def step(new_tokens: NewTokens) -> Tensor:
             self.logits.append(decode(new_tokens).clone())
             return self.logits[-1]

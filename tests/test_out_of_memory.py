@@ -153,7 +153,7 @@ def open_files() -> int:
 
 @pytest.mark.parametrize(
     "part",
-    ["wiring.Scheduler", "loading.PagedKVCache", "loading._transformer_and_tap", "loading._prompts_and_decoder"],
+    ["wiring.Scheduler", "loading.PagedKVCache", "loading._transformer_and_tap", "loading._prompts_and_runner"],
 )
 def test_a_load_that_is_refused_memory_leaves_nothing_open(
     part: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -75,14 +75,14 @@ def _check_matrix(name: str, matrix: Matrix) -> None:
         return
     require(scales is not None, f"{name} is {matrix.format.value} and has no scales")
     require((zeros is not None) == (matrix.format is ExpertFormat.INT4), f"{name}: int4 alone has zero-points")
-    for part, decoder, dtypes in (("scales", scales, SCALES[matrix.format]), ("zero-points", zeros, (torch.uint8,))):
-        if decoder is not None:
-            check_tensor(f"{part} of {name}", decoder, (len(w), *_decoder_shape(name, matrix)), dtypes)
-            require(decoder[:1].is_contiguous(), f"the {part} of {name} must be contiguous in a slot")
-            check_one_device(**{part: decoder, name: w})
+    for part, scale, dtypes in (("scales", scales, SCALES[matrix.format]), ("zero-points", zeros, (torch.uint8,))):
+        if scale is not None:
+            check_tensor(f"{part} of {name}", scale, (len(w), *_scale_shape(name, matrix)), dtypes)
+            require(scale[:1].is_contiguous(), f"the {part} of {name} must be contiguous in a slot")
+            check_one_device(**{part: scale, name: w})
 
 
-def _decoder_shape(name: str, matrix: Matrix) -> tuple[int, int]:
+def _scale_shape(name: str, matrix: Matrix) -> tuple[int, int]:
     num_rows, inner, group = matrix.data_SNB.shape[1], matrix.inner, matrix.group
     if matrix.format in (ExpertFormat.INT8, ExpertFormat.BF12):
         return 1, num_rows

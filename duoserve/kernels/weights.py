@@ -191,8 +191,8 @@ class QuantizedLayout:
         starts = [start for start, _ in self.segments]
         two_i, hidden, inter = 2 * self.intermediate, self.hidden, self.intermediate
         stored = torch.int8 if self.format is ExpertFormat.INT8 else torch.uint8
-        s13, z13 = self._decoders(rows_SB, starts[1], *self._matrices[0])
-        s2, z2 = self._decoders(rows_SB, starts[3], *self._matrices[1])
+        s13, z13 = self._scales_and_zeros(rows_SB, starts[1], *self._matrices[0])
+        s2, z2 = self._scales_and_zeros(rows_SB, starts[3], *self._matrices[1])
         return ExpertWeights(
             w13_SNH=_view(rows_SB, starts[0], stored, (two_i, self.format.row_width(hidden))),
             w2_SHI=_view(rows_SB, starts[2], stored, (hidden, self.format.row_width(inter))),
@@ -221,8 +221,8 @@ class QuantizedLayout:
         for rows, inner, interleaved in self._matrices:
             groups, width = self._scale_shape(rows, inner, interleaved)
             zero_bytes = 1 if self.format is ExpertFormat.INT4 else 0
-            decoders = groups * width * (self._scale_dtype.itemsize + zero_bytes)
-            sizes += [rows * self.format.row_width(inner), decoders]
+            scaling = groups * width * (self._scale_dtype.itemsize + zero_bytes)
+            sizes += [rows * self.format.row_width(inner), scaling]
         return [*sizes, self.hidden * torch.int32.itemsize] if self.ordered else sizes
 
     def _scale_shape(self, rows: int, inner: int, interleaved: bool) -> tuple[int, int]:
@@ -233,7 +233,7 @@ class QuantizedLayout:
             return block_rows, _ceil(inner, FP8_BLOCK)
         return inner // (self.group if self.format is ExpertFormat.INT4 else MXFP4_GROUP), rows
 
-    def _decoders(
+    def _scales_and_zeros(
         self, rows_SB: Tensor, start: int, rows: int, inner: int, interleaved: bool
     ) -> tuple[Tensor, Tensor | None]:
         shape = self._scale_shape(rows, inner, interleaved)

@@ -18,7 +18,7 @@ from duoserve.kernels.compiled.compiler import CompiledRecording, CpuCompiler
 from duoserve.kv_cache import NewTokens, PagedKVCache, pages_for
 from duoserve.launching.compiled_experts import Chosen, CompiledExperts
 from duoserve.launching.inputs import DecodeInputs
-from duoserve.launching.recorded import MakeStep, RecordedDecoder, Shape, Shapes
+from duoserve.launching.recorded import MakeStep, RecordedRunner, Shape, Shapes
 from duoserve.launching.recorded_choices import RecordedChoices
 from duoserve.models.parts import PartEnd, first_part, moe_blocks, next_part
 from duoserve.models.transformer import Transformer
@@ -33,7 +33,7 @@ SHORT = 64
 _BY_OPS = "such steps run op by op, more slowly, and round other numbers"
 
 
-def compiled_decoder(model: Transformer, cache: PagedKVCache, sizes: tuple[int, ...] = SIZES) -> RecordedDecoder:
+def compiled_runner(model: Transformer, cache: PagedKVCache, sizes: tuple[int, ...] = SIZES) -> RecordedRunner:
     """Decodes in compiled steps of ``sizes``, filled up with padding; the model itself computes larger steps.
 
     A step's bits are not quite the model's, as sums are made in another order; they are the same under every policy.
@@ -42,9 +42,9 @@ def compiled_decoder(model: Transformer, cache: PagedKVCache, sizes: tuple[int, 
     many such steps there have been.
     """
     steps = compiled_steps(model, cache, CpuCompiler(taped=True), sizes[-1])
-    decoder = RecordedDecoder(model, cache, steps, record_after=0, shapes=PaddedShapes(sizes, cache.num_pages))
-    decoder.prepare(1)
-    return decoder
+    runner = RecordedRunner(model, cache, steps, record_after=0, shapes=PaddedShapes(sizes, cache.num_pages))
+    runner.prepare(1)
+    return runner
 
 
 @dataclass(frozen=True)

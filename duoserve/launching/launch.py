@@ -20,14 +20,14 @@ from duoserve.experts.store import ExpertStore
 from duoserve.kernels.compiled.compiler import CpuCompiler, can_compile, cpp_compiler
 from duoserve.kernels.cuda_graphs import CudaRecorder
 from duoserve.kv_cache import NewTokens, PagedKVCache
-from duoserve.launching.compiled import compiled_decoder
+from duoserve.launching.compiled import compiled_runner
 from duoserve.launching.event import event_steps
 from duoserve.launching.graph import graph_steps, host_rows
 from duoserve.launching.link import LinkRates, link_rates, seconds_on_gpu
-from duoserve.launching.recorded import RecordedDecoder
+from duoserve.launching.recorded import RecordedRunner
 from duoserve.models.parts import moe_blocks
 from duoserve.models.transformer import Transformer
-from duoserve.passes import Decoder
+from duoserve.passes import StepRunner
 from duoserve.scheduling.plan import DecodeFetch
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.scheduler import Scheduler
@@ -38,14 +38,14 @@ ZERO_COPY_SHARE = 0.85
 
 
 @dataclass(frozen=True)
-class VariantDecoder(Decoder):
+class VariantRunner(StepRunner):
     """Computes decode steps with ``model``, a variant (models/variants.py) of the model that computes the prompts."""
 
     model: Transformer
     cache: PagedKVCache
 
     def __call__(self, new_tokens: NewTokens) -> Tensor:
-        """As in Decoder."""
+        """As in StepRunner."""
         return self.model(self.cache.batch(new_tokens), new_tokens.last_rows).cpu()
 
     def prepare(self, num_sequences: int) -> None:
@@ -62,8 +62,8 @@ class Launch(Enum):
 
 
 @dataclass(frozen=True)
-class DecoderParts:
-    """All that a decoder is built from. ``store`` holds every expert; the slots of ``pool`` are EMPTY or READY."""
+class StepParts:
+    """All that a runner is built from. ``store`` holds every expert; the slots of ``pool`` are EMPTY or READY."""
 
     model: Transformer
     cache: PagedKVCache
@@ -82,8 +82,8 @@ class DecoderParts:
         return link_rates(rows, self.pool, seconds_on_gpu)
 
 
-def make_decoder(mode: str, policy: Policy, parts: DecoderParts) -> Decoder | None:
-    """The decoder for ``mode`` (see ``choose_launch``); None where the model computes its own decode steps.
+def make_step_runner(mode: str, policy: Policy, parts: StepParts) -> StepRunner | None:
+    """The runner for ``mode`` (see ``choose_launch``); None where the model computes its own decode steps.
 
     Call it before any expert is in a slot, or after all are: measuring the link overwrites slots.
     """
@@ -92,12 +92,12 @@ def make_decoder(mode: str, policy: Policy, parts: DecoderParts) -> Decoder | No
         return None
     model, cache = parts.model, parts.cache
     if launch is Launch.COMPILED:
-        return compiled_decoder(model, cache)
+        return compiled_runner(model, cache)
     recorder = CudaRecorder(cache.device)
     if launch is Launch.EVENT:
-        return RecordedDecoder(model, cache, event_steps(model, cache, recorder))
+        return RecordedRunner(model, cache, event_steps(model, cache, recorder))
     books = parts.scheduler.read_through()
-    return RecordedDecoder(model, cache, graph_steps(model, cache, recorder, parts.store, books))
+    return RecordedRunner(model, cache, graph_steps(model, cache, recorder, parts.store, books))
 
 
 def resolve_mode(mode: str, device: torch.device) -> str:

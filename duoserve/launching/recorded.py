@@ -1,4 +1,4 @@
-"""A decoder that records decode steps, one recording for each shape, and replays them."""
+"""A runner that records decode steps, one recording for each shape, and replays them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from duoserve.kernels.configs import MEDIUM
 from duoserve.kv_cache import NewTokens, PagedKVCache
 from duoserve.models.transformer import Transformer
 from duoserve.out_of_memory import first_line, is_refusal
-from duoserve.passes import Decoder, DecodeStep
+from duoserve.passes import DecodeStep, StepRunner
 
 # A shape (sequences, width of the page table) is recorded once it has been computed this often: recording costs as much
 # as many steps, and a batch that shrinks passes through shapes that it never comes back to.
@@ -64,7 +64,7 @@ class ExactShapes(Shapes):
         return ()
 
 
-class RecordedDecoder(Decoder):
+class RecordedRunner(StepRunner):
     """Computes decode steps with the recordings that ``make_step`` makes; ``model`` computes those of other shapes.
 
     A shape is recorded when it has occurred more than ``record_after`` times; at most ``max_shapes`` recordings are
@@ -92,12 +92,12 @@ class RecordedDecoder(Decoder):
         self._steps: dict[Shape, DecodeStep | None] = {}  # the most recently used comes last
 
     def __call__(self, new_tokens: NewTokens) -> Tensor:
-        """As in Decoder; the next call may overwrite the logits."""
+        """As in StepRunner; the next call may overwrite the logits."""
         step = self._step(self._shapes.of(new_tokens))
         return self._model(self._cache.batch(new_tokens)).cpu() if step is None else step(new_tokens)
 
     def prepare(self, num_sequences: int) -> None:
-        """As in Decoder."""
+        """As in StepRunner."""
         for shape in self._shapes.up_to(num_sequences):
             self._record(shape)
 

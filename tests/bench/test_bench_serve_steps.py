@@ -23,13 +23,13 @@ from duoserve.experts.streams import Lane, Mark, Streams
 from duoserve.kernels.recorder import Recorder, Recording
 from duoserve.kv_cache import NewTokens
 from duoserve.launching.launch import Launch
-from duoserve.launching.recorded import RecordedDecoder
+from duoserve.launching.recorded import RecordedRunner
 from duoserve.metrics import Meter
 from duoserve.passes import Passes
 from serve_cells import AUTO, BASE, EVENT, GRAPH, Cell, shown
 from serve_figures import figures, targets
 from serve_host import CpuHost
-from serve_steps import TimedDecoder, TimedRecorder, host_seconds
+from serve_steps import TimedRecorder, TimedRunner, host_seconds
 from serve_worker import ServeBench
 from tests.bench.test_bench_serve import CEILINGS, DEEPSEEK, MIXTRAL, QWEN3, part
 from tests.fake_recorder import FakeRecorder
@@ -90,7 +90,7 @@ class Replayed(Recording[None]):
         device.free = max(device.free, device.now) + device.busy
 
 
-class Recorded(RecordedDecoder):
+class Recorded(RecordedRunner):
     """A step of ``layers`` replays; the host thinks for ``thought`` seconds before each, and waits behind it or not."""
 
     def __init__(self, device: Device, recorder: TimedRecorder, layers: int, thought: float, waits: bool) -> None:
@@ -121,16 +121,16 @@ def test_the_hosts_time_is_what_the_device_waits_for(
     """Whatever it takes to take note of the times."""
     device = Device(launch, busy=100.0, call=2.0)
     recorder = TimedRecorder(device, device, lambda: device.now)
-    decoder = TimedDecoder(Recorded(device, recorder, 4, thought, waits), recorder, lambda: device.now)
+    runner = TimedRunner(Recorded(device, recorder, 4, thought, waits), recorder, lambda: device.now)
     new_tokens: Any = None
-    decoder(new_tokens)
-    assert decoder.times.steps == 0
-    with decoder.timing() as times:
+    runner(new_tokens)
+    assert runner.times.steps == 0
+    with runner.timing() as times:
         began = device.now
         for _ in range(3):
-            decoder(new_tokens)
+            runner(new_tokens)
             device.now += 50.0  # the engine chooses a token
-    decoder(new_tokens)
+    runner(new_tokens)
     assert times.steps == 3 and times.busy_s == pytest.approx(3 * 400)
     found = times.to_dict() | {"wall_s": device.now - began, "stall_s": 0.0}
     found["wall_s"] -= (

@@ -1,4 +1,4 @@
-"""Small models in two dtypes, and what they write, for decoders that record their steps."""
+"""Small models in two dtypes, and what they write, for runners that record their steps."""
 
 from __future__ import annotations
 

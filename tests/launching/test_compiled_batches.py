@@ -25,12 +25,12 @@ from duoserve.kernels.reference import decode_attention
 from duoserve.kv_cache import NewTokens
 from duoserve.launching import compiled as compiled_decode
 from duoserve.launching import compiled_experts, launch
-from duoserve.launching.compiled import SIZES, CompiledStep, PaddedShapes, compiled_decoder, compiled_steps
+from duoserve.launching.compiled import SIZES, CompiledStep, PaddedShapes, compiled_runner, compiled_steps
 from duoserve.launching.compiled_experts import CompiledExperts
-from duoserve.launching.launch import DecoderParts
-from duoserve.launching.recorded import RecordedDecoder
+from duoserve.launching.launch import StepParts
+from duoserve.launching.recorded import RecordedRunner
 from duoserve.models.moe import MoEBlock
-from duoserve.passes import Decoder, Passes
+from duoserve.passes import Passes, StepRunner
 from duoserve.service.async_engine import AsyncEngine
 from tests.assembly import assembled
 from tests.checkpoints import save_mixtral
@@ -48,7 +48,7 @@ PROMPTS = [toy_prompt(length) for length in (7, 30, 1)]
 MAX_TOKENS = (8, 5, 9)  # they leave one after the other, so that there is more and more padding
 GREEDY = greedy(9)
 TYPES = ("mixtral", "deepseek_v3", "gpt_oss")
-Before = Callable[[DecoderParts, NewTokens], None]
+Before = Callable[[StepParts, NewTokens], None]
 COMPILER = CpuCompiler()  # that of all engines that are assembled here, so that what is alike is compiled once
 
 
@@ -66,7 +66,7 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fours(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Models compile steps for up to four sequences only, no prompts; has how many were somebody's, step by step."""
     sequences, step = [], CompiledStep.__call__
-    monkeypatch.setattr(launch, "compiled_decoder", partial(compiled_decoder, sizes=SIZES[1:]))
+    monkeypatch.setattr(launch, "compiled_runner", partial(compiled_runner, sizes=SIZES[1:]))
     monkeypatch.setattr(loading, "compiled_prompts", lambda model, cache: model)
     monkeypatch.setattr(
         CompiledStep,
@@ -78,13 +78,13 @@ def fours(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def in_fours(
     logits: list[Tensor], before: Before = lambda parts, new_tokens: None
-) -> Callable[[DecoderParts], Decoder]:
-    """Makes decoders that note their ``logits``; ``before`` is called before each step."""
+) -> Callable[[StepParts], StepRunner]:
+    """Makes runners that note their ``logits``; ``before`` is called before each step."""
 
-    def make(parts: DecoderParts) -> Decoder:
+    def make(parts: StepParts) -> StepRunner:
         steps = compiled_steps(parts.model, parts.cache, COMPILER, SIZES[-1])
         fours = PaddedShapes((4,), parts.cache.num_pages)
-        decode = RecordedDecoder(parts.model, parts.cache, steps, record_after=0, shapes=fours)
+        decode = RecordedRunner(parts.model, parts.cache, steps, record_after=0, shapes=fours)
 
         def step(new_tokens: NewTokens) -> Tensor:
             decode.prepare(4)
@@ -106,7 +106,7 @@ def test_a_batch_has_the_logits_of_the_model_under_every_policy(folder: Path, mo
     found: list[list[Tensor]] = []
     for policy, slots in (("lru", max(9, 2 * top_k)), ("duoserve", 3 * top_k), ("on-demand", top_k + 1)):
         found.append([])
-        with assembled(folder, policy, slots, ThreadedCopyEngine, make_decoder=in_fours(found[-1])) as engine:
+        with assembled(folder, policy, slots, ThreadedCopyEngine, make_step_runner=in_fours(found[-1])) as engine:
             assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens, policy
     for true_BV, *others in zip(truth.logits, *found, strict=True):
         assert relative_error(others[0], true_BV) <= 1e-5
@@ -128,7 +128,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Before:
     init = CompiledExperts.__init__
     monkeypatch.setattr(CompiledExperts, "__init__", lambda self, *args: made.append(self) or init(self, *args))
 
-    def before(parts: DecoderParts, new_tokens: NewTokens) -> None:
+    def before(parts: StepParts, new_tokens: NewTokens) -> None:
         for rows in made[-1].rows:
             rows.fill_(float("nan"))
         for pages_PSW in [pages for layer in parts.cache.layers for pages in layer]:
@@ -141,7 +141,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Before:
 def test_padding_has_no_part_in_the_bits_of_a_step(mixtral: Path, poison: Before) -> None:
     clean, poisoned = [], []
     for logits, before in ((clean, lambda parts, new_tokens: None), (poisoned, poison)):
-        with assembled(mixtral, "lru", 9, ThreadedCopyEngine, make_decoder=in_fours(logits, before)) as engine:
+        with assembled(mixtral, "lru", 9, ThreadedCopyEngine, make_step_runner=in_fours(logits, before)) as engine:
             write(engine, PROMPTS, MAX_TOKENS)
     assert all(torch.equal(one, other) for one, other in zip(clean, poisoned, strict=True))
 
@@ -149,7 +149,7 @@ def test_padding_has_no_part_in_the_bits_of_a_step(mixtral: Path, poison: Before
 @needs_compiler
 def test_padding_wants_no_experts_and_nobody_is_told_of_it(mixtral: Path, poison: Before) -> None:
     heard = Heard()
-    with assembled(mixtral, "lru", 9, ThreadedCopyEngine, heard, make_decoder=in_fours([], poison)) as engine:
+    with assembled(mixtral, "lru", 9, ThreadedCopyEngine, heard, make_step_runner=in_fours([], poison)) as engine:
         write(engine, PROMPTS, MAX_TOKENS)
         stats = engine.meter.snapshot()
     told = [
@@ -168,7 +168,7 @@ def test_padding_wants_no_experts_and_nobody_is_told_of_it(mixtral: Path, poison
 def test_a_step_writes_to_the_pages_of_its_sequences_only(mixtral: Path) -> None:
     before: list[list[Tensor]] = []
 
-    def look(parts: DecoderParts, new_tokens: NewTokens) -> None:
+    def look(parts: StepParts, new_tokens: NewTokens) -> None:
         rows = [pages.flatten(0, 1).flatten(1).view(torch.int32) for layer in parts.cache.layers for pages in layer]
         if before:
             changed = [(now != then).any(1).nonzero().flatten() for now, then in zip(rows, before, strict=True)]
@@ -177,7 +177,7 @@ def test_a_step_writes_to_the_pages_of_its_sequences_only(mixtral: Path) -> None
         before[:] = [pages.clone() for pages in rows]
 
     written: list[list[int]] = []
-    with assembled(mixtral, "lru", 9, ThreadedCopyEngine, make_decoder=in_fours([], look)) as engine:
+    with assembled(mixtral, "lru", 9, ThreadedCopyEngine, make_step_runner=in_fours([], look)) as engine:
         write(engine, PROMPTS, MAX_TOKENS)
     assert len(written) == max(MAX_TOKENS) - 1
 
@@ -228,7 +228,7 @@ async def _together(model: MoEModel, gate: Gate) -> list[list[int]]:
 def test_more_sequences_than_a_step_takes_are_computed_by_the_model(
     mixtral: Path, fours: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(RecordedDecoder, "prepare", lambda decoder, num_sequences: None)  # nothing need be compiled
+    monkeypatch.setattr(RecordedRunner, "prepare", lambda runner, num_sequences: None)  # nothing need be compiled
     prompts = [PROMPTS[1][:length] for length in range(2, 3 + SIZES[-1])]
     with MoEModel.from_pretrained(mixtral, max_context=2048) as model:
         expected = [out.token_ids for out in model.generate(prompts, GREEDY)]
@@ -249,19 +249,19 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def _compiled(parts: DecoderParts) -> Decoder:
-    return compiled_decoder(parts.model, parts.cache)
+def _compiled(parts: StepParts) -> StepRunner:
+    return compiled_runner(parts.model, parts.cache)
 
 
 def test_a_step_has_the_least_size_that_it_fits_in(mixtral: Path, asked: list[int]) -> None:
-    with assembled(mixtral, "lru", 9, ThreadedCopyEngine, make_decoder=_compiled) as engine:
+    with assembled(mixtral, "lru", 9, ThreadedCopyEngine, make_step_runner=_compiled) as engine:
         assert asked == [1]
         write(engine, [[5]] * 4, (2, 3, 5, 6))
     assert asked == [1, 4]
 
 
 def test_a_service_prepares_the_sizes_of_its_batches(mixtral: Path, asked: list[int]) -> None:
-    with assembled(mixtral, "lru", 9, ThreadedCopyEngine, make_decoder=_compiled) as engine:
+    with assembled(mixtral, "lru", 9, ThreadedCopyEngine, make_step_runner=_compiled) as engine:
         for max_batch, sizes in ((1, [1]), (4, [1, 4]), (5, [1, 4, 16]), (40, [1, 4, 16])):
             engine.serve_by(ServiceSettings(max_batch=max_batch))
             assert asked == sizes

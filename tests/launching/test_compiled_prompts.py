@@ -31,7 +31,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 @pytest.fixture(autouse=True)
 def _decode_steps_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
     """They have tests of their own, and take longer to compile."""
-    monkeypatch.setattr(loading, "make_decoder", lambda *_: None)
+    monkeypatch.setattr(loading, "make_step_runner", lambda *_: None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -22,10 +22,10 @@ from duoserve.experts.store import ExpertStore, HostStore
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.experts.tickets import Ticket
 from duoserve.launching.event import event_steps
-from duoserve.launching.launch import DecoderParts
-from duoserve.launching.recorded import MAX_SEQUENCES, MAX_SHAPES, RecordedDecoder
+from duoserve.launching.launch import StepParts
+from duoserve.launching.recorded import MAX_SEQUENCES, MAX_SHAPES, RecordedRunner
 from duoserve.models.mixtral import parse_config
-from duoserve.passes import Decoder, DecodeStep
+from duoserve.passes import DecodeStep, StepRunner
 from duoserve.request import Request
 from duoserve.scheduling.lease import SlotLease
 from duoserve.scheduling.routing import Routing
@@ -42,13 +42,13 @@ CACHE = SimpleNamespace(batch=lambda layout: layout, num_pages=1)
 EXPERTS = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)]
 
 
-def _decoder(parts: DecoderParts, device: LaggingDevice, **options: int) -> RecordedDecoder:
+def _runner(parts: StepParts, device: LaggingDevice, **options: int) -> RecordedRunner:
     steps = event_steps(parts.model, parts.cache, device.recorder)
-    return RecordedDecoder(parts.model, parts.cache, steps, **options)
+    return RecordedRunner(parts.model, parts.cache, steps, **options)
 
 
-def recorded(device: LaggingDevice, record_after: int = 0) -> Callable[[DecoderParts], Decoder]:
-    return lambda parts: device.lagging(_decoder(parts, device, record_after=record_after))
+def recorded(device: LaggingDevice, record_after: int = 0) -> Callable[[StepParts], StepRunner]:
+    return lambda parts: device.lagging(_runner(parts, device, record_after=record_after))
 
 
 @given(
@@ -77,9 +77,9 @@ def test_the_bits_of_the_model_itself(
     folder, truth = models[dtype]
     device = LaggingDevice(seed, experts)
     teller = any_teller("liar" if seed % 2 else "anything", seed, 1 + seed % 3) if policy in GUESSING else None
-    make_decoder = recorded(device, record_after)
+    make_step_runner = recorded(device, record_after)
     with assembled(
-        folder, policy, slots, device.copies, predictor=teller, make_pool=device.pool, make_decoder=make_decoder
+        folder, policy, slots, device.copies, predictor=teller, make_pool=device.pool, make_step_runner=make_step_runner
     ) as engine:
         for _ in range(2):
             assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
@@ -89,7 +89,7 @@ def test_the_bits_of_the_model_itself(
 
 def test_bard_in_a_quarter_of_its_slots() -> None:
     device = LaggingDevice(seed=1)
-    with assembled(BARD, "lru", 12, device.copies, make_pool=device.pool, make_decoder=recorded(device)) as engine:
+    with assembled(BARD, "lru", 12, device.copies, make_pool=device.pool, make_step_runner=recorded(device)) as engine:
         tokens = write(engine, PROMPTS, MAX_TOKENS)
     truth = Truth(BARD, 48, PROMPTS, MAX_TOKENS)
     assert tokens == truth.tokens and truth.differences(device.logits) == []
@@ -103,7 +103,7 @@ class Witness(Heard):
 
     def __init__(self) -> None:
         super().__init__(lookahead=1)
-        self.parts: DecoderParts | None = None
+        self.parts: StepParts | None = None
         self.asked_for: list[bool] = []
         self.course: list[int | str] = []
 
@@ -127,11 +127,11 @@ def test_demands_are_on_their_way_and_hits_are_launched_before_anybody_hears_of_
 
     monkeypatch.setattr(SlotLease, "at_once", noted)
 
-    def decoder(parts: DecoderParts) -> Decoder:
+    def runner(parts: StepParts) -> StepRunner:
         witness.parts = parts
         return recorded(device)(parts)
 
-    with assembled(folder, "lru", 9, device.copies, witness, make_pool=device.pool, make_decoder=decoder) as engine:
+    with assembled(folder, "lru", 9, device.copies, witness, make_pool=device.pool, make_step_runner=runner) as engine:
         write(engine, PROMPTS[:1], MAX_TOKENS[:1])
         stats = engine.meter.snapshot()
     assert stats.misses["decode"] > 0
@@ -144,11 +144,11 @@ def test_demands_are_on_their_way_and_hits_are_launched_before_anybody_hears_of_
 def test_only_so_many_shapes_are_recorded_at_a_time(folder: Path, truth: Truth) -> None:
     device, made = LaggingDevice(seed=2), []
 
-    def decoder(parts: DecoderParts) -> Decoder:
-        made.append(_decoder(parts, device, record_after=0, max_shapes=2))
+    def runner(parts: StepParts) -> StepRunner:
+        made.append(_runner(parts, device, record_after=0, max_shapes=2))
         return device.lagging(made[0])
 
-    with assembled(folder, "lru", 6, device.copies, make_pool=device.pool, make_decoder=decoder) as engine:
+    with assembled(folder, "lru", 6, device.copies, make_pool=device.pool, make_step_runner=runner) as engine:
         assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
     assert truth.differences(device.logits) == []
     assert device.recorder.num_recordings > 2 * (3 + 3 + 1)
@@ -162,10 +162,10 @@ def test_the_shape_that_has_not_occurred_for_longest_makes_way() -> None:
         made.append(num_sequences)
         return lambda layout: torch.ones(1)
 
-    decoder = RecordedDecoder(lambda batch: torch.zeros(1), CACHE, make, record_after=1, max_shapes=2)
+    runner = RecordedRunner(lambda batch: torch.zeros(1), CACHE, make, record_after=1, max_shapes=2)
 
     def recorded(num_sequences: int) -> bool:
-        return bool(decoder(SimpleNamespace(spans=[()] * num_sequences, page_table=[[0]])).item())
+        return bool(runner(SimpleNamespace(spans=[()] * num_sequences, page_table=[[0]])).item())
 
     assert [recorded(size) for size in (1, 1, 2, 2, 1)] == [False, True, False, True, True]
     assert [recorded(size) for size in (3, 3, 1)] == [False, True, True]
@@ -186,9 +186,9 @@ def test_memory_is_planned_for_as_many_recordings_as_there_ever_are() -> None:
         most.append(len(alive))
         return step
 
-    decoder = RecordedDecoder(lambda batch: torch.zeros(1), CACHE, make, record_after=0)
+    runner = RecordedRunner(lambda batch: torch.zeros(1), CACHE, make, record_after=0)
     for num_sequences in range(1, 2 * MAX_SHAPES):
-        assert decoder(SimpleNamespace(spans=[()] * num_sequences, page_table=[[0]])).item() == 1
+        assert runner(SimpleNamespace(spans=[()] * num_sequences, page_table=[[0]])).item() == 1
     assert len(alive) == MAX_SHAPES
 
     def planned(vocab_size: int) -> int:
@@ -206,9 +206,9 @@ def test_shapes_that_cannot_be_recorded_do_not_count() -> None:
         made.append(num_sequences)
         return None if num_sequences > 1 else lambda layout: torch.ones(1)
 
-    decoder = RecordedDecoder(lambda batch: torch.zeros(1), CACHE, make, record_after=0, max_shapes=1)
+    runner = RecordedRunner(lambda batch: torch.zeros(1), CACHE, make, record_after=0, max_shapes=1)
     layouts = [SimpleNamespace(spans=[()] * num_sequences, page_table=[[0]]) for num_sequences in (3, 2, 1, 2, 1)]
-    assert [decoder(layout).item() for layout in layouts] == [0, 0, 1, 0, 1] and made == [3, 2, 1]
+    assert [runner(layout).item() for layout in layouts] == [0, 0, 1, 0, 1] and made == [3, 2, 1]
 
 
 def test_a_shape_that_memory_is_refused_for_is_tried_once_and_drops_no_other() -> None:
@@ -220,10 +220,10 @@ def test_a_shape_that_memory_is_refused_for_is_tried_once_and_drops_no_other() -
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return lambda layout: torch.ones(1)
 
-    decoder = RecordedDecoder(lambda batch: torch.zeros(1), CACHE, make, record_after=1, max_shapes=1)
+    runner = RecordedRunner(lambda batch: torch.zeros(1), CACHE, make, record_after=1, max_shapes=1)
     layouts = [SimpleNamespace(spans=[()] * num_sequences, page_table=[[0]]) for num_sequences in (1, 1, 2, 2, 2, 2, 1)]
     with pytest.warns(UserWarning, match="out of memory while a decode step of 2 was recorded") as warned:
-        assert [decoder(layout).item() for layout in layouts] == [0, 1, 0, 0, 0, 0, 1]
+        assert [runner(layout).item() for layout in layouts] == [0, 1, 0, 0, 0, 0, 1]
     assert made == [1, 2] and len(warned) == 1
 
 
@@ -231,9 +231,9 @@ def test_what_else_goes_wrong_while_a_step_is_recorded_is_raised() -> None:
     def make(num_sequences: int, table_width: int) -> DecodeStep:
         raise RuntimeError("an illegal memory access was encountered")
 
-    decoder = RecordedDecoder(lambda batch: torch.zeros(1), CACHE, make, record_after=0)
+    runner = RecordedRunner(lambda batch: torch.zeros(1), CACHE, make, record_after=0)
     with pytest.raises(RuntimeError, match="illegal"):
-        decoder(SimpleNamespace(spans=[()], page_table=[[0]]))
+        runner(SimpleNamespace(spans=[()], page_table=[[0]]))
 
 
 @pytest.mark.parametrize("mode", ["event", "graph"])
@@ -246,10 +246,10 @@ def test_requests_go_on_where_memory_for_recordings_is_refused(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(device.recorder, "record", refuse)
-    decoder = device.recorded(mode, record_after=1)
+    runner = device.recorded(mode, record_after=1)
     with (
         pytest.warns(UserWarning, match="out of memory while a decode step"),
-        assembled(folder, "lru", 12, device.copies, make_pool=device.pool, make_decoder=decoder) as engine,
+        assembled(folder, "lru", 12, device.copies, make_pool=device.pool, make_step_runner=runner) as engine,
     ):
         for _ in range(2):
             assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
@@ -259,12 +259,12 @@ def test_requests_go_on_where_memory_for_recordings_is_refused(
 def test_more_sequences_than_the_memory_plan_counts_are_left_to_the_model_itself(folder: Path) -> None:
     device, steps = LaggingDevice(seed=5), list[DecodeStep | None]()
 
-    def decoder(parts: DecoderParts) -> Decoder:
+    def runner(parts: StepParts) -> StepRunner:
         make = event_steps(parts.model, parts.cache, device.recorder)
         steps.extend(make(num_sequences, 1) for num_sequences in (MAX_SEQUENCES, MAX_SEQUENCES + 1))
         return recorded(device)(parts)
 
-    with assembled(folder, "lru", 6, device.copies, make_pool=device.pool, make_decoder=decoder):
+    with assembled(folder, "lru", 6, device.copies, make_pool=device.pool, make_step_runner=runner):
         assert [step is None for step in steps] == [False, True]
 
 
@@ -280,7 +280,7 @@ def test_what_a_request_has_waited_for_is_in_its_own_figures(folder: Path) -> No
         engines.append(StreamCopyEngine(HostStore(store, EXPERTS), pool, device.streams, **heard))
         return engines[0]
 
-    with assembled(folder, "on-demand", 6, copies, make_pool=device.pool, make_decoder=recorded(device)) as engine:
+    with assembled(folder, "on-demand", 6, copies, make_pool=device.pool, make_step_runner=recorded(device)) as engine:
         write(engine, PROMPTS[:1], [3])
         figures, before = engine.meter.snapshot(), list(reported)
         engines[0].settle()
@@ -308,7 +308,7 @@ def test_a_failed_copy_ends_the_request_and_the_next_has_its_bits(folder: Path, 
     def copies(store: ExpertStore, pool: SlotPool) -> StreamCopyEngine:
         return Failing(store, pool, device.streams)
 
-    with assembled(folder, "on-demand", 6, copies, make_pool=device.pool, make_decoder=recorded(device)) as engine:
+    with assembled(folder, "on-demand", 6, copies, make_pool=device.pool, make_step_runner=recorded(device)) as engine:
         request = Request(PROMPTS[1], SamplingParams(max_tokens=9, temperature=0.0))
         steps = engine.generate([request])
         next(steps), next(steps)

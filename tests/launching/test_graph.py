@@ -15,9 +15,9 @@ from duoserve.experts.slots import SlotPool, SlotState
 from duoserve.experts.streams import Lane
 from duoserve.kv_cache import NewTokens
 from duoserve.launching.graph import graph_steps
-from duoserve.launching.launch import DecoderParts
-from duoserve.launching.recorded import RecordedDecoder
-from duoserve.passes import Decoder
+from duoserve.launching.launch import StepParts
+from duoserve.launching.recorded import RecordedRunner
+from duoserve.passes import StepRunner
 from duoserve.scheduling.read_through import ReadThrough
 from duoserve.scheduling.scheduler import Scheduler
 from tests.assembly import assembled
@@ -31,7 +31,7 @@ EXPERTS = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)]
 
 
 class Checked:
-    """Makes a decoder whose every step is followed by a look at the books and at the bytes in the slots."""
+    """Makes a runner whose every step is followed by a look at the books and at the bytes in the slots."""
 
     def __init__(self, device: LaggingDevice, record_after: int = 0) -> None:
         self.device = device
@@ -43,11 +43,11 @@ class Checked:
         self.pool = self.device.pool(num_slots, layout)
         return self.pool
 
-    def decoder(self, parts: DecoderParts) -> Decoder:
+    def runner(self, parts: StepParts) -> StepRunner:
         steps = graph_steps(
             parts.model, parts.cache, self.device.recorder, self.device.store, parts.scheduler.read_through()
         )
-        lagging = self.device.lagging(RecordedDecoder(parts.model, parts.cache, steps, self.record_after))
+        lagging = self.device.lagging(RecordedRunner(parts.model, parts.cache, steps, self.record_after))
 
         def step(new_tokens: NewTokens) -> Tensor:
             logits_BV = lagging(new_tokens)
@@ -101,7 +101,7 @@ def test_the_bits_of_the_model_itself(
         device.copies,
         predictor=teller,
         make_pool=checked.make_pool,
-        make_decoder=checked.decoder,
+        make_step_runner=checked.runner,
     ) as engine:
         for _ in range(2):
             assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
@@ -121,7 +121,7 @@ def test_a_step_fills_slots_only_where_an_expert_can_be_missing(
     device = LaggingDevice(seed=5, in_ram=EXPERTS)
 
     with assembled(
-        folder, policy, 24, device.copies, make_pool=device.pool, make_decoder=device.recorded("graph")
+        folder, policy, 24, device.copies, make_pool=device.pool, make_step_runner=device.recorded("graph")
     ) as engine:
         assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
     assert truth.differences(device.logits) == []
@@ -139,7 +139,7 @@ def test_what_is_copied_between_two_steps_changes_no_bit(kind: str, folder: Path
         device.copies,
         predictor=teller,
         make_pool=checked.make_pool,
-        make_decoder=checked.decoder,
+        make_step_runner=checked.runner,
     ) as engine:
         assert write(engine, PROMPTS, MAX_TOKENS) == truth.tokens
         copied = engine.meter.snapshot().bytes
@@ -150,7 +150,9 @@ def test_what_is_copied_between_two_steps_changes_no_bit(kind: str, folder: Path
 def test_bard_in_a_quarter_of_its_slots() -> None:
     device = LaggingDevice(seed=1, in_ram=[ExpertId(layer, expert) for layer in range(6) for expert in range(8)])
     checked = Checked(device)
-    with assembled(BARD, "lru", 12, device.copies, make_pool=checked.make_pool, make_decoder=checked.decoder) as engine:
+    with assembled(
+        BARD, "lru", 12, device.copies, make_pool=checked.make_pool, make_step_runner=checked.runner
+    ) as engine:
         tokens = write(engine, PROMPTS, MAX_TOKENS)
         stats = engine.meter.snapshot()
     truth = Truth(BARD, 48, PROMPTS, MAX_TOKENS)
@@ -172,10 +174,10 @@ def test_a_step_that_is_cut_short_leaves_the_device_nothing_to_do(
             raise KeyboardInterrupt
         catch_up(books)
 
-    def decoder(parts: DecoderParts) -> Decoder:
+    def runner(parts: StepParts) -> StepRunner:
         books = parts.scheduler.read_through()
         steps = graph_steps(parts.model, parts.cache, device.recorder, device.store, books)
-        decode = RecordedDecoder(parts.model, parts.cache, steps, 0)
+        decode = RecordedRunner(parts.model, parts.cache, steps, 0)
 
         def step(new_tokens: NewTokens) -> Tensor:
             try:
@@ -188,7 +190,7 @@ def test_a_step_that_is_cut_short_leaves_the_device_nothing_to_do(
         return step
 
     monkeypatch.setattr(ReadThrough, "catch_up", interrupted)
-    with assembled(folder, "lru", 12, device.copies, make_pool=device.pool, make_decoder=decoder) as engine:
+    with assembled(folder, "lru", 12, device.copies, make_pool=device.pool, make_step_runner=runner) as engine:
         with pytest.raises(KeyboardInterrupt):
             write(engine, PROMPTS, MAX_TOKENS)
         done = launched[0].passed_at is not None

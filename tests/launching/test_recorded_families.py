@@ -14,12 +14,12 @@ from torch import Tensor
 
 from duoserve.experts.layout import ExpertId
 from duoserve.kv_cache import NewTokens
-from duoserve.launching.launch import DecoderParts
+from duoserve.launching.launch import StepParts
 from duoserve.models.moe import RoutingScript
 from duoserve.models.opened import opened
 from duoserve.models.transformer import Transformer
 from duoserve.models.variants import with_script
-from duoserve.passes import Decoder
+from duoserve.passes import StepRunner
 from tests.assembly import assembled
 from tests.checkpoints import save_mixtral
 from tests.lagging import LaggingDevice, Truth, write
@@ -40,7 +40,7 @@ def test_every_family_has_the_bits_of_the_model_itself(model_type: str, mode: st
     device = LaggingDevice(seed=7, in_ram=experts)
     slots = max(2 * family.top_k, len(experts) // 2)
     with assembled(
-        folder, "lru", slots, device.copies, make_pool=device.pool, make_decoder=device.recorded(mode)
+        folder, "lru", slots, device.copies, make_pool=device.pool, make_step_runner=device.recorded(mode)
     ) as engine:
         tokens = write(engine, PROMPTS, MAX_TOKENS)
         assert engine.meter.snapshot().misses["decode"] > 0
@@ -89,7 +89,7 @@ def scripted_run(folder: Path, mode: str) -> tuple[list[list[int]], list[Tensor]
     device = LaggingDevice(seed=8, in_ram=[ExpertId(layer, expert) for layer in range(3) for expert in range(8)])
     script, listener = Script(), Copying(lookahead=1)
 
-    def decoder(parts: DecoderParts) -> Decoder:
+    def runner(parts: StepParts) -> StepRunner:
         if mode:
             decode = device.recorded(mode)(parts)
         else:
@@ -102,7 +102,14 @@ def scripted_run(folder: Path, mode: str) -> tuple[list[list[int]], list[Tensor]
         return step
 
     with assembled(
-        folder, "lru", 9, device.copies, listener, make_pool=device.pool, make_decoder=decoder, change=script.plays_in
+        folder,
+        "lru",
+        9,
+        device.copies,
+        listener,
+        make_pool=device.pool,
+        make_step_runner=runner,
+        change=script.plays_in,
     ) as engine:
         tokens = write(engine, PROMPTS, MAX_TOKENS)
         assert engine.meter.snapshot().misses["decode"] > 0

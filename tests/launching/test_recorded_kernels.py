@@ -25,7 +25,7 @@ def test_the_bits_of_the_model_itself(tmp_path: Path, monkeypatch: pytest.Monkey
     device = LaggingDevice(seed=6, in_ram=[ExpertId(layer, expert) for layer in range(2) for expert in range(4)])
 
     with assembled(
-        folder, "lru", 5, device.copies, make_pool=device.pool, make_decoder=device.recorded("graph")
+        folder, "lru", 5, device.copies, make_pool=device.pool, make_step_runner=device.recorded("graph")
     ) as engine:
         tokens = write(engine, PROMPTS, MAX_TOKENS)
         assert engine.meter.snapshot().misses["decode"] > 0

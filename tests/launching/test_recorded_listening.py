@@ -20,8 +20,8 @@ def heard(folder: Path, mode: str) -> Copying:
     device = LaggingDevice(seed=5, in_ram=[ExpertId(layer, expert) for layer in range(3) for expert in range(8)])
     listener = Copying(lookahead=1)
 
-    decoder = device.recorded(mode, record_after=0 if mode else 10**6)
-    with assembled(folder, "lru", 9, device.copies, listener, make_pool=device.pool, make_decoder=decoder) as engine:
+    runner = device.recorded(mode, record_after=0 if mode else 10**6)
+    with assembled(folder, "lru", 9, device.copies, listener, make_pool=device.pool, make_step_runner=runner) as engine:
         write(engine, PROMPTS, MAX_TOKENS)
     return listener
 

@@ -9,10 +9,10 @@ import torch
 
 from duoserve.experts.layout import ExpertId
 from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache, SequenceKV, pages_for
-from duoserve.launching.launch import DecoderParts
+from duoserve.launching.launch import StepParts
 from duoserve.launching.recorded import ExactShapes
 from duoserve.models.mixtral import parse_config
-from duoserve.passes import Decoder
+from duoserve.passes import StepRunner
 from tests.assembly import assembled
 from tests.checkpoints import save_mixtral
 from tests.lagging import LaggingDevice, write
@@ -26,13 +26,13 @@ def run(folder: Path, mode: str) -> tuple[list[list[list[int]]], LaggingDevice]:
     """What follows each prompt, and the device, which has the logits; mode "" is the model itself."""
     device = LaggingDevice(seed=9, in_ram=EXPERTS)
 
-    def decoder(parts: DecoderParts) -> Decoder:
+    def runner(parts: StepParts) -> StepRunner:
         if mode:
             return device.recorded(mode)(parts)
         return device.lagging(lambda new_tokens: parts.model(parts.cache.batch(new_tokens)))
 
     with assembled(
-        folder, "lru", 6, device.copies, make_pool=device.pool, make_decoder=decoder, max_context=4096
+        folder, "lru", 6, device.copies, make_pool=device.pool, make_step_runner=runner, max_context=4096
     ) as engine:
         prompts = [[(11 * i * i + 5 * i) % 95 + 1 for i in range(length)] for length in LENGTHS]
         return [write(engine, [prompt], [4]) for prompt in prompts], device
