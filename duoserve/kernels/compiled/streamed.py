@@ -5,13 +5,32 @@ N rows of a matrix, K its inner dimension, R of them side by side; W words of a 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from duoserve.kernels.bf12 import LEAST, Bf12Rows, signed
 
-# This many rows are read side by side: a core then has more reads under way (bench/LOG.md says what that is worth).
-STREAMS = (8, 4, 2, 1)
+# As Linux shows the data cache of a core that is nearest to it.
+L1_WAYS = Path("/sys/devices/system/cpu/cpu0/cache/index0/ways_of_associativity")
+USUAL_WAYS = 8
+
+
+def streams(ways_file: Path = L1_WAYS) -> tuple[int, ...]:
+    """How many rows may be read side by side, so that a core has more reads under way; most first.
+
+    They are fewer than the ways of the L1 cache: rows that lie a multiple of 4096 bytes apart share a set of it, with
+    the vector that they are multiplied by.
+    """
+    try:
+        ways = int(ways_file.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        ways = USUAL_WAYS
+    return tuple(count for count in (8, 4, 2, 1) if count < max(ways, 2))
+
+
+STREAMS = streams()
 CODES_IN_WORD, CODE_BITS = 8, 4
 PLACE_FACTORS = torch.tensor(
     [2.0 ** (-CODE_BITS * place) for place in range(CODES_IN_WORD - 1)] + [1.0], dtype=torch.float32, device="cpu"
@@ -88,7 +107,9 @@ def _codes(words_RGL: Tensor, place: int) -> Tensor:
 
 def _by_place(x_K: Tensor, num_groups: int) -> Tensor:
     """The factors [8, G, L] of each of a word's codes, in float32, divided by the power of two of the code's place."""
-    x_8W = (x_K.float().view(-1, CODES_IN_WORD) * PLACE_FACTORS).T.contiguous()
+    # Torch 2.11 writes C++ that no compiler takes if it may gather and transpose the row in one loop.
+    wide_K = laid_down(x_K.float())
+    x_8W = (wide_K.view(-1, CODES_IN_WORD) * PLACE_FACTORS).T.contiguous()
     return laid_down(x_8W).view(CODES_IN_WORD, num_groups, -1)
 
 
