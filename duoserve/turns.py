@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -44,6 +45,8 @@ class Turns:
         Raises RequestError if this thread has one already or a service has the model, ClosedError after ``close``.
         """
         me = threading.get_ident()
+        if self._turn_holder == me:
+            gc.collect()  # a stream that nobody has any more ends its turn when it is freed, and may be part of a cycle
         if self._turn_holder == me:
             raise RequestError("this thread's earlier stream is still open: exhaust it or call its close() first")
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,3 +86,18 @@ def test_a_call_that_is_interrupted_anywhere_costs_the_next_one_nothing(
         assert in_a_thread(ask, model) == expected, at
         model._runtime.engine.check_integrity()
         at += every
+
+
+def test_a_stream_that_only_a_cycle_keeps_has_no_turn_any_more() -> None:
+    """As Python leaves one that is interrupted between two of its instructions, from Python 3.12 on."""
+    gc.disable()
+    try:
+        with MoEModel.from_pretrained("bard") as bard:
+            stream = bard.stream("To be, or", max_tokens=40)
+            next(stream)
+            cycle: list[Any] = [stream]
+            cycle.append(cycle)
+            del stream, cycle
+            assert bard.generate("To be, or", max_tokens=3).token_ids
+    finally:
+        gc.enable()
