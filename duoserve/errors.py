@@ -16,7 +16,7 @@ class CheckpointError(DuoServeError):
 
 
 class CutShortError(CheckpointError):
-    """A file is shorter than it says itself."""
+    """A file is shorter than its format or its own header says."""
 
 
 class MemoryBudgetError(DuoServeError):

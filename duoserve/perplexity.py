@@ -1,4 +1,4 @@
-"""How well a model foretells a text. T tokens, V vocabulary."""
+"""How well a model predicts a text. T tokens, V vocabulary."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ OVERLAP = 256  # tokens repeated from the pass before, so that all but the first
 
 
 class TextScore(NamedTuple):
-    """``nats`` of surprise over ``tokens`` foretold tokens."""
+    """The negative log-likelihood of the ``tokens`` that were predicted, in ``nats``, summed over them."""
 
     nats: float
     tokens: int
 
     @property
     def perplexity(self) -> float:
-        """The number of equally likely tokens with the same surprise."""
+        """The number of equally likely tokens among which one would be as hard to predict."""
         return math.exp(self.nats / self.tokens)
 
     def bits_per_byte(self, nbytes: int) -> float:
-        """Bits of surprise for each byte of a text of ``nbytes`` bytes."""
+        """Bits of negative log-likelihood for each byte of a text of ``nbytes`` bytes."""
         return self.nats / math.log(2) / nbytes
 
 
 def check_length(token_ids: Sequence[int]) -> None:
-    """Raises RequestError if there are fewer than two tokens, so that none is foretold."""
+    """Raises RequestError if there are fewer than two tokens, so that none can be predicted."""
     if len(token_ids) < 2:
         raise RequestError(f"{len(token_ids)} tokens are no text that could be foretold: at least 2 are needed")
 

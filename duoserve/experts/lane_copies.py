@@ -19,7 +19,7 @@ from duoserve.experts.tickets import Priority, Ticket
 
 @dataclass(slots=True)
 class LaneCopy:
-    """Between these marks lies what has been enqueued of a copy; it goes on on ``lane``.
+    """A copy on ``lane``: what has been enqueued of it lies between the marks ``begin`` and ``end``.
 
     ``read``: its row has been read from the disk for it.
     """
@@ -123,7 +123,7 @@ class LaneCopies:
         self._times.report(copying=bool(self._copying or self._arrivals))
 
     def may_start(self, ticket: Ticket) -> bool:
-        """Whether the copy would hold up none behind it on its lane: it is a demand, or no kernel reads the slot."""
+        """Whether the copy would not hold up others on its lane: it is a demand, or no kernel reads the slot."""
         return ticket.priority is Priority.DEMAND or not self._users.is_read(ticket.slot)
 
     def fence(self, slots: Collection[int], until: Mark) -> None:

@@ -1,4 +1,4 @@
-"""What the engine of streams reads from marks on lanes: what uses a slot, what is queued, and when it was done.
+"""What StreamCopyEngine learns from marks on lanes: what uses a slot, what is queued, and when it was done.
 
 Not thread-safe: the engine holds its lock.
 """
@@ -26,7 +26,7 @@ StallListener = Callable[[float, float], None]  # called with when the compute l
 
 
 class SlotUsers:
-    """Up to which marks slots are in use: by kernels, and by copies whose tickets were DONE or CANCELLED before."""
+    """For each slot, the marks until which it is used: by kernels, and by copies whose tickets have finished."""
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
@@ -67,7 +67,7 @@ class SlotUsers:
 
 
 class _Part(NamedTuple):
-    """Bytes of a prefetch that stand on its lane up to this mark."""
+    """A part of a prefetch on its lane: ``nbytes`` bytes, copied once ``end`` has passed."""
 
     end: Mark
     nbytes: int

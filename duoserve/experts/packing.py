@@ -144,10 +144,10 @@ def write_pack(  # noqa: PLR0913
     """Packs ``experts`` (at least one) into the folder ``path``: PACK_FILE with their rows, HEADER_FILE.
 
     The pack has one layer more than the highest among ``experts``, and likewise experts per layer; rows of experts that
-    are not among them are zero. It appears whole or not at all. One that is there already stays, if it is not older
-    than ``changed_ns``, the checkpoint's; False then. Of several processes one packs, and the others wait. What killed
-    ones have left, here and in the folders beside this one, is removed. ``progress`` forces the progress bar, which
-    else shows on a terminal only. CheckpointError: the disk is full, fails.
+    are not among them are zero. It appears whole or not at all. Gives False if a pack is there that is not older than
+    ``changed_ns``, when the checkpoint was changed; that pack stays. Of several processes one packs, and the others
+    wait. What killed processes have left, here and in the folders beside this one, is removed. With ``progress`` the
+    progress bar shows not only on a terminal. Raises CheckpointError if the disk is full or fails.
     """
     layers, numbers = (max(ids) + 1 for ids in zip(*experts, strict=True))
     header = PackHeader.for_layout(store.layout, layers, numbers, fingerprint)

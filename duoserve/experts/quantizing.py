@@ -1,4 +1,4 @@
-"""Experts in floats made int8 or int4, or made BF12, when they are read.
+"""Quantizes experts in floats to int8, int4 or BF12 when they are read.
 
 B bytes of a row or of a part of one, N rows of a matrix, D its inner dimension.
 """

@@ -99,7 +99,7 @@ def read_header(file: PositionalFile) -> SafetensorsHeader:
 
 
 def read_segment(file: PositionalFile, start: int) -> SafetensorsHeader:
-    """The same of what begins at byte ``start`` and may be followed by more; CutShortError if the file ends in it."""
+    """The checked header of what begins at byte ``start``. More may follow it; CutShortError if the file ends in it."""
     raw = _header_bytes(file, start)
     entries = parse_object(raw, file.path)
     metadata = _checked_metadata(entries.pop("__metadata__", None), file.path)

@@ -1,7 +1,7 @@
-"""Floats made int8 or int4 codes, each scale the one of several that leaves the smallest squared error.
+"""Quantizes floats to int8 or int4 codes. Of several scales, the one with the smallest squared error is taken.
 
-A search is plain PyTorch on a block of places, run by compiled loops or op by op. A place is what shares a scale: X
-weights, in int8 a row, in int4 a group. P places, N rows of a matrix, D its inner dimension, G groups of D, B bytes of
+A search is plain PyTorch on a block of places, run by compiled loops or op by op. A place is X weights that share a
+scale: in int8 a row, in int4 a group. P places, N rows of a matrix, D its inner dimension, G groups of D, B bytes of
 the codes of a place, S spans.
 """
 
@@ -222,7 +222,7 @@ def _int4_error(wide_PX: Tensor, steps_P: Tensor, zeros_P: Tensor) -> Tensor:
 
 
 def _steps(scales: Tensor) -> Tensor:
-    """The steps in a weight of 1. None for weights so small that float32 does not hold their number: they become 0."""
+    """The number of steps in a weight of 1; 0 where float32 cannot hold it, so that such small weights become 0."""
     return torch.where(scales >= torch.finfo(torch.float32).tiny, 1 / scales, 0)
 
 

@@ -77,7 +77,7 @@ class Ticket:
         self.finished_at = now  # last: other threads may ask whether it is ``finished``
 
     def hand_over(self, now: float) -> None:
-        """What a device is asked to do from now on finds the copy made; ``arrive`` will say when it was made."""
+        """The copy is DONE for all work that the device is given from now on; ``arrive`` will say when it was made."""
         self.state = TicketState.DONE
         self.finished_at = now
 

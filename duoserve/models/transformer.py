@@ -68,7 +68,7 @@ class PartialPass:
 
 @dataclass(frozen=True)
 class Transformer:
-    """``embed_VH`` and ``head_VH`` may be the same tensor (a tied head)."""
+    """A decoder. ``embed_VH`` and ``head_VH`` may be the same tensor (a tied head)."""
 
     embed_VH: Tensor
     rope: Rope

@@ -95,9 +95,9 @@ class MadeUpStore(ExpertStore):
 
 
 def _weight(num_inputs: int) -> float:
-    """Every weight of so many: a product is about as large as its inputs, so that float16 holds what many layers add.
+    """The value of every weight of a matrix with ``num_inputs`` inputs. None is so small that float16 is slow with it.
 
-    None is so small that it is slow.
+    A product is about as large as its inputs, so that float16 holds what many layers add.
     """
     return max(1 / num_inputs, LEAST_WEIGHT)
 
@@ -125,7 +125,7 @@ class PassNotes:
 class Watch(ExpertSource, RoutingScript):
     """Chooses in the routers' place and notes what comes of it; its own time is left out.
 
-    A decode step asks each layer for any number of missing experts, each number as often; a prompt's tokens choose by
+    In a decode step, each number of missing experts is equally likely at each layer. A prompt's tokens choose by
     chance.
     """
 
@@ -205,12 +205,12 @@ def staged(family: Family, config: ModelConfig, layout: ExpertLayout, folder: Pa
 
 
 def _dense(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Norms leave things as they are."""
+    """The dense tensor ``name``, all of one value: 1 in norms, which then scale nothing, else as ``_weight`` has it."""
     return torch.full(shape, 1.0 if "norm" in name and len(shape) == 1 else _weight(shape[-1]), dtype=dtype)
 
 
 class Running(NamedTuple):
-    """A staged model that can be asked, and who watches it."""
+    """A staged model at work: its engine takes requests; the meter and the watch measure them."""
 
     engine: Engine
     meter: Meter

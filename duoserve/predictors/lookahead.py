@@ -1,4 +1,4 @@
-"""Predicts by the next layer's router, applied to today's hidden state.
+"""Predicts by the next layer's router, applied to this layer's hidden state.
 
 T rows, E experts, L MoE layers.
 """

@@ -1,4 +1,4 @@
-"""Policies side by side: the same trace, machine and slots for each, and the oracle at the end of the scale."""
+"""Replays policies side by side, the oracle too: all on the same trace and machine, with the same slots."""
 
 from __future__ import annotations
 

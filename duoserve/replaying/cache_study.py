@@ -75,7 +75,7 @@ def belady_hits(trace: Trace, num_slots: int, warm_up: int = 0) -> Hits:
 
 
 def least_copies(trace: Trace, num_slots: int) -> int:
-    """What decode steps copy at least, with ``num_slots`` slots for all layers, whatever is done and known.
+    """The fewest copies that decode steps can need with ``num_slots`` slots for all layers, under any policy.
 
     Belady's misses with bypass, request by request. Each may find the best experts in its slots when its steps begin:
     that saves no more than a copy for each slot.

@@ -43,7 +43,7 @@ _NO_BYTES = ExpertLayout(torch.bfloat16, hidden=32, intermediate=16)
 
 @dataclass
 class Replay:
-    """What a policy came to. Seconds are the made-up machine's."""
+    """The figures of one policy's replay. Seconds are the made-up machine's."""
 
     policy: str
     predictor: str | None
@@ -119,7 +119,7 @@ def replay(  # noqa: PLR0913
 
 
 def oracle_of(trace: Trace) -> tuple[Policy, Predictor]:
-    """The best that is known: the future is foretold, and Belady says what to keep, in one pool for all layers."""
+    """The best policy known: it knows the future, and keeps experts by Belady's rule in one pool for all layers."""
     future = Future(list(trace), trace.meta.layers, trace.meta.num_experts)
     eviction = Eviction(future.ranking, per_layer=False)
     policy = Policy(
@@ -247,7 +247,10 @@ class _Run:
         return wall_s, wall_s - (self._lane.busy_s - busy_s)
 
     def _hear(self, listener: RoutingListener, routing: Routing, wanted: _Asked, lease: Lease) -> None:
-        """Hears it behind the layer's demands; a device computes meanwhile what is there, a host only afterwards."""
+        """Tells the listener of a routing, behind the layer's demands.
+
+        A device computes the resident experts meanwhile, a host only afterwards.
+        """
         if self._machine.hardware.host_computes:
             self._launch(wanted.layer, self._machine.hearing_s(wanted.num_tokens, listener.lookahead))
             self._lane.synchronize()

@@ -1,4 +1,4 @@
-"""How good a predictor's word is, taken while it is used.
+"""Scores what a predictor says while it is used.
 
 T tokens, K top-k, E experts.
 """
@@ -17,7 +17,7 @@ from duoserve.scheduling.routing import Routing
 
 @dataclass
 class Score:
-    """How much of single tokens' top-k in decode the predictor's k likeliest experts held, layer by layer."""
+    """How many of a decoded token's experts were among the predictor's k likeliest ones, counted layer by layer."""
 
     layers: int = 0  # how often a layer was foretold
     chosen: int = 0  # experts that were chosen there

@@ -7,10 +7,10 @@ ALLOWED_TIME = 0.004
 
 
 class Account:
-    """What guesses have saved less what they have cost, and ALLOWED_TIME of the time on top: so much they may risk.
+    """Counts what guesses may risk: what they have saved, less what they have cost, plus ALLOWED_TIME of the time.
 
     A guess is open until its expert is used or given up. One that is wrong costs a copy at most: it delays a demand, or
-    its victim has to come back. At most ``most_open`` copies are put by, so that a predictor that was good for a
+    its victim has to come back. No more than ``most_open`` copies are saved up, so that a predictor that was good for a
     million steps cannot waste the gain of them all.
     """
 

@@ -77,7 +77,7 @@ class StandingLease(OpenLease):
         return ready
 
     def prefetch(self) -> None:
-        """As in Lease: nothing is foretold."""
+        """Does nothing, as no expert has to be copied."""
 
 
 class SlotLease(OpenLease):

@@ -86,7 +86,7 @@ class DecayedFrequency(_Values):
     """LFRU: the number of uses, each worth less with its age: half after HALF_LIFE steps.
 
     A prompt's uses are counted as shares: a long one says no more than HALF_LIFE / ln 2 steps do, which is what a use
-    in every step adds up to. It devalues what was used before it to CARRY.
+    in every step adds up to. Uses before it then count only CARRY of what they did.
     """
 
     def __init__(self, num_layers: int, num_experts: int, half_life: float = HALF_LIFE, carry: float = CARRY) -> None:

@@ -25,7 +25,7 @@ class _Made(NamedTuple):
 
 
 class Residency:
-    """The hands of the scheduler: nothing else changes what is in the slots. It decides nothing.
+    """Carries out what the scheduler has decided. Nothing else changes what is in the slots.
 
     ``link`` hears of every copy that has been made, once its times are known: on a device that makes copies behind the
     host that is after the copy has been collected.
@@ -113,7 +113,7 @@ class Residency:
         self.idle[expert.layer][expert.expert] = slot
 
     def came_true(self, chosen: Callable[[ExpertId], bool]) -> int:
-        """The device has read what was ``chosen`` of the READY guesses; returns how many that are."""
+        """Notes that the device has read those READY guesses that were ``chosen``; returns how many they are."""
         used = [expert for expert in self.ledger.unused if chosen(expert)]
         for expert in used:
             self.ledger.used(expert)
@@ -128,7 +128,7 @@ class Residency:
             self.idle[expert.layer][expert.expert] = slot
 
     def hasten(self, expert: ExpertId) -> Ticket:
-        """The copy, under way, of an expert that a layer asks for; it is behind no guess any more."""
+        """The copy under way of an expert that a layer asks for now. If it was a guess, it becomes a demand."""
         ticket = self._under_way[expert]
         if self.ledger.asked_under_way(expert):
             self._copies.promote(ticket)
@@ -170,9 +170,9 @@ class Residency:
         self._copies.land()
 
     def restore(self) -> None:
-        """Behind a pass that was cut short, maybe between any two lines: drains, and makes the books agree.
+        """Cleans up after a pass that was cut short, maybe between any two lines: drains, and makes the books agree.
 
-        The table is the truth, but for holds, of which there are none between passes, and for loads without a copy.
+        What the table says counts, except its holds (there are none between passes) and loads that have no copy.
         """
         self.drain()
         self._copies.fence(self.table.held())

@@ -222,7 +222,7 @@ class Ring(Space):
         return frozenset(self._slots)
 
     def take_up(self) -> None:
-        """The prefill goes on. Slots are spent whose guesses other passes have used, as if it had used them itself."""
+        """The prefill goes on. A slot whose guess another pass has used is spent, as if the prefill had used it."""
         table, unused = self._residency.table, self._residency.ledger.unused
         for slot, expert in table.ready():
             if slot in self._slots and expert not in unused:

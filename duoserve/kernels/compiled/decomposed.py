@@ -1,4 +1,4 @@
-"""Replacements of ops that a compiler would call as they are by ops that it makes loops of.
+"""Replaces ops that a compiler would call as they are with ops that it makes loops of.
 
 T tokens, E experts.
 """
