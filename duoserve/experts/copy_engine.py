@@ -128,11 +128,9 @@ class ThreadedCopyEngine(CopyEngine):
         return time.perf_counter()
 
     def ticket(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
-        """As in CopyEngine."""
         return Ticket(expert, slot, priority, self._store.layout.slot_bytes, self.now())
 
     def ask(self, ticket: Ticket) -> None:
-        """As in CopyEngine."""
         with self._lock:
             if self._closed:
                 raise ClosedError(f"a copy of {ticket.expert} was asked for after close()")
@@ -141,12 +139,10 @@ class ThreadedCopyEngine(CopyEngine):
             self._queued.notify()
 
     def promote(self, ticket: Ticket) -> None:
-        """As in CopyEngine."""
         with self._lock:
             self._queue.promote(ticket)
 
     def cancel(self, ticket: Ticket) -> bool:
-        """As in CopyEngine."""
         with self._lock:
             if not self._queue.withdraw(ticket):
                 return False
@@ -161,7 +157,6 @@ class ThreadedCopyEngine(CopyEngine):
         """Nothing: a copy that a thread has begun cannot be cancelled."""
 
     def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
-        """As in CopyEngine."""
         with self._lock:
             while not (finished := [ticket for ticket in tickets if ticket.finished]) and tickets:
                 self._finished.wait()

@@ -30,7 +30,6 @@ class CudaStreams(Streams):
         return event
 
     def after(self, lane: Lane, mark: Mark) -> None:
-        """As in Streams."""
         self._stream(lane).wait_event(_event(mark))
 
     def copy(self, lane: Lane, target_B: Tensor, source_B: Tensor) -> None:
@@ -39,7 +38,6 @@ class CudaStreams(Streams):
             target_B.copy_(source_B, non_blocking=True)
 
     def passed(self, mark: Mark) -> bool:
-        """As in Streams."""
         return bool(_event(mark).query())
 
     def wait(self, mark: Mark) -> None:

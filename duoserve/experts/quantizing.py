@@ -52,7 +52,6 @@ class QuantizingStore(ExpertStore):
         return float((error / weight) ** 0.5) if weight else 0.0
 
     def read(self, expert: ExpertId, row_B: Tensor) -> None:
-        """As in ExpertStore."""
         weights, squares_2 = self.layout.weights(row_B[None]), torch.zeros(2, dtype=torch.float64, device="cpu")
         fill = (self._search or _Bf12()).fill
         with self._turns:

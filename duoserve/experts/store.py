@@ -83,7 +83,6 @@ class HostStore(ExpertStore):
         np.copyto(row_B.numpy(), rows_NB[self._index[expert]].numpy())
 
     def host_row(self, expert: ExpertId) -> Tensor | None:
-        """As in ExpertStore."""
         rows_NB = self._rows_NB
         return None if rows_NB is None or expert not in self._index else rows_NB[self._index[expert]]
 
@@ -110,7 +109,6 @@ class TieredStore(ExpertStore):
         tier.read(expert, row_B)
 
     def host_row(self, expert: ExpertId) -> Tensor | None:
-        """As in ExpertStore."""
         return self._host.host_row(expert)
 
     def close(self) -> None:

@@ -69,11 +69,9 @@ class StreamCopyEngine(CopyEngine):
         return time.perf_counter()
 
     def ticket(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
-        """As in CopyEngine."""
         return Ticket(expert, slot, priority, self._slot_bytes, self.now())
 
     def ask(self, ticket: Ticket) -> None:
-        """As in CopyEngine."""
         with self._lock:
             if self._closed:
                 raise ClosedError(f"a copy of {ticket.expert} was asked for after close()")
@@ -90,7 +88,6 @@ class StreamCopyEngine(CopyEngine):
                 self._put(ticket)
 
     def cancel(self, ticket: Ticket) -> bool:
-        """As in CopyEngine."""
         with self._lock:
             if not (self._queue.withdraw(ticket) or self._lanes.stop(ticket)):
                 return False
@@ -118,7 +115,6 @@ class StreamCopyEngine(CopyEngine):
             self._lanes.fence(slots, mark)
 
     def land(self) -> None:
-        """As in CopyEngine."""
         with self._lock:
             self._lanes.land()
 
@@ -128,7 +124,6 @@ class StreamCopyEngine(CopyEngine):
             self._lanes.reap()
 
     def close(self) -> None:
-        """As in CopyEngine."""
         with self._lock:
             self._closed = True
             for ticket in self._queue.clear():

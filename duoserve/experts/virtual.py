@@ -68,16 +68,13 @@ class ClockedCopyEngine(CopyEngine):
         return self._clock.now
 
     def ticket(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
-        """As in CopyEngine."""
         return Ticket(expert, slot, priority, self._nbytes, self.now())
 
     def promote(self, ticket: Ticket) -> None:
-        """As in CopyEngine."""
         self.settle()
         self._queue.promote(ticket)
 
     def cancel(self, ticket: Ticket) -> bool:
-        """As in CopyEngine."""
         self.settle()
         if not self._queue.withdraw(ticket):
             return False
@@ -136,7 +133,6 @@ class VirtualCopyEngine(ClockedCopyEngine):
         self._free_at = 0.0  # when the link began it, or could have begun the next
 
     def ask(self, ticket: Ticket) -> None:
-        """As in CopyEngine."""
         self.settle()
         if self.on_link is None:
             self._free_at = self.now()

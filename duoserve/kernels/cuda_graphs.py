@@ -22,7 +22,6 @@ class CudaRecording(Recording[Result], Generic[Result]):
 
     @property
     def result(self) -> Result:
-        """As in Recording."""
         return self._result
 
     def replay(self) -> None:
@@ -44,7 +43,6 @@ class CudaRecorder(Recorder):
 
     @property
     def device(self) -> torch.device:
-        """As in Recorder."""
         return self._device
 
     def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -52,7 +50,6 @@ class CudaRecorder(Recorder):
         return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=True)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """As in Recorder."""
         target.copy_(source, non_blocking=True)
 
     def record(self, work: Callable[[], Result]) -> Recording[Result]:

@@ -55,7 +55,6 @@ class ExactShapes(Shapes):
     num_pages: int
 
     def of(self, new_tokens: NewTokens) -> Shape:
-        """As in Shapes."""
         width = len(new_tokens.page_table[0])
         return len(new_tokens.spans), min(next((one for one in TABLE_WIDTHS if one >= width), width), self.num_pages)
 
@@ -97,7 +96,6 @@ class RecordedRunner(StepRunner):
         return self._model(self._cache.batch(new_tokens)).cpu() if step is None else step(new_tokens)
 
     def prepare(self, num_sequences: int) -> None:
-        """As in StepRunner."""
         for shape in self._shapes.up_to(num_sequences):
             self._record(shape)
 

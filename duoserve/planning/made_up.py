@@ -87,7 +87,6 @@ class MadeUpStore(ExpertStore):
                 matrix.order_SD.copy_(torch.arange(matrix.order_SD.shape[1]))
 
     def read(self, expert: ExpertId, row_B: Tensor) -> None:
-        """As in ExpertStore."""
         row_B.copy_(self._row_B)
 
     def close(self) -> None:
@@ -138,7 +137,6 @@ class Watch(ExpertSource, RoutingScript):
         self.passes: list[PassNotes] = []
 
     def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> Lease:
-        """As in ExpertSource."""
         with self._off_the_clock() as now:
             run = self.passes[-1]
             run.asked_s.append(now)
@@ -146,7 +144,6 @@ class Watch(ExpertSource, RoutingScript):
         return self._scheduler.acquire(layer, experts, counts)
 
     def chosen(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """As in RoutingScript."""
         with self._off_the_clock():
             if layer == 0:
                 self.passes.append(PassNotes())

@@ -30,7 +30,6 @@ class RehearsedCosts(Costs):
         return cls(costs.machine, costs.model, costs.ram_share, rehearsal, copy_threads=costs.copy_threads)
 
     def decode(self, policy: Policy, step: StepSpec) -> Seconds:
-        """As in Costs."""
         wanted = super().decode(policy, step)
         if policy.name not in self.rehearsal.times:
             return wanted
@@ -39,7 +38,6 @@ class RehearsedCosts(Costs):
         return Seconds(measured_s * wanted.total / super().decode(policy, base).total, wanted.busy)
 
     def prefill(self, policy: Policy, prompt: PromptSpec) -> Seconds:
-        """As in Costs."""
         wanted = super().prefill(policy, prompt)
         if policy.name not in self.rehearsal.times:
             return wanted

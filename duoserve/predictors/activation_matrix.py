@@ -32,7 +32,6 @@ class ActivationMatrixPredictor(RowPredictor):
         self._requests: list[int] = []
 
     def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
-        """See Predictor."""
         super().begin(phase, requests_T)
         self._requests = requests_T.tolist()
         for number in self._requests:
@@ -44,7 +43,6 @@ class ActivationMatrixPredictor(RowPredictor):
             del self._likeness[next(iter(self._likeness))]
 
     def observe(self, routing: Routing) -> None:
-        """See Predictor."""
         super().observe(routing)
         direction_EM = self._directions_LEM[self.history.place[routing.layer]]
         for number, ids_K in zip(self._requests, routing.topk_ids_TK, strict=True):

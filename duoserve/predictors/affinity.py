@@ -22,7 +22,6 @@ class AffinityPredictor(RowPredictor):
         self.popularity_LE, self.affinity_LEE = popularity_LE, affinity_LEE
 
     def chances(self, layer: int, distance: int) -> np.ndarray:
-        """See RowPredictor."""
         place = self.history.place[layer]
         if not self.history.path:
             return np.tile(self.popularity_LE[place], (self.history.num_rows, 1))

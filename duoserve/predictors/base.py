@@ -32,11 +32,9 @@ class RowPredictor(Predictor):
         self.history = History(meta)
 
     def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
-        """See Predictor."""
         self.history.begin(phase, requests_T)
 
     def observe(self, routing: Routing) -> None:
-        """See Predictor."""
         self.history.observe(routing)
 
     def predict(self, layer: int) -> np.ndarray:

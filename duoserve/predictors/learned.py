@@ -74,7 +74,6 @@ class LearnedPredictor(RowPredictor):
         self.horizon = max(distance for _, distance in networks)
 
     def chances(self, layer: int, distance: int) -> np.ndarray:
-        """See RowPredictor."""
         history = self.history
         network = self.networks[history.place[layer], distance]
         scores_TE = next(iter(history.ahead.values()), None)

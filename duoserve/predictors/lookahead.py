@@ -28,7 +28,6 @@ class LookaheadPredictor(RowPredictor):
         self.popularity_LE, self.slopes_L, self.offsets_L = popularity_LE, slopes_L, offsets_L
 
     def chances(self, layer: int, distance: int) -> np.ndarray:
-        """See RowPredictor."""
         place = self.history.place[layer]
         scores_TE = self.history.ahead.get(layer)
         if scores_TE is None:

@@ -42,7 +42,6 @@ class PaperPredictor(RowPredictor):
         self.weights, self.biases = weights, biases
 
     def chances(self, layer: int, distance: int) -> np.ndarray:
-        """See RowPredictor."""
         place = self.history.place[layer]
         if not self.history.path:
             return np.tile(self.popularity_LE[place], (self.history.num_rows, 1))

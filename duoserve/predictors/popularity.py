@@ -25,7 +25,6 @@ class PopularityPredictor(RowPredictor):
         self.popularity_LE = popularity_LE
 
     def chances(self, layer: int, distance: int) -> np.ndarray:
-        """See RowPredictor."""
         rates_TDE = log_rates(*self.history.counts(layer), self.popularity_LE[self.history.place[layer]])
         chances_TE: np.ndarray = np.minimum(np.exp(rates_TDE[:, SLOWEST]), 1)
         return chances_TE

@@ -51,43 +51,33 @@ class UntimedEngine(CopyEngine):
         self._host = host
 
     def now(self) -> float:
-        """As in CopyEngine."""
         return self._untimed(self._inner.now)
 
     def ticket(self, expert: ExpertId, slot: int, priority: Priority) -> Ticket:
-        """As in CopyEngine."""
         return self._untimed(lambda: self._inner.ticket(expert, slot, priority))
 
     def ask(self, ticket: Ticket) -> None:
-        """As in CopyEngine."""
         self._untimed(lambda: self._inner.ask(ticket))
 
     def promote(self, ticket: Ticket) -> None:
-        """As in CopyEngine."""
         self._untimed(lambda: self._inner.promote(ticket))
 
     def cancel(self, ticket: Ticket) -> bool:
-        """As in CopyEngine."""
         return self._untimed(lambda: self._inner.cancel(ticket))
 
     def fence(self, slots: Collection[int]) -> None:
-        """As in CopyEngine."""
         self._untimed(lambda: self._inner.fence(slots))
 
     def land(self) -> None:
-        """As in CopyEngine."""
         self._untimed(self._inner.land)
 
     def wait(self, tickets: Collection[Ticket]) -> list[Ticket]:
-        """As in CopyEngine."""
         return self._untimed(lambda: self._inner.wait(tickets))
 
     def settle(self) -> None:
-        """As in CopyEngine."""
         self._untimed(self._inner.settle)
 
     def close(self) -> None:
-        """As in CopyEngine."""
         self._untimed(self._inner.close)
 
     def _untimed(self, call: Callable[[], Result]) -> Result:

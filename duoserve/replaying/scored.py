@@ -75,14 +75,12 @@ class ScoredPredictor(Predictor):
         return self._inner.lookahead
 
     def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
-        """As in Predictor."""
         self._phase = phase
         if phase is Phase.PREFILL:
             self._said.clear()
         self._inner.begin(phase, requests_T)
 
     def observe(self, routing: Routing) -> None:
-        """As in Predictor."""
         said_E = self._said.pop(routing.layer, None)
         if said_E is not None and self._phase is Phase.DECODE and len(routing.topk_ids_TK) == 1:
             chosen = routing.topk_ids_TK[0].tolist()
@@ -90,6 +88,5 @@ class ScoredPredictor(Predictor):
         self._inner.observe(routing)
 
     def predict(self, layer: int) -> np.ndarray:
-        """As in Predictor."""
         said_E = self._said[layer] = self._inner.predict(layer)
         return said_E

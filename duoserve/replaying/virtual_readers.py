@@ -94,7 +94,6 @@ class VirtualReaders(ClockedCopyEngine):
         self._fresh.add(ticket.expert)
 
     def cancel(self, ticket: Ticket) -> bool:
-        """As in CopyEngine."""
         cancelled = super().cancel(ticket)
         if cancelled:
             self._warm.discard(ticket)

@@ -57,7 +57,6 @@ class Foresight(RoutingListener):
         return self._mode is GuessMode.BUDGET
 
     def begin(self, phase: Phase, requests_T: np.ndarray) -> None:
-        """As in RoutingListener."""
         if phase is Phase.PREFILL:
             self._stated.clear()
             self._spared = frozenset()
@@ -66,7 +65,6 @@ class Foresight(RoutingListener):
             self._predictor.begin(phase, requests_T)
 
     def routed(self, routing: Routing) -> None:
-        """As in RoutingListener."""
         if self._predictor is not None:
             self._predictor.observe(routing)
             self._settle(routing)

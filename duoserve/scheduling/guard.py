@@ -46,21 +46,18 @@ class Guard(Ranking):
         self._apart, self._num_apart = [0] * len(self._apart), 0
 
     def begin(self, phase: Phase, num_tokens: int) -> None:
-        """As in Ranking."""
         self._decodes = phase is Phase.DECODE
         self._own.begin(phase, num_tokens)
         if self._rival is not None:
             self._rival.begin(phase, num_tokens)
 
     def resume(self, phase: Phase, num_tokens: int) -> None:
-        """As in Ranking."""
         self._decodes = phase is Phase.DECODE
         self._own.resume(phase, num_tokens)
         if self._rival is not None:
             self._rival.resume(phase, num_tokens)
 
     def used(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> None:
-        """As in Ranking."""
         if self._rival is not None:
             trusts = self._credit >= sqrt(1 + self._num_apart)
             self._leader = self._own if trusts else self._rival

@@ -72,7 +72,6 @@ class StandingLease(OpenLease):
         return self.at_once()
 
     def at_once(self) -> list[ReadyExpert]:
-        """As in Lease."""
         ready, self._ready = self._ready, []
         return ready
 
@@ -133,11 +132,9 @@ class SlotLease(OpenLease):
             self._residency.disown(expert)
 
     def at_once(self) -> list[ReadyExpert]:
-        """As in Lease."""
         return next(self) if self._arrived and not self._must_wait() else []
 
     def prefetch(self) -> None:
-        """As in Lease."""
         if self._plan_prefetch is not None:
             self._plan = self._plan_prefetch(self._plan)
             known = set(self._prefetch)  # of a whole layer that waits for slots: guesses may be about it

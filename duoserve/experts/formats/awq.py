@@ -29,13 +29,11 @@ class Awq(WeightFormat):
     groups: Groups
 
     def parts(self, name: str, num_rows: int, inner: int) -> dict[str, Part]:
-        """As in WeightFormat."""
         base = module_of(name)
         weight = Part(f"{base}.qweight", StoredTensor((inner, num_rows // CODES_IN_WORD), WORD))
         return {"data": weight, **shared_parts(base, num_rows, self.groups.count(inner))}
 
     def codes(self, data: StoredRows, parts: Mapping[str, Tensor]) -> Codes:
-        """As in WeightFormat."""
         return Codes(
             ExpertFormat.INT4,
             self.groups.of(data.shape[0]),

@@ -21,7 +21,6 @@ class Fp8(WeightFormat):
     """``weight`` [N, D] and ``weight_scale_inv`` [N / 128, D / 128], whose sizes are rounded up."""
 
     def parts(self, name: str, num_rows: int, inner: int) -> dict[str, Part]:
-        """As in WeightFormat."""
         blocks = (-(-num_rows // FP8_BLOCK), -(-inner // FP8_BLOCK))
         return {
             "data": Part(name, StoredTensor((num_rows, inner), (torch.float8_e4m3fn,))),
@@ -29,5 +28,4 @@ class Fp8(WeightFormat):
         }
 
     def codes(self, data: StoredRows, parts: Mapping[str, Tensor]) -> Codes:
-        """As in WeightFormat."""
         return Codes(ExpertFormat.FP8, FP8_BLOCK, RowsAsTheyAre(data), parts["scales"].float())

@@ -40,7 +40,6 @@ class Gptq(WeightFormat):
     ordered: bool
 
     def parts(self, name: str, num_rows: int, inner: int) -> dict[str, Part]:
-        """As in WeightFormat."""
         base = module_of(name)
         return {
             "data": Part(f"{base}.qweight", StoredTensor((inner // CODES_IN_WORD, num_rows), WORD)),
@@ -49,7 +48,6 @@ class Gptq(WeightFormat):
         }
 
     def codes(self, data: StoredRows, parts: Mapping[str, Tensor]) -> Codes:
-        """As in WeightFormat."""
         order_D = self._order(parts["g_idx"])
         return Codes(
             ExpertFormat.INT4,

@@ -18,7 +18,6 @@ class Mxfp4(WeightFormat):
     """Tensors of bytes ``_blocks`` [N, D / 32, 16] and ``_scales`` [N, D / 32]."""
 
     def parts(self, name: str, num_rows: int, inner: int) -> dict[str, Part]:
-        """As in WeightFormat."""
         groups = inner // MXFP4_GROUP
         byte = (torch.uint8,)
         return {
@@ -27,5 +26,4 @@ class Mxfp4(WeightFormat):
         }
 
     def codes(self, data: StoredRows, parts: Mapping[str, Tensor]) -> Codes:
-        """As in WeightFormat."""
         return Codes(ExpertFormat.MXFP4, MXFP4_GROUP, RowsAsTheyAre(data), parts["scales"].T)

@@ -51,11 +51,9 @@ class _CheckpointRows(StoredRows):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As in StoredRows."""
         return self.checkpoint.info(self.name).part(self.entry).shape
 
     def __getitem__(self, rows: slice, /) -> torch.Tensor:
-        """As in StoredRows."""
         first, stop, _ = rows.indices(self.shape[0])
         info = self.checkpoint.info(self.name).part(self.entry, (first, stop))
         memory = torch.from_numpy(self.scratch.array(self.role, (info.nbytes,), np.uint8))
@@ -64,7 +62,6 @@ class _CheckpointRows(StoredRows):
         return tensor
 
     def copy_to(self, out_NB: torch.Tensor) -> None:
-        """As in StoredRows."""
         info = self.checkpoint.info(self.name).part(self.entry)
         self.checkpoint.read_into(self.name, out_NB.view(info.dtype).view(info.shape), self.entry)
 

@@ -49,7 +49,6 @@ class TapedRecording(CompiledRecording[Result]):
         self._bound: Bound | None = None
 
     def replay(self, *number: int) -> None:
-        """As in CompiledRecording."""
         bound = self._bound
         if bound is not None and bound.tape is self.compiled.tape and bound.tape.number == number:
             bound.play()
@@ -71,11 +70,9 @@ class CpuCompiler(Recorder):
         self._compiled: dict[object, Compiled | None] = {}
 
     def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """As in Recorder."""
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """As in Recorder."""
         target.copy_(source)
 
     @torch.no_grad()
