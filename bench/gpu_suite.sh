@@ -45,7 +45,7 @@ grace=50
 serve_grace=80 # the last cell may begin with a long prompt
 steps=${STRESS_STEPS:-10000}
 # Of the tests in tests/kernels those that run nothing on a GPU.
-cpu_only='machine_code|in_flight|compiled_loops|compiled_ops|decomposed|matmul|reference|tape|token_expert|unpacking|experts_together'
+cpu_only='machine_code|in_flight|compiled_cache|compiled_loops|compiled_ops|decomposed|matmul|reference|streamed|tape|token_expert|unpacking|experts_together'
 # Those that compile the most kernels.
 compile_most='moe_gemm|moe_fill|bf12_product|decode_attention'
 cores=${CORES:-$(nproc)}

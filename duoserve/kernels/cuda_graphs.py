@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Generic
@@ -76,7 +77,7 @@ class CudaRecorder(Recorder):
     def _capture(self, graph: torch.cuda.CUDAGraph, work: Callable[[], Result]) -> Result:
         others = list(self._graphs)  # keeps the graphs alive, so that the pool does not end before this one is in it
         pool = others[0].pool() if others else torch.cuda.graph_pool_handle()
-        with _own_workspaces():
+        with _own_workspaces(), _nothing_collected():
             torch.cuda.empty_cache()  # cached memory, also of the first run, cannot be released during a capture
             # Copy threads go on calling CUDA meanwhile, which the default mode would treat as an error of the capture.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -106,3 +107,15 @@ def _own_workspaces() -> Iterator[None]:
         yield
     finally:
         torch._C._cuda_clearCublasWorkspaces()
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """No garbage is collected inside: to free a graph, or registered memory, would end a capture with an error."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

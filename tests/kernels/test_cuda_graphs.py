@@ -146,6 +146,21 @@ def test_recordings_dropped_by_what_the_next_one_does_are_no_hindrance(recorder:
 
 
 @pytest.mark.parametrize("error", [None, ValueError("why")])
+def test_nothing_is_collected_during_a_capture(recorder: CudaRecorder, error: Exception | None) -> None:
+    """What frees another graph, or registered memory, would end it with an error of CUDA's."""
+    collects: list[bool] = []
+
+    def work() -> None:
+        collects.append(gc.isenabled())
+        if len(collects) == 2 and error:
+            raise error
+
+    with pytest.raises(ValueError, match="why") if error else nullcontext():
+        recorder.record(work)
+    assert collects == [True, False] and gc.isenabled()
+
+
+@pytest.mark.parametrize("error", [None, ValueError("why")])
 def test_a_graph_has_no_workspace_that_its_stream_has_before_or_after(
     recorder: CudaRecorder, error: Exception | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
