@@ -61,7 +61,7 @@ def test_nothing_is_released_under_a_step(what: str, model: MoEModel, monkeypatc
         return step(*args)
 
     monkeypatch.setattr(Passes, name, held_up)
-    model._runtime._held.callback(released.set)  # the first thing that is released
+    model._runtime._resources.callback(released.set)  # the first thing that is released
     call = Call(lambda: model.generate("To be", GREEDY) if what == "generate" else model.forward([1, 2, 3]))
     gate.wait_entered()
     waiting, closing = Call(lambda: model.generate("To be", GREEDY)), Call(model.close)
@@ -86,7 +86,7 @@ async def test_nothing_is_released_under_the_step_of_a_service(
 
     alone = model.generate("To be", GREEDY).token_ids
     monkeypatch.setattr(Passes, "decode", held_up)
-    model._runtime._held.callback(released.set)
+    model._runtime._resources.callback(released.set)
     service = AsyncEngine(model)
     engine = weakref.ref(model._runtime.engine)
     stream = await service.submit("To be", GREEDY)
@@ -115,7 +115,7 @@ def test_nothing_is_released_while_a_service_is_made(model: MoEModel, monkeypatc
         prepare(*args)
 
     monkeypatch.setattr(Passes, "prepare", held_up)
-    model._runtime._held.callback(released.set)
+    model._runtime._resources.callback(released.set)
     services: list[AsyncEngine] = []
     making = Call(lambda: services.append(AsyncEngine(model)))
     gate.wait_entered()

@@ -148,7 +148,7 @@ def test_who_comes_leaves_a_page_to_each_that_runs_and_one_sent_back_asks_for_no
         while len(runs.output_ids) < 5:
             engine.step()
         engine.add(comes)
-        assert engine._load().free == 2 * PAGE_TOKENS and comes.room(8) == 108
+        assert engine._traffic().free == 2 * PAGE_TOKENS and comes.room(8) == 108
         while len(runs.output_ids) < 150:
             engine.step()
         assert comes.output_ids and comes.sent_back is None and runs.room(8) == 30 + 150 + 8
