@@ -12,7 +12,7 @@ from torch import Tensor
 
 from duoserve.kernels.bf12 import LEAST, Bf12Rows, signed
 
-# As Linux shows the data cache of a core that is nearest to it.
+# Where Linux says how many ways the L1 data cache of a core has.
 L1_WAYS = Path("/sys/devices/system/cpu/cpu0/cache/index0/ways_of_associativity")
 USUAL_WAYS = 8
 
