@@ -187,14 +187,16 @@ class MoEModel:
     ) -> Completion | list[Completion]:
         """Completes one prompt (text or token ids), or a list of prompts in shared passes over the experts.
 
+        The answer to a text keeps the space before its first word, so that prompt + answer is a text; the answer to
+        token ids, such as those of a chat, begins a text of its own.
+
         ``changes`` override fields of ``params``. Raises RequestError for what cannot be served, CopyError if an
         expert cannot be brought, MemoryBudgetError if memory is refused; the model stays usable after each of them.
         """
         single = is_one(prompt)
         prompts: Sequence[Any] = [prompt] if single else prompt
         params = _with_changes(params, changes)
-        tokenizer = self._runtime.tokenizer
-        writers = {Request(self.encode(one), params): Writer(tokenizer, params.stop) for one in prompts}
+        writers = dict(self._request(one, params) for one in prompts)
         if not writers:
             return []
         stats = _exhaust(self._pieces(writers))
@@ -204,15 +206,19 @@ class MoEModel:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **changes: Any
     ) -> Generator[str, None, Completion]:
-        """Completes one prompt, yielding text as soon as it is certain; needs a tokenizer.
+        """Completes one prompt as ``generate`` does, yielding text as soon as it is certain; needs a tokenizer.
 
         The finished Completion is the generator's return value (``StopIteration.value``).
         """
         params = _with_changes(params, changes)
         if self._runtime.tokenizer is None:
             raise RequestError("stream() yields text, but this checkpoint has no tokenizer.json: use generate()")
-        request = Request(self.encode(prompt), params)
-        return self._stream(request, Writer(self._runtime.tokenizer, params.stop))
+        return self._stream(*self._request(prompt, params))
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> tuple[Request, Writer]:
+        prompt_ids = self.encode(prompt)
+        behind = prompt_ids if isinstance(prompt, str) else ()
+        return Request(prompt_ids, params), Writer(self._runtime.tokenizer, params.stop, behind)
 
     def _stream(self, request: Request, writer: Writer) -> Generator[str, None, Completion]:
         stats = yield from self._pieces({request: writer})

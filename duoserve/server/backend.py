@@ -93,7 +93,7 @@ class Service(Protocol):
         logprobs: int | None = None,
         goes_on: bool = False,
     ) -> RequestStream:
-        """Queues a prompt. With ``goes_on`` the answer's text is to be put behind the prompt's, else it stands alone.
+        """Queues a prompt. The answer to a text is to be put behind it; that of token ids is with ``goes_on``.
 
         Raises RequestError if it can never be served, OverloadedError if not now, ClosedError if no longer.
         """

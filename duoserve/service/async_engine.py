@@ -72,8 +72,8 @@ class AsyncEngine:
         """Queues a prompt and gives the stream of its answer.
 
         ``logprobs`` (0 to 20; None: no log-probabilities) is how many of the likeliest tokens to report at each place.
-        Where an objective is None, the service's holds. With ``goes_on`` the text keeps the space before its first
-        word, so that it can be put behind the prompt's text; without, some tokenizers leave that space out.
+        Where an objective is None, the service's holds. The answer to a text keeps the space before its first word, so
+        that prompt + answer is a text. That of token ids, such as those of a chat, does so only with ``goes_on``.
 
         Raises RequestError for what can never be served, OverloadedError (which says when to try again) for what cannot
         be served now, ClosedError if the service takes no more requests.
@@ -87,7 +87,8 @@ class AsyncEngine:
         request = Request(prompt_ids, params, num_logprobs=logprobs, arrived=arrived)
         request.objectives = (objectives or Objectives()).or_else(self.objectives)
         stream = Stream(request, self._worker.cancel)
-        task = Task(Writer(self._tokenizer, params.stop, prompt_ids if goes_on else ()), stream)
+        behind = prompt_ids if goes_on or isinstance(prompt, str) else ()
+        task = Task(Writer(self._tokenizer, params.stop, behind), stream)
         try:
             await asyncio.wrap_future(self._worker.submit(request, task))
         except asyncio.CancelledError:
