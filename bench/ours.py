@@ -15,7 +15,7 @@ from duoserve import MoEModel, SamplingParams
 from duoserve.config import EngineConfig
 from duoserve.kernels.compiled.compiler import CpuCompiler, can_compile
 from duoserve.kernels.compiled.ops import compiled_ops
-from duoserve.loading import load
+from duoserve.loading.load import load
 from duoserve.predictors.files import save_predictor
 from duoserve.predictors.training import train
 from duoserve.request import Request

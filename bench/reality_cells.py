@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from duoserve.config import EngineConfig
-from duoserve.loading import load
+from duoserve.loading.load import load
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.predictor import Predictor

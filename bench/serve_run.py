@@ -24,7 +24,8 @@ from duoserve.kv_cache import PagedKVCache
 from duoserve.launching.launch import Launch, StepParts, choose_launch, resolve_mode
 from duoserve.launching.link import LinkRates
 from duoserve.launching.recorded import RECORD_AFTER
-from duoserve.memory_needs import MemoryNeeds
+from duoserve.loading.memory_needs import MemoryNeeds
+from duoserve.loading.wiring import make_scheduler
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
 from duoserve.models.variants import with_script
@@ -33,7 +34,6 @@ from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.scheduler import Scheduler
-from duoserve.wiring import make_scheduler
 from serve_cells import Cell, Part
 from serve_digest import NotedPasses, digest
 from serve_host import Host

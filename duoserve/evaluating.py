@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from duoserve.loading.recommendation import Recommendation
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.training import train
-from duoserve.recommendation import Recommendation
 from duoserve.replaying.bake_off import bake_off, rows
 from duoserve.replaying.hardware import Machine
 from duoserve.replaying.replay import ORACLE, Replay, replay

@@ -19,7 +19,7 @@ from duoserve.errors import RequestError
 from duoserve.experts.budget import MemoryPlan
 from duoserve.experts.hub import at_revision
 from duoserve.interface import FinishReason
-from duoserve.loading import Runtime, load
+from duoserve.loading.load import Runtime, load
 from duoserve.metrics import Stats
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams

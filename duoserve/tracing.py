@@ -14,9 +14,9 @@ from tqdm import tqdm
 from duoserve.config import EngineConfig
 from duoserve.errors import RequestError, TraceError
 from duoserve.files.positional import is_file
-from duoserve.loading import Runtime, load
+from duoserve.loading.load import Runtime, load
+from duoserve.loading.placement import Placement
 from duoserve.models.opened import opened
-from duoserve.placement import Placement
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.policies import Policy

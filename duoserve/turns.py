@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from typing import TypeVar
 
 from duoserve.errors import ClosedError, RequestError
-from duoserve.loading import Runtime
+from duoserve.loading.load import Runtime
 from duoserve.request import Request
 
 LOOK_AGAIN_S = 1.0  # waiting calls look again after this: an interrupt may keep the end of a turn from notifying them

@@ -18,6 +18,7 @@ from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.kv_cache import PagedKVCache
 from duoserve.launching.launch import StepParts
+from duoserve.loading.wiring import make_scheduler
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
@@ -28,7 +29,6 @@ from duoserve.request import Request
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import RoutingListener, audience
-from duoserve.wiring import make_scheduler
 
 
 class AssembledEngine(Engine):

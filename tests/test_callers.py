@@ -24,7 +24,9 @@ def called_from(path: Path, call: Callable[..., None], *arguments: object) -> Ca
 
 
 def test_the_first_file_outside_the_package_is_named() -> None:
-    within = called_from(PACKAGE / "deciding.py", called_from(PACKAGE / "kernels" / "ops.py", warn_caller, "mind it"))
+    within = called_from(
+        PACKAGE / "loading" / "deciding.py", called_from(PACKAGE / "kernels" / "ops.py", warn_caller, "mind it")
+    )
     for call, named in ((within, __file__), (called_from(PLUGIN, within), str(PLUGIN))):
         with pytest.warns(UserWarning, match="mind it") as said:
             call()
@@ -42,7 +44,7 @@ def test_so_is_who_loads_a_model_whose_pack_is_old(tmp_path: Path, monkeypatch: 
     MoEModel.from_pretrained("bard", expert_slots="50%", cache_dir=tmp_path).close()
     may = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and may(path, mode))
-    monkeypatch.setattr("duoserve.placement.is_current", lambda folder, changed_ns: False)
+    monkeypatch.setattr("duoserve.loading.placement.is_current", lambda folder, changed_ns: False)
     with pytest.warns(UserWarning, match="may not be made again") as said:
         MoEModel.from_pretrained("bard", expert_slots="50%", cache_dir=tmp_path).close()
     assert [one.filename for one in said] == [__file__]

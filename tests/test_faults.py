@@ -19,7 +19,7 @@ from duoserve.experts.pack_format import PACK_FILE
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.stream_engine import StreamCopyEngine
-from duoserve.placement import Placement
+from duoserve.loading.placement import Placement
 from tests.assembly import assembled, tokens_of
 from tests.checkpoints import save_mixtral
 from tests.fake_streams import FakeStreams
@@ -120,7 +120,7 @@ def test_copy_threads_end_with_a_load_that_fails_behind_them(folder: Path, monke
 
     alive = threads_since()
     monkeypatch.setattr(Placement, "copy_engine", copy_engine)
-    monkeypatch.setattr("duoserve.wiring.Scheduler", fails)
+    monkeypatch.setattr("duoserve.loading.wiring.Scheduler", fails)
     with pytest.raises(MemoryBudgetError, match=r"while the model was loaded \(no room for the books\)"):
         MoEModel.from_pretrained(folder)
     assert alive() == 0

@@ -57,15 +57,15 @@ F4  models/__init__  models/batch  models/tensors  models/layers  models/rope  m
     models/deepseek  models/glm4_moe  models/granite_moe  models/gpt_oss  models/registry  models/stored
     models/opened  models/described  models/gpu_support
 F5  interface  sampling  context_limits  text/__init__  text/tokenizer_config  text/tokenizer  text/prompts
-    text/channels  text/chat_sandbox  text/chat_template  kv_cache  request  text/writer  passes  wiring
-    batching/__init__  batching/cost  batching/next_work  batching/traffic  roster  engine  launching/__init__
-    launching/inputs  launching/recorded_choices  launching/recorded  launching/event  launching/graph
-    launching/compiled_experts  launching/compiled  launching/compiled_prompts  launching/link  launching/launch
-    workspace  memory_needs  placement  recommendation  deciding  loading  tracing  evaluating  turns  moe_model
-    service/__init__  service/stream  service/worker  service/async_engine  perplexity  planning/__init__
-    planning/model_cards  planning/formats  planning/sizes  planning/routing_curves  planning/speed
-    planning/policy_speed  planning/made_up  planning/rehearsal  planning/rehearsed  planning/planner
-    planning/measuring  planning/this_machine  __init__
+    text/channels  text/chat_sandbox  text/chat_template  kv_cache  request  text/writer  passes  batching/__init__
+    batching/cost  batching/next_work  batching/traffic  roster  engine  launching/__init__  launching/inputs
+    launching/recorded_choices  launching/recorded  launching/event  launching/graph  launching/compiled_experts
+    launching/compiled  launching/compiled_prompts  launching/link  launching/launch  loading/__init__
+    loading/workspace  loading/memory_needs  loading/placement  loading/recommendation  loading/deciding
+    loading/wiring  loading/load  tracing  evaluating  turns  moe_model  service/__init__  service/stream
+    service/worker  service/async_engine  perplexity  planning/__init__  planning/model_cards  planning/formats
+    planning/sizes  planning/routing_curves  planning/speed  planning/policy_speed  planning/made_up
+    planning/rehearsal  planning/rehearsed  planning/planner  planning/measuring  planning/this_machine  __init__
 F6  server/__init__  server/backend  server/settings  server/errors  server/fields  server/asking  server/records
     server/token_text  server/answers  server/generation  server/sse  server/http  server/host  server/metrics
     server/status  server/preparing  server/endpoints  server/app  server/run  cli/options  cli/sampling_options

@@ -125,7 +125,7 @@ def test_products_of_heads_give_a_row_its_bits_among_any_others() -> None:
 
 def test_it_is_refused_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tiles_keep_bits()
-    monkeypatch.setattr("duoserve.placement.tiles_keep_bits", lambda: False)
+    monkeypatch.setattr("duoserve.loading.placement.tiles_keep_bits", lambda: False)
     with pytest.raises(ConfigError, match="float32 products"):
         MoEModel.from_pretrained(BARD, invariant=True)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from duoserve import MoEModel
 from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache, SequenceKV
+from duoserve.loading.workspace import FIXED_BYTES, recorded_bytes
 from duoserve.models.opened import opened
-from duoserve.workspace import FIXED_BYTES, recorded_bytes
 from tests.checkpoints import save_mixtral
 from tests.models.cases import FAMILIES
 from tests.models.cases.quantized import CASES

@@ -48,7 +48,7 @@ def test_the_tokens_and_what_they_were_routed_to(folder, tmp_path):
 
 
 def test_look_ahead_scores_stand_with_the_layer_that_they_are_about(folder, tmp_path):
-    from duoserve.loading import load
+    from duoserve.loading.load import load
 
     heard = Heard(lookahead=1)
     runtime = load(folder, EngineConfig(), "resident", None, heard)

@@ -18,9 +18,9 @@ from duoserve.config import EngineConfig
 from duoserve.errors import RequestError
 from duoserve.evaluating import Evaluation, evaluate
 from duoserve.experts.checkpoint import Checkpoint
+from duoserve.loading.recommendation import check_place, save_recommendation
 from duoserve.models.opened import opened
 from duoserve.planning.sizes import layer_sizes
-from duoserve.recommendation import check_place, save_recommendation
 from duoserve.replaying.hardware import Machine
 from duoserve.sampling import SamplingParams
 from duoserve.scheduling.plan import ModelShape

@@ -31,6 +31,7 @@ from duoserve.kernels import ExpertFormat
 from duoserve.kernels.bf12 import LEAST, Bf12Rows
 from duoserve.kernels.weights import Matrix
 from duoserve.kv_cache import PagedKVCache
+from duoserve.loading.wiring import make_scheduler
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.family import Family
@@ -43,7 +44,6 @@ from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.scheduling.source import ExpertSource, Lease
-from duoserve.wiring import make_scheduler
 
 LEAST_WEIGHT = 2.0**-13  # float16 has smaller ones, but computes with them slowly
 BF12_SCALE = 2.0**-14

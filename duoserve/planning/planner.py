@@ -13,7 +13,7 @@ from duoserve.errors import ConfigError, MemoryBudgetError
 from duoserve.experts.budget import FreeMemory, MemoryPlan
 from duoserve.experts.layout import ExpertLayout, Quantized
 from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache
-from duoserve.memory_needs import MemoryNeeds, context_of
+from duoserve.loading.memory_needs import MemoryNeeds, context_of
 from duoserve.models.described import DescribedModel
 from duoserve.models.gpu_support import cpu_only
 from duoserve.planning.formats import layout_in

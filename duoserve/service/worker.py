@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from duoserve.engine import Engine
 from duoserve.errors import ClosedError, DuoServeError, OverloadedError
 from duoserve.interface import FinishReason, Piece, ServiceFigures, ServiceSettings, ServiceState
-from duoserve.loading import Runtime
+from duoserve.loading.load import Runtime
 from duoserve.request import Produced, Request
 from duoserve.service.stream import Stream
 from duoserve.shared_errors import drop_tracebacks

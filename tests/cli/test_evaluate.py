@@ -13,7 +13,7 @@ from duoserve.cli import evaluate, main
 from duoserve.cli.hardware_option import replayed_on
 from duoserve.errors import TraceError
 from duoserve.experts.checkpoint import Checkpoint
-from duoserve.recommendation import RECOMMENDATION_FILE
+from duoserve.loading.recommendation import RECOMMENDATION_FILE
 from duoserve.traces.trace import TraceMeta
 from tests.checkpoints import save_mixtral
 from tests.traces.small import save_trace, small_trace

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from duoserve import MoEModel, SamplingParams, loading
+from duoserve import MoEModel, SamplingParams
 from duoserve.config import Phase
 from duoserve.experts.copy_engine import ThreadedCopyEngine
 from duoserve.interface import ServiceSettings
@@ -29,6 +29,7 @@ from duoserve.launching.compiled import SIZES, CompiledStep, PaddedShapes, compi
 from duoserve.launching.compiled_experts import CompiledExperts
 from duoserve.launching.launch import StepParts
 from duoserve.launching.recorded import RecordedRunner
+from duoserve.loading import load
 from duoserve.models.moe import MoEBlock
 from duoserve.passes import Passes, StepRunner
 from duoserve.service.async_engine import AsyncEngine
@@ -67,7 +68,7 @@ def fours(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Models compile steps for up to four sequences only, no prompts; has how many were somebody's, step by step."""
     sequences, step = [], CompiledStep.__call__
     monkeypatch.setattr(launch, "compiled_runner", partial(compiled_runner, sizes=SIZES[1:]))
-    monkeypatch.setattr(loading, "compiled_prompts", lambda model, cache: model)
+    monkeypatch.setattr(load, "compiled_prompts", lambda model, cache: model)
     monkeypatch.setattr(
         CompiledStep,
         "__call__",

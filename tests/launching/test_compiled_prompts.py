@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from duoserve import MoEModel, SamplingParams, loading
+from duoserve import MoEModel, SamplingParams
 from duoserve.kernels.compiled import inductor
+from duoserve.loading import load
 from tests.compiled_case import needs_compiler, save
 from tests.models.test_mixtral_parity import relative_error
 from tests.toys import toy_prompt
@@ -31,7 +32,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 @pytest.fixture(autouse=True)
 def _decode_steps_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
     """They have tests of their own, and take longer to compile."""
-    monkeypatch.setattr(loading, "make_step_runner", lambda *_: None)
+    monkeypatch.setattr(load, "make_step_runner", lambda *_: None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -24,13 +24,13 @@ from duoserve.experts.tickets import Ticket
 from duoserve.launching.event import event_steps
 from duoserve.launching.launch import StepParts
 from duoserve.launching.recorded import MAX_SEQUENCES, MAX_SHAPES, RecordedRunner
+from duoserve.loading.workspace import recorded_bytes
 from duoserve.models.mixtral import parse_config
 from duoserve.passes import DecodeStep, StepRunner
 from duoserve.request import Request
 from duoserve.scheduling.lease import SlotLease
 from duoserve.scheduling.routing import Routing
 from duoserve.scheduling.source import ReadyExpert
-from duoserve.workspace import recorded_bytes
 from tests.assembly import assembled
 from tests.checkpoints import BARD
 from tests.lagging import LaggingDevice, Truth, write

@@ -15,7 +15,7 @@ from duoserve.engine import Engine
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.virtual import VirtualClock, VirtualCopyEngine
-from duoserve.loading import load
+from duoserve.loading.load import load
 from duoserve.models.layers import Linear
 from duoserve.models.tap import RouterSite, RoutingTap
 from duoserve.request import Request

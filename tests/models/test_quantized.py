@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import FineGrainedFP8Config
 
-from duoserve import CheckpointError, ConfigError, MoEModel, placement
+from duoserve import CheckpointError, ConfigError, MoEModel
 from duoserve.architecture import Quantization
 from duoserve.errors import CopyError
 from duoserve.experts.shards import INDEX_FILE
+from duoserve.loading import placement
 from duoserve.models.described import described
 from duoserve.models.gpu_support import cpu_only
 from duoserve.models.opened import opened

@@ -10,7 +10,7 @@ from duoserve.config import EngineConfig, ModelConfig
 from duoserve.experts.budget import FreeMemory, MemoryPlan, plan_memory
 from duoserve.experts.layout import ExpertLayout
 from duoserve.kv_cache import PagedKVCache, kv_bytes_per_token
-from duoserve.workspace import workspace_bytes
+from duoserve.loading.workspace import workspace_bytes
 
 # A context worth having by default; a model's own maximum may cost more memory than its experts.
 DEFAULT_MAX_CONTEXT = 4096

@@ -14,12 +14,12 @@ from duoserve.config import EngineConfig, ModelConfig
 from duoserve.errors import MemoryBudgetError
 from duoserve.kernels.attention_gqa import new_partials, plan_chunks
 from duoserve.kernels.matmul import has_native_matmul
+from duoserve.loading.placement import Placement
+from duoserve.loading.workspace import FIXED_BYTES, PassMemory, partial_bytes, recorded_bytes, workspace_bytes
 from duoserve.models.mixtral import parse_config
 from duoserve.models.opened import opened
 from duoserve.models.transformer import LOGIT_ROWS
-from duoserve.placement import Placement
 from duoserve.planning.model_cards import find_model
-from duoserve.workspace import FIXED_BYTES, PassMemory, partial_bytes, recorded_bytes, workspace_bytes
 from tests.checkpoints import save_mixtral
 from tests.live_bytes import LiveBytes
 from tests.models.cases import FAMILIES

@@ -26,7 +26,7 @@ from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore, HostStore, TieredStore
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.kernels import tiles_keep_bits
-from duoserve.memory_needs import MemoryNeeds, context_of
+from duoserve.loading.memory_needs import MemoryNeeds, context_of
 from duoserve.metrics import Meter
 from duoserve.models.gpu_support import cpu_only
 from duoserve.models.opened import OpenedModel

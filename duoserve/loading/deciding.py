@@ -11,10 +11,10 @@ from duoserve.config import EngineConfig
 from duoserve.errors import ConfigError, TraceError
 from duoserve.experts.budget import MemoryPlan
 from duoserve.experts.checkpoint import Checkpoint
-from duoserve.placement import Placement
+from duoserve.loading.placement import Placement
+from duoserve.loading.recommendation import Recommendation, find_recommendation, predictor_beside, recommended_predictor
 from duoserve.predictors.base import RowPredictor
 from duoserve.predictors.files import check_model, check_shape, load_predictor
-from duoserve.recommendation import Recommendation, find_recommendation, predictor_beside, recommended_predictor
 from duoserve.scheduling.plan import GuessMode, ModelShape
 from duoserve.scheduling.policies import Policy, get_policy
 from duoserve.scheduling.predictor import Predictor

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from duoserve.config import EngineConfig, ModelConfig
-from duoserve.deciding import Decision, decide, named_policy
 from duoserve.engine import Engine
 from duoserve.experts.budget import MemoryPlan
 from duoserve.experts.slots import SlotPool
@@ -19,6 +18,9 @@ from duoserve.kernels.compiled.unpacking import with_compiled_unpacking
 from duoserve.kv_cache import PagedKVCache
 from duoserve.launching.compiled_prompts import compiled_prompts
 from duoserve.launching.launch import StepParts, VariantRunner, check_graph, make_step_runner, resolve_mode
+from duoserve.loading.deciding import Decision, decide, named_policy
+from duoserve.loading.placement import Placement
+from duoserve.loading.wiring import make_scheduler
 from duoserve.metrics import Meter
 from duoserve.models.decoder import RoutedExperts
 from duoserve.models.listening import listened_to
@@ -28,7 +30,6 @@ from duoserve.models.transformer import Transformer
 from duoserve.models.variants import with_products
 from duoserve.out_of_memory import explained_refusals
 from duoserve.passes import Passes, StepRunner
-from duoserve.placement import Placement
 from duoserve.scheduling.policies import Policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.routing import RoutingListener, audience
@@ -36,7 +37,6 @@ from duoserve.scheduling.scheduler import Scheduler
 from duoserve.text.chat_template import ChatTemplate
 from duoserve.text.tokenizer import Tokenizer
 from duoserve.torch_modes import as_in_new_thread
-from duoserve.wiring import make_scheduler
 
 
 @dataclass(frozen=True)

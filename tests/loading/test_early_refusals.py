@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-import duoserve.placement
+import duoserve.loading.placement
 from duoserve import CheckpointError, ConfigError, MoEModel
 from duoserve.config import EngineConfig
+from duoserve.loading.placement import Placement
 from duoserve.models.described import described
 from duoserve.models.opened import opened
 from duoserve.models.registry import FAMILIES
-from duoserve.placement import Placement
 from tests.checkpoints import save_mixtral
 from tests.models.cases import FAMILIES as CASES
 from tests.models.cases.case import SMALL
@@ -91,8 +91,8 @@ def test_damaged_files_of_text_are_refused_before_anything_large_is_loaded(name:
 def test_a_mode_that_the_device_does_not_have_is_refused_before_anything_large_is_loaded(
     device: str, mode: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(duoserve.placement, "resolve_device", torch.device)
-    monkeypatch.setattr(duoserve.placement, "free_bytes", lambda _: 1 << 30)
+    monkeypatch.setattr(duoserve.loading.placement, "resolve_device", torch.device)
+    monkeypatch.setattr(duoserve.loading.placement, "free_bytes", lambda _: 1 << 30)
     with pytest.raises(ConfigError, match=f"decode_mode='{mode}' .* the device is {device}: use 'auto'"):
         MoEModel.from_pretrained(folder, device=device, decode_mode=mode)
 
@@ -109,8 +109,8 @@ def test_a_mode_that_the_device_does_not_have_is_refused_before_anything_large_i
 def test_a_graph_that_cannot_be_had_is_refused_before_anything_large_is_loaded(
     options: dict[str, Any], why: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(duoserve.placement, "resolve_device", torch.device)
-    monkeypatch.setattr(duoserve.placement, "free_bytes", lambda _: 1 << 30)
+    monkeypatch.setattr(duoserve.loading.placement, "resolve_device", torch.device)
+    monkeypatch.setattr(duoserve.loading.placement, "free_bytes", lambda _: 1 << 30)
     with pytest.raises(ConfigError, match=f"decode_mode='graph' cannot be had: .*{why}"):
         MoEModel.from_pretrained(folder, device="cuda", decode_mode="graph", **options)
 
@@ -120,8 +120,8 @@ def test_a_graph_that_cannot_be_had_is_refused_before_anything_large_is_loaded(
 def test_a_graph_that_may_be_had_is_not_refused_before_that(
     options: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(duoserve.placement, "resolve_device", torch.device)
-    monkeypatch.setattr(duoserve.placement, "free_bytes", lambda _: 1 << 30)
+    monkeypatch.setattr(duoserve.loading.placement, "resolve_device", torch.device)
+    monkeypatch.setattr(duoserve.loading.placement, "free_bytes", lambda _: 1 << 30)
     with pytest.raises(AssertionError, match="the model was being loaded"):
         MoEModel.from_pretrained(folder, device="cuda", decode_mode="graph", **options)
 
@@ -140,7 +140,7 @@ TOO_LARGE = {  # for a GPU: the family, its config, and the one field that is as
 def test_sizes_that_only_cpus_compute_are_refused_for_a_gpu(
     case: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(duoserve.placement, "resolve_device", torch.device)
+    monkeypatch.setattr(duoserve.loading.placement, "resolve_device", torch.device)
     changes, field, most, name = TOO_LARGE[case]
     model_type = case.partition("-")[0]
     (family,) = (family for family in FAMILIES if family.model_type == model_type)

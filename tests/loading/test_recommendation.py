@@ -16,10 +16,7 @@ from duoserve import MoEModel
 from duoserve.errors import CheckpointError, TraceError
 from duoserve.evaluating import evaluate
 from duoserve.experts.checkpoint import Checkpoint
-from duoserve.predictors.base import RowPredictor
-from duoserve.predictors.files import load_predictor, notes_path, save_predictor
-from duoserve.predictors.training import train
-from duoserve.recommendation import (
+from duoserve.loading.recommendation import (
     PREDICTOR_FILE,
     RECOMMENDATION_FILE,
     Recommendation,
@@ -27,6 +24,9 @@ from duoserve.recommendation import (
     predictor_beside,
     save_recommendation,
 )
+from duoserve.predictors.base import RowPredictor
+from duoserve.predictors.files import load_predictor, notes_path, save_predictor
+from duoserve.predictors.training import train
 from duoserve.replaying.bake_off import BOUNDS, figures
 from duoserve.replaying.hardware import Hardware, LayerSizes, Machine
 from duoserve.replaying.replay import Replay
@@ -80,7 +80,7 @@ def test_a_read_only_models_recommendation_goes_to_the_cache(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint.open(folder)
-    monkeypatch.setattr("duoserve.recommendation.os.access", lambda path, mode: False)
+    monkeypatch.setattr("duoserve.loading.recommendation.os.access", lambda path, mode: False)
     where = save_recommendation(checkpoint, Recommendation("lru", False, ""), None, {}, tmp_path / "cache")
     assert where.is_relative_to(tmp_path / "cache") and not (folder / RECOMMENDATION_FILE).exists()
     assert find_recommendation(checkpoint, tmp_path / "cache") == (Recommendation("lru", False, ""), where)
@@ -93,7 +93,7 @@ def test_a_read_only_models_older_recommendation_gives_way_to_the_one_in_the_cac
 ) -> None:
     checkpoint = Checkpoint.open(folder)
     save_recommendation(checkpoint, Recommendation("lru", False, ""), None, {}, tmp_path / "c")
-    monkeypatch.setattr("duoserve.recommendation.os.access", lambda path, mode: False)
+    monkeypatch.setattr("duoserve.loading.recommendation.os.access", lambda path, mode: False)
     assert find_recommendation(checkpoint, tmp_path / "c") == (Recommendation("lru", False, ""), folder)
     where = save_recommendation(checkpoint, Recommendation("on-demand", False, ""), None, {}, tmp_path / "c")
     assert where != folder and find_recommendation(checkpoint, tmp_path / "c") == (
@@ -112,12 +112,13 @@ def test_the_predictor_of_a_recommendation_is_the_one_that_was_written_with_it(
     checkpoint = Checkpoint.open(folder)
     chosen, other = (train(trace_for(checkpoint), kind)[0] for kind in ("lookahead", "popularity"))
     with monkeypatch.context() as read_only:
-        read_only.setattr("duoserve.recommendation.os.access", lambda path, mode: False)
+        read_only.setattr("duoserve.loading.recommendation.os.access", lambda path, mode: False)
         save_recommendation(checkpoint, Recommendation("lookahead", True, ""), chosen, {}, tmp_path / "c")
     save_predictor(other, folder / PREDICTOR_FILE, {})
     fetched, heard = [], []
     monkeypatch.setattr(
-        "duoserve.recommendation.load_predictor", lambda path, of: fetched.append(path) or load_predictor(path, of)
+        "duoserve.loading.recommendation.load_predictor",
+        lambda path, of: fetched.append(path) or load_predictor(path, of),
     )
     checkpoint.close()
     for told in (None, "auto"):
