@@ -11,7 +11,6 @@ from typing import NamedTuple
 from duoserve.byte_sizes import format_bytes
 from duoserve.config import EngineConfig
 from duoserve.errors import ConfigError, MemoryBudgetError
-from duoserve.experts.layout import ExpertLayout
 from duoserve.number_checks import is_integer
 
 SHARE = re.compile(r"\s*(\d{1,3}(?:\.\d{1,9})?)\s*%\s*", re.ASCII)
@@ -112,30 +111,36 @@ class MemoryPlan:
         return "\n".join(f"{name:<14}{format_bytes(nbytes):>12}{note}" for name, nbytes, note in parts)
 
 
-def plan_memory(  # noqa: PLR0913
-    *,
-    layout: ExpertLayout,
-    num_layers: int,
-    num_experts: int,
-    top_k: int,
-    dense_bytes: int,
-    kv_bytes: int,
-    workspace_bytes: int,
-    wanted: EngineConfig,
-    free: FreeMemory,
-    needs_all: bool = False,
-    keeps: bool = True,
+@dataclass(frozen=True)
+class Footprint:
+    """What of a model takes memory: MoE layers, experts of each, a row's bytes, and the bytes that are no expert's."""
+
+    num_layers: int
+    num_experts: int
+    top_k: int
+    slot_bytes: int
+    dense_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+
+    @property
+    def total_experts(self) -> int:
+        """The experts of all layers."""
+        return self.num_layers * self.num_experts
+
+
+def plan_memory(
+    model: Footprint, wanted: EngineConfig, free: FreeMemory, *, needs_all: bool = False, keeps: bool = True
 ) -> MemoryPlan:
     """Slots from ``expert_slots``, ``expert_memory`` or ``memory``, else as many as fit in 80 % of what is free.
 
-    ``num_layers`` counts MoE layers, ``num_experts`` experts a layer; ``needs_all`` asks for a slot for each of them.
-    Unless it ``keeps`` experts in their slots, they wait in host RAM even if each has a slot: all are read again.
-    Raises MemoryBudgetError, with the arithmetic and the figure that would do, below ``top_k`` + 1 slots (all, with
-    ``needs_all``) and above what is ``free``.
+    ``needs_all`` asks for a slot for every expert. Unless the policy ``keeps`` experts in their slots, they wait in
+    host RAM even if each has a slot: all are read again. Raises MemoryBudgetError, with the arithmetic and the figure
+    that would do, below ``top_k`` + 1 slots (all, with ``needs_all``) and above what is ``free``.
     """
-    total = num_layers * num_experts
-    least = total if needs_all else min(top_k + 1, total)
-    waiting = _waiting(wanted, layout, total, free)
+    total = model.total_experts
+    least = total if needs_all else min(model.top_k + 1, total)
+    waiting = _waiting(wanted, model, free)
 
     def planned(slots: int) -> MemoryPlan:
         read_once = keeps and slots == total
@@ -143,15 +148,16 @@ def plan_memory(  # noqa: PLR0913
             num_slots=slots,
             host_experts=0 if read_once else waiting,
             total_experts=total,
-            slot_bytes=layout.slot_bytes,
-            dense_bytes=dense_bytes,
-            kv_bytes=kv_bytes,
-            workspace_bytes=workspace_bytes,
+            slot_bytes=model.slot_bytes,
+            dense_bytes=model.dense_bytes,
+            kv_bytes=model.kv_bytes,
+            workspace_bytes=model.workspace_bytes,
             read_once=read_once,
         )
 
     smallest = planned(least)
-    why = f"{num_layers} layers x {num_experts} experts, all resident" if needs_all else f"top-{top_k} and one prefetch"
+    all_of_them = f"{model.num_layers} layers x {model.num_experts} experts, all resident"
+    why = all_of_them if needs_all else f"top-{model.top_k} and one prefetch"
     _check_smallest_fits(smallest, why, free)
     knob = _knob(wanted, smallest, free, keeps)
     if knob.slots < least:
@@ -162,10 +168,10 @@ def plan_memory(  # noqa: PLR0913
     return plan
 
 
-def _waiting(wanted: EngineConfig, layout: ExpertLayout, total: int, free: FreeMemory) -> int:
+def _waiting(wanted: EngineConfig, model: Footprint, free: FreeMemory) -> int:
     """The experts that may wait in host RAM, where not all stay in slots."""
     waiting_bytes = free.waiting_bytes if wanted.host_memory is None else wanted.host_memory
-    return min(waiting_bytes // layout.slot_bytes, total)
+    return min(waiting_bytes // model.slot_bytes, model.total_experts)
 
 
 def _exact(nbytes: int) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from duoserve.config import EngineConfig, ModelConfig
-from duoserve.experts.budget import FreeMemory, MemoryPlan, plan_memory
+from duoserve.experts.budget import Footprint, FreeMemory, MemoryPlan, plan_memory
 from duoserve.experts.layout import ExpertLayout
 from duoserve.kv_cache import PagedKVCache, kv_bytes_per_token
 from duoserve.loading.workspace import workspace_bytes
@@ -29,21 +29,20 @@ class MemoryNeeds:
 
     def plan(self, wanted: EngineConfig, free: FreeMemory, needs_all: bool = False, keeps: bool = True) -> MemoryPlan:
         """How memory is divided, ``needs_all`` and ``keeps`` as in plan_memory; MemoryBudgetError if it cannot work."""
-        config, context = self.config, PagedKVCache.whole_pages(self.max_context)
         return plan_memory(
-            layout=self.layout,
+            self._footprint(wanted.decode_mode == "compiled"), wanted, free, needs_all=needs_all, keeps=keeps
+        )
+
+    def _footprint(self, compiled: bool) -> Footprint:
+        config, context = self.config, PagedKVCache.whole_pages(self.max_context)
+        return Footprint(
             num_layers=len(config.moe_layers),
             num_experts=config.num_experts,
             top_k=config.top_k,
+            slot_bytes=self.layout.slot_bytes,
             dense_bytes=self.dense_bytes,
             kv_bytes=context * kv_bytes_per_token(config, self.dtype),
-            workspace_bytes=workspace_bytes(
-                config, self.dtype, self.device, context, compiled=wanted.decode_mode == "compiled"
-            ),
-            wanted=wanted,
-            free=free,
-            needs_all=needs_all,
-            keeps=keeps,
+            workspace_bytes=workspace_bytes(config, self.dtype, self.device, context, compiled=compiled),
         )
 
 

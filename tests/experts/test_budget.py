@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from duoserve.config import EngineConfig
 from duoserve.errors import ConfigError, MemoryBudgetError
-from duoserve.experts.budget import FreeMemory, MemoryPlan, plan_memory, slot_count
+from duoserve.experts.budget import Footprint, FreeMemory, MemoryPlan, plan_memory, slot_count
 from duoserve.experts.layout import ExpertLayout
 
 GIB = 2**30
@@ -40,19 +40,17 @@ class Case:
         return ExpertLayout(torch.bfloat16, self.hidden, 256)
 
     def plan(self, wanted: EngineConfig, host_available: int | None = None) -> MemoryPlan:
-        return plan_memory(
-            layout=self.layout,
+        model = Footprint(
             num_layers=self.num_layers,
             num_experts=self.num_experts,
             top_k=self.top_k,
+            slot_bytes=self.layout.slot_bytes,
             dense_bytes=self.dense,
             kv_bytes=self.kv,
             workspace_bytes=self.workspace,
-            wanted=wanted,
-            free=FreeMemory(self.available, host_available),
-            needs_all=self.needs_all,
-            keeps=self.keeps,
         )
+        free = FreeMemory(self.available, host_available)
+        return plan_memory(model, wanted, free, needs_all=self.needs_all, keeps=self.keeps)
 
 
 BARD = Case()
