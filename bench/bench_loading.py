@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from duoserve.experts.rows import aligned_rows
-from harness import result_file, write_result
-from loading_models import CASES, Case, make_checkpoint
-from loading_report import render, table, verdicts
+from harness import as_module, module_env, result_file, write_result
+from loading.models import CASES, Case, make_checkpoint
+from loading.report import render, table, verdicts
 from machine import conditions, disk_facts, foreign_cpu
 
-WORKER = Path(__file__).with_name("loading_worker.py")
 SHARD_BYTES, QUICK_SHARD_BYTES = 1 << 30, 1 << 20  # published shards have 2 to 5 GB
 BLOCK_BYTES = 64 << 20
 ROUNDS = 3
@@ -74,10 +73,10 @@ def written(file: Path, nbytes: int, flags: int) -> float:
 
 
 def _worker(work: str, checkpoint: Path, cache: Path, quantize: str | None) -> dict[str, Any]:
-    command = [sys.executable, str(WORKER), work, str(checkpoint), str(cache)]
+    command = [sys.executable, *as_module("loading.worker", work, str(checkpoint), str(cache))]
     if quantize is not None:
         command += ["--quantize", quantize]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, env=module_env(), stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

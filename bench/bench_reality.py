@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 
-import reality_report
 from duoserve.config import EngineConfig
 from duoserve.predictors.training import train
 from duoserve.sampling import SamplingParams
@@ -36,11 +35,12 @@ from duoserve.tracing import RecordingSpec, record
 from harness import result_file, write_result
 from machine import ForeignCpu, conditions, foreign_cpu
 from random_mixtral import ensure_checkpoint
-from reality_cells import Cell, Served, Setting
-from reality_machine import Residents, machine, replayed, tpots
-from reality_probe import Probe, Rates
+from reality import report as reality_report
+from reality.cells import Cell, Served, Setting
+from reality.machine import Residents, machine, replayed, tpots
+from reality.probe import Probe, Rates
+from reality.timed_machine import TimedMachine
 from shapes import SHAPES
-from timed_machine import TimedMachine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PLAY = REPOSITORY / "tests" / "macbeth.txt"

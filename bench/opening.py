@@ -15,8 +15,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cpu_rows import BF12, BF12_EQUAL, BF12_POLICY, OURS_POLICY, decode_io
-from report import warnings
+from cpu.report import warnings
+from cpu.rows import BF12, BF12_EQUAL, BF12_POLICY, OURS_POLICY, decode_io
 from tables import into_readme, spread, table
 
 MARKERS = "<!-- opening -->", "<!-- /opening -->"

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-import batching_report
-from batching_rates import row
+from batching import report as batching_report
+from batching.goodput import Outcome, outcome, summary
+from batching.goodput_search import Search, falling, goodput
+from batching.rates import row
 from duoserve.interface import Objectives, Times
-from goodput import Outcome, outcome, summary
-from goodput_search import Search, falling, goodput
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 CEILINGS = {"memory_bytes_per_s": 20e9, "disk_bytes_per_s": 1e9, "slot_bytes": 1_000_000, "dense_bytes": 100_000_000}

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 import bench_copy
-import copy_machines
-import copy_report
-from copy_table import SIZES, CopyMachine, Way, measure, targets
+from gpu import copy_machines, copy_report
+from gpu.copy_table import SIZES, CopyMachine, Way, measure, targets
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 LINK = 50e9

@@ -15,17 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-import attention_ops
 import bench_kernels
-import gpu_timing
-import kernel_report
-import kernel_targets
-import kernel_worker
-import moe_paths
-import moe_shapes
-import small_ops
+from gpu import attention_ops, kernel_report, kernel_targets, kernel_worker, moe_paths, moe_shapes, small_ops
+from gpu import timing as gpu_timing
+from gpu.moe_operands import Pool
 from harness import WorkerError
-from moe_operands import Pool
 from tests.kernels.common import DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]

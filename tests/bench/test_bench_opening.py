@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import bench_quantize
-import cpu_summary
 import opening
-import report
 import shapes
 import tables
+from cpu import report
+from cpu import summary as cpu_summary
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

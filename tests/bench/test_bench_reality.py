@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-import reality_report
-from reality_machine import disturbed, listening, readers, undisturbed
-from reality_probe import Rates
+from reality import report as reality_report
+from reality.machine import disturbed, listening, readers, undisturbed
+from reality.probe import Rates
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 

@@ -16,8 +16,6 @@ import pytest
 import torch
 
 import bench_serve
-import serve_figures
-import serve_report
 from duoserve.architecture import LatentAttentionConfig
 from duoserve.config import Phase
 from duoserve.experts.layout import ExpertId, ExpertLayout
@@ -25,12 +23,14 @@ from duoserve.metrics import percentile
 from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.routing import Routing
 from duoserve.traces.synthetic import CARDS, synthesize
-from serve_cells import BASE, BATCHES, EVENT, GRAPH, PARTS, PROMPTS, SHARES, Cell, cells, shown
-from serve_host import CpuHost, GpuHost
-from serve_models import MODELS, Unavailable, tiny
-from serve_replay import HostArena, RoutingReplay, SharedRows, Tape, TapedScores
-from serve_run import Limits, requests_of
-from serve_worker import ServeBench
+from serve import figures as serve_figures
+from serve import report as serve_report
+from serve.cells import BASE, BATCHES, EVENT, GRAPH, PARTS, PROMPTS, SHARES, Cell, cells, shown
+from serve.host import CpuHost, GpuHost
+from serve.models import MODELS, Unavailable, tiny
+from serve.replay import HostArena, RoutingReplay, SharedRows, Tape, TapedScores
+from serve.run import Limits, requests_of
+from serve.worker import ServeBench
 from tests.listeners import Heard
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"

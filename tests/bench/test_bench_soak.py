@@ -13,10 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
-import soak_report
-from soak_clients import Clients, soak
-from soak_load import CANCELLED, MALFORMED, WRONG, Asked, Kind, kinds, requests
-from soak_watch import Sample, growth, look, looking
+from soak import report as soak_report
+from soak.clients import Clients, soak
+from soak.load import CANCELLED, MALFORMED, WRONG, Asked, Kind, kinds, requests
+from soak.watch import Sample, growth, look, looking
 from tests.loops import in_a_loop
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
