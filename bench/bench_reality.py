@@ -104,12 +104,12 @@ def measure(model: str, cache: Path, sizes: Sizes) -> dict[str, Any]:
     kinds = {get_policy(name).predictor for name in sizes.policies}
     predictors = {kind: train(about.training, kind)[0] for kind in sorted(filter(None, kinds))}
     total = about.measured.meta.num_experts * len(about.measured.meta.layers)
-    with ExitStack() as held:
-        probe = Probe(model, cache, COPY_THREADS, held)
-        residents = Residents.load(about.setting, probe, total, held)
+    with ExitStack() as resources:
+        probe = Probe(model, cache, COPY_THREADS, resources)
+        residents = Residents.load(about.setting, probe, total, resources)
         kind_of = {name: get_policy(name).predictor or "" for name in sizes.policies}
         cells = [
-            Cell(about.setting, name, int(share * total), held, predictor=predictors.get(kind_of[name]))
+            Cell(about.setting, name, int(share * total), resources, predictor=predictors.get(kind_of[name]))
             for share in sizes.shares
             for name in sizes.policies
         ]

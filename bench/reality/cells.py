@@ -53,7 +53,7 @@ class Cell:
         setting: Setting,
         policy: str,
         slots: int,
-        held: ExitStack,
+        resources: ExitStack,
         *,
         predictor: Predictor | None = None,
         listener: RoutingListener | None = None,
@@ -67,7 +67,7 @@ class Cell:
         )
         self.policy, self.slots, self.predictor = policy, slots, predictor
         runtime = load(setting.model, wanted, policy, setting.cache, listener, predictor=deepcopy(predictor))
-        self._runtime = held.enter_context(closing(runtime))
+        self._runtime = resources.enter_context(closing(runtime))
         self.served: list[Served] = []
 
     def serve(self, prompt: Sequence[int], new_tokens: int) -> Served:

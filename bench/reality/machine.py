@@ -47,11 +47,11 @@ class Residents:
     order: list[str] = field(default_factory=lambda: ["plain", "told", "scored"])
 
     @classmethod
-    def load(cls, setting: Setting, probe: Probe, total: int, held: ExitStack) -> Self:
+    def load(cls, setting: Setting, probe: Probe, total: int, resources: ExitStack) -> Self:
         """All four, with slots for ``total`` experts."""
         watch, disturber = Stopwatch(0), Disturber(probe)
         listeners = (None, watch, Stopwatch(1), disturber)
-        cells = [Cell(setting, "resident", total, held, listener=listener) for listener in listeners]
+        cells = [Cell(setting, "resident", total, resources, listener=listener) for listener in listeners]
         return cls(*cells, watch, disturber)
 
     def note(self, rates: Rates, prompt: list[int], new_tokens: int) -> None:

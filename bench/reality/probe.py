@@ -98,7 +98,7 @@ class Rates:
 class Probe:
     """The pack of ``model`` in ``cache`` and slots to read into; ``rates`` collects what is measured."""
 
-    def __init__(self, model: str, cache: Path, threads: int, held: ExitStack) -> None:
+    def __init__(self, model: str, cache: Path, threads: int, resources: ExitStack) -> None:
         with opened(model) as found:
             self.layout = found.layout(found.config.dtype)
             path, fingerprint = pack_path(found.checkpoint, self.layout, cache), found.checkpoint.fingerprint()
@@ -108,10 +108,10 @@ class Probe:
             self._dtype, size = found.config.dtype, (found.config.num_layers, found.config.num_experts)
             self._top_k = found.config.top_k
         self.store = DiskStore(path, self.layout, *size, None)
-        held.callback(self.store.close)
+        resources.callback(self.store.close)
         self._pool = SlotPool(SLOTS, self.layout)
         self._engines = [
-            held.enter_context(closing(ThreadedCopyEngine(self.store, self._pool, n))) for n in (1, threads)
+            resources.enter_context(closing(ThreadedCopyEngine(self.store, self._pool, n))) for n in (1, threads)
         ]
         self.threads = threads
         self._random = random.Random(0)

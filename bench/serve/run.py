@@ -158,8 +158,8 @@ class Ground:
         piece_bytes = plan.slot_bytes if part.whole_rows else PIECE_BYTES
         copies = self.host.copy_engine(store, pool, meter, piece_bytes)
         predictor = self._predictor(policy)
-        with ExitStack() as held:
-            scheduler = make_scheduler(config, pool, copies, policy, meter, held, predictor=predictor)
+        with ExitStack() as resources:
+            scheduler = make_scheduler(config, pool, copies, policy, meter, resources, predictor=predictor)
             asked_for = AskedFor(scheduler)
             built = self.model.family.build(config, self.model.reader(device), RoutedExperts(asked_for, pool.weights))
             replay = RoutingReplay(self.warm, config.moe_layers)
@@ -194,7 +194,7 @@ def run(cell: Cell, ground: Ground, limits: Limits) -> Figures:
     """Figures of one cell; Unavailable for what cannot be."""
     policy, part = cell.switched()
     max_context = _max_context(cell, limits)
-    held = ground.host.reset_peak()
+    bytes_before = ground.host.reset_peak()
     plan = ground.plan(cell, policy, max_context)
     with ground.served(plan, policy, part, max_context, cell.mode) as served:
         _request(served, ground.warm, cell, ground.host, limits.to_warm_up().of(served.launch))
@@ -217,7 +217,7 @@ def run(cell: Cell, ground: Ground, limits: Limits) -> Figures:
             "launch": served.launch.value,
             "guesses": "" if policy.predictor is None else ground.guesser.name,
             "planned_bytes": plan.total_bytes,
-            "peak_bytes": None if peak is None else peak - held,
+            "peak_bytes": None if peak is None else peak - bytes_before,
             "needed_bytes": plan.slot_bytes * len(_wanted(ground) - resident),
             "asked": sum(map(len, every_step[: figures["steps"] * ground.num_moe_layers])),
             "as_taped": [set(experts) for experts in asked] == every_step if len(asked) == len(every_step) else None,
