@@ -37,7 +37,7 @@ def headline(result: Result) -> str:
 
 
 def warnings(result: Result) -> str:
-    """Why these figures may not be worth quoting, first and in bold."""
+    """Why these figures may not be worth quoting, in bold."""
     idle = result["idle"]
     busy = [idle["foreign_cpu_before"], idle["foreign_cpu_after"]]
     busy += [summary["foreign_cpu"] for summary in result["summary"].values()]
