@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -41,7 +40,7 @@ from cpu.least_bytes import Routing, least_misses
 from cpu.memory_cap import can_cap, memory_cap
 from cpu.report import render
 from harness import BENCH, WORKER_ENV, Round, Worker, interleave, result_file, say, write_result
-from machine import foreign_cpu, machine_facts, versions
+from machine import conditions, foreign_cpu
 from shapes import SHAPES
 
 REHEARSAL_TOKENS = 2  # of a request before each measured one, discarded: see measure_rounds
@@ -175,15 +174,9 @@ def measure(run: Run, scratch_bytes: int) -> dict[str, Any]:
     }
 
 
-def conditions(run: Run, quick: bool) -> dict[str, Any]:
-    """Under what the figures were measured."""
+def settings(run: Run) -> dict[str, Any]:
+    """How the engines were set up, and which were left out."""
     return {
-        "bench": "bench_cpu",
-        "quick": quick,
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "machine": machine_facts(run.folder),
-        "versions": versions(),
         "threads": run.threads,
         "worker_env": WORKER_ENV,
         "cap_bytes": run.cap_bytes,
@@ -226,7 +219,7 @@ def main() -> int:
         cap_bytes = shape.cap_bytes if can_cap() else None
         without = cpu_rows.QUICK_WITHOUT if args.quick else frozenset()
         run = Run(shape, folder, Path(scratch), args.threads, args.rounds, engines, shape.prompt(), cap_bytes, without)
-        result = conditions(run, args.quick)
+        result = conditions("bench_cpu", args.quick, folder) | settings(run)
         raw = measure(run, QUICK_SCRATCH if args.quick else FULL_SCRATCH)
         disk = result["machine"]["disk"]["filesystem"]
         result |= raw | cpu_summary.summarize(run.shape, raw, disk, run.scratch)

@@ -23,7 +23,7 @@ Result = dict[str, Any]
 
 def render(result: Result) -> str:
     """The whole report."""
-    parts = [warnings(result), conditions(result), ceilings(result), speeds(result), ratios(result)]
+    parts = [warnings(result), _conditions(result), ceilings(result), speeds(result), ratios(result)]
     parts += [bounds(result), targets(result), checks(result)]
     return "\n\n".join(part for part in parts if part)
 
@@ -32,7 +32,7 @@ def headline(result: Result) -> str:
     """What the README shows: conditions, speeds and verdicts, and how the correctness checks went."""
     outcomes = [check["passed"] for check in result["checks"]]
     counts = f"{outcomes.count(True)} passed, {outcomes.count(False)} failed, {outcomes.count(None)} not checked"
-    parts = [warnings(result), conditions(result), speeds(result), targets(result)]
+    parts = [warnings(result), _conditions(result), speeds(result), targets(result)]
     return "\n\n".join(part for part in (*parts, f"Correctness checks in the same run: {counts}.") if part)
 
 
@@ -49,7 +49,7 @@ def warnings(result: Result) -> str:
     return tables.warnings(result, found)
 
 
-def conditions(result: Result) -> str:
+def _conditions(result: Result) -> str:
     """Model, machine, versions and command."""
     shape, machine, disk = result["shape"], result["machine"], result["machine"]["disk"]
     overlap = result["routing_overlap"]

@@ -33,7 +33,7 @@ NOTHING_MEASURED = "**No CUDA GPU was found: nothing was measured. Floors and ta
 
 def render(result: Result, short: bool = False) -> str:
     """The whole report; ``short``: without the kernels by themselves and the list of targets."""
-    parts = [warnings(result), conditions(result), ceilings(result), layers(result), peers(result), beside(result)]
+    parts = [warnings(result), _conditions(result), ceilings(result), layers(result), peers(result), beside(result)]
     parts += [checks(result)] if short else [single_kernels(result), verdicts(result), checks(result)]
     return "\n\n".join(part for part in parts if part)
 
@@ -50,7 +50,7 @@ def warnings(result: Result) -> str:
     return tables.warnings(result, found)
 
 
-def conditions(result: Result) -> str:
+def _conditions(result: Result) -> str:
     """Machine, versions, command, and how it was timed."""
     machine, gpu = result["machine"], result["gpu"]
     rows = [f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}."]

@@ -58,11 +58,11 @@ def verdicts(cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 def render(result: dict[str, Any]) -> str:
     """Warnings, conditions and a line a case."""
-    parts = [_warnings(result), _conditions(result), table(result["cases"])]
+    parts = [_warnings(result), _conditions(result), sizes_and_rates(result["cases"])]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def table(cases: Sequence[Case]) -> str:
+def sizes_and_rates(cases: Sequence[Case]) -> str:
     """Sizes, memory beyond the result in shards, and rates."""
     rows = [
         [

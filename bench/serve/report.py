@@ -27,7 +27,7 @@ NOT_MEASURED = "not measured"
 
 def render(result: Result, short: bool = False) -> str:
     """The whole report."""
-    sections = [warnings(result), conditions(result), ceilings(result), rows(result), peers(result)]
+    sections = [warnings(result), _conditions(result), ceilings(result), rows(result), peers(result)]
     whole = [parts_off, targets, checks, timeline, missing]
     sections += [section(result) for section in ([checks] if short else whole)]
     return "\n\n".join(section for section in sections if section)
@@ -43,7 +43,7 @@ def warnings(result: Result) -> str:
     return tables.warnings(result, found)
 
 
-def conditions(result: Result) -> str:
+def _conditions(result: Result) -> str:
     """Machine, versions, command, and how it was measured."""
     machine, gpu, arena = result["machine"], result["gpu"], result["arena"] or {}
     lines = (

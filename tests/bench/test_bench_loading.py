@@ -53,7 +53,7 @@ def test_verdicts(packing: int, loading: int, seconds: float, reached: list[bool
     found = loading_report.verdicts([case(packing, loading, seconds)])
     assert [verdict["figure"] for verdict in found] == ["packing", "loading", "direct", "cached"]
     assert [verdict["reached"] for verdict in found] == reached
-    line = loading_report.table([case(packing, loading, seconds)]).splitlines()[-1]
+    line = loading_report.sizes_and_rates([case(packing, loading, seconds)]).splitlines()[-1]
     assert "| 0.50 |" in line  # made by one thread
     assert ("| reached |" in line) is all(reached[:2]) and line.count("GB/s: reached") == sum(reached[2:])
 

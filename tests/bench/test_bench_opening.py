@@ -61,7 +61,7 @@ def test_every_result_and_its_markdown_are_of_one_run():
 def test_the_table_of_formats_is_made_from_its_result():
     file = ROOT / "bench" / "results" / "quantize-bard.json"
     result = json.loads(file.read_text())
-    assert tables.into_readme(README, bench_quantize.table(result), bench_quantize.MARKERS) == README
+    assert tables.into_readme(README, bench_quantize.formats(result), bench_quantize.MARKERS) == README
     assert file.with_suffix(".md").read_text() == bench_quantize.render(result)
 
 
