@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,18 @@ from cpu import report
 from cpu import rows as cpu_rows
 from cpu import summary as cpu_summary
 from cpu.contestants import MODULES, Run, disk_contestants, resident_contestants
+from tests.bench.conftest import Ran
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def quick(bench_result: Callable[..., Ran], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The result of one round on the tiny model; AssertionError with its report when a check fails."""
     pytest.importorskip("accelerate")
     pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("bench")
-    out = folder / "result.json"
-    command = [sys.executable, str(BENCH / "bench_cpu.py"), "--quick", "--rounds", "1", "--threads", "1"]
-    files = ["--folder", str(folder / "mixtral"), "--json", str(out)]
-    done = subprocess.run([*command, *files], capture_output=True, text=True, timeout=1800, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(out.read_text())
+    words = "--quick", "--rounds", "1", "--threads", "1", "--folder", str(tmp_path_factory.mktemp("bench") / "mixtral")
+    return bench_result("bench_cpu", *words, seconds=1800).result
 
 
 def failed(result: dict[str, Any]) -> list[str]:
