@@ -28,12 +28,12 @@ from typing import Any
 
 import torch
 
-import batching_plot
-import batching_report
-from batching_rates import decode_rounds, equal_tokens
+from batching import plot as batching_plot
+from batching import report as batching_report
+from batching.goodput import Trials, goodputs
+from batching.rates import decode_rounds, equal_tokens
 from duoserve import MoEModel
 from duoserve.launching.compiled import SIZES
-from goodput import Trials, goodputs
 from harness import result_file, write_result
 from machine import ForeignCpu, conditions, foreign_cpu
 from random_mixtral import ensure_checkpoint

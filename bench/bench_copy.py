@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from copy_machines import GpuCopies, HostCopies
-from copy_report import render
-from copy_table import SIZES, TINY_SIZES, measure, targets
-from gpu_ceilings import gpu_facts
+from gpu.ceilings import gpu_facts
+from gpu.copy_machines import GpuCopies, HostCopies
+from gpu.copy_report import render
+from gpu.copy_table import SIZES, TINY_SIZES, measure, targets
 from harness import result_file, write_result
 from machine import conditions
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,23 +25,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import cpu_rows
-import cpu_summary
-from cpu_contestants import (
-    BENCH,
+from cpu import rows as cpu_rows
+from cpu import summary as cpu_summary
+from cpu.contestants import (
     COPY_THREADS,
-    SCRIPTS,
+    MODULES,
     Contestant,
     Run,
     disk_contestants,
     our_policies,
     resident_contestants,
 )
-from harness import WORKER_ENV, Round, Worker, interleave, result_file, say, write_result
-from least_bytes import Routing, least_misses
-from machine import foreign_cpu, machine_facts, versions
-from memory_cap import can_cap, memory_cap
-from report import render
+from cpu.least_bytes import Routing, least_misses
+from cpu.memory_cap import can_cap, memory_cap
+from cpu.report import render
+from harness import BENCH, WORKER_ENV, Round, Worker, interleave, result_file, say, write_result
+from machine import conditions, foreign_cpu
 from shapes import SHAPES
 
 REHEARSAL_TOKENS = 2  # of a request before each measured one, discarded: see measure_rounds
@@ -71,7 +69,7 @@ def measure_rounds(run: Run, contestants: Sequence[Contestant]) -> dict[str, lis
         for name, contestant in playing.items():
             say(f"loading {name}")
             cap = {"cap": str(opened.enter_context(memory_cap(name, run.cap_bytes)))} if run.caps(contestant) else {}
-            workers[name] = opened.enter_context(run.worker(name, *SCRIPTS[contestant.kind]))
+            workers[name] = opened.enter_context(run.worker(name, *MODULES[contestant.kind]))
             workers[name].call("load", folder=str(run.folder), **contestant.options, **cap)
             warm_up = one_round(name)
             run.token_ids = run.token_ids or warm_up["token_ids"]
@@ -96,7 +94,7 @@ def measure_ceilings(run: Run, scratch_bytes: int) -> dict[str, Any]:
     packs = sorted(run.packs.rglob("experts.pack"), key=lambda pack: pack.stat().st_size)
     files = [*packs[-1:], *run.folder.glob("*.safetensors")]
     shape = run.shape
-    with run.worker("the ceilings", "ceilings.py") as worker:
+    with run.worker("the ceilings", "ceilings") as worker:
         rates: dict[str, Any] = worker.call(
             "measure",
             file=str(files[0]),
@@ -115,7 +113,7 @@ def prepare(run: Run, policies: Sequence[Contestant]) -> Routing:
     the experts [L][T][K] that our compiled decode steps choose, from the process that has the compiler at hand.
     """
     shape = run.shape
-    with run.worker("the predictor and the compiled steps", *SCRIPTS["duoserve"]) as worker:
+    with run.worker("the predictor and the compiled steps", *MODULES["duoserve"]) as worker:
         worker.call(
             "train",
             folder=str(run.folder),
@@ -139,7 +137,7 @@ def prepare(run: Run, policies: Sequence[Contestant]) -> Routing:
 
 def measure_footprint(run: Run) -> dict[str, int]:
     """Growth of a fresh process that loads with a quarter of the experts in slots and serves one request."""
-    with run.worker("duoserve's footprint", *SCRIPTS["duoserve"]) as worker:
+    with run.worker("duoserve's footprint", *MODULES["duoserve"]) as worker:
         growth: dict[str, int] = worker.call(
             "footprint",
             folder=str(run.folder),
@@ -176,21 +174,15 @@ def measure(run: Run, scratch_bytes: int) -> dict[str, Any]:
     }
 
 
-def conditions(run: Run, quick: bool) -> dict[str, Any]:
-    """Under what the figures were measured."""
+def settings(run: Run) -> dict[str, Any]:
+    """How the engines were set up, and which were left out."""
     return {
-        "bench": "bench_cpu",
-        "quick": quick,
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "machine": machine_facts(run.folder),
-        "versions": versions(),
         "threads": run.threads,
         "worker_env": WORKER_ENV,
         "cap_bytes": run.cap_bytes,
         "rehearsal_tokens": REHEARSAL_TOKENS,
         "copy_threads": COPY_THREADS,
-        "not_measured": [name for name in SCRIPTS if name not in run.engines],
+        "not_measured": [name for name in MODULES if name not in run.engines],
         "shape": asdict(run.shape),
     }
 
@@ -209,7 +201,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=result_file, help="write all rounds and the summary to this file")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds of each engine (default 7)")
     parser.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="threads (default 2)")
-    parser.add_argument("--engines", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), help="what to measure")
+    parser.add_argument("--engines", nargs="+", choices=MODULES, default=list(MODULES), help="what to measure")
     return parser.parse_args()
 
 
@@ -227,7 +219,7 @@ def main() -> int:
         cap_bytes = shape.cap_bytes if can_cap() else None
         without = cpu_rows.QUICK_WITHOUT if args.quick else frozenset()
         run = Run(shape, folder, Path(scratch), args.threads, args.rounds, engines, shape.prompt(), cap_bytes, without)
-        result = conditions(run, args.quick)
+        result = conditions("bench_cpu", args.quick, folder) | settings(run)
         raw = measure(run, QUICK_SCRATCH if args.quick else FULL_SCRATCH)
         disk = result["machine"]["disk"]["filesystem"]
         result |= raw | cpu_summary.summarize(run.shape, raw, disk, run.scratch)

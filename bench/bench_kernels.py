@@ -21,13 +21,12 @@ from typing import Any
 
 import torch
 
-from harness import Worker, WorkerError, result_file, say, write_result
-from kernel_report import render
+from gpu.kernel_report import render
+from gpu.moe_peers import others_installed
+from gpu.moe_shapes import CASES, QWEN3, LayerCase
+from harness import Worker, WorkerError, as_module, result_file, say, write_result
 from machine import conditions
-from moe_peers import others_installed
-from moe_shapes import CASES, QWEN3, LayerCase
 
-BENCH = Path(__file__).resolve().parent
 SECONDS = 280  # after which no part is begun
 
 Result = dict[str, Any]
@@ -67,7 +66,7 @@ def all_parts() -> list[Part]:
 def new_worker() -> Worker:
     """A process with a CUDA context of its own."""
     threads = str(min(8, len(os.sched_getaffinity(0))))
-    return Worker("the kernels", [str(BENCH / "kernel_worker.py")], {"OMP_NUM_THREADS": threads})
+    return Worker("the kernels", as_module("gpu.kernel_worker"), {"OMP_NUM_THREADS": threads})
 
 
 class Bench:

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from duoserve.experts.rows import aligned_rows
-from harness import result_file, write_result
-from loading_models import CASES, Case, make_checkpoint
-from loading_report import render, table, verdicts
-from machine import conditions, disk_facts, foreign_cpu
+from harness import as_module, module_env, result_file, write_result
+from loading.models import CASES, Case, make_checkpoint
+from loading.report import render, sizes_and_rates, verdicts
+from machine import conditions, foreign_cpu
 
-WORKER = Path(__file__).with_name("loading_worker.py")
 SHARD_BYTES, QUICK_SHARD_BYTES = 1 << 30, 1 << 20  # published shards have 2 to 5 GB
 BLOCK_BYTES = 64 << 20
 ROUNDS = 3
@@ -74,10 +73,10 @@ def written(file: Path, nbytes: int, flags: int) -> float:
 
 
 def _worker(work: str, checkpoint: Path, cache: Path, quantize: str | None) -> dict[str, Any]:
-    command = [sys.executable, str(WORKER), work, str(checkpoint), str(cache)]
+    command = [sys.executable, *as_module("loading.worker", work, str(checkpoint), str(cache))]
     if quantize is not None:
         command += ["--quantize", quantize]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, env=module_env(), stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -92,16 +91,16 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="only this, or these")
     args = parser.parse_args()
 
-    result, began = conditions("bench_loading", args.quick), time.perf_counter()
+    began = time.perf_counter()
     args.folder.mkdir(parents=True)
-    result["machine"]["disk"] = disk_facts(args.folder)
+    result = conditions("bench_loading", args.quick, args.folder)
     result["idle"] = {"before": foreign_cpu(0.2 if args.quick else 5)}
     result["cases"] = []
     for case in CASES:
         if args.case and case.name not in args.case:
             continue
         result["cases"].append(measured(case, args.folder, args.quick))
-        print(table(result["cases"][-1:]), file=sys.stderr)
+        print(sizes_and_rates(result["cases"][-1:]), file=sys.stderr)
         result["idle"]["after"] = foreign_cpu(0.2 if args.quick else 5)
         result["verdicts"] = verdicts(result["cases"])
         result["seconds"] = time.perf_counter() - began

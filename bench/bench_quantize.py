@@ -51,7 +51,7 @@ def bits_per_byte(quantize: str | None, cache: Path, files: list[Path]) -> dict[
     return found
 
 
-def table(result: dict[str, Any]) -> str:
+def formats(result: dict[str, Any]) -> str:
     """A line a format; in brackets the change against the first."""
     before = result["formats"][0]["bits_per_byte"]
     rows = [["experts", "bytes each", "weights off by", *(f"bits per byte, {play}" for play in before)]]
@@ -69,7 +69,7 @@ def _bits(value: float, before: float, reference: bool) -> str:
 def render(result: dict[str, Any]) -> str:
     """Conditions and the table."""
     line = f"- {result['machine']['cpu']}; {provenance(result)}"
-    return f"{line}\n\n{table(result)}\n"
+    return f"{line}\n\n{formats(result)}\n"
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def main() -> None:
     write_result(args.json, result)
     args.json.with_suffix(".md").write_text(render(result))
     if args.readme:
-        args.readme.write_text(into_readme(args.readme.read_text(), table(result), MARKERS))
+        args.readme.write_text(into_readme(args.readme.read_text(), formats(result), MARKERS))
 
 
 if __name__ == "__main__":

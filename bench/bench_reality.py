@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 
-import reality_report
 from duoserve.config import EngineConfig
 from duoserve.predictors.training import train
 from duoserve.sampling import SamplingParams
@@ -36,11 +35,12 @@ from duoserve.tracing import RecordingSpec, record
 from harness import result_file, write_result
 from machine import ForeignCpu, conditions, foreign_cpu
 from random_mixtral import ensure_checkpoint
-from reality_cells import Cell, Served, Setting
-from reality_machine import Residents, machine, replayed, tpots
-from reality_probe import Probe, Rates
+from reality import report as reality_report
+from reality.cells import Cell, Served, Setting
+from reality.machine import Residents, machine, replayed, tpots
+from reality.probe import Probe, Rates
+from reality.timed_machine import TimedMachine
 from shapes import SHAPES
-from timed_machine import TimedMachine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PLAY = REPOSITORY / "tests" / "macbeth.txt"
@@ -104,12 +104,12 @@ def measure(model: str, cache: Path, sizes: Sizes) -> dict[str, Any]:
     kinds = {get_policy(name).predictor for name in sizes.policies}
     predictors = {kind: train(about.training, kind)[0] for kind in sorted(filter(None, kinds))}
     total = about.measured.meta.num_experts * len(about.measured.meta.layers)
-    with ExitStack() as held:
-        probe = Probe(model, cache, COPY_THREADS, held)
-        residents = Residents.load(about.setting, probe, total, held)
+    with ExitStack() as resources:
+        probe = Probe(model, cache, COPY_THREADS, resources)
+        residents = Residents.load(about.setting, probe, total, resources)
         kind_of = {name: get_policy(name).predictor or "" for name in sizes.policies}
         cells = [
-            Cell(about.setting, name, int(share * total), held, predictor=predictors.get(kind_of[name]))
+            Cell(about.setting, name, int(share * total), resources, predictor=predictors.get(kind_of[name]))
             for share in sizes.shares
             for name in sizes.policies
         ]

@@ -82,7 +82,7 @@ def studied(model: str, texts: Path, work: Path) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> str:
+def render(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     models = result["models"]
     tokens = ", ".join(f"{found['tokens']} of {model}" for model, found in models.items())
@@ -134,9 +134,9 @@ def main() -> None:
         "seconds": round(perf_counter() - start, 1),
         "command": f"python bench/bench_routing.py --texts TEXTS --json {args.json}",
     }
-    print(table(result))
+    print(render(result))
     write_result(args.json, result)
-    args.json.with_suffix(".md").write_text(table(result))
+    args.json.with_suffix(".md").write_text(render(result))
 
 
 if __name__ == "__main__":

@@ -20,15 +20,14 @@ from typing import Any
 
 import torch
 
-from harness import Worker, WorkerError, result_file, say, write_result
+from harness import Worker, WorkerError, as_module, result_file, say, write_result
 from machine import conditions
-from serve_cells import AUTO, BASE, EVENT, GRAPH, PROMPTS, Cell, cells, promised, shown
-from serve_figures import checks, figures, targets
-from serve_models import MODELS
-from serve_report import render
-from serve_worker import ARENA_GIB, IS_TINY
+from serve.cells import AUTO, BASE, EVENT, GRAPH, PROMPTS, Cell, cells, promised, shown
+from serve.figures import checks, figures, targets
+from serve.models import MODELS
+from serve.report import render
+from serve.worker import ARENA_GIB, IS_TINY
 
-BENCH = Path(__file__).resolve().parent
 PEER_STEPS = 4
 TIMELINE_SECONDS = 20  # kept for the timeline, which comes last; no more than a tenth of all
 
@@ -122,7 +121,7 @@ class Bench:
         return {"status": "not measured", "why": found["unavailable"]} if "unavailable" in found else found
 
     def _new_worker(self) -> Worker:
-        return Worker("the models", [str(BENCH / "serve_worker.py")], self._env)
+        return Worker("the models", as_module("serve.worker"), self._env)
 
 
 def arguments() -> argparse.Namespace:

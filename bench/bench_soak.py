@@ -25,16 +25,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import soak_report
 from duoserve import MoEModel
-from harness import result_file, write_result
+from harness import as_module, module_env, result_file, write_result
 from machine import conditions, foreign_cpu
-from soak_clients import Clients, http_client, soak
-from soak_load import Kind, kinds, requests
-from soak_watch import Sample, growth, look, looking, watch
+from soak import report as soak_report
+from soak.clients import Clients, http_client, soak
+from soak.load import Kind, kinds, requests
+from soak.watch import Sample, growth, look, looking, watch
 
-HERE = Path(__file__).resolve().parent
-PLAY = HERE.parent / "tests" / "macbeth.txt"
+PLAY = Path(__file__).resolve().parents[1] / "tests" / "macbeth.txt"
 MODEL, BATCH = "bard", 16
 SEED = 0
 KEPT_SAMPLES = 60
@@ -52,8 +51,9 @@ def alone(found: Sequence[Kind], loading: dict[str, Any]) -> Texts:
 def server(loading: dict[str, Any]) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process and its URL."""
     wanted = {"model": MODEL, "loading": loading, "settings": {"max_batch": BATCH}}
-    command = [sys.executable, str(HERE / "soak_server.py"), json.dumps(wanted)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, *as_module("soak.server", json.dumps(wanted))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=module_env(), text=True, **pipes) as process:
         try:
             assert process.stdout is not None
             yield process, json.loads(process.stdout.readline())["url"]

@@ -82,7 +82,7 @@ missing() {
     done
 }
 
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}"
 # One Python, for on a fresh machine each import of torch takes seconds.
 gpu=$("$python" -c '
 import re, sys
@@ -260,7 +260,8 @@ sanitized() {
     return "$ended"
 }
 
-# measured NAME SECONDS REPORT COMMAND ...: a bench; REPORT makes Markdown of its JSON where it was cut off or printed none.
+# measured NAME SECONDS REPORT COMMAND ...: a bench; REPORT, a module, makes Markdown of its JSON where it was cut off or
+# printed none.
 measured() {
     local result="$out/$1-$gpu-$(date -u +%Y-%m-%d)${RESULT_SUFFIX:-}" log="$out/suite.log" seconds=$2 report=$3 ended
     echo "== the $1 bench" >>"$log"
@@ -273,9 +274,9 @@ measured() {
     fi
     if [[ -f $result.json ]]; then
         if ((ended >= 124)) || [[ ! -s $result.md ]]; then
-            "$python" "$report" "$result.json" >"$result.md"
+            "$python" -P -m "$report" "$result.json" >"$result.md"
         fi
-        "$python" "$report" "$result.json" --short
+        "$python" -P -m "$report" "$result.json" --short
     else
         cat "$result.md"
     fi
@@ -333,20 +334,20 @@ for part in "${parts[@]}"; do
         copy)
             seconds=$(limit "$copy_seconds")
             echo "== the link, at most $seconds s"
-            measured copy "$seconds" bench/copy_report.py bench/bench_copy.py
+            measured copy "$seconds" gpu.copy_report bench/bench_copy.py
             note "copy bench" $?
             ;;
         kernels)
             seconds=$(limit $((bench_seconds + grace)))
             echo "== the kernel bench, at most $seconds s"
-            measured kernels "$seconds" bench/kernel_report.py \
+            measured kernels "$seconds" gpu.kernel_report \
                 bench/bench_kernels.py --seconds "$(kernels_begin "$seconds")"
             note "kernel bench" $?
             ;;
         serve)
             seconds=$(limit $((serve_seconds + serve_grace)))
             echo "== whole models, at most $seconds s"
-            measured serve "$seconds" bench/serve_report.py \
+            measured serve "$seconds" serve.report \
                 bench/bench_serve.py --arena-gib "$serve_arena_gib" --seconds "$(beginning "$seconds" "$serve_grace")"
             note "serving bench" $?
             ;;

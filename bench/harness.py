@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+BENCH = Path(__file__).resolve().parent
 WORKER_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
@@ -30,6 +31,17 @@ WORKER_ENV = {
 }
 
 Round = dict[str, Any]
+
+
+def as_module(module: str, *words: str) -> list[str]:
+    """What Python is told to start a module of this folder, in ``module_env``; -P: the working folder has no say."""
+    return ["-P", "-m", module, *words]
+
+
+def module_env(own: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment at hand, in which Python also finds what is in this folder, and ``own`` on top."""
+    path = os.pathsep.join([str(BENCH), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, **(own or {})}
 
 
 class WorkerError(Exception):
@@ -46,7 +58,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **WORKER_ENV, **env},
+            env=module_env(WORKER_ENV | env),
         )
 
     def call(self, method: str, **arguments: Any) -> Any:

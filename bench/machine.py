@@ -19,14 +19,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
 
 
-def conditions(bench: str, quick: bool) -> dict[str, Any]:
-    """What every result file begins with."""
+def conditions(bench: str, quick: bool, folder: Path | None = None) -> dict[str, Any]:
+    """What every result file begins with; the disk is that of ``folder``, or of the benches where that is None."""
     return {
         "bench": bench,
         "quick": quick,
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "machine": machine_facts(Path(__file__).resolve().parent),
+        "machine": machine_facts(folder or Path(__file__).resolve().parent),
         "versions": versions(),
         "gpu": None,
         "seconds": 0.0,
@@ -44,11 +44,11 @@ def machine_facts(folder: Path) -> dict[str, Any]:
         "isa": [flag for flag in ISA_FLAGS if flag in flags],
         "ram_bytes": int(_fields(Path("/proc/meminfo"))["MemTotal"].split()[0]) * 1024,
         "kernel": platform.release(),
-        "disk": disk_facts(folder),
+        "disk": _disk_facts(folder),
     }
 
 
-def disk_facts(folder: Path) -> dict[str, Any]:
+def _disk_facts(folder: Path) -> dict[str, Any]:
     """The mount under ``folder`` and its read-ahead, which decides what a page fault of a mapped file reads."""
     target = folder.resolve()
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]

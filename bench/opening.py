@@ -15,8 +15,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cpu_rows import BF12, BF12_EQUAL, BF12_POLICY, OURS_POLICY, decode_io
-from report import warnings
+from cpu.report import warnings
+from cpu.rows import BF12, BF12_EQUAL, BF12_POLICY, OURS_POLICY, decode_io
 from tables import into_readme, spread, table
 
 MARKERS = "<!-- opening -->", "<!-- /opening -->"
@@ -80,9 +80,8 @@ def opening(result: Result, plot: str, details: str) -> str:
         speeds = spread(figures["prefill_tok_s"], "{:.0f}"), spread(figures["decode_tok_s"], "{:.1f}")
         rows.append((row.label, row.experts, *speeds, reached))
     head = ["engine", "experts", "prompt tok/s", "decode tok/s", "of its bound"]
-    return "\n\n".join(
-        part for part in (warnings(result), table(head, rows), f"![decode]({plot})", _said(result, details)) if part
-    )
+    parts = table(head, rows), warnings(result), f"![decode]({plot})", _said(result, details)
+    return "\n\n".join(part for part in parts if part)
 
 
 def _said(result: Result, details: str) -> str:

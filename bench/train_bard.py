@@ -17,10 +17,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from bard_card import write_card
-from bard_configs import MODELS, fresh
-from bard_report import evaluate
-from bard_training import Recipe, Training
+from bard.card import write_card
+from bard.configs import MODELS, fresh
+from bard.report import evaluate
+from bard.training import Recipe, Training
 from shakespeare import BEGIN, END, HELD_OUT, read_works, token_ids, train_tokenizer
 
 # A scene of a held-out play, at hand for the tests.

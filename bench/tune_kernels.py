@@ -23,9 +23,9 @@ import torch
 
 from duoserve.kernels.configs import HUGE, LARGE, MEDIUM, SMALL
 from duoserve.kernels.weights import ExpertFormat
+from gpu.moe_shapes import INT4_GROUP, MIXTRAL, QWEN3, MoEShape
+from gpu.tune_space import Config, Corner, gemm_rows, gemv_rows, row_text
 from harness import result_file, write_result
-from moe_shapes import INT4_GROUP, MIXTRAL, QWEN3, MoEShape
-from tune_space import Config, Corner, gemm_rows, gemv_rows, row_text
 
 FORMATS = {"bf16": ExpertFormat.FLOAT, "fp8": ExpertFormat.FP8, "int4": ExpertFormat.INT4}
 NAMES = {SMALL: "SMALL", MEDIUM: "MEDIUM", LARGE: "LARGE", HUGE: "HUGE"}
@@ -84,7 +84,7 @@ def ops_of(format: str, block_t: int) -> tuple[str, ...]:
 
 def tune(format: str, block_t: int, seconds: float) -> list[dict[str, Any]]:
     """All ops of one format and class, on the GPU, each in its share of ``seconds``; prints each row when found."""
-    from tune_trial import Trial  # noqa: PLC0415 (imports triton, which a machine without a GPU may lack)
+    from gpu.tune_trial import Trial  # noqa: PLC0415 (imports triton, which a machine without a GPU may lack)
 
     end = time.perf_counter() + seconds
     trial, results, ops = Trial(*STANDS_FOR[block_t], format), [], ops_of(format, block_t)

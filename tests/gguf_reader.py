@@ -1,4 +1,4 @@
-"""A small reader of GGUF, written from the format's description and not from the writer of ``bench/gguf_file.py``."""
+"""A small reader of GGUF, written from the format's description and not from its writer ``bench/cpu/gguf_file.py``."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def _cpu_bench(result: Path, quick: tuple[str, ...], readme: tuple[str, ...]) ->
     """The bench, which writes ``result``, and the jobs that make reports of it."""
     return [
         Job("bench_cpu.py", (*quick, "--json", str(result))),
-        Job("report.py", (str(result), *readme), result.with_suffix(".md")),
+        Job("cpu/report.py", (str(result), *readme), result.with_suffix(".md")),
         Job("opening.py", (str(result), *readme)),
     ]
 
@@ -174,7 +174,7 @@ def _carry_out(job: Job, checkout: Path, terminal: TextIO) -> None:
     starter = ["bash"] if job.script.endswith(".sh") else [sys.executable]
     command = [*starter, f"bench/{job.script}", *job.words]
     print(f"== {shlex.join(command)}", file=sys.stderr, flush=True)
-    path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(checkout), str(checkout / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, **job.env, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     lines = []
     with subprocess.Popen(command, cwd=checkout, env=env, stdout=subprocess.PIPE, text=True) as process:

@@ -143,7 +143,7 @@ class LayerSizes:
 class Machine:
     """How long the parts of a model take on a device, by formula. What the formulas leave out takes no time.
 
-    ``bench/timed_machine.py`` has one whose parts were measured, those too that are 0 here.
+    ``bench/reality/timed_machine.py`` has one whose parts were measured, those too that are 0 here.
     """
 
     hardware: Hardware

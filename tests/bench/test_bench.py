@@ -8,36 +8,33 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import cpu_checks
-import cpu_rows
-import cpu_summary
 import harness
-import report
 import shapes
 import tables
-from cpu_contestants import SCRIPTS, Run, disk_contestants, resident_contestants
+from cpu import checks as cpu_checks
+from cpu import report
+from cpu import rows as cpu_rows
+from cpu import summary as cpu_summary
+from cpu.contestants import MODULES, Run, disk_contestants, resident_contestants
+from tests.bench.conftest import Ran
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def quick(bench_result: Callable[..., Ran], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The result of one round on the tiny model; AssertionError with its report when a check fails."""
     pytest.importorskip("accelerate")
     pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("bench")
-    out = folder / "result.json"
-    command = [sys.executable, str(BENCH / "bench_cpu.py"), "--quick", "--rounds", "1", "--threads", "1"]
-    files = ["--folder", str(folder / "mixtral"), "--json", str(out)]
-    done = subprocess.run([*command, *files], capture_output=True, text=True, timeout=1800, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(out.read_text())
+    words = "--quick", "--rounds", "1", "--threads", "1", "--folder", str(tmp_path_factory.mktemp("bench") / "mixtral")
+    return bench_result("bench_cpu", *words, seconds=1800).result
 
 
 def failed(result: dict[str, Any]) -> list[str]:
@@ -85,7 +82,7 @@ def test_peers_that_were_not_measured_are_not_passed(quick: dict[str, Any], tmp_
 
 
 def test_the_rows_that_run_op_by_op_are_named(tmp_path: Path) -> None:
-    run = Run(shapes.SHAPES["quick"], tmp_path, tmp_path, 1, 1, tuple(SCRIPTS), prompt=[1], cap_bytes=1 << 30)
+    run = Run(shapes.SHAPES["quick"], tmp_path, tmp_path, 1, 1, tuple(MODULES), prompt=[1], cap_bytes=1 << 30)
     ours = [each for each in (*resident_contestants(run), *disk_contestants(run)) if each.kind == "duoserve"]
     assert len(ours) > 8
     assert {each.name for each in ours if "decode_mode" not in each.options} == set(cpu_rows.OP_BY_OP)
@@ -156,6 +153,12 @@ def test_a_worker_that_fails_says_why(tmp_path: Path) -> None:
         worker.call("double", n=1)
 
 
+def test_a_module_of_the_benches_is_found_from_any_folder(tmp_path: Path) -> None:
+    (tmp_path / "tables.py").write_text("raise SystemExit('this is the working folder')")
+    command = [sys.executable, *harness.as_module("tables")]
+    subprocess.run(command, cwd=tmp_path, env=harness.module_env(), check=True)
+
+
 def test_a_worker_that_died_before_it_was_called_is_closed_without_a_word() -> None:
     with harness.Worker("test", ["-c", "import time; time.sleep(60)"], {}) as worker:
         worker._process.kill()
@@ -189,7 +192,10 @@ def test_every_bench_looks_at_its_result_file_before_it_measures(
 
 @pytest.mark.parametrize("readme", ["README.md", "bench/results/README.md"])
 def test_the_files_that_a_readme_names_are_there(readme: str) -> None:
-    named = set(re.findall(r"(?<![\w/.-])(?:bench|duoserve|tests)/[\w/.-]+\.py\b", (BENCH.parent / readme).read_text()))
+    text = (BENCH.parent / readme).read_text()
+    named = set(re.findall(r"(?<![\w/.-])(?:bench|duoserve|tests)/[\w/.-]+\.py\b", text))
+    started = re.findall(r"PYTHONPATH=bench python -m ([\w.]+)", text)
+    named |= {f"bench/{module.replace('.', '/')}.py" for module in started}
     assert len(named) > 5
     assert sorted(file for file in named if not (BENCH.parent / file).exists()) == []
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-import batching_report
-from batching_rates import row
+from batching import report as batching_report
+from batching.goodput import Outcome, outcome, summary
+from batching.goodput_search import Search, falling, goodput
+from batching.rates import row
 from duoserve.interface import Objectives, Times
-from goodput import Outcome, outcome, summary
-from goodput_search import Search, falling, goodput
+from tests.bench.conftest import Ran
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 CEILINGS = {"memory_bytes_per_s": 20e9, "disk_bytes_per_s": 1e9, "slot_bytes": 1_000_000, "dense_bytes": 100_000_000}
 
 
@@ -89,14 +87,12 @@ def test_a_request_is_in_time_if_both_of_its_figures_are() -> None:
     assert outcome(Times(2.0, 2.0, 3.0, 3.0), tokens=1) == Outcome(1.0, 0.0)
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    bench_result: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Both models, tiny, in one run with one result, whose report can be made anew."""
-    out = tmp_path / "result.json"
-    command = [sys.executable, str(BENCH / "bench_batching.py"), "--quick", "--threads", "1", "--json", str(out)]
-    command += ["--decode-mode", "auto"]  # to compile takes minutes where nothing is on the disk
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(out.read_text())
+    decode_mode = ("--decode-mode", "auto")  # to compile takes minutes where nothing is on the disk
+    out, printed, result = bench_result("bench_batching", "--quick", "--threads", "1", *decode_mode)
     assert [check["passed"] for check in result["checks"]] == [True] * 4
     assert [(one["model"], one["experts"]) for one in result["cells"]] == [
         (name, experts) for name in ("bard", "random Mixtral") for experts in ("disk", "resident")
@@ -106,9 +102,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert one["speedup"] == 1 and one["misses_per_step"] > 0
     assert all(trial["attained"] >= 0 for found in result["goodput"] for trial in found["fcfs"]["tried"])
     assert len(result["targets"]) == 10
-    assert "checks the bench and measures nothing" in done.stdout and "![curves](result.svg)" in done.stdout
+    assert "checks the bench and measures nothing" in printed and "![curves](result.svg)" in printed
     drawn = out.with_suffix(".svg").read_bytes()
     monkeypatch.setattr(sys, "argv", ["batching_report.py", str(out)])
     batching_report.main()
-    assert capsys.readouterr().out == done.stdout
+    assert capsys.readouterr().out == printed
     assert drawn == out.with_suffix(".svg").read_bytes() and b"by slack" in drawn

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,10 @@ import pytest
 import torch
 
 import bench_copy
-import copy_machines
-import copy_report
-from copy_table import SIZES, CopyMachine, Way, measure, targets
+from gpu import copy_machines, copy_report
+from gpu.copy_table import SIZES, CopyMachine, Way, measure, targets
+from tests.bench.conftest import Ran
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 LINK = 50e9
 
 
@@ -132,15 +131,10 @@ def test_the_hosts_copies_arrive(way: Way) -> None:
     assert all(seconds > 0 for seconds in machine.seconds(way, 8192))
 
 
-def test_the_command(tmp_path: Path) -> None:
-    out = tmp_path / "copy.json"
-    command = [sys.executable, str(BENCH / "bench_copy.py"), "--tiny", "--json", str(out)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, env={"PYTHONPATH": str(BENCH.parent)}
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "measures no link" in done.stdout
-    assert {check["passed"] for check in json.loads(out.read_text())["checks"]} == {True}
+def test_the_command(bench_result: Callable[..., Ran]) -> None:
+    _, printed, result = bench_result("bench_copy", "--tiny", seconds=120)
+    assert "measures no link" in printed
+    assert {check["passed"] for check in result["checks"]} == {True}
 
 
 @pytest.mark.gpu

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import gguf_mixtral
-from gguf_file import Entry, Kind, q8_0, write
+from cpu import gguf_mixtral
+from cpu.gguf_file import Entry, Kind, q8_0, write
 from tests.checkpoints import reference_logits, save_mixtral
 from tests.gguf_reader import BF16, F32, Q8_0, GgufFile, read_gguf
 

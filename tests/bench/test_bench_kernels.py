@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import attention_ops
 import bench_kernels
-import gpu_timing
-import kernel_report
-import kernel_targets
-import kernel_worker
-import moe_paths
-import moe_shapes
-import small_ops
+from gpu import attention_ops, kernel_report, kernel_targets, kernel_worker, moe_paths, moe_shapes, small_ops
+from gpu import timing as gpu_timing
+from gpu.moe_operands import Pool
 from harness import WorkerError
-from moe_operands import Pool
+from tests.bench.conftest import Ran
 from tests.kernels.common import DEVICE
 
-ROOT = Path(__file__).resolve().parents[2]
-BENCH = ROOT / "bench"
 NO_GPU = pytest.mark.skipif(DEVICE.type == "cuda", reason="says what happens without a GPU")
 
 # Floors in us as published with the targets: decode of 1, 4 and 16 tokens, then prefill.
@@ -65,33 +56,17 @@ def test_even_routing_uses_as_many_experts_as_the_formula_says() -> None:
 
 
 @NO_GPU
-def test_without_a_gpu_it_prints_the_roofline_and_measures_nothing(tmp_path: Path) -> None:
-    out = tmp_path / "new" / "result.json"
-    done = run([sys.executable, str(BENCH / "bench_kernels.py"), "--json", str(out)])
-    assert done.returncode == 0, done.stderr
-    assert "nothing was measured" in done.stdout
-    assert "moe-ops: not installed" in done.stdout and "grouped-nf4-gemm: not installed" in done.stdout
-    table = done.stdout.partition("| routed layer")[2].partition("\n\n")[0]
+def test_without_a_gpu_it_prints_the_roofline_and_measures_nothing(bench_result: Callable[..., Ran]) -> None:
+    _, printed, result = bench_result("bench_kernels")
+    assert "nothing was measured" in printed
+    assert "moe-ops: not installed" in printed and "grouped-nf4-gemm: not installed" in printed
+    table = printed.partition("| routed layer")[2].partition("\n\n")[0]
     lines = {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("| ")}
     for case in moe_shapes.CASES:
         assert "not measured" in lines[case.name], lines[case.name]
     assert "| 25.17" in lines["Qwen3-30B-A3B bf16, 1 token"] and "| 31 " in lines["Qwen3-30B-A3B bf16, 1 token"]
-    result = json.loads(out.read_text())
     assert {part["status"] for part in result["parts"]} == {"not measured"}
     assert {target.verdict() for target in kernel_targets.targets(result)} == {"not measured"}
-
-
-def run(command: Sequence[str], **env: str) -> subprocess.CompletedProcess[str]:
-    """In the repository, with duoserve as it is there."""
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
-        timeout=300,
-        check=False,
-    )
 
 
 def summary(median: float) -> dict[str, float]:

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-import least_bytes
-import memory_cap
+from cpu import least_bytes, memory_cap
 from tests.checkpoints import save_mixtral
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
@@ -59,9 +58,9 @@ def llama(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     fake = SimpleNamespace(Server=FakeServer, CommonParams=parameters, llama_load_mode=modes)
     monkeypatch.setitem(sys.modules, "xllamacpp", fake)
-    monkeypatch.delitem(sys.modules, "llama_peer", raising=False)
-    yield importlib.import_module("llama_peer")
-    sys.modules.pop("llama_peer")
+    monkeypatch.delitem(sys.modules, "cpu.llama_peer", raising=False)
+    yield importlib.import_module("cpu.llama_peer")
+    sys.modules.pop("cpu.llama_peer")
 
 
 @pytest.fixture
@@ -143,7 +142,7 @@ def test_the_request_before_fills_the_slots() -> None:
 HOLD = """
 import sys; sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from memory_cap import join
+from cpu.memory_cap import join
 join(Path(sys.argv[2]))
 held = bytearray(int(sys.argv[3]))
 held[::4096] = b"x" * len(held[::4096])

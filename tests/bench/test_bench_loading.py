@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-import loading_report
 from bench_loading import WAYS, written
 from duoserve.experts.pack_format import PACK_FILE
 from duoserve.experts.rows import aligned_rows
 from duoserve.models.opened import opened
-from loading_models import CASES, make_checkpoint
+from harness import as_module, module_env
+from loading import report as loading_report
+from loading.models import CASES, make_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 GB = 10**9
 SHARD = GB // 2
 
@@ -53,7 +53,7 @@ def test_verdicts(packing: int, loading: int, seconds: float, reached: list[bool
     found = loading_report.verdicts([case(packing, loading, seconds)])
     assert [verdict["figure"] for verdict in found] == ["packing", "loading", "direct", "cached"]
     assert [verdict["reached"] for verdict in found] == reached
-    line = loading_report.table([case(packing, loading, seconds)]).splitlines()[-1]
+    line = loading_report.sizes_and_rates([case(packing, loading, seconds)]).splitlines()[-1]
     assert "| 0.50 |" in line  # made by one thread
     assert ("| reached |" in line) is all(reached[:2]) and line.count("GB/s: reached") == sum(reached[2:])
 
@@ -74,8 +74,8 @@ def test_the_worker_counts_what_it_holds(tmp_path: Path) -> None:
     make_checkpoint(CASES[1], tmp_path / "checkpoint", 16 << 20, small=True)
     found = {}
     for work in ("pack", "convert", "load"):
-        command = [sys.executable, ROOT / "bench" / "loading_worker.py", work, tmp_path / "checkpoint", tmp_path / work]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        words = as_module("loading.worker", work, str(tmp_path / "checkpoint"), str(tmp_path / work))
+        done = subprocess.run([sys.executable, *words], env=module_env(), check=True, capture_output=True, text=True)
         found[work] = json.loads(done.stdout)
     assert found["pack"]["bytes"] == sum(file.stat().st_size for file in tmp_path.glob(f"pack/**/{PACK_FILE}"))
     assert found["pack"]["growth"] < found["pack"]["bytes"] / 2

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import bench_quantize
-import cpu_summary
 import opening
-import report
 import shapes
 import tables
+from cpu import report
+from cpu import summary as cpu_summary
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -24,7 +24,8 @@ RESULT = json.loads(FILE.read_text())
 
 def test_the_opening_is_made_from_the_committed_result():
     details = str(Path(PLOT).with_suffix(".md"))
-    assert tables.into_readme(README, opening.opening(RESULT, PLOT, details), opening.MARKERS) == README
+    made = opening.opening(RESULT, PLOT, details)
+    assert made.startswith("| engine ") and tables.into_readme(README, made, opening.MARKERS) == README
 
 
 def test_bounds_and_verdicts_are_those_of_the_rounds():
@@ -60,7 +61,7 @@ def test_every_result_and_its_markdown_are_of_one_run():
 def test_the_table_of_formats_is_made_from_its_result():
     file = ROOT / "bench" / "results" / "quantize-bard.json"
     result = json.loads(file.read_text())
-    assert tables.into_readme(README, bench_quantize.table(result), bench_quantize.MARKERS) == README
+    assert tables.into_readme(README, bench_quantize.formats(result), bench_quantize.MARKERS) == README
     assert file.with_suffix(".md").read_text() == bench_quantize.render(result)
 
 

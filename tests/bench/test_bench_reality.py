@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import reality_report
-from reality_machine import disturbed, listening, readers, undisturbed
-from reality_probe import Rates
-
-BENCH = Path(__file__).resolve().parents[2] / "bench"
+from reality import report as reality_report
+from reality.machine import disturbed, listening, readers, undisturbed
+from reality.probe import Rates
+from tests.bench.conftest import Ran
 
 
 def model_with(*errors: tuple[float, float]) -> dict[str, Any]:
@@ -77,12 +74,9 @@ def test_what_a_prompt_takes_is_measured_beside_its_requests_where_those_differ_
     assert undisturbed(rates, "prompt", 4) == pytest.approx(0.05)
 
 
-def test_the_command(tmp_path: Path) -> None:
-    out, folder = tmp_path / "result.json", tmp_path / "not" / "there"
-    command = [sys.executable, str(BENCH / "bench_reality.py"), "--quick", "--threads", "1", "--json", str(out)]
-    done = subprocess.run([*command, "--folder", str(folder)], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(out.read_text())
+def test_the_command(bench_result: Callable[..., Ran], tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "there"
+    out, printed, result = bench_result("bench_reality", "--quick", "--threads", "1", "--folder", str(folder))
     assert [model["model"] for model in result["models"]] == ["bard", "mixtral-tiny"]
     assert result["command"].endswith("--folder DIR")
     assert len(result["checks"]) == 6 and all(check["passed"] for check in result["checks"])
@@ -94,5 +88,5 @@ def test_the_command(tmp_path: Path) -> None:
             if cell["policy"] != "duoserve":
                 hits = cell["hit_rates"]
                 assert hits["measured"] == pytest.approx(hits["replayed"], abs=0.05)
-    assert "checks the bench and measures nothing" in done.stdout
+    assert "checks the bench and measures nothing" in printed
     assert out.with_suffix(".md").read_text().startswith("**Warning")

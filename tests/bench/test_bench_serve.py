@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import replace
@@ -16,8 +16,6 @@ import pytest
 import torch
 
 import bench_serve
-import serve_figures
-import serve_report
 from duoserve.architecture import LatentAttentionConfig
 from duoserve.config import Phase
 from duoserve.experts.layout import ExpertId, ExpertLayout
@@ -25,15 +23,17 @@ from duoserve.metrics import percentile
 from duoserve.scheduling.policies import POLICIES
 from duoserve.scheduling.routing import Routing
 from duoserve.traces.synthetic import CARDS, synthesize
-from serve_cells import BASE, BATCHES, EVENT, GRAPH, PARTS, PROMPTS, SHARES, Cell, cells, shown
-from serve_host import CpuHost, GpuHost
-from serve_models import MODELS, Unavailable, tiny
-from serve_replay import HostArena, RoutingReplay, SharedRows, Tape, TapedScores
-from serve_run import Limits, requests_of
-from serve_worker import ServeBench
+from serve import figures as serve_figures
+from serve import report as serve_report
+from serve.cells import BASE, BATCHES, EVENT, GRAPH, PARTS, PROMPTS, SHARES, Cell, cells, shown
+from serve.host import CpuHost, GpuHost
+from serve.models import MODELS, Unavailable, tiny
+from serve.replay import HostArena, RoutingReplay, SharedRows, Tape, TapedScores
+from serve.run import Limits, requests_of
+from serve.worker import ServeBench
+from tests.bench.conftest import Ran
 from tests.listeners import Heard
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 MIXTRAL, QWEN3, DEEPSEEK = "Mixtral-8x7B", "Qwen3-30B-A3B", "DeepSeek-V2-Lite"
 CEILINGS = {"link_bytes_per_s": 50e9, "memory_bytes_per_s": 3e12, "flop_per_s": 800e12}
 
@@ -371,19 +371,15 @@ def test_the_cpu_has_no_figures_of_a_gpu() -> None:
     assert host.peak_bytes() is None and host.joules() is None and host.facts() is None
 
 
-def test_the_command(tmp_path: Path) -> None:
-    out = tmp_path / "serve.json"
-    command = [sys.executable, str(BENCH / "bench_serve.py"), "--tiny", "--models", MIXTRAL, "--json", str(out)]
-    environment = {"PYTHONPATH": str(BENCH.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(out.read_text())
+def test_the_command(bench_result: Callable[..., Ran]) -> None:
+    words = "--tiny", "--models", MIXTRAL
+    _, printed, result = bench_result("bench_serve", *words, seconds=900, OMP_NUM_THREADS="1")
     assert {entry["status"] for entry in result["parts"]} == {"measured", "not measured"}
     assert all(check["passed"] is not False for check in result["checks"])
     groups = [check for check in result["checks"] if check["name"].startswith("equal")]
     assert len(groups) == 3 * 6 and all(check["passed"] for check in groups)
     report = serve_report.render(result)
-    assert report in done.stdout and "measures nothing" in report and f"{BASE} int4" in report
+    assert report in printed and "measures nothing" in report and f"{BASE} int4" in report
     assert all(policy in report for policy in POLICIES)
     assert result["timeline"]["status"] == "measured" and "Timeline of a step" in report
 

@@ -8,10 +8,10 @@ from bench_serve import all_parts
 from duoserve.launching.launch import Launch
 from duoserve.launching.recorded import RECORD_AFTER
 from duoserve.planning.model_cards import find_model
-from serve_cells import EVENT, GRAPH, Cell, cells
-from serve_models import MODELS
-from serve_report import rows
-from serve_run import Limits
+from serve.cells import EVENT, GRAPH, Cell, cells
+from serve.models import MODELS
+from serve.report import rows
+from serve.run import Limits
 from tests.bench.test_bench_serve import part
 
 

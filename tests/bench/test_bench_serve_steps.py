@@ -14,8 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import serve_report
-import serve_run
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.stream_engine import StreamCopyEngine
@@ -26,11 +24,13 @@ from duoserve.launching.launch import Launch
 from duoserve.launching.recorded import RecordedRunner
 from duoserve.metrics import Meter
 from duoserve.passes import Passes
-from serve_cells import AUTO, BASE, EVENT, GRAPH, Cell, shown
-from serve_figures import figures, targets
-from serve_host import CpuHost
-from serve_steps import TimedRecorder, TimedRunner, host_seconds
-from serve_worker import ServeBench
+from serve import report as serve_report
+from serve import run as serve_run
+from serve.cells import AUTO, BASE, EVENT, GRAPH, Cell, shown
+from serve.figures import figures, targets
+from serve.host import CpuHost
+from serve.steps import TimedRecorder, TimedRunner, host_seconds
+from serve.worker import ServeBench
 from tests.bench.test_bench_serve import CEILINGS, DEEPSEEK, MIXTRAL, QWEN3, part
 from tests.fake_recorder import FakeRecorder
 from tests.fake_streams import FakeStreams

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 
-import soak_report
-from soak_clients import Clients, soak
-from soak_load import CANCELLED, MALFORMED, WRONG, Asked, Kind, kinds, requests
-from soak_watch import Sample, growth, look, looking
+from soak import report as soak_report
+from soak.clients import Clients, soak
+from soak.load import CANCELLED, MALFORMED, WRONG, Asked, Kind, kinds, requests
+from soak.watch import Sample, growth, look, looking
+from tests.bench.conftest import Ran
 from tests.loops import in_a_loop
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 KIND = Kind("a", 2, 0.0, 0, (), 1)
 EVENTS = [{"choices": [{"index": 0, "text": "x", "finish_reason": None}]}]
 EVENTS += [{"choices": [{"index": 0, "text": "y", "finish_reason": "length"}]}]
@@ -138,12 +136,8 @@ def test_every_check_can_fail() -> None:
     assert failed(end={"stderr": "Traceback"}) == failed(end={"exit_code": 1}) == ["SIGTERM ends it"]
 
 
-def test_the_command(tmp_path: Path) -> None:
-    out = tmp_path / "result.json"
-    command = [sys.executable, str(BENCH / "bench_soak.py"), "--quick", "--requests", "200", "--json", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(out.read_text())
+def test_the_command(bench_result: Callable[..., Ran]) -> None:
+    found = bench_result("bench_soak", "--quick", "--requests", "200").result
     assert sum(found["tally"]["ended"].values()) == 200 and found["tally"]["choices"] > 160
     assert all(check["passed"] for check in found["checks"])
     assert found["service"]["finished"]["abort"] > 0 and "**FAILED**" not in soak_report.render(found)

@@ -45,7 +45,7 @@ case "$*" in
     *bench/bench_kernels.py*--json*)
         [[ ${KERNELS:-real} == fake ]] || exec "$REAL_PYTHON" "$@"
         echo "$*"; exit "$BENCH_STATUS" ;;
-    *bench/serve_report.py* | *bench/copy_report.py*) echo "short report" ;;
+    *"-m serve.report"* | *"-m gpu.copy_report"*) echo "short report" ;;
     *) exec "$REAL_PYTHON" "$@" ;;
 esac
 """

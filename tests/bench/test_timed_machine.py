@@ -15,9 +15,9 @@ from duoserve.replaying.host_time import HostTime, UntimedEngine
 from duoserve.replaying.replay import replay
 from duoserve.replaying.virtual_readers import Readers, VirtualReaders
 from duoserve.scheduling.policies import get_policy
+from reality.timed_machine import PassTimes, TimedMachine
 from tests.scheduling.fortune import Teller, certain
 from tests.traces.drawn import trace_of
-from timed_machine import PassTimes, TimedMachine
 
 # A read takes 2 s alone and 3 s of two at once.
 READERS = Readers(2, alone=50.0, together=200 / 3, notice_s=0.25)

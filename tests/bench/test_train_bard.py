@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-import expert_rows
-from bard_configs import MODELS
-from bard_report import distinct_experts, mark, score
-from bard_training import Recipe, Training, load_balance, rate
+from bard import expert_rows
+from bard.configs import MODELS
+from bard.report import distinct_experts, mark, score
+from bard.training import Recipe, Training, load_balance, rate
 
 SMALL = {
     "vocab_size": 40,

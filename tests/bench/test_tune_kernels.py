@@ -15,12 +15,11 @@ import pytest
 import torch
 
 import tune_kernels
-import tune_space
-import tune_trial
 from duoserve.kernels import configs
 from duoserve.kernels.configs import HUGE, LARGE, MEDIUM, SMALL, GemmConfig, GemvConfig, gemm_config, gemv_config
 from duoserve.kernels.weights import ExpertFormat
-from moe_shapes import MoEShape
+from gpu import tune_space, tune_trial
+from gpu.moe_shapes import MoEShape
 from tests.kernels.common import DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCHES = (
     "bench_quantize",
     "bench_cpu",
-    "report",
+    "cpu/report",
     "opening",
     "bench_plan",
     "bench_policies",
@@ -39,6 +39,7 @@ def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "clone"
     (folder / "bench" / "results").mkdir(parents=True)
     (folder / "bench" / "results" / "old.md").write_text("of another day")
+    (folder / "bench" / "cpu").mkdir()
     for name in (*BENCHES, "bench_newcomer"):
         (folder / "bench" / f"{name}.py").write_text(FAKE)
     return folder
@@ -92,9 +93,9 @@ def test_quick_passes_through_and_leaves_the_readme(duoserve, checkout, tmp_path
 
 
 def test_a_script_that_fails_ends_it(duoserve, checkout):
-    (checkout / "bench" / "report.py").write_text("print('SAID report.py'); raise SystemExit(7)")
+    (checkout / "bench" / "cpu" / "report.py").write_text("print('SAID report.py'); raise SystemExit(7)")
     ran = duoserve("bench", "cpu", "--checkout", checkout)
-    assert ran.code == 1 and "bench/report.py ended with status 7" in ran.err
+    assert ran.code == 1 and "bench/cpu/report.py ended with status 7" in ran.err
     assert scripts(ran.out) == ["bench_cpu", "report"]
     assert not list((checkout / "bench" / "results").glob("cpu-*.md"))
 

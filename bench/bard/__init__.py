@@ -1,0 +1,1 @@
+"""How bard and bard-fine are trained, and what is said of them."""

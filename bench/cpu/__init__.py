@@ -1,0 +1,1 @@
+"""The CPU bench: who takes part, what each reached, and its report."""

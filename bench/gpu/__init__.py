@@ -1,0 +1,1 @@
+"""Kernels and the link of a GPU: timed, checked, tuned and reported."""

@@ -1,0 +1,1 @@
+"""Runs from a cold disk beside replays of the same routing."""

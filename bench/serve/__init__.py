@@ -1,0 +1,1 @@
+"""Models of real size on replayed routing: cells, their figures and the report."""

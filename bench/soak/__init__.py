@@ -1,0 +1,1 @@
+"""Thousands of requests at a server: clients, what is looked at, and the report."""
