@@ -19,7 +19,7 @@ from duoserve.timeline import Timeline
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that at least ``percent`` of 100 are not above; NaN of none."""
+    """The smallest of ``values`` that at least ``percent`` % of them do not exceed; NaN if there are no values."""
     if not values:
         return math.nan
     return sorted(values)[max(0, math.ceil(percent / 100 * len(values)) - 1)]
@@ -30,8 +30,8 @@ class ByteCounts:
     """Copied bytes by what they were good for; an expert's bytes are counted once that is known.
 
     ``demanded``: asked for after the routing. ``prefetched_useful``: in its slot before it was asked for.
-    ``prefetched_late``: guessed right, still under way when asked for. ``wasted``: given up without having been used,
-    a copy that was cancelled half-way with what of it had been moved.
+    ``prefetched_late``: guessed right, still under way when asked for. ``wasted``: given up without having been used;
+    of a copy that was cancelled half-way, the bytes that had been moved by then.
     """
 
     demanded: int = 0
@@ -160,7 +160,7 @@ class Meter:
         self._last_token: dict[Hashable, float] = {}
 
     def begin_request(self) -> None:
-        """Forgets all figures and starts the wall clock. What an interrupt has left of a section is over."""
+        """Forgets all figures and starts the wall clock. Ends a section that an interrupt has left open."""
         self._computing = self._stalling = False
         self.reset()
         self._begun = self._since
@@ -207,8 +207,8 @@ class Meter:
     def stalled(self, started: float, finished: float) -> None:
         """Notes that the device, not the host, waited for a copy.
 
-        What of that lies within ``compute()`` is a stall; it may be told of late. The rest has its place already: the
-        host itself was in ``stall()``, or nothing was computed.
+        The part of that time within ``compute()`` becomes stall time, even if the section has ended since. The rest is
+        accounted for already: the host itself was in ``stall()``, or nothing was computed.
         """
         waited_s = self._timeline.add_stall(started, min(finished, self._clock()))
         self._stats.compute_s -= waited_s
@@ -220,7 +220,7 @@ class Meter:
             self._stats.hits[phase] += n
 
     def miss(self, phase: Phase, n: int = 1) -> None:
-        """Counts ``n`` experts that were not."""
+        """Counts ``n`` experts that were not READY when their layer asked for them."""
         if n:
             self._stats.misses[phase] += n
 

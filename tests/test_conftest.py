@@ -1,4 +1,4 @@
-"""What holds for all tests: the same examples in every run, and no GPU where none is asked for."""
+"""What holds for all tests: their order, the same examples in every run, and no GPU where none is asked for."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from duoserve import MoEModel
 from duoserve.experts.device import resolve_device
+from tests.conftest import LONGEST
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = """
@@ -40,6 +41,10 @@ def said(folder: Path, marker: str) -> list[str]:
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     return [line.partition("said ")[2] for line in done.stdout.splitlines() if "said " in line]
+
+
+def test_the_files_that_come_first_are_there() -> None:
+    assert set(LONGEST) <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}
 
 
 def test_every_run_has_the_same_examples_and_hides_the_gpu_unless_it_is_asked_for(tmp_path: Path) -> None:

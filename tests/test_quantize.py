@@ -25,7 +25,7 @@ from tests.checkpoints import BARD, reference_greedy, reference_logits, save_mix
 from tests.compiled_case import needs_compiler
 from tests.models.cases.quantized import CASES
 from tests.models.test_mixtral_parity import relative_error
-from tests.test_moe_model import HELD_OUT
+from tests.test_bard_texts import HELD_OUT
 from tests.toys import greedy, toy_prompt
 
 PROMPT = toy_prompt(30)

@@ -29,7 +29,10 @@ def slot_count(slots: int | str, total_experts: int) -> int:
 
 @dataclass(frozen=True)
 class FreeMemory:
-    """Bytes that may still be taken where the slots are, and in the RAM behind; None there: the slots are in RAM."""
+    """How many bytes may still be taken: ``device_bytes`` where the slots are, ``host_bytes`` in the RAM behind a GPU.
+
+    ``host_bytes`` is None if the slots are in RAM themselves.
+    """
 
     device_bytes: int
     host_bytes: int | None = None
@@ -41,11 +44,11 @@ class FreeMemory:
 
     @property
     def waiting_bytes(self) -> int:
-        """RAM for experts that wait, where no setting says how much: behind a GPU what is comfortable, else none."""
+        """Bytes of RAM for waiting experts, if no setting says how many: behind a GPU a comfortable part, else none."""
         return 0 if self.host_bytes is None else int(self.host_bytes * COMFORTABLE)
 
     def taken(self, plan: MemoryPlan) -> int:
-        """How much of ``device_bytes`` the plan takes: on a CPU the rows that wait lie there too."""
+        """How many of ``device_bytes`` the plan takes; on a CPU this includes the rows that wait in the same memory."""
         return plan.total_bytes + (plan.host_bytes if self.host_bytes is None else 0)
 
 

@@ -29,7 +29,10 @@ _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revi
 
 
 def at_revision(model: str | Path, revision: str | None) -> str | Path:
-    """The name of that branch, tag or commit of a hub id; ``model`` for None. CheckpointError if it has none."""
+    """The hub id ``model`` with its branch, tag or commit, "owner/name@revision"; or ``model`` as it is for None.
+
+    Raises CheckpointError if ``model`` is no hub id, or if it has a revision already.
+    """
     if revision is None:
         return model
     hub_id = _HUB_ID.fullmatch(model) if isinstance(model, str) else None

@@ -57,7 +57,7 @@ class LaneCopies:
         self._times = LaneTimes(streams, now, pool.rows_SB.shape[1], on_copied, on_stalled)
 
     def begin(self, ticket: Ticket, read: bool) -> LaneCopy:
-        """A copy, behind all that uses the slot, of which nothing has been enqueued yet."""
+        """Begins a copy, which comes behind all that uses the slot; nothing of it has been enqueued yet."""
         lane = _lane(ticket)
         self._users.precede(lane, ticket.slot)
         begin = self._streams.mark(lane)

@@ -33,7 +33,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 class Quantized(NamedTuple):
-    """How experts are quantized in a slot; what comes after the format is INT4's: see QuantizedLayout."""
+    """How experts are quantized in a slot; the fields behind ``format`` are for INT4 only: see QuantizedLayout."""
 
     format: ExpertFormat
     group: int = 0

@@ -62,8 +62,8 @@ class ScaleSearch:
     def fill(self, matrix: Matrix, rows: slice, w_ND: Tensor) -> Tensor:
         """Quantizes ``w_ND`` (contiguous) to ``rows`` of the one slot of ``matrix``.
 
-        The sums of squares of their errors and of the weights, float64 [2]. CopyError for weights that are no finite
-        numbers.
+        Returns two sums of squares, those of the errors and of the weights: float64 [2]. Raises CopyError for weights
+        that are no finite numbers.
         """
         places = _Places.of(matrix, rows, w_ND, self._stored)
         self._search(places)
@@ -210,13 +210,16 @@ def _int4(  # noqa: PLR0913, PLR0917
 
 
 def _int8_error(sizes_PX: Tensor, steps_P: Tensor) -> Tensor:
-    """[P], in squares of steps."""
+    """The squared error of each place, [P], in squares of steps."""
     codes_PX = sizes_PX * steps_P[:, None]
     return _squares(codes_PX.sub_(codes_PX.round().clamp_(max=INT8_MOST)))
 
 
 def _int4_error(wide_PX: Tensor, steps_P: Tensor, zeros_P: Tensor) -> Tensor:
-    """[P], in squares of steps. By ``relu``, for a compiler takes several instructions to clamp, which heeds NaN."""
+    """The squared error of each place, [P], in squares of steps.
+
+    ``relu`` keeps codes from falling below 0: a clamp has to heed NaN, so a compiler makes several instructions of it.
+    """
     codes_PX = (wide_PX * steps_P[:, None]).add_(zeros_P[:, None])
     return _squares(codes_PX - codes_PX.round().relu().clamp(max=INT4_MOST))
 

@@ -120,6 +120,6 @@ def _asked_for(
 
 
 def _checked(predictor: RowPredictor, shape: ModelShape) -> RowPredictor:
-    """It; TraceError where it does not fit the model that its fingerprint says it is of."""
+    """Returns ``predictor``; raises TraceError if it does not fit the model that its fingerprint says it is of."""
     check_shape(predictor.meta, shape, f"predictor={predictor.name!r}")
     return predictor

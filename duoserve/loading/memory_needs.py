@@ -18,7 +18,11 @@ DEFAULT_MAX_CONTEXT = 4096
 
 @dataclass(frozen=True)
 class MemoryNeeds:
-    """A model in ``dtype`` on ``device``, its experts' rows and dense weights, and the tokens of its KV cache."""
+    """All that decides how many bytes a model takes.
+
+    Its experts' rows have ``layout``, its other weights take ``dense_bytes`` in ``dtype``, and its KV cache holds
+    ``max_context`` tokens. It is computed on ``device``.
+    """
 
     config: ModelConfig
     layout: ExpertLayout

@@ -45,7 +45,10 @@ class Placement:
 
     @classmethod
     def of(cls, model: OpenedModel, wanted: EngineConfig) -> Placement:
-        """A placement as ``wanted``, where that says so; ConfigError for a device or dtype that cannot be had."""
+        """The placement that ``wanted`` asks for; what it leaves open is chosen to suit the machine and the model.
+
+        Raises ConfigError for a device or dtype that cannot be had.
+        """
         device, only_cpu = resolve_device(wanted.device), cpu_only(model.config)
         if device.type != "cpu" and only_cpu is not None:
             raise ConfigError(f"{only_cpu} runs on CPUs only so far: load it with device='cpu'")
@@ -124,7 +127,8 @@ def _check_invariance(device: torch.device) -> None:
 def _open_pack(source: ExpertStore, model: OpenedModel, cache_dir: str | Path | None) -> DiskStore:
     """The checkpoint's pack, which is made on first use, and again when the checkpoint's files have changed.
 
-    One that may not be replaced serves as it is, with a warning: a copy of a checkpoint is newer too.
+    If a pack is older than these files but may not be replaced, it is used as it is, with a warning: the files may be
+    a copy of the checkpoint that it was made from, which is newer than the pack without being different.
     """
     folder = pack_path(model.checkpoint, source.layout, cache_dir)
     fingerprint, changed_ns = model.checkpoint.fingerprint(), model.checkpoint.changed_ns

@@ -65,7 +65,7 @@ def few_layers(config: ModelConfig, count: int) -> ModelConfig:
 
 
 class MadeUpStore(ExpertStore):
-    """Every expert is the same row."""
+    """A store in which all experts have the same row."""
 
     def __init__(self, layout: ExpertLayout) -> None:
         self.layout = layout
@@ -155,7 +155,7 @@ class Watch(ExpertSource, RoutingScript):
         return scores_TE.topk(self._config.top_k).indices
 
     def _of_step(self, layer: int) -> list[int]:
-        """A step's experts, as many of them missing as the dice say, as far as there are so many."""
+        """A step's experts. As many of them are missing as the dice say, as far as the layer's slots allow that."""
         top_k, dice = self._config.top_k, self._random
         experts = dice.sample(range(self._config.num_experts), self._config.num_experts)
         ready = [expert for expert in experts if self._scheduler.table.is_ready(ExpertId(layer, expert))]

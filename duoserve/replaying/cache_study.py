@@ -29,7 +29,7 @@ class Hits(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """The share; 0 where there was no use."""
+        """The share of the uses that found their expert in a slot; 0 if there was no use."""
         return self.hits / self.uses if self.uses else 0.0
 
 
@@ -43,7 +43,7 @@ class Step(NamedTuple):
 
 
 def steps_of(request: RequestTrace, layer: int) -> Iterator[Step]:
-    """The prompt, then token by token."""
+    """What ``layer`` is asked for in each step: first in that of the whole prompt, then in one for each later token."""
     return _steps(request.layers[layer].topk_ids_NK, request.num_prompt)
 
 
@@ -54,7 +54,7 @@ def _steps(ids_TK: np.ndarray, num_prompt: int) -> Iterator[Step]:
 
 
 def prompt_step(ids_TK: np.ndarray) -> Step:
-    """What a prompt's tokens want of a layer."""
+    """The step of a prompt at one layer, where its tokens chose ``ids_TK``."""
     experts_E, counts_E = np.unique(ids_TK, return_counts=True)
     rows = dict(zip(experts_E.tolist(), counts_E.tolist(), strict=True))
     experts = by_demand(rows)

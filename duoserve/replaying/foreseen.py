@@ -16,7 +16,7 @@ from duoserve.traces.trace import RequestTrace
 
 
 class Future:
-    """All steps of ``requests``, which are replayed in that order: a Predictor and a maker of Rankings."""
+    """Knows all steps of ``requests``, which are replayed in that order; is a Predictor, and makes a Ranking."""
 
     name = "the future"
     horizon = 3
@@ -41,7 +41,7 @@ class Future:
         self._routed = routing.layer
 
     def predict(self, layer: int) -> np.ndarray:
-        """As in Predictor: 1 for what will be chosen."""
+        """As in Predictor: 1 for each expert that will be chosen, 0 for the others."""
         chances_E = np.zeros(self._num_experts, dtype=np.float32)
         step = self._step + (layer <= self._routed)
         if step < len(self._experts[layer]):
@@ -49,12 +49,12 @@ class Future:
         return chances_E
 
     def ranking(self, num_layers: int, num_experts: int) -> Belady:
-        """Belady's, over the same steps."""
+        """A Ranking by Belady's rule, which knows the same steps."""
         return Belady(num_layers, num_experts, self._experts)
 
 
 class Belady:
-    """A Ranking by the next use, of all layers alike: a step uses them in turn.
+    """A Ranking by the time of the next use, which is comparable between layers: a step uses them one by one.
 
     A miss that is not used again soon is admitted, but it is the next to go.
     """

@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 class HostTime:
-    """Inside of it, time of the clock ``read`` (seconds) passes on the virtual clock too."""
+    """A block in which the time of the clock ``read`` (seconds) passes on the virtual clock too."""
 
     def __init__(self, clock: VirtualClock, read: Callable[[], float]) -> None:
         self._clock = clock
@@ -31,11 +31,11 @@ class HostTime:
         self.stop()
 
     def start(self) -> None:
-        """From now on time passes."""
+        """Lets time pass from now on."""
         self._since = self._read()
 
     def stop(self) -> bool:
-        """What has passed so far is on the virtual clock; whether time was passing."""
+        """Puts the time that has passed on the virtual clock; no more passes then. Returns whether time was passing."""
         if self._since is None:
             return False
         self._clock.advance(max(0.0, self._read() - self._since))
@@ -44,7 +44,10 @@ class HostTime:
 
 
 class UntimedEngine(CopyEngine):
-    """``inner``, whose own work takes no time of ``host``: it stands for threads whose work takes what was measured."""
+    """Passes all calls on to ``inner``, whose own work takes no time of ``host``.
+
+    ``inner`` stands for copy threads, whose work takes the times that were measured on a machine.
+    """
 
     def __init__(self, inner: CopyEngine, host: HostTime) -> None:
         self._inner = inner

@@ -212,7 +212,7 @@ class Scheduler(ExpertSource):
             self.give_up_aside()
 
     def read_through(self) -> ReadThrough:
-        """The books of decode steps that the device carries out by itself, to be kept within passes of this."""
+        """Makes the books of decode steps that the device carries out by itself, within passes of this scheduler."""
         guesses = StepGuesses(self._residency, self._shape, self._foresight, self._copies.now)
         self._read_through = ReadThrough(
             self._residency,
@@ -259,7 +259,7 @@ class Scheduler(ExpertSource):
         self._residency.collect()
 
     def _new_guard(self) -> Guard | None:
-        """Where the eviction has a rival, or it must be known what guesses cost."""
+        """A guard if the eviction has a rival, or if it must be known what guesses cost; else None."""
         eviction, shape, num_slots = self._policy.eviction, self._shape, self._num_slots
         if eviction.rival is None and self._link is None:
             return None
@@ -284,7 +284,10 @@ class Scheduler(ExpertSource):
         self.end()  # of what was cut short before there was a pass, or behind it
 
     def _restore(self) -> None:
-        """Behind what was cut short: the slots are as between passes, and lent to no prefill but one that is aside."""
+        """Cleans up after what was cut short, so that the slots are as they are between passes.
+
+        Only a prefill that is set aside keeps the slots that were lent to it.
+        """
         self._residency.restore()
         if self._aside is None:
             self._cache.lent = frozenset()

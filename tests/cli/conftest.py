@@ -38,8 +38,11 @@ class Ran:
     err: str
 
 
+Command = Callable[..., Ran]
+
+
 @pytest.fixture
-def duoserve(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Ran]:
+def duoserve(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
     """Runs a command; packs go to a cache of the test's own."""
     monkeypatch.setenv("DUOSERVE_CACHE", str(tmp_path / "cache"))
 

@@ -9,30 +9,30 @@ from pathlib import Path
 
 import pytest
 
-from duoserve.cli import evaluate, main
+from duoserve.cli import evaluate
 from duoserve.cli.hardware_option import replayed_on
 from duoserve.errors import TraceError
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.loading.recommendation import RECOMMENDATION_FILE
 from duoserve.traces.trace import TraceMeta
 from tests.checkpoints import save_mixtral
+from tests.cli.conftest import Command
 from tests.traces.small import save_trace, small_trace
 
 BARD = Path(__file__).resolve().parents[2] / "duoserve" / "assets" / "bard"
 
 
-def test_from_prompts_to_a_recommendation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("DUOSERVE_CACHE", str(tmp_path / "cache"))
+def test_from_prompts_to_a_recommendation(duoserve: Command, tmp_path: Path) -> None:
     shutil.copytree(BARD, tmp_path / "bard")
     (tmp_path / "prompts.txt").write_text("To be, or\nEnter HAMLET\nMy lord,\n")
-    command = ["evaluate", str(tmp_path / "bard"), "--prompts", str(tmp_path / "prompts.txt"), "--max-tokens", "6"]
-    assert main([*command, "--dry-run"]) == 0
-    assert "nothing was written" in capsys.readouterr().out and not (tmp_path / "bard" / RECOMMENDATION_FILE).exists()
+    command = ("evaluate", tmp_path / "bard", "--prompts", tmp_path / "prompts.txt", "--max-tokens", "6")
+    dry = duoserve(*command, "--dry-run")
+    assert dry.code == 0, dry.err
+    assert "nothing was written" in dry.out and not (tmp_path / "bard" / RECOMMENDATION_FILE).exists()
     (tmp_path / "bard" / RECOMMENDATION_FILE).write_text("{")  # a broken one, which this is the remedy for
-    assert main([*command, "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
+    ran = duoserve(*command, "--json")
+    assert ran.code == 0, ran.err
+    said = json.loads(ran.out)
     written = json.loads((tmp_path / "bard" / RECOMMENDATION_FILE).read_text())
     assert said["folder"] == str(tmp_path / "bard") and written["policy"] == said["policy"]
     assert said["hardware"] == written["figures"]["hardware"] == replayed_on(None).name
@@ -55,28 +55,27 @@ def test_what_cannot_be_done_is_refused_before_the_prompts_are_run(
     said: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    duoserve: Command,
 ) -> None:
     no_folder_can_be_here = tmp_path / "file"
     no_folder_can_be_here.touch()
     monkeypatch.setenv("DUOSERVE_CACHE", str(no_folder_can_be_here / "cache"))
-    command = without_recording(tmp_path, monkeypatch)
-    assert main([*command, option, value]) == 1
-    assert said in capsys.readouterr().err
+    ran = duoserve(*without_recording(tmp_path, monkeypatch), option, value)
+    assert ran.code == 1 and said in ran.err
 
 
 def test_a_recommendation_without_a_place_is_refused_before_the_prompts_are_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, duoserve: Command
 ) -> None:
     command = without_recording(tmp_path, monkeypatch)
     (tmp_path / "m" / RECOMMENDATION_FILE).mkdir()
-    assert main(command) == 1
-    assert "the recommendation cannot be written there" in capsys.readouterr().err
+    ran = duoserve(*command)
+    assert ran.code == 1 and "the recommendation cannot be written there" in ran.err
     with pytest.raises(AssertionError, match="was recorded"):
-        main([*command, "--dry-run"])
+        duoserve(*command, "--dry-run")
 
 
-def without_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def without_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str | Path]:
     """The command for a small model and two prompts, which must not come to run them."""
 
     def record(*args: object, **kwargs: object) -> None:
@@ -85,12 +84,12 @@ def without_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[s
     monkeypatch.setattr(evaluate, "record", record)
     folder = save_mixtral(tmp_path / "m")
     (tmp_path / "p.txt").write_text("one\ntwo\n")
-    return ["evaluate", str(folder), "--prompts", str(tmp_path / "p.txt")]
+    return ["evaluate", folder, "--prompts", tmp_path / "p.txt"]
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]])
 def test_what_was_found_is_said_also_where_it_cannot_be_written(
-    form: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    form: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, duoserve: Command
 ) -> None:
     """The disk has become full meanwhile."""
 
@@ -102,20 +101,18 @@ def test_what_was_found_is_said_also_where_it_cannot_be_written(
     with closing(Checkpoint.open(folder)) as checkpoint:
         meta = TraceMeta(checkpoint.fingerprint(), (0, 1, 2), num_experts=8, top_k=2)
     save_trace(small_trace(meta), tmp_path / "t.safetensors")
-    assert main(["evaluate", str(folder), "--trace", str(tmp_path / "t.safetensors"), *form]) == 1
-    said = capsys.readouterr()
-    assert "no space left" in said.err and "Expect " in said.out
-    assert (json.loads(said.out)["folder"] is None) if form else ("nothing was written" in said.out)
+    ran = duoserve("evaluate", folder, "--trace", tmp_path / "t.safetensors", *form)
+    assert ran.code == 1 and "no space left" in ran.err and "Expect " in ran.out
+    assert (json.loads(ran.out)["folder"] is None) if form else ("nothing was written" in ran.out)
 
 
-def test_a_seed_that_no_generator_takes_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["evaluate", "bard", "--prompts", "p.txt", "--seed", "-1"])
-    assert "argument --seed: -1 is not an integer in 0.." in capsys.readouterr().err
+def test_a_seed_that_no_generator_takes_is_wrong_usage(duoserve: Command) -> None:
+    ran = duoserve("evaluate", "bard", "--prompts", "p.txt", "--seed", "-1")
+    assert ran.code == 2 and "argument --seed: -1 is not an integer in 0.." in ran.err
 
 
-def test_one_prompt_is_too_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_prompt_is_too_few(tmp_path: Path, duoserve: Command) -> None:
     folder = save_mixtral(tmp_path / "m")
     (tmp_path / "p.txt").write_text("one\n")
-    assert main(["evaluate", str(folder), "--prompts", str(tmp_path / "p.txt")]) == 1
-    assert "give at least 2" in capsys.readouterr().err
+    ran = duoserve("evaluate", folder, "--prompts", tmp_path / "p.txt")
+    assert ran.code == 1 and "give at least 2" in ran.err

@@ -104,3 +104,13 @@ def served() -> Iterator[Callable[..., Serving]]:
     yield start
     for context in reversed(running):
         context.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="module")
+def lasting() -> Iterator[Serving]:
+    """One server for all tests of a file that do not change what it does."""
+    service = FakeService()
+    with serving(lambda: service) as running:
+        running.service = service
+        wait_ready(running)
+        yield running

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from duoserve.moe_model import MoEModel
 from duoserve.service.async_engine import AsyncEngine
 from tests.server.conftest import serving, wait_ready
-from tests.server.fake_service import FakeService
 
 SCALARS = (
     st.none()
@@ -95,14 +94,6 @@ EDGES = st.fixed_dictionaries(
         "ignore_eos": st.booleans(),
     },
 )
-
-
-@pytest.fixture(scope="module")
-def lasting():
-    service = FakeService()
-    with serving(lambda: service) as running:
-        wait_ready(running)
-        yield running
 
 
 def told(answer):

@@ -14,7 +14,7 @@ import pytest
 from duoserve.errors import CheckpointError, ConfigError, MemoryBudgetError
 from duoserve.interface import ServiceState
 from duoserve.server.host import ServiceLoader
-from duoserve.server.run import listen, serve
+from duoserve.server.run import LAST_WORDS_S, listen, serve
 from duoserve.server.settings import ServerSettings
 from tests.server.conftest import serving, wait_ready
 from tests.server.fake_service import FakeService, spoken
@@ -109,7 +109,7 @@ def test_a_second_interrupt_cuts_answers_off_and_they_are_told(served, monkeypat
         assert json.loads(next(lines).removeprefix("data: "))["error"]["type"] == "service_unavailable_error"
         assert next(lines) == "data: [DONE]"
     server.thread.join(10)
-    assert time.monotonic() - began < 2.0 and server.service.closed
+    assert time.monotonic() - began < LAST_WORDS_S and server.service.closed
 
 
 def test_a_second_interrupt_waits_for_no_client_that_says_nothing(served, monkeypatch):

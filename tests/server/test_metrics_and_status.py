@@ -131,10 +131,9 @@ def test_the_status_tells_latencies_and_objectives(served):
 def test_the_status_has_latencies_by_nearest_rank(served):
     waits = iter([0.4, 0.1, 0.8, 0.2])
     server = served(lambda number: [next(waits), *spoken("a")])
-    for _ in range(4):
-        server.complete()
+    _, second_s, _, fourth_s = sorted(completed(server) for _ in range(4))
     ttft = server.http.get("/status").json()["latency"]["ttft_ms"]
-    assert 200 <= ttft["p50"] < 400 and ttft["p95"] >= 800
+    assert 200 <= ttft["p50"] <= 1000 * second_s and 800 <= ttft["p95"] <= 1000 * fourth_s
 
 
 def test_a_request_runs_as_soon_as_its_prefill_begins(served):

@@ -19,7 +19,7 @@ from duoserve.errors import CopyError
 from duoserve.moe_model import MoEModel
 from duoserve.service.async_engine import AsyncEngine
 from duoserve.text.chat_template import ChatTemplate
-from tests.server.conftest import Serving, serving
+from tests.server.conftest import Serving, serving, wait_ready
 from tests.server.fake_service import FakeModel
 
 PROMPT, TOKENS = "Enter HAMLET", 12
@@ -85,8 +85,7 @@ def bard(cache: Path, alone: str) -> Iterator[tuple[Serving, Faults]]:
         return AsyncEngine(faults.into(model))
 
     with serving(load, ping_s=PING_S) as server:
-        while server.http.get("/health").status_code != 200:
-            time.sleep(0.05)
+        wait_ready(server)
         yield server, faults
         assert server.http.get("/health").status_code == 200
         assert server.complete(**ASKED).json()["choices"][0]["text"] == alone

@@ -47,8 +47,7 @@ def alone(cache):
 @pytest.fixture(scope="module")
 def bard(cache):
     with serving(lambda: AsyncEngine(MoEModel.from_pretrained("bard", expert_slots="25%", cache_dir=cache))) as server:
-        while server.http.get("/health").status_code != 200:
-            time.sleep(0.05)
+        wait_ready(server)
         yield server
 
 

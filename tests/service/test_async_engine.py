@@ -295,7 +295,7 @@ async def test_drain_lets_what_runs_finish_and_then_ends_the_rest(load: Open, mo
         with pytest.raises(ClosedError):
             await service.submit(PROMPT, LONG)
         assert len(ids(await read(short))) == 5
-        await asyncio.wait_for(draining, 1.0)
+        await asyncio.wait_for(draining, PATIENCE_S)  # half of what it may take
     model = load()
     slowed(monkeypatch, lambda: time.sleep(0.02))
     async with serving(model) as service:
@@ -303,7 +303,7 @@ async def test_drain_lets_what_runs_finish_and_then_ends_the_rest(load: Open, mo
         await anext(long)
         began = time.monotonic()
         await service.drain(0.1)
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 6.0  # the whole answer takes 12 s
         with pytest.raises(ClosedError, match="shutting down"):
             await read(long)
 
