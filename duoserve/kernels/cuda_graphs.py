@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from threading import Lock
 from typing import Generic
 from weakref import WeakSet
 
@@ -12,6 +13,10 @@ import torch
 from torch import Tensor
 
 from duoserve.kernels.recorder import Recorder, Recording, Result
+
+# PyTorch allows one capture at a time in a process, whatever the mode of its errors; workspaces of cuBLAS and the
+# garbage collector are the process's too.
+_ONE_CAPTURE = Lock()
 
 
 class CudaRecording(Recording[Result], Generic[Result]):
@@ -77,7 +82,7 @@ class CudaRecorder(Recorder):
     def _capture(self, graph: torch.cuda.CUDAGraph, work: Callable[[], Result]) -> Result:
         others = list(self._graphs)  # keeps the graphs alive, so that the pool does not end before this one is in it
         pool = others[0].pool() if others else torch.cuda.graph_pool_handle()
-        with _own_workspaces(), _nothing_collected(), released_on_error(pool):
+        with _ONE_CAPTURE, _own_workspaces(), _nothing_collected(), released_on_error(pool):
             torch.cuda.empty_cache()  # cached memory, also of the first run, cannot be released during a capture
             # Copy threads go on calling CUDA meanwhile, which the default mode would treat as an error of the capture.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")

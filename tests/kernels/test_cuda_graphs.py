@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
+from threading import Event, Thread
 from unittest.mock import MagicMock
 
 import pytest
@@ -198,6 +199,28 @@ def test_nothing_is_collected_during_a_capture(recorder: CudaRecorder, error: Ex
     with pytest.raises(ValueError, match="why") if error else nullcontext():
         recorder.record(work)
     assert collects == [True, False] and gc.isenabled()
+
+
+def test_no_other_thread_captures_at_the_same_time(recorder: CudaRecorder) -> None:
+    """It would begin to collect garbage when the first has ended, and let go of the workspaces of the other."""
+    runs, first_run, captured = count(), Event(), Event()
+    said = iter([first_run, captured])
+
+    def work_beside() -> None:
+        next(said).set()
+
+    beside = Thread(target=CudaRecorder(DEVICE).record, args=(work_beside,))
+
+    def work() -> bool:
+        if next(runs) == 0:
+            return False
+        beside.start()
+        assert first_run.wait(10.0)
+        return captured.wait(0.2)
+
+    together = recorder.record(work).result
+    beside.join(10.0)
+    assert not together and captured.is_set()
 
 
 @pytest.mark.parametrize("error", [None, ValueError("why")])
