@@ -75,13 +75,13 @@ ASKED: dict[str, tuple[int, int, int, int | None, bool]] = {
 }
 
 
-def asked(what: str, longer: int, device: str) -> tuple[Any, ...]:
-    """Operands of ``attention`` in bfloat16, ``longer`` tokens longer."""
+def asked(what: str, longer: int, device: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
+    """Operands of ``attention``, ``longer`` tokens longer."""
     num_new, num_context, width, window, sinks = ASKED[what]
     num_new += longer if num_new > 1 else 0
-    q_THD = torch.zeros(num_new, HEADS, DIM, dtype=torch.bfloat16, device=device)
-    k_CGD = torch.zeros(num_context + longer, GROUPS, DIM, dtype=torch.bfloat16, device=device)
-    sinks_H = torch.zeros(HEADS, dtype=torch.bfloat16, device=device) if sinks else None
+    q_THD = torch.zeros(num_new, HEADS, DIM, dtype=dtype, device=device)
+    k_CGD = torch.zeros(num_context + longer, GROUPS, DIM, dtype=dtype, device=device)
+    sinks_H = torch.zeros(HEADS, dtype=dtype, device=device) if sinks else None
     return q_THD, k_CGD, k_CGD[..., :width], 1.0, window, sinks_H
 
 
@@ -91,9 +91,12 @@ class OnGpu(Tensor):
     is_cuda, is_cpu = True, False
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("what", ASKED)
-def test_a_gpu_is_not_asked_for_attention_by_plans(what: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_asked_for_attention_neither_by_plans_nor_with_less_than_float32(
+    what: str, on_gpu: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     allowed: list[tuple[bool, ...]] = []
 
     def noted(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -102,9 +105,10 @@ def test_a_gpu_is_not_asked_for_attention_by_plans(what: str, on_gpu: bool, monk
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
     before = cudnn_sdp_enabled()
-    q_THD, *others = asked(what, 0, "cpu")
+    q_THD, *others = asked(what, 0, "cpu", dtype)
     attention(q_THD.as_subclass(OnGpu) if on_gpu else q_THD, *others)
-    assert set(allowed) == {(True, True, True, before and not on_gpu)}
+    fused = not (on_gpu and dtype is torch.float32)
+    assert set(allowed) == {(fused, fused, True, before and not on_gpu)}
     assert cudnn_sdp_enabled() == before
 
 
