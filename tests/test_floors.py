@@ -21,11 +21,11 @@ FLOORS = """
 F0  errors  shared_errors  out_of_memory  callers  torch_modes  number_checks  byte_sizes  files/__init__
     files/positional  files/whole  files/strict_json  architecture  config  timeline  metrics
 F1  kernels/checks  kernels/limits  kernels/matmul  kernels/bf12  kernels/weights  kernels/host_rows
-    kernels/routing  kernels/paging  kernels/reference_dequant  kernels/reference_codes  kernels/reference_small
+    kernels/routed_rows  kernels/paging  kernels/reference_dequant  kernels/reference_codes  kernels/reference_small
     kernels/reference_attention  kernels/experts_together  kernels/reference  kernels/reference_copies
-    kernels/numerics  kernels/configs  kernels/machine  kernels/dequant  kernels/moe_checks  kernels/route
+    kernels/numerics  kernels/configs  kernels/machine  kernels/dequant  kernels/moe_checks  kernels/route_sort
     kernels/moe_store  kernels/moe_bf12  kernels/moe_gemm  kernels/moe_gemv  kernels/moe_fill  kernels/copies
-    kernels/combine  kernels/router  kernels/norm  kernels/rope  kernels/cache_rows  kernels/attention_gqa
+    kernels/combine  kernels/router_choice  kernels/norm  kernels/rope  kernels/cache_rows  kernels/attention_gqa
     kernels/attention_mla  kernels/triton_ops  kernels/__init__  kernels/recorder  kernels/cuda_graphs
     kernels/attention_together  kernels/compiled/__init__  kernels/compiled/streamed  kernels/compiled/traced
     kernels/compiled/attention_loops  kernels/compiled/decomposed  kernels/compiled/tape  kernels/compiled/inductor
@@ -293,7 +293,7 @@ PLANTED = [
     ),
     (
         "kernels/__init__",
-        "def f():\n    from duoserve.kernels import route",
+        "def f():\n    from duoserve.kernels import route_sort",
         "otherwise than absolutely and at the top",
     ),
     ("engine", "from .errors import DuoServeError", "otherwise than absolutely and at the top"),
@@ -303,9 +303,9 @@ PLANTED = [
         "imports through importlib.import_module",
     ),
     ("engine", "m = __import__('duoserve')", "imports through __import__"),
-    ("kernels/routing", "import numpy", "a kernel imports numpy"),
-    ("kernels/routing", "def f():\n    import einops", "a kernel imports einops"),
-    ("kernels/routing", "from duoserve.config import Phase", "a kernel imports duoserve.config.Phase"),
+    ("kernels/routed_rows", "import numpy", "a kernel imports numpy"),
+    ("kernels/routed_rows", "def f():\n    import einops", "a kernel imports einops"),
+    ("kernels/routed_rows", "from duoserve.config import Phase", "a kernel imports duoserve.config.Phase"),
     ("engine", "import pickle", "imports pickle, which runs code"),
     ("engine", "from torch import load", "imports torch.load, which runs code"),
     ("engine", "import torch as t\nt.load('x')", "uses torch.load, which runs code"),

@@ -1,4 +1,7 @@
-"""The same promises on a GPU: the CPU's tokens, equal bits whatever moved, the cap kept; skipped without one."""
+"""The same promises on a GPU: the CPU's tokens, equal bits whatever moved, the cap kept; skipped without one.
+
+Here too is what takes a GPU for one test alone: a file of its own would be a process of its own (``gpu_suite.sh``).
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,12 @@ import torch
 from torch import Tensor
 
 from duoserve import MoEModel
+from duoserve.experts.pinned import pin, unpin
+from duoserve.experts.rows import aligned_rows
 from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache, SequenceKV
 from duoserve.loading.workspace import FIXED_BYTES, recorded_bytes
 from duoserve.models.opened import opened
+from duoserve.planning.measuring import RATES, measure
 from tests.checkpoints import save_mixtral
 from tests.models.cases import FAMILIES
 from tests.models.cases.quantized import CASES
@@ -188,3 +194,18 @@ def assert_same_on_both(folder: Path, slots: int, cache_dir: Path) -> None:
     (cpu_tokens, cpu_TV), (gpu_tokens, gpu_TV) = results
     assert gpu_tokens == cpu_tokens
     assert ((gpu_TV - cpu_TV).norm() / cpu_TV.norm()).item() <= 1e-4
+
+
+def test_all_rates_are_measured(tmp_path: Path) -> None:
+    found = measure(torch.device("cuda", 0), tmp_path)
+    assert found.keys() == set(RATES)
+    assert found["memory"] > found["link"] > 1e9
+
+
+def test_page_locking_that_is_refused_does_not_spoil_the_next_launch() -> None:
+    rows_NB = aligned_rows(2, 4096)
+    assert pin(rows_NB)
+    with pytest.warns(RuntimeWarning, match="could not be page-locked"):
+        assert not pin(rows_NB)  # for it is already
+    assert torch.ones(3, device="cuda").sum().item() == 3
+    unpin(rows_NB)

@@ -15,7 +15,7 @@ from duoserve.kernels.copies import page_gather
 from duoserve.kernels.host_rows import HostRows
 from duoserve.kernels.moe_fill import moe_down_fill, moe_up_fill
 from duoserve.kernels.moe_gemm import moe_down, moe_up
-from duoserve.kernels.routing import HostWork
+from duoserve.kernels.routed_rows import HostWork
 from gpu.moe_operands import Buffers, Pool, Step
 from gpu.moe_paths import ROUNDING_ERROR, Check, relative_error
 

@@ -14,7 +14,7 @@ import torch
 from duoserve.kernels.combine import moe_combine
 from duoserve.kernels.moe_gemm import moe_down, moe_up
 from duoserve.kernels.moe_gemv import moe_gemv_down, moe_gemv_up
-from duoserve.kernels.route import route_plan
+from duoserve.kernels.route_sort import route_plan
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights
 from gpu.attention_ops import attention_builders
 from gpu.ceilings import gpu_facts, measure_ceilings

@@ -17,8 +17,8 @@ from duoserve.kernels.combine import moe_combine
 from duoserve.kernels.moe_gemm import moe_down, moe_up
 from duoserve.kernels.moe_gemv import moe_gemv_down, moe_gemv_up
 from duoserve.kernels.reference_dequant import dense
-from duoserve.kernels.route import route_plan
-from duoserve.kernels.routing import RoutePlan
+from duoserve.kernels.route_sort import route_plan
+from duoserve.kernels.routed_rows import RoutePlan
 from duoserve.kernels.weights import ExpertWeights
 from gpu.moe_operands import Buffers, Pool, Step
 

@@ -15,8 +15,8 @@ from duoserve.kernels import reference
 from duoserve.kernels.combine import moe_combine
 from duoserve.kernels.norm import add_rms_norm
 from duoserve.kernels.rope import rope_write_kv
-from duoserve.kernels.route import route_plan
-from duoserve.kernels.router import router_topk
+from duoserve.kernels.route_sort import route_plan
+from duoserve.kernels.router_choice import router_topk
 from duoserve.kv_cache import PAGE_TOKENS
 from gpu.attention_ops import QWEN3_HEADS
 from gpu.kernel_targets import PLAN_TOKENS, plan_name

@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 
+from duoserve.kernels.cuda_graphs import released_on_error
 from harness import interleave
 
 Work = Callable[[], object]
@@ -41,8 +42,8 @@ class Replay:
         with torch.cuda.stream(stream):  # compiles, opens handles and fills workspaces: none of it may be captured
             for step in steps:
                 step()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        self._graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        with released_on_error(pool), torch.cuda.graph(self._graph, pool=pool):
             for step in steps:
                 step()
 

@@ -13,8 +13,8 @@ from duoserve.kernels.configs import gemv_config
 from duoserve.kernels.machine import machine
 from duoserve.kernels.moe_gemm import choose_config, moe_down, moe_up
 from duoserve.kernels.moe_gemv import moe_gemv_down, moe_gemv_up
-from duoserve.kernels.route import route_plan
-from duoserve.kernels.routing import RoutePlan
+from duoserve.kernels.route_sort import route_plan
+from duoserve.kernels.routed_rows import RoutePlan
 from gpu.ceilings import gpu_facts
 from gpu.moe_operands import POOL_BYTES, Buffers, Pool, Step
 from gpu.moe_paths import ROUNDING_ERROR, relative_error

@@ -23,7 +23,7 @@ from duoserve.kernels.matmul import Products, batched_product, by_rows, linear, 
 from duoserve.kernels.paging import context_rows
 from duoserve.kernels.reference import apply_rope, attention, rope_frequencies, rope_table
 from duoserve.kernels.reference_attention import QUERY_ROWS
-from duoserve.kernels.routing import DeviceWork, HostWork, RoutePlan, Work, by_demand
+from duoserve.kernels.routed_rows import DeviceWork, HostWork, RoutePlan, Work, by_demand
 from duoserve.kernels.weights import ClampedUp, ExpertFormat, ExpertWeights
 
 __all__ = [

@@ -13,7 +13,7 @@ from torch import Tensor
 from duoserve.kernels.checks import check_contiguous, check_one_device, check_tensor, require
 from duoserve.kernels.host_rows import ROW_ALIGNMENT, HostRows, check_addresses
 from duoserve.kernels.machine import machine
-from duoserve.kernels.routing import Work
+from duoserve.kernels.routed_rows import Work
 
 # A link of about 64 GB/s with a latency of about 2 us needs 128 KB under way. Sixteen CTAs have 256 KB under way, and
 # leave the other SMs to the computation. Not measured yet.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from threading import Lock
 from typing import Generic
 from weakref import WeakSet
 
@@ -12,6 +13,10 @@ import torch
 from torch import Tensor
 
 from duoserve.kernels.recorder import Recorder, Recording, Result
+
+# PyTorch allows one capture at a time in a process, whatever the mode of its errors; workspaces of cuBLAS and the
+# garbage collector are the process's too.
+_ONE_CAPTURE = Lock()
 
 
 class CudaRecording(Recording[Result], Generic[Result]):
@@ -77,7 +82,7 @@ class CudaRecorder(Recorder):
     def _capture(self, graph: torch.cuda.CUDAGraph, work: Callable[[], Result]) -> Result:
         others = list(self._graphs)  # keeps the graphs alive, so that the pool does not end before this one is in it
         pool = others[0].pool() if others else torch.cuda.graph_pool_handle()
-        with _own_workspaces(), _nothing_collected():
+        with _ONE_CAPTURE, _own_workspaces(), _nothing_collected(), released_on_error(pool):
             torch.cuda.empty_cache()  # cached memory, also of the first run, cannot be released during a capture
             # Copy threads go on calling CUDA meanwhile, which the default mode would treat as an error of the capture.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -93,6 +98,23 @@ class CudaRecorder(Recorder):
     def wait(self) -> None:
         """As in Recorder; releases the GIL."""
         torch.cuda.current_stream(self._device).synchronize()
+
+
+@contextmanager
+def released_on_error(pool: tuple[int, int]) -> Iterator[None]:
+    """After an error inside, no capture is under way that takes memory from ``pool``, and none keeps it.
+
+    Otherwise PyTorch before 2.12 goes on as if one were, where CUDA finds the capture invalid, and then frees no cached
+    memory for those who ask for more (mended by its pull request 180395).
+    """
+    try:
+        yield
+    except BaseException:
+        if torch.__version__ < "2.12":
+            with suppress(RuntimeError):  # the capture has ended, and its graph releases the pool
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+                torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+        raise
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from duoserve.kernels.matmul import LEFT_ROWS, WIDEN_ELEMENTS, Products, power_of_two, streams_left
 from duoserve.kernels.reference_dequant import dense
-from duoserve.kernels.routing import RoutePlan
+from duoserve.kernels.routed_rows import RoutePlan
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights, Matrix
 
 # Products have whole tiles of rows: the library makes code for each number of rows, which takes longer than a product.

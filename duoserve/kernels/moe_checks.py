@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from duoserve.kernels.checks import check_contiguous, check_one_device, check_tensor, require
-from duoserve.kernels.routing import RoutePlan, Work
+from duoserve.kernels.routed_rows import RoutePlan, Work
 from duoserve.kernels.weights import FP8_BLOCK, INT4_GROUPS, MXFP4_GROUP, ClampedUp, ExpertFormat, ExpertWeights, Matrix
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

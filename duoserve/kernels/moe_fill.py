@@ -24,7 +24,7 @@ from duoserve.kernels.moe_bf12 import bytes_of_row
 from duoserve.kernels.moe_checks import check_clamped, check_operands, check_rows
 from duoserve.kernels.moe_gemm import compiled_for, product
 from duoserve.kernels.moe_store import clamp_operands, store_rows
-from duoserve.kernels.routing import RoutePlan, Work
+from duoserve.kernels.routed_rows import RoutePlan, Work
 from duoserve.kernels.weights import ClampedUp, ExpertFormat, ExpertWeights, Matrix
 
 MAX_TOKENS = MEDIUM  # more are a prefill, which has other work to hide its copies behind

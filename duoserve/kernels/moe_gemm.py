@@ -22,7 +22,7 @@ from duoserve.kernels.moe_bf12 import bf12_product
 from duoserve.kernels.moe_checks import check_clamped, check_operands, check_rows, tma_fits
 from duoserve.kernels.moe_store import clamp_operands, store_rows
 from duoserve.kernels.numerics import full_float32, interpreting, matrix_product, step_product
-from duoserve.kernels.routing import RoutePlan, Work
+from duoserve.kernels.routed_rows import RoutePlan, Work
 from duoserve.kernels.weights import ClampedUp, ExpertFormat, ExpertWeights, Matrix
 
 

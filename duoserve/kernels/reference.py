@@ -41,7 +41,7 @@ from duoserve.kernels.reference_small import (
     router_topk,
     write_rows,
 )
-from duoserve.kernels.routing import HostWork, RoutePlan, Work
+from duoserve.kernels.routed_rows import HostWork, RoutePlan, Work
 from duoserve.kernels.weights import ClampedUp, ExpertFormat, ExpertWeights, Matrix
 
 __all__ = [

@@ -80,10 +80,13 @@ def _of_one_query(q_1HD: Tensor, k_CGD: Tensor, v_CGD: Tensor, scale: float, sin
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """PyTorch's attention, [1, heads, tokens, D] each; on a GPU by one of WITHOUT_PLANS."""
+    """PyTorch's attention, [1, heads, tokens, D] each; on a GPU by one of WITHOUT_PLANS.
+
+    In float32 that is MATH: EFFICIENT_ATTENTION would make each product of three in TF32, which are less exact.
+    """
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, **options)
-    with _CHOICE, sdpa_kernel(WITHOUT_PLANS):
+    with _CHOICE, sdpa_kernel(SDPBackend.MATH if q.dtype is torch.float32 else WITHOUT_PLANS):
         return F.scaled_dot_product_attention(q, k, v, **options)
 
 

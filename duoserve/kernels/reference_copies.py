@@ -11,7 +11,7 @@ from torch import Tensor
 
 from duoserve.kernels import reference
 from duoserve.kernels.host_rows import HostRows, offset_in_row
-from duoserve.kernels.routing import HostWork, RoutePlan, Work
+from duoserve.kernels.routed_rows import HostWork, RoutePlan, Work
 from duoserve.kernels.weights import ClampedUp, ExpertWeights, Matrix
 
 ALL_BITS = 0xFF  # NaN in every float format, and in the scales of the others

@@ -10,8 +10,8 @@ from duoserve.kernels.moe_gemm import moe_down, moe_experts, moe_up
 from duoserve.kernels.moe_gemv import moe_gemv_down, moe_gemv_up
 from duoserve.kernels.norm import add_rms_norm, rms_norm
 from duoserve.kernels.rope import rope_write_kv
-from duoserve.kernels.route import route_plan
-from duoserve.kernels.router import router_topk
+from duoserve.kernels.route_sort import route_plan
+from duoserve.kernels.router_choice import router_topk
 
 __all__ = [
     "add_rms_norm",

@@ -6,12 +6,15 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 import bench_kernels
 from gpu import attention_ops, kernel_report, kernel_targets, kernel_worker, moe_paths, moe_shapes, small_ops
@@ -298,6 +301,31 @@ def test_the_pause_outlasts_a_launch_however_slow_the_host_is() -> None:
     slow = gpu_timing.Queued([lambda: time.sleep(1e-3)] * 20)
     assert slow.pause_cycles / gpu_timing.FASTEST_HZ > 20e-3
     assert gpu_timing.Queued([lambda: None] * 20).pause_cycles == gpu_timing.LONG_PAUSE_CYCLES
+
+
+@pytest.mark.parametrize(("version", "mended"), [("2.11.0+cu130", ["end", "release"]), ("2.12.0+cu130", [])])
+def test_steps_that_no_graph_can_hold_leave_no_capture_under_way(
+    version: str, mended: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, int, str]] = []
+
+    @contextmanager
+    def capture(graph: object, pool: str) -> Iterator[None]:
+        yield
+        raise RuntimeError("invalid capture")
+
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    for name in ("CUDAGraph", "current_stream", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(gpu_timing, "_warm_up_stream", MagicMock())
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *pool: calls.append(("end", *pool)))
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *pool: calls.append(("release", *pool)))
+    assert isinstance(gpu_timing.captured([lambda: None]), gpu_timing.Queued)
+    assert calls == [(call, 0, "pool") for call in mended]
 
 
 def test_steps_pass_the_cache_three_times() -> None:

@@ -27,8 +27,8 @@ from duoserve.kernels import (
     moe_gemv,
     norm,
     rope,
-    route,
-    router,
+    route_sort,
+    router_choice,
 )
 from duoserve.kernels.configs import (
     HUGE,
@@ -170,7 +170,7 @@ class Fill:
 
 
 def plan(tokens: int, top_k: int, experts: int) -> None:
-    route.route_plan(torch.empty(tokens, top_k, dtype=torch.int64), torch.empty(experts, dtype=torch.int32))
+    route_sort.route_plan(torch.empty(tokens, top_k, dtype=torch.int64), torch.empty(experts, dtype=torch.int32))
 
 
 def combined(dtype: torch.dtype, shared: bool) -> None:
@@ -201,7 +201,7 @@ def written(dtype: torch.dtype, width: int) -> None:
 
 def routed(experts: int, top_k: int, dtype: torch.dtype = BF16, bias: bool = False, **options: Any) -> None:
     bias_E = torch.empty(experts) if bias else None
-    router.router_topk(torch.empty(8, experts, dtype=dtype), top_k, bias_E=bias_E, **options)
+    router_choice.router_topk(torch.empty(8, experts, dtype=dtype), top_k, bias_E=bias_E, **options)
 
 
 def attended(

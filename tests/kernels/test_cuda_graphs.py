@@ -7,10 +7,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
+from threading import Event, Thread
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from duoserve.kernels.cuda_graphs import CudaRecorder
 
@@ -19,11 +21,15 @@ CLEAR = "_cuda_clearCublasWorkspaces"
 
 
 class FakeGraph:
-    """As PyTorch's: a capture in which something was raised is not valid, and a pool without graphs has ended."""
+    """As PyTorch's: a capture in which something was raised is not valid, and a pool without graphs has ended.
+
+    Before 2.12 PyTorch goes on as if a capture that is not valid were under way, and keeps its pool.
+    """
 
     captures = True  # whether what is captured is valid
     cached = False  # whether memory that the device has is kept from others for the next who asks
     alive: dict[int, int]  # how many graphs each pool has
+    under_way: set[int]  # the pools that captures take memory from
     calls: list[str]  # what was called, in order
     handle: int | None = None
 
@@ -35,17 +41,22 @@ class FakeGraph:
             raise RuntimeError("the pool has ended")
         self.handle = pool
         self.alive[pool] = self.alive.get(pool, 0) + 1
+        self.under_way.add(pool)
 
     def capture_end(self) -> None:
         self.calls.append("end")
+        pool = self.pool()
         if not self.captures:
-            self.__del__()
+            self.handle = None
+            if torch.__version__ >= "2.12":
+                end_allocating(0, pool)
+                release_pool(0, pool)
             raise RuntimeError("invalid capture")
+        end_allocating(0, pool)
 
     def __del__(self) -> None:
         if self.handle is not None:
-            self.alive[self.handle] -= 1
-            self.handle = None
+            release_pool(0, self.handle)
 
     def pool(self) -> int:
         assert self.handle is not None
@@ -53,6 +64,16 @@ class FakeGraph:
 
     def replay(self) -> None:
         pass
+
+
+def end_allocating(device: int, pool: int) -> None:
+    if pool not in FakeGraph.under_way:
+        raise RuntimeError("not currently recording")
+    FakeGraph.under_way.remove(pool)
+
+
+def release_pool(device: int, pool: int) -> None:
+    FakeGraph.alive[pool] -= 1
 
 
 def emptied() -> None:
@@ -66,24 +87,30 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> CudaRecorder:
     monkeypatch.setattr(FakeGraph, "captures", True)
     monkeypatch.setattr(FakeGraph, "cached", False)
     monkeypatch.setattr(FakeGraph, "alive", {}, raising=False)
+    monkeypatch.setattr(FakeGraph, "under_way", set(), raising=False)
     monkeypatch.setattr(FakeGraph, "calls", [], raising=False)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "empty_cache", emptied)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocating)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", release_pool)
     monkeypatch.setattr(torch._C, CLEAR, lambda: FakeGraph.calls.append("clear"), raising=False)  # not in a CPU's torch
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     return CudaRecorder(DEVICE)
 
 
-def failing_when_captured(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> Callable[[], int]:
-    """Work whose first run is a success."""
+def failing_when_captured(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None, *, valid: bool = False
+) -> Callable[[], int]:
+    """Work whose first run is a success; whether the capture of its second is ``valid`` nonetheless."""
     runs = count()
 
     def work() -> int:
         if next(runs) == 1:
-            monkeypatch.setattr(FakeGraph, "captures", False)
+            monkeypatch.setattr(FakeGraph, "captures", valid)
             if error is not None:
                 raise error
         return 3
@@ -102,6 +129,20 @@ def test_what_fails_says_why_and_the_next_one_succeeds(
     monkeypatch.setattr(FakeGraph, "captures", True)
     kept += [recorder.record(lambda: 2) for _ in range(2)]
     assert [recording.result for recording in kept] == [1] * recorded + [2, 2]
+
+
+@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.12.0+cu130"])
+@pytest.mark.parametrize("valid", [True, False])
+def test_a_failed_capture_is_not_under_way_and_keeps_no_memory(
+    recorder: CudaRecorder, version: str, valid: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    kept = recorder.record(lambda: 1)
+    with pytest.raises(ValueError, match="why"):
+        recorder.record(failing_when_captured(monkeypatch, ValueError("why"), valid=valid))
+    gc.collect()  # the error has the graph
+    assert FakeGraph.under_way == set() and FakeGraph.alive == {0: 1}
+    assert kept.result == 1
 
 
 @pytest.mark.parametrize("failing_run", [0, 1])
@@ -158,6 +199,28 @@ def test_nothing_is_collected_during_a_capture(recorder: CudaRecorder, error: Ex
     with pytest.raises(ValueError, match="why") if error else nullcontext():
         recorder.record(work)
     assert collects == [True, False] and gc.isenabled()
+
+
+def test_no_other_thread_captures_at_the_same_time(recorder: CudaRecorder) -> None:
+    """It would begin to collect garbage when the first has ended, and let go of the workspaces of the other."""
+    runs, first_run, captured = count(), Event(), Event()
+    said = iter([first_run, captured])
+
+    def work_beside() -> None:
+        next(said).set()
+
+    beside = Thread(target=CudaRecorder(DEVICE).record, args=(work_beside,))
+
+    def work() -> bool:
+        if next(runs) == 0:
+            return False
+        beside.start()
+        assert first_run.wait(10.0)
+        return captured.wait(0.2)
+
+    together = recorder.record(work).result
+    beside.join(10.0)
+    assert not together and captured.is_set()
 
 
 @pytest.mark.parametrize("error", [None, ValueError("why")])

@@ -26,11 +26,3 @@ def test_all_rates_of_a_cpu_are_measured(tmp_path: Path, monkeypatch: pytest.Mon
     assert found.keys() == set(RATES)
     assert all(isinstance(rate, float) and rate > 0 for rate in found.values())
     assert found["layer_overhead_s"] < 1
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_all_rates_of_a_gpu_are_measured(tmp_path: Path) -> None:
-    found = measure(torch.device("cuda", 0), tmp_path)
-    assert found.keys() == set(RATES)
-    assert found["memory"] > found["link"] > 1e9

@@ -18,7 +18,7 @@ from duoserve import kernels
 from duoserve.kernels import reference
 from duoserve.kernels.attention_together import decode_attention_together
 from duoserve.kernels.compiled.streamed import streamed_product
-from duoserve.kernels.routing import HostWork, RoutePlan
+from duoserve.kernels.routed_rows import HostWork, RoutePlan
 
 
 class TracedOps(TorchFunctionMode):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duoserve.errors import KernelError
-from duoserve.kernels import DeviceWork, HostWork, RoutePlan, by_demand, reference, route
+from duoserve.kernels import DeviceWork, HostWork, RoutePlan, by_demand, reference, route_sort
 from tests.kernels.common import DEVICE
 
 
@@ -70,7 +70,7 @@ def test_the_twin_is_the_definition(routing: tuple[torch.Tensor, torch.Tensor]) 
 @settings(max_examples=60, deadline=None)
 def test_one_launch_equals_the_twin(routing: tuple[torch.Tensor, torch.Tensor]) -> None:
     ids, slots = routing
-    assert_same_plan(route.route_plan(ids.to(DEVICE), slots.to(DEVICE)), reference.route_plan(ids, slots))
+    assert_same_plan(route_sort.route_plan(ids.to(DEVICE), slots.to(DEVICE)), reference.route_plan(ids, slots))
 
 
 @given(routing=routings(max_tokens=300))
@@ -79,7 +79,7 @@ def test_blocks_equal_the_twin(routing: tuple[torch.Tensor, torch.Tensor]) -> No
     ids, slots = routing
     order, starts = slots.new_empty(ids.numel()).to(DEVICE), slots.new_empty(len(slots) + 1).to(DEVICE)
     lists = slots.new_empty(2, 3, len(slots)).to(DEVICE)
-    route._plan_large(ids.to(DEVICE), slots.to(DEVICE), order, starts, lists)
+    route_sort._plan_large(ids.to(DEVICE), slots.to(DEVICE), order, starts, lists)
     resident, missing = (DeviceWork(row[0], row[1], row[2, :1]) for row in lists)
     assert_same_plan(RoutePlan(order, starts, resident, missing, ids.shape[1]), reference.route_plan(ids, slots))
 
@@ -87,8 +87,8 @@ def test_blocks_equal_the_twin(routing: tuple[torch.Tensor, torch.Tensor]) -> No
 def test_a_long_prompt_takes_the_blocks() -> None:
     ids = torch.rand(90, 32).argsort(dim=1)[:, :8].contiguous()
     slots = torch.arange(32, dtype=torch.int32)
-    assert ids.numel() > route.SMALL_ROWS
-    assert_same_plan(route.route_plan(ids.to(DEVICE), slots.to(DEVICE)), reference.route_plan(ids, slots))
+    assert ids.numel() > route_sort.SMALL_ROWS
+    assert_same_plan(route_sort.route_plan(ids.to(DEVICE), slots.to(DEVICE)), reference.route_plan(ids, slots))
 
 
 def test_work_of_pairs_ascends() -> None:
@@ -128,4 +128,4 @@ def test_a_list_goes_to_a_gpu_from_pinned_memory_and_nobody_waits(monkeypatch: p
 )
 def test_wrong_operands_are_refused(ids: torch.Tensor, slots: torch.Tensor, message: str) -> None:
     with pytest.raises(KernelError, match=message):
-        route.route_plan(ids, slots)
+        route_sort.route_plan(ids, slots)

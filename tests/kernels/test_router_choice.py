@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from duoserve.errors import KernelError
 from duoserve.kernels import reference_small as reference
-from duoserve.kernels.router import router_topk
+from duoserve.kernels.router_choice import router_topk
 from tests.kernels.common import DEVICE, DTYPES, assert_close, assert_same_bits
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from duoserve.kernels.checks import check_contiguous, check_one_device, check_tensor, require
 from duoserve.kernels.limits import MAX_EXPERTS
-from duoserve.kernels.routing import DeviceWork, RoutePlan
+from duoserve.kernels.routed_rows import DeviceWork, RoutePlan
 
 # One CTA sorts up to this many rows by comparing each with all: 2 us of compares at 512. More rows go in blocks.
 SMALL_ROWS = 512
