@@ -53,6 +53,7 @@ ROWS = (
     Row("duoserve resident int8", "duoserve, compiled, experts in int8", IN_RAM, None),
     Row("duoserve resident int4", "duoserve, compiled, experts in int4", IN_RAM, None, in_table=False),
     Row("llama.cpp q8_0", "llama.cpp, q8_0", IN_RAM, None),
+    Row("llama.cpp q4_0", "llama.cpp, q4_0", IN_RAM, None, in_table=False),
     Row("transformers float32", "transformers, weights as float32", TWICE, None, in_table=False),
     Row("duoserve lru", "duoserve, op by op, `lru`", QUARTER, "disk_decode_io_s"),
     Row(OURS_POLICY, "duoserve, compiled, with a predictor", QUARTER, decode_io(OURS_POLICY)),

@@ -11,7 +11,7 @@ import numpy as np
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-F32, Q8_0, BF16 = 0, 8, 30
+F32, Q4_0, Q8_0, BF16 = 0, 2, 8, 30
 
 
 @dataclass
@@ -75,6 +75,10 @@ class _Reader:
         if kind == BF16:
             high = np.frombuffer(self.data, "<u2", count, at).astype("<u4")
             return (high << 16).view("<f4").reshape(shape)
-        assert kind == Q8_0
-        blocks = np.frombuffer(self.data, np.dtype([("scale", "<f2"), ("codes", "i1", 32)]), count // 32, at)
-        return (blocks["scale"].astype("f4")[:, None] * blocks["codes"]).reshape(shape)
+        assert kind in (Q4_0, Q8_0)
+        codes = ("codes", "u1", 16) if kind == Q4_0 else ("codes", "i1", 32)
+        blocks = np.frombuffer(self.data, np.dtype([("scale", "<f2"), codes]), count // 32, at)
+        found = blocks["codes"].astype("i4")
+        if kind == Q4_0:
+            found = np.concatenate([found % 16, found // 16], axis=1) - 8
+        return (blocks["scale"].astype("f4")[:, None] * found).reshape(shape)

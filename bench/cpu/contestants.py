@@ -106,7 +106,7 @@ def resident_contestants(run: Run) -> list[Contestant]:
         Contestant(cpu_rows.BF12, "duoserve", ours | {"decode_mode": "compiled", "quantize": "bf12"}),
         *(
             Contestant(name, "xllamacpp", run.llama_options(kind))
-            for name, kind in ((cpu_rows.LLAMA, "bf16"), (cpu_rows.LLAMA_Q8, "q8_0"))
+            for name, kind in ((cpu_rows.LLAMA, "bf16"), (cpu_rows.LLAMA_Q8, "q8_0"), (cpu_rows.LLAMA_Q4, "q4_0"))
         ),
         *(
             Contestant(f"transformers {way}", "transformers", {"implementation": way})

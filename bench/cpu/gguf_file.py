@@ -1,6 +1,7 @@
 """Files in GGUF, version 3, for llama.cpp: typed metadata, the directory of the tensors, and their aligned bytes.
 
-Tensors are bf16, f32 or q8_0: blocks of 32 weights along a row, each block a float16 scale before 32 signed bytes.
+Tensors are bf16, f32, or blocks of 32 weights along a row, each block a float16 scale before its codes: 32 signed
+bytes in q8_0, in q4_0 16 bytes that hold four bits of two weights each.
 
 R rows, C columns, B blocks.
 """
@@ -19,7 +20,8 @@ from torch import Tensor
 
 VERSION = 3
 ALIGNMENT = 32  # the format's default: no key says so
-Q8_BLOCK, Q8_BLOCK_BYTES, Q8_LARGEST = 32, 34, 127
+BLOCK, Q4_BLOCK_BYTES, Q8_BLOCK_BYTES = 32, 18, 34
+Q4_ZERO, Q4_MOST, Q8_LARGEST = 8, 15, 127
 UINT32, INT32, FLOAT32, STRING, ARRAY = 4, 5, 6, 8, 9  # the types of metadata that are written here
 
 Value = int | float | str | Sequence[str] | Sequence[int] | Sequence[float]
@@ -29,13 +31,14 @@ class Kind(IntEnum):
     """How a tensor's weights are stored, by the format's numbers."""
 
     F32 = 0
+    Q4_0 = 2
     Q8_0 = 8
     BF16 = 30
 
     def size(self, numel: int) -> int:
         """Bytes of ``numel`` weights."""
-        if self is Kind.Q8_0:
-            return numel // Q8_BLOCK * Q8_BLOCK_BYTES
+        if self in QUANTIZERS:
+            return numel // BLOCK * (Q4_BLOCK_BYTES if self is Kind.Q4_0 else Q8_BLOCK_BYTES)
         return numel * (4 if self is Kind.F32 else 2)
 
 
@@ -80,8 +83,8 @@ def encoded(entry: Entry) -> bytes:
     tensor = entry.read().contiguous()
     if tensor.shape != entry.shape:
         raise ValueError(f"{entry.name} is {tuple(tensor.shape)}, not {entry.shape}")
-    if entry.kind is Kind.Q8_0:
-        return q8_0(tensor.reshape(-1, tensor.shape[-1]))
+    if entry.kind in QUANTIZERS:
+        return QUANTIZERS[entry.kind](tensor.reshape(-1, tensor.shape[-1]))
     dtype = torch.float32 if entry.kind is Kind.F32 else torch.bfloat16
     return _bytes(tensor.to(dtype))
 
@@ -92,13 +95,38 @@ def q8_0(weights_RC: Tensor) -> bytes:
     A block's scale takes its largest weight to 127; the codes are rounded by the scale before it is cut to float16,
     half away from zero, as llama.cpp does.
     """
-    if weights_RC.shape[-1] % Q8_BLOCK:
-        raise ValueError(f"rows of {weights_RC.shape[-1]} weights are no blocks of {Q8_BLOCK}")
-    blocks_BC = weights_RC.float().reshape(-1, Q8_BLOCK)
+    blocks_BC = _blocks(weights_RC)
     scales_B1 = blocks_BC.abs().amax(dim=1, keepdim=True) / Q8_LARGEST
-    scaled_BC = torch.where(scales_B1 > 0, blocks_BC / scales_B1, 0.0)
+    scaled_BC = _scaled(blocks_BC, scales_B1)
     codes_BC = (scaled_BC.abs() + 0.5).floor().copysign(scaled_BC).to(torch.int8)
     return _bytes(torch.cat([scales_B1.half().view(torch.int8), codes_BC], dim=1))
+
+
+def q4_0(weights_RC: Tensor) -> bytes:
+    """The blocks, row by row; ValueError where a row is no whole number of blocks.
+
+    A block's scale takes the weight that is largest, whatever its sign, to code 0, and zero to code 8, half rounded up.
+    Byte n has the code of weight n in its lower bits, and that of weight n + 16 in its upper bits. As llama.cpp does.
+    """
+    blocks_BC = _blocks(weights_RC)
+    largest_B1 = blocks_BC.gather(1, blocks_BC.abs().argmax(dim=1, keepdim=True))
+    scales_B1 = largest_B1 / -Q4_ZERO
+    codes_BC = (_scaled(blocks_BC, scales_B1) + Q4_ZERO + 0.5).floor().clamp(max=Q4_MOST).to(torch.uint8)
+    low_BC, high_BC = codes_BC.chunk(2, dim=1)
+    return _bytes(torch.cat([scales_B1.half().view(torch.uint8), low_BC | high_BC << 4], dim=1))
+
+
+QUANTIZERS = {Kind.Q4_0: q4_0, Kind.Q8_0: q8_0}
+
+
+def _blocks(weights_RC: Tensor) -> Tensor:
+    if weights_RC.shape[-1] % BLOCK:
+        raise ValueError(f"rows of {weights_RC.shape[-1]} weights are no blocks of {BLOCK}")
+    return weights_RC.float().reshape(-1, BLOCK)
+
+
+def _scaled(blocks_BC: Tensor, scales_B1: Tensor) -> Tensor:
+    return torch.where(scales_B1 == 0, 0.0, blocks_BC / scales_B1)
 
 
 def _bytes(tensor: Tensor) -> bytes:

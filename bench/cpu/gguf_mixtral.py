@@ -1,7 +1,8 @@
-"""A Mixtral checkpoint as GGUF: ``PYTHONPATH=bench python -m cpu.gguf_mixtral bf16|q8_0 CHECKPOINT OUT.gguf``.
+"""A Mixtral checkpoint as GGUF: ``PYTHONPATH=bench python -m cpu.gguf_mixtral bf16|q8_0|q4_0 CHECKPOINT OUT.gguf``.
 
 The names, the merged experts and the order of the rows are those that llama.cpp's architecture "llama" reads. In q8_0
-every matrix is quantized but the routers, as llama.cpp's own tool does; norms are float32 always.
+every matrix is quantized but the routers, as llama.cpp's own tool does, and in q4_0 too, where that tool would leave
+the output in more bits; norms are float32 always.
 
 E experts, H hidden, I expert intermediate, N output features.
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from cpu.gguf_file import Entry, Kind, Value, write
 
-FILE_TYPES = {Kind.BF16: 32, Kind.Q8_0: 7}  # llama.cpp's numbers for files that are mostly of one kind
+FILE_TYPES = {Kind.BF16: 32, Kind.Q8_0: 7, Kind.Q4_0: 2}  # llama.cpp's numbers for files that are mostly of one kind
 NORMAL_TOKEN = 1  # of all tokens, special ones too: every token must have text, or a stream has no piece for it
 
 

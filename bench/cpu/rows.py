@@ -19,14 +19,15 @@ OURS_QUANTIZED = {"int8": "duoserve resident int8", "int4": "duoserve resident i
 PEERS = ("transformers grouped_mm", "transformers eager")
 PEER_DISK, PEER_DISK_WARM = "accelerate cold", "accelerate warm"
 PEER_DISK_EQUAL = "accelerate cold, a quarter in RAM"
-LLAMA, LLAMA_Q8, LLAMA_DISK = "llama.cpp bf16", "llama.cpp q8_0", "llama.cpp bf16, mapped"
-LLAMAS = (LLAMA, LLAMA_Q8, LLAMA_DISK)
+LLAMA, LLAMA_DISK = "llama.cpp bf16", "llama.cpp bf16, mapped"
+LLAMA_Q8, LLAMA_Q4 = "llama.cpp q8_0", "llama.cpp q4_0"
+LLAMAS = (LLAMA, LLAMA_Q8, LLAMA_Q4, LLAMA_DISK)
 REFERENCE = "transformers float32"
 ON_DEMAND, LAYER_PREFETCH = "duoserve on-demand", "duoserve layer-prefetch"
 OP_BY_OP = (OURS, OURS_DISK, ON_DEMAND, LAYER_PREFETCH)  # of duoserve's rows; the others are compiled
 # What a quick run leaves out, for it checks the bench: each is set up as another but for a number, a name or a format.
 QUICK_WITHOUT = frozenset(
-    {OURS_QUANTIZED["int4"], BF12, BF12_POLICY, BF12_EQUAL}
+    {OURS_QUANTIZED["int4"], LLAMA_Q4, BF12, BF12_POLICY, BF12_EQUAL}
     | {PEERS[1], PEER_DISK_EQUAL, PEER_DISK_WARM, LAYER_PREFETCH}
 )
 # Compiled decode steps make their sums in another order, and quantized experts are others: by engine, whose first round

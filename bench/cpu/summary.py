@@ -22,6 +22,7 @@ from cpu.rows import (
     COMPILED,
     LLAMA,
     LLAMA_DISK,
+    LLAMA_Q4,
     LLAMA_Q8,
     OURS,
     OURS_DISK,
@@ -115,7 +116,8 @@ def rates(shape: Shape, rounds: Sequence[Round]) -> dict[str, Any]:
 def ratios(resident: Rounds, disk: Rounds) -> list[dict[str, Any]]:
     """Speed of ours over theirs, by pairs of rounds; only of what was measured."""
     pairs = [(ours, peer, resident) for ours in (OURS, COMPILED, BF12) for peer in (*PEERS, REFERENCE, LLAMA)]
-    pairs += [(ours, LLAMA_Q8, resident) for ours in OURS_QUANTIZED.values()]
+    int8, int4 = (OURS_QUANTIZED[format] for format in ("int8", "int4"))
+    pairs += [(int8, LLAMA_Q8, resident), (int4, LLAMA_Q8, resident), (int4, LLAMA_Q4, resident)]
     peers = (PEER_DISK, PEER_DISK_EQUAL, PEER_DISK_WARM, LLAMA_DISK)
     pairs += [(ours, peer, disk) for ours in (OURS_DISK, *POLICIES) for peer in peers]
     return [

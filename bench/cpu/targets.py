@@ -12,6 +12,7 @@ from cpu.rows import (
     COMPILED,
     LLAMA,
     LLAMA_DISK,
+    LLAMA_Q4,
     LLAMA_Q8,
     OURS,
     OURS_DISK,
@@ -35,13 +36,14 @@ MEMORY_ALLOWANCE_MB = 200.0
 def targets(shape: Shape, raw: dict[str, Any], bounds: dict[str, float]) -> list[Target]:
     """All of them; what was not measured has no value."""
     resident, disk = raw["rounds"]["resident"], raw["rounds"]["disk"]
-    int8 = OURS_QUANTIZED["int8"]
+    int8, int4 = (OURS_QUANTIZED[format] for format in ("int8", "int4"))
     return [
         _ratio("resident prefill / transformers' best", 1.0, resident, COMPILED, PEERS, ttfts),
         _ratio("resident decode / transformers' best", 2.0, resident, COMPILED, PEERS, tpots),
         _ratio("resident prefill / llama.cpp's", 4.0, resident, COMPILED, [LLAMA], ttfts),
         _ratio("resident decode / llama.cpp's", 1.2, resident, COMPILED, [LLAMA], tpots),
         _ratio("int8 decode / llama.cpp's in q8_0", 1.0, resident, int8, [LLAMA_Q8], tpots),
+        _ratio("int4 decode / llama.cpp's in q4_0", 1.0, resident, int4, [LLAMA_Q4], tpots),
         *_from_disk(shape, raw, bounds, BF12_POLICY, "a quarter of the experts"),
         *_from_disk(shape, raw, bounds, BF12_EQUAL, "bf12 in a quarter's memory"),
         *_from_disk(shape, raw, bounds, OURS_POLICY, "a quarter in bfloat16"),

@@ -1,4 +1,4 @@
-"""GGUF files of the bench: what an independent reader finds and computes, and what rounding to q8_0 costs.
+"""GGUF files of the bench: what an independent reader finds and computes, and what rounding to q8_0 and q4_0 costs.
 
 T tokens, H hidden, D of a head, V vocabulary.
 """
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from cpu import gguf_mixtral
-from cpu.gguf_file import Entry, Kind, q8_0, write
+from cpu.gguf_file import Entry, Kind, q4_0, q8_0, write
 from tests.checkpoints import reference_logits, save_mixtral
-from tests.gguf_reader import BF16, F32, Q8_0, GgufFile, read_gguf
+from tests.gguf_reader import BF16, F32, Q4_0, Q8_0, GgufFile, read_gguf
 
 LAYERS, HEADS, KV_HEADS, TOP_K = 3, 4, 2, 2
 
@@ -80,13 +80,14 @@ def experts(file: GgufFile, block: dict[str, torch.Tensor], x_TH: torch.Tensor) 
     return out_TH
 
 
-def as_rounded(checkpoint: Path, folder: Path) -> Path:
-    """The same checkpoint, in float32, with every matrix but the routers as blocks of q8_0 have it."""
+def as_rounded(checkpoint: Path, folder: Path, kind: Kind) -> Path:
+    """The same checkpoint, in float32, with every matrix but the routers as blocks of ``kind`` have it."""
+    through = through_q8_0 if kind is Kind.Q8_0 else through_q4_0
     folder.mkdir()
     shutil.copy(checkpoint / "config.json", folder)
     tensors = load_file(checkpoint / "model.safetensors")
     kept = {name for name in tensors if "norm" in name or name.endswith("gate.weight")}
-    rounded = {name: w.float() if name in kept else through_q8_0(w.float()) for name, w in tensors.items()}
+    rounded = {name: w.float() if name in kept else through(w.float()) for name, w in tensors.items()}
     save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -98,13 +99,21 @@ def through_q8_0(w: torch.Tensor) -> torch.Tensor:
     return (codes * scales.half().float()).view(w.shape)
 
 
+def through_q4_0(w: torch.Tensor) -> torch.Tensor:
+    blocks = w.reshape(-1, 32)
+    high, low = blocks.amax(1, keepdim=True), blocks.amin(1, keepdim=True)
+    scales = torch.where(high > -low, high, low) / -8  # the largest weight gets the code -8
+    codes = (blocks / scales + 8.5).floor().clamp(0, 15) - 8
+    return (codes * scales.half().float()).view(w.shape)
+
+
 def test_a_file_is_computed_to_transformers_logits(
     converted: tuple[Kind, GgufFile], checkpoint: Path, tmp_path: Path
 ) -> None:
     kind, file = converted
     token_ids = [5, 17, 3, 88, 41, 5, 60, 2]
     expected_TV = reference_logits(
-        checkpoint if kind is Kind.BF16 else as_rounded(checkpoint, tmp_path / "rounded"), token_ids
+        checkpoint if kind is Kind.BF16 else as_rounded(checkpoint, tmp_path / "rounded", kind), token_ids
     )
     errors_T = (llama_logits(file, token_ids) - expected_TV).norm(dim=-1) / expected_TV.norm(dim=-1)
     assert errors_T.max() < 1e-4
@@ -116,19 +125,22 @@ def test_kinds_shapes_and_order(converted: tuple[Kind, GgufFile], checkpoint: Pa
     assert len(file.tensors) == 3 + LAYERS * 10
     for name, (stored, array) in file.tensors.items():
         is_float = "norm" in name or "gate_inp" in name
-        assert stored == (F32 if is_float else {Kind.BF16: BF16, Kind.Q8_0: Q8_0}[kind]), name
+        assert stored == (F32 if is_float else {Kind.BF16: BF16, Kind.Q8_0: Q8_0, Kind.Q4_0: Q4_0}[kind]), name
         assert array.size and np.isfinite(array).all()
     down = file.tensors["blk.1.ffn_down_exps.weight"][1]
     expert = source["model.layers.1.block_sparse_moe.experts.6.w2.weight"].float().numpy()
     assert down.shape == (8, *expert.shape)
-    assert np.abs(down[6] - expert).max() <= (0 if kind is Kind.BF16 else np.abs(expert).max() / 127)
+    assert (
+        np.abs(down[6] - expert).max()
+        <= np.abs(expert).max() * {Kind.BF16: 0, Kind.Q8_0: 1 / 127, Kind.Q4_0: 1 / 8}[kind]
+    )
 
 
 def test_metadata(converted: tuple[Kind, GgufFile]) -> None:
     kind, file = converted
     found = file.metadata
     assert file.version == 3 and found["general.architecture"] == "llama"
-    assert found["general.file_type"] == (32 if kind is Kind.BF16 else 7)
+    assert found["general.file_type"] == {Kind.BF16: 32, Kind.Q8_0: 7, Kind.Q4_0: 2}[kind]
     assert (found["llama.attention.head_count"], found["llama.attention.head_count_kv"]) == (HEADS, KV_HEADS)
     assert (found["llama.expert_count"], found["llama.expert_used_count"]) == (8, TOP_K)
     assert found["llama.rope.freq_base"] == 10000.0
@@ -158,9 +170,21 @@ def test_q8_0_of_known_weights() -> None:
     assert len(data) == 34
 
 
+def test_q4_0_of_known_weights() -> None:
+    weights = torch.zeros(1, 32)
+    weights[0, :3], weights[0, 16:19] = torch.tensor([-8.0, 8.0, 2.5]), torch.tensor([1.0, -2.6, 6.0])  # the scale is 1
+    data = q4_0(weights)
+    assert np.frombuffer(data, "<f2", 1)[0] == 1.0
+    low, high = (0, 15, 11), (9, 5, 14)  # half goes up, and 8 is one more than there are codes for
+    assert np.frombuffer(data, "u1", 4, 2).tolist() == [a | b << 4 for a, b in zip((*low, 8), (*high, 8), strict=True)]
+    assert len(data) == 18
+    assert np.frombuffer(q4_0(-weights), "<f2", 1)[0] == -1.0  # of -8 and 8 the first counts
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="48 weights"):
-        q8_0(torch.zeros(2, 48))
+    for quantized in (q8_0, q4_0):
+        with pytest.raises(ValueError, match="48 weights"):
+            quantized(torch.zeros(2, 48))
     with pytest.raises(ValueError, match=r"w is \(4, 32\), not \(32, 4\)"):
         write(tmp_path / "w.gguf", {}, [Entry("w", (32, 4), Kind.F32, lambda: torch.zeros(4, 32))])
 

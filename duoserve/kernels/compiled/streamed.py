@@ -58,9 +58,10 @@ def streamed_int4_product(words_NW: Tensor, scales_GN: Tensor, zeros_GN: Tensor,
     """
     num_groups = len(scales_GN)
     x_8GL, sums_G = _by_place(x_K, num_groups), x_K.float().view(num_groups, -1).sum(-1)
-    parts = zip(_side_by_side(words_NW), _side_by_side(scales_GN.T), strict=True)
+    scales_NG = laid_down(scales_GN.float().T.contiguous())  # turned once, and not a number at a time
+    parts = zip(_side_by_side(words_NW), _side_by_side(scales_NG), strict=True)
     products = [
-        _scaled_sums(words_RW.unflatten(1, (num_groups, -1)), scales_RG.float(), x_8GL) for words_RW, scales_RG in parts
+        _scaled_sums(words_RW.unflatten(1, (num_groups, -1)), scales_RG, x_8GL) for words_RW, scales_RG in parts
     ]
     return torch.cat(products) - (zeros_GN.float() * scales_GN.float() * sums_G[:, None]).sum(0)
 
