@@ -12,6 +12,7 @@ from duoserve.config import EngineConfig, ModelConfig
 from duoserve.deciding import Decision, decide, named_policy
 from duoserve.engine import Engine
 from duoserve.experts.budget import MemoryPlan
+from duoserve.experts.host_cores import warn_of_excess_threads
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.kernels import Products
@@ -90,6 +91,8 @@ def load(  # noqa: PLR0913
         if template is not None:
             resources.callback(template.close)
         place = Placement.of(found, wanted)
+        if place.device.type == "cpu":
+            warn_of_excess_threads()
         # Before the plan: compiled steps take memory, and so does the compiler that is tried.
         wanted = replace(wanted, decode_mode=resolve_mode(wanted.decode_mode, place.device))
         decision = decide(place, wanted, named, predictor, cache_dir)
