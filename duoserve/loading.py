@@ -27,6 +27,7 @@ from duoserve.models.opened import opened
 from duoserve.models.tap import RoutingTap
 from duoserve.models.transformer import Transformer
 from duoserve.models.variants import with_products
+from duoserve.openmp import ending_team
 from duoserve.out_of_memory import explained_refusals
 from duoserve.passes import Passes, StepRunner
 from duoserve.placement import Placement
@@ -85,7 +86,7 @@ def load(  # noqa: PLR0913
     MemoryBudgetError for memory that the plan cannot have, or that is refused when it is carried out.
     """
     named = named_policy(policy)
-    with as_in_new_thread(), ExitStack() as resources:
+    with as_in_new_thread(), ending_team(), ExitStack() as resources:
         found = resources.enter_context(opened(model))
         tokenizer, template = Tokenizer.load(found.checkpoint.folder), ChatTemplate.load(found.checkpoint.folder)
         if template is not None:
