@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 FLOORS = """
-F0  errors  shared_errors  out_of_memory  callers  torch_modes  number_checks  byte_sizes  files/__init__
-    files/positional  files/whole  files/strict_json  architecture  config  timeline  metrics
+F0  errors  shared_errors  out_of_memory  callers  torch_modes  openmp  number_checks  byte_sizes
+    files/__init__  files/positional  files/whole  files/strict_json  architecture  config  timeline  metrics
 F1  kernels/checks  kernels/limits  kernels/matmul  kernels/bf12  kernels/weights  kernels/host_rows
     kernels/routed_rows  kernels/paging  kernels/reference_dequant  kernels/reference_codes  kernels/reference_small
     kernels/reference_attention  kernels/experts_together  kernels/reference  kernels/reference_copies
@@ -36,9 +36,9 @@ F2  experts/__init__  experts/safetensors_header  experts/shards  experts/hub  e
     experts/formats/scratch  experts/formats/codes  experts/formats/fp8  experts/formats/int4
     experts/formats/lanes  experts/formats/awq  experts/formats/gptq  experts/formats/mxfp4  experts/formats/bf12
     experts/formats/expert_row  experts/formats/reading  experts/pack_folder  experts/packing  experts/scale_search
-    experts/quantizing  experts/host_ram  experts/device  experts/budget  experts/disk_store  experts/slots
-    experts/tickets  experts/copy_engine  experts/virtual  experts/streams  experts/cuda_streams
-    experts/lane_marks  experts/lane_copies  experts/stream_engine
+    experts/quantizing  experts/control_groups  experts/host_ram  experts/host_cores  experts/device
+    experts/budget  experts/disk_store  experts/slots  experts/tickets  experts/copy_engine  experts/virtual
+    experts/streams  experts/cuda_streams  experts/lane_marks  experts/lane_copies  experts/stream_engine
 F3  scheduling/__init__  scheduling/source  scheduling/routing  scheduling/predictor  scheduling/plan
     scheduling/prefill  scheduling/decode  scheduling/ranking  scheduling/eviction  scheduling/ghost
     scheduling/guard  scheduling/policies  scheduling/account  scheduling/link_budget  scheduling/foresight

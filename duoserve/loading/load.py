@@ -11,6 +11,7 @@ from pathlib import Path
 from duoserve.config import EngineConfig, ModelConfig
 from duoserve.engine import Engine
 from duoserve.experts.budget import MemoryPlan
+from duoserve.experts.host_cores import warn_of_excess_threads
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.kernels import Products
@@ -28,6 +29,7 @@ from duoserve.models.opened import opened
 from duoserve.models.tap import RoutingTap
 from duoserve.models.transformer import Transformer
 from duoserve.models.variants import with_products
+from duoserve.openmp import ending_team
 from duoserve.out_of_memory import explained_refusals
 from duoserve.passes import Passes, StepRunner
 from duoserve.scheduling.policies import Policy
@@ -84,12 +86,14 @@ def load(  # noqa: PLR0913
     MemoryBudgetError for memory that the plan cannot have, or that is refused when it is carried out.
     """
     named = named_policy(policy)
-    with as_in_new_thread(), ExitStack() as resources:
+    with as_in_new_thread(), ending_team(), ExitStack() as resources:
         found = resources.enter_context(opened(model))
         tokenizer, template = Tokenizer.load(found.checkpoint.folder), ChatTemplate.load(found.checkpoint.folder)
         if template is not None:
             resources.callback(template.close)
         place = Placement.of(found, wanted)
+        if place.device.type == "cpu":
+            warn_of_excess_threads()
         # Before the plan: compiled steps take memory, and so does the compiler that is tried.
         wanted = replace(wanted, decode_mode=resolve_mode(wanted.decode_mode, place.device))
         decision = decide(place, wanted, named, predictor, cache_dir)

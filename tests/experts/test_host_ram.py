@@ -7,21 +7,12 @@ from pathlib import Path
 import pytest
 
 from duoserve.experts.host_ram import available_bytes
-
-GIB = 1 << 30
+from tests.experts.kernel_files import GIB, in_no_group, write
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A machine with 20 GiB available, and a process in no group with a limit."""
-    write(tmp_path / "proc/meminfo", f"MemTotal: {24 << 20} kB\nMemAvailable:   {20 << 20} kB\n")
-    write(tmp_path / "proc/self/cgroup", "0::/\n")
-    return tmp_path
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    return in_no_group(tmp_path)
 
 
 def group(folder: Path, limit: int | str, used: int, cache: tuple[int, int] = (0, 0), version: int = 2) -> None:
@@ -65,6 +56,17 @@ def test_the_narrowest_of_nested_groups_counts(root: Path) -> None:
     assert available(root) == 4 * GIB
     group(root / "groups/user.slice/a.scope", 3 * GIB, GIB)
     assert available(root) == 2 * GIB
+
+
+def test_a_group_that_is_slowed_down_above_a_bound_has_no_more_than_that(root: Path) -> None:
+    """The kernel makes a group with more than ``memory.high`` give memory back and wait."""
+    group(root / "groups", "max", 2 * GIB, cache=(GIB, 0))
+    write(root / "groups/memory.high", f"{6 * GIB}\n")
+    assert available(root) == 5 * GIB
+    group(root / "groups", 4 * GIB, 2 * GIB, cache=(GIB, 0))
+    assert available(root) == 3 * GIB
+    write(root / "groups/memory.high", "max\n")
+    assert available(root) == 3 * GIB
 
 
 def test_groups_of_the_first_version(root: Path) -> None:

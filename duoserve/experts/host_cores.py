@@ -1,0 +1,48 @@
+"""How much of the machine's cores this process may take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from math import inf
+from pathlib import Path
+
+import torch
+
+from duoserve.callers import warn_caller
+from duoserve.experts.control_groups import GROUPS, PROC, own_groups
+
+
+def allowed_cores(proc: Path = PROC, groups: Path = GROUPS) -> float:
+    """The cores whose time the control groups let this process have, which may be a fraction; inf without a limit."""
+    return min(_limits(proc, groups), default=inf)
+
+
+def warn_of_excess_threads() -> None:
+    """Warns if torch computes with more threads than may run.
+
+    Once a group has had its time, the kernel stops all of its threads until the next period, and those that a thread
+    of a loop waits for with them.
+    """
+    threads, cores = torch.get_num_threads(), allowed_cores()
+    if threads > max(1, cores):
+        fitting = max(1, int(cores))
+        warn_caller(
+            f"torch computes with {threads} threads, but a control group (as of a container) allows this process the "
+            f"time of {cores:g} cores only, so that the threads are stopped again and again: call "
+            f"torch.set_num_threads({fitting}) before a model is loaded, or set OMP_NUM_THREADS={fitting}"
+        )
+
+
+def _limits(proc: Path, groups: Path) -> Iterator[float]:
+    for folder, version in own_groups("cpu", proc, groups):
+        with suppress(OSError, ValueError):  # ValueError: the quota is "max", which is none
+            quota_us, period_us = map(int, _quota(folder, version).split())
+            if quota_us > 0:  # -1 is no limit
+                yield quota_us / period_us
+
+
+def _quota(folder: Path, version: int) -> str:
+    """The microseconds of cores' time in each period, and those of the period."""
+    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version == 1 else ("cpu.max",)
+    return "".join((folder / name).read_text() for name in names)

@@ -1,0 +1,68 @@
+"""How many cores' time a process may take, by made-up files of the kernel, and the warning of more threads."""
+
+from __future__ import annotations
+
+import warnings
+from math import inf
+from pathlib import Path
+
+import pytest
+import torch
+
+from duoserve import MoEModel
+from duoserve.experts import host_cores
+from duoserve.experts.host_cores import allowed_cores, warn_of_excess_threads
+from tests.checkpoints import BARD
+from tests.experts.kernel_files import in_no_group, write
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return in_no_group(tmp_path)
+
+
+def allowed(root: Path) -> float:
+    return allowed_cores(root / "proc", root / "groups")
+
+
+def test_the_narrowest_of_nested_groups_counts(root: Path) -> None:
+    assert allowed(root) == inf
+    write(root / "proc/self/cgroup", "0::/pod/a\n")
+    write(root / "groups/pod/a/cpu.max", "max 100000\n")
+    assert allowed(root) == inf
+    write(root / "groups/pod/cpu.max", "350000 100000\n")
+    write(root / "groups/other/cpu.max", "50000 100000\n")
+    assert allowed(root) == 3.5
+    write(root / "groups/pod/a/cpu.max", "100000 50000\n")
+    assert allowed(root) == 2
+
+
+def test_groups_of_the_first_version(root: Path) -> None:
+    """A container's own group is the root of what it sees, whatever its path outside."""
+    write(root / "proc/self/cgroup", "9:cpu,cpuacct:/docker/1\n5:memory:/docker/1\n0::/\n")
+    write(root / "groups/cpu/docker/1/cpu.cfs_quota_us", "-1\n")
+    write(root / "groups/cpu/docker/1/cpu.cfs_period_us", "100000\n")
+    assert allowed(root) == inf
+    write(root / "groups/cpu/cpu.cfs_quota_us", "150000\n")
+    write(root / "groups/cpu/cpu.cfs_period_us", "100000\n")
+    assert allowed(root) == 1.5
+
+
+def test_a_model_on_a_cpu_warns_of_threads_that_cannot_all_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(host_cores, "allowed_cores", lambda: 3.5)
+    asks = r"64 threads, .* time of 3\.5 cores .*torch\.set_num_threads\(3\).* OMP_NUM_THREADS=3"
+    with (
+        pytest.warns(UserWarning, match=asks) as shown,
+        MoEModel.from_pretrained(BARD, device="cpu", max_context=64),
+    ):
+        assert [each.filename for each in shown] == [__file__]
+
+
+@pytest.mark.parametrize(("threads", "cores"), [(1, 0.5), (3, 3.5), (4, 4.0), (64, inf)])
+def test_threads_that_can_all_run_are_fine(threads: int, cores: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(host_cores, "allowed_cores", lambda: cores)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_excess_threads()
