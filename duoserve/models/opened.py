@@ -8,20 +8,22 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from duoserve.config import ModelConfig
 from duoserve.errors import CheckpointError, ConfigError
-from duoserve.experts.checkpoint import FLOATS, Checkpoint, is_ignorable
-from duoserve.experts.formats.codes import WeightFormat
+from duoserve.experts.checkpoint import FLOATS, MAX_CONFIG_BYTES, Checkpoint, check_names, is_ignorable
+from duoserve.experts.formats.codes import StoredTensor, WeightFormat
 from duoserve.experts.formats.reading import read_dense
-from duoserve.experts.hub import resolve_model
+from duoserve.experts.hub import DESCRIPTION_FILES, resolve_model
 from duoserve.experts.layout import DTYPES, ExpertId, ExpertLayout
 from duoserve.experts.packing import CheckpointStore
 from duoserve.experts.quantizing import QuantizingStore
 from duoserve.experts.scale_search import OP_BY_OP, Way
+from duoserve.experts.shards import CONFIG_FILE, INDEX_FILE, has_weights, weight_map
 from duoserve.experts.store import ExpertStore
 from duoserve.files.positional import is_there
 from duoserve.files.strict_json import read_object
@@ -30,6 +32,8 @@ from duoserve.models.config_fields import ConfigFields
 from duoserve.models.family import Family
 from duoserve.models.registry import family_of
 from duoserve.models.stored import (
+    by_convention,
+    by_names,
     by_tensors,
     expert_layout,
     quantized_by_us,
@@ -118,11 +122,11 @@ class OpenedModel:
 def opened(model: str | Path) -> Iterator[OpenedModel]:
     """Opens the model of a folder, a hub id or an embedded name.
 
-    Raises ConfigError or CheckpointError if it cannot be run.
+    Raises ConfigError or CheckpointError if it cannot be run; where a hub id's config or index shows that, before its
+    weights are downloaded.
     """
-    with closing(Checkpoint.open(resolve_model(model))) as checkpoint:
-        family = family_of(checkpoint.config)
-        config = _with_end_tokens(family.parse_config(checkpoint.config), checkpoint.folder / GENERATION_CONFIG)
+    with closing(Checkpoint.open(_complete_folder(model))) as checkpoint:
+        family, config = _parsed(checkpoint.config, checkpoint.folder)
         if HEAD in checkpoint.tensors:  # a head of its own is used even if the config calls it tied
             config = replace(config, tie_word_embeddings=False)
         stored = stored_tensors(family, config, by_tensors(checkpoint.tensors))
@@ -133,6 +137,36 @@ def opened(model: str | Path) -> Iterator[OpenedModel]:
         )
         _check_spare_biases(config, stored, checkpoint)
         yield OpenedModel(checkpoint, family, _with_dtype(config, checkpoint, stored))
+
+
+def _complete_folder(model: str | Path) -> Path:
+    """The folder of ``model`` with its weights. If they are not here yet, its config and index are checked first."""
+    folder = resolve_model(model, DESCRIPTION_FILES)
+    if not has_weights(folder):
+        by_index(folder)
+    return resolve_model(model)
+
+
+def by_index(folder: Path) -> tuple[Family, ModelConfig, dict[str, StoredTensor]]:
+    """The family, config and tensors (by name) of a model whose weights need not be there.
+
+    They follow from its config and its index, or from its config alone if there is no index. Raises ConfigError or
+    CheckpointError if these files show that the model cannot be run.
+    """
+    listed = weight_map(folder) if is_there(folder / INDEX_FILE) else None
+    family, config = _parsed(read_object(folder / CONFIG_FILE, MAX_CONFIG_BYTES), folder)
+    if listed is not None and HEAD in listed:
+        config = replace(config, tie_word_embeddings=False)
+    stored = stored_tensors(family, config, by_convention(config) if listed is None else by_names(listed))
+    if listed is not None:
+        check_names(folder, listed, stored, partial(is_unused, config, stored))
+    return family, config, stored
+
+
+def _parsed(raw: dict[str, Any], folder: Path) -> tuple[Family, ModelConfig]:
+    """What ``folder`` says of a model besides its tensors; ``raw`` is its config.json."""
+    family = family_of(raw)
+    return family, _with_end_tokens(family.parse_config(raw), folder / GENERATION_CONFIG)
 
 
 def is_unused(config: ModelConfig, needed: Collection[str], name: str) -> bool:
