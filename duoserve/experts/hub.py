@@ -23,7 +23,7 @@ EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "assets"
 
 # Closed lists: no pickle and no Python reaches the disk. What is ignored are the same weights in other formats.
 DESCRIPTION_FILES = (CONFIG_FILE, "generation_config.json", INDEX_FILE)
-TEXT_FILES = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")  # all but the weights
+TEXT_FILES = ("*.json", "*.jinja")  # all but the weights
 ALL_FILES = ("*.safetensors", *TEXT_FILES)
 _IGNORED_FILES = ["*/*", "consolidated*"]
 _NAMES = " or ".join(map(repr, EMBEDDED))
