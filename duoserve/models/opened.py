@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -36,6 +36,7 @@ from duoserve.models.stored import (
     by_names,
     by_tensors,
     expert_layout,
+    float_experts,
     quantized_by_us,
     scale_dtype_of,
     stored_tensors,
@@ -129,7 +130,9 @@ def opened(model: str | Path) -> Iterator[OpenedModel]:
         family, config = _parsed(checkpoint.config, checkpoint.folder)
         if HEAD in checkpoint.tensors:  # a head of its own is used even if the config calls it tied
             config = replace(config, tie_word_embeddings=False)
-        stored = stored_tensors(family, config, by_tensors(checkpoint.tensors))
+        is_quantized = by_tensors(checkpoint.tensors)
+        _check_experts(checkpoint.folder, float_experts(family, config, checkpoint.tensors, is_quantized))
+        stored = stored_tensors(family, config, is_quantized)
         checkpoint.check(
             {name: tensor.shape for name, tensor in stored.items()},
             partial(is_unused, config, stored),
@@ -157,8 +160,10 @@ def by_index(folder: Path) -> tuple[Family, ModelConfig, dict[str, StoredTensor]
     family, config = _parsed(read_object(folder / CONFIG_FILE, MAX_CONFIG_BYTES), folder)
     if listed is not None and HEAD in listed:
         config = replace(config, tie_word_embeddings=False)
-    stored = stored_tensors(family, config, by_convention(config) if listed is None else by_names(listed))
+    is_quantized = by_convention(config) if listed is None else by_names(listed)
+    stored = stored_tensors(family, config, is_quantized)
     if listed is not None:
+        _check_experts(folder, float_experts(family, config, listed, is_quantized))
         check_names(folder, listed, stored, partial(is_unused, config, stored))
     return family, config, stored
 
@@ -167,6 +172,17 @@ def _parsed(raw: dict[str, Any], folder: Path) -> tuple[Family, ModelConfig]:
     """What ``folder`` says of a model besides its tensors; ``raw`` is its config.json."""
     family = family_of(raw)
     return family, _with_end_tokens(family.parse_config(raw), folder / GENERATION_CONFIG)
+
+
+def _check_experts(folder: Path, floats: Sequence[str]) -> None:
+    """Raises CheckpointError for experts in ``floats`` of a quantized model, whose experts have one format."""
+    if floats:
+        more = f" and {len(floats) - 1} more are" if len(floats) > 1 else " is"
+        raise CheckpointError(
+            f"{folder}: {floats[0]!r}{more} in floats, though config.json calls the experts quantized; some experts in "
+            "floats beside others that are quantized are not supported: take a checkpoint that has all experts "
+            "quantized, or none"
+        )
 
 
 def is_unused(config: ModelConfig, needed: Collection[str], name: str) -> bool:
