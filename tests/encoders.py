@@ -64,10 +64,10 @@ def mxfp4(weight_ND: Tensor) -> Encoded:
     return Encoded(tensors, torch.from_numpy(values).float())
 
 
-def awq(weight_ND: Tensor, group: int, scale_dtype: torch.dtype = torch.float16) -> Encoded:
+def awq(weight_ND: Tensor, group: int, scale_dtype: torch.dtype = torch.float16, symmetric: bool = False) -> Encoded:
     """GEMM: inputs by outputs, eight outputs in a word."""
     groups_D = np.arange(weight_ND.shape[1]) // group
-    codes_ND, zeros_GN, scales_GN, meant_ND = _int4(weight_ND, groups_D, False, scale_dtype)
+    codes_ND, zeros_GN, scales_GN, meant_ND = _int4(weight_ND, groups_D, symmetric, scale_dtype)
     tensors = {
         "qweight": _signed(_words(codes_ND.T, AWQ_ORDER)),
         "qzeros": _signed(_words(zeros_GN, AWQ_ORDER)),

@@ -28,6 +28,7 @@ from duoserve.config import Phase
 from duoserve.errors import TraceError
 from duoserve.request import Request
 from tests.checkpoints import save_mixtral
+from tests.fake_hub import FakeHub
 from tests.live_threads import threads_since
 from tests.small_tokenizers import byte_level_tokenizer
 from tests.toys import greedy
@@ -48,16 +49,10 @@ def model(folder: Path, tmp_path: Path) -> Iterator[MoEModel]:
 
 
 def test_a_revision_is_what_the_hub_is_asked_for(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str]] = []
-
-    def download(name: str, *, revision: str, **options: Any) -> str:
-        asked.append((name, revision))
-        return str(folder)
-
-    monkeypatch.setattr("duoserve.experts.hub.snapshot_download", download)
+    hub = FakeHub(folder, tmp_path / "snapshot", monkeypatch)
     with MoEModel.from_pretrained("owner/name", revision="v1", expert_slots="25%", cache_dir=tmp_path) as model:
         assert model.generate(PROMPT, GREEDY).token_ids
-    assert asked == [("owner/name", "v1")]
+    assert set(hub.asked) == {("owner/name", "v1")}
     with pytest.raises(CheckpointError, match=r"revision is 'v1', but .* is no hub id"):
         MoEModel.from_pretrained(str(folder), revision="v1")
 

@@ -36,10 +36,9 @@ def add_command(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Answers stdin line by line. A model that cannot chat is refused before it is loaded."""
     params = sampling(args)
-    folder = folder_with_text(args.model)
-    if ChatTemplate.load(folder) is None:
+    if ChatTemplate.load(folder_with_text(args.model)) is None:
         raise RequestError(f"{args.model} has no chat template: use duoserve generate, which continues plain text")
-    with MoEModel.from_pretrained(folder, **loading(args)) as model:
+    with MoEModel.from_pretrained(args.model, **loading(args)) as model:
         _converse(model, args.system, params, fills_context=args.max_tokens is None)
 
 

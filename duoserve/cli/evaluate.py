@@ -14,6 +14,7 @@ from duoserve.cli.hardware_option import add_hardware, replayed_on
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_parser, natural, refuse_unused
 from duoserve.cli.prompts import read_prompts
 from duoserve.cli.replay_report import slot_counts, table
+from duoserve.cli.sampling_options import folder_with_text
 from duoserve.config import EngineConfig
 from duoserve.errors import RequestError
 from duoserve.evaluating import Evaluation, evaluate
@@ -105,12 +106,13 @@ def _given_trace(args: argparse.Namespace, checkpoint: Checkpoint) -> Trace:
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts; raises RequestError if nothing could be learned from running them."""
+    """The prompts; raises RequestError if nothing could be learned from running them, or if they cannot be run."""
     if args.max_tokens is not None and args.max_tokens < 2:  # the first token comes from the prompt's own pass
         raise RequestError(f"--max-tokens {args.max_tokens}: no request would decode: give at least 2")
     prompts = read_prompts(args.prompts)
     if len(set(prompts)) < 2:
         raise RequestError(f"--prompts {args.prompts}: has one prompt, but some are held out: give at least 2")
+    folder_with_text(args.model)
     return prompts
 
 

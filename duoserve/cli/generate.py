@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> None:
     """Generates to stdout. Errors of the request are reported before the model is loaded."""
     params = sampling(args)
     prompt = _stdin() if args.prompt is None else args.prompt
-    with MoEModel.from_pretrained(folder_with_text(args.model), **loading(args)) as model:
+    folder_with_text(args.model)
+    with MoEModel.from_pretrained(args.model, **loading(args)) as model:
         if args.json:
             print(json.dumps(_report(args.model, model, prompt, params)))
         else:

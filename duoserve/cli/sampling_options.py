@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from duoserve.errors import RequestError
-from duoserve.experts.hub import resolve_model
+from duoserve.experts.hub import TEXT_FILES, resolve_model
 from duoserve.files.positional import is_there
 from duoserve.sampling import SamplingParams
 from duoserve.text.tokenizer import TOKENIZER
@@ -24,8 +24,8 @@ SAMPLING = {
 
 
 def folder_with_text(model: str) -> Path:
-    """The folder of ``model``; raises RequestError if it has no tokenizer, before anything is loaded."""
-    folder = resolve_model(model)
+    """The folder of ``model``, without its weights if it is a hub id; raises RequestError if it has no tokenizer."""
+    folder = resolve_model(model, TEXT_FILES)
     if not is_there(folder / TOKENIZER):
         raise RequestError(f"{model} has no {TOKENIZER}, which text needs: give token ids in Python, to generate()")
     return folder

@@ -10,6 +10,7 @@ from pathlib import Path
 from duoserve.byte_sizes import format_bytes
 from duoserve.cli.options import MODEL_HELP, Subparsers, add_loading, add_parser, loading
 from duoserve.cli.prompts import read_prompts
+from duoserve.cli.sampling_options import folder_with_text
 from duoserve.config import EngineConfig
 from duoserve.sampling import SamplingParams
 from duoserve.tracing import RecordingSpec, record
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
     recording = RecordingSpec(args.out, params, args.resume, args.append)
     options = loading(args)
     policy = options.pop("policy")
+    folder_with_text(args.model)
     trace = record(args.model, prompts, recording, EngineConfig.of(**options), policy, progress=sys.stderr.isatty())
     size = args.out.stat().st_size
     figures = {"requests": len(trace), "tokens": trace.num_tokens, "layers": len(trace.meta.layers), "bytes": size}

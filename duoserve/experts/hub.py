@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -14,15 +15,16 @@ from huggingface_hub.errors import (
 )
 
 from duoserve.errors import CheckpointError
-from duoserve.experts.shards import CONFIG_FILE
+from duoserve.experts.shards import CONFIG_FILE, INDEX_FILE
 from duoserve.files.positional import is_there
 
 EMBEDDED = ("bard", "bard-fine")
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "assets"
 
-# A closed list: no pickle and no Python reaches the disk. What is ignored are the same weights in other formats.
-_ALLOWED_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
-_SMALL_FILES = ["config.json", "generation_config.json", "model.safetensors.index.json"]
+# Closed lists: no pickle and no Python reaches the disk. What is ignored are the same weights in other formats.
+DESCRIPTION_FILES = (CONFIG_FILE, "generation_config.json", INDEX_FILE)
+TEXT_FILES = ("*.json", "*.jinja")  # all but the weights
+ALL_FILES = ("*.safetensors", *TEXT_FILES)
 _IGNORED_FILES = ["*/*", "consolidated*"]
 _NAMES = " or ".join(map(repr, EMBEDDED))
 _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\S+))?", re.ASCII)
@@ -41,12 +43,12 @@ def at_revision(model: str | Path, revision: str | None) -> str | Path:
     return f"{model}@{revision}"
 
 
-def resolve_model(model: str | Path, *, weights: bool = True) -> Path:
+def resolve_model(model: str | Path, files: Sequence[str] = ALL_FILES) -> Path:
     """The folder of a model: a folder with config.json, the name of an embedded model or a hub id.
 
     A hub id is ``"owner/name"``, or ``"owner/name@revision"`` for a branch, tag or commit; it is downloaded to
-    huggingface_hub's cache, ``weights`` only if they are wanted. ``Path("bard")`` and ``"./bard"`` are folders.
-    CheckpointError says what was not found.
+    huggingface_hub's cache, of it those files that a pattern of ``files`` lets through. ``Path("bard")`` and
+    ``"./bard"`` are folders. CheckpointError says what was not found.
     """
     if model in EMBEDDED:
         return _checked(EMBEDDED_FOLDER / model, f"the embedded model {model!r} is not part of this installation")
@@ -61,7 +63,7 @@ def resolve_model(model: str | Path, *, weights: bool = True) -> Path:
     hub_id = None if here or isinstance(model, Path) else _HUB_ID.fullmatch(model)
     if hub_id is None:
         return _checked(folder, unknown)
-    downloaded = _download(hub_id["name"], hub_id["revision"], weights)
+    downloaded = _download(hub_id["name"], hub_id["revision"], files)
     return _checked(downloaded, f"the hub's {model} is no model that duoserve can load")
 
 
@@ -74,14 +76,9 @@ def _checked(folder: Path, fault: str) -> Path:
     return folder
 
 
-def _download(model: str, revision: str | None, weights: bool) -> Path:
+def _download(model: str, revision: str | None, files: Sequence[str]) -> Path:
     try:
-        folder = snapshot_download(
-            model,
-            revision=revision,
-            allow_patterns=_ALLOWED_FILES if weights else _SMALL_FILES,
-            ignore_patterns=_IGNORED_FILES,
-        )
+        folder = snapshot_download(model, revision=revision, allow_patterns=list(files), ignore_patterns=_IGNORED_FILES)
     except Exception as error:  # whatever the hub's transport raises: requests or httpx, by its version
         raise CheckpointError(f"{model}: {_remedy(error, revision)} ({type(error).__name__}: {error})") from error
     return Path(folder)

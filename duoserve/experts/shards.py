@@ -30,6 +30,15 @@ def weight_map(folder: Path) -> dict[str, str] | None:
     return _checked(read_object(index, MAX_HEADER_BYTES).get("weight_map"), index)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether every file of weights is there; CheckpointError if the index is malformed."""
+    if not any(is_there(folder / name) for name in (SINGLE_FILE, INDEX_FILE)):
+        return False
+    listed = weight_map(folder)
+    files = {SINGLE_FILE} if listed is None else set(listed.values())
+    return all(is_there(folder / file) for file in files)
+
+
 def _why_no_weights(folder: Path) -> str:
     missing = f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}"
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLE_SUFFIXES)

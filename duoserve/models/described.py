@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 from duoserve.config import ModelConfig
-from duoserve.experts.checkpoint import MAX_CONFIG_BYTES, check_names
-from duoserve.experts.hub import resolve_model
-from duoserve.experts.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, weight_map
+from duoserve.experts.hub import DESCRIPTION_FILES, resolve_model
+from duoserve.experts.shards import CONFIG_FILE, INDEX_FILE, has_weights
 from duoserve.files.positional import is_there
-from duoserve.files.strict_json import read_object
 from duoserve.models.family import Family
-from duoserve.models.opened import HEAD, is_unused, opened
-from duoserve.models.registry import family_of
-from duoserve.models.stored import by_convention, by_names, by_tensors, stored_bytes, stored_tensors
+from duoserve.models.opened import by_index, opened
+from duoserve.models.stored import by_tensors, stored_bytes, stored_tensors
 
 HEADERS, INDEX, CONFIG = "the weights' headers", INDEX_FILE, CONFIG_FILE
 
@@ -37,22 +33,8 @@ def described(model: str | Path) -> DescribedModel:
 
     Raises ConfigError or CheckpointError if these files show that it cannot be run.
     """
-    folder = resolve_model(model, weights=False)
-    listed = _listed(folder)
-    if listed is not None and all(is_there(folder / file) for file in listed.values()):
-        return _from_headers(folder)
-    return _from_index(folder, listed)
-
-
-def _listed(folder: Path) -> Mapping[str, str] | None:
-    """The file of each tensor, by the tensor's name, from the index; for a single file of weights only that file.
-
-    None if neither is there.
-    """
-    if not any(is_there(folder / name) for name in (SINGLE_FILE, INDEX_FILE)):
-        return None
-    listed = weight_map(folder)
-    return {"": SINGLE_FILE} if listed is None else listed
+    folder = resolve_model(model, DESCRIPTION_FILES)
+    return _from_headers(folder) if has_weights(folder) else _from_index(folder)
 
 
 def _from_headers(folder: Path) -> DescribedModel:
@@ -62,15 +44,8 @@ def _from_headers(folder: Path) -> DescribedModel:
         return DescribedModel(folder, found.family, found.config, nbytes, HEADERS)
 
 
-def _from_index(folder: Path, listed: Mapping[str, str] | None) -> DescribedModel:
+def _from_index(folder: Path) -> DescribedModel:
     """The model without its weights; bytes follow from shapes and dtypes."""
-    raw = read_object(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
-    family = family_of(raw)
-    config = family.parse_config(raw)
-    if listed is not None and HEAD in listed:
-        config = replace(config, tie_word_embeddings=False)
-    stored = stored_tensors(family, config, by_convention(config) if listed is None else by_names(listed))
-    if listed is not None:
-        check_names(folder, listed, stored, partial(is_unused, config, stored))
+    family, config, stored = by_index(folder)
     nbytes = {name: stored_bytes(tensor, config.dtype) for name, tensor in stored.items()}
-    return DescribedModel(folder, family, config, nbytes, CONFIG if listed is None else INDEX)
+    return DescribedModel(folder, family, config, nbytes, INDEX if is_there(folder / INDEX_FILE) else CONFIG)

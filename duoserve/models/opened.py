@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from duoserve.config import ModelConfig
 from duoserve.errors import CheckpointError, ConfigError
-from duoserve.experts.checkpoint import FLOATS, Checkpoint, is_ignorable
-from duoserve.experts.formats.codes import WeightFormat
+from duoserve.experts.checkpoint import FLOATS, MAX_CONFIG_BYTES, Checkpoint, check_names, is_ignorable
+from duoserve.experts.formats.codes import StoredTensor, WeightFormat
 from duoserve.experts.formats.reading import read_dense
-from duoserve.experts.hub import resolve_model
+from duoserve.experts.hub import DESCRIPTION_FILES, resolve_model
 from duoserve.experts.layout import DTYPES, ExpertId, ExpertLayout
 from duoserve.experts.packing import CheckpointStore
 from duoserve.experts.quantizing import QuantizingStore
 from duoserve.experts.scale_search import OP_BY_OP, Way
+from duoserve.experts.shards import CONFIG_FILE, INDEX_FILE, has_weights, weight_map
 from duoserve.experts.store import ExpertStore
 from duoserve.files.positional import is_there
 from duoserve.files.strict_json import read_object
@@ -30,8 +32,11 @@ from duoserve.models.config_fields import ConfigFields
 from duoserve.models.family import Family
 from duoserve.models.registry import family_of
 from duoserve.models.stored import (
+    by_convention,
+    by_names,
     by_tensors,
     expert_layout,
+    float_experts,
     quantized_by_us,
     scale_dtype_of,
     stored_tensors,
@@ -118,14 +123,16 @@ class OpenedModel:
 def opened(model: str | Path) -> Iterator[OpenedModel]:
     """Opens the model of a folder, a hub id or an embedded name.
 
-    Raises ConfigError or CheckpointError if it cannot be run.
+    Raises ConfigError or CheckpointError if it cannot be run; where a hub id's config or index shows that, before its
+    weights are downloaded.
     """
-    with closing(Checkpoint.open(resolve_model(model))) as checkpoint:
-        family = family_of(checkpoint.config)
-        config = _with_end_tokens(family.parse_config(checkpoint.config), checkpoint.folder / GENERATION_CONFIG)
+    with closing(Checkpoint.open(_complete_folder(model))) as checkpoint:
+        family, config = _parsed(checkpoint.config, checkpoint.folder)
         if HEAD in checkpoint.tensors:  # a head of its own is used even if the config calls it tied
             config = replace(config, tie_word_embeddings=False)
-        stored = stored_tensors(family, config, by_tensors(checkpoint.tensors))
+        is_quantized = by_tensors(checkpoint.tensors)
+        _check_experts(checkpoint.folder, float_experts(family, config, checkpoint.tensors, is_quantized))
+        stored = stored_tensors(family, config, is_quantized)
         checkpoint.check(
             {name: tensor.shape for name, tensor in stored.items()},
             partial(is_unused, config, stored),
@@ -133,6 +140,49 @@ def opened(model: str | Path) -> Iterator[OpenedModel]:
         )
         _check_spare_biases(config, stored, checkpoint)
         yield OpenedModel(checkpoint, family, _with_dtype(config, checkpoint, stored))
+
+
+def _complete_folder(model: str | Path) -> Path:
+    """The folder of ``model`` with its weights. If they are not here yet, its config and index are checked first."""
+    folder = resolve_model(model, DESCRIPTION_FILES)
+    if not has_weights(folder):
+        by_index(folder)
+    return resolve_model(model)
+
+
+def by_index(folder: Path) -> tuple[Family, ModelConfig, dict[str, StoredTensor]]:
+    """The family, config and tensors (by name) of a model whose weights need not be there.
+
+    They follow from its config and its index, or from its config alone if there is no index. Raises ConfigError or
+    CheckpointError if these files show that the model cannot be run.
+    """
+    listed = weight_map(folder) if is_there(folder / INDEX_FILE) else None
+    family, config = _parsed(read_object(folder / CONFIG_FILE, MAX_CONFIG_BYTES), folder)
+    if listed is not None and HEAD in listed:
+        config = replace(config, tie_word_embeddings=False)
+    is_quantized = by_convention(config) if listed is None else by_names(listed)
+    stored = stored_tensors(family, config, is_quantized)
+    if listed is not None:
+        _check_experts(folder, float_experts(family, config, listed, is_quantized))
+        check_names(folder, listed, stored, partial(is_unused, config, stored))
+    return family, config, stored
+
+
+def _parsed(raw: dict[str, Any], folder: Path) -> tuple[Family, ModelConfig]:
+    """What ``folder`` says of a model besides its tensors; ``raw`` is its config.json."""
+    family = family_of(raw)
+    return family, _with_end_tokens(family.parse_config(raw), folder / GENERATION_CONFIG)
+
+
+def _check_experts(folder: Path, floats: Sequence[str]) -> None:
+    """Raises CheckpointError for experts in ``floats`` of a quantized model, whose experts have one format."""
+    if floats:
+        more = f" and {len(floats) - 1} more are" if len(floats) > 1 else " is"
+        raise CheckpointError(
+            f"{folder}: {floats[0]!r}{more} in floats, though config.json calls the experts quantized; some experts in "
+            "floats beside others that are quantized are not supported: take a checkpoint that has all experts "
+            "quantized, or none"
+        )
 
 
 def is_unused(config: ModelConfig, needed: Collection[str], name: str) -> bool:

@@ -78,21 +78,19 @@ def _awq(section: ConfigFields) -> Quantization:
     section.only(*_INT4, "zero_point", "version", "checkpoint_format", *_SKIPS, *_OF_NO_EFFECT)
     for name in ("version", "checkpoint_format"):  # GPTQModel writes the second
         _version(section, name, ["gemm", "GEMM"], "gemm")
-    for name, supported in (("zero_point", True), ("desc_act", False)):
-        if section.flag(name, supported) is not supported:
-            raise section.refusal(name, f"supported: {str(supported).lower()}")
-    _check_skips(section)
+    section.flag("zero_point", True)  # if it is false, the file has zero-points too: each is 8
+    if section.flag("desc_act", False):
+        raise section.refusal("desc_act", "supported: false")
+    _check_left_out(section)
     return Quantization("awq", _group(section))
 
 
 def _gptq(section: ConfigFields) -> Quantization:
-    section.only(*_INT4, "checkpoint_format", "dynamic", "is_marlin_format", *_SKIPS, *_OF_NO_EFFECT)
+    section.only(*_INT4, "checkpoint_format", "is_marlin_format", *_SKIPS, *_OF_NO_EFFECT)
     version = _version(section, "checkpoint_format", ["gptq", "gptq_v2"], "gptq")
     if section.flag("is_marlin_format", False):
         raise section.refusal("is_marlin_format", "supported: false")
-    if not section.is_null("dynamic") and any(name[:1] != "-" for name in section.section("dynamic").names):
-        raise section.refusal("dynamic", "supported: rules that leave modules out, which begin with '-'")
-    _check_skips(section)
+    _check_left_out(section)
     group, by_activation = _group(section), section.flag("desc_act", False)
     return Quantization(
         "gptq",
@@ -103,6 +101,13 @@ def _gptq(section: ConfigFields) -> Quantization:
     )
 
 
+def _check_left_out(section: ConfigFields) -> None:
+    """Checks what is quantized otherwise than the others: it may only be left out. Which it is, the tensors show."""
+    if not section.is_null("dynamic") and any(name[:1] != "-" for name in section.section("dynamic").names):
+        raise section.refusal("dynamic", "supported: rules that leave modules out, which begin with '-'")
+    _check_skips(section)
+
+
 def _version(section: ConfigFields, name: str, supported: list[str], default: str) -> str:
     """The field ``name``, which transformers 5 calls ``format``."""
     return section.choice("format" if section.is_null(name) else name, supported, default)
@@ -111,8 +116,11 @@ def _version(section: ConfigFields, name: str, supported: list[str], default: st
 def _group(section: ConfigFields) -> int:
     """Features in a group; 0 for one group of all features, which files write as -1."""
     for name in _NULL:
-        section.absent(name, "supported: null")
+        if section.is_set(name):
+            raise section.refusal(name, "supported: null")
     section.integer("bits", 4, 4)
+    section.optional_integer("act_bits", 16, 32)  # activations are not quantized
+    section.choice("data_type", ["int"], "int")
     section.choice("pack_dtype", ["int32"], "int32")
     size = section.integer("group_size", -1, 1 << 20)
     if size == 0:
@@ -120,17 +128,29 @@ def _group(section: ConfigFields) -> int:
     return max(size, 0)
 
 
-# If these are null, nothing is added to the weights, and they are not rotated.
-_NULL = ("adapter", "rotation")
-_INT4 = ("quant_method", "bits", "group_size", "format", "sym", "desc_act", "pack_dtype", "lm_head", *_NULL)
-# These say how the codes were found, or how some other program is to run them.
+# If these are null, nothing is added to the weights, they are not rotated, all are quantized alike, and scales,
+# attention and cache are not quantized.
+_NULL = (
+    *("adapter", "rotation", "rotation_configs", "regex_config", "super_bits", "super_group_size"),
+    *("static_attention_dtype", "static_kv_dtype"),
+)
+_INT4 = (
+    *("quant_method", "bits", "group_size", "format", "sym", "desc_act", "pack_dtype", "lm_head", "dynamic"),
+    *("act_bits", "data_type", *_NULL),
+)
+# These say how the codes were found, how some other program is to run them, or more of what is ruled out above.
 _OF_NO_EFFECT = (
-    *("act_group_aware", "backend", "batch_size", "block_name_to_quantize", "buffered_fwd", "cache_block_outputs"),
-    *("damp_auto_increment", "damp_percent", "dataset", "disable_exllama", "do_fuse", "exllama_config", "fail_safe"),
-    *("fuse_max_seq_len", "gptaq", "gptaq_alpha", "gptaq_memory_device", "hessian_chunk_size", "hyb_act"),
-    *("max_input_length", "meta", "method", "mock_quantization", "model_file_base_name", "model_name_or_path"),
-    *("model_seqlen", "module_name_preceding_first_block", "modules_in_block_to_quantize", "modules_to_fuse", "mse"),
-    *("offload_to_disk", "offload_to_disk_path", "pack_impl", "pad_token_id", "static_groups", "tokenizer"),
-    *("true_sequential", "use_cuda_fp16", "use_exllama", "use_marlin", "v2", "v2_alpha", "v2_memory_device"),
+    *("act_data_type", "act_dynamic", "act_group_aware", "act_group_size", "act_sym", "amp", "autoround_version"),
+    *("backend", "batch_size", "block_name_to_quantize", "buffered_fwd", "cache_block_outputs", "damp_auto_increment"),
+    *("damp_percent", "dataset", "disable_exllama", "do_fuse", "enable_minmax_tuning", "enable_norm_bias_tuning"),
+    *("enable_quanted_input", "exllama_config", "fail_safe", "fuse_max_seq_len", "gptaq", "gptaq_alpha"),
+    *("gptaq_memory_device", "gradient_accumulate_steps", "hessian_chunk_size", "hyb_act", "iters"),
+    *("low_gpu_mem_usage", "lr", "max_input_length", "meta", "method", "minmax_lr", "mock_quantization"),
+    *("model_file_base_name", "model_name_or_path", "model_seqlen", "module_name_preceding_first_block"),
+    *("modules_in_block_to_quantize", "modules_to_fuse", "mse", "n_samples", "nsamples", "offload_to_disk"),
+    *("offload_to_disk_path", "pack_impl", "pad_token_id", "provider", "quant_block_list", "scale_dtype", "seqlen"),
+    *("static_attention_granularity", "static_groups", "static_kv_granularity", "supported_types"),
+    *("to_quant_block_names", "tokenizer", "train_bs", "true_sequential", "use_cuda_fp16", "use_exllama"),
+    *("use_marlin", "v2", "v2_alpha", "v2_memory_device"),
 )
 _PARSERS: dict[str, Callable[[ConfigFields], Quantization]] = {"awq": _awq, "fp8": _fp8, "gptq": _gptq, "mxfp4": _mxfp4}

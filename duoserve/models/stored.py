@@ -51,6 +51,14 @@ def stored_tensors(family: Family, config: ModelConfig, is_quantized: IsQuantize
     return dense | stored_experts(family, config)
 
 
+def float_experts(family: Family, config: ModelConfig, names: Collection[str], is_quantized: IsQuantized) -> list[str]:
+    """Those of ``names`` that are matrices of routed experts in floats, though the config calls experts quantized."""
+    form = weight_format(config)
+    if form is None:
+        return []
+    return [name for name in family.expert_shapes(config) if name in names and not is_quantized(name, form)]
+
+
 def by_tensors(tensors: Mapping[str, TensorInfo]) -> IsQuantized:
     """Decides by tensors: a matrix is quantized if its tensor is not in floats, or if another tensor of it is there."""
     by_name = by_names(tensors)

@@ -17,6 +17,7 @@ from duoserve.loading.recommendation import RECOMMENDATION_FILE
 from duoserve.traces.trace import TraceMeta
 from tests.checkpoints import save_mixtral
 from tests.cli.conftest import Command
+from tests.small_tokenizers import byte_level_tokenizer
 from tests.traces.small import save_trace, small_trace
 
 BARD = Path(__file__).resolve().parents[2] / "duoserve" / "assets" / "bard"
@@ -82,7 +83,8 @@ def without_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[s
         raise AssertionError("it was recorded")
 
     monkeypatch.setattr(evaluate, "record", record)
-    folder = save_mixtral(tmp_path / "m")
+    folder = save_mixtral(tmp_path / "m", vocab_size=291)
+    byte_level_tokenizer().save(str(folder / "tokenizer.json"))
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     return ["evaluate", folder, "--prompts", tmp_path / "p.txt"]
 

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 
 from duoserve.errors import CheckpointError
 from duoserve.experts import hub
-from duoserve.experts.hub import at_revision, resolve_model
+from duoserve.experts.hub import DESCRIPTION_FILES, TEXT_FILES, at_revision, resolve_model
 
 
 class Hub:
@@ -152,8 +152,10 @@ def test_a_revision_is_of_a_hub_id_that_has_none(model: str | Path) -> None:
         ("model-00001-of-00019.safetensors", True),
         ("model.safetensors.index.json", True),
         ("tokenizer.json", True),
-        ("tokenizer.model", True),
         ("chat_template.jinja", True),
+        ("tokenizer.model", False),
+        ("merges.txt", False),
+        ("vocab.txt", False),
         ("pytorch_model.bin", False),
         ("consolidated.00.pt", False),
         ("modeling_mixtral.py", False),
@@ -187,7 +189,28 @@ def test_without_weights_only_what_describes_them_is_downloaded(
     folder: Path, connect: Callable[[Path | Exception], Hub], file: str, taken: bool
 ) -> None:
     made = connect(folder)
-    assert resolve_model("owner/name", weights=False) == folder
+    assert resolve_model("owner/name", DESCRIPTION_FILES) == folder
+    assert made.takes(file) is taken
+
+
+@pytest.mark.parametrize(
+    ("file", "taken"),
+    [
+        ("config.json", True),
+        ("tokenizer.json", True),
+        ("tokenizer_config.json", True),
+        ("chat_template.jinja", True),
+        ("model.safetensors.index.json", True),
+        ("model.safetensors", False),
+        ("tokenization.py", False),
+        ("original/tokenizer.json", False),
+    ],
+)
+def test_for_text_all_but_the_weights_is_downloaded(
+    folder: Path, connect: Callable[[Path | Exception], Hub], file: str, taken: bool
+) -> None:
+    made = connect(folder)
+    assert resolve_model("owner/name", TEXT_FILES) == folder
     assert made.takes(file) is taken
 
 
