@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -55,6 +56,7 @@ class Worker:
         self._publish(fresh=True)
         self._thread = threading.Thread(target=self._run, name="duoserve-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.stop)  # an interpreter that ends kills its other threads, which aborts inside torch
         runtime.before_close(self.stop)
 
     @property
@@ -129,6 +131,7 @@ class Worker:
             left, self._asked, self._gone = self._asked, deque(), True
         for command in left:
             command()
+        atexit.unregister(self.stop)
 
     def _obey(self) -> bool:
         """Does what was asked for, and waits while there is no work; gives False when it is time to stop."""
