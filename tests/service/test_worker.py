@@ -85,13 +85,13 @@ async def test_a_close_that_is_cancelled_comes_to_its_end(folder: Path) -> None:
 
 
 def test_a_service_is_closed_in_another_event_loop_than_one_that_gave_up(folder: Path) -> None:
-    gate = Gate()
+    gate, streams = Gate(), []
 
     async def begun() -> AsyncEngine:
         service = AsyncEngine(MoEModel.from_pretrained(folder))
         engine = service.model._runtime.engine
         step, engine.step = engine.step, lambda: gate.pass_through() or step()
-        await service.submit(PROMPT, PARAMS)
+        streams.append(await service.submit(PROMPT, PARAMS))
         await asyncio.to_thread(gate.wait_entered)
         return service
 
