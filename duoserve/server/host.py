@@ -20,6 +20,7 @@ class ServiceLoader:
     def __init__(self, load: Callable[[], Service]) -> None:
         self._load = load
         self._service: Service | None = None
+        self._thread: threading.Thread | None = None
         self.failure: BaseException | None = None
 
     @property
@@ -40,11 +41,16 @@ class ServiceLoader:
             raise unavailable(f"the model is {self.state}" if self.state == LOADING else f"the service is {self.state}")
         return self._service
 
+    @property
+    def still_loads(self) -> bool:
+        """Whether the thread that loads runs, which nothing can stop."""
+        return self._thread is not None and self._thread.is_alive()
+
     async def start(self) -> None:
         """Loads; raises what loading raises, and MemoryBudgetError if an allocation fails."""
         try:
             with explained_refusals("the model was loaded"):
-                self._service = await _in_thread(self._load)
+                self._service = await self._loaded()
         except Exception as error:
             self.failure = error
             raise
@@ -59,27 +65,27 @@ class ServiceLoader:
         if self._service is not None:
             await self._service.close()
 
+    async def _loaded(self) -> Service:
+        """Loads in a new thread: those of asyncio would hold up an exit until a large model has been read."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Service] = loop.create_future()
 
-async def _in_thread(load: Callable[[], Service]) -> Service:
-    """Loads in a new thread: those of asyncio would hold up an exit until a large model has been read."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Service] = loop.create_future()
+        def tell(service: Service | None, error: BaseException | None) -> None:
+            if done.cancelled():
+                return
+            if service is None:
+                done.set_exception(error or RuntimeError("the loader returned nothing"))
+            else:
+                done.set_result(service)
 
-    def tell(service: Service | None, error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if service is None:
-            done.set_exception(error or RuntimeError("the loader returned nothing"))
-        else:
-            done.set_result(service)
+        def work() -> None:
+            try:
+                result, failure = self._load(), None
+            except BaseException as error:
+                result, failure = None, error
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(tell, result, failure)
 
-    def work() -> None:
-        try:
-            result, failure = load(), None
-        except BaseException as error:
-            result, failure = None, error
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(tell, result, failure)
-
-    threading.Thread(target=work, name="duoserve-load", daemon=True).start()
-    return await done
+        self._thread = threading.Thread(target=work, name="duoserve-load", daemon=True)
+        self._thread.start()
+        return await done

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -25,11 +28,22 @@ LAST_WORDS_S = 5.0  # the time for answers that were cut off to tell their clien
 def serve(settings: ServerSettings, load: Callable[[], Service], ready: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT. The socket listens before ``load`` is called; ``ready`` gets the URL after that.
 
+    A signal that comes while ``load`` runs ends the process, with exit code 0, instead of this call.
     Raises what ``load`` raises, and ConfigError if it cannot listen at the address.
     """
+    loader = ServiceLoader(load)
     listening = listen(settings.host, settings.port)
     with listening:
-        asyncio.run(_serve(settings, ServiceLoader(load), listening, ready))
+        asyncio.run(_serve(settings, loader, listening, ready))
+    if loader.still_loads:
+        _leave()
+
+
+def _leave() -> NoReturn:
+    """Ends the process at once: the interpreter's own end kills other threads, and inside torch that aborts it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -69,7 +70,7 @@ class AsyncEngine:
         logprobs: int | None = None,
         goes_on: bool = False,
     ) -> Stream:
-        """Queues a prompt and gives the stream of its answer.
+        """Queues a prompt and gives the stream of its answer, which ends when the caller lets go of the stream.
 
         ``logprobs`` (0 to 20; None: no log-probabilities) is how many of the likeliest tokens to report at each place.
         Where an objective is None, the service's holds. The answer to a text keeps the space before its first word, so
@@ -88,7 +89,8 @@ class AsyncEngine:
         request.objectives = (objectives or Objectives()).or_else(self.objectives)
         stream = Stream(request, self._worker.cancel)
         behind = prompt_ids if goes_on or isinstance(prompt, str) else ()
-        task = Task(Writer(self._tokenizer, params.stop, behind), stream)
+        watched = weakref.ref(stream, lambda _: self._worker.cancel(request))
+        task = Task(Writer(self._tokenizer, params.stop, behind), watched)
         try:
             await asyncio.wrap_future(self._worker.submit(request, task))
         except asyncio.CancelledError:

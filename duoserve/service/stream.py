@@ -14,7 +14,8 @@ class Stream:
     """Pieces of text as they come; the last has a ``finish_reason``. For one task of the event loop that it is made in.
 
     Iterating raises the error that has ended the request: CopyError or another DuoServeError of its own, or ClosedError
-    if the service has ended. After ``cancel`` the iteration just ends.
+    if the service has ended. After ``cancel`` the iteration just ends. A request goes on while its stream is not read;
+    who leaves it before its end calls ``cancel``, or drops the last reference to it, which does the same.
     """
 
     def __init__(self, request: Request, cancel: Callable[[Request], None]) -> None:

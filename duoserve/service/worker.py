@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -26,10 +28,15 @@ log = logging.getLogger("duoserve")
 
 @dataclass(frozen=True)
 class Task:
-    """The writer of a request's text, and the stream that its caller reads."""
+    """The writer of a request's text, and the stream that its caller reads, which only the caller keeps alive."""
 
     writer: Writer
-    stream: Stream
+    stream: weakref.ref[Stream]
+
+    def give(self, item: Piece | DuoServeError | None, finished: float | None) -> bool:
+        """As the stream's own; gives False too if the caller has let go of it."""
+        stream = self.stream()
+        return stream is not None and stream.give(item, finished)
 
 
 class Worker:
@@ -55,6 +62,7 @@ class Worker:
         self._publish(fresh=True)
         self._thread = threading.Thread(target=self._run, name="duoserve-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.stop)  # an interpreter that ends kills its other threads, which aborts inside torch
         runtime.before_close(self.stop)
 
     @property
@@ -129,6 +137,7 @@ class Worker:
             left, self._asked, self._gone = self._asked, deque(), True
         for command in left:
             command()
+        atexit.unregister(self.stop)
 
     def _obey(self) -> bool:
         """Does what was asked for, and waits while there is no work; gives False when it is time to stop."""
@@ -187,7 +196,7 @@ class Worker:
         piece = Piece(text, (produced.token,), logprobs, request.finish_reason)
         if request.finish_reason is not None:
             self._end(request, piece, request.finish_reason)
-        elif not task.stream.give(piece, None):
+        elif not task.give(piece, None):
             self._end(request, None, "abort")
 
     def _end(self, request: Request, last: Piece | DuoServeError | None, reason: FinishReason) -> None:
@@ -199,7 +208,7 @@ class Worker:
         self._finished[reason] += 1
         self._judge(request, reason)
         self._publish(fresh=self._engine.idle)
-        task.stream.give(last, time.monotonic())
+        task.give(last, time.monotonic())
 
     def _judge(self, request: Request, reason: FinishReason) -> None:
         goals = request.objectives
@@ -230,7 +239,7 @@ class Worker:
             request.finish("error")
             dead = ClosedError(self._why)
             dead.__cause__ = error
-            task.stream.give(dead, time.monotonic())
+            task.give(dead, time.monotonic())
         if not self.drained.done():
             self.drained.set_result(None)
 

@@ -6,6 +6,8 @@ import asyncio
 import json
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -151,6 +153,36 @@ def test_what_loading_raises_ends_the_server(error, kind, message):
     with pytest.raises(kind, match=message):
         serve(settings(), failing(error), ready.append)
     assert ready == []
+
+
+LOADS_FOR_EVER = """
+import torch
+from duoserve.server.run import serve
+from duoserve.server.settings import ServerSettings
+
+def load():
+    print("loading", flush=True)
+    print("flushed in the end")
+    matrix = torch.eye(256)
+    while True:
+        matrix = matrix @ matrix
+
+serve(ServerSettings(name="x", port=0), load, print)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_model_loads_ends_the_process_in_order(number):
+    """An interpreter that ends kills its other threads; inside torch that would abort the process."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", LOADS_FOR_EVER], **pipes) as running:
+        try:
+            assert running.stdout.readline() == "loading\n"
+            running.send_signal(number)
+            assert running.wait(20) == 0
+            assert (running.stdout.read(), running.stderr.read()) == ("flushed in the end\n", "")
+        finally:
+            running.kill()
 
 
 def test_connections_send_at_once() -> None:

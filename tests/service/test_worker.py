@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import gc
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -81,13 +85,13 @@ async def test_a_close_that_is_cancelled_comes_to_its_end(folder: Path) -> None:
 
 
 def test_a_service_is_closed_in_another_event_loop_than_one_that_gave_up(folder: Path) -> None:
-    gate = Gate()
+    gate, streams = Gate(), []
 
     async def begun() -> AsyncEngine:
         service = AsyncEngine(MoEModel.from_pretrained(folder))
         engine = service.model._runtime.engine
         step, engine.step = engine.step, lambda: gate.pass_through() or step()
-        await service.submit(PROMPT, PARAMS)
+        streams.append(await service.submit(PROMPT, PARAMS))
         await asyncio.to_thread(gate.wait_entered)
         return service
 
@@ -101,6 +105,50 @@ def test_a_service_is_closed_in_another_event_loop_than_one_that_gave_up(folder:
         asyncio.run(asyncio.wait_for(service.close(), 20))
     with pytest.raises(ClosedError, match="this model was closed"):
         _ = service.model.config
+
+
+NEVER_CLOSED = """
+import asyncio
+from duoserve import AsyncEngine, MoEModel, SamplingParams
+
+async def main():
+    service = AsyncEngine(MoEModel.from_pretrained("bard", policy="lru", expert_slots=12))
+    stream = await service.submit("To be", SamplingParams(max_tokens=3000, temperature=0.0, ignore_eos=True))
+    await anext(stream)
+    return service, stream
+
+kept = asyncio.run(main())
+print("left")
+"""
+
+
+def test_a_program_that_closes_no_service_ends_in_order(tmp_path: Path) -> None:
+    """An interpreter that ends kills its other threads; inside torch that would abort the process."""
+    environment = os.environ | {"DUOSERVE_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", NEVER_CLOSED]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "left\n", "")
+
+
+@pytest.mark.parametrize("dies", [False, True])
+@in_a_loop
+async def test_a_service_that_has_ended_is_not_kept_until_the_program_ends(
+    dies: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Callable[[], None]] = []
+    monkeypatch.setattr(atexit, "register", kept.append)
+    monkeypatch.setattr(atexit, "unregister", kept.remove)
+    service = AsyncEngine(MoEModel.from_pretrained(folder))
+    assert kept == [service._worker.stop]
+    if dies:
+        monkeypatch.setattr(Transformer, "advance", broken(ZeroDivisionError("a bug")))
+        with pytest.raises(ClosedError, match="a bug"):
+            await anext(await service.submit(PROMPT, PARAMS))
+        service._worker._thread.join()
+    else:
+        await service.close()
+    assert kept == []
+    await service.close()
 
 
 @pytest.mark.parametrize("error", [None, CopyError("no such expert"), ZeroDivisionError("a bug")], ids=repr)
