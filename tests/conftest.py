@@ -18,13 +18,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The same examples in every run, so that no change is judged by chance; a developer who looks for others says
-# --hypothesis-profile=explore. On a busy machine an example may take any time.
+# --hypothesis-profile=explore. On a busy machine an example may take any time. On a GPU, which one has for minutes, an
+# example that fails is not made smaller: each shape would compile kernels of its own.
 if find_spec("hypothesis"):  # kernels can be tested where it is missing, as far as they do without
-    from hypothesis import HealthCheck, settings
+    from hypothesis import HealthCheck, Phase, settings
 
     settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.register_profile("same", settings.get_profile("explore"), derandomize=True)
-    settings.load_profile("same")
+    as_found = (Phase.explicit, Phase.generate)
+    settings.register_profile("gpu", settings.get_profile("same"), phases=as_found, print_blob=True)
+    settings.load_profile("gpu" if torch.cuda.is_available() else "same")
 
 # They take minutes each: were one begun last, it would keep one worker at it and the others waiting. What the first
 # three have compiled is on the disk for those that come later.
