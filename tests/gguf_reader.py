@@ -78,7 +78,7 @@ class _Reader:
         assert kind in (Q4_0, Q8_0)
         codes = ("codes", "u1", 16) if kind == Q4_0 else ("codes", "i1", 32)
         blocks = np.frombuffer(self.data, np.dtype([("scale", "<f2"), codes]), count // 32, at)
-        found = blocks["codes"].astype("i4")
+        found = blocks["codes"].astype("f4")
         if kind == Q4_0:
             found = np.concatenate([found % 16, found // 16], axis=1) - 8
         return (blocks["scale"].astype("f4")[:, None] * found).reshape(shape)
