@@ -13,7 +13,7 @@ from typing import Any
 from duoserve.cli.options import Subparsers, add_parser, count, refuse_unused
 from duoserve.errors import ConfigError
 from duoserve.interface import Objectives
-from duoserve.loadtest.figures import ATTAINED, PERCENTILES, GoodputSearch
+from duoserve.loadtest.figures import ATTAINED, PERCENTILES, GoodputSearch, said_of
 from duoserve.loadtest.workload import ARRIVALS, BURST, Workload
 
 EXAMPLES = """\
@@ -88,8 +88,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
     for trial in result["trials"]:
         lines.append(
             f"{trial['rate']:.3g} requests/s asked, {trial['requests_per_s']:.3g} answered, "
-            f"{trial['tokens_per_s']:.1f} tok/s, {trial['attained']:.0%} of {trial['requests']} inside objectives, "
-            f"{trial['failed']} failed"
+            f"{trial['tokens_per_s']:.1f} tok/s, {said_of(trial)}"
         )
         for name in ("ttft", "tpot", "itl"):
             values = [(p, trial[f"{name}_ms"][f"p{p}"]) for p in PERCENTILES]

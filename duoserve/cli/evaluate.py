@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,14 @@ def run(args: argparse.Namespace) -> None:
     refused before the prompts are run, which takes the longest.
     """
     prompts = [] if args.prompts is None else _prompts(args)
-    with opened(args.model) as found, tempfile.TemporaryDirectory() as scratch:
+    with opened(args.model) as found, ExitStack() as resources:
         trace = None if args.trace is None else _given_trace(args, found.checkpoint)
         slots = slot_counts(args.slots, ModelShape.of(found.config))
         if not args.dry_run:
             check_place(found.checkpoint)
         machine = Machine(replayed_on(args.hardware), layer_sizes(found))
         if trace is None:
-            trace = _recorded(args, prompts, Path(scratch))
+            trace = _recorded(args, prompts, Path(resources.enter_context(tempfile.TemporaryDirectory())))
         done = evaluate(trace, machine, slots, args.seed, progress=sys.stderr.isatty())
         context, where = {"hardware": machine.hardware.name, "rows": done.rows}, None
         try:

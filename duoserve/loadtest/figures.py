@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,10 @@ def attainment(answers: Sequence[Answer], objectives: Objectives) -> float:
 
 
 def summary(answers: Sequence[Answer], objectives: Objectives) -> dict[str, Any]:
-    """Counts, rates, and percentiles of what was answered, in milliseconds; None where nothing was."""
+    """Counts, rates, and percentiles of what was answered, in milliseconds; None where nothing was.
+
+    ``attained`` is None if there are no objectives.
+    """
     good = [answer for answer in answers if not answer.error]
     seconds = max((answer.pieces_s[-1] for answer in good), default=None)
     gaps = [later - earlier for a in good for earlier, later in zip(a.pieces_s, a.pieces_s[1:], strict=False)]
@@ -66,10 +69,17 @@ def summary(answers: Sequence[Answer], objectives: Objectives) -> dict[str, Any]
         "seconds": seconds,
         "requests_per_s": len(good) / seconds if seconds else 0.0,
         "tokens_per_s": sum(answer.tokens for answer in good) / seconds if seconds else 0.0,
-        "attained": attainment(answers, objectives),
+        "attained": None if objectives == Objectives() else attainment(answers, objectives),
         "late_ms": 1e3 * max((answer.late_s for answer in answers), default=0.0),
         **{name: _percentiles_ms(values) for name, values in series.items()},
     }
+
+
+def said_of(found: Mapping[str, Any]) -> str:
+    """How many requests failed by their ``summary``, and where there are objectives, how many met them."""
+    attained = found["attained"]
+    inside = "" if attained is None else f"{attained:.0%} inside objectives, "
+    return f"{inside}{found['failed']} of {found['requests']} failed"
 
 
 def _percentiles_ms(seconds: Sequence[float]) -> dict[str, float | None]:

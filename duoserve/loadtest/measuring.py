@@ -9,7 +9,7 @@ from typing import Any
 from duoserve.errors import RequestError
 from duoserve.interface import Objectives
 from duoserve.loadtest.client import Target, answers, served_model
-from duoserve.loadtest.figures import GoodputSearch, summary
+from duoserve.loadtest.figures import GoodputSearch, said_of, summary
 from duoserve.loadtest.workload import Workload
 
 __all__ = ["Target", "measured"]
@@ -31,6 +31,6 @@ async def measured(
             if not trials and found["failed"] == found["requests"]:
                 raise RequestError(f"all {found['failed']} requests failed; the first: {found['first_error']}")
             trials.append({"rate": rate, **found})
-            search.record(rate, found["attained"])
-            say(f"{rate:.3g} requests/s: {found['attained']:.0%} inside objectives")
+            search.record(rate, found["attained"] or 0.0)  # None without objectives, and then one rate is tried
+            say(f"{rate:.3g} requests/s: {said_of(found)}")
     return {"url": target.url, "model": target.model, "trials": trials}

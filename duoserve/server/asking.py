@@ -27,10 +27,12 @@ NOT_SUPPORTED = (
     # fields of vLLM
     *("min_tokens", "stop_token_ids", "bad_words", "allowed_token_ids", "use_beam_search"),
     *("truncate_prompt_tokens", "continue_final_message", "include_stop_str_in_output"),
-    *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    *("guided_regex", "guided_choice", "guided_grammar"),
     *("structural_tag", "documents", "logits_processors", "prompt_embeds"),
+    *("return_token_ids", "return_tokens_as_token_ids", "repetition_detection", "thinking_token_budget", "vllm_xargs"),
 )
-NOT_EVEN_EMPTY = ("web_search_options", "prompt_logprobs")  # {} asks for a search, and 0 for the prompt's tokens alone
+# Of these {} asks for a search or for any JSON, and 0 for the prompt's tokens alone.
+NOT_EVEN_EMPTY = ("web_search_options", "guided_json", "structured_outputs", "prompt_logprobs")
 
 Messages = list[dict[str, str]]
 Prompt = str | list[int]
@@ -40,10 +42,12 @@ Prompt = str | list[int]
 class Asked:
     """A request, checked as far as that needs neither tokenizer nor engine.
 
-    ``max_tokens`` None: all that the context holds. ``sampling`` has fields of SamplingParams by name.
+    ``prompt_field`` names the field that has the prompt. ``max_tokens`` None: all that the context holds. ``sampling``
+    has fields of SamplingParams by name.
     """
 
     model: str | None
+    prompt_field: str
     max_tokens: int | None
     sampling: Mapping[str, Any]
     n: int
@@ -59,25 +63,32 @@ class Asked:
         """
         room = context - prompt_tokens
         if room < 1 or (self.max_tokens or 1) > room:
-            wanted = "" if self.max_tokens is None else f" and max_tokens={self.max_tokens}"
-            raise bad("max_tokens", f"{prompt_tokens} prompt tokens{wanted} exceed the context of {context} tokens")
+            raise self._too_long(prompt_tokens, context)
         sampling = dict(self.sampling)
         if (seed := sampling.get("seed")) is not None:
             counted = seed + repeat
             sampling["seed"] = counted if counted <= HIGHEST_SEED else counted - HIGHEST_SEED - 1
         return _sampling_params(max_tokens=self.max_tokens or room, **sampling)
 
+    def _too_long(self, prompt_tokens: int, context: int) -> ApiError:
+        """Clients know this refusal by its code, some by how OpenAI's message begins."""
+        wanted = "" if self.max_tokens is None else f" and max_tokens={self.max_tokens}"
+        too_long = prompt_tokens >= context
+        message = (
+            f"this model's maximum context length is {context} tokens, but there are {prompt_tokens} in the prompt"
+            f"{wanted}: {'shorten the prompt' if too_long else 'lower max_tokens'}"
+        )
+        at_fault = self.prompt_field if too_long else "max_tokens"
+        return ApiError(400, message, param=at_fault, code="context_length_exceeded")
+
 
 def completion(fields: BodyFields) -> tuple[Asked, list[Prompt]]:
     """The body of ``/v1/completions``, and its prompts."""
     fields.refuse_other(add_special_tokens=True, skip_special_tokens=True)
     prompts = _prompts(fields)
-    best_of = fields.integer("best_of", 1, MAX_N)
     logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
     max_tokens = fields.integer("max_tokens", 1, MAX_TOKENS)
-    asked = _asked(fields, max_tokens or COMPLETION_TOKENS, logprobs)
-    if best_of not in {None, asked.n}:
-        raise bad("best_of", f"best_of is {best_of} and n is {asked.n}, but this server makes no more than it returns")
+    asked = _asked(fields, "prompt", max_tokens or COMPLETION_TOKENS, logprobs)
     if asked.n * len(prompts) > MAX_CHOICES:
         raise bad("n", f"{len(prompts)} prompts with n={asked.n} are more than {MAX_CHOICES} choices")
     return asked, prompts
@@ -89,30 +100,40 @@ def chat(fields: BodyFields) -> tuple[Asked, Messages]:
     messages = _messages(fields)
     top = fields.integer("top_logprobs", 0, MAX_LOGPROBS)
     wants = fields.flag("logprobs")
-    if top is not None and not wants:
+    if top and not wants:
         raise bad("top_logprobs", "top_logprobs needs logprobs to be true")
     most = fields.integer("max_completion_tokens", 1, MAX_TOKENS) or fields.integer("max_tokens", 1, MAX_TOKENS)
-    return _asked(fields, most, (top or 0) if wants else None), messages
+    return _asked(fields, "messages", most, (top or 0) if wants else None), messages
 
 
-def _asked(fields: BodyFields, max_tokens: int | None, logprobs: int | None) -> Asked:
+def _asked(fields: BodyFields, prompt_field: str, max_tokens: int | None, logprobs: int | None) -> Asked:
     _refuse(fields)
     stream = fields.flag("stream")
     options = fields.part("stream_options")
     if not stream and fields.raw("stream_options") is not None:
         raise bad("stream_options", "stream_options needs stream to be true")
+    options.refuse("continuous_usage_stats")
     sampling = _sampling(fields)
     _sampling_params(**sampling)
     return Asked(
         model=fields.text("model"),
+        prompt_field=prompt_field,
         max_tokens=max_tokens,
         sampling=sampling,
-        n=fields.integer("n", 1, MAX_N) or 1,
+        n=_n(fields),
         logprobs=logprobs,
         stream=stream,
         include_usage=options.flag("include_usage"),
         objectives=_objectives(fields),
     )
+
+
+def _n(fields: BodyFields) -> int:
+    """How many choices a prompt has."""
+    n, best_of = fields.integer("n", 1, MAX_N) or 1, fields.integer("best_of", 1, MAX_N)
+    if best_of not in {None, n}:
+        raise bad("best_of", f"best_of is {best_of} and n is {n}, but this server makes no more than it returns")
+    return n
 
 
 def _refuse(fields: BodyFields) -> None:

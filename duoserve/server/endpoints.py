@@ -84,6 +84,7 @@ class Endpoints:
         fields = await read_fields(request, self._settings.max_body_bytes)
         self._check_model(fields.text("model"))
         fields.refuse_other(add_special_tokens=True)
+        fields.refuse("return_token_strs")
         prompt = fields.text("prompt")
         if prompt is None:
             raise fields.wrong("prompt", "text")

@@ -37,18 +37,30 @@ def is_one(prompt: Any) -> bool:
 
 
 def as_token_ids(prompt: Any) -> list[int]:
-    """A list of integers, which may be numpy's or torch's. Bytes are refused, though they are sequences of integers."""
+    """A list of integers, which may be numpy's or torch's.
+
+    Raises RequestError for bytes and booleans too, which Python takes for integers.
+    """
     if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
         raise _no_prompt(prompt)
     try:
-        return [index(token) for token in prompt]
+        return [_id(token) for token in prompt]
     except TypeError as error:
         raise _no_prompt(prompt) from error
 
 
+def _id(token: Any) -> int:
+    if isinstance(token, bool):
+        raise TypeError
+    return index(token)
+
+
 def _is_integer(value: Any) -> bool:
-    """Whether ``value`` is an integer and a scalar: a tensor of one element could be used as an index too."""
-    return isinstance(value, Integral) or getattr(value, "ndim", 1) == 0
+    """Whether ``value`` is an integer and a scalar: a tensor of one element could be used as an index too.
+
+    NumPy's strings are scalars as well.
+    """
+    return isinstance(value, Integral) or (getattr(value, "ndim", 1) == 0 and not isinstance(value, str))
 
 
 def _no_prompt(prompt: object) -> RequestError:

@@ -37,6 +37,13 @@ def test_latencies_are_those_of_the_server(duoserve, served):  # noqa: F811
     assert all(asked["params"].max_tokens <= 4 for asked in server.service.asked)
 
 
+def test_nothing_is_said_of_objectives_if_there_are_none(duoserve, served):  # noqa: F811
+    words = ("bench", "serve", "--url", served(slow()).url, "--rate", "40", "--requests", "2", *SMALL)
+    ran = duoserve(*words)
+    assert ran.code == 0 and "0 of 2 failed" in ran.out and "objectives" not in ran.out
+    assert json.loads(duoserve(*words, "--json").out)["trials"][0]["attained"] is None
+
+
 def test_the_search_for_goodput_says_what_it_found(duoserve, served):  # noqa: F811
     server = served(slow())
     words = ("--rate", "40", "--requests", "3", *SMALL, "--goodput", "--trials", "2")

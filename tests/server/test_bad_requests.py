@@ -103,6 +103,23 @@ def test_a_wrong_field_of_a_chat_is_a_400_that_names_it(lasting, fields, param):
     assert lasting.service.streams == []
 
 
+def test_what_exceeds_the_context_has_the_code_that_clients_look_for(lasting):
+    fault, asked = "prompt", lasting.complete(prompt=[1] * CONTEXT, max_tokens=1)
+    for answer in (asked, lasting.complete(max_tokens=CONTEXT), lasting.chat(max_tokens=CONTEXT)):
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"], error["code"]) == (400, fault, "context_length_exceeded")
+        assert error["message"].startswith(f"this model's maximum context length is {CONTEXT} tokens, but there are ")
+        fault = "max_tokens"
+    messages = [{"role": "user", "content": "word " * 2 * CONTEXT}]
+    error = lasting.chat(messages=messages).json()["error"]
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+    assert lasting.service.streams == []
+
+
+def test_no_likeliest_tokens_may_be_asked_for_without_log_probabilities(served):
+    assert served().chat(logprobs=False, top_logprobs=0).status_code == 200
+
+
 def test_what_asks_for_what_is_done_anyway_is_not_refused(served):
     server = served()
     both = {"skip_special_tokens": True, "add_generation_prompt": True}

@@ -14,9 +14,21 @@ WRONG = [
     ({"prompt_logprobs": 0}, "prompt_logprobs"),
     ({"prompt_logprobs": 1}, "prompt_logprobs"),
     ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+    ({"guided_json": {}}, "guided_json"),
+    ({"structured_outputs": {"json": {}}}, "structured_outputs"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"return_token_ids": True}, "return_token_ids"),
+    ({"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
+    ({"repetition_detection": {"max_pattern_size": 4}}, "repetition_detection"),
+    ({"thinking_token_budget": 64}, "thinking_token_budget"),
+    ({"vllm_xargs": {"a": 1}}, "vllm_xargs"),
+    ({"best_of": 2}, "best_of"),
+    ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
 ]
 NOTHING = [
     {"modalities": ["text"], "verbosity": "medium", "chat_template_kwargs": {}},
+    {"return_token_ids": False, "vllm_xargs": {}, "best_of": 2, "n": 2},
+    {"stream": True, "stream_options": {"continuous_usage_stats": False}},
     dict.fromkeys(
         ("modalities", "verbosity", "audio", "web_search_options", "prompt_logprobs", "chat_template_kwargs")
     ),
@@ -31,7 +43,7 @@ def test_what_would_change_the_answer_is_refused(served, fields, param):
     assert server.service.streams == []
 
 
-@pytest.mark.parametrize("fields", NOTHING, ids=["as it is done", "null"])
+@pytest.mark.parametrize("fields", NOTHING, ids=["as it is done", "switched off", "usage at the end", "null"])
 def test_what_asks_for_nothing_is_not(served, fields):
     server = served()
     assert [server.chat(**fields).status_code, server.complete(**fields).status_code] == [200, 200]

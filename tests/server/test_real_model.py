@@ -156,7 +156,7 @@ def test_log_probabilities_and_experts_are_told(bard):
 
 def test_a_prompt_beyond_the_context_is_a_400(bard):
     answer = bard.complete(prompt=[5] * 100_000, max_tokens=1)
-    assert answer.status_code == 400 and "exceed the context" in answer.json()["error"]["message"]
+    assert answer.status_code == 400 and "maximum context length" in answer.json()["error"]["message"]
 
 
 @contextmanager
