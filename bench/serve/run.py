@@ -229,7 +229,7 @@ def run(cell: Cell, ground: Ground, limits: Limits) -> Figures:
 
 
 def trace(cells: Sequence[Cell], ground: Ground, limits: Limits) -> Figures:
-    """The timeline of a decode step of each cell, as serve_timeline packs it; Unavailable for what cannot be.
+    """The timeline of a decode step of each cell, as ``serve/timeline.py`` packs it; Unavailable for what cannot be.
 
     Whoever traces measures nothing afterwards in the same process: the profiler may stay with the device.
     """
