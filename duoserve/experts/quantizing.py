@@ -39,8 +39,7 @@ class QuantizingStore(ExpertStore):
         self.layout = ExpertLayout(stored, source.layout.hidden, source.layout.intermediate)
         self._source = source
         self._search = None if stored.format is ExpertFormat.BF12 else ScaleSearch(stored, way)
-        # A search takes all cores, so that who reads beside it would stop it at every one of its barriers.
-        self._turns = threading.Semaphore(BF12_AT_A_TIME if self._search is None else 1)
+        self._turns = threading.Semaphore(BF12_AT_A_TIME if self._search is None else way.at_a_time)
         self._lock = threading.Lock()
         self._squares_2 = torch.zeros(2, dtype=torch.float64, device="cpu")
 

@@ -38,10 +38,15 @@ def op_by_op(search: Callable[..., None], *parts: Tensor) -> None:
 
 
 class Way(NamedTuple):
-    """How searches run: a block has about ``block_weights``, and there are blocks of few shapes only."""
+    """How searches run: a block has about ``block_weights``, and there are blocks of few shapes only.
+
+    At most ``at_a_time`` experts are made at once. Compiled loops take all cores, so that whoever worked beside them
+    would stop them at every one of their barriers.
+    """
 
     loops: Loops
     block_weights: int
+    at_a_time: int = 1
 
     @classmethod
     def compiled(cls) -> Way:
@@ -49,7 +54,8 @@ class Way(NamedTuple):
         return cls(CompiledLoops(), 1 << 20)
 
 
-OP_BY_OP = Way(op_by_op, 1 << 15)  # what is between two ops stays in a core's cache, and PyTorch shares no op out
+# What is between two ops stays in a core's cache, and PyTorch shares no op out, so that others may work beside it.
+OP_BY_OP = Way(op_by_op, 1 << 15, at_a_time=2)
 
 
 class ScaleSearch:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Barrier, BrokenBarrierError
+
 import numpy as np
 import pytest
 import torch
@@ -167,6 +171,30 @@ def test_floats_in_parts_give_the_same_row(stored: Quantized) -> None:
     whole_B, parted_B = (read(store, expert) for store in stores)
     assert torch.equal(whole_B, parted_B)
     assert stores[0].weight_error == pytest.approx(stores[1].weight_error)
+
+
+class Meeting(ArrayStore):
+    """Reads an expert only together with another one."""
+
+    def __init__(self) -> None:
+        super().__init__(num_layers=1, num_experts=2)
+        self.waits = Barrier(2, timeout=1.0)
+
+    def read_part(self, expert: ExpertId, part: RowPart, part_B: Tensor) -> None:
+        self.waits.wait()
+        super().read_part(expert, part, part_B)
+
+
+def read_both(way: Way) -> None:
+    store = QuantizingStore(Meeting(), INT8, way)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(partial(read, store), [ExpertId(0, 0), ExpertId(0, 1)]))
+
+
+def test_ops_make_two_experts_at_a_time_and_loops_that_take_all_cores_one() -> None:
+    read_both(OP_BY_OP)
+    with pytest.raises(BrokenBarrierError):
+        read_both(Way.compiled())
 
 
 def test_weights_that_are_no_numbers_are_refused() -> None:
