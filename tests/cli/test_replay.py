@@ -131,7 +131,7 @@ def test_the_precision_of_a_made_up_trace_is_that_of_its_guesses(capsys: pytest.
         assert lookahead["recall_at_k"] == pytest.approx(precision, abs=0.05)
     assert rows[0.9][1]["tpot_s"] < rows[0.4][1]["tpot_s"]
     assert main([*MADE_UP, "--predictor", "p.safetensors"]) == 1
-    assert "--predictor: synthetic:mixtral-8x7b is foretold by" in capsys.readouterr().err
+    assert "--predictor: synthetic:mixtral-8x7b is predicted by" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
