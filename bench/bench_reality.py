@@ -5,7 +5,7 @@
 serves the same requests with every policy and three numbers of slots, in turn, round by round; experts are read with
 direct I/O. In the same rounds it measures the machine: raw reads, experts in slots, and requests with all experts in
 slots. What the routers chose is then replayed with the same policy, slots and predictor, on one machine for each model,
-none of whose figures comes from the runs that are foretold. ``bard`` continues a play; the other model is a Mixtral of
+none of whose figures comes from the runs that are predicted. ``bard`` continues a play; the other model is a Mixtral of
 288 M random weights (random_mixtral.py). The report is written beside the JSON.
 """
 

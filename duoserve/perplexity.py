@@ -35,7 +35,7 @@ class TextScore(NamedTuple):
 def check_length(token_ids: Sequence[int]) -> None:
     """Raises RequestError if there are fewer than two tokens, so that none can be predicted."""
     if len(token_ids) < 2:
-        raise RequestError(f"{len(token_ids)} tokens are no text that could be foretold: at least 2 are needed")
+        raise RequestError(f"{len(token_ids)} tokens are no text that could be predicted: at least 2 are needed")
 
 
 def scored_ids(token_ids: list[int], bos_token_id: int | None) -> list[int]:

@@ -146,7 +146,7 @@ def test_the_bits_of_the_model_itself(mode: str, slots: int, record_after: int, 
 
 @pytest.mark.parametrize("policy", ["lookahead", "duoserve"])
 @pytest.mark.parametrize("mode", MODES)
-def test_what_is_foretold_changes_no_bit(mode: str, policy: str, folder: Path) -> None:
+def test_what_is_predicted_changes_no_bit(mode: str, policy: str, folder: Path) -> None:
     """Somebody who lies on purpose is listened to: between the layers in one mode, between the steps in the other."""
     written, logits, tried = [], [], Gpu()
     for gpu, slots, how, teller in ((Gpu(), 24, "model", None), (tried, 12, mode, any_teller("liar", 3, 2))):

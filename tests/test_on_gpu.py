@@ -63,7 +63,7 @@ def truth(folder: Path) -> tuple[list[int], Tensor]:
 def test_equal_bits(
     policy: str, slots: int, host_memory: str | int, folder: Path, truth: tuple[list[int], Tensor], tmp_path: Path
 ) -> None:
-    """What is foretold is of no consequence: half of these policies go by somebody who lies on purpose."""
+    """What is predicted is of no consequence: half of these policies go by somebody who lies on purpose."""
     tokens, logits_TV = truth
     with MoEModel.from_pretrained(
         folder,

@@ -138,7 +138,7 @@ LIMITS = {"int8": (1.002, 1.95), "int4": (1.02, 3.5)}  # bf12, which changes not
 
 
 @pytest.mark.parametrize("kind", LIMITS)
-def test_bard_foretells_a_play_nearly_as_well_as_before(kind: str) -> None:
+def test_bard_predicts_a_play_nearly_as_well_as_before(kind: str) -> None:
     """Bits per byte against bfloat16's, and how much smaller an expert is, padding included."""
     tokenizer = Tokenizer.load(BARD)
     assert tokenizer is not None
@@ -153,7 +153,7 @@ def test_bard_foretells_a_play_nearly_as_well_as_before(kind: str) -> None:
     assert floats / smaller >= less
 
 
-def test_a_text_is_foretold_window_by_window(folder: Path) -> None:
+def test_a_text_is_predicted_window_by_window(folder: Path) -> None:
     """Every token once, whatever the windows, from no fewer tokens before it than the overlap has."""
     ids = [(7 * i * i + 3 * i) % 95 for i in range(WINDOW + 900)]
     passes = []
@@ -172,7 +172,7 @@ def test_a_text_is_foretold_window_by_window(folder: Path) -> None:
     assert found.perplexity == pytest.approx(99 / 4, rel=1e-6)
     assert found.bits_per_byte(100) == pytest.approx(found.nats / 69.314718, rel=1e-6)
     assert [len(token_ids) for token_ids in passes] == [WINDOW, WINDOW, len(ids) - 2 * (WINDOW - OVERLAP)]
-    with pytest.raises(RequestError, match="1 tokens are no text that could be foretold"):
+    with pytest.raises(RequestError, match="1 tokens are no text that could be predicted"):
         score(Uniform(), [3])
 
 

@@ -152,7 +152,7 @@ def _recorded(args: argparse.Namespace, names: Sequence[str]) -> tuple[Trace, di
 def _made_up(args: argparse.Namespace) -> tuple[Trace, dict[str, Predictor]]:
     """A trace, and predictors by look-ahead scores that were trained on others like it."""
     if args.predictor:
-        raise ConfigError(f"--predictor: {args.trace} is foretold by what learns from others like it: give none")
+        raise ConfigError(f"--predictor: {args.trace} is predicted by what learns from others like it: give none")
     name = args.trace.removeprefix(MADE_UP)
     if name not in CARDS:
         raise ConfigError(f"synthetic trace {name!r} is not known: use one of {', '.join(CARDS)}")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -64,6 +65,10 @@ class DiskStore(ExpertStore):
             self._fd, self.direct = _open(self.file, read_at)
         except OSError as error:
             raise CheckpointError(f"{self.file}: cannot be opened ({error}); {REMEDY}") from error
+        # A descriptor is but a number, which nothing would close if nobody called close(). When the program ends,
+        # threads may still be reading, and the system closes it.
+        self._shut = finalize(self, os.close, self._fd)
+        self._shut.atexit = False
 
     def read(self, expert: ExpertId, row_B: Tensor) -> None:
         """As in ExpertStore; KeyError for an expert that the model has not.
@@ -130,9 +135,8 @@ class DiskStore(ExpertStore):
                 self._close_if_unused()
 
     def _close_if_unused(self) -> None:
-        if self._closed and self._readers == 0 and self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._closed and self._readers == 0:
+            self._shut()  # does nothing when called again
 
 
 def _check_header(path: Path, found: PackHeader, wanted: PackHeader) -> None:

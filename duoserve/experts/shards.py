@@ -41,6 +41,12 @@ def has_weights(folder: Path) -> bool:
 
 def _why_no_weights(folder: Path) -> str:
     missing = f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}"
+    weights = sorted(path.name for path in folder.glob("*.safetensors"))
+    if weights:
+        return (
+            f"{missing}, only {', '.join(weights[:3])}: one file with all weights must be called {SINGLE_FILE}, and "
+            f"several need {INDEX_FILE}, which says what is in each"
+        )
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLE_SUFFIXES)
     if not pickles:
         return f"{missing}: no weights are there; duoserve reads safetensors, which save_pretrained writes"

@@ -131,6 +131,7 @@ def opened(model: str | Path) -> Iterator[OpenedModel]:
         if HEAD in checkpoint.tensors:  # a head of its own is used even if the config calls it tied
             config = replace(config, tie_word_embeddings=False)
         is_quantized = by_tensors(checkpoint.tensors)
+        _check_described(config, checkpoint.tensors, checkpoint.folder)
         _check_experts(checkpoint.folder, float_experts(family, config, checkpoint.tensors, is_quantized))
         stored = stored_tensors(family, config, is_quantized)
         checkpoint.check(
@@ -163,6 +164,7 @@ def by_index(folder: Path) -> tuple[Family, ModelConfig, dict[str, StoredTensor]
     is_quantized = by_convention(config) if listed is None else by_names(listed)
     stored = stored_tensors(family, config, is_quantized)
     if listed is not None:
+        _check_described(config, listed, folder)
         _check_experts(folder, float_experts(family, config, listed, is_quantized))
         check_names(folder, listed, stored, partial(is_unused, config, stored))
     return family, config, stored
@@ -172,6 +174,17 @@ def _parsed(raw: dict[str, Any], folder: Path) -> tuple[Family, ModelConfig]:
     """What ``folder`` says of a model besides its tensors; ``raw`` is its config.json."""
     family = family_of(raw)
     return family, _with_end_tokens(family.parse_config(raw), folder / GENERATION_CONFIG)
+
+
+def _check_described(config: ModelConfig, names: Iterable[str], folder: Path) -> None:
+    """Raises CheckpointError if a tensor of ``names`` has codes of AWQ or GPTQ, but the config does not say so."""
+    found = None if config.quantization else next((name for name in names if name.endswith(".qweight")), None)
+    if found is not None:
+        raise CheckpointError(
+            f"{folder}: tensor {found!r} is quantized, but config.json has no quantization_config, where it says how; "
+            "put the object that is in quantize_config.json or quant_config.json into config.json under that name, "
+            'with its "quant_method": "gptq" or "awq"'
+        )
 
 
 def _check_experts(folder: Path, floats: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from duoserve.scheduling.routing import Routing
 class Score:
     """How many of a decoded token's experts were among the predictor's k likeliest ones, counted layer by layer."""
 
-    layers: int = 0  # how often a layer was foretold
+    layers: int = 0  # how often a layer was predicted
     chosen: int = 0  # experts that were chosen there
     found: int = 0  # and had been among the k likeliest
     exact: int = 0  # layers of which all were
@@ -27,17 +27,17 @@ class Score:
 
     @property
     def recall(self) -> float | None:
-        """Recall@k; None where nothing was foretold."""
+        """Recall@k; None where nothing was predicted."""
         return self.found / self.chosen if self.chosen else None
 
     @property
     def exact_share(self) -> float | None:
-        """The share of layers whose top-k was exactly right; None where nothing was foretold."""
+        """The share of layers whose top-k was exactly right; None where nothing was predicted."""
         return self.exact / self.layers if self.layers else None
 
     @property
     def half_share(self) -> float | None:
-        """The share of layers whose top-k was at least half right; None where nothing was foretold."""
+        """The share of layers whose top-k was at least half right; None where nothing was predicted."""
         return self.half / self.layers if self.layers else None
 
     def note(self, said: list[int], chosen: list[int]) -> None:

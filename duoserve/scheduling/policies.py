@@ -29,7 +29,7 @@ class Policy:
     ``prefill`` and ``decode`` say how a prompt and a decode step bring their experts, ``eviction`` which expert loses
     its slot. With ``keeps`` the experts of a decode step stay in their slots until they are evicted; without, a slot
     may be given away once its expert is computed. ``guesses`` says what a decode step copies of what a predictor
-    foretells; ``predictor`` is the kind of it (one of KINDS in predictors/training.py) that replays and evaluate take,
+    predicts; ``predictor`` is the kind of it (one of KINDS in predictors/training.py) that replays and evaluate take,
     None where no guesses are made.
     """
 

@@ -140,7 +140,7 @@ class LeastStale(_Values):
 
 class Activation(_Values):
     """MoE-Infinity's (arXiv 2401.14361): the share of the requests' tokens that used the expert, times how early its
-    layer is, for prefetches are the less reliable the fewer layers there are to foretell them from.
+    layer is, for prefetches are the less reliable the fewer layers there are to predict them from.
     """
 
     def __init__(self, num_layers: int, num_experts: int) -> None:

@@ -1,7 +1,7 @@
 """Made-up traces with the statistics of real models' routing.
 
 The generator's parameters were fitted to measured traces of the five models in CARDS: windows of tokens use as many
-distinct experts, and caches hit as often. How well one layer foretells the next is not fitted: it is a parameter.
+distinct experts, and caches hit as often. How well one layer predicts the next is not fitted: it is a parameter.
 
 R requests, T tokens of one, K top-k, E experts.
 """

@@ -92,7 +92,7 @@ def test_a_text_may_come_through_a_pipe(duoserve, model_folder, tmp_path):
     ("data", "why"),
     [
         (b"", "text is empty"),
-        (b"a", "1 tokens are no text that could be foretold: at least 2 are needed"),
+        (b"a", "1 tokens are no text that could be predicted: at least 2 are needed"),
         (b"caf\xe9 au lait", "text cannot be read as text in UTF-8"),
     ],
 )

@@ -128,7 +128,7 @@ def test_the_precision_of_a_made_up_trace_is_that_of_its_guesses(duoserve: Comma
         assert lookahead["recall_at_k"] == pytest.approx(precision, abs=0.05)
     assert rows[0.9][1]["tpot_s"] < rows[0.4][1]["tpot_s"]
     ran = duoserve(*MADE_UP, "--predictor", "p.safetensors")
-    assert ran.code == 1 and "--predictor: synthetic:mixtral-8x7b is foretold by" in ran.err
+    assert ran.code == 1 and "--predictor: synthetic:mixtral-8x7b is predicted by" in ran.err
 
 
 @pytest.mark.parametrize(

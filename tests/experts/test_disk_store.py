@@ -244,6 +244,13 @@ def test_closed_store_refuses_and_closes_again(folder: Path) -> None:
         os.fstat(max(disk.fds))
 
 
+def test_a_store_that_nobody_has_any_more_is_closed(folder: Path) -> None:
+    disk = FaultyDisk(direct=True)
+    open_pack(folder, disk).read(EXPERT, slot())
+    with pytest.raises(OSError):
+        os.fstat(max(disk.fds))
+
+
 def test_close_leaves_a_running_read_its_file(folder: Path, truth: ArrayStore) -> None:
     disk, gate = FaultyDisk(direct=True), Gate()
     store = open_pack(folder, disk)

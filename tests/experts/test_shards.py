@@ -97,6 +97,20 @@ def test_a_folder_without_weights_says_so(folder: Path) -> None:
         Checkpoint.open(folder)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [["gptq_model-4bit-128g.safetensors"], ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]],
+)
+def test_weights_of_other_names_are_listed(folder: Path, names: list[str]) -> None:
+    """As AutoGPTQ called them, or shards whose index was left behind; pickles beside them are not to be converted."""
+    (folder / SINGLE).rename(folder / names[0])
+    for name in [*names[1:], "pytorch_model.bin"]:
+        (folder / name).touch()
+    remedy = rf"one file with all weights must be called {SINGLE}, and several need {INDEX}"
+    with pytest.raises(CheckpointError, match=rf"has neither {SINGLE} nor {INDEX}, only {', '.join(names)}: {remedy}"):
+        Checkpoint.open(folder)
+
+
 def open_files() -> list[str]:
     return sorted(path.name for path in Path("/proc/self/fd").iterdir())
 

@@ -71,7 +71,7 @@ def test_the_bits_of_the_model_itself(
 ) -> None:
     """Three sequences, of which two end early: shapes come and go, experts too, and free slots are NaN.
 
-    What is foretold is of no consequence: where a policy listens to a predictor, that one lies, or says anything.
+    What is predicted is of no consequence: where a policy listens to a predictor, that one lies, or says anything.
     """
     experts = [ExpertId(layer, expert) for layer in range(3) for expert in range(8)][:in_ram]
     folder, truth = models[dtype]

@@ -88,7 +88,7 @@ def test_the_bits_of_the_model_itself(
 ) -> None:
     """Steps that find no room for their misses go another way; prefills and such steps come in between.
 
-    What is foretold is of no consequence: where a policy listens to a predictor, that one lies, or says anything.
+    What is predicted is of no consequence: where a policy listens to a predictor, that one lies, or says anything.
     """
     folder, truth = models[dtype]
     device = LaggingDevice(seed, EXPERTS)

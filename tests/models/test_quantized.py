@@ -198,6 +198,22 @@ def test_one_group_has_no_order_whatever_desc_act_says(tmp_path: Path) -> None:
         assert relative_error(model.forward(PROMPT), reference_logits(plain, PROMPT)) <= 1e-5
 
 
+@pytest.mark.parametrize("weights", ["there", "elsewhere"])
+@pytest.mark.parametrize("name", ["qwen3_moe-awq", "qwen3_moe-gptq"])
+def test_quantized_tensors_of_which_the_config_says_nothing_are_named(name: str, weights: str, tmp_path: Path) -> None:
+    """AutoGPTQ and AutoAWQ once wrote quantization_config as a file of its own, which transformers does not read."""
+    quantized, _ = replace(CASES[name], shards=2).save(tmp_path)
+    config = json.loads((quantized / "config.json").read_text())
+    (quantized / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    (quantized / "config.json").write_text(json.dumps(config))
+    if weights == "elsewhere":
+        for file in quantized.glob("*.safetensors"):
+            file.unlink()
+    remedy = r"put the object that is in quantize_config\.json or quant_config\.json into config\.json"
+    with pytest.raises(CheckpointError, match=rf"\.qweight' is quantized, but config\.json has no .*; {remedy}"):
+        MoEModel.from_pretrained(quantized)
+
+
 def test_symmetric_awq_has_its_zero_points_in_the_file_too(tmp_path: Path) -> None:
     """AutoRound writes 8 for each of them, and AutoAWQ and vLLM read them whatever zero_point says."""
     encode = partial(encoders.awq, group=32, symmetric=True)

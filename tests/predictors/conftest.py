@@ -1,4 +1,4 @@
-"""A made-up model whose routers are foretold in several ways, and predictors that were trained on its trace."""
+"""A made-up model whose routers are predicted in several ways, and predictors that were trained on its trace."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def test_notes_that_do_not_fit_are_refused(trained, tmp_path, change, fault):
 
 @pytest.mark.parametrize(("model", "least_recall"), [("bard", 0.75), ("bard-fine", 0.7)])
 def test_the_embedded_ones_come_with_their_own(tmp_path, model, least_recall):
-    """It is the model's by the fingerprint, and foretells what it does with a line that nothing was trained on."""
+    """It is the model's by the fingerprint, and predicts what it does with a line that nothing was trained on."""
     recording = RecordingSpec(tmp_path / "t", SamplingParams(max_tokens=60, temperature=1.0, seed=0))
     trace = record(model, ["What beast was't, then, That made you break this"], recording, EngineConfig(), "resident")
     shipped = EMBEDDED_FOLDER / model / "predictor.safetensors"

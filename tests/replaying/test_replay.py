@@ -124,7 +124,7 @@ def test_what_a_predictor_takes_passes_while_the_demands_are_copied(course: list
 def test_a_demand_waits_for_all_of_a_wrong_guess_where_copy_threads_read(on_cpu: bool, itl_s: float) -> None:
     """And on a device's link, which can be divided, for a piece. A copy takes 1 s, a layer's attention 0.5 s.
 
-    Layer 1 is routed at 2 s; the copy of 7, which is foretold of it, begins at 1.5 s behind the demand of layer 0.
+    Layer 1 is routed at 2 s; the copy of 7, which is predicted of it, begins at 1.5 s behind the demand of layer 0.
     """
     hardware = Hardware("round", 1e8, 1e30, 1e30, 0.0, 0.5, host_computes=on_cpu)
     machine, teller = Machine(hardware, LayerSizes("large", 10**8, 8, 0, 0)), Teller(lambda layer: certain(8, [7]))
@@ -197,7 +197,7 @@ class TestScore:
         assert (score.recall, score.exact_share, score.half_share) == (3 / 6, 1 / 3, 2 / 3)
         assert Score().recall is None
 
-    def test_prompts_and_what_was_not_foretold_are_left_out(self) -> None:
+    def test_prompts_and_what_was_not_predicted_are_left_out(self) -> None:
         scored = ScoredPredictor(Teller(lambda layer: certain(8, [1, 2])))
         for phase in (Phase.PREFILL, Phase.DECODE):
             scored.begin(phase, np.zeros(1))

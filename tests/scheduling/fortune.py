@@ -62,7 +62,7 @@ def certain(num_experts: int, experts: Sequence[int], chance: float = 0.95) -> n
 
 
 class Liar(Teller):
-    """Hears what the routers choose and foretells everything else, with certainty; ``lookahead`` reaches too far."""
+    """Hears what the routers choose and predicts everything else, with certainty; ``lookahead`` reaches too far."""
 
     lookahead = 3
 

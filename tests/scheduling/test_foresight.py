@@ -61,7 +61,7 @@ class TestTopK:
         rig = Rig("duoserve-paper", slots=6, predictor=seer)
         seer.run(rig, 10, random.Random(1), attention_s=1.5, expert_s=1.0)
         stats = rig.stats()
-        assert (stats.hits["decode"], stats.misses["decode"]) == (10 * 8 - 2, 2)  # nobody foretells the first layer
+        assert (stats.hits["decode"], stats.misses["decode"]) == (10 * 8 - 2, 2)  # nobody predicts the first layer
         assert stats.bytes.wasted == 0
 
 
