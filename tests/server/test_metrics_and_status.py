@@ -85,6 +85,11 @@ def test_the_services_figures_arrive(served):
     assert (value("slo_requests", "_total"), value("num_preemptions", "_total")) == (5, 6)
 
 
+def test_every_way_to_end_is_counted_from_the_start(served):
+    counted = values(scrape(served())["duoserve:request_success"])
+    assert counted == {("_total", reason): 0 for reason in ("stop", "length", "abort", "error")}
+
+
 def test_latencies_are_those_of_the_requests(served):
     a, b, c = spoken("a", "b", "c")
     server = served(lambda number: [0.1, a, 0.3, b, c] if number == 0 else [a, CopyError("gone")])
