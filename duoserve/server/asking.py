@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from duoserve.errors import RequestError
@@ -40,7 +41,8 @@ Prompt = str | list[int]
 class Asked:
     """A request, checked as far as that needs neither tokenizer nor engine.
 
-    ``max_tokens`` None: all that the context holds. ``sampling`` has fields of SamplingParams by name.
+    ``max_tokens`` None: all that the context holds. ``sampling`` has fields of SamplingParams by name. ``arrived`` is
+    when its body was there, in seconds of ``time.monotonic``.
     """
 
     model: str | None
@@ -51,6 +53,7 @@ class Asked:
     stream: bool
     include_usage: bool
     objectives: Objectives
+    arrived: float = field(default_factory=time.monotonic)
 
     def params(self, prompt_tokens: int, context: int, repeat: int) -> SamplingParams:
         """The parameters of a prompt's ``repeat``-th choice; raises a 400 if ``context`` tokens do not hold it.
