@@ -208,7 +208,8 @@ class MoEModel:
     ) -> Generator[str, None, Completion]:
         """Completes one prompt as ``generate`` does, yielding text as soon as it is certain; needs a tokenizer.
 
-        The finished Completion is the generator's return value (``StopIteration.value``).
+        The finished Completion is the generator's return value (``StopIteration.value``). Any thread may read on. Until
+        the stream has ended or is closed, calls of the thread that read last raise RequestError, and others wait.
         """
         params = _with_changes(params, changes)
         if self._runtime.tokenizer is None:

@@ -7,6 +7,7 @@ import inspect
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 from duoserve.errors import ClosedError, RequestError
@@ -15,6 +16,13 @@ from duoserve.request import Request
 
 LOOK_AGAIN_S = 1.0  # waiting calls look again after this: an interrupt may keep the end of a turn from notifying them
 Result = TypeVar("Result")
+
+
+@dataclass(eq=False)
+class Turn:
+    """The turn of one call. ``thread`` is the id of the thread that took its last step: a stream may change hands."""
+
+    thread: int
 
 
 class Turns:
@@ -27,7 +35,7 @@ class Turns:
         self._lock = threading.RLock()
         self._turn_ends = threading.Condition(self._lock)  # also notified by close(), which need not end a turn
         self._computing = threading.RLock()  # held for one step at a time: a stream left unread does not block close()
-        self._turn_holder: int | None = None  # id of the thread that has the turn
+        self._turn: Turn | None = None  # of the call that has it
         self._tokens: Generator[tuple[Request, int]] | None = None  # of the call that has the turn
         self._lent = False
 
@@ -44,21 +52,21 @@ class Turns:
 
         Raises RequestError if this thread has one already or a service has the model, ClosedError after ``close``.
         """
-        me = threading.get_ident()
-        if self._turn_holder == me:
+        mine = Turn(threading.get_ident())
+        if self._has_turn(mine.thread):
             gc.collect()  # a stream that nobody has any more ends its turn when it is freed, and may be part of a cycle
-        if self._turn_holder == me:
+        if self._has_turn(mine.thread):
             raise RequestError("this thread's earlier stream is still open: exhaust it or call its close() first")
         try:
             with self._lock:
-                while self._turn_holder is not None and self._open_runtime is not None:
+                while self._turn is not None and self._open_runtime is not None:
                     self._turn_ends.wait(LOOK_AGAIN_S)
                 self._check_to_be_had()
-                self._turn_holder = me
+                self._turn = mine
             yield self.runtime
         finally:
-            if self._turn_holder == me:
-                self._turn_holder = None
+            if self._turn is mine:
+                self._turn = None
             with self._lock:
                 self._turn_ends.notify_all()
 
@@ -102,11 +110,18 @@ class Turns:
                 if self._tokens is not None and inspect.getgeneratorstate(self._tokens) != inspect.GEN_RUNNING:
                     self._tokens.close()  # a stream that is not read to its end would hold the engine
 
+    def _has_turn(self, thread: int) -> bool:
+        turn = self._turn
+        return turn is not None and turn.thread == thread
+
     def _check_to_be_had(self) -> None:
         _ = self.runtime
         if self._lent:
             raise RequestError("a service runs this model: submit requests to it")
 
     def _step_by_step(self, tokens: Generator[tuple[Request, int]]) -> Iterator[tuple[Request, int]]:
+        turn = self._turn
+        assert turn is not None
         while (made := self.step(lambda: next(tokens, None))) is not None:
             yield made
+            turn.thread = threading.get_ident()

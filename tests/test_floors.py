@@ -67,11 +67,11 @@ F5  interface  sampling  context_limits  text/__init__  text/tokenizer_config  t
     planning/sizes  planning/routing_curves  planning/speed  planning/policy_speed  planning/made_up
     planning/rehearsal  planning/rehearsed  planning/planner  planning/measuring  planning/this_machine  __init__
 F6  server/__init__  server/backend  server/settings  server/errors  server/fields  server/asking  server/records
-    server/token_text  server/answers  server/generation  server/sse  server/http  server/host  server/metrics
-    server/status  server/preparing  server/endpoints  server/app  server/run  cli/options  cli/sampling_options
-    cli/prompts  cli/hardware_option  cli/inventory  cli/generate  cli/chat  cli/info  cli/plots  cli/plan_plot
-    cli/plan_report  cli/plan  cli/pack  cli/trace  cli/train_predictor  cli/replay_report  cli/replay  cli/evaluate
-    cli/serve  cli/bench_report  loadtest/__init__  loadtest/workload  loadtest/figures  loadtest/events
+    server/token_text  server/answers  server/generation  server/sse  server/http  server/connections  server/host
+    server/metrics  server/status  server/preparing  server/endpoints  server/app  server/run  cli/options
+    cli/sampling_options  cli/prompts  cli/hardware_option  cli/inventory  cli/generate  cli/chat  cli/info  cli/plots
+    cli/plan_plot  cli/plan_report  cli/plan  cli/pack  cli/trace  cli/train_predictor  cli/replay_report  cli/replay
+    cli/evaluate  cli/serve  cli/bench_report  loadtest/__init__  loadtest/workload  loadtest/figures  loadtest/events
     loadtest/client  loadtest/measuring  cli/bench_serve  cli/bench  cli/app  cli/__init__
 """
 FILES = [word for word in FLOORS.split() if not re.fullmatch(r"F\d", word)]

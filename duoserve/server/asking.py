@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from duoserve.errors import RequestError
@@ -43,7 +44,7 @@ class Asked:
     """A request, checked as far as that needs neither tokenizer nor engine.
 
     ``prompt_field`` names the field that has the prompt. ``max_tokens`` None: all that the context holds. ``sampling``
-    has fields of SamplingParams by name.
+    has fields of SamplingParams by name. ``arrived`` is when the body was there, in seconds of ``time.monotonic``.
     """
 
     model: str | None
@@ -55,6 +56,7 @@ class Asked:
     stream: bool
     include_usage: bool
     objectives: Objectives
+    arrived: float = field(default_factory=time.monotonic)
 
     def params(self, prompt_tokens: int, context: int, repeat: int) -> SamplingParams:
         """The parameters of a prompt's ``repeat``-th choice; raises a 400 if ``context`` tokens do not hold it.

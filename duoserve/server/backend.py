@@ -84,7 +84,7 @@ class Service(Protocol):
         """The objectives of requests that bring none of their own."""
         ...
 
-    async def submit(
+    async def submit(  # noqa: PLR0913
         self,
         prompt: str | Sequence[int],
         params: SamplingParams,
@@ -92,8 +92,11 @@ class Service(Protocol):
         *,
         logprobs: int | None = None,
         goes_on: bool = False,
+        arrived: float | None = None,
     ) -> RequestStream:
         """Queues a prompt. The answer to a text is to be put behind it; that of token ids is with ``goes_on``.
+
+        ``arrived`` is when the request came, in seconds of ``time.monotonic``; None: now.
 
         Raises RequestError if it can never be served, OverloadedError if not now, ClosedError if no longer.
         """

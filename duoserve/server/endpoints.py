@@ -142,7 +142,7 @@ class Endpoints:
             Wanted(ids, asked.params(len(ids), context, repeat), dialect.writer(index, tokens, ids), dialect.goes_on)
             for index, (ids, repeat) in enumerate(pairs)
         ]
-        generation = await begin(service, self._request_log, head.id, wanted, asked.objectives, asked.logprobs)
+        generation = await begin(service, self._request_log, head.id, wanted, asked)
         try:
             if asked.stream:
                 first = await unless_gone(request.receive, generation.next(self._settings.ping_s))

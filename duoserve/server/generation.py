@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from duoserve.interface import Objectives, Piece, Times
+from duoserve.interface import Piece, Times
 from duoserve.sampling import SamplingParams
 from duoserve.server.answers import ChoiceWriter
+from duoserve.server.asking import Asked
 from duoserve.server.backend import RequestStream, Service
 from duoserve.server.records import Record, RequestLog
 
@@ -93,18 +94,20 @@ class Wanted(NamedTuple):
     goes_on: bool
 
 
-async def begin(  # noqa: PLR0913, PLR0917
-    service: Service,
-    request_log: RequestLog,
-    name: str,
-    wanted: Sequence[Wanted],
-    objectives: Objectives,
-    logprobs: int | None,
+async def begin(
+    service: Service, request_log: RequestLog, name: str, wanted: Sequence[Wanted], asked: Asked
 ) -> Generation:
     """Submits all choices or none: if one is refused, the others are cancelled and the refusal is raised."""
     streams = await _all_or_none(
         [
-            service.submit(one.prompt_ids, one.params, objectives, logprobs=logprobs, goes_on=one.goes_on)
+            service.submit(
+                one.prompt_ids,
+                one.params,
+                asked.objectives,
+                logprobs=asked.logprobs,
+                goes_on=one.goes_on,
+                arrived=asked.arrived,
+            )
             for one in wanted
         ]
     )

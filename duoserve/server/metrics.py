@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from duoserve.interface import ServiceFigures
+from duoserve.interface import FinishReason, ServiceFigures
 from duoserve.server.records import Record
 
 FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 640)
@@ -85,6 +86,7 @@ class _ServiceCollector(Collector):
 
     def _counters(self, figures: ServiceFigures) -> Iterator[Metric]:
         stats = figures.stats
+        finished = {**dict.fromkeys(get_args(FinishReason), 0), **figures.finished}  # a rate needs the zeros before
         yield self._counter("prompt_tokens", "tokens of prompts", stats.prompt_tokens)
         yield self._counter("generation_tokens", "tokens generated", stats.output_tokens)
         yield self._counter("requests_refused", "requests refused because of others", figures.refused)
@@ -94,7 +96,7 @@ class _ServiceCollector(Collector):
         yield self._counter("stall_seconds", "computation waiting for copies", stats.stall_s)
         yield self._counter("compute_seconds", "computation", stats.compute_s)
         yield self._counter("transfer_seconds", "copies under way", stats.transfer_s)
-        yield self._by("request_success", "requests that ended, by how", "finished_reason", figures.finished.items())
+        yield self._by("request_success", "requests that ended, by how", "finished_reason", finished.items())
         yield self._by("expert_hits", "experts asked for that were in a slot", "phase", stats.hits.items())
         yield self._by("expert_misses", "experts asked for that were not", "phase", stats.misses.items())
         yield self._by("expert_bytes", "bytes copied, by what they were good for", "use", asdict(stats.bytes).items())

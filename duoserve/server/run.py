@@ -19,10 +19,12 @@ from starlette.types import ASGIApp
 from duoserve.errors import ConfigError
 from duoserve.server.app import make_app
 from duoserve.server.backend import Service
+from duoserve.server.connections import Connection, raise_file_limit
 from duoserve.server.host import ServiceLoader
 from duoserve.server.settings import ServerSettings
 
 LAST_WORDS_S = 5.0  # the time for answers that were cut off to tell their clients
+BACKLOG = 512  # connections that wait to be accepted
 
 
 def serve(settings: ServerSettings, load: Callable[[], Service], ready: Callable[[str], None]) -> None:
@@ -31,6 +33,7 @@ def serve(settings: ServerSettings, load: Callable[[], Service], ready: Callable
     A signal that comes while ``load`` runs ends the process, with exit code 0, instead of this call.
     Raises what ``load`` raises, and ConfigError if it cannot listen at the address.
     """
+    raise_file_limit()
     loader = ServiceLoader(load)
     listening = listen(settings.host, settings.port)
     with listening:
@@ -54,7 +57,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listening = socket.create_server((host, port), family=family, backlog=512)
+        listening = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, TypeError) as error:  # TypeError: the host is not a name that can be looked up
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"cannot listen on {host} port {port}: {why}; see --host and --port") from error
@@ -75,9 +78,10 @@ class Listener(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=Connection,
                 ws="none",
                 lifespan="off",
+                backlog=BACKLOG,
                 log_level="warning",
                 access_log=False,
                 server_header=False,

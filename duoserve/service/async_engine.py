@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from duoserve.errors import ClosedError, RequestError
 from duoserve.interface import MAX_LOGPROBS, Objectives, ServiceFigures, ServiceSettings, ServiceState
 from duoserve.moe_model import MoEModel
-from duoserve.number_checks import check_integer
+from duoserve.number_checks import check_integer, check_number
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.service.stream import Stream
@@ -61,7 +61,7 @@ class AsyncEngine:
         """The figures since the service's start, as of the last step. Any thread may ask; it costs little."""
         return self._worker.figures
 
-    async def submit(
+    async def submit(  # noqa: PLR0913
         self,
         prompt: str | Sequence[int],
         params: SamplingParams,
@@ -69,21 +69,25 @@ class AsyncEngine:
         *,
         logprobs: int | None = None,
         goes_on: bool = False,
+        arrived: float | None = None,
     ) -> Stream:
         """Queues a prompt and gives the stream of its answer, which ends when the caller lets go of the stream.
 
         ``logprobs`` (0 to 20; None: no log-probabilities) is how many of the likeliest tokens to report at each place.
         Where an objective is None, the service's holds. The answer to a text keeps the space before its first word, so
         that prompt + answer is a text. That of token ids, such as those of a chat, does so only with ``goes_on``.
+        ``arrived`` is when the request came, in seconds of ``time.monotonic``; None: now.
 
         Raises RequestError for what can never be served, OverloadedError (which says when to try again) for what cannot
         be served now, ClosedError if the service takes no more requests.
         """
-        arrived = time.monotonic()
+        now = time.monotonic()
+        arrived = now if arrived is None else arrived
         if self.state is not ServiceState.READY:
             raise ClosedError("the service takes no more requests")
         _check_kinds(params, objectives)
         _check_logprobs(logprobs)
+        check_number(RequestError, "arrived", arrived, 0, now)
         prompt_ids = await asyncio.to_thread(self._model.encode, prompt)
         request = Request(prompt_ids, params, num_logprobs=logprobs, arrived=arrived)
         request.objectives = (objectives or Objectives()).or_else(self.objectives)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +45,16 @@ class ChatTemplate:
     """A checkpoint's template and its special tokens. Any thread may render, but only one does at a time.
 
     The template runs in a process of its own (chat_sandbox.py), which is started when it is first needed, and killed
-    if a template takes more than ``SECONDS``. ``close`` ends it.
+    if a template takes more than ``SECONDS``. ``close`` ends it. A forked child of the program starts its own.
     """
 
     def __init__(self, template: str, tokens: Mapping[str, str]) -> None:
         self._template = template
         self._special_tokens = dict(tokens)
-        self._turn = threading.Lock()
+        self._locks: dict[int, threading.Lock] = {}  # by process id: a lock that a child inherits may never be released
         self._process: subprocess.Popen[str] | None = None
+        self._asker = os.getpid()  # the process that has started it
+        self._inherited: list[subprocess.Popen[str] | None] = []  # kept: to free their pipes takes locks as well
         self._closed = False
 
     @classmethod
@@ -79,7 +83,7 @@ class ChatTemplate:
             line = json.dumps({"template": self._template, "variables": variables})
         except (TypeError, ValueError) as error:
             raise RequestError(f"the messages are no JSON: {error}") from error
-        with self._turn:
+        with self._turn():
             reply = self._asked(line)
         if "error" in reply:
             raise RequestError(f"the model's chat template cannot be used for these messages: {reply['error']}")
@@ -87,9 +91,19 @@ class ChatTemplate:
 
     def close(self) -> None:
         """Ends the process; calling it again does nothing."""
-        with self._turn:
+        with self._turn():
             self._closed = True
             self._kill()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The only turn in this process for the block, which begins without what a forked child has inherited."""
+        me = os.getpid()
+        with self._locks.setdefault(me, threading.Lock()):
+            if self._asker != me:
+                self._inherited.append(self._process)
+                self._process, self._asker = None, me
+            yield
 
     def _asked(self, line: str) -> dict[str, str]:
         """The process's answer to ``line``; kills the process if it takes too long."""

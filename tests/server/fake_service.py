@@ -50,11 +50,13 @@ class FakeModel:
 class FakeStream:
     """Plays one script."""
 
-    def __init__(self, service: FakeService, steps: Sequence[Step], objectives: Objectives) -> None:
+    def __init__(
+        self, service: FakeService, steps: Sequence[Step], objectives: Objectives, arrived: float | None
+    ) -> None:
         self._service = service
         self._steps = iter(steps)
         self.objectives = objectives
-        self.times = Times(time.monotonic())
+        self.times = Times(time.monotonic() if arrived is None else arrived)
         self.cancelled_at: float | None = None
         self.over = False
 
@@ -120,7 +122,9 @@ class FakeService:
         self.stats = Stats()
         self.closed = False
 
-    async def submit(self, prompt, params, objectives=None, *, logprobs=None, goes_on=False) -> FakeStream:
+    async def submit(
+        self, prompt, params, objectives=None, *, logprobs=None, goes_on=False, arrived=None
+    ) -> FakeStream:
         if self.state is not ServiceState.READY:
             raise ClosedError("the service takes no more requests")
         bad = next((token for token in prompt if not 0 <= token < VOCAB), None)
@@ -129,7 +133,7 @@ class FakeService:
         steps = self.script(len(self.streams))
         asked = {"prompt": list(prompt), "params": params, "objectives": objectives, "logprobs": logprobs}
         self.asked.append(asked | {"goes_on": goes_on})
-        self.streams.append(FakeStream(self, steps, objectives.or_else(self.objectives)))
+        self.streams.append(FakeStream(self, steps, objectives.or_else(self.objectives), arrived))
         return self.streams[-1]
 
     async def drain(self, seconds: float) -> None:

@@ -14,7 +14,7 @@ from duoserve.interface import Piece, Times
 from duoserve.metrics import ByteCounts, Stats
 from duoserve.server.records import Record, RequestLog
 from tests.server.conftest import NAME
-from tests.server.fake_service import hoped, script_of, spoken
+from tests.server.fake_service import FakeModel, FakeTemplate, hoped, script_of, spoken
 
 VLLM = {
     "time_to_first_token_seconds": "histogram",
@@ -85,6 +85,11 @@ def test_the_services_figures_arrive(served):
     assert (value("slo_requests", "_total"), value("num_preemptions", "_total")) == (5, 6)
 
 
+def test_every_way_to_end_is_counted_from_the_start(served):
+    counted = values(scrape(served())["duoserve:request_success"])
+    assert counted == {("_total", reason): 0 for reason in ("stop", "length", "abort", "error")}
+
+
 def test_latencies_are_those_of_the_requests(served):
     a, b, c = spoken("a", "b", "c")
     server = served(lambda number: [0.1, a, 0.3, b, c] if number == 0 else [a, CopyError("gone")])
@@ -104,6 +109,20 @@ def test_latencies_are_those_of_the_requests(served):
         assert count == 1 and low <= total <= first_s - (0.4 - low), name
     count, total = histogram("request_time_per_output_token_seconds")
     assert count == 1 and 0.15 <= total <= (first_s - 0.1) / 2
+
+
+def test_a_first_token_is_timed_from_the_arrival_of_its_request(served):
+    """Not from when its prompt has been made, which may take long itself."""
+
+    class SlowTemplate(FakeTemplate):
+        def render(self, messages, add_generation_prompt=True):
+            time.sleep(0.3)
+            return super().render(messages, add_generation_prompt)
+
+    server = served(model=FakeModel(chat_template=SlowTemplate()))
+    assert server.chat().status_code == 200
+    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
+        assert values(scrape(server)[f"duoserve:{name}"])[("_sum",)] >= 0.3, name
 
 
 def completed(server, **fields):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import threading
@@ -133,6 +134,7 @@ async def test_what_cannot_be_served_is_refused_and_nothing_is_left_of_it(load: 
             ("text", {}, "the prompt is text"),
             ([1] * 1024, {}, "exceed the 256 positions"),
             ([1], {"logprobs": 21}, "logprobs is 21, but must be an integer in 0..20"),
+            ([1], {"arrived": math.inf}, "arrived is inf, but must be a number in 0.."),
         ):
             with pytest.raises(RequestError, match=says):
                 await service.submit(prompt, greedy(), **how)
@@ -150,7 +152,9 @@ async def test_what_cannot_be_served_is_refused_and_nothing_is_left_of_it(load: 
 @in_a_loop
 async def test_objectives_are_counted_and_strict_admission_refuses(load: Open) -> None:
     async with serving(load(), admission="strict", objectives=Objectives(ttft_s=60.0)) as service:
-        plain = await service.submit(PROMPT, greedy())
+        long_ago = time.monotonic() - 30.0
+        plain = await service.submit(PROMPT, greedy(), arrived=long_ago)
+        assert plain.times.arrived == long_ago
         mixed = await service.submit(PROMPT, greedy(), Objectives(None, 60.0))
         assert (plain.objectives, mixed.objectives) == (Objectives(60.0), Objectives(60.0, 60.0))
         await read(plain), await read(mixed)

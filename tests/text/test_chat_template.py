@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import venv
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -212,6 +215,55 @@ def test_a_process_that_somebody_ended_is_started_anew(make: Make) -> None:
     template._process.kill()
     template._process.wait()
     assert template.render([]) == "ok"
+
+
+def in_a_fork(work: Callable[[], str]) -> str:
+    """What ``work`` gives in a forked child of this process."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, work().encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    try:
+        ready, _, _ = select.select([reader], [], [], 20)
+        return os.read(reader, 100).decode() if ready else "it hangs"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reader)
+
+
+def test_a_forked_child_renders_by_itself(make: Make) -> None:
+    template = make("{{ messages[0].content }}")
+
+    def rendered(content: str) -> str:
+        return template.render([{"role": "user", "content": content}])
+
+    def in_the_child() -> str:
+        said = rendered("b") + rendered("c")
+        template.close()
+        return said
+
+    assert rendered("a") == "a"
+    process = template._process
+    assert in_a_fork(in_the_child) == "bc"
+    assert rendered("d") == "d" and template._process is process
+
+
+def test_a_child_that_is_forked_during_an_answer_does_not_wait_for_it(make: Make) -> None:
+    long = "{% for _ in range(99999) %}{% for _ in range(99999) %}{% endfor %}{% endfor %}"
+    template = make(f"{{% if messages %}}{long}{{% endif %}}ok")
+    assert template.render([]) == "ok"
+    with ThreadPoolExecutor(1) as threads:
+        slow = threads.submit(template.render, [{"role": "user", "content": ""}])
+        time.sleep(0.1)
+        assert not slow.done()
+        assert in_a_fork(lambda: template.render([])) == "ok"
+        with pytest.raises(RequestError, match="it takes more than"):
+            slow.result()
 
 
 def test_an_interrupt_on_the_terminal_is_not_for_the_process(make: Make) -> None:
