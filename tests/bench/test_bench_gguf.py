@@ -101,8 +101,8 @@ def through_q8_0(w: torch.Tensor) -> torch.Tensor:
 
 def through_q4_0(w: torch.Tensor) -> torch.Tensor:
     blocks = w.reshape(-1, 32)
-    high, low = blocks.amax(1, keepdim=True), blocks.amin(1, keepdim=True)
-    scales = torch.where(high > -low, high, low) / -8  # the largest weight gets the code -8
+    largest = torch.tensor([[max(block, key=abs)] for block in blocks.tolist()])  # of several the first
+    scales = largest / -8
     codes = (blocks / scales + 8.5).floor().clamp(0, 15) - 8
     return (codes * scales.half().float()).view(w.shape)
 
