@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from duoserve.kernels.matmul import LEFT_ROWS, WIDEN_ELEMENTS, Products, power_of_two, streams_left
+from duoserve.kernels.matmul import LEFT_ROWS, Products, streams_left
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.routed_rows import RoutePlan
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights, Matrix
@@ -97,11 +97,10 @@ def _products(matrix: Matrix, group: Sequence[Member], x_DC: Tensor) -> Tensor:
     """``w x`` of each expert, in its columns."""
     num_features = matrix.data_SNB.shape[1]
     # Weights that have to be unpacked are multiplied a block at a time, while they are in the caches.
-    step = num_features if matrix.format is ExpertFormat.FLOAT else power_of_two(WIDEN_ELEMENTS // matrix.inner)
+    blocks = [slice(num_features)] if matrix.format is ExpertFormat.FLOAT else matrix.blocks
     out_PC = x_DC.new_empty(num_features, WIDTH)
     for member in group:
-        for first in range(0, num_features, step):
-            block = slice(first, first + step)
+        for block in blocks:
             torch.mm(dense(matrix, member.slot, block), x_DC[:, member.columns], out=out_PC[block, member.columns])
     return out_PC
 

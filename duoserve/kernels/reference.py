@@ -17,13 +17,11 @@ from torch import Tensor
 
 from duoserve.kernels.experts_together import experts_together, may_share, shares
 from duoserve.kernels.matmul import (
-    WIDEN_ELEMENTS,
     Products,
     by_rows,
     float_product,
     left_product,
     linear,
-    power_of_two,
     product_of_blocks,
     streams_left,
 )
@@ -211,15 +209,13 @@ def _product(x_JD: Tensor, matrix: Matrix, slot: int, turned: bool = False) -> T
             return left_product(x_JD, w_ND)
         return linear(x_JD, w_ND, products=matrix.products)
     num_rows = matrix.data_SNB.shape[1]
-    rows = power_of_two(WIDEN_ELEMENTS // matrix.inner)
     if matrix.format is ExpertFormat.BF12 and x_JD.dtype is torch.bfloat16 and matrix.products is Products.FASTEST:
-        blocks = (dense(matrix, slot, slice(start, start + rows)) for start in range(0, num_rows, rows))
+        blocks = (dense(matrix, slot, block) for block in matrix.blocks)
         return product_of_blocks(x_JD, blocks, num_rows, turned)
     by_codes = matrix.products is Products.FASTEST and multiplies_codes(matrix, x_JD.dtype)
     x_wide_JD = x_JD if by_codes else x_JD.float()
     out_JN = x_JD.new_empty(len(x_JD), num_rows, dtype=torch.float32)
-    for start in range(0, num_rows, rows):
-        block = slice(start, start + rows)
+    for block in matrix.blocks:
         if by_codes:
             out_JN[:, block] = code_product(x_JD, matrix, slot, block)
         else:

@@ -11,7 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from duoserve.kernels.matmul import has_native_matmul, power_of_two
+from duoserve.kernels.int4_codes import code_dtype
+from duoserve.kernels.matmul import power_of_two
 from duoserve.kernels.reference_dequant import E2M1, row_scales, unpack
 from duoserve.kernels.weights import FP8_BLOCK, ExpertFormat, Matrix
 
@@ -42,28 +43,23 @@ def code_product(x_JD: Tensor, matrix: Matrix, slot: int, rows: slice) -> Tensor
         return _int8_sums(x_JD, data_NB) * scales_GN
     if matrix.format is ExpertFormat.MXFP4:
         return _mxfp4_product(x_JD, data_NB, scales_GN)
-    assert matrix.zeros_SGN is not None
-    return _int4_product(x_JD, data_NB, scales_GN.float(), matrix.zeros_SGN[slot, :, rows])
+    return _int4_product(x_JD, matrix, slot, rows)
 
 
 def _int8_sums(x_JD: Tensor, q_ND: Tensor) -> Tensor:
     if len(x_JD) <= PACKED_ROWS and x_JD.shape[1] % PACKED_VECTOR == 0:
         return torch._weight_int8pack_mm(x_JD, q_ND, x_JD.new_ones(len(q_ND)))
-    codes = _code_dtype()
+    codes = code_dtype()
     return torch.mm(q_ND.to(codes), x_JD.T.to(codes)).T.float()
 
 
-def _int4_product(x_JD: Tensor, data_NB: Tensor, scales_GN: Tensor, zeros_GN: Tensor) -> Tensor:
-    """As ``code_product``; even features are in the low halves of bytes, and come first in each group here."""
-    num_groups, num_rows = scales_GN.shape
-    bytes_NGC = data_NB.view(num_rows, num_groups, -1)
-    zeros_NG1 = zeros_GN.T.contiguous().view(torch.int8)[:, :, None]
-    shape = num_groups, num_rows, 2, bytes_NGC.shape[2]
-    codes_GN2C = torch.empty(shape, dtype=_code_dtype(), device=data_NB.device)
-    for parity, half_NGC in enumerate((bytes_NGC & 15, bytes_NGC >> 4)):
-        codes_GN2C[:, :, parity] = half_NGC.view(torch.int8).sub_(zeros_NG1).transpose(0, 1)
-    x_GJ2C = x_JD.view(len(x_JD), num_groups, -1, 2).permute(1, 0, 3, 2)
-    return _scaled_sums(codes_GN2C.flatten(2), x_GJ2C, scales_GN)
+def _int4_product(x_JD: Tensor, matrix: Matrix, slot: int, rows: slice) -> Tensor:
+    """As ``code_product``; the features of a group are in the order of their unpacked codes."""
+    assert matrix.scales_SGN is not None
+    codes_GNPC = matrix.int4_codes(*matrix.words_and_zeros(slot, rows))
+    num_groups, _, num_places, _ = codes_GNPC.shape
+    x_GJPC = x_JD.view(len(x_JD), num_groups, -1, num_places).permute(1, 0, 3, 2)
+    return _scaled_sums(codes_GNPC.flatten(2), x_GJPC, matrix.scales_SGN[slot, :, rows].float())
 
 
 def _fp8_product(x_JD: Tensor, data_ND: Tensor, scales_GN: Tensor) -> Tensor:
@@ -76,13 +72,13 @@ def _fp8_product(x_JD: Tensor, data_ND: Tensor, scales_GN: Tensor) -> Tensor:
 
 def _mxfp4_product(x_JD: Tensor, data_NB: Tensor, scales_GN: Tensor) -> Tensor:
     """As ``code_product``; scales are powers of two, so bfloat16 holds the scaled weights."""
-    scales_NG = scales_GN.T.contiguous().view(torch.float8_e8m0fnu).to(_code_dtype())
+    scales_NG = scales_GN.T.contiguous().view(torch.float8_e8m0fnu).to(code_dtype())
     w_NGD = _looked_up(data_NB, ExpertFormat.MXFP4).view(*scales_NG.shape, -1) * scales_NG[:, :, None]
     return torch.mm(w_NGD.flatten(1), x_JD.T.to(w_NGD.dtype)).T.float()
 
 
 def _scaled_sums(codes_GND: Tensor, x_GJ: Tensor, scales_GN: Tensor) -> Tensor:
-    """The scaled sums [J, N] over G groups; ``x_GJ`` is [G, J, D], or [G, J, 2, C] with D in two parts."""
+    """The scaled sums [J, N] over G groups; ``x_GJ`` is [G, J, D], or [G, J, P, C] with D in P parts."""
     num_rows = power_of_two(SUMS // scales_GN.numel())
     if x_GJ.shape[1] <= num_rows:
         x_GDJ = x_GJ.flatten(2).transpose(1, 2).to(codes_GND.dtype)
@@ -93,7 +89,7 @@ def _scaled_sums(codes_GND: Tensor, x_GJ: Tensor, scales_GN: Tensor) -> Tensor:
 def _looked_up(bytes_NB: Tensor, form: ExpertFormat) -> Tensor:
     """The numbers [N, D] that bytes of fp8 or MXFP4 stand for, looked up two bytes at a time."""
     words = bytes_NB.flatten().view(torch.uint16).int()
-    return _numbers(form).index_select(0, words).view(torch.bfloat16).view(len(bytes_NB), -1).to(_code_dtype())
+    return _numbers(form).index_select(0, words).view(torch.bfloat16).view(len(bytes_NB), -1).to(code_dtype())
 
 
 @cache
@@ -103,7 +99,3 @@ def _numbers(form: ExpertFormat) -> Tensor:
     if form is ExpertFormat.FP8:
         return bytes_W2.view(torch.float8_e4m3fn).bfloat16().view(torch.int32).flatten()
     return torch.tensor(E2M1, dtype=torch.bfloat16, device="cpu")[unpack(bytes_W2).int()].view(torch.int64).flatten()
-
-
-def _code_dtype() -> torch.dtype:
-    return torch.bfloat16 if has_native_matmul(torch.bfloat16) else torch.float32

@@ -35,7 +35,8 @@ from torch import Tensor
 
 from duoserve.kernels.bf12 import Bf12Rows, row_bytes
 from duoserve.kernels.checks import require
-from duoserve.kernels.matmul import Products
+from duoserve.kernels.int4_codes import Int4Codes, codes_by_byte
+from duoserve.kernels.matmul import WIDEN_ELEMENTS, Products, power_of_two
 
 Unpack = Callable[[Bf12Rows], Tensor]
 
@@ -81,11 +82,23 @@ class Matrix(NamedTuple):
     order_SD: Tensor | None = None
     products: Products = Products.FASTEST
     unpack: Unpack = Bf12Rows.dense
+    int4_codes: Int4Codes = codes_by_byte
 
     @property
     def parts(self) -> list[Tensor]:
         """The weights and, where the format has them, their scales and zero-points."""
         return [part for part in (self.data_SNB, self.scales_SGN, self.zeros_SGN) if part is not None]
+
+    @property
+    def blocks(self) -> list[slice]:
+        """The rows that a CPU unpacks at a time: a product finds them in the caches."""
+        num_rows, step = self.data_SNB.shape[1], power_of_two(WIDEN_ELEMENTS // self.inner)
+        return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+    def words_and_zeros(self, slot: int, rows: slice) -> tuple[Tensor, Tensor]:
+        """What Int4Codes takes of some rows in ``slot``; INT4 only."""
+        assert self.zeros_SGN is not None
+        return self.data_SNB[slot, rows].view(torch.int32), self.zeros_SGN[slot, :, rows].T
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,7 @@ class ExpertWeights:
     other than FLOAT hold uint8 (INT8: int8) there, [S, N, D / 2] where a byte holds two, [S, N, B] in BF12, and beside
     them their scales ``s13``, ``s2`` ([S, G, N] or [S, blocks, blocks]) and zero-points ``z13``, ``z2``; ``group`` is
     the size of their groups. ``order_SH``, if given, says which feature each column of w13 goes with. ``products`` says
-    how a CPU multiplies them, and ``unpack`` how it converts BF12 to bfloat16.
+    how a CPU multiplies them, ``unpack`` how it converts BF12 to bfloat16, and ``int4_codes`` how it unpacks int4.
     """
 
     w13_SNH: Tensor
@@ -111,6 +124,7 @@ class ExpertWeights:
     order_SH: Tensor | None = None
     products: Products = Products.FASTEST
     unpack: Unpack = Bf12Rows.dense
+    int4_codes: Int4Codes = codes_by_byte
 
     @property
     def w13(self) -> Matrix:
@@ -130,7 +144,16 @@ class ExpertWeights:
         stored = w.shape[2] * (2 if self.format.packs_two else 1)
         inner = features if self.format is ExpertFormat.BF12 else stored
         return Matrix(
-            w, scales, zeros, inner, self.format, self.group, interleaved, products=self.products, unpack=self.unpack
+            w,
+            scales,
+            zeros,
+            inner,
+            self.format,
+            self.group,
+            interleaved,
+            products=self.products,
+            unpack=self.unpack,
+            int4_codes=self.int4_codes,
         )
 
 
