@@ -26,6 +26,7 @@ LEFT_ROWS = 64
 WIDEN_ELEMENTS = 1 << 20
 # Rows of a float32 product that are computed together: fewer rows, or a remainder, are summed in another order.
 TILE_ROWS = 16
+ARM_BF16 = "bf16"  # what torch calls it if an ARM core multiplies bfloat16; no such machine was at hand to measure
 # Sizes (in, out) that products of a tile are tried with: those of models, with as many outputs as are widened at once.
 # From 60 threads on a row's place counts with 769 inputs and 515 outputs, which no model has.
 TILE_TRIALS = ((64, 128), (768, 1365), (1536, 682), (2880, 364), (4096, 256), (14336, 73))
@@ -56,7 +57,7 @@ def has_native_matmul(dtype: torch.dtype) -> bool:
     if dtype in (torch.float32, torch.float64):
         return True
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    names = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}[dtype]
+    names = {torch.bfloat16: ("amx_bf16", "avx512_bf16", ARM_BF16), torch.float16: ("amx_fp16", "avx512_fp16")}[dtype]
     return any(capabilities.get(name, False) for name in names)
 
 
