@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from math import inf
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from duoserve import MoEModel
 from duoserve.experts import host_cores
-from duoserve.experts.host_cores import allowed_cores, warn_of_excess_threads
+from duoserve.experts.host_cores import allowed_cores, last_cache_bytes, warn_of_excess_threads
 from tests.checkpoints import BARD
 from tests.experts.kernel_files import in_no_group, write
 
@@ -46,6 +47,25 @@ def test_groups_of_the_first_version(root: Path) -> None:
     write(root / "groups/cpu/cpu.cfs_quota_us", "150000\n")
     write(root / "groups/cpu/cpu.cfs_period_us", "100000\n")
     assert allowed(root) == 1.5
+
+
+def cache(root: Path, core: int, index: int, level: int, size: str, shared: str) -> None:
+    folder = root / f"sys/devices/system/cpu/cpu{core}/cache/index{index}"
+    for name, text in (("level", str(level)), ("size", size), ("shared_cpu_list", shared)):
+        write(folder / name, f"{text}\n")
+
+
+def test_the_last_caches_of_the_cores_that_may_be_used_add_up(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cores 0 to 3 share one, 4 to 7 another, and 8 to 11 a third, which is not ours."""
+    for core in range(12):
+        first = core // 4 * 4
+        cache(root, core, 0, 1, "32K", str(core))
+        cache(root, core, 3, 3, "32768K", f"{first}-{first + 3}")
+        cache(root, core, 2, 2, "1024K", str(core))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 2, 3, 4})
+    assert last_cache_bytes(root / "sys") == 64 << 20
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {20})
+    assert last_cache_bytes(root / "sys") == 0
 
 
 def test_a_model_on_a_cpu_warns_of_threads_that_cannot_all_run(monkeypatch: pytest.MonkeyPatch) -> None:
