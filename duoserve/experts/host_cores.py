@@ -1,4 +1,4 @@
-"""The cores that this process may use: how much of their time, and what their caches hold."""
+"""The cores that this process may use: what they are, how much of their time, and what their caches hold."""
 
 from __future__ import annotations
 
@@ -14,11 +14,26 @@ from duoserve.callers import warn_caller
 from duoserve.experts.control_groups import GROUPS, PROC, own_groups
 
 SYSFS = Path("/sys")
+CPU_FIELDS = ("model name", "cpu family", "model", "CPU implementer", "CPU part")  # of x86 and of ARM
 
 
 def allowed_cores(proc: Path = PROC, groups: Path = GROUPS) -> float:
     """The cores whose time the control groups let this process have, which may be a fraction; inf without a limit."""
     return min(_limits(proc, groups), default=inf)
+
+
+def usable_cores() -> float:
+    """The cores that this process may run on, or fewer if it may not have so much time."""
+    return min(len(os.sched_getaffinity(0)), allowed_cores())
+
+
+def cpu_model(proc: Path = PROC) -> str:
+    """What the first core says of its kind, such as "AMD EPYC, 25, 17"; empty where it says nothing."""
+    with suppress(OSError):
+        lines = (proc / "cpuinfo").read_text().partition("\n\n")[0].splitlines()
+        fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        return ", ".join(fields[name] for name in CPU_FIELDS if name in fields)
+    return ""
 
 
 def last_cache_bytes(sysfs: Path = SYSFS) -> int:
