@@ -124,10 +124,20 @@ def test_products_of_heads_give_a_row_its_bits_among_any_others() -> None:
 
 
 def test_it_is_refused_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tiles_keep_bits()
-    monkeypatch.setattr("duoserve.loading.placement.tiles_keep_bits", lambda: False)
-    with pytest.raises(ConfigError, match="float32 products"):
+    assert tiles_keep_bits(torch.get_num_threads())
+    monkeypatch.setattr("duoserve.loading.placement.tiles_keep_bits", lambda num_threads: False)
+    with pytest.raises(ConfigError, match=rf"float32 products by {torch.get_num_threads()} threads .*OMP_NUM_THREADS"):
         MoEModel.from_pretrained(BARD, invariant=True)
+
+
+@pytest.mark.parametrize("num_threads", [2, 60, 64, 80])
+def test_it_can_be_had_with_many_threads(num_threads: int) -> None:
+    """Each number of threads is tried anew; from 60 on they share out products of odd sizes in another way."""
+    script = (
+        "import torch; from duoserve.kernels.matmul import tiles_keep_bits; tiles_keep_bits(torch.get_num_threads()); "
+        f"torch.set_num_threads({num_threads}); assert tiles_keep_bits({num_threads})"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("shape_NK", [(515, 769), (768, 1536)])

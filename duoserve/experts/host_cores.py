@@ -1,7 +1,8 @@
-"""How much of the machine's cores this process may take."""
+"""The cores that this process may use: what they are, how much of their time, and what their caches hold."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from math import inf
@@ -12,10 +13,37 @@ import torch
 from duoserve.callers import warn_caller
 from duoserve.experts.control_groups import GROUPS, PROC, own_groups
 
+SYSFS = Path("/sys")
+CPU_FIELDS = ("model name", "cpu family", "model", "CPU implementer", "CPU part")  # of x86 and of ARM
+
 
 def allowed_cores(proc: Path = PROC, groups: Path = GROUPS) -> float:
     """The cores whose time the control groups let this process have, which may be a fraction; inf without a limit."""
     return min(_limits(proc, groups), default=inf)
+
+
+def usable_cores() -> float:
+    """The cores that this process may run on, or fewer if it may not have so much time."""
+    return min(len(os.sched_getaffinity(0)), allowed_cores())
+
+
+def cpu_model(proc: Path = PROC) -> str:
+    """What the first core says of its kind, such as "AMD EPYC, 25, 17"; empty where it says nothing."""
+    with suppress(OSError):
+        lines = (proc / "cpuinfo").read_text().partition("\n\n")[0].splitlines()
+        fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        return ", ".join(fields[name] for name in CPU_FIELDS if name in fields)
+    return ""
+
+
+def last_cache_bytes(sysfs: Path = SYSFS) -> int:
+    """Bytes of all last-level caches of the cores that this process may run on; 0 where nothing says so."""
+    found: dict[str, int] = {}
+    for core in os.sched_getaffinity(0):
+        with suppress(OSError, ValueError):
+            _, shared, nbytes = max(map(_cache, (sysfs / f"devices/system/cpu/cpu{core}/cache").glob("index*")))
+            found[shared] = nbytes
+    return sum(found.values())
 
 
 def warn_of_excess_threads() -> None:
@@ -32,6 +60,12 @@ def warn_of_excess_threads() -> None:
             f"time of {cores:g} cores only, so that the threads are stopped again and again: call "
             f"torch.set_num_threads({fitting}) before a model is loaded, or set OMP_NUM_THREADS={fitting}"
         )
+
+
+def _cache(folder: Path) -> tuple[int, str, int]:
+    """Its level, the cores that share it, and its bytes."""
+    level, shared, size = ((folder / name).read_text().strip() for name in ("level", "shared_cpu_list", "size"))
+    return int(level), shared, int(size.removesuffix("K")) << 10
 
 
 def _limits(proc: Path, groups: Path) -> Iterator[float]:

@@ -26,8 +26,12 @@ LEFT_ROWS = 64
 WIDEN_ELEMENTS = 1 << 20
 # Rows of a float32 product that are computed together: fewer rows, or a remainder, are summed in another order.
 TILE_ROWS = 16
-# Sizes (in, out) that products are tried with. With two threads and AVX-512, sums of some were split among threads.
-TRIAL_SHAPES = ((769, 515), (1536, 768), (768, 3072))
+ARM_BF16 = "bf16"  # what torch calls it if an ARM core multiplies bfloat16; no such machine was at hand to measure
+# Sizes (in, out) that products of a tile are tried with: those of models, with as many outputs as are widened at once.
+# From 60 threads on a row's place counts with 769 inputs and 515 outputs, which no model has.
+TILE_TRIALS = ((64, 128), (768, 1365), (1536, 682), (2880, 364), (4096, 256), (14336, 73))
+# And several tiles: with two threads and AVX-512, sums of some were split among threads.
+SHARED_TRIALS = ((769, 515), (1536, 768), (768, 3072))
 
 
 class Products(Enum):
@@ -53,7 +57,7 @@ def has_native_matmul(dtype: torch.dtype) -> bool:
     if dtype in (torch.float32, torch.float64):
         return True
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    names = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}[dtype]
+    names = {torch.bfloat16: ("amx_bf16", "avx512_bf16", ARM_BF16), torch.float16: ("amx_fp16", "avx512_fp16")}[dtype]
     return any(capabilities.get(name, False) for name in names)
 
 
@@ -145,9 +149,13 @@ def batched_product(x_HBD: Tensor, w_HDN: Tensor, products: Products) -> Tensor:
 
 
 @cache
-def tiles_keep_bits() -> bool:
-    """Whether a row of a tile has the same bits whatever its place and neighbours, in float32 products here."""
-    return all(_places_keep_bits(*_trial(TILE_ROWS, num_in, num_out)) for num_in, num_out in TRIAL_SHAPES)
+def tiles_keep_bits(num_threads: int) -> bool:
+    """Whether a row of a tile has the same bits whatever its place and neighbours, in float32 products here.
+
+    ``num_threads`` are torch's, which share out a product by their number.
+    """
+    assert num_threads == torch.get_num_threads()
+    return all(_places_keep_bits(*_trial(TILE_ROWS, num_in, num_out)) for num_in, num_out in TILE_TRIALS)
 
 
 def _places_keep_bits(x_TK: Tensor, w_NK: Tensor) -> bool:
@@ -161,7 +169,7 @@ def _places_keep_bits(x_TK: Tensor, w_NK: Tensor) -> bool:
 def _tiles_share_products(num_threads: int) -> bool:
     """Whether a row keeps its bits in a product of several tiles by ``num_threads``, which may split sums."""
     assert num_threads == torch.get_num_threads()
-    return all(_slices_keep_bits(*_trial(40 * TILE_ROWS, num_in, num_out)) for num_in, num_out in TRIAL_SHAPES)
+    return all(_slices_keep_bits(*_trial(40 * TILE_ROWS, num_in, num_out)) for num_in, num_out in SHARED_TRIALS)
 
 
 def _slices_keep_bits(x_TK: Tensor, w_NK: Tensor) -> bool:

@@ -118,9 +118,11 @@ class Placement:
 def _check_invariance(device: torch.device) -> None:
     if device.type != "cpu":
         raise ConfigError(f"invariant=True is for CPUs so far, but the device is {device}: load with device='cpu'")
-    if not tiles_keep_bits():
+    num_threads = torch.get_num_threads()
+    if not tiles_keep_bits(num_threads):
         raise ConfigError(
-            "invariant=True cannot be had: this machine's float32 products change a row's bits with others"
+            f"invariant=True cannot be had: float32 products by {num_threads} threads change a row's bits with others "
+            "on this machine; fewer threads (OMP_NUM_THREADS) may not"
         )
 
 

@@ -25,6 +25,7 @@ SCORE_BYTES = 24  # for each token and expert: the router's float32 scores, thei
 ROUTED_ROW_BYTES = 36  # for each routed row: id, weight, and places before and after sorting
 # For each expert: the address of its row, and its slot and target in each recording.
 TABLE_BYTES = 8 + 2 * MOST_RECORDINGS * 4
+MANY_QUERIES = 768  # from so many on, PyTorch's attention on a CPU takes them in larger blocks
 MASK_BYTES = 12  # for each query and key: their distance, and whether one sees the other
 # For every pass. On a GPU: cuBLAS's workspaces (32 MiB each on Hopper: one of the thread, one of the recordings, and
 # one of the first run of what will be recorded) and what the allocator loses to rounding. On a CPU: the block of
@@ -41,10 +42,11 @@ def workspace_bytes(
     """
     on_gpu = device.type == "cuda"
     if on_gpu:
-        recorded = recorded_bytes(config, dtype, num_tokens)
+        beside = recorded_bytes(config, dtype, num_tokens)
     else:
-        recorded = compiled_bytes(config, num_tokens) if compiled else 0
-    return FIXED_BYTES[device.type] + recorded + PassMemory(config, dtype, on_gpu, num_tokens).peak_bytes
+        beside = threads_bytes(config, dtype, num_tokens, torch.get_num_threads())
+        beside += compiled_bytes(config, num_tokens) if compiled else 0
+    return FIXED_BYTES[device.type] + beside + PassMemory(config, dtype, on_gpu, num_tokens).peak_bytes
 
 
 def recorded_bytes(config: ModelConfig, dtype: torch.dtype, num_tokens: int) -> int:
@@ -70,6 +72,24 @@ def partial_bytes(config: ModelConfig, num_sequences: int, table_tokens: int) ->
     width = attention.latent_dim if isinstance(attention, LatentAttentionConfig) else attention.head_dim
     num_chunks = min(MAX_CHUNKS, ceil(table_tokens / CHUNK_TOKENS))
     return num_sequences * attention.num_heads * num_chunks * (width + 2) * FLOAT_BYTES
+
+
+def threads_bytes(config: ModelConfig, dtype: torch.dtype, num_tokens: int, num_threads: int) -> int:
+    """Bytes that a CPU's attention takes within itself where it writes no scores out: a block of them for each thread.
+
+    For each block that is float32 scores, their shares in the model's dtype if that is another one, and for each query
+    a largest score, a sum and the sum of values. 64 threads take 56 MiB.
+    """
+    attention = config.blocks.attention
+    if isinstance(attention, LatentAttentionConfig):
+        if attention.query_dim != attention.value_dim:
+            return 0
+        width = attention.value_dim
+    else:
+        width = attention.head_dim
+    queries, keys = 256 if num_tokens >= MANY_QUERIES else 64, min(512, num_tokens)
+    share_bytes = 0 if dtype is torch.float32 else dtype.itemsize
+    return num_threads * queries * (keys * (FLOAT_BYTES + share_bytes) + (width + 2) * FLOAT_BYTES)
 
 
 def compiled_bytes(config: ModelConfig, num_tokens: int) -> int:

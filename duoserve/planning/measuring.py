@@ -18,6 +18,8 @@ import torch
 from duoserve import kernels
 from duoserve.config import ModelConfig
 from duoserve.experts.budget import MemoryPlan
+from duoserve.experts.device import CPU, free_bytes
+from duoserve.experts.host_cores import last_cache_bytes
 from duoserve.experts.rows import aligned_rows
 from duoserve.launching.link import seconds_on_gpu
 from duoserve.moe_model import MoEModel
@@ -30,7 +32,7 @@ PIECE, PIECES, READERS = 4 << 20, 16, 2  # reads of about an expert's size, by a
 ROUNDS = 5
 PCIE_LATENCY_S = 1e-5  # of a copy; not measured but assumed
 NO_WIDENING = 1e18
-WIDTH, MATRICES = 1536, 24  # 24 matrices of 4.5 MiB: more than caches hold
+WIDTH, MATRICES = 1536, 24  # 24 matrices of 4.5 MiB at least, and more where caches hold more
 FEW, MANY = 16, 128  # rows of two products, whose difference tells the time of rows from that of the weights
 GPU_WIDTH, GPU_BYTES = 8192, 256 << 20
 
@@ -106,8 +108,17 @@ def _layer_s(name: str, memory: float) -> tuple[int, float]:
     return config.top_k, (seconds - active / memory) / config.num_layers
 
 
+def num_matrices() -> int:
+    """The number of bfloat16 matrices that memory is measured by: they take twice what the caches hold.
+
+    All that is allocated, three times these bytes, is a quarter of the free RAM at most, unless MATRICES are more.
+    """
+    nbytes = 2 * WIDTH**2
+    return max(MATRICES, min(2 * last_cache_bytes(), free_bytes(CPU) // 12) // nbytes)
+
+
 def _cpu_rates() -> dict[str, float]:
-    weights = [torch.full((WIDTH, WIDTH), 0.01, dtype=torch.bfloat16) for _ in range(MATRICES)]
+    weights = [torch.full((WIDTH, WIDTH), 0.01, dtype=torch.bfloat16) for _ in range(num_matrices())]
     nbytes = sum(w_NK.nbytes for w_NK in weights)
 
     def product_s(rows: int) -> float:
@@ -119,7 +130,7 @@ def _cpu_rates() -> dict[str, float]:
     source, target = aligned_rows(2, nbytes)
     return {
         "memory": nbytes / product_s(1),
-        "flops": 2 * MATRICES * WIDTH**2 / max(row_s, 1e-12),
+        "flops": 2 * len(weights) * WIDTH**2 / max(row_s, 1e-12),
         "widening": nbytes / max(few_s - FEW * row_s, 1e-9),
         "link": nbytes / usual_seconds(lambda: target.copy_(source)),
     }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from duoserve.errors import CheckpointError, ConfigError
 from duoserve.experts.device import CPU, free_bytes, resolve_device
+from duoserve.experts.host_cores import cpu_model, usable_cores
 from duoserve.experts.layout import ExpertLayout
 from duoserve.experts.pack_folder import cache_folder
 from duoserve.files.positional import is_file
@@ -104,5 +104,5 @@ def _about(device: torch.device) -> dict[str, str | int]:
 
 def _name(device: torch.device) -> str:
     if device.type == "cpu":
-        return f"cpu, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+        return f"cpu, {cpu_model()}, {usable_cores():g} cores, {torch.backends.cpu.get_cpu_capability()}"
     return torch.cuda.get_device_name(device)

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from duoserve.experts.layout import ExpertLayout, Quantized
 from duoserve.kernels import matmul
-from duoserve.kernels.matmul import LEFT_ROWS, Products, left_product, linear, product_of_blocks
+from duoserve.kernels.matmul import LEFT_ROWS, Products, has_native_matmul, left_product, linear, product_of_blocks
 from duoserve.kernels.reference_codes import PACKED_ROWS, code_product, multiplies_codes
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat, Matrix
@@ -23,6 +23,23 @@ INT4 = Quantized(ExpertFormat.INT4, 32)
 INT8 = Quantized(ExpertFormat.INT8)
 FP8 = Quantized(ExpertFormat.FP8)
 MXFP4 = Quantized(ExpertFormat.MXFP4)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtypes"),
+    [
+        ({"avx2": True, "avx512_bf16": False}, []),
+        ({"amx_bf16": True, "avx512_fp16": True}, [BF16, torch.float16]),
+        ({"neon": True, "bf16": True, "fp16_arith": True}, [BF16]),  # Neoverse V1, as of a Graviton3
+        ({"neon": True, "bf16": False}, []),  # Neoverse N1
+    ],
+)
+def test_what_a_cpu_multiplies_itself(
+    capabilities: dict[str, bool], dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    halves = (BF16, torch.float16)
+    assert [dtype for dtype in halves if has_native_matmul.__wrapped__(dtype)] == dtypes
 
 
 @pytest.mark.parametrize("rows", [1, 2, LEFT_ROWS, LEFT_ROWS + 1])

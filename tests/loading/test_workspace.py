@@ -8,14 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from duoserve import MoEModel
 from duoserve.config import EngineConfig, ModelConfig
 from duoserve.errors import MemoryBudgetError
 from duoserve.kernels.attention_gqa import new_partials, plan_chunks
 from duoserve.kernels.matmul import has_native_matmul
+from duoserve.kernels.reference_attention import attention
 from duoserve.loading.placement import Placement
-from duoserve.loading.workspace import FIXED_BYTES, PassMemory, partial_bytes, recorded_bytes, workspace_bytes
+from duoserve.loading.workspace import (
+    FIXED_BYTES,
+    FLOAT_BYTES,
+    PassMemory,
+    partial_bytes,
+    recorded_bytes,
+    threads_bytes,
+    workspace_bytes,
+)
 from duoserve.models.mixtral import parse_config
 from duoserve.models.opened import opened
 from duoserve.models.transformer import LOGIT_ROWS
@@ -40,6 +50,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def planned_of_tensors(model: MoEModel) -> int:
+    """The planned bytes of what LiveBytes sees: not of what ops allocate within themselves."""
+    within = threads_bytes(model.config, model.config.dtype, model.max_context, torch.get_num_threads())
+    return model.memory.workspace_bytes - FIXED_BYTES["cpu"] - within
+
+
 @pytest.mark.parametrize(
     ("dtype", "invariant"),
     [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
@@ -52,7 +68,7 @@ def test_a_prompt_of_the_whole_context_takes_what_is_planned(
     """The plan counts products in float32, which a CPU with units for bfloat16 does without unless it must."""
     folder = save_mixtral(tmp_path, dtype=dtype, max_position_embeddings=CONTEXT, **SHAPES[shape])
     with MoEModel.from_pretrained(folder, policy="resident", max_context=CONTEXT, invariant=invariant) as model:
-        planned = model.memory.workspace_bytes - FIXED_BYTES["cpu"]
+        planned = planned_of_tensors(model)
         model.forward(PROMPT[:8])  # what is made once is made
         with LiveBytes() as held:
             logits_TV = model.forward(PROMPT)
@@ -83,7 +99,7 @@ def test_every_kind_of_block_takes_what_is_planned(block: str, dtype: torch.dtyp
     case = Case({**family.cases[family.hard].changes, "max_position_embeddings": CONTEXT, **changes})
     folder = replace(family, cases={block: case}).save(tmp_path, block, dtype)
     with MoEModel.from_pretrained(folder, policy="resident", max_context=CONTEXT) as model:
-        planned = model.memory.workspace_bytes - FIXED_BYTES["cpu"]
+        planned = planned_of_tensors(model)
         model.forward(PROMPT[:8])
         with LiveBytes() as held:
             logits_TV = model.forward(PROMPT)
@@ -105,7 +121,7 @@ def test_sums_of_groups_take_what_is_planned(tmp_path: Path) -> None:
 def test_prompts_that_share_a_pass_take_what_is_planned(tmp_path: Path) -> None:
     folder = save_mixtral(tmp_path, max_position_embeddings=CONTEXT, **SHAPES["attention"])
     with MoEModel.from_pretrained(folder, policy="resident", max_context=CONTEXT) as model:
-        planned = model.memory.workspace_bytes - FIXED_BYTES["cpu"]
+        planned = planned_of_tensors(model)
         prompts = [PROMPT[start : start + 120] for start in (0, 1, 2, 3)]
         model.generate(PROMPT[:8], GREEDY)
         with LiveBytes() as held:
@@ -119,7 +135,7 @@ def test_a_long_answer_leaves_nothing_behind(tmp_path: Path) -> None:
         model.generate(PROMPT[:8], GREEDY)
         with LiveBytes() as held:
             assert len(model.generate(PROMPT[:8], GREEDY, max_tokens=200).token_ids) == 200
-        assert held.live == 0 and held.peak <= model.memory.workspace_bytes - FIXED_BYTES["cpu"]
+        assert held.live == 0 and held.peak <= planned_of_tensors(model)
 
 
 def test_what_compiled_steps_keep_is_planned(tmp_path: Path) -> None:
@@ -136,6 +152,25 @@ def test_what_compiled_steps_keep_is_planned(tmp_path: Path) -> None:
 
 def mixtral_8x7b(**changes: Any) -> ModelConfig:
     return parse_config({"model_type": "mixtral", "dtype": "bfloat16", "sliding_window": None, **changes})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("num_tokens", [200, 700, 2048])
+def test_the_scratch_of_a_cpus_attention_is_planned_for_each_thread(num_tokens: int, dtype: torch.dtype) -> None:
+    q_THD, k_CGD, v_CGD = (torch.randn(num_tokens, heads, 128, dtype=dtype) for heads in (4, 2, 2))
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as made:
+        out_THD = attention(q_THD, k_CGD, v_CGD, scale=1.0, window=None)
+    normalizers = num_tokens * 4 * FLOAT_BYTES
+    within = sum(max(0, event.self_cpu_memory_usage) for event in made.events()) - out_THD.nbytes - normalizers
+    assert within == threads_bytes(mixtral_8x7b(), dtype, num_tokens, torch.get_num_threads())
+
+
+def test_many_threads_raise_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+    for num_threads in (2, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda num_threads=num_threads: num_threads)
+        planned.append(workspace_bytes(mixtral_8x7b(), torch.bfloat16, torch.device("cpu"), 4096))
+    assert planned[1] - planned[0] == 62 * 256 * (512 * 6 + 130 * 4)
 
 
 def test_mixtrals_8k_prompt_on_a_gpu() -> None:
@@ -166,7 +201,10 @@ def test_logits_are_planned_by_the_block() -> None:
     assert wide.logits_bytes < LOGIT_ROWS * 151936 * 6 * 2
 
 
-def test_a_context_whose_passes_do_not_fit_is_refused_with_the_arithmetic(tmp_path: Path) -> None:
+def test_a_context_whose_passes_do_not_fit_is_refused_with_the_arithmetic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # each takes half a MiB
     folder = save_mixtral(tmp_path, max_position_embeddings=8192)
     with pytest.raises(MemoryBudgetError, match=r"workspace \d+ bytes.*lower max_context"):
         MoEModel.from_pretrained(folder, memory="30MiB", max_context=8192)

@@ -62,6 +62,20 @@ def test_another_machine_is_measured_too(times: list[Path], tmp_path: Path) -> N
     assert json.loads((tmp_path / FILE).read_text()) == kept
 
 
+@pytest.mark.parametrize(
+    ("name", "other"), [("cpu_model", "Neoverse-V1"), ("usable_cores", 0.5), ("get_num_threads", 63)]
+)
+def test_a_machine_of_another_cpu_or_share_is_another_machine(
+    name: str, other: object, times: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache folder may be shared by machines of a cluster, and by containers of one machine."""
+    this_machine(tmp_path)
+    monkeypatch.setattr(torch if name == "get_num_threads" else measured, name, lambda: other)
+    this_machine(tmp_path)
+    this_machine(tmp_path)
+    assert len(times) == 2
+
+
 def test_a_malformed_file_is_refused(times: list[Path], tmp_path: Path) -> None:
     this_machine(tmp_path)
     kept = json.loads((tmp_path / FILE).read_text())
