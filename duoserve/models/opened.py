@@ -234,7 +234,10 @@ def _with_dtype(config: ModelConfig, checkpoint: Checkpoint, names: Iterable[str
 
 
 def _with_end_tokens(config: ModelConfig, path: Path) -> ModelConfig:
-    """``config`` with the end tokens of generation_config.json if that has any, as it is more complete."""
+    """``config`` with the end tokens of generation_config.json in place of its own, if that names any.
+
+    So has transformers; if the file names none, its generation ends at no token, but here at those of config.json.
+    """
     if not is_there(path):
         return config
     raw = read_object(path, MAX_GENERATION_CONFIG_BYTES)

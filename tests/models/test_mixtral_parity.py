@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from duoserve import MoEModel
+from duoserve.models.opened import opened
 from tests.checkpoints import BARD, reference_greedy, reference_logits, save_mixtral, to_hub_dialect
+from tests.small_tokenizers import byte_level_tokenizer
 from tests.toys import greedy, toy_prompt
 
 PROMPT = toy_prompt(40)
@@ -67,6 +70,21 @@ def test_a_head_of_its_own_beats_a_config_that_calls_it_tied(tmp_path: Path) -> 
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     with MoEModel.from_pretrained(folder, dtype="float32") as model:
         assert relative_error(model.forward(PROMPT), reference_logits(folder, PROMPT)) <= 1e-5
+
+
+@pytest.mark.parametrize("end_tokens", [[5, 6], 5, [], None])
+def test_end_tokens_are_those_of_transformers(end_tokens: list[int] | int | None, tmp_path: Path) -> None:
+    """Those of generation_config.json, which no others join, not even the tokenizer's; without it config.json's."""
+    folder = save_mixtral(tmp_path / "model", eos_token_id=1, vocab_size=291)
+    byte_level_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<s>"}')
+    if end_tokens is None:
+        (folder / "generation_config.json").unlink()
+    else:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end_tokens}))
+    theirs = AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+    with opened(folder) as found:
+        assert list(found.config.eos_token_ids) == (theirs if isinstance(theirs, list) else [theirs])
 
 
 def test_bard_equals_transformers() -> None:
