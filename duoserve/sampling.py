@@ -15,7 +15,7 @@ from torch import Tensor
 
 from duoserve.errors import DuoServeError, IntegrityError, RequestError
 from duoserve.interface import TokenLogprobs
-from duoserve.number_checks import check_integer, check_number
+from duoserve.number_checks import check_number, checked_integer
 
 MAX_STOPS = 4
 GREEDY_BELOW = 1e-6  # float32 logits of ordinary size differ by more than this, so the limit has been reached
@@ -47,10 +47,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _checked_stops(self.stop))
-        check_integer(RequestError, "max_tokens", self.max_tokens, 1)
-        check_integer(RequestError, "top_k", self.top_k, 0)
+        object.__setattr__(self, "max_tokens", checked_integer(RequestError, "max_tokens", self.max_tokens, 1))
+        object.__setattr__(self, "top_k", checked_integer(RequestError, "top_k", self.top_k, 0))
         if self.seed is not None:
-            check_integer(RequestError, "seed", self.seed, LOWEST_SEED, HIGHEST_SEED)
+            seed = checked_integer(RequestError, "seed", self.seed, LOWEST_SEED, HIGHEST_SEED)
+            object.__setattr__(self, "seed", seed)
         for name, (low, high) in RANGES.items():
             check_number(RequestError, name, getattr(self, name), low, high)
         if not isinstance(self.ignore_eos, bool):
