@@ -30,10 +30,10 @@ NOT_SUPPORTED = (
     *("truncate_prompt_tokens", "continue_final_message", "include_stop_str_in_output"),
     *("guided_regex", "guided_choice", "guided_grammar"),
     *("structural_tag", "documents", "logits_processors", "prompt_embeds"),
-    *("return_token_ids", "return_tokens_as_token_ids", "repetition_detection", "thinking_token_budget", "vllm_xargs"),
+    *("return_token_ids", "return_tokens_as_token_ids", "repetition_detection", "vllm_xargs"),
 )
-# Of these {} asks for a search or for any JSON, and 0 for the prompt's tokens alone.
-NOT_EVEN_EMPTY = ("web_search_options", "guided_json", "structured_outputs", "prompt_logprobs")
+# Of these {} asks for a search or for any JSON, and 0 for the prompt's tokens alone or for no thoughts.
+NOT_EVEN_EMPTY = ("web_search_options", "guided_json", "structured_outputs", "prompt_logprobs", "thinking_token_budget")
 
 Messages = list[dict[str, str]]
 Prompt = str | list[int]
