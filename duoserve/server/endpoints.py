@@ -149,7 +149,7 @@ class Endpoints:
         try:
             if asked.stream:
                 first = await unless_gone(request.receive, generation.next(self._settings.ping_s))
-                frames = events(first, generation, dialect, head, asked.include_usage, self._settings.ping_s)
+                frames = events(first, generation, dialect, head, asked, self._settings.ping_s)
                 return EventResponse(frames, generation.close)
             return await unless_gone(request.receive, _whole(generation, dialect, head, large=tokens is not None))
         except BaseException:
