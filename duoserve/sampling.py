@@ -32,7 +32,8 @@ class SamplingParams:
     """How to continue one prompt. Every value is checked here; a refusal is a ``RequestError``.
 
     ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1 are off.
-    ``stop`` is one string or several and is kept as a tuple. Without a ``seed`` each request draws anew.
+    ``stop`` is one string or several and is kept as a tuple. It is looked for in the text, where special tokens are
+    not: "</s>", where that is one, is never found. Without a ``seed`` each request draws anew.
     """
 
     max_tokens: int = 64
