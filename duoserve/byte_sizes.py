@@ -27,7 +27,7 @@ def parse_bytes(size: int | str) -> int:
         raise ConfigError(
             f"{size!r} is not an amount of memory: give bytes, or text such as '4GiB', '1.5GiB' or '500MB'"
         )
-    return size
+    return int(size)
 
 
 def format_bytes(nbytes: int) -> str:

@@ -11,7 +11,7 @@ import torch
 from duoserve.architecture import Blocks, Quantization
 from duoserve.byte_sizes import parse_bytes
 from duoserve.errors import ConfigError
-from duoserve.number_checks import check_integer
+from duoserve.number_checks import checked_integer
 
 DECODE_MODES = ("auto", "event", "graph", "compiled")
 QUANTIZE = ("bf12", "int8", "int4")
@@ -106,10 +106,10 @@ class EngineConfig:
         if self.quantize is not None and self.quantize not in QUANTIZE:
             raise ConfigError(f"quantize={self.quantize!r} is not known: use one of {', '.join(QUANTIZE)}, or None")
         for name in ("expert_memory", "memory", "host_memory", "max_context"):
-            value = getattr(self, name)
-            if value is not None:
-                check_integer(ConfigError, name, value, 1 if name == "max_context" else 0)
-        check_integer(ConfigError, "copy_threads", self.copy_threads, 1)
+            if (value := getattr(self, name)) is not None:
+                lowest = 1 if name == "max_context" else 0
+                object.__setattr__(self, name, checked_integer(ConfigError, name, value, lowest))
+        object.__setattr__(self, "copy_threads", checked_integer(ConfigError, "copy_threads", self.copy_threads, 1))
 
     @classmethod
     def of(

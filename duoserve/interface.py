@@ -14,7 +14,7 @@ from typing import Literal
 
 from duoserve.errors import ConfigError, RequestError
 from duoserve.metrics import Stats
-from duoserve.number_checks import check_integer
+from duoserve.number_checks import checked_integer
 
 MAX_LOGPROBS = 20  # this many of the likeliest tokens at a place can be reported at most
 _SECONDS = "must be a finite number of seconds above 0, or None"
@@ -101,9 +101,8 @@ class ServiceSettings:
     answer_room: int = 256
 
     def __post_init__(self) -> None:
-        check_integer(ConfigError, "max_batch", self.max_batch, 1)
-        check_integer(ConfigError, "max_waiting", self.max_waiting, 0)
-        check_integer(ConfigError, "answer_room", self.answer_room, 1)
+        for name, lowest in (("max_batch", 1), ("max_waiting", 0), ("answer_room", 1)):
+            object.__setattr__(self, name, checked_integer(ConfigError, name, getattr(self, name), lowest))
         if not isinstance(self.objectives, Objectives):
             raise ConfigError(f"objectives is {self.objectives!r}, but must be Objectives")
         for name, value, known in (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from duoserve.errors import DuoServeError, IntegrityError, RequestError
 from duoserve.interface import TokenLogprobs
-from duoserve.number_checks import check_integer, check_number
+from duoserve.number_checks import check_number, checked_integer
 
 MAX_STOPS = 4
 GREEDY_BELOW = 1e-6  # float32 logits of ordinary size differ by more than this, so the limit has been reached
@@ -32,7 +32,8 @@ class SamplingParams:
     """How to continue one prompt. Every value is checked here; a refusal is a ``RequestError``.
 
     ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1 are off.
-    ``stop`` is one string or several and is kept as a tuple. Without a ``seed`` each request draws anew.
+    ``stop`` is one string or several and is kept as a tuple. It is looked for in the text, where special tokens are
+    not: "</s>", where that is one, is never found. Without a ``seed`` each request draws anew.
     """
 
     max_tokens: int = 64
@@ -47,10 +48,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _checked_stops(self.stop))
-        check_integer(RequestError, "max_tokens", self.max_tokens, 1)
-        check_integer(RequestError, "top_k", self.top_k, 0)
+        object.__setattr__(self, "max_tokens", checked_integer(RequestError, "max_tokens", self.max_tokens, 1))
+        object.__setattr__(self, "top_k", checked_integer(RequestError, "top_k", self.top_k, 0))
         if self.seed is not None:
-            check_integer(RequestError, "seed", self.seed, LOWEST_SEED, HIGHEST_SEED)
+            seed = checked_integer(RequestError, "seed", self.seed, LOWEST_SEED, HIGHEST_SEED)
+            object.__setattr__(self, "seed", seed)
         for name, (low, high) in RANGES.items():
             check_number(RequestError, name, getattr(self, name), low, high)
         if not isinstance(self.ignore_eos, bool):

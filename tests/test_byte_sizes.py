@@ -1,5 +1,6 @@
 """Amounts of memory: what people write is read, and what they are shown can be given back."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,10 +25,12 @@ GIB = 2**30
         ("2KiB", 2048),
         ("1TiB", 2**40),
         (12, 12),
+        (np.int64(12), 12),
     ],
 )
 def test_parse_bytes(text, nbytes):
-    assert parse_bytes(text) == nbytes
+    found = parse_bytes(text)
+    assert found == nbytes and type(found) is int
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,7 @@ def test_format_bytes_parses_back_to_within_a_hundredth(nbytes):
 
 
 def test_a_config_takes_sizes_as_people_write_them() -> None:
+    assert type(EngineConfig.of(memory=np.int64(4096), max_context=np.int64(64)).max_context) is int
     assert EngineConfig.of() == EngineConfig.of(host_memory=None) == EngineConfig()
     assert EngineConfig.of(memory="2KiB", host_memory="0") == EngineConfig(memory=2048, host_memory=0)
     assert EngineConfig.of(expert_memory=4096, device="cpu") == EngineConfig(expert_memory=4096, device="cpu")

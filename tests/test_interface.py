@@ -84,6 +84,11 @@ def test_an_objective_may_be_a_number_of_any_kind(seconds: Any) -> None:
     assert hopes == Objectives(tpot_s=2.0) and type(hopes.tpot_s) is float
 
 
+def test_integers_of_numpy_are_settings_too() -> None:
+    settings = ServiceSettings(max_batch=np.int64(4), max_waiting=np.int64(8), answer_room=np.int64(64))
+    assert {type(value) for value in (settings.max_batch, settings.max_waiting, settings.answer_room)} == {int}
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -209,6 +210,12 @@ def test_refusals_name_the_value_and_the_range(values, message):
 def test_a_lone_stop_string_becomes_a_tuple():
     assert SamplingParams(stop="END").stop == ("END",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+
+
+def test_integers_of_numpy_are_kept_as_those_of_python():
+    params = SamplingParams(max_tokens=np.int64(5), top_k=np.int32(3), seed=np.uint64(2**64 - 1))
+    assert params == SamplingParams(max_tokens=5, top_k=3, seed=2**64 - 1)
+    assert {type(value) for value in (params.max_tokens, params.top_k, params.seed)} == {int}
 
 
 @pytest.mark.parametrize("seed", [-(2**63), 0, 2**64 - 1])

@@ -42,9 +42,10 @@ def add_sampling(parser: argparse.ArgumentParser, *, fills_context: bool = False
         flag = f"--{name.replace('_', '-')}"
         group.add_argument(flag, type=kind, metavar=metavar, default=default, help=help_text + note)
     group.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before TEXT; up to four times")
+    group.add_argument("--ignore-eos", action="store_true", help="write on after the model's end token")
 
 
 def sampling(args: argparse.Namespace) -> SamplingParams:
     """The SamplingParams that the options of ``add_sampling`` give."""
     given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
-    return SamplingParams(stop=tuple(args.stop), **given)
+    return SamplingParams(stop=tuple(args.stop), ignore_eos=args.ignore_eos, **given)

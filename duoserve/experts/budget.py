@@ -24,7 +24,7 @@ def slot_count(slots: int | str, total_experts: int) -> int:
         return round(Decimal(match[1]) * total_experts / 100)
     if not is_integer(slots):
         raise ConfigError(f"expert_slots={slots!r}: give a count, or a share of all experts such as '25%'")
-    return slots
+    return int(slots)
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ NOT_SUPPORTED = (
     *("truncate_prompt_tokens", "continue_final_message", "include_stop_str_in_output"),
     *("guided_regex", "guided_choice", "guided_grammar"),
     *("structural_tag", "documents", "logits_processors", "prompt_embeds"),
-    *("return_token_ids", "return_tokens_as_token_ids", "repetition_detection", "thinking_token_budget", "vllm_xargs"),
+    *("return_token_ids", "return_tokens_as_token_ids", "repetition_detection", "vllm_xargs"),
 )
-# Of these {} asks for a search or for any JSON, and 0 for the prompt's tokens alone.
-NOT_EVEN_EMPTY = ("web_search_options", "guided_json", "structured_outputs", "prompt_logprobs")
+# Of these {} asks for a search or for any JSON, and 0 for the prompt's tokens alone or for no thoughts.
+NOT_EVEN_EMPTY = ("web_search_options", "guided_json", "structured_outputs", "prompt_logprobs", "thinking_token_budget")
 
 Messages = list[dict[str, str]]
 Prompt = str | list[int]
@@ -44,7 +44,8 @@ class Asked:
     """A request, checked as far as that needs neither tokenizer nor engine.
 
     ``prompt_field`` names the field that has the prompt. ``max_tokens`` None: all that the context holds. ``sampling``
-    has fields of SamplingParams by name. ``arrived`` is when the body was there, in seconds of ``time.monotonic``.
+    has fields of SamplingParams by name. ``include_usage`` asks for the usage at the end of a stream, ``usage_so_far``
+    for it in each chunk. ``arrived`` is when the body was there, in seconds of ``time.monotonic``.
     """
 
     model: str | None
@@ -55,6 +56,7 @@ class Asked:
     logprobs: int | None
     stream: bool
     include_usage: bool
+    usage_so_far: bool
     objectives: Objectives
     arrived: float = field(default_factory=time.monotonic)
 
@@ -114,7 +116,6 @@ def _asked(fields: BodyFields, prompt_field: str, max_tokens: int | None, logpro
     options = fields.part("stream_options")
     if not stream and fields.raw("stream_options") is not None:
         raise bad("stream_options", "stream_options needs stream to be true")
-    options.refuse("continuous_usage_stats")
     sampling = _sampling(fields)
     _sampling_params(**sampling)
     return Asked(
@@ -126,6 +127,7 @@ def _asked(fields: BodyFields, prompt_field: str, max_tokens: int | None, logpro
         logprobs=logprobs,
         stream=stream,
         include_usage=options.flag("include_usage"),
+        usage_so_far=options.flag("continuous_usage_stats"),
         objectives=_objectives(fields),
     )
 

@@ -79,17 +79,20 @@ class Endpoints:
         return await self._answered(request, service, Chat(service.model.tokenizer), asked, [prompt_ids])
 
     async def tokenize(self, request: Request) -> Response:
-        """The token ids of a text, as vLLM gives them."""
+        """The token ids of a text, as vLLM gives them, with their entries of the vocabulary if those are wanted."""
         model = self._loader.service().model
         fields = await read_fields(request, self._settings.max_body_bytes)
         self._check_model(fields.text("model"))
         fields.refuse_other(add_special_tokens=True)
-        fields.refuse("return_token_strs")
+        with_entries = fields.flag("return_token_strs")
         prompt = fields.text("prompt")
         if prompt is None:
             raise fields.wrong("prompt", "text")
         tokens = await self._preparing.encode(model, prompt)
-        return await large_json_response({"count": len(tokens), "max_model_len": model.max_context, "tokens": tokens})
+        found = {"count": len(tokens), "max_model_len": model.max_context, "tokens": tokens}
+        if with_entries and model.tokenizer is not None:
+            found["token_strs"] = map(model.tokenizer.entry, tokens)
+        return await large_json_response(found)
 
     async def metrics(self, request: Request) -> Response:
         """The metrics in Prometheus's text format."""
@@ -146,7 +149,7 @@ class Endpoints:
         try:
             if asked.stream:
                 first = await unless_gone(request.receive, generation.next(self._settings.ping_s))
-                frames = events(first, generation, dialect, head, asked.include_usage, self._settings.ping_s)
+                frames = events(first, generation, dialect, head, asked, self._settings.ping_s)
                 return EventResponse(frames, generation.close)
             return await unless_gone(request.receive, _whole(generation, dialect, head, large=tokens is not None))
         except BaseException:

@@ -26,10 +26,11 @@ class Choice:
 
 
 class Event(NamedTuple):
-    """A new piece of one choice."""
+    """A new piece of one choice, and the tokens that the choice has with it; its record may count later ones too."""
 
     choice: Choice
     piece: Piece
+    output_tokens: int
 
 
 class Generation:
@@ -79,7 +80,7 @@ class Generation:
                 self._request_log.piece(choice.record, piece)
                 if piece.finish_reason is not None:
                     self._request_log.end(choice.record, piece.finish_reason)
-                self._events.put_nowait(Event(choice, piece))
+                self._events.put_nowait(Event(choice, piece, choice.record.output_tokens))
         except Exception as error:
             self._request_log.end(choice.record, "error")
             self._events.put_nowait(error)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from duoserve.server.answers import Dialect, Head, answer, usage_of
+from duoserve.server.asking import Asked
 from duoserve.server.errors import noted
 from duoserve.server.generation import Event, Generation
 
@@ -25,16 +26,16 @@ async def events(  # noqa: PLR0913, PLR0917
     generation: Generation,
     dialect: Dialect,
     head: Head,
-    include_usage: bool,
+    asked: Asked,
     ping_s: float,
 ) -> AsyncIterator[bytes]:
     """The events of an answer whose ``first`` piece has come (None: not yet); always ends with ``DONE``."""
     try:
-        yield PING if first is None else _chunk(first, dialect, head)
+        yield PING if first is None else _chunk(first, dialect, head, asked.usage_so_far)
         while not generation.finished:
             found = await generation.next(ping_s)
-            yield PING if found is None else _chunk(found, dialect, head)
-        if include_usage:
+            yield PING if found is None else _chunk(found, dialect, head, asked.usage_so_far)
+        if asked.include_usage:
             usage = usage_of(generation.prompt_tokens, generation.output_tokens)
             yield event(answer(head, dialect.chunk_object, [], usage))
     except Exception as error:
@@ -42,6 +43,12 @@ async def events(  # noqa: PLR0913, PLR0917
     yield DONE
 
 
-def _chunk(found: Event, dialect: Dialect, head: Head) -> bytes:
-    deltas = found.choice.writer.deltas(found.piece)
-    return b"".join(event(answer(head, dialect.chunk_object, [delta], None)) for delta in deltas)
+def _chunk(found: Event, dialect: Dialect, head: Head, usage_so_far: bool) -> bytes:
+    *opening, brought = found.choice.writer.deltas(found.piece)
+
+    def written(delta: dict[str, Any], output_tokens: int) -> bytes:
+        usage = usage_of(found.choice.record.prompt_tokens, output_tokens) if usage_so_far else None
+        return event(answer(head, dialect.chunk_object, [delta], usage))
+
+    before = found.output_tokens - len(found.piece.token_ids)
+    return b"".join([*(written(delta, before) for delta in opening), written(brought, found.output_tokens)])

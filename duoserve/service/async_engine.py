@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from duoserve.errors import ClosedError, RequestError
 from duoserve.interface import MAX_LOGPROBS, Objectives, ServiceFigures, ServiceSettings, ServiceState
 from duoserve.moe_model import MoEModel
-from duoserve.number_checks import check_integer, check_number
+from duoserve.number_checks import check_number, checked_integer
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.service.stream import Stream
@@ -86,7 +86,8 @@ class AsyncEngine:
         if self.state is not ServiceState.READY:
             raise ClosedError("the service takes no more requests")
         _check_kinds(params, objectives)
-        _check_logprobs(logprobs)
+        if logprobs is not None:
+            logprobs = checked_integer(RequestError, "logprobs", logprobs, 0, MAX_LOGPROBS)
         check_number(RequestError, "arrived", arrived, 0, now)
         prompt_ids = await asyncio.to_thread(self._model.encode, prompt)
         request = Request(prompt_ids, params, num_logprobs=logprobs, arrived=arrived)
@@ -130,8 +131,3 @@ def _check_kinds(params: object, objectives: object) -> None:
         raise RequestError(f"params is {params!r}, but must be SamplingParams")
     if objectives is not None and not isinstance(objectives, Objectives):
         raise RequestError(f"objectives is {objectives!r}, but must be Objectives")
-
-
-def _check_logprobs(logprobs: int | None) -> None:
-    if logprobs is not None:
-        check_integer(RequestError, "logprobs", logprobs, 0, MAX_LOGPROBS)

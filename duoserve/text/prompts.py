@@ -44,7 +44,7 @@ def as_token_ids(prompt: Any) -> list[int]:
     if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
         raise _no_prompt(prompt)
     try:
-        return [_id(token) for token in prompt]
+        return [_id(token) for token in (prompt.tolist() if hasattr(prompt, "tolist") else prompt)]
     except TypeError as error:
         raise _no_prompt(prompt) from error
 

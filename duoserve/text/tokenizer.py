@@ -85,6 +85,11 @@ class Tokenizer:
             with _guarded(DuoServeError, f"the tokenizer cannot decode {tokens}"):
                 raise
 
+    def entry(self, token_id: int) -> str | None:
+        """The vocabulary's entry, of special tokens too; None for ids beyond the vocabulary."""
+        with _guarded(RequestError, f"{token_id!r} is not a token id"):
+            return self._tokenizer.id_to_token(token_id)
+
     def token(self, token_id: int) -> str | None:
         """The vocabulary's entry, None for special tokens and for ids beyond the vocabulary."""
         with _guarded(RequestError, f"{token_id!r} is not a token id"):

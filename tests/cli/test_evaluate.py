@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from contextlib import closing
 from pathlib import Path
 
@@ -89,6 +90,24 @@ def without_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[s
     return ["evaluate", folder, "--prompts", tmp_path / "p.txt"]
 
 
+def with_trace(tmp_path: Path) -> list[str | Path]:
+    """The command for a small model and a trace of it."""
+    folder = save_mixtral(tmp_path / "m")
+    with closing(Checkpoint.open(folder)) as checkpoint:
+        meta = TraceMeta(checkpoint.fingerprint(), (0, 1, 2), num_experts=8, top_k=2)
+    save_trace(small_trace(meta), tmp_path / "t.safetensors")
+    return ["evaluate", folder, "--trace", tmp_path / "t.safetensors"]
+
+
+def test_a_given_trace_needs_no_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, duoserve: Command
+) -> None:
+    command = with_trace(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
+    ran = duoserve(*command, "--dry-run")
+    assert ran.code == 0, ran.err
+
+
 @pytest.mark.parametrize("form", [[], ["--json"]])
 def test_what_was_found_is_said_also_where_it_cannot_be_written(
     form: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, duoserve: Command
@@ -99,11 +118,8 @@ def test_what_was_found_is_said_also_where_it_cannot_be_written(
         raise TraceError("no space left on device")
 
     monkeypatch.setattr(evaluate, "save_recommendation", save_recommendation)
-    folder = save_mixtral(tmp_path / "m")
-    with closing(Checkpoint.open(folder)) as checkpoint:
-        meta = TraceMeta(checkpoint.fingerprint(), (0, 1, 2), num_experts=8, top_k=2)
-    save_trace(small_trace(meta), tmp_path / "t.safetensors")
-    ran = duoserve("evaluate", folder, "--trace", tmp_path / "t.safetensors", *form)
+    command = with_trace(tmp_path)
+    ran = duoserve(*command, *form)
     assert ran.code == 1 and "no space left" in ran.err and "Expect " in ran.out
     assert (json.loads(ran.out)["folder"] is None) if form else ("nothing was written" in ran.out)
 

@@ -103,10 +103,18 @@ def test_threads_that_copy_are_handed_on(duoserve, fake):
 
 def test_every_sampling_option_arrives(duoserve, fake):
     params = SamplingParams(
-        max_tokens=5, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, repetition_penalty=1.2, seed=3, stop=("x", "y")
+        max_tokens=5,
+        temperature=0.5,
+        top_k=7,
+        top_p=0.9,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        seed=3,
+        stop=("x", "y"),
+        ignore_eos=True,
     )
     flags = "--max-tokens 5 --temperature 0.5 --top-k 7 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --seed 3"
-    duoserve("generate", "--prompt", "a", *flags.split(), "--stop", "x", "--stop", "y")
+    duoserve("generate", "--prompt", "a", *flags.split(), "--stop", "x", "--stop", "y", "--ignore-eos")
     assert fake.asked == [("a", params)]
 
 

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,9 +59,12 @@ ROW = BARD.layout.slot_bytes
 FIXED = BARD.dense + BARD.kv + BARD.workspace
 
 
-@pytest.mark.parametrize(("slots", "count"), [("25%", 12), ("100 %", 48), ("12.5%", 6), ("1%", 0), (7, 7)])
+@pytest.mark.parametrize(
+    ("slots", "count"), [("25%", 12), ("100 %", 48), ("12.5%", 6), ("1%", 0), (7, 7), (np.int64(7), 7)]
+)
 def test_slot_count(slots, count):
-    assert slot_count(slots, 48) == count
+    found = slot_count(slots, 48)
+    assert found == count and type(found) is int
 
 
 @pytest.mark.parametrize("nonsense", ["0%", "101%", "%", "-5%", "7", "nan%", 2.5, True])

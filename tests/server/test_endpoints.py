@@ -148,8 +148,15 @@ def test_models_version_and_tokenize(lasting):
     assert lasting.post("/tokenize", {}).json()["error"]["param"] == "prompt"
     bare = {"prompt": "the cat", "add_special_tokens": False}
     assert lasting.post("/tokenize", bare).json()["error"]["param"] == "add_special_tokens"
-    strings = {"prompt": "a", "return_token_strs": True}
-    assert lasting.post("/tokenize", strings).json()["error"]["param"] == "return_token_strs"
+
+
+def test_tokenize_gives_the_vocabularys_entries_too(lasting):
+    asked = {"prompt": "the café</s>", "return_token_strs": True}
+    found = lasting.post("/tokenize", asked).json()
+    assert len(found["token_strs"]) == found["count"] and found["token_strs"][-1] == "</s>"
+    assert "".join(found["token_strs"]) == "theĠcafÃ©</s>"
+    wrong = {"prompt": "a", "return_token_strs": "yes"}
+    assert lasting.post("/tokenize", wrong).json()["error"]["param"] == "return_token_strs"
 
 
 def test_an_overloaded_service_is_a_429_that_says_when_to_try_again(served):

@@ -21,9 +21,10 @@ WRONG = [
     ({"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
     ({"repetition_detection": {"max_pattern_size": 4}}, "repetition_detection"),
     ({"thinking_token_budget": 64}, "thinking_token_budget"),
+    ({"thinking_token_budget": 0}, "thinking_token_budget"),
     ({"vllm_xargs": {"a": 1}}, "vllm_xargs"),
     ({"best_of": 2}, "best_of"),
-    ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
+    ({"stream": True, "stream_options": {"continuous_usage_stats": 1}}, "stream_options.continuous_usage_stats"),
 ]
 NOTHING = [
     {"modalities": ["text"], "verbosity": "medium", "chat_template_kwargs": {}},

@@ -52,6 +52,20 @@ def test_a_chat_says_its_role_first_and_its_usage_last(served):
     assert {one["object"] for one in chunks} == {"chat.completion.chunk"}
 
 
+def test_the_usage_so_far_may_be_in_every_chunk(served):
+    """It is that of the chunk's choice, as in vLLM; the usage at the end is that of all choices."""
+    server = served(script_of(*spoken("a", "b")))
+    for end in (False, True):
+        options = {"continuous_usage_stats": True, "include_usage": end}
+        chunks = events(lines(server, n=2, stream_options=options))
+        usages = [one["usage"] for one in chunks if one["choices"]]
+        assert sorted(one["completion_tokens"] for one in usages) == [1, 1, 2, 2]
+        assert all(one["total_tokens"] == one["prompt_tokens"] + one["completion_tokens"] for one in usages)
+        assert [one["usage"]["completion_tokens"] for one in chunks if not one["choices"]] == [4] * end
+    chunks = events(lines(server, "/v1/chat/completions", stream_options={"continuous_usage_stats": True}))
+    assert [one["usage"]["completion_tokens"] for one in chunks] == [0, 1, 2]
+
+
 def test_a_chat_says_what_is_in_the_final_channel(served):
     """Whole and streamed, with log-probabilities of that alone; a completion gives the text as it is."""
     tokenizer = Tokenizer(channel_tokenizer())

@@ -24,7 +24,10 @@ def test_texts_and_lists_of_ids_are_several_prompts(prompts: Any) -> None:
     assert not is_one(prompts)
 
 
-@pytest.mark.parametrize("wrong", [b"ab", [True, False], [5, True], [5.0], 5, None], ids=repr)
+WRONG = [b"ab", [True, False], [5, True], np.array([True]), torch.tensor([True]), [5.0], 5, None]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
 def test_what_is_no_prompt_is_refused(wrong: Any) -> None:
     with pytest.raises(RequestError, match="a prompt must be text or token ids, and not "):
         as_token_ids(wrong)
