@@ -148,9 +148,11 @@ class Checkpoint:
         for name, shard in sorted(self._shards.items()):
             _add(digest, f"{name} {shard.file.size}".encode())
             _add(digest, shard.header.sha256)
-            for part in chain.from_iterable(map(_sampled, shard.header.tensors)):
-                nbytes = min(part.nbytes, _SAMPLE_BYTES)
-                _add(digest, shard.file.read(part.offset + (part.nbytes - nbytes) // 2, nbytes))
+            samples = [_middle(part) for part in chain.from_iterable(map(_sampled, shard.header.tensors))]
+            for offset, nbytes in samples:
+                shard.file.expect(offset, nbytes)
+            for offset, nbytes in samples:
+                _add(digest, shard.file.read(offset, nbytes))
         return digest.hexdigest()
 
     def _check_listed(self, listed: Mapping[str, str]) -> None:
@@ -226,6 +228,12 @@ def _sampled(tensor: TensorInfo) -> list[TensorInfo]:
     if len(tensor.shape) < 3 or tensor.shape[0] > _MAX_ENTRIES:
         return [tensor]
     return [tensor.part(entry) for entry in range(tensor.shape[0])]
+
+
+def _middle(part: TensorInfo) -> tuple[int, int]:
+    """The offset and the number of the bytes that a fingerprint reads of it."""
+    nbytes = min(part.nbytes, _SAMPLE_BYTES)
+    return part.offset + (part.nbytes - nbytes) // 2, nbytes
 
 
 def _merge(headers: Iterable[SafetensorsHeader]) -> dict[str, TensorInfo]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -252,6 +253,33 @@ def test_a_tensor_of_countless_empty_entries_is_one_sample(tmp_path: Path) -> No
     header = json.dumps({"x": {"dtype": "F32", "shape": [1 << 60, 0, 1], "data_offsets": [0, 0]}}).encode()
     (tmp_path / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header)
     assert len(fingerprint(tmp_path)) == 64
+
+
+def test_all_samples_of_a_shard_are_asked_for_before_the_first_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a disk brings them side by side. Nothing is asked for an empty tensor: that would be the whole file."""
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.zeros(4096), "b": torch.zeros(2, 3, 3), "c": torch.zeros(0)}, tmp_path / SINGLE)
+    calls: list[tuple[str, int, int]] = []
+    fadvise, preadv = os.posix_fadvise, os.preadv
+
+    def advise(fd: int, offset: int, nbytes: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        calls.append(("advise", offset, nbytes))
+        fadvise(fd, offset, nbytes, advice)
+
+    def read(fd: int, buffers: list[memoryview], offset: int) -> int:
+        calls.append(("read", offset, len(buffers[0])))
+        return preadv(fd, buffers, offset)
+
+    checkpoint = Checkpoint.open(tmp_path)
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(os, "preadv", read)
+    checkpoint.fingerprint()
+    checkpoint.close()
+    assert [kind for kind, *_ in calls] == ["advise"] * 3 + ["read"] * 3
+    assert [place for _, *place in calls[:3]] == [place for _, *place in calls[3:]]
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
