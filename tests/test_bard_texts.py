@@ -13,7 +13,7 @@ import torch
 
 from duoserve import Completion, MoEModel, RequestError, SamplingParams
 from duoserve.text.tokenizer import Tokenizer
-from tests.checkpoints import BARD
+from tests.helpers.checkpoints import BARD
 
 
 @pytest.fixture(scope="module")

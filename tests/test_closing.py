@@ -14,9 +14,9 @@ from torch import Tensor
 
 from duoserve import AsyncEngine, ClosedError, MoEModel, ServiceState
 from duoserve.passes import Passes
-from tests.fakes import PATIENCE_S, Gate
-from tests.loops import in_a_loop
-from tests.toys import greedy
+from tests.helpers.fakes import PATIENCE_S, Gate
+from tests.helpers.loops import in_a_loop
+from tests.helpers.toys import greedy
 
 GREEDY = greedy(40)
 

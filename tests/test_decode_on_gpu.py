@@ -30,11 +30,11 @@ from duoserve.launching.launch import StepParts
 from duoserve.launching.recorded import RecordedRunner
 from duoserve.passes import StepRunner
 from duoserve.scheduling.predictor import Predictor
-from tests.assembly import AssembledEngine, assembled
-from tests.checkpoints import save_mixtral
-from tests.lagging import write
+from tests.helpers.assembly import AssembledEngine, assembled
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.lagging import write
+from tests.helpers.toys import greedy, toy_prompt
 from tests.scheduling.fortune import any_teller
-from tests.toys import greedy, toy_prompt
 
 pytestmark = [
     pytest.mark.gpu,

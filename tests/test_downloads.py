@@ -11,9 +11,9 @@ import pytest
 
 from duoserve import CheckpointError, ConfigError, MoEModel
 from duoserve.errors import DuoServeError
-from tests.checkpoints import save_mixtral
-from tests.fake_hub import NAME, FakeHub
-from tests.toys import greedy
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.fake_hub import NAME, FakeHub
+from tests.helpers.toys import greedy
 
 INDEX = "model.safetensors.index.json"
 

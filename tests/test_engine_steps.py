@@ -24,8 +24,8 @@ from duoserve.experts.virtual import VirtualClock
 from duoserve.interface import Objectives, ServiceSettings
 from duoserve.request import Request
 from duoserve.scheduling.policies import POLICIES
-from tests.assembly import AssembledEngine, assembled
-from tests.checkpoints import save_mixtral
+from tests.helpers.assembly import AssembledEngine, assembled
+from tests.helpers.checkpoints import save_mixtral
 from tests.scheduling.fortune import GUESSING, any_teller, generous_link
 from tests.scheduling.recording import RecordingEngine
 

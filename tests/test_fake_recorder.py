@@ -11,8 +11,8 @@ from torch import Tensor
 
 from duoserve import kernels
 from duoserve.kernels import DeviceWork
-from tests.fake_recorder import FakeRecorder, IllegalCaptureError
-from tests.fake_streams import FakeStreams
+from tests.helpers.fake_recorder import FakeRecorder, IllegalCaptureError
+from tests.helpers.fake_streams import FakeStreams
 
 
 @pytest.fixture

@@ -20,11 +20,11 @@ from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.loading.placement import Placement
-from tests.assembly import assembled, tokens_of
-from tests.checkpoints import save_mixtral
-from tests.fake_streams import FakeStreams
-from tests.live_threads import threads_since
-from tests.toys import greedy
+from tests.helpers.assembly import assembled, tokens_of
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.fake_streams import FakeStreams
+from tests.helpers.live_threads import threads_since
+from tests.helpers.toys import greedy
 
 PROMPT = [5, 9, 2, 40, 41, 7]
 GREEDY = greedy(8)

@@ -19,12 +19,12 @@ from duoserve.experts.store import ExpertStore, HostStore, TieredStore
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.experts.virtual import VirtualClock, VirtualCopyEngine
 from duoserve.request import Request
-from tests.assembly import assembled, tokens_of
-from tests.checkpoints import save_mixtral
-from tests.fake_streams import FakeStreams
+from tests.helpers.assembly import assembled, tokens_of
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.fake_streams import FakeStreams
+from tests.helpers.toys import greedy, toy_prompt
 from tests.scheduling.fortune import GUESSING, STREAMING, any_teller, generous_link
 from tests.scheduling.recording import RecordingEngine
-from tests.toys import greedy, toy_prompt
 
 PROMPT = toy_prompt(30)
 GREEDY = greedy(12)

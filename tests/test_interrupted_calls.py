@@ -13,9 +13,9 @@ import pytest
 
 import duoserve
 from duoserve import MoEModel
-from tests.checkpoints import save_mixtral
-from tests.fakes import PATIENCE_S
-from tests.interrupts import interrupted
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.fakes import PATIENCE_S
+from tests.helpers.interrupts import interrupted
 
 FOLDER = Path(duoserve.__file__).parent
 NAMES = (

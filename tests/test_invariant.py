@@ -15,10 +15,10 @@ from duoserve import MoEModel
 from duoserve.errors import ConfigError
 from duoserve.kernels.matmul import TILE_ROWS, Products, batched_product, float_product, linear, tiles_keep_bits
 from duoserve.request import Request
-from tests.checkpoints import BARD, save_mixtral
+from tests.helpers.checkpoints import BARD, save_mixtral
+from tests.helpers.toys import greedy
 from tests.kernels.common import assert_close
 from tests.models.cases import FAMILIES
-from tests.toys import greedy
 
 STEPS = 4
 # A prompt of one token, some shorter and longer than a tile, and so many that steps have more than NARROW_ROWS rows.

@@ -27,11 +27,11 @@ from duoserve import (
 from duoserve.config import Phase
 from duoserve.errors import TraceError
 from duoserve.request import Request
-from tests.checkpoints import save_mixtral
-from tests.fake_hub import FakeHub
-from tests.live_threads import threads_since
-from tests.small_tokenizers import byte_level_tokenizer
-from tests.toys import greedy
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.fake_hub import FakeHub
+from tests.helpers.live_threads import threads_since
+from tests.helpers.small_tokenizers import byte_level_tokenizer
+from tests.helpers.toys import greedy
 
 PROMPT = [5, 9, 2, 40, 41, 7]
 GREEDY = greedy(8)

@@ -19,11 +19,11 @@ from duoserve.kv_cache import PAGE_TOKENS, PagedKVCache, SequenceKV
 from duoserve.loading.workspace import FIXED_BYTES, recorded_bytes
 from duoserve.models.opened import opened
 from duoserve.planning.measuring import RATES, measure
-from tests.checkpoints import save_mixtral
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.toys import greedy, toy_prompt
 from tests.models.cases import FAMILIES
 from tests.models.cases.quantized import CASES
 from tests.scheduling.fortune import GUESSING, STREAMING, any_teller
-from tests.toys import greedy, toy_prompt
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,10 +14,10 @@ import torch
 from duoserve import AsyncEngine, CompilerError, MemoryBudgetError, MoEModel, ServiceState
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Passes
-from tests.checkpoints import save_mixtral
-from tests.live_threads import threads_since
-from tests.loops import in_a_loop
-from tests.toys import greedy
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.live_threads import threads_since
+from tests.helpers.loops import in_a_loop
+from tests.helpers.toys import greedy
 
 PROMPT = [5, 9, 2, 40, 41, 7]
 GREEDY = greedy(8)

@@ -21,12 +21,12 @@ from duoserve.kernels.weights import ExpertWeights
 from duoserve.models.opened import opened
 from duoserve.perplexity import OVERLAP, WINDOW, score
 from duoserve.text.tokenizer import Tokenizer
-from tests.checkpoints import BARD, reference_greedy, reference_logits, save_mixtral
-from tests.compiled_case import needs_compiler
+from tests.helpers.checkpoints import BARD, reference_greedy, reference_logits, save_mixtral
+from tests.helpers.compiled_case import needs_compiler
+from tests.helpers.toys import greedy, toy_prompt
 from tests.models.cases.quantized import CASES
 from tests.models.test_mixtral_parity import relative_error
 from tests.test_bard_texts import HELD_OUT
-from tests.toys import greedy, toy_prompt
 
 PROMPT = toy_prompt(30)
 GREEDY = greedy(32)

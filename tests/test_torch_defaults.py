@@ -23,10 +23,10 @@ from duoserve.predictors import training
 from duoserve.predictors.files import save_predictor
 from duoserve.sampling import Sampler
 from duoserve.traces.synthetic import CARDS, synthesize
-from tests.checkpoints import save_mixtral
-from tests.compiled_case import needs_compiler
 from tests.experts.test_quantizing import INT4_128, quantized, random_matrix
-from tests.toys import toy_prompt
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.compiled_case import needs_compiler
+from tests.helpers.toys import toy_prompt
 
 BF16 = torch.bfloat16
 PROMPT = toy_prompt(300)  # more than logits are made for at a time

@@ -14,10 +14,10 @@ from duoserve.errors import RequestError, TraceError
 from duoserve.predictors.training import train
 from duoserve.traces.trace_file import FileRows, open_trace
 from duoserve.tracing import RecordingSpec, record
-from tests.checkpoints import save_mixtral
-from tests.listeners import Heard
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.listeners import Heard
+from tests.helpers.toys import greedy
 from tests.models.cases import FAMILIES
-from tests.toys import greedy
 
 GREEDY = greedy(5)
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]

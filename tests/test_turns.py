@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from duoserve import MoEModel, RequestError
-from tests.fakes import PATIENCE_S
-from tests.toys import greedy
+from tests.helpers.fakes import PATIENCE_S
+from tests.helpers.toys import greedy
 
 LONG, SHORT = greedy(40), greedy(2)
 

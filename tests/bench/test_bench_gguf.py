@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from cpu import gguf_mixtral
 from cpu.gguf_file import Entry, Kind, q4_0, q8_0, write
-from tests.checkpoints import reference_logits, save_mixtral
-from tests.gguf_reader import BF16, F32, Q4_0, Q8_0, GgufFile, read_gguf
+from tests.helpers.checkpoints import reference_logits, save_mixtral
+from tests.helpers.gguf_reader import BF16, F32, Q4_0, Q8_0, GgufFile, read_gguf
 
 LAYERS, HEADS, KV_HEADS, TOP_K = 3, 4, 2, 2
 

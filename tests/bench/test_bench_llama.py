@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cpu import least_bytes, memory_cap
-from tests.checkpoints import save_mixtral
+from tests.helpers.checkpoints import save_mixtral
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 VOCAB = 96

@@ -32,7 +32,7 @@ from serve.replay import HostArena, RoutingReplay, SharedRows, Tape, TapedScores
 from serve.run import Limits, requests_of
 from serve.worker import ServeBench
 from tests.bench.conftest import Ran
-from tests.listeners import Heard
+from tests.helpers.listeners import Heard
 
 MIXTRAL, QWEN3, DEEPSEEK = "Mixtral-8x7B", "Qwen3-30B-A3B", "DeepSeek-V2-Lite"
 CEILINGS = {"link_bytes_per_s": 50e9, "memory_bytes_per_s": 3e12, "flop_per_s": 800e12}

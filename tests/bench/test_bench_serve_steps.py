@@ -32,8 +32,8 @@ from serve.host import CpuHost
 from serve.steps import TimedRecorder, TimedRunner, host_seconds
 from serve.worker import ServeBench
 from tests.bench.test_bench_serve import CEILINGS, DEEPSEEK, MIXTRAL, QWEN3, part
-from tests.fake_recorder import FakeRecorder
-from tests.fake_streams import FakeStreams
+from tests.helpers.fake_recorder import FakeRecorder
+from tests.helpers.fake_streams import FakeStreams
 
 
 class At(Mark):

@@ -16,7 +16,7 @@ from soak.clients import Clients, soak
 from soak.load import CANCELLED, MALFORMED, WRONG, Asked, Kind, kinds, requests
 from soak.watch import Sample, growth, look, looking
 from tests.bench.conftest import Ran
-from tests.loops import in_a_loop
+from tests.helpers.loops import in_a_loop
 
 KIND = Kind("a", 2, 0.0, 0, (), 1)
 EVENTS = [{"choices": [{"index": 0, "text": "x", "finish_reason": None}]}]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from duoserve.cli import main
-from tests.checkpoints import save_mixtral
-from tests.small_tokenizers import byte_level_tokenizer
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.small_tokenizers import byte_level_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ import pytest
 from duoserve.moe_model import MoEModel
 from duoserve.sampling import Sampler, SamplingParams
 from duoserve.text.tokenizer import Tokenizer
-from tests.checkpoints import save_mixtral
-from tests.small_tokenizers import channel_tokenizer
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.small_tokenizers import channel_tokenizer
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 GREEDY = ("--max-tokens", "6", "--temperature", "0", "--expert-slots", "25%")

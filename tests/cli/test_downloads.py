@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.fake_hub import NAME, FakeHub
+from tests.helpers.fake_hub import NAME, FakeHub
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from duoserve.errors import TraceError
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.loading.recommendation import RECOMMENDATION_FILE
 from duoserve.traces.trace import TraceMeta
-from tests.checkpoints import save_mixtral
 from tests.cli.conftest import Command
-from tests.small_tokenizers import byte_level_tokenizer
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.small_tokenizers import byte_level_tokenizer
 from tests.traces.small import save_trace, small_trace
 
 BARD = Path(__file__).resolve().parents[2] / "duoserve" / "assets" / "bard"

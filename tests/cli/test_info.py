@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from duoserve.cli.inventory import what_fits
-from tests.checkpoints import save_mixtral
+from tests.helpers.checkpoints import save_mixtral
 
 EXPERT_ELEMENTS = 3 * 32 * 24
 

@@ -18,8 +18,8 @@ from duoserve.experts import checkpoint as checkpoint_module
 from duoserve.experts.checkpoint import Checkpoint
 from duoserve.experts.hub import EMBEDDED, EMBEDDED_FOLDER
 from duoserve.models.registry import family_of
-from tests.checkpoints import save_mixtral
 from tests.experts.safetensors_files import SINGLE, single_file, write_bytes_tensors
+from tests.helpers.checkpoints import save_mixtral
 
 ROPE_TABLE = "model.layers.0.self_attn.rotary_emb.inv_freq"
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"

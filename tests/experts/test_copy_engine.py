@@ -16,8 +16,8 @@ from duoserve.experts.copy_engine import ThreadedCopyEngine
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.tickets import Priority, Ticket, TicketState
-from tests.fakes import PATIENCE_S, SMALL, ArrayStore
-from tests.live_threads import threads_since
+from tests.helpers.fakes import PATIENCE_S, SMALL, ArrayStore
+from tests.helpers.live_threads import threads_since
 
 DEMAND, PREFETCH = Priority
 EXPERTS = [ExpertId(0, e) for e in range(8)]

@@ -22,7 +22,7 @@ from duoserve.experts.disk_store import DiskStore, ReadAt
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE
 from duoserve.experts.rows import aligned_rows
-from tests.fakes import SMALL, ArrayStore, Gate, save_pack
+from tests.helpers.fakes import SMALL, ArrayStore, Gate, save_pack
 
 FINGERPRINT = "f" * 64
 EXPERT = ExpertId(1, 2)  # row 6 of the pack

@@ -13,8 +13,8 @@ import torch
 from duoserve import MoEModel
 from duoserve.experts import host_cores
 from duoserve.experts.host_cores import allowed_cores, cpu_model, last_cache_bytes, usable_cores, warn_of_excess_threads
-from tests.checkpoints import BARD
 from tests.experts.kernel_files import in_no_group, write
+from tests.helpers.checkpoints import BARD
 
 
 @pytest.fixture

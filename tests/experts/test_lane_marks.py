@@ -12,8 +12,8 @@ from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.experts.streams import Lane, Mark
 from duoserve.experts.tickets import Priority
 from tests.experts.test_stream_engine import DEMAND, EXPERTS, PREFETCH, PartlyInRam, Rig, bring_all
-from tests.fake_streams import FakeStreams
-from tests.fakes import SMALL
+from tests.helpers.fake_streams import FakeStreams
+from tests.helpers.fakes import SMALL
 
 
 class Clock(FakeStreams):

@@ -26,9 +26,9 @@ from duoserve.experts.pack_folder import SCRATCH, cache_folder, pack_path
 from duoserve.experts.pack_format import HEADER_FILE, PACK_FILE
 from duoserve.experts.packing import write_pack
 from duoserve.files.whole import scratch_folder
-from tests.checkpoints import save_mixtral
 from tests.experts.test_packing import pack, packed, read_row
-from tests.fakes import ArrayStore
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.fakes import ArrayStore
 from tests.models.cases import FAMILIES
 
 PROMPT = list(range(2, 40))

@@ -31,8 +31,8 @@ from duoserve.experts.rows import aligned_rows
 from duoserve.experts.store import ExpertStore
 from duoserve.models.mixtral import FAMILY
 from duoserve.models.opened import opened
-from tests.checkpoints import save_mixtral
-from tests.fakes import ArrayStore
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.fakes import ArrayStore
 from tests.models.cases import FAMILIES
 from tests.models.cases.case import Case
 

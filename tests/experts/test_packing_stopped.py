@@ -18,7 +18,7 @@ from pathlib import Path
 from duoserve.experts.packing import write_pack
 from duoserve.server.run import serve
 from duoserve.server.settings import ServerSettings
-from tests.fakes import ArrayStore
+from tests.helpers.fakes import ArrayStore
 
 class Slow(ArrayStore):
     def read(self, expert, row_B):

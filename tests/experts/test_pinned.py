@@ -11,7 +11,7 @@ import torch
 from duoserve.experts import pinned
 from duoserve.experts.layout import ExpertId
 from duoserve.experts.store import HostStore
-from tests.fakes import ArrayStore
+from tests.helpers.fakes import ArrayStore
 
 REFUSED = 2
 

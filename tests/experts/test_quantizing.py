@@ -23,9 +23,9 @@ from duoserve.experts.scale_search import INT4_SPANS, INT8_SPANS, OP_BY_OP, Scal
 from duoserve.kernels.compiled.loops import CompiledLoops
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat, Matrix
-from tests.compiled_case import needs_compiler
 from tests.experts.formats.tensor_rows import TensorRows
-from tests.fakes import ArrayStore
+from tests.helpers.compiled_case import needs_compiler
+from tests.helpers.fakes import ArrayStore
 
 INT8, INT4 = Quantized(ExpertFormat.INT8), Quantized(ExpertFormat.INT4, 32)
 INT4_128 = Quantized(ExpertFormat.INT4, 128)

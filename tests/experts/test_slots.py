@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from duoserve.errors import IntegrityError
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.slots import SlotPool, SlotState, SlotTable
-from tests.fakes import SMALL
+from tests.helpers.fakes import SMALL
 
 LAYERS, EXPERTS, SLOTS = 2, 3, 4
 A, B = ExpertId(0, 1), ExpertId(1, 2)

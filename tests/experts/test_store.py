@@ -13,7 +13,7 @@ from duoserve.errors import ClosedError, MemoryBudgetError
 from duoserve.experts.layout import ExpertId, ExpertLayout
 from duoserve.experts.rows import aligned_rows
 from duoserve.experts.store import HostStore, TieredStore
-from tests.fakes import SMALL, ArrayStore
+from tests.helpers.fakes import SMALL, ArrayStore
 
 MIB = 1 << 20
 

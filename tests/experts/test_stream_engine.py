@@ -20,8 +20,8 @@ from duoserve.experts.slots import SlotPool
 from duoserve.experts.stream_engine import StreamCopyEngine
 from duoserve.experts.streams import Lane, Mark
 from duoserve.experts.tickets import Priority, Ticket, TicketState
-from tests.fake_streams import FakeMark, FakeStreams
-from tests.fakes import PATIENCE_S, SMALL, ArrayStore
+from tests.helpers.fake_streams import FakeMark, FakeStreams
+from tests.helpers.fakes import PATIENCE_S, SMALL, ArrayStore
 
 DEMAND, PREFETCH = Priority
 EXPERTS = [ExpertId(0, e) for e in range(8)]

@@ -16,9 +16,9 @@ from duoserve.experts.streams import Lane, Mark
 from duoserve.experts.tickets import TicketState
 from tests.experts.test_copy_engine import in_background, joined
 from tests.experts.test_stream_engine import DEMAND, EXPERTS, PIECE, PREFETCH, PartlyInRam, Rig, bring_all
-from tests.fake_streams import FakeStreams
-from tests.fakes import SMALL
-from tests.live_threads import threads_since
+from tests.helpers.fake_streams import FakeStreams
+from tests.helpers.fakes import SMALL
+from tests.helpers.live_threads import threads_since
 
 
 @pytest.mark.parametrize("seed", range(20))

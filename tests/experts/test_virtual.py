@@ -14,7 +14,7 @@ from duoserve.experts.layout import ExpertId
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.tickets import Priority, Ticket, TicketState
 from duoserve.experts.virtual import VirtualClock, VirtualCopyEngine
-from tests.fakes import SMALL, ArrayStore
+from tests.helpers.fakes import SMALL, ArrayStore
 
 DEMAND, PREFETCH = Priority
 

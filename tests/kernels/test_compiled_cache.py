@@ -12,7 +12,7 @@ from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 from duoserve.kernels.compiled.compiler import CpuCompiler
-from tests.compiled_case import needs_compiler
+from tests.helpers.compiled_case import needs_compiler
 from tests.kernels.common import assert_same_bits
 
 pytestmark = needs_compiler

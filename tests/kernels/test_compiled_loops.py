@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from duoserve.kernels.compiled.loops import CompiledLoops
-from tests.compiled_case import needs_compiler
+from tests.helpers.compiled_case import needs_compiler
 
 pytestmark = needs_compiler
 

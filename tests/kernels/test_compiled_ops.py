@@ -16,7 +16,7 @@ from duoserve.kernels.compiled import inductor
 from duoserve.kernels.compiled import ops as compiled_ops
 from duoserve.kernels.compiled.inductor import compile_for_rows
 from duoserve.kernels.small_ops import SmallOps
-from tests.compiled_case import needs_compiler
+from tests.helpers.compiled_case import needs_compiler
 from tests.kernels.common import assert_close, assert_same_bits
 
 ROWS = (1, 2, 3, 31, 32, 33, 64, 100, 271)

@@ -14,7 +14,7 @@ from duoserve.kernels.compiled.attention_loops import streamed_attention
 from duoserve.kernels.compiled.compiler import CpuCompiler
 from duoserve.kernels.compiled.decomposed import COUNTED, DECOMPOSED
 from duoserve.kernels.compiled.traced import DECODE_ATTENTION, TracedOps
-from tests.compiled_case import needs_compiler
+from tests.helpers.compiled_case import needs_compiler
 from tests.kernels.common import assert_close
 
 PAGES, PAGE_TOKENS = 6, 8

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from duoserve.kernels.compiled import tape
 from duoserve.kernels.compiled.compiler import CpuCompiler, TapedRecording
-from tests.compiled_case import needs_compiler
+from tests.helpers.compiled_case import needs_compiler
 from tests.kernels.common import assert_same_bits
 
 pytestmark = needs_compiler

@@ -14,7 +14,7 @@ from duoserve.kernels.compiled.streamed import streamed_int4_product
 from duoserve.kernels.compiled.token_expert import NO_CALLS, CallRows, SlotMatrix, SlotWeights, call_rows, token_expert
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import INT4_GROUPS, ExpertFormat, ExpertWeights, QuantizedLayout
-from tests.compiled_case import few_streams, needs_compiler
+from tests.helpers.compiled_case import few_streams, needs_compiler
 from tests.kernels.quantized_case import fill_with_random_codes, written_out
 
 # int4 and BF12, which take long to compile, have the sizes of models in tests/launching/: who comes later finds the

@@ -12,7 +12,7 @@ from duoserve.kernels.compiled.unpacking import with_compiled_unpacking
 from duoserve.kernels.reference_codes import code_product
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights, Matrix, QuantizedLayout
-from tests.compiled_case import needs_compiler
+from tests.helpers.compiled_case import needs_compiler
 from tests.kernels.common import assert_close
 from tests.kernels.quantized_case import fill_with_random_codes
 

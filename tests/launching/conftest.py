@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoints import save_mixtral
-from tests.lagging import Truth
-from tests.toys import toy_prompt
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.lagging import Truth
+from tests.helpers.toys import toy_prompt
 
 PROMPTS = [toy_prompt(length) for length in (7, 30, 1)]
 MAX_TOKENS = (12, 5, 9)

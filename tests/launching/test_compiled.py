@@ -17,11 +17,11 @@ from duoserve.kernels.compiled.compiler import CpuCompiler
 from duoserve.kernels.compiled.inductor import Traced
 from duoserve.launching import compiled as compiled_decode
 from duoserve.launching.compiled import CompiledStep
-from tests.checkpoints import save_mixtral
-from tests.compiled_case import few_streams, needs_compiler, save
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.compiled_case import few_streams, needs_compiler, save
+from tests.helpers.toys import greedy, toy_prompt
 from tests.models.test_families import decoded
 from tests.models.test_mixtral_parity import relative_error
-from tests.toys import greedy, toy_prompt
 
 PROMPT = toy_prompt(40)
 GREEDY = greedy(20)

@@ -33,17 +33,17 @@ from duoserve.loading import load
 from duoserve.models.moe import MoEBlock
 from duoserve.passes import Passes, StepRunner
 from duoserve.service.async_engine import AsyncEngine
-from tests.assembly import assembled
-from tests.checkpoints import save_mixtral
-from tests.compiled_case import few_streams, needs_compiler, save
-from tests.fakes import Gate
-from tests.lagging import Truth, write
-from tests.listeners import Heard
-from tests.loops import in_a_loop
+from tests.helpers.assembly import assembled
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.compiled_case import few_streams, needs_compiler, save
+from tests.helpers.fakes import Gate
+from tests.helpers.lagging import Truth, write
+from tests.helpers.listeners import Heard
+from tests.helpers.loops import in_a_loop
+from tests.helpers.toys import greedy, toy_prompt
 from tests.models.cases import FAMILIES
 from tests.models.test_families import decoded
 from tests.models.test_mixtral_parity import relative_error
-from tests.toys import greedy, toy_prompt
 
 PROMPTS = [toy_prompt(length) for length in (7, 30, 1)]
 MAX_TOKENS = (8, 5, 9)  # they leave one after the other, so that there is more and more padding

@@ -10,9 +10,9 @@ import torch
 from duoserve import MoEModel, SamplingParams
 from duoserve.kernels.compiled import inductor
 from duoserve.loading import load
-from tests.compiled_case import needs_compiler, save
+from tests.helpers.compiled_case import needs_compiler, save
+from tests.helpers.toys import toy_prompt
 from tests.models.test_mixtral_parity import relative_error
-from tests.toys import toy_prompt
 
 # Also with norms of heads, with latent attention and shared experts, with sinks and another activation.
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")

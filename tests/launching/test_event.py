@@ -31,11 +31,11 @@ from duoserve.request import Request
 from duoserve.scheduling.lease import SlotLease
 from duoserve.scheduling.routing import Routing
 from duoserve.scheduling.source import ReadyExpert
-from tests.assembly import assembled
-from tests.checkpoints import BARD
-from tests.lagging import LaggingDevice, Truth, write
+from tests.helpers.assembly import assembled
+from tests.helpers.checkpoints import BARD
+from tests.helpers.lagging import LaggingDevice, Truth, write
+from tests.helpers.listeners import Heard
 from tests.launching.conftest import DTYPES, MAX_TOKENS, PROMPTS
-from tests.listeners import Heard
 from tests.scheduling.fortune import GUESSING, STREAMING, any_teller
 
 CACHE = SimpleNamespace(batch=lambda layout: layout, num_pages=1)

@@ -20,10 +20,10 @@ from duoserve.launching.recorded import RecordedRunner
 from duoserve.passes import StepRunner
 from duoserve.scheduling.read_through import ReadThrough
 from duoserve.scheduling.scheduler import Scheduler
-from tests.assembly import assembled
-from tests.checkpoints import BARD
-from tests.fake_streams import FakeMark
-from tests.lagging import LaggingDevice, Truth, write
+from tests.helpers.assembly import assembled
+from tests.helpers.checkpoints import BARD
+from tests.helpers.fake_streams import FakeMark
+from tests.helpers.lagging import LaggingDevice, Truth, write
 from tests.launching.conftest import DTYPES, MAX_TOKENS, PROMPTS
 from tests.scheduling.fortune import GUESSING, any_teller
 

@@ -15,8 +15,8 @@ from duoserve.kernels import HostRows
 from duoserve.launching.launch import Launch, choose_launch
 from duoserve.launching.link import LinkRates, link_rates
 from duoserve.scheduling.policies import get_policy
-from tests.checkpoints import save_mixtral
-from tests.fakes import SMALL, ArrayStore
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.fakes import SMALL, ArrayStore
 
 GPU = torch.device("cuda", 0)
 FAST, SLOW = LinkRates(copy=50e9, zero_copy=42.6e9), LinkRates(copy=50e9, zero_copy=42.4e9)

@@ -20,10 +20,10 @@ from duoserve.models.opened import opened
 from duoserve.models.transformer import Transformer
 from duoserve.models.variants import with_script
 from duoserve.passes import StepRunner
-from tests.assembly import assembled
-from tests.checkpoints import save_mixtral
-from tests.lagging import LaggingDevice, Truth, write
-from tests.listeners import Copying
+from tests.helpers.assembly import assembled
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.lagging import LaggingDevice, Truth, write
+from tests.helpers.listeners import Copying
 from tests.models.cases import FAMILIES
 
 PROMPTS, MAX_TOKENS = [[3, 1, 4, 1, 5], [9, 2]], (8, 5)

@@ -8,10 +8,10 @@ import pytest
 
 from duoserve import kernels
 from duoserve.experts.layout import ExpertId
-from tests.assembly import assembled
-from tests.checkpoints import save_mixtral
+from tests.helpers.assembly import assembled
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.lagging import LaggingDevice, Truth, write
 from tests.kernels.common import INTERPRETED
-from tests.lagging import LaggingDevice, Truth, write
 
 PROMPTS, MAX_TOKENS = [[3], [1]], [3, 2]
 TINY = {"num_hidden_layers": 2, "num_local_experts": 4, "num_attention_heads": 2, "num_key_value_heads": 1}

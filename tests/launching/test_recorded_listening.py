@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from duoserve.experts.layout import ExpertId
-from tests.assembly import assembled
-from tests.checkpoints import save_mixtral
-from tests.lagging import LaggingDevice, write
-from tests.listeners import Copying
+from tests.helpers.assembly import assembled
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.lagging import LaggingDevice, write
+from tests.helpers.listeners import Copying
 
 PROMPTS, MAX_TOKENS = [[3, 1, 4], [1, 5]], [6, 4]
 

@@ -13,9 +13,9 @@ from duoserve.launching.launch import StepParts
 from duoserve.launching.recorded import ExactShapes
 from duoserve.models.mixtral import parse_config
 from duoserve.passes import StepRunner
-from tests.assembly import assembled
-from tests.checkpoints import save_mixtral
-from tests.lagging import LaggingDevice, write
+from tests.helpers.assembly import assembled
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.lagging import LaggingDevice, write
 
 EXPERTS = [ExpertId(0, expert) for expert in range(8)]
 # Tokens of prompts that three steps follow, in one page, in 40, and from page to page.

@@ -17,10 +17,10 @@ from duoserve.loading.placement import Placement
 from duoserve.models.described import described
 from duoserve.models.opened import opened
 from duoserve.models.registry import FAMILIES
-from tests.checkpoints import save_mixtral
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.small_tokenizers import byte_level_tokenizer
 from tests.models.cases import FAMILIES as CASES
 from tests.models.cases.case import SMALL
-from tests.small_tokenizers import byte_level_tokenizer
 
 LOOKED_FOR = (
     *("config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),

@@ -32,7 +32,7 @@ from duoserve.replaying.hardware import Hardware, LayerSizes, Machine
 from duoserve.replaying.replay import Replay
 from duoserve.traces.synthetic import RoutingCard, synthesize
 from duoserve.traces.trace import Trace, TraceMeta
-from tests.checkpoints import BARD, save_mixtral
+from tests.helpers.checkpoints import BARD, save_mixtral
 from tests.traces.drawn import drawn_trace
 
 SIZES = LayerSizes("small", 1_000_000, 8, 1_000_000, 64)

@@ -30,11 +30,11 @@ from duoserve.models.mixtral import parse_config
 from duoserve.models.opened import opened
 from duoserve.models.transformer import LOGIT_ROWS
 from duoserve.planning.model_cards import find_model
-from tests.checkpoints import save_mixtral
-from tests.live_bytes import LiveBytes
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.live_bytes import LiveBytes
+from tests.helpers.toys import greedy, toy_prompt
 from tests.models.cases import FAMILIES
 from tests.models.cases.case import Case
-from tests.toys import greedy, toy_prompt
 
 CONTEXT = 512
 GREEDY = greedy(4)

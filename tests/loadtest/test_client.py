@@ -14,7 +14,7 @@ from duoserve.loadtest.client import Target, answers
 from duoserve.loadtest.events import event_data
 from duoserve.loadtest.figures import Answer
 from duoserve.loadtest.workload import LoadRequest
-from tests.loops import in_a_loop
+from tests.helpers.loops import in_a_loop
 
 
 @in_a_loop

@@ -20,13 +20,13 @@ from duoserve.models.opened import opened
 from duoserve.models.registry import FAMILIES as KNOWN
 from duoserve.scheduling.policies import POLICIES
 from duoserve.service.async_engine import AsyncEngine
-from tests.checkpoints import reference_logits
+from tests.helpers.checkpoints import reference_logits
+from tests.helpers.loops import in_a_loop
+from tests.helpers.toys import greedy, toy_prompt
 from tests.kernels.common import INTERPRETED
-from tests.loops import in_a_loop
 from tests.models.cases import FAMILIES
 from tests.models.cases.case import SINGLE, FamilyCases
 from tests.models.test_mixtral_parity import check_reference, relative_error
-from tests.toys import greedy, toy_prompt
 
 PROMPT = toy_prompt(40)
 GREEDY = greedy(64)

@@ -19,10 +19,10 @@ from duoserve.loading.load import load
 from duoserve.models.layers import Linear
 from duoserve.models.tap import RouterSite, RoutingTap
 from duoserve.request import Request
-from tests.assembly import assembled, tokens_of
-from tests.checkpoints import save_mixtral
-from tests.listeners import Heard
-from tests.toys import greedy
+from tests.helpers.assembly import assembled, tokens_of
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.listeners import Heard
+from tests.helpers.toys import greedy
 
 PROMPT = [(7 * i) % 95 + 1 for i in range(20)]
 GREEDY = greedy(5)

@@ -18,7 +18,7 @@ from duoserve.errors import ConfigError
 from duoserve.experts.layout import ExpertId
 from duoserve.models.mixtral import FAMILY, parse_config
 from duoserve.models.registry import family_of
-from tests.checkpoints import SMALL, save_mixtral, to_hub_dialect
+from tests.helpers.checkpoints import SMALL, save_mixtral, to_hub_dialect
 
 # mistralai/Mixtral-8x7B-v0.1 as it is on the hub
 HUB = {

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from duoserve import MoEModel
 from duoserve.models.opened import opened
-from tests.checkpoints import BARD, reference_greedy, reference_logits, save_mixtral, to_hub_dialect
-from tests.small_tokenizers import byte_level_tokenizer
-from tests.toys import greedy, toy_prompt
+from tests.helpers.checkpoints import BARD, reference_greedy, reference_logits, save_mixtral, to_hub_dialect
+from tests.helpers.small_tokenizers import byte_level_tokenizer
+from tests.helpers.toys import greedy, toy_prompt
 
 PROMPT = toy_prompt(40)
 

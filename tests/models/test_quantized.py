@@ -19,12 +19,12 @@ from duoserve.loading import placement
 from duoserve.models.described import described
 from duoserve.models.gpu_support import cpu_only
 from duoserve.models.opened import opened
-from tests import encoders
-from tests.checkpoints import reference_logits
+from tests.helpers import encoders
+from tests.helpers.checkpoints import reference_logits
+from tests.helpers.toys import greedy, toy_prompt
 from tests.models.cases.case import SINGLE
 from tests.models.cases.quantized import AWQ, CASES, GPTQ, QuantizedCase
 from tests.models.test_mixtral_parity import check_reference, relative_error
-from tests.toys import greedy, toy_prompt
 
 PROMPT = toy_prompt(40)
 GREEDY = greedy(40)

@@ -9,7 +9,7 @@ from duoserve.errors import ConfigError
 from duoserve.models.stored import expert_layout
 from duoserve.planning.formats import layout_in
 from duoserve.planning.model_cards import find_model
-from tests.checkpoints import save_mixtral
+from tests.helpers.checkpoints import save_mixtral
 
 BF16 = torch.bfloat16
 

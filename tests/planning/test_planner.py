@@ -13,7 +13,7 @@ from duoserve.planning.model_cards import find_model
 from duoserve.planning.planner import Plan, Planner
 from duoserve.planning.policy_speed import Question
 from duoserve.replaying.hardware import GIB, Hardware, find_hardware
-from tests.checkpoints import save_mixtral
+from tests.helpers.checkpoints import save_mixtral
 from tests.models.cases.quantized import CASES
 
 CPU = Hardware("cpu", 10e9, 20e9, 1e11, 1e-4, 1e-3, host_computes=True, memory_bytes=8 * GIB, host_bytes=0, disk=1e9)

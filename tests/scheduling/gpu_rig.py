@@ -16,7 +16,7 @@ from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.scheduling.source import ReadyExpert
-from tests.fakes import SMALL
+from tests.helpers.fakes import SMALL
 from tests.scheduling.recording import Read, RecordingEngine
 from tests.scheduling.rig import Routing
 

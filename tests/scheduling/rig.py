@@ -18,7 +18,7 @@ from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import Policy, get_policy
 from duoserve.scheduling.predictor import Predictor
 from duoserve.scheduling.scheduler import Scheduler
-from tests.fakes import SMALL, ArrayStore
+from tests.helpers.fakes import SMALL, ArrayStore
 from tests.scheduling.fortune import routed
 from tests.scheduling.recording import RecordingEngine
 

@@ -22,8 +22,8 @@ from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.residency import Residency
 from duoserve.scheduling.scheduler import Scheduler
-from tests.fake_streams import FakeMark, FakeStreams
-from tests.fakes import SMALL, InRam
+from tests.helpers.fake_streams import FakeMark, FakeStreams
+from tests.helpers.fakes import SMALL, InRam
 from tests.scheduling.fortune import Teller, certain, routed
 
 LAYERS, EXPERTS, SLOTS = 4, 8, 12

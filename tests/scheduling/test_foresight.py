@@ -15,7 +15,7 @@ from duoserve.scheduling.foresight import Foresight
 from duoserve.scheduling.link_budget import Demand
 from duoserve.scheduling.plan import NO_GUESSES, DecodeFetch, Guesses, GuessMode, ModelShape
 from duoserve.scheduling.policies import get_policy
-from tests.fakes import SMALL
+from tests.helpers.fakes import SMALL
 from tests.scheduling.fortune import Teller, certain, routed
 from tests.scheduling.rig import Rig
 

@@ -23,9 +23,9 @@ from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.scheduling.source import ReadyExpert
-from tests.fake_streams import FakeStreams, LaggingPool
-from tests.fakes import SMALL, ArrayStore
-from tests.interrupts import interrupted
+from tests.helpers.fake_streams import FakeStreams, LaggingPool
+from tests.helpers.fakes import SMALL, ArrayStore
+from tests.helpers.interrupts import interrupted
 
 LAYERS, EXPERTS, SLOTS = 3, 4, 7
 ALL = list(range(EXPERTS))

@@ -14,8 +14,8 @@ from duoserve.experts.tickets import Priority
 from duoserve.metrics import Meter
 from duoserve.scheduling.residency import Residency
 from duoserve.scheduling.source import ReadyExpert
-from tests.fake_streams import FakeStreams, LaggingPool
-from tests.fakes import SMALL, InRam
+from tests.helpers.fake_streams import FakeStreams, LaggingPool
+from tests.helpers.fakes import SMALL, InRam
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -19,7 +19,7 @@ from duoserve.scheduling.policies import get_policy
 from duoserve.scheduling.scheduler import Scheduler
 from tests.experts.test_lane_marks import Clock, Stepping
 from tests.experts.test_stream_engine import EXPERTS, PartlyInRam
-from tests.fakes import SMALL
+from tests.helpers.fakes import SMALL
 from tests.scheduling.fortune import Teller, certain
 from tests.scheduling.rig import Batch, Rig
 

@@ -29,7 +29,7 @@ from duoserve.scheduling.plan import ModelShape
 from duoserve.scheduling.policies import POLICIES, get_policy
 from duoserve.scheduling.scheduler import Scheduler
 from duoserve.scheduling.source import Lease, ReadyExpert
-from tests.fakes import ArrayStore
+from tests.helpers.fakes import ArrayStore
 from tests.scheduling.fortune import GUESSING, Teller, generous_link, routed
 from tests.scheduling.recording import Read, RecordingEngine, clashes, misreadings, misshapen
 

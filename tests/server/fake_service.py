@@ -12,7 +12,7 @@ from duoserve.errors import ClosedError, RequestError
 from duoserve.interface import Objectives, Piece, ServiceFigures, ServiceState, Times, TokenLogprobs
 from duoserve.metrics import Stats
 from duoserve.text.tokenizer import Tokenizer
-from tests.small_tokenizers import byte_level_tokenizer
+from tests.helpers.small_tokenizers import byte_level_tokenizer
 
 VOCAB = 291
 CONTEXT = 64

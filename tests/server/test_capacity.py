@@ -7,7 +7,7 @@ import pytest
 from duoserve.interface import ServiceSettings
 from duoserve.moe_model import MoEModel
 from duoserve.service.async_engine import AsyncEngine
-from tests.checkpoints import save_mixtral
+from tests.helpers.checkpoints import save_mixtral
 from tests.server.conftest import serving, wait_ready
 
 

@@ -7,7 +7,7 @@ import threading
 from types import SimpleNamespace
 
 from duoserve.errors import DuoServeError, OverloadedError
-from tests.fakes import PATIENCE_S
+from tests.helpers.fakes import PATIENCE_S
 from tests.server.conftest import NAME
 from tests.server.fake_service import CONTEXT, FakeModel, hoped, script_of, spoken, with_logprobs
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from duoserve.server.preparing import THREADS
-from tests.fakes import PATIENCE_S
+from tests.helpers.fakes import PATIENCE_S
 from tests.server.fake_service import FakeModel
 
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from duoserve.moe_model import MoEModel
 from duoserve.sampling import SamplingParams
 from duoserve.service.async_engine import AsyncEngine
-from tests.checkpoints import save_mixtral
+from tests.helpers.checkpoints import save_mixtral
 from tests.server.conftest import Serving, serving, wait_ready
 
 WORDS = [f"w{n}" for n in range(96)]

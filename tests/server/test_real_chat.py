@@ -9,9 +9,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from duoserve.moe_model import MoEModel
 from duoserve.service.async_engine import AsyncEngine
-from tests.checkpoints import reference_greedy, save_mixtral
+from tests.helpers.checkpoints import reference_greedy, save_mixtral
+from tests.helpers.small_tokenizers import byte_level_tokenizer
 from tests.server.conftest import serving, wait_ready
-from tests.small_tokenizers import byte_level_tokenizer
 
 TEMPLATE = """{{ bos_token }}{% for message in messages %}
 <|{{ message.role }}|>{{ message.content | trim }}

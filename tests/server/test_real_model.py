@@ -24,10 +24,10 @@ from duoserve.moe_model import MoEModel
 from duoserve.passes import Passes
 from duoserve.service.async_engine import AsyncEngine
 from duoserve.service.worker import Worker
-from tests.checkpoints import save_mixtral
-from tests.fakes import PATIENCE_S
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.fakes import PATIENCE_S
+from tests.helpers.small_tokenizers import byte_level_tokenizer
 from tests.server.conftest import serving, wait_ready
-from tests.small_tokenizers import byte_level_tokenizer
 
 PROMPTS = ("To be, or", "Enter HAMLET", "My lord, the", "What ho!")
 

@@ -15,8 +15,8 @@ from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.text.tokenizer import IncrementalDecoder, Tokenizer
 from duoserve.text.writer import Writer
+from tests.helpers.small_tokenizers import channel_tokenizer
 from tests.server.fake_service import FakeModel, script_of, spoken, with_logprobs
-from tests.small_tokenizers import channel_tokenizer
 
 
 def lines(server, path="/v1/completions", **fields):

@@ -11,7 +11,7 @@ from duoserve.interface import Piece, TokenLogprobs
 from duoserve.server.answers import Completions
 from duoserve.server.token_text import TokenText
 from duoserve.text.tokenizer import IncrementalDecoder, Tokenizer
-from tests.small_tokenizers import byte_level_tokenizer, llama_tokenizer, stripping_tokenizer
+from tests.helpers.small_tokenizers import byte_level_tokenizer, llama_tokenizer, stripping_tokenizer
 
 LLAMA = llama_tokenizer()
 WORDS = ["▁the", "the", "▁", "cat", "##s", ".", "▁é"]

@@ -20,12 +20,12 @@ from duoserve.interface import ServiceSettings
 from duoserve.kv_cache import PAGE_TOKENS
 from duoserve.passes import Passes
 from duoserve.request import Request
-from tests.assembly import assembled
-from tests.checkpoints import save_mixtral
-from tests.loops import in_a_loop
+from tests.helpers.assembly import assembled
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.loops import in_a_loop
+from tests.helpers.toys import greedy
 from tests.service.test_async_engine import ids, read, serving
 from tests.test_engine_steps import OTHER, PROMPT, RUNNING, asked, run, virtual_copies
-from tests.toys import greedy
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,11 @@ from duoserve.experts.copy_engine import ThreadedCopyEngine
 from duoserve.experts.tickets import Ticket
 from duoserve.models.transformer import Transformer
 from duoserve.passes import Passes
-from tests.checkpoints import BARD, save_mixtral
-from tests.fakes import PATIENCE_S, Gate
-from tests.live_threads import threads_since
-from tests.loops import in_a_loop
-from tests.toys import greedy, toy_prompt
+from tests.helpers.checkpoints import BARD, save_mixtral
+from tests.helpers.fakes import PATIENCE_S, Gate
+from tests.helpers.live_threads import threads_since
+from tests.helpers.loops import in_a_loop
+from tests.helpers.toys import greedy, toy_prompt
 
 PROMPT = toy_prompt(30)
 LONG = greedy(200)

@@ -11,10 +11,10 @@ import pytest
 
 from duoserve import MoEModel
 from duoserve.service.stream import Stream
-from tests.checkpoints import save_mixtral
-from tests.loops import in_a_loop
+from tests.helpers.checkpoints import save_mixtral
+from tests.helpers.loops import in_a_loop
+from tests.helpers.toys import greedy
 from tests.service.test_async_engine import serving, slowed, until
-from tests.toys import greedy
 
 PROMPT = [5, 9, 2, 40, 41, 7]
 LONG = greedy(200)

@@ -30,12 +30,12 @@ from duoserve.request import Request
 from duoserve.sampling import Sampler
 from duoserve.service.stream import Stream
 from duoserve.text.tokenizer import IncrementalDecoder
-from tests.checkpoints import BARD, save_mixtral
-from tests.fakes import Gate
-from tests.loops import in_a_loop
+from tests.helpers.checkpoints import BARD, save_mixtral
+from tests.helpers.fakes import Gate
+from tests.helpers.loops import in_a_loop
+from tests.helpers.small_tokenizers import byte_level_tokenizer, stripping_tokenizer
+from tests.helpers.toys import greedy
 from tests.service.test_async_engine import serving
-from tests.small_tokenizers import byte_level_tokenizer, stripping_tokenizer
-from tests.toys import greedy
 
 PROMPT = [5, 9, 2, 40, 41, 7]
 PARAMS = greedy(30)

@@ -19,7 +19,7 @@ from duoserve.interface import Objectives, ServiceSettings
 from duoserve.kv_cache import PAGE_TOKENS, SequenceKV
 from duoserve.metrics import Meter
 from duoserve.request import Request
-from tests.toys import greedy
+from tests.helpers.toys import greedy
 
 VOCAB = 4
 

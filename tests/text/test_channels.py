@@ -6,7 +6,7 @@ import pytest
 
 from duoserve.text.channels import Channels, said
 from duoserve.text.tokenizer import Tokenizer
-from tests.small_tokenizers import byte_level_tokenizer, channel_tokenizer
+from tests.helpers.small_tokenizers import byte_level_tokenizer, channel_tokenizer
 
 THOUGHT = "<|channel|>analysis<|message|>The cat?<|end|><|start|>assistant"
 ANSWERS = {

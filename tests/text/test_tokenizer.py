@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from duoserve.errors import CheckpointError, DuoServeError, RequestError
 from duoserve.text.tokenizer import IncrementalDecoder, StopStrings, Tokenizer
-from tests.small_tokenizers import byte_level_tokenizer, llama_tokenizer, stripping_tokenizer
+from tests.helpers.small_tokenizers import byte_level_tokenizer, llama_tokenizer, stripping_tokenizer
 
 ALPHABET = st.sampled_from("aeé the\n日😀👍🏽▁ ")
 

@@ -8,7 +8,7 @@ from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.text.tokenizer import Tokenizer
 from duoserve.text.writer import Writer
-from tests.small_tokenizers import channel_tokenizer, llama_tokenizer
+from tests.helpers.small_tokenizers import channel_tokenizer, llama_tokenizer
 
 TOKENIZER = Tokenizer(llama_tokenizer())
 CHANNELS = Tokenizer(channel_tokenizer())

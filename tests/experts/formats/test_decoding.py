@@ -19,9 +19,9 @@ from duoserve.experts.layout import ExpertLayout, Quantized
 from duoserve.experts.pieces import MatrixName
 from duoserve.kernels.reference_dequant import dense
 from duoserve.kernels.weights import ExpertFormat, ExpertWeights
-from tests import encoders
-from tests.encoders import Encode, Encoded
 from tests.experts.formats.tensor_rows import TensorRows
+from tests.helpers import encoders
+from tests.helpers.encoders import Encode, Encoded
 
 GPTQ = partial(Quantization, "gptq", symmetric=False)
 V1, V2 = partial(encoders.gptq, version=1), partial(encoders.gptq, version=2)

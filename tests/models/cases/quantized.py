@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests import encoders
-from tests.encoders import Encoded
+from tests.helpers import encoders
+from tests.helpers.encoders import Encoded
 from tests.models.cases import deepseek, gpt_oss, qwen3_moe
 from tests.models.cases.case import SINGLE, Case, FamilyCases
 

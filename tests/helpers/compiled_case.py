@@ -8,7 +8,7 @@ import pytest
 
 from duoserve.kernels.compiled import streamed
 from duoserve.kernels.compiled.compiler import can_compile
-from tests.checkpoints import save_mixtral
+from tests.helpers.checkpoints import save_mixtral
 from tests.models.cases import FAMILIES
 
 needs_compiler = pytest.mark.skipif(not can_compile(), reason="there is no C++ compiler")

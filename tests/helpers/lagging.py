@@ -22,10 +22,10 @@ from duoserve.launching.launch import StepParts
 from duoserve.launching.recorded import RecordedRunner
 from duoserve.passes import StepRunner
 from duoserve.request import Request
-from tests.assembly import assembled
-from tests.fake_recorder import FakeRecorder
-from tests.fake_streams import FakeStreams, LaggingPool
-from tests.toys import greedy
+from tests.helpers.assembly import assembled
+from tests.helpers.fake_recorder import FakeRecorder
+from tests.helpers.fake_streams import FakeStreams, LaggingPool
+from tests.helpers.toys import greedy
 
 
 class LaggingDevice:

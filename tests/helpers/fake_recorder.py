@@ -21,7 +21,7 @@ from duoserve import kernels
 from duoserve.experts.streams import Lane
 from duoserve.kernels import DeviceWork, HostWork, RoutePlan
 from duoserve.kernels.recorder import Recorder, Recording, Result
-from tests.fake_streams import FakeStreams
+from tests.helpers.fake_streams import FakeStreams
 
 KERNELS = {getattr(kernels, name) for name in kernels.__all__ if hasattr(getattr(kernels, name), "__wrapped__")}
 # What reads the device's memory on the host, by the name of the method or function.
