@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 FLOORS = """
-F0  errors  shared_errors  out_of_memory  callers  torch_modes  openmp  number_checks  byte_sizes
+F0  errors  shared_errors  out_of_memory  callers  torch_modes  openmp  freed_memory  number_checks  byte_sizes
     files/__init__  files/positional  files/whole  files/strict_json  architecture  config  timeline  metrics
 F1  kernels/checks  kernels/limits  kernels/matmul  kernels/int4_codes  kernels/bf12  kernels/weights  kernels/host_rows
     kernels/routed_rows  kernels/paging  kernels/reference_dequant  kernels/reference_codes  kernels/reference_small

@@ -29,9 +29,9 @@ assert others() == before + 3
 LOADS = {
     "loaded": "load().close()",
     "refused": """
-import duoserve.loading
+import duoserve.loading.load
 def refuse(*_): raise MemoryBudgetError("no")
-duoserve.loading.Engine = refuse
+duoserve.loading.load.Engine = refuse
 try: load()
 except MemoryBudgetError: pass
 else: raise SystemExit("it was loaded")

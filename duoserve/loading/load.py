@@ -14,6 +14,7 @@ from duoserve.experts.budget import MemoryPlan
 from duoserve.experts.host_cores import warn_of_excess_threads
 from duoserve.experts.slots import SlotPool
 from duoserve.experts.store import ExpertStore
+from duoserve.freed_memory import keep_freed_memory
 from duoserve.kernels import Products
 from duoserve.kernels.compiled.unpacking import with_compiled_unpacking
 from duoserve.kv_cache import PagedKVCache
@@ -94,6 +95,7 @@ def load(  # noqa: PLR0913
         place = Placement.of(found, wanted)
         if place.device.type == "cpu":
             warn_of_excess_threads()
+            keep_freed_memory()
         # Before the plan: compiled steps take memory, and so does the compiler that is tried.
         wanted = replace(wanted, decode_mode=resolve_mode(wanted.decode_mode, place.device))
         decision = decide(place, wanted, named, predictor, cache_dir)
