@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from duoserve import AsyncEngine, ClosedError, MoEModel, ServiceState
 from duoserve.passes import Passes
 from tests.helpers.fakes import PATIENCE_S, Gate
+from tests.helpers.live_threads import threads_since
 from tests.helpers.loops import in_a_loop
 from tests.helpers.toys import greedy
 
@@ -168,3 +170,50 @@ def test_a_stream_that_is_kept_keeps_nothing_of_a_closed_model(model: MoEModel) 
     assert engine() is None
     with pytest.raises(ClosedError, match="was closed"):
         next(stream)
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_a_model_that_nobody_has_any_more_is_closed(tmp_path: Path) -> None:
+    files, threads = open_files(), threads_since()
+    model = MoEModel.from_pretrained("bard", expert_slots="25%", cache_dir=tmp_path)
+    model.generate("To be", GREEDY)
+    assert threads() > 0 and open_files() > files
+    del model
+    gc.collect()
+    wait_until(lambda: threads() == 0 and open_files() <= files)
+
+
+def test_a_stream_keeps_its_model(tmp_path: Path) -> None:
+    threads = threads_since()
+    pieces = MoEModel.from_pretrained("bard", expert_slots="25%", cache_dir=tmp_path).stream("To be", GREEDY)
+    next(pieces)
+    gc.collect()
+    assert "".join(pieces)
+    del pieces
+    gc.collect()
+    wait_until(lambda: threads() == 0)
+
+
+def test_requests_outlive_a_service_and_a_model_that_nobody_has_any_more(tmp_path: Path) -> None:
+    async def rest_of_an_answer() -> str:
+        model = MoEModel.from_pretrained("bard", expert_slots="25%", cache_dir=tmp_path)
+        engine = AsyncEngine(model)
+        stream, worker = await engine.submit("To be", GREEDY), engine._worker
+        del model, engine
+        gc.collect()
+        try:
+            return "".join([piece.text async for piece in stream])
+        finally:
+            await asyncio.to_thread(worker.stop)
+
+    assert asyncio.run(rest_of_an_answer())

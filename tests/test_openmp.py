@@ -1,4 +1,4 @@
-"""A thread that has loaded a model keeps no threads of OpenMP, which would take the cores from the one that runs it."""
+"""Neither loading a model nor giving it to a service leaves OpenMP threads to the calling thread: they take cores."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ assert others() == before + 3
 """
 LOADS = {
     "loaded": "load().close()",
+    "served": """
+from duoserve import AsyncEngine
+model = load()
+torch.ones(1 << 20).add_(1)
+assert others() == before + 3
+engine = AsyncEngine(model)
+""",
     "refused": """
 import duoserve.loading.load
 def refuse(*_): raise MemoryBudgetError("no")

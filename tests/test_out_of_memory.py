@@ -153,7 +153,7 @@ def open_files() -> int:
 
 @pytest.mark.parametrize(
     "part",
-    ["wiring.Scheduler", "loading.PagedKVCache", "loading._transformer_and_tap", "loading._prompts_and_runner"],
+    ["wiring.Scheduler", "load.PagedKVCache", "load._transformer_and_tap", "load._prompts_and_runner"],
 )
 def test_a_load_that_is_refused_memory_leaves_nothing_open(
     part: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -167,7 +167,7 @@ def test_a_load_that_is_refused_memory_leaves_nothing_open(
     load().close()
     gc.collect()
     alive, files = threads_since(), open_files()
-    monkeypatch.setattr(f"duoserve.{part}", refuse)
+    monkeypatch.setattr(f"duoserve.loading.{part}", refuse)
     with pytest.raises(MemoryBudgetError, match=r"out of memory while the model was loaded \(CUDA out of memory"):
         load()
     gc.collect()

@@ -13,6 +13,7 @@ from duoserve.errors import ClosedError, RequestError
 from duoserve.interface import MAX_LOGPROBS, Objectives, ServiceFigures, ServiceSettings, ServiceState
 from duoserve.moe_model import MoEModel
 from duoserve.number_checks import check_number, checked_integer
+from duoserve.openmp import ending_team
 from duoserve.request import Request
 from duoserve.sampling import SamplingParams
 from duoserve.service.stream import Stream
@@ -31,7 +32,7 @@ class AsyncEngine:
     def __init__(self, model: MoEModel, *, settings: ServiceSettings = DEFAULTS) -> None:
         self._model = model
         self._settings = settings
-        with model.lend() as runtime:
+        with ending_team(), model.lend() as runtime:
             self._tokenizer = runtime.tokenizer
             self._worker = Worker(runtime, settings)
         self._closing: Future[None] | None = None

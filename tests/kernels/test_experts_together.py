@@ -88,7 +88,7 @@ def test_silu_ends_alike_wherever_an_element_lies() -> None:
 @pytest.mark.parametrize("tokens", [2, TILE, LEFT_ROWS, LEFT_ROWS + 1, 3 * GROUP_ROWS])
 def test_the_rows_are_those_of_the_formula(tokens: int, form: ExpertFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of some tokens more than one group has room for; what is unpacked comes in blocks."""
-    monkeypatch.setattr(experts_together, "WIDEN_ELEMENTS", 16 * 96)
+    monkeypatch.setattr("duoserve.kernels.weights.WIDEN_ELEMENTS", 16 * 96)
     case = bf16_case(tokens, 24, 3, form=form)
     y = computed(case, [list(case.all_work.pairs())])
     truth = case.true_y(case.true_act())
