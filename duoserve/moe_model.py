@@ -5,14 +5,12 @@ T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, overload
-from weakref import finalize
 
 from torch import Tensor
 
@@ -52,14 +50,12 @@ class Completion:
 class MoEModel:
     """A Mixture-of-Experts model with some of its experts in fast memory. Make one with :meth:`from_pretrained`.
 
-    One call runs at a time, and other threads wait for their turn. Use it as a context manager, or call :meth:`close`;
-    one that nobody refers to any more is closed too, unless a service has it.
+    One call runs at a time, and other threads wait for their turn. Use it as a context manager, or call :meth:`close`.
+    What a model holds that nobody refers to any more is released too, once its copy threads have been idle for a while.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self._turns = Turns(runtime)
-        self._dropped = finalize(self, _close_elsewhere, self._turns)
-        self._dropped.atexit = False
 
     @classmethod
     def from_pretrained(  # noqa: PLR0913 - each is a knob that users turn by name
@@ -255,7 +251,6 @@ class MoEModel:
         """
         with self._turns.lend() as runtime:
             yield runtime
-        self._dropped.detach()  # requests may outlive both the service and the model
 
     def close(self) -> None:
         """Releases threads, files and memory; calling it again does nothing.
@@ -265,7 +260,6 @@ class MoEModel:
         requests end with ClosedError.
         """
         self._turns.close()
-        self._dropped.detach()
 
     def __enter__(self) -> MoEModel:
         return self
@@ -285,11 +279,6 @@ class MoEModel:
                 if piece := writers[request].push(request, token):
                     yield piece
             return meter.snapshot()
-
-
-def _close_elsewhere(turns: Turns) -> None:
-    """Closes in a new thread: one of the model's own may be freeing it, and could not wait for its own end."""
-    threading.Thread(target=turns.close, name="duoserve-close").start()
 
 
 def _exhaust(generator: Generator[object, None, Result]) -> Result:

@@ -18,6 +18,9 @@ import resource, sys, torch
 from duoserve.freed_memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
+if sys.argv[1] == "load":
+    from duoserve import MoEModel
+    MoEModel.from_pretrained("bard", device="cpu", max_context=64).close()
 def buffers():
     return [torch.zeros(6 << 20, dtype=torch.uint8) for _ in range(4)]
 buffers()
@@ -36,3 +39,7 @@ def pages_taken(how: str) -> int:
 def test_freed_buffers_are_kept() -> None:
     taken_once = (24 << 20) // resource.getpagesize()
     assert pages_taken("keep") < taken_once < pages_taken("as it was")
+
+
+def test_a_load_sees_to_it() -> None:
+    assert pages_taken("load") < (24 << 20) // resource.getpagesize()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from duoserve.kernels.bf12 import LEAST, Bf12Rows, signed
+from duoserve.kernels.int4_codes import CODE_BITS, CODES_IN_WORD
 
 # Where Linux says how many ways the L1 data cache of a core has.
 L1_WAYS = Path("/sys/devices/system/cpu/cpu0/cache/index0/ways_of_associativity")
@@ -31,7 +32,6 @@ def streams(ways_file: Path = L1_WAYS) -> tuple[int, ...]:
 
 
 STREAMS = streams()
-CODES_IN_WORD, CODE_BITS = 8, 4
 PLACE_FACTORS = torch.tensor(
     [2.0 ** (-CODE_BITS * place) for place in range(CODES_IN_WORD - 1)] + [1.0], dtype=torch.float32, device="cpu"
 )
